@@ -1,0 +1,34 @@
+"""What memtx raises for a user's mistake: what was wrong, where, and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MemtxError(ValueError):
+    """A mistake in what the user gave; the command line prints it as one line and exits with code 2.
+
+    Args:
+        what: the value met and what was expected instead, as one sentence.
+        cure: what to do about it, as one sentence.
+    """
+
+    def __init__(self, what: str, cure: str = "") -> None:
+        self.what = what
+        self.cure = cure
+        super().__init__(f"{what} {cure}".strip())
+
+
+class DataError(MemtxError):
+    """Text, a tokenizer or a token shard cannot be used as it is."""
+
+
+class CheckpointError(MemtxError):
+    """A checkpoint, pretrained folder or saved state is damaged or belongs to something else."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean '{close[0]}'?" if close else ""

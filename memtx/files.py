@@ -1,0 +1,141 @@
+"""Files that are whole or not there: written to a temporary name, synced, renamed; read with a check.
+
+Tensors travel as safetensors, never as pickle. Every file of ours says its format in the header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from memtx.errors import CheckpointError, MemtxError
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` survive a power cut (a folder's entries have their own sync)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success it is synced and renamed, else removed.
+
+    Raises:
+        MemtxError: the folder cannot be written to.
+    """
+    target = Path(path)
+    # A random suffix, so that two processes writing the same file do not share a temporary name.
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        raise MemtxError(
+            f"'{target}' could not be written: {error.strerror or error}.",
+            "Check the folder, its permissions and the free space.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Yield a binary handle whose content appears under ``path`` only when the block ends well."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        yield handle
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` as UTF-8, whole or not at all."""
+    with atomic_open(path) as handle:
+        handle.write(text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write ``value`` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        MemtxError: the file is missing, not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise MemtxError(f"'{path}' does not exist.", "Check the path.") from error
+    except OSError as error:
+        raise MemtxError(f"'{path}' could not be read: {error.strerror}.", "Check the path.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise MemtxError(f"'{path}' is not valid JSON: {error}.", "Restore it or write it again.") from error
+
+
+def checksum(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], *, kind: str, version: int, **facts: str
+) -> None:
+    """Write tensors as one safetensors file whose header names its kind, version and further facts."""
+    from safetensors.torch import save_file
+
+    metadata = {"format": "pt", "kind": kind, "version": str(version), **facts}
+    content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(content, str(temporary), metadata=metadata)
+
+
+def load_tensors(
+    path: str | os.PathLike[str], *, kind: str, version: int
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a file of :func:`save_tensors`: its tensors (on the CPU) and its header.
+
+    Raises:
+        CheckpointError: missing, damaged, of another kind, or of a version this release does not read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"'{path}' does not exist.", "Check the path.")
+    try:
+        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"'{path}' is not a whole safetensors file: {error}.", "Restore it from a copy or write it again."
+        ) from error
+    if metadata.get("kind") != kind:
+        raise CheckpointError(
+            f"'{path}' holds '{metadata.get('kind', 'something unnamed')}', expected '{kind}'.",
+            "Give the file that belongs here.",
+        )
+    if metadata.get("version") != str(version):
+        raise CheckpointError(
+            f"'{path}' has format version {metadata.get('version')}, this release reads {version}.",
+            "Use the release that wrote it, or write it again.",
+        )
+    return tensors, metadata

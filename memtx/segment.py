@@ -1,0 +1,78 @@
+"""Where the tokens of one call stand: ticks within the call, positions within their documents.
+
+A *tick* counts tokens of the call and runs on through document starts: the first token given has tick 0,
+the newest cached one tick -1. A *position* counts tokens of one document. Everything that decides who
+sees whom is a function of positions, shifted to ticks so that it can be compared across a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+FAR = 1 << 40
+"""A tick no stream reaches: "never" for a birth, "not within this call" for an end."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The places of one call's tokens.
+
+    Attributes:
+        position: (rows, segment) int64, position of each token within its document.
+        document: (rows, segment) int64, 0 for the document carried in, then 1, 2, ... for those begun here.
+        end: (rows, segment) int64, the tick at which the token's document ends; FAR if it is still open.
+        carried: (rows,) int64, tokens of the carried document that were read before this call.
+        carried_end: (rows,) int64, the tick at which the carried document ends; FAR if it is still open.
+    """
+
+    position: Tensor
+    document: Tensor
+    end: Tensor
+    carried: Tensor
+    carried_end: Tensor
+    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the call."""
+        return self.position.shape[1]
+
+    @property
+    def next_position(self) -> Tensor:
+        """(rows,) int64: the position that the next token will have if no document begins there."""
+        return self.position[:, -1] + 1
+
+    @classmethod
+    def locate(cls, carried: Tensor, length: int, starts: Tensor | None = None) -> Segment:
+        """Place ``length`` tokens after ``carried`` ones.
+
+        Args:
+            carried: (rows,) int64, tokens of each row's document read so far.
+            length: tokens in the call, at least 1.
+            starts: (rows, segment) bool, where a document begins; None for nowhere.
+        """
+        tick = torch.arange(length, device=carried.device)
+        if starts is None:
+            open_end = torch.full_like(carried, FAR)
+            position = carried[:, None] + tick
+            return cls(position, torch.zeros_like(position), open_end[:, None].expand_as(position), carried, open_end)
+        document = starts.cumsum(1)
+        begun = torch.where(starts, tick, -1).cummax(1).values
+        position = torch.where(document > 0, tick - begun, carried[:, None] + tick)
+        # The next start at or after each tick; a document ends where the start after it stands.
+        following = torch.where(starts, tick, FAR).flip(1).cummin(1).values.flip(1)
+        end = torch.cat([following[:, 1:], torch.full_like(following[:, :1], FAR)], dim=1)
+        return cls(position, document, end, carried, following[:, 0])
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return ``make()``, computed once a call: layers of equal settings share lifetimes and masks."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])

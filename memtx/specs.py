@@ -1,0 +1,102 @@
+"""A part as data: ``functools.partial(Class, a=1)`` <-> ``{"class_path": "module.Class", "init_args": {"a": 1}}``.
+
+A part of a model is configured by a factory that waits for the number its owner knows (a width, a rate). In
+Python that is a partial or the class itself, in YAML a class_path with init_args; both are written to
+config.json in the second form and read back as the first.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from memtx.errors import CheckpointError, nearest
+
+TRUSTED = ("memtx", "torch.nn")
+"""Packages from which a class path in a file may be imported; others must have been imported already."""
+
+
+def _path(part: Any) -> str:
+    return f"{part.__module__}.{part.__qualname__}"
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as numbers, texts, lists and dicts that JSON can hold.
+
+    Raises:
+        TypeError: a part that no file can name, such as a lambda.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, functools.partial):
+        target, arguments = value.func, dict(value.keywords)
+        if value.args and inspect.isclass(value.args[-1]):
+            # What jsonargparse hands over: a partial of its instantiator, the class last among the positionals.
+            target = value.args[-1]
+        elif value.args:
+            raise TypeError(f"{value} has positional arguments; give them by name so that they can be saved.")
+        return {"class_path": _path(target), "init_args": {key: plain(item) for key, item in arguments.items()}}
+    if callable(value) and getattr(value, "__qualname__", "<").find("<") < 0:
+        return {"class_path": _path(value), "init_args": {}}
+    raise TypeError(
+        f"{value!r} cannot be saved in a config: use a class or functools.partial of one, not an object or lambda."
+    )
+
+
+def _imported(class_path: str) -> Any:
+    module_name, _, name = class_path.rpartition(".")
+    trusted = any(module_name == root or module_name.startswith(root + ".") for root in TRUSTED)
+    if not trusted and module_name not in sys.modules:
+        raise CheckpointError(
+            f"The config names '{class_path}', which is outside memtx and was not imported.",
+            f"If you trust it, import {module_name or class_path} first.",
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise CheckpointError(f"The config names '{class_path}', which cannot be imported.", str(error)) from error
+    if not callable(found := getattr(module, name, None)):
+        raise CheckpointError(
+            f"The config names '{class_path}', which does not exist.{nearest(name, dir(module))}",
+            "Was it written by another release?",
+        )
+    return found
+
+
+def built(value: Any) -> Any:
+    """Return the factories that :func:`plain` wrote down; other values pass unchanged.
+
+    Raises:
+        CheckpointError: a class path that is unknown, untrusted, or does not take the arguments given.
+    """
+    if isinstance(value, list):
+        return [built(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    if "class_path" not in value:
+        return {key: built(item) for key, item in value.items()}
+    factory = _imported(str(value["class_path"]))
+    arguments = {key: built(item) for key, item in (value.get("init_args") or {}).items()}
+    known = inspect.signature(factory).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for key in arguments:
+        if key not in known and not open_ended:
+            raise CheckpointError(
+                f"The config gives '{key}' to {value['class_path']}, which takes no such argument."
+                f"{nearest(key, known)}",
+                "Was it written by another release?",
+            )
+    return functools.partial(factory, **arguments) if arguments else factory
+
+
+def make(factory: Callable[..., Any], *known: Any) -> Any:
+    """Call a factory with the numbers its owner knows."""
+    return factory(*known)
