@@ -108,9 +108,7 @@ def save_tensors(
         save_file(content, str(temporary), metadata=metadata)
 
 
-def load_tensors(
-    path: str | os.PathLike[str], *, kind: str, version: int
-) -> tuple[dict[str, Any], dict[str, str]]:
+def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a file of :func:`save_tensors`: its tensors (on the CPU) and its header.
 
     Raises:
@@ -121,7 +119,7 @@ def load_tensors(
     if not Path(path).is_file():
         raise CheckpointError(f"'{path}' does not exist.", "Check the path.")
     try:
-        with safe_open(str(path), framework="pt") as handle:  # type: ignore[no-untyped-call]
+        with safe_open(str(path), framework="pt") as handle:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:

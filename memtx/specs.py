@@ -11,7 +11,7 @@ import functools
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from memtx.errors import CheckpointError, nearest
@@ -95,8 +95,3 @@ def built(value: Any) -> Any:
                 "Was it written by another release?",
             )
     return functools.partial(factory, **arguments) if arguments else factory
-
-
-def make(factory: Callable[..., Any], *known: Any) -> Any:
-    """Call a factory with the numbers its owner knows."""
-    return factory(*known)

@@ -93,9 +93,7 @@ class MemoryState:
             raise ValueError(
                 f"reset expected a bool tensor of shape ({self.rows},), got {rows.dtype} {tuple(rows.shape)}."
             )
-        return self.map(
-            lambda leaf: leaf.masked_fill(rows.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0)
-        )
+        return self.map(lambda leaf: leaf.masked_fill(rows.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
 
     def select(self, rows: Sequence[int] | Tensor) -> MemoryState:
         """Return the given rows, in the given order (an index may stand twice)."""

@@ -1,1 +1,1 @@
-
+"""What is carried between segments, one kind a file."""

@@ -1,1 +1,1 @@
-
+"""Attention over lifetimes: one function, several backends."""

@@ -1,0 +1,123 @@
+"""The one interface of every memory: read opens, write closes.
+
+``read`` joins the old state with the new segment and says of every entry from when to when it is seen;
+attention runs over that; ``write`` trims what was opened to the next state. So a block that is compressed
+inside a segment serves the segment's own later queries, and an entry that the trim drops serves its earlier
+ones. What a position sees is then a function of positions, and how a stream is cut does not matter.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from memtx.ops.visibility import Visibility
+from memtx.segment import Segment
+
+S = TypeVar("S")
+
+Losses = dict[str, Tensor]
+"""Named auxiliary losses, weighted, each a scalar to be added to the language model's."""
+
+
+class ContentAttention(Protocol):
+    """A layer's attention by content alone: its projections without positions."""
+
+    def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
+        """Project (rows, entries, dim) to (rows, entries, heads, head_dim).
+
+        Args:
+            x: attention inputs.
+            part: "query", "key" or "value"; key and value heads are repeated to the query heads' number.
+            frozen: use the weights without letting them learn.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where entries stand and who sees them; shared by all layers whose memories have equal settings.
+
+    Attributes:
+        tick: (rows or 1, entries) float64, where each entry stands, in ticks of the call.
+        visibility: lifetimes and static bounds, over the entries in order.
+    """
+
+    tick: Tensor
+    visibility: Visibility
+
+
+@dataclass(frozen=True)
+class View:
+    """A memory opened for one segment.
+
+    Attributes:
+        hidden: (rows, entries, dim), what attention makes keys and values of. The segment's own inputs are
+            the last entries of a layer's first memory.
+        places: where these entries stand and who sees them.
+        kept: what ``write`` of the same memory needs.
+    """
+
+    hidden: Tensor
+    places: Places
+    kept: Any
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the layer made of the segment, for a memory to write from.
+
+    Attributes:
+        inputs: (rows, segment, dim), the attention's inputs.
+        outputs: (rows, segment, dim), the attention's outputs.
+        attention: the layer's projections.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    attention: ContentAttention
+
+
+class Memory(nn.Module, ABC, Generic[S]):
+    """What one layer carries from segment to segment; the module holds weights only.
+
+    Args:
+        dim: width of the hidden states.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    @abstractmethod
+    def init_state(self, rows: int, *, like: Tensor) -> S:
+        """Return the state of fresh streams: zeros, of the shapes it keeps for good.
+
+        Args:
+            rows: streams in the batch.
+            like: gives device and dtype.
+        """
+
+    @abstractmethod
+    def read(self, state: S, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
+        """Open the memory for a segment.
+
+        Args:
+            state: as left by the previous segment.
+            x: (rows, segment, dim), the attention's inputs.
+            segment: where the tokens stand.
+            attention: the layer's projections.
+        """
+
+    @abstractmethod
+    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[S, Losses]:
+        """Close the memory: return the next state and the auxiliary losses.
+
+        Args:
+            view: what ``read`` returned for the segment.
+            segment: where the tokens stand.
+            trace: what the layer made of it.
+        """

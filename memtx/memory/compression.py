@@ -1,0 +1,160 @@
+"""Functions that turn a block of hidden states into one entry (Compressive Transformer, Rae et al. 2020, section 3.1).
+
+Each is a function of the block alone, so an entry depends on positions and not on how the stream was cut.
+The learned ones begin as mean pooling, the best compression that has nothing to learn.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+
+
+class Compression(nn.Module, ABC):
+    """From ``rate`` hidden states to one.
+
+    Args:
+        dim: width of the hidden states.
+        rate: states in a block.
+    """
+
+    needs_usage = False
+    """Whether ``forward`` is to be given how much attention each state of the block receives."""
+
+    def __init__(self, dim: int, rate: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.rate = rate
+
+    @abstractmethod
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Compress (rows, blocks, rate, dim) to (rows, blocks, dim).
+
+        Args:
+            blocks: hidden states.
+            usage: (rows, blocks, rate), where ``needs_usage``.
+        """
+
+
+class MeanPooling(Compression):
+    """The block's mean."""
+
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Average."""
+        return blocks.mean(dim=2)
+
+
+class MaxPooling(Compression):
+    """The block's greatest value, channel by channel."""
+
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Take the maximum."""
+        return blocks.amax(dim=2)
+
+
+class StridedConvolution(Compression):
+    """A convolution whose kernel and stride are the rate: one linear map of the whole block."""
+
+    def __init__(self, dim: int, rate: int) -> None:
+        super().__init__(dim, rate)
+        self.map = nn.Linear(rate * dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin as mean pooling."""
+        with torch.no_grad():
+            self.map.weight.copy_(torch.eye(self.dim).repeat(1, self.rate) / self.rate)
+            self.map.bias.zero_()
+
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Map the block's states, side by side."""
+        out: Tensor = self.map(blocks.flatten(2))
+        return out
+
+
+class DilatedConvolution(Compression):
+    """Convolutions of dilation 1, 2, 4, ... until all of the block is in reach, added to its mean."""
+
+    def __init__(self, dim: int, rate: int, kernel: int = 3) -> None:
+        super().__init__(dim, rate)
+        # Layer i reaches kernel // 2 * 2^i to each side; together they are to reach the whole block.
+        depth = max(1, math.ceil(math.log2(rate))) if rate > 1 else 1
+        self.layers = nn.ModuleList(
+            nn.Conv1d(dim, dim, kernel, padding=(kernel // 2) * 2**i, dilation=2**i) for i in range(depth)
+        )
+        self.out = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin as mean pooling: what is added to the mean begins at zero."""
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Convolve within each block."""
+        rows, count, rate, dim = blocks.shape
+        x = blocks.reshape(rows * count, rate, dim).transpose(1, 2)
+        for layer in self.layers:
+            x = x + F.gelu(layer(x))
+        out: Tensor = blocks.mean(dim=2) + self.out(x.mean(dim=2).view(rows, count, dim))
+        return out
+
+
+class MostUsed(Compression):
+    """The one state of the block that gets the most attention.
+
+    The paper ranks by attention received so far, which depends on every earlier compression. Here usage is
+    what the layer's own queries of the newest ``rate`` positions give to the block's states as it leaves
+    the window, so that it is a function of positions and all blocks are ranked at once.
+    """
+
+    needs_usage = True
+
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Select the most used state."""
+        assert usage is not None
+        best = usage.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, self.dim)
+        return blocks.gather(2, best).squeeze(2)
+
+
+class LearnedQueries(Compression):
+    """Cross attention from learned queries, one a head, to the block's states.
+
+    Args:
+        dim: width of the hidden states.
+        rate: states in a block.
+        heads: parts of the width that are weighted apart.
+
+    Raises:
+        MemtxError: the heads do not divide the width.
+    """
+
+    def __init__(self, dim: int, rate: int, heads: int = 4) -> None:
+        super().__init__(dim, rate)
+        if dim % heads:
+            raise MemtxError(f"{heads} heads do not divide a width of {dim}.", "Choose a divisor.")
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(heads, dim // heads))
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.place = nn.Parameter(torch.zeros(heads, rate))
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin as mean pooling: queries of zero weigh all states alike, values pass unchanged."""
+        nn.init.zeros_(self.query)
+        nn.init.zeros_(self.place)
+        nn.init.eye_(self.value.weight)
+
+    def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
+        """Attend to each block."""
+        key, value = (part(blocks).unflatten(-1, (self.heads, -1)) for part in (self.key, self.value))
+        score = torch.einsum("rbchd,hd->rbhc", key, self.query.to(key.dtype)) * key.shape[-1] ** -0.5
+        weight = torch.softmax(score + self.place.to(score.dtype), dim=-1)
+        return torch.einsum("rbhc,rbchd->rbhd", weight, value).flatten(2)

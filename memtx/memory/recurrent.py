@@ -1,0 +1,110 @@
+"""The recurrent cache of Transformer-XL (Dai et al. 2019, section 3.2): the newest layer inputs, exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtx.errors import MemtxError
+from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
+from memtx.ops.visibility import Section, Visibility
+from memtx.segment import FAR, Segment
+from memtx.state import state
+
+
+@state
+class RecurrentState:
+    """The cache.
+
+    Attributes:
+        hidden: (rows, places, dim), the newest layer inputs of the row's document, newest last.
+    """
+
+    hidden: Tensor
+
+
+class RecurrentMemory(Memory[RecurrentState]):
+    """Every position sees itself and the ``window - 1`` before it.
+
+    Args:
+        dim: width of the hidden states.
+        window: exact positions seen.
+        same_length: True: every query sees as many positions, so cutting a stream does not matter (the
+            setting Transformer-XL evaluates with). False: what was cached at the beginning of a call is
+            seen by all of it, as Transformer-XL trains, and results depend on how long the calls are.
+
+    Raises:
+        MemtxError: the window is not positive.
+    """
+
+    def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
+        super().__init__(dim)
+        if window < 1:
+            raise MemtxError(f"window is {window}.", "Give at least 1.")
+        self.window = window
+        self.same_length = same_length
+        self.places = window - 1 if same_length else window
+
+    def extra_repr(self) -> str:
+        """Say the settings."""
+        return f"window={self.window}, same_length={self.same_length}"
+
+    def init_state(self, rows: int, *, like: Tensor) -> RecurrentState:
+        """Return an empty cache."""
+        return RecurrentState(like.new_zeros(rows, self.places, self.dim))
+
+    def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
+        """Open [cache | segment]."""
+        hidden = torch.cat([state.hidden.to(x.dtype), x], dim=1)
+        return View(
+            hidden, segment.once((RecurrentMemory, self.window, self.same_length), lambda: self._places(segment)), None
+        )
+
+    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[RecurrentState, Losses]:
+        """Keep the newest."""
+        return RecurrentState(newest(view.hidden, self.places, segment)), {}
+
+    def _places(self, segment: Segment) -> Places:
+        tick, position, end = cached_places(segment, self.places)
+        if self.same_length:
+            expires, span = torch.minimum(tick + self.window, end), self.window
+        else:
+            expires, span = end, None
+        expires = torch.where(position >= 0, expires, -FAR)
+        section = Section(tick.shape[1], -self.places, 1, span)
+        return Places(tick[:1].double(), Visibility(tick, expires, segment.length, (section,)))
+
+
+def cached_places(segment: Segment, places: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tick, position (negative where nothing is cached) and document end of [cache | segment].
+
+    Args:
+        segment: where the call's tokens stand.
+        places: of the cache.
+
+    Returns:
+        three (rows, places + segment) int64.
+    """
+    rows = segment.position.shape[0]
+    tick = torch.arange(-places, segment.length, device=segment.position.device).expand(rows, -1)
+    position = torch.cat([segment.carried[:, None] + tick[:, :places], segment.position], dim=1)
+    end = torch.cat([segment.carried_end[:, None].expand(-1, places), segment.end], dim=1)
+    return tick, position, end
+
+
+def newest(hidden: Tensor, places: int, segment: Segment) -> Tensor:
+    """Return the last ``places`` entries of [cache | segment], zero where another document's stood.
+
+    Args:
+        hidden: (rows, entries, dim).
+        places: of the cache.
+        segment: where the call's tokens stand.
+    """
+
+    def own() -> Tensor:
+        # Of the newest document, next_position tokens have been read; they stand at the end.
+        age = torch.arange(places, 0, -1, device=hidden.device)
+        return (age <= segment.next_position[:, None])[..., None]
+
+    kept = hidden[:, hidden.shape[1] - places :]
+    return kept.masked_fill(~segment.once(("newest", places), own), 0.0)
