@@ -1,1 +1,75 @@
+"""memtx: transformers that read texts of any length, one segment at a time, with a state of fixed size.
 
+Public names are resolved when first used, so that ``import memtx`` costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memtx.data.books import BookDataModule
+    from memtx.errors import MemtxError
+    from memtx.inference.generate import generate
+    from memtx.inference.reader import StreamReader
+    from memtx.layers.feed_forward import FeedForward, SwiGLU
+    from memtx.layers.positions import Alibi, Rotary
+    from memtx.memory.compressed import CompressedMemory
+    from memtx.memory.none import NoMemory
+    from memtx.memory.recurrent import RecurrentMemory
+    from memtx.models.folder import load as from_pretrained
+    from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
+    from memtx.state import MemoryState
+    from memtx.training.language import LanguageModule
+
+__version__ = "0.1.0"
+
+_PLACES = {
+    "Alibi": "memtx.layers.positions:Alibi",
+    "BookDataModule": "memtx.data.books:BookDataModule",
+    "CompressedMemory": "memtx.memory.compressed:CompressedMemory",
+    "FeedForward": "memtx.layers.feed_forward:FeedForward",
+    "LanguageModule": "memtx.training.language:LanguageModule",
+    "MemoryOutput": "memtx.models.memory_transformer:MemoryOutput",
+    "MemoryState": "memtx.state:MemoryState",
+    "MemoryTransformer": "memtx.models.memory_transformer:MemoryTransformer",
+    "MemtxError": "memtx.errors:MemtxError",
+    "NoMemory": "memtx.memory.none:NoMemory",
+    "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
+    "Rotary": "memtx.layers.positions:Rotary",
+    "StreamReader": "memtx.inference.reader:StreamReader",
+    "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
+    "from_pretrained": "memtx.models.folder:load",
+    "generate": "memtx.inference.generate:generate",
+}
+
+__all__ = [
+    "Alibi",
+    "BookDataModule",
+    "CompressedMemory",
+    "FeedForward",
+    "LanguageModule",
+    "MemoryOutput",
+    "MemoryState",
+    "MemoryTransformer",
+    "MemtxError",
+    "NoMemory",
+    "RecurrentMemory",
+    "Rotary",
+    "StreamReader",
+    "SwiGLU",
+    "from_pretrained",
+    "generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'memtx' has no attribute '{name}'")
+    module, _, attribute = _PLACES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

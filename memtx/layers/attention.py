@@ -1,0 +1,114 @@
+"""Attention of a segment over what its memory opened: one fused call over [memory | cache | segment]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+from memtx.layers.positions import Positions
+from memtx.memory.base import Losses, Memory, Trace
+from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.segment import Segment
+
+
+class MemoryAttention(nn.Module):
+    """Queries from the segment; keys and values from all that the memory opens.
+
+    Args:
+        dim: width of the hidden states.
+        heads: query heads.
+        kv_heads: key and value heads; each serves ``heads / kv_heads`` query heads (grouped-query attention,
+            Ainslie et al. 2023).
+        memory: what is carried between segments.
+        positions: how scores learn distances.
+        bias: whether the projections have biases.
+        dropout: of attention weights.
+        backend: of the attention operation.
+
+    Raises:
+        MemtxError: the numbers of heads do not divide as they must.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        memory: Memory[Any],
+        positions: Positions,
+        *,
+        bias: bool = False,
+        dropout: float = 0.0,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor.")
+        if heads % kv_heads:
+            raise MemtxError(f"heads is {heads}, which {kv_heads} kv_heads do not divide.", "Choose a divisor.")
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = dim // heads
+        self.dropout = dropout
+        self.backend: Backend = backend
+        self.memory = memory
+        self.positions = positions
+        self.query = nn.Linear(dim, dim, bias=bias)
+        self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x: Tensor, state: Any, segment: Segment) -> tuple[Tensor, Any, Losses]:
+        """Attend, and hand the memory what it needs to close.
+
+        Args:
+            x: (rows, segment, dim), normed layer inputs.
+            state: of the memory.
+            segment: where the tokens stand.
+
+        Returns:
+            (rows, segment, dim), the next state, and named auxiliary losses.
+        """
+        view = self.memory.read(state, x, segment, self)
+        q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
+        k, v = self.key_value(view.hidden).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(-3)
+        q, k, bias = self.positions(q, k, view.places, segment)
+        attended = segment_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            view.places.visibility,
+            bias=bias,
+            dropout=self.dropout if self.training else 0.0,
+            backend=self.backend,
+        )
+        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        state, losses = self.memory.write(view, segment, Trace(x, out, self))
+        return out, state, losses
+
+    def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
+        """Project to queries, keys or values without positions (see :class:`memtx.memory.base.ContentAttention`)."""
+        layer = self.query if part == "query" else self.key_value
+        weight: Tensor = layer.weight
+        bias: Tensor | None = layer.bias
+        if part != "query":
+            index = 0 if part == "key" else 1
+            weight = weight.chunk(2)[index]
+            bias = bias.chunk(2)[index] if bias is not None else None
+        if frozen:
+            weight = weight.detach()
+            bias = bias.detach() if bias is not None else None
+        out = F.linear(x, weight, bias)
+        out = out.view(*out.shape[:-1], -1, self.head_dim)
+        return out if part == "query" else out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
+
+    def reset_parameters(self, std: float, residual_std: float) -> None:
+        """Draw the projections; the memory's own parameters keep the values it gave them."""
+        with torch.no_grad():
+            for layer, width in ((self.query, std), (self.key_value, std), (self.out, residual_std)):
+                nn.init.normal_(layer.weight, std=width)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)

@@ -1,0 +1,69 @@
+"""The position-wise feed-forward part of a block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SwiGLU(nn.Module):
+    """Gated by a SiLU (GLU variants, Shazeer 2020).
+
+    Args:
+        dim: width of the hidden states.
+        hidden: inner width; by default 8/3 dim, rounded up to a multiple of 64, so that the parameters are
+            about those of the classic one.
+        dropout: on the inner states.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = hidden if hidden is not None else -(-8 * dim // (3 * 64)) * 64
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, segment, dim) to the same shape."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.out(self.dropout(F.silu(gate) * up))
+        return out
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a GELU between (Vaswani et al. 2017, section 3.3; Hendrycks and Gimpel 2016).
+
+    Args:
+        dim: width of the hidden states.
+        hidden: inner width, 4 dim by default.
+        dropout: on the inner states.
+    """
+
+    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        hidden = hidden if hidden is not None else 4 * dim
+        self.up = nn.Linear(dim, hidden)
+        self.out = nn.Linear(hidden, dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (rows, segment, dim) to the same shape."""
+        out: Tensor = self.out(self.dropout(F.gelu(self.up(x))))
+        return out
+
+
+def reset_linear(module: nn.Module, std: float, residual_std: float) -> None:
+    """Draw the weights of a feed-forward part: normal, its last map (named ``out``) narrower.
+
+    Args:
+        module: any module; linear maps within it are drawn, biases zeroed.
+        std: of all maps but the last.
+        residual_std: of the map that adds to the residual stream.
+    """
+    with torch.no_grad():
+        for name, part in module.named_modules():
+            if isinstance(part, nn.Linear):
+                nn.init.normal_(part.weight, std=residual_std if name == "out" else std)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)

@@ -1,0 +1,96 @@
+"""How a score learns the distance between query and key: rotary embedding, or a linear bias.
+
+Both are relative, and both are computed from ticks, which count from the call's first token: small numbers
+however long the stream is. A compressed entry stands at its block's centre.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from memtx.errors import MemtxError
+from memtx.memory.base import Places
+from memtx.ops.attention.bias import Bias
+from memtx.ops.rotary import angles, rotate
+from memtx.segment import Segment
+
+
+class Positions(nn.Module, ABC):
+    """What a layer does with places.
+
+    Args:
+        heads: query heads.
+        head_dim: width of a head.
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.head_dim = head_dim
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+        """Return queries, keys and an additive bias of the scores.
+
+        Args:
+            q: (rows, segment, heads, head_dim).
+            k: (rows, entries, kv_heads, head_dim).
+            places: where the entries stand.
+            segment: where the queries stand.
+        """
+
+
+class Rotary(Positions):
+    """Rotary embedding (RoFormer, Su et al. 2021, section 3.2).
+
+    Args:
+        heads: query heads.
+        head_dim: width of a head, even.
+        base: the slowest rotation's period is about 2 pi times this.
+
+    Raises:
+        MemtxError: the width of a head is odd.
+    """
+
+    def __init__(self, heads: int, head_dim: int, base: float = 10000.0) -> None:
+        super().__init__(heads, head_dim)
+        if head_dim % 2:
+            raise MemtxError(f"Rotary positions need an even width of a head, got {head_dim}.", "Change dim or heads.")
+        self.base = base
+
+    def extra_repr(self) -> str:
+        """Say the base."""
+        return f"base={self.base}"
+
+    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+        """Rotate both by their ticks."""
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        settings = (Rotary, self.head_dim, self.base, dtype)
+
+        def of_keys() -> tuple[Tensor, Tensor]:
+            return angles(places.tick, self.head_dim, self.base, dtype)
+
+        def of_queries() -> tuple[Tensor, Tensor]:
+            tick = torch.arange(segment.length, device=q.device)[None]
+            return angles(tick, self.head_dim, self.base, dtype)
+
+        q = rotate(q, *segment.once(settings, of_queries))
+        return q, rotate(k, *places.visibility.once(settings, of_keys)), None
+
+
+class Alibi(Positions):
+    """A penalty linear in distance, steeper from head to head (ALiBi, Press et al. 2022, section 3)."""
+
+    slopes: Tensor
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads, head_dim)
+        slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+        """Leave both; the bias is shared by all layers of equal places."""
+        return q, k, places.visibility.once((Alibi, self.heads), lambda: Bias(self.slopes, places.tick))

@@ -1,0 +1,143 @@
+"""Models on disk: config.json beside model.safetensors, or the same two inside a training checkpoint."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from memtx import files, specs
+from memtx.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+CHECKPOINT_KEY = "memtx"
+"""Where a training checkpoint keeps what :func:`described` returns."""
+
+CHECKPOINT_PREFIX = "model."
+"""What the names of the model's weights begin with in a training checkpoint."""
+
+
+class Configured(Protocol):
+    """A model that can say how it was made."""
+
+    config: dict[str, Any]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights by name."""
+        ...
+
+
+def described(model: Configured) -> dict[str, Any]:
+    """Return what rebuilds ``model`` without its weights, as numbers, texts, lists and dicts."""
+    return {"format": "memtx.model", "version": FORMAT_VERSION, **model.config}
+
+
+def save(model: Configured, path: str | os.PathLike[str]) -> None:
+    """Write a model into the folder ``path``, weights first, so that a config never stands without them."""
+    weights = dict(model.state_dict())
+    # Tied weights are kept once, under the first of their names.
+    seen: dict[int, str] = {}
+    for name, tensor in list(weights.items()):
+        if seen.setdefault(tensor.data_ptr(), name) != name and tensor.numel():
+            del weights[name]
+    files.save_tensors(Path(path) / WEIGHTS, weights, kind="memtx.model", version=FORMAT_VERSION)
+    files.write_json(Path(path) / CONFIG, described(model))
+
+
+def load(path: str | os.PathLike[str], expected: type[nn.Module] | None = None) -> nn.Module:
+    """Build the model kept at ``path``.
+
+    Args:
+        path: a folder of :func:`save`, or a training checkpoint file.
+        expected: the class it must be of.
+
+    Raises:
+        CheckpointError: missing, damaged, untrusted, or of another class.
+    """
+    place = Path(path)
+    if place.is_dir():
+        if not (place / CONFIG).is_file():
+            raise CheckpointError(f"'{place}' has no {CONFIG}.", "Give a folder written by save_pretrained.")
+        description = files.read_json(place / CONFIG)
+        weights, _ = files.load_tensors(place / WEIGHTS, kind="memtx.model", version=FORMAT_VERSION)
+    else:
+        description, weights = from_checkpoint(read_checkpoint(place), place)
+    return _built(place, description, weights, expected)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a training checkpoint without running anything that stands in it.
+
+    Raises:
+        CheckpointError: missing, damaged, or not such a file.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a pretrained folder or a run's folder.")
+    try:
+        content = torch.load(place, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"'{place}' is not a whole checkpoint ({type(error).__name__}).", "Use another copy, or an earlier one."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"'{place}' holds a {type(content).__name__}, not a checkpoint.", "Give another file.")
+    return content
+
+
+def from_checkpoint(content: dict[str, Any], place: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a checkpoint's description of its model, and the model's weights.
+
+    Raises:
+        CheckpointError: it is not a checkpoint of memtx.
+    """
+    if CHECKPOINT_KEY not in content or "state_dict" not in content:
+        raise CheckpointError(f"'{place}' is a checkpoint of something else.", "Give one that memtx wrote.")
+    weights = {
+        name.removeprefix(CHECKPOINT_PREFIX): tensor
+        for name, tensor in content["state_dict"].items()
+        if name.startswith(CHECKPOINT_PREFIX)
+    }
+    return content[CHECKPOINT_KEY]["model"], weights
+
+
+def _built(place: Path, description: Any, weights: dict[str, Tensor], expected: type[nn.Module] | None) -> nn.Module:
+    if not isinstance(description, dict) or description.get("format") != "memtx.model":
+        raise CheckpointError(f"'{place}' does not describe a memtx model.", "Give one that memtx wrote.")
+    if description.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{place}' has format version {description.get('version')}, this release reads {FORMAT_VERSION}.",
+            "Use the release that wrote it.",
+        )
+    made = specs.built({key: description[key] for key in ("class_path", "init_args")})()
+    if not isinstance(made, nn.Module) or (expected is not None and not isinstance(made, expected)):
+        raise CheckpointError(
+            f"'{place}' holds a {type(made).__name__}, expected {expected.__name__ if expected else 'a model'}.",
+            "memtx.from_pretrained picks the class by itself.",
+        )
+    own = made.state_dict()
+    aliases = {name: [other for other in own if own[other].data_ptr() == own[name].data_ptr()] for name in own}
+    weights = {**{alias: tensor for name, tensor in weights.items() for alias in aliases.get(name, ())}, **weights}
+    wrong = [f"lacks {name}" for name in own if name not in weights]
+    wrong += [f"has {name}, unknown to the model" for name in weights if name not in own]
+    wrong += [
+        f"has {name} of shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"'{place}' {'; '.join(wrong[:5])}.", "It was changed after it was written; take a copy.")
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        made.to(dtypes.pop())
+    made.load_state_dict(weights)
+    return made.eval()

@@ -1,0 +1,264 @@
+"""The memory transformer: a decoder that reads a text segment by segment with a state of fixed size.
+
+A segment's walk: embed -> find where the tokens stand -> every block, each with its own memory -> norm ->
+vocabulary. The module holds weights only; what is carried between segments comes in and goes out as a value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from memtx import specs
+from memtx.errors import MemtxError
+from memtx.layers.attention import MemoryAttention
+from memtx.layers.block import Block
+from memtx.layers.feed_forward import SwiGLU, reset_linear
+from memtx.layers.positions import Positions, Rotary
+from memtx.memory.base import Losses, Memory
+from memtx.memory.compressed import CompressedMemory
+from memtx.models import folder
+from memtx.ops.attention.dispatch import Backend
+from memtx.ops.cross_entropy import IGNORED, chunked_cross_entropy
+from memtx.segment import Segment
+from memtx.state import MemoryState
+
+
+@dataclass(frozen=True)
+class MemoryOutput:
+    """What one call gives.
+
+    Attributes:
+        logits: (rows, segment, vocab); None when labels were given, so that they never exist whole.
+        hidden_states: where asked for, the embedding's output and every layer's, each (rows, segment, dim).
+        state: to be given to the next call.
+        loss: where labels were given, the mean negative log-likelihood of the scored ones (nats; 0 where
+            there is none) plus the auxiliary losses: what to call ``backward`` on.
+        nll: where labels were given, (rows, segment) float32 (float64 in a float64 model), each label's
+            negative log-likelihood in nats, 0 where it is not scored.
+        losses: the memories' auxiliary losses by name, weighted, averaged over layers; only in training.
+    """
+
+    logits: Tensor | None
+    hidden_states: tuple[Tensor, ...] | None
+    state: MemoryState
+    loss: Tensor | None
+    nll: Tensor | None
+    losses: Losses
+
+
+class MemoryTransformer(nn.Module):
+    """A pre-norm decoder with a memory in every layer.
+
+    Args:
+        vocab_size: token ids are 0 .. vocab_size - 1.
+        dim: width of the hidden states.
+        depth: layers.
+        heads: query heads a layer.
+        kv_heads: key and value heads a layer; None for as many as query heads.
+        memories: what layers carry between segments: one entry for all layers alike, or one a layer. Each
+            makes the memory from dim.
+        norm: makes a normalisation from dim; ``torch.nn.LayerNorm`` is the classic choice.
+        feed_forward: makes the position-wise part from dim; ``FeedForward`` is the classic choice.
+        positions: makes what scores learn distances by from (heads, head_dim); ``Alibi`` is the other choice.
+        bias: whether attention's projections have biases.
+        dropout: of embeddings and of what each part adds to the residual stream.
+        attention_dropout: of attention weights (slow: no fused backend has it).
+        tie_embeddings: whether the output projection is the embedding.
+        backend: of the attention operation.
+
+    Raises:
+        MemtxError: a number is out of range or numbers do not divide as they must.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        kv_heads: int | None = None,
+        memories: Sequence[Callable[[int], Memory[Any]]] = (CompressedMemory,),
+        norm: Callable[[int], nn.Module] = nn.RMSNorm,
+        feed_forward: Callable[[int], nn.Module] = SwiGLU,
+        positions: Callable[[int, int], Positions] = Rotary,
+        bias: bool = False,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        tie_embeddings: bool = True,
+        backend: Backend = "auto",
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        super().__init__()
+        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
+            if number < 1:
+                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        if len(memories) not in (1, depth):
+            raise MemtxError(
+                f"There are {len(memories)} memories for {depth} layers.",
+                f"Give one for all of them, or {depth}.",
+            )
+        for name, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if not 0.0 <= share < 1.0:
+                raise MemtxError(f"{name} is {share}.", "Give a probability from 0 up to, not including, 1.")
+        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.depth = depth
+        kv_heads = kv_heads if kv_heads is not None else heads
+        per_layer = list(memories) if len(memories) == depth else list(memories) * depth
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(
+                MemoryAttention(
+                    dim,
+                    heads,
+                    kv_heads,
+                    memory(dim),
+                    positions(heads, dim // heads),
+                    bias=bias,
+                    dropout=attention_dropout,
+                    backend=backend,
+                ),
+                feed_forward(dim),
+                norm(dim),
+                norm(dim),
+                dropout,
+            )
+            for memory in per_layer
+        )
+        self.norm = norm(dim)
+        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.reset_parameters()
+        if tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew (GPT-2's rule: residual maps narrower by the square root of their number)."""
+        std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
+        nn.init.normal_(self.embedding.weight, std=std)
+        nn.init.normal_(self.head.weight, std=std)
+        for block in self._layers():
+            block.attention.reset_parameters(std, residual_std)
+            reset_linear(block.feed_forward, std, residual_std)
+
+    def _layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def init_state(
+        self, rows: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MemoryState:
+        """Return the state of fresh streams.
+
+        Args:
+            rows: streams in the batch.
+            dtype: of what is carried; the weights' by default.
+            device: the weights' by default.
+
+        Raises:
+            MemtxError: rows is not positive.
+        """
+        if rows < 1:
+            raise MemtxError(f"rows is {rows}.", "Give at least 1.")
+        weight = self.embedding.weight
+        like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
+        layers = tuple((block.attention.memory.init_state(rows, like=like),) for block in self._layers())
+        return MemoryState(torch.zeros(rows, dtype=torch.int64, device=like.device), layers)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: MemoryState | None = None,
+        *,
+        starts: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_hidden: bool = False,
+    ) -> MemoryOutput:
+        """Read one segment.
+
+        Args:
+            tokens: (rows, segment) int64.
+            state: what the previous call returned; None for fresh streams.
+            starts: (rows, segment) bool, where a document begins; nothing before it is seen from there on.
+            labels: (rows, segment) int64, the token to be predicted at each place; -100 where none is.
+            return_hidden: whether to return hidden states.
+
+        Raises:
+            MemtxError: shapes do not fit each other.
+        """
+        self._check(tokens, state, starts, labels)
+        state = state if state is not None else self.init_state(tokens.shape[0])
+        segment = Segment.locate(state.position, tokens.shape[1], starts)
+        x = self.dropout(self.embedding(tokens))
+        hidden, layers, named = [x], [], dict[str, list[Tensor]]()
+        for block, (own,) in zip(self._layers(), state.layers, strict=True):
+            x, own, found = block(x, own, segment)
+            layers.append((own,))
+            for name, value in found.items():
+                named.setdefault(name, []).append(value)
+            if return_hidden:
+                hidden.append(x)
+        losses = {name: torch.stack(values).mean() for name, values in named.items()}
+        x = self.norm(x)
+        logits = loss = nll = None
+        if labels is None:
+            logits = self.head(x)
+        else:
+            flat = labels.reshape(-1)
+            nll = chunked_cross_entropy(x.flatten(0, 1), self.head.weight, flat).view_as(labels)
+            loss = nll.sum() / (flat != IGNORED).sum().clamp(min=1) + sum(losses.values())
+        return MemoryOutput(
+            logits,
+            tuple(hidden) if return_hidden else None,
+            MemoryState(segment.next_position, tuple(layers)),
+            loss,
+            nll,
+            losses,
+        )
+
+    def _check(self, tokens: Tensor, state: MemoryState | None, starts: Tensor | None, labels: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise MemtxError(
+                f"tokens is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, segment), segment at least 1.",
+                "Reshape it; one text alone is tokens[None].",
+            )
+        if state is not None and state.rows != tokens.shape[0]:
+            raise MemtxError(
+                f"tokens has {tokens.shape[0]} rows, the state {state.rows}.",
+                "Select or concatenate rows of the state to match.",
+            )
+        for name, given in (("starts", starts), ("labels", labels)):
+            if given is not None and given.shape != tokens.shape:
+                raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
+        if starts is not None and starts.dtype != torch.bool:
+            raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors into the folder ``path``."""
+        folder.save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> MemoryTransformer:
+        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another class.
+        """
+        return cast(MemoryTransformer, folder.load(path, cls))
