@@ -99,13 +99,21 @@ def checksum(path: str | os.PathLike[str]) -> str:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], *, kind: str, version: int, **facts: str
 ) -> None:
-    """Write tensors as one safetensors file whose header names its kind, version and further facts."""
+    """Write tensors as one safetensors file whose header names its kind, version and further facts.
+
+    Raises:
+        MemtxError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     metadata = {"format": "pt", "kind": kind, "version": str(version), **facts}
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(content, str(temporary), metadata=metadata)
+        try:
+            save_file(content, str(temporary), metadata=metadata)
+        except SafetensorError as error:  # its own name for a full disk or a folder that is closed to us
+            raise OSError(str(error)) from error
 
 
 def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tuple[dict[str, Any], dict[str, str]]:

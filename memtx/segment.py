@@ -14,6 +14,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
+from memtx.errors import MemtxError
+
 T = TypeVar("T")
 
 FAR = 1 << 40
@@ -57,12 +59,22 @@ class Segment:
             carried: (rows,) int64, tokens of each row's document read so far.
             length: tokens in the call, at least 1.
             starts: (rows, segment) bool, where a document begins; None for nowhere.
+
+        Raises:
+            MemtxError: no token is given, or ``starts`` is not of this shape and type.
         """
+        if length < 1:
+            raise MemtxError(f"A segment of {length} tokens was given.", "Give at least 1.")
         tick = torch.arange(length, device=carried.device)
         if starts is None:
             open_end = torch.full_like(carried, FAR)
             position = carried[:, None] + tick
             return cls(position, torch.zeros_like(position), open_end[:, None].expand_as(position), carried, open_end)
+        if starts.dtype != torch.bool or starts.shape != (carried.shape[0], length):
+            raise MemtxError(
+                f"starts is {starts.dtype} {tuple(starts.shape)}, expected bool ({carried.shape[0]}, {length}).",
+                "Mark with True the tokens that begin a document.",
+            )
         document = starts.cumsum(1)
         begun = torch.where(starts, tick, -1).cummax(1).values
         position = torch.where(document > 0, tick - begun, carried[:, None] + tick)

@@ -19,6 +19,9 @@ from memtx.errors import CheckpointError, nearest
 TRUSTED = ("memtx", "torch.nn")
 """Packages from which a class path in a file may be imported; others must have been imported already."""
 
+PARTS = ("memory", "layers", "models")
+"""Folders of memtx whose classes and functions may stand in a config."""
+
 
 def _path(part: Any) -> str:
     return f"{part.__module__}.{part.__qualname__}"
@@ -51,6 +54,16 @@ def plain(value: Any) -> Any:
     )
 
 
+def _is_part(found: Any) -> bool:
+    from torch import nn
+
+    if inspect.isclass(found) and issubclass(found, nn.Module):
+        return True
+    # A function or class that memtx defines beside its modules; not what its files merely import.
+    home = str(getattr(found, "__module__", ""))
+    return callable(found) and any(home.startswith(f"memtx.{folder}.") for folder in PARTS)
+
+
 def _imported(class_path: str) -> Any:
     module_name, _, name = class_path.rpartition(".")
     trusted = any(module_name == root or module_name.startswith(root + ".") for root in TRUSTED)
@@ -63,7 +76,14 @@ def _imported(class_path: str) -> Any:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"The config names '{class_path}', which cannot be imported.", str(error)) from error
-    if not callable(found := getattr(module, name, None)):
+    found = getattr(module, name, None)
+    if found is not None and not _is_part(found):
+        # Every module of the standard library counts as imported: os.system is not to be reached from a file.
+        raise CheckpointError(
+            f"The config names '{class_path}', which is neither a torch module nor a part of memtx.",
+            "Do not load this file unless you know who wrote it.",
+        )
+    if found is None:
         raise CheckpointError(
             f"The config names '{class_path}', which does not exist.{nearest(name, dir(module))}",
             "Was it written by another release?",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from memtx import files
-from memtx.errors import CheckpointError
+from memtx.errors import CheckpointError, MemtxError
 
 C = TypeVar("C")
 
@@ -87,17 +87,34 @@ class MemoryState:
             rows: (rows,) bool, True for the rows to reset.
 
         Raises:
-            ValueError: ``rows`` is not a bool tensor of this shape.
+            MemtxError: ``rows`` is not a bool tensor of this shape.
         """
         if rows.dtype != torch.bool or rows.shape != (self.rows,):
-            raise ValueError(
-                f"reset expected a bool tensor of shape ({self.rows},), got {rows.dtype} {tuple(rows.shape)}."
+            raise MemtxError(
+                f"reset got {rows.dtype} {tuple(rows.shape)}, expected a bool tensor of shape ({self.rows},).",
+                "Mark with True the rows to reset.",
             )
         return self.map(lambda leaf: leaf.masked_fill(rows.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
 
     def select(self, rows: Sequence[int] | Tensor) -> MemoryState:
-        """Return the given rows, in the given order (an index may stand twice)."""
-        index = torch.as_tensor(rows, dtype=torch.int64)
+        """Return the given rows, in the given order.
+
+        Args:
+            rows: indices from 0; one may stand twice.
+
+        Raises:
+            MemtxError: a mask was given, or an index is out of range.
+        """
+        index = torch.as_tensor(rows)
+        if index.dtype == torch.bool or index.is_floating_point() or index.dim() != 1:
+            raise MemtxError(
+                f"select got {index.dtype} {tuple(index.shape)}, expected a list of row numbers.",
+                "For a mask, give mask.nonzero().flatten().",
+            )
+        # Numbers on an accelerator are checked by its own kernel: looking at them here would wait for it.
+        if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < self.rows:
+            raise MemtxError(f"select got {index.tolist()} of {self.rows} rows.", f"Give 0 to {self.rows - 1}.")
+        index = index.to(torch.int64)
         return self.map(lambda leaf: leaf.index_select(0, index.to(leaf.device)))
 
     @staticmethod
@@ -105,16 +122,27 @@ class MemoryState:
         """Join the rows of several states of one model.
 
         Raises:
-            ValueError: no state was given, or they are not of one structure.
+            MemtxError: no state was given, or they are not of one model.
         """
         if not states:
-            raise ValueError("concat expected at least one state, got none.")
+            raise MemtxError("concat got no state, expected at least one.")
         flat = [pytree.tree_flatten(one) for one in states]
-        if any(spec != flat[0][1] for _, spec in flat):
-            raise ValueError("concat expected states of one model, got different structures.")
+        shapes = [[(leaf.shape[1:], leaf.dtype) for leaf in leaves] for leaves, _ in flat]
+        if any(spec != flat[0][1] for _, spec in flat) or any(one != shapes[0] for one in shapes):
+            raise MemtxError("concat got states of different structures.", "Join states of one model only.")
         leaves = [torch.cat(parts) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
         joined: MemoryState = pytree.tree_unflatten(leaves, flat[0][1])
         return joined
+
+    def equals(self, other: MemoryState, tolerance: float = 0.0) -> bool:
+        """Return whether two states are of one structure and no number differs by more than ``tolerance``."""
+        mine, theirs = self.tensors(), other.tensors()
+        return mine.keys() == theirs.keys() and all(
+            own.shape == theirs[name].shape
+            and own.dtype == theirs[name].dtype
+            and torch.allclose(own, theirs[name].to(own.device), rtol=0.0, atol=tolerance)
+            for name, own in mine.items()
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> MemoryState:
         """Return the state on a device, its floating-point tensors in a dtype."""

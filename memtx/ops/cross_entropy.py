@@ -36,7 +36,14 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chu
     if hidden.shape[0] <= tokens:
         return _chunk(hidden, weight, labels)
     parts = [
-        checkpoint(_chunk, hidden[i : i + tokens], weight, labels[i : i + tokens], use_reentrant=False)
+        checkpoint(
+            _chunk,
+            hidden[i : i + tokens],
+            weight,
+            labels[i : i + tokens],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
         for i in range(0, hidden.shape[0], tokens)
     ]
     return torch.cat(parts)

@@ -21,7 +21,8 @@ def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     lse = torch.logsumexp(torch.stack([part[1] for part in parts]), dim=0)
     # exp(-inf - -inf) is nan; where nothing was seen every weight is to be zero.
     base = lse.masked_fill(lse == float("-inf"), 0.0)
-    output = parts[0][0] * torch.exp(parts[0][1] - base).unsqueeze(-1).to(parts[0][0].dtype)
+    # In the lse's type, so that half-precision parts are added up in float32 and rounded once.
+    output = parts[0][0] * torch.exp(parts[0][1] - base).unsqueeze(-1)
     for out, own in parts[1:]:
-        output = output + out * torch.exp(own - base).unsqueeze(-1).to(out.dtype)
-    return output, lse
+        output = output + out * torch.exp(own - base).unsqueeze(-1)
+    return output.to(parts[0][0].dtype), lse
