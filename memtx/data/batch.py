@@ -1,0 +1,32 @@
+"""What a loader hands out: tokens, what to predict, where documents begin, and how much raw text that is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a place that is not scored; torch's own default for cross entropy."""
+
+
+class Batch(NamedTuple):
+    """Rows of text that go on where the previous batch of the same stream ended.
+
+    A plain tuple type, because Lightning moves its tensors to the device and refuses frozen dataclasses here.
+
+    Attributes:
+        tokens: (rows, length) int64.
+        labels: (rows, length) int64, the token that follows, also across the batch's end; ``IGNORED`` where the next
+            one begins another document or nothing follows. The begin token is never a label.
+        starts: (rows, length) bool, True where a token begins a document.
+        words: (rows,) int64, whitespace-separated words of raw text that the row's scored labels cover. A document's
+            words are spread evenly over its text tokens and rounded down cumulatively, so sums over a document are exact.
+        bytes: (rows,) int64, UTF-8 bytes of raw text, in the same way.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    starts: Tensor
+    words: Tensor
+    bytes: Tensor
