@@ -65,7 +65,11 @@ def attend(
         def score(value: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return value - slopes[head] * (query - tick[row, key])
 
-    out, lse = _flex(q.is_cuda)(
-        q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1], return_lse=True
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    grouped = q.shape[1] != k.shape[1]
+    aux = AuxRequest(lse=True)
+    out, made = _flex(q.is_cuda)(
+        q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=aux
     )
-    return out, lse
+    return out, made.lse

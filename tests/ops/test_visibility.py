@@ -1,0 +1,60 @@
+"""Lifetimes, and the static bounds that let a backend leave keys out: they never leave out a visible pair."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtx.ops.visibility import Section, Visibility, pairs, ranges, visible
+from tests.ops.attention.drawn import Problem, problems
+
+
+@given(problems(), st.integers(0, 60), st.integers(1, 40))
+@settings(deadline=None, max_examples=60)
+def test_ranges_hold_every_visible_pair(problem: Problem, start: int, length: int) -> None:
+    seen = problem.visibility
+    start = min(start, seen.queries - 1)
+    stop = min(start + length, seen.queries)
+    found = ranges(seen, start, stop)
+    outside = torch.ones(seen.keys, dtype=torch.bool)
+    for low, high in found:
+        assert low < high
+        outside[low:high] = False
+    assert not visible(seen, (start, stop))[..., outside].any()
+
+
+@given(st.integers(0, 30), st.integers(-40, 40), st.integers(1, 6), st.one_of(st.none(), st.integers(0, 50)))
+@settings(deadline=None, max_examples=100)
+def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, stride: int, span: int | None) -> None:
+    """Key i may be born at any tick of [first + i stride, first + (i + 1) stride) and live up to span ticks."""
+    section = Section(keys, first, stride, span)
+    for start, stop in ((0, 1), (0, 16), (16, 23)):
+        possible = [
+            i
+            for i in range(keys)
+            if any(
+                max(born, start) < min(stop, born + span if span is not None else stop)
+                for born in range(first + i * stride, first + (i + 1) * stride)
+            )
+        ]
+        low, high = section.seen(start, stop)
+        assert set(possible) <= set(range(low, high))
+        if possible and span:
+            # One key more at either end may be let in by rounding, no more.
+            assert len(possible) <= high - low <= len(possible) + 2
+
+
+@given(problems())
+@settings(deadline=None, max_examples=30)
+def test_pairs_count_what_is_visible(problem: Problem) -> None:
+    assert torch.equal(pairs(problem.visibility), visible(problem.visibility).sum((1, 2)))
+
+
+def test_blocks_of_the_mask_are_the_mask() -> None:
+    tick = torch.arange(-3, 9)[None]
+    seen = Visibility(tick, tick + 4, 9, (Section(12, -3, 1, 4),))
+    whole = visible(seen)
+    assert whole.shape == (1, 9, 12)
+    assert torch.equal(visible(seen, (2, 7), (4, 10)), whole[:, 2:7, 4:10])
+    assert [int(row.sum()) for row in whole[0]] == [4] * 9
