@@ -20,8 +20,9 @@ class Batch(NamedTuple):
         labels: (rows, length) int64, the token that follows, also across the batch's end; ``IGNORED`` where the next
             one begins another document or nothing follows. The begin token is never a label.
         starts: (rows, length) bool, True where a token begins a document.
-        words: (rows,) int64, whitespace-separated words of raw text that the row's scored labels cover. A document's
-            words are spread evenly over its text tokens and rounded down cumulatively, so sums over a document are exact.
+        words: (rows,) int64, whitespace-separated words of raw text that the row's scored labels cover. A
+            document's words are spread evenly over its text tokens and rounded down cumulatively, so that sums over
+            a whole document are exact.
         bytes: (rows,) int64, UTF-8 bytes of raw text, in the same way.
     """
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -23,7 +24,7 @@ def test_pieces_do_not_depend_on_how_the_text_arrives(text: str, cuts: list[int]
     splitter = Splitter()
     places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
     pieces: list[str] = []
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in itertools.pairwise(places):
         pieces += splitter.feed(text[begin:end])
         assert len(splitter.pending) <= HARD
     pieces += splitter.finish()
