@@ -1,0 +1,155 @@
+"""What every command shares: mistakes become one line and exit code 2, and the nearest valid name is offered."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import traceback as tracebacks
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+from memtx.errors import MemtxError, nearest
+
+MISTAKE = 2
+INTERRUPTED = 130
+CLOSED_PIPE = 141
+"""128 + SIGPIPE, what a shell reports where `| head` has seen enough."""
+
+LONGEST_MESSAGE = 400
+
+
+def _path_mistake(error: OSError) -> str:
+    reason = {
+        FileNotFoundError: "does not exist",
+        PermissionError: "may not be opened (permission denied)",
+        IsADirectoryError: "is a folder, expected a file",
+        NotADirectoryError: "leads through a file, expected a folder there",
+    }.get(type(error), error.strerror or "could not be used")
+    return f"'{error.filename}' {reason}. Check the path."
+
+
+def complain(message: str) -> None:
+    """Write one ``memtx: error: ...`` line on stderr, line breaks in the message made spaces."""
+    sys.stderr.write(f"memtx: error: {' '.join(message.split())}\n")
+
+
+def run(function: Callable[[], int | None], *, traceback: bool = False) -> int:
+    """Call a command's body and turn a user's mistake into one line on stderr.
+
+    Args:
+        function: the body; returns its exit code, or None for 0.
+        traceback: show where a mistake was raised as well.
+
+    Returns:
+        The exit code: the body's, 2 for a mistake, 130 for Ctrl-C, 141 for a closed output.
+    """
+    try:
+        code = function() or 0
+        # A closed pipe may show only when the buffer is written out: here it can still be answered.
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as error:
+        said = str(error)
+        sys.stderr.write(f"\nmemtx: interrupted{': ' + said if said else ''}\n")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; that must not fail as well.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+    except MemtxError as error:
+        if traceback:
+            tracebacks.print_exc()
+        complain(str(error))
+        return MISTAKE
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        if error.filename is None:  # Not of a path that someone gave.
+            raise
+        if traceback:
+            tracebacks.print_exc()
+        complain(_path_mistake(error))
+        return MISTAKE
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with the nearest option where a name is mistyped."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        # An abbreviation that works today is an ambiguity after the next option.
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        self.add_argument("--traceback", action="store_true", help="show where in the program a mistake was noticed")
+
+    def error(self, message: str) -> NoReturn:
+        """Write one line on stderr and exit with code 2."""
+        options = [name for action in self._actions for name in action.option_strings]
+        sys.stderr.write(f"{self.prog}: error: {short_message(message, options)}\n")
+        raise SystemExit(MISTAKE)
+
+
+# The unknown name in argparse's and jsonargparse's messages.
+_UNKNOWN = (
+    re.compile(r"[Uu]nrecognized arguments:\s+(--[^\s=]+)"),
+    re.compile(r"[Oo]ption '([^']+)' is not accepted"),
+    re.compile(r"[Kk]ey '([^']+)' is not expected"),
+    re.compile(r"[Nn]ot a valid (?:key|subclass|choice)[^'\"]*['\"]([^'\"]+)['\"]"),
+    re.compile(r"No action for key [\"']([^\"']+)[\"']"),
+)
+# Lines that only repeat what was tried; the reason stands elsewhere.
+_NOISE = re.compile(
+    r"^(Does not validate against any of the Union|Subtypes:|Errors:|Given value type:|Given value:|usage:|tip:)"
+)
+
+
+def _unknown(message: str) -> str:
+    for pattern in _UNKNOWN:
+        if found := pattern.search(message):
+            return found[1].split("=")[0]
+    return ""
+
+
+def _offer(name: str, known: Iterable[str]) -> str:
+    """Return the hint for the nearest key: the whole dotted name first, then its last part."""
+    keys = list(known)
+    if hint := nearest(name, keys):
+        return hint
+    dashes = "--" if name.startswith("--") else ""
+    last = name.lstrip("-").rpartition(".")[2]
+    by_last = {key.lstrip("-").rpartition(".")[2]: key for key in keys}
+    close = nearest(last, by_last)
+    if found := re.search(r"'([^']+)'", close):
+        key = by_last[found[1]]
+        return f" Did you mean '{key if not dashes or key.startswith('--') else dashes + key}'?"
+    return ""
+
+
+def short_message(message: str, known_keys: Iterable[str]) -> str:
+    """Make one line of a parser's message and offer the nearest key to a mistyped one.
+
+    Args:
+        message: what argparse or jsonargparse wrote, of any number of lines.
+        known_keys: the keys or options that are valid here.
+
+    Returns:
+        One line of at most about 400 characters: where (the first line, if it names the part) and why (the
+        line that names an unknown key, else the last line that says something).
+    """
+    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
+    lines = [line for line in lines if line and not _NOISE.match(line)]
+    if not lines:
+        return "the arguments could not be understood"
+    name = _unknown(message)
+    reasons = [line for line in lines if name and name in line and _unknown(line)]
+    reason = reasons[-1] if reasons else lines[-1]
+    text = reason if reason == lines[0] or lines[0] in reason else f"{lines[0].rstrip(':')}: {reason}"
+    if len(text) > LONGEST_MESSAGE:
+        text = text[: LONGEST_MESSAGE // 2] + " ... " + text[-LONGEST_MESSAGE // 2 :]
+    hint = _offer(name, known_keys) if name and "Did you mean" not in text else ""
+    return f"{text.rstrip()}{'.' if hint and not text.rstrip().endswith('.') else ''}{hint}"

@@ -1,0 +1,95 @@
+"""The program ``memtx`` (also installed as ``lightning``): finds the command, then imports it.
+
+Only ``sys`` is imported up here: torch takes seconds to load, and ``--help`` or a mistyped command should not
+wait for it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "fit": ("memtx.cli.fit:main", "train a model, from the start or from a checkpoint"),
+    "validate": ("memtx.cli.fit:main", "measure a checkpoint on the validation texts"),
+    "test": ("memtx.cli.fit:main", "measure a checkpoint on the test texts"),
+    "predict": ("memtx.cli.fit:main", "run a checkpoint over the prediction texts"),
+    "read": ("memtx.cli.read:main", "read a book of any length and report how surprising it was"),
+    "generate": ("memtx.cli.generate:main", "continue a prompt, or a book that was read"),
+}
+"""Command -> (module:function, one-line help). A function takes argv and returns the exit code."""
+
+WHOLE_ARGV = "memtx.cli.fit:main"
+"""LightningCLI parses the subcommand itself, so its function gets it too."""
+
+
+def _program(path: str) -> str:
+    name = path.replace("\\", "/").rpartition("/")[2]
+    return "memtx" if name in {"", "__main__.py", "-c"} else name.removesuffix(".exe")
+
+
+def _help(program: str) -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {program} COMMAND [arguments]",
+            "",
+            "Train memory-augmented recurrent transformers, and read texts of any length with them.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"`{program} COMMAND --help` explains one; `{program} --version` says which release this is.",
+            "",
+        ]
+    )
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("memtx")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments after the program's name; None for those of this process.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake in what was given, 130 interrupted.
+    """
+    program = _program(sys.argv[0])
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments:
+        sys.stderr.write(_help(program))
+        return 2
+    name = arguments[0]
+    if name in {"-h", "--help", "help"}:
+        sys.stdout.write(_help(program))
+        return 0
+    if name in {"-V", "--version"}:
+        sys.stdout.write(f"memtx {_version()}\n")
+        return 0
+    if name not in COMMANDS:
+        from memtx.errors import nearest
+
+        hint = nearest(name, COMMANDS) or f" `{program} --help` lists the commands."
+        sys.stderr.write(f"{program}: error: '{name}' is not a command.{hint}\n")
+        return 2
+    target = COMMANDS[name][0]
+    module, _, function = target.partition(":")
+    try:
+        from importlib import import_module
+
+        command = getattr(import_module(module), function)
+        code: int = command(arguments if target == WHOLE_ARGV else arguments[1:])
+    except KeyboardInterrupt:
+        # While torch was being imported: a command handles its own.
+        sys.stderr.write(f"\n{program}: interrupted\n")
+        return 130
+    return code

@@ -1,0 +1,392 @@
+"""``memtx read``: read a book of any length at constant memory and report how surprising it was."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from memtx.cli.common import Parser, run
+from memtx.errors import CheckpointError, DataError, MemtxError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from memtx.inference.reader import SegmentResult, StreamReader
+
+CHUNK = 1 << 16
+"""Bytes read at a time."""
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def _parser() -> Parser:
+    parser = Parser("memtx read", "Read a book of any length at constant memory and report how surprising it was.")
+    parser.add_argument("book", help="a UTF-8 text file, or - for standard input")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
+    )
+    parser.add_argument("--segment", type=int, default=512, help="tokens read at once")
+    parser.add_argument("--every", type=int, default=10_000, help="tokens between two lines of the report; 0 for none")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
+    parser.add_argument("--plot", metavar="PNG", help="draw surprise along the book and loss by position")
+    parser.add_argument(
+        "--session", metavar="FILE", help="go on from this file if it exists, and save there where reading ended"
+    )
+    add_device(parser)
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the options for where and how precisely to compute."""
+    parser.add_argument("--device", default="cpu", help="where to compute, such as cpu, cuda or cuda:1")
+    parser.add_argument("--dtype", choices=DTYPES, help="precision of weights and state; the checkpoint's by default")
+
+
+def open_reader(checkpoint: str, segment: int, device: str, dtype: str | None) -> StreamReader:
+    """Load a checkpoint and return a reader at the beginning of a text.
+
+    Raises:
+        MemtxError: the checkpoint cannot be used, or there is no such device.
+    """
+    if segment < 1:
+        raise MemtxError(f"--segment is {segment}, expected at least 1.")
+    import torch
+
+    from memtx.inference.loading import load
+    from memtx.inference.reader import StreamReader
+
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise MemtxError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", "Try cpu.") from error
+    model, tokenizer = load(checkpoint)
+    model.to(device=place, dtype=getattr(torch, dtype) if dtype else None)
+    return StreamReader(model, tokenizer, segment)
+
+
+class _Report:
+    """The lines printed while reading: one every so many tokens, one a chapter, and the sums for the plot."""
+
+    def __init__(self, every: int, quiet: bool, console: Progress | None) -> None:
+        from memtx.inference.chapters import Chapters, Section
+        from memtx.inference.curve import Curve, PositionCurve
+
+        self.every = every
+        self.quiet = quiet
+        self.console = console
+        self.along = Curve()
+        self.by_position = PositionCurve()
+        self.chapters = Chapters()
+        self.stretch = Section()
+        self.headed = False
+
+    def add(self, result: SegmentResult) -> None:
+        self.along.add(result.nll)
+        self.by_position.add(result.nll)
+        for chapter in self.chapters.feed(result):
+            self._line(chapter.title or "(before the first chapter)", chapter)
+        if not self.every:
+            return
+        from memtx.inference.chapters import Section
+
+        for offset, (part, nll) in enumerate(zip(result.token_bytes, result.nll.tolist(), strict=True)):
+            self.stretch = self.stretch.with_token(len(part), nll)
+            if self.stretch.tokens == self.every:
+                self._line(f"tokens {self.stretch.start:,}-{self.stretch.start + self.every:,}", self.stretch)
+                self.stretch = Section(start=result.start + offset + 1)
+
+    def finish(self) -> None:
+        last = self.chapters.finish()
+        if last.title:
+            self._line(last.title, last)
+
+    def _line(self, title: str, section: Any) -> None:
+        if self.quiet:
+            return
+        head = "" if self.headed else f"{'part':<44}  {'tokens':>10}  {'bits/byte':>9}  {'nats/token':>10}\n"
+        self.headed = True
+        title = title if len(title) <= 44 else title[:43] + "…"
+        text = (
+            f"{head}{title:<44}  {section.tokens:>10,}  {section.bits_per_byte:>9.3f}  "
+            f"{section.nll / max(1, section.tokens):>10.3f}\n"
+        )
+        if self.console is not None and sys.stdout.isatty():
+            # Through the progress bar, which would otherwise be drawn over it.
+            self.console.console.print(text, end="", markup=False, highlight=False)
+        else:
+            sys.stdout.write(text)
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "chapters": self.chapters.position(),
+            "stretch": vars(self.stretch) | {},
+            "width": self.along.width,
+            "counts": [self.along.count, self.by_position.count],
+        }
+
+    def tensors(self) -> dict[str, Any]:
+        import torch
+
+        return {
+            "along": torch.from_numpy(self.along.sums),
+            "by_position": torch.from_numpy(self.by_position.sums),
+        }
+
+    def restore(self, position: dict[str, Any], tensors: dict[str, Any]) -> None:
+        from memtx.inference.chapters import Section
+
+        self.chapters.restore(position["chapters"])
+        self.stretch = Section(**position["stretch"])
+        self.along.width = int(position["width"])
+        self.along.count, self.by_position.count = map(int, position["counts"])
+        self.along.sums = tensors["along"].numpy().copy()
+        self.by_position.sums = tensors["by_position"].numpy().copy()
+
+
+class _Book:
+    """The book's bytes, and a digest of those taken, by which a session knows its book again."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.size: int | None = None
+        self.taken = 0
+        self.digest = hashlib.sha256()
+        self._handle: IO[bytes] | None = None
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        if self.name == "-":
+            self._handle = sys.stdin.buffer
+            return
+        self._handle = stack.enter_context(open(self.name, "rb"))
+        if Path(self.name).is_file():
+            self.size = os.fstat(self._handle.fileno()).st_size
+            if not self.size:
+                raise self.empty()
+
+    def empty(self) -> DataError:
+        name = "Standard input" if self.name == "-" else f"'{self.name}'"
+        return DataError(f"{name} is empty.", "Give a text.")
+
+    def chunks(self, limit: int | None = None) -> Iterator[bytes]:
+        """Yield the bytes that follow, at most ``limit``; a chunk counts as taken once the next is asked for."""
+        assert self._handle is not None
+        left = limit
+        while chunk := self._handle.read(CHUNK if left is None else min(CHUNK, left)):
+            yield chunk
+            self.taken += len(chunk)
+            self.digest.update(chunk)
+            left = None if left is None else left - len(chunk)
+
+    def skip(self, count: int, digest: str, session: str) -> None:
+        """Pass over what a session has read.
+
+        Raises:
+            DataError: the book begins otherwise.
+        """
+        for _ in self.chunks(count):
+            pass
+        if self.taken != count or self.digest.hexdigest() != digest:
+            raise DataError(
+                f"'{session}' is a session of another text: it has read {count} bytes that '{self.name}' does not "
+                "begin with.",
+                "Give that text, or another session file.",
+            )
+
+
+@contextlib.contextmanager
+def _held_interrupt() -> Iterator[list[int]]:
+    """Collect Ctrl-C instead of raising: a segment is read whole or not at all, so that a session can be saved."""
+    asked: list[int] = []
+
+    def ask(number: int, _: object) -> None:
+        if asked:  # Asked twice: at once.
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        before = signal.signal(signal.SIGINT, ask)
+    except ValueError:  # Not the main thread: signals are someone else's.
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _bar(quiet: bool) -> Progress | None:
+    if quiet or not sys.stderr.isatty():
+        return None
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    return Progress(
+        TextColumn("reading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[rate]:>7,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def peak_memory(device: Any) -> int:
+    """Return the most bytes this process has held: on the device if it has its own memory, else resident."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes on Linux, bytes on macOS.
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _read(arguments: argparse.Namespace) -> int:
+    if arguments.every < 0:
+        raise MemtxError(f"--every is {arguments.every}, expected at least 0 (0 for no lines).")
+    for option in ("plot", "session"):
+        target = getattr(arguments, option)
+        if target and not Path(target).absolute().parent.is_dir():
+            raise MemtxError(f"--{option} {target}: the folder does not exist.", "Make it first.")
+        if target and Path(target).is_dir():
+            raise MemtxError(f"--{option} {target} is a folder, expected a file.")
+    with contextlib.ExitStack() as stack:
+        book = _Book(arguments.book)
+        book.open(stack)  # Before the model is loaded: a mistyped name should not cost seconds.
+        reader = open_reader(arguments.checkpoint, arguments.segment, arguments.device, arguments.dtype)
+        bar = _bar(arguments.json and not sys.stderr.isatty())
+        report = _Report(arguments.every, arguments.json, bar)
+        if arguments.session and Path(arguments.session).exists():
+            _resume(arguments.session, reader, report, book)
+        asked = stack.enter_context(_held_interrupt())
+        if bar is not None:
+            stack.enter_context(bar)
+        seconds, read = _pass(book, reader, report, bar, asked)
+        if arguments.session:
+            # Before the end is read out: the text may go on, in this file or in what is generated.
+            _save(arguments.session, reader, report, book)
+        if asked:
+            raise KeyboardInterrupt(
+                f"saved in '{arguments.session}' after {book.taken:,} bytes; the same command goes on from there"
+                if arguments.session
+                else "nothing was saved (--session FILE would have)"
+            )
+        if not reader.totals.bytes and not reader.snapshot().waiting_bytes:
+            raise book.empty()
+        started = time.perf_counter()
+        before = reader.totals.tokens
+        with _named(book.name):
+            for result in reader.finish():
+                report.add(result)
+        seconds += time.perf_counter() - started
+        read += reader.totals.tokens - before
+    report.finish()
+    _print(arguments, reader, read / seconds if seconds else 0.0)
+    if arguments.plot:
+        from memtx.plots import surprise
+
+        title = Path(arguments.book).stem if arguments.book != "-" else "standard input"
+        surprise(arguments.plot, report.along.points(), report.by_position.points(), title=title)
+    return 0
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Name the book in what its text's decoder found wrong."""
+    try:
+        yield
+    except DataError as error:
+        source = "standard input" if name == "-" else f"'{name}'"
+        raise DataError(f"{source}: {error.what}", error.cure) from error
+
+
+def _pass(
+    book: _Book, reader: StreamReader, report: _Report, bar: Progress | None, asked: list[int]
+) -> tuple[float, int]:
+    """Read the book up to its end or Ctrl-C; return the seconds it took and the tokens read."""
+    task = bar.add_task("", total=book.size, completed=book.taken, rate=0.0) if bar is not None else None
+    started, first = time.perf_counter(), reader.totals.tokens
+    with _named(book.name):
+        for chunk in book.chunks():
+            for result in reader.feed(chunk):
+                report.add(result)
+                if bar is not None and task is not None:
+                    rate = (result.end - first) / max(time.perf_counter() - started, 1e-9)
+                    bar.update(task, completed=reader.totals.bytes, rate=rate)
+            if asked:
+                # The chunk was read whole; close counts it as taken.
+                book.taken += len(chunk)
+                book.digest.update(chunk)
+                break
+    return time.perf_counter() - started, reader.totals.tokens - first
+
+
+def _save(path: str, reader: StreamReader, report: _Report, book: _Book) -> None:
+    from memtx.inference.session import save_session
+
+    facts = {"taken": book.taken, "digest": book.digest.hexdigest(), "report": report.position()}
+    save_session(path, reader, facts=facts, extras=report.tensors())
+
+
+def _resume(path: str, reader: StreamReader, report: _Report, book: _Book) -> None:
+    from memtx.inference.session import load_session
+
+    facts, extras = load_session(path, reader)
+    try:
+        taken, digest = int(facts["taken"]), str(facts["digest"])
+        report.restore(facts["report"], extras)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is a session of something other than memtx read.", "Give another.") from error
+    book.skip(taken, digest, path)
+
+
+def _print(arguments: argparse.Namespace, reader: StreamReader, rate: float) -> None:
+    totals, state_bytes, peak = reader.totals, reader.state.nbytes, peak_memory(reader.device)
+    if arguments.json:
+        measured = {
+            "nll": totals.nll,
+            # Infinity is not JSON.
+            "bits_per_byte": _finite(totals.bits_per_byte),
+            "word_perplexity": _finite(totals.word_perplexity),
+            "tokens": totals.tokens,
+            "words": totals.words,
+            "bytes": totals.bytes,
+            "tokens_per_second": rate,
+            "state_bytes": state_bytes,
+            "peak_memory_bytes": peak,
+        }
+        sys.stdout.write(json.dumps(measured) + "\n")
+        return
+    perplexity = totals.word_perplexity
+    sys.stdout.write(
+        f"whole: {totals.tokens:,} tokens, {totals.words:,} words, {totals.bytes:,} bytes\n"
+        f"  bits per byte      {totals.bits_per_byte:.4f}\n"
+        f"  word perplexity    {f'{perplexity:,.2f}' if math.isfinite(perplexity) else 'too large for a float'}\n"
+        f"  nats               {totals.nll:,.1f} ({totals.nll / max(1, totals.tokens):.4f} per token)\n"
+        f"  speed              {rate:,.0f} tokens/s\n"
+        f"  state              {state_bytes / 2**20:.2f} MiB, peak memory {peak / 2**20:,.0f} MiB\n"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Run ``memtx read`` with its arguments and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    return run(lambda: _read(arguments), traceback=arguments.traceback)

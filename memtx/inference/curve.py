@@ -1,0 +1,75 @@
+"""Where a book was surprising, in constant memory: along the book, and by distance from its beginning."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+BINS = 1024
+PER_OCTAVE = 4
+
+Floats = NDArray[np.float64]
+
+
+class Curve:
+    """Mean surprise over at most ``bins`` equal stretches of a stream of any length.
+
+    A stretch begins as one token; when all are full, neighbours are joined and the stretches are twice as long.
+    So it is exact sums throughout, and its memory is fixed.
+
+    Attributes:
+        width: tokens a stretch.
+        count: tokens counted.
+    """
+
+    def __init__(self, bins: int = BINS) -> None:
+        if bins < 2 or bins % 2:
+            raise ValueError(f"bins is {bins}, expected an even number of at least 2.")
+        self.sums = np.zeros((2, bins))
+        self.width = 1
+        self.count = 0
+
+    def add(self, nll: NDArray[np.float32]) -> None:
+        """Count the next tokens' surprise, (n,) in nats."""
+        bins = self.sums.shape[1]
+        values = nll.astype(np.float64)
+        while len(values):
+            if self.count == bins * self.width:
+                joined = self.sums.reshape(2, bins // 2, 2).sum(axis=2)
+                self.sums = np.concatenate([joined, np.zeros_like(joined)], axis=1)
+                self.width *= 2
+            now, values = np.split(values, [min(len(values), bins * self.width - self.count)])
+            place = (self.count + np.arange(len(now))) // self.width
+            for row, weights in enumerate((np.ones_like(now), now)):
+                self.sums[row] += np.bincount(place, weights=weights, minlength=bins)
+            self.count += len(now)
+
+    def points(self) -> tuple[Floats, Floats]:
+        """Return the middle of each stretch (in tokens) and its mean surprise (nats), (n,) each."""
+        middle = (np.arange(self.sums.shape[1], dtype=np.float64) + 0.5) * self.width
+        full = self.sums[0] > 0
+        return middle[full], self.sums[1][full] / self.sums[0][full]
+
+
+class PositionCurve:
+    """Mean surprise by position in the text, in stretches of equal length on a logarithmic axis."""
+
+    def __init__(self) -> None:
+        self.sums = np.zeros((3, 64 * PER_OCTAVE))
+        self.count = 0
+
+    def add(self, nll: NDArray[np.float32]) -> None:
+        """Count the next tokens' surprise, (n,) in nats."""
+        values = nll.astype(np.float64)
+        place = np.floor(np.log2(self.count + 1.0 + np.arange(len(values))) * PER_OCTAVE).astype(np.int64)
+        for row, weights in enumerate((np.ones_like(values), values, values * values)):
+            self.sums[row] += np.bincount(place, weights=weights, minlength=self.sums.shape[1])
+        self.count += len(values)
+
+    def points(self) -> tuple[Floats, Floats, Floats]:
+        """Return each stretch's position (counted from 1), mean surprise and its standard error, (n,) each."""
+        full = self.sums[0] > 0
+        count, total, squares = self.sums[:, full]
+        mean = total / count
+        middle = 2 ** ((np.arange(len(full), dtype=np.float64) + 0.5) / PER_OCTAVE)
+        return middle[full], mean, np.sqrt(np.maximum(squares / count - mean**2, 0) / count)

@@ -1,0 +1,96 @@
+"""A model and its tokenizer from wherever they were kept: a checkpoint, a run's folder, a pretrained folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from memtx import files
+from memtx.data.tokenizers import Tokenizer, tokenizer_from_json
+from memtx.errors import CheckpointError
+from memtx.models import folder
+from memtx.models.memory_transformer import MemoryTransformer
+
+TOKENIZER = "tokenizer.json"
+DATA_KEY = "BookDataModule"
+"""Where a training checkpoint keeps the data module's part, with the tokenizer as JSON text."""
+
+
+def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
+    """Return the model (in eval mode, on the CPU) and the tokenizer kept at ``path``.
+
+    Args:
+        path: a training checkpoint (``.ckpt``); a run's folder, of which the best checkpoint is taken, else the
+            newest; or a pretrained folder with config.json, model.safetensors and tokenizer.json.
+
+    Raises:
+        CheckpointError: missing, damaged, of something else, or without a tokenizer.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
+    if place.is_dir() and not (place / folder.CONFIG).is_file():
+        place = chosen_checkpoint(place)
+    if place.is_dir():
+        if not (place / TOKENIZER).is_file():
+            raise CheckpointError(f"'{place}' has no {TOKENIZER}.", "Put the tokenizer it was trained with beside it.")
+        model = MemoryTransformer.from_pretrained(place)
+        text = (place / TOKENIZER).read_bytes().decode("utf-8", "replace")
+    else:
+        model = MemoryTransformer.from_pretrained(place)
+        text = _tokenizer_text(place)
+    tokenizer = _tokenizer(text, place)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"'{place}' has a tokenizer of {tokenizer.vocab_size} tokens and a model of {model.vocab_size}.",
+            "They do not belong together; take the tokenizer it was trained with.",
+        )
+    return model.eval(), tokenizer
+
+
+def chosen_checkpoint(run: Path) -> Path:
+    """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint.
+    """
+    checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    best = checkpoints / "best.json"
+    if best.is_file():
+        content = files.read_json(best)
+        named = content.get("path") if isinstance(content, dict) else None
+        if isinstance(named, str):
+            # A run's folder may have been moved: its own file of that name comes first.
+            for candidate in (checkpoints / Path(named).name, checkpoints / named, run / named):
+                if candidate.is_file():
+                    return candidate
+    found = sorted(checkpoints.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    if not found:
+        raise CheckpointError(
+            f"'{run}' holds no checkpoint and no {folder.CONFIG}.",
+            "Give a checkpoint, a run's folder (with checkpoints/*.ckpt) or a pretrained folder.",
+        )
+    return found[-1]
+
+
+def _tokenizer_text(place: Path) -> str:
+    # The model was loaded from it, so it is whole; mapped, only what is looked at is read a second time.
+    content = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    part = content.get(DATA_KEY)
+    text = part.get("tokenizer") if isinstance(part, Mapping) else None
+    if not isinstance(text, str):
+        raise CheckpointError(
+            f"'{place}' has no tokenizer in it.", "Give a checkpoint of a run on texts, or a pretrained folder."
+        )
+    return text
+
+
+def _tokenizer(text: str, place: Path) -> Tokenizer:
+    try:
+        return tokenizer_from_json(text)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{place}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error

@@ -1,0 +1,263 @@
+"""Arrays -> PNG: surprise along a book, loss curves, comparisons with seeds and spread.
+
+matplotlib's Figure is used directly, never pyplot: no window, no global state, safe in threads.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullLocator
+from numpy.typing import ArrayLike, NDArray
+
+from memtx import files
+from memtx.errors import MemtxError
+
+INK = "#1f2933"
+QUIET = "#7b8794"
+GRID = "#e4e7eb"
+BLUE = "#2b6cb0"
+ORANGE = "#c05621"
+COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#c53030")
+DPI = 150
+
+Floats = NDArray[np.float64]
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _dress(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
+    axes.set_xlabel(x, fontsize=9, color=QUIET)
+    axes.set_ylabel(y, fontsize=9, color=QUIET)
+    axes.tick_params(labelsize=8, colors=QUIET, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _count(value: float, _: object = None) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    with files.atomic_open(path) as handle:
+        handle.write(content.getvalue())
+
+
+def _columns(**columns: ArrayLike) -> list[Floats]:
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns.values()]
+    sizes = {array.shape for array in arrays}
+    if len(sizes) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
+        given = ", ".join(f"{name} {array.shape}" for name, array in zip(columns, arrays, strict=True))
+        raise MemtxError(f"A plot needs columns of one length of at least 1, got {given}.")
+    return arrays
+
+
+def smoothed(values: ArrayLike, reach: int) -> Floats:
+    """Return the mean over up to ``2 * reach + 1`` neighbours, fewer at the ends (no padding is made up).
+
+    Args:
+        values: (n,).
+        reach: neighbours on each side; 0 changes nothing.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    sums = np.concatenate([[0.0], array.cumsum()])
+    place = np.arange(len(array))
+    first, last = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(array))
+    averaged: Floats = (sums[last] - sums[first]) / (last - first)
+    return averaged
+
+
+def _surprise(axes: Any, along: tuple[ArrayLike, ArrayLike]) -> None:
+    position, mean = _columns(position=along[0], mean=along[1])
+    reach = max(1, len(mean) // 60)
+    line = smoothed(mean, reach)
+    # The range of the stretches around: their means' spread, not the single tokens', which would hide the line.
+    spread = np.sqrt(np.maximum(smoothed(mean**2, reach) - line**2, 0))
+    axes.fill_between(position, line - spread, line + spread, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(position, line, color=BLUE, linewidth=1.8, solid_capstyle="round")
+    average = float(np.average(mean))
+    axes.axhline(average, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.annotate(
+        f"mean {average:.2f}",
+        (1, average),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color=QUIET,
+    )
+    low, high = np.percentile(line - spread, 1), np.percentile(line + spread, 99)
+    margin = 0.12 * max(high - low, 0.1)
+    axes.set_ylim(max(0.0, low - margin), high + margin)
+    axes.set_xlim(0, position[-1] + position[0])
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+
+
+def _by_position(axes: Any, positions: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
+    position, mean, error = _columns(position=positions[0], mean=positions[1], error=positions[2])
+    axes.errorbar(
+        position,
+        mean,
+        np.where(np.isfinite(error), error, 0.0),
+        color=ORANGE,
+        ecolor="#f0c8ad",
+        elinewidth=2,
+        linewidth=1.5,
+        marker="o",
+        markersize=3.5,
+    )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_minor_locator(NullLocator())
+    # The first few tokens rest on one sample each; their bars must not flatten the rest.
+    high = np.percentile(mean, 98)
+    low = float(mean.min())
+    margin = 0.15 * max(high - low, 0.1)
+    axes.set_ylim(max(0.0, low - margin), max(high, float(np.median(mean))) + margin)
+
+
+def yerror(error: Floats) -> Floats:
+    """Return error bars with what is not finite left out."""
+    return np.where(np.isfinite(error), error, 0.0)
+
+
+def surprise(
+    path: str | os.PathLike[str],
+    along: tuple[ArrayLike, ArrayLike],
+    by_position: tuple[ArrayLike, ArrayLike, ArrayLike],
+    *,
+    title: str = "",
+) -> None:
+    """Draw how surprising a book was: along the book, and by distance from its beginning.
+
+    Args:
+        path: the PNG to write, whole or not at all.
+        along: middle of each stretch (tokens) and its mean surprise (nats); (n,) each.
+        by_position: position (from 1), mean surprise (nats) and standard error; (m,) each.
+        title: the book's.
+
+    Raises:
+        MemtxError: columns of different lengths, or the file cannot be written.
+    """
+    figure = _figure(10, 6.4)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
+    upper, lower = figure.subplots(2, 1, height_ratios=(1.25, 1))
+    _dress(upper, "Surprise along the book", "tokens read", "nats per token")
+    _surprise(upper, along)
+    _dress(lower, "Loss by position: what a longer past is worth", "position in the book (tokens)", "nats per token")
+    _by_position(lower, by_position)
+    _save(figure, path)
+
+
+def loss_curve(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    title: str = "Loss",
+    x: str = "step",
+    y: str = "nats per token",
+) -> None:
+    """Draw losses over training steps, each smoothed above its pale raw line.
+
+    Args:
+        path: the PNG to write.
+        curves: name -> (steps, losses), (n,) each.
+        title: above the picture.
+        x: name of the horizontal axis.
+        y: name of the vertical axis.
+
+    Raises:
+        MemtxError: no curve, or columns of different lengths.
+    """
+    if not curves:
+        raise MemtxError("A loss curve needs at least one curve, got none.")
+    figure = _figure(9, 4.6)
+    axes = figure.subplots()
+    _dress(axes, title, x, y)
+    for index, (name, (steps, losses)) in enumerate(curves.items()):
+        step, loss = _columns(steps=steps, losses=losses)
+        colour = COLOURS[index % len(COLOURS)]
+        reach = len(loss) // 80
+        if reach:
+            axes.plot(step, loss, color=colour, linewidth=0.7, alpha=0.25)
+        axes.plot(step, smoothed(loss, reach), color=colour, linewidth=1.8, label=name)
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    if len(curves) > 1:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _save(figure, path)
+
+
+def comparison(
+    path: str | os.PathLike[str],
+    table: Mapping[str, Sequence[float]],
+    *,
+    title: str = "Comparison",
+    unit: str = "",
+    lower_is_better: bool = True,
+) -> None:
+    """Draw one row a variant: every seed a dot, the mean a line, the spread (lowest to highest) a band.
+
+    Args:
+        path: the PNG to write.
+        table: name -> one value a seed, at least one; rows are sorted, the best on top.
+        title: above the picture.
+        unit: what the values are.
+        lower_is_better: decides which row is best, and is said below the picture.
+
+    Raises:
+        MemtxError: an empty table or row, or a value that is not finite.
+    """
+    if not table:
+        raise MemtxError("A comparison needs at least one row, got none.")
+    for name, seeds in table.items():
+        if not len(seeds) or not np.isfinite(np.asarray(seeds, dtype=np.float64)).all():
+            raise MemtxError(f"Row '{name}' is {list(seeds)}, expected finite values, one a seed.")
+    # The axis grows upwards, so the best row comes last.
+    rows = sorted(table.items(), key=lambda row: float(np.mean(row[1])), reverse=lower_is_better)
+    figure = _figure(8.5, 1.5 + 0.46 * len(rows))
+    axes = figure.subplots()
+    direction = "lower" if lower_is_better else "higher"
+    _dress(axes, title, f"{unit + ', ' if unit else ''}{direction} is better", "")
+    axes.grid(False, axis="y")
+    for height, (_, seeds) in enumerate(rows):
+        values = np.asarray(seeds, dtype=np.float64)
+        mean, best = float(values.mean()), height == len(rows) - 1
+        colour = BLUE if best else QUIET
+        axes.barh(height, np.ptp(values), left=values.min(), height=0.42, color=colour, alpha=0.2, linewidth=0)
+        axes.plot([mean, mean], [height - 0.26, height + 0.26], color=colour, linewidth=2.2)
+        axes.scatter(values, np.full(len(values), height), s=16, color=colour, zorder=3, linewidth=0)
+        spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
+        axes.annotate(
+            f"{mean:.4g}{spread}",
+            (1.01, height),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=8.5,
+            fontweight="bold" if best else "normal",
+            color=INK,
+        )
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9, color=INK)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.margins(x=0.08)
+    _save(figure, path)
