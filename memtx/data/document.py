@@ -1,0 +1,67 @@
+"""One text of a corpus: where it is, and how to read it without holding it all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from memtx.data.pieces import decode_pieces
+from memtx.errors import DataError
+
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text with a beginning, not read yet.
+
+    Attributes:
+        id: its name, unique within the split.
+        title: what to call it before people; the id where nothing better is known.
+        size: bytes of UTF-8.
+        path: the file; None where ``text`` holds it.
+        start: the byte of the file where it begins.
+        text: the text itself, for sources without a file.
+    """
+
+    id: str
+    title: str
+    size: int
+    path: str | None = None
+    start: int = 0
+    text: str = ""
+
+    @property
+    def stamp(self) -> str:
+        """What changes when the text changes: name, place, size and time of the file, or a hash of the text."""
+        if self.path is None:
+            return f"{self.id}:{hashlib.sha256(self.text.encode()).hexdigest()}"
+        return f"{self.id}:{self.start}:{self.size}:{Path(self.path).stat().st_mtime_ns}"
+
+    def chunks(self) -> Iterator[str]:
+        """Yield the text in chunks of about 1 MB.
+
+        Raises:
+            DataError: the file cannot be read or is not UTF-8; names it and the byte.
+        """
+        if self.path is None:
+            yield self.text
+        else:
+            yield from decode_pieces(self._raw(self.path), self.path)
+
+    def _raw(self, path: str) -> Iterator[bytes]:
+        left = self.size
+        try:
+            with open(path, "rb") as handle:
+                handle.seek(self.start)
+                while left and (chunk := handle.read(min(left, _CHUNK))):
+                    left -= len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise DataError(f"'{path}' could not be read: {error.strerror}.", "Check the file.") from error
+
+    def read(self) -> str:
+        """Return the whole text."""
+        return "".join(self.chunks())
