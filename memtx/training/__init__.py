@@ -1,1 +1,1 @@
-
+"""Training through time as Lightning modules, callbacks and plugins."""

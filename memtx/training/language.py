@@ -1,0 +1,210 @@
+"""Language modelling through time: a horizon of segments a step, the state carried from batch to batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
+
+from memtx.data.batch import Batch
+from memtx.errors import CheckpointError, MemtxError
+from memtx.metrics import BitsPerByte, WordPerplexity
+from memtx.models import folder
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training import randomness
+from memtx.training.carry import Carry
+from memtx.training.optimizers import WarmupCosine, decay_groups
+from memtx.training.tbptt import Unrolled, unroll
+
+
+def adamw(params: Iterable[Any]) -> Optimizer:
+    """Return AdamW (Loshchilov and Hutter 2019) with the usual settings of language models."""
+    return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+class LanguageModule(pl.LightningModule):
+    """Trains a memory transformer on streams of whole documents.
+
+    A batch holds ``horizon`` segments of every row; gradients flow through all of them and the memory between
+    them, then the state is cut from its graph and carried to the next batch. It is fresh only where a
+    document begins.
+
+    Args:
+        model: makes the model from the vocabulary's size.
+        vocab_size: of the tokenizer; flows from the data.
+        segment: tokens a call; flows from the data.
+        optimizer: makes the optimiser from parameter groups; None for AdamW (rate 1e-3, betas 0.9 and 0.95,
+            decay 0.1). Norms and biases are in a group of their own without decay.
+        scheduler: makes the schedule from the optimiser, stepped every optimiser step; ``WarmupCosine`` by
+            default. None for a constant rate.
+        compile: whether to run the model through ``torch.compile``.
+
+    Raises:
+        MemtxError: the segment is not positive.
+    """
+
+    def __init__(
+        self,
+        model: Callable[[int], MemoryTransformer] = MemoryTransformer,
+        vocab_size: int = 257,
+        segment: int = 512,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if segment < 1:
+            raise MemtxError(f"segment is {segment}.", "Give at least 1.")
+        self.model = model(vocab_size)
+        self.segment = segment
+        self.make_optimizer = optimizer if optimizer is not None else adamw
+        self.make_scheduler = scheduler
+        if compile:
+            # In place: a wrapper would double every weight in the checkpoint.
+            self.model.compile(dynamic=False)
+        self.carry = Carry()
+        self.tokens_seen = 0
+        self._random: dict[str, Any] | None = None
+        self.metrics = torch.nn.ModuleDict(
+            {
+                f"{stage}_{name}": kind()
+                for stage in ("val", "test")
+                for name, kind in (("bits_per_byte", BitsPerByte), ("word_perplexity", WordPerplexity))
+            }
+        )
+
+    # One batch
+
+    def _read(self, stage: str, batch: Batch) -> Unrolled:
+        state = self.carry.take(stage, self.model, batch.tokens.shape[0])
+        out = unroll(self.model, batch.tokens, batch.labels, batch.starts, state, segment=self.segment)
+        # Final before any callback runs: checkpoints are saved by callbacks that come first.
+        self.carry.put(stage, out.state)
+        return out
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Return the horizon's loss."""
+        out = self._read("train", batch)
+        self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
+        nats = out.nll.sum(dtype=torch.float64) / batch.bytes.sum().clamp(min=1)
+        self.log("train_loss", out.loss.detach(), prog_bar=True)
+        self.log("train_bits_per_byte", (nats / torch.log(nats.new_tensor(2.0))).float(), prog_bar=True)
+        for name, value in out.losses.items():
+            self.log(f"train_{name}", value)
+        return out.loss
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        out = self._read(stage, batch)
+        nats = out.nll.sum(dtype=torch.float64)
+        rows = batch.tokens.shape[0]
+        scored = int(out.scored)
+        if scored:
+            self.log(f"{stage}_loss", (nats / scored).float(), batch_size=scored, on_epoch=True, sync_dist=True)
+        for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
+            metric = cast(Metric, self.metrics[f"{stage}_{name}"])
+            metric.update(nats, amount.sum())
+            self.log(f"{stage}_{name}", metric, prog_bar=True, on_step=False, on_epoch=True, batch_size=rows)
+
+    def validation_step(self, batch: Batch, index: int) -> None:
+        """Score a batch of the validation streams."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Batch, index: int) -> None:
+        """Score a batch of the test streams."""
+        self._evaluate("test", batch)
+
+    def predict_step(self, batch: Batch, index: int) -> Tensor:
+        """Return (rows, tokens) negative log-likelihoods in nats of the batch's labels."""
+        return self._read("predict", batch).nll
+
+    def on_validation_start(self) -> None:
+        """Begin fresh."""
+        self.carry.forget("val")
+
+    def on_validation_end(self) -> None:
+        """Leave nothing."""
+        self.carry.forget("val")
+
+    def on_test_start(self) -> None:
+        """Begin fresh."""
+        self.carry.forget("test")
+
+    def on_predict_start(self) -> None:
+        """Begin fresh."""
+        self.carry.forget("predict")
+
+    # Learning
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and its schedule, stepped with it."""
+        optimizer = self.make_optimizer(decay_groups(self.model))
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.steps == 0:
+            scheduler.steps = self._steps()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps(self) -> int:
+        # Not trainer.estimated_stepping_batches: it sets the loaders up before the checkpoint's position is
+        # restored, which is then lost (Lightning issue 20550).
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+            return 0
+        return int(len(data.train_dataloader()) // self.trainer.accumulate_grad_batches * self.trainer.max_epochs)
+
+    # What a checkpoint holds beside the weights
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's description, and of every rank the memory and the random states."""
+        own = {"carry": self.carry.state_dict("train"), "random": randomness.collect()}
+        ranks = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = [own] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, own)
+        checkpoint[folder.CHECKPOINT_KEY] = {
+            "model": folder.described(self.model),
+            "ranks": ranks,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take memory and random states back, if training goes on."""
+        if folder.CHECKPOINT_KEY not in checkpoint:
+            raise CheckpointError("The checkpoint is of something else.", "Give one that memtx wrote.")
+        kept = checkpoint[folder.CHECKPOINT_KEY]
+        if kept["model"] != (own := folder.described(self.model)):
+            changed = sorted(
+                key
+                for key in {*kept["model"].get("init_args", {}), *own["init_args"]}
+                if kept["model"].get("init_args", {}).get(key) != own["init_args"].get(key)
+            )
+            raise CheckpointError(
+                f"The checkpoint is of another model: {', '.join(changed) or 'its class'} differs.",
+                "Use the config saved beside the checkpoint.",
+            )
+        self.tokens_seen = kept["tokens_seen"]
+        self._random = kept
+
+    def on_train_start(self) -> None:
+        """Put the random states back: later than loading, since setting up draws numbers."""
+        if (kept := self._random) is None:
+            return
+        self._random = None
+        ranks = kept["ranks"]
+        if len(ranks) != self.trainer.world_size:
+            raise CheckpointError(
+                f"The checkpoint is of {len(ranks)} processes, this run has {self.trainer.world_size}.",
+                "Resume with as many, or start a new run from its weights.",
+            )
+        own = ranks[self.trainer.global_rank]
+        self.carry.load_state_dict("train", own["carry"])
+        randomness.restore(own["random"])

@@ -1,0 +1,25 @@
+"""What all tests share: quiet threads, and where data is to be found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+
+@pytest.fixture(scope="session")
+def books() -> Path:
+    """Return the folder of real books, or skip."""
+    root = os.environ.get("MEMTX_DATA")
+    if root is None or not (folder := Path(root) / "pg19-mini").is_dir():
+        pytest.skip("MEMTX_DATA does not name a folder with pg19-mini in it")
+    return folder
+
+
+settings.register_profile("memtx", deadline=None, max_examples=15, derandomize=True, print_blob=True)
+settings.load_profile("memtx")

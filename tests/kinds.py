@@ -1,0 +1,44 @@
+"""Every memory kind with small options: the promise tests run on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from memtx.memory.base import Memory
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.compression import (
+    DilatedConvolution,
+    LearnedQueries,
+    MaxPooling,
+    MeanPooling,
+    MostUsed,
+    StridedConvolution,
+)
+from memtx.memory.recurrent import RecurrentMemory
+
+Make = Callable[[int], Memory[Any]]
+
+COMPRESSIONS: dict[str, Any] = {
+    "mean": MeanPooling,
+    "max": MaxPooling,
+    "convolution": StridedConvolution,
+    "dilated": DilatedConvolution,
+    "most_used": MostUsed,
+    "queries": partial(LearnedQueries, heads=2),
+}
+
+
+def compressed(compression: str) -> Callable[[int, int, int], Make]:
+    """Return a maker of the kind from (window, rate, length)."""
+    return lambda window, rate, length: partial(
+        CompressedMemory, window=window, rate=rate, length=length, compression=COMPRESSIONS[compression]
+    )
+
+
+KINDS: dict[str, Callable[[int, int, int], Make]] = {
+    "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
+    **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
+}
+"""Kinds for which how a stream is cut does not matter."""

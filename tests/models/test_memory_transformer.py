@@ -1,0 +1,234 @@
+"""The model's promises to a person who imports it: outputs, options, training, keeping on disk, errors."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import memtx
+from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
+from memtx.errors import CheckpointError
+from memtx.memory.compression import LearnedQueries
+from memtx.memory.reconstruction import AttentionReconstruction, AutoEncoding
+from tests.kinds import COMPRESSIONS
+
+
+def small(**options: Any) -> MemoryTransformer:
+    torch.manual_seed(0)
+    options.setdefault("memories", [partial(CompressedMemory, window=6, rate=3, length=4)])
+    return MemoryTransformer(11, **{"dim": 8, "depth": 2, "heads": 2, **options})
+
+
+TOKENS = torch.randint(0, 11, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+def test_output_fields() -> None:
+    model = small()
+    out = model(TOKENS, return_hidden=True)
+    assert out.logits.shape == (3, 40, 11)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(3, 40, 8)] * 3
+    assert (out.loss, out.nll, out.losses) == (None, None, {})
+    labels = TOKENS.roll(-1, 1)
+    labels[:, -1] = -100
+    scored = model(TOKENS, labels=labels)
+    assert scored.logits is None
+    wanted = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
+    assert torch.allclose(scored.nll, wanted, atol=1e-5)  # float32
+    assert torch.allclose(scored.loss, wanted[:, :-1].mean(), atol=1e-5)
+    assert (scored.nll[:, -1] == 0).all()
+
+
+def test_labels_that_are_all_ignored_cost_nothing() -> None:
+    out = small()(TOKENS, labels=torch.full_like(TOKENS, -100))
+    assert out.loss == 0.0
+    out.loss.backward()
+
+
+@pytest.mark.parametrize("name", sorted(COMPRESSIONS.keys() - {"mean", "max", "most_used"}))
+def test_a_learned_compression_learns_from_the_language_model_at_horizon_one(name: str) -> None:
+    memory = partial(CompressedMemory, window=4, rate=3, length=4, compression=COMPRESSIONS[name])
+    model = small(memories=[memory])
+    state = model(TOKENS[:, :8]).state.detach()
+    # One step first: a map that begins at zero passes no gradient to what is before it.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for part in (slice(8, 20), slice(20, 39)):
+        model.zero_grad()
+        out = model(TOKENS[:, part], state, labels=TOKENS[:, part.start + 1 : part.stop + 1])
+        out.loss.backward()
+        state = out.state.detach()
+        gradients = {n: p.grad for n, p in model.named_parameters() if "compression" in n}
+        optimizer.step()
+    assert gradients
+    assert all(g is not None and g.abs().max() > 0 for g in gradients.values()), gradients.keys()
+
+
+@pytest.mark.parametrize("reconstruction", [AutoEncoding, AttentionReconstruction])
+@pytest.mark.parametrize("name", sorted(COMPRESSIONS.keys() - {"mean", "max", "most_used"}))
+def test_only_the_compression_learns_from_reconstruction(name: str, reconstruction: type) -> None:
+    memory = partial(
+        CompressedMemory, window=4, rate=3, length=4, compression=COMPRESSIONS[name], reconstruction=reconstruction
+    )
+    model = small(memories=[memory])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    out = model(TOKENS[:, :-1], labels=TOKENS[:, 1:])
+    (loss,) = out.losses.values()
+    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
+    for (parameter, _), gradient in zip(model.named_parameters(), found, strict=True):
+        own = ".compression." in parameter or ".reconstruction." in parameter
+        if own:
+            assert gradient is not None, parameter
+            assert gradient.abs().max() > 0, parameter
+        else:
+            assert gradient is None or gradient.abs().max() == 0, parameter
+    # And the model's own loss still reaches everything: nothing was detached in place.
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for parameter, tensor in model.named_parameters():
+        assert tensor.requires_grad, parameter
+        assert tensor.grad is not None, parameter
+    again = model(TOKENS[:, :-1], labels=TOKENS[:, 1:])
+    again.loss.backward()
+    assert all(tensor.grad.abs().max() > 0 for name, tensor in model.named_parameters() if "key_value" in name)
+
+
+def test_reconstruction_is_for_training_alone() -> None:
+    model = small(memories=[partial(CompressedMemory, window=4, rate=3, length=4, reconstruction=AutoEncoding)])
+    assert model.eval()(TOKENS[:, :-1], labels=TOKENS[:, 1:]).losses == {}
+
+
+def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
+    memory = partial(CompressedMemory, window=50, rate=3, length=4, reconstruction=AutoEncoding)
+    model = small(memories=[memory])
+    model(TOKENS[:, :2], labels=TOKENS[:, 1:3]).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"norm": nn.LayerNorm, "feed_forward": FeedForward, "positions": Alibi, "bias": True},
+        {"tie_embeddings": False, "kv_heads": 1, "dropout": 0.1, "attention_dropout": 0.1},
+        {"memories": [NoMemory]},
+        {"memories": [partial(RecurrentMemory, window=5, same_length=False), NoMemory]},
+        {"memories": [partial(CompressedMemory, window=4, rate=2, length=3, per_call=True)]},
+        {"memories": [partial(CompressedMemory, compression=partial(LearnedQueries, heads=2))]},
+    ],
+)
+def test_kept_on_disk_and_read_back(options: dict[str, Any], tmp_path: Path) -> None:
+    model = small(**options).eval()
+    model.save_pretrained(tmp_path / "model")
+    for loaded in (memtx.from_pretrained(tmp_path / "model"), MemoryTransformer.from_pretrained(tmp_path / "model")):
+        assert isinstance(loaded, MemoryTransformer)
+        assert loaded.config == model.config
+        assert loaded.fingerprint == model.fingerprint
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_kept_in_half_precision(tmp_path: Path) -> None:
+    model = small().to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert MemoryTransformer.from_pretrained(tmp_path).embedding.weight.dtype == torch.bfloat16
+
+
+def test_the_fingerprint_tells_models_apart() -> None:
+    one, other = small(), small()
+    assert one.fingerprint == other.fingerprint
+    with torch.no_grad():
+        other.norm.weight[0] += 1e-3
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint != small(positions=Alibi).fingerprint
+
+
+def _changed(folder: Path, change: Any) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["init_args"].update(dimm=8), "dimm"),
+        (lambda c: c["init_args"].update(depth=3), "lacks"),
+        (lambda c: c["init_args"].update(depth=1), "unknown"),
+        (lambda c: c["init_args"].update(dim=16), "shape"),
+        (lambda c: c.update(class_path="os.system"), "os.system"),
+        (lambda c: c.update(class_path="memtx.Missing"), "Missing"),
+        (lambda c: c.update(version=99), "99"),
+        (lambda c: c.clear(), "does not describe"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+    small().save_pretrained(tmp_path)
+    _changed(tmp_path, change)
+    with pytest.raises(CheckpointError, match=said):
+        memtx.from_pretrained(tmp_path)
+
+
+def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="does not exist"):
+        memtx.from_pretrained(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="config.json"):
+        memtx.from_pretrained(tmp_path)
+    small().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match="not a whole"):
+        memtx.from_pretrained(tmp_path)
+    (tmp_path / "some.ckpt").write_bytes(b"PK not a checkpoint")
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        memtx.from_pretrained(tmp_path / "some.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="something else"):
+        memtx.from_pretrained(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dim": 9}, "dim is 9"),
+        ({"heads": 0}, "heads is 0"),
+        ({"kv_heads": 3, "heads": 4}, "kv_heads"),
+        ({"memories": [NoMemory] * 3}, "3 memories for 2 layers"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"memories": [partial(CompressedMemory, window=0)]}, "window is 0"),
+        ({"dim": 6, "heads": 2}, "even width"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemtxError, match=said):
+        small(**options)
+
+
+def test_calls_that_cannot_be_are_named() -> None:
+    model = small()
+    with pytest.raises(MemtxError, match="tokens is"):
+        model(TOKENS[0])
+    with pytest.raises(MemtxError, match="3 rows, the state 2"):
+        model(TOKENS, model.init_state(2))
+    with pytest.raises(MemtxError, match="labels is"):
+        model(TOKENS, labels=TOKENS[:, 1:])
+    with pytest.raises(MemtxError, match="starts is torch.int64"):
+        model(TOKENS, starts=TOKENS)
+    with pytest.raises(MemtxError, match="rows is 0"):
+        model.init_state(0)
+
+
+def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> None:
+    model = small(dim=32).eval()
+    exact = model(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(TOKENS)
+    assert rough.state.layers[0][0].hidden.dtype == torch.float32
+    # bf16 keeps 8 bits: a hundredth of the logits' size.
+    assert (exact.logits - rough.logits).abs().max() < 0.02 * max(1.0, exact.logits.abs().max())

@@ -1,0 +1,106 @@
+"""The whole model against a plain float64 one that reads like the papers: one position at a time, one document."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, RecurrentMemory, SwiGLU
+from memtx.layers.positions import Rotary
+from memtx.memory.compression import MaxPooling, MeanPooling, StridedConvolution
+
+
+def entries_seen(
+    h: Tensor, t: int, window: int, rate: int, length: int, compress: object
+) -> tuple[Tensor, list[float]]:
+    """Return what position t sees of layer inputs h, oldest first, and where it stands (design: e(t))."""
+    edge = rate * max(0, (t - window + 1) // rate)
+    blocks = range(max(0, edge // rate - length), edge // rate)
+    made = [compress(h[None, None, b * rate : (b + 1) * rate])[0, 0] for b in blocks]  # type: ignore[operator]
+    at = [b * rate + (rate - 1) / 2 for b in blocks]
+    return torch.stack([*made, *h[edge : t + 1]]), [*at, *range(edge, t + 1)]
+
+
+def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotate (entries, heads, head_dim) by their positions, pair by pair."""
+    half = x.shape[-1] // 2
+    out = torch.empty_like(x)
+    for i in range(half):
+        angle = (at * base ** (-i / half))[:, None]
+        a, b = x[..., i], x[..., i + half]
+        out[..., i] = a * angle.cos() - b * angle.sin()
+        out[..., i + half] = a * angle.sin() + b * angle.cos()
+    return out
+
+
+def plain(model: MemoryTransformer, tokens: Tensor, window: int, rate: int, length: int) -> Tensor:
+    """Return the logits of one document (n,) by loops."""
+    x = model.embedding.weight[tokens]
+    for block in model._layers():
+        h, attention = block.attention_norm(x), block.attention
+        compress = getattr(attention.memory, "compression", None)
+        heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
+        rows = []
+        for t in range(len(tokens)):
+            e, at = entries_seen(h, t, window, rate, length, compress)
+            q = attention.query(h[t]).view(1, heads, size)
+            k, v = attention.key_value(e).view(len(e), 2, kv_heads, size).unbind(1)
+            place = torch.tensor(at, dtype=torch.float64)
+            if isinstance(attention.positions, Rotary):
+                q, k = turned(q, torch.tensor([float(t)], dtype=torch.float64)), turned(k, place)
+            out = []
+            for head in range(heads):
+                own = head // (heads // kv_heads)
+                score = k[:, own] @ q[0, head] / size**0.5
+                if isinstance(attention.positions, Alibi):
+                    score = score - 2.0 ** (-8.0 * (head + 1) / heads) * (t - place)
+                out.append(torch.softmax(score, 0) @ v[:, own])
+            rows.append(attention.out(torch.cat(out)))
+        x = x + torch.stack(rows)
+        h = block.feed_forward_norm(x)
+        if isinstance(block.feed_forward, SwiGLU):
+            gate, up = block.feed_forward.gate_up(h).chunk(2, -1)
+            x = x + block.feed_forward.out(gate * torch.sigmoid(gate) * up)
+        else:
+            x = x + block.feed_forward.out(F.gelu(block.feed_forward.up(h)))
+    return model.norm(x) @ model.head.weight.T
+
+
+@pytest.mark.parametrize("compression", [MeanPooling, MaxPooling, StridedConvolution])
+@given(data=st.data())
+def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.DataObject) -> None:
+    window, rate, length = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    model = MemoryTransformer(
+        7, dim=8, depth=2, heads=4, kv_heads=data.draw(st.sampled_from([1, 2, 4])),
+        memories=[partial(CompressedMemory, window=window, rate=rate, length=length, compression=compression)],
+        norm=data.draw(st.sampled_from([nn.RMSNorm, nn.LayerNorm])),
+        feed_forward=data.draw(st.sampled_from([SwiGLU, FeedForward])),
+        positions=data.draw(st.sampled_from([Rotary, Alibi])),
+        tie_embeddings=data.draw(st.booleans()),
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    tokens = torch.randint(0, 7, (data.draw(st.integers(2, 24)),))
+    truth = F.cross_entropy(plain(model, tokens[:-1], window, rate, length), tokens[1:])
+    wanted = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
+    out = model(tokens[None, :-1], labels=tokens[None, 1:])
+    got = torch.autograd.grad(out.loss, list(model.parameters()))
+    assert abs(out.loss - truth) < 1e-10  # float64, sums in another order
+    for a, b in zip(wanted, got, strict=True):
+        # Where the plain model never compressed, ours has a gradient of zeros.
+        assert ((a if a is not None else 0.0) - b).abs().max() < 1e-9
+
+
+def test_a_window_that_holds_all_is_the_plain_causal_transformer() -> None:
+    torch.manual_seed(0)
+    model = MemoryTransformer(7, dim=8, depth=2, heads=2, memories=[partial(RecurrentMemory, window=64)]).double()
+    tokens = torch.randint(0, 7, (30,))
+    assert (plain(model, tokens, 64, 1, 0) - model(tokens[None]).logits[0]).abs().max() < 1e-10
