@@ -69,7 +69,8 @@ class StridedConvolution(Compression):
     def reset_parameters(self) -> None:
         """Begin as mean pooling."""
         with torch.no_grad():
-            self.map.weight.copy_(torch.eye(self.dim).repeat(1, self.rate) / self.rate)
+            one = torch.eye(self.dim, dtype=self.map.weight.dtype, device=self.map.weight.device)
+            self.map.weight.copy_(one.repeat(1, self.rate) / self.rate)
             self.map.bias.zero_()
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:

@@ -1,0 +1,116 @@
+"""Files are whole or not there, and what cannot be read says why."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from memtx import files
+from memtx.errors import CheckpointError, MemtxError
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    files.write_text(path, "old")
+
+    def interrupted() -> None:
+        with files.atomic_open(path) as handle:
+            handle.write(b"half of the n")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        interrupted()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a"]
+
+
+def test_the_new_content_appears_at_the_end_only(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a"
+    with files.atomic_open(path) as handle:
+        handle.write(b"new")
+        handle.flush()
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert names(path.parent) == ["a"]
+
+
+def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
+    with files.atomic_open(tmp_path / "a") as one:
+        with files.atomic_open(tmp_path / "a") as two:
+            one.write(b"one")
+            two.write(b"two")
+        assert (tmp_path / "a").read_bytes() == b"two"
+    assert (tmp_path / "a").read_bytes() == b"one"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: files.write_text(path, "x"),
+        lambda path: files.save_tensors(path, {"a": torch.zeros(1)}, kind="k", version=1),
+    ],
+    ids=["text", "tensors"],
+)
+def test_a_folder_that_cannot_be_written(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "file").write_text("")
+    path = tmp_path / "file" / "a"  # a file stands where a folder should
+    with pytest.raises(MemtxError, match="could not be written"):
+        write(path)
+
+
+def test_a_full_disk_under_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+    from safetensors import SafetensorError
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(MemtxError, match="No space left"):
+        files.save_tensors(tmp_path / "a", {"a": torch.zeros(1)}, kind="k", version=1)
+    assert names(tmp_path) == []
+
+
+def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    files.write_json(path, {"b": [1, None, "ü"], "a": 0.1})
+    assert files.read_json(path) == {"a": 0.1, "b": [1, None, "ü"]}
+    with pytest.raises(MemtxError, match="does not exist"):
+        files.read_json(tmp_path / "b.json")
+    with pytest.raises(MemtxError, match="could not be read"):
+        files.read_json(tmp_path)
+    for damaged in (b"{", b"\xff\xfe"):
+        path.write_bytes(damaged)
+        with pytest.raises(MemtxError, match="not valid JSON"):
+            files.read_json(path)
+
+
+def test_checksum(tmp_path: Path) -> None:
+    content = os.urandom((1 << 20) + 17)
+    (tmp_path / "a").write_bytes(content)
+    assert files.checksum(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_tensors_that_share_memory_or_are_views_come_back(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4)
+    given = {"base": base, "same": base, "turned": base.T, "part": base[1:], "empty": base[:0]}
+    files.save_tensors(tmp_path / "a", given, kind="k", version=3, note="n")
+    tensors, header = files.load_tensors(tmp_path / "a", kind="k", version=3)
+    assert header["note"] == "n"
+    assert tensors.keys() == given.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in given.items())
+
+
+def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        files.load_tensors(tmp_path / "a.pt", kind="k", version=1)
