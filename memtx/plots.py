@@ -97,15 +97,17 @@ def _surprise(axes: Any, along: tuple[ArrayLike, ArrayLike]) -> None:
     average = float(np.average(mean))
     axes.axhline(average, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate(
-        f"mean {average:.2f}",
-        (1, average),
+        f"mean\n{average:.2f}",
+        (1.0, average),
         xycoords=("axes fraction", "data"),
-        xytext=(-2, 3),
+        xytext=(5, 0),
         textcoords="offset points",
-        ha="right",
+        ha="left",
+        va="center",
         fontsize=8,
         color=QUIET,
     )
+    axes.set_title("band: one standard deviation between stretches", loc="right", fontsize=8, color=QUIET)
     low, high = np.percentile(line - spread, 1), np.percentile(line + spread, 99)
     margin = 0.12 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - margin), high + margin)
@@ -129,16 +131,12 @@ def _by_position(axes: Any, positions: tuple[ArrayLike, ArrayLike, ArrayLike]) -
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.xaxis.set_minor_locator(NullLocator())
-    # The first few tokens rest on one sample each; their bars must not flatten the rest.
+    axes.set_title("bars: standard error", loc="right", fontsize=8, color=QUIET)
+    # The first tokens' loss is far above all others and must not flatten them.
     high = np.percentile(mean, 98)
     low = float(mean.min())
     margin = 0.15 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - margin), max(high, float(np.median(mean))) + margin)
-
-
-def yerror(error: Floats) -> Floats:
-    """Return error bars with what is not finite left out."""
-    return np.where(np.isfinite(error), error, 0.0)
 
 
 def surprise(
@@ -259,5 +257,7 @@ def comparison(
         )
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9, color=INK)
     axes.set_ylim(-0.6, len(rows) - 0.4)
+    # A bar's end would otherwise be the axis' end, with half of a dot cut off.
+    axes.use_sticky_edges = False
     axes.margins(x=0.08)
     _save(figure, path)

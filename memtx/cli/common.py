@@ -85,11 +85,22 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
+        self._given: list[str] = []
         self.add_argument("--traceback", action="store_true", help="show where in the program a mistake was noticed")
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        """Return the arguments, or exit with code 2 after one line on stderr."""
+        self._given = argv
+        return self.parse_args(argv)
 
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr and exit with code 2."""
         options = [name for action in self._actions for name in action.option_strings]
+        # argparse misses a required option before it looks at the mistyped one that was meant.
+        given = [one.partition("=")[0] for one in self._given]
+        unknown = [one for one in given if one.startswith("--") and one != "--" and one not in options]
+        if unknown and "are required" in message:
+            message = f"unrecognized arguments: {unknown[0]}"
         sys.stderr.write(f"{self.prog}: error: {short_message(message, options)}\n")
         raise SystemExit(MISTAKE)
 

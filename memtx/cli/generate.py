@@ -90,5 +90,5 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx generate`` with its arguments and return the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse(argv)
     return run(lambda: _generate(arguments), traceback=arguments.traceback)

@@ -45,15 +45,6 @@ def _help(program: str) -> str:
     )
 
 
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("memtx")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
@@ -73,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(_help(program))
         return 0
     if name in {"-V", "--version"}:
-        sys.stdout.write(f"memtx {_version()}\n")
+        from memtx import __version__
+
+        sys.stdout.write(f"memtx {__version__}\n")
         return 0
     if name not in COMMANDS:
         from memtx.errors import nearest

@@ -168,7 +168,7 @@ class _Book:
         if self.name == "-":
             self._handle = sys.stdin.buffer
             return
-        self._handle = stack.enter_context(open(self.name, "rb"))
+        self._handle = stack.enter_context(Path(self.name).open("rb"))  # noqa: SIM115 (the stack closes it)
         if Path(self.name).is_file():
             self.size = os.fstat(self._handle.fileno()).st_size
             if not self.size:
@@ -225,8 +225,8 @@ def _held_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _bar(quiet: bool) -> Progress | None:
-    if quiet or not sys.stderr.isatty():
+def _bar() -> Progress | None:
+    if not sys.stderr.isatty():
         return None
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -272,7 +272,7 @@ def _read(arguments: argparse.Namespace) -> int:
         book = _Book(arguments.book)
         book.open(stack)  # Before the model is loaded: a mistyped name should not cost seconds.
         reader = open_reader(arguments.checkpoint, arguments.segment, arguments.device, arguments.dtype)
-        bar = _bar(arguments.json and not sys.stderr.isatty())
+        bar = _bar()
         report = _Report(arguments.every, arguments.json, bar)
         if arguments.session and Path(arguments.session).exists():
             _resume(arguments.session, reader, report, book)
@@ -280,6 +280,8 @@ def _read(arguments: argparse.Namespace) -> int:
         if bar is not None:
             stack.enter_context(bar)
         seconds, read = _pass(book, reader, report, bar, asked)
+        if not asked:
+            _check_end(reader, book)
         if arguments.session:
             # Before the end is read out: the text may go on, in this file or in what is generated.
             _save(arguments.session, reader, report, book)
@@ -289,13 +291,10 @@ def _read(arguments: argparse.Namespace) -> int:
                 if arguments.session
                 else "nothing was saved (--session FILE would have)"
             )
-        if not reader.totals.bytes and not reader.snapshot().waiting_bytes:
-            raise book.empty()
         started = time.perf_counter()
         before = reader.totals.tokens
-        with _named(book.name):
-            for result in reader.finish():
-                report.add(result)
+        for result in reader.finish():
+            report.add(result)
         seconds += time.perf_counter() - started
         read += reader.totals.tokens - before
     report.finish()
@@ -337,6 +336,16 @@ def _pass(
                 book.digest.update(chunk)
                 break
     return time.perf_counter() - started, reader.totals.tokens - first
+
+
+def _check_end(reader: StreamReader, book: _Book) -> None:
+    """Refuse a text that is empty or ends inside a character, before anything is written."""
+    if reader.snapshot().waiting_bytes:
+        with _named(book.name):
+            for _ in reader.fork().finish():
+                pass
+    if not reader.totals.bytes:
+        raise book.empty()
 
 
 def _save(path: str, reader: StreamReader, report: _Report, book: _Book) -> None:
@@ -388,5 +397,5 @@ def _print(arguments: argparse.Namespace, reader: StreamReader, rate: float) -> 
 
 def main(argv: list[str]) -> int:
     """Run ``memtx read`` with its arguments and return the exit code."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse(argv)
     return run(lambda: _read(arguments), traceback=arguments.traceback)

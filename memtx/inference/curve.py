@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 BINS = 1024
-PER_OCTAVE = 4
+PER_OCTAVE = 3
+FIRST = 16
+"""Positions below this are one stretch: single tokens would be noise."""
 
 Floats = NDArray[np.float64]
 
@@ -61,7 +63,8 @@ class PositionCurve:
     def add(self, nll: NDArray[np.float32]) -> None:
         """Count the next tokens' surprise, (n,) in nats."""
         values = nll.astype(np.float64)
-        place = np.floor(np.log2(self.count + 1.0 + np.arange(len(values))) * PER_OCTAVE).astype(np.int64)
+        position = np.maximum(self.count + 1.0 + np.arange(len(values)), FIRST)
+        place = np.floor(np.log2(position) * PER_OCTAVE).astype(np.int64)
         for row, weights in enumerate((np.ones_like(values), values, values * values)):
             self.sums[row] += np.bincount(place, weights=weights, minlength=self.sums.shape[1])
         self.count += len(values)
@@ -72,4 +75,5 @@ class PositionCurve:
         count, total, squares = self.sums[:, full]
         mean = total / count
         middle = 2 ** ((np.arange(len(full), dtype=np.float64) + 0.5) / PER_OCTAVE)
+        middle[np.flatnonzero(full)[:1]] = FIRST / 2  # The first stretch is all before it as well.
         return middle[full], mean, np.sqrt(np.maximum(squares / count - mean**2, 0) / count)
