@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ def cuts(draw: st.DrawFn, n: int) -> list[int]:
 def read(case: Case, borders: list[int], state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
     """Read the stream in the given segments; return all logits and the last state."""
     logits = []
-    for low, high in zip(borders, borders[1:], strict=False):
+    for low, high in itertools.pairwise(borders):
         out = case.model(case.tokens[:, low:high], state, starts=case.starts[:, low:high])
         state = out.state
         logits.append(out.logits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +38,7 @@ def test_packed_documents_are_read_as_if_alone(kind: str, data: st.DataObject) -
     logits, state = read(case, data.draw(cuts(n)))
     for row in range(case.tokens.shape[0]):
         begins = [0, *[at for at in range(1, n) if case.starts[row, at]], n]
-        for low, high in zip(begins, begins[1:], strict=False):
+        for low, high in itertools.pairwise(begins):
             alone = Case(case.model, case.tokens[row : row + 1, low:high], torch.zeros(1, high - low).bool(), "")
             own, end = read(alone, [0, high - low])
             assert (logits[row : row + 1, low:high] - own).abs().max() < EXACT
