@@ -204,6 +204,28 @@ def test_compression_learns_within_one_segment() -> None:
         assert float(parameter.grad.abs().max()) > 1e-6
 
 
+def test_most_used_ranks_by_the_newest_queries_as_the_block_leaves() -> None:
+    """Mean attention weight from the ``rate`` positions up to the crossing, among the block's own states."""
+    torch.manual_seed(0)
+    window, rate, n = 4, 3, 90
+    kind = partial(CompressedMemory, window=window, rate=rate, length=40, compression=compression.MostUsed)
+    layer = Stack(kind, depth=1).layers[0]
+    x = 3 * torch.randn(1, n, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        _, state, _ = layer(x, layer.memory.init_state(1, like=x), Segment.locate(torch.tensor([0]), n))
+        q, k = (layer.project(x, part, frozen=True)[0] for part in ("query", "key"))
+    chosen = []
+    for block in range((n - window) // rate):
+        crossing = (block + 1) * rate + window - 1
+        usage = torch.zeros(rate, dtype=torch.float64)
+        for t in range(crossing - rate + 1, crossing + 1):
+            scores = torch.einsum("hd,khd->hk", q[t], k[block * rate : (block + 1) * rate])
+            usage += (scores * q.shape[-1] ** -0.5).softmax(-1).sum(0)
+        chosen.append(block * rate + int(usage.argmax()))
+    assert len({place % rate for place in chosen}) > 1, "the draw does not tell ranks apart"
+    assert torch.equal(state.bank[0, -len(chosen) :], x[0, chosen])
+
+
 def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
     """DDP fails on a parameter that took no part."""
     stack = Stack(partial(CompressedMemory, window=40, rate=4, length=3))
