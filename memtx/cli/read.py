@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from memtx.cli.common import Parser, run
 from memtx.errors import CheckpointError, DataError, MemtxError
@@ -21,7 +19,7 @@ from memtx.errors import CheckpointError, DataError, MemtxError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from memtx.inference.reader import SegmentResult, StreamReader
+    from memtx.inference.reader import StreamReader
 
 CHUNK = 1 << 16
 """Bytes read at a time."""
@@ -73,85 +71,6 @@ def open_reader(checkpoint: str, segment: int, device: str, dtype: str | None) -
     model, tokenizer = load(checkpoint)
     model.to(device=place, dtype=getattr(torch, dtype) if dtype else None)
     return StreamReader(model, tokenizer, segment)
-
-
-class _Report:
-    """The lines printed while reading: one every so many tokens, one a chapter, and the sums for the plot."""
-
-    def __init__(self, every: int, quiet: bool, console: Progress | None) -> None:
-        from memtx.inference.chapters import Chapters, Section
-        from memtx.inference.curve import Curve, PositionCurve
-
-        self.every = every
-        self.quiet = quiet
-        self.console = console
-        self.along = Curve()
-        self.by_position = PositionCurve()
-        self.chapters = Chapters()
-        self.stretch = Section()
-        self.headed = False
-
-    def add(self, result: SegmentResult) -> None:
-        self.along.add(result.nll)
-        self.by_position.add(result.nll)
-        for chapter in self.chapters.feed(result):
-            self._line(chapter.title or "(before the first chapter)", chapter)
-        if not self.every:
-            return
-        from memtx.inference.chapters import Section
-
-        for offset, (part, nll) in enumerate(zip(result.token_bytes, result.nll.tolist(), strict=True)):
-            self.stretch = self.stretch.with_token(len(part), nll)
-            if self.stretch.tokens == self.every:
-                self._line(f"tokens {self.stretch.start:,}-{self.stretch.start + self.every:,}", self.stretch)
-                self.stretch = Section(start=result.start + offset + 1)
-
-    def finish(self) -> None:
-        last = self.chapters.finish()
-        if last.title:
-            self._line(last.title, last)
-
-    def _line(self, title: str, section: Any) -> None:
-        if self.quiet:
-            return
-        head = "" if self.headed else f"{'part':<44}  {'tokens':>10}  {'bits/byte':>9}  {'nats/token':>10}\n"
-        self.headed = True
-        title = title if len(title) <= 44 else title[:43] + "…"
-        text = (
-            f"{head}{title:<44}  {section.tokens:>10,}  {section.bits_per_byte:>9.3f}  "
-            f"{section.nll / max(1, section.tokens):>10.3f}\n"
-        )
-        if self.console is not None and sys.stdout.isatty():
-            # Through the progress bar, which would otherwise be drawn over it.
-            self.console.console.print(text, end="", markup=False, highlight=False)
-        else:
-            sys.stdout.write(text)
-
-    def position(self) -> dict[str, Any]:
-        return {
-            "chapters": self.chapters.position(),
-            "stretch": vars(self.stretch) | {},
-            "width": self.along.width,
-            "counts": [self.along.count, self.by_position.count],
-        }
-
-    def tensors(self) -> dict[str, Any]:
-        import torch
-
-        return {
-            "along": torch.from_numpy(self.along.sums),
-            "by_position": torch.from_numpy(self.by_position.sums),
-        }
-
-    def restore(self, position: dict[str, Any], tensors: dict[str, Any]) -> None:
-        from memtx.inference.chapters import Section
-
-        self.chapters.restore(position["chapters"])
-        self.stretch = Section(**position["stretch"])
-        self.along.width = int(position["width"])
-        self.along.count, self.by_position.count = map(int, position["counts"])
-        self.along.sums = tensors["along"].numpy().copy()
-        self.by_position.sums = tensors["by_position"].numpy().copy()
 
 
 class _Book:
@@ -225,40 +144,6 @@ def _held_interrupt() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _bar() -> Progress | None:
-    if not sys.stderr.isatty():
-        return None
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    return Progress(
-        TextColumn("reading"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[rate]:>7,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-
-
-def peak_memory(device: Any) -> int:
-    """Return the most bytes this process has held: on the device if it has its own memory, else resident."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.max_memory_allocated(device))
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes on Linux, bytes on macOS.
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 def _read(arguments: argparse.Namespace) -> int:
     if arguments.every < 0:
         raise MemtxError(f"--every is {arguments.every}, expected at least 0 (0 for no lines).")
@@ -270,10 +155,12 @@ def _read(arguments: argparse.Namespace) -> int:
             raise MemtxError(f"--{option} {target} is a folder, expected a file.")
     with contextlib.ExitStack() as stack:
         book = _Book(arguments.book)
-        book.open(stack)  # Before the model is loaded: a mistyped name should not cost seconds.
+        book.open(stack)  # Before torch and the model are loaded: a mistyped name should not cost seconds.
+        from memtx.cli.report import Report, print_totals, progress_bar
+
         reader = open_reader(arguments.checkpoint, arguments.segment, arguments.device, arguments.dtype)
-        bar = _bar()
-        report = _Report(arguments.every, arguments.json, bar)
+        bar = progress_bar()
+        report = Report(arguments.every, arguments.json, bar)
         if arguments.session and Path(arguments.session).exists():
             _resume(arguments.session, reader, report, book)
         asked = stack.enter_context(_held_interrupt())
@@ -298,7 +185,7 @@ def _read(arguments: argparse.Namespace) -> int:
         seconds += time.perf_counter() - started
         read += reader.totals.tokens - before
     report.finish()
-    _print(arguments, reader, read / seconds if seconds else 0.0)
+    print_totals(arguments.json, reader, read / seconds if seconds else 0.0)
     if arguments.plot:
         from memtx.plots import surprise
 
@@ -318,7 +205,7 @@ def _named(name: str) -> Iterator[None]:
 
 
 def _pass(
-    book: _Book, reader: StreamReader, report: _Report, bar: Progress | None, asked: list[int]
+    book: _Book, reader: StreamReader, report: Report, bar: Progress | None, asked: list[int]
 ) -> tuple[float, int]:
     """Read the book up to its end or Ctrl-C; return the seconds it took and the tokens read."""
     task = bar.add_task("", total=book.size, completed=book.taken, rate=0.0) if bar is not None else None
@@ -348,14 +235,14 @@ def _check_end(reader: StreamReader, book: _Book) -> None:
         raise book.empty()
 
 
-def _save(path: str, reader: StreamReader, report: _Report, book: _Book) -> None:
+def _save(path: str, reader: StreamReader, report: Report, book: _Book) -> None:
     from memtx.inference.session import save_session
 
     facts = {"taken": book.taken, "digest": book.digest.hexdigest(), "report": report.position()}
     save_session(path, reader, facts=facts, extras=report.tensors())
 
 
-def _resume(path: str, reader: StreamReader, report: _Report, book: _Book) -> None:
+def _resume(path: str, reader: StreamReader, report: Report, book: _Book) -> None:
     from memtx.inference.session import load_session
 
     facts, extras = load_session(path, reader)
@@ -365,34 +252,6 @@ def _resume(path: str, reader: StreamReader, report: _Report, book: _Book) -> No
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"'{path}' is a session of something other than memtx read.", "Give another.") from error
     book.skip(taken, digest, path)
-
-
-def _print(arguments: argparse.Namespace, reader: StreamReader, rate: float) -> None:
-    totals, state_bytes, peak = reader.totals, reader.state.nbytes, peak_memory(reader.device)
-    if arguments.json:
-        measured = {
-            "nll": totals.nll,
-            # Infinity is not JSON.
-            "bits_per_byte": _finite(totals.bits_per_byte),
-            "word_perplexity": _finite(totals.word_perplexity),
-            "tokens": totals.tokens,
-            "words": totals.words,
-            "bytes": totals.bytes,
-            "tokens_per_second": rate,
-            "state_bytes": state_bytes,
-            "peak_memory_bytes": peak,
-        }
-        sys.stdout.write(json.dumps(measured) + "\n")
-        return
-    perplexity = totals.word_perplexity
-    sys.stdout.write(
-        f"whole: {totals.tokens:,} tokens, {totals.words:,} words, {totals.bytes:,} bytes\n"
-        f"  bits per byte      {totals.bits_per_byte:.4f}\n"
-        f"  word perplexity    {f'{perplexity:,.2f}' if math.isfinite(perplexity) else 'too large for a float'}\n"
-        f"  nats               {totals.nll:,.1f} ({totals.nll / max(1, totals.tokens):.4f} per token)\n"
-        f"  speed              {rate:,.0f} tokens/s\n"
-        f"  state              {state_bytes / 2**20:.2f} MiB, peak memory {peak / 2**20:,.0f} MiB\n"
-    )
 
 
 def main(argv: list[str]) -> int:

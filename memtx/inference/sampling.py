@@ -122,7 +122,7 @@ def choose(logits: Tensor, sampling: Sampling, recent: Tensor, generator: torch.
     logits = penalise_repetition(logits, recent.cpu(), sampling.repetition_penalty)
     if sampling.greedy or sampling.temperature == 0:
         return int(logits.argmax())
-    # Shifted first, so that a small temperature cannot overflow.
-    logits = (logits - logits.max()) / sampling.temperature
+    # Shifted first and in float64, so that no temperature above 0 overflows or becomes 0.
+    logits = (logits - logits.max()).double() / sampling.temperature
     logits = keep_min_p(keep_top_p(keep_top_k(logits, sampling.top_k), sampling.top_p), sampling.min_p)
     return int(torch.multinomial(logits.softmax(0), 1, generator=generator))

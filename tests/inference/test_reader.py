@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from memtx.data.tokenizers import Tokenizer
+from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.inference.reader import StreamReader, Totals
+from memtx.models.memory_transformer import MemoryTransformer
+
+
+def read(reader: StreamReader, parts: list[str | bytes]) -> np.ndarray:
+    results = [result for part in parts for result in reader.feed(part)] + list(reader.finish())
+    return np.concatenate([result.nll for result in results])
+
+
+def test_surprise_is_the_models_own(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
+    reader = StreamReader(pair_model, pair_tokenizer, segment=7)
+    nll = read(reader, [text[:600]])
+    ids = torch.tensor([pair_tokenizer.begin, *pair_tokenizer.encode(text[:600]).tolist()])
+    with torch.inference_mode():
+        logits = pair_model(ids[None, :-1]).logits[0]
+    expected = F.cross_entropy(logits, ids[1:], reduction="none").numpy()
+    # float32 through segments of 7 against one call: only rounding differs.
+    np.testing.assert_allclose(nll, expected, atol=1e-4)
+    assert reader.totals.tokens == len(ids) - 1
+    assert reader.totals.nll == pytest.approx(float(nll.sum(dtype=np.float64)), rel=1e-12)
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.lists(st.integers(0, 1000), max_size=8), st.booleans())
+def test_cutting_gives_equal_bits(
+    byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str, places: list[int], as_bytes: bool
+) -> None:
+    whole = text[:800].encode() if as_bytes else text[:800]
+    borders = sorted({place % len(whole) for place in places} | {0, len(whole)})
+    parts = [whole[a:b] for a, b in itertools.pairwise(borders)]
+    cut = read(StreamReader(byte_model, byte_tokenizer, segment=64), parts)
+    assert np.array_equal(cut, read(StreamReader(byte_model, byte_tokenizer, segment=64), [text[:800]]))
+
+
+def test_results_cover_the_text(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
+    reader = StreamReader(pair_model, pair_tokenizer, segment=100)
+    results = [*reader.feed(text), *reader.finish()]
+    assert [result.start for result in results] == [0, *(result.end for result in results[:-1])]
+    assert all(len(result.nll) == len(result.tokens) == len(result.token_bytes) for result in results)
+    assert all(result.nll.dtype == np.float32 for result in results)
+    assert {len(result.tokens) for result in results[:-1]} == {100}
+    assert b"".join(part for result in results for part in result.token_bytes) == text.encode()
+    assert (reader.totals.bytes, reader.totals.words) == (len(text.encode()), len(text.split()))
+
+
+def test_begin_is_never_scored(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
+    reader = StreamReader(byte_model, byte_tokenizer)
+    results = [*reader.feed("abc"), *reader.finish()]
+    assert [result.tokens.tolist() for result in results] == [[97, 98, 99]]
+
+
+def test_long_segments_give_the_same(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> None:
+    long = read(StreamReader(byte_model, byte_tokenizer, segment=5000), [text[:1500]])
+    short = read(StreamReader(byte_model, byte_tokenizer, segment=33), [text[:1500]])
+    # Only the order of float32 sums differs.
+    np.testing.assert_allclose(long, short, atol=1e-4)
+
+
+def test_snapshot_restore_and_fork(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> None:
+    reader = StreamReader(byte_model, byte_tokenizer, segment=50)
+    half = text.encode()[:1703]
+    list(reader.feed(half))
+    snapshot, fork = reader.snapshot(), reader.fork()
+    rest = read(reader, [text.encode()[1703:2500].decode(errors="ignore")])
+    assert np.array_equal(read(fork, [text.encode()[1703:2500].decode(errors="ignore")]), rest)
+    reader.restore(snapshot)
+    assert np.array_equal(read(reader, [text.encode()[1703:2500].decode(errors="ignore")]), rest)
+    assert reader.totals == fork.totals
+
+
+def test_state_does_not_grow(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> None:
+    reader = StreamReader(byte_model, byte_tokenizer, segment=128)
+    before = reader.state.nbytes
+    for _ in reader.feed(text * 2):
+        assert reader.state.nbytes == before
+        assert not reader.state.layers[0][0].hidden.requires_grad
+
+
+@pytest.mark.parametrize("parts", [["a", " b", "c ", "  ", "d"], ["", "one two"], [" x", "y\n"]])
+def test_words_are_those_of_the_whole_text(parts: list[str]) -> None:
+    totals = Totals()
+    for part in parts:
+        totals = totals.with_text(part)
+    assert totals.words == len("".join(parts).split())
+
+
+def test_mistakes(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, pair_tokenizer: Tokenizer) -> None:
+    with pytest.raises(MemtxError, match="segment is 0"):
+        StreamReader(byte_model, byte_tokenizer, segment=0)
+    with pytest.raises(CheckpointError, match="300 tokens"):
+        StreamReader(byte_model, pair_tokenizer)
+    reader = StreamReader(byte_model, byte_tokenizer)
+    list(reader.feed("é".encode()[:1]))
+    with pytest.raises(DataError, match="at byte 0"):
+        list(reader.finish())

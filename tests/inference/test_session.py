@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from memtx import files
+from memtx.data.tokenizers import ByteTokenizer, Tokenizer
+from memtx.errors import CheckpointError
+from memtx.inference.reader import StreamReader
+from memtx.inference.session import KIND, load_session, save_session
+from memtx.models.memory_transformer import MemoryTransformer
+
+
+@pytest.fixture
+def saved(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> Path:
+    reader = StreamReader(byte_model, byte_tokenizer, segment=50)
+    list(reader.feed(text.encode()[:1000] + "é".encode()[:1]))
+    save_session(tmp_path / "s", reader, facts={"name": "ü", "n": 3}, extras={"curve": torch.arange(3.0)})
+    return tmp_path / "s"
+
+
+def test_a_session_goes_on_bit_for_bit(
+    saved: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
+) -> None:
+    straight = StreamReader(byte_model, byte_tokenizer, segment=50)
+    list(straight.feed(text.encode()[:1000] + "é".encode()[:1]))
+    resumed = StreamReader(byte_model, byte_tokenizer, segment=50)
+    facts, extras = load_session(saved, resumed)
+    assert (facts, extras["curve"].tolist()) == ({"name": "ü", "n": 3}, [0, 1, 2])
+    assert resumed.totals == straight.totals
+    for reader in (straight, resumed):
+        list(reader.feed("é".encode()[1:]))
+    ours = [*resumed.feed(text[:700]), *resumed.finish()]
+    theirs = [*straight.feed(text[:700]), *straight.finish()]
+    assert np.array_equal(np.concatenate([r.nll for r in ours]), np.concatenate([r.nll for r in theirs]))
+    assert resumed.totals == straight.totals
+
+
+def test_saving_leaves_the_reader_alone(
+    tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
+) -> None:
+    reader = StreamReader(byte_model, byte_tokenizer, segment=50)
+    list(reader.feed(text[:500]))
+    before = reader.totals
+    save_session(tmp_path / "a", reader)
+    assert reader.totals == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_another_model_is_refused(saved: Path, byte_tokenizer: Tokenizer, byte_model: MemoryTransformer) -> None:
+    other = MemoryTransformer(257, dim=16, depth=1, heads=2)
+    reader = StreamReader(other, byte_tokenizer)
+    with pytest.raises(CheckpointError, match="another model"):
+        load_session(saved, reader)
+    assert reader.totals.tokens == 0
+
+
+def test_another_tokenizer_is_refused(saved: Path, byte_model: MemoryTransformer) -> None:
+    class Other(ByteTokenizer):
+        @property
+        def fingerprint(self) -> str:
+            return "f" * 64
+
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        load_session(saved, StreamReader(byte_model, Other()))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file_is_refused(
+    saved: Path, keep: int, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer
+) -> None:
+    saved.write_bytes(saved.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match="not a whole safetensors"):
+        load_session(saved, StreamReader(byte_model, byte_tokenizer))
+
+
+def test_other_formats_and_versions_are_refused(
+    tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer
+) -> None:
+    reader = StreamReader(byte_model, byte_tokenizer)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_session(tmp_path / "none", reader)
+    reader.state.save(tmp_path / "state", byte_model.fingerprint)
+    with pytest.raises(CheckpointError, match=r"holds 'memtx\.state'"):
+        load_session(tmp_path / "state", reader)
+    files.save_tensors(tmp_path / "new", {"a": torch.zeros(1)}, kind=KIND, version=99)
+    with pytest.raises(CheckpointError, match="format version 99"):
+        load_session(tmp_path / "new", reader)
+    facts = {"model": byte_model.fingerprint, "tokenizer": byte_tokenizer.fingerprint}
+    files.save_tensors(tmp_path / "bare", {"a": torch.zeros(1)}, kind=KIND, version=1, **facts)
+    with pytest.raises(CheckpointError, match="damaged header"):
+        load_session(tmp_path / "bare", reader)
