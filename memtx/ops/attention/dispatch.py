@@ -41,6 +41,8 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
             "(rows, heads, queries, head_dim) and twice (rows, kv_heads, keys, head_dim).",
             "Transpose heads before entries.",
         )
+    if not q.dtype == k.dtype == v.dtype:
+        raise MemtxError(f"Attention got q, k, v of {q.dtype}, {k.dtype}, {v.dtype}.", "Give all three in one type.")
     if q.shape[1] % k.shape[1]:
         raise MemtxError(
             f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads.", "Make the latter divide the former."

@@ -196,6 +196,7 @@ Q, SEEN = torch.randn(2, 4, 10, 8), causal(10)
         (Q, Q[..., :4], {}, "expected"),
         (Q[0], Q[0], {}, "expected"),
         (Q[:1], Q, {}, "expected"),
+        (Q, Q.double(), {}, "in one type"),
         (Q, Q, {"backend": "fast"}, "no attention backend 'fast'"),
         (Q, Q, {"backend": "banded", "dropout": 0.1}, "no attention dropout"),
         (Q.clone().requires_grad_(), Q, {"backend": "flex"}, "no gradient on the CPU"),
