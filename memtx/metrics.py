@@ -37,8 +37,9 @@ class _NllPerUnit(Metric):
 
     def _apply(self, fn: object, *arguments: object, **options: object) -> _NllPerUnit:
         # Module.half() and the like reach states through _apply; only the device may follow the model.
+        nll, units = self.nll, self.units
         super()._apply(fn, *arguments, **options)  # type: ignore[arg-type]
-        self.nll, self.units = self.nll.double(), self.units.double()
+        self.nll, self.units = nll.to(self.nll.device), units.to(self.units.device)
         return self
 
     def update(self, nll: Tensor | float, units: Tensor | int) -> None:
@@ -51,8 +52,8 @@ class _NllPerUnit(Metric):
         Raises:
             MemtxError: a likelihood that is not finite, or negative units.
         """
-        nll_sum = torch.as_tensor(nll).detach().to(dtype=torch.float64, device=self.nll.device).sum()
-        unit_sum = torch.as_tensor(units).detach().to(dtype=torch.float64, device=self.units.device).sum()
+        nll_sum = torch.as_tensor(nll, dtype=torch.float64, device=self.nll.device).detach().sum()
+        unit_sum = torch.as_tensor(units, dtype=torch.float64, device=self.units.device).detach().sum()
         if not math.isfinite(nll_sum.item()):
             raise MemtxError(
                 f"{type(self).__name__} got a negative log-likelihood of {nll_sum.item()}, expected a finite one.",

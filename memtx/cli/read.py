@@ -19,6 +19,7 @@ from memtx.errors import CheckpointError, DataError, MemtxError
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from memtx.cli.report import Report
     from memtx.inference.reader import StreamReader
 
 CHUNK = 1 << 16

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import ast
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx import plots
+from memtx.errors import MemtxError
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert content[-8:-4] == b"IEND"
+    return struct.unpack(">II", content[16:24])
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(0, 40))
+def test_smoothing_is_the_mean_of_the_neighbours_there_are(values: list[float], reach: int) -> None:
+    expected = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
+    # Sums of at most 30 values up to 100, differenced.
+    np.testing.assert_allclose(plots.smoothed(values, reach), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [1, 2, 1000])
+def test_surprise(tmp_path: Path, count: int) -> None:
+    position = np.arange(count) + 0.5
+    plots.surprise(
+        tmp_path / "a.png", (position, np.ones(count)), (position, np.ones(count), np.zeros(count)), title="$B"
+    )
+    assert size_of(tmp_path / "a.png") == (1500, 960)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_loss_curve_and_comparison(tmp_path: Path) -> None:
+    plots.loss_curve(
+        tmp_path / "b.png", {"train": (range(500), np.random.default_rng(0).random(500)), "val": ([0], [1])}
+    )
+    plots.comparison(tmp_path / "c.png", {"ours": [1.0, 1.1], "theirs": [1.2]}, unit="bits per byte")
+    assert min(*size_of(tmp_path / "b.png"), *size_of(tmp_path / "c.png")) > 300
+
+
+def test_a_comparison_grows_with_its_rows(tmp_path: Path) -> None:
+    plots.comparison(tmp_path / "a.png", {"a": [1.0]})
+    plots.comparison(tmp_path / "b.png", {str(row): [float(row)] for row in range(12)})
+    assert size_of(tmp_path / "b.png")[1] > 2 * size_of(tmp_path / "a.png")[1]
+
+
+def test_mistakes_leave_no_file(tmp_path: Path) -> None:
+    with pytest.raises(MemtxError, match="columns of one length"):
+        plots.surprise(tmp_path / "a.png", ([1, 2], [1]), ([1], [1], [1]))
+    with pytest.raises(MemtxError, match="columns of one length"):
+        plots.surprise(tmp_path / "a.png", ([], []), ([1], [1], [1]))
+    with pytest.raises(MemtxError, match="at least one row"):
+        plots.comparison(tmp_path / "a.png", {})
+    with pytest.raises(MemtxError, match=r"'x'.*finite"):
+        plots.comparison(tmp_path / "a.png", {"x": [float("nan")]})
+    with pytest.raises(MemtxError, match="at least one curve"):
+        plots.loss_curve(tmp_path / "a.png", {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_global_state_and_nothing_of_the_models() -> None:
+    tree = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
+    imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name.startswith("memtx.")} == {"memtx.errors"}
+    imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    assert not {"matplotlib.pyplot", "pylab"} & imported
