@@ -80,8 +80,9 @@ def chosen_checkpoint(run: Path) -> Path:
 def _tokenizer_text(place: Path) -> str:
     # The model was loaded from it, so it is whole; mapped, only what is looked at is read a second time.
     content = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
-    part = content.get(DATA_KEY)
-    text = part.get("tokenizer") if isinstance(part, Mapping) else None
+    # Lightning names the part after the class, which may be somebody's subclass.
+    parts = [content.get(DATA_KEY), *content.values()]
+    text = next((part["tokenizer"] for part in parts if isinstance(part, Mapping) and "tokenizer" in part), None)
     if not isinstance(text, str):
         raise CheckpointError(
             f"'{place}' has no tokenizer in it.", "Give a checkpoint of a run on texts, or a pretrained folder."

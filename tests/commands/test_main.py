@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memtx
+from memtx.cli import common
+from memtx.cli.main import COMMANDS, main
+from memtx.errors import DataError
+
+HOME = Path(memtx.__file__).parent.parent
+
+
+def python(code: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(HOME)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["raed"], ["read", "--help"], ["generate", "--help"]])
+def test_answers_that_need_no_torch_do_not_import_it(arguments: list[str]) -> None:
+    code = (
+        "import sys, json, contextlib, io\nfrom memtx.cli.main import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    main({arguments!r})\n"
+        "print(json.dumps(sorted(sys.modules)))"
+    )
+    modules = set(json.loads(python(code)))
+    assert not modules & {"torch", "lightning", "numpy", "jsonargparse", "matplotlib", "torchmetrics"}
+
+
+def test_reading_does_not_import_lightning() -> None:
+    code = (
+        "import sys\nimport memtx.cli.generate, memtx.cli.report, memtx.inference.loading, memtx.inference.generate\n"
+        "print('lightning' in sys.modules, 'torchmetrics' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    assert python(code).split() == ["False", "False", "False"]
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in COMMANDS)
+    assert main([]) == 2
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"memtx {memtx.__version__}\n"
+
+
+def test_an_unknown_command_is_one_line_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["genrate"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "Did you mean 'generate'?" in error
+    assert main(["xyzzy"]) == 2
+    assert "--help" in capsys.readouterr().err
+
+
+def test_the_program_is_called_what_it_was_called(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for argv0, name in (("/usr/bin/lightning", "lightning"), ("/x/memtx/__main__.py", "memtx")):
+        monkeypatch.setattr(sys, "argv", [argv0, "--help"])
+        assert main() == 0
+        assert capsys.readouterr().out.startswith(f"usage: {name} ")
+
+
+def test_the_subcommand_stays_in_argv_only_where_the_parser_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from memtx.cli import read
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(read, "main", lambda argv: seen.append(argv) or 7)
+    assert main(["read", "a", "--b"]) == 7
+    assert seen == [["a", "--b"]]
+
+
+def raising(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (DataError("What is\nwrong.", "The cure."), 2, "memtx: error: What is wrong. The cure.\n"),
+        (FileNotFoundError(2, "x", "/no/such"), 2, "memtx: error: '/no/such' does not exist. Check the path.\n"),
+        (IsADirectoryError(21, "x", "d"), 2, "memtx: error: 'd' is a folder, expected a file. Check the path.\n"),
+        (
+            PermissionError(13, "x", "p"),
+            2,
+            "memtx: error: 'p' may not be opened (permission denied). Check the path.\n",
+        ),
+        (KeyboardInterrupt("saved"), 130, "\nmemtx: interrupted: saved\n"),
+    ],
+)
+def test_mistakes_are_one_line(error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert common.run(lambda: raising(error)) == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_traceback_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert common.run(lambda: raising(DataError("bad.")), traceback=True) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_our_own_mistakes_are_not_hidden() -> None:
+    for error in (RuntimeError("ours"), FileNotFoundError("no path"), ValueError("ours")):
+        with pytest.raises(type(error)):
+            common.run(lambda error=error: raising(error))
+
+
+def test_a_closed_pipe_is_no_mistake(tmp_path: Path) -> None:
+    body = "lambda: [print('x' * 100) for _ in range(9999)] and 0"
+    code = f"import sys\nfrom memtx.cli.common import run\nsys.exit(run({body}))"
+    program = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(HOME)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert program.stdout is not None
+    assert program.stderr is not None
+    program.stdout.readline()
+    program.stdout.close()
+    assert program.stderr.read() == b""
+    program.stderr.close()
+    assert program.wait() == 141
+
+
+@pytest.mark.parametrize(
+    ("message", "keys", "expected"),
+    [
+        ("unrecognized arguments: --model.dimm=3", ["--model.dim"], "--model.dimm=3. Did you mean '--model.dim'?"),
+        ("Option 'dimm' is not accepted", ["model.dim", "rate"], "'dimm' is not accepted. Did you mean 'model.dim'?"),
+        (
+            'Parser key "model.lr":\n  Expected a float. Got value: abc',
+            [],
+            'key "model.lr": Expected a float. Got value: abc',
+        ),
+        ("", [], "could not be understood"),
+        ("Option 'zzzzzz' is not accepted", ["dim"], "Option 'zzzzzz' is not accepted"),
+        (
+            'Parser key "model.model":\n  Does not validate against any of the Union subtypes\n  Errors:\n'
+            "    - Option 'ratee' is not accepted\n    - Not of type None\n  Given value type: dict",
+            ["rate"],
+            "Option 'ratee' is not accepted. Did you mean 'rate'?",
+        ),
+    ],
+)
+def test_short_message(message: str, keys: list[str], expected: str) -> None:
+    said = common.short_message(message, keys)
+    assert said.endswith(expected)
+    assert "\n" not in said
+
+
+def test_short_message_is_short() -> None:
+    assert len(common.short_message("x" * 5000, [])) < 420
+
+
+def test_a_mistyped_option_is_named_before_the_required_one(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = common.Parser("memtx x", "")
+    parser.add_argument("--checkpoint", required=True)
+    for argv in (["--checkpont", "a"], ["--checkpont=a"], ["--checkpoint", "a", "--tracebak"]):
+        with pytest.raises(SystemExit) as exit_:
+            parser.parse(argv)
+        error = capsys.readouterr().err
+        assert exit_.value.code == 2
+        assert error.count("\n") == 1
+        assert "Did you mean '--checkpoint'?" in error or "Did you mean '--traceback'?" in error
+    assert parser.parse(["--checkpoint", "a"]) == argparse.Namespace(checkpoint="a", traceback=False)

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memtx.cli import read as command
+from memtx.cli.main import main
+from memtx.inference.reader import StreamReader
+from tests.commands.tiny import BOOK, pretrained
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(pretrained(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_bytes(BOOK.encode())
+    return path
+
+
+def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["read", *arguments, "--json"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    assert output.out.count("\n") == 1
+    found: dict[str, Any] = json.loads(output.out)
+    return found
+
+
+SAME = ("nll", "tokens", "words", "bytes", "bits_per_byte", "word_perplexity")
+
+
+def test_json_adds_up(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(capsys, str(book), "--checkpoint", model)
+    size = len(BOOK.encode())
+    assert (found["tokens"], found["bytes"], found["words"]) == (size, size, len(BOOK.split()))
+    assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2) / size)
+    assert found["word_perplexity"] == pytest.approx(math.exp(found["nll"] / found["words"]))
+    assert min(found[name] for name in ("tokens_per_second", "state_bytes", "peak_memory_bytes")) > 0
+
+
+def test_how_it_is_read_does_not_matter(
+    model: str, book: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = measured(capsys, str(book), "--checkpoint", model)
+    # Chunks of 7 bytes cut characters.
+    monkeypatch.setattr(command, "CHUNK", 7)
+    chunked = measured(capsys, str(book), "--checkpoint", model)
+    assert [whole[name] for name in SAME] == [chunked[name] for name in SAME]
+    other = measured(capsys, str(book), "--checkpoint", model, "--segment", "100")
+    # Only the order of float32 sums differs.
+    assert other["nll"] == pytest.approx(whole["nll"], rel=1e-5)
+
+
+def test_the_report_has_a_line_a_chapter(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", str(book), "--checkpoint", model, "--every", "1000"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split("  ")[0].strip() for line in said.splitlines() if line.startswith("CHAPTER")] == [
+        "CHAPTER I",
+        "CHAPTER II",
+        "CHAPTER III",
+    ]
+    assert "tokens 1,000-2,000" in said
+    assert f"whole: {len(BOOK.encode()):,} tokens" in said
+
+
+def test_plot_and_session_are_written(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot, session = tmp_path / "p.png", tmp_path / "s"
+    first = measured(capsys, str(book), "--checkpoint", model, "--plot", str(plot), "--session", str(session))
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+    again = measured(capsys, str(book), "--checkpoint", model, "--session", str(session))
+    assert [first[name] for name in SAME] == [again[name] for name in SAME]
+
+
+def test_a_book_that_grew_is_gone_on_with(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = str(tmp_path / "s")
+    book.write_bytes(BOOK.encode()[:1234])
+    measured(capsys, str(book), "--checkpoint", model, "--session", session)
+    book.write_bytes(BOOK.encode())
+    grown = measured(capsys, str(book), "--checkpoint", model, "--session", session)
+    whole = measured(capsys, str(book), "--checkpoint", model)
+    assert [grown[name] for name in SAME] == [whole[name] for name in SAME]
+
+
+def test_interrupted_and_resumed_equals_read_at_once(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, plots = tmp_path / "s", (tmp_path / "a.png", tmp_path / "b.png")
+    base = ["read", str(book), "--checkpoint", model, "--segment", "64", "--every", "500"]
+    assert main([*base, "--plot", str(plots[0])]) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setattr(command, "CHUNK", 301)
+    feed = StreamReader.feed
+
+    def interrupted(self: StreamReader, text: str | bytes) -> Iterator[Any]:
+        if self.totals.bytes > 1200:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield from feed(self, text)
+
+    monkeypatch.setattr(StreamReader, "feed", interrupted)
+    assert main([*base, "--session", str(session)]) == 130
+    first = capsys.readouterr()
+    assert "goes on from there" in first.err
+    monkeypatch.setattr(StreamReader, "feed", feed)
+    assert main([*base, "--session", str(session), "--plot", str(plots[1])]) == 0
+    rest = capsys.readouterr().out
+
+    def lines(text: str) -> list[str]:
+        kept = [line for line in text.splitlines() if not line.startswith(("part", "  speed", "  state"))]
+        return kept
+
+    assert lines(first.out) + lines(rest) == lines(whole)
+    assert plots[0].read_bytes() == plots[1].read_bytes()
+
+
+def test_an_interrupt_without_a_session_saves_nothing(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    feed = StreamReader.feed
+
+    def interrupted(self: StreamReader, text: str | bytes) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from feed(self, text)
+
+    monkeypatch.setattr(StreamReader, "feed", interrupted)
+    assert main(["read", str(book), "--checkpoint", model, "--json"]) == 130
+    assert capsys.readouterr().out == ""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    try:
+        code = main(["read", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code  # type: ignore[assignment]
+    output = capsys.readouterr()
+    assert code == 2
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+    return output.err
+
+
+def test_a_bad_book_is_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = tmp_path / "s"
+    options = ("--checkpoint", model, "--session", str(session))
+    assert "does not exist" in mistake(capsys, str(tmp_path / "none.txt"), *options)
+    assert "is a folder" in mistake(capsys, str(tmp_path), *options)
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"")
+    assert "is empty" in mistake(capsys, str(path), *options)
+    path.write_bytes("Caf\xe9 au lait".encode("latin-1"))
+    error = mistake(capsys, str(path), *options)
+    assert "book.txt" in error
+    assert "at byte 3" in error
+    path.write_bytes("Café".encode()[:-1])
+    assert "at byte 3" in mistake(capsys, str(path), *options)
+    assert not session.exists()
+
+
+def test_a_bad_checkpoint_is_one_line(
+    book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    assert "does not exist" in mistake(capsys, str(book), "--checkpoint", str(tmp_path / "none.ckpt"))
+    assert "not a whole checkpoint" in mistake(capsys, str(book), "--checkpoint", str(book))
+    broken = pretrained(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "not a whole safetensors" in mistake(capsys, str(book), "--checkpoint", str(broken))
+
+
+def test_a_bad_session_is_one_line_and_stays(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = tmp_path / "s"
+    options = (str(book), "--session", str(session), "--checkpoint")
+    measured(capsys, *options, model)
+    good = session.read_bytes()
+    assert "another model" in mistake(capsys, *options, str(pretrained(tmp_path / "other", seed=1)))
+    book.write_bytes(b"Another book altogether." + BOOK.encode())
+    assert "another text" in mistake(capsys, *options, model)
+    assert session.read_bytes() == good
+    session.write_bytes(good[:-1])
+    assert "not a whole safetensors" in mistake(capsys, *options, model)
+
+
+def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = (str(book), "--checkpoint", model)
+    assert "--segment is 0" in mistake(capsys, *base, "--segment", "0")
+    assert "--every is -1" in mistake(capsys, *base, "--every", "-1")
+    assert "Did you mean '--session'?" in mistake(capsys, *base, "--sesion", "x")
+    assert "folder does not exist" in mistake(capsys, *base, "--plot", "/no/such/folder/a.png")
+    assert "required: --checkpoint" in mistake(capsys, str(book))
+
+
+def test_real_books(books: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "real.txt"
+    path.write_bytes(sorted(books.glob("*/*.txt"))[0].read_bytes()[:20_000].decode(errors="ignore").encode())
+    found = measured(capsys, str(path), "--checkpoint", model)
+    assert found["words"] == len(path.read_text(encoding="utf-8").split())
