@@ -71,7 +71,8 @@ def open_corpus(root: str | os.PathLike[str]) -> Corpus:
     if path.is_file():
         return Corpus(str(root), _cut_splits([_file(path, path.name)]))
     if not path.is_dir():
-        raise DataError(f"'{root}' does not exist, expected a folder of texts or one text file.", PG19)
+        hint = nearest(str(root), ["embedded", "embedded+sources"])
+        raise DataError(f"'{root}' does not exist, expected a folder of texts or one text file.{hint}", PG19)
     if any((path / name).is_dir() for name in SPLITS):
         return Corpus(str(root), _pg19(path))
     found = sorted(

@@ -189,7 +189,7 @@ def open_store(
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make ``path``; the lock file beside it vanishes with no one and does no harm.
+    """Let one process at a time make ``path``; the empty lock file beside it stays, the lock ends with its process.
 
     Raises:
         MemtxError: the folder of ``path`` cannot be written to.

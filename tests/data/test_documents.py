@@ -79,6 +79,8 @@ def test_embedded_is_disjoint_and_repeatable(root: str) -> None:
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"missing' does not exist.*deepmind-gutenberg.*--data\.root"):
         open_corpus(tmp_path / "missing")
+    with pytest.raises(DataError, match="Did you mean 'embedded'"):
+        open_corpus("embeded")
     with pytest.raises(DataError, match="holds no text"):
         open_corpus(tmp_path)
     (tmp_path / "empty.txt").touch()

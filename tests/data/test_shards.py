@@ -3,8 +3,11 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -120,7 +123,8 @@ def test_damage_is_found_and_only_the_damaged_shard_made_again(tmp_path: Path) -
 
 @pytest.mark.usefixtures("small_shards")
 def test_an_interrupted_run_keeps_its_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, written = encoding.write_shard, []
+    original = encoding.write_shard
+    written: list[str] = []
 
     def interrupted(path: Path, *rest: object) -> None:
         if len(written) == 2:
@@ -156,6 +160,23 @@ def test_a_bad_text_is_named(tmp_path: Path, workers: int) -> None:
         open_store([*documents(), bad], ByteTokenizer(), cache=tmp_path, workers=workers)
     with pytest.raises(DataError, match="'d1' has no words"):
         open_store(documents(["words", " \n"]), ByteTokenizer(), cache=tmp_path, workers=workers)
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = subprocess.Popen
+
+    def dying(_: list[str], **options: Any) -> subprocess.Popen[str]:
+        return original([sys.executable, "-c", "raise SystemExit(9)"], **options)
+
+    monkeypatch.setattr(subprocess, "Popen", dying)
+    with pytest.raises(DataError, match=r"ended with code -?9.*fewer workers"):
+        open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=2)
+
+
+def test_workers_start_without_torch() -> None:
+    code = "import sys, memtx.data.encoding; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_other_mistakes(tmp_path: Path) -> None:
