@@ -55,11 +55,13 @@ class Report:
             self._line(chapter.title or "(before the first chapter)", chapter)
         if not self.every:
             return
-        for offset, (part, nll) in enumerate(zip(result.token_bytes, result.nll.tolist(), strict=True)):
-            self.stretch = self.stretch.with_token(len(part), nll)
+        first = 0
+        while first < len(result.tokens):
+            stop = min(len(result.tokens), first + self.every - self.stretch.tokens)
+            self.stretch, first = self.stretch.with_tokens(result, first, stop), stop
             if self.stretch.tokens == self.every:
                 self._line(f"tokens {self.stretch.start:,}-{self.stretch.start + self.every:,}", self.stretch)
-                self.stretch = Section(start=result.start + offset + 1)
+                self.stretch = Section()
 
     def finish(self) -> None:
         """Print the last chapter's line, where there are chapters."""

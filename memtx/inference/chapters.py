@@ -8,10 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from memtx.inference.reader import SegmentResult
 
 LONGEST_HEADING = 80
 """Characters of a line that may be a heading."""
+
+LONGEST_LINE = 4 * LONGEST_HEADING + 4
+"""Bytes of a line that are kept: more than any heading has."""
 
 SHORTEST_CHAPTER = 200
 """Tokens; a heading sooner than that after another is its subtitle or a table of contents."""
@@ -56,9 +61,15 @@ class Section:
         """Bits per byte of the section; NaN where it is empty."""
         return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
 
-    def with_token(self, size: int, nll: float) -> Section:
-        """Return the section with one token more, of ``size`` bytes."""
-        return replace(self, tokens=self.tokens + 1, bytes=self.bytes + size, nll=self.nll + nll)
+    def with_tokens(self, result: SegmentResult, first: int, stop: int) -> Section:
+        """Return the section with a segment's tokens from ``first`` up to ``stop`` as well."""
+        return Section(
+            self.title,
+            self.start if self.tokens else result.start + first,
+            self.tokens + stop - first,
+            self.bytes + sum(map(len, result.token_bytes[first:stop])),
+            self.nll + float(result.nll[first:stop].sum(dtype=np.float64)),
+        )
 
     def __add__(self, other: Section) -> Section:
         return replace(
@@ -79,16 +90,17 @@ class Chapters:
 
     def feed(self, result: SegmentResult) -> Iterator[Section]:
         """Take a segment and yield the chapters that it ended."""
-        for offset, (part, nll) in enumerate(zip(result.token_bytes, result.nll.tolist(), strict=True)):
-            if not self._of_line.tokens:
-                self._of_line = Section(start=result.start + offset)
-            self._of_line = self._of_line.with_token(len(part), nll)
-            head, newline, rest = part.partition(b"\n")
-            # One byte too many is enough to know that it is no heading: a line of any length costs nothing.
-            self._line = (self._line + head)[: 4 * LONGEST_HEADING + 1]
+        parts, first = result.token_bytes, 0
+        breaks = [place for place, part in enumerate(parts) if b"\n" in part]
+        for stop in (*breaks, len(parts)):
+            self._of_line = self._of_line.with_tokens(result, first, min(stop + 1, len(parts)))
+            ending, newline, rest = b"".join(parts[first : stop + 1]).partition(b"\n")
+            # More than a heading's length is enough to know that it is none: a line of any length costs nothing.
+            self._line = (self._line + ending)[:LONGEST_LINE]
             if newline:
                 yield from self._end_line()
-                self._line = rest.rpartition(b"\n")[2][: 4 * LONGEST_HEADING + 1]
+                self._line = rest.rpartition(b"\n")[2][:LONGEST_LINE]
+            first = stop + 1
 
     def _end_line(self) -> Iterator[Section]:
         text = self._line.decode("utf-8", "replace")
