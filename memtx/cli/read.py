@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from memtx.cli.report import Report
     from memtx.inference.reader import StreamReader
 
-CHUNK = 1 << 16
-"""Bytes read at a time."""
+CHUNK = 1 << 14
+"""Bytes read at a time; at most what a reader takes in at once, so that Ctrl-C need not wait for all of it."""
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -218,8 +218,11 @@ def _pass(
                 if bar is not None and task is not None:
                     rate = (result.end - first) / max(time.perf_counter() - started, 1e-9)
                     bar.update(task, completed=reader.totals.bytes, rate=rate)
+                if asked:
+                    # The rest of the chunk was taken in and waits in the reader, so it goes into the session.
+                    break
             if asked:
-                # The chunk was read whole; close counts it as taken.
+                # Chunks count once the next is asked for, which does not happen here.
                 book.taken += len(chunk)
                 book.digest.update(chunk)
                 break

@@ -183,7 +183,8 @@ class StreamReader:
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
         """Take more of the text and yield the segments that it fills.
 
-        An iterator: the text is read as the results are taken, so take them all.
+        An iterator: the text is read as the results are taken, so take them all. Of a text of at most
+        ``pieces.STEP`` characters or bytes, what was not taken waits for the next call, or for :meth:`finish`.
 
         Args:
             text: any amount, cut anywhere; bytes are UTF-8.

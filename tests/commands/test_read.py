@@ -96,26 +96,33 @@ def test_a_book_that_grew_is_gone_on_with(
     assert [grown[name] for name in SAME] == [whole[name] for name in SAME]
 
 
+@pytest.mark.parametrize("chunk", [301, command.CHUNK])
 def test_interrupted_and_resumed_equals_read_at_once(
-    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chunk: int,
+    model: str,
+    book: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session, plots = tmp_path / "s", (tmp_path / "a.png", tmp_path / "b.png")
     base = ["read", str(book), "--checkpoint", model, "--segment", "64", "--every", "500"]
     assert main([*base, "--plot", str(plots[0])]) == 0
     whole = capsys.readouterr().out
-    monkeypatch.setattr(command, "CHUNK", 301)
-    feed = StreamReader.feed
+    monkeypatch.setattr(command, "CHUNK", chunk)
+    score = StreamReader._score
 
-    def interrupted(self: StreamReader, text: str | bytes) -> Iterator[Any]:
-        if self.totals.bytes > 1200:
+    def interrupted(self: StreamReader, tokens: Any) -> Any:
+        if self.totals.tokens == 64 * 17:
             os.kill(os.getpid(), signal.SIGINT)
-        yield from feed(self, text)
+        return score(self, tokens)
 
-    monkeypatch.setattr(StreamReader, "feed", interrupted)
+    monkeypatch.setattr(StreamReader, "_score", interrupted)
     assert main([*base, "--session", str(session)]) == 130
     first = capsys.readouterr()
     assert "goes on from there" in first.err
-    monkeypatch.setattr(StreamReader, "feed", feed)
+    assert len(first.out.splitlines()) == 4  # The head, CHAPTER I and two stretches: the rest was not read.
+    monkeypatch.setattr(StreamReader, "_score", score)
     assert main([*base, "--session", str(session), "--plot", str(plots[1])]) == 0
     rest = capsys.readouterr().out
 
