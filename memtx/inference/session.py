@@ -84,7 +84,7 @@ def load_session(path: str | os.PathLike[str], reader: StreamReader) -> tuple[di
             raise CheckpointError(
                 f"'{path}' is a session of another {what} ({header.get(what, 'none')[:12]}, "
                 f"this one is {expected[:12]}).",
-                "Use the checkpoint that it was written with, or another session file.",
+                "Use the checkpoint and the precision that it was written with, or another session file.",
             )
     try:
         totals = Totals(**json.loads(header["totals"]))
