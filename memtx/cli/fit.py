@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 
 from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run, short_message
 from memtx.data.books import BookDataModule
@@ -87,6 +88,10 @@ class MemtxCLI(LightningCLI):
                 TensorBoardLogger(run_folder, name="", version="", default_hp_metric=False),
             ]
         kwargs.setdefault("default_root_dir", run_folder)
+        plugins = settings.trainer.plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(one, CheckpointIO) for one in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if settings.checkpoint.dirpath is None:
             settings.checkpoint.dirpath = str(Path(run_folder) / "checkpoints")
         if settings.trainer.logger is False:
@@ -143,7 +148,6 @@ def main(argv: list[str]) -> int:
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={
                     "callbacks": callbacks,
-                    "plugins": [AtomicCheckpointIO()],
                     "gradient_clip_val": 1.0,
                     "use_distributed_sampler": False,
                     "devices": 1,
