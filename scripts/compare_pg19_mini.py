@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CONFIG = "configs/pg19-mini.yaml"
@@ -54,7 +56,10 @@ def trained(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str,
     ]  # fmt: skip
     if arguments.steps:
         command += ["--trainer.max_steps", str(arguments.steps), "--trainer.val_check_interval", str(arguments.steps)]
-    subprocess.run(command, check=True)
+    # One thread a run wastes nothing on waiting for the other; together they use the cores.
+    threads = str(max(1, (os.cpu_count() or 1) // arguments.parallel))
+    with (arguments.out / f"{run.name}.log").open("w") as log:
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=log, stderr=log)
     rows = list(csv.DictReader((run / "metrics.csv").open()))
     figures = {
         "bits_per_byte": next(float(row["val_bits_per_byte"]) for row in rows[::-1] if row.get("val_bits_per_byte")),
@@ -74,11 +79,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=0, help="instead of the config's")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, the cores shared between them")
     arguments = parser.parse_args()
     results: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in VARIANTS}
-    for seed in arguments.seeds:
-        for variant in VARIANTS:
-            results[variant][seed] = trained(variant, seed, arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(arguments.parallel) as pool:
+        jobs = {
+            (variant, seed): pool.submit(trained, variant, seed, arguments)
+            for seed in arguments.seeds
+            for variant in VARIANTS
+        }
+        for (variant, seed), job in jobs.items():
+            results[variant][seed] = job.result()
             print(variant, seed, results[variant][seed], flush=True)
     table = ["| memory | " + " | ".join(f"seed {seed}" for seed in arguments.seeds) + " | mean | spread |"]
     table.append("|---" * (len(arguments.seeds) + 3) + "|")
@@ -86,7 +98,6 @@ def main() -> None:
         scores = [figures["bits_per_byte"] for figures in by_seed.values()]
         cells = " | ".join(f"{score:.4f}" for score in scores)
         table.append(f"| {variant} | {cells} | {statistics.mean(scores):.4f} | {max(scores) - min(scores):.4f} |")
-    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "table.md").write_text("\n".join(table) + "\n")
     (arguments.out / "results.json").write_text(json.dumps({"machine": platform.platform(), **results}, indent=2))
     print("\n".join(table))
