@@ -110,10 +110,15 @@ def save_tensors(
     metadata = {"format": "pt", "kind": kind, "version": str(version), **facts}
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
+        # It makes a file for its owner alone: the mode is to be what the umask says, as of every other file.
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(content, str(temporary), metadata=metadata)
         except SafetensorError as error:  # its own name for a full disk or a folder that is closed to us
-            raise OSError(str(error)) from error
+            # Without the names of temporary files, which are gone by now.
+            raise OSError(str(error).partition(" at path")[0]) from error
+        temporary.chmod(mode)
 
 
 def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tuple[dict[str, Any], dict[str, str]]:

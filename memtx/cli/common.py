@@ -128,16 +128,16 @@ def _unknown(message: str) -> str:
 
 def _offer(name: str, known: Iterable[str]) -> str:
     """Return the hint for the nearest key: the whole dotted name first, then its last part."""
-    keys = list(known)
+    dashes = "--" if name.startswith("--") else ""
+    # A parser may know its options by their keys, as they stand in a config.
+    keys = [key if not dashes or key.startswith("-") else dashes + key for key in known]
     if hint := nearest(name, keys):
         return hint
-    dashes = "--" if name.startswith("--") else ""
     last = name.lstrip("-").rpartition(".")[2]
     by_last = {key.lstrip("-").rpartition(".")[2]: key for key in keys}
     close = nearest(last, by_last)
     if found := re.search(r"'([^']+)'", close):
-        key = by_last[found[1]]
-        return f" Did you mean '{key if not dashes or key.startswith('--') else dashes + key}'?"
+        return f" Did you mean '{by_last[found[1]]}'?"
     return ""
 
 

@@ -4,44 +4,76 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 
-from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run, short_message
+from memtx import files
+from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run
+from memtx.cli.config import check_config, config_files, parser_message, read_config
 from memtx.data.books import BookDataModule
-from memtx.errors import MemtxError
-from memtx.inference.loading import chosen_checkpoint
+from memtx.data.documents import PG19
+from memtx.data.tokenizers import tokenizer_from_json
+from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.inference.loading import DATA_KEY, chosen_checkpoint
 from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
+from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from memtx.training.callbacks.interrupt import StopOnInterrupt
+from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.callbacks.throughput import Throughput
 from memtx.training.language import LanguageModule
+from memtx.training.logs import MetricsFile
 
 LAST = "last.ckpt"
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+PREDICTIONS = "predictions"
+DEFAULT_RUN = "runs/memtx"
 
 
 class OneLineParser(LightningArgumentParser):
     """Says what is wrong in one line, with the nearest valid key, and exits with code 2."""
 
+    # Of the class: the parser makes others of its kind for the parts, whose errors are to name the file as well.
+    configs: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Look at the config files, then parse."""
+        subcommands = getattr(self, "_subcommands_action", None)
+        if isinstance(args, list) and subcommands is not None and args:
+            self.configs.clear()
+            chosen = subcommands._name_parser_map.get(args[0])
+            for path in config_files(args) if chosen is not None else ():
+                self.configs[path] = read_config(path)
+                check_config(path, self.configs[path], [action.dest for action in chosen._actions])
+        return super().parse_args(args, *rest, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write the line and exit."""
-        complain(short_message(message, self._known()))
+        cause: BaseException | None = ex
+        while cause is not None and not isinstance(cause, MemtxError):
+            cause = cause.__cause__ or cause.__context__
+        complain(str(cause) if cause is not None else parser_message(message, self.configs, self._known()))
         raise SystemExit(MISTAKE)
 
     def _known(self) -> list[str]:
         parts: list[Any] = [MemoryTransformer, CompressedMemory, SwiGLU, LanguageModule, BookDataModule, Trainer]
         inner = [name for part in parts for name in inspect.signature(part).parameters]
-        parsers = [self, *getattr(self, "_subparsers_by_name", {}).values()]
+        subcommands = getattr(self, "_subcommands_action", None)
+        parsers = [self, *(subcommands._name_parser_map.values() if subcommands is not None else ())]
         return [action.dest for parser in parsers for action in parser._actions] + inner
 
 
@@ -50,7 +82,8 @@ class MemtxCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's folder and the checkpoint's settings, and let the data decide the vocabulary."""
-        parser.add_argument("--run", type=str, default="runs/memtx", help="The run's folder.")
+        parser.add_argument("--run", type=str, default=DEFAULT_RUN, help="The run's folder.")
+        parser.add_argument("--traceback", action="store_true", help="Show where in the program a mistake was noticed.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.link_arguments("data.segment", "model.segment")
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
@@ -61,30 +94,61 @@ class MemtxCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Find the checkpoint, and refuse to write over a run, before any work."""
+        self._content: dict[str, Any] | None = None
         settings = self.config[self.subcommand]
-        folder = Path(settings.run) / "checkpoints"
-        asked = settings.get("ckpt_path")
+        if settings.data.root is None:
+            raise DataError("data.root is not set, expected the folder of texts.", PG19)
+        run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
-            if asked is None and (folder / LAST).exists():
+            last = run_folder / CHECKPOINTS / LAST
+            if asked is None and last.exists():
                 raise MemtxError(
                     f"'{settings.run}' already holds a run.",
                     "Add --ckpt_path last to go on with it, or give another folder by --run.",
                 )
-            settings.ckpt_path = str(folder / LAST) if asked == "last" and (folder / LAST).exists() else asked
-            if asked == "last" and not (folder / LAST).exists():
-                settings.ckpt_path = None
+            if run_folder.exists() and not run_folder.is_dir():
+                raise MemtxError(f"'{settings.run}' is a file, expected a folder.", "Give another one by --run.")
+            if asked == "last" and not last.exists():
+                asked = None
         else:
-            settings.ckpt_path = str(_checkpoint(Path(settings.run), asked))
-        if settings.ckpt_path is not None and not Path(settings.ckpt_path).exists():
-            raise MemtxError(f"The checkpoint '{settings.ckpt_path}' does not exist.", "Check --ckpt_path.")
+            asked = asked or "best"
+        settings.ckpt_path = None if asked is None else str(_checkpoint(run_folder, asked))
+        if settings.ckpt_path is None:
+            return
+        if not Path(settings.ckpt_path).exists():
+            raise CheckpointError(f"The checkpoint '{settings.ckpt_path}' does not exist.", "Check --ckpt_path.")
+        self._content = folder.read_checkpoint(settings.ckpt_path)
+        if self.subcommand != "fit":
+            # The model knows the ids of its own tokenizer only, whatever texts are read.
+            text = (self._content.get(DATA_KEY) or {}).get("tokenizer")
+            if isinstance(text, str):
+                settings.data.tokenizer = tokenizer_from_json(text)
+        if self.subcommand == "predict" and settings.return_predictions is None:
+            settings.return_predictions = False
+
+    def instantiate_classes(self) -> None:
+        """Make everything; what a class says against its arguments is the user's to read."""
+        try:
+            super().instantiate_classes()
+        except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+            raise _mistake(error) from error
+        if self._content is not None:
+            # Before anything is written, though Lightning will ask again when it restores.
+            content, self._content = self._content, None
+            path = self.config[self.subcommand].ckpt_path
+            try:
+                self.model.on_load_checkpoint(content)
+            except MemtxError as error:
+                raise CheckpointError(f"'{path}': {error.what}", error.cure) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Put loggers and checkpoints into the run's folder, unless the user chose others."""
         settings = self.config_init[self.subcommand]
         run_folder = settings.run
         if settings.trainer.logger is None:
-            kwargs["logger"] = [
-                CSVLogger(run_folder, name="", version=""),
+            # Measuring a run must not touch what its training logged.
+            kwargs["logger"] = self.subcommand == "fit" and [
+                MetricsFile(run_folder, go_on=settings.ckpt_path is not None),
                 TensorBoardLogger(run_folder, name="", version="", default_hp_metric=False),
             ]
         kwargs.setdefault("default_root_dir", run_folder)
@@ -93,41 +157,143 @@ class MemtxCLI(LightningCLI):
         if not any(isinstance(one, CheckpointIO) for one in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if settings.checkpoint.dirpath is None:
-            settings.checkpoint.dirpath = str(Path(run_folder) / "checkpoints")
-        if settings.trainer.logger is False:
+            settings.checkpoint.dirpath = str(Path(run_folder) / CHECKPOINTS)
+        if not kwargs.get("logger", settings.trainer.logger):
             # It refuses to run where it has nowhere to write.
             always = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [one for one in always if not isinstance(one, LearningRateMonitor)]
+        if self.subcommand == "predict":
+            always = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [*always, PredictionWriter(Path(run_folder) / PREDICTIONS)]
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Try optimiser and schedule on one number, so that a wrong setting shows before anything is written."""
+        try:
+            groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]}]
+            optimizer = self.model.make_optimizer(groups)
+            if self.model.make_scheduler is not None:
+                self.model.make_scheduler(optimizer)
+        except MemtxError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise MemtxError(f"model.optimizer or model.scheduler: {error}.", "Change its init_args.") from error
+
+    def after_fit(self) -> None:
+        """Say where the run is."""
+        settings = self.config[self.subcommand]
+        if self.trainer.is_global_zero and not settings.trainer.fast_dev_run:
+            sys.stdout.write(f"The run is in '{settings.run}'. memtx test --run {settings.run} measures it.\n")
+
+    def after_predict(self) -> None:
+        """Say where the predictions are."""
+        if self.trainer.is_global_zero:
+            target = Path(self.config[self.subcommand].run) / PREDICTIONS
+            sys.stdout.write(f"Every document's figures and every token's surprise are in '{target}'.\n")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        run_folder = Path(self.config[subcommand].run)
+        is_new = not run_folder.exists()
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            # A start that failed leaves no folder behind: config.yaml is written when training begins.
+            if subcommand == "fit" and is_new and not (run_folder / CONFIG).exists():
+                shutil.rmtree(run_folder, ignore_errors=True)
+            if isinstance(error, MisconfigurationException):
+                raise _mistake(error) from error
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise MemtxError(
+                    "The GPU's memory is full.", "Lower --data.rows, --data.segment or --data.horizon."
+                ) from error
+            raise
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml into the run's folder when training begins, not when a checkpoint is measured."""
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Save on fit alone."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Leave it until the checkpoint has been restored."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write what was asked for; without the checkpoint, so that the same file begins the same run again."""
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            config.ckpt_path, config.traceback = None, False
+            text = self.parser.dump(config, skip_none=False)
+            files.write_text(Path(config.run) / CONFIG, text)
 
 
-def _checkpoint(run_folder: Path, asked: str | None) -> Path:
-    if asked in (None, "best"):
+def _mistake(error: Exception) -> MemtxError:
+    """Return the one line of an error that a class raised about its arguments."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemtxError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return MemtxError(lines[0] if lines else type(error).__name__, "Add --traceback to see where.")
+
+
+def _checkpoint(run_folder: Path, asked: str) -> Path:
+    if asked == "best":
         return chosen_checkpoint(run_folder)
-    place = run_folder / "checkpoints" / LAST if asked == "last" else Path(str(asked))
+    place = run_folder / CHECKPOINTS / LAST if asked == "last" else Path(asked)
     return chosen_checkpoint(place) if place.is_dir() else place
 
 
+def _value(argv: list[str], option: str) -> str | None:
+    for place, one in enumerate(argv):
+        if one.startswith(f"{option}="):
+            return one.partition("=")[2]
+        if one == option and place + 1 < len(argv):
+            return argv[place + 1]
+    return None
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """Return ``argv`` with the config that a run was made with, where a run is measured and none is given.
+
+    The run is named by ``--run``, else found from ``--ckpt_path``.
+    """
+    if argv[0] == "fit" or config_files(argv) or "--help" in argv or "-h" in argv:
+        return argv
+    named, checkpoint = _value(argv, "--run"), _value(argv, "--ckpt_path")
+    places = [Path(named if named is not None else DEFAULT_RUN)]
+    if named is None and checkpoint not in (None, "best", "last"):
+        place = Path(str(checkpoint))
+        places = [place, place.parent, place.parent.parent]
+    for place in places:
+        if (place / CONFIG).is_file():
+            run_option = [] if named is not None else ["--run", str(place)]
+            return [argv[0], "--config", str(place / CONFIG), *run_option, *argv[1:]]
+    return argv
+
+
+_NOISE = ("Seed set to", "available: False", "litlogger", "Tip")
+_UNWANTED = (
+    ".*does not have many workers.*",
+    ".*does not seem to be.*",
+    ".*LeafSpec.*",
+    ".*no logger configured.*",
+    ".*exists and is not empty.*",
+    ".*across ranks is zero.*",  # A run without validation texts.
+    r"\s*Unable to serialize instance",  # The checkpoint's tokenizer, which is not to be saved.
+)
+
+
+def _wanted(record: logging.LogRecord) -> bool:
+    return not any(one in record.getMessage() for one in _NOISE)
+
+
 def _quiet() -> None:
-    # Advice to install other products, and warnings about choices made here on purpose.
-    for text in (
-        ".*does not have many workers.*",
-        ".*does not seem to be.*",
-        ".*LeafSpec.*",
-        ".*no logger configured.*",
-    ):
+    # Advice to install other products, what goes without saying, and warnings about choices made here on purpose.
+    for text in _UNWANTED:
         warnings.filterwarnings("ignore", message=text)
-    noise = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    noise.addFilter(lambda record: "litlogger" not in record.getMessage() and "Tip" not in record.getMessage())
+    for part in ("fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
+        noise = logging.getLogger(f"lightning.{part}")
+        if _wanted not in noise.filters:
+            noise.addFilter(_wanted)
 
 
 def main(argv: list[str]) -> int:
@@ -140,12 +306,14 @@ def main(argv: list[str]) -> int:
 
     def body() -> int:
         sys.argv = [sys.argv[0]]
+        # Classes of one's own, by class_path from a file beside the config; last, so that it hides nothing.
+        if (here := str(Path.cwd())) not in sys.path:
+            sys.path.append(here)
         try:
             MemtxCLI(
                 LanguageModule,
                 BookDataModule,
                 save_config_callback=SaveConfig,
-                save_config_kwargs={"overwrite": True},
                 trainer_defaults={
                     "callbacks": callbacks,
                     "gradient_clip_val": 1.0,
@@ -156,7 +324,7 @@ def main(argv: list[str]) -> int:
                 parser_class=OneLineParser,
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                args=argv,
+                args=with_config(argv),
             )
         except SystemExit as stopped:
             if isinstance(stopped.__context__, KeyboardInterrupt):
@@ -164,5 +332,4 @@ def main(argv: list[str]) -> int:
             return stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else MISTAKE
         return 0
 
-    return run(body)
-
+    return run(body, traceback="--traceback" in argv)

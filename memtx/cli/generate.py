@@ -66,7 +66,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         repetition_penalty=arguments.repetition_penalty,
         greedy=arguments.greedy,
     )
-    reader = open_reader(arguments.checkpoint, arguments.segment, arguments.device, arguments.dtype)
+    reader = open_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
     pieces = generate(

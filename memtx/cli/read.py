@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import os
 import signal
 import sys
@@ -49,29 +50,61 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the options for where and how precisely to compute."""
     parser.add_argument("--device", default="cpu", help="where to compute, such as cpu, cuda or cuda:1")
     parser.add_argument("--dtype", choices=DTYPES, help="precision of weights and state; the checkpoint's by default")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module with classes of your own that the checkpoint names, from here or PYTHONPATH; repeatable",
+    )
 
 
-def open_reader(checkpoint: str, segment: int, device: str, dtype: str | None) -> StreamReader:
-    """Load a checkpoint and return a reader at the beginning of a text.
+def import_modules(names: list[str]) -> None:
+    """Import what a checkpoint's own classes are in: they are never imported because a file asks for it.
+
+    Raises:
+        MemtxError: there is no such module.
+    """
+    if names and (here := str(Path.cwd())) not in sys.path:
+        # Last, so that it hides nothing.
+        sys.path.append(here)
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError) as error:
+            raise MemtxError(f"--import {name} failed: {error}.", "Is its folder in PYTHONPATH?") from error
+
+
+def open_reader(arguments: argparse.Namespace) -> StreamReader:
+    """Load the checkpoint that the arguments name and return a reader at the beginning of a text.
 
     Raises:
         MemtxError: the checkpoint cannot be used, or there is no such device.
     """
-    if segment < 1:
-        raise MemtxError(f"--segment is {segment}, expected at least 1.")
+    if arguments.segment < 1:
+        raise MemtxError(f"--segment is {arguments.segment}, expected at least 1.")
+    import_modules(arguments.modules)
     import torch
 
     from memtx.inference.loading import load
     from memtx.inference.reader import StreamReader
 
     try:
-        place = torch.device(device)
+        place = torch.device(arguments.device)
         torch.empty(1, device=place)
     except (RuntimeError, AssertionError) as error:
-        raise MemtxError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", "Try cpu.") from error
-    model, tokenizer = load(checkpoint)
-    model.to(device=place, dtype=getattr(torch, dtype) if dtype else None)
-    return StreamReader(model, tokenizer, segment)
+        raise MemtxError(
+            f"--device {arguments.device} cannot be used: {str(error).splitlines()[0]}", "Try cpu."
+        ) from error
+    try:
+        model, tokenizer = load(arguments.checkpoint)
+    except CheckpointError as error:
+        if "was not imported" not in error.what:
+            raise
+        raise CheckpointError(error.what, "If you trust it, add --import and the module's name.") from error
+    model.to(device=place, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    return StreamReader(model, tokenizer, arguments.segment)
 
 
 class _Book:
@@ -159,7 +192,7 @@ def _read(arguments: argparse.Namespace) -> int:
         book.open(stack)  # Before torch and the model are loaded: a mistyped name should not cost seconds.
         from memtx.cli.report import Report, print_totals, progress_bar
 
-        reader = open_reader(arguments.checkpoint, arguments.segment, arguments.device, arguments.dtype)
+        reader = open_reader(arguments)
         bar = progress_bar()
         report = Report(arguments.every, arguments.json, bar)
         if arguments.session and Path(arguments.session).exists():

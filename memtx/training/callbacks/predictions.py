@@ -1,0 +1,130 @@
+"""What `memtx predict` leaves: every document's figures as a line of JSON, and the surprise of its every token."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from memtx import files
+from memtx.data.batch import IGNORED, Batch
+
+DOCUMENTS = "documents.jsonl"
+SURPRISE = "surprise.safetensors"
+KIND = "memtx.surprise"
+VERSION = 1
+
+
+@dataclass
+class _Document:
+    """One document of a row, as far as it was read."""
+
+    parts: list[Tensor] = field(default_factory=list)
+    row: int = 0
+    first: int = 0  # the row's tick at which it begins
+
+
+class PredictionWriter(Callback):
+    """Writes two files when prediction ends, whole or not at all.
+
+    ``documents.jsonl``: a line a document, with id, title, tokens, words, bytes, nll (nats), bits_per_byte and
+    word_perplexity. ``surprise.safetensors``: under each document's id, (tokens,) float32, the negative log-likelihood
+    of its every token in nats. The id that begins a document is no token of it.
+
+    Args:
+        folder: where to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._open: dict[int, _Document] = {}
+        self._done: list[_Document] = []
+        self._ticks = 0
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin fresh."""
+        self._open, self._done, self._ticks = {}, [], 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the batch's figures, (rows, tokens) float nats, apart into documents."""
+        nll, labels, starts = (one.cpu() for one in (outputs, batch.labels, batch.starts))
+        for row in range(nll.shape[0]):
+            cuts = [0, *(starts[row].nonzero().flatten().tolist()), nll.shape[1]]
+            for begin, end in itertools.pairwise(cuts):
+                if begin == end:
+                    continue
+                if starts[row, begin]:
+                    self._close(row)
+                    self._open[row] = _Document(row=row, first=self._ticks + begin)
+                scored = labels[row, begin:end] != IGNORED
+                self._open[row].parts.append(nll[row, begin:end][scored].float())
+        self._ticks += nll.shape[1]
+
+    def _close(self, row: int) -> None:
+        # A padded place begins a document of its own, with nothing in it.
+        if (document := self._open.pop(row, None)) is not None and any(len(part) for part in document.parts):
+            self._done.append(document)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what all processes have read."""
+        for row in list(self._open):
+            self._close(row)
+        loader: Any = trainer.predict_dataloaders
+        own = list(_named(self._done, loader))
+        ranks = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = [own] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, own)
+        if trainer.is_global_zero:
+            found = sorted((one for rank in ranks for one in rank), key=lambda one: str(one[0]["id"]))
+            surprise = {str(facts["id"]): values for facts, values in found}
+            files.save_tensors(self.folder / SURPRISE, surprise, kind=KIND, version=VERSION)
+            lines = [json.dumps(facts, ensure_ascii=False) + "\n" for facts, _ in found]
+            files.write_text(self.folder / DOCUMENTS, "".join(lines))
+
+
+def _named(documents: Sequence[_Document], loader: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Yield each document's facts and its tokens' surprise; ``loader`` is an EvaluationStreams."""
+    store = loader.store
+    for document in documents:
+        values = torch.cat(document.parts)
+        row = loader.rank * loader.rows + document.row
+        index = next(place for place, _ in loader._plan.within(row, document.first, document.first + 1))
+        nats, words, size = float(values.double().sum()), int(store.words[index]), int(store.bytes[index])
+        whole = len(values) == int(store.lengths[index]) - 1
+        yield (
+            {
+                "id": store.ids[index],
+                "title": store.titles[index],
+                "tokens": len(values),
+                "words": words,
+                "bytes": size,
+                "nll": nats,
+                # Of a document that was not read to its end, the text's size is not that of what was scored.
+                "bits_per_byte": nats / math.log(2) / size if whole and size else None,
+                "word_perplexity": _exp(nats / words) if whole and words else None,
+            },
+            values,
+        )
+
+
+def _exp(value: float) -> float | None:
+    return math.exp(value) if value < 700 else None

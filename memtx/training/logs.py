@@ -1,0 +1,66 @@
+"""metrics.csv of a run, kept when the run goes on: what was logged up to where it resumes stays."""
+
+from __future__ import annotations
+
+import csv
+import os
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+
+class _Kept(ExperimentWriter):
+    """Appends where Lightning's deletes the file it finds, whatever the run."""
+
+    def __init__(self, log_dir: str, go_on: bool) -> None:
+        super().__init__(log_dir)
+        self._found = self._fs.isfile(self.metrics_file_path)
+        if self._found and not go_on:
+            self._fs.rm_file(self.metrics_file_path)
+            self._found = False
+
+    def _check_log_dir_exists(self) -> None:
+        return
+
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        return  # They are all in config.yaml.
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        if self._found and step is not None:
+            self._found = False
+            self._keep_before(step)
+        super().log_metrics(metrics_dict, step)
+
+    def _keep_before(self, step: int) -> None:
+        # A run that was killed logged steps after its last checkpoint: these are taken again.
+        with self._fs.open(self.metrics_file_path, "r", newline="") as file:
+            rows = csv.DictReader(file)
+            kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step]
+            self.metrics_keys = sorted(rows.fieldnames or ())
+        with self._fs.open(self.metrics_file_path, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=self.metrics_keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(kept)
+
+
+class MetricsFile(CSVLogger):
+    """Writes ``metrics.csv`` into the run's folder.
+
+    Args:
+        folder: the run's.
+        go_on: whether rows that are there, before the first step logged now, stay.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], go_on: bool = False) -> None:
+        super().__init__(str(folder), name="", version="")
+        self._go_on = go_on
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, made when first asked for."""
+        if self._experiment is None:
+            self._experiment = _Kept(self.log_dir, self._go_on)
+        return self._experiment
