@@ -26,7 +26,7 @@ from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.models import folder
 from memtx.ops.attention.dispatch import Backend
-from memtx.ops.cross_entropy import IGNORED, chunked_cross_entropy
+from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
@@ -41,8 +41,9 @@ class MemoryOutput:
         state: to be given to the next call.
         loss: where labels were given, the mean negative log-likelihood of the scored ones (nats; 0 where
             there is none) plus the auxiliary losses: what to call ``backward`` on.
+        language_loss: where labels were given, ``loss`` without the auxiliary losses.
         nll: where labels were given, (rows, segment) float32 (float64 in a float64 model), each label's
-            negative log-likelihood in nats, 0 where it is not scored.
+            negative log-likelihood in nats, 0 where it is not scored; for measuring, no gradient flows.
         losses: the memories' auxiliary losses by name, weighted, averaged over layers; only in training.
     """
 
@@ -50,6 +51,7 @@ class MemoryOutput:
     hidden_states: tuple[Tensor, ...] | None
     state: MemoryState
     loss: Tensor | None
+    language_loss: Tensor | None
     nll: Tensor | None
     losses: Losses
 
@@ -208,18 +210,21 @@ class MemoryTransformer(nn.Module):
                 hidden.append(x)
         losses = {name: torch.stack(values).mean() for name, values in named.items()}
         x = self.norm(x)
-        logits = loss = nll = None
+        logits = loss = language_loss = nll = None
         if labels is None:
             logits = self.head(x)
         else:
             flat = labels.reshape(-1)
-            nll = chunked_cross_entropy(x.flatten(0, 1), self.head.weight, flat).view_as(labels)
-            loss = nll.sum() / (flat != IGNORED).sum().clamp(min=1) + sum(losses.values())
+            total, nll = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat)
+            nll = nll.view_as(labels)
+            language_loss = total / (flat != IGNORED).sum().clamp(min=1)
+            loss = language_loss + sum(losses.values())
         return MemoryOutput(
             logits,
             tuple(hidden) if return_hidden else None,
             MemoryState(segment.next_position, tuple(layers)),
             loss,
+            language_loss,
             nll,
             losses,
         )

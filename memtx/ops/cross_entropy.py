@@ -1,11 +1,16 @@
-"""Output projection and cross entropy in chunks of tokens, so that whole logits never exist."""
+"""Output projection and cross entropy in chunks of tokens, so that whole logits never exist.
+
+The gradient is made in the forward pass, while a chunk's logits are at hand: nothing is computed twice and
+nothing of the vocabulary's width is kept (the way of Liger Kernel, Hsu et al. 2024).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """The label of a token that is not scored."""
@@ -14,36 +19,63 @@ CHUNK = 1 << 22
 """Logits a chunk at most (16 MiB in float32)."""
 
 
-def _chunk(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, learns: bool, chunk: int
+    ) -> tuple[Tensor, Tensor]:
+        kind = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            hidden, narrow = hidden.to(torch.get_autocast_dtype(device)), weight.to(torch.get_autocast_dtype(device))
+        else:
+            narrow = weight
+        nll = torch.zeros(hidden.shape[0], dtype=kind, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if learns else None
+        grad_weight = torch.zeros_like(weight) if learns else None
+        step = max(1, chunk // weight.shape[0])
+        with torch.autocast(device, enabled=False):
+            for start in range(0, hidden.shape[0], step):
+                part = slice(start, start + step)
+                scored = labels[part] != IGNORED
+                index = labels[part].masked_fill(~scored, 0)[:, None]
+                logits = F.linear(hidden[part], narrow).to(kind)
+                lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+                nll[part] = ((lse - logits.gather(1, index))[:, 0]).masked_fill(~scored, 0.0)
+                if grad_hidden is None or grad_weight is None:
+                    continue
+                # d nll / d logits = softmax - one at the label; the logits' memory is used again.
+                grad = logits.sub_(lse).exp_()
+                grad.scatter_add_(1, index, torch.full_like(lse, -1.0))
+                grad = grad.masked_fill_(~scored[:, None], 0.0).to(narrow.dtype)
+                torch.mm(grad, narrow, out=grad_hidden[part])
+                grad_weight += grad.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nll)
+        return nll.sum(), nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (grad_hidden * grad).to(grad_hidden.dtype), grad_weight * grad, None, None, None
 
 
-def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK) -> Tensor:
-    """Return the negative log-likelihood of each label.
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK
+) -> tuple[Tensor, Tensor]:
+    """Return the summed negative log-likelihood of the labels, and each one's.
 
     Args:
         hidden: (tokens, dim).
         weight: (vocab, dim), the output projection.
         labels: (tokens,) int64; -100 where nothing is scored.
-        chunk: logits held at a time, at most; each chunk but a lone one is computed again for its gradient.
+        chunk: logits held at a time, at most.
 
     Returns:
-        (tokens,) float32 (float64 for float64 input), 0 where nothing is scored.
+        the sum, a scalar to learn from; and (tokens,) float32 (float64 for float64 input), for measuring only
+        (no gradient), 0 where nothing is scored.
     """
-    tokens = max(1, chunk // weight.shape[0])
-    if hidden.shape[0] <= tokens:
-        return _chunk(hidden, weight, labels)
-    parts = [
-        checkpoint(
-            _chunk,
-            hidden[i : i + tokens],
-            weight,
-            labels[i : i + tokens],
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
-        for i in range(0, hidden.shape[0], tokens)
-    ]
-    return torch.cat(parts)
+    learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    total, nll = _LinearCrossEntropy.apply(hidden, weight, labels, learns, chunk)  # type: ignore[no-untyped-call]
+    return total, nll

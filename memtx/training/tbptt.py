@@ -20,7 +20,7 @@ class Unrolled:
     Attributes:
         loss: mean negative log-likelihood of all scored labels (nats) plus the auxiliary losses' means over
             the segments; its graph spans the horizon.
-        nll: (rows, horizon * segment), each label's negative log-likelihood, 0 where not scored; detached.
+        nll: (rows, horizon * segment), each label's negative log-likelihood, 0 where not scored.
         scored: how many labels were scored.
         losses: the auxiliary losses by name, detached.
         state: after the last segment, cut from the graph.
@@ -53,18 +53,21 @@ def unroll(
         segment: tokens a call.
     """
     scored = (labels != IGNORED).sum()
+    language: Tensor | float = 0.0
     nll, named = [], dict[str, list[Tensor]]()
     for at in range(0, tokens.shape[1], segment):
         part = slice(at, at + segment)
         out = model(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])
         state = out.state
+        # Every label weighs alike, so the mean is over the horizon, not of its segments' means.
+        share = (labels[:, part] != IGNORED).sum().clamp(min=1) / scored.clamp(min=1)
+        language = language + out.language_loss * share
         nll.append(out.nll)
         for name, value in out.losses.items():
             named.setdefault(name, []).append(value)
-    joined = torch.cat(nll, dim=1)
     losses = {name: torch.stack(values).mean() for name, values in named.items()}
-    # Every label weighs alike, so the mean is over the horizon, not of its segments' means.
-    loss = joined.sum() / scored.clamp(min=1) + sum(losses.values())
+    loss = language + sum(losses.values())
+    assert isinstance(loss, Tensor)
     return Unrolled(
-        loss, joined.detach(), scored, {name: value.detach() for name, value in losses.items()}, state.detach()
+        loss, torch.cat(nll, dim=1), scored, {name: value.detach() for name, value in losses.items()}, state.detach()
     )
