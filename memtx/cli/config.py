@@ -9,6 +9,7 @@ import importlib
 import inspect
 import itertools
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,14 @@ def check_config(path: str, content: Mapping[str, Any], known: Iterable[str]) ->
 def _check_keys(where: str, value: Mapping[str, Any], above: str, known: list[str]) -> None:
     for name, inner in value.items():
         key = f"{above}{name}"
+        if key in LINKED:
+            # The parser would take it and go by the other without a word.
+            raise MemtxError(f"{where}: '{key}' follows from '{LINKED[key]}'.", "Set that instead.")
         if any(one.startswith(f"{key}.") for one in known):
             if isinstance(inner, Mapping):
                 _check_keys(where, inner, f"{key}.", known)
         elif key in known:
             _check_part(where, inner, key)
-        elif key in LINKED:
-            raise MemtxError(f"{where}: '{key}' follows from '{LINKED[key]}'.", "Set that instead.")
         else:
             siblings = {one.removeprefix(above).partition(".")[0] for one in known if one.startswith(above)}
             raise MemtxError(f"{where}: there is no key '{key}'.{_near(str(name), siblings, known)}")
@@ -146,6 +148,8 @@ def find_class(class_path: str) -> Any:
         The class or function; where there is none, the end of a sentence that says why (a str).
     """
     module_name, _, name = class_path.rpartition(".")
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        return "belongs to Python itself and is no part of a model."
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -157,12 +161,15 @@ def find_class(class_path: str) -> Any:
         if above:
             import pkgutil
 
-            names = [one.name for one in pkgutil.iter_modules(importlib.import_module(above).__path__)]
+            names = [one.name for one in pkgutil.iter_modules(getattr(importlib.import_module(above), "__path__", ()))]
         hint = nearest(last, names)
         return f"is in no module: there is no '{missing}'.{hint or ' Is its folder in PYTHONPATH?' * (not above)}"
     except (ImportError, SyntaxError) as error:
         return f"cannot be imported: {error}."
     found = getattr(module, name, None)
+    if str(getattr(found, "__module__", "")).partition(".")[0] in sys.stdlib_module_names:
+        # os.system is callable with a number, as a memory is: it would run.
+        return "belongs to Python itself and is no part of a model."
     return f"does not exist.{nearest(name, dir(module))}" if found is None else found
 
 

@@ -21,6 +21,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from memtx import files
 from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run
 from memtx.cli.config import check_config, config_files, parser_message, read_config
+from memtx.cli.main import program_name
 from memtx.data.books import BookDataModule
 from memtx.data.documents import PG19
 from memtx.data.tokenizers import tokenizer_from_json
@@ -97,7 +98,9 @@ class MemtxCLI(LightningCLI):
         self._content: dict[str, Any] | None = None
         settings = self.config[self.subcommand]
         if settings.data.root is None:
-            raise DataError("data.root is not set, expected the folder of texts.", PG19)
+            which = ", ".join(f"'{path}'" for path in OneLineParser.configs)
+            where = f"; the first lines of {which} say which" if which else ""
+            raise DataError(f"data.root is not set, expected the folder of texts{where}.", PG19)
         run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
             last = run_folder / CHECKPOINTS / LAST
@@ -322,6 +325,7 @@ def main(argv: list[str]) -> int:
                     "enable_progress_bar": interactive,
                 },
                 parser_class=OneLineParser,
+                parser_kwargs={"prog": program_name(sys.argv[0])},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 args=with_config(argv),

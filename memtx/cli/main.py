@@ -22,7 +22,8 @@ WHOLE_ARGV = "memtx.cli.fit:main"
 """LightningCLI parses the subcommand itself, so its function gets it too."""
 
 
-def _program(path: str) -> str:
+def program_name(path: str) -> str:
+    """Return what the program was called as, from ``sys.argv[0]``."""
     name = path.replace("\\", "/").rpartition("/")[2]
     return "memtx" if name in {"", "__main__.py", "-c"} else name.removesuffix(".exe")
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code: 0 done, 2 a mistake in what was given, 130 interrupted.
     """
-    program = _program(sys.argv[0])
+    program = program_name(sys.argv[0])
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
         sys.stderr.write(_help(program))

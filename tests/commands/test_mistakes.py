@@ -1,0 +1,222 @@
+"""What a user can get wrong around fit, validate, test and predict: one line, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.commands.program import HOME, Done, Program
+from tests.commands.runs import CONFIG, changed, renamed, write, write_books
+
+INIT = ("model", "model", "init_args")
+MEMORY = (*INIT, "memories", 0)
+
+
+def files(at: Path) -> dict[str, bytes]:
+    """Return every file under a folder, but not the caches, which are no result."""
+    found = (path for path in at.rglob("*") if path.is_file() and "cache" not in path.relative_to(at).parts)
+    return {str(path.relative_to(at)): path.read_bytes() for path in found}
+
+
+def refused(done: Done, *said: str) -> None:
+    assert done.code == 2, done
+    assert done.err.startswith("memtx: error: "), done.err
+    assert done.err.count("\n") == 1, done.err
+    assert "Traceback" not in done.err + done.out
+    for part in said:
+        assert part in done.err, done.err
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_books(tmp_path / "books")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("path", "typo", "key", "meant"),
+    [
+        (("trainer",), "trianer", "trianer", "trainer"),
+        (("run",), "rum", "rum", "run"),
+        (("data", "rows"), "rowss", "data.rowss", "rows"),
+        (("trainer", "max_steps"), "max_step", "trainer.max_step", "max_steps"),
+        (("model", "optimizer"), "optimiser", "model.optimiser", "optimizer"),
+        (("model", "model", "class_path"), "class_pth", "model.model.class_pth", "class_path"),
+        (("model", "model", "init_args"), "init_arg", "model.model.init_arg", "init_args"),
+        ((*INIT, "depth"), "deph", "model.model.init_args.deph", "depth"),
+        (
+            (*MEMORY, "init_args", "window"),
+            "windw",
+            "model.model.init_args.memories.0.init_args.windw",
+            "window",
+        ),
+        (("model", "optimizer", "init_args", "lr"), "lrr", "model.optimizer.init_args.lrr", "lr"),
+        (("model", "scheduler", "init_args", "warmup"), "warmpu", "model.scheduler.init_args.warmpu", "warmup"),
+    ],
+)
+def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
+    program: Program, place: Path, path: tuple[str | int, ...], typo: str, key: str, meant: str
+) -> None:
+    config = renamed(path, typo)
+    if typo == "class_pth":
+        # With no class at all the parser decides; with both it is a stray key.
+        config["model"]["model"]["class_path"] = CONFIG["model"]["model"]["class_path"]
+    write(place, config)
+    before = files(place)
+    refused(program("fit", "--config", "c.yaml", at=place), "'c.yaml'", f"'{key}'", f"Did you mean '{meant}'?")
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        # A class that is not there.
+        ((*MEMORY, "class_path"), "memtx.CompresedMemory", "Did you mean 'CompressedMemory'?"),
+        ((*MEMORY, "class_path"), "memtx.memry.none.NoMemory", "Did you mean 'memory'?"),
+        ((*MEMORY, "class_path"), "nowhere_at_all.Mine", "'nowhere_at_all'"),
+        (("model", "model", "class_path"), "memtx.MemoryTransfomer", "Did you mean 'MemoryTransformer'?"),
+        ((*MEMORY, "init_args", "compression"), "memtx.memory.compression.MeanPoolin", "Did you mean 'MeanPooling'?"),
+        (("model", "optimizer", "class_path"), "torch.optim.AdamWW", "Did you mean 'AdamW'?"),
+        # A value of another type.
+        (("data", "rows"), "many", "'data.rows' is many, expected int."),
+        ((*INIT, "depth"), "two", "'model.model.init_args.depth' is two, expected int."),
+        ((*MEMORY, "init_args", "window"), "big", "init_args.window' is big, expected int."),
+        (("model", "optimizer", "init_args", "lr"), "fast", "init_args.lr' is fast, expected float"),
+        (("trainer", "precision"), "bf17", "'trainer.precision' is bf17, expected"),
+        (("trainer", "callbacks"), [{"class_path": "LearningRateMonitorr"}], "trainer.callbacks"),
+        # A value out of its range, noticed by the part itself.
+        ((*MEMORY, "init_args", "window"), 0, "window is 0"),
+        ((*MEMORY, "init_args", "rate"), 0, "rate is 0"),
+        ((*INIT, "heads"), 3, "Change dim or heads"),
+        ((*INIT, "dropout"), 1.5, "dropout is 1.5"),
+        ((*INIT, "memories"), [], "0 memories for 1 layers"),
+        (("data", "rows"), 0, "rows is 0, expected at least 1"),
+        (("data", "segment"), 0, "segment is 0"),
+        (("data", "root"), None, "Give the folder that holds them with --data.root PATH"),
+        (("data", "root"), "no/such", "'no/such' does not exist"),
+        (("model", "optimizer", "init_args", "lr"), -1.0, "Invalid learning rate: -1.0"),
+        (("trainer", "accelerator"), "gpuu", "accelerator='gpuu'"),
+        (("trainer", "strategy"), "ddpp", "ddpp"),
+        (("model", "segment"), 8, "'model.segment' follows from 'data.segment'"),
+        # Another program's function is no part.
+        (MEMORY, {"class_path": "os.system"}, "'os.system', which belongs to Python itself"),
+        (MEMORY, {"class_path": "torch.os.system"}, "'torch.os.system', which"),
+        (MEMORY, {"class_path": "memtx.memory.none.deeper.NoMemory"}, "there is no 'memtx.memory.none.deeper'"),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    program: Program, place: Path, path: tuple[str | int, ...], value: Any, said: str
+) -> None:
+    write(place, changed(path, value))
+    before = files(place)
+    refused(program("fit", "--config", "c.yaml", at=place), said)
+    assert files(place) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"data: [1\nrun: 2\n", "line 2"),
+        (b"data:\n\trows: 1\n", "line 2"),
+        (b"- a\n- b\n", "holds a list"),
+        (b"", "holds nothing"),
+        (b"run: \xff\n", "not UTF-8: invalid start byte at byte 5"),
+    ],
+)
+def test_a_config_that_is_no_config(program: Program, place: Path, content: bytes, said: str) -> None:
+    (place / "c.yaml").write_bytes(content)
+    refused(program("fit", "--config", "c.yaml", at=place), "c.yaml'", said)
+
+
+def test_a_config_that_is_not_there(program: Program, place: Path) -> None:
+    write(place)
+    refused(program("fit", "--config", "cc.yaml", at=place), "'cc.yaml' does not exist", "Did you mean 'c.yaml'?")
+    refused(program("fit", "--config=books", at=place), "'books' cannot be read")
+    refused(program("fit", "--config", at=place), "--config")
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--data.rot=x", "Did you mean '--data.root'?"),
+        ("--trainer.max_stepss=3", "Did you mean '--trainer.max_steps'?"),
+        ("--model.model.init_args.dept=2", "Did you mean 'depth'?"),
+        ("--trainer.max_steps=lots", "'trainer.max_steps' is lots, expected int."),
+        ("--ckpt_path=no.ckpt", "'no.ckpt' does not exist"),
+        ("--run=c.yaml", "'c.yaml' is a file, expected a folder"),
+        ("stray", "stray"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(program: Program, place: Path, argument: str, said: str) -> None:
+    write(place)
+    before = files(place)
+    refused(program("fit", "--config", "c.yaml", argument, at=place), said)
+    assert files(place) == before
+
+
+def test_books_that_cannot_be_read(program: Program, place: Path) -> None:
+    write(place)
+    fit = ("fit", "--config", "c.yaml", "--data.root", "given")
+    (place / "given").mkdir()
+    refused(program(*fit, at=place), "'given' holds no text", "PG-19", "--data.root")
+    (place / "given" / "train").mkdir()
+    refused(program(*fit, at=place), "given")
+    book = place / "given" / "train" / "a.txt"
+    book.write_bytes(b"")
+    refused(program(*fit, at=place), "a.txt' is empty")
+    book.write_bytes(b"abc" * 50 + b"\xff and more")
+    refused(program(*fit, at=place), "a.txt' is not UTF-8", "150")
+    assert not (place / "run").exists()
+
+
+def test_one_line_of_megabytes_is_a_book(program: Program, place: Path) -> None:
+    (place / "line.txt").write_bytes(b"word " * 1_000_000)
+    write(place)
+    done = program("fit", "--config", "c.yaml", "--data.root", "line.txt", "--trainer.limit_val_batches=1", at=place)
+    assert done.code == 0, done.err
+    assert (place / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_a_checkpoint_that_cannot_be_used(program: Program, place: Path) -> None:
+    write(place)
+    assert program("fit", "--config", "c.yaml", at=place).code == 0
+    last = place / "run" / "checkpoints" / "last.ckpt"
+    content = last.read_bytes()
+    (place / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    (place / "empty.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}}, place / "foreign.ckpt")
+    write(place, changed((*INIT, "dim"), 32), "other.yaml")
+    before = files(place)
+    for command, run in (("fit", "new"), ("test", "run")):
+        base = (command, "--config", "c.yaml", "--run", run, "--ckpt_path")
+        refused(program(*base, "cut.ckpt", at=place), "'cut.ckpt' is not a whole checkpoint")
+        refused(program(*base, "foreign.ckpt", at=place), "'foreign.ckpt'", "something else")
+        other = (command, "--config", "other.yaml", "--run", run, "--ckpt_path", str(last))
+        refused(program(*other, at=place), "last.ckpt'", "another model", "dim")
+    refused(program("validate", "--run", "run", "--ckpt_path", "empty.ckpt", at=place), "'empty.ckpt' is not a whole")
+    refused(program("predict", "--run", "run", "--ckpt_path", "none.ckpt", at=place), "'none.ckpt' does not exist")
+    refused(program("fit", "--config", "c.yaml", at=place), "'run' already holds a run", "--ckpt_path last")
+    refused(program("test", "--run", "nothing", at=place), "'nothing' holds no checkpoint")
+    assert files(place) == before
+
+
+def test_the_installed_script_says_the_same(place: Path) -> None:
+    write(place, renamed(("data", "rows"), "rowss"))
+    environment = os.environ | {"PYTHONPATH": str(HOME)}
+    command = [sys.executable, "-m", "memtx", "fit", "--config", "c.yaml"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    refused(Done(done.returncode, done.stdout, done.stderr), "'data.rowss'", "Did you mean 'rows'?")
+
+
+def test_a_traceback_can_be_asked_for(program: Program, place: Path) -> None:
+    write(place, changed(("data", "rows"), 0))
+    done = program("fit", "--config", "c.yaml", "--traceback", at=place)
+    assert done.code == 2
+    assert "Traceback" in done.err
+    assert done.err.splitlines()[-1].startswith("memtx: error: rows is 0")
