@@ -1,6 +1,6 @@
 """Whether reading stays as fast and as small however much was read: tokens/s and memory along one stream.
 
-    python scripts/measure_read.py [--tokens 1000000] [--checkpoint CKPT] [--root FOLDER] [--plot PNG] [--json] [--check]
+    python scripts/measure_read.py [--tokens N] [--checkpoint CKPT] [--root FOLDER] [--plot PNG] [--json] [--check]
 
 Reads through the StreamReader and the report of `memtx read`, books one after the other, again from the first when
 they end. Without a checkpoint a small random model is made: speed and memory do not depend on what was learned.
@@ -132,9 +132,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--checkpoint", help="what to read with; a small random model by default")
-    parser.add_argument(
-        "--root", type=Path, help="a folder of .txt; MEMTX_DATA/pg19-mini by default, else made-up words"
-    )
+    parser.add_argument("--root", type=Path, help="a folder of .txt; by default MEMTX_DATA/pg19-mini or made-up words")
     parser.add_argument("--plot", metavar="PNG")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bound does not hold")
@@ -155,9 +153,8 @@ def main() -> int:
     if arguments.json:
         print(json.dumps({**figures, "memory_growth": growth, "speed_drift": drift, "holds": holds}))
     else:
-        print(
-            f"| {figures['tokens']:,.0f} tokens in {figures['seconds']:,.0f} s, segment {arguments.segment} | |\n|---|---|"
-        )
+        print(f"| {figures['tokens']:,.0f} tokens in {figures['seconds']:,.0f} s | segment {arguments.segment} |")
+        print("|---|---|")
         print(f"| second tenth | {figures['second_tenth_tokens_per_second']:,.0f} tokens/s |")
         print(f"| last tenth | {figures['last_tenth_tokens_per_second']:,.0f} tokens/s ({drift:+.1%}) |")
         print(f"| peak memory after {SETTLED:,} tokens | {figures['peak_bytes_settled'] / 2**20:,.1f} MiB |")

@@ -84,6 +84,18 @@ def test_plot_and_session_are_written(
     assert [first[name] for name in SAME] == [again[name] for name in SAME]
 
 
+def test_a_session_can_be_read_by_whom_the_umask_lets(
+    model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = tmp_path / "s"
+    before = os.umask(0o027)
+    try:
+        measured(capsys, str(book), "--checkpoint", model, "--session", str(session))
+    finally:
+        os.umask(before)
+    assert session.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_book_that_grew_is_gone_on_with(
     model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
