@@ -134,7 +134,9 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tu
     try:
         with safe_open(str(path), framework="pt") as handle:
             metadata = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            # Copied to memory of torch's own alignment: products round otherwise on a view into the file, and what is
+            # loaded is to go on bit for bit.
+            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is not a whole safetensors file: {error}.", "Restore it from a copy or write it again."

@@ -74,7 +74,8 @@ class MemoryAttention(nn.Module):
         """
         view = self.memory.read(state, x, segment, self)
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
-        k, v = self.key_value(view.hidden).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(-3)
+        projected = torch.cat([self.key_value(part) for part in view.parts], dim=1)
+        k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
         q, k, bias = self.positions(q, k, view.places, segment)
         attended = segment_attention(
             q.transpose(1, 2),

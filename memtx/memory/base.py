@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from memtx.ops.visibility import Visibility
@@ -55,15 +56,21 @@ class View:
     """A memory opened for one segment.
 
     Attributes:
-        hidden: (rows, entries, dim), what attention makes keys and values of. The segment's own inputs are
-            the last entries of a layer's first memory.
-        places: where these entries stand and who sees them.
+        parts: what attention makes keys and values of, in order, each (rows, its entries, dim). They are apart
+            so that no gradient is computed for carried ones, which have none to take. The segment's own inputs
+            are the last of a layer's first memory.
+        places: where the entries of all parts stand and who sees them.
         kept: what ``write`` of the same memory needs.
     """
 
-    hidden: Tensor
+    parts: tuple[Tensor, ...]
     places: Places
     kept: Any
+
+    @property
+    def hidden(self) -> Tensor:
+        """(rows, entries, dim): all parts."""
+        return torch.cat(self.parts, dim=1)
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ class Blocks:
     """The blocks that may be compressed in a segment; shared by all layers of equal settings.
 
     Attributes:
-        source: (rows * blocks * rate,) int64, where their states stand in [cache | segment], rows flattened.
-        probe: likewise the newest states as each block crosses.
+        source: (rows * blocks * rate,) int64, where their states stand in the cache, or in [cache | segment] where
+            the segment is longer than the window; rows flattened.
+        probe: likewise in [cache | segment] the newest states as each block crosses.
         born: (rows, blocks) bool, which really cross the edge in this segment.
         kept: (rows, length) int64, which entries of [bank | blocks] are the next bank.
         alive: (rows, length, 1) bool, which places of the next bank are taken.
@@ -65,8 +66,6 @@ class Blocks:
 
 @dataclass(frozen=True)
 class _Kept:
-    exact: Tensor
-    entries: Tensor
     blocks: Tensor
     usage: Tensor | None
     plan: Blocks
@@ -128,20 +127,25 @@ class CompressedMemory(Memory[CompressedState]):
         """Open [bank | blocks crossing the edge | cache | segment]."""
         settings = (CompressedMemory, self.window, self.rate, self.length, self.per_call)
         plan = segment.once(settings, lambda: self._plan(segment))
-        exact = torch.cat([state.hidden.to(x.dtype), x], dim=1)
+        bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
+        source = cache if self._from_cache(segment) else torch.cat([cache, x], dim=1)
         shape = (*plan.born.shape, self.rate, self.dim)
         # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
-        blocks = exact.flatten(0, 1).index_select(0, plan.source).view(shape)
-        usage = self._usage(exact, blocks, plan, attention) if self.compression.needs_usage else None
-        entries = torch.cat([state.bank.to(x.dtype), self.compression(blocks, usage).to(x.dtype)], dim=1)
-        hidden = torch.cat([entries, exact], dim=1)
-        return View(hidden, plan.places, _Kept(exact, entries, blocks, usage, plan))
+        blocks = source.flatten(0, 1).index_select(0, plan.source).view(shape)
+        usage = self._usage(torch.cat([cache, x], 1), blocks, plan, attention) if self.compression.needs_usage else None
+        entries = self.compression(blocks, usage).to(x.dtype)
+        return View((bank, entries, cache, x), plan.places, _Kept(blocks, usage, plan))
+
+    def _from_cache(self, segment: Segment) -> bool:
+        """Whether all that may be compressed in the call was there before it: no gradient goes into the segment."""
+        return segment.length <= self.window
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[CompressedState, Losses]:
         """Keep the newest states and the newest entries of the newest document."""
         kept: _Kept = view.kept
+        bank, entries, cache, x = view.parts
         index = kept.plan.kept[..., None].expand(-1, -1, self.dim)
-        bank = kept.entries.gather(1, index).masked_fill(~kept.plan.alive, 0.0)
+        bank = torch.cat([bank, entries], dim=1).gather(1, index).masked_fill(~kept.plan.alive, 0.0)
         losses: Losses = {}
         if self.reconstruction is not None and self.training:
             blocks = kept.blocks.detach()
@@ -152,7 +156,7 @@ class CompressedMemory(Memory[CompressedState]):
                 trace.inputs.detach(),
                 trace.attention,
             )
-        return CompressedState(newest(kept.exact, self.cached, segment), bank), losses
+        return CompressedState(newest(cache, x, segment), bank), losses
 
     def _usage(self, exact: Tensor, blocks: Tensor, plan: Blocks, attention: ContentAttention) -> Tensor:
         """Return (rows, blocks, rate): attention from the newest states as a block crosses, averaged."""
@@ -197,9 +201,10 @@ class CompressedMemory(Memory[CompressedState]):
         at = at.clamp(max=n - 1)
         # A block whose last state leaves the window at tick i began at tick i - cached: place i of the cache.
         offset = torch.arange(rate, device=device)
-        row = (torch.arange(rows, device=device) * (cached + n))[:, None, None]
-        source = (row + at[..., None] + offset).flatten()
-        probe = (row + at[..., None] + cached - rate + 1 + offset).flatten()
+        row = torch.arange(rows, device=device)[:, None, None]
+        of_source = row * (cached if self._from_cache(segment) else cached + n)
+        source = (of_source + at[..., None] + offset).flatten()
+        probe = (row * (cached + n) + at[..., None] + cached - rate + 1 + offset).flatten()
         block_end = segment.end.gather(1, at)
         if not self.per_call:
             block_end = torch.minimum(at + length * rate, block_end)

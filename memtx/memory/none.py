@@ -28,7 +28,7 @@ class NoMemory(Memory[NoState]):
 
     def read(self, state: NoState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open the segment alone: every token is seen by the later ones of its document."""
-        return View(x, segment.once("none", lambda: _places(segment)), None)
+        return View((x,), segment.once("none", lambda: _places(segment)), None)
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[NoState, Losses]:
         """Keep nothing."""

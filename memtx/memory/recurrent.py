@@ -55,14 +55,13 @@ class RecurrentMemory(Memory[RecurrentState]):
 
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment]."""
-        hidden = torch.cat([state.hidden.to(x.dtype), x], dim=1)
-        return View(
-            hidden, segment.once((RecurrentMemory, self.window, self.same_length), lambda: self._places(segment)), None
-        )
+        settings = (RecurrentMemory, self.window, self.same_length)
+        return View((state.hidden.to(x.dtype), x), segment.once(settings, lambda: self._places(segment)), None)
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[RecurrentState, Losses]:
         """Keep the newest."""
-        return RecurrentState(newest(view.hidden, self.places, segment)), {}
+        cache, x = view.parts
+        return RecurrentState(newest(cache, x, segment)), {}
 
     def _places(self, segment: Segment) -> Places:
         tick, position, end = cached_places(segment, self.places)
@@ -92,19 +91,20 @@ def cached_places(segment: Segment, places: int) -> tuple[Tensor, Tensor, Tensor
     return tick, position, end
 
 
-def newest(hidden: Tensor, places: int, segment: Segment) -> Tensor:
-    """Return the last ``places`` entries of [cache | segment], zero where another document's stood.
+def newest(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
+    """Return the next cache: the newest entries of [cache | segment], zero where another document's stood.
 
     Args:
-        hidden: (rows, entries, dim).
-        places: of the cache.
+        cache: (rows, places, dim).
+        x: (rows, segment, dim).
         segment: where the call's tokens stand.
     """
+    places, n = cache.shape[1], x.shape[1]
 
-    def own() -> Tensor:
+    def foreign() -> Tensor:
         # Of the newest document, next_position tokens have been read; they stand at the end.
-        age = torch.arange(places, 0, -1, device=hidden.device)
-        return (age <= segment.next_position[:, None])[..., None]
+        age = torch.arange(places, 0, -1, device=x.device)
+        return (age > segment.next_position[:, None])[..., None]
 
-    kept = hidden[:, hidden.shape[1] - places :]
-    return kept.masked_fill(~segment.once(("newest", places), own), 0.0)
+    kept = x[:, n - places :] if n >= places else torch.cat([cache[:, n:], x], dim=1)
+    return kept.masked_fill(segment.once(("newest", places), foreign), 0.0)
