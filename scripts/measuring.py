@@ -1,0 +1,176 @@
+"""What the benches share: timings with their spread, the machine's matrix peak, peak memory, and where results go."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from memtx import files
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Several measurements of one thing: their median, least and greatest."""
+
+    median: float
+    min: float
+    max: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise at least one value."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return how long one call takes, the device's work included."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """Return the FLOP/s of the fastest of several products of two (size, size) matrices."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    # A GPU's kernel is over in microseconds: ten in a row, so that the launch is not what is measured.
+    count = 10 if device.type == "cuda" else 1
+
+    def products() -> None:
+        for _ in range(count):
+            torch.mm(left, right, out=out)
+
+    products()
+    return max(count * 2 * size**3 / seconds(products, device) for _ in range(repeats))
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
+    """Return bf16 autocast for "bf16", a context that does nothing for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def _status(field: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begin to watch for the peak anew; False where the system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """Return the most memory held: of the GPU, else of this process; None where the system does not say.
+
+    Not ``ru_maxrss``: Linux hands a parent's peak on to the program that its child executes.
+    """
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Return the memory held now, by the same count as :func:`peak_bytes`."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def mib(size: float | None) -> str:
+    """Return bytes as text in MiB."""
+    return "-" if size is None else f"{size / MIB:,.0f}" if size >= 10 * MIB else f"{size / MIB:.2f}"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Say what the figures were measured on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "when": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def headline(where: dict[str, Any]) -> str:
+    """Return one line that says what the figures were measured on."""
+    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {where['when'][:10]}"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what every bench takes."""
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
+    parser.add_argument("--threads", type=int, help="of torch on the CPU; by default torch's own choice")
+    parser.add_argument("--peak-size", type=int, help="of the matrices that the peak is measured with")
+    parser.add_argument("--json", metavar="FILE", help="all figures; - for standard output, instead of the table")
+    parser.add_argument("--plot", metavar="PNG")
+    parser.add_argument("--markdown", metavar="FILE", help="the table")
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Set threads and the peak's size, and refuse a device that is not there."""
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    # 2048 keeps a CPU busy for a tenth of a second; a GPU needs more work to show its peak.
+    arguments.peak_size = arguments.peak_size or (8192 if arguments.device.type == "cuda" else 2048)
+
+
+def progress() -> Progress:
+    """Return a progress bar on standard error, so that standard output holds results alone."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def deliver(arguments: argparse.Namespace, results: dict[str, Any], table: Sequence[str]) -> None:
+    """Write what was asked for, and print the table or the JSON."""
+    text = "\n".join(table) + "\n"
+    if arguments.markdown:
+        files.write_text(arguments.markdown, text)
+    if arguments.json == "-":
+        print(json.dumps(results))
+        return
+    if arguments.json:
+        files.write_json(arguments.json, results)
+    print(text, end="")
