@@ -1,8 +1,10 @@
 """Who sees whom, as two integers a key: the query at tick t sees the key iff ``born <= t < expires``.
 
-Every causal memory is said this way: windows, compressed entries, documents. No backend needs to know a kind
+Every causal memory is said this way: windows, compressed entries, documents; so are bidirectional windows (born
+before the key's own tick) and global keys (visible through their whole document). No backend needs to know a kind
 of memory. ``Section`` adds what is known without looking at the numbers, so that a backend can leave out
-keys that nobody of a block of queries can see while all shapes stay fixed.
+keys that nobody of a block of queries can see while all shapes stay fixed. ``Pattern`` adds the two things that
+no lifetime can say: global queries and random blocks.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Section:
     Attributes:
         keys: how many keys.
         first: the earliest tick at which key 0 can be born.
-        stride: ticks from one key's earliest birth to the next one's.
+        stride: ticks from one key's earliest birth to the next one's; 0 if nothing is known of any key.
         span: ticks a key lives at most; None if no bound is known.
     """
 
@@ -47,6 +49,40 @@ class Section:
         low, high = min(max(low, 0), self.keys), min(max(high, 0), self.keys)
         return low, max(low, high)
 
+    def seeing(self, low: int, high: int, queries: int) -> tuple[int, int]:
+        """Return the range of the ticks 0 .. queries - 1 whose queries can see one of the keys [low, high)."""
+        if self.stride == 0:
+            return 0, queries
+        start = min(max(self.first + low * self.stride, 0), queries)
+        if self.span is None:
+            return start, queries
+        return start, min(max(self.first + high * self.stride - 1 + self.span, start), queries)
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Pairs seen beside those of the lifetimes, within documents; a key seen both ways counts once.
+
+    Longformer (Beltagy et al. 2020, section 3.1) and Big Bird (Zaheer et al. 2020, section 2).
+
+    Attributes:
+        begins: (rows, keys) int64, the tick at which the key's document begins; rows may be 1.
+        ends: (rows, keys) int64, the tick at which it ends; ``begins`` for a key not to be seen, such as padding.
+        queries: (rows, n) int64, ticks of global queries, which see every key of their document; negative for
+            none. None where there are none.
+        blocks: (1 or heads, query blocks, r) int64, the blocks of keys that each block of queries sees as well;
+            negative for none. None where there are none.
+        size: queries, and keys, a block.
+        first: the key at which block 0 of the keys begins, such as the number of global keys before them.
+    """
+
+    begins: Tensor
+    ends: Tensor
+    queries: Tensor | None = None
+    blocks: Tensor | None = None
+    size: int = 64
+    first: int = 0
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -57,12 +93,14 @@ class Visibility:
         expires: (rows, keys) int64, the first tick that does not see it any more.
         queries: how many queries.
         sections: static bounds, in the keys' order; their keys add up to all.
+        pattern: pairs that are seen as well.
     """
 
     born: Tensor
     expires: Tensor
     queries: int
     sections: tuple[Section, ...]
+    pattern: Pattern | None = None
     _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -80,7 +118,7 @@ class Visibility:
 def visible(
     visibility: Visibility, queries: tuple[int, int] | None = None, keys: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return who sees whom in a block as (rows, queries, keys) bool; whole by default."""
+    """Return who sees whom by lifetimes alone in a block, (rows, queries, keys) bool; whole by default."""
     start, stop = queries if queries is not None else (0, visibility.queries)
     low, high = keys if keys is not None else (0, visibility.keys)
     tick = torch.arange(start, stop, device=visibility.born.device)[None, :, None]
@@ -88,15 +126,40 @@ def visible(
     return (born <= tick) & (tick < expires)
 
 
+def visible_by_head(visibility: Visibility) -> Tensor:
+    """Return who sees whom, the pattern included: (rows, 1 or heads, queries, keys) bool."""
+    seen = visible(visibility)[:, None]
+    pattern = visibility.pattern
+    if pattern is None:
+        return seen
+    tick = torch.arange(visibility.queries, device=seen.device)
+    document = (pattern.begins[:, None] <= tick[:, None]) & (tick[:, None] < pattern.ends[:, None])
+    also = torch.zeros_like(seen)
+    if pattern.queries is not None:
+        also = also | (pattern.queries[:, None] == tick[:, None]).any(-1)[:, None, :, None]
+    if pattern.blocks is not None:
+        key = torch.arange(visibility.keys, device=seen.device) - pattern.first
+        block = torch.where(key >= 0, key // pattern.size, -1)
+        for chosen in pattern.blocks[:, tick // pattern.size].unbind(-1):  # (1 or heads, queries)
+            also = also | ((chosen[..., None] == block) & (block >= 0))
+    return seen | (document[:, None] & also)
+
+
 def pairs(visibility: Visibility) -> Tensor:
-    """Return (rows,) int64: the visible pairs of each row, for counting useful operations."""
+    """Return (rows,) int64: the visible pairs of each row, for counting useful operations.
+
+    Where heads see different blocks it is the mean of the heads, rounded down.
+    """
+    if visibility.pattern is not None:
+        seen = visible_by_head(visibility)
+        return seen.sum((1, 2, 3)) // seen.shape[1]
     first = visibility.born.clamp(0, visibility.queries)
     last = visibility.expires.clamp(0, visibility.queries)
     return (last - first).clamp(min=0).sum(1)
 
 
 def ranges(visibility: Visibility, start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the ranges of keys that queries with ticks in [start, stop) may see, in order, none empty."""
+    """Return the ranges of keys that queries with ticks in [start, stop) may see by lifetimes, in order, none empty."""
     found, offset = [], 0
     for section in visibility.sections:
         low, high = section.seen(start, stop)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.ops.visibility import Section, Visibility, pairs, ranges, visible
+from memtx.ops.visibility import Section, Visibility, pairs, ranges, visible, visible_by_head
 from tests.ops.attention.drawn import Problem, problems
 
 
@@ -45,10 +45,51 @@ def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, strid
             assert len(possible) <= high - low <= len(possible) + 2
 
 
+@given(st.integers(0, 30), st.integers(-40, 40), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 50)))
+@settings(deadline=None, max_examples=60)
+def test_seeing_is_seen_from_the_keys(keys: int, first: int, stride: int, span: int | None) -> None:
+    """A query sees into a block of keys by the one exactly if the block is seen by it by the other."""
+    section, queries = Section(keys, first, stride, span), 23
+    for low in range(0, keys, 7):
+        high = min(low + 7, keys)
+        start, stop = section.seeing(low, high, queries)
+        assert 0 <= start <= stop <= queries
+        for tick in range(queries):
+            seen = section.seen(tick, tick + 1)
+            assert (max(low, seen[0]) < min(high, seen[1])) == (start <= tick < stop)
+
+
 @given(problems())
 @settings(deadline=None, max_examples=30)
 def test_pairs_count_what_is_visible(problem: Problem) -> None:
     assert torch.equal(pairs(problem.visibility), visible(problem.visibility).sum((1, 2)))
+
+
+@given(problems(most=20, patterns=True))
+@settings(deadline=None, max_examples=15)
+def test_pairs_of_a_pattern(problem: Problem) -> None:
+    seen = visible_by_head(problem.visibility)
+    assert torch.equal(pairs(problem.visibility), seen.sum((2, 3)).double().mean(1).floor().long())
+
+
+def test_longformer() -> None:
+    """A bidirectional window and global keys are lifetimes; the window's own copy of a global key is blind."""
+    length, window, marked = 12, 2, 4
+    position = torch.arange(length)[None]
+    away = position == marked
+    born = torch.where(away, length, position - window)
+    seen = Visibility(
+        torch.cat([torch.zeros(1, 1, dtype=torch.int64), born], 1),
+        torch.cat([torch.full((1, 1), length), position + window + 1], 1),
+        length,
+        (Section(1), Section(length, -window, 1, 2 * window + 1)),
+    )
+    mask = visible(seen)[0]
+    distance = (position[0][:, None] - position[0]).abs()
+    assert bool(mask[:, 0].all())
+    assert torch.equal(mask[:, 1:], (distance <= window) & ~away)
+    # The static bounds keep the band: ranges() of a middle query is the global key and its window.
+    assert ranges(seen, 6, 7) == [(0, 1), (5, 10)]
 
 
 def test_blocks_of_the_mask_are_the_mask() -> None:

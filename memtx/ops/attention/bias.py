@@ -1,4 +1,7 @@
-"""Additive score biases that are functions of distance, such as ALiBi."""
+"""Additive score biases that are functions of distance: linear (ALiBi), or learned by a table (T5, Transformer-XL).
+
+Distance is the query's tick minus the key's: positive for the past.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from memtx.ops.visibility import Visibility
 
 
 # Equal only to itself: backends keep what they make of it under the object as key.
@@ -25,9 +26,61 @@ class Bias:
     slopes: Tensor
     tick: Tensor
 
+    @property
+    def weight(self) -> Tensor:
+        """(heads, ...): what may learn."""
+        return self.slopes
 
-def bias_of(bias: Bias, visibility: Visibility, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+    def score(self, distance: Tensor) -> Tensor:
+        """Return the bias (rows, heads, ...) of distances (rows, 1 or heads, ...)."""
+        slopes = self.slopes.to(distance.dtype)
+        return -slopes.view(-1, *(1,) * (distance.dim() - 2)) * distance
+
+
+@dataclass(frozen=True, eq=False)
+class RelativeBias:
+    """A learned number for each head and distance (T5, Raffel et al. 2020, section 2.1).
+
+    By a column for each distance it is also the term of Transformer-XL that no query takes part in (Dai et al.
+    2019, section 3.3, term d).
+
+    Attributes:
+        table: (heads, columns).
+        tick: (rows, keys), where each key stands; rows may be 1. A fraction of a distance is rounded down.
+        lowest: the distance of column 0, or of entry 0 of ``buckets``; farther ones, either way, take the last.
+        buckets: (distances,) int64, the column of each distance from ``lowest`` on; None for one column each.
+    """
+
+    table: Tensor
+    tick: Tensor
+    lowest: int = 0
+    buckets: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """(heads, ...): what may learn."""
+        return self.table
+
+    def score(self, distance: Tensor) -> Tensor:
+        """Return the bias (rows, heads, ...) of distances (rows, 1 or heads, ...)."""
+        distances = self.table.shape[1] if self.buckets is None else self.buckets.shape[0]
+        index = (distance.floor().to(torch.int64) - self.lowest).clamp(0, distances - 1)
+        if self.buckets is not None:
+            index = self.buckets[index]
+        heads = torch.arange(self.table.shape[0], device=index.device)
+        return self.table[heads.view(-1, *(1,) * (distance.dim() - 2)), index]
+
+
+ScoreBias = Bias | RelativeBias
+
+
+def learns(bias: ScoreBias | None) -> bool:
+    """Return whether a gradient of the bias is asked for."""
+    return bias is not None and bias.weight.requires_grad and torch.is_grad_enabled()
+
+
+def bias_of(bias: ScoreBias, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
     """Return the bias of a block as (rows, heads, queries, keys)."""
     tick = torch.arange(*queries, device=bias.tick.device, dtype=bias.tick.dtype)
     distance = tick[None, :, None] - bias.tick[:, None, keys[0] : keys[1]]
-    return -bias.slopes.to(bias.tick.dtype)[None, :, None, None] * distance[:, None]
+    return bias.score(distance[:, None])

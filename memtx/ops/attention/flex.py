@@ -1,19 +1,25 @@
 """Attention through torch's flex_attention: the lifetimes as a mask function, whole blocks left out.
 
-Meant for CUDA, where it is compiled into one kernel; on the CPU it runs uncompiled, for comparison only.
+Meant for CUDA, where it is compiled into one kernel; on the CPU it runs uncompiled, for comparison only. The table
+of blocks comes from the static sections alone and is kept by shape; lifetimes are tensors that the mask
+function reads, so nothing is made or compiled anew as the memory fills.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memtx.ops.attention.bias import Bias
-from memtx.ops.visibility import Visibility
+from memtx.ops.visibility import Section, Visibility
+
+BLOCK = 128
+"""Queries, and keys, a block: flex_attention's own default."""
 
 
 @cache
@@ -24,15 +30,40 @@ def _flex(compiled: bool) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False) if compiled else function
 
 
-def _block_mask(visibility: Visibility, rows: int) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
+@lru_cache(maxsize=64)
+def block_table(sections: tuple[Section, ...], queries: int, device: torch.device) -> Any:
+    """Return the BlockMask of what the sections cannot rule out, its mask function still to be set."""
+    from torch.nn.attention.flex_attention import BlockMask
 
+    keys = sum(section.keys for section in sections)
+    size = (-(-queries // BLOCK), -(-keys // BLOCK))
+    may = torch.zeros(size, dtype=torch.bool)
+    for block in range(size[0]):
+        offset = 0
+        for section in sections:
+            low, high = section.seen(block * BLOCK, min((block + 1) * BLOCK, queries))
+            if high > low:
+                may[block, (offset + low) // BLOCK : (offset + high - 1) // BLOCK + 1] = True
+            offset += section.keys
+    # Blocks to visit first, in order.
+    index = torch.argsort(~may, dim=1, stable=True).to(torch.int32)
+    return BlockMask.from_kv_blocks(
+        may.sum(1, dtype=torch.int32)[None, None].to(device),
+        index[None, None].to(device),
+        BLOCK_SIZE=BLOCK,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _block_mask(visibility: Visibility, rows: int) -> Any:
     born, expires = visibility.born.expand(rows, -1), visibility.expires.expand(rows, -1)
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (born[row, key] <= query) & (query < expires[row, key])
 
-    return create_block_mask(sees, rows, None, visibility.queries, visibility.keys, device=str(born.device))
+    mask = copy.copy(block_table(visibility.sections, visibility.queries, born.device))
+    mask.mask_mod = sees
+    return mask
 
 
 def attend(
@@ -45,18 +76,19 @@ def attend(
     dropout: float = 0.0,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output and its log-sum-exp; shapes as in the reference.
+    """Return the attention output and its log-sum-exp, on CUDA with gradient; shapes as in the reference.
 
     Args:
         q: (rows, heads, queries, head_dim).
         k: (rows, kv_heads, keys, head_dim).
         v: (rows, kv_heads, keys, head_dim).
-        visibility: who sees whom; its block mask is made once for all layers that share it.
+        visibility: who sees whom, by lifetimes alone; its mask is made once for all layers that share it.
         bias: added to the scaled scores.
         dropout: must be 0 here.
         scale: factor of the scores.
     """
     assert dropout == 0.0, "the dispatcher sends dropout to the reference"
+    assert visibility.pattern is None, "the dispatcher sends patterns elsewhere"
     mask = visibility.once(("flex", q.shape[0]), lambda: _block_mask(visibility, q.shape[0]))
     score = None
     if bias is not None:

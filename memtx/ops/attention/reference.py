@@ -1,7 +1,7 @@
 """Attention as the papers write it: softmax(q k' / sqrt(d) + bias) v over the visible keys, nothing fused.
 
-The twin that every fast backend is tested against (in float64), and the way to what they cannot do, such as
-dropout on the attention weights.
+The twin that every fast backend is tested against (in float64), and the way to what they cannot do: dropout on
+the attention weights.
 """
 
 from __future__ import annotations
@@ -10,8 +10,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.ops.attention.bias import Bias, bias_of
-from memtx.ops.visibility import Visibility, visible
+from memtx.ops.attention.bias import ScoreBias, bias_of
+from memtx.ops.visibility import Visibility, visible_by_head
+
+
+def weigh(scores: Tensor, seen: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return softmax(scores) v over what is seen, and the log-sum-exp; all with gradient.
+
+    Args:
+        scores: (..., queries, keys).
+        seen: bool, broadcasts to the scores.
+        v: (..., keys, head_dim).
+        dropout: probability with which a weight is dropped.
+
+    Returns:
+        (..., queries, head_dim) in v's type, zero for a query that sees nothing, and (..., queries), minus
+        infinity there.
+    """
+    scores = scores.masked_fill(~seen, float("-inf"))
+    # A query that sees nothing gets zero; finite stand-ins keep its gradient from being nan.
+    nothing = ~seen.any(-1, keepdim=True)
+    scores = scores.masked_fill(nothing, 0.0)
+    weights = torch.softmax(scores, dim=-1).masked_fill(nothing, 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(nothing[..., 0], float("-inf"))
+    return F.dropout(weights, dropout).to(v.dtype) @ v, lse
 
 
 def attend(
@@ -20,11 +42,11 @@ def attend(
     v: Tensor,
     visibility: Visibility,
     *,
-    bias: Bias | None = None,
+    bias: ScoreBias | None = None,
     dropout: float = 0.0,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output and the log-sum-exp of the scores.
+    """Return the attention output and the log-sum-exp of the scores, both with gradient.
 
     Args:
         q: (rows, heads, queries, head_dim).
@@ -43,11 +65,5 @@ def attend(
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)) * scale
     if bias is not None:
-        scores = scores + bias_of(bias, visibility, (0, visibility.queries), (0, visibility.keys)).to(scores.dtype)
-    seen = visible(visibility)[:, None]
-    scores = scores.masked_fill(~seen, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1)
-    # A query that sees nothing gets zero; finite stand-ins keep its gradient from being nan.
-    nothing = ~seen.any(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(nothing, 0.0), dim=-1).masked_fill(nothing, 0.0)
-    return F.dropout(weights, dropout) @ v, lse
+        scores = scores + bias_of(bias, (0, visibility.queries), (0, visibility.keys)).to(scores.dtype)
+    return weigh(scores, visible_by_head(visibility), v, dropout)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.attention.bias import Bias
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.attention.bias import Bias, RelativeBias, ScoreBias
+from memtx.ops.visibility import Pattern, Section, Visibility
 
 FAR = 1 << 40
 
@@ -20,12 +20,36 @@ class Problem:
     k: Tensor
     v: Tensor
     visibility: Visibility
-    bias: Bias | None
+    bias: ScoreBias | None
     block: int
 
 
+def pattern(draw: st.DrawFn, seen: Visibility, rows: int, heads: int, generator: torch.Generator) -> Pattern:
+    """Documents of their own, global queries and random blocks, with repeats and places that stand for none."""
+    size, first = draw(st.integers(1, 9)), draw(st.integers(0, seen.keys))
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    begins = integers(-5, seen.queries, draw(st.sampled_from((1, rows))), seen.keys)
+    ends = begins + integers(0, seen.queries + 5, *begins.shape)
+    asked = integers(-2, seen.queries, draw(st.sampled_from((1, rows))), draw(st.integers(1, 4)))
+    table = integers(-1, seen.keys // size + 2, draw(st.sampled_from((1, heads))), -(-seen.queries // size), 3)
+    which = draw(st.sampled_from(("queries", "blocks", "both")))
+    return Pattern(
+        begins, ends, asked if which != "blocks" else None, table if which != "queries" else None, size, first
+    )
+
+
 @st.composite
-def problems(draw: st.DrawFn, kv_groups: tuple[int, ...] = (1, 2, 4), most: int = 70) -> Problem:
+def problems(
+    draw: st.DrawFn,
+    kv_groups: tuple[int, ...] = (1, 2, 4),
+    most: int = 70,
+    biases: tuple[str, ...] = ("none", "linear", "relative", "buckets"),
+    patterns: bool = False,
+    widths: tuple[int, ...] = (4, 8, 20),
+) -> Problem:
     """A prefix whose keys advance by a stride, then a window; some keys never seen, some queries seeing nothing."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     rows, queries, cached = draw(st.integers(1, 3)), draw(st.integers(1, most)), draw(st.integers(0, most))
@@ -54,16 +78,28 @@ def problems(draw: st.DrawFn, kv_groups: tuple[int, ...] = (1, 2, 4), most: int 
         Section(prefix, -(prefix * stride // 2) if prefix else 0, stride, span),
         Section(cached + queries, -cached, 1, draw(st.sampled_from((window, None)))),
     )
-    visibility = Visibility(
-        torch.cat([prefix_born, tick], 1), torch.cat([prefix_expires, expires], 1), queries, sections
-    )
-    head_dim = draw(st.sampled_from((4, 8, 20)))
+    # A bidirectional window sees as far ahead as back.
+    ahead = draw(st.sampled_from((0, window)))
+    if ahead:
+        sections = (sections[0], Section(cached + queries, -cached - ahead, 1, window + ahead))
+    born = torch.cat([prefix_born, tick - ahead], 1)
+    visibility = Visibility(born, torch.cat([prefix_expires, expires], 1), queries, sections)
+    if patterns:
+        visibility = replace(visibility, pattern=pattern(draw, visibility, rows, heads, generator), _made={})
+    head_dim = draw(st.sampled_from(widths))
     q, k, v = (
         torch.randn(rows, h, n, head_dim, dtype=torch.float64, generator=generator)
         for h, n in ((heads, queries), (heads // group, visibility.keys), (heads // group, visibility.keys))
     )
-    bias = None
-    if draw(st.booleans()):
-        slopes = 0.5 ** torch.arange(1.0, heads + 1, dtype=torch.float64)
-        bias = Bias(slopes, visibility.born.clamp(max=queries).double())
+    places = visibility.born.clamp(-FAR, queries).double()
+    bias: ScoreBias | None = None
+    kind = draw(st.sampled_from(biases))
+    if kind == "linear":
+        bias = Bias(0.5 ** torch.arange(1.0, heads + 1, dtype=torch.float64), places)
+    elif kind != "none":
+        # Half a tick, as for a block's centre; some distances are beyond both ends of the table.
+        places = places + 0.5 * integers(0, 2, *places.shape)
+        table = torch.randn(heads, 7, dtype=torch.float64, generator=generator)
+        buckets = torch.arange(20).pow(0.5).long() if kind == "buckets" else None
+        bias = RelativeBias(table, places, draw(st.integers(-9, 3)), buckets)
     return Problem(q, k, v, visibility, bias, draw(st.sampled_from((1, 7, 16, 128))))

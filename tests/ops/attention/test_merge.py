@@ -39,3 +39,14 @@ def test_half_precision_is_rounded_once() -> None:
     exact = merge([(out.float(), lse) for out, lse in rounded])[0]
     assert merge(rounded)[0].dtype == torch.bfloat16
     assert torch.equal(merge(rounded)[0], exact.bfloat16())
+
+
+def test_gradients_stay_finite_where_nothing_is_seen() -> None:
+    lse = torch.tensor([[float("-inf"), 0.3], [float("-inf"), float("-inf")]], requires_grad=True)
+    out = torch.ones(2, 2, 3, requires_grad=True)
+    merged, whole = merge([(out[0], lse[0]), (out[1], lse[1])])
+    (merged.sum() + whole[1]).backward()
+    assert lse.grad is not None
+    assert out.grad is not None
+    torch.testing.assert_close(lse.grad, torch.tensor([[0.0, 1.0], [0.0, 0.0]]))
+    torch.testing.assert_close(out.grad.sum(-1), torch.tensor([[0.0, 3.0], [0.0, 0.0]]))
