@@ -1,0 +1,302 @@
+"""The attention operation by backend: causal window 512, 8 heads of 64, short segments and long calls.
+
+    python scripts/bench_attention.py [--json FILE] [--plot PNG] [--markdown FILE]
+
+Two shapes: 4 rows of a segment of 512 behind a cache of 511, and one row of 4,096 to 65,536 positions, over which the
+time is to grow linearly. Useful FLOPs are those of visible pairs (twice the forward pass in backward; scores made
+again there are not counted); they are set beside the matrix peak measured in the same run, before each shape. Masks
+are made before the clock starts, as layers of one call share them. Repeats go through all backends in turn, so that
+the machine's drift hits all alike. What would need a number for each pair of positions and does not fit is left out,
+and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import measuring
+import numpy as np
+import torch
+from measuring import Spread, mib
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.ops.visibility import Section, Visibility, pairs, visible
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+OURS: tuple[Backend, ...] = ("banded", "reference", "flex", "triton")
+OTHERS = ("sdpa-dense", "local-attention", "flash-attn")
+PASSES = {"forward": 1.0, "forward+backward": 3.0}
+"""What each pass costs in forward passes: two products forward, four backward."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One size of the operation.
+
+    Attributes:
+        rows: streams.
+        queries: positions asked.
+        cached: positions before them.
+    """
+
+    rows: int
+    queries: int
+    cached: int
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.queries:,}" + (f" after {self.cached:,}" if self.cached else "")
+
+
+def windowed(shape: Shape, window: int, device: torch.device) -> Visibility:
+    """Return who sees whom: each position itself and the ``window - 1`` before it."""
+    born = torch.arange(-shape.cached, shape.queries, device=device)[None]
+    section = Section(shape.cached + shape.queries, -shape.cached, 1, window)
+    return Visibility(born, born + window, shape.queries, (section,))
+
+
+def attend_by(name: str, shape: Shape, window: int, heads: int, visibility: Visibility, limit: float) -> Attend | str:
+    """Return the function of a backend for a shape, or why it cannot be had."""
+    device = visibility.born.device.type
+    mask = 4.0 * shape.rows * shape.queries * visibility.keys
+    # Fused attention needs the mask whole; what is not fused needs it for every head.
+    takes = {"sdpa-dense": mask, "reference": heads * mask, "flex": heads * mask if device == "cpu" else 0.0}.get(
+        name, 0
+    )
+    if takes > limit:
+        return f"a number for each pair takes too much memory ({takes / 2**30:,.1f} GiB at {shape})"
+    if name in OURS:
+        return partial(segment_attention, visibility=visibility, backend=name)  # type: ignore[call-overload]
+    if name == "sdpa-dense":
+        return partial(F.scaled_dot_product_attention, attn_mask=visible(visibility)[:, None])
+    if name == "flash-attn":
+        return flash_attention(window) if device == "cuda" and find_spec("flash_attn") else "needs CUDA and flash-attn"
+    if find_spec("local_attention") is None:
+        return "not installed: pip install --no-deps local-attention hyper-connections torch-einops-utils"
+    if shape.cached or shape.queries % window:
+        return "needs as many queries as keys, in whole windows"
+    library: Any = importlib.import_module("local_attention")
+    attention: Attend = library.LocalAttention(
+        window, causal=True, look_backward=1, exact_windowsize=True, use_rotary_pos_emb=False
+    )
+    return attention
+
+
+def flash_attention(window: int) -> Attend:
+    """Return flash-attention's own window, between (rows, heads, length, head_dim) and its order of axes."""
+    library: Any = importlib.import_module("flash_attn")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        turned = (x.transpose(1, 2) for x in (q, k, v))
+        out: Tensor = library.flash_attn_func(*turned, causal=True, window_size=(window - 1, 0))
+        return out.transpose(1, 2)
+
+    return attend
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to be timed: a backend's pass over drawn queries, keys and values."""
+
+    attend: Attend
+    inputs: tuple[Tensor, Tensor, Tensor]
+    grad: Tensor | None
+
+    def __call__(self) -> None:
+        """Do it once."""
+        if self.grad is None:
+            with torch.no_grad():
+                self.attend(*self.inputs)
+        else:
+            out = self.attend(*self.inputs)
+            torch.autograd.grad(out, self.inputs, self.grad)
+
+
+def drawn(shape: Shape, arguments: argparse.Namespace, dtype: str, backward: bool) -> tuple[Any, Tensor | None]:
+    """Return queries, keys, values as a layer has them (heads beside width in memory), and a gradient."""
+
+    def one(length: int) -> Tensor:
+        size = (shape.rows, length, arguments.heads, arguments.head_dim)
+        made = torch.randn(size, device=arguments.device).to(measuring.DTYPES[dtype]).transpose(1, 2)
+        return made.requires_grad_(backward)
+
+    keys = shape.cached + shape.queries
+    inputs = one(shape.queries), one(keys), one(keys)
+    return inputs, torch.randn_like(inputs[0]) if backward else None
+
+
+def measured(
+    shape: Shape, dtype: str, arguments: argparse.Namespace, tick: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return a row for each backend and pass over one shape in one type."""
+    device: torch.device = arguments.device
+    torch.manual_seed(0)
+    visibility = windowed(shape, arguments.window, device)
+    forward = 4.0 * arguments.heads * arguments.head_dim * shape.rows * float(pairs(visibility).item())
+    peak = measuring.matrix_peak(device, measuring.DTYPES[dtype], arguments.peak_size)
+    rows: list[dict[str, Any]] = []
+    cases: dict[int, Case] = {}
+    for pass_ in PASSES:
+        inputs, grad = drawn(shape, arguments, dtype, pass_ != "forward")
+        for name in arguments.backends:
+            tick(f"{shape} {dtype} {pass_} {name}")
+            row = {"backend": name, "dtype": dtype, "pass": pass_, **dataclasses.asdict(shape), "left_out": None}
+            rows.append(row)
+            attend = attend_by(name, shape, arguments.window, arguments.heads, visibility, arguments.dense_gib * 2**30)
+            if isinstance(attend, str):
+                row["left_out"] = attend
+                continue
+            case = Case(attend, inputs, grad)
+            watched = measuring.reset_peak(device)
+            before = measuring.held_bytes(device)
+            try:
+                case()  # the first call makes masks, or compiles
+                measuring.synchronize(device)
+            except (MemtxError, RuntimeError) as error:
+                row["left_out"] = str(error).splitlines()[0]
+                continue
+            after = measuring.peak_bytes(device)
+            row["peak_bytes"] = max(after - before, 0) if watched and after is not None and before is not None else None
+            cases[len(rows) - 1] = case
+    times: dict[int, list[float]] = {index: [] for index in cases}
+    for repeat in range(arguments.repeats):
+        for index, case in cases.items():
+            tick(f"{shape} {dtype} {rows[index]['pass']} {rows[index]['backend']} {repeat + 1}")
+            times[index].append(measuring.seconds(case, device))
+    for index, taken in times.items():
+        useful = forward * PASSES[rows[index]["pass"]]
+        spread = Spread.of(taken)
+        rows[index].update(
+            seconds=dataclasses.asdict(spread),
+            useful_flops=useful,
+            flops_per_second=useful / spread.median,
+            matrix_peak_flops=peak,
+            fraction_of_matrix_peak=useful / spread.median / peak,
+        )
+    return rows
+
+
+def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each backend, type and pass the slope of log time over log length: 1 is linear."""
+    found = []
+    keys = sorted({(row["backend"], row["dtype"], row["pass"]) for row in rows})
+    for key in keys:
+        own = [
+            (row["queries"], row["seconds"]["median"])
+            for row in rows
+            if (row["backend"], row["dtype"], row["pass"]) == key and not row["left_out"] and not row["cached"]
+        ]
+        if len(own) > 1:
+            length, taken = (np.log(np.array(column)) for column in zip(*own, strict=True))
+            slope = float(np.polyfit(length, taken, 1)[0])
+            ends = [math.exp(length.min()), math.exp(length.max())]
+            found.append(
+                {"backend": key[0], "dtype": key[1], "pass": key[2], "slope": slope, "from": ends[0], "to": ends[1]}
+            )
+    return found
+
+
+def table(results: dict[str, Any]) -> list[str]:
+    """Return Markdown: a row for each shape, type and pass, a column a backend."""
+    rows, backends = results["rows"], results["backends"]
+    lines = [
+        f"{measuring.headline(results['machine'])}. Causal window {results['window']}, {results['heads']} heads of "
+        f"{results['head_dim']}. Median ms of {results['repeats']} interleaved repeats (least to greatest), share of "
+        "the matrix peak in useful FLOPs, MiB taken beside the inputs by the first call.",
+        "",
+        "| rows x queries | type | pass | " + " | ".join(backends) + " |",
+        "|---" * (3 + len(backends)) + "|",
+    ]
+    by: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        shape = Shape(row["rows"], row["queries"], row["cached"])
+        by.setdefault((str(shape), row["dtype"], row["pass"]), {})[row["backend"]] = row
+    for (size, dtype, pass_), own in by.items():
+        cells = []
+        for name in backends:
+            row = own[name]
+            if row["left_out"]:
+                cells.append("-")
+                continue
+            low, mid, high = (1e3 * row["seconds"][which] for which in ("min", "median", "max"))
+            share = row["fraction_of_matrix_peak"]
+            cells.append(f"{mid:,.1f} ({low:,.1f}-{high:,.1f}), {share:.0%}, {mib(row['peak_bytes'])}")
+        lines.append(f"| {size} | {dtype} | {pass_} | {' | '.join(cells)} |")
+    if results["slopes"]:
+        lines += [
+            "",
+            "| time over length, to the power | type | pass | from | to | power |",
+            "|---|---|---|---|---|---|",
+        ]
+    for one in results["slopes"]:
+        ends = f"{one['from']:,.0f} | {one['to']:,.0f}"
+        lines.append(f"| {one['backend']} | {one['dtype']} | {one['pass']} | {ends} | {one['slope']:.3f} |")
+    reasons = sorted({f"{row['backend']}: {row['left_out']}" for row in rows if row["left_out"]})
+    return lines + [f"\nLeft out, {reason}" for reason in reasons]
+
+
+def draw(path: str, results: dict[str, Any]) -> None:
+    """Draw the forward time of the long calls over their length."""
+    from memtx import plots
+
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    for row in results["rows"]:
+        if not row["left_out"] and not row["cached"]:
+            lengths, taken = curves.setdefault(f"{row['backend']} {row['dtype']} {row['pass']}", ([], []))
+            lengths.append(row["queries"])
+            taken.append(1e3 * row["seconds"]["median"])
+    title = f"Attention over a window of {results['window']}: time over length"
+    plots.loss_curve(path, curves, title=title, x="positions in one call", y="ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = (*OURS, *OTHERS)
+    parser.add_argument("--backends", nargs="+", choices=every, metavar="NAME", help=f"of {', '.join(every)}")
+    parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=list(measuring.DTYPES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=4, help="of the short segment")
+    parser.add_argument("--segment", type=int, default=512)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--dense-gib", type=float, default=0.6, help="the most that numbers of all pairs may take")
+    measuring.add_options(parser)
+    arguments = parser.parse_args()
+    measuring.prepare(arguments)
+    if arguments.backends is None:
+        arguments.backends = [name for name in every if name != "triton" or arguments.device.type == "cuda"]
+    shapes = [Shape(arguments.rows, arguments.segment, arguments.window - 1)]
+    shapes += [Shape(1, length, 0) for length in arguments.lengths]
+    rows: list[dict[str, Any]] = []
+    with measuring.progress() as bar:
+        task = bar.add_task("", total=len(shapes) * len(arguments.dtypes))
+        for shape in shapes:
+            for dtype in arguments.dtypes:
+                rows += measured(shape, dtype, arguments, lambda what: bar.update(task, description=what))
+                bar.advance(task)
+    results = {
+        "machine": measuring.machine(arguments.device),
+        **{name: getattr(arguments, name) for name in ("backends", "repeats", "window", "heads", "head_dim")},
+        "rows": rows,
+        "slopes": slopes(rows),
+    }
+    if arguments.plot and arguments.lengths:
+        draw(arguments.plot, results)
+    measuring.deliver(arguments, results, table(results))
+
+
+if __name__ == "__main__":
+    main()

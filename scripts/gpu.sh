@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# On a machine with a GPU: the CUDA tests, then the benches, within 8 minutes.   scripts/gpu.sh [folder]
+# Leaves JSON, Markdown and pictures in the folder (runs/gpu by default). MEMTX_PYTHON chooses the interpreter, whose
+# torch must be a CUDA build. One part's failure does not keep the others from running; the exit code is 1 then.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out="${1:-runs/gpu}"
+python="${MEMTX_PYTHON:-.venv/bin/python}"
+[ -x "$python" ] || python="$(command -v "$python" || command -v python3)"
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
+  echo "gpu: $python has no torch that sees a GPU; install a CUDA build of torch, or set MEMTX_PYTHON." >&2
+  exit 2
+fi
+mkdir -p "$out"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+failed=0
+
+# part SECONDS NAME COMMAND...: one part, stopped when its time is over.
+part() {
+  local limit="$1" name="$2" began="$SECONDS" code=0
+  shift 2
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  if [ "$name" = tests ] && [ "$code" = 5 ]; then
+    echo "$name: no test is marked cuda"
+  elif [ "$code" != 0 ]; then
+    failed=1
+    echo "$name: FAILED with exit code $code (124: over its $limit s) after $((SECONDS - began)) s"
+    tail -n 15 "$out/$name.log"
+  else
+    echo "$name: $((SECONDS - began)) s"
+    tail -n 3 "$out/$name.log"
+  fi
+}
+
+# bench NAME SECONDS SCRIPT OPTIONS...
+bench() {
+  local name="$1" limit="$2" script="$3"
+  shift 3
+  part "$limit" "$name" "$python" "scripts/$script" --device cuda --json "$out/$name.json" \
+    --markdown "$out/$name.md" --plot "$out/$name.png" "$@"
+}
+
+"$python" -c 'import torch; print(torch.cuda.get_device_name(), "torch", torch.__version__)'
+# The limits add up to 7 min 50 s.
+part 150 tests "$python" -m pytest -m cuda
+bench attention-64 60 bench_attention.py --backends triton flex banded flash-attn --dtypes bf16 \
+  --lengths 4096 16384 65536 --repeats 5
+bench attention-128 45 bench_attention.py --backends triton flex flash-attn --dtypes bf16 --lengths 16384 \
+  --head-dim 128 --repeats 5
+bench step 110 bench_step.py --rounds 1 --steps 10 --peer-dtypes bf16 --dtypes bf16 \
+  --systems memtx x-transformers-640 x-transformers-640-flash compressive-transformer-pytorch
+bench step-350m 60 bench_step.py --systems memtx --dtypes bf16 --modes train --rounds 2 --steps 5 --dim 1024 \
+  --depth 24 --heads 16 --vocab 32768 --rows 8 --segment 2048
+bench stream 45 bench_stream.py --dtypes bf16 --rounds 3
+exit "$failed"

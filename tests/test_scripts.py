@@ -1,0 +1,155 @@
+"""The benches at a tiny size: what they report is JSON, is complete and adds up; and the GPU machine's script."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOME = Path(__file__).parents[1]
+SCRIPTS = HOME / "scripts"
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME), **environment}
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=HOME, env=own)
+
+
+def bench(name: str, *options: str | Path) -> Any:
+    done = run(sys.executable, SCRIPTS / name, "--json", "-", "--threads", "1", "--peak-size", "64", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_step(tmp_path: Path) -> None:
+    found = bench(
+        "bench_step.py", "--systems", "memtx", "memformer", "--dtypes", "fp32", "--rounds", "1", "--steps", "3",
+        "--rows", "2", "--segment", "16", "--dim", "16", "--depth", "2", "--heads", "2", "--vocab", "32",
+        "--cache", "16", "--memory", "4", "--plot", tmp_path / "step.png", "--markdown", tmp_path / "step.md",
+    )  # fmt: skip
+    assert not found["failed"]
+    rows = {row["mode"]: row for row in found["rows"] if row["system"] == "memtx"}
+    assert set(rows) == {"train", "read"}
+    for row in rows.values():
+        rate = row["tokens_per_second"]
+        assert rate["median"] > 0
+        assert row["state_bytes"] == 2 * (2 * (16 + 3 + 4) * 16 * 4 + 8), "cache and bank, and the position"
+        assert row["peak_bytes"] is None or row["peak_bytes"] > row["state_bytes"]
+        peak, share = found["matrix_peak_flops"]["fp32"], row["fraction_of_matrix_peak"]
+        assert share["median"] == pytest.approx(
+            row["useful_flops_per_step"] * rate["median"] / (2 * 16) / peak["median"]
+        )
+    # Backward costs at most twice what forward does, and less by what carried states need not be given.
+    ratio = rows["train"]["useful_flops_per_step"] / rows["read"]["useful_flops_per_step"]
+    assert 2 < ratio < 3
+    assert "memformer" in found["absent"] or any(row["system"] == "memformer" for row in found["rows"])
+    assert (tmp_path / "step-train.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "step-read.png").exists()
+    assert "| memtx fp32 |" in (tmp_path / "step.md").read_text()
+
+
+def test_useful_operations_by_hand() -> None:
+    """With nothing carried by the memory, the count is that of the matrices and the causal half of the scores."""
+    command = (
+        "import sys; sys.path.insert(0, 'scripts')\n"
+        "from bench_step import useful_flops\n"
+        "from peers import Job\n"
+        "from memtx import MemoryTransformer, NoMemory, FeedForward\n"
+        "job = Job(rows=2, segment=8, dim=16, depth=3, heads=2, vocab=32)\n"
+        "model = MemoryTransformer(32, dim=16, depth=3, heads=2, memories=[NoMemory], feed_forward=FeedForward)\n"
+        "print(useful_flops(model, job, 'read'), useful_flops(model, job, 'train'))"
+    )
+    done = run(sys.executable, "-c", command)
+    assert done.returncode == 0, done.stderr
+    read, train = map(float, done.stdout.split())
+    tokens, seen = 2 * 8, 2 * 8 * 9 // 2
+    matrices = 3 * (4 * 16 * 16 + 2 * 16 * 64) + 16 * 32
+    assert read == 2 * tokens * matrices + 3 * 4 * seen * 16
+    assert train == 3 * read
+
+
+def test_attention(tmp_path: Path) -> None:
+    found = bench(
+        "bench_attention.py", "--dtypes", "fp32", "--repeats", "2", "--rows", "2", "--segment", "16", "--window", "16",
+        "--lengths", "64", "128", "--heads", "2", "--head-dim", "16", "--plot", tmp_path / "attention.png",
+        "--dense-gib", "0.0001",
+    )  # fmt: skip
+    rows = {(row["backend"], row["queries"], row["pass"]): row for row in found["rows"]}
+    banded = rows["banded", 64, "forward"]
+    # Window 16: the first 16 queries see 1 .. 16 positions, the others 16; 4 operations a pair and channel.
+    assert banded["useful_flops"] == 4 * 2 * 16 * (16 * 17 // 2 + 48 * 16)
+    assert rows["banded", 64, "forward+backward"]["useful_flops"] == 3 * banded["useful_flops"]
+    assert rows["banded", 16, "forward"]["useful_flops"] == 4 * 2 * 16 * 2 * 16 * 16, "a full cache shows all 16"
+    assert banded["fraction_of_matrix_peak"] == pytest.approx(
+        banded["useful_flops"] / banded["seconds"]["median"] / banded["matrix_peak_flops"]
+    )
+    assert rows["sdpa-dense", 64, "forward"]["left_out"] is None
+    assert "too much memory" in rows["reference", 128, "forward"]["left_out"]
+    assert "gradient" in rows["flex", 16, "forward+backward"]["left_out"]
+    (slope,) = [one for one in found["slopes"] if one["backend"] == "banded" and one["pass"] == "forward"]
+    assert (round(slope["from"]), round(slope["to"])) == (64, 128)
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stream(tmp_path: Path) -> None:
+    found = bench(
+        "bench_stream.py", "--dim", "16", "--depth", "2", "--heads", "2", "--vocab", "32", "--window", "16",
+        "--memory", "4", "--tokens", "128", "--calls", "16", "40", "128", "--decode", "3", "--rounds", "2",
+        "--plot", tmp_path / "stream.png",
+    )  # fmt: skip
+    (decoding,), (reading,) = found["decoding"], found["reading"]
+    assert [row["position"] for row in decoding["positions"]] == [2_000, 1_000_000]
+    assert decoding["positions"][0]["ratio_to_first"] == 1.0
+    assert [row["call"] for row in reading["calls"]] == [16, 40, 128]
+    assert reading["tokens"] == 128
+    assert all(row["equal"] for row in reading["calls"])
+    # Other sums in other orders: a difference of exactly nothing would say that nothing was compared.
+    assert 0 < max(row["loss_difference"] for row in reading["calls"]) < 1e-4
+    assert len({row["state_bytes"] for row in reading["calls"]} | {decoding["state_bytes"]}) == 1
+    assert (tmp_path / "stream-decoding.png").exists()
+
+
+def test_a_device_that_is_not_there() -> None:
+    done = run(sys.executable, SCRIPTS / "bench_stream.py", "--device", "cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 1
+    assert "no GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_gpu_script_says_what_is_missing(tmp_path: Path) -> None:
+    done = run("bash", SCRIPTS / "gpu.sh", tmp_path, MEMTX_PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert "CUDA build of torch" in done.stderr
+
+
+def test_gpu_script_runs_every_part_and_tells_of_failures(tmp_path: Path) -> None:
+    """With an interpreter that only takes notes, and fails at the benches of attention."""
+    notes, stand_in = tmp_path / "notes", tmp_path / "python"
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {notes}\ncase "$*" in *bench_attention*) exit 3;; esac\n')
+    stand_in.chmod(0o755)
+    done = run("bash", SCRIPTS / "gpu.sh", tmp_path / "out", MEMTX_PYTHON=str(stand_in))
+    assert done.returncode == 1
+    assert done.stdout.count("FAILED with exit code 3") == 2
+    calls = [line for line in notes.read_text().splitlines() if not line.startswith("-c")]
+    assert calls[0] == "-m pytest -m cuda"
+    benches = [line.split() for line in calls[1:]]
+    assert [call[0] for call in benches] == ["scripts/bench_attention.py"] * 2 + ["scripts/bench_step.py"] * 2 + [
+        "scripts/bench_stream.py"
+    ]
+    for call in {call[0]: call for call in benches}.values():
+        # The real one takes these options: it gets as far as to look for the GPU.
+        real = run(sys.executable, *call, CUDA_VISIBLE_DEVICES="")
+        assert "no GPU" in real.stderr, real.stderr
+
+
+def test_gpu_script_ends_within_eight_minutes() -> None:
+    text = (SCRIPTS / "gpu.sh").read_text()
+    limits = [int(limit) for limit in re.findall(r"^(?:part|bench [\w-]+) (\d+) ", text, flags=re.MULTILINE)]
+    assert len(limits) == 6
+    assert sum(limits) <= 8 * 60
