@@ -280,6 +280,7 @@ _UNWANTED = (
     ".*LeafSpec.*",
     ".*no logger configured.*",
     ".*exists and is not empty.*",
+    "LightningCLI's args parameter is intended to run from within Python.*",
     ".*across ranks is zero.*",  # A run without validation texts.
     r"\s*Unable to serialize instance",  # The checkpoint's tokenizer, which is not to be saved.
 )
@@ -307,8 +308,11 @@ def main(argv: list[str]) -> int:
     if interactive:
         callbacks.append(RichProgressBar())
 
+    arguments = with_config(argv)
+
     def body() -> int:
-        sys.argv = [sys.argv[0]]
+        # Other processes of the run (strategy ddp) are started with these.
+        sys.argv[1:] = arguments
         # Classes of one's own, by class_path from a file beside the config; last, so that it hides nothing.
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.append(here)
@@ -328,7 +332,7 @@ def main(argv: list[str]) -> int:
                 parser_kwargs={"prog": program_name(sys.argv[0])},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
-                args=with_config(argv),
+                args=arguments,
             )
         except SystemExit as stopped:
             if isinstance(stopped.__context__, KeyboardInterrupt):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -198,6 +199,19 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
     read = succeeded(program("read", book, "--checkpoint", "own", "--import", "theirs", "--json", at=place))
     assert json.loads(read.out)["tokens"] == len(Path(book).read_bytes())
     assert "no_such_module" in program("read", book, "--checkpoint", "own", "--import", "no_such_module", at=place).err
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_run(place: Path) -> None:
+    # The second process is started by the first with the same arguments, so this needs the program itself.
+    command = [sys.executable, "-m", "memtx", "fit", "--config", "c.yaml", "--run", "ddp"]
+    environment = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2", "--data.eval_rows=1"],
+        cwd=place, env=environment, check=True, capture_output=True, timeout=280,
+    )  # fmt: skip
+    assert (place / "ddp" / "checkpoints" / "last.ckpt").is_file()
+    assert [int(step) for step, _ in losses(place / "ddp")] == [0, 1]
 
 
 def test_lightning_is_the_same_program(place: Path) -> None:
