@@ -67,11 +67,7 @@ class _NllPerUnit(Metric):
         self.units = self.units + unit_sum
 
     def _nats(self) -> Tensor:
-        if not self.units.item() > 0:
-            raise MemtxError(
-                f"{type(self).__name__} has counted no {self.unit}, so there is nothing to divide by.",
-                "Update it with at least one batch first.",
-            )
+        # 0 / 0 is NaN: a text without a word has no word perplexity, which is no reason to stop a run.
         return self.nll / self.units
 
 
@@ -81,11 +77,7 @@ class BitsPerByte(_NllPerUnit):
     unit = "bytes"
 
     def compute(self) -> Tensor:
-        """Return the bits per byte, () float64.
-
-        Raises:
-            MemtxError: no byte was counted.
-        """
+        """Return the bits per byte, () float64; NaN if no byte was counted."""
         return self._nats() / math.log(2)
 
 
@@ -95,9 +87,5 @@ class WordPerplexity(_NllPerUnit):
     unit = "words"
 
     def compute(self) -> Tensor:
-        """Return the perplexity, () float64; inf where the exponential overflows.
-
-        Raises:
-            MemtxError: no word was counted.
-        """
+        """Return the perplexity, () float64; inf where the exponential overflows, NaN or inf if no word was counted."""
         return self._nats().exp()

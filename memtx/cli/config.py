@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from memtx.cli.common import LONGEST_MESSAGE, short_message
 from memtx.errors import MemtxError, nearest
