@@ -13,7 +13,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -34,6 +34,7 @@ from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from memtx.training.callbacks.interrupt import StopOnInterrupt
 from memtx.training.callbacks.predictions import PredictionWriter
+from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
 from memtx.training.callbacks.throughput import Throughput
 from memtx.training.language import LanguageModule
 from memtx.training.logs import MetricsFile
@@ -305,8 +306,7 @@ def main(argv: list[str]) -> int:
     _quiet()
     interactive = sys.stderr.isatty() or sys.stdout.isatty()
     callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), StopOnInterrupt()]
-    if interactive:
-        callbacks.append(RichProgressBar())
+    callbacks.append(StepProgressBar() if interactive else PlainProgress())
 
     arguments = with_config(argv)
 

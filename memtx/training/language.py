@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import Batch
 from memtx.errors import CheckpointError, MemtxError
@@ -19,6 +20,7 @@ from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training import randomness
 from memtx.training.carry import Carry
+from memtx.training.divergence import FiniteLoss
 from memtx.training.optimizers import WarmupCosine, decay_groups
 from memtx.training.tbptt import Unrolled, unroll
 
@@ -46,7 +48,7 @@ class LanguageModule(pl.LightningModule):
         compile: whether to run the model through ``torch.compile``.
 
     Raises:
-        MemtxError: the segment is not positive.
+        MemtxError: the segment is not positive; while training, the loss is no longer finite.
     """
 
     def __init__(
@@ -71,13 +73,18 @@ class LanguageModule(pl.LightningModule):
         self.carry = Carry()
         self.tokens_seen = 0
         self._random: dict[str, Any] | None = None
+        self._finite = FiniteLoss()
+        kinds: dict[str, type[Metric]] = {
+            "bits_per_byte": BitsPerByte,
+            "word_perplexity": WordPerplexity,
+            "loss": MeanMetric,
+        }
         self.metrics = torch.nn.ModuleDict(
-            {
-                f"{stage}_{name}": kind()
-                for stage in ("val", "test")
-                for name, kind in (("bits_per_byte", BitsPerByte), ("word_perplexity", WordPerplexity))
-            }
+            {f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()}
         )
+        for stage in ("val", "test"):
+            # A float32 sum stops growing after some ten million tokens.
+            cast(Metric, self.metrics[f"{stage}_loss"]).set_dtype(torch.float64)
 
     # One batch
 
@@ -90,7 +97,9 @@ class LanguageModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
+        self._finite.check()
         out = self._read("train", batch)
+        self._finite.watch(out.loss, self.trainer.global_step)
         self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
         nats = out.nll.sum(dtype=torch.float64) / batch.bytes.sum().clamp(min=1)
         self.log("train_loss", out.loss.detach(), prog_bar=True)
@@ -103,13 +112,13 @@ class LanguageModule(pl.LightningModule):
         out = self._read(stage, batch)
         nats = out.nll.sum(dtype=torch.float64)
         rows = batch.tokens.shape[0]
-        scored = int(out.scored)
-        if scored:
-            self.log(f"{stage}_loss", (nats / scored).float(), batch_size=scored, on_epoch=True, sync_dist=True)
         for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
-            metric = cast(Metric, self.metrics[f"{stage}_{name}"])
-            metric.update(nats, amount.sum())
-            self.log(f"{stage}_{name}", metric, prog_bar=True, on_step=False, on_epoch=True, batch_size=rows)
+            cast(Metric, self.metrics[f"{stage}_{name}"]).update(nats, amount.sum())
+        cast(Metric, self.metrics[f"{stage}_loss"]).update(nats / out.scored.clamp(min=1), out.scored)
+        # On every rank whatever it has scored: a rank that logged nothing would leave the others waiting for it.
+        for name in ("bits_per_byte", "word_perplexity", "loss"):
+            metric, shown = cast(Metric, self.metrics[f"{stage}_{name}"]), name != "loss"
+            self.log(f"{stage}_{name}", metric, prog_bar=shown, on_step=False, on_epoch=True, batch_size=rows)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Score a batch of the validation streams."""
@@ -159,12 +168,18 @@ class LanguageModule(pl.LightningModule):
         data = getattr(self.trainer, "datamodule", None)
         if data is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             return 0
-        return int(len(data.train_dataloader()) // self.trainer.accumulate_grad_batches * self.trainer.max_epochs)
+        # An epoch's last batch is stepped on, however few were accumulated.
+        return math.ceil(len(data.train_dataloader()) / self.trainer.accumulate_grad_batches) * self.trainer.max_epochs
 
     # What a checkpoint holds beside the weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's description, and of every rank the memory and the random states."""
+        """Add the model's description, and of every rank the memory and the random states.
+
+        Raises:
+            MemtxError: the loss is no longer finite, so that an earlier checkpoint is worth more.
+        """
+        self._finite.check(wait=True)
         own = {"carry": self.carry.state_dict("train"), "random": randomness.collect()}
         ranks = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():

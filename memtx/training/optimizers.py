@@ -22,6 +22,9 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
+_SETTINGS = ("warmup", "steps", "floor")
+
+
 class WarmupCosine(LambdaLR):
     """Linear warm-up, then half a cosine down to a floor (SGDR, Loshchilov and Hutter 2017, section 3).
 
@@ -45,6 +48,14 @@ class WarmupCosine(LambdaLR):
         self.steps = steps
         self.floor = floor
         super().__init__(optimizer, self._share)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far it is, not what it was asked for: a run that goes on with other settings has these."""
+        return {key: value for key, value in super().state_dict().items() if key not in _SETTINGS}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in _SETTINGS})
 
     def _share(self, step: int) -> float:
         if step < self.warmup:

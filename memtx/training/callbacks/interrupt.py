@@ -11,6 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from memtx.training.callbacks import moments
+
 
 class StopOnInterrupt(pl.Callback):
     """Turns the first Ctrl-C (or SIGTERM) into a save at the next optimiser step; a second one stops at once."""
@@ -38,11 +40,16 @@ class StopOnInterrupt(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to and no accumulated gradient would be lost."""
-        if not self._asked or (batch_idx + 1) % trainer.accumulate_grad_batches:
+        if not moments.has_stepped(trainer):
+            return
+        # All processes alike: the signal need not have come to each of them, or not before the same step.
+        if not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
             return
         kept = trainer.checkpoint_callback
         if isinstance(kept, ModelCheckpoint) and kept.dirpath:
             trainer.save_checkpoint(Path(kept.dirpath) / f"{kept.CHECKPOINT_NAME_LAST}.ckpt")
+        if moments.validates_next(trainer):
+            return  # Its figures would be missing from the run; the next step is the last one.
         raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

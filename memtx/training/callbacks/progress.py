@@ -1,0 +1,131 @@
+"""How far a run is: a bar where there is a terminal, else a line from time to time."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from memtx.training.callbacks import moments
+
+_SHOWN = (("train_loss", "loss", ".3f"), ("train_bits_per_byte", "bits/byte", ".3f"))
+_VALIDATED = (
+    ("val_loss", "loss", ".3f"),
+    ("val_bits_per_byte", "bits/byte", ".4f"),
+    ("val_word_perplexity", "word perplexity", ".5g"),
+)
+
+
+def _figures(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
+    return "".join(f"  {text} {float(metrics[name]):{form}}" for name, text, form in names if name in metrics)
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as a reader wants it: ``45 s``, ``12 min``, ``3 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class PlainProgress(pl.Callback):
+    """Writes a line to stderr from time to time and at each validation, for logs and pipes.
+
+    Args:
+        seconds: between two lines, at least.
+        write: takes a line's text with its end; stderr by default.
+        clock: seconds that run on.
+    """
+
+    def __init__(
+        self,
+        seconds: float = 30.0,
+        write: Callable[[str], Any] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._seconds, self._write, self._clock = seconds, write, clock
+        self._began = self._last = 0.0
+        self._first = self._tokens = 0
+
+    def _line(self, trainer: pl.Trainer, text: str) -> None:
+        if trainer.is_global_zero:
+            # Looked up now, not when this was made: a test or a caller may have put another one there.
+            write = self._write if self._write is not None else sys.stderr.write
+            total = moments.total_steps(trainer)
+            write(f"step {trainer.global_step}{'' if total is None else f'/{total}'}{text}\n")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count."""
+        self._began = self._last = self._clock()
+        self._first = trainer.global_step
+        self._tokens = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count, and write a line if it is time."""
+        self._tokens += batch.tokens.numel() * trainer.world_size
+        now = self._clock()
+        if now - self._last < self._seconds or not moments.has_stepped(trainer):
+            return
+        rate = f"  {self._tokens / max(now - self._last, 1e-9):.0f} tokens/s"
+        left, total = "", moments.total_steps(trainer)
+        if total is not None and (done := trainer.global_step - self._first):
+            # All that has passed counts: validations and checkpoints will come again.
+            left = f"  {duration((now - self._began) / done * (total - trainer.global_step))} left"
+        self._line(trainer, _figures(trainer.callback_metrics, _SHOWN) + rate + left)
+        self._last, self._tokens = now, 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what was found."""
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._line(trainer, "  validation" + _figures(trainer.callback_metrics, _VALIDATED))
+        # Its time is not training's.
+        self._last, self._tokens = self._clock(), 0
+
+
+class StepProgressBar(RichProgressBar):
+    """One bar for the whole run, in optimiser steps, where Lightning's counts an epoch's batches."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return f"{'Step':{len(self.validation_description)}}"
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar, once."""
+        self._show(trainer)
+
+    def _show(self, trainer: pl.Trainer) -> None:
+        if self.is_disabled or self.progress is None or self.train_progress_bar_id is not None:
+            return
+        total = moments.total_steps(trainer)
+        # From where a run goes on, so that its speed is not that of a jump.
+        self.train_progress_bar_id = self.progress.add_task(
+            self._get_train_description(trainer.current_epoch),
+            total=math.inf if total is None else total,
+            completed=trainer.global_step,
+        )
+        self.refresh()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on."""
+        self._show(trainer)  # in the middle of an epoch, where a run goes on
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Return what is shown beside the bar."""
+        found = super().get_metrics(trainer, pl_module)
+        found.pop("v_num", None)
+        if isinstance(rate := found.pop("tokens_per_second", None), float):
+            found["tokens/s"] = f"{rate:.0f}"
+        return {key.removeprefix("train_"): value for key, value in found.items()}
