@@ -247,16 +247,17 @@ def table(results: dict[str, Any]) -> list[str]:
 
 
 def draw(path: str, results: dict[str, Any]) -> None:
-    """Draw the forward time of the long calls over their length."""
+    """Draw the forward time of the long calls over their length, in the first type asked for."""
     from memtx import plots
 
+    dtype = results["rows"][0]["dtype"]
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for row in results["rows"]:
-        if not row["left_out"] and not row["cached"]:
-            lengths, taken = curves.setdefault(f"{row['backend']} {row['dtype']} {row['pass']}", ([], []))
+        if not (row["left_out"] or row["cached"]) and (row["dtype"], row["pass"]) == (dtype, "forward"):
+            lengths, taken = curves.setdefault(row["backend"], ([], []))
             lengths.append(row["queries"])
             taken.append(1e3 * row["seconds"]["median"])
-    title = f"Attention over a window of {results['window']}: time over length"
+    title = f"Attention over a window of {results['window']}, forward, {dtype}"
     plots.loss_curve(path, curves, title=title, x="positions in one call", y="ms")
 
 
@@ -265,7 +266,7 @@ def main() -> None:
     every = (*OURS, *OTHERS)
     parser.add_argument("--backends", nargs="+", choices=every, metavar="NAME", help=f"of {', '.join(every)}")
     parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=list(measuring.DTYPES))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=measuring.positive, default=5)
     parser.add_argument("--rows", type=int, default=4, help="of the short segment")
     parser.add_argument("--segment", type=int, default=512)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])

@@ -208,8 +208,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=list(measuring.DTYPES))
     parser.add_argument("--peer-dtypes", nargs="+", choices=list(measuring.DTYPES), default=["fp32"])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps a round, of which the median counts")
+    parser.add_argument("--rounds", type=measuring.positive, default=5)
+    parser.add_argument(
+        "--steps", type=measuring.positive, default=3, help="timed steps a round, of which the median counts"
+    )
     for field in dataclasses.fields(Job):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     measuring.add_options(parser)

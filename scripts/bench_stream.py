@@ -177,10 +177,10 @@ def draw(path: str, results: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, nargs="+", default=[2_000, 1_000_000], help="where to decode")
-    parser.add_argument("--decode", type=int, default=64, help="one-token calls a round")
+    parser.add_argument("--decode", type=measuring.positive, default=64, help="one-token calls a round")
     parser.add_argument("--calls", type=int, nargs="+", default=[512, 4096, 32768], help="tokens a call")
     parser.add_argument("--tokens", type=int, default=32768, help="to be read in calls of each length")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=measuring.positive, default=5)
     parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=["fp32"])
     sizes = {"dim": 256, "depth": 6, "heads": 4, "vocab": 8192, "window": 512, "memory": 128, "rate": 4}
     for name, default in sizes.items():

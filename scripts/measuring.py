@@ -137,6 +137,14 @@ def headline(where: dict[str, Any]) -> str:
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {where['when'][:10]}"
 
 
+def positive(text: str) -> int:
+    """Read a whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"is {number}; give at least 1")
+    return number
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what every bench takes."""
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")

@@ -122,6 +122,12 @@ def test_a_device_that_is_not_there() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_no_rounds_are_refused() -> None:
+    done = run(sys.executable, SCRIPTS / "bench_step.py", "--rounds", "0")
+    assert done.returncode == 2
+    assert "--rounds: is 0; give at least 1" in done.stderr
+
+
 def test_gpu_script_says_what_is_missing(tmp_path: Path) -> None:
     done = run("bash", SCRIPTS / "gpu.sh", tmp_path, MEMTX_PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
