@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtx.ops.attention import by_products
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.plan import Band
 
@@ -58,6 +59,13 @@ class _FusedBands(torch.autograd.Function):
             if grad_lse is None:
                 return None, None, None, None, None
             grad_out = torch.zeros_like(out)
+        # A query that saw nothing anywhere has weights exp(-inf - 0) = 0.
+        finite = lse.masked_fill(lse == float("-inf"), 0.0)
+        if q.dtype == torch.bfloat16 and by_products.are_faster() and not any(band.biased for band in ctx.plan):
+            balance = (grad_out.float() * out.float()).sum(-1)
+            balance = balance if grad_lse is None else balance - grad_lse
+            grads = by_products.backward(q, k, v, finite.transpose(1, 2), balance, grad_out, ctx.plan, ctx.scale)
+            return *grads, None, None
         head_dim = q.shape[-1]
         if grad_lse is not None:
             # The gradient of a score is weight * (grad_out v' - grad_out out' + grad_lse), and the kernel makes
@@ -69,13 +77,11 @@ class _FusedBands(torch.autograd.Function):
             torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (q, k, v)
         )
-        # A query that saw nothing anywhere has weights exp(-inf - 0) = 0.
-        lse = lse.masked_fill(lse == float("-inf"), 0.0)
         for band in ctx.plan:
             rows, keys = slice(band.start, band.stop), slice(band.low, band.high)
             gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-                lse[:, rows].transpose(1, 2), 0.0, False, attn_mask=band.mask, scale=ctx.scale,
+                finite[:, rows].transpose(1, 2), 0.0, False, attn_mask=band.mask, scale=ctx.scale,
             )  # fmt: skip
             grad_q[:, :, rows] += gq
             grad_k[:, :, keys] += gk

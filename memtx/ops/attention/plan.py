@@ -24,6 +24,7 @@ class Band:
     Attributes:
         mask: (rows, 1 or heads, queries, keys), the additive mask in the scores' accumulation type.
         blind: (rows, queries, 1 or heads) bool, queries that see none of the keys.
+        biased: whether the mask holds more than 0 and minus infinity.
     """
 
     start: int
@@ -32,6 +33,7 @@ class Band:
     high: int
     mask: Tensor
     blind: Tensor
+    biased: bool
 
 
 def cut(visibility: Visibility, block: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
@@ -70,5 +72,5 @@ def bands(visibility: Visibility, bias: ScoreBias | None, block: int, dtype: tor
     for start, stop, parts in cut(visibility, block):
         for low, high in parts:
             mask, blind = additive_mask(visibility, bias, (start, stop), (low, high), dtype)
-            made.append(Band(start, stop, low, high, mask, blind))
+            made.append(Band(start, stop, low, high, mask, blind, bias is not None))
     return made

@@ -113,7 +113,7 @@ def gap(answer: Answer, truth: Answer) -> float:
 @pytest.mark.parametrize("patterns", [False, True])
 def test_reference_is_the_formula(patterns: bool) -> None:
     @given(problems(most=12, patterns=patterns))
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=20)
     def check(problem: Problem) -> None:
         out, lse = reference.attend(
             problem.q, problem.k, problem.v, problem.visibility, bias=problem.bias, scale=problem.q.shape[-1] ** -0.5
@@ -138,7 +138,7 @@ def test_reference_is_the_formula(patterns: bool) -> None:
 )
 def test_banded_is_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     @given(problems())
-    @settings(deadline=None, max_examples=500)
+    @settings(deadline=None, max_examples=200)
     def check(problem: Problem) -> None:
         truth = solve(reference.attend, problem, torch.float64)
         assert gap(solve(in_blocks(problem), problem, dtype), truth) <= tolerance
@@ -149,7 +149,7 @@ def test_banded_is_the_reference(dtype: torch.dtype, tolerance: float) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 def test_banded_with_a_pattern_is_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     @given(problems(patterns=True))
-    @settings(deadline=None, max_examples=100)
+    @settings(deadline=None, max_examples=40)
     def check(problem: Problem) -> None:
         truth = solve(reference.attend, problem, torch.float64)
         assert gap(solve(in_blocks(problem), problem, dtype), truth) <= tolerance
@@ -162,7 +162,7 @@ def test_plain_blocks_are_the_reference(dtype: torch.dtype, tolerance: float) ->
     """The form for a bias that learns, and for the log-sum-exp on other devices, run on this one."""
 
     @given(problems(most=30))
-    @settings(deadline=None, max_examples=50)
+    @settings(deadline=None, max_examples=20)
     def check(problem: Problem) -> None:
         def plain(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
             return blocks.plain(q, k, v, seen, **options, block=problem.block)
@@ -174,7 +174,7 @@ def test_plain_blocks_are_the_reference(dtype: torch.dtype, tolerance: float) ->
 
 
 @given(problems(most=30, biases=("none", "linear")))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 def test_fused_blocks_are_the_reference(problem: Problem) -> None:
     """The form for other devices, run on this one; it gives no log-sum-exp, so the reference's stands in."""
 
@@ -199,7 +199,7 @@ def test_flex_is_the_reference(problem: Problem) -> None:
 
 
 @given(problems(), st.integers(0, 200))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 def test_halves_of_the_keys_merge_to_the_whole(problem: Problem, at: int) -> None:
     """By every backend that has both, values and gradients."""
     at = min(at, problem.visibility.keys)
