@@ -1,0 +1,38 @@
+"""Runs of the program in processes of their own, watched."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.commands.program import Done, Program
+from tests.commands.runs import write, write_books
+
+WATCH = "tests.training.watch.Watch"
+
+
+def prepare(at: Path, config: dict[str, Any]) -> Path:
+    write_books(at / "books")
+    write(at, config)
+    return at
+
+
+def fit(program: Program, at: Path, run: str, *options: str, **watch: Any) -> Done:
+    """Train into ``run``, losses into ``run``-watched; resumes where there is something to resume."""
+    callback = {"class_path": WATCH, "init_args": {"to": str(at / f"{run}-watched"), **watch}}
+    fixed = ("fit", "--config", "c.yaml", "--run", run, "--ckpt_path", "last")
+    return program(*fixed, "--trainer.callbacks", json.dumps([callback]), *options, at=at)
+
+
+def losses(at: Path, run: str, rank: int = 0) -> dict[int, str]:
+    """Return every batch's loss; what was read twice has to have been the same both times."""
+    found: dict[int, str] = {}
+    for line in (at / f"{run}-watched" / f"losses-{rank}").read_text().splitlines():
+        batch, loss = line.split()
+        assert found.setdefault(int(batch), loss) == loss, f"batch {batch}"
+    return found
+
+
+def weights(at: Path, run: str, rank: int = 0) -> str:
+    return (at / f"{run}-watched" / f"weights-{rank}").read_text()

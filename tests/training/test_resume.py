@@ -1,0 +1,113 @@
+"""Promise 6: a run that was stopped anywhere goes on with the same losses and weights, bit for bit."""
+
+from __future__ import annotations
+
+import csv
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+
+from memtx.training.callbacks.checkpoint import BestCheckpoint
+from tests.commands.program import Program
+from tests.commands.runs import changed
+from tests.training import runs, small
+from tests.training.small import Record, assert_equal, data, module, trainer
+
+
+class Copy(pl.Callback):
+    """Takes last.ckpt away as it is after a batch: what a run killed there leaves."""
+
+    def __init__(self, source: Path, targets: dict[int, Path]) -> None:
+        self.source, self.targets = source, targets
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.fit_loop.epoch_loop.total_batch_idx
+        if done in self.targets and self.source.exists():
+            shutil.copy(self.source, self.targets[done])
+
+
+@pytest.mark.parametrize(
+    ("options", "every", "kills"),
+    [
+        # Passes of the data end at 5, 10, 15; checkpoints fall on their ends, one before and one after.
+        ({"limit_train_batches": 5, "val_check_interval": 4, "max_steps": 17}, 1, (3, 5, 6, 11)),
+        ({"limit_train_batches": 5, "limit_val_batches": 0, "max_epochs": 3, "max_steps": -1}, 2, (5, 7)),
+        ({"limit_train_batches": 5, "max_epochs": 3, "max_steps": -1, "check_val_every_n_epoch": 1}, None, (6, 11)),
+        # Validation falls in the middle of an accumulation, and a pass ends with a short one.
+        ({"accumulate_grad_batches": 3, "val_check_interval": 4, "max_steps": 7}, 2, (5, 9, 13)),
+        (
+            {"accumulate_grad_batches": 2, "limit_train_batches": 5, "val_check_interval": 3, "max_steps": 8},
+            1,
+            (4, 6, 8, 12),
+        ),
+        ({"precision": "bf16-mixed", "val_check_interval": 4, "max_steps": 8}, 3, (4, 7)),
+    ],
+)
+def test_going_on_from_anywhere(
+    tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...]
+) -> None:
+    last = tmp_path / "run" / "last.ckpt"
+    copies = {batch: tmp_path / f"{batch}.ckpt" for batch in kills}
+    whole, record = module(), Record()
+    keep = BestCheckpoint(str(last.parent), every_n_train_steps=every)
+    run = trainer(tmp_path, record, Copy(last, copies), keep, gradient_clip_val=1.0, **options)
+    run.fit(whole, datamodule=data(tmp_path))
+    assert len(record.losses) >= 8
+    compared = 0
+    for copy in copies.values():
+        if not copy.exists():
+            continue
+        compared += 1
+        # Other weights and random numbers: all has to come from the checkpoint.
+        again, resumed = module(seed=7), Record()
+        other = BestCheckpoint(str(last.parent), every_n_train_steps=every)
+        going = trainer(tmp_path, resumed, other, gradient_clip_val=1.0, **options)
+        going.fit(again, datamodule=data(tmp_path), ckpt_path=str(copy))
+        assert going.global_step == run.global_step
+        assert resumed.losses
+        first = min(resumed.losses)
+        assert resumed.losses == {batch: loss for batch, loss in record.losses.items() if batch >= first}
+        assert resumed.found == {batch: found for batch, found in record.found.items() if batch >= first}
+        assert_equal(small.weights(again), small.weights(whole))
+        assert other.best_model_score == keep.best_model_score
+        assert again.tokens_seen == whole.tokens_seen
+    assert compared >= 2
+
+
+def metrics(run: Path) -> list[tuple[str, ...]]:
+    """Return what metrics.csv says of each step, without how long it took."""
+    columns = ("step", "train_loss", "train_bits_per_byte", "val_loss", "val_bits_per_byte", "val_word_perplexity")
+    with (run / "metrics.csv").open() as file:
+        found = [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
+    return [row for row in found if any(row[1:])]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_killed_run_goes_on(program: Program, tmp_path: Path, accumulate: int) -> None:
+    config = changed(("trainer", "max_steps"), 12 // accumulate)
+    config["trainer"] |= {"val_check_interval": 4, "accumulate_grad_batches": accumulate}
+    config["checkpoint"] = {"every_n_train_steps": 3 // accumulate}
+    assert config["model"]["model"]["init_args"]["dropout"] > 0
+    at = runs.prepare(tmp_path, config)
+    done = runs.fit(program, at, "whole")
+    assert done.code == 0, done.err
+    # Three strikes at drawn batches: one while a batch is read, one before a step, one in a validation.
+    draw = random.Random(accumulate)
+    steps = sorted(draw.sample(range(accumulate - 1, 12, accumulate), 1))
+    strikes = sorted([(draw.randrange(12), "forward"), (steps[0], "step"), (draw.choice((3, 7, 11)), "score")])
+    for batch, moment in strikes:
+        done = runs.fit(program, at, "struck", strike=batch, moment=moment, signal=int(signal.SIGKILL))
+        assert done.code == -signal.SIGKILL, (batch, moment, done)
+    done = runs.fit(program, at, "struck")
+    assert done.code == 0, done.err
+    assert runs.losses(at, "struck") == runs.losses(at, "whole")
+    assert len(runs.losses(at, "whole")) == 12
+    assert runs.weights(at, "struck") == runs.weights(at, "whole")
+    assert metrics(at / "struck") == metrics(at / "whole")

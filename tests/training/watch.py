@@ -1,0 +1,71 @@
+"""A callback for runs in processes of their own: writes down what they do, and strikes them down where asked to."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from memtx import files
+
+
+class Watch(pl.Callback):
+    """Appends every batch's loss to <to>/losses-<rank>, to the last bit.
+
+    Args:
+        to: folder.
+        strike: the batch in which a signal is sent.
+        moment: before "forward", "step" (the optimiser's), or "score" (a validation batch after the one to strike in).
+        signal: its number.
+        gradients: whether to keep those of the first step.
+    """
+
+    def __init__(
+        self, to: str, strike: int = -1, moment: str = "forward", signal: int = 9, gradients: bool = False
+    ) -> None:
+        self.to, self.strike, self.moment, self.signal, self.gradients = Path(to), strike, moment, signal, gradients
+
+    def _at(self, trainer: pl.Trainer, moment: str, batch: int) -> None:
+        if moment == self.moment and batch == self.strike:
+            os.kill(os.getpid(), self.signal)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._at(trainer, "forward", trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._at(trainer, "step", trainer.fit_loop.epoch_loop.total_batch_idx)
+        if self.gradients and trainer.global_step == 0 and trainer.is_global_zero:
+            found = {name: one.grad for name, one in pl_module.named_parameters()}
+            files.save_tensors(self.to / "gradients", found, kind="gradients", version=1)
+
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if not trainer.sanity_checking and batch_idx == 1:
+            self._at(trainer, "score", trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.to.mkdir(exist_ok=True)
+        with (self.to / f"losses-{trainer.global_rank}").open("a") as file:
+            file.write(f"{trainer.fit_loop.epoch_loop.total_batch_idx} {float(outputs['loss']).hex()}\n")
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(pl_module.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+        (self.to / f"weights-{trainer.global_rank}").write_text(digest.hexdigest())
