@@ -247,7 +247,7 @@ def comparison(
         axes.scatter(values, np.full(len(values), height), s=16, color=colour, zorder=3, linewidth=0)
         spread = f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
         axes.annotate(
-            f"{mean:.4g}{spread}",
+            f"{mean:,.0f}{spread}" if abs(mean) >= 10_000 else f"{mean:.4g}{spread}",
             (1.01, height),
             xycoords=("axes fraction", "data"),
             va="center",

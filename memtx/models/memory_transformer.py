@@ -200,7 +200,8 @@ class MemoryTransformer(nn.Module):
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.locate(state.position, tokens.shape[1], starts)
         x = self.dropout(self.embedding(tokens))
-        hidden, layers, named = [x], [], dict[str, list[Tensor]]()
+        hidden, layers = [x], []
+        named: dict[str, list[Tensor]] = {}
         for block, (own,) in zip(self._layers(), state.layers, strict=True):
             x, own, found = block(x, own, segment)
             layers.append((own,))

@@ -54,7 +54,8 @@ def unroll(
     """
     scored = (labels != IGNORED).sum()
     language: Tensor | float = 0.0
-    nll, named = [], dict[str, list[Tensor]]()
+    nll: list[Tensor] = []
+    named: dict[str, list[Tensor]] = {}
     for at in range(0, tokens.shape[1], segment):
         part = slice(at, at + segment)
         out = model(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])

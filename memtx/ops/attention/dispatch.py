@@ -6,6 +6,7 @@ import logging
 from functools import cache
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from memtx.ops.attention import banded, checks, flex, reference
@@ -104,7 +105,8 @@ def segment_attention(
     checks.pattern_fits(q, visibility)
     chosen, why = _choose(q, visibility, bias, dropout) if backend == "auto" else (backend, "asked for")
     checks.backend_can(chosen, q, k, v, visibility, bias, dropout)
-    _say(chosen, q.device.type, why)
+    if not torch.compiler.is_compiling():  # A log line would cut the compiled graph in two.
+        _say(chosen, q.device.type, why)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor
     lse: Tensor | None
