@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
+from torch.multiprocessing import ProcessExitedException
 
 from memtx import files
 from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run
@@ -32,7 +33,7 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
-from memtx.training.callbacks.interrupt import StopOnInterrupt
+from memtx.training.callbacks.interrupt import STOPPED, StopOnInterrupt
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
 from memtx.training.callbacks.throughput import Throughput
@@ -338,6 +339,10 @@ def main(argv: list[str]) -> int:
             if isinstance(stopped.__context__, KeyboardInterrupt):
                 return INTERRUPTED
             return stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else MISTAKE
+        except ProcessExitedException as stopped:
+            if stopped.exit_code != STOPPED:
+                raise
+            return INTERRUPTED
         return 0
 
     return run(body, traceback="--traceback" in argv)

@@ -21,16 +21,24 @@ class Watch(pl.Callback):
         strike: the batch in which a signal is sent.
         moment: before "forward", "step" (the optimiser's), or "score" (a validation batch after the one to strike in).
         signal: its number.
+        rank: of the process to strike.
         gradients: whether to keep those of the first step.
     """
 
     def __init__(
-        self, to: str, strike: int = -1, moment: str = "forward", signal: int = 9, gradients: bool = False
+        self,
+        to: str,
+        strike: int = -1,
+        moment: str = "forward",
+        signal: int = 9,
+        rank: int = 0,
+        gradients: bool = False,
     ) -> None:
-        self.to, self.strike, self.moment, self.signal, self.gradients = Path(to), strike, moment, signal, gradients
+        self.to, self.strike, self.moment, self.signal = Path(to), strike, moment, signal
+        self.rank, self.gradients = rank, gradients
 
     def _at(self, trainer: pl.Trainer, moment: str, batch: int) -> None:
-        if moment == self.moment and batch == self.strike:
+        if moment == self.moment and batch == self.strike and trainer.global_rank == self.rank:
             os.kill(os.getpid(), self.signal)
 
     def on_train_batch_start(

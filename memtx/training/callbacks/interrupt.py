@@ -10,8 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from memtx.training.callbacks import moments
+
+STOPPED = 130
+"""The exit code of a process that the trainer forked or spawned, where it was interrupted: 128 and SIGINT's number."""
 
 
 class StopOnInterrupt(pl.Callback):
@@ -50,6 +54,9 @@ class StopOnInterrupt(pl.Callback):
             trainer.save_checkpoint(Path(kept.dirpath) / f"{kept.CHECKPOINT_NAME_LAST}.ckpt")
         if moments.validates_next(trainer):
             return  # Its figures would be missing from the run; the next step is the last one.
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            # torch takes a KeyboardInterrupt in a process it made for a good end, and its parent waits for a result.
+            raise SystemExit(STOPPED)
         raise KeyboardInterrupt
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

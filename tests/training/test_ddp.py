@@ -1,0 +1,83 @@
+"""Two processes are one run: the same gradients, figures and, resumed, the same losses."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memtx import files
+from memtx.cli.common import INTERRUPTED
+from memtx.models.folder import read_checkpoint
+from tests.commands.program import Program
+from tests.commands.runs import changed
+from tests.training import runs
+
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
+
+
+def config(rows: int, **trainer: Any) -> dict[str, Any]:
+    content = changed(("data", "rows"), rows)
+    content["trainer"] |= {"val_check_interval": 3, "max_steps": 8} | trainer
+    content["checkpoint"] = {"every_n_train_steps": 2}
+    return content
+
+
+@pytest.fixture(autouse=True)
+def _gloo() -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+
+
+def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_path: Path) -> None:
+    content = config(2, max_steps=1, val_check_interval=1)
+    # Dropout draws by process. In the first batch no document ends, so all rows score alike and the mean over
+    # processes is the mean over labels.
+    content["model"]["model"]["init_args"]["dropout"] = 0.0
+    # More rows than books: some processes score nothing, and must not keep the others waiting.
+    content["data"]["eval_rows"] = 3
+    at = runs.prepare(tmp_path, content)
+    for name, options in (("one", ()), ("two", (*TWO, "--data.rows", "1"))):
+        done = runs.fit(program, at, name, *options, gradients=True)
+        assert done.code == 0, done.err
+    one, two = (
+        files.load_tensors(at / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        assert float(gradient.abs().max()) > 0, name
+        # float32: sums in another order
+        torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
+    scores = [json.loads((at / name / "checkpoints" / "best.json").read_text())["score"] for name in ("one", "two")]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: signal.Signals) -> None:
+    at = runs.prepare(tmp_path, config(1))
+    done = runs.fit(program, at, "whole", *TWO)
+    assert done.code == 0, done.err
+    done = runs.fit(program, at, "struck", *TWO, strike=6, signal=int(number), rank=1)
+    # One of them is struck: without mercy, or with the step in hand saved by both.
+    assert done.code == (1 if number == signal.SIGKILL else INTERRUPTED), done.err
+    assert max(runs.losses(at, "struck")) == (5 if number == signal.SIGKILL else 6)
+    done = runs.fit(program, at, "struck", *TWO)
+    assert done.code == 0, done.err
+    for rank in (0, 1):
+        assert runs.losses(at, "struck", rank) == runs.losses(at, "whole", rank)
+        assert runs.weights(at, "struck", rank) == runs.weights(at, "whole", rank)
+    assert runs.losses(at, "whole", 0) != runs.losses(at, "whole", 1)
+    assert runs.weights(at, "whole", 0) == runs.weights(at, "whole", 1)
+    # Each its own memory, and refused where there are not as many to take them.
+    kept = read_checkpoint(at / "whole" / "checkpoints" / "last.ckpt")["memtx"]["ranks"]
+    assert len(kept) == 2
+    memories = [torch.cat([tensor.double().flatten() for tensor in rank["carry"].values()]) for rank in kept]
+    assert not torch.equal(*memories)
+    done = runs.fit(program, at, "whole", "--trainer.max_steps", "9", "--data.rows", "2")
+    assert done.code == 2
+    assert "2 processes" in done.err
