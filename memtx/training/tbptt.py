@@ -61,7 +61,8 @@ def unroll(
         out = model(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])
         state = out.state
         # Every label weighs alike, so the mean is over the horizon, not of its segments' means.
-        share = (labels[:, part] != IGNORED).sum().clamp(min=1) / scored.clamp(min=1)
+        dtype = torch.promote_types(out.language_loss.dtype, torch.float32)
+        share = (labels[:, part] != IGNORED).sum().clamp(min=1).to(dtype) / scored.clamp(min=1)
         language = language + out.language_loss * share
         nll.append(out.nll)
         for name, value in out.losses.items():

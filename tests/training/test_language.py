@@ -1,0 +1,152 @@
+"""Training carries its memory as reading on would; measuring is exact and leaves training alone."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from memtx.data.batch import Batch
+from memtx.data.books import BookDataModule
+from memtx.errors import MemtxError
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.language import LanguageModule
+from tests.training.small import SEGMENT, Record, data, module, sgd, trainer
+
+# float32: the same numbers, added up in another order
+CLOSE = {"rel": 1e-5}
+
+
+def constant(params: Any) -> torch.optim.Optimizer:
+    return sgd(params, lr=0.0)
+
+
+def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: int, tokens: int) -> torch.Tensor:
+    """Return (tokens,) nats: a document's beginning, read by itself in one call."""
+    text = torch.from_numpy(data.store(split).slice(document, 0, tokens + 1).astype("int64"))[None]
+    with torch.no_grad():
+        nll = model(text[:, :-1], labels=text[:, 1:]).nll
+    assert nll is not None
+    return nll[0]
+
+
+def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
+    """What training loses on a document is what is lost on it read alone, whatever batches and rows it lay in."""
+    steps = 30
+    taught, record, texts = module(dropout=0.0, optimizer=constant, scheduler=None), Record(), data(tmp_path)
+    trainer(tmp_path, record, max_steps=steps, limit_val_batches=0, limit_train_batches=4).fit(taught, datamodule=texts)
+    streams = texts.train_dataloader()
+    lengths = streams.store.lengths
+    length = texts.length
+    # Documents end and begin within these batches.
+    streams._plan.reach(steps * length)
+    assert all(begins[1] < (steps - 1) * length for begins in streams._plan.begins)
+    whole = [alone(taught.model, texts, "train", one, int(lengths[one]) - 1) for one in range(len(lengths))]
+    for step in range(steps):
+        found: list[float] = []
+        for row in range(2):
+            for document, begin in streams._plan.within(row, step * length, (step + 1) * length):
+                first, last = max(step * length - begin, 0), (step + 1) * length - begin
+                found += whole[document][first:last].tolist()
+        assert float.fromhex(record.losses[step]) == pytest.approx(sum(found) / len(found), **CLOSE), step
+
+
+def test_validation_leaves_training_alone(tmp_path: Path) -> None:
+    """Memory and random numbers (dropout) are as if there had been none; so with the sanity check."""
+    losses = []
+    for options in (
+        {"limit_val_batches": 0},
+        {"val_check_interval": 2, "num_sanity_val_steps": 0},
+        {"val_check_interval": 3, "num_sanity_val_steps": 2},
+    ):
+        record = Record()
+        trainer(tmp_path, record, max_steps=7, **options).fit(module(), datamodule=data(tmp_path))
+        losses.append(record.losses)
+    assert losses[0] == losses[1] == losses[2]
+    assert len(losses[0]) == 7
+
+
+class Keep(pl.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: dict[Path, dict[str, float]] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            path = self.path / f"{trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path)
+            metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name[:4] == "val_"}
+            self.kept[path] = metrics
+
+
+def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
+    keep = Keep(tmp_path)
+    trainer(tmp_path, keep, max_steps=6, val_check_interval=3).fit(module(), datamodule=data(tmp_path))
+    assert len(keep.kept) == 2
+    for path, metrics in keep.kept.items():
+        fresh = trainer(tmp_path)
+        (found,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
+        assert found == metrics
+    assert len({tuple(metrics.values()) for metrics in keep.kept.values()}) == 2
+
+
+@pytest.mark.parametrize(("rows", "horizon"), [(1, 1), (2, 3), (3, 1), (5, 2)])
+def test_figures_are_those_of_the_whole_texts(tmp_path: Path, rows: int, horizon: int) -> None:
+    texts, measured = data(tmp_path, eval_rows=rows, horizon=horizon), module()
+    (found,) = trainer(tmp_path).test(measured, datamodule=texts, verbose=False)
+    store = texts.store("test")
+    measured.model.eval()
+    count = range(len(store.lengths))
+    nats = [
+        float(alone(measured.model, texts, "test", one, int(store.lengths[one]) - 1).double().sum()) for one in count
+    ]
+    content = [path.read_bytes() for path in (tmp_path / "books" / "test").iterdir()]
+    words, size = sum(len(text.split()) for text in content), sum(map(len, content))
+    assert found["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
+    assert found["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
+    assert found["test_loss"] == pytest.approx(sum(nats) / sum(int(one) - 1 for one in store.lengths), **CLOSE)
+
+
+def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
+    texts = data(tmp_path, eval_tokens=64)
+    (found,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
+    (whole,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
+    assert found != whole
+    assert found.keys() == whole.keys()
+
+
+def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
+    texts, measured = data(tmp_path, eval_rows=2), module()
+    found = trainer(tmp_path).predict(measured, datamodule=texts)
+    assert found is not None
+    batches: list[Batch] = list(texts.predict_dataloader())
+    assert [one.shape for one in found] == [one.labels.shape for one in batches]
+    measured.model.eval()
+    plan = texts.predict_dataloader()._plan
+    rows = torch.cat(found, dim=1)
+    for row in range(2):
+        for document, begin in plan.within(row, 0, rows.shape[1]):
+            tokens = int(texts.store("test").lengths[document]) - 1
+            expected = alone(measured.model, texts, "test", document, tokens)
+            torch.testing.assert_close(rows[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_logged(tmp_path: Path) -> None:
+    taught = module()
+    run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    run.fit(taught, datamodule=data(tmp_path))
+    logged = run.callback_metrics
+    batch = data(tmp_path).train_dataloader().batch(1)
+    scored = int((batch.labels != -100).sum())
+    bits = float(logged["train_loss"]) * scored / math.log(2) / int(batch.bytes.sum())
+    assert float(logged["train_bits_per_byte"]) == pytest.approx(bits, **CLOSE)
+    assert taught.tokens_seen == 2 * 2 * 2 * SEGMENT
+
+
+def test_a_segment_has_tokens() -> None:
+    with pytest.raises(MemtxError, match="segment is 0"):
+        LanguageModule(segment=0)

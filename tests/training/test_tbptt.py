@@ -1,0 +1,152 @@
+"""Truncation: full gradients within the horizon, none beyond, and no graph that outlives its batch."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtx.data.batch import IGNORED
+from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.state import MemoryState
+from memtx.training.tbptt import Unrolled, unroll
+from tests.training.small import data, memory, model, module, trainer
+
+# float64: what is left is rounding, of sums in another order.
+EXACT = {"atol": 1e-12, "rtol": 1e-9}
+
+
+def texts(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, labels and starts, with documents that begin and labels that are missing anywhere."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 30, (rows, length + 1), generator=draw)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=draw) < 0.1] = IGNORED
+    return tokens[:, :-1], labels, torch.rand(labels.shape, generator=draw) < 0.1
+
+
+def gradients(of: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    of.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in of.named_parameters()}
+
+
+@given(
+    segment=st.integers(1, 7),
+    horizon=st.integers(1, 4),
+    short=st.integers(0, 6),
+    before=st.integers(0, 12),
+    seed=st.integers(0, 1000),
+)
+def test_gradients_are_those_of_plain_backpropagation(
+    segment: int, horizon: int, short: int, before: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    reader = model(30).double()
+    length = max(1, segment * horizon - short)
+    tokens, labels, starts = texts(seed, 2, before + length)
+    state = reader.init_state(2)
+    if before:
+        first = slice(0, before)
+        # With a graph behind it, were it not cut.
+        state = unroll(reader, tokens[:, first], labels[:, first], starts[:, first], state, segment=segment).state
+    part = slice(before, before + length)
+    found = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment=segment)
+    # All of it in one call and in torch's own terms, from the same state as a constant.
+    constant = state.with_tensors({name: tensor.detach().clone() for name, tensor in state.tensors().items()})
+    logits = reader(tokens[:, part], constant, starts=starts[:, part]).logits
+    plain = F.cross_entropy(logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORED, reduction="sum")
+    scored = (labels[:, part] != IGNORED).sum()
+    plain = plain / scored.clamp(min=1)
+    assert found.scored == scored
+    torch.testing.assert_close(found.loss, plain, **EXACT)
+    torch.testing.assert_close(found.nll.sum() / scored.clamp(min=1), plain.detach(), **EXACT)
+    whole = gradients(reader, plain)
+    for name, one in gradients(reader, found.loss).items():
+        torch.testing.assert_close(one, whole[name], **EXACT)
+
+
+def test_a_longer_horizon_has_other_gradients() -> None:
+    """The memory between the segments is learned through: cutting it is felt."""
+    reader = model(30).double()
+    tokens, labels, _ = texts(0, 2, 24)
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    whole = gradients(reader, unroll(reader, tokens, labels, starts, reader.init_state(2), segment=8).loss)
+    state, losses = reader.init_state(2), []
+    for at in (0, 8, 16):
+        part = slice(at, at + 8)
+        out = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment=8)
+        state = out.state
+        losses.append(out.loss * (out.scored / (labels != IGNORED).sum()))
+    cut = gradients(reader, torch.stack(losses).sum())
+    assert any(not torch.allclose(cut[name], one, atol=1e-6, rtol=1e-3) for name, one in whole.items())
+
+
+def test_auxiliary_losses_are_the_segments_mean() -> None:
+    torch.manual_seed(0)
+    reader = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
+    tokens, labels, starts = texts(0, 2, 24)
+    out = unroll(reader, tokens, labels, starts, reader.init_state(2), segment=8)
+    state, named = reader.init_state(2), list[Tensor]()
+    for at in (0, 8, 16):
+        part = slice(at, at + 8)
+        one = reader(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])
+        state = one.state
+        named.append(sum(one.losses.values()))  # type: ignore[arg-type]
+    scored = (labels != IGNORED).sum()
+    torch.testing.assert_close(out.loss, out.nll.sum() / scored + torch.stack(named).mean(), **EXACT)
+    assert out.losses
+    assert not any(value.requires_grad for value in out.losses.values())
+
+
+def free(state: MemoryState) -> bool:
+    return all(tensor.grad_fn is None and not tensor.requires_grad for tensor in state.tensors().values())
+
+
+def test_the_state_has_no_graph() -> None:
+    reader = model(30)
+    out: Unrolled = unroll(reader, *texts(0, 2, 16), reader.init_state(2), segment=8)
+    assert out.loss.requires_grad
+    assert free(out.state)
+    assert not out.nll.requires_grad
+
+
+class Graph(pl.Callback):
+    """Counts tensors with a graph between the batches."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        gc.collect()
+        self.counts.append(sum(type(one) is Tensor and one.grad_fn is not None for one in gc.get_objects()))
+        carry: Any = pl_module.carry
+        assert all(free(state) for state in carry._states.values())
+
+
+def test_no_graph_is_kept_between_batches(tmp_path: Path) -> None:
+    graph = Graph()
+    trainer(tmp_path, graph, max_steps=6, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
+    assert len(graph.counts) == 6
+    assert max(graph.counts[1:]) == min(graph.counts[1:])
+
+
+@pytest.mark.parametrize("rate", [1, 3])
+def test_short_rests_weigh_by_their_labels(rate: int) -> None:
+    """A segment of one label does not weigh as much as a full one."""
+    torch.manual_seed(0)
+    reader = model(30, memories=(partial(memory(), rate=rate),)).double()
+    tokens, labels, starts = texts(1, 1, 17)
+    out = unroll(reader, tokens, labels, starts, reader.init_state(1), segment=8)
+    torch.testing.assert_close(out.loss, out.nll.sum() / (labels != IGNORED).sum(), **EXACT)
