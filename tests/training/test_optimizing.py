@@ -1,0 +1,243 @@
+"""What a step does to the weights: optimiser, schedule, clipping, accumulation, precision, and a loss that diverged."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.optim.lr_scheduler import StepLR
+
+from memtx.errors import MemtxError
+from memtx.inference.loading import load
+from memtx.training.callbacks.checkpoint import BestCheckpoint
+from memtx.training.divergence import FiniteLoss
+from memtx.training.optimizers import WarmupCosine, decay_groups
+from memtx.training.tbptt import unroll
+from tests.kinds import KINDS
+from tests.training.small import SEGMENT, Record, data, model, module, sgd, trainer, weights
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float((after[name] - one).double().square().sum()) for name, one in before.items()))
+
+
+def own(params: Any) -> torch.optim.Optimizer:
+    return sgd(params, lr=1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_has_a_gradient(kind: str) -> None:
+    """From the very first batch, when nothing is remembered yet: DDP stops at a parameter without one."""
+    reader = model(30, memories=(KINDS[kind](6, 2, 3),))
+    tokens = torch.randint(0, 30, (2, 3))
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    unroll(reader, tokens, tokens, starts, reader.init_state(2), segment=3).loss.backward()  # type: ignore[no-untyped-call]
+    assert [name for name, one in reader.named_parameters() if one.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns(kind: str) -> None:
+    """Once memory is full, by a gradient that is not zero; some have theirs only after a step."""
+    torch.manual_seed(0)
+    reader = model(30, memories=(KINDS[kind](6, 2, 3),))
+    tokens = torch.randint(0, 30, (2, 32))
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    steps = torch.optim.AdamW(reader.parameters(), lr=0.01)
+    for _ in range(3):
+        steps.zero_grad()
+        unroll(reader, tokens, tokens, starts, reader.init_state(2), segment=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
+        steps.step()
+    still = [name for name, one in reader.named_parameters() if one.grad is None or not one.grad.abs().max() > 0]
+    assert still == []
+
+
+def test_decay_is_for_matrices() -> None:
+    reader = model(30, bias=True)
+    decayed, free = decay_groups(reader)
+    assert "weight_decay" not in decayed
+    assert free["weight_decay"] == 0.0
+    parameters = {id(one): one for one in reader.parameters()}
+    assert sorted(map(id, decayed["params"] + free["params"])) == sorted(parameters)
+    assert {one.dim() for one in free["params"]} == {1}
+    assert all(one.dim() >= 2 for one in decayed["params"])
+    for one in reader.parameters():
+        one.requires_grad_(one.dim() < 2)
+    (only,) = decay_groups(reader)
+    assert only["weight_decay"] == 0.0
+
+
+def rates(schedule: WarmupCosine, steps: int) -> list[float]:
+    found = []
+    for _ in range(steps):
+        found.append(schedule.get_last_lr()[0])
+        schedule.optimizer.step()
+        schedule.step()
+    return found
+
+
+def optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def test_warmup_then_cosine() -> None:
+    found = rates(WarmupCosine(optimizer(), warmup=4, steps=12, floor=0.1), 15)
+    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert found[4] == pytest.approx(2.0)
+    # Half of the way down, half of the range.
+    assert found[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert found[12:] == pytest.approx([0.2] * 3)
+    assert found[4:13] == sorted(found[4:13], reverse=True)
+    assert rates(WarmupCosine(optimizer(), warmup=0, steps=0), 3) == [2.0] * 3
+    for wrong in ({"warmup": -1}, {"steps": -1}, {"floor": 1.5}, {"floor": -0.1}):
+        with pytest.raises(MemtxError, match="schedule"):
+            WarmupCosine(optimizer(), **wrong)
+
+
+def test_a_schedule_that_goes_on_has_the_runs_settings() -> None:
+    short = WarmupCosine(optimizer(), warmup=2, steps=4)
+    rates(short, 4)
+    # More steps were asked for when the run went on: the rate rises to where it is in the longer run.
+    longer = WarmupCosine(optimizer(), warmup=2, steps=8)
+    longer.load_state_dict(short.state_dict() | {"steps": 4})  # as an earlier release saved it
+    assert longer.last_epoch == 4
+    assert longer.steps == 8
+    whole = rates(WarmupCosine(optimizer(), warmup=2, steps=8), 8)
+    assert rates(longer, 4)[1:] == pytest.approx(whole[5:])
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 5}, 5),
+        ({"max_epochs": 3, "limit_train_batches": 4}, 12),
+        ({"max_epochs": 3, "limit_train_batches": 5, "accumulate_grad_batches": 2}, 9),
+    ],
+)
+def test_the_schedule_ends_with_the_run(tmp_path: Path, options: dict[str, Any], steps: int) -> None:
+    run = trainer(tmp_path, limit_val_batches=0, **options)
+    run.fit(module(), datamodule=data(tmp_path))
+    schedule = run.lr_scheduler_configs[0].scheduler
+    assert run.global_step == steps
+    assert isinstance(schedule, WarmupCosine)
+    assert schedule.steps == steps
+    assert schedule.get_last_lr()[0] == pytest.approx(0.01 * 0.1)
+
+
+def test_optimizer_and_schedule_are_ones_own(tmp_path: Path) -> None:
+    run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
+    run.fit(module(optimizer=own, scheduler=partial(StepLR, step_size=1, gamma=0.5)), datamodule=data(tmp_path))
+    assert isinstance(run.optimizers[0], torch.optim.SGD)
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.125, 0.125]
+    run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
+    run.fit(module(optimizer=own, scheduler=None), datamodule=data(tmp_path))
+    assert run.lr_scheduler_configs == []
+    assert [group["lr"] for group in run.optimizers[0].param_groups] == [1.0, 1.0]
+    run = trainer(tmp_path, limit_val_batches=0, max_steps=1)
+    run.fit(module(optimizer=None, scheduler=None), datamodule=data(tmp_path))
+    assert [group["weight_decay"] for group in run.optimizers[0].param_groups] == [0.1, 0.0]
+
+
+def test_clipping_bounds_the_step(tmp_path: Path) -> None:
+    lengths = []
+    for clip in (None, 0.01):
+        taught = module(optimizer=own, scheduler=None)
+        before = weights(taught.model)
+        run = trainer(tmp_path, limit_val_batches=0, max_steps=1, gradient_clip_val=clip)
+        run.fit(taught, datamodule=data(tmp_path))
+        # The head is the embedding: counted once.
+        after = weights(taught.model)
+        del before["head.weight"], after["head.weight"]
+        lengths.append(moved(before, after))
+    assert lengths[0] > 0.1
+    assert lengths[1] == pytest.approx(0.01, rel=1e-3)
+
+
+class Gradients(pl.Callback):
+    def __init__(self) -> None:
+        self.found: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.found.append(
+            {name: one.grad.clone() for name, one in pl_module.named_parameters() if one.grad is not None}
+        )
+
+
+def test_accumulated_gradients_are_the_mean(tmp_path: Path) -> None:
+    """Of batches that follow one another, memory and all; a rate of 0 keeps the weights where they are."""
+    still = partial(sgd, lr=0.0)
+    one, three = Gradients(), Gradients()
+    for steps, accumulate, keep in ((3, 1, one), (1, 3, three)):
+        run = trainer(tmp_path, keep, limit_val_batches=0, max_steps=steps, accumulate_grad_batches=accumulate)
+        run.fit(module(dropout=0.0, optimizer=still, scheduler=None), datamodule=data(tmp_path))
+    assert (len(one.found), len(three.found)) == (3, 1)
+    for name, gradient in three.found[0].items():
+        mean = torch.stack([found[name] for found in one.found]).mean(0)
+        # float32: sums in another order
+        torch.testing.assert_close(gradient, mean, atol=1e-6, rtol=1e-4)
+
+
+def test_mixed_precision_is_close_to_full(tmp_path: Path) -> None:
+    records = []
+    for precision in ("32-true", "bf16-mixed"):
+        taught, record = module(dropout=0.0), Record()
+        run = trainer(tmp_path, record, max_steps=5, val_check_interval=5, precision=precision)
+        run.fit(taught, datamodule=data(tmp_path))
+        assert {one.dtype for one in taught.parameters()} == {torch.float32}
+        records.append(record)
+    full, mixed = ([float.fromhex(loss) for loss in one.losses.values()] for one in records)
+    assert mixed != full
+    # bfloat16 has 8 bits: some 0.4% on each number, less on their mean
+    assert mixed == pytest.approx(full, rel=0.01)
+    figures = [float.fromhex(one.found[4]["val_bits_per_byte"]) for one in records]
+    assert figures[1] == pytest.approx(figures[0], rel=0.01)
+
+
+@pytest.mark.slow
+def test_compiled_is_close_to_eager(tmp_path: Path) -> None:
+    records, names = [], []
+    for compile in (False, True):
+        taught, record = module(dropout=0.0, compile=compile), Record()
+        run = trainer(tmp_path, record, max_steps=4, limit_val_batches=0)
+        run.fit(taught, datamodule=data(tmp_path))
+        records.append([float.fromhex(loss) for loss in record.losses.values()])
+        names.append(list(taught.state_dict()))
+    # float32: fused sums round elsewhere, and four steps of learning lie between
+    assert records[1] == pytest.approx(records[0], rel=1e-3)
+    assert names[0] == names[1]
+
+
+def test_a_loss_that_diverged_is_said(tmp_path: Path) -> None:
+    keep = BestCheckpoint(str(tmp_path / "checkpoints"), every_n_train_steps=1)
+    explode = partial(sgd, lr=1e30)
+    run = trainer(tmp_path, keep, max_steps=10, limit_val_batches=0)
+    with pytest.raises(MemtxError, match=r"The loss is (nan|inf) at step 1, .* learning rate"):
+        run.fit(module(optimizer=explode, scheduler=None), datamodule=data(tmp_path))
+    # What is kept is from before: of a loss that was finite still.
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 1
+    load(last)
+
+
+def test_a_validation_that_diverged_is_said(tmp_path: Path) -> None:
+    measured = module()
+    torch.nn.init.constant_(measured.model.embedding.weight, math.nan)
+    with pytest.raises(MemtxError, match="nan"):
+        trainer(tmp_path).validate(measured, datamodule=data(tmp_path), verbose=False)
+
+
+def test_finite_losses_pass() -> None:
+    watch = FiniteLoss()
+    watch.check()
+    watch.watch(torch.tensor(3.0), 0)
+    watch.check()
+    watch.check(wait=True)
+    watch.watch(torch.tensor(math.inf), 7)
+    with pytest.raises(MemtxError, match="inf at step 7"):
+        watch.check()
