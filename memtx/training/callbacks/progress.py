@@ -20,6 +20,12 @@ _VALIDATED = (
     ("val_bits_per_byte", "bits/byte", ".4f"),
     ("val_word_perplexity", "word perplexity", ".5g"),
 )
+_SHORT = {
+    "train_loss": "loss",
+    "train_bits_per_byte": "bits/byte",
+    "val_bits_per_byte": "val bits/byte",
+    "tokens_per_second": "tokens/s",
+}
 
 
 def _figures(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
@@ -125,7 +131,9 @@ class StepProgressBar(RichProgressBar):
     ) -> dict[str, int | str | float | dict[str, float]]:
         """Return what is shown beside the bar."""
         found = super().get_metrics(trainer, pl_module)
-        found.pop("v_num", None)
-        if isinstance(rate := found.pop("tokens_per_second", None), float):
-            found["tokens/s"] = f"{rate:.0f}"
-        return {key.removeprefix("train_"): value for key, value in found.items()}
+        # Neither is looked at while waiting, and a line has to hold the rest.
+        for name in ("v_num", "val_word_perplexity"):
+            found.pop(name, None)
+        if isinstance(rate := found.get("tokens_per_second"), float):
+            found["tokens_per_second"] = f"{rate:.0f}"
+        return {_SHORT.get(name, name): value for name, value in found.items()}
