@@ -18,7 +18,7 @@ from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, Record, data, module, sgd, trainer
 
 # float32: the same numbers, added up in another order
-CLOSE = {"rel": 1e-5}
+CLOSE: Any = {"rel": 1e-5}
 
 
 def constant(params: Any) -> torch.optim.Optimizer:
@@ -29,9 +29,8 @@ def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: 
     """Return (tokens,) nats: a document's beginning, read by itself in one call."""
     text = torch.from_numpy(data.store(split).slice(document, 0, tokens + 1).astype("int64"))[None]
     with torch.no_grad():
-        nll = model(text[:, :-1], labels=text[:, 1:]).nll
-    assert nll is not None
-    return nll[0]
+        nll: torch.Tensor = model(text[:, :-1], labels=text[:, 1:]).nll[0]
+    return nll
 
 
 def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
@@ -121,8 +120,7 @@ def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
 
 def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
     texts, measured = data(tmp_path, eval_rows=2), module()
-    found = trainer(tmp_path).predict(measured, datamodule=texts)
-    assert found is not None
+    found: Any = trainer(tmp_path).predict(measured, datamodule=texts)
     batches: list[Batch] = list(texts.predict_dataloader())
     assert [one.shape for one in found] == [one.labels.shape for one in batches]
     measured.model.eval()

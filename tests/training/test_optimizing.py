@@ -74,7 +74,7 @@ def test_decay_is_for_matrices() -> None:
 def rates(schedule: WarmupCosine, steps: int) -> list[float]:
     found = []
     for _ in range(steps):
-        found.append(schedule.get_last_lr()[0])
+        found.append(float(schedule.get_last_lr()[0]))
         schedule.optimizer.step()
         schedule.step()
     return found

@@ -22,7 +22,7 @@ from memtx.training.tbptt import Unrolled, unroll
 from tests.training.small import data, memory, model, module, trainer
 
 # float64: what is left is rounding, of sums in another order.
-EXACT = {"atol": 1e-12, "rtol": 1e-9}
+EXACT: Any = {"atol": 1e-12, "rtol": 1e-9}
 
 
 def texts(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ def test_auxiliary_losses_are_the_segments_mean() -> None:
         part = slice(at, at + 8)
         one = reader(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])
         state = one.state
-        named.append(sum(one.losses.values()))  # type: ignore[arg-type]
+        named.append(sum(one.losses.values()))
     scored = (labels != IGNORED).sum()
     torch.testing.assert_close(out.loss, out.nll.sum() / scored + torch.stack(named).mean(), **EXACT)
     assert out.losses
