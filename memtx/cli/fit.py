@@ -282,6 +282,7 @@ _UNWANTED = (
     ".*LeafSpec.*",
     ".*no logger configured.*",
     ".*exists and is not empty.*",
+    ".*not supported by the model summary.*",
     "LightningCLI's args parameter is intended to run from within Python.*",
     ".*across ranks is zero.*",  # A run without validation texts.
     r"\s*Unable to serialize instance",  # The checkpoint's tokenizer, which is not to be saved.
