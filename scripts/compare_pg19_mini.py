@@ -26,12 +26,12 @@ CONFIG = "configs/pg19-mini.yaml"
 MODEL = "--model.model.init_args"
 MEMORY = f"{MODEL}.memories"
 CONVOLUTION = (
-    '{"class_path":"memtx.CompressedMemory","init_args":{"window":256,"rate":4,"length":128,'
+    '{"class_path":"memtx.CompressedMemory","init_args":{"window":64,"rate":4,"length":32,'
     '"compression":"memtx.memory.compression.StridedConvolution"}}'
 )
 VARIANTS: dict[str, list[str]] = {
     "compressed memory": [],
-    "exact cache alone": [f'{MEMORY}=[{{"class_path":"memtx.RecurrentMemory","init_args":{{"window":388}}}}]'],
+    "exact cache alone": [f'{MEMORY}=[{{"class_path":"memtx.RecurrentMemory","init_args":{{"window":100}}}}]'],
     "nothing carried": [f'{MEMORY}=[{{"class_path":"memtx.NoMemory"}}]'],
     # 768 - 256: three maps of 192 x 256 weights less, one of (4 x 192) x 192 more.
     "compressed by a convolution": [f"{MEMORY}=[{CONVOLUTION}]", f"{MODEL}.feed_forward.init_args.hidden=512"],
