@@ -83,8 +83,8 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.parallel) as pool:
         jobs = {
             (variant, seed): pool.submit(trained, variant, seed, arguments)
+            for seed in arguments.seeds  # seed by seed, so that a stopped comparison has whole seeds
             for variant in arguments.variants
-            for seed in arguments.seeds
         }
         for (variant, seed), job in jobs.items():
             results[variant][seed] = job.result()
