@@ -2,8 +2,9 @@
 
     python scripts/bench_stream.py [--json FILE] [--plot PNG] [--markdown FILE]
 
-Decoding: the memory is filled, then the state's position is set, so that a million tokens need not be read; tokens
-near and far are timed in turn and compared round by round. Reading: the same tokens, from a fresh state, in calls of
+Decoding, by the decoder that keeps keys and values and by the model's calls of one token: the memory is filled, then
+the state's position is set, so that a million tokens need not be read; tokens near and far are timed in turn and
+compared round by round. Reading: the same tokens, from a fresh state, in calls of
 each length; every length must give the same losses and the same state, and its rate is compared with the first's,
 round by round. --plot writes two pictures, the second with "-decoding" in its name.
 """
@@ -22,6 +23,7 @@ import torch
 from measuring import Spread, mib
 from torch import Tensor
 
+from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
@@ -31,7 +33,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 
 
 def decoded(model: MemoryTransformer, tokens: Tensor, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time one-token calls at each position.
+    """Time single tokens at each position, decoded and called.
 
     Args:
         model: the model.
@@ -44,32 +46,39 @@ def decoded(model: MemoryTransformer, tokens: Tensor, dtype: str, arguments: arg
     with measuring.autocast(device, dtype):
         state = model(tokens[:, :full]).state
         at = {far: MemoryState(torch.full_like(state.position, far), state.layers) for far in arguments.positions}
-        times: dict[int, list[float]] = {position: [] for position in at}
+        decoders = {far: Decoder(model, carried, compile=arguments.compile) for far, carried in at.items()}
+        cases = [(by, position) for by in ("decoder", "calls") for position in at]
+        times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
 
-        def decode(position: int) -> None:
+        def decode(by: str, position: int) -> None:
             carried = at[position]
             for place in range(arguments.decode):
-                carried = model(tokens[:, place : place + 1], carried).state
+                if by == "calls":
+                    carried = model(tokens[:, place : place + 1], carried).state
+                else:
+                    decoders[position].step(tokens[:, place])
 
-        for position in at:
-            decode(position)  # warm-up
+        for case in cases:
+            decode(*case)  # warm-up
         for number in range(arguments.rounds):
             # There and back, so that none is always the first.
-            for position in list(at)[:: 1 if number % 2 == 0 else -1]:
-                times[position].append(measuring.seconds(partial(decode, position), device) / arguments.decode)
-    first = times[arguments.positions[0]]
+            for case in cases[:: 1 if number % 2 == 0 else -1]:
+                times[case].append(measuring.seconds(partial(decode, *case), device) / arguments.decode)
     return {
         "dtype": dtype,
         "tokens_a_round": arguments.decode,
         "state_bytes": state.nbytes,
         "positions": [
             {
+                "by": by,
                 "position": position,
                 "seconds_per_token": dataclasses.asdict(Spread.of(taken)),
                 "seconds_per_token_by_round": taken,
-                "ratio_to_first": statistics.median(own / base for own, base in zip(taken, first, strict=True)),
+                "ratio_to_first": statistics.median(
+                    own / base for own, base in zip(taken, times[by, arguments.positions[0]], strict=True)
+                ),
             }
-            for position, taken in times.items()
+            for (by, position), taken in times.items()
         ],
     }
 
@@ -132,14 +141,14 @@ def table(results: dict[str, Any]) -> list[str]:
         f"vocabulary {size['vocab']}, window {size['window']}, {size['memory']} entries of {size['rate']}, one row. "
         f"Medians of {results['rounds']} interleaved rounds, least to greatest in brackets; ratios within a round.",
         "",
-        "| one token at position | type | us | ratio | state MiB |",
-        "|---|---|---|---|---|",
+        "| one token at position | by | type | us | ratio | state MiB |",
+        "|---|---|---|---|---|---|",
     ]
     for one in results["decoding"]:
         for row in one["positions"]:
             low, mid, high = (1e6 * row["seconds_per_token"][which] for which in ("min", "median", "max"))
             lines.append(
-                f"| {row['position']:,} | {one['dtype']} | {mid:,.0f} ({low:,.0f}-{high:,.0f}) | "
+                f"| {row['position']:,} | {row['by']} | {one['dtype']} | {mid:,.0f} ({low:,.0f}-{high:,.0f}) | "
                 f"{row['ratio_to_first']:.3f} | {mib(one['state_bytes'])} |"
             )
     lines += ["", "| reading in calls of | type | tokens/s | ratio | differs by | MiB taken |"]
@@ -167,7 +176,9 @@ def draw(path: str, results: dict[str, Any]) -> None:
     }
     plots.comparison(target, rates, title="Reading, by tokens a call", unit="tokens per second", lower_is_better=False)
     times = {
-        f"position {row['position']:,}, {one['dtype']}": [1e3 * taken for taken in row["seconds_per_token_by_round"]]
+        f"{row['by']}, position {row['position']:,}, {one['dtype']}": [
+            1e3 * taken for taken in row["seconds_per_token_by_round"]
+        ]
         for one in results["decoding"]
         for row in one["positions"]
     }
@@ -178,6 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--positions", type=int, nargs="+", default=[2_000, 1_000_000], help="where to decode")
     parser.add_argument("--decode", type=measuring.positive, default=64, help="one-token calls a round")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder's step")
     parser.add_argument("--calls", type=int, nargs="+", default=[512, 4096, 32768], help="tokens a call")
     parser.add_argument("--tokens", type=int, default=32768, help="to be read in calls of each length")
     parser.add_argument("--rounds", type=measuring.positive, default=5)

@@ -12,6 +12,7 @@ import torch
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
+from memtx.inference.decoder import Decoder
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import NEVER, Sampling, choose
 from memtx.models.memory_transformer import MemoryTransformer
@@ -119,12 +120,11 @@ def _pieces(
 
 def _tokens(stream: StreamReader, max_tokens: int, sampling: Sampling, seed: int, recent: deque[int]) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
-    model, state, begin, device = stream.model, stream.state, stream.tokenizer.begin, stream.device
+    decoder, begin = Decoder(stream.model, stream.state), stream.tokenizer.begin
     token = stream.last
     for _ in range(max_tokens):
         with torch.inference_mode():
-            output = model(torch.tensor([[token]], device=device), state)
-            state, logits = output.state, output.logits[0, -1].float()
+            logits = decoder.step(torch.tensor([token], device=stream.device))[0].float()
             logits[begin] = NEVER
             # A model may know more ids than its tokenizer, where the vocabulary was rounded up.
             logits[stream.tokenizer.vocab_size :] = NEVER

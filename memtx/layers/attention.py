@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.layers.positions import Positions
+from memtx.layers.positions import Once, Positions
 from memtx.memory.base import Losses, Memory, Trace
+from memtx.memory.ring import Ring, Step, opened
 from memtx.ops.attention.dispatch import Backend, segment_attention
 from memtx.segment import Segment
 
@@ -89,6 +90,66 @@ class MemoryAttention(nn.Module):
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         state, losses = self.memory.write(view, segment, Trace(x, out, self))
         return out, state, losses
+
+    def ring(self, state: Any, position: Tensor) -> Ring | None:
+        """Open a layer's state for decoding in place; None where its memory is decoded by whole calls.
+
+        Args:
+            state: of the memory.
+            position: (rows,) int64, tokens of each row's document read so far.
+        """
+        layout = self.memory.layout()
+        if layout is None:
+            return None
+        cache, bank = self.memory.carried(state)
+        hidden = opened(layout, cache, bank, position)
+        blocks, positions = layout.held(position - 1)
+        at = torch.cat([blocks.double() * layout.rate + (layout.rate - 1) / 2, positions.double()], dim=1)
+        return Ring(layout, hidden, self._kept(hidden, at, lambda _, make: make()))
+
+    def _kept(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
+        """Return keys, placed, and values (rows, entries, 2, kv_heads, head_dim) of x (rows, entries, dim)."""
+        k, v = self.key_value(x).view(*x.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        return torch.stack([self.positions.placed(k, position, once), v], dim=-3)
+
+    def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:
+        """Attend for one token a row, which is written into the ring.
+
+        Args:
+            x: (rows, dim), normed layer inputs.
+            ring: the layer's, changed in place.
+            step: where the tokens stand.
+
+        Returns:
+            (rows, dim).
+        """
+        seen = step.seen(ring.layout)
+        row = step.once("rows", lambda: torch.arange(x.shape[0], device=x.device))
+        position = step.once("position", lambda: step.position[:, None].double())
+        # Taken out first: the token's slot is that of the block's oldest state.
+        block = ring.hidden[row[:, None], seen.block] if seen.block is not None else None
+        ring.hidden[row, seen.slot] = x.to(ring.hidden.dtype)
+        ring.key_value[row, seen.slot] = self._kept(x[:, None], position, step.once)[:, 0]
+        if block is not None:
+            probe = ring.hidden[row[:, None], seen.probe]
+            entry = self.memory.compressed(block.to(x.dtype), probe.to(x.dtype), self)
+            kept = self._kept(entry[:, None], seen.centre, step.once)[:, 0]
+            # Rows whose block does not cross keep what stands there.
+            for buffer, new in ((ring.hidden, entry), (ring.key_value, kept)):
+                crossing = seen.crossing.view(-1, *(1,) * (new.dim() - 1))
+                buffer[row, seen.target] = torch.where(crossing, new.to(buffer.dtype), buffer[row, seen.target])
+        q = self.positions.placed(self.query(x).view(-1, 1, self.heads, self.head_dim), position, step.once)
+        k, v = ring.key_value.unbind(2)
+        attended = segment_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            seen.visibility,
+            bias=self.positions.bias(seen.tick, step.once),
+            backend=self.backend,
+        )
+        out: Tensor = self.out(attended.flatten(1))
+        return out
 
     def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
         """Project to queries, keys or values without positions (see :class:`memtx.memory.base.ContentAttention`)."""

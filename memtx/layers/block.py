@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
 from memtx.memory.base import Losses
+from memtx.memory.ring import Ring, Step
 from memtx.segment import Segment
 
 
@@ -43,3 +44,9 @@ class Block(nn.Module):
         x = x + self.dropout(attended)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
         return x, state, losses
+
+    def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:
+        """Return the layer's output (rows, dim) for one token a row; the ring is written in place."""
+        x = x + self.attention.step(self.attention_norm(x), ring, step)
+        out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return out

@@ -7,6 +7,8 @@ however long the stream is. A compressed entry stands at its block's centre.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,8 @@ from memtx.memory.base import Places
 from memtx.ops.attention.bias import Bias
 from memtx.ops.rotary import angles, rotate
 from memtx.segment import Segment
+
+Once = Callable[[Hashable, Callable[[], Any]], Any]
 
 
 class Positions(nn.Module, ABC):
@@ -41,6 +45,20 @@ class Positions(nn.Module, ABC):
             places: where the entries stand.
             segment: where the queries stand.
         """
+
+    def placed(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
+        """Return queries or keys as they are kept for good, one token or entry a row.
+
+        Args:
+            x: (rows, 1, heads, head_dim).
+            position: (rows, 1) float64, within the document, however far.
+            once: shares what is made of positions between layers.
+        """
+        return x
+
+    def bias(self, tick: Tensor, once: Once) -> Bias | None:
+        """Return the bias of one query's scores; tick: (rows, keys) float64, the query being at 0."""
+        return None
 
 
 class Rotary(Positions):
@@ -80,6 +98,12 @@ class Rotary(Positions):
         q = rotate(q, *segment.once(settings, of_queries))
         return q, rotate(k, *places.visibility.once(settings, of_keys)), None
 
+    def placed(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
+        """Rotate by the position itself: angles are float64, so they stay true however long the stream is."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (Rotary, self.head_dim, self.base, dtype, id(position))
+        return rotate(x, *once(key, lambda: angles(position, self.head_dim, self.base, dtype)))
+
 
 class Alibi(Positions):
     """A penalty linear in distance, steeper from head to head (ALiBi, Press et al. 2022, section 3)."""
@@ -94,3 +118,8 @@ class Alibi(Positions):
     def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
         """Leave both; the bias is shared by all layers of equal places."""
         return q, k, places.visibility.once((Alibi, self.heads), lambda: Bias(self.slopes, places.tick))
+
+    def bias(self, tick: Tensor, once: Once) -> Bias | None:
+        """Return the penalty."""
+        made: Bias = once((Alibi, self.heads, id(tick)), lambda: Bias(self.slopes, tick))
+        return made

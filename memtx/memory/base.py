@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from memtx.memory.ring import Layout
 from memtx.ops.visibility import Visibility
 from memtx.segment import Segment
 
@@ -128,3 +129,30 @@ class Memory(nn.Module, ABC, Generic[S]):
             segment: where the tokens stand.
             trace: what the layer made of it.
         """
+
+    # Decoding in place (see memtx.memory.ring). A kind without it is decoded by calls of one token.
+
+    def layout(self) -> Layout | None:
+        """Return the slots that a stream going on token by token needs; None where the kind has no such form."""
+        return None
+
+    def carried(self, state: S) -> tuple[Tensor, Tensor]:
+        """Return (rows, places, dim) exact inputs and (rows, length, dim) compressed entries of a state."""
+        raise NotImplementedError
+
+    def state_of(self, cache: Tensor, bank: Tensor) -> S:
+        """Return the state that holds what :meth:`carried` returns."""
+        raise NotImplementedError
+
+    def compressed(self, block: Tensor, probe: Tensor, attention: ContentAttention) -> Tensor:
+        """Compress one block a row.
+
+        Args:
+            block: (rows, rate, dim), the inputs that cross the edge.
+            probe: (rows, rate, dim), the newest inputs.
+            attention: the layer's projections.
+
+        Returns:
+            (rows, dim).
+        """
+        raise NotImplementedError

@@ -24,6 +24,7 @@ from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, V
 from memtx.memory.compression import Compression, StridedConvolution
 from memtx.memory.reconstruction import Reconstruction
 from memtx.memory.recurrent import cached_places, newest
+from memtx.memory.ring import Layout
 from memtx.ops.visibility import Section, Visibility
 from memtx.segment import FAR, Segment
 from memtx.state import state
@@ -132,7 +133,10 @@ class CompressedMemory(Memory[CompressedState]):
         shape = (*plan.born.shape, self.rate, self.dim)
         # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
         blocks = source.flatten(0, 1).index_select(0, plan.source).view(shape)
-        usage = self._usage(torch.cat([cache, x], 1), blocks, plan, attention) if self.compression.needs_usage else None
+        usage = None
+        if self.compression.needs_usage:
+            probe = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, plan.probe).view(shape)
+            usage = _usage(probe, blocks, attention)
         entries = self.compression(blocks, usage).to(x.dtype)
         return View((bank, entries, cache, x), plan.places, _Kept(blocks, usage, plan))
 
@@ -158,16 +162,23 @@ class CompressedMemory(Memory[CompressedState]):
             )
         return CompressedState(newest(cache, x, segment), bank), losses
 
-    def _usage(self, exact: Tensor, blocks: Tensor, plan: Blocks, attention: ContentAttention) -> Tensor:
-        """Return (rows, blocks, rate): attention from the newest states as a block crosses, averaged."""
-        rows, count, rate, dim = blocks.shape
-        split = "r (b c) h d -> r b c h d"
-        with torch.no_grad():
-            probe = exact.flatten(0, 1).index_select(0, plan.probe).view(rows, count * rate, dim)
-            q = rearrange(attention.project(probe, "query", frozen=True), split, c=rate)
-            k = rearrange(attention.project(blocks.flatten(1, 2), "key", frozen=True), split, c=rate)
-            score = torch.einsum("rbqhd,rbkhd->rbhqk", q, k) * q.shape[-1] ** -0.5
-            return torch.softmax(score, dim=-1).mean(dim=(2, 3))
+    def layout(self) -> Layout | None:
+        """Return slots for the window, up to a block more, and the bank; none where calls decide what is seen."""
+        return None if self.per_call else Layout(self.window, self.rate, self.length, self.cached)
+
+    def carried(self, state: CompressedState) -> tuple[Tensor, Tensor]:
+        """Return cache and bank."""
+        return state.hidden, state.bank
+
+    def state_of(self, cache: Tensor, bank: Tensor) -> CompressedState:
+        """Return cache and bank as a state."""
+        return CompressedState(cache, bank)
+
+    def compressed(self, block: Tensor, probe: Tensor, attention: ContentAttention) -> Tensor:
+        """Compress one block a row."""
+        usage = _usage(probe[:, None], block[:, None], attention) if self.compression.needs_usage else None
+        out: Tensor = self.compression(block[:, None], usage)
+        return out[:, 0]
 
     def _plan(self, segment: Segment) -> Blocks:
         rate, window, length, cached = self.rate, self.window, self.length, self.cached
@@ -239,3 +250,19 @@ class CompressedMemory(Memory[CompressedState]):
             Section(entries, -self.length * self.rate, self.rate, self.length * self.rate),
             Section(exact, -self.cached, 1, self.cached),
         )
+
+
+def _usage(probe: Tensor, blocks: Tensor, attention: ContentAttention) -> Tensor:
+    """Return (rows, blocks, rate): attention to a block's states from the newest ones as it crosses, averaged.
+
+    Args:
+        probe: (rows, blocks, rate, dim), the newest states.
+        blocks: likewise, those that cross.
+        attention: the layer's projections.
+    """
+    rate, split = blocks.shape[2], "r (b c) h d -> r b c h d"
+    with torch.no_grad():
+        q = rearrange(attention.project(probe.flatten(1, 2), "query", frozen=True), split, c=rate)
+        k = rearrange(attention.project(blocks.flatten(1, 2), "key", frozen=True), split, c=rate)
+        score = torch.einsum("rbqhd,rbkhd->rbhqk", q, k) * q.shape[-1] ** -0.5
+        return torch.softmax(score, dim=-1).mean(dim=(2, 3))

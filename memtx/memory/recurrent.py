@@ -7,6 +7,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
+from memtx.memory.ring import Layout
 from memtx.ops.visibility import Section, Visibility
 from memtx.segment import FAR, Segment
 from memtx.state import state
@@ -62,6 +63,18 @@ class RecurrentMemory(Memory[RecurrentState]):
         """Keep the newest."""
         cache, x = view.parts
         return RecurrentState(newest(cache, x, segment)), {}
+
+    def layout(self) -> Layout | None:
+        """Return a slot for every position of the window; none where calls decide what is seen."""
+        return Layout(self.window, 1, 0, self.places) if self.same_length else None
+
+    def carried(self, state: RecurrentState) -> tuple[Tensor, Tensor]:
+        """Return the cache, and nothing compressed."""
+        return state.hidden, state.hidden[:, :0]
+
+    def state_of(self, cache: Tensor, bank: Tensor) -> RecurrentState:
+        """Return the cache as a state."""
+        return RecurrentState(cache)
 
     def _places(self, segment: Segment) -> Places:
         tick, position, end = cached_places(segment, self.places)

@@ -24,6 +24,7 @@ from memtx.layers.feed_forward import SwiGLU, reset_linear
 from memtx.layers.positions import Positions, Rotary
 from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
+from memtx.memory.ring import Ring, Step, closed
 from memtx.models import folder
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
@@ -229,6 +230,37 @@ class MemoryTransformer(nn.Module):
             nll,
             losses,
         )
+
+    def rings(self, state: MemoryState) -> list[Ring] | None:
+        """Open a state for decoding in place, a ring a layer; None where a memory has no such form."""
+        pairs = zip(self._layers(), state.layers, strict=True)
+        rings = [block.attention.ring(own, state.position) for block, (own,) in pairs]
+        found = [ring for ring in rings if ring is not None]
+        return found if len(found) == len(rings) else None
+
+    def close(self, rings: Sequence[Ring], position: Tensor) -> MemoryState:
+        """Return the state that rings hold, as a value; position: (rows,) int64, tokens read so far."""
+        layers = []
+        for block, ring in zip(self._layers(), rings, strict=True):
+            layers.append((block.attention.memory.state_of(*closed(ring.layout, ring.hidden, position)),))
+        return MemoryState(position.clone(), tuple(layers))
+
+    def step(self, tokens: Tensor, rings: Sequence[Ring], step: Step) -> Tensor:
+        """Read one token a row in eval mode, writing into rings: what :class:`memtx.inference.decoder.Decoder` runs.
+
+        Args:
+            tokens: (rows,) int64.
+            rings: as opened by :meth:`rings`, changed in place.
+            step: where the tokens stand.
+
+        Returns:
+            (rows, vocab) logits.
+        """
+        x = self.embedding(tokens)
+        for block, ring in zip(self._layers(), rings, strict=True):
+            x = block.step(x, ring, step)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
 
     def _check(self, tokens: Tensor, state: MemoryState | None, starts: Tensor | None, labels: Tensor | None) -> None:
         if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
