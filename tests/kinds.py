@@ -17,8 +17,10 @@ from memtx.memory.compression import (
     StridedConvolution,
 )
 from memtx.memory.recurrent import RecurrentMemory
+from tests.theirs import RunningMean
 
 Make = Callable[[int], Memory[Any]]
+Stack = Make | list[Make]
 
 COMPRESSIONS: dict[str, Any] = {
     "mean": MeanPooling,
@@ -37,8 +39,14 @@ def compressed(compression: str) -> Callable[[int, int, int], Make]:
     )
 
 
-KINDS: dict[str, Callable[[int, int, int], Make]] = {
+def beside(make: Callable[[int, int, int], Make]) -> Callable[[int, int, int], Stack]:
+    """Return a maker of a stack: a window, and the kind beside it."""
+    return lambda window, rate, length: [partial(RecurrentMemory, window=window), make(window, rate, length)]
+
+
+KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
+    "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""

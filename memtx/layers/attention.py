@@ -1,8 +1,12 @@
-"""Attention of a segment over what its memory opened: one fused call over [memory | cache | segment]."""
+"""Attention of a segment over what its memories opened: one fused call over [memory | cache | segment].
+
+What memories answer by themselves is joined with it before the last projection.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +14,7 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError
 from memtx.layers.positions import Once, Positions
+from memtx.layers.readouts import joined
 from memtx.memory.base import Losses, Memory, Trace
 from memtx.memory.ring import Ring, Step, opened
 from memtx.ops.attention.dispatch import Backend, segment_attention
@@ -17,21 +22,22 @@ from memtx.segment import Segment
 
 
 class MemoryAttention(nn.Module):
-    """Queries from the segment; keys and values from all that the memory opens.
+    """Queries from the segment; keys and values from all that the exact memory opens.
 
     Args:
         dim: width of the hidden states.
         heads: query heads.
         kv_heads: key and value heads; each serves ``heads / kv_heads`` query heads (grouped-query attention,
             Ainslie et al. 2023).
-        memory: what is carried between segments.
+        memory: what is carried between segments and attended to; the exact one.
         positions: how scores learn distances.
         bias: whether the projections have biases.
         dropout: of attention weights.
         backend: of the attention operation.
+        beside: memories that answer by themselves.
 
     Raises:
-        MemtxError: the numbers of heads do not divide as they must.
+        MemtxError: the numbers of heads do not divide as they must, or a memory stands where it cannot.
     """
 
     def __init__(
@@ -45,40 +51,52 @@ class MemoryAttention(nn.Module):
         bias: bool = False,
         dropout: float = 0.0,
         backend: Backend = "auto",
+        beside: Sequence[Memory[Any]] = (),
     ) -> None:
         super().__init__()
         if dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor.")
         if heads % kv_heads:
             raise MemtxError(f"heads is {heads}, which {kv_heads} kv_heads do not divide.", "Choose a divisor.")
+        _check_order(memory, beside)
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = dim // heads
         self.dropout = dropout
         self.backend: Backend = backend
         self.memory = memory
+        self.beside = nn.ModuleList(beside)
         self.positions = positions
         self.query = nn.Linear(dim, dim, bias=bias)
         self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: Tensor, state: Any, segment: Segment) -> tuple[Tensor, Any, Losses]:
-        """Attend, and hand the memory what it needs to close.
+    @property
+    def memories(self) -> tuple[Memory[Any], ...]:
+        """The exact memory, then those that answer by themselves."""
+        return (self.memory, *cast(list[Memory[Any]], list(self.beside)))
+
+    def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
+        """Attend, and hand the memories what they need to close.
 
         Args:
             x: (rows, segment, dim), normed layer inputs.
-            state: of the memory.
+            state: one a memory.
             segment: where the tokens stand.
 
         Returns:
-            (rows, segment, dim), the next state, and named auxiliary losses.
+            (rows, segment, dim), the next states, and named auxiliary losses.
         """
-        view = self.memory.read(state, x, segment, self)
+        views = [memory.read(own, x, segment, self) for memory, own in zip(self.memories, state, strict=True)]
+        view = views[0]
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
         projected = torch.cat([self.key_value(part) for part in view.parts], dim=1)
         k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        answers = [memory.recall(own, q) for memory, own in zip(self.memories, views, strict=True)]
+        readouts = [one for one in answers if one is not None]
         q, k, bias = self.positions(q, k, view.places, segment)
-        attended = segment_attention(
+        need_lse = any(one.lse is not None for one in readouts)
+        found = segment_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
@@ -86,22 +104,29 @@ class MemoryAttention(nn.Module):
             bias=bias,
             dropout=self.dropout if self.training else 0.0,
             backend=self.backend,
+            return_lse=need_lse,
         )
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
-        state, losses = self.memory.write(view, segment, Trace(x, out, self))
-        return out, state, losses
+        attended, lse = found if isinstance(found, tuple) else (found, None)
+        out: Tensor = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
+        after, losses, trace = [], Losses(), Trace(x, out, self)
+        for memory, own in zip(self.memories, views, strict=True):
+            next_state, found_losses = memory.write(own, segment, trace)
+            after.append(next_state)
+            for name, value in found_losses.items():
+                losses[name] = losses[name] + value if name in losses else value
+        return out, tuple(after), losses
 
-    def ring(self, state: Any, position: Tensor) -> Ring | None:
-        """Open a layer's state for decoding in place; None where its memory is decoded by whole calls.
+    def ring(self, state: tuple[Any, ...], position: Tensor) -> Ring | None:
+        """Open a layer's state for decoding in place; None where its memories are decoded by whole calls.
 
         Args:
-            state: of the memory.
+            state: one a memory; a layer with several has no such form.
             position: (rows,) int64, tokens of each row's document read so far.
         """
         layout = self.memory.layout()
-        if layout is None:
+        if layout is None or self.beside:
             return None
-        cache, bank = self.memory.carried(state)
+        cache, bank = self.memory.carried(state[0])
         hidden = opened(layout, cache, bank, position)
         blocks, positions = layout.held(position - 1)
         at = torch.cat([blocks.double() * layout.rate + (layout.rate - 1) / 2, positions.double()], dim=1)
@@ -174,3 +199,18 @@ class MemoryAttention(nn.Module):
                 nn.init.normal_(layer.weight, std=width)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+
+def _check_order(memory: Memory[Any], beside: Sequence[Memory[Any]]) -> None:
+    """Raise unless the first memory of a layer, and it alone, carries the segment."""
+    if memory.answers:
+        raise MemtxError(
+            f"{type(memory).__name__} stands first in a layer, but it does not carry the segment itself.",
+            "Put an exact memory before it: RecurrentMemory, CompressedMemory or NoMemory.",
+        )
+    for one in beside:
+        if not one.answers:
+            raise MemtxError(
+                f"{type(one).__name__} stands behind another memory of its layer, but only the first is exact.",
+                "Give it a layer of its own, or take it out.",
+            )

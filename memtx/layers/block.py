@@ -1,4 +1,4 @@
-"""One layer: attention over a memory, then feed-forward, each normed first and added to the stream."""
+"""One layer: attention over its memories, then feed-forward, each normed first and added to the stream."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, state: Any, segment: Segment) -> tuple[Tensor, Any, Losses]:
-        """Return the layer's output (rows, segment, dim), the memory's next state and its losses."""
+    def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
+        """Return the layer's output (rows, segment, dim), its memories' next states and losses."""
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))

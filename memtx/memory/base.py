@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,34 @@ class View:
         """(rows, entries, dim): all parts."""
         return torch.cat(self.parts, dim=1)
 
+    @classmethod
+    def apart(cls, segment: Segment, kept: Any) -> View:
+        """Return the view of a memory that answers by ``recall`` and adds no entries to the layer's attention."""
+
+        def nowhere() -> Places:
+            none = segment.position.new_zeros(1, 0)
+            return Places(none.double(), Visibility(none, none, segment.length, ()))
+
+        return cls((), segment.once("nowhere", nowhere), kept)
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What a memory answers to a segment's queries by itself.
+
+    Attributes:
+        out: (rows, heads, segment, head_dim), as attention's outputs before the layer's last projection.
+        lse: (rows, heads, segment), the log-sum-exp of the scores that ``out`` was weighed by, so that it is
+            joined with the layer's attention as if all had stood in one softmax; minus infinity where nothing
+            was there to be read.
+        gate: broadcasts to ``out``, from 0 to 1, the share that ``out`` gets; the rest is the attention's. With
+            neither, ``out`` is added.
+    """
+
+    out: Tensor
+    lse: Tensor | None = None
+    gate: Tensor | None = None
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -92,9 +120,19 @@ class Trace:
 class Memory(nn.Module, ABC, Generic[S]):
     """What one layer carries from segment to segment; the module holds weights only.
 
+    A layer may have several. The first is exact: it carries the segment itself, and its entries are attention's
+    keys and values. The others answer by :meth:`recall`.
+
     Args:
         dim: width of the hidden states.
+
+    Attributes:
+        depends_on: what of the layer a write is made of.
+        interval: tokens of a document after which it writes once; None if it writes at every token.
     """
+
+    depends_on: ClassVar[Literal["nothing", "input", "output", "top"]] = "input"
+    interval: int | None = None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -119,6 +157,20 @@ class Memory(nn.Module, ABC, Generic[S]):
             segment: where the tokens stand.
             attention: the layer's projections.
         """
+
+    def recall(self, view: View, q: Tensor) -> Readout | None:
+        """Answer the segment's queries; None for a memory whose entries attention reads.
+
+        Args:
+            view: what ``read`` returned for the segment.
+            q: (rows, segment, heads, head_dim), the layer's queries, without positions.
+        """
+        return None
+
+    @property
+    def answers(self) -> bool:
+        """Whether it answers by :meth:`recall`, so that it must stand behind an exact memory."""
+        return type(self).recall is not Memory.recall
 
     @abstractmethod
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[S, Losses]:

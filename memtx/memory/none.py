@@ -22,6 +22,8 @@ class NoState:
 class NoMemory(Memory[NoState]):
     """Carries nothing from one call to the next."""
 
+    depends_on = "nothing"
+
     def init_state(self, rows: int, *, like: Tensor) -> NoState:
         """Return nothing."""
         return NoState()

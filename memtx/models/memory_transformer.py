@@ -31,6 +31,12 @@ from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
+MakeMemory = Callable[[int], Memory[Any]]
+"""Makes a layer's memory from the width of the hidden states.
+
+In a union it stands behind its sequence: jsonargparse tries in order, and would take a list for a callable.
+"""
+
 
 @dataclass(frozen=True)
 class MemoryOutput:
@@ -66,8 +72,9 @@ class MemoryTransformer(nn.Module):
         depth: layers.
         heads: query heads a layer.
         kv_heads: key and value heads a layer; None for as many as query heads.
-        memories: what layers carry between segments: one entry for all layers alike, or one a layer. Each
-            makes the memory from dim.
+        memories: what layers carry between segments: one entry for all layers alike, or one a layer. An entry
+            makes a memory from dim, or is a list of such for a layer with several: first the exact one, which
+            carries the segment itself, then those that answer by themselves.
         norm: makes a normalisation from dim; ``torch.nn.LayerNorm`` is the classic choice.
         feed_forward: makes the position-wise part from dim; ``FeedForward`` is the classic choice.
         positions: makes what scores learn distances by from (heads, head_dim); ``Alibi`` is the other choice.
@@ -88,7 +95,7 @@ class MemoryTransformer(nn.Module):
         depth: int = 6,
         heads: int = 4,
         kv_heads: int | None = None,
-        memories: Sequence[Callable[[int], Memory[Any]]] = (CompressedMemory,),
+        memories: Sequence[Sequence[MakeMemory] | MakeMemory] = (CompressedMemory,),
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         feed_forward: Callable[[int], nn.Module] = SwiGLU,
         positions: Callable[[int, int], Positions] = Rotary,
@@ -116,7 +123,10 @@ class MemoryTransformer(nn.Module):
         self.dim = dim
         self.depth = depth
         kv_heads = kv_heads if kv_heads is not None else heads
-        per_layer = list(memories) if len(memories) == depth else list(memories) * depth
+        stacks = [list(one) if isinstance(one, Sequence) else [one] for one in memories]
+        if not all(stacks):
+            raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without.")
+        per_layer = stacks if len(stacks) == depth else stacks * depth
         self.embedding = nn.Embedding(vocab_size, dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -125,18 +135,19 @@ class MemoryTransformer(nn.Module):
                     dim,
                     heads,
                     kv_heads,
-                    memory(dim),
+                    stack[0](dim),
                     positions(heads, dim // heads),
                     bias=bias,
                     dropout=attention_dropout,
                     backend=backend,
+                    beside=[memory(dim) for memory in stack[1:]],
                 ),
                 feed_forward(dim),
                 norm(dim),
                 norm(dim),
                 dropout,
             )
-            for memory in per_layer
+            for stack in per_layer
         )
         self.norm = norm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
@@ -173,7 +184,9 @@ class MemoryTransformer(nn.Module):
             raise MemtxError(f"rows is {rows}.", "Give at least 1.")
         weight = self.embedding.weight
         like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
-        layers = tuple((block.attention.memory.init_state(rows, like=like),) for block in self._layers())
+        layers = tuple(
+            tuple(memory.init_state(rows, like=like) for memory in block.attention.memories) for block in self._layers()
+        )
         return MemoryState(torch.zeros(rows, dtype=torch.int64, device=like.device), layers)
 
     def forward(
@@ -203,9 +216,9 @@ class MemoryTransformer(nn.Module):
         x = self.dropout(self.embedding(tokens))
         hidden, layers = [x], []
         named: dict[str, list[Tensor]] = {}
-        for block, (own,) in zip(self._layers(), state.layers, strict=True):
+        for block, own in zip(self._layers(), state.layers, strict=True):
             x, own, found = block(x, own, segment)
-            layers.append((own,))
+            layers.append(own)
             for name, value in found.items():
                 named.setdefault(name, []).append(value)
             if return_hidden:
@@ -234,7 +247,7 @@ class MemoryTransformer(nn.Module):
     def rings(self, state: MemoryState) -> list[Ring] | None:
         """Open a state for decoding in place, a ring a layer; None where a memory has no such form."""
         pairs = zip(self._layers(), state.layers, strict=True)
-        rings = [block.attention.ring(own, state.position) for block, (own,) in pairs]
+        rings = [block.attention.ring(own, state.position) for block, own in pairs]
         found = [ring for ring in rings if ring is not None]
         return found if len(found) == len(rings) else None
 

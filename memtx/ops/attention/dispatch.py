@@ -68,6 +68,21 @@ def segment_attention(
 ) -> tuple[Tensor, Tensor]: ...
 
 
+@overload
+def segment_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    *,
+    bias: ScoreBias | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    backend: Backend = "auto",
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def segment_attention(
     q: Tensor,
     k: Tensor,

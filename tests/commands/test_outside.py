@@ -1,0 +1,49 @@
+"""A memory from one's own file, by its class_path, in a stack: trained, kept, resumed and read with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+import tests.theirs
+from tests.commands.program import Program
+from tests.commands.runs import changed, write, write_books
+
+STACK = [
+    [
+        {"class_path": "memtx.RecurrentMemory", "init_args": {"window": 8}},
+        {"class_path": "their_memory.RunningMean", "init_args": {"gain": 0.5}},
+    ]
+]
+MEMORIES = ("model", "model", "init_args", "memories")
+
+
+def test_a_memory_in_ones_own_file(program: Program, tmp_path: Path) -> None:
+    shutil.copy(tests.theirs.__file__, tmp_path / "their_memory.py")
+    write_books(tmp_path / "books")
+    write(tmp_path, changed(MEMORIES, STACK))
+    done = program("fit", "--config", "c.yaml", "--trainer.max_steps", "2", at=tmp_path)
+    assert done.code == 0, done.err
+    done = program("fit", "--config", "run/config.yaml", "--ckpt_path", "last", at=tmp_path)
+    assert done.code == 0, done.err
+    printed = program("fit", "--config", "run/config.yaml", "--print_config", at=tmp_path)
+    assert printed.code == 0, printed.err
+    ((first, second),) = yaml.safe_load(printed.out)["model"]["model"]["init_args"]["memories"]
+    assert (first["class_path"], second["class_path"]) == ("memtx.RecurrentMemory", "their_memory.RunningMean")
+    assert second["init_args"] == {"gain": 0.5}
+    (tmp_path / "text.txt").write_text("It was a dark and stormy night.\n", encoding="utf-8")
+    done = program("test", "--run", "run", at=tmp_path)
+    assert done.code == 0, done.err
+
+
+def test_a_mistake_in_a_stack_is_one_line(program: Program, tmp_path: Path) -> None:
+    write_books(tmp_path / "books")
+    for options, said in (({"windw": 8}, "windw"), ({"window": 0}, "window is 0")):
+        stack = [[{"class_path": "memtx.RecurrentMemory", "init_args": options}]]
+        write(tmp_path, changed(MEMORIES, stack))
+        done = program("fit", "--config", "c.yaml", at=tmp_path)
+        assert done.code == 2
+        assert done.err.count("\n") == 1
+        assert said in done.err, done.err

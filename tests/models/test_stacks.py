@@ -1,0 +1,83 @@
+"""A layer may have several memories: one exact, others beside it; kept, configured and refused as one would expect."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import memtx
+from memtx import CompressedMemory, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
+from memtx.state import MemoryState
+from tests.theirs import RunningMean
+
+WINDOW = partial(RecurrentMemory, window=5)
+STACK = [WINDOW, RunningMean, partial(RunningMean, gain=0.5)]
+TOKENS = torch.randint(0, 11, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def small(*memories: Any, depth: int = 2) -> MemoryTransformer:
+    torch.manual_seed(0)
+    return MemoryTransformer(11, dim=8, depth=depth, heads=2, memories=memories).eval()
+
+
+@pytest.mark.parametrize("memories", [(STACK,), (STACK, NoMemory), (WINDOW, [NoMemory, RunningMean])])
+def test_kept_on_disk_and_read_back(memories: Any, tmp_path: Path) -> None:
+    model = small(*memories)
+    model.save_pretrained(tmp_path / "model")
+    loaded = memtx.from_pretrained(tmp_path / "model")
+    assert isinstance(loaded, MemoryTransformer)
+    assert loaded.config == model.config
+    assert loaded.fingerprint == model.fingerprint
+    state = model(TOKENS).state
+    state.save(tmp_path / "state", model.fingerprint)
+    again = MemoryState.load(tmp_path / "state", like=loaded.init_state(1), fingerprint=loaded.fingerprint)
+    assert again.equals(state)
+    assert torch.equal(loaded(TOKENS, again).logits, model(TOKENS, state).logits)
+
+
+def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
+    model = small(STACK, NoMemory)
+    names = set(model(TOKENS).state.tensors())
+    assert names == {"position", "layers[0][0].hidden", "layers[0][1].total", "layers[0][2].total"}
+    first, second = (block.attention.memories for block in model.blocks)
+    assert [type(one) for one in first] == [RecurrentMemory, RunningMean, RunningMean]
+    assert [type(one) for one in second] == [NoMemory]
+    assert first[1].map.weight is not first[2].map.weight
+
+
+def test_a_layer_with_one_memory_is_what_it_was() -> None:
+    """Names of weights and states, and the config, are those of files written before there were stacks."""
+    model = small(partial(CompressedMemory, window=4, rate=2, length=3), depth=1)
+    assert not any("beside" in name for name in model.state_dict())
+    assert "blocks.0.attention.memory.compression.map.weight" in model.state_dict()
+    assert set(model.init_state(1).tensors()) == {"position", "layers[0][0].hidden", "layers[0][0].bank"}
+    assert model.config["init_args"]["memories"] == [
+        {"class_path": "memtx.memory.compressed.CompressedMemory", "init_args": {"window": 4, "rate": 2, "length": 3}}
+    ]
+
+
+def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -> None:
+    other = TOKENS.clone()
+    other[:, 0] = (other[:, 0] + 1) % 11
+    near, far = small([WINDOW, RunningMean], depth=1), small([WINDOW, partial(RunningMean, gain=0.0)], depth=1)
+    assert not torch.equal(near(TOKENS).logits[:, -1], near(other).logits[:, -1])
+    assert torch.equal(far(TOKENS).logits[:, -1], far(other).logits[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("memories", "said"),
+    [
+        (([RunningMean, WINDOW],), "RunningMean stands first"),
+        ((RunningMean,), "RunningMean stands first"),
+        (([WINDOW, NoMemory],), "NoMemory stands behind"),
+        (([],), "list of memories is empty"),
+        ((STACK, STACK, STACK), "3 memories for 2 layers"),
+    ],
+)
+def test_stacks_that_cannot_be_are_named(memories: Any, said: str) -> None:
+    with pytest.raises(MemtxError, match=said):
+        small(*memories)
