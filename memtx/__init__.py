@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from memtx.inference.reader import StreamReader
     from memtx.layers.feed_forward import FeedForward, SwiGLU
     from memtx.layers.positions import Alibi, Rotary
+    from memtx.memory.associative import AssociativeMemory
     from memtx.memory.compressed import CompressedMemory
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 
 _PLACES = {
     "Alibi": "memtx.layers.positions:Alibi",
+    "AssociativeMemory": "memtx.memory.associative:AssociativeMemory",
     "BookDataModule": "memtx.data.books:BookDataModule",
     "CompressedMemory": "memtx.memory.compressed:CompressedMemory",
     "FeedForward": "memtx.layers.feed_forward:FeedForward",
@@ -46,6 +48,7 @@ _PLACES = {
 
 __all__ = [
     "Alibi",
+    "AssociativeMemory",
     "BookDataModule",
     "CompressedMemory",
     "FeedForward",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import (
@@ -16,6 +17,8 @@ from memtx.memory.compression import (
     MostUsed,
     StridedConvolution,
 )
+from memtx.memory.features import Dpfp, Elu
+from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from tests.theirs import RunningMean
 
@@ -44,9 +47,18 @@ def beside(make: Callable[[int, int, int], Make]) -> Callable[[int, int, int], S
     return lambda window, rate, length: [partial(RecurrentMemory, window=window), make(window, rate, length)]
 
 
+def associative(**options: Any) -> Callable[[int, int, int], Stack]:
+    """Return a maker of the kind beside a window."""
+    return beside(lambda window, rate, length: partial(AssociativeMemory, heads=2, **options))
+
+
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
+    "associative": associative(),
+    "associative-gated": associative(decay=partial(Gate, bias=-2.0), key_dim=3, cost=0.1),
+    "associative-infini": associative(erase=False, feature=Elu, share=True),
+    "associative-armt": associative(feature=partial(Dpfp, order=2)),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""

@@ -1,0 +1,42 @@
+"""Gates that can be exactly zero, so that what is kept is kept exactly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from memtx.errors import MemtxError
+
+
+class Gate(nn.Module):
+    """A sigmoid stretched beyond [0, 1] and cut there (the hard concrete of Louizos et al. 2018, without its noise).
+
+    A sigmoid never closes: what leaks in at every token drowns a memory in a long stream. Stretched, it is exactly 0
+    (and exactly 1) at finite inputs.
+
+    Args:
+        dim: width of what decides.
+        count: gates for each.
+        bias: of the input at the beginning; below 0 for writing little.
+        stretch: how far beyond both ends; 0 for the plain sigmoid.
+
+    Raises:
+        MemtxError: the stretch is negative.
+    """
+
+    def __init__(self, dim: int, count: int, bias: float = -1.0, stretch: float = 0.1) -> None:
+        super().__init__()
+        if stretch < 0:
+            raise MemtxError(f"stretch is {stretch}.", "Give at least 0.")
+        self.stretch = stretch
+        self.map = nn.Linear(dim, count)
+        nn.init.constant_(self.map.bias, bias)
+
+    def extra_repr(self) -> str:
+        """Say the stretch."""
+        return f"stretch={self.stretch}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., count) numbers from 0 to 1."""
+        wide = (1 + 2 * self.stretch) * torch.sigmoid(self.map(x)) - self.stretch
+        return wide.clamp(0.0, 1.0)
