@@ -104,7 +104,9 @@ def test_stream(tmp_path: Path) -> None:
         "--plot", tmp_path / "stream.png",
     )  # fmt: skip
     (decoding,), (reading,) = found["decoding"], found["reading"]
-    assert [row["position"] for row in decoding["positions"]] == [2_000, 1_000_000]
+    assert [(row["by"], row["position"]) for row in decoding["positions"]] == [
+        (by, position) for by in ("decoder", "calls") for position in (2_000, 1_000_000)
+    ]
     assert decoding["positions"][0]["ratio_to_first"] == 1.0
     assert [row["call"] for row in reading["calls"]] == [16, 40, 128]
     assert reading["tokens"] == 128

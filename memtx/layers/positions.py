@@ -88,21 +88,21 @@ class Rotary(Positions):
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         settings = (Rotary, self.head_dim, self.base, dtype)
 
-        def of_keys() -> tuple[Tensor, Tensor]:
+        def of_keys() -> Tensor:
             return angles(places.tick, self.head_dim, self.base, dtype)
 
-        def of_queries() -> tuple[Tensor, Tensor]:
+        def of_queries() -> Tensor:
             tick = torch.arange(segment.length, device=q.device)[None]
             return angles(tick, self.head_dim, self.base, dtype)
 
-        q = rotate(q, *segment.once(settings, of_queries))
-        return q, rotate(k, *places.visibility.once(settings, of_keys)), None
+        q = rotate(q, segment.once(settings, of_queries))
+        return q, rotate(k, places.visibility.once(settings, of_keys)), None
 
     def placed(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
         """Rotate by the position itself: angles are float64, so they stay true however long the stream is."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (Rotary, self.head_dim, self.base, dtype, id(position))
-        return rotate(x, *once(key, lambda: angles(position, self.head_dim, self.base, dtype)))
+        return rotate(x, once(key, lambda: angles(position, self.head_dim, self.base, dtype)))
 
 
 class Alibi(Positions):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 IGNORED = -100
 """The label of a token that is not scored."""
 
-CHUNK = 1 << 22
-"""Logits a chunk at most (16 MiB in float32)."""
+CHUNK = 1 << 21
+"""Logits a chunk at most (8 MiB in float32): the next passes find them in the cache."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -39,17 +39,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + step)
                 scored = labels[part] != IGNORED
                 index = labels[part].masked_fill(~scored, 0)[:, None]
-                logits = F.linear(hidden[part], narrow).to(kind)
-                lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-                nll[part] = ((lse - logits.gather(1, index))[:, 0]).masked_fill(~scored, 0.0)
+                logits = F.linear(hidden[part], narrow)
+                told, best = (x[:, 0].to(kind) for x in (logits.gather(1, index), logits.amax(1, keepdim=True)))
+                chances = torch.softmax(logits, dim=-1, dtype=kind)
+                # log sum exp = max - log softmax(max): exact, as no chance of a maximum is small.
+                nll[part] = (best - chances.amax(1).log() - told).masked_fill(~scored, 0.0)
                 if grad_hidden is None or grad_weight is None:
                     continue
-                # d nll / d logits = softmax - one at the label; the logits' memory is used again.
-                grad = logits.sub_(lse).exp_()
-                grad.scatter_add_(1, index, torch.full_like(lse, -1.0))
-                grad = grad.masked_fill_(~scored[:, None], 0.0).to(narrow.dtype)
+                # d nll / d logits = softmax - one at the label.
+                chances.scatter_add_(1, index, torch.full_like(told, -1.0)[:, None])
+                grad = chances.to(narrow.dtype)
                 torch.mm(grad, narrow, out=grad_hidden[part])
-                grad_weight += grad.T @ hidden[part]
+                grad_hidden[part].masked_fill_(~scored[:, None], 0.0)
+                grad_weight += grad.T @ hidden[part].masked_fill(~scored[:, None], 0.0)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll

@@ -33,9 +33,9 @@ def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
     out = torch.empty_like(x)
     for i in range(half):
         angle = (at * base ** (-i / half))[:, None]
-        a, b = x[..., i], x[..., i + half]
-        out[..., i] = a * angle.cos() - b * angle.sin()
-        out[..., i + half] = a * angle.sin() + b * angle.cos()
+        a, b = x[..., 2 * i], x[..., 2 * i + 1]
+        out[..., 2 * i] = a * angle.cos() - b * angle.sin()
+        out[..., 2 * i + 1] = a * angle.sin() + b * angle.cos()
     return out
 
 
