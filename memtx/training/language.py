@@ -46,6 +46,8 @@ class LanguageModule(pl.LightningModule):
         scheduler: makes the schedule from the optimiser, stepped every optimiser step; ``WarmupCosine`` by
             default. None for a constant rate.
         compile: whether to run the model through ``torch.compile``.
+        checkpointing: whether the backward pass computes each layer again, which takes a third more time and
+            keeps one layer's activations instead of all layers'.
 
     Raises:
         MemtxError: the segment is not positive; while training, the loss is no longer finite.
@@ -59,11 +61,13 @@ class LanguageModule(pl.LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
         compile: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if segment < 1:
             raise MemtxError(f"segment is {segment}.", "Give at least 1.")
         self.model = model(vocab_size)
+        self.model.checkpointing = checkpointing
         self.segment = segment
         self.make_optimizer = optimizer if optimizer is not None else adamw
         self.make_scheduler = scheduler

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memtx
@@ -232,3 +232,32 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> Non
     assert rough.state.layers[0][0].hidden.dtype == torch.float32
     # bf16 keeps 8 bits: a hundredth of the logits' size.
     assert (exact.logits - rough.logits).abs().max() < 0.02 * max(1.0, exact.logits.abs().max())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -> None:
+    torch.manual_seed(0)
+    memory = partial(CompressedMemory, window=8, rate=2, length=4, reconstruction=AttentionReconstruction)
+    model = MemoryTransformer(11, dim=16, depth=4, heads=2, memories=[memory], dropout=dropout)
+    tokens, labels = torch.randint(0, 11, (2, 2, 20)).unbind()
+    starts = torch.rand(2, 20) < 0.1
+
+    def run(checkpointing: bool) -> tuple[list[Tensor], int]:
+        model.checkpointing, kept = checkpointing, {}
+        torch.manual_seed(1)
+        state = model(tokens).state.detach()
+
+        def count(x: Tensor) -> Tensor:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            loss = model(tokens, state, starts=starts, labels=labels).loss
+        assert loss is not None
+        return list(torch.autograd.grad(loss, list(model.parameters()))), sum(kept.values())
+
+    (plain, all_kept), (again, some_kept) = run(False), run(True)
+    # The same operations on the same numbers, dropout's draws included.
+    assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
+    # What is left is the layers' inputs and states, and the loss's.
+    assert some_kept < all_kept / 3
