@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -261,3 +262,19 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -
     assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
     # What is left is the layers' inputs and states, and the loss's.
     assert some_kept < all_kept / 3
+
+
+def test_a_compiled_model_is_made_once_however_full_its_memory() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    model = small()
+    compiled = torch.compile(model, backend=counter, dynamic=False)
+    state = model.init_state(3)
+    for at in range(0, 40, 10):
+        part = TOKENS[:, at : at + 10]
+        out = compiled(part, state, starts=part == 3, labels=part)
+        expected = model(part, state, starts=part == 3, labels=part)
+        assert torch.allclose(out.loss, expected.loss, atol=1e-5)  # float32, sums in another order
+        out.loss.backward()
+        state = out.state.detach()
+    assert counter.frame_count == 1
