@@ -85,7 +85,7 @@ class MemoryTransformer(nn.Module):
         positions: makes what scores learn distances by from (heads, head_dim); ``Alibi`` is the other choice.
         bias: whether attention's projections have biases.
         dropout: of embeddings and of what each part adds to the residual stream.
-        attention_dropout: of attention weights (slow: no fused backend has it).
+        attention_dropout: of attention weights (slower: no fused kernel has it).
         tie_embeddings: whether the output projection is the embedding.
         backend: of the attention operation.
 

@@ -26,9 +26,10 @@ def _by_lifetimes(
     scale: float,
     block: int,
     need_lse: bool,
+    dropout: float,
 ) -> tuple[Tensor, Tensor | None]:
-    if learns(bias):
-        return blocks.plain(q, k, v, visibility, bias, scale, block)
+    if learns(bias) or dropout > 0.0:
+        return blocks.plain(q, k, v, visibility, bias, scale, block, dropout)
     if q.device.type != "cpu":
         if need_lse:
             return blocks.plain(q, k, v, visibility, bias, scale, block)
@@ -58,20 +59,19 @@ def attend(
         v: (rows, kv_heads, keys, head_dim).
         visibility: who sees whom.
         bias: added to the scaled scores; one that learns takes the way of :func:`blocks.plain`.
-        dropout: must be 0 here.
+        dropout: probability with which an attention weight is dropped; takes the same way.
         scale: factor of the scores.
         block: queries a block.
         need_lse: whether the log-sum-exp is needed; else it may be None.
     """
-    assert dropout == 0.0, "the dispatcher sends dropout to the reference"
     beside = visibility.pattern
     random = beside is not None and beside.blocks is not None
     overlaid = beside is not None and beside.queries is not None
-    out, lse = _by_lifetimes(q, k, v, visibility, bias, scale, block, need_lse or random or overlaid)
+    out, lse = _by_lifetimes(q, k, v, visibility, bias, scale, block, need_lse or random or overlaid, dropout)
     if random:
         assert lse is not None
-        out, lse = merge([(out, lse), pattern.random_blocks(q, k, v, visibility, bias, scale)])
+        out, lse = merge([(out, lse), pattern.random_blocks(q, k, v, visibility, bias, scale, dropout)])
     if overlaid:
         assert lse is not None
-        out, lse = pattern.global_queries(q, k, v, visibility, bias, scale, (out, lse))
+        out, lse = pattern.global_queries(q, k, v, visibility, bias, scale, dropout, (out, lse))
     return out, lse

@@ -1,8 +1,8 @@
 """A block of queries at a time by public calls, on any device, with autograd over the blocks.
 
 ``fused`` is one ``scaled_dot_product_attention`` a block, over its ranges joined: it has no log-sum-exp and no
-gradient for a bias. ``plain`` has both, and keeps the weights of all blocks for the backward pass: still linear
-in the number of queries.
+gradient for a bias. ``plain`` has both, and dropout, and keeps the weights of all blocks for the backward pass:
+still linear in the number of queries.
 """
 
 from __future__ import annotations
@@ -51,7 +51,14 @@ def scores_of(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, block: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    bias: ScoreBias | None,
+    scale: float,
+    block: int,
+    dropout: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp, with gradients of q, k, v and the bias; shapes as in the reference."""
     group = q.shape[1] // k.shape[1]
@@ -66,7 +73,7 @@ def plain(
         if bias is not None:
             scores = scores + torch.cat([bias_of(bias, (start, stop), part) for part in parts], -1).to(scores.dtype)
         seen = torch.cat([visible(visibility, (start, stop), part) for part in parts], dim=-1)
-        out, lse = weigh(scores, seen[:, None], values)
+        out, lse = weigh(scores, seen[:, None], values, dropout)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)

@@ -99,10 +99,10 @@ def backend_can(
         raise MemtxError(f"There is no attention backend '{chosen}'.", "Use auto, reference, banded, flex or triton.")
     if chosen == "reference":
         return
-    if dropout > 0.0:
-        raise MemtxError(f"The backend '{chosen}' has no attention dropout.", "Use 'reference', 'auto' or dropout 0.")
     if chosen == "banded":
         return
+    if dropout > 0.0:
+        raise MemtxError(f"The backend '{chosen}' has no attention dropout.", "Use 'banded', 'auto' or dropout 0.")
     if isinstance(bias, RelativeBias) or learns(bias):
         raise MemtxError(f"The backend '{chosen}' has no bias that learns.", "Use 'banded', 'reference' or 'auto'.")
     if visibility.pattern is not None:

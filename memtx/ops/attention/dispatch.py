@@ -25,7 +25,7 @@ def _say(backend: str, device: str, why: str) -> None:
 
 def _choose(q: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: float) -> tuple[str, str]:
     if dropout > 0.0:
-        return "reference", "dropout on attention weights is asked for"
+        return "banded", "dropout on attention weights is asked for"
     if learns(bias) or isinstance(bias, RelativeBias):
         return "banded", "the bias learns"
     if visibility.pattern is not None:
@@ -103,7 +103,7 @@ def segment_attention(
         v: (rows, kv_heads, keys, head_dim).
         visibility: who sees whom.
         bias: added to the scaled scores.
-        dropout: probability with which an attention weight is dropped; by the reference only.
+        dropout: probability with which an attention weight is dropped; by no fused kernel.
         scale: factor of the scores; 1 / sqrt(head_dim) by default.
         backend: which implementation; "auto" chooses by device and need.
         return_lse: whether to give the log-sum-exp of the scores too, with gradient, so that parts of the keys
@@ -135,7 +135,7 @@ def segment_attention(
 
         out, lse = triton_window.attend(q, k, v, visibility, scale=scale)
     else:
-        out, lse = banded.attend(q, k, v, visibility, bias=bias, scale=scale, need_lse=return_lse)
+        out, lse = banded.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, need_lse=return_lse)
     if not return_lse:
         return out
     assert lse is not None

@@ -87,7 +87,7 @@ def attend(
         dropout: must be 0 here.
         scale: factor of the scores.
     """
-    assert dropout == 0.0, "the dispatcher sends dropout to the reference"
+    assert dropout == 0.0, "the dispatcher sends dropout elsewhere"
     assert visibility.pattern is None, "the dispatcher sends patterns elsewhere"
     mask = visibility.once(("flex", q.shape[0]), lambda: _block_mask(visibility, q.shape[0]))
     score = None

@@ -23,7 +23,7 @@ def distinct(index: Tensor) -> Tensor:
 
 
 def random_blocks(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp over those keys of the pattern's blocks that no lifetime shows to the query."""
     pattern = visibility.pattern
@@ -57,7 +57,7 @@ def random_blocks(
     scores = scores_of(in_blocks(q, table.shape[1]), of_keys(k), scale)
     if bias is not None:
         scores = scores + bias.score(tick - of_lives(bias.tick)).to(scores.dtype)
-    out, lse = weigh(scores, seen, of_keys(v))
+    out, lse = weigh(scores, seen, of_keys(v), dropout)
     return out.flatten(2, 3)[:, :, :queries], lse.flatten(2, 3)[:, :, :queries]
 
 
@@ -68,6 +68,7 @@ def global_queries(
     visibility: Visibility,
     bias: ScoreBias | None,
     scale: float,
+    dropout: float,
     others: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Return the output and log-sum-exp of ``others`` with those of the global queries in their places."""
@@ -83,7 +84,7 @@ def global_queries(
     scores = scores_of(q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3])), k, scale)
     if bias is not None:
         scores = scores + bias.score((tick[..., None] - bias.tick[:, None])[:, None]).to(scores.dtype)
-    out, lse = weigh(scores, seen[:, None], v)
+    out, lse = weigh(scores, seen[:, None], v, dropout)
     # A place that holds no query is written behind the last one, and cut off.
     index = torch.where(tick < 0, q.shape[2], tick)[:, None]
 

@@ -1,7 +1,6 @@
 """Attention as the papers write it: softmax(q k' / sqrt(d) + bias) v over the visible keys, nothing fused.
 
-The twin that every fast backend is tested against (in float64), and the way to what they cannot do: dropout on
-the attention weights.
+The twin that every fast backend is tested against (in float64).
 """
 
 from __future__ import annotations
