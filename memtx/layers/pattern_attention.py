@@ -75,24 +75,27 @@ class PatternAttention(nn.Module, ABC):
             x: (rows, length, dim).
             reading: what is read.
         """
-        attended = self.attend(x, reading)
-        out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        out: Tensor = self.out(self.attend(x, reading))
         return out
 
     @abstractmethod
     def attend(self, x: Tensor, reading: Reading) -> Tensor:
-        """Return (rows, heads, length, head_dim) of x (rows, length, dim)."""
+        """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
 
 
 class FullAttention(PatternAttention):
     """Every place sees every token (BERT, Devlin et al. 2019)."""
 
     def attend(self, x: Tensor, reading: Reading) -> Tensor:
-        """Return (rows, heads, length, head_dim) of x (rows, length, dim)."""
+        """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
         q, k, v = (self.in_heads(part(x)) for part in (self.query, self.key, self.value))
-        return segment_attention(
-            q, k, v, seen_by_all(reading, reading.length), dropout=self.dropout, backend=self.backend
-        )
+        seen = seen_by_all(reading, reading.length)
+        return side_by_side(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """(rows, heads, n, head_dim) -> (rows, n, dim)."""
+    return x.transpose(1, 2).flatten(2)
 
 
 def seen_by_all(reading: Reading, queries: int) -> Visibility:

@@ -20,6 +20,7 @@ from memtx.models.published.layout import PublishedModel
 KNOWN = {
     "bert": "memtx.models.published.bert",
     "distilbert": "memtx.models.published.distilbert",
+    "longformer": "memtx.models.published.longformer",
 }
 
 

@@ -172,7 +172,7 @@ def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     weights.unlink()
     with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor"):
         memtx.from_pretrained(folder)
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Evil(), protocol=2))
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         memtx.from_pretrained(folder)
     torch.save({"a": Evil()}, folder / "pytorch_model.bin")

@@ -14,7 +14,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.published.load import KNOWN
 
 TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
-ENCODERS = ("bert", "distilbert")
+ENCODERS = ("bert", "distilbert", "longformer")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "global_attention_mask")
 
 
