@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from memtx.memory.compressed import CompressedMemory
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
-    from memtx.models.folder import load as from_pretrained
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
+    from memtx.models.published.load import from_pretrained
     from memtx.state import MemoryState
     from memtx.training.language import LanguageModule
 
@@ -42,7 +42,7 @@ _PLACES = {
     "Rotary": "memtx.layers.positions:Rotary",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
-    "from_pretrained": "memtx.models.folder:load",
+    "from_pretrained": "memtx.models.published.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
 }
 

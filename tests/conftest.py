@@ -21,5 +21,14 @@ def books() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def parity() -> Path:
+    """Return the folder of reference checkpoints with inputs and outputs, or skip."""
+    root = os.environ.get("MEMTX_PARITY")
+    if root is None or not Path(root).is_dir():
+        pytest.skip("MEMTX_PARITY does not name a folder of reference checkpoints")
+    return Path(root)
+
+
 settings.register_profile("memtx", deadline=None, max_examples=15, derandomize=True, print_blob=True)
 settings.load_profile("memtx")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,18 +40,26 @@ class FeedForward(nn.Module):
         dim: width of the hidden states.
         hidden: inner width, 4 dim by default.
         dropout: on the inner states.
+        activation: makes what stands between the maps.
     """
 
-    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        activation: Callable[[], nn.Module] = nn.GELU,
+    ) -> None:
         super().__init__()
         hidden = hidden if hidden is not None else 4 * dim
+        self.activation = activation()
         self.up = nn.Linear(dim, hidden)
         self.out = nn.Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, segment, dim) to the same shape."""
-        out: Tensor = self.out(self.dropout(F.gelu(self.up(x))))
+        out: Tensor = self.out(self.dropout(self.activation(self.up(x))))
         return out
 
 

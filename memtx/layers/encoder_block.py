@@ -1,0 +1,36 @@
+"""One layer of an encoder: attention, then feed-forward, each added to its input and normed after."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from memtx.layers.pattern_attention import PatternAttention
+from memtx.layers.reading import Reading
+
+
+class EncoderBlock(nn.Module):
+    """A post-norm layer (Vaswani et al. 2017, section 3.1).
+
+    Args:
+        attention: the attention part.
+        feed_forward: the position-wise part.
+        dim: width of the hidden states.
+        eps: of the norms.
+        dropout: of what each part adds.
+    """
+
+    def __init__(
+        self, attention: PatternAttention, feed_forward: nn.Module, dim: int, eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.feed_forward = feed_forward
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, reading: Reading) -> Tensor:
+        """Return the layer's output (rows, length, dim)."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, reading)))
+        out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return out

@@ -1,0 +1,211 @@
+"""Encoders: whole texts, read both ways. BERT, DistilBERT, Longformer and Big Bird are its parts put together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from memtx import specs
+from memtx.errors import MemtxError
+from memtx.layers.embeddings import TextEmbeddings
+from memtx.layers.encoder_block import EncoderBlock
+from memtx.layers.feed_forward import FeedForward
+from memtx.layers.pattern_attention import FullAttention, PatternAttention
+from memtx.layers.reading import Reading
+from memtx.models import folder
+from memtx.models.masked_head import MaskedHead
+from memtx.models.published.layout import PublishedModel
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What one call gives.
+
+    Attributes:
+        last_hidden_state: (rows, length, dim).
+        hidden_states: where asked for, the embedding's output and every layer's, each (rows, length, dim).
+        logits: (rows, length, vocab), by a model with a head for masked tokens.
+        pooler_output: (rows, dim), by a model with a pooler: what it makes of the first token.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    logits: Tensor | None = None
+    pooler_output: Tensor | None = None
+
+
+class Encoder(PublishedModel):
+    """A post-norm encoder.
+
+    Args:
+        vocab_size: token ids are 0 .. vocab_size - 1.
+        dim: width of the hidden states.
+        depth: layers.
+        heads: how many a layer.
+        hidden: inner width of the feed-forward parts; 4 dim by default.
+        attentions: who sees whom: one entry for all layers alike, or one a layer. Each makes the attention part from
+            dim, heads and the layer's number.
+        embeddings: makes the embeddings from vocab_size and dim.
+        activation: makes the non-linearity of the feed-forward parts.
+        masked_head: whether there is a head for masked tokens.
+        head_activation: its non-linearity; the feed-forward parts' by default.
+        tie_embeddings: whether that head ends in the token embeddings.
+        pooler: whether there is a map of the first token, with a tanh after it.
+        eps: of the norms.
+        dropout: of what each part adds.
+
+    Raises:
+        MemtxError: a number is out of range or numbers do not divide as they must.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        hidden: int | None = None,
+        attentions: Sequence[Callable[[int, int, int], PatternAttention]] = (FullAttention,),
+        embeddings: Callable[[int, int], TextEmbeddings] = TextEmbeddings,
+        activation: Callable[[], nn.Module] = nn.GELU,
+        masked_head: bool = True,
+        head_activation: Callable[[], nn.Module] | None = None,
+        tie_embeddings: bool = True,
+        pooler: bool = False,
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        super().__init__()
+        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
+            if number < 1:
+                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        if len(attentions) not in (1, depth):
+            raise MemtxError(
+                f"There are {len(attentions)} attentions for {depth} layers.",
+                f"Give one for all of them, or {depth}.",
+            )
+        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.depth = depth
+        per_layer = list(attentions) if len(attentions) == depth else list(attentions) * depth
+        self.embedding = embeddings(vocab_size, dim)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(
+                attention(dim, heads, layer),
+                FeedForward(dim, hidden, activation=activation),
+                dim,
+                eps,
+                dropout,
+            )
+            for layer, attention in enumerate(per_layer)
+        )
+        self.pooler = nn.Linear(dim, dim) if pooler else None
+        self.head = (
+            MaskedHead(dim, vocab_size, tied=tie_embeddings, activation=head_activation or activation, eps=eps)
+            if masked_head
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw all weights anew (BERT's rule: normal, biases zero, norms one)."""
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                nn.init.normal_(part.weight, std=std)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+                with torch.no_grad():
+                    part.weight[part.padding_idx] = 0.0
+        if self.head is not None and self.head.weight is not None:
+            nn.init.normal_(self.head.weight, std=std)
+
+    def _layers(self) -> list[EncoderBlock]:
+        return cast(list[EncoderBlock], list(self.blocks))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
+        *,
+        random_blocks: Mapping[int, Tensor] | None = None,
+        output_hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """Read whole texts; arguments bear the names of the ``transformers`` library.
+
+        Args:
+            input_ids: (rows, length) int64.
+            attention_mask: (rows, length), 0 for padding and 1 for a token; None for no padding.
+            token_type_ids: (rows, length) int64, which text a token is of; None for 0 everywhere.
+            global_attention_mask: (rows, length), 1 for a token that sees all and is seen by all (Longformer).
+            random_blocks: layer -> (heads, blocks - 2, r) int64, the random blocks that each block but the first and
+                the last sees (Big Bird); the layer draws its own where it has no entry.
+            output_hidden_states: whether to return hidden states.
+
+        Raises:
+            MemtxError: shapes do not fit each other, a text is too long, or the model does not know such an argument.
+        """
+        self._check(input_ids, attention_mask, token_type_ids, global_attention_mask, random_blocks)
+        reading = Reading.of(input_ids, attention_mask, global_attention_mask, random_blocks)
+        x = self.embedding(input_ids, token_type_ids)
+        hidden = [x]
+        for block in self._layers():
+            x = block(x, reading)
+            if output_hidden_states:
+                hidden.append(x)
+        return EncoderOutput(
+            x,
+            tuple(hidden) if output_hidden_states else None,
+            self.head(x, self.embedding.tokens.weight) if self.head is not None else None,
+            torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
+        )
+
+    def _check(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        token_types: Tensor | None,
+        global_mask: Tensor | None,
+        random_blocks: Mapping[int, Tensor] | None,
+    ) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise MemtxError(
+                f"input_ids is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, length), length at least 1.",
+                "Reshape it; one text alone is input_ids[None].",
+            )
+        masks = (
+            ("attention_mask", attention_mask),
+            ("token_type_ids", token_types),
+            ("global_attention_mask", global_mask),
+        )
+        for name, given in masks:
+            if given is not None and given.shape != tokens.shape:
+                raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match input_ids.")
+        attentions = [block.attention for block in self._layers()]
+        if global_mask is not None and not any(attention.knows_globals for attention in attentions):
+            raise MemtxError("global_attention_mask was given to a model without global tokens.", "Leave it out.")
+        for layer in random_blocks or {}:
+            if not (0 <= layer < self.depth and attentions[layer].knows_random_blocks):
+                raise MemtxError(f"random_blocks was given for layer {layer}, which has none.", "Leave it out.")
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors of our own format into the folder ``path``."""
+        folder.save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Encoder:
+        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another class.
+        """
+        return cast(Encoder, folder.load(path, cls))

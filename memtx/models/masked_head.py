@@ -1,0 +1,41 @@
+"""From hidden states to the vocabulary, for tokens that were masked (BERT, Devlin et al. 2019, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class MaskedHead(nn.Module):
+    """A linear map, an activation, a norm, and the vocabulary.
+
+    Args:
+        dim: width of the hidden states.
+        vocab_size: scores a place.
+        tied: the last map's weights are the token embeddings, given with each call.
+        activation: makes what follows the first map.
+        eps: of the norm.
+    """
+
+    def __init__(
+        self, dim: int, vocab_size: int, *, tied: bool, activation: Callable[[], nn.Module] = nn.GELU, eps: float
+    ) -> None:
+        super().__init__()
+        self.transform = nn.Linear(dim, dim)
+        self.activation = activation()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Return scores (..., vocab).
+
+        Args:
+            x: (..., dim).
+            embedding: (vocab, dim), the token embeddings.
+        """
+        x = self.norm(self.activation(self.transform(x)))
+        return F.linear(x, embedding if self.weight is None else self.weight, self.bias)

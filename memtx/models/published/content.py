@@ -1,0 +1,143 @@
+"""A folder in the layout of the ``transformers`` library as it lies on disk: config.json and tensors by name.
+
+The tensors are in model.safetensors, in several such files with an index, or in pytorch_model.bin, which is a pickle
+and is therefore read for its tensors alone.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtx import files
+from memtx.errors import CheckpointError
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+INDEX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a folder holds.
+
+    Attributes:
+        place: the folder.
+        text: config.json, word for word.
+        config: the same, read.
+        tensors: every tensor by its name in the layout, on the CPU.
+    """
+
+    place: Path
+    text: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
+def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Return a folder's config.json, word for word and read.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a JSON object.
+    """
+    place = Path(path) / CONFIG
+    if not place.is_file():
+        raise CheckpointError(f"'{path}' has no {CONFIG}.", "Give the folder that holds the whole checkpoint.")
+    config = files.read_json(place)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{place}' holds a {type(config).__name__}, not a JSON object.", "Restore it.")
+    return place.read_bytes().decode("utf-8"), config
+
+
+def read(path: str | os.PathLike[str]) -> Content:
+    """Read a folder.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or holds more than tensors.
+    """
+    place = Path(path)
+    text, config = read_config(place)
+    for name, reader in ((WEIGHTS, _from_safetensors), (PICKLED, _from_pickle)):
+        if (place / name).is_file():
+            return Content(place, text, config, reader(place / name))
+        if (place / (name + INDEX)).is_file():
+            tensors = {}
+            for part, named in _parts(place / (name + INDEX)).items():
+                if not (place / part).is_file():
+                    raise CheckpointError(f"'{place}' lacks {part}, which its index names.", "Fetch the missing file.")
+                found = reader(place / part)
+                if missing := sorted(named - found.keys()):
+                    raise CheckpointError(
+                        f"'{place / part}' lacks {', '.join(missing)}, which the index puts there.",
+                        "Index and files do not belong together; fetch both again.",
+                    )
+                tensors.update(found)
+            return Content(place, text, config, tensors)
+    raise CheckpointError(
+        f"'{place}' has neither {WEIGHTS} nor {PICKLED}, nor an index of either.",
+        "Give the folder that holds the whole checkpoint.",
+    )
+
+
+def _parts(index: Path) -> dict[str, set[str]]:
+    """Return the names of the tensors in each file of an index."""
+    content = files.read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"'{index}' has no weight_map.", "Fetch it again.")
+    parts: dict[str, set[str]] = {}
+    for name, part in places.items():
+        # A file of the folder itself: an index from elsewhere is not to make us read other places.
+        if not isinstance(part, str) or Path(part).name != part:
+            raise CheckpointError(
+                f"'{index}' puts {name} into {part!r}, which is no file beside it.", "Fetch it again."
+            )
+        parts.setdefault(part, set()).add(name)
+    return parts
+
+
+def _from_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            # Copied to memory of torch's own alignment, as in files.load_tensors.
+            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}.", "Fetch it again.") from error
+
+
+def _from_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"'{path}' holds more than tensors, and a pickle can run anything.",
+            f"Convert it to {WEIGHTS} where you trust it.",
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"'{path}' is not a whole file ({type(error).__name__}).", "Fetch it again.") from error
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise CheckpointError(f"'{path}' is no table of tensors by name.", "Give the weights of a model.")
+    return {str(name): tensor.clone() for name, tensor in content.items()}
+
+
+def write(path: str | os.PathLike[str], text: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write config.json and model.safetensors, weights first, so that a config never stands without them.
+
+    Raises:
+        MemtxError: the folder cannot be written to.
+    """
+    place = Path(path)
+    # As the library marks its own files: it refuses one whose header does not say "pt".
+    files.save_tensors(place / WEIGHTS, tensors, kind="transformers", version=1)
+    files.write_text(place / CONFIG, text)

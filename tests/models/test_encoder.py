@@ -1,0 +1,95 @@
+"""Encoders against plain float64 ones, and what they refuse."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from memtx import MemtxError
+from memtx.layers.embeddings import TextEmbeddings
+from memtx.layers.pattern_attention import FullAttention
+from memtx.models.encoder import Encoder
+
+TOKENS = torch.randint(1, 20, (3, 13), generator=torch.Generator().manual_seed(0))
+PRESENT = torch.ones(3, 13, dtype=torch.int64)
+PRESENT[1, 9:] = 0
+PRESENT[2, :2] = 0
+
+
+def widened(model: Encoder) -> Encoder:
+    """The model in float64 with weights wide enough that a wrong term shows."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.double().eval()
+
+
+def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """Hidden states and logits as the paper writes them; seen: (rows, length, length) bool."""
+    rows, length = tokens.shape
+    embed = model.embedding
+    x = embed.tokens.weight[tokens] + embed.positions.weight[:length]
+    if embed.types is not None:
+        x = x + embed.types.weight[types if types is not None else torch.zeros_like(tokens)]
+    x = embed.norm(x)
+    hidden = [x]
+    for block in model._layers():
+        part = block.attention
+        width = model.dim // part.heads
+        out = torch.empty_like(x)
+        for row in range(rows):
+            for head in range(part.heads):
+                at = slice(head * width, (head + 1) * width)
+                q, k, v = (m(x[row])[:, at] for m in (part.query, part.key, part.value))
+                score = (q @ k.T / width**0.5).masked_fill(~seen[row], float("-inf"))
+                out[row, :, at] = torch.softmax(score, -1) @ v
+        x = block.attention_norm(x + part.out(out))
+        x = block.feed_forward_norm(x + block.feed_forward.out(block.feed_forward.activation(block.feed_forward.up(x))))
+        hidden.append(x)
+    head = model.head
+    scored = head.norm(head.activation(head.transform(x)))
+    return hidden, scored @ model.embedding.tokens.weight.T + head.bias
+
+
+@pytest.mark.parametrize("types", [0, 2])
+def test_everyone_sees_every_token_and_no_padding(types: int) -> None:
+    embeddings = partial(TextEmbeddings, positions=20, types=types, padding=0)
+    model = widened(Encoder(20, 8, 2, 2, embeddings=embeddings))
+    token_types = (TOKENS > 9).long() if types else None
+    seen = (PRESENT > 0)[:, None, :].expand(-1, 13, -1)
+    hidden, logits = plain(model, TOKENS, seen, token_types)
+    out = model(TOKENS, PRESENT, token_types, output_hidden_states=True)
+    for own, wanted in zip(out.hidden_states, hidden, strict=True):
+        assert torch.allclose(own, wanted, rtol=0, atol=1e-12)  # float64, sums of a dozen terms
+    assert torch.allclose(out.logits, logits, rtol=0, atol=1e-11)
+    assert torch.equal(out.last_hidden_state, out.hidden_states[-1])
+    assert model(TOKENS).hidden_states is None
+    wanted_grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+    own_grads = torch.autograd.grad(out.logits.square().sum(), list(model.parameters()))
+    for one, other in zip(own_grads, wanted_grads, strict=True):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_what_cannot_be_is_named() -> None:
+    embeddings = partial(TextEmbeddings, positions=15, padding=0)
+    model = Encoder(20, 8, 1, 2, embeddings=embeddings)
+    with pytest.raises(MemtxError, match=r"20 tokens needs 20 positions, the model has 15"):
+        model(torch.ones(1, 20, dtype=torch.int64))
+    with pytest.raises(MemtxError, match="attention_mask is"):
+        model(TOKENS, PRESENT[:, 1:])
+    with pytest.raises(MemtxError, match="no types of texts"):
+        model(TOKENS, token_type_ids=TOKENS)
+    with pytest.raises(MemtxError, match="without global tokens"):
+        model(TOKENS, global_attention_mask=PRESENT)
+    with pytest.raises(MemtxError, match="layer 0, which has none"):
+        model(TOKENS, random_blocks={0: torch.zeros(2, 3, 1, dtype=torch.int64)})
+    with pytest.raises(MemtxError, match="input_ids is"):
+        model(TOKENS.float())
+    with pytest.raises(MemtxError, match="dim is 9"):
+        Encoder(20, 9, 1, 2)
+    with pytest.raises(MemtxError, match="2 attentions for 3 layers"):
+        Encoder(20, 8, 3, 2, attentions=[FullAttention] * 2)
