@@ -74,7 +74,8 @@ class MemoryAttention(nn.Module):
     @property
     def memories(self) -> tuple[Memory[Any], ...]:
         """The exact memory, then those that answer by themselves."""
-        return (self.memory, *cast(list[Memory[Any]], list(self.beside)))
+        # The type as text: the compiler cannot build generic ones.
+        return (self.memory, *cast("list[Memory[Any]]", list(self.beside)))
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Attend, and hand the memories what they need to close.
@@ -108,7 +109,8 @@ class MemoryAttention(nn.Module):
         )
         attended, lse = found if isinstance(found, tuple) else (found, None)
         out: Tensor = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
-        after, losses, trace = [], Losses(), Trace(x, out, self)
+        losses: Losses = {}
+        after, trace = [], Trace(x, out, self)
         for memory, own in zip(self.memories, views, strict=True):
             next_state, found_losses = memory.write(own, segment, trace)
             after.append(next_state)
