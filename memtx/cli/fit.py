@@ -37,6 +37,7 @@ from memtx.training.callbacks.interrupt import STOPPED, StopOnInterrupt
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
 from memtx.training.callbacks.throughput import Throughput
+from memtx.training.callbacks.worth import MemoryWorth
 from memtx.training.language import LanguageModule
 from memtx.training.logs import MetricsFile
 
@@ -307,7 +308,7 @@ def main(argv: list[str]) -> int:
     """Run LightningCLI on ``argv`` (subcommand first) and return the exit code."""
     _quiet()
     interactive = sys.stderr.isatty() or sys.stdout.isatty()
-    callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), StopOnInterrupt()]
+    callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), MemoryWorth(), StopOnInterrupt()]
     callbacks.append(StepProgressBar() if interactive else PlainProgress())
 
     arguments = with_config(argv)

@@ -18,9 +18,11 @@ from memtx.errors import CheckpointError, MemtxError
 from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.segment import Segment
 from memtx.training import randomness
 from memtx.training.carry import Carry
 from memtx.training.divergence import FiniteLoss
+from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine, decay_groups
 from memtx.training.tbptt import Unrolled, unroll
 
@@ -48,6 +50,9 @@ class LanguageModule(pl.LightningModule):
         compile: whether to run the model through ``torch.compile``.
         checkpointing: whether the backward pass computes each layer again, which takes a third more time and
             keeps one layer's activations instead of all layers'.
+        meter: whether every validation also measures what the memory is worth, by reading the texts once more
+            with it cleared at every segment (``val_memory_gain`` and, by distance from a document's beginning in
+            tokens, ``val_memory_gain_N``).
 
     Raises:
         MemtxError: the segment is not positive; while training, the loss is no longer finite.
@@ -62,6 +67,7 @@ class LanguageModule(pl.LightningModule):
         scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
         compile: bool = False,
         checkpointing: bool = False,
+        meter: bool = True,
     ) -> None:
         super().__init__()
         if segment < 1:
@@ -86,6 +92,7 @@ class LanguageModule(pl.LightningModule):
         self.metrics = torch.nn.ModuleDict(
             {f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()}
         )
+        self.meter = MemoryMeter(segment) if meter else None
         for stage in ("val", "test"):
             # A float32 sum stops growing after some ten million tokens.
             cast(Metric, self.metrics[f"{stage}_loss"]).set_dtype(torch.float64)
@@ -113,9 +120,15 @@ class LanguageModule(pl.LightningModule):
         return out.loss
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
-        out = self._read(stage, batch)
-        nats = out.nll.sum(dtype=torch.float64)
         rows = batch.tokens.shape[0]
+        before = self.carry.take(stage, self.model, rows)
+        out = self._read(stage, batch)
+        if stage == "val" and self.meter is not None and carries(before):
+            position = Segment.locate(before.position, batch.tokens.shape[1], batch.starts).position
+            self.meter.update(self.model, batch, out.nll, position)
+            for name, worth in self.meter.figures():
+                self.log(f"val_{name}", worth, on_step=False, on_epoch=True, batch_size=rows)
+        nats = out.nll.sum(dtype=torch.float64)
         for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
             cast(Metric, self.metrics[f"{stage}_{name}"]).update(nats, amount.sum())
         cast(Metric, self.metrics[f"{stage}_loss"]).update(nats / out.scored.clamp(min=1), out.scored)

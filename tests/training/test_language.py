@@ -89,7 +89,7 @@ def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
     for path, metrics in keep.kept.items():
         fresh = trainer(tmp_path)
         (found,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
-        assert found == metrics
+        assert found == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)  # no text is as long as every range
     assert len({tuple(metrics.values()) for metrics in keep.kept.values()}) == 2
 
 

@@ -57,6 +57,7 @@ def test_a_line_at_every_validation(tmp_path: Path) -> None:
     found = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
     assert len(found) == 2
     pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  word perplexity \S+"
+    pattern += r"  memory's worth -?\d\.\d{{4}}"
     assert re.fullmatch(pattern.format(5), found[0])
     assert re.fullmatch(pattern.format(10), found[1])
 

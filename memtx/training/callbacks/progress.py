@@ -19,6 +19,7 @@ _VALIDATED = (
     ("val_loss", "loss", ".3f"),
     ("val_bits_per_byte", "bits/byte", ".4f"),
     ("val_word_perplexity", "word perplexity", ".5g"),
+    ("val_memory_gain", "memory's worth", ".4f"),
 )
 _SHORT = {
     "train_loss": "loss",

@@ -1,0 +1,94 @@
+"""What a memory is worth is a difference that anyone can compute, and a run that does not use it says so."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memtx.memory.none import NoMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.callbacks.worth import MemoryWorth
+from memtx.training.language import LanguageModule
+from tests.training.small import SEGMENT, data, model, module, trainer
+
+
+def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
+    """Return gains of one row a document, read by itself: by ranges of distance, and of all."""
+    store = texts.store("validation")
+    nats: dict[str, float] = {}
+    units: dict[str, float] = {}
+    for document in range(len(store.lengths)):
+        tokens = torch.from_numpy(store.slice(document, 0, int(store.lengths[document])).astype("int64"))[None]
+        state, count = None, tokens.shape[1] - 1
+        for at in range(0, count, SEGMENT):
+            part = slice(at, min(at + SEGMENT, count))
+            inputs, labels = tokens[:, part], tokens[:, part.start + 1 : part.stop + 1]
+            with torch.no_grad():
+                kept, cleared = (measured.model(inputs, one, labels=labels) for one in (state, None))
+            state = kept.state
+            for place, gain in enumerate((cleared.nll - kept.nll)[0].tolist(), at):
+                names = ["memory_gain"]
+                if place >= SEGMENT:
+                    names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(place / SEGMENT, 4) + 1e-9))}")
+                for name in names:
+                    nats[name] = nats.get(name, 0.0) + gain
+                    units[name] = units.get(name, 0.0) + float(store.bytes[document]) / count
+    return {name: nats[name] / units[name] / math.log(2) for name in nats}
+
+
+def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
+    # As many rows as documents, so that every document begins where a segment does.
+    texts, measured = data(tmp_path, eval_rows=1), module(dropout=0.0)
+    with torch.no_grad():
+        for weight in measured.model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)  # so that a memory makes a difference
+    texts.setup("validate")
+    texts.eval_rows = len(texts.store("validation").lengths)
+    (found,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
+    expected = by_hand(measured, texts)
+    assert len(expected) >= 3
+    assert max(map(abs, expected.values())) > 0.01
+    for name, value in expected.items():
+        # Bytes are spread over a whole document by hand, over a batch's rows in the meter.
+        assert found[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
+
+
+def test_nothing_is_measured_where_nothing_is_carried_or_it_is_not_wanted(tmp_path: Path) -> None:
+    for one in (
+        LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment=SEGMENT),
+        module(meter=False),
+    ):
+        (found,) = trainer(tmp_path).validate(one, datamodule=data(tmp_path), verbose=False)
+        assert not any("memory" in name for name in found)
+
+
+class Deaf(MemoryTransformer):
+    """Carries a memory that it never reads."""
+
+    def forward(self, tokens, state=None, **rest):  # type: ignore[no-untyped-def]
+        state = state if state is not None else self.init_state(tokens.shape[0])
+        return super().forward(tokens, state.reset(torch.ones(tokens.shape[0], dtype=torch.bool)), **rest)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_memory_that_is_not_used_is_said_so(tmp_path: Path, deaf: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    taught = module(dropout=0.0)
+    if deaf:
+        taught.model.__class__ = Deaf
+    else:
+        with torch.no_grad():
+            for weight in taught.model.parameters():
+                weight.add_(torch.randn_like(weight) * 0.2)
+    options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 2}
+    fitting = trainer(tmp_path, MemoryWorth(), **options)
+    fitting.fit(taught, datamodule=data(tmp_path))
+    said = capsys.readouterr().err
+    gain = float(fitting.callback_metrics["val_memory_gain"])
+    assert ("The memory is not used" in said) == (gain < 1e-3)
+    if deaf:
+        assert gain == pytest.approx(0.0, abs=1e-9)
+        assert said.count("only 0.0000 worse") + said.count("0.0000 better") == 2
