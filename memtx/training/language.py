@@ -126,8 +126,6 @@ class LanguageModule(pl.LightningModule):
         if stage == "val" and self.meter is not None and carries(before):
             position = Segment.locate(before.position, batch.tokens.shape[1], batch.starts).position
             self.meter.update(self.model, batch, out.nll, position)
-            for name, worth in self.meter.figures():
-                self.log(f"val_{name}", worth, on_step=False, on_epoch=True, batch_size=rows)
         nats = out.nll.sum(dtype=torch.float64)
         for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
             cast(Metric, self.metrics[f"{stage}_{name}"]).update(nats, amount.sum())
@@ -152,6 +150,16 @@ class LanguageModule(pl.LightningModule):
     def on_validation_start(self) -> None:
         """Begin fresh."""
         self.carry.forget("val")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what the memory is worth at every distance that some text has."""
+        if self.meter is None:
+            return
+        for name, metric in self.meter.figures():
+            # Summed over ranks here, so that all of them log the same names.
+            if metric.update_called and not (worth := metric.compute()).isnan():
+                self.log(f"val_{name}", worth.float())
+            metric.reset()
 
     def on_validation_end(self) -> None:
         """Leave nothing."""

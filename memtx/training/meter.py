@@ -47,7 +47,7 @@ class MemoryMeter(nn.Module):
     def figures(self) -> Iterator[tuple[str, BitsPerByte]]:
         """Yield ``memory_gain``, of all bytes, then ``memory_gain_N``, of those from N tokens on to 4 N.
 
-        The last range has no end. A range that no text reached is NaN.
+        The last range has no end. A range that no text reached gives NaN.
         """
         yield "memory_gain", self.whole
         for low, metric in self._ranges():

@@ -89,7 +89,7 @@ def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
     for path, metrics in keep.kept.items():
         fresh = trainer(tmp_path)
         (found,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
-        assert found == pytest.approx(metrics, rel=0, abs=0, nan_ok=True)  # no text is as long as every range
+        assert found == metrics
     assert len({tuple(metrics.values()) for metrics in keep.kept.values()}) == 2
 
 
@@ -115,7 +115,7 @@ def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
     (found,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
     (whole,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
     assert found != whole
-    assert found.keys() == whole.keys()
+    assert found.keys() <= whole.keys()  # the meter tells only of distances that were reached
 
 
 def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
