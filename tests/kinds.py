@@ -20,6 +20,7 @@ from memtx.memory.compression import (
 from memtx.memory.features import Dpfp, Elu
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
+from memtx.memory.slots import SlotMemory
 from tests.theirs import RunningMean
 
 Make = Callable[[int], Memory[Any]]
@@ -52,6 +53,11 @@ def associative(**options: Any) -> Callable[[int, int, int], Stack]:
     return beside(lambda window, rate, length: partial(AssociativeMemory, heads=2, **options))
 
 
+def slots(**options: Any) -> Callable[[int, int, int], Stack]:
+    """Return a maker of the kind beside a window; written every 1 to 5 tokens."""
+    return beside(lambda window, rate, length: partial(SlotMemory, count=3, interval=rate, heads=2, **options))
+
+
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
@@ -59,6 +65,8 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "associative-gated": associative(decay=partial(Gate, bias=-2.0), key_dim=3, cost=0.1),
     "associative-infini": associative(erase=False, feature=Elu, share=True),
     "associative-armt": associative(feature=partial(Dpfp, order=2)),
+    "slots": slots(),
+    "slots-memformer": slots(write=None),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""
