@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from memtx.memory.compressed import CompressedMemory
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
+    from memtx.memory.slots import SlotMemory
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
     from memtx.models.published.load import from_pretrained
     from memtx.state import MemoryState
@@ -40,6 +41,7 @@ _PLACES = {
     "NoMemory": "memtx.memory.none:NoMemory",
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Rotary": "memtx.layers.positions:Rotary",
+    "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
     "from_pretrained": "memtx.models.published.load:from_pretrained",
@@ -60,6 +62,7 @@ __all__ = [
     "NoMemory",
     "RecurrentMemory",
     "Rotary",
+    "SlotMemory",
     "StreamReader",
     "SwiGLU",
     "from_pretrained",

@@ -20,6 +20,8 @@ from memtx.memory.compression import (
 from memtx.memory.features import Dpfp, Elu
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
+from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.slots import SlotMemory
 from tests.theirs import RunningMean
 
 Make = Callable[[int], Memory[Any]]
@@ -52,6 +54,16 @@ def associative(**options: Any) -> Callable[[int, int, int], Stack]:
     return beside(lambda window, rate, length: partial(AssociativeMemory, heads=2, **options))
 
 
+def slots(**options: Any) -> Callable[[int, int, int], Stack]:
+    """Return a maker of the kind beside a window; written every 1 to 5 tokens."""
+    return beside(lambda window, rate, length: partial(SlotMemory, count=3, interval=rate, heads=2, **options))
+
+
+def retrieval(window: int, rate: int, length: int) -> Make:
+    """Make the kind that takes over where a window ends."""
+    return partial(RetrievalMemory, capacity=4 * rate, nearest=length + 1, skip=window, heads=2)
+
+
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
@@ -59,6 +71,12 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "associative-gated": associative(decay=partial(Gate, bias=-2.0), key_dim=3, cost=0.1),
     "associative-infini": associative(erase=False, feature=Elu, share=True),
     "associative-armt": associative(feature=partial(Dpfp, order=2)),
+    "slots": slots(),
+    "slots-memformer": slots(write=None),
+    "retrieval": beside(retrieval),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""
+
+CHOOSING = {"compressed-most_used", "retrieval"}
+"""Kinds that choose between states: nearly equal ones may be told apart otherwise in float32, and that shows whole."""

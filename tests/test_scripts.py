@@ -161,3 +161,17 @@ def test_gpu_script_ends_within_eight_minutes() -> None:
     limits = [int(limit) for limit in re.findall(r"^(?:part|bench [\w-]+) (\d+) ", text, flags=re.MULTILINE)]
     assert len(limits) == 6
     assert sum(limits) <= 8 * 60
+
+
+def test_replay(tmp_path: Path) -> None:
+    done = run(
+        sys.executable, SCRIPTS / "measure_replay.py", "--json", "-", "--threads", "1", "--horizons", "3",
+        "--rows", "2", "--segment", "8", "--dim", "8", "--depth", "1", "--heads", "2", "--vocab", "16",
+        "--repeats", "1", "--kind", "recurrent", "--markdown", tmp_path / "replay.md", "--plot", tmp_path / "r.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["horizon"], row["replay"]) for row in rows] == [(3, False), (3, True)]
+    assert all(row["seconds"] > 0 and row["state_bytes"] == 2 * (7 * 8 * 4 + 8) for row in rows)
+    assert "| 3 |" in (tmp_path / "replay.md").read_text()
+    assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")

@@ -139,7 +139,8 @@ class AssociativeMemory(Memory[AssociativeState]):
         if self.averages:
             # Nothing was written: nothing is read.
             out = out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(kind).eps)
-        return View.apart(segment, _Kept(out, strength, AssociativeState(matrix, x[:, -1])))
+        # Copied: a view would keep the whole segment alive with the state.
+        return View.apart(segment, _Kept(out, strength, AssociativeState(matrix, x[:, -1].clone())))
 
     def _by_head(self, x: Tensor, kind: torch.dtype) -> Tensor:
         """(rows, segment, heads * width) -> (rows, heads, segment, width)."""

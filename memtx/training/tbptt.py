@@ -1,11 +1,18 @@
-"""Truncated back-propagation through time over the segments of one batch (Williams and Peng 1990)."""
+"""Truncated back-propagation through time over the segments of one batch (Williams and Peng 1990).
+
+With replay only the states between the segments are kept, and a segment is read again when its gradient is due:
+Memformer's memory replay (Wu et al. 2020, section 3.5), which is checkpointing at segment borders (Chen et al. 2016),
+for every kind of memory.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from memtx.memory.base import Losses
 from memtx.models.memory_transformer import MemoryTransformer
@@ -41,6 +48,7 @@ def unroll(
     state: MemoryState,
     *,
     segment: int,
+    replay: bool = False,
 ) -> Unrolled:
     """Read a batch segment by segment with one graph through all of them.
 
@@ -51,14 +59,21 @@ def unroll(
         starts: likewise bool, where documents begin.
         state: as the previous batch left it, cut from its graph.
         segment: tokens a call.
+        replay: keep states alone and read every segment once more in the backward pass: the same gradients, about
+            a third more time, and the memory of one segment however many there are.
     """
+
+    def read(tokens: Tensor, state: MemoryState, starts: Tensor, labels: Tensor) -> Any:
+        return model(tokens, state, starts=starts, labels=labels)
+
     scored = (labels != IGNORED).sum()
     language: Tensor | float = 0.0
     nll: list[Tensor] = []
     named: dict[str, list[Tensor]] = {}
     for at in range(0, tokens.shape[1], segment):
         part = slice(at, at + segment)
-        out = model(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])
+        given = tokens[:, part], state, starts[:, part], labels[:, part]
+        out = checkpoint(read, *given, use_reentrant=False) if replay else read(*given)
         state = out.state
         # Every label weighs alike, so the mean is over the horizon, not of its segments' means.
         dtype = torch.promote_types(out.language_loss.dtype, torch.float32)

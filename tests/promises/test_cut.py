@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.kinds import KINDS
+from tests.kinds import CHOOSING, KINDS
 from tests.promises.drawn import Case, cases, cuts, distance, read
 
 EXACT = 1e-10
@@ -27,8 +27,8 @@ def test_any_two_ways_to_cut_agree(kind: str, data: st.DataObject) -> None:
     assert distance(last, end) < EXACT
 
 
-# A choice between nearly equal states may fall otherwise in float32, and then shows whole: left to float64.
-@pytest.mark.parametrize("kind", sorted(KINDS.keys() - {"compressed-most_used"}))
+# Choices are left to float64.
+@pytest.mark.parametrize("kind", sorted(KINDS.keys() - CHOOSING))
 @given(data=st.data())
 def test_they_agree_in_float32(kind: str, data: st.DataObject) -> None:
     double = data.draw(cases(kind))

@@ -1,0 +1,139 @@
+"""What a horizon of k segments costs with replay and without: peak memory and time of a training step.
+
+    python scripts/measure_replay.py [--horizons 1 2 4 8 16] [--kind KIND] [--json FILE] [--markdown FILE] [--plot PNG]
+
+Each figure is taken in a process of its own: the most memory that a step of k segments held beyond what the model
+held at rest, after a step that is not counted. Plain back-propagation keeps every segment's activations, replay the
+states between them and one segment's activations at a time. On a GPU the figures are those of its allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+import measuring
+import torch
+
+from memtx import plots
+from memtx.memory.associative import AssociativeMemory
+from memtx.memory.base import Memory
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.memory.slots import SlotMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.tbptt import unroll
+
+Make = Callable[[int], Memory[Any]]
+
+
+def stacks(window: int) -> dict[str, list[Make]]:
+    """Return the memories of a layer by the kind's name."""
+    exact: Make = partial(RecurrentMemory, window=window)
+    return {
+        "recurrent": [exact],
+        "compressed": [partial(CompressedMemory, window=window, rate=4, length=window // 4)],
+        "associative": [exact, AssociativeMemory],
+        "slots": [exact, partial(SlotMemory, count=16, interval=window)],
+    }
+
+
+def measured(task: dict[str, Any]) -> dict[str, Any]:
+    """Train some steps of one horizon; return bytes at the peak beyond those at rest, and seconds a step."""
+    device = torch.device(task["device"])
+    if task["threads"]:
+        torch.set_num_threads(task["threads"])
+    torch.manual_seed(0)
+    segment, rows, horizon = task["segment"], task["rows"], task["horizon"]
+    model = MemoryTransformer(
+        task["vocab"], dim=task["dim"], depth=task["depth"], heads=task["heads"],
+        memories=[stacks(segment)[task["kind"]]],
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters())
+    tokens = torch.randint(0, task["vocab"], (rows, horizon * segment + 1), device=device)
+    starts = torch.zeros(rows, horizon * segment, dtype=torch.bool, device=device)
+
+    def step(length: int) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        found = unroll(
+            model, tokens[:, :length], tokens[:, 1 : length + 1], starts[:, :length], model.init_state(rows),
+            segment=segment, replay=task["replay"],
+        )  # fmt: skip
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    # Gradients and moments are there from the first step on; it is a short one, so that no memory is left over.
+    step(min(segment, 8))
+    at_rest = measuring.held_bytes(device)
+    watched = measuring.reset_peak(device)
+    step(horizon * segment)
+    peak = measuring.peak_bytes(device) if watched else None
+    times = [measuring.seconds(partial(step, horizon * segment), device) for _ in range(task["repeats"])]
+    return {
+        "peak_bytes": None if peak is None or at_rest is None else peak - at_rest,
+        "seconds": statistics.median(times),
+        "state_bytes": model.init_state(rows).nbytes,
+        "machine": measuring.machine(device),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
+    """Return the figures as Markdown."""
+    lines = [
+        f"{measuring.headline(machine)}; peak beyond rest, MiB.",
+        "",
+        "| segments | plain | replay | replay / one segment | plain s | replay s |",
+        "|---|---|---|---|---|---|",
+    ]
+    by = {(row["horizon"], row["replay"]): row for row in rows}
+    horizons = sorted({row["horizon"] for row in rows})
+    least = by[horizons[0], True]["peak_bytes"]
+    for horizon in horizons:
+        plain, replay = by[horizon, False], by[horizon, True]
+        share = f"{replay['peak_bytes'] / least:.2f}" if least else "-"
+        lines.append(
+            f"| {horizon} | {measuring.mib(plain['peak_bytes'])} | {measuring.mib(replay['peak_bytes'])} | {share} | "
+            f"{plain['seconds']:.2f} | {replay['seconds']:.2f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measuring.add_options(parser)
+    parser.add_argument("--horizons", type=measuring.positive, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--kind", choices=sorted(stacks(4)), default="slots")
+    for name, default in (("rows", 4), ("segment", 128), ("dim", 128), ("depth", 4), ("heads", 4), ("vocab", 512)):
+        parser.add_argument(f"--{name}", type=measuring.positive, default=default)
+    parser.add_argument("--repeats", type=measuring.positive, default=3, help="steps timed")
+    arguments = parser.parse_args()
+    measuring.prepare(arguments)
+    fixed = ("kind", "rows", "segment", "dim", "depth", "heads", "vocab", "repeats", "threads")
+    common = {name: getattr(arguments, name) for name in fixed} | {"device": str(arguments.device)}
+    tasks = [common | {"horizon": k, "replay": replay} for k in arguments.horizons for replay in (False, True)]
+    results: list[dict[str, Any]] = []
+    with measuring.progress() as bar:
+        for task in bar.track(tasks, description="steps"):
+            # A process each: what one held would hide what the next one needs.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                results.append(task | pool.submit(measured, task).result())
+    machine = results[0]["machine"]
+    if arguments.plot:
+        series = {
+            name: ([row["horizon"] for row in chosen], [(row["peak_bytes"] or 0) / measuring.MIB for row in chosen])
+            for name, replay in (("plain", False), ("replay", True))
+            if (chosen := [row for row in results if row["replay"] is replay])
+        }
+        plots.loss_curve(arguments.plot, series, title="A training step by its horizon", x="segments", y="peak, MiB")
+    found = {"rows": [{key: value for key, value in row.items() if key != "machine"} for row in results]}
+    measuring.deliver(arguments, json.loads(json.dumps(found)) | {"machine": machine}, table(results, machine))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Replay: the gradients of plain back-propagation through time, and the memory of one segment."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.tbptt import Unrolled, unroll
+from tests.kinds import KINDS
+from tests.training.small import Record, data, model, module, trainer, weights
+from tests.training.test_tbptt import gradients, texts
+
+# float64: the same operations a second time; only sums over segments may be taken in another order.
+EXACT: Any = {"atol": 1e-12, "rtol": 1e-9}
+
+
+def unrolled(reader: MemoryTransformer, seed: int, segment: int, length: int, *, replay: bool) -> Unrolled:
+    torch.manual_seed(seed)
+    return unroll(reader, *texts(seed, 2, length), reader.init_state(2), segment=segment, replay=replay)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=5)
+@given(segment=st.integers(1, 7), length=st.integers(1, 24), seed=st.integers(0, 99))
+def test_gradients_are_those_of_plain_backpropagation(kind: str, segment: int, length: int, seed: int) -> None:
+    """Dropout and auxiliary losses included: what was drawn is drawn again."""
+    torch.manual_seed(seed)
+    reader = model(30, memories=(KINDS[kind](4, 2, 3),), dropout=0.2).double().train()
+    plain = unrolled(reader, seed, segment, length, replay=False)
+    expected = gradients(reader, plain.loss)
+    found = unrolled(reader, seed, segment, length, replay=True)
+    assert torch.equal(found.loss, plain.loss)
+    assert torch.equal(found.nll, plain.nll)
+    assert found.state.equals(plain.state)
+    for name, one in gradients(reader, found.loss).items():
+        torch.testing.assert_close(one, expected[name], **EXACT)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that tensors made under it held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known:
+                    self.known.add(key)
+                    self.held += size
+                    weakref.finalize(storage, self._gone, key, size)
+        self.peak = max(self.peak, self.held)
+        return out
+
+
+def peak(reader: MemoryTransformer, horizon: int, *, replay: bool) -> int:
+    # Gradients of weights are there already, as from the second segment on.
+    unrolled(reader, 0, 16, 16, replay=False).loss.backward()  # type: ignore[no-untyped-call]
+    reader.zero_grad(set_to_none=False)
+    with Alive() as alive:
+        unrolled(reader, 0, 16, 16 * horizon, replay=replay).loss.backward()  # type: ignore[no-untyped-call]
+    return alive.peak
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "compressed-convolution", "associative", "slots"])
+def test_memory_grows_by_states_alone(kind: str) -> None:
+    reader = model(30, memories=(KINDS[kind](8, 8, 3),), dim=32)
+    state = reader.init_state(2).nbytes
+    one, many = (peak(reader, horizon, replay=True) for horizon in (2, 16))
+    # Fourteen states more, each with its tokens and the random state that dropout may be drawn from again.
+    random, batch = torch.get_rng_state().numel(), 2 * 16 * (8 + 8 + 1 + 4)
+    assert many - one < 14 * 1.1 * (state + random + batch)
+    assert peak(reader, 16, replay=False) > 5 * many
+
+
+def test_a_run_with_replay_is_the_run_without(tmp_path: Any) -> None:
+    kept = []
+    for replay in (False, True):
+        taught, record = module(replay=replay), Record()
+        run = trainer(tmp_path, record, max_steps=4, val_check_interval=4)
+        run.fit(taught, datamodule=data(tmp_path, horizon=3))
+        kept.append((record.losses, record.found, weights(taught)))
+    assert kept[0][:2] == kept[1][:2]
+    for name, tensor in kept[0][2].items():
+        assert torch.equal(kept[1][2][name], tensor), name
