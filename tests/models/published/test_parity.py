@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import memtx
 from memtx.models.encoder import Encoder
 from memtx.models.published.load import KNOWN
+from memtx.models.transformer_xl import TransformerXL
 from memtx.ops.random_blocks import draw
 
 TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
@@ -65,6 +66,24 @@ def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
             # Big Bird's hidden states are recorded with the padding that the library adds within.
             assert (own - wanted[:, : own.shape[1]]).abs().max() < TOLERANCE, f"{folder.name}: {name}"
         assert compared, f"{folder.name} records nothing to compare"
+
+
+def test_every_segment_of_transformer_xl_and_its_state(parity: Path) -> None:
+    for folder in folders(parity, "transfo-xl"):
+        io = load_file(folder / "io.safetensors")
+        model = memtx.from_pretrained(folder)
+        assert isinstance(model, TransformerXL)
+        state, read = None, 0
+        for segment in range(sum(name.startswith("log_probs.") for name in io)):
+            wanted = io[f"log_probs.{segment}"]
+            with torch.no_grad():
+                out = model(io["input_ids"][:, read : read + wanted.shape[1]], state)
+            state, read = out.state, read + wanted.shape[1]
+            assert out.logits is not None
+            assert (out.logits - wanted).abs().max() < TOLERANCE, f"{folder.name}: segment {segment}"
+            for layer, (own,) in enumerate(state.layers):
+                gap = own.hidden.transpose(0, 1) - io[f"mems.{segment}.{layer}"]
+                assert gap.abs().max() < TOLERANCE, f"{folder.name}: memory {layer} after segment {segment}"
 
 
 def test_random_blocks_are_those_recorded_and_can_be_given(parity: Path) -> None:
