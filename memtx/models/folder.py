@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -39,6 +41,15 @@ class Configured(Protocol):
 def described(model: Configured) -> dict[str, Any]:
     """Return what rebuilds ``model`` without its weights, as numbers, texts, lists and dicts."""
     return {"format": "memtx.model", "version": FORMAT_VERSION, **model.config}
+
+
+def fingerprint(model: Configured) -> str:
+    """Return SHA-256 over a model's configuration and weights."""
+    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save(model: Configured, path: str | os.PathLike[str]) -> None:

@@ -61,7 +61,7 @@ class Section:
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """Pairs seen beside those of the lifetimes, within documents; a key seen both ways counts once.
+    """Pairs seen beside those of the lifetimes, within documents; a key seen both ways counts once by default.
 
     Longformer (Beltagy et al. 2020, section 3.1) and Big Bird (Zaheer et al. 2020, section 2).
 
@@ -74,6 +74,8 @@ class Pattern:
             negative for none. None where there are none.
         size: queries, and keys, a block.
         first: the key at which block 0 of the keys begins, such as the number of global keys before them.
+        repeats: whether a key counts as often as it is seen, by a lifetime and by each mention of its block, as in
+            the published Big Bird; a global query still counts every key once.
     """
 
     begins: Tensor
@@ -82,6 +84,7 @@ class Pattern:
     blocks: Tensor | None = None
     size: int = 64
     first: int = 0
+    repeats: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,21 +131,30 @@ def visible(
 
 def visible_by_head(visibility: Visibility) -> Tensor:
     """Return who sees whom, the pattern included: (rows, 1 or heads, queries, keys) bool."""
+    return times_seen(visibility) > 0
+
+
+def times_seen(visibility: Visibility) -> Tensor:
+    """Return how often each key counts for each query, (rows, 1 or heads, queries, keys) int64."""
     seen = visible(visibility)[:, None]
     pattern = visibility.pattern
     if pattern is None:
-        return seen
+        return seen.long()
     tick = torch.arange(visibility.queries, device=seen.device)
     document = (pattern.begins[:, None] <= tick[:, None]) & (tick[:, None] < pattern.ends[:, None])
-    also = torch.zeros_like(seen)
-    if pattern.queries is not None:
-        also = also | (pattern.queries[:, None] == tick[:, None]).any(-1)[:, None, :, None]
+    times = seen.long()
     if pattern.blocks is not None:
         key = torch.arange(visibility.keys, device=seen.device) - pattern.first
         block = torch.where(key >= 0, key // pattern.size, -1)
         for chosen in pattern.blocks[:, tick // pattern.size].unbind(-1):  # (1 or heads, queries)
-            also = also | ((chosen[..., None] == block) & (block >= 0))
-    return seen | (document[:, None] & also)
+            mentioned = (chosen[..., None] == block) & (block >= 0) & document[:, None]
+            times = times + mentioned.long()
+    if not pattern.repeats:
+        times = times.clamp(max=1)
+    if pattern.queries is not None:
+        asks = (pattern.queries[:, None] == tick[:, None]).any(-1)[:, None, :, None]
+        times = torch.where(asks, (seen | document[:, None]).long(), times)
+    return times
 
 
 def pairs(visibility: Visibility) -> Tensor:

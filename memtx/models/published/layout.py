@@ -25,7 +25,7 @@ class Layout:
 
     Attributes:
         parts: a part of the model -> the names it may have in the checkpoint, the one that counts first; ``{}``
-            stands for a layer's number, and a part is a module's path or a whole parameter's name.
+            stands for a number such as a layer's, and a part is a module's path or a whole parameter's name.
         prefix: what the body's names begin with when the checkpoint holds a head too; ``parts`` has them without it.
         heads: what the names of heads begin with, which never bear the prefix.
         kept: patterns of names (without prefix) that belong to the layout but to no part of the model.
@@ -48,6 +48,8 @@ class Layout:
 
     def names(self, own: str) -> list[str]:
         """Return the names that the model's tensor ``own`` may have in the checkpoint."""
+        if own in self.parts:
+            return list(self.parts[own])
         numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", own)
         general = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", own)
         stem, _, last = general.rpartition(".")
@@ -100,11 +102,11 @@ class PublishedModel(nn.Module):
 
 
 def tied(found: Content, layout: Layout, head: str, embedding: str) -> bool:
-    """Return whether the output projection is the embedding: left out because it is, or the same numbers."""
+    """Return whether a head's weights are the embedding's: the config allows it, and no other numbers are there."""
+    if found.config.get("tie_word_embeddings") is False:
+        return False
     tensors = {layout.modern(name): tensor for name, tensor in found.tensors.items()}
-    if head not in tensors:
-        return found.config.get("tie_word_embeddings") is not False
-    return embedding in tensors and _same(tensors[head], tensors[embedding])
+    return head not in tensors or (embedding in tensors and _same(tensors[head], tensors[embedding]))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -19,8 +19,10 @@ from memtx.models.published.layout import PublishedModel
 # The one table of names that stand for classes: model_type is someone else's format.
 KNOWN = {
     "bert": "memtx.models.published.bert",
+    "big_bird": "memtx.models.published.bigbird",
     "distilbert": "memtx.models.published.distilbert",
     "longformer": "memtx.models.published.longformer",
+    "transfo-xl": "memtx.models.published.transformer_xl",
 }
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.ops.attention import blocks, fused, pattern
+from memtx.ops.attention import blocks, fused, fused_blocks, pattern
 from memtx.ops.attention.bias import ScoreBias, learns
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.plan import BLOCK, bands
@@ -70,7 +70,11 @@ def attend(
     out, lse = _by_lifetimes(q, k, v, visibility, bias, scale, block, need_lse or random or overlaid, dropout)
     if random:
         assert lse is not None
-        out, lse = merge([(out, lse), pattern.random_blocks(q, k, v, visibility, bias, scale, dropout)])
+        if bias is None and dropout == 0.0 and q.device.type == "cpu":
+            others = fused_blocks.random_blocks(q, k, v, visibility, scale)
+        else:
+            others = pattern.random_blocks(q, k, v, visibility, bias, scale, dropout)
+        out, lse = merge([(out, lse), others])
     if overlaid:
         assert lse is not None
         out, lse = pattern.global_queries(q, k, v, visibility, bias, scale, dropout, (out, lse))

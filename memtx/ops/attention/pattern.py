@@ -25,14 +25,18 @@ def distinct(index: Tensor) -> Tensor:
 def random_blocks(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over those keys of the pattern's blocks that no lifetime shows to the query."""
+    """Return output and log-sum-exp over the keys of the pattern's blocks.
+
+    Unless they are to count as often as they are seen, a block mentioned twice counts once, and keys that a lifetime
+    shows to the query are left out.
+    """
     pattern = visibility.pattern
     assert pattern is not None
     assert pattern.blocks is not None
     heads, queries = q.shape[1:3]
     size, first = pattern.size, pattern.first
     keys = max(-(-(visibility.keys - first) // size), 1)  # blocks of them
-    table = distinct(pattern.blocks)  # (1 or heads, query blocks, r)
+    table = pattern.blocks if pattern.repeats else distinct(pattern.blocks)  # (1 or heads, query blocks, r)
     chosen = (table >= 0) & (table < keys)
     table = table.clamp(0, keys - 1)
 
@@ -52,8 +56,9 @@ def random_blocks(
     # Padded keys get 0 for both ends of every life, so they are in no document.
     tick = torch.arange(table.shape[1] * size, device=q.device).view(-1, size, 1)
     document = (of_lives(pattern.begins) <= tick) & (tick < of_lives(pattern.ends))
-    known = (of_lives(visibility.born) <= tick) & (tick < of_lives(visibility.expires))
-    seen = document & ~known & chosen.repeat_interleave(size, dim=-1)[..., None, :]
+    seen = document & chosen.repeat_interleave(size, dim=-1)[..., None, :]
+    if not pattern.repeats:
+        seen = seen & ~((of_lives(visibility.born) <= tick) & (tick < of_lives(visibility.expires)))
     scores = scores_of(in_blocks(q, table.shape[1]), of_keys(k), scale)
     if bias is not None:
         scores = scores + bias.score(tick - of_lives(bias.tick)).to(scores.dtype)

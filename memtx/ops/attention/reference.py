@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import ScoreBias, bias_of
-from memtx.ops.visibility import Visibility, visible_by_head
+from memtx.ops.visibility import Visibility, times_seen
 
 
 def weigh(scores: Tensor, seen: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -65,4 +65,8 @@ def attend(
     scores = (q @ k.transpose(-1, -2)) * scale
     if bias is not None:
         scores = scores + bias_of(bias, (0, visibility.queries), (0, visibility.keys)).to(scores.dtype)
-    return weigh(scores, visible_by_head(visibility), v, dropout)
+    times = times_seen(visibility)
+    if visibility.pattern is not None and visibility.pattern.repeats:
+        # A key that counts n times is n keys of one score.
+        scores = scores + times.clamp(min=1).to(scores.dtype).log()
+    return weigh(scores, times > 0, v, dropout)

@@ -33,11 +33,20 @@ def pattern(draw: st.DrawFn, seen: Visibility, rows: int, heads: int, generator:
 
     begins = integers(-5, seen.queries, draw(st.sampled_from((1, rows))), seen.keys)
     ends = begins + integers(0, seen.queries + 5, *begins.shape)
+    if draw(st.booleans()):  # nothing but whole texts and padding
+        ends = torch.where(ends - begins > 3, begins.new_full((), seen.queries), 0)
+        begins = torch.zeros_like(ends)
     asked = integers(-2, seen.queries, draw(st.sampled_from((1, rows))), draw(st.integers(1, 4)))
     table = integers(-1, seen.keys // size + 2, draw(st.sampled_from((1, heads))), -(-seen.queries // size), 3)
     which = draw(st.sampled_from(("queries", "blocks", "both")))
     return Pattern(
-        begins, ends, asked if which != "blocks" else None, table if which != "queries" else None, size, first
+        begins,
+        ends,
+        asked if which != "blocks" else None,
+        table if which != "queries" else None,
+        size,
+        first,
+        draw(st.booleans()),
     )
 
 

@@ -27,23 +27,24 @@ Answer = tuple[Tensor, ...]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 
-def sees(visibility: Visibility, row: int, head: int, t: int, j: int) -> bool:
-    """Whether the query at tick t sees key j, as the docstrings of Visibility and Pattern say it."""
+def times(visibility: Visibility, row: int, head: int, t: int, j: int) -> int:
+    """How often key j counts for the query at tick t, as the docstrings of Visibility and Pattern say it."""
 
     def of(x: Tensor, index: int, *rest: int) -> int:
         return int(x[(index if x.shape[0] > 1 else 0, *rest)])
 
-    if of(visibility.born, row, j) <= t < of(visibility.expires, row, j):
-        return True
+    alive = int(of(visibility.born, row, j) <= t < of(visibility.expires, row, j))
     beside = visibility.pattern
-    if beside is None or not of(beside.begins, row, j) <= t < of(beside.ends, row, j):
-        return False
+    if beside is None:
+        return alive
+    within = of(beside.begins, row, j) <= t < of(beside.ends, row, j)
     if beside.queries is not None and t in beside.queries[row if beside.queries.shape[0] > 1 else 0].tolist():
-        return True
-    if beside.blocks is None or j < beside.first:
-        return False
+        return max(alive, int(within))
+    if not within or beside.blocks is None or j < beside.first:
+        return alive
     blocks = beside.blocks[head if beside.blocks.shape[0] > 1 else 0, t // beside.size].tolist()
-    return (j - beside.first) // beside.size in blocks
+    found = alive + blocks.count((j - beside.first) // beside.size)
+    return found if beside.repeats else min(found, 1)
 
 
 def added(bias: ScoreBias, row: int, head: int, t: int, j: int) -> float:
@@ -63,7 +64,7 @@ def naive(problem: Problem) -> tuple[Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=q.dtype)
     for row, head, t in itertools.product(*map(range, q.shape[:3])):
-        keys = [j for j in range(visibility.keys) if sees(visibility, row, head, t, j)]
+        keys = [j for j in range(visibility.keys) for _ in range(times(visibility, row, head, t, j))]
         if not keys:
             continue
         scores = [float(q[row, head, t] @ k[row, head // group, j]) / math.sqrt(q.shape[-1]) for j in keys]

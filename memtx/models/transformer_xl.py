@@ -1,0 +1,305 @@
+"""Transformer-XL: a decoder whose layers see the hidden states of the segments before (Dai et al. 2019).
+
+As published: an empty memory is one of zeros, which are seen. So a fresh stream sees as many keys as any other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from memtx import specs
+from memtx.errors import MemtxError
+from memtx.layers.adaptive_softmax import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax, Clusters
+from memtx.layers.feed_forward import FeedForward
+from memtx.layers.relative_attention import RelativeAttention, distances
+from memtx.memory.recurrent import RecurrentState, newest
+from memtx.models import folder
+from memtx.models.memory_transformer import MemoryOutput
+from memtx.models.published.layout import PublishedModel
+from memtx.segment import Segment
+from memtx.state import MemoryState
+
+
+class RelativeBlock(nn.Module):
+    """One layer: attention over [memory | segment], then feed-forward.
+
+    Args:
+        attention: the attention part.
+        feed_forward: the position-wise part.
+        dim: width of the hidden states.
+        eps: of the norms.
+        pre_norm: norm what each part reads, instead of the sum it ends in.
+        dropout: of what each part adds.
+    """
+
+    def __init__(
+        self,
+        attention: RelativeAttention,
+        feed_forward: nn.Module,
+        dim: int,
+        eps: float,
+        pre_norm: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.feed_forward = feed_forward
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
+        self.pre_norm = pre_norm
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, memory: Tensor, **seen: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
+        """Return the layer's output (rows, segment, dim); further arguments are the attention's."""
+        if self.pre_norm:
+            attended = self.attention(self.attention_norm(x), self.attention_norm(memory), **seen)
+            x = x + self.dropout(attended)
+            out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+            return out
+        x = self.attention_norm(x + self.dropout(self.attention(x, memory, **seen)))
+        out = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return out
+
+
+class TransformerXL(PublishedModel):
+    """A decoder with relative positions, a cache of hidden states, and an adaptive softmax.
+
+    Args:
+        vocab_size: token ids are 0 .. vocab_size - 1, the frequent first.
+        dim: width of the hidden states.
+        depth: layers.
+        heads: how many a layer.
+        head_dim: width of a head; dim / heads by default.
+        hidden: inner width of the feed-forward parts; 4 dim by default.
+        memory: hidden states carried, in positions.
+        same_length: every query sees ``memory`` positions, itself included, so cutting a stream does not matter; else
+            it sees the whole cache and what came before it in the segment.
+        clamp: farther distances count as this one; 0 or less for no such limit.
+        embed: width of the short list's embeddings; dim by default.
+        cutoffs: the first token of each cluster of the vocabulary.
+        shrink: each cluster's embeddings are narrower by this factor.
+        tie_embeddings: whether output weights are the embeddings.
+        tie_projections: for each cluster whether its map to the output is the embedding's; all but the short list's
+            by default, as published.
+        share_biases: one u and v for all layers, instead of one a layer.
+        pre_norm: norm before each part instead of after it.
+        head: whether there is a softmax; without one ``logits`` is None.
+        eps: of the norms.
+        dropout: of embeddings and of what each part adds.
+        attention_dropout: of attention weights.
+
+    Raises:
+        MemtxError: a number is out of range or numbers do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 256,
+        depth: int = 6,
+        heads: int = 4,
+        head_dim: int | None = None,
+        hidden: int | None = None,
+        memory: int = 512,
+        same_length: bool = False,
+        clamp: int = -1,
+        embed: int | None = None,
+        cutoffs: Sequence[int] = (),
+        shrink: int = 1,
+        tie_embeddings: bool = True,
+        tie_projections: Sequence[bool] | None = None,
+        share_biases: bool = False,
+        pre_norm: bool = False,
+        head: bool = True,
+        eps: float = 1e-5,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        super().__init__()
+        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
+            if number < 1:
+                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        if dim % 2:
+            raise MemtxError(f"dim is {dim}, expected an even number.", "Half of a distance's code is sines.")
+        if memory < (1 if same_length else 0):
+            raise MemtxError(f"memory is {memory}.", "Give at least 1 where every query sees as many.")
+        if head_dim is None and dim % heads:
+            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor, or give head_dim.")
+        head_dim = head_dim if head_dim is not None else dim // heads
+        clusters = Clusters(vocab_size, cutoffs, embed if embed is not None else dim, shrink)
+        ties = [cluster > 0 for cluster in range(len(clusters.bounds))] if tie_projections is None else tie_projections
+        if len(ties) != len(clusters.bounds):
+            raise MemtxError(
+                f"tie_projections has {len(ties)} entries, the vocabulary {len(clusters.bounds)} clusters.",
+                "Give one a cluster, the short list's first.",
+            )
+        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.depth = depth
+        self.memory = memory
+        self.same_length = same_length
+        self.clamp = clamp
+        self.embedding = AdaptiveEmbedding(clusters, dim)
+        self.content_bias = nn.Parameter(torch.zeros(heads, head_dim)) if share_biases else None
+        self.position_bias = nn.Parameter(torch.zeros(heads, head_dim)) if share_biases else None
+        self.blocks = nn.ModuleList(
+            RelativeBlock(
+                RelativeAttention(dim, heads, head_dim, own_biases=not share_biases, dropout=attention_dropout),
+                FeedForward(dim, hidden, dropout, activation=nn.ReLU),
+                dim,
+                eps,
+                pre_norm,
+                dropout,
+            )
+            for _ in range(depth)
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.softmax = AdaptiveSoftmax(clusters, dim, tie_tables=tie_embeddings, tie_projections=ties) if head else None
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02, projection_std: float = 0.01) -> None:
+        """Draw all weights anew, as published: normal, biases zero, norms one."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if "norm" in name:
+                    continue
+                if ".projections." in name:
+                    nn.init.normal_(parameter, std=projection_std)
+                elif parameter.dim() > 1:
+                    nn.init.normal_(parameter, std=std)
+                else:
+                    nn.init.zeros_(parameter)
+
+    def _layers(self) -> list[RelativeBlock]:
+        return cast(list[RelativeBlock], list(self.blocks))
+
+    def init_state(
+        self, rows: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> MemoryState:
+        """Return the state of fresh streams.
+
+        Args:
+            rows: streams in the batch.
+            dtype: of what is carried; the weights' by default.
+            device: the weights' by default.
+
+        Raises:
+            MemtxError: rows is not positive.
+        """
+        if rows < 1:
+            raise MemtxError(f"rows is {rows}.", "Give at least 1.")
+        weight = self.embedding.table(0)
+        hidden = torch.zeros(rows, self.memory, self.dim, dtype=dtype or weight.dtype, device=device or weight.device)
+        position = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+        return MemoryState(position, tuple((RecurrentState(hidden),) for _ in range(self.depth)))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: MemoryState | None = None,
+        *,
+        starts: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_hidden: bool = False,
+    ) -> MemoryOutput:
+        """Read one segment; the output's ``logits`` are log-probabilities.
+
+        Args:
+            tokens: (rows, segment) int64.
+            state: what the previous call returned; None for fresh streams. Its layers hold the newest layer inputs,
+                ``state.layers[l][0].hidden`` (rows, memory, dim), newest last.
+            starts: (rows, segment) bool, where a document begins; what came before it counts as an empty memory.
+            labels: (rows, segment) int64, the token to be predicted at each place; -100 where none is.
+            return_hidden: whether to return hidden states.
+
+        Raises:
+            MemtxError: shapes do not fit each other, or labels are given to a model without a softmax.
+        """
+        self._check(tokens, state, labels)
+        state = state if state is not None else self.init_state(tokens.shape[0])
+        segment = Segment.locate(state.position, tokens.shape[1], starts)
+        x = self.dropout(self.embedding(tokens))
+        sinusoids = self.dropout(distances(self.memory + segment.length, self.dim, self.clamp, x))
+        seen = self._seen(segment)
+        foreign = None if starts is None else self._foreign(segment)
+        shared = None
+        if self.content_bias is not None and self.position_bias is not None:
+            shared = (self.content_bias, self.position_bias)
+        hidden, layers = [x], []
+        for block, (own,) in zip(self._layers(), state.layers, strict=True):
+            carried = own.hidden.to(x.dtype)
+            layers.append((RecurrentState(newest(own.hidden, x.to(own.hidden.dtype), segment)),))
+            x = block(x, carried, sinusoids=sinusoids, seen=seen, foreign=foreign, shared=shared)
+            hidden.append(x)
+        x = self.dropout(x)
+        logits = loss = nll = None
+        if labels is not None:
+            assert self.softmax is not None
+            scored = self.softmax.nll(x.flatten(0, 1), labels.flatten(), self.embedding)
+            loss = scored.sum() / (labels != IGNORED).sum().clamp(min=1)
+            nll = scored.detach().view_as(labels)
+        elif self.softmax is not None:
+            logits = self.softmax(x, self.embedding)
+        return MemoryOutput(
+            logits,
+            tuple(hidden) if return_hidden else None,
+            MemoryState(segment.next_position, tuple(layers)),
+            loss,
+            loss,
+            nll,
+            {},
+        )
+
+    def _seen(self, segment: Segment) -> Tensor:
+        """Return (segment, memory + segment) bool."""
+        query = torch.arange(segment.length, device=segment.position.device)[:, None]
+        key = torch.arange(-self.memory, segment.length, device=segment.position.device)
+        seen = key <= query
+        return seen & (key > query - self.memory) if self.same_length else seen
+
+    def _foreign(self, segment: Segment) -> Tensor:
+        """Return (rows, segment, memory + segment) bool: keys of another document than the query's."""
+        document = F.pad(segment.document, (self.memory, 0))  # what is carried is of document 0
+        return document[:, None, :] != segment.document[:, :, None]
+
+    def _check(self, tokens: Tensor, state: MemoryState | None, labels: Tensor | None) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+            raise MemtxError(
+                f"tokens is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, segment), segment at least 1.",
+                "Reshape it; one text alone is tokens[None].",
+            )
+        if state is not None and state.rows != tokens.shape[0]:
+            raise MemtxError(
+                f"tokens has {tokens.shape[0]} rows, the state {state.rows}.",
+                "Select or concatenate rows of the state to match.",
+            )
+        if labels is not None and labels.shape != tokens.shape:
+            raise MemtxError(f"labels is {tuple(labels.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
+        if labels is not None and self.softmax is None:
+            raise MemtxError("labels were given to a model without a softmax.", "Leave them out.")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
+        return folder.fingerprint(self)
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors of our own format into the folder ``path``."""
+        folder.save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> TransformerXL:
+        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another class.
+        """
+        return cast(TransformerXL, folder.load(path, cls))

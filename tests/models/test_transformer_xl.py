@@ -1,0 +1,207 @@
+"""Transformer-XL against a plain float64 one that reads like the article, and the promises of everything recurrent."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import memtx
+from memtx import MemtxError
+from memtx.models.transformer_xl import TransformerXL
+
+TOKENS = torch.randint(0, 30, (3, 26), generator=torch.Generator().manual_seed(0))
+
+
+def small(**options: Any) -> TransformerXL:
+    """A model in float64 with weights wide enough that a wrong term shows."""
+    torch.manual_seed(1)
+    settings: dict[str, Any] = {"dim": 8, "depth": 2, "heads": 2, "memory": 6, "cutoffs": [10, 20], "shrink": 2}
+    model = TransformerXL(30, **{**settings, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model.double().eval()
+
+
+def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Log-probabilities of one row's segment (n,), and the layers' inputs; memory: (places, dim) a layer."""
+    clusters, n = model.embedding.clusters, len(tokens)
+    x = torch.zeros(n, model.dim, dtype=torch.float64)
+    for t, token in enumerate(tokens.tolist()):
+        cluster = next(i for i, (low, high) in enumerate(clusters.bounds) if low <= token < high)
+        own, projection = model.embedding.table(cluster), model.embedding.projection(cluster)
+        found = own[token - clusters.bounds[cluster][0]]
+        x[t] = (found if projection is None else projection @ found) * math.sqrt(model.dim)
+    inputs = []
+    for block, carried in zip(model._layers(), memory, strict=True):
+        inputs.append(x)
+        part = block.attention
+        m, width = len(carried), part.head_dim
+        read = torch.cat([carried, x])
+        read = block.attention_norm(read) if block.pre_norm else read
+        q, k, v = part.query_key_value(read).chunk(3, -1)
+        u = part.content_bias if part.content_bias is not None else model.content_bias
+        w = part.position_bias if part.position_bias is not None else model.position_bias
+        out = torch.zeros(n, part.heads * width, dtype=torch.float64)
+        for i in range(n):
+            first = i + 1 if model.same_length else 0
+            for head in range(part.heads):
+                at = slice(head * width, (head + 1) * width)
+                scores = []
+                for j in range(first, m + i + 1):
+                    distance = m + i - j
+                    if model.clamp > 0:
+                        distance = min(distance, model.clamp)
+                    angle = [distance / 10000 ** (2 * f / model.dim) for f in range(model.dim // 2)]
+                    waves = [math.sin(a) for a in angle] + [math.cos(a) for a in angle]
+                    code = torch.tensor(waves, dtype=torch.float64)
+                    r = part.distance(code)[at]
+                    scores.append(((q[m + i, at] + u[head]) @ k[j, at] + (q[m + i, at] + w[head]) @ r) / width**0.5)
+                out[i, at] = torch.softmax(torch.stack(scores), 0) @ v[first : m + i + 1, at]
+        forward = lambda y, part=block.feed_forward: part.out(torch.relu(part.up(y)))  # noqa: E731
+        if block.pre_norm:
+            x = x + part.out(out)
+            x = x + forward(block.feed_forward_norm(x))
+        else:
+            x = block.attention_norm(x + part.out(out))
+            x = block.feed_forward_norm(x + forward(x))
+    softmax = model.softmax
+    assert softmax is not None
+
+    def scores_of(cluster: int) -> Tensor:
+        low, high = clusters.bounds[cluster]
+        own = softmax.tables[0 if clusters.one_table else cluster] if len(softmax.tables) else None
+        table = model.embedding.table(cluster) if own is None else own[low:high] if clusters.one_table else own
+        bias = softmax.biases[0][low:high] if clusters.one_table else softmax.biases[cluster]
+        if cluster == 0 and softmax.cluster_weight is not None:
+            table, bias = torch.cat([table, softmax.cluster_weight]), torch.cat([bias, softmax.cluster_bias])
+        name = str(cluster)
+        projection = softmax.projections[name] if name in softmax.projections else model.embedding.projection(cluster)
+        return (x if projection is None else x @ projection) @ table.T + bias
+
+    head = torch.softmax(scores_of(0), -1)
+    short = clusters.bounds[0][1]
+    parts = [head[:, :short]]
+    for cluster in range(1, len(clusters.bounds)):
+        parts.append(head[:, short + cluster - 1, None] * torch.softmax(scores_of(cluster), -1))
+    return torch.cat(parts, -1).log(), inputs
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"same_length": True, "clamp": 4},
+    {"pre_norm": True, "share_biases": True},
+    {"cutoffs": [], "shrink": 1, "tie_embeddings": False},
+    {"shrink": 1, "embed": 6, "tie_projections": [True, False, True]},
+    {"head_dim": 3, "tie_embeddings": False, "tie_projections": [False, False, False]},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_segment_is_the_articles(options: dict[str, Any]) -> None:
+    model = small(**options)
+    state, memory = None, [torch.zeros(6, 8, dtype=torch.float64)] * 2
+    for part in (TOKENS[:1, :5], TOKENS[:1, 5:6], TOKENS[:1, 6:16]):
+        out = model(part, state)
+        wanted, inputs = plain(model, part[0], memory)
+        assert torch.allclose(out.logits[0], wanted, rtol=0, atol=1e-10)  # float64
+        memory = [torch.cat([old, new])[-6:] for old, new in zip(memory, inputs, strict=True)]
+        state = out.state
+        for (layer,), own in zip(state.layers, memory, strict=True):
+            assert torch.allclose(layer.hidden[0], own, rtol=0, atol=1e-11)
+    labels = TOKENS[:1, 7:17].clone()
+    labels[0, 3] = -100
+    scored = model(TOKENS[:1, 6:16], labels=labels)
+    truth, _ = plain(model, TOKENS[0, 6:16], [torch.zeros(6, 8, dtype=torch.float64)] * 2)
+    wanted_nll = F.nll_loss(truth, labels[0], reduction="none")
+    assert torch.allclose(scored.nll[0], wanted_nll, rtol=0, atol=1e-10)
+    own = torch.autograd.grad(scored.loss, list(model.parameters()), allow_unused=True)
+    grads = torch.autograd.grad(wanted_nll.sum() / 9, list(model.parameters()), allow_unused=True)
+    for one, other in zip(own, grads, strict=True):
+        one, other = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (one, other))
+        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+
+
+@given(cuts=st.lists(st.integers(1, 25), max_size=4))
+def test_how_a_stream_is_cut_does_not_matter_where_every_query_sees_as_many(cuts: list[int]) -> None:
+    model = small(same_length=True)
+    starts = torch.zeros(3, 26, dtype=torch.bool)
+    starts[1, 9], starts[2, 0], starts[2, 20] = True, True, True
+    whole = model(TOKENS, starts=starts)
+    state, logits = None, []
+    bounds = sorted({0, 26, *cuts})
+    for low, high in itertools.pairwise(bounds):
+        out = model(TOKENS[:, low:high], state, starts=starts[:, low:high])
+        state = out.state
+        logits.append(out.logits)
+    assert state is not None
+    assert torch.allclose(torch.cat(logits, 1), whole.logits, rtol=0, atol=1e-10)
+    assert state.equals(whole.state, 1e-10)
+
+
+def test_rows_and_documents_are_alone_and_the_old_state_stays() -> None:
+    model = small(same_length=True)
+    before = model(TOKENS).state
+    kept = before.map(torch.clone)
+    out = model(TOKENS[:, :9], before)
+    assert before.equals(kept)
+    for row in range(3):
+        alone = model(TOKENS[row : row + 1, :9], before.select([row]))
+        assert torch.allclose(alone.logits[0], out.logits[row], rtol=0, atol=1e-12)
+    starts = torch.zeros(3, 26, dtype=torch.bool)
+    starts[0, 11] = True
+    packed = model(TOKENS, before, starts=starts)
+    assert torch.allclose(packed.logits[0, 11:], model(TOKENS[:1, 11:]).logits[0], rtol=0, atol=1e-10)
+    assert torch.allclose(packed.logits[0, :11], model(TOKENS[:1, :11], before.select([0])).logits[0], atol=1e-10)
+    fresh = model(TOKENS[:, :4], before.reset(torch.ones(3, dtype=torch.bool)))
+    assert torch.equal(fresh.logits, model(TOKENS[:, :4]).logits)
+
+
+def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
+    model = small(**OPTIONS[4]).float()
+    model.save_pretrained(tmp_path)
+    again = memtx.from_pretrained(tmp_path)
+    assert isinstance(again, TransformerXL)
+    assert again.fingerprint == model.fingerprint
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cutoffs": [20, 10]}, "cutoffs is"),
+        ({"cutoffs": [30]}, "cutoffs is"),
+        ({"shrink": 5}, "vanish"),
+        ({"dim": 7, "heads": 7}, "dim is 7"),
+        ({"heads": 3}, "3 heads do not divide"),
+        ({"memory": 0, "same_length": True}, "memory is 0"),
+        ({"tie_projections": [True]}, "tie_projections has 1"),
+        ({"depth": 0}, "depth is 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemtxError, match=said):
+        small(**options)
+
+
+def test_calls_that_cannot_be_are_named() -> None:
+    model = small()
+    with pytest.raises(MemtxError, match="tokens is"):
+        model(TOKENS[0])
+    with pytest.raises(MemtxError, match="3 rows, the state 2"):
+        model(TOKENS, model.init_state(2))
+    with pytest.raises(MemtxError, match="labels is"):
+        model(TOKENS, labels=TOKENS[:, 1:])
+    with pytest.raises(MemtxError, match="without a softmax"):
+        small(head=False)(TOKENS, labels=TOKENS)
+    assert small(head=False)(TOKENS).logits is None
+    assert small(memory=0)(TOKENS).logits.shape == (3, 26, 30)
