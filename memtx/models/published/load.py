@@ -22,6 +22,7 @@ KNOWN = {
     "big_bird": "memtx.models.published.bigbird",
     "distilbert": "memtx.models.published.distilbert",
     "longformer": "memtx.models.published.longformer",
+    "reformer": "memtx.models.published.reformer",
     "transfo-xl": "memtx.models.published.transformer_xl",
 }
 

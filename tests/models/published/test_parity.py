@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 import memtx
 from memtx.models.encoder import Encoder
 from memtx.models.published.load import KNOWN
+from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
 from memtx.ops.random_blocks import draw
 
 TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
-ENCODERS = ("bert", "big_bird", "distilbert", "longformer")
+READERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "global_attention_mask")
 
 
@@ -45,12 +46,12 @@ def test_written_back_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> 
         assert (tmp_path / folder.name / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", READERS)
 def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
     for folder in folders(parity, kind):
         io = load_file(folder / "io.safetensors")
         model = memtx.from_pretrained(folder)
-        assert isinstance(model, Encoder)
+        assert isinstance(model, Encoder | Reformer)
         with torch.no_grad():
             out = model(**{name: io[name] for name in ARGUMENTS if name in io}, output_hidden_states=True)
         compared = 0
@@ -63,7 +64,7 @@ def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
             else:
                 continue
             compared += 1
-            # Big Bird's hidden states are recorded with the padding that the library adds within.
+            # The library hands out the hidden states of Big Bird and Reformer with the padding it adds within.
             assert (own - wanted[:, : own.shape[1]]).abs().max() < TOLERANCE, f"{folder.name}: {name}"
         assert compared, f"{folder.name} records nothing to compare"
 

@@ -1,0 +1,262 @@
+"""Reformer: a decoder, or an encoder, for long texts whose memory in training does not grow with depth.
+
+Kitaev, Kaiser and Levskaya 2020. Attention within chunks of the text and of what hashes alike, reversible layers,
+feed-forward in chunks, axial positions.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memtx import specs
+from memtx.errors import MemtxError
+from memtx.layers import reversible
+from memtx.layers.axial_positions import AxialPositions, TablePositions
+from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
+from memtx.models import folder
+from memtx.models.published.layout import PublishedModel
+
+
+@dataclass(frozen=True)
+class ReformerOutput:
+    """What one call gives.
+
+    Attributes:
+        last_hidden_state: (rows, length, 2 dim), both streams side by side, normed.
+        hidden_states: where asked for, the embedding's output and every layer's second stream, each
+            (rows, length, dim).
+        logits: (rows, length, vocab), by a model with a head.
+    """
+
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    logits: Tensor | None = None
+
+
+class ReformerBlock(nn.Module):
+    """One reversible layer.
+
+    Args:
+        attention: the attention part.
+        dim: width of the hidden states.
+        hidden: inner width of the feed-forward part.
+        activation: makes its non-linearity.
+        at_once: places that the feed-forward part takes at once; 0 for all.
+        eps: of the norms.
+        dropout: of what each part adds, and within the feed-forward part.
+    """
+
+    def __init__(
+        self,
+        attention: ChunkAttention,
+        dim: int,
+        hidden: int,
+        activation: Callable[[], nn.Module],
+        at_once: int,
+        eps: float,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.attention = attention
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
+        self.up = nn.Linear(dim, hidden)
+        self.activation = activation()
+        self.down = nn.Linear(hidden, dim)
+        self.at_once = at_once
+        self.dropout = nn.Dropout(dropout)
+
+    def drops(self) -> bool:
+        """Return whether anything is dropped at random now."""
+        return self.training and (self.dropout.p > 0 or self.attention.rate > 0)
+
+    def attend(self, x: Tensor, present: Tensor | None, decided: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return what attention adds, (rows, n, dim), and the buckets that places fell into."""
+        attended, buckets = self.attention(self.attention_norm(x), present, decided)
+        return self.dropout(attended), buckets
+
+    def feed(self, x: Tensor) -> Tensor:
+        """Return what the feed-forward part adds, (rows, n, dim)."""
+        if self.at_once == 0 or x.shape[1] <= self.at_once:
+            return self._feed(x)
+        parts = torch.split(x, self.at_once, dim=1)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():
+            return torch.cat([self._feed(part) for part in parts], dim=1)
+        # Else the inner states of all chunks would be kept, and nothing gained.
+        return torch.cat([checkpoint(self._feed, part, use_reentrant=False) for part in parts], dim=1)
+
+    def _feed(self, x: Tensor) -> Tensor:
+        inner = self.activation(self.dropout(self.up(self.feed_forward_norm(x))))
+        out: Tensor = self.dropout(self.down(inner))
+        return out
+
+
+class Reformer(PublishedModel):
+    """A model of reversible layers.
+
+    Args:
+        vocab_size: token ids are 0 .. vocab_size - 1.
+        dim: width of the hidden states.
+        heads: how many a layer.
+        attentions: one entry a layer; each makes the attention part from dim, heads and causal.
+        hidden: inner width of the feed-forward parts; 4 dim by default.
+        positions: makes the positions from dim.
+        causal: whether places behind a query are unseen: a decoder.
+        padding: the token that fills up a text to whole chunks.
+        activation: makes the non-linearity of the feed-forward parts.
+        at_once: places that a feed-forward part takes at once; 0 for all.
+        head: whether there is a map to the vocabulary.
+        eps: of the norms.
+        dropout: of embeddings and of what each part adds.
+
+    Raises:
+        MemtxError: a number is out of range or numbers do not fit each other.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int = 256,
+        heads: int = 4,
+        attentions: Sequence[Callable[[int, int, bool], ChunkAttention]] = (LocalAttention, HashAttention) * 3,
+        hidden: int | None = None,
+        positions: Callable[[int], AxialPositions | TablePositions] | None = None,
+        causal: bool = True,
+        padding: int = 0,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+        at_once: int = 0,
+        head: bool = True,
+        eps: float = 1e-12,
+        dropout: float = 0.0,
+    ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        super().__init__()
+        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("layers", len(attentions))):
+            if number < 1:
+                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        if at_once < 0:
+            raise MemtxError(f"at_once is {at_once}.", "Give a number of places, or 0 for all.")
+        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.vocab_size = vocab_size
+        self.dim = dim
+        self.padding = padding
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.positions = TablePositions(dim, 4096) if positions is None else positions(dim)
+        self.blocks = nn.ModuleList(
+            ReformerBlock(
+                attention(dim, heads, causal),
+                dim,
+                hidden if hidden is not None else 4 * dim,
+                activation,
+                at_once,
+                eps,
+                dropout,
+            )
+            for attention in attentions
+        )
+        self.norm = nn.LayerNorm(2 * dim, eps=eps)
+        self.head = nn.Linear(2 * dim, vocab_size) if head else None
+        self.dropout = nn.Dropout(dropout)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Draw all weights anew: normal, biases zero, norms one; axial positions of variance one, as published."""
+        for part in self.modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                nn.init.normal_(part.weight, std=std)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+            if isinstance(part, AxialPositions):
+                for weight in part.weights:
+                    nn.init.normal_(weight)
+
+    def _layers(self) -> list[ReformerBlock]:
+        return cast(list[ReformerBlock], list(self.blocks))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+    ) -> ReformerOutput:
+        """Read whole texts; arguments bear the names of the ``transformers`` library.
+
+        Args:
+            input_ids: (rows, length) int64; filled up to whole chunks within.
+            attention_mask: (rows, length), 0 for padding and 1 for a token; None for no padding.
+            output_hidden_states: whether to return hidden states; the backward pass then keeps all of them.
+
+        Raises:
+            MemtxError: shapes do not fit each other, or a text is too long.
+        """
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise MemtxError(
+                f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}, expected int64 (rows, length), "
+                "length at least 1.",
+                "Reshape it; one text alone is input_ids[None].",
+            )
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise MemtxError(
+                f"attention_mask is {tuple(attention_mask.shape)}, expected {tuple(input_ids.shape)}.",
+                "Match input_ids.",
+            )
+        length = input_ids.shape[1]
+        tokens, present = self._whole_chunks(input_ids, attention_mask)
+        if tokens.shape[1] > self.positions.longest:
+            raise MemtxError(
+                f"A text of {length} tokens needs {tokens.shape[1]} positions, the model has {self.positions.longest}.",
+                "Cut the text, or use a model with more positions.",
+            )
+        x = self.dropout(self.embedding(tokens)) + self.dropout(self.positions(tokens.shape[1]))
+        x1, x2, hidden = x, x, [x]
+        if output_hidden_states or not torch.is_grad_enabled():
+            for block in self._layers():
+                x1 = x1 + block.attend(x2, present, None)[0]
+                x2 = x2 + block.feed(x1)
+                if output_hidden_states:
+                    hidden.append(x2)
+        else:
+            x1, x2 = reversible.run(x1, x2, self._layers(), present)
+        x = self.dropout(self.norm(torch.cat([x1, x2], dim=-1)))[:, :length]
+        return ReformerOutput(
+            x,
+            tuple(state[:, :length] for state in hidden) if output_hidden_states else None,
+            self.head(x) if self.head is not None else None,
+        )
+
+    def _whole_chunks(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return tokens and their presence, filled up so that every layer's chunks are whole."""
+        chunks = {block.attention.chunk for block in self._layers()}
+        common, length = math.lcm(*chunks), tokens.shape[1]
+        present = None
+        if attention_mask is not None and not bool((attention_mask > 0).all()):
+            present = attention_mask > 0
+        if length % common == 0 or length <= min(chunks):
+            return tokens, present
+        more = -length % common
+        if present is None:
+            present = torch.ones_like(tokens, dtype=torch.bool)
+        return F.pad(tokens, (0, more), value=self.padding), F.pad(present, (0, more))
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors of our own format into the folder ``path``."""
+        folder.save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Reformer:
+        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another class.
+        """
+        return cast(Reformer, folder.load(path, cls))
