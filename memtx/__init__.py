@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
     from memtx.memory.slots import SlotMemory
+    from memtx.models.encoder import Encoder
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
     from memtx.models.published.load import from_pretrained
+    from memtx.models.reformer import Reformer
+    from memtx.models.transformer_xl import TransformerXL
     from memtx.state import MemoryState
     from memtx.training.language import LanguageModule
 
@@ -32,6 +35,7 @@ _PLACES = {
     "AssociativeMemory": "memtx.memory.associative:AssociativeMemory",
     "BookDataModule": "memtx.data.books:BookDataModule",
     "CompressedMemory": "memtx.memory.compressed:CompressedMemory",
+    "Encoder": "memtx.models.encoder:Encoder",
     "FeedForward": "memtx.layers.feed_forward:FeedForward",
     "LanguageModule": "memtx.training.language:LanguageModule",
     "MemoryOutput": "memtx.models.memory_transformer:MemoryOutput",
@@ -40,10 +44,12 @@ _PLACES = {
     "MemtxError": "memtx.errors:MemtxError",
     "NoMemory": "memtx.memory.none:NoMemory",
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
+    "Reformer": "memtx.models.reformer:Reformer",
     "Rotary": "memtx.layers.positions:Rotary",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
+    "TransformerXL": "memtx.models.transformer_xl:TransformerXL",
     "from_pretrained": "memtx.models.published.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
 }
@@ -53,6 +59,7 @@ __all__ = [
     "AssociativeMemory",
     "BookDataModule",
     "CompressedMemory",
+    "Encoder",
     "FeedForward",
     "LanguageModule",
     "MemoryOutput",
@@ -61,10 +68,12 @@ __all__ = [
     "MemtxError",
     "NoMemory",
     "RecurrentMemory",
+    "Reformer",
     "Rotary",
     "SlotMemory",
     "StreamReader",
     "SwiGLU",
+    "TransformerXL",
     "from_pretrained",
     "generate",
 ]
