@@ -116,8 +116,7 @@ class BlockAttention(PatternAttention):
         expires = torch.cat([ends + queries, (block + 2) * size]).expand_as(there)
         # An end of life before its beginning is never seen.
         expires = torch.where(there, expires, -queries)
-        # A key is born up to size - 1 ticks before or after others of its block stand.
-        sections = (Section(2 * size), Section(queries, 1 - 2 * size, 1, 4 * size - 1))
+        sections = (Section(2 * size), Section(queries, -size, size, 2 * size + 1, grain=size))
         blocks = self._blocks(whole, given)
         if blocks.shape[-1] == 0:
             return Visibility(born, expires, queries, sections)

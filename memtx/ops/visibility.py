@@ -23,20 +23,22 @@ T = TypeVar("T")
 class Section:
     """Consecutive keys whose births advance steadily, whatever the data.
 
-    Key i of the section is born no earlier than tick ``first + i * stride`` and is gone by tick
-    ``first + (i + 1) * stride - 1 + span``.
+    Key i of the section is born no earlier than tick ``first + b * stride`` and is gone by tick
+    ``first + (b + 1) * stride - 1 + span``, where b is ``i // grain``.
 
     Attributes:
         keys: how many keys.
         first: the earliest tick at which key 0 can be born.
-        stride: ticks from one key's earliest birth to the next one's; 0 if nothing is known of any key.
+        stride: ticks from the earliest birth of one key (of one group) to the next one's; 0 if nothing is known.
         span: ticks a key lives at most; None if no bound is known.
+        grain: keys a group: those of equal bounds.
     """
 
     keys: int
     first: int = 0
     stride: int = 0
     span: int | None = None
+    grain: int = 1
 
     def seen(self, start: int, stop: int) -> tuple[int, int]:
         """Return the range of keys that a query with a tick in [start, stop) can see."""
@@ -46,6 +48,7 @@ class Section:
         high = -((self.first - stop) // self.stride)
         # Alive at start: first + (i + 1) * stride - 1 + span > start.
         low = 0 if self.span is None else (start - self.span + 1 - self.first) // self.stride
+        low, high = low * self.grain, high * self.grain
         low, high = min(max(low, 0), self.keys), min(max(high, 0), self.keys)
         return low, max(low, high)
 
@@ -53,6 +56,7 @@ class Section:
         """Return the range of the ticks 0 .. queries - 1 whose queries can see one of the keys [low, high)."""
         if self.stride == 0:
             return 0, queries
+        low, high = low // self.grain, -(-high // self.grain)
         start = min(max(self.first + low * self.stride, 0), queries)
         if self.span is None:
             return start, queries

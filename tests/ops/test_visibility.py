@@ -45,11 +45,21 @@ def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, strid
             assert len(possible) <= high - low <= len(possible) + 2
 
 
-@given(st.integers(0, 30), st.integers(-40, 40), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 50)))
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(1, 9), st.integers(0, 30))
+def test_groups_of_keys_have_the_bounds_of_one(groups: int, grain: int, start: int, length: int, span: int) -> None:
+    alone, together = Section(groups, -3, 2, span), Section(groups * grain, -3, 2, span, grain)
+    low, high = alone.seen(start, start + length)
+    assert together.seen(start, start + length) == (low * grain, high * grain)
+
+
+@given(
+    st.integers(0, 30), st.integers(-40, 40), st.integers(0, 6), st.one_of(st.none(), st.integers(0, 50)),
+    st.integers(1, 5),
+)  # fmt: skip
 @settings(deadline=None, max_examples=60)
-def test_seeing_is_seen_from_the_keys(keys: int, first: int, stride: int, span: int | None) -> None:
+def test_seeing_is_seen_from_the_keys(keys: int, first: int, stride: int, span: int | None, grain: int) -> None:
     """A query sees into a block of keys by the one exactly if the block is seen by it by the other."""
-    section, queries = Section(keys, first, stride, span), 23
+    section, queries = Section(keys, first, stride, span, grain), 23
     for low in range(0, keys, 7):
         high = min(low + 7, keys)
         start, stop = section.seeing(low, high, queries)

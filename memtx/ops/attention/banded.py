@@ -10,8 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.ops.attention import blocks, fused, fused_blocks, pattern
+from memtx.ops.attention import blocks, fused, pattern
 from memtx.ops.attention.bias import ScoreBias, learns
+from memtx.ops.attention.fused_blocks import Gathered, gather
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.plan import BLOCK, bands
 from memtx.ops.visibility import Visibility
@@ -27,6 +28,7 @@ def _by_lifetimes(
     block: int,
     need_lse: bool,
     dropout: float,
+    with_blocks: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if learns(bias) or dropout > 0.0:
         return blocks.plain(q, k, v, visibility, bias, scale, block, dropout)
@@ -36,7 +38,14 @@ def _by_lifetimes(
         return blocks.fused(q, k, v, visibility, bias, scale, block), None
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     key = ("bands", block, dtype, bias)
-    return fused.attend(q, k, v, visibility.once(key, lambda: bands(visibility, bias, block, dtype)), scale)
+    plan = visibility.once(key, lambda: bands(visibility, bias, block, dtype))
+    return fused.attend(q, k, v, plan, scale, _gathered(q, k, visibility, dtype) if with_blocks else None)
+
+
+def _gathered(q: Tensor, k: Tensor, visibility: Visibility, dtype: torch.dtype) -> Gathered:
+    """Return the layout of random blocks, made once for all calls of these shapes."""
+    shapes = (q.shape[0], q.shape[1], k.shape[1])
+    return visibility.once(("gathered", *shapes, dtype), lambda: gather(visibility, *shapes, dtype))
 
 
 def attend(
@@ -67,14 +76,12 @@ def attend(
     beside = visibility.pattern
     random = beside is not None and beside.blocks is not None
     overlaid = beside is not None and beside.queries is not None
-    out, lse = _by_lifetimes(q, k, v, visibility, bias, scale, block, need_lse or random or overlaid, dropout)
-    if random:
+    # The CPU's kernel takes random blocks with the bands; elsewhere they are joined by log-sum-exp.
+    joined = random and bias is None and dropout == 0.0 and q.device.type == "cpu"
+    out, lse = _by_lifetimes(q, k, v, visibility, bias, scale, block, need_lse or random or overlaid, dropout, joined)
+    if random and not joined:
         assert lse is not None
-        if bias is None and dropout == 0.0 and q.device.type == "cpu":
-            others = fused_blocks.random_blocks(q, k, v, visibility, scale)
-        else:
-            others = pattern.random_blocks(q, k, v, visibility, bias, scale, dropout)
-        out, lse = merge([(out, lse), others])
+        out, lse = merge([(out, lse), pattern.random_blocks(q, k, v, visibility, bias, scale, dropout)])
     if overlaid:
         assert lse is not None
         out, lse = pattern.global_queries(q, k, v, visibility, bias, scale, dropout, (out, lse))

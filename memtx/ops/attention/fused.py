@@ -1,4 +1,4 @@
-"""The bands through the CPU's fused kernel, the one behind ``scaled_dot_product_attention``, by its own name.
+"""Bands and gathered blocks through the CPU's fused kernel: ``scaled_dot_product_attention``'s, by its own name.
 
 Only by that name it gives its log-sum-exp, by which the ranges of a block are joined. The backward pass hands
 the joined output and log-sum-exp to the fused backward of every range, which is what makes each range's gradient
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention import by_products
+from memtx.ops.attention.fused_blocks import Gathered
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.plan import Band
 
@@ -23,7 +24,9 @@ PAD = 8
 
 class _FusedBands(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: list[Band], scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: list[Band], more: Gathered | None, scale: float
+    ) -> tuple[Tensor, Tensor]:
         rows, heads, queries, _ = q.shape
         # Laid out as (rows, queries, heads, head_dim), which the projection after it reads without a copy.
         out = q.new_zeros(rows, queries, heads, v.shape[-1]).transpose(1, 2)
@@ -46,8 +49,16 @@ class _FusedBands(torch.autograd.Function):
             joined, joined_lse = merge(parts)
             out[:, :, start:stop] = joined.transpose(1, 2)
             lse[:, start:stop] = joined_lse
+        if more is not None:
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                more.of_queries(q), more.of_keys(k), more.of_keys(v), 0.0, False, attn_mask=more.mask, scale=scale
+            )
+            part_lse = part_lse.transpose(1, 2).masked_fill(more.blind, float("-inf"))
+            others = more.in_order(part.transpose(1, 2), queries), more.in_order(part_lse, queries)
+            joined, lse = merge([(out.transpose(1, 2), lse), others])
+            out = joined.transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.more, ctx.scale = plan, more, scale
         ctx.set_materialize_grads(False)
         return out, lse.transpose(1, 2)
 
@@ -57,15 +68,16 @@ class _FusedBands(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if grad_out is None:
             if grad_lse is None:
-                return None, None, None, None, None
+                return None, None, None, None, None, None
             grad_out = torch.zeros_like(out)
         # A query that saw nothing anywhere has weights exp(-inf - 0) = 0.
         finite = lse.masked_fill(lse == float("-inf"), 0.0)
-        if q.dtype == torch.bfloat16 and by_products.are_faster() and not any(band.biased for band in ctx.plan):
+        plain = ctx.more is None and not any(band.biased for band in ctx.plan)
+        if q.dtype == torch.bfloat16 and plain and by_products.are_faster():
             balance = (grad_out.float() * out.float()).sum(-1)
             balance = balance if grad_lse is None else balance - grad_lse
             grads = by_products.backward(q, k, v, finite.transpose(1, 2), balance, grad_out, ctx.plan, ctx.scale)
-            return *grads, None, None
+            return *grads, None, None, None
         head_dim = q.shape[-1]
         if grad_lse is not None:
             # The gradient of a score is weight * (grad_out v' - grad_out out' + grad_lse), and the kernel makes
@@ -86,12 +98,38 @@ class _FusedBands(torch.autograd.Function):
             grad_q[:, :, rows] += gq
             grad_k[:, :, keys] += gk
             grad_v[:, :, keys] += gv
+        if ctx.more is not None:
+            _add_gathered(ctx.more, (grad_out, q, k, v, out, finite), (grad_q, grad_k, grad_v), ctx.scale)
         if grad_lse is not None:
             grad_q, grad_k, grad_v = (x[..., :head_dim] for x in (grad_q, grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None
+        return grad_q, grad_k, grad_v, None, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, plan: list[Band], scale: float) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, both with gradient; shapes as in the reference, on the CPU only."""
-    out, lse = _FusedBands.apply(q, k, v, plan, scale)  # type: ignore[no-untyped-call]
+def _add_gathered(more: Gathered, known: tuple[Tensor, ...], grads: tuple[Tensor, ...], scale: float) -> None:
+    """Add the gathered blocks' gradients to those of the bands."""
+    grad_out, q, k, v, out, lse = known
+    queries = q.shape[2]
+    gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        more.of_queries(grad_out), more.of_queries(q), more.of_keys(k), more.of_keys(v), more.of_queries(out),
+        more.of_queries(lse.transpose(1, 2)[..., None])[..., 0], 0.0, False, attn_mask=more.mask, scale=scale,
+    )  # fmt: skip
+    grads[0].transpose(1, 2).add_(more.in_order(gq.transpose(1, 2), queries))
+    more.add_to_keys(grads[1], gk)
+    more.add_to_keys(grads[2], gv)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, plan: list[Band], scale: float, more: Gathered | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, both with gradient; shapes as in the reference, on the CPU only.
+
+    Args:
+        q: (rows, heads, queries, head_dim).
+        k: (rows, kv_heads, keys, head_dim).
+        v: (rows, kv_heads, keys, head_dim).
+        plan: the bands.
+        scale: factor of the scores.
+        more: blocks of keys that are seen besides.
+    """
+    out, lse = _FusedBands.apply(q, k, v, plan, more, scale)  # type: ignore[no-untyped-call]
     return out, lse

@@ -1,71 +1,117 @@
-"""Random blocks through the CPU's fused kernel: every block of queries is a row of its own, with gathered keys.
+"""Random blocks of a pattern laid out for the CPU's fused kernel: every block of queries is a row of its own.
 
-Nothing of the size of the scores is kept: the mask has one line for all queries of a block wherever no document
-begins or ends within one.
+Its keys are gathered before the kernel and let go after it, forward and backward, and the mask has one line for all
+queries of a block wherever no document begins or ends within one: nothing of the size of the scores is kept.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.ops.attention import fused
 from memtx.ops.attention.pattern import distinct
-from memtx.ops.attention.plan import Band
 from memtx.ops.visibility import Visibility
 
 
-def random_blocks(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, with gradient, as :func:`memtx.ops.attention.pattern.random_blocks` does."""
+@dataclass(frozen=True)
+class Gathered:
+    """Which keys each block of queries gathers.
+
+    Attributes:
+        size: queries, and keys, a block.
+        first: the key at which block 0 of the keys begins.
+        asking: blocks of queries a row.
+        entries: blocks of keys a row.
+        at: (rows * asking * heads * r,) int64, blocks of keys among those of all rows and key heads.
+        mask: (rows * asking, heads, size, r * size), the additive mask; lines of a block may be one.
+        blind: (rows * asking, size, heads) bool, queries that see none of the keys.
+    """
+
+    size: int
+    first: int
+    asking: int
+    entries: int
+    at: Tensor
+    mask: Tensor
+    blind: Tensor
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        """(rows, heads, queries, width) -> (rows * asking, heads, size, width), zeros after the last query."""
+        rows, heads, queries, width = x.shape
+        x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, self.asking * self.size - queries))
+        return x.reshape(rows * self.asking, self.size, heads, width).transpose(1, 2)
+
+    def in_order(self, x: Tensor, queries: int) -> Tensor:
+        """(rows * asking, size, heads, ...) -> (rows, queries, heads, ...)."""
+        return x.reshape(-1, self.asking * self.size, *x.shape[2:])[:, :queries]
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """(rows, kv_heads, keys, width) -> (rows * asking, heads, r * size, width)."""
+        rows, shared, keys, width = x.shape
+        x = F.pad(x[:, :, self.first :], (0, 0, 0, self.entries * self.size - keys + self.first))
+        x = x.view(rows, shared, self.entries, self.size, width).transpose(1, 2).reshape(-1, self.size * width)
+        return x.index_select(0, self.at).view(*self.mask.shape[:2], -1, width)
+
+    def add_to_keys(self, total: Tensor, x: Tensor) -> None:
+        """Add x, shaped as :meth:`of_keys` gives it, to the keys it was gathered from.
+
+        Args:
+            total: (rows, kv_heads, keys, width), added to in place.
+            x: (rows * asking, heads, r * size, width).
+        """
+        rows, shared, keys, width = total.shape
+        summed = x.new_zeros(rows * self.entries * shared, self.size * width)
+        summed.index_add_(0, self.at, x.reshape(-1, self.size * width))
+        summed = summed.view(rows, self.entries, shared, self.size, width).transpose(1, 2).flatten(2, 3)
+        total[:, :, self.first :] += summed[:, :, : keys - self.first]
+
+
+def gather(visibility: Visibility, rows: int, heads: int, shared: int, dtype: torch.dtype) -> Gathered:
+    """Return the layout of a visibility's random blocks.
+
+    Args:
+        visibility: with a pattern that has blocks.
+        rows: texts.
+        heads: of queries.
+        shared: heads of keys.
+        dtype: of the mask.
+    """
     pattern = visibility.pattern
     assert pattern is not None
     assert pattern.blocks is not None
-    rows, heads, queries, width = q.shape
     size = pattern.size
-    entries = max(-(-(k.shape[2] - pattern.first) // size), 1)  # blocks of keys
+    entries = max(-(-(visibility.keys - pattern.first) // size), 1)
     table = pattern.blocks if pattern.repeats else distinct(pattern.blocks)
-    table = table.expand(heads, -1, -1).transpose(0, 1)  # (query blocks, heads, r)
-    asking, _, count = table.shape
-
-    def of_queries(x: Tensor) -> Tensor:
-        """(rows, heads, queries, width) -> (rows * query blocks, heads, size, width)."""
-        x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, asking * size - queries))
-        return x.reshape(rows * asking, size, heads, -1).transpose(1, 2)
-
-    chosen = (table >= 0) & (table < entries)
-    # Of all blocks of all rows and heads laid end to end; selected by one index, whose gradient is one index_add.
-    shared = k.shape[1]
-    head = torch.arange(heads, device=q.device)[:, None] * shared // heads
-    at = table.clamp(0, entries - 1) * shared + head  # (query blocks, heads, r)
-    at = (torch.arange(rows, device=q.device)[:, None, None, None] * entries * shared + at).flatten()
-
-    def of_keys(x: Tensor) -> Tensor:
-        """(rows, kv_heads, keys, width) -> (rows * query blocks, heads, r * size, width)."""
-        x = F.pad(x[:, :, pattern.first :], (0, 0, 0, entries * size - x.shape[2] + pattern.first))
-        x = x.view(rows, shared, entries, size, -1).transpose(1, 2).reshape(rows * entries * shared, -1)
-        return x.index_select(0, at).view(rows * asking, heads, count * size, -1)
-
-    seen = _seen(visibility, table, entries, chosen).expand(rows, -1, -1, -1, -1).flatten(0, 1)
-    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    mask = torch.zeros(seen.shape, dtype=kind, device=q.device).masked_fill_(~seen, float("-inf"))
-    blind = (~seen.any(-1)).expand(-1, -1, size).transpose(1, 2)
-    band = Band(0, size, 0, count * size, mask.expand(-1, -1, size, -1), blind, False)
-    out, lse = fused.attend(of_queries(q), of_keys(k), of_keys(v), [band], scale)
-    out = out.transpose(1, 2).reshape(rows, asking * size, heads, width)[:, :queries]
-    lse = lse.transpose(1, 2).reshape(rows, asking * size, heads)[:, :queries]
-    return out.transpose(1, 2), lse.transpose(1, 2)
+    table = table.expand(heads, -1, -1).transpose(0, 1)  # (asking, heads, r)
+    head = torch.arange(heads, device=table.device)[:, None] * shared // heads
+    at = table.clamp(0, entries - 1) * shared + head
+    row = torch.arange(rows, device=table.device)[:, None, None, None]
+    seen = _seen(visibility, table, entries).expand(rows, -1, -1, -1, -1).flatten(0, 1)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
+    return Gathered(
+        size,
+        pattern.first,
+        table.shape[0],
+        entries,
+        (row * entries * shared + at).flatten(),
+        mask.expand(-1, -1, size, -1),
+        (~seen.any(-1)).expand(-1, -1, size).transpose(1, 2),
+    )
 
 
-def _seen(visibility: Visibility, table: Tensor, entries: int, chosen: Tensor) -> Tensor:
-    """Return (1 or rows, query blocks, heads, 1 or size, r * size) bool."""
+def _seen(visibility: Visibility, table: Tensor, entries: int) -> Tensor:
+    """Return (1 or rows, asking, heads, 1 or size, r * size) bool."""
     pattern = visibility.pattern
     assert pattern is not None
     size, first = pattern.size, pattern.first
+    chosen = (table >= 0) & (table < entries)
     index = table.clamp(0, entries - 1)
 
     def of_lives(x: Tensor) -> Tensor:
-        """(1 or rows, keys) -> (1 or rows, query blocks, heads, 1, r * size)."""
+        """(1 or rows, keys) -> (1 or rows, asking, heads, 1, r * size)."""
         # Padded keys get 0 for both ends of every life, so they are in no document.
         x = F.pad(x[:, first:], (0, entries * size - x.shape[1] + first)).view(x.shape[0], entries, size)
         return x[:, index].flatten(3, 4)[..., None, :]
