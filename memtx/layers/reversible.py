@@ -89,13 +89,15 @@ class _Reversed(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad1: Tensor, grad2: Tensor) -> tuple[Tensor | None, ...]:
         x1, x2 = ctx.saved_tensors
-        found: list[list[Tensor | None]] = []
         enabled, dtype = ctx.cast
+        # All that outlives a layer is made before the first: between short-lived blocks it would scatter the heap, and
+        # the process would grow with depth though what is alive does not.
+        totals = [[torch.zeros_like(p) for p in _weights(layer)] for layer in ctx.layers]
         with torch.autocast(x1.device.type, dtype=dtype, enabled=enabled):
-            for layer, decided, seeds in zip(
-                reversed(ctx.layers), reversed(ctx.decided), reversed(ctx.seeds), strict=True
+            for layer, decided, seeds, total in zip(
+                reversed(ctx.layers), reversed(ctx.decided), reversed(ctx.seeds), reversed(totals), strict=True
             ):
-                weights = [p for p in cast(nn.Module, layer).parameters() if p.requires_grad]
+                weights = _weights(layer)
                 with torch.enable_grad():
                     x1 = x1.detach().requires_grad_()
                     fed = _feed(layer, x1, seeds)
@@ -110,15 +112,16 @@ class _Reversed(torch.autograd.Function):
                 x1 = x1.detach() - attended.detach()
                 del attended
                 grad2 = grad2 + others[0]
-                found.append([_sum(one, other) for one, other in zip(grads[1:], others[1:], strict=True)])
-        flat = [grad for grads in reversed(found) for grad in grads]
-        return grad1, grad2, None, None, *flat
+                for own, one, other in zip(total, grads[1:], others[1:], strict=True):
+                    for grad in (one, other):
+                        if grad is not None:
+                            own.add_(grad)
+                del grads, others
+        return grad1, grad2, None, None, *(own for total in totals for own in total)
 
 
-def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    if one is None or other is None:
-        return one if other is None else other
-    return one + other
+def _weights(layer: Reversible) -> list[Tensor]:
+    return [p for p in cast(nn.Module, layer).parameters() if p.requires_grad]
 
 
 def run(x1: Tensor, x2: Tensor, layers: Sequence[Reversible], present: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -130,6 +133,6 @@ def run(x1: Tensor, x2: Tensor, layers: Sequence[Reversible], present: Tensor | 
         layers: in order.
         present: (rows, n) bool, False for padding; None for none.
     """
-    weights = [p for layer in layers for p in cast(nn.Module, layer).parameters() if p.requires_grad]
+    weights = [p for layer in layers for p in _weights(layer)]
     out1, out2 = _Reversed.apply(x1, x2, layers, present, *weights)  # type: ignore[no-untyped-call]
     return out1, out2
