@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from memtx.memory.compressed import CompressedMemory
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
+    from memtx.memory.retrieval import RetrievalMemory
+    from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
     from memtx.models.published.load import from_pretrained
@@ -40,7 +42,9 @@ _PLACES = {
     "MemtxError": "memtx.errors:MemtxError",
     "NoMemory": "memtx.memory.none:NoMemory",
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
+    "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
     "Rotary": "memtx.layers.positions:Rotary",
+    "SinkMemory": "memtx.memory.sinks:SinkMemory",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
@@ -61,7 +65,9 @@ __all__ = [
     "MemtxError",
     "NoMemory",
     "RecurrentMemory",
+    "RetrievalMemory",
     "Rotary",
+    "SinkMemory",
     "SlotMemory",
     "StreamReader",
     "SwiGLU",

@@ -21,6 +21,7 @@ from memtx.memory.features import Dpfp, Elu
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from tests.theirs import RunningMean
 
@@ -74,6 +75,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "slots": slots(),
     "slots-memformer": slots(write=None),
     "retrieval": beside(retrieval),
+    "sinks": beside(lambda window, rate, length: partial(SinkMemory, count=min(length + 1, window + 1), skip=window)),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""
