@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from memtx.memory.retrieval import RetrievalMemory
     from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
+    from memtx.memory.tokens import TokenMemory
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
     from memtx.models.published.load import from_pretrained
     from memtx.state import MemoryState
@@ -48,6 +49,7 @@ _PLACES = {
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
+    "TokenMemory": "memtx.memory.tokens:TokenMemory",
     "from_pretrained": "memtx.models.published.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
 }
@@ -71,6 +73,7 @@ __all__ = [
     "SlotMemory",
     "StreamReader",
     "SwiGLU",
+    "TokenMemory",
     "from_pretrained",
     "generate",
 ]
