@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from memtx.memory.compressed import CompressedMemory
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
+    from memtx.memory.retrieval import RetrievalMemory
+    from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
+    from memtx.memory.tokens import TokenMemory
     from memtx.models.encoder import Encoder
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
     from memtx.models.published.load import from_pretrained
@@ -45,11 +48,14 @@ _PLACES = {
     "NoMemory": "memtx.memory.none:NoMemory",
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Reformer": "memtx.models.reformer:Reformer",
+    "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
     "Rotary": "memtx.layers.positions:Rotary",
+    "SinkMemory": "memtx.memory.sinks:SinkMemory",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
     "TransformerXL": "memtx.models.transformer_xl:TransformerXL",
+    "TokenMemory": "memtx.memory.tokens:TokenMemory",
     "from_pretrained": "memtx.models.published.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
 }
@@ -69,10 +75,13 @@ __all__ = [
     "NoMemory",
     "RecurrentMemory",
     "Reformer",
+    "RetrievalMemory",
     "Rotary",
+    "SinkMemory",
     "SlotMemory",
     "StreamReader",
     "SwiGLU",
+    "TokenMemory",
     "TransformerXL",
     "from_pretrained",
     "generate",

@@ -83,6 +83,16 @@ class Segment:
         end = torch.cat([following[:, 1:], torch.full_like(following[:, :1], FAR)], dim=1)
         return cls(position, document, end, carried, following[:, 0])
 
+    def cut(self, interval: int) -> list[int]:
+        """Return the ticks at which some row's interval has just ended, in order, the call's end the last.
+
+        Args:
+            interval: tokens of a document, counted from its beginning.
+        """
+        ended = ((self.position + 1) % interval == 0).any(0)
+        ticks: list[int] = (ended.nonzero().flatten() + 1).tolist()
+        return ticks if ticks and ticks[-1] == self.length else [*ticks, self.length]
+
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """Return ``make()``, computed once a call: layers of equal settings share lifetimes and masks."""
         if key not in self._made:

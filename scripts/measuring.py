@@ -9,6 +9,7 @@ import platform
 import statistics
 import sys
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtx import files
 
@@ -106,6 +110,38 @@ def peak_bytes(device: torch.device) -> int | None:
 def held_bytes(device: torch.device) -> int | None:
     """Return the memory held now, by the same count as :func:`peak_bytes`."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes that tensors made under it hold, and their most at once: exact, where a process' size is not.
+
+    The system's figure keeps what the allocator has not handed back, and the pieces between what is in use.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held = self.peak = 0
+        self.known: set[int] = set()
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.held -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        # A view of what was there before, such as a weight, is nothing new.
+        leaves = pytree.tree_leaves((args, kwargs))
+        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        for leaf in pytree.tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self.known and key not in given:
+                    self.known.add(key)
+                    self.held += size
+                    weakref.finalize(storage, self._gone, key, size)
+        self.peak = max(self.peak, self.held)
+        return out
 
 
 def mib(size: float | None) -> str:

@@ -21,7 +21,9 @@ from memtx.memory.features import Dpfp, Elu
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
+from memtx.memory.tokens import TokenMemory
 from tests.theirs import RunningMean
 
 Make = Callable[[int], Memory[Any]]
@@ -74,6 +76,8 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "slots": slots(),
     "slots-memformer": slots(write=None),
     "retrieval": beside(retrieval),
+    "sinks": beside(lambda window, rate, length: partial(SinkMemory, count=min(length + 1, window + 1), skip=window)),
+    "tokens": beside(lambda window, rate, length: partial(TokenMemory, count=2, interval=max(length, 1))),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""

@@ -175,3 +175,17 @@ def test_replay(tmp_path: Path) -> None:
     assert all(row["seconds"] > 0 and row["state_bytes"] == 2 * (7 * 8 * 4 + 8) for row in rows)
     assert "| 3 |" in (tmp_path / "replay.md").read_text()
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recall(tmp_path: Path) -> None:
+    done = run(
+        sys.executable, SCRIPTS / "measure_recall.py", "--json", "-", "--threads", "1", "--kinds", "window", "slots",
+        "--seeds", "0", "--steps", "2", "--rows", "2", "--dim", "8", "--episodes", "4", "--distances", "1", "40",
+        "--markdown", tmp_path / "recall.md", "--plot", tmp_path / "recall.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(row["kind"], row["seed"]) for row in found["rows"]] == [("window", 0), ("slots", 0)]
+    assert all(0 <= share <= 1 for row in found["rows"] for share in row["accuracy"].values())
+    assert "| 40 |" in (tmp_path / "recall.md").read_text()
+    assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")

@@ -82,18 +82,19 @@ class MemoryAttention(nn.Module):
 
         Args:
             x: (rows, segment, dim), normed layer inputs.
-            state: one a memory.
+            state: one a memory; of the first ones alone, the others are left out.
             segment: where the tokens stand.
 
         Returns:
             (rows, segment, dim), the next states, and named auxiliary losses.
         """
-        views = [memory.read(own, x, segment, self) for memory, own in zip(self.memories, state, strict=True)]
+        memories = self.memories[: len(state)]
+        views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
         view = views[0]
         q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
         projected = torch.cat([self.key_value(part) for part in view.parts], dim=1)
         k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
-        answers = [memory.recall(own, q) for memory, own in zip(self.memories, views, strict=True)]
+        answers = [memory.recall(own, q) for memory, own in zip(memories, views, strict=True)]
         readouts = [one for one in answers if one is not None]
         q, k, bias = self.positions(q, k, view.places, segment)
         need_lse = any(one.lse is not None for one in readouts)
@@ -111,7 +112,7 @@ class MemoryAttention(nn.Module):
         out: Tensor = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
         losses: Losses = {}
         after, trace = [], Trace(x, out, self)
-        for memory, own in zip(self.memories, views, strict=True):
+        for memory, own in zip(memories, views, strict=True):
             next_state, found_losses = memory.write(own, segment, trace)
             after.append(next_state)
             for name, value in found_losses.items():

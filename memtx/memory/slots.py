@@ -1,13 +1,10 @@
 """The slots of Memformer (Wu et al. 2020): vectors read by cross attention and written once an interval of tokens.
 
 Memformer writes once a segment. Here an interval is counted in tokens of the document, so when a write happens is a
-function of positions and how a stream is cut does not matter: what of the open interval was read already is carried
-with the slots. A write is made of the layer's inputs alone; so a call of many intervals, with documents beginning
+function of positions and how a stream is cut does not matter. Slots do not change within an interval, so what they
+attend to in it is taken up as it comes: of an open interval only their attention so far is carried, with its
+log-sum-exp. A write is made of the layer's inputs alone; so a call of many intervals, with documents beginning
 anywhere, is computed at once, and only the slots themselves go in order, a small attention an interval.
-
-In any ``interval`` ticks of a row at most one interval ends, so a call of n tokens has room for ceil(n / interval)
-versions of the slots, and the queries of one stretch of ``interval`` ticks meet three: the version that the stretch
-found, the one written in it, and the initial one where a document is younger than an interval.
 """
 
 from __future__ import annotations
@@ -23,52 +20,35 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.gates import Gate
-from memtx.memory.recurrent import newest
+from memtx.memory.intervals import Intervals
+from memtx.ops.attention.merge import merge
 from memtx.ops.attention.reference import weigh
 from memtx.segment import Segment
 from memtx.state import state
 
+NOTHING = float("-inf")
+
 
 @state
 class SlotState:
-    """Slots and the open interval.
+    """Slots and what they took up of the open interval.
 
     Attributes:
         slots: (rows, count, dim), as the row's document's newest whole interval left them; zero before that.
-        hidden: (rows, interval - 1, dim), the newest layer inputs of the document, newest last.
+        taken: (rows, count, dim), what the slots' attention over the open interval gives so far, float32 at least.
+        lse: (rows, count, heads), its log-sum-exp, likewise; both zero where an interval has just ended.
     """
 
     slots: Tensor
-    hidden: Tensor
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """The intervals that may end in a call, one a stretch of ``interval`` ticks; shared by layers of equal settings.
-
-    Attributes:
-        source: (rows * stretches * interval,) int64, where their inputs stand in [cache | segment], rows flattened.
-        first: (rows, stretches) bool, which are their document's first, so that they find the initial slots.
-        ends: (rows, stretches) bool, which end in the call at all.
-        seen: (rows, stretches, 1, ticks, 3) bool, which version a query meets: initial, found, written.
-        last: (rows,) int64, which of [found | written in each stretch] is the next state.
-        fresh: (rows,) bool, whether there is none.
-    """
-
-    source: Tensor
-    first: Tensor
-    ends: Tensor
-    seen: Tensor
-    last: Tensor
-    fresh: Tensor
+    taken: Tensor
+    lse: Tensor
 
 
 @dataclass(frozen=True)
 class _Kept:
     versions: Tensor
     written: Tensor
-    cache: Tensor
-    x: Tensor
+    after: SlotState
     plan: Intervals
 
 
@@ -118,44 +98,88 @@ class SlotMemory(Memory[SlotState]):
         return f"count={self.count}, interval={self.interval}, heads={self.heads}, cost={self.cost}"
 
     def init_state(self, rows: int, *, like: Tensor) -> SlotState:
-        """Return no slots yet, and an empty interval."""
-        hidden = like.new_zeros(rows, self.interval - 1, self.dim)
-        return SlotState(like.new_zeros(rows, self.count, self.dim), hidden)
+        """Return no slots yet, and nothing taken up."""
+        slots = like.new_zeros(rows, self.count, self.dim)
+        kind = torch.promote_types(like.dtype, torch.float32)
+        return SlotState(slots, slots.to(kind), slots.new_zeros(rows, self.count, self.heads, dtype=kind))
 
     def read(self, state: SlotState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write the slots of every interval that ends in the segment."""
-        plan = segment.once((SlotMemory, self.interval), lambda: self._plan(segment))
-        cache = state.hidden.to(x.dtype)
-        source = torch.cat([cache, x], dim=1)
-        shape = (x.shape[0], -1, self.interval, self.dim)
-        inputs = source.flatten(0, 1).index_select(0, plan.source).view(shape)
-        keys, values = self._heads(self.key(inputs)), self._heads(self.value(inputs))
+        plan = segment.once((SlotMemory, self.interval), lambda: Intervals.of(segment, self.interval))
+        rows, n = x.shape[:2]
+        ticks = plan.open.shape[-1]
+        keys, values = self.key(x), self.value(x)
+
+        def by_interval(inputs: Tensor) -> tuple[Tensor, ...]:
+            found = inputs.flatten(0, 1).index_select(0, plan.source).view(rows, -1, ticks, self.dim)
+            return self._heads(found).unbind(1)
+
         initial = _normed(self.bias).to(x.dtype)
-        slots, versions, written = state.slots.to(x.dtype), [], []
-        for first, k, v in zip(plan.first.unbind(1), keys.unbind(1), values.unbind(1), strict=True):
+        slots = state.slots.to(x.dtype)
+        before = self._heads(state.taken.to(x.dtype)), state.lse.transpose(1, 2).to(x.dtype)
+        versions, written = [slots], []
+        intervals = zip(
+            plan.first.unbind(1), by_interval(keys), by_interval(values), plan.inside.unbind(1), strict=True
+        )
+        for number, (first, k, v, inside) in enumerate(intervals):
+            found = torch.where(first[:, None, None], initial, slots)
+            taken = self._taken(found, k, v, inside, before if number == 0 else None, plan.begun)
+            slots, gate = self._updated(found, taken)
             versions.append(slots)
-            slots, gate = self._updated(torch.where(first[:, None, None], initial, slots), k, v)
             written.append(gate)
-        versions.append(slots)
-        return View.apart(segment, _Kept(torch.stack(versions, 1), torch.stack(written, 1), cache, x, plan))
+        stacked = torch.stack(versions, dim=1)
+        last = stacked[torch.arange(rows, device=x.device), plan.last]
+        found = torch.where(plan.fresh[:, None, None], initial, last)
+        k, v = (self._heads(part[:, n - ticks :]) for part in (keys, values))
+        out, lse = self._taken(found, k, v, plan.open, before, plan.still)
+        kind = torch.promote_types(x.dtype, torch.float32)
+        after = SlotState(
+            last.masked_fill(plan.fresh[:, None, None], 0.0),
+            rearrange(out, "r h s d -> r s (h d)").to(kind).masked_fill(plan.empty[:, None, None], 0.0),
+            lse.transpose(1, 2).to(kind).masked_fill(plan.empty[:, None, None], 0.0),
+        )
+        return View.apart(segment, _Kept(stacked, torch.stack(written, 1), after, plan))
 
     def _heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "... n (h d) -> ... h n d", h=self.heads)
 
-    def _updated(self, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return slots after an interval, and their gates (section 3.3, slot attention; 3.4, forgetting).
+    def _taken(
+        self,
+        slots: Tensor,
+        k: Tensor,
+        v: Tensor,
+        inside: Tensor,
+        before: tuple[Tensor, Tensor] | None,
+        begun: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return slots' attention over an interval's tokens and its log-sum-exp, what came before the call included.
 
         Args:
             slots: (rows, count, dim).
-            k: (rows, heads, interval, head_dim), the interval's keys; slots attend to them and each to itself.
-            v: likewise, values.
+            k: (rows, heads, ticks, head_dim).
+            v: likewise.
+            inside: (rows, 1, 1, ticks) bool, which tokens are of the interval.
+            before: output and log-sum-exp of the tokens before the call.
+            begun: (rows,) bool, whether these count.
         """
-        q, own_k, own_v = (self._heads(part(slots)) for part in (self.slot_query, self.slot_key, self.slot_value))
-        scores = torch.cat([(q * own_k).sum(-1, keepdim=True), q @ k.mT], dim=-1) * q.shape[-1] ** -0.5
-        weights = scores.softmax(-1)
-        new = rearrange(weights[..., :1] * own_v + weights[..., 1:] @ v, "r h s d -> r s (h d)")
+        q = self._heads(self.slot_query(slots))
+        found = weigh(q @ k.mT * q.shape[-1] ** -0.5, inside, v)
+        if before is None:
+            return found
+        return merge([found, (before[0], before[1].masked_fill(~begun[:, None, None], NOTHING))])
+
+    def _updated(self, slots: Tensor, taken: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return slots after an interval, and their gates: slot attention, then forgetting (Memformer's section 3).
+
+        Args:
+            slots: (rows, count, dim); each attends to the interval and to itself.
+            taken: output and log-sum-exp of its attention to the interval.
+        """
+        q, k, v = (self._heads(part(slots)) for part in (self.slot_query, self.slot_key, self.slot_value))
+        own = (q * k).sum(-1) * q.shape[-1] ** -0.5
+        out, _ = merge([(v, own), taken])
         # Pulled a little to where it began, then of fixed length: what is not written again fades.
-        new = _normed(new + self.bias).to(slots.dtype)
+        new = _normed(rearrange(out, "r h s d -> r s (h d)") + self.bias).to(slots.dtype)
         if self.write_gate is None:
             return new, new.new_ones(*new.shape[:2], 1)
         gate = self.write_gate(torch.cat([slots, new], dim=-1))
@@ -182,48 +206,13 @@ class SlotMemory(Memory[SlotState]):
         return Readout(out, lse=rearrange(lse, "r b h t -> r h (b t)")[:, :, :n])
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SlotState, Losses]:
-        """Keep the newest slots of the newest document, and its open interval."""
+        """Keep the newest slots of the newest document, and what they took up of its open interval."""
         kept: _Kept = view.kept
-        row = torch.arange(kept.x.shape[0], device=kept.x.device)
-        slots = kept.versions[row, kept.plan.last].masked_fill(kept.plan.fresh[:, None, None], 0.0)
         losses: Losses = {}
         if self.cost and self.training:
             gates = kept.written.mean((-2, -1)) * kept.plan.ends
             losses["write_cost"] = self.cost * gates.sum() / kept.plan.ends.sum().clamp(min=1)
-        return SlotState(slots, newest(kept.cache, kept.x, segment)), losses
-
-    def _plan(self, segment: Segment) -> Intervals:
-        interval, n, position = self.interval, segment.length, segment.position
-        rows, stretches = position.shape[0], -(-n // interval)
-        ticks = min(interval, n)
-        device = position.device
-        tick = torch.arange(n, device=device)
-
-        def by_stretch(x: Tensor, fill: int) -> Tensor:
-            return F.pad(x, (0, stretches * ticks - n), value=fill).view(rows, stretches, ticks)
-
-        ending = by_stretch(((position + 1) % interval == 0).int(), 0)
-        at = ending.argmax(-1) + torch.arange(stretches, device=device) * ticks
-        at = at.clamp(max=n - 1)
-        # An interval that ends at tick i began at tick i - interval + 1: place i of [cache | segment].
-        row = torch.arange(rows, device=device)[:, None, None]
-        source = row * (interval - 1 + n) + at[..., None] + torch.arange(interval, device=device)
-        # The version a query meets was written at the tick before its own interval began.
-        written = by_stretch(tick - position % interval - 1, -1)
-        young = by_stretch((position < interval).int(), 0).bool()
-        begin = torch.arange(stretches, device=device)[:, None] * ticks
-        own = ~young & (written >= begin)
-        seen = torch.stack([young, ~young & ~own, own], dim=-1)[:, :, None]
-        newest_written = n - segment.next_position % interval - 1
-        last = torch.where(newest_written < 0, 0, newest_written.clamp(min=0) // interval + 1)
-        return Intervals(
-            source.flatten(),
-            position.gather(1, at) < interval,
-            ending.any(-1),
-            seen,
-            last,
-            segment.next_position < interval,
-        )
+        return kept.after, losses
 
 
 def _normed(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -27,6 +28,7 @@ from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
 from memtx.models import folder
+from memtx.models.intervals import Layers, Tokens, by_intervals
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
@@ -155,6 +157,9 @@ class MemoryTransformer(nn.Module):
             )
             for stack in per_layer
         )
+        self.tokens = Tokens.of(self._layers())
+        if self.tokens is not None:
+            self.asking = nn.Parameter(torch.empty(self.tokens.count, dim))
         self.norm = norm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
@@ -166,6 +171,8 @@ class MemoryTransformer(nn.Module):
         std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.head.weight, std=std)
+        if self.tokens is not None:
+            nn.init.normal_(self.asking, std=std)
         for block in self._layers():
             block.attention.reset_parameters(std, residual_std)
             reset_linear(block.feed_forward, std, residual_std)
@@ -220,20 +227,13 @@ class MemoryTransformer(nn.Module):
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.locate(state.position, tokens.shape[1], starts)
         x = self.dropout(self.embedding(tokens))
-        hidden, layers = [x], []
-        named: dict[str, list[Tensor]] = {}
-        for block, own in zip(self._layers(), state.layers, strict=True):
-            if self.checkpointing and torch.is_grad_enabled():
-                x, own, found = checkpoint(block, x, own, segment, use_reentrant=False)
-            else:
-                x, own, found = block(x, own, segment)
-            layers.append(own)
-            for name, value in found.items():
-                named.setdefault(name, []).append(value)
-            if return_hidden:
-                hidden.append(x)
-        losses = {name: torch.stack(values).mean() for name, values in named.items()}
-        x = self.norm(x)
+        through = partial(self._through, keep=return_hidden)
+        if self.tokens is None:
+            hidden, layers, losses = through(x, state.layers, segment)
+        else:
+            given = self._layers(), self.tokens, self.asking, x, state, segment, starts
+            hidden, layers, losses = by_intervals(through, *given)
+        x = self.norm(hidden[-1])
         logits = loss = language_loss = nll = None
         if labels is None:
             logits = self.head(x)
@@ -246,12 +246,27 @@ class MemoryTransformer(nn.Module):
         return MemoryOutput(
             logits,
             tuple(hidden) if return_hidden else None,
-            MemoryState(segment.next_position, tuple(layers)),
+            MemoryState(segment.next_position, layers),
             loss,
             language_loss,
             nll,
             losses,
         )
+
+    def _through(self, x: Tensor, states: Layers, segment: Segment, keep: bool) -> tuple[list[Tensor], Layers, Losses]:
+        """Return the last layer's output, behind x and the others' where these are kept, next states and losses."""
+        hidden, layers = [x], []
+        named: dict[str, list[Tensor]] = {}
+        for block, own in zip(self._layers(), states, strict=True):
+            if self.checkpointing and torch.is_grad_enabled():
+                x, own, found = checkpoint(block, x, own, segment, use_reentrant=False)
+            else:
+                x, own, found = block(x, own, segment)
+            layers.append(own)
+            for name, value in found.items():
+                named.setdefault(name, []).append(value)
+            hidden = [*hidden, x] if keep else [x]
+        return hidden, tuple(layers), {name: torch.stack(values).mean() for name, values in named.items()}
 
     def rings(self, state: MemoryState) -> list[Ring] | None:
         """Open a state for decoding in place, a ring a layer; None where a memory has no such form."""

@@ -81,3 +81,29 @@ def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: 
     done = runs.fit(program, at, "whole", "--trainer.max_steps", "9", "--data.rows", "2")
     assert done.code == 2
     assert "2 processes" in done.err
+
+
+STACK = [
+    [
+        {"class_path": "memtx.RecurrentMemory", "init_args": {"window": 12}},
+        {"class_path": "memtx.AssociativeMemory", "init_args": {"heads": 2, "decay": "memtx.memory.gates.Gate"}},
+        {"class_path": "memtx.SlotMemory", "init_args": {"count": 3, "interval": 8, "heads": 2}},
+        {"class_path": "memtx.RetrievalMemory", "init_args": {"capacity": 20, "nearest": 3, "skip": 12, "heads": 2}},
+        {"class_path": "memtx.SinkMemory", "init_args": {"count": 2, "skip": 12}},
+        {"class_path": "memtx.TokenMemory", "init_args": {"count": 2, "interval": 10}},
+    ]
+]
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_no_kind_leaves_a_parameter_without_gradient(program: Program, tmp_path: Path, replay: bool) -> None:
+    """DDP stops at a parameter that took no part, from the second step on; the strategy has no flag against it."""
+    content = config(1, max_steps=3)
+    content["model"]["replay"] = replay
+    content["model"]["model"]["init_args"]["memories"] = STACK
+    at = runs.prepare(tmp_path, content)
+    done = runs.fit(program, at, "two", *TWO, gradients=True)
+    assert done.code == 0, done.err
+    gradients, _ = files.load_tensors(at / "two-watched" / "gradients", kind="gradients", version=1)
+    assert sum("beside" in name for name in gradients) > 20
+    assert runs.weights(at, "two", 0) == runs.weights(at, "two", 1)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.tbptt import Unrolled, unroll
+from scripts.measuring import Alive
 from tests.kinds import KINDS
 from tests.training.small import Record, data, model, module, trainer, weights
 from tests.training.test_tbptt import gradients, texts
@@ -43,32 +40,6 @@ def test_gradients_are_those_of_plain_backpropagation(kind: str, segment: int, l
     assert found.state.equals(plain.state)
     for name, one in gradients(reader, found.loss).items():
         torch.testing.assert_close(one, expected[name], **EXACT)
-
-
-class Alive(TorchDispatchMode):
-    """The most bytes that tensors made under it held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self.known: set[int] = set()
-
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.held -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in pytree.tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.known:
-                    self.known.add(key)
-                    self.held += size
-                    weakref.finalize(storage, self._gone, key, size)
-        self.peak = max(self.peak, self.held)
-        return out
 
 
 def peak(reader: MemoryTransformer, horizon: int, *, replay: bool) -> int:

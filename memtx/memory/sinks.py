@@ -1,0 +1,159 @@
+"""The first tokens of a document, kept for good (attention sinks, StreamingLLM, Xiao et al. 2023, section 3.2).
+
+A pretrained model puts weight on the first tokens whatever they say, and a window that has left them behind ruins it.
+StreamingLLM gives them fixed places before the window; here they are read without any, which is the same however
+far the document has gone on. Their keys and values are the layer's own, so nothing is learned beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
+from memtx.ops.attention.reference import weigh
+from memtx.segment import Segment
+from memtx.state import state
+
+
+@state
+class SinkState:
+    """The beginning of the document.
+
+    Attributes:
+        hidden: (rows, count, dim), the layer inputs of its first tokens, zero where it is shorter.
+    """
+
+    hidden: Tensor
+
+
+@dataclass(frozen=True)
+class Beginnings:
+    """Which sinks the queries of a call see; shared by layers of equal settings.
+
+    In any ``skip`` ticks of a row at most one document's sinks leave the window, so there is room for as many
+    versions as there are stretches of that length, and a stretch's queries meet two: found, and taken up in it.
+
+    Attributes:
+        source: (rows, stretches + 1, count) int64, where the versions' inputs stand in [sinks | segment].
+        seen: (rows, stretches, 1, ticks, 2 count) bool.
+        kept: (rows, count) int64, where the next state's stand.
+        missing: (rows, count, 1) bool, which of these the document has not reached.
+    """
+
+    source: Tensor
+    seen: Tensor
+    kept: Tensor
+    missing: Tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
+    after: SinkState
+
+
+class SinkMemory(Memory[SinkState]):
+    """The first tokens of every document, beside an exact memory that leaves them behind.
+
+    Args:
+        dim: width of the hidden states.
+        count: first tokens kept.
+        skip: how old a token is when it is read here: the layer's window, so that none is read twice.
+
+    Raises:
+        MemtxError: a number is out of range, or the first tokens would be needed before they are all there.
+    """
+
+    def __init__(self, dim: int, count: int = 4, skip: int = 512) -> None:
+        super().__init__(dim)
+        for name, number in (("count", count), ("skip", skip)):
+            if number < 1:
+                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        if count > skip + 1:
+            raise MemtxError(f"count is {count}, skip is {skip}.", "Keep at most one token more than are skipped.")
+        self.count = count
+        self.skip = skip
+
+    def extra_repr(self) -> str:
+        """Say the settings."""
+        return f"count={self.count}, skip={self.skip}"
+
+    def init_state(self, rows: int, *, like: Tensor) -> SinkState:
+        """Return no tokens."""
+        return SinkState(like.new_zeros(rows, self.count, self.dim))
+
+    def read(self, state: SinkState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
+        """Open the beginnings of the carried document and of those that begin here."""
+        plan = segment.once((SinkMemory, self.count, self.skip), lambda: self._plan(segment))
+        known = torch.cat([state.hidden.to(x.dtype), x], dim=1)
+
+        def taken(index: Tensor) -> Tensor:
+            """(rows, ...) places -> (rows, ..., dim)."""
+            base = torch.arange(x.shape[0], device=x.device).view(-1, *(1,) * (index.dim() - 1)) * known.shape[1]
+            return known.flatten(0, 1).index_select(0, (base + index).flatten()).view(*index.shape, self.dim)
+
+        inputs = taken(plan.source).flatten(1, 2)
+        split = "r (b s) h d -> r b h s d"
+        keys, values = (
+            rearrange(attention.project(inputs, part, frozen=False), split, s=self.count) for part in ("key", "value")
+        )
+        after = SinkState(taken(plan.kept).masked_fill(plan.missing, 0.0))
+        return View.apart(segment, _Kept(keys, values, plan.seen, after))
+
+    def recall(self, view: View, q: Tensor) -> Readout:
+        """Attend to the sinks of each query's document."""
+        kept: _Kept = view.kept
+        n, stretches, ticks = q.shape[1], kept.seen.shape[1], kept.seen.shape[3]
+        asked = F.pad(q, (0, 0, 0, 0, 0, stretches * ticks - n))
+        asked = rearrange(asked, "r (b t) h d -> r b h t d", b=stretches)
+        k, v = (torch.cat([part[:, :-1], part[:, 1:]], dim=-2) for part in (kept.keys, kept.values))
+        out, lse = weigh(asked @ k.mT * q.shape[-1] ** -0.5, kept.seen, v)
+        out, lse = rearrange(out, "r b h t d -> r h (b t) d"), rearrange(lse, "r b h t -> r h (b t)")
+        return Readout(out[:, :, :n], lse=lse[:, :, :n])
+
+    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SinkState, Losses]:
+        """Keep the beginning of the newest document."""
+        kept: _Kept = view.kept
+        return kept.after, {}
+
+    def _plan(self, segment: Segment) -> Beginnings:
+        count, skip, n, position = self.count, self.skip, segment.length, segment.position
+        rows, stretches = position.shape[0], -(-n // skip)
+        ticks = min(skip, n)
+        device = position.device
+        sink = torch.arange(count, device=device)
+
+        def by_stretch(x: Tensor, fill: int) -> Tensor:
+            return F.pad(x, (0, stretches * ticks - n), value=fill).view(rows, stretches, ticks)
+
+        def places(tick: Tensor) -> Tensor:
+            """Where sinks stand whose first has this tick: before the call among the carried, by their number."""
+            at = tick[..., None] + sink
+            return torch.where(at < 0, sink, count + at)
+
+        leaving = by_stretch((position == skip).int(), 0)
+        at = leaving.argmax(-1) + torch.arange(stretches, device=device) * ticks
+        found = torch.where(leaving.any(-1)[..., None], places(at - skip).clamp(max=count + n - 1), -1)
+        # The newest version that was taken up so far, or the carried one.
+        versions = torch.cat([sink.expand(rows, 1, count), found], dim=1)
+        number = torch.arange(stretches + 1, device=device)[:, None]
+        newest = torch.where(versions >= 0, number, 0).cummax(1).values
+        source = versions.gather(1, newest)
+
+        begin = torch.arange(stretches, device=device)[:, None] * ticks
+        tick = torch.arange(n, device=device)
+        own = by_stretch(tick - position + skip, -1) >= begin
+        old = by_stretch(position - skip, -1)[..., None] >= sink
+        seen = torch.cat([old & ~own[..., None], old & own[..., None]], dim=-1)[:, :, None]
+
+        first = n - segment.next_position
+        missing = (segment.next_position[:, None] <= sink)[..., None]
+        return Beginnings(source, seen, places(first).clamp(max=count + n - 1), missing)

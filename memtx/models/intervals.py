@@ -1,0 +1,124 @@
+"""Reading by intervals, for memories that are written from the top of the stack and read at its bottom.
+
+A call is read up to the next border of any row at a time. There the asking tokens of all rows go through the layers
+after the interval, and what they become goes through the layers alone, before the next one; rows that stand at no
+border keep what they had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memtx.errors import MemtxError
+from memtx.layers.block import Block
+from memtx.memory.base import Losses
+from memtx.memory.tokens import TokenMemory, TokenState
+from memtx.segment import Segment
+from memtx.state import MemoryState
+
+Layers = tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A model's memory tokens.
+
+    Attributes:
+        places: where in each layer's stack they stand.
+        count: how many.
+        interval: tokens of a document after which they are written.
+    """
+
+    places: tuple[int, ...]
+    count: int
+    interval: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> Tokens | None:
+        """Return what the layers have of them; None for a model without.
+
+        Raises:
+            MemtxError: some layers have them and others not, or with other settings.
+        """
+        found = [
+            [(place, one) for place, one in enumerate(block.attention.memories) if isinstance(one, TokenMemory)]
+            for block in blocks
+        ]
+        if not any(found):
+            return None
+        settings = {(one.count, one.interval) for layer in found for _, one in layer}
+        if any(len(layer) != 1 for layer in found) or len(settings) != 1:
+            raise MemtxError(
+                "Memory tokens go through all layers, but not all have one TokenMemory of equal settings.",
+                "Give one stack for all layers.",
+            )
+        return cls(tuple(layer[0][0] for layer in found), *settings.pop())
+
+
+def by_intervals(
+    through: Callable[[Tensor, Layers, Segment], tuple[list[Tensor], Layers, Losses]],
+    blocks: Sequence[Block],
+    tokens: Tokens,
+    asking: Tensor,
+    x: Tensor,
+    state: MemoryState,
+    segment: Segment,
+    starts: Tensor | None,
+) -> tuple[list[Tensor], Layers, Losses]:
+    """Read a call up to a border of any row at a time, and write the memory tokens there.
+
+    Args:
+        through: reads one part: from its inputs, the states and its places to outputs, states and losses.
+        blocks: the layers.
+        tokens: the settings.
+        asking: (count, dim), the tokens that ask what to remember.
+        x: (rows, segment, dim), embedded.
+        state: as the call found it.
+        segment: where the call's tokens stand.
+        starts: (rows, segment) bool, where documents begin; None for nowhere.
+
+    Returns:
+        what ``through`` gives for the whole call; losses weigh by the parts' lengths.
+    """
+    layers, position, begin = state.layers, state.position, 0
+    parts: list[list[Tensor]] = []
+    losses: Losses = {}
+    for stop in segment.cut(tokens.interval):
+        own = Segment.locate(position, stop - begin, None if starts is None else starts[:, begin:stop])
+        hidden, layers, found = through(x[:, begin:stop], layers, own)
+        position = own.next_position
+        # At no border too, where nothing is changed by it: shapes, and so the work, are the same.
+        layers = _remembered(blocks, tokens, asking, layers, position)
+        # What was asked for is read after the border, maybe in no call of the horizon; DDP wants a gradient all the
+        # same, which is zero then.
+        hidden[-1] = hidden[-1] + 0.0 * asking.sum()
+        parts.append(hidden)
+        for name, value in found.items():
+            share = value * ((stop - begin) / segment.length)
+            losses[name] = losses[name] + share if name in losses else share
+        begin = stop
+    return [torch.cat(one, dim=1) for one in zip(*parts, strict=True)], layers, losses
+
+
+def _remembered(blocks: Sequence[Block], tokens: Tokens, asking: Tensor, layers: Layers, position: Tensor) -> Layers:
+    """Return the layers' states with new memory tokens in the rows whose interval has just ended."""
+    rows, count = position.shape[0], asking.shape[0]
+    x = asking.expand(rows, -1, -1)
+    after = Segment.locate(position, count)
+    for block, own in zip(blocks, layers, strict=True):
+        # What the asking tokens leave in the memories is forgotten: they are not of the text.
+        x, _, _ = block(x, own, after)
+    alone = Segment.locate(torch.zeros_like(position), count)
+    ended = (position % tokens.interval == 0)[:, None, None]
+    changed = []
+    for block, own, place in zip(blocks, layers, tokens.places, strict=True):
+        hidden = torch.where(ended, block.attention_norm(x).to(own[place].hidden.dtype), own[place].hidden)
+        changed.append((*own[:place], TokenState(hidden), *own[place + 1 :]))
+        exact = block.attention.memory
+        x, _, _ = block(x, (exact.init_state(rows, like=x),), alone)
+    return tuple(changed)
