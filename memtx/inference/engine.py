@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Protocol
 
 import torch
 
@@ -55,6 +56,18 @@ def seconds_left(deadline: float | None) -> float | None:
     return left
 
 
+Arrival = Piece | BaseException | None
+"""A piece; an error, after which nothing comes; or None for the end."""
+
+
+class Arrivals(Protocol):
+    """Where the engine's thread puts what it made; must not block."""
+
+    def put(self, item: Arrival) -> None:
+        """Take a piece, an error or the end."""
+        ...
+
+
 class Generation:
     """A text that is being made: an iterator over its pieces, for one thread; the engine's thread fills it.
 
@@ -62,12 +75,15 @@ class Generation:
         text: what decides about tokens; its ``finish`` says why it ended, its ``made`` how many tokens there are.
     """
 
-    def __init__(self, state: MemoryState, text: Continuation, deadline: float | None) -> None:
+    def __init__(
+        self, state: MemoryState, text: Continuation, deadline: float | None, arrived: Arrivals | None = None
+    ) -> None:
         self.state: MemoryState | None = state
         self.text = text
         self.deadline = deadline
         self.cancelled = False
-        self.arrived: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[Arrival] = queue.SimpleQueue()
+        self.arrived: Arrivals = arrived if arrived is not None else self.queue
 
     def cancel(self) -> None:
         """End it before the next token; may be called from any thread, at any time."""
@@ -83,7 +99,7 @@ class Generation:
         try:
             while True:
                 try:
-                    piece = self.arrived.get(timeout=seconds_left(self.deadline))
+                    piece = self.queue.get(timeout=seconds_left(self.deadline))
                 except queue.Empty:
                     continue  # The next look at the clock raises.
                 if piece is None:
@@ -154,15 +170,22 @@ class Engine:
             future.cancel()
             raise OutOfTimeError("The request took longer than it may.", "Ask for less at once.") from None
 
-    def generate(self, state: MemoryState, text: Continuation, deadline: float | None = None) -> Generation:
+    def generate(
+        self,
+        state: MemoryState,
+        text: Continuation,
+        deadline: float | None = None,
+        arrived: Arrivals | None = None,
+    ) -> Generation:
         """Begin to make a text; returns at once.
 
         Args:
             state: where the stream stands, one row; ``text.token`` is read next.
             text: what decides about tokens.
             deadline: a time of ``time.monotonic`` at which it is cancelled.
+            arrived: where pieces go instead of the generation's own iterator, which then has none.
         """
-        generation = Generation(state, text, deadline)
+        generation = Generation(state, text, deadline, arrived)
         with self._changed:
             self._check_open()
             if text.finish is None:

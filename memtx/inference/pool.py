@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.inference.continuation import Continuation, Piece, Request
-from memtx.inference.engine import Engine, Generation
+from memtx.inference.engine import Arrivals, Engine, Generation
 from memtx.inference.generate import newest_tokens
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
 from memtx.inference.session import Identity
@@ -128,30 +128,50 @@ class SessionPool:
         Returns:
             where the session stands, and results of all that it had not read yet: what waited in it, then the text.
         """
-        with self.table.use(name, deadline) as (_, reader):
-            fork = reader.fork()
-        before = fork.totals
+        fork = self.branch(name, deadline=deadline)
         fork.top, fork.embeddings = top, embeddings
-        with self._timed(fork, deadline):
-            return before, list(chain(fork.feed(text), fork.finish(last=True)))
+        return fork.totals, list(chain(fork.feed(text), fork.finish(last=True)))
 
     def generate(
         self, name: str, prompt: str, requests: Iterable[Request], *, deadline: float | None = None
     ) -> list[Generation]:
         """Go on with a session, which stays as it is; one text a request."""
-        with self.table.use(name, deadline) as (_, reader):
-            fork = reader.fork()
+        fork = self.branch(name, deadline=deadline)
         return self._prompted(fork, prompt, requests, deadline)
 
+    def branch(self, name: str, *, deadline: float | None = None) -> StreamReader:
+        """Return a reader that goes on where a session stands; it is no session."""
+        with self.table.use(name, deadline) as (_, reader):
+            fork = reader.fork()
+        fork.scorer = lambda reading: self.engine.score(reading, deadline)
+        return fork
+
     def write(
-        self, name: str, prompt: str, request: Request, *, save: bool = False, deadline: float | None = None
+        self,
+        name: str,
+        prompt: str,
+        request: Request,
+        *,
+        save: bool = False,
+        deadline: float | None = None,
+        listen: Callable[[Generation], object] | None = None,
     ) -> Iterator[Piece]:
         """Go on with a session and let it read the prompt and what was made.
 
         The session is held until the iterator ends; whoever stops listening leaves it as it was.
+
+        Args:
+            name: the session's.
+            prompt: read before.
+            request: how to go on.
+            save: whether to write the session at the end.
+            deadline: by when it must be made.
+            listen: is told of the generation before the first piece.
         """
         with self.table.use(name, deadline) as (session, reader):
             (generation,) = self._prompted(reader.fork(), prompt, [request], deadline)
+            if listen is not None:
+                listen(generation)
             made = []
             for piece in generation:
                 made.append(piece.text)
@@ -163,7 +183,13 @@ class SessionPool:
                 self.table.note(session, save=save)
 
     def go_on(
-        self, reader: StreamReader, recent: list[int], requests: Iterable[Request], *, deadline: float | None = None
+        self,
+        reader: StreamReader,
+        recent: list[int],
+        requests: Iterable[Request],
+        *,
+        deadline: float | None = None,
+        arrivals: Iterable[Arrivals | None] | None = None,
     ) -> list[Generation]:
         """Begin to make texts that go on where a reader stands; returns at once.
 
@@ -172,10 +198,12 @@ class SessionPool:
             recent: the newest tokens of the text, for the repetition penalty.
             requests: one text each.
             deadline: by when they must be made.
+            arrivals: where the pieces of each go, instead of its own iterator.
         """
+        texts = [Continuation(self.tokenizer, reader.last, recent, one) for one in requests]
+        places = list(arrivals) if arrivals is not None else [None] * len(texts)
         return [
-            self.engine.generate(reader.state, Continuation(self.tokenizer, reader.last, recent, one), deadline)
-            for one in requests
+            self.engine.generate(reader.state, text, deadline, place) for text, place in zip(texts, places, strict=True)
         ]
 
     def fork(self, name: str, *, deadline: float | None = None) -> str:

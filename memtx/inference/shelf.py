@@ -20,6 +20,10 @@ NAME = re.compile(r"[0-9a-f]{32}")
 LOCK = ".lock"
 
 
+class UnsavedError(MemtxError):
+    """A session cannot be written."""
+
+
 class Shelf:
     """Where sessions wait on disk.
 
@@ -74,8 +78,15 @@ class Shelf:
                     continue
 
     def save(self, name: str, reader: StreamReader, facts: dict[str, Any]) -> None:
-        """Write a session; when this returns it survives a power cut."""
-        save_session(self.path(name), reader, facts=facts, identity=self.identity)
+        """Write a session; when this returns it survives a power cut.
+
+        Raises:
+            UnsavedError: it cannot be written.
+        """
+        try:
+            save_session(self.path(name), reader, facts=facts, identity=self.identity)
+        except MemtxError as error:
+            raise UnsavedError(error.what.replace(f"'{self.path(name)}'", "The session"), error.cure) from error
 
     def load(self, name: str, reader: StreamReader) -> None:
         """Bring a reader to where a session stands.
