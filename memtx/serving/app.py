@@ -47,6 +47,7 @@ def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key:
 
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="memtx", version=memtx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.pool = pool
     problems.install(app)
     answers = completions.Completions(pool, name, limits, metrics)
     app.include_router(completions.router(answers))
@@ -94,4 +95,16 @@ def serve(app: FastAPI, *, host: str, port: int, ready: Callable[[str], None]) -
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{listening.getsockname()[1]}")
     # Connections are taken in by the kernel from here on, and answered as soon as the loop runs.
-    uvicorn.Server(config).run(sockets=[listening])
+    _Server(config, app.state.pool).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Ends what is being read and made before it waits for its answers to end: they say so, and are not cut off."""
+
+    def __init__(self, config: uvicorn.Config, pool: SessionPool) -> None:
+        super().__init__(config)
+        self._pool = pool
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await to_thread.run_sync(self._pool.engine.close)
+        await super().shutdown(sockets)

@@ -150,3 +150,21 @@ def test_sessions_survive_the_process(place: Path) -> None:
     list(reader.finish())
     assert rest["nll"] == pytest.approx(reader.totals.nll, rel=1e-5)
     third.end()
+
+
+def test_what_is_being_made_is_told_of_the_end(place: Path) -> None:
+    server = Server(place, "--sessions", str(place / "ended"), "--max-tokens", "1000000")
+    body = {"model": "model", "prompt": "x", "max_tokens": 1_000_000, "stream": True}
+    session = httpx.post(f"{server.address}/v1/sessions", json={"text": BOOK[:100]}).json()["id"]
+    with httpx.stream("POST", f"{server.address}/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        last = [line for line in lines if line][-1]
+    assert "was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
+    # Of its own, long before answers would be cut off.
+    server.process.wait(5)
+    assert server.process.stderr is not None
+    assert server.process.stderr.read() == ""
+    server.process.stderr.close()
+    assert (place / "ended" / f"{session}.session").exists()
