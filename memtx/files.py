@@ -127,6 +127,17 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tu
     Raises:
         CheckpointError: missing, damaged, of another kind, or of a version this release does not read.
     """
+    return _read_tensors(path, kind, version, tensors=True)
+
+
+def load_header(path: str | os.PathLike[str], *, kind: str, version: int) -> dict[str, str]:
+    """Read the header of a file of :func:`save_tensors` alone; raises what :func:`load_tensors` raises."""
+    return _read_tensors(path, kind, version, tensors=False)[1]
+
+
+def _read_tensors(
+    path: str | os.PathLike[str], kind: str, version: int, tensors: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -136,7 +147,8 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tu
             metadata = handle.metadata() or {}
             # Copied to memory of torch's own alignment: products round otherwise on a view into the file, and what is
             # loaded is to go on bit for bit.
-            tensors = {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+            names = handle.keys() if tensors else []
+            found = {name: handle.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"'{path}' is not a whole safetensors file: {error}.", "Restore it from a copy or write it again."
@@ -151,4 +163,4 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tu
             f"'{path}' has format version {metadata.get('version')}, this release reads {version}.",
             "Use the release that wrote it, or write it again.",
         )
-    return tensors, metadata
+    return found, metadata

@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "test": ("memtx.cli.fit:main", "measure a checkpoint on the test texts"),
     "predict": ("memtx.cli.fit:main", "run a checkpoint over the prediction texts"),
     "read": ("memtx.cli.read:main", "read a book of any length and report how surprising it was"),
+    "serve": ("memtx.cli.serve:main", "serve a model over HTTP: completions, sessions and a page"),
     "generate": ("memtx.cli.generate:main", "continue a prompt, or a book that was read"),
 }
 """Command -> (module:function, one-line help). A function takes argv and returns the exit code."""

@@ -1,16 +1,17 @@
 """Going on token by token, with keys and values kept: opened from a state, closed to one.
 
 The decoder owns buffers that it writes in place, which a state, a value, must not have. On a GPU a step is captured
-as a graph and replayed; shapes are fixed, so nothing is made twice as memory fills.
+as a graph and replayed; shapes are fixed, so nothing is made twice as memory fills. Rows come and go while the others
+go on: a row that joins is written behind the last one, into buffers that double when they are full.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memtx.errors import MemtxError
 from memtx.memory.ring import Layout, Step
@@ -24,7 +25,8 @@ WARM = 3
 class Decoder:
     """Reads one token a row at a time; results equal the model's calls of one token, up to rounding.
 
-    A model with a memory that has no such form is called as it is.
+    Rows stand at positions of their own, and may join and leave between steps. A model with a memory that has no such
+    form is called as it is.
 
     Args:
         model: put into eval mode.
@@ -47,23 +49,84 @@ class Decoder:
             self._rings = model.rings(state)
             self._position = state.position.clone()
         self._state = state
+        self._capacity = state.rows
         # The host counts along, so that no step asks the device where it stands.
         self._read: list[int] = state.position.tolist()
         self._layouts: list[Layout] = list(dict.fromkeys(ring.layout for ring in self._rings or ()))
         self._compile = compile
-        self._runs: dict[frozenset[Layout], Callable[[Tensor], Tensor]] = {}
+        self._runs: dict[tuple[frozenset[Layout], int], Callable[[Tensor], Tensor]] = {}
         cuda = state.position.device.type == "cuda"
         self._graph = cuda and not compile if graph is None else graph
         if self._graph and not cuda:
             raise MemtxError(f"graph=True on {state.position.device}.", "CUDA graphs need a GPU; leave it out.")
 
     @property
+    def rows(self) -> int:
+        """Streams that go on now."""
+        return len(self._read)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._position.device
+
+    @property
     def state(self) -> MemoryState:
-        """Where the stream stands, as a value."""
+        """Where the streams stand, as a value."""
         if self._rings is None:
             return self._state
         with torch.inference_mode():
-            return self.model.close(self._rings, self._position)
+            return self.model.close([ring.first(self.rows) for ring in self._rings], self._position[: self.rows])
+
+    @torch.inference_mode()
+    def join(self, state: MemoryState) -> None:
+        """Add the rows of a state behind the others.
+
+        Args:
+            state: of the same model, at any positions; stays as it is.
+        """
+        held, needed = self.rows, self.rows + state.rows
+        if self._rings is None:
+            self._state = MemoryState.concat([self._state, state])
+        else:
+            opened = self.model.rings(state)
+            assert opened is not None
+            if needed > self._capacity:
+                self._grow(max(needed, 2 * self._capacity))
+            for ring, new in zip(self._rings, opened, strict=True):
+                ring.put(held, new)
+            self._position[held:needed] = state.position
+        self._read += state.position.tolist()
+
+    @torch.inference_mode()
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep the given rows, in the given order; a row that keeps its place costs nothing.
+
+        Args:
+            rows: numbers from 0, each at most once; none leaves a decoder that rows can join.
+
+        Raises:
+            MemtxError: a number is out of range or stands twice.
+        """
+        if len(set(rows)) != len(rows) or not all(0 <= row < self.rows for row in rows):
+            raise MemtxError(f"select got {list(rows)} of {self.rows} rows.", "Give each row number at most once.")
+        if self._rings is None:
+            self._state = self._state.select(torch.tensor(rows, dtype=torch.int64))
+        elif moved := [(row, at) for at, row in enumerate(rows) if row != at]:
+            sources, targets = torch.tensor(moved, device=self._position.device).unbind(1)
+            for ring in self._rings:
+                ring.move(sources, targets)
+            self._position[targets] = self._position[sources]
+        self._read = [self._read[row] for row in rows]
+
+    def _grow(self, rows: int) -> None:
+        assert self._rings is not None
+        self._rings = [ring.grown(rows) for ring in self._rings]
+        position = self._position.new_zeros(rows)
+        position[: self.rows] = self._position[: self.rows]
+        self._position, self._capacity = position, rows
+        # What was captured writes into the old buffers.
+        self._runs.clear()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
@@ -82,54 +145,66 @@ class Decoder:
             raise MemtxError(
                 f"tokens is {tuple(tokens.shape)}, expected ({len(self._read)},).", "Give one token for every row."
             )
+        if not self._read:
+            return torch.empty(0, self.model.vocab_size, device=tokens.device)
         if self._rings is None:
             output = self.model(tokens[:, None], self._state)
             self._state = output.state
             assert output.logits is not None
             last: Tensor = output.logits[:, 0]
             return last
+        rows, width = self.rows, self._width()
         crossing = frozenset(one for one in self._layouts if any(one.crosses(read) for read in self._read))
-        if crossing not in self._runs:
-            self._runs[crossing] = self._made(crossing, tokens)
-        logits = self._runs[crossing](tokens)
+        if width > rows:
+            tokens = nn.functional.pad(tokens, (0, width - rows))
+        if (crossing, width) not in self._runs:
+            self._runs[crossing, width] = self._made(crossing, tokens)
+        logits = self._runs[crossing, width](tokens)
         self._read = [read + 1 for read in self._read]
-        return logits
+        return logits[:rows]
+
+    def _width(self) -> int:
+        """Return how many rows a step computes: where one is made for each width, only powers of two."""
+        if not (self._graph or self._compile):
+            return self.rows
+        return min(1 << (self.rows - 1).bit_length(), self._capacity)
 
     def _made(self, crossing: frozenset[Layout], tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a step in which blocks cross the edge in these layouts."""
+        assert self._rings is not None
+        rings, position = [ring.first(len(tokens)) for ring in self._rings], self._position[: len(tokens)]
 
         def run(tokens: Tensor) -> Tensor:
-            assert self._rings is not None
-            logits = self.model.step(tokens, self._rings, Step(self._position, crossing))
-            self._position.add_(1)
+            logits = self.model.step(tokens, rings, Step(position, crossing))
+            position.add_(1)
             return logits
 
         if self._compile:
             backend = "inductor" if self._compile is True else self._compile
             compiled: Callable[[Tensor], Tensor] = torch.compile(run, backend=backend, dynamic=False)
             return compiled
-        return self._captured(run, tokens) if self._graph else run
+        buffers = [position, *(buffer for ring in rings for buffer in (ring.hidden, ring.key_value))]
+        return _captured(run, tokens, buffers) if self._graph else run
 
-    def _captured(self, run: Callable[[Tensor], Tensor], tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the step as a graph's replay. It is run some times before, so what it writes is put back."""
-        assert self._rings is not None
-        buffers = [self._position, *(buffer for ring in self._rings for buffer in (ring.hidden, ring.key_value))]
-        before = [buffer.clone() for buffer in buffers]
-        given, graph = tokens.clone(), torch.cuda.CUDAGraph()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM):
-                run(given)
-        torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
-            logits = run(given)
-        for buffer, kept in zip(buffers, before, strict=True):
-            buffer.copy_(kept)
 
-        def replay(tokens: Tensor) -> Tensor:
-            given.copy_(tokens)
-            graph.replay()
-            return logits.clone()
+def _captured(run: Callable[[Tensor], Tensor], tokens: Tensor, buffers: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a step as a graph's replay. It is run some times before, so what it writes is put back."""
+    before = [buffer.clone() for buffer in buffers]
+    given, graph = tokens.clone(), torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM):
+            run(given)
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.graph(graph):
+        logits = run(given)
+    for buffer, kept in zip(buffers, before, strict=True):
+        buffer.copy_(kept)
 
-        return replay
+    def replay(tokens: Tensor) -> Tensor:
+        given.copy_(tokens)
+        graph.replay()
+        return logits.clone()
+
+    return replay

@@ -7,7 +7,7 @@ same however much was read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.errors import CheckpointError, MemtxError
+from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.pieces import TextPieces
+from memtx.inference.scoring import Reading, Scored, score
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 
@@ -30,12 +31,19 @@ class SegmentResult:
         nll: (n,) float32, the surprise of each token: its negative log-likelihood in nats, given all before it.
         token_bytes: what each token stands for in the text, n of them.
         start: position in the text of the first token, counted in tokens from 0.
+        top_tokens: where asked for, (n, top) int64, the likeliest tokens at each place, likeliest first.
+        top_logprobs: likewise their log-probabilities, (n, top) float32, in nats.
+        embeddings: where asked for, (n, dim) float32, the last layer's output that each token was predicted from: it
+            knows all before the token, not the token.
     """
 
     tokens: NDArray[np.int64]
     nll: NDArray[np.float32]
     token_bytes: list[bytes]
     start: int
+    top_tokens: NDArray[np.int64] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
+    embeddings: NDArray[np.float32] | None = None
 
     @property
     def end(self) -> int:
@@ -120,13 +128,25 @@ class StreamReader:
         model: put into eval mode here.
         tokenizer: the one the model was trained with.
         segment: tokens a segment; more is faster, and all give the same numbers up to rounding.
+        scorer: what reads a segment; by default the model itself, for this stream alone.
+        top: how many of the likeliest tokens to name at every place.
+        embeddings: whether to hand out hidden states.
 
     Raises:
         MemtxError: ``segment`` is not positive.
         CheckpointError: the tokenizer has ids that the model does not know.
     """
 
-    def __init__(self, model: MemoryTransformer, tokenizer: Tokenizer, segment: int = 512) -> None:
+    def __init__(
+        self,
+        model: MemoryTransformer,
+        tokenizer: Tokenizer,
+        segment: int = 512,
+        *,
+        scorer: Callable[[Reading], Scored] | None = None,
+        top: int = 0,
+        embeddings: bool = False,
+    ) -> None:
         if segment < 1:
             raise MemtxError(f"The segment is {segment} tokens, expected at least 1.")
         if tokenizer.vocab_size > model.vocab_size:
@@ -137,6 +157,9 @@ class StreamReader:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.segment = segment
+        self.scorer = scorer or (lambda reading: score(model, [reading])[0])
+        self.top = top
+        self.embeddings = embeddings
         self.state = model.init_state(1)
         self.last = tokenizer.begin
         self.totals = Totals()
@@ -149,21 +172,23 @@ class StreamReader:
         """Where the model computes."""
         return self.state.position.device
 
-    @torch.inference_mode()
-    def _score(self, tokens: NDArray[np.int64]) -> SegmentResult:
+    def _score(self, tokens: NDArray[np.int64], last: bool = False) -> SegmentResult:
         inputs = np.concatenate([np.asarray([self.last], dtype=np.int64), tokens[:-1]])
-        output = self.model(
-            torch.as_tensor(inputs, device=self.device)[None],
-            self.state,
-            labels=torch.as_tensor(tokens, device=self.device)[None],
+        scored = self.scorer(Reading(self.state, inputs, tokens, self.top, self.embeddings, last))
+        self.state = scored.state
+        result = SegmentResult(
+            tokens,
+            scored.nll,
+            [self._bytes_of(int(token)) for token in tokens],
+            self.totals.tokens,
+            scored.top_tokens,
+            scored.top_logprobs,
+            scored.embeddings,
         )
-        self.state = output.state
-        nll = output.nll[0].float().cpu().numpy()
-        result = SegmentResult(tokens, nll, [self._bytes_of(int(token)) for token in tokens], self.totals.tokens)
         self.last = int(tokens[-1])
         self.totals = replace(
             self.totals,
-            nll=self.totals.nll + float(nll.sum(dtype=np.float64)),
+            nll=self.totals.nll + float(scored.nll.sum(dtype=np.float64)),
             tokens=self.totals.tokens + len(tokens),
         )
         return result
@@ -196,8 +221,34 @@ class StreamReader:
             self.totals = self.totals.with_text(decoded)
             yield from self._full_segments(tokens)
 
-    def finish(self) -> Iterator[SegmentResult]:
+    def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
+        """Take text as tokens; like :meth:`feed` in all else.
+
+        Raises:
+            DataError: an id that is not of the tokenizer's or that stands for no text; or text that was fed before
+                still waits for its rest.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if unknown := [int(one) for one in ids if not 0 <= one < self.tokenizer.vocab_size]:
+            raise DataError(
+                f"Token {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}.", "Check the tokenizer."
+            )
+        if (ids == self.tokenizer.begin).any():
+            raise DataError(f"Token {self.tokenizer.begin} begins a document and is no text.", "Leave it out.")
+        if self._pieces.waiting or self._pieces.waiting_bytes:
+            raise DataError("Tokens follow a text that was not ended.", "Finish it first, or give text.")
+        content = b"".join(self._bytes_of(int(token)) for token in ids)
+        # A character may be cut by the end of the tokens, so what it decodes to has other bytes.
+        counted = self.totals.with_text(content.decode("utf-8", "replace"))
+        self.totals = replace(counted, bytes=self.totals.bytes + len(content))
+        yield from self._full_segments(ids)
+
+    def finish(self, *, last: bool = False) -> Iterator[SegmentResult]:
         """End the text: yield what waited, the last segment shorter than the others.
+
+        Args:
+            last: nothing will be read or generated from here, so the state need not be kept up; the reader is of no
+                further use.
 
         Raises:
             DataError: the text ends inside a character.
@@ -205,7 +256,7 @@ class StreamReader:
         yield from self._full_segments(self._pieces.finish())
         if len(self._pending):
             tokens, self._pending = self._pending, self._pending[:0]
-            yield self._score(tokens)
+            yield self._score(tokens, last)
 
     def snapshot(self) -> Snapshot:
         """Return where the stream stands, to :meth:`restore` it; nothing is copied."""
@@ -229,6 +280,8 @@ class StreamReader:
 
     def fork(self) -> StreamReader:
         """Return a second reader that goes on from here by itself; the weights are shared."""
-        other = StreamReader(self.model, self.tokenizer, self.segment)
+        other = StreamReader(
+            self.model, self.tokenizer, self.segment, scorer=self.scorer, top=self.top, embeddings=self.embeddings
+        )
         other.restore(self.snapshot())
         return other

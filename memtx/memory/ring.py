@@ -82,6 +82,30 @@ class Ring:
     hidden: Tensor
     key_value: Tensor
 
+    def first(self, rows: int) -> Ring:
+        """Return the first rows as a ring that writes into this one."""
+        return Ring(self.layout, self.hidden[:rows], self.key_value[:rows])
+
+    def grown(self, rows: int) -> Ring:
+        """Return a ring of so many rows that begins with this one's; the rest is zero."""
+        larger = Ring(
+            self.layout,
+            self.hidden.new_zeros(rows, *self.hidden.shape[1:]),
+            self.key_value.new_zeros(rows, *self.key_value.shape[1:]),
+        )
+        larger.put(0, self)
+        return larger
+
+    def put(self, row: int, other: Ring) -> None:
+        """Write another ring's rows over this one's from ``row`` on."""
+        for own, new in ((self.hidden, other.hidden), (self.key_value, other.key_value)):
+            own[row : row + new.shape[0]] = new
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """Write the rows ``sources`` (n,) over the rows ``targets`` (n,), all at once."""
+        for own in (self.hidden, self.key_value):
+            own[targets] = own[sources]
+
 
 @dataclass(frozen=True)
 class Seen:

@@ -23,7 +23,10 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["raed"], ["read", "--help"], ["generate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["raed"], ["read", "--help"], ["generate", "--help"], ["serve", "--help"]],
+)
 def test_answers_that_need_no_torch_do_not_import_it(arguments: list[str]) -> None:
     code = (
         "import sys, json, contextlib, io\nfrom memtx.cli.main import main\n"

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx import MemoryTransformer
@@ -44,6 +44,40 @@ def test_it_goes_on_as_the_model_does(kind: str, data: st.DataObject) -> None:
         assert (decoder.step(case.tokens[:, at]) - expected.logits[:, 0]).abs().max() < EXACT
     assert distance(decoder.state, going) < EXACT
     assert state.equals(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_rows_that_come_and_go_read_as_each_alone(kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(kind))
+    alone = {}
+    decoder, names = None, []
+    for step in range(data.draw(st.integers(1, 12))):
+        if data.draw(st.booleans()) or decoder is None:
+            # A stream that has read some tokens by itself joins.
+            at = data.draw(st.integers(0, 40))
+            state = case.model.init_state(1)
+            state = case.model(torch.randint(0, 11, (1, at)), state).state if at else state
+            alone[step] = state
+            if decoder is None:
+                decoder = Decoder(case.model, state)
+            else:
+                decoder.join(state)
+            names.append(step)
+        elif data.draw(st.booleans()):
+            kept = data.draw(st.permutations(range(len(names))))[: data.draw(st.integers(0, len(names)))]
+            decoder.select(kept)
+            names = [names[row] for row in kept]
+        tokens = torch.randint(0, 11, (len(names),))
+        logits = decoder.step(tokens)
+        assert logits.shape == (len(names), 11)
+        for row, name in enumerate(names):
+            expected = case.model(tokens[row : row + 1, None], alone[name])
+            alone[name] = expected.state
+            assert (logits[row] - expected.logits[0, 0]).abs().max() < EXACT
+    for row, name in enumerate(names):
+        assert distance(decoder.state.select([row]), alone[name]) < EXACT
 
 
 def small(*memories: object) -> MemoryTransformer:
@@ -90,6 +124,21 @@ def test_other_memories_are_decoded_by_calls(memory: object) -> None:
     assert decoder.state.equals(state)
 
 
+@pytest.mark.parametrize("memory", [NoMemory, partial(RecurrentMemory, window=4, same_length=False)])
+def test_rows_of_other_memories_come_and_go_too(memory: object) -> None:
+    model = small(memory).double()
+    first, second = (model(torch.randint(0, 11, (1, n))).state for n in (3, 7))
+    decoder = Decoder(model, first)
+    decoder.join(second)
+    decoder.select([1])
+    expected = model(torch.tensor([[5]]), second)
+    assert (decoder.step(torch.tensor([5])) - expected.logits[:, 0]).abs().max() < EXACT
+    decoder.select([])
+    assert decoder.step(torch.empty(0, dtype=torch.int64)).shape == (0, 11)
+    decoder.join(expected.state)
+    assert distance(decoder.state, expected.state) == 0.0
+
+
 def test_a_compiled_step_is_made_twice_and_never_again() -> None:
     # Once for steps in which a block crosses the edge, once for the others, however full the memory is.
     model = small(partial(CompressedMemory, window=6, rate=3, length=4))
@@ -106,5 +155,7 @@ def test_mistakes_are_named() -> None:
     model = small(partial(RecurrentMemory, window=4))
     with pytest.raises(MemtxError, match=r"tokens is \(3,\), expected \(2,\)"):
         Decoder(model, model.init_state(2)).step(torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(MemtxError, match=r"select got \[0, 0\] of 2 rows"):
+        Decoder(model, model.init_state(2)).select([0, 0])
     with pytest.raises(MemtxError, match="CUDA graphs need a GPU"):
         Decoder(model, model.init_state(1), graph=True)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
-from memtx.inference.generate import StopFilter, generate
+from memtx.inference.continuation import StopFilter
+from memtx.inference.generate import generate
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import Sampling
 from memtx.models.memory_transformer import MemoryTransformer

@@ -106,3 +106,44 @@ def test_mistakes(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, pair
     list(reader.feed("é".encode()[:1]))
     with pytest.raises(DataError, match="at byte 0"):
         list(reader.finish())
+
+
+def test_tokens_are_read_as_their_text_is(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
+    ids = pair_tokenizer.encode(text[:400])
+    from_text, from_tokens = (StreamReader(pair_model, pair_tokenizer, segment=20) for _ in range(2))
+    expected = [*from_text.feed(text[:400]), *from_text.finish()]
+    found = [*from_tokens.feed_tokens(ids[:33].tolist()), *from_tokens.feed_tokens(ids[33:]), *from_tokens.finish()]
+    assert np.array_equal(np.concatenate([r.nll for r in found]), np.concatenate([r.nll for r in expected]))
+    assert from_tokens.totals.bytes == from_text.totals.bytes
+    with pytest.raises(DataError, match="begins a document"):
+        list(from_tokens.feed_tokens([pair_tokenizer.begin]))
+    with pytest.raises(DataError, match="Token 9999 is not in the vocabulary"):
+        list(from_tokens.feed_tokens([1, 9999]))
+    list(from_text.feed("a"))
+    with pytest.raises(DataError, match="not ended"):
+        list(from_text.feed_tokens([1]))
+
+
+def test_likeliest_tokens_and_embeddings_where_asked_for(
+    byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
+) -> None:
+    reader = StreamReader(byte_model, byte_tokenizer, segment=30, top=2, embeddings=True)
+    plain = StreamReader(byte_model, byte_tokenizer, segment=30)
+    list(reader.feed(text[:50]))
+    results = list(reader.fork().finish())
+    expected = [*plain.feed(text[:50]), *plain.finish()]
+    tokens = torch.tensor([[byte_tokenizer.begin, *text[:49].encode()]])
+    with torch.inference_mode():
+        whole = byte_model(tokens, return_hidden=True)
+    start = 0
+    for result, other in zip(results, expected, strict=True):
+        assert result.embeddings is not None
+        assert result.top_tokens is not None
+        assert result.top_logprobs is not None
+        # float32: one by whole logits, one by chunks of them.
+        assert np.abs(result.nll - other.nll).max() < 1e-5
+        part = slice(start, start + len(result.tokens))
+        assert np.abs(result.embeddings - whole.hidden_states[-1][0, part].numpy()).max() < 1e-4
+        assert np.array_equal(result.top_tokens[:, 0], whole.logits[0, part].argmax(-1).numpy())
+        assert (np.diff(result.top_logprobs) <= 0).all()
+        start += len(result.tokens)

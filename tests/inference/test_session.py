@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from memtx import files
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError
 from memtx.inference.reader import StreamReader
-from memtx.inference.session import KIND, load_session, save_session
+from memtx.inference.session import KIND, SIGNED, VERSION, _digest, load_session, save_session
 from memtx.models.memory_transformer import MemoryTransformer
 
 
@@ -90,6 +92,58 @@ def test_other_formats_and_versions_are_refused(
     with pytest.raises(CheckpointError, match="format version 99"):
         load_session(tmp_path / "new", reader)
     facts = {"model": byte_model.fingerprint, "tokenizer": byte_tokenizer.fingerprint}
-    files.save_tensors(tmp_path / "bare", {"a": torch.zeros(1)}, kind=KIND, version=1, **facts)
-    with pytest.raises(CheckpointError, match="damaged header"):
+    files.save_tensors(tmp_path / "bare", {"a": torch.zeros(1)}, kind=KIND, version=VERSION, **facts)
+    with pytest.raises(CheckpointError, match="changed after it was written"):
         load_session(tmp_path / "bare", reader)
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_one_bit_more_or_less_is_refused(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, byte_model: MemoryTransformer
+) -> None:
+    reader = StreamReader(byte_model, ByteTokenizer(), segment=50)
+    path = tmp_path_factory.mktemp("flipped") / "s"
+    list(reader.feed("It was a dark and stormy night. " * 5))
+    save_session(path, reader)
+    content = bytearray(path.read_bytes())
+    # Half of them in the header, which is a small part of the file.
+    place = data.draw(st.one_of(st.integers(0, 2000), st.integers(0, len(content) - 1)))
+    content[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_session(path, StreamReader(byte_model, ByteTokenizer(), segment=50))
+
+
+FORGED = {
+    "another shape": lambda tensors, header: tensors.update({"state.position": torch.zeros(2, dtype=torch.int64)}),
+    "far away": lambda tensors, header: tensors.update({"state.position": torch.full((1,), 2**62)}),
+    "before the beginning": lambda tensors, header: tensors.update({"state.position": torch.full((1,), -5)}),
+    "no numbers": lambda tensors, header: tensors["state.layers[0][0].hidden"].fill_(torch.nan),
+    "unknown tokens": lambda tensors, header: tensors.update({"pending": torch.full((3,), 999)}),
+    "floating tokens": lambda tensors, header: tensors.update({"pending": torch.zeros(3)}),
+    "a whole piece waits": lambda tensors, header: tensors.update({"waiting": torch.full((9000,), 65).byte()}),
+    "no text waits": lambda tensors, header: tensors.update({"waiting": torch.full((3,), 255).byte()}),
+    "a long character": lambda tensors, header: tensors.update({"waiting_bytes": torch.full((9,), 226).byte()}),
+    "nothing": lambda tensors, header: tensors.pop("pending"),
+    "last": lambda tensors, header: header.update(last="-1"),
+    "text for a number": lambda tensors, header: header.update(last="x"),
+    "totals": lambda tensors, header: header.update(totals='{"nll": "much"}'),
+    "endless totals": lambda tensors, header: header.update(totals='{"nll": Infinity}'),
+    "facts": lambda tensors, header: header.update(facts="[1]"),
+    "deep facts": lambda tensors, header: header.update(facts="[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_a_forged_session_is_refused(how: str, saved: Path, byte_model: MemoryTransformer) -> None:
+    # Whoever makes a file can make its digest too: what it says must be possible.
+    tensors, header = files.load_tensors(saved, kind=KIND, version=VERSION)
+    header = {name: header[name] for name in SIGNED}
+    reader = StreamReader(byte_model, ByteTokenizer(), segment=50)
+    FORGED[how](tensors, header)
+    header["digest"] = _digest(tensors, header)
+    files.save_tensors(saved, tensors, kind=KIND, version=VERSION, **header)
+    with pytest.raises(CheckpointError):
+        load_session(saved, reader)
+    assert reader.totals.tokens == 0

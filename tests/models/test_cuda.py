@@ -49,3 +49,21 @@ def test_replayed_steps_equal_eager_ones(how: str) -> None:
     for token in tokens[30:]:
         torch.testing.assert_close(fast.step(token), plain.step(token), rtol=1e-3, atol=1e-4)
     assert fast.state.equals(plain.state, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("how", ["graph", "compiled"])
+def test_replayed_steps_equal_eager_ones_while_rows_come_and_go(how: str) -> None:
+    model = made("cuda")
+    tokens = torch.randint(0, 50, (60, 5), device="cuda")
+    state = model(tokens[:30].T).state
+    plain = Decoder(model, state.select([0]), graph=False)
+    fast = Decoder(model, state.select([0]), graph=how == "graph", compile=how == "compiled")
+    for at, token in enumerate(tokens[30:]):
+        for decoder in (plain, fast):
+            if at in (3, 7, 8, 20):
+                decoder.join(state.select([at % 5]))
+            if at == 12:
+                decoder.select([0, 3, 2])
+        token = token[: plain.rows]
+        torch.testing.assert_close(fast.step(token), plain.step(token), rtol=1e-3, atol=1e-4)
+    assert fast.state.equals(plain.state, tolerance=1e-4)

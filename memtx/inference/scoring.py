@@ -1,0 +1,111 @@
+"""One segment of several streams through the model: every token's surprise, and where each stream then stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.ops.cross_entropy import IGNORED
+from memtx.state import MemoryState
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One stream's next segment.
+
+    Attributes:
+        state: where the stream stands, one row.
+        inputs: (n,) int64, the tokens to be read.
+        labels: (n,) int64, the tokens that follow each of them.
+        top: how many of the likeliest tokens to name at every place.
+        embeddings: whether hidden states are asked for.
+        last: whether the stream ends here, so that the state after it is not needed.
+    """
+
+    state: MemoryState
+    inputs: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    top: int = 0
+    embeddings: bool = False
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What the model said.
+
+    Attributes:
+        state: where the stream stands now; where it ended, where it stood before.
+        nll: (n,) float32, each label's negative log-likelihood in nats.
+        top_tokens: where asked for, (n, top) int64, the likeliest tokens at each place, likeliest first.
+        top_logprobs: likewise their log-probabilities, (n, top) float32, in nats.
+        embeddings: where asked for, (n, dim) float32, the last layer's output that each label was predicted from: it
+            knows all before the label, not the label.
+    """
+
+    state: MemoryState
+    nll: NDArray[np.float32]
+    top_tokens: NDArray[np.int64] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
+    embeddings: NDArray[np.float32] | None = None
+
+
+@torch.inference_mode()
+def score(model: MemoryTransformer, readings: Sequence[Reading]) -> list[Scored]:
+    """Read segments of several streams in one call.
+
+    Args:
+        model: in eval mode.
+        readings: at least one; all ask for the same. Those of streams that go on are as long as the longest; one that
+            ends may be shorter, since nothing looks at what is put behind it.
+
+    Returns:
+        One result a reading. Rows are independent: each is what it is alone, up to rounding.
+    """
+    first = readings[0]
+    width = max(len(one.inputs) for one in readings)
+    device = first.state.position.device
+    inputs = np.zeros((len(readings), width), dtype=np.int64)
+    labels = np.full((len(readings), width), IGNORED, dtype=np.int64)
+    for row, one in enumerate(readings):
+        assert len(one.inputs) == width or one.last, "what follows a shorter segment would enter its state"
+        inputs[row, : len(one.inputs)] = one.inputs
+        labels[row, : len(one.labels)] = one.labels
+    state = first.state if len(readings) == 1 else MemoryState.concat([one.state for one in readings])
+    target = torch.from_numpy(labels).to(device)
+    output = model(
+        torch.from_numpy(inputs).to(device),
+        state,
+        # Whole logits are made only where they are looked at.
+        labels=None if first.top else target,
+        return_hidden=first.embeddings,
+    )
+    top = values = None
+    if output.logits is not None:
+        logprobs = output.logits.float().log_softmax(-1)
+        nll = -logprobs.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+        values, top = (part.cpu() for part in logprobs.topk(min(first.top, logprobs.shape[-1]), dim=-1))
+    else:
+        assert output.nll is not None
+        nll = output.nll
+    hidden = output.hidden_states[-1].float().cpu().numpy() if output.hidden_states is not None else None
+    scores = nll.float().cpu().numpy()
+    results = []
+    for row, one in enumerate(readings):
+        n = len(one.inputs)
+        results.append(
+            Scored(
+                # A row's own copy: a view would keep the whole batch in memory for as long as the stream waits.
+                one.state if one.last else output.state if len(readings) == 1 else output.state.select([row]),
+                scores[row, :n],
+                top[row, :n].numpy() if top is not None else None,
+                values[row, :n].numpy() if values is not None else None,
+                hidden[row, :n].copy() if hidden is not None else None,
+            )
+        )
+    return results

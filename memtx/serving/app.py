@@ -1,0 +1,110 @@
+"""The application: routes, limits and errors put together, and the server that runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from importlib import resources
+
+import uvicorn
+from anyio import to_thread
+from fastapi import FastAPI, Response
+from fastapi.responses import HTMLResponse
+
+import memtx
+from memtx.errors import MemtxError
+from memtx.inference.pool import SessionPool
+from memtx.serving import completions, problems, sessions
+from memtx.serving.limits import Guard, Limits
+from memtx.serving.metrics import Metrics
+
+SESSION_EXTRA = 1 << 20
+"""Bytes of a session's file beside its state, at most: its header and the text that waits."""
+
+PATIENCE = 10
+"""Seconds that answers have to end after SIGTERM; then they are cut and the sessions are saved."""
+
+
+def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key: str | None = None) -> FastAPI:
+    """Return the application; when it shuts down it closes the pool, which saves every session.
+
+    Args:
+        pool: what reads and makes.
+        name: the model's, as clients call it.
+        limits: to be kept.
+        key: that clients must show; None for none, and for this machine's own clients only.
+    """
+    limits = limits or Limits()
+    metrics = Metrics(pool)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # A request that reads holds a thread, and the guard lets no more of them in.
+        to_thread.current_default_thread_limiter().total_tokens = limits.requests + 8
+        yield
+        await to_thread.run_sync(pool.close)
+
+    # The pages that FastAPI offers load scripts from elsewhere.
+    app = FastAPI(title="memtx", version=memtx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.pool = pool
+    problems.install(app)
+    answers = completions.Completions(pool, name, limits, metrics)
+    app.include_router(completions.router(answers))
+    app.include_router(sessions.router(pool, answers))
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        """Say that the server is there."""
+        return {"status": "ok"}
+
+    @app.get("/metrics", response_class=Response)
+    def measured() -> Response:
+        """Return the counters in Prometheus's text format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(
+            resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8"),
+            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:"},
+        )
+
+    app.add_middleware(Guard, limits=limits, metrics=metrics, key=key, import_body=pool.session_bytes + SESSION_EXTRA)
+    return app
+
+
+def serve(app: FastAPI, *, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; the sessions are saved by then.
+
+    Args:
+        app: of :func:`make_app`.
+        host: the address to listen on.
+        port: likewise; 0 for any free one.
+        ready: is told the server's address once it listens.
+
+    Raises:
+        MemtxError: the address cannot be listened on.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise MemtxError(f"{host}:{port} cannot be listened on: {error.strerror}.", "Try another --port.") from error
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
+    shown = f"[{host}]" if ":" in host else host
+    ready(f"http://{shown}:{listening.getsockname()[1]}")
+    # Connections are taken in by the kernel from here on, and answered as soon as the loop runs.
+    _Server(config, app.state.pool).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Ends what is being read and made before it waits for its answers to end: they say so, and are not cut off."""
+
+    def __init__(self, config: uvicorn.Config, pool: SessionPool) -> None:
+        super().__init__(config)
+        self._pool = pool
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await to_thread.run_sync(self._pool.engine.close)
+        await super().shutdown(sockets)

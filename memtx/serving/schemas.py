@@ -1,0 +1,143 @@
+"""What requests may say; a field that is not here is refused, with the nearest that is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from memtx.inference.continuation import Request
+from memtx.inference.sampling import Sampling
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half of a surrogate pair, at {error.start}, is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_whole)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
+Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
+
+
+class Body(BaseModel):
+    """A request's JSON object."""
+
+    model_config = ConfigDict(extra="forbid", strict=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        unknown = sorted(value.keys() - cls.model_fields.keys()) if isinstance(value, dict) else []
+        if unknown:
+            # Half a surrogate pair may stand in a name, and no message can hold it.
+            name = str(unknown[0]).encode("utf-8", "replace").decode()[:80]
+            context = {"name": name, "known": list(cls.model_fields)}
+            raise PydanticCustomError("extra_forbidden", "'{name}' is not a field of this request", context)
+        return value
+
+
+class Making(Body):
+    """How a text is made: OpenAI's names, and memtx's own top_k, min_p and repetition_penalty."""
+
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    n: Annotated[int, Field(ge=1, le=1024)] | None = 1
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool | None = False
+    stream_options: dict[str, Any] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    def requests(self, seeds: list[int]) -> list[Request]:
+        """Return one request a seed.
+
+        Raises:
+            MemtxError: a number out of its range.
+        """
+        sampling = Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        tokens = 16 if self.max_tokens is None else self.max_tokens
+        return [Request(tokens, sampling, stops, seed, self.logprobs) for seed in seeds]
+
+    @property
+    def usage(self) -> bool:
+        """Whether a stream is to end with its usage."""
+        return bool((self.stream_options or {}).get("include_usage"))
+
+
+class CompletionBody(Making):
+    """``POST /v1/completions``."""
+
+    model: str
+    prompt: Text | list[Text] | list[Id] | list[list[Id]] = ""
+    echo: bool | None = False
+    suffix: None = None
+    best_of: int | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> CompletionBody:
+        if self.best_of not in (None, self.n):
+            raise ValueError("best_of other than n is not offered; leave it out")
+        if self.logit_bias:
+            raise ValueError("logit_bias is not offered; leave it out")
+        if self.presence_penalty or self.frequency_penalty:
+            raise ValueError("presence_penalty and frequency_penalty are not offered; repetition_penalty is")
+        return self
+
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts, each a text or tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [one for one in self.prompt if not isinstance(one, int)]
+
+
+class ContinueBody(Making):
+    """``POST /v1/sessions/ID/generate``; ``keep`` lets the session read the prompt and what was made."""
+
+    prompt: Text = ""
+    keep: bool = False
+    save: bool = False
+
+
+class CreateBody(Body):
+    """``POST /v1/sessions``."""
+
+    text: Text = ""
+    save: bool = False
+
+
+class FeedBody(Body):
+    """``POST /v1/sessions/ID/feed``; ``end`` ends the text, so that what waits is read; ``save`` writes the session."""
+
+    text: Text
+    end: bool = False
+    save: bool = False
+
+
+class ScoreBody(Body):
+    """``POST /v1/sessions/ID/score``."""
+
+    text: Text
+    top: Annotated[int, Field(ge=0, le=20)] = 0
+    embeddings: bool = False

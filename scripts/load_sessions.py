@@ -1,0 +1,175 @@
+"""Many clients at once against a running server: each has a session of its own, whose numbers are its own check.
+
+    memtx serve --checkpoint RUN --port 8000 &
+    python scripts/load_sessions.py http://127.0.0.1:8000 [--sessions 64] [--seconds 180] [--json FILE]
+
+Every client feeds its text in pieces, ends it, and compares what came with what the server said of the same text when
+nobody else was there; then it does a continuation with a fixed seed twice. Printed: requests, errors, answers that
+were another session's, the median and the 99th percentile of the time to answer, and the server's memory after a
+third of the time and at the end. The server must be on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+SENTENCE = "the sea was calm and a grey gull cried over the long wet sand while nobody came to the old harbour"
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass
+class Tally:
+    """What all clients saw."""
+
+    times: dict[str, list[float]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    mixed: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Client:
+    """One connection that is kept."""
+
+    def __init__(self, address: str, key: str | None, tally: Tally) -> None:
+        parts = urlsplit(address)
+        self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=600)
+        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self.tally = tally
+
+    def ask(self, kind: str, method: str, path: str, body: Any = None) -> Any:
+        """Return the answer's JSON, and take down its time or its error."""
+        began = time.perf_counter()
+        self.connection.request(method, path, json.dumps(body) if body is not None else None, self.headers)
+        response = self.connection.getresponse()
+        content = response.read()
+        took = time.perf_counter() - began
+        with self.tally.lock:
+            self.tally.times.setdefault(kind, []).append(took)
+            if response.status >= 400:
+                self.tally.errors.append(f"{kind}: {response.status} {content[:200].decode('utf-8', 'replace')}")
+        return json.loads(content) if content and response.status < 400 else None
+
+    def metric(self, name: str) -> float:
+        """Return one of the server's counters."""
+        self.connection.close()  # The server ends what was idle for long.
+        self.connection.request("GET", "/metrics", headers=self.headers)
+        lines = self.connection.getresponse().read().decode().splitlines()
+        return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), float("nan"))
+
+
+def text_of(number: int, words: int) -> str:
+    """Return the text of a client: its number decides every word."""
+    drawn, words_known = random.Random(number), SENTENCE.split()
+    return " ".join(drawn.choice(words_known) for _ in range(words)) + f" {number}.\n"
+
+
+def visit(client: Client, text: str, seed: int) -> tuple[float, int, str] | None:
+    """Read a text in a session of its own and go on with it; return what was found, None after an error."""
+    made = client.ask("create", "POST", "/v1/sessions", {})
+    if made is None:
+        return None
+    path = f"/v1/sessions/{made['id']}"
+    info, third = None, len(text) // 3 + 1
+    for at in range(0, len(text), third):
+        last = at + third >= len(text)
+        info = client.ask("feed", "POST", f"{path}/feed", {"text": text[at : at + third], "end": last})
+    body = {"max_tokens": 16, "temperature": 0, "seed": seed}
+    answer = client.ask("generate", "POST", f"{path}/generate", body)
+    client.ask("delete", "DELETE", path)
+    if info is None or answer is None:
+        return None
+    return info["nll"], info["tokens"], answer["choices"][0]["text"]
+
+
+def go_round(address: str, key: str | None, tally: Tally, number: int, text: str, alone: Any, until: float) -> None:
+    """Visit again and again until the time is over."""
+    client = Client(address, key, tally)
+    while time.monotonic() < until:
+        try:
+            found = visit(client, text, number)
+        except (OSError, http.client.HTTPException) as error:
+            with tally.lock:
+                tally.errors.append(f"{type(error).__name__}: {error}")
+            return
+        # Sums in another order may differ in the last bits, another text's in the first; a greedy choice between
+        # equals may fall the other way, so the text is the weaker sign and its beginning must agree.
+        if found is not None and (found[1] != alone[1] or abs(found[0] - alone[0]) > 1e-4 * abs(alone[0])):
+            with tally.lock:
+                tally.mixed.append(f"client {number}: {found[:2]} instead of {alone[:2]}")
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Return the value below which the share of all lies."""
+    return sorted(values)[min(int(share * len(values)), len(values) - 1)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("address", help="of a server on this machine")
+    parser.add_argument("--sessions", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--words", type=int, default=300, help="of each text")
+    parser.add_argument("--json", metavar="FILE", help="- for standard output")
+    arguments = parser.parse_args()
+    if urlsplit(arguments.address).hostname not in LOCAL:
+        parser.error("the server must be on this machine")
+    key, tally = os.environ.get("MEMTX_API_KEY"), Tally()
+    texts = [text_of(number, arguments.words) for number in range(arguments.sessions)]
+    quiet = Client(arguments.address, key, Tally())
+    alone = [visit(quiet, text, number) for number, text in enumerate(texts)]
+    if None in alone:
+        print(quiet.tally.errors[0], file=sys.stderr)
+        return 1
+    until = time.monotonic() + arguments.seconds
+    threads = [
+        threading.Thread(target=go_round, args=(arguments.address, key, tally, number, text, alone[number], until))
+        for number, text in enumerate(texts)
+    ]
+    before = {name: quiet.metric(f"memtx_{name}") for name in ("read_rows", "read_calls", "step_rows", "step_calls")}
+    for thread in threads:
+        thread.start()
+    time.sleep(arguments.seconds / 3)
+    warm = quiet.metric("process_resident_memory_bytes")
+    for thread in threads:
+        thread.join()
+    end = quiet.metric("process_resident_memory_bytes")
+    after = {name: quiet.metric(f"memtx_{name}") - value for name, value in before.items()}
+    found = {
+        "sessions": arguments.sessions,
+        "seconds": arguments.seconds,
+        "requests": sum(map(len, tally.times.values())),
+        "errors": len(tally.errors),
+        "mixed": len(tally.mixed),
+        "rows_a_reading_call": after["read_rows"] / max(after["read_calls"], 1),
+        "rows_a_step": after["step_rows"] / max(after["step_calls"], 1),
+        "memory_warm_bytes": warm,
+        "memory_end_bytes": end,
+        "memory_growth": end / warm - 1,
+        "ms": {
+            kind: {"p50": 1000 * statistics.median(times), "p99": 1000 * percentile(times, 0.99), "n": len(times)}
+            for kind, times in tally.times.items()
+        },
+    }
+    if arguments.json == "-":
+        print(json.dumps(found))
+    else:
+        for name, value in found.items():
+            print(f"{name}: {json.dumps(value)}")
+    for wrong in (*tally.errors[:5], *tally.mixed[:5]):
+        print(wrong, file=sys.stderr)
+    return 1 if tally.errors or tally.mixed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Keys, limits and mistakes, without a network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+pytest.importorskip("httpx", reason="the package 'httpx' is not installed")
+
+from fastapi.testclient import TestClient
+
+from memtx.data.tokenizers import ByteTokenizer
+from memtx.errors import MemtxError
+from memtx.inference.pool import SessionPool
+from memtx.serving.app import make_app
+from memtx.serving.limits import Limits
+from tests.inference.conftest import TEXT, tiny_model
+
+
+def client(folder: Path, limits: Limits | None = None, key: str | None = None, **options: Any) -> TestClient:
+    pool = SessionPool(tiny_model(257), ByteTokenizer(), folder, segment=32, **options)
+    return TestClient(make_app(pool, name="m", limits=limits, key=key), raise_server_exceptions=False)
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[TestClient]:
+    with client(tmp_path / "s") as made:
+        yield made
+
+
+def error(response: Any, status: int) -> str:
+    assert response.status_code == status, response.text
+    said = response.json()["error"]
+    assert said["message"]
+    assert said["what"]
+    assert "Traceback" not in response.text
+    return str(said["message"])
+
+
+def test_the_key_is_asked_for(tmp_path: Path) -> None:
+    with client(tmp_path, key="k" * 16) as web:
+        assert web.get("/health").status_code == 200
+        assert web.get("/").status_code == 200
+        for given in (None, "Bearer wrong", "k" * 16, "Bearer é", "Bearer"):
+            told = {"Authorization": given.encode("latin-1")} if given is not None else {}
+            assert "no valid API key" in error(web.get("/v1/models", headers=told), 401)
+            error(web.post("/v1/sessions", json={}, headers=told), 401)
+            error(web.get("/metrics", headers=told), 401)
+        good = {"Authorization": f"Bearer {'k' * 16}"}
+        assert web.get("/v1/models", headers=good).status_code == 200
+        # With a key, other names may lead here.
+        assert web.get("/v1/models", headers=good | {"Host": "example.org"}).status_code == 200
+
+
+def test_other_sites_are_kept_out(web: TestClient) -> None:
+    error(web.post("/v1/sessions", json={}, headers={"Origin": "http://evil.example"}), 403)
+    error(web.get("/v1/models", headers={"Host": "evil.example"}), 403)
+    assert web.post("/v1/sessions", json={}, headers={"Origin": "http://testserver"}).status_code == 201
+    assert web.get("/v1/models", headers={"Host": "[::1]:8000"}).status_code == 200
+
+
+def test_bodies_have_an_end(tmp_path: Path) -> None:
+    with client(tmp_path, Limits(body=1000)) as web:
+        assert "more than 1000 bytes" in error(web.post("/v1/sessions", json={"text": "x" * 1000}), 413)
+        parts = iter([b'{"text": "'] + [b"x" * 100] * 20)  # Of no length that is said before.
+        said = web.post("/v1/sessions", content=parts, headers={"Content-Type": "application/json"})
+        assert "more than 1000 bytes" in error(said, 413)
+        name = web.post("/v1/sessions", json={}).json()["id"]
+        content = web.get(f"/v1/sessions/{name}/export").content
+        assert len(content) > 1000
+        assert web.post("/v1/sessions/import", content=content).status_code == 201
+
+
+def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
+    with client(tmp_path, Limits(requests=1), limit=2) as web:
+        for _ in range(2):
+            assert web.post("/v1/sessions", json={}).status_code == 201
+        full = web.post("/v1/sessions", json={})
+        assert "as many as may be" in error(full, 429)
+        assert int(full.headers["Retry-After"]) > 0
+        guard = web.app.middleware_stack  # type: ignore[attr-defined]
+        while not hasattr(guard, "working"):
+            guard = guard.app
+        guard.working = 1
+        busy = web.post("/v1/completions", json={"model": "m", "prompt": "x"})
+        assert "works on 1 requests" in error(busy, 429)
+        assert int(busy.headers["Retry-After"]) > 0
+        assert web.get("/health").status_code == 200
+
+
+def test_time_has_an_end(tmp_path: Path) -> None:
+    with client(tmp_path, Limits(seconds=0.3, tokens=10**9)) as web:
+        began = time.monotonic()
+        body = {"model": "m", "prompt": "x", "max_tokens": 10**9}
+        assert "longer than it may" in error(web.post("/v1/completions", json=body), 408)
+        said = web.post("/v1/completions", json=body | {"stream": True})
+        assert said.status_code == 200
+        assert "longer than it may" in said.text.rstrip().splitlines()[-1]
+        name = web.post("/v1/sessions", json={}).json()["id"]
+        error(web.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 10**9, "keep": True}), 408)
+        assert web.get(f"/v1/sessions/{name}").json()["bytes"] == 0
+        assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "name", ["..%2f..%2fetc%2fpasswd", "x", "%00", "a" * 32, "." * 32, "A" * 32, "%2e%2e", "0" * 31 + "/", "import"]
+)
+def test_no_name_is_a_path(web: TestClient, name: str) -> None:
+    for method, end in (("GET", ""), ("GET", "/export"), ("DELETE", ""), ("POST", "/save"), ("POST", "/fork")):
+        assert web.request(method, f"/v1/sessions/{name}{end}").status_code in (404, 405), (method, end)
+    assert web.post(f"/v1/sessions/{name}/feed", json={"text": "x"}).status_code in (404, 405)
+
+
+def test_mistakes_are_one_object(web: TestClient) -> None:
+    name = web.post("/v1/sessions", json={}).json()["id"]
+    feed = f"/v1/sessions/{name}/feed"
+    assert "Did you mean 'text'?" in error(web.post(feed, json={"txt": "x"}), 400)
+    error(web.post(feed, content=b"{", headers={"Content-Type": "application/json"}), 400)
+    error(web.post(feed, content=b"\xff", headers={"Content-Type": "application/json"}), 400)
+    error(web.post(feed, content=b'{"text": "\\ud800"}', headers={"Content-Type": "application/json"}), 400)
+    error(web.post(feed, content=b'{"\\ud800": 1}', headers={"Content-Type": "application/json"}), 400)
+    error(web.post(feed, content=b"[" * 100_000, headers={"Content-Type": "application/json"}), 400)
+    error(web.post(feed, json={"text": 3}), 400)
+    error(web.post("/v1/sessions/import", content=b"no such file"), 400)
+    error(web.post(f"/v1/sessions/{name}/generate", json={"keep": True, "n": 2}), 400)
+    error(web.get("/nowhere"), 404)
+    error(web.delete("/v1/models"), 405)
+
+
+def test_a_session_that_keeps_streams_too(web: TestClient) -> None:
+    name = web.post("/v1/sessions", json={"text": TEXT[:50]}).json()["id"]
+    body = {"max_tokens": 8, "seed": 1, "keep": True, "stream": True, "prompt": " And"}
+    said = web.post(f"/v1/sessions/{name}/generate", json=body).text
+    assert said.endswith("data: [DONE]\n\n")
+    assert web.get(f"/v1/sessions/{name}").json()["bytes"] > 54
+
+
+def test_a_servers_own_mistake_is_not_told(web: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object) -> object:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(SessionPool, "create", failing)
+    said = web.post("/v1/sessions", json={})
+    assert "secret" not in error(said, 500)
+
+
+def test_limits_are_checked() -> None:
+    with pytest.raises(MemtxError, match="limit of seconds"):
+        Limits(seconds=0)

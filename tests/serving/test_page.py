@@ -1,0 +1,68 @@
+"""The page in a browser: it reads a text, shades it and goes on with it; by keyboard and on a phone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.commands.tiny import BOOK
+from tests.serving.conftest import Server
+
+pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+PAGE = resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8")
+
+
+def test_nothing_comes_from_elsewhere() -> None:
+    assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"^\s*//.*$|  // .*$", "", PAGE, flags=re.M))
+    assert "@import" not in PAGE
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package 'playwright' is not installed")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as made:
+        opened = made.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("size", [(1200, 900), (360, 740)])
+def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[int, int]) -> None:
+    page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(server.address)
+    page.locator("#book").fill(BOOK)
+    page.locator("#book").focus()
+    for _ in range(2):
+        page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "read"
+    page.keyboard.press("Enter")
+    page.get_by_text("Go on with the text, or read another.").wait_for(timeout=20_000)
+    assert page.locator("#text").inner_text() == BOOK
+    assert page.locator("#tokens").inner_text() == f"{len(BOOK.encode()):,} tokens"
+    shades = page.evaluate("[...document.querySelectorAll('#text i')].slice(0, 300).map(i => i.style.background)")
+    assert len(set(shades)) > 5, "more and less surprising tokens differ"
+    assert page.evaluate("new Set(sizes.map(one => one[1])).size") == 1, "the state's size is flat"
+    assert page.locator("#loss polyline").count() == 1
+    page.locator("#count").fill("15")
+    page.locator("#count").press("Enter")
+    page.get_by_text("That is how the model would go on").wait_for(timeout=20_000)
+    assert page.locator(".made").inner_text()
+    # A phone shows all of it without scrolling sideways.
+    assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
+    if shots := os.environ.get("MEMTX_SCREENSHOTS"):
+        page.screenshot(path=str(Path(shots) / f"page-{size[0]}.png"), full_page=True)
+    page.close()
+    assert not said
