@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,14 +9,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memtx import specs
 from memtx.errors import MemtxError
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_block import EncoderBlock
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.pattern_attention import FullAttention, PatternAttention
 from memtx.layers.reading import Reading
-from memtx.models import folder
 from memtx.models.masked_head import MaskedHead
 from memtx.models.published.layout import PublishedModel
 
@@ -80,7 +77,7 @@ class Encoder(PublishedModel):
         eps: float = 1e-12,
         dropout: float = 0.0,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        arguments = dict(locals())
         super().__init__()
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
             if number < 1:
@@ -90,7 +87,7 @@ class Encoder(PublishedModel):
                 f"There are {len(attentions)} attentions for {depth} layers.",
                 f"Give one for all of them, or {depth}.",
             )
-        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.remember(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
         self.depth = depth
@@ -196,16 +193,3 @@ class Encoder(PublishedModel):
         for layer in random_blocks or {}:
             if not (0 <= layer < self.depth and attentions[layer].knows_random_blocks):
                 raise MemtxError(f"random_blocks was given for layer {layer}, which has none.", "Leave it out.")
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors of our own format into the folder ``path``."""
-        folder.save(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Encoder:
-        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
-
-        Raises:
-            CheckpointError: missing, damaged, or of another class.
-        """
-        return cast(Encoder, folder.load(path, cls))

@@ -7,8 +7,9 @@ import json
 import os
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,31 +29,49 @@ CHECKPOINT_PREFIX = "model."
 """What the names of the model's weights begin with in a training checkpoint."""
 
 
-class Configured(Protocol):
-    """A model that can say how it was made."""
+class Kept(nn.Module):
+    """A model that knows how it was made, so that it can be kept on disk and told from others.
+
+    Attributes:
+        config: what makes it anew, as numbers, texts, lists and dicts.
+    """
 
     config: dict[str, Any]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the weights by name."""
-        ...
+    def remember(self, arguments: Mapping[str, Any]) -> None:
+        """Take down the constructor's arguments, given as its ``locals()``."""
+        given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(given)}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors of our own format into the folder ``path``."""
+        save(self, path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
+        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
+
+        Raises:
+            CheckpointError: missing, damaged, or of another class.
+        """
+        return cast(Self, load(path, cls))
 
 
-def described(model: Configured) -> dict[str, Any]:
+def described(model: Kept) -> dict[str, Any]:
     """Return what rebuilds ``model`` without its weights, as numbers, texts, lists and dicts."""
     return {"format": "memtx.model", "version": FORMAT_VERSION, **model.config}
 
 
-def fingerprint(model: Configured) -> str:
-    """Return SHA-256 over a model's configuration and weights."""
-    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def save(model: Configured, path: str | os.PathLike[str]) -> None:
+def save(model: Kept, path: str | os.PathLike[str]) -> None:
     """Write a model into the folder ``path``, weights first, so that a config never stands without them."""
     weights = dict(model.state_dict())
     # Tied weights are kept once, under the first of their names.

@@ -6,9 +6,6 @@ vocabulary. The module holds weights only; what is carried between segments come
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx import specs
 from memtx.errors import MemtxError
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
@@ -66,7 +62,7 @@ class MemoryOutput:
     losses: Losses
 
 
-class MemoryTransformer(nn.Module):
+class MemoryTransformer(folder.Kept):
     """A pre-norm decoder with a memory in every layer.
 
     Attributes:
@@ -112,7 +108,7 @@ class MemoryTransformer(nn.Module):
         tie_embeddings: bool = True,
         backend: Backend = "auto",
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        arguments = dict(locals())
         super().__init__()
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
             if number < 1:
@@ -126,7 +122,7 @@ class MemoryTransformer(nn.Module):
             if not 0.0 <= share < 1.0:
                 raise MemtxError(f"{name} is {share}.", "Give a probability from 0 up to, not including, 1.")
         self.checkpointing = False
-        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.remember(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
         self.depth = depth
@@ -315,25 +311,3 @@ class MemoryTransformer(nn.Module):
                 raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
         if starts is not None and starts.dtype != torch.bool:
             raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors into the folder ``path``."""
-        folder.save(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> MemoryTransformer:
-        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
-
-        Raises:
-            CheckpointError: missing, damaged, or of another class.
-        """
-        return cast(MemoryTransformer, folder.load(path, cls))

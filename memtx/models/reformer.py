@@ -7,7 +7,6 @@ feed-forward in chunks, axial positions.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -17,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtx import specs
 from memtx.errors import MemtxError
 from memtx.layers import reversible
 from memtx.layers.axial_positions import AxialPositions, TablePositions
 from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
-from memtx.models import folder
 from memtx.models.published.layout import PublishedModel
 
 
@@ -138,14 +135,14 @@ class Reformer(PublishedModel):
         eps: float = 1e-12,
         dropout: float = 0.0,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        arguments = dict(locals())
         super().__init__()
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("layers", len(attentions))):
             if number < 1:
                 raise MemtxError(f"{name} is {number}.", "Give at least 1.")
         if at_once < 0:
             raise MemtxError(f"at_once is {at_once}.", "Give a number of places, or 0 for all.")
-        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.remember(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
         self.padding = padding
@@ -247,16 +244,3 @@ class Reformer(PublishedModel):
         if present is None:
             present = torch.ones_like(tokens, dtype=torch.bool)
         return F.pad(tokens, (0, more), value=self.padding), F.pad(present, (0, more))
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors of our own format into the folder ``path``."""
-        folder.save(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Reformer:
-        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
-
-        Raises:
-            CheckpointError: missing, damaged, or of another class.
-        """
-        return cast(Reformer, folder.load(path, cls))

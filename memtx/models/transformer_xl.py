@@ -5,7 +5,6 @@ As published: an empty memory is one of zeros, which are seen. So a fresh stream
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import cast
 
@@ -13,13 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx import specs
 from memtx.errors import MemtxError
 from memtx.layers.adaptive_softmax import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax, Clusters
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.relative_attention import RelativeAttention, distances
 from memtx.memory.recurrent import RecurrentState, newest
-from memtx.models import folder
 from memtx.models.memory_transformer import MemoryOutput
 from memtx.models.published.layout import PublishedModel
 from memtx.segment import Segment
@@ -121,7 +118,7 @@ class TransformerXL(PublishedModel):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "arguments")}
+        arguments = dict(locals())
         super().__init__()
         for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
             if number < 1:
@@ -140,7 +137,7 @@ class TransformerXL(PublishedModel):
                 f"tie_projections has {len(ties)} entries, the vocabulary {len(clusters.bounds)} clusters.",
                 "Give one a cluster, the short list's first.",
             )
-        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(arguments)}
+        self.remember(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
         self.depth = depth
@@ -285,21 +282,3 @@ class TransformerXL(PublishedModel):
             raise MemtxError(f"labels is {tuple(labels.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
         if labels is not None and self.softmax is None:
             raise MemtxError("labels were given to a model without a softmax.", "Leave them out.")
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
-        return folder.fingerprint(self)
-
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors of our own format into the folder ``path``."""
-        folder.save(self, path)
-
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> TransformerXL:
-        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
-
-        Raises:
-            CheckpointError: missing, damaged, or of another class.
-        """
-        return cast(TransformerXL, folder.load(path, cls))

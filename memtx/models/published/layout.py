@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memtx.errors import CheckpointError, MemtxError
+from memtx.models import folder
 from memtx.models.published import content
 from memtx.models.published.content import Content
 
@@ -76,7 +77,7 @@ class Origin:
     kept: Mapping[str, Tensor]
 
 
-class PublishedModel(nn.Module):
+class PublishedModel(folder.Kept):
     """A model that may have been read from the layout of the ``transformers`` library."""
 
     origin: Origin | None = None
