@@ -15,8 +15,6 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError
 
-IGNORED = -100
-
 
 class Clusters:
     """How a vocabulary is cut.

@@ -24,6 +24,7 @@ from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
 from memtx.models import folder
+from memtx.models.calls import check_call
 from memtx.models.intervals import Layers, Tokens, by_intervals
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
@@ -219,7 +220,9 @@ class MemoryTransformer(folder.Kept):
         Raises:
             MemtxError: shapes do not fit each other.
         """
-        self._check(tokens, state, starts, labels)
+        check_call(tokens, state, starts=starts, labels=labels)
+        if starts is not None and starts.dtype != torch.bool:
+            raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.locate(state.position, tokens.shape[1], starts)
         x = self.dropout(self.embedding(tokens))
@@ -294,20 +297,3 @@ class MemoryTransformer(folder.Kept):
             x = block.step(x, ring, step)
         logits: Tensor = self.head(self.norm(x))
         return logits
-
-    def _check(self, tokens: Tensor, state: MemoryState | None, starts: Tensor | None, labels: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
-            raise MemtxError(
-                f"tokens is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, segment), segment at least 1.",
-                "Reshape it; one text alone is tokens[None].",
-            )
-        if state is not None and state.rows != tokens.shape[0]:
-            raise MemtxError(
-                f"tokens has {tokens.shape[0]} rows, the state {state.rows}.",
-                "Select or concatenate rows of the state to match.",
-            )
-        for name, given in (("starts", starts), ("labels", labels)):
-            if given is not None and given.shape != tokens.shape:
-                raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
-        if starts is not None and starts.dtype != torch.bool:
-            raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.layers.adaptive_softmax import IGNORED, AdaptiveEmbedding, AdaptiveSoftmax, Clusters
+from memtx.layers.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Clusters
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.relative_attention import RelativeAttention, distances
 from memtx.memory.recurrent import RecurrentState, newest
+from memtx.models.calls import check_call
 from memtx.models.memory_transformer import MemoryOutput
 from memtx.models.published.layout import PublishedModel
+from memtx.ops.cross_entropy import IGNORED
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
@@ -220,7 +222,9 @@ class TransformerXL(PublishedModel):
         Raises:
             MemtxError: shapes do not fit each other, or labels are given to a model without a softmax.
         """
-        self._check(tokens, state, labels)
+        check_call(tokens, state, labels=labels)
+        if labels is not None and self.softmax is None:
+            raise MemtxError("labels were given to a model without a softmax.", "Leave them out.")
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.locate(state.position, tokens.shape[1], starts)
         x = self.dropout(self.embedding(tokens))
@@ -266,19 +270,3 @@ class TransformerXL(PublishedModel):
         """Return (rows, segment, memory + segment) bool: keys of another document than the query's."""
         document = F.pad(segment.document, (self.memory, 0))  # what is carried is of document 0
         return document[:, None, :] != segment.document[:, :, None]
-
-    def _check(self, tokens: Tensor, state: MemoryState | None, labels: Tensor | None) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
-            raise MemtxError(
-                f"tokens is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, segment), segment at least 1.",
-                "Reshape it; one text alone is tokens[None].",
-            )
-        if state is not None and state.rows != tokens.shape[0]:
-            raise MemtxError(
-                f"tokens has {tokens.shape[0]} rows, the state {state.rows}.",
-                "Select or concatenate rows of the state to match.",
-            )
-        if labels is not None and labels.shape != tokens.shape:
-            raise MemtxError(f"labels is {tuple(labels.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
-        if labels is not None and self.softmax is None:
-            raise MemtxError("labels were given to a model without a softmax.", "Leave them out.")

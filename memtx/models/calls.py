@@ -1,0 +1,32 @@
+"""What a model that reads segment by segment refuses before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memtx.errors import MemtxError
+from memtx.state import MemoryState
+
+
+def check_call(tokens: Tensor, state: MemoryState | None, **beside: Tensor | None) -> None:
+    """Raise unless a segment, the state and what is given beside the tokens fit one another.
+
+    Args:
+        tokens: expected int64 (rows, segment).
+        state: expected of as many rows; None for fresh streams.
+        beside: by name what is expected of the tokens' shape; None where it is not given.
+    """
+    if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        raise MemtxError(
+            f"tokens is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, segment), segment at least 1.",
+            "Reshape it; one text alone is tokens[None].",
+        )
+    if state is not None and state.rows != tokens.shape[0]:
+        raise MemtxError(
+            f"tokens has {tokens.shape[0]} rows, the state {state.rows}.",
+            "Select or concatenate rows of the state to match.",
+        )
+    for name, given in beside.items():
+        if given is not None and given.shape != tokens.shape:
+            raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
