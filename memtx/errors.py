@@ -32,3 +32,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def at_least(least: int, **numbers: float) -> None:
+    """Raise MemtxError for the first of the named numbers that is smaller than ``least``."""
+    for name, number in numbers.items():
+        if number < least:
+            raise MemtxError(f"{name} is {number}.", f"Give at least {least}.")

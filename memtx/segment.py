@@ -7,23 +7,20 @@ sees whom is a function of positions, shifted to ticks so that it can be compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from memtx.errors import MemtxError
-
-T = TypeVar("T")
+from memtx.once import Once
 
 FAR = 1 << 40
 """A tick no stream reaches: "never" for a birth, "not within this call" for an end."""
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Once):
     """The places of one call's tokens.
 
     Attributes:
@@ -39,7 +36,6 @@ class Segment:
     end: Tensor
     carried: Tensor
     carried_end: Tensor
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def length(self) -> int:
@@ -92,9 +88,3 @@ class Segment:
         ended = ((self.position + 1) % interval == 0).any(0)
         ticks: list[int] = (ended.nonzero().flatten() + 1).tolist()
         return ticks if ticks and ticks[-1] == self.length else [*ticks, self.length]
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return ``make()``, computed once a call: layers of equal settings share lifetimes and masks."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast(T, self._made[key])

@@ -15,7 +15,7 @@ HOME = Path(memtx.__file__).parent
 # A folder or file imports from lower rows only; neighbours in a row only where named below.
 ROWS = [
     ("errors",),
-    ("files",),
+    ("files", "once"),
     ("specs", "metrics", "plots"),
     ("state", "segment"),
     ("ops", "data"),

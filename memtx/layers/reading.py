@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from memtx.once import Once
 
 
 @dataclass(frozen=True)
-class Reading:
+class Reading(Once):
     """One call of an encoder: whole texts, read both ways.
 
     Attributes:
@@ -30,7 +29,6 @@ class Reading:
     present: Tensor | None = None
     asked: Tensor | None = None
     random_blocks: Mapping[int, Tensor] = field(default_factory=dict)
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -65,9 +63,3 @@ class Reading:
         if present is not None and bool(present.all()):
             present = None
         return cls(tokens.shape[1], tokens.device, present, asked, random_blocks or {})
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return ``make()``, computed once a call: layers of equal settings share who sees whom."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast(T, self._made[key])

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.features import Feature, Unit
 from memtx.memory.gates import Gate
@@ -88,9 +88,8 @@ class AssociativeMemory(Memory[AssociativeState]):
         if heads < 1 or dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads of the memory do not divide.", "Choose a divisor.")
         key_dim = key_dim if key_dim is not None else dim // heads
-        for name, number, least in (("key_dim", key_dim, 1), ("cost", cost, 0)):
-            if number < least:
-                raise MemtxError(f"{name} is {number}.", f"Give at least {least}.")
+        at_least(1, key_dim=key_dim)
+        at_least(0, cost=cost)
         self.heads = heads
         self.value_dim = dim // heads
         self.erase = erase

@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from memtx.errors import MemtxError
+from memtx.errors import at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
 from memtx.memory.compression import Compression, StridedConvolution
 from memtx.memory.reconstruction import Reconstruction
@@ -101,9 +101,8 @@ class CompressedMemory(Memory[CompressedState]):
         per_call: bool = False,
     ) -> None:
         super().__init__(dim)
-        for name, value, least in (("window", window, 1), ("rate", rate, 1), ("length", length, 0)):
-            if value < least:
-                raise MemtxError(f"{name} is {value}.", f"Give at least {least}.")
+        at_least(1, window=window, rate=rate)
+        at_least(0, length=length)
         self.window = window
         self.rate = rate
         self.length = length

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError
+from memtx.errors import at_least
 
 
 class Gate(nn.Module):
@@ -26,8 +26,7 @@ class Gate(nn.Module):
 
     def __init__(self, dim: int, count: int, bias: float = -1.0, stretch: float = 0.1) -> None:
         super().__init__()
-        if stretch < 0:
-            raise MemtxError(f"stretch is {stretch}.", "Give at least 0.")
+        at_least(0, stretch=stretch)
         self.stretch = stretch
         self.map = nn.Linear(dim, count)
         nn.init.constant_(self.map.bias, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.errors import MemtxError
+from memtx.errors import at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
 from memtx.memory.ring import Layout
 from memtx.ops.visibility import Section, Visibility
@@ -40,8 +40,7 @@ class RecurrentMemory(Memory[RecurrentState]):
 
     def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
         super().__init__(dim)
-        if window < 1:
-            raise MemtxError(f"window is {window}.", "Give at least 1.")
+        at_least(1, window=window)
         self.window = window
         self.same_length = same_length
         self.places = window - 1 if same_length else window

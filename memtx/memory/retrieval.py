@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.recurrent import cached_places, newest
 from memtx.ops.attention.reference import weigh
@@ -69,9 +69,7 @@ class RetrievalMemory(Memory[RetrievalState]):
 
     def __init__(self, dim: int, capacity: int = 8192, nearest: int = 32, skip: int = 512, heads: int = 4) -> None:
         super().__init__(dim)
-        for name, number in (("capacity", capacity), ("nearest", nearest), ("skip", skip)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, capacity=capacity, nearest=nearest, skip=skip)
         if heads < 1 or dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads of the store do not divide.", "Choose a divisor.")
         self.capacity = capacity

@@ -8,16 +8,13 @@ opened from a state and closed to one at any token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from memtx.once import Once
 from memtx.ops.visibility import Section, Visibility
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Once):
     """One token a row.
 
     Attributes:
@@ -144,13 +141,6 @@ class Step:
 
     position: Tensor
     crossing: frozenset[Layout]
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return ``make()``, computed once a step: layers of equal settings share it."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast(T, self._made[key])
 
     def seen(self, layout: Layout) -> Seen:
         """Return what the token means to layers of a layout."""

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.ops.attention.reference import weigh
 from memtx.segment import Segment
@@ -74,9 +74,7 @@ class SinkMemory(Memory[SinkState]):
 
     def __init__(self, dim: int, count: int = 4, skip: int = 512) -> None:
         super().__init__(dim)
-        for name, number in (("count", count), ("skip", skip)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, count=count, skip=skip)
         if count > skip + 1:
             raise MemtxError(f"count is {count}, skip is {skip}.", "Keep at most one token more than are skipped.")
         self.count = count

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.gates import Gate
 from memtx.memory.intervals import Intervals
@@ -78,9 +78,8 @@ class SlotMemory(Memory[SlotState]):
         cost: float = 0.0,
     ) -> None:
         super().__init__(dim)
-        for name, number, least in (("count", count, 1), ("interval", interval, 1), ("cost", cost, 0)):
-            if number < least:
-                raise MemtxError(f"{name} is {number}.", f"Give at least {least}.")
+        at_least(1, count=count, interval=interval)
+        at_least(0, cost=cost)
         if heads < 1 or dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads of the slots do not divide.", "Choose a divisor.")
         self.interval: int = interval

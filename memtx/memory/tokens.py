@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError
+from memtx.errors import at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.ops.attention.reference import weigh
 from memtx.segment import Segment
@@ -58,9 +58,7 @@ class TokenMemory(Memory[TokenState]):
 
     def __init__(self, dim: int, count: int = 8, interval: int = 128) -> None:
         super().__init__(dim)
-        for name, number in (("count", count), ("interval", interval)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, count=count, interval=interval)
         self.count = count
         self.interval: int = interval
         # A document's first interval reads learned entries, layer by layer, of the size of normed inputs.

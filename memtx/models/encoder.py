@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_block import EncoderBlock
 from memtx.layers.feed_forward import FeedForward
@@ -79,9 +79,7 @@ class Encoder(PublishedModel):
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(attentions) not in (1, depth):
             raise MemtxError(
                 f"There are {len(attentions)} attentions for {depth} layers.",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
@@ -111,9 +111,7 @@ class MemoryTransformer(folder.Kept):
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(memories) not in (1, depth):
             raise MemtxError(
                 f"There are {len(memories)} memories for {depth} layers.",
@@ -190,8 +188,7 @@ class MemoryTransformer(folder.Kept):
         Raises:
             MemtxError: rows is not positive.
         """
-        if rows < 1:
-            raise MemtxError(f"rows is {rows}.", "Give at least 1.")
+        at_least(1, rows=rows)
         weight = self.embedding.weight
         like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
         layers = tuple(

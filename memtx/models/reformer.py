@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.layers import reversible
 from memtx.layers.axial_positions import AxialPositions, TablePositions
 from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
@@ -137,9 +137,7 @@ class Reformer(PublishedModel):
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("layers", len(attentions))):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, vocab_size=vocab_size, dim=dim, layers=len(attentions))
         if at_once < 0:
             raise MemtxError(f"at_once is {at_once}.", "Give a number of places, or 0 for all.")
         self.remember(arguments)

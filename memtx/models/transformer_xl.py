@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, at_least
 from memtx.layers.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Clusters
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.relative_attention import RelativeAttention, distances
@@ -122,9 +122,7 @@ class TransformerXL(PublishedModel):
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        for name, number in (("vocab_size", vocab_size), ("dim", dim), ("depth", depth), ("heads", heads)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}.", "Give at least 1.")
+        at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if dim % 2:
             raise MemtxError(f"dim is {dim}, expected an even number.", "Half of a distance's code is sines.")
         if memory < (1 if same_length else 0):
@@ -193,8 +191,7 @@ class TransformerXL(PublishedModel):
         Raises:
             MemtxError: rows is not positive.
         """
-        if rows < 1:
-            raise MemtxError(f"rows is {rows}.", "Give at least 1.")
+        at_least(1, rows=rows)
         weight = self.embedding.table(0)
         hidden = torch.zeros(rows, self.memory, self.dim, dtype=dtype or weight.dtype, device=device or weight.device)
         position = torch.zeros(rows, dtype=torch.int64, device=hidden.device)

@@ -9,14 +9,12 @@ no lifetime can say: global queries and random blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+from memtx.once import Once
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Pattern:
 
 
 @dataclass(frozen=True)
-class Visibility:
+class Visibility(Once):
     """Which of the keys each of the queries at ticks 0 .. queries - 1 sees.
 
     Attributes:
@@ -108,18 +106,11 @@ class Visibility:
     queries: int
     sections: tuple[Section, ...]
     pattern: Pattern | None = None
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def keys(self) -> int:
         """How many keys."""
         return self.born.shape[1]
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return ``make()``, computed once: layers that share this object share masks."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast(T, self._made[key])
 
 
 def visible(

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import Batch
-from memtx.errors import CheckpointError, MemtxError
+from memtx.errors import CheckpointError, at_least
 from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
@@ -73,8 +73,7 @@ class LanguageModule(pl.LightningModule):
         replay: bool = False,
     ) -> None:
         super().__init__()
-        if segment < 1:
-            raise MemtxError(f"segment is {segment}.", "Give at least 1.")
+        at_least(1, segment=segment)
         self.model = model(vocab_size)
         self.model.checkpointing = checkpointing
         self.segment = segment
