@@ -9,12 +9,38 @@ stretch found, the one written in it, and the initial one where a document is yo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtx.memory.base import Readout
+from memtx.ops.attention.reference import weigh
 from memtx.segment import Segment
+
+
+def by_stretch(x: Tensor, stretches: int, ticks: int, fill: int) -> Tensor:
+    """Cut (rows, segment) into (rows, stretches, ticks); ticks behind the last token get ``fill``."""
+    return F.pad(x, (0, stretches * ticks - x.shape[1]), value=fill).view(-1, stretches, ticks)
+
+
+def recalled(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Readout:
+    """Attend from a layer's queries to the entries of their own stretch.
+
+    Args:
+        q: (rows, segment, heads, head_dim).
+        k: (rows, stretches, heads, entries, head_dim).
+        v: likewise.
+        seen: (rows, stretches, 1, ticks, entries) bool.
+    """
+    n, stretches, ticks = q.shape[1], seen.shape[1], seen.shape[3]
+    asked = F.pad(q, (0, 0, 0, 0, 0, stretches * ticks - n))
+    asked = rearrange(asked, "r (b t) h d -> r b h t d", b=stretches)
+    out, lse = weigh((asked @ k.mT) * q.shape[-1] ** -0.5, seen, v)
+    out, lse = rearrange(out, "r b h t d -> r h (b t) d"), rearrange(lse, "r b h t -> r h (b t)")
+    return Readout(out[:, :, :n], lse=lse[:, :, :n])
 
 
 @dataclass(frozen=True)
@@ -57,18 +83,16 @@ class Intervals:
         tick = torch.arange(n, device=device)
         offset = torch.arange(ticks, device=device)
 
-        def by_stretch(x: Tensor, fill: int) -> Tensor:
-            return F.pad(x, (0, stretches * ticks - n), value=fill).view(rows, stretches, ticks)
-
-        ending = by_stretch(((position + 1) % interval == 0).int(), 0)
+        cut = partial(by_stretch, stretches=stretches, ticks=ticks)
+        ending = cut(((position + 1) % interval == 0).int(), fill=0)
         at = ending.argmax(-1) + torch.arange(stretches, device=device) * ticks
         at = at.clamp(max=n - 1)
         # The interval that ends at tick i began at tick i - interval + 1.
         where = at[..., None] - ticks + 1 + offset
         source = torch.arange(rows, device=device)[:, None, None] * n + where.clamp(min=0)
         # The version a query meets was written at the tick before its own interval began.
-        written = by_stretch(tick - position % interval - 1, -1)
-        young = by_stretch((position < interval).int(), 0).bool()
+        written = cut(tick - position % interval - 1, fill=-1)
+        young = cut((position < interval).int(), fill=0).bool()
         begin = torch.arange(stretches, device=device)[:, None] * ticks
         own = ~young & (written >= begin)
         seen = torch.stack([young, ~young & ~own, own], dim=-1)[:, :, None]

@@ -8,15 +8,15 @@ far the document has gone on. Their keys and values are the layer's own, so noth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
 from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
-from memtx.ops.attention.reference import weigh
+from memtx.memory.intervals import by_stretch, recalled
 from memtx.segment import Segment
 from memtx.state import state
 
@@ -109,13 +109,8 @@ class SinkMemory(Memory[SinkState]):
     def recall(self, view: View, q: Tensor) -> Readout:
         """Attend to the sinks of each query's document."""
         kept: _Kept = view.kept
-        n, stretches, ticks = q.shape[1], kept.seen.shape[1], kept.seen.shape[3]
-        asked = F.pad(q, (0, 0, 0, 0, 0, stretches * ticks - n))
-        asked = rearrange(asked, "r (b t) h d -> r b h t d", b=stretches)
         k, v = (torch.cat([part[:, :-1], part[:, 1:]], dim=-2) for part in (kept.keys, kept.values))
-        out, lse = weigh(asked @ k.mT * q.shape[-1] ** -0.5, kept.seen, v)
-        out, lse = rearrange(out, "r b h t d -> r h (b t) d"), rearrange(lse, "r b h t -> r h (b t)")
-        return Readout(out[:, :, :n], lse=lse[:, :, :n])
+        return recalled(q, k, v, kept.seen)
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SinkState, Losses]:
         """Keep the beginning of the newest document."""
@@ -129,15 +124,14 @@ class SinkMemory(Memory[SinkState]):
         device = position.device
         sink = torch.arange(count, device=device)
 
-        def by_stretch(x: Tensor, fill: int) -> Tensor:
-            return F.pad(x, (0, stretches * ticks - n), value=fill).view(rows, stretches, ticks)
+        cut = partial(by_stretch, stretches=stretches, ticks=ticks)
 
         def places(tick: Tensor) -> Tensor:
             """Where sinks stand whose first has this tick: before the call among the carried, by their number."""
             at = tick[..., None] + sink
             return torch.where(at < 0, sink, count + at)
 
-        leaving = by_stretch((position == skip).int(), 0)
+        leaving = cut((position == skip).int(), fill=0)
         at = leaving.argmax(-1) + torch.arange(stretches, device=device) * ticks
         found = torch.where(leaving.any(-1)[..., None], places(at - skip).clamp(max=count + n - 1), -1)
         # The newest version that was taken up so far, or the carried one.
@@ -148,8 +142,8 @@ class SinkMemory(Memory[SinkState]):
 
         begin = torch.arange(stretches, device=device)[:, None] * ticks
         tick = torch.arange(n, device=device)
-        own = by_stretch(tick - position + skip, -1) >= begin
-        old = by_stretch(position - skip, -1)[..., None] >= sink
+        own = cut(tick - position + skip, fill=-1) >= begin
+        old = cut(position - skip, fill=-1)[..., None] >= sink
         seen = torch.cat([old & ~own[..., None], old & own[..., None]], dim=-1)[:, :, None]
 
         first = n - segment.next_position

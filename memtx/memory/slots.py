@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.gates import Gate
-from memtx.memory.intervals import Intervals
+from memtx.memory.intervals import Intervals, recalled
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.reference import weigh
 from memtx.segment import Segment
@@ -187,22 +187,16 @@ class SlotMemory(Memory[SlotState]):
     def recall(self, view: View, q: Tensor) -> Readout:
         """Attend from the layer's queries to the slots of each one's time."""
         kept: _Kept = view.kept
-        rows, n, heads, head_dim = q.shape
-        stretches, ticks = kept.plan.seen.shape[1], kept.plan.seen.shape[3]
-        initial = _normed(self.bias).to(kept.versions.dtype).expand(rows, stretches, -1, -1)
+        seen = kept.plan.seen
+        initial = _normed(self.bias).to(kept.versions.dtype).expand(q.shape[0], seen.shape[1], -1, -1)
 
         def met(part: nn.Linear) -> Tensor:
             """(rows, stretches, heads, 3 count, head_dim)."""
             found = part(kept.versions)
             parts = (part(initial), found[:, :-1], found[:, 1:])
-            return rearrange(torch.cat(parts, dim=2), "r b s (h d) -> r b h s d", h=heads)
+            return rearrange(torch.cat(parts, dim=2), "r b s (h d) -> r b h s d", h=q.shape[2])
 
-        asked = F.pad(q, (0, 0, 0, 0, 0, stretches * ticks - n))
-        asked = rearrange(asked, "r (b t) h d -> r b h t d", b=stretches)
-        scores = (asked @ met(self.read_key).mT) * head_dim**-0.5
-        out, lse = weigh(scores, kept.plan.seen.repeat_interleave(self.count, dim=-1), met(self.read_value))
-        out = rearrange(out, "r b h t d -> r h (b t) d")[:, :, :n]
-        return Readout(out, lse=rearrange(lse, "r b h t -> r h (b t)")[:, :, :n])
+        return recalled(q, met(self.read_key), met(self.read_value), seen.repeat_interleave(self.count, dim=-1))
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SlotState, Losses]:
         """Keep the newest slots of the newest document, and what they took up of its open interval."""
