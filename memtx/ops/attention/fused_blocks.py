@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.ops.attention.pattern import distinct
+from memtx.ops.attention.pattern import blocks_of
 from memtx.ops.visibility import Visibility
 
 
@@ -79,50 +79,20 @@ def gather(visibility: Visibility, rows: int, heads: int, shared: int, dtype: to
         shared: heads of keys.
         dtype: of the mask.
     """
-    pattern = visibility.pattern
+    pattern, blocks = visibility.pattern, blocks_of(visibility)
     assert pattern is not None
-    assert pattern.blocks is not None
-    size = pattern.size
-    entries = max(-(-(visibility.keys - pattern.first) // size), 1)
-    table = pattern.blocks if pattern.repeats else distinct(pattern.blocks)
-    table = table.expand(heads, -1, -1).transpose(0, 1)  # (asking, heads, r)
+    size, entries = pattern.size, blocks.entries
+    table = blocks.table.expand(heads, -1, -1).transpose(0, 1)  # (asking, heads, r)
     head = torch.arange(heads, device=table.device)[:, None] * shared // heads
-    at = table.clamp(0, entries - 1) * shared + head
     row = torch.arange(rows, device=table.device)[:, None, None, None]
-    seen = _seen(visibility, table, entries).expand(rows, -1, -1, -1, -1).flatten(0, 1)
+    seen = blocks.seen.transpose(1, 2).expand(rows, -1, heads, -1, -1).flatten(0, 1)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
     return Gathered(
         size,
         pattern.first,
         table.shape[0],
         entries,
-        (row * entries * shared + at).flatten(),
+        (row * entries * shared + table * shared + head).flatten(),
         mask.expand(-1, -1, size, -1),
         (~seen.any(-1)).expand(-1, -1, size).transpose(1, 2),
     )
-
-
-def _seen(visibility: Visibility, table: Tensor, entries: int) -> Tensor:
-    """Return (1 or rows, asking, heads, 1 or size, r * size) bool."""
-    pattern = visibility.pattern
-    assert pattern is not None
-    size, first = pattern.size, pattern.first
-    chosen = (table >= 0) & (table < entries)
-    index = table.clamp(0, entries - 1)
-
-    def of_lives(x: Tensor) -> Tensor:
-        """(1 or rows, keys) -> (1 or rows, asking, heads, 1, r * size)."""
-        # Padded keys get 0 for both ends of every life, so they are in no document.
-        x = F.pad(x[:, first:], (0, entries * size - x.shape[1] + first)).view(x.shape[0], entries, size)
-        return x[:, index].flatten(3, 4)[..., None, :]
-
-    begins, ends = pattern.begins, pattern.ends
-    open_all = (begins <= 0) & (ends >= visibility.queries)
-    tick = torch.arange(table.shape[0] * size, device=table.device).view(-1, 1, size, 1)
-    if pattern.repeats and bool((open_all | (ends <= begins)).all()):
-        seen = of_lives(open_all.to(torch.int64)) > 0
-    else:
-        seen = (of_lives(begins) <= tick) & (tick < of_lives(ends))
-    if not pattern.repeats:
-        seen = seen & ~((of_lives(visibility.born) <= tick) & (tick < of_lives(visibility.expires)))
-    return seen & chosen.repeat_interleave(size, dim=-1)[..., None, :]

@@ -6,6 +6,8 @@ Both gather what they need, so their cost is that of what is seen: (queries x r 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,10 +24,30 @@ def distinct(index: Tensor) -> Tensor:
     return index.masked_fill(repeated, -1)
 
 
-def random_blocks(
-    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float
-) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over the keys of the pattern's blocks.
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of keys that a pattern's blocks of queries see.
+
+    Attributes:
+        table: (1 or heads, query blocks, r) int64, which; in range whether or not one is seen.
+        entries: blocks of keys there are.
+        seen: (rows or 1, 1 or heads, query blocks, 1 or size, r * size) bool, who sees whom.
+    """
+
+    table: Tensor
+    entries: int
+    seen: Tensor
+
+
+def in_lives(x: Tensor, pattern: Pattern, table: Tensor, entries: int) -> Tensor:
+    """Gather (rows, keys) to (rows, 1 or heads, query blocks, 1, r * size); padded keys get 0."""
+    size, first = pattern.size, pattern.first
+    x = F.pad(x[:, first:], (0, entries * size - x.shape[1] + first)).view(x.shape[0], entries, size)
+    return x[:, table].flatten(3, 4)[..., None, :]
+
+
+def blocks_of(visibility: Visibility) -> Blocks:
+    """Find a pattern's blocks.
 
     Unless they are to count as often as they are seen, a block mentioned twice counts once, and keys that a lifetime
     shows to the query are left out.
@@ -33,12 +55,39 @@ def random_blocks(
     pattern = visibility.pattern
     assert pattern is not None
     assert pattern.blocks is not None
+    size = pattern.size
+    entries = max(-(-(visibility.keys - pattern.first) // size), 1)
+    asked = pattern.blocks if pattern.repeats else distinct(pattern.blocks)
+    table = asked.clamp(0, entries - 1)
+
+    def of_lives(x: Tensor) -> Tensor:
+        return in_lives(x, pattern, table, entries)
+
+    # Padded keys get 0 for both ends of every life, so they are in no document.
+    begins, ends = pattern.begins, pattern.ends
+    tick = torch.arange(table.shape[1] * size, device=table.device).view(-1, size, 1)
+    open_all = (begins <= 0) & (ends >= visibility.queries)
+    # On a GPU, or while a graph is compiled, numbers are not looked at for the sake of a smaller mask.
+    looked = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked and pattern.repeats and bool((open_all | (ends <= begins)).all()):
+        seen = of_lives(open_all.to(torch.int64)) > 0
+    else:
+        seen = (of_lives(begins) <= tick) & (tick < of_lives(ends))
+    if not pattern.repeats:
+        seen = seen & ~((of_lives(visibility.born) <= tick) & (tick < of_lives(visibility.expires)))
+    chosen = (asked >= 0) & (asked < entries)
+    return Blocks(table, entries, seen & chosen.repeat_interleave(size, dim=-1)[..., None, :])
+
+
+def random_blocks(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp over the keys of the pattern's blocks."""
+    pattern = visibility.pattern
+    assert pattern is not None
+    blocks = blocks_of(visibility)
     heads, queries = q.shape[1:3]
-    size, first = pattern.size, pattern.first
-    keys = max(-(-(visibility.keys - first) // size), 1)  # blocks of them
-    table = pattern.blocks if pattern.repeats else distinct(pattern.blocks)  # (1 or heads, query blocks, r)
-    chosen = (table >= 0) & (table < keys)
-    table = table.clamp(0, keys - 1)
+    size, first, table, keys = pattern.size, pattern.first, blocks.table, blocks.entries
 
     def in_blocks(x: Tensor, entries: int) -> Tensor:
         """(..., n, width) -> (..., blocks, size, width)."""
@@ -49,20 +98,11 @@ def random_blocks(
         head = torch.arange(heads, device=x.device) * x.shape[1] // heads
         return in_blocks(x[:, :, first:], keys)[:, head[:, None, None], table].flatten(3, 4)
 
-    def of_lives(x: Tensor) -> Tensor:
-        """(rows, keys) -> (rows, 1 or heads, query blocks, 1, r * size)."""
-        return in_blocks(x[:, first:, None], keys)[..., 0][:, table].flatten(3, 4)[..., None, :]
-
-    # Padded keys get 0 for both ends of every life, so they are in no document.
-    tick = torch.arange(table.shape[1] * size, device=q.device).view(-1, size, 1)
-    document = (of_lives(pattern.begins) <= tick) & (tick < of_lives(pattern.ends))
-    seen = document & chosen.repeat_interleave(size, dim=-1)[..., None, :]
-    if not pattern.repeats:
-        seen = seen & ~((of_lives(visibility.born) <= tick) & (tick < of_lives(visibility.expires)))
     scores = scores_of(in_blocks(q, table.shape[1]), of_keys(k), scale)
     if bias is not None:
-        scores = scores + bias.score(tick - of_lives(bias.tick)).to(scores.dtype)
-    out, lse = weigh(scores, seen, of_keys(v), dropout)
+        tick = torch.arange(table.shape[1] * size, device=q.device).view(-1, size, 1)
+        scores = scores + bias.score(tick - in_lives(bias.tick, pattern, table, keys)).to(scores.dtype)
+    out, lse = weigh(scores, blocks.seen, of_keys(v), dropout)
     return out.flatten(2, 3)[:, :, :queries], lse.flatten(2, 3)[:, :, :queries]
 
 
