@@ -48,7 +48,8 @@ class Decoder:
         with torch.inference_mode():
             self._rings = model.rings(state)
             self._position = state.position.clone()
-        self._state = state
+        # Needed where the model is called as it is; rings hold what it held.
+        self._state = state if self._rings is None else None
         self._capacity = state.rows
         # The host counts along, so that no step asks the device where it stands.
         self._read: list[int] = state.position.tolist()
@@ -73,8 +74,9 @@ class Decoder:
     @property
     def state(self) -> MemoryState:
         """Where the streams stand, as a value."""
-        if self._rings is None:
+        if self._state is not None:
             return self._state
+        assert self._rings is not None
         with torch.inference_mode():
             return self.model.close([ring.first(self.rows) for ring in self._rings], self._position[: self.rows])
 
@@ -86,9 +88,10 @@ class Decoder:
             state: of the same model, at any positions; stays as it is.
         """
         held, needed = self.rows, self.rows + state.rows
-        if self._rings is None:
+        if self._state is not None:
             self._state = MemoryState.concat([self._state, state])
         else:
+            assert self._rings is not None
             opened = self.model.rings(state)
             assert opened is not None
             if needed > self._capacity:
@@ -110,11 +113,11 @@ class Decoder:
         """
         if len(set(rows)) != len(rows) or not all(0 <= row < self.rows for row in rows):
             raise MemtxError(f"select got {list(rows)} of {self.rows} rows.", "Give each row number at most once.")
-        if self._rings is None:
+        if self._state is not None:
             self._state = self._state.select(torch.tensor(rows, dtype=torch.int64))
         elif moved := [(row, at) for at, row in enumerate(rows) if row != at]:
             sources, targets = torch.tensor(moved, device=self._position.device).unbind(1)
-            for ring in self._rings:
+            for ring in self._rings or ():
                 ring.move(sources, targets)
             self._position[targets] = self._position[sources]
         self._read = [self._read[row] for row in rows]
@@ -147,7 +150,7 @@ class Decoder:
             )
         if not self._read:
             return torch.empty(0, self.model.vocab_size, device=tokens.device)
-        if self._rings is None:
+        if self._state is not None:
             output = self.model(tokens[:, None], self._state)
             self._state = output.state
             assert output.logits is not None

@@ -290,7 +290,7 @@ class Engine:
                 text.arrived.put(None)
         if len(kept) < len(self._texts):
             assert self._decoder is not None
-            kept = _filled(kept, len(self._texts))
+            kept = _filled(kept)
             self._decoder.select(kept)
             self._texts = [self._texts[row] for row in kept]
         while self._joining and len(self._texts) < self.rows:
@@ -320,10 +320,7 @@ class Engine:
             text.arrived.put(None)
 
 
-def _filled(kept: list[int], rows: int) -> list[int]:
+def _filled(kept: list[int]) -> list[int]:
     """Return the kept rows in an order that moves few: what stands behind fills the holes."""
-    holes = sorted(set(range(len(kept))) - set(kept))
-    behind = iter([row for row in kept if row >= len(kept)])
-    order = [row if row not in holes else next(behind) for row in range(len(kept))]
-    assert len(order) == len(kept) <= rows
-    return order
+    stay, behind = set(kept), iter([row for row in kept if row >= len(kept)])
+    return [row if row in stay else next(behind) for row in range(len(kept))]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 
 from memtx.data.tokenizers import Tokenizer
@@ -19,6 +20,7 @@ from memtx.inference.continuation import Continuation, Piece, Request
 from memtx.inference.engine import Arrivals, Engine, Generation
 from memtx.inference.generate import newest_tokens
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
+from memtx.inference.scoring import Reading, Scored
 from memtx.inference.session import Identity
 from memtx.inference.shelf import Shelf
 from memtx.inference.table import SessionInfo, SessionTable
@@ -78,7 +80,7 @@ class SessionPool:
             self.model,
             self.tokenizer,
             self.segment,
-            scorer=lambda reading: self.engine.score(reading, deadline),
+            scorer=self._scorer(deadline),
             top=top,
             embeddings=embeddings,
         )
@@ -143,7 +145,7 @@ class SessionPool:
         """Return a reader that goes on where a session stands; it is no session."""
         with self.table.use(name, deadline) as (_, reader):
             fork = reader.fork()
-        fork.scorer = lambda reading: self.engine.score(reading, deadline)
+        fork.scorer = self._scorer(deadline)
         return fork
 
     def write(
@@ -255,11 +257,14 @@ class SessionPool:
             recent = newest_tokens(chain(reader.feed(prompt), reader.finish()))
         return self.go_on(reader, recent, requests, deadline=deadline)
 
+    def _scorer(self, deadline: float | None) -> Callable[[Reading], Scored]:
+        return partial(self.engine.score, deadline=deadline)
+
     @contextlib.contextmanager
     def _timed(self, reader: StreamReader, deadline: float | None) -> Iterator[None]:
         """Give a reader's segments a deadline for once."""
         usual = reader.scorer
-        reader.scorer = lambda reading: self.engine.score(reading, deadline)
+        reader.scorer = self._scorer(deadline)
         try:
             yield
         finally:

@@ -5,6 +5,7 @@ Kitaev, Kaiser and Levskaya 2020, section 2.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -209,9 +210,7 @@ class HashAttention(ChunkAttention):
         found = q.detach()
         directions = rotations(self.heads, self.head_dim, self.rounds, factors, self.seed, found)
         buckets = hashed(found, directions, factors)
-        count = 1
-        for factor in factors:
-            count *= factor
+        count = math.prod(factors)
         if present is not None:
             # Padding has a bucket of its own, behind all others.
             buckets = torch.where(present[:, None, None], buckets, count)

@@ -182,7 +182,8 @@ class Memory(nn.Module, ABC, Generic[S]):
             trace: what the layer made of it.
         """
 
-    # Decoding in place (see memtx.memory.ring). A kind without it is decoded by calls of one token.
+    # Decoding in place (see memtx.memory.ring). Not abstract: a kind without a layout is decoded by calls of one token
+    # and never asked for the rest, one that keeps no compressed entries never for the last.
 
     def layout(self) -> Layout | None:
         """Return the slots that a stream going on token by token needs; None where the kind has no such form."""

@@ -52,12 +52,12 @@ class Answer:
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def choice(self, index: int, text: str, tokens: Iterable[Chosen], finish: str | None, before: int = 0) -> Any:
-        """Return one choice; ``before``: characters of the echoed prompt, which offsets count too."""
+    def choice(self, index: int, text: str, tokens: Iterable[Chosen], finish: str | None) -> Any:
+        """Return one choice."""
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(tokens, before) if self.logprobs else None,
+            "logprobs": self._logprobs(tokens) if self.logprobs else None,
             "finish_reason": finish,
         }
 
@@ -72,13 +72,13 @@ class Answer:
             **({"usage": usage} if usage is not None else {}),
         }
 
-    def _logprobs(self, tokens: Iterable[Chosen], before: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Iterable[Chosen]) -> dict[str, Any]:
         chosen = list(tokens)
         return {
             "tokens": [spelled(self.tokenizer, one.token) for one in chosen],
             "token_logprobs": [one.logprob for one in chosen],
             "top_logprobs": [{spelled(self.tokenizer, token): value for token, value in one.top} for one in chosen],
-            "text_offset": [before + one.offset for one in chosen],
+            "text_offset": [one.offset for one in chosen],
         }
 
 

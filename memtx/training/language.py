@@ -19,6 +19,7 @@ from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.segment import Segment
+from memtx.state import MemoryState
 from memtx.training import randomness
 from memtx.training.carry import Carry
 from memtx.training.divergence import FiniteLoss
@@ -102,8 +103,10 @@ class LanguageModule(pl.LightningModule):
 
     # One batch
 
-    def _read(self, stage: str, batch: Batch) -> Unrolled:
-        state = self.carry.take(stage, self.model, batch.tokens.shape[0])
+    def _state(self, stage: str, batch: Batch) -> MemoryState:
+        return self.carry.take(stage, self.model, batch.tokens.shape[0])
+
+    def _read(self, stage: str, batch: Batch, state: MemoryState) -> Unrolled:
         replay = self.replay and torch.is_grad_enabled()
         out = unroll(self.model, batch.tokens, batch.labels, batch.starts, state, segment=self.segment, replay=replay)
         # Final before any callback runs: checkpoints are saved by callbacks that come first.
@@ -113,7 +116,7 @@ class LanguageModule(pl.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
         self._finite.check()
-        out = self._read("train", batch)
+        out = self._read("train", batch, self._state("train", batch))
         self._finite.watch(out.loss, self.trainer.global_step)
         self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
         nats = out.nll.sum(dtype=torch.float64) / batch.bytes.sum().clamp(min=1)
@@ -125,8 +128,8 @@ class LanguageModule(pl.LightningModule):
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         rows = batch.tokens.shape[0]
-        before = self.carry.take(stage, self.model, rows)
-        out = self._read(stage, batch)
+        before = self._state(stage, batch)
+        out = self._read(stage, batch, before)
         if stage == "val" and self.meter is not None and carries(before):
             position = Segment.locate(before.position, batch.tokens.shape[1], batch.starts).position
             self.meter.update(self.model, batch, out.nll, position)
@@ -149,7 +152,7 @@ class LanguageModule(pl.LightningModule):
 
     def predict_step(self, batch: Batch, index: int) -> Tensor:
         """Return (rows, tokens) negative log-likelihoods in nats of the batch's labels."""
-        return self._read("predict", batch).nll
+        return self._read("predict", batch, self._state("predict", batch)).nll
 
     def on_validation_start(self) -> None:
         """Begin fresh."""
