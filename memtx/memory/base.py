@@ -172,6 +172,11 @@ class Memory(nn.Module, ABC, Generic[S]):
         """Whether it answers by :meth:`recall`, so that it must stand behind an exact memory."""
         return type(self).recall is not Memory.recall
 
+    @property
+    def cut_matters(self) -> bool:
+        """Whether its results depend on how a stream is cut into calls, as some published schedules' do."""
+        return False
+
     @abstractmethod
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[S, Losses]:
         """Close the memory: return the next state and the auxiliary losses.

@@ -115,6 +115,11 @@ class CompressedMemory(Memory[CompressedState]):
         return f"window={self.window}, rate={self.rate}, length={self.length}, per_call={self.per_call}"
 
     @property
+    def cut_matters(self) -> bool:
+        """Whether calls decide what is seen."""
+        return self.per_call
+
+    @property
     def cached(self) -> int:
         """Places of the cache."""
         return self.window + self.rate - 1

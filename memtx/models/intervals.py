@@ -1,8 +1,8 @@
-"""Reading by intervals, for memories that are written from the top of the stack and read at its bottom.
+"""Reading a call in parts: long ones in pieces that stay in the cache, and memory tokens by intervals.
 
-A call is read up to the next border of any row at a time. There the asking tokens of all rows go through the layers
-after the interval, and what they become goes through the layers alone, before the next one; rows that stand at no
-border keep what they had.
+Memory tokens are written from the top of the stack and read at its bottom, so their calls are read up to the next
+border of any row at a time. There the asking tokens of all rows go through the layers after the interval, and what
+they become goes through the layers alone, before the next one; rows that stand at no border keep what they had.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from memtx.segment import Segment
 from memtx.state import MemoryState
 
 Layers = tuple[tuple[Any, ...], ...]
+Through = Callable[[Tensor, Layers, Segment], tuple[list[Tensor], Layers, Losses]]
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,46 @@ class Tokens:
         return cls(tuple(layer[0][0] for layer in found), *settings.pop())
 
 
+def in_parts(
+    through: Through,
+    stops: Sequence[int],
+    x: Tensor,
+    state: MemoryState,
+    starts: Tensor | None,
+    between: Callable[[Layers, Tensor], Layers] | None = None,
+) -> tuple[list[Tensor], Layers, Losses]:
+    """Read a call part after part.
+
+    Args:
+        through: reads one part: from its inputs, the states and its places to outputs, states and losses.
+        stops: the ticks at which parts end, the call's end the last.
+        x: (rows, segment, dim), embedded.
+        state: as the call found it.
+        starts: (rows, segment) bool, where documents begin; None for nowhere.
+        between: changes the states after each part, given them and (rows,) the tokens read so far.
+
+    Returns:
+        what ``through`` gives for the whole call; losses weigh by the parts' lengths.
+    """
+    layers, position, begin = state.layers, state.position, 0
+    parts: list[list[Tensor]] = []
+    losses: Losses = {}
+    for stop in stops:
+        own = Segment.locate(position, stop - begin, None if starts is None else starts[:, begin:stop])
+        hidden, layers, found = through(x[:, begin:stop], layers, own)
+        position = own.next_position
+        if between is not None:
+            layers = between(layers, position)
+        parts.append(hidden)
+        for name, value in found.items():
+            share = value * ((stop - begin) / x.shape[1])
+            losses[name] = losses[name] + share if name in losses else share
+        begin = stop
+    return [torch.cat(one, dim=1) for one in zip(*parts, strict=True)], layers, losses
+
+
 def by_intervals(
-    through: Callable[[Tensor, Layers, Segment], tuple[list[Tensor], Layers, Losses]],
+    through: Through,
     blocks: Sequence[Block],
     tokens: Tokens,
     asking: Tensor,
@@ -73,36 +112,25 @@ def by_intervals(
     """Read a call up to a border of any row at a time, and write the memory tokens there.
 
     Args:
-        through: reads one part: from its inputs, the states and its places to outputs, states and losses.
+        through: as for :func:`in_parts`, as are x, state and starts.
         blocks: the layers.
         tokens: the settings.
         asking: (count, dim), the tokens that ask what to remember.
-        x: (rows, segment, dim), embedded.
-        state: as the call found it.
+        x: (rows, segment, dim).
+        state: a value.
         segment: where the call's tokens stand.
-        starts: (rows, segment) bool, where documents begin; None for nowhere.
-
-    Returns:
-        what ``through`` gives for the whole call; losses weigh by the parts' lengths.
+        starts: (rows, segment) bool, or None.
     """
-    layers, position, begin = state.layers, state.position, 0
-    parts: list[list[Tensor]] = []
-    losses: Losses = {}
-    for stop in segment.cut(tokens.interval):
-        own = Segment.locate(position, stop - begin, None if starts is None else starts[:, begin:stop])
-        hidden, layers, found = through(x[:, begin:stop], layers, own)
-        position = own.next_position
+
+    def between(layers: Layers, position: Tensor) -> Layers:
         # At no border too, where nothing is changed by it: shapes, and so the work, are the same.
-        layers = _remembered(blocks, tokens, asking, layers, position)
-        # What was asked for is read after the border, maybe in no call of the horizon; DDP wants a gradient all the
-        # same, which is zero then.
-        hidden[-1] = hidden[-1] + 0.0 * asking.sum()
-        parts.append(hidden)
-        for name, value in found.items():
-            share = value * ((stop - begin) / segment.length)
-            losses[name] = losses[name] + share if name in losses else share
-        begin = stop
-    return [torch.cat(one, dim=1) for one in zip(*parts, strict=True)], layers, losses
+        return _remembered(blocks, tokens, asking, layers, position)
+
+    hidden, layers, losses = in_parts(through, segment.cut(tokens.interval), x, state, starts, between)
+    # What was asked for is read after the border, maybe in no call of the horizon; DDP wants a gradient all the
+    # same, which is zero then.
+    hidden[-1] = hidden[-1] + 0.0 * asking.sum()
+    return hidden, layers, losses
 
 
 def _remembered(blocks: Sequence[Block], tokens: Tokens, asking: Tensor, layers: Layers, position: Tensor) -> Layers:

@@ -25,11 +25,17 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
 from memtx.models import folder
 from memtx.models.calls import check_call
-from memtx.models.intervals import Layers, Tokens, by_intervals
+from memtx.models.intervals import Layers, Tokens, by_intervals, in_parts
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
 from memtx.state import MemoryState
+
+LONGEST = 4096
+"""Tokens of all rows read at once on the CPU without a gradient: what a layer makes of them stays in the cache."""
+
+SHORTEST = 1024
+"""Tokens a row of such a part at least: every part projects the layers' whole caches anew."""
 
 MakeMemory = Callable[[int], Memory[Any]]
 """Makes a layer's memory from the width of the hidden states.
@@ -224,11 +230,14 @@ class MemoryTransformer(folder.Kept):
         segment = Segment.locate(state.position, tokens.shape[1], starts)
         x = self.dropout(self.embedding(tokens))
         through = partial(self._through, keep=return_hidden)
-        if self.tokens is None:
-            hidden, layers, losses = through(x, state.layers, segment)
-        else:
+        if self.tokens is not None:
             given = self._layers(), self.tokens, self.asking, x, state, segment, starts
             hidden, layers, losses = by_intervals(through, *given)
+        elif part := self._part(tokens):
+            stops = [*range(part, segment.length, part), segment.length]
+            hidden, layers, losses = in_parts(through, stops, x, state, starts)
+        else:
+            hidden, layers, losses = through(x, state.layers, segment)
         x = self.norm(hidden[-1])
         logits = loss = language_loss = nll = None
         if labels is None:
@@ -248,6 +257,15 @@ class MemoryTransformer(folder.Kept):
             nll,
             losses,
         )
+
+    def _part(self, tokens: Tensor) -> int:
+        """Return the length of the parts that a long call is read in without a gradient; 0 for it whole."""
+        rows, length = tokens.shape
+        part = max(LONGEST // rows, SHORTEST)
+        if length <= part or tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return 0
+        cut_matters = any(memory.cut_matters for block in self._layers() for memory in block.attention.memories)
+        return 0 if cut_matters else part
 
     def _through(self, x: Tensor, states: Layers, segment: Segment, keep: bool) -> tuple[list[Tensor], Layers, Losses]:
         """Return the last layer's output, behind x and the others' where these are kept, next states and losses."""

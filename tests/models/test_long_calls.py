@@ -1,0 +1,58 @@
+"""Long calls without a gradient are read in parts: the same function, and a published schedule stays whole."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from memtx import CompressedMemory, MemoryTransformer
+from memtx.models.memory_transformer import LONGEST, SHORTEST
+
+LENGTH = LONGEST + SHORTEST + 7
+ROUNDING = 1e-10
+"""float64, sums in another order."""
+
+
+def _model(per_call: bool) -> MemoryTransformer:
+    torch.manual_seed(0)
+    memory = partial(CompressedMemory, window=16, rate=4, length=4, per_call=per_call)
+    return MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[memory]).double().eval()
+
+
+def _tokens(rows: int) -> torch.Tensor:
+    return torch.randint(11, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def _widest(model: MemoryTransformer, tokens: torch.Tensor, starts: torch.Tensor | None) -> int:
+    """Return the longest part that a layer is given."""
+    seen: list[int] = []
+    hook = model.get_submodule("blocks.0.feed_forward").register_forward_hook(
+        lambda _, given, out: seen.append(given[0].shape[1])
+    )
+    with torch.no_grad():
+        model(tokens, starts=starts)
+    hook.remove()
+    return max(seen)
+
+
+def test_parts_are_the_whole() -> None:
+    model, tokens = _model(per_call=False), _tokens(2)
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[0, [LONGEST // 2, LONGEST // 2 + 3]] = True
+    starts[1, SHORTEST + 5] = True
+    whole = model(tokens, starts=starts, return_hidden=True)
+    assert _widest(model, tokens, starts) == LONGEST // 2
+    with torch.no_grad():
+        parts = model(tokens, starts=starts, return_hidden=True)
+    assert (whole.logits - parts.logits).abs().max() < ROUNDING
+    pairs = zip(whole.hidden_states, parts.hidden_states, strict=True)
+    assert max((one - other).abs().max() for one, other in pairs) < ROUNDING
+    assert torch.equal(whole.state.position, parts.state.position)
+    for layer, other in zip(whole.state.layers, parts.state.layers, strict=True):
+        assert (layer[0].hidden - other[0].hidden).abs().max() < ROUNDING
+        assert (layer[0].bank - other[0].bank).abs().max() < ROUNDING
+
+
+def test_a_schedule_by_calls_is_not_cut() -> None:
+    assert _widest(_model(per_call=True), _tokens(1), None) == LENGTH
