@@ -24,6 +24,7 @@ from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.features import Feature, Unit
 from memtx.memory.gates import Gate
+from memtx.memory.shift import TokenShift
 from memtx.ops.delta_rule import chunked
 from memtx.segment import Segment
 from memtx.state import state
@@ -100,8 +101,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         self.value = nn.Linear(dim, dim, bias=False)
         self.write_gate = write(dim, heads)
         self.decay_gate = decay(dim, heads) if decay is not None else None
-        # Of each channel, how much of the token before is seen: from none to all, as in RWKV (Peng et al. 2023).
-        self.shift = nn.Parameter(torch.linspace(0.0, 1.0, dim))
+        self.shift = TokenShift(dim)
         self.log_rate = nn.Parameter(torch.zeros(heads)) if decay is not None else None
         self.share = nn.Parameter(torch.zeros(heads)) if share else None
 
@@ -122,9 +122,7 @@ class AssociativeMemory(Memory[AssociativeState]):
 
     def read(self, state: AssociativeState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write and read every token in order."""
-        before = torch.cat([state.last[:, None].to(x.dtype), x[:, :-1]], dim=1)
-        before = before.masked_fill((segment.position == 0)[..., None], 0.0)
-        mixed = torch.lerp(x, before, self.shift.to(x.dtype))
+        mixed = self.shift(x, state.last, segment)
         kind = torch.promote_types(x.dtype, torch.float32)
         q, k = (self.feature(self._by_head(part(mixed), kind)) for part in (self.query, self.key))
         v = self._by_head(self.value(mixed), kind)
@@ -140,8 +138,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         if self.averages:
             # Nothing was written: nothing is read.
             out = out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(kind).eps)
-        # Copied: a view would keep the whole segment alive with the state.
-        return View.apart(segment, _Kept(out, strength, AssociativeState(matrix, x[:, -1].clone())))
+        return View.apart(segment, _Kept(out, strength, AssociativeState(matrix, TokenShift.last(x))))
 
     def _by_head(self, x: Tensor, kind: torch.dtype) -> Tensor:
         """(rows, segment, heads * width) -> (rows, heads, segment, width)."""

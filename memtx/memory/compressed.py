@@ -5,9 +5,6 @@ blocks before them. The edge between the two is a function of the position, alig
 edge(t) = rate * max(0, floor((t - window + 1) / rate)). A past token is thus either exact or in exactly one
 entry. A block is compressed when it crosses the edge, inside the segment whose later queries read it, so
 the compression learns from the language model itself, even with a horizon of one segment.
-
-Shapes are fixed: of any ``rate`` ticks of a row at most one gives birth to a block, so a segment of n tokens
-has room for ceil(n / rate) of them; the surplus is born expired.
 """
 
 from __future__ import annotations
@@ -22,8 +19,9 @@ from torch import Tensor
 from memtx.errors import at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
 from memtx.memory.compression import Compression, StridedConvolution
+from memtx.memory.edge import Edge
 from memtx.memory.reconstruction import Reconstruction
-from memtx.memory.recurrent import cached_places, newest
+from memtx.memory.recurrent import newest
 from memtx.memory.ring import Layout
 from memtx.ops.visibility import Section, Visibility
 from memtx.segment import FAR, Segment
@@ -45,30 +43,42 @@ class CompressedState:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks that may be compressed in a segment; shared by all layers of equal settings.
+    """What becomes of the bank in a call; shared by all layers of equal settings.
 
     Attributes:
-        source: (rows * blocks * rate,) int64, where their states stand in the cache, or in [cache | segment] where
-            the segment is longer than the window; rows flattened.
-        probe: likewise in [cache | segment] the newest states as each block crosses.
-        born: (rows, blocks) bool, which really cross the edge in this segment.
         kept: (rows, length) int64, which entries of [bank | blocks] are the next bank.
         alive: (rows, length, 1) bool, which places of the next bank are taken.
         places: of [bank | blocks | cache | segment].
     """
 
-    source: Tensor
-    probe: Tensor
-    born: Tensor
     kept: Tensor
     alive: Tensor
     places: Places
 
+    def following(self, bank: Tensor, entries: Tensor) -> Tensor:
+        """Return the next bank, (rows, length, dim), from the one before and the entries that were born."""
+        index = self.kept[..., None].expand(-1, -1, bank.shape[-1])
+        return torch.cat([bank, entries], dim=1).gather(1, index).masked_fill(~self.alive, 0.0)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """The blocks of a call.
+
+    Attributes:
+        blocks: (rows, blocks, rate, dim), their states.
+        usage: how much each state was attended to, where the compression wants it.
+        entries: (rows, blocks, dim), what they were made.
+    """
+
+    blocks: Tensor
+    usage: Tensor | None
+    entries: Tensor
+
 
 @dataclass(frozen=True)
 class _Kept:
-    blocks: Tensor
-    usage: Tensor | None
+    compressed: Compressed
     plan: Blocks
 
 
@@ -130,41 +140,41 @@ class CompressedMemory(Memory[CompressedState]):
 
     def read(self, state: CompressedState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [bank | blocks crossing the edge | cache | segment]."""
+        edge = self._edge(segment)
         settings = (CompressedMemory, self.window, self.rate, self.length, self.per_call)
-        plan = segment.once(settings, lambda: self._plan(segment))
+        plan: Blocks = segment.once(settings, lambda: self._plan(segment, edge))
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
-        source = cache if self._from_cache(segment) else torch.cat([cache, x], dim=1)
-        shape = (*plan.born.shape, self.rate, self.dim)
+        made = self._compress(cache, x, edge, attention)
+        return View((bank, made.entries, cache, x), plan.places, _Kept(made, plan))
+
+    def _compress(self, cache: Tensor, x: Tensor, edge: Edge, attention: ContentAttention) -> Compressed:
+        """Compress what crosses the edge in the call."""
+        # No longer than the window: all that crosses was there before, and no gradient goes into the segment.
+        source = cache if x.shape[1] <= self.window else torch.cat([cache, x], dim=1)
+        shape = (*edge.born.shape, self.rate, self.dim)
         # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
-        blocks = source.flatten(0, 1).index_select(0, plan.source).view(shape)
+        blocks = source.flatten(0, 1).index_select(0, edge.source).view(shape)
         usage = None
         if self.compression.needs_usage:
-            probe = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, plan.probe).view(shape)
+            probe = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, edge.probe).view(shape)
             usage = _usage(probe, blocks, attention)
-        entries = self.compression(blocks, usage).to(x.dtype)
-        return View((bank, entries, cache, x), plan.places, _Kept(blocks, usage, plan))
-
-    def _from_cache(self, segment: Segment) -> bool:
-        """Whether all that may be compressed in the call was there before it: no gradient goes into the segment."""
-        return segment.length <= self.window
+        return Compressed(blocks, usage, self.compression(blocks, usage).to(x.dtype))
 
     def write(self, view: View, segment: Segment, trace: Trace) -> tuple[CompressedState, Losses]:
         """Keep the newest states and the newest entries of the newest document."""
         kept: _Kept = view.kept
         bank, entries, cache, x = view.parts
-        index = kept.plan.kept[..., None].expand(-1, -1, self.dim)
-        bank = torch.cat([bank, entries], dim=1).gather(1, index).masked_fill(~kept.plan.alive, 0.0)
-        losses: Losses = {}
-        if self.reconstruction is not None and self.training:
-            blocks = kept.blocks.detach()
-            losses[self.reconstruction.name] = self.reconstruction(
-                blocks,
-                self.compression(blocks, kept.usage),
-                kept.plan.born,
-                trace.inputs.detach(),
-                trace.attention,
-            )
-        return CompressedState(newest(cache, x, segment), bank), losses
+        losses = self._losses(kept.compressed, segment, trace)
+        return CompressedState(newest(cache, x, segment), kept.plan.following(bank, entries)), losses
+
+    def _losses(self, made: Compressed, segment: Segment, trace: Trace) -> Losses:
+        if self.reconstruction is None or not self.training:
+            return {}
+        blocks = made.blocks.detach()
+        entries = self.compression(blocks, made.usage)
+        born = self._edge(segment).born
+        loss = self.reconstruction(blocks, entries, born, trace.inputs.detach(), trace.attention)
+        return {self.reconstruction.name: loss}
 
     def layout(self) -> Layout | None:
         """Return slots for the window, up to a block more, and the bank; none where calls decide what is seen."""
@@ -184,66 +194,49 @@ class CompressedMemory(Memory[CompressedState]):
         out: Tensor = self.compression(block[:, None], usage)
         return out[:, 0]
 
-    def _plan(self, segment: Segment) -> Blocks:
-        rate, window, length, cached = self.rate, self.window, self.length, self.cached
-        device, n = segment.position.device, segment.length
-        rows = segment.position.shape[0]
+    def _edge(self, segment: Segment) -> Edge:
+        made: Edge = segment.once((Edge, self.window, self.rate), lambda: Edge.of(segment, self.window, self.rate))
+        return made
+
+    def _plan(self, segment: Segment, edge: Edge) -> Blocks:
+        rate, window, length = self.rate, self.window, self.length
         carried = segment.carried[:, None]
 
-        # Exact states: from their own tick until their block crosses the edge, within their document.
-        tick, position, end = cached_places(segment, cached)
-        crossing = tick - position + rate * (position // rate + 1) + window - 1
-        # The published schedule: seen by the whole call unless their block was in the bank before it.
-        expires = torch.where(crossing >= 0, end, -FAR) if self.per_call else torch.minimum(crossing, end)
-        expires = torch.where(position >= 0, expires, -FAR)
+        # Exact states: from their own tick until their block crosses the edge, within their document. The published
+        # schedule: seen by the whole call unless their block was in the bank before it.
+        published = torch.where(edge.leaves >= 0, edge.exact_end, -FAR)
+        expires = published if self.per_call else torch.minimum(edge.leaves, edge.exact_end)
 
         # The carried bank: place i holds block number `whole - length + i` of the carried document.
         whole = ((carried - window).clamp(min=-1) // rate).clamp(min=0)
-        number = whole - length + torch.arange(length, device=device)
+        number = whole - length + torch.arange(length, device=carried.device)
         bank_born = (number + 1) * rate + window - 1 - carried
-        bank_end = segment.carried_end[:, None]
+        bank_end, block_end = segment.carried_end[:, None], edge.end
         if not self.per_call:
             bank_end = torch.minimum(bank_born + length * rate, bank_end)
+            block_end = torch.minimum(edge.at + length * rate, block_end)
         bank_expires = torch.where(number >= 0, bank_end, -FAR)
-
-        # Blocks that cross the edge here: in any `rate` ticks of a row at most one does.
-        count = -(-n // rate)
-        age = segment.position - window + 1
-        crosses = (age >= rate) & (age % rate == 0)
-        crosses = torch.nn.functional.pad(crosses, (0, count * rate - n)).view(rows, count, rate)
-        born = crosses.any(-1)
-        at = crosses.int().argmax(-1) + torch.arange(count, device=device) * rate
-        at = at.clamp(max=n - 1)
-        # A block whose last state leaves the window at tick i began at tick i - cached: place i of the cache.
-        offset = torch.arange(rate, device=device)
-        row = torch.arange(rows, device=device)[:, None, None]
-        of_source = row * (cached if self._from_cache(segment) else cached + n)
-        source = (of_source + at[..., None] + offset).flatten()
-        probe = (row * (cached + n) + at[..., None] + cached - rate + 1 + offset).flatten()
-        block_end = segment.end.gather(1, at)
-        if not self.per_call:
-            block_end = torch.minimum(at + length * rate, block_end)
-        block_expires = torch.where(born, block_end, -FAR)
-        block_born = torch.full_like(at, FAR) if self.per_call else at
-
+        block_expires = torch.where(edge.born, block_end, -FAR)
+        block_born = torch.full_like(edge.at, FAR) if self.per_call else edge.at
         places = Places(
-            torch.cat([torch.cat([bank_born, at], dim=1).double() - window - (rate - 1) / 2, tick], dim=1),
+            torch.cat([self._centre(torch.cat([bank_born, edge.at], dim=1)), edge.tick], dim=1),
             Visibility(
-                torch.cat([bank_born, block_born, tick], dim=1),
+                torch.cat([bank_born, block_born, edge.tick], dim=1),
                 torch.cat([bank_expires, block_expires, expires], dim=1),
-                n,
-                self._sections(n, count),
+                segment.length,
+                self._sections(segment.length, edge.at.shape[1]),
             ),
         )
 
         # The next bank: the newest entries of the newest document, in order of birth.
-        newest_document = segment.document[:, -1:]
-        bank_own = (number >= 0) & (newest_document == 0)
-        block_own = born & (segment.document.gather(1, at) == newest_document)
-        order = torch.where(torch.cat([bank_own, block_own], 1), torch.cat([bank_born, at], 1), -FAR)
+        own = torch.cat([(number >= 0) & (segment.document[:, -1:] == 0), edge.born & edge.newest], 1)
+        order = torch.where(own, torch.cat([bank_born, edge.at], 1), -FAR)
         kept = order.argsort(dim=1, stable=True)[:, order.shape[1] - length :]
-        alive = (order.gather(1, kept) > -FAR)[..., None]
-        return Blocks(source, probe, born, kept, alive, places)
+        return Blocks(kept, (order.gather(1, kept) > -FAR)[..., None], places)
+
+    def _centre(self, born: Tensor) -> Tensor:
+        """Return the ticks, float64, at which the centres of blocks stand that are born at ``born``."""
+        return born.double() - self.window - (self.rate - 1) / 2
 
     def _sections(self, n: int, count: int) -> tuple[Section, ...]:
         """Return static bounds: entries advance by ``rate`` ticks, exact states by one."""

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.recurrent import cached_places, newest
+from memtx.memory.shift import TokenShift
 from memtx.ops.attention.reference import weigh
 from memtx.ops.visibility import Section, Visibility, visible
 from memtx.segment import FAR, Segment
@@ -38,10 +39,12 @@ class RetrievalState:
     Attributes:
         keys: (rows, capacity + skip - 1, dim), of the newest tokens of the row's document, newest last.
         values: likewise.
+        last: (rows, dim), the newest layer input, for the token shift; (rows, 0) where there is none.
     """
 
     keys: Tensor
     values: Tensor
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class _Kept:
     queries: Tensor
     keys: Tensor
     values: Tensor
+    last: Tensor
     visibility: Visibility
 
 
@@ -62,12 +66,21 @@ class RetrievalMemory(Memory[RetrievalState]):
         skip: how old a token is when it enters the store; younger ones are attention's, so a layer's window is a
             good choice.
         heads: that search, each for itself.
+        shift: whether keys see of each token a share of the one before it, so that what followed a key is found by it.
 
     Raises:
         MemtxError: a number is out of range, or heads do not divide dim.
     """
 
-    def __init__(self, dim: int, capacity: int = 8192, nearest: int = 32, skip: int = 512, heads: int = 4) -> None:
+    def __init__(
+        self,
+        dim: int,
+        capacity: int = 8192,
+        nearest: int = 32,
+        skip: int = 512,
+        heads: int = 4,
+        shift: bool = True,
+    ) -> None:
         super().__init__(dim)
         at_least(1, capacity=capacity, nearest=nearest, skip=skip)
         if heads < 1 or dim % heads:
@@ -80,6 +93,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(SHARP)))
         self.share = nn.Parameter(torch.zeros(heads))
+        self.shift = TokenShift(dim) if shift else None
 
     def extra_repr(self) -> str:
         """Say the settings."""
@@ -88,7 +102,7 @@ class RetrievalMemory(Memory[RetrievalState]):
     def init_state(self, rows: int, *, like: Tensor) -> RetrievalState:
         """Return an empty store."""
         keys, values = (like.new_zeros(rows, self.places, self.dim) for _ in range(2))
-        return RetrievalState(keys, values)
+        return RetrievalState(keys, values, like.new_zeros(rows, self.dim if self.shift is not None else 0))
 
     def _unit(self, x: Tensor) -> Tensor:
         """Make every head's part of (rows, segment, dim) of length 1."""
@@ -97,10 +111,12 @@ class RetrievalMemory(Memory[RetrievalState]):
     def read(self, state: RetrievalState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [store | segment]."""
         visibility = segment.once((RetrievalMemory, self.capacity, self.skip), lambda: self._visibility(segment))
-        keys = torch.cat([state.keys.to(x.dtype), self._unit(self.key(x)).to(x.dtype)], dim=1)
+        mixed = self.shift(x, state.last, segment) if self.shift is not None else x
+        keys = torch.cat([state.keys.to(x.dtype), self._unit(self.key(mixed)).to(x.dtype)], dim=1)
         values = torch.cat([state.values.to(x.dtype), self.value(x).to(x.dtype)], dim=1)
         queries = self._unit(self.query(x)).to(x.dtype)
-        return View.apart(segment, _Kept(queries, keys, values, visibility))
+        last = TokenShift.last(x) if self.shift is not None else state.last
+        return View.apart(segment, _Kept(queries, keys, values, last, visibility))
 
     def _visibility(self, segment: Segment) -> Visibility:
         tick, position, end = cached_places(segment, self.places)
@@ -154,4 +170,4 @@ class RetrievalMemory(Memory[RetrievalState]):
         kept: _Kept = view.kept
         n = segment.length
         keys, values = (newest(x[:, :-n], x[:, -n:], segment) for x in (kept.keys, kept.values))
-        return RetrievalState(keys, values), {}
+        return RetrievalState(keys, values, kept.last), {}

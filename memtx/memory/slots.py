@@ -21,6 +21,7 @@ from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.gates import Gate
 from memtx.memory.intervals import Intervals, recalled
+from memtx.memory.shift import TokenShift
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.reference import weigh
 from memtx.segment import Segment
@@ -37,11 +38,13 @@ class SlotState:
         slots: (rows, count, dim), as the row's document's newest whole interval left them; zero before that.
         taken: (rows, count, dim), what the slots' attention over the open interval gives so far, float32 at least.
         lse: (rows, count, heads), its log-sum-exp, likewise; both zero where an interval has just ended.
+        last: (rows, dim), the newest layer input, for the token shift; (rows, 0) where there is none.
     """
 
     slots: Tensor
     taken: Tensor
     lse: Tensor
+    last: Tensor
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class SlotMemory(Memory[SlotState]):
         write: makes the write gate of a slot from (2 dim, 1), which sees the old and the new; None for Memformer's
             writing, which always takes the new. Without a gate slots forget soon after the trained length.
         cost: weight of the mean write gate as a loss, a price on writing.
+        shift: whether slots see of each token a share of the one before it; Memformer's do not.
 
     Raises:
         MemtxError: a number is out of range, or heads do not divide dim.
@@ -76,6 +80,7 @@ class SlotMemory(Memory[SlotState]):
         heads: int = 4,
         write: Callable[[int, int], Gate] | None = Gate,
         cost: float = 0.0,
+        shift: bool = True,
     ) -> None:
         super().__init__(dim)
         at_least(1, count=count, interval=interval)
@@ -91,6 +96,7 @@ class SlotMemory(Memory[SlotState]):
             nn.Linear(dim, dim, bias=False) for _ in range(7)
         )
         self.write_gate = write(2 * dim, 1) if write is not None else None
+        self.shift = TokenShift(dim) if shift else None
 
     def extra_repr(self) -> str:
         """Say the settings."""
@@ -100,14 +106,16 @@ class SlotMemory(Memory[SlotState]):
         """Return no slots yet, and nothing taken up."""
         slots = like.new_zeros(rows, self.count, self.dim)
         kind = torch.promote_types(like.dtype, torch.float32)
-        return SlotState(slots, slots.to(kind), slots.new_zeros(rows, self.count, self.heads, dtype=kind))
+        lse = slots.new_zeros(rows, self.count, self.heads, dtype=kind)
+        return SlotState(slots, slots.to(kind), lse, like.new_zeros(rows, self.dim if self.shift is not None else 0))
 
     def read(self, state: SlotState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write the slots of every interval that ends in the segment."""
         plan = segment.once((SlotMemory, self.interval), lambda: Intervals.of(segment, self.interval))
         rows, n = x.shape[:2]
         ticks = plan.open.shape[-1]
-        keys, values = self.key(x), self.value(x)
+        mixed = self.shift(x, state.last, segment) if self.shift is not None else x
+        keys, values = self.key(mixed), self.value(mixed)
 
         def by_interval(inputs: Tensor) -> tuple[Tensor, ...]:
             found = inputs.flatten(0, 1).index_select(0, plan.source).view(rows, -1, ticks, self.dim)
@@ -136,6 +144,7 @@ class SlotMemory(Memory[SlotState]):
             last.masked_fill(plan.fresh[:, None, None], 0.0),
             rearrange(out, "r h s d -> r s (h d)").to(kind).masked_fill(plan.empty[:, None, None], 0.0),
             lse.transpose(1, 2).to(kind).masked_fill(plan.empty[:, None, None], 0.0),
+            TokenShift.last(x) if self.shift is not None else state.last,
         )
         return View.apart(segment, _Kept(stacked, torch.stack(written, 1), after, plan))
 

@@ -57,7 +57,7 @@ def by_hand(memory: AssociativeMemory, x: Tensor) -> Tensor:
     matrices = [torch.zeros(memory.feature.width, width, dtype=torch.float64) for _ in range(HEADS)]
     weights = [torch.zeros(memory.feature.width, dtype=torch.float64) for _ in range(HEADS)]
     for token in x:
-        seen = token + memory.shift * (before - token)
+        seen = token + memory.shift.share * (before - token)
         before, found = token, []
         strength = memory.write_gate(seen)
         q, k, v = (part(seen).chunk(HEADS) for part in (memory.query, memory.key, memory.value))
@@ -108,9 +108,11 @@ def test_with_closed_gates_the_memory_stays_as_it_is_to_the_bit() -> None:
 def test_a_mean_lies_between_the_values() -> None:
     memory = made(erase=False, feature=Elu)
     with torch.no_grad():
-        # Values are the inputs' own channels; nothing shifted.
+        # Values are the inputs' own channels; nothing shifted; gates open, for what is never written reads as zero.
+        memory.write_gate.map.weight.zero_()
+        memory.write_gate.map.bias.fill_(5.0)
         memory.value.weight.copy_(torch.eye(DIM))
-        memory.shift.zero_()
+        memory.shift.share.zero_()
     x = torch.randn(1, 30, DIM, dtype=torch.float64)
     out, _ = run(memory, x)
     assert (out <= x.cummax(1).values + 1e-9).all()
@@ -132,7 +134,7 @@ def test_writing_has_a_price_in_training_alone() -> None:
     segment = Segment.locate(torch.zeros(2, dtype=torch.int64), 6)
     view = memory.read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
     (price,) = memory.write(view, segment, None)[1].values()  # type: ignore[arg-type]
-    shifted = x + memory.shift * (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x)
+    shifted = x + memory.shift.share * (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x)
     close(price, 0.5 * memory.write_gate(shifted).mean())
     assert memory.eval().write(view, segment, None)[1] == {}  # type: ignore[arg-type]
 

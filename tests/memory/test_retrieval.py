@@ -42,10 +42,19 @@ def run(memory: RetrievalMemory, x: Tensor, starts: Tensor | None = None, carrie
     return out, gate, memory.write(view, segment, None)[0]  # type: ignore[arg-type]
 
 
+def mixed(memory: RetrievalMemory, x: Tensor) -> Tensor:
+    """Mix each token of one document with the one before it."""
+    if memory.shift is None:
+        return x
+    before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    return (1 - memory.shift.share) * x + memory.shift.share * before
+
+
 def by_hand(memory: RetrievalMemory, x: Tensor) -> Tensor:
     """Read one document (tokens, DIM), a query and a head at a time; nothing found gives zeros."""
     outputs = torch.zeros_like(x)
-    q, k, v = (part(x).view(-1, HEADS, FINE) for part in (memory.query, memory.key, memory.value))
+    parts = ((memory.query, x), (memory.key, mixed(memory, x)), (memory.value, x))
+    q, k, v = (part(given).view(-1, HEADS, FINE) for part, given in parts)
     for at in range(len(x)):
         reach = range(max(0, at - memory.skip - memory.capacity + 1), at - memory.skip + 1)
         for head in range(HEADS):
@@ -65,10 +74,13 @@ def by_hand(memory: RetrievalMemory, x: Tensor) -> Tensor:
     n=st.integers(1, 30),
     begin=st.integers(1, 29),
     step=st.sampled_from([1, 40, retrieval.SCORES]),
+    shift=st.booleans(),
 )
-def test_it_is_its_equations(seed: int, capacity: int, nearest: int, skip: int, n: int, begin: int, step: int) -> None:
+def test_it_is_its_equations(
+    seed: int, capacity: int, nearest: int, skip: int, n: int, begin: int, step: int, shift: bool
+) -> None:
     """However many queries are scored at a time."""
-    memory = made(seed, capacity=capacity, nearest=nearest, skip=skip)
+    memory = made(seed, capacity=capacity, nearest=nearest, skip=skip, shift=shift)
     x = torch.randn(1, n, DIM, dtype=torch.float64)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "SCORES", step)
@@ -82,7 +94,7 @@ def test_it_is_its_equations(seed: int, capacity: int, nearest: int, skip: int, 
 
 
 def test_an_exact_key_is_found_among_thousands() -> None:
-    memory = made(capacity=4000, nearest=1, skip=1)
+    memory = made(capacity=4000, nearest=1, skip=1, shift=False)
     with torch.no_grad():
         memory.query.weight.copy_(memory.key.weight)
     x = torch.randn(1, 4000, DIM, dtype=torch.float64)

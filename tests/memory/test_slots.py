@@ -46,8 +46,16 @@ def unit(x: Tensor) -> Tensor:
     return x * (DIM**0.5 / x.norm(dim=-1, keepdim=True)) if x.norm() > 0 else x
 
 
+def mixed(memory: SlotMemory, x: Tensor) -> Tensor:
+    """Mix each token of one document with the one before it."""
+    if memory.shift is None:
+        return x
+    before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    return (1 - memory.shift.share) * x + memory.shift.share * before
+
+
 def written(memory: SlotMemory, slots: Tensor, x: Tensor) -> Tensor:
-    """Write slots (count, DIM) from an interval's inputs (tokens, DIM), a slot and a head at a time."""
+    """Write slots (count, DIM) from an interval's mixed inputs (tokens, DIM), a slot and a head at a time."""
     after = []
     for slot, bias in zip(slots, memory.bias, strict=True):
         found = []
@@ -72,14 +80,20 @@ def by_hand(memory: SlotMemory, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         weights = torch.softmax(torch.einsum("hd,shd->hs", q[at], k) * FINE**-0.5, -1)
         outputs.append(torch.einsum("hs,shd->hd", weights, v))
         if (at + 1) % memory.interval == 0:
-            slots = written(memory, slots, x[at + 1 - memory.interval : at + 1])
+            slots = written(memory, slots, mixed(memory, x)[at + 1 - memory.interval : at + 1])
     return torch.stack(outputs), slots
 
 
 @pytest.mark.parametrize("write", [Gate, None])
-@given(seed=st.integers(0, 999), interval=st.integers(1, 7), n=st.integers(1, 30), begin=st.integers(1, 29))
-def test_they_are_their_equations(write: Any, seed: int, interval: int, n: int, begin: int) -> None:
-    memory = made(seed, write=write, interval=interval)
+@given(
+    seed=st.integers(0, 999),
+    interval=st.integers(1, 7),
+    n=st.integers(1, 30),
+    begin=st.integers(1, 29),
+    shift=st.booleans(),
+)
+def test_they_are_their_equations(write: Any, seed: int, interval: int, n: int, begin: int, shift: bool) -> None:
+    memory = made(seed, write=write, interval=interval, shift=shift)
     x, q = torch.randn(1, n, DIM, dtype=torch.float64), torch.randn(1, n, HEADS, FINE, dtype=torch.float64)
     with torch.no_grad():
         readout, state = run(memory, x, q, torch.arange(n)[None] == begin)
