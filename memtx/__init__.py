@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
     from memtx.memory.retrieval import RetrievalMemory
+    from memtx.memory.scored import ScoredMemory
     from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
     from memtx.memory.tokens import TokenMemory
@@ -49,6 +50,7 @@ _PLACES = {
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Reformer": "memtx.models.reformer:Reformer",
     "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
+    "ScoredMemory": "memtx.memory.scored:ScoredMemory",
     "Rotary": "memtx.layers.positions:Rotary",
     "SinkMemory": "memtx.memory.sinks:SinkMemory",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
@@ -77,6 +79,7 @@ __all__ = [
     "Reformer",
     "RetrievalMemory",
     "Rotary",
+    "ScoredMemory",
     "SinkMemory",
     "SlotMemory",
     "StreamReader",

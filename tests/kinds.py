@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
@@ -21,6 +23,7 @@ from memtx.memory.features import Dpfp, Elu
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.scored import ScoredMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.tokens import TokenMemory
@@ -46,6 +49,30 @@ def compressed(compression: str) -> Callable[[int, int, int], Make]:
     )
 
 
+def scored(**options: Any) -> Callable[[int, int, int], Make]:
+    """Return a maker of the bank that keeps the highest, whose scores are not all equal."""
+
+    def make(window: int, rate: int, length: int) -> Make:
+        return partial(
+            Scored, **({"window": window, "rate": rate, "length": length, "compression": MeanPooling} | options)
+        )
+
+    return make
+
+
+class Scored(ScoredMemory):
+    """One whose scores have left zero, as training makes them."""
+
+    def __init__(self, dim: int, **options: Any) -> None:
+        super().__init__(dim, **options)
+        torch.nn.init.normal_(self.score.weight)
+
+
+def dual(window: int, rate: int, length: int) -> Stack:
+    """Make a delta state beside a bank of exact states that keeps the highest."""
+    return [scored(rate=1)(window, rate, length), partial(AssociativeMemory, heads=2)]
+
+
 def beside(make: Callable[[int, int, int], Make]) -> Callable[[int, int, int], Stack]:
     """Return a maker of a stack: a window, and the kind beside it."""
     return lambda window, rate, length: [partial(RecurrentMemory, window=window), make(window, rate, length)]
@@ -69,6 +96,9 @@ def retrieval(window: int, rate: int, length: int) -> Make:
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
+    "scored": scored(),
+    "scored-exact": scored(rate=1),
+    "dual": dual,
     "associative": associative(),
     "associative-gated": associative(decay=partial(Gate, bias=-2.0), key_dim=3, cost=0.1),
     "associative-infini": associative(erase=False, feature=Elu, share=True),
@@ -82,5 +112,5 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
 }
 """Kinds for which how a stream is cut does not matter."""
 
-CHOOSING = {"compressed-most_used", "retrieval"}
+CHOOSING = {"compressed-most_used", "retrieval", "scored", "scored-exact", "dual"}
 """Kinds that choose between states: nearly equal ones may be told apart otherwise in float32, and that shows whole."""

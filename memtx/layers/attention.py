@@ -18,6 +18,7 @@ from memtx.layers.readouts import joined
 from memtx.memory.base import Losses, Memory, Trace
 from memtx.memory.ring import Ring, Step, opened
 from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.ops.attention.weights import with_weights
 from memtx.segment import Segment
 
 
@@ -98,6 +99,8 @@ class MemoryAttention(nn.Module):
         readouts = [one for one in answers if one is not None]
         q, k, bias = self.positions(q, k, view.places, segment)
         need_lse = any(one.lse is not None for one in readouts)
+        if view.weight is not None:
+            q, k, v = with_weights(q, k, v, view.weight, self.head_dim**-0.5)
         found = segment_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
@@ -105,10 +108,12 @@ class MemoryAttention(nn.Module):
             view.places.visibility,
             bias=bias,
             dropout=self.dropout if self.training else 0.0,
+            scale=self.head_dim**-0.5,
             backend=self.backend,
             return_lse=need_lse,
         )
         attended, lse = found if isinstance(found, tuple) else (found, None)
+        attended = attended[..., : self.head_dim]
         out: Tensor = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
         losses: Losses = {}
         after, trace = [], Trace(x, out, self)

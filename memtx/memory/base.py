@@ -62,11 +62,14 @@ class View:
             are the last of a layer's first memory.
         places: where the entries of all parts stand and who sees them.
         kept: what ``write`` of the same memory needs.
+        weight: (rows, n), of the first n entries, added to their scaled scores (a log-weight, which learns); None
+            for none.
     """
 
     parts: tuple[Tensor, ...]
     places: Places
     kept: Any
+    weight: Tensor | None = None
 
     @property
     def hidden(self) -> Tensor:

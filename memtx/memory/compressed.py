@@ -229,7 +229,9 @@ class CompressedMemory(Memory[CompressedState]):
         )
 
         # The next bank: the newest entries of the newest document, in order of birth.
-        own = torch.cat([(number >= 0) & (segment.document[:, -1:] == 0), edge.born & edge.newest], 1)
+        newest_document = segment.document[:, -1:]
+        block_own = edge.born & (edge.document == newest_document)
+        own = torch.cat([(number >= 0) & (newest_document == 0), block_own], 1)
         order = torch.where(own, torch.cat([bank_born, edge.at], 1), -FAR)
         kept = order.argsort(dim=1, stable=True)[:, order.shape[1] - length :]
         return Blocks(kept, (order.gather(1, kept) > -FAR)[..., None], places)

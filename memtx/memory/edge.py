@@ -26,9 +26,8 @@ class Edge:
         probe: likewise in [cache | segment] the newest states as each block crosses.
         born: (rows, blocks) bool, which really cross in this call.
         at: (rows, blocks) int64, the tick at which each crosses.
-        number: (rows, blocks) int64, which block of its document each is.
         end: (rows, blocks) int64, the tick at which its document ends.
-        newest: (rows, blocks) bool, whether it is of the row's newest document.
+        document: (rows, blocks) int64, which document of the call it is of, 0 for the carried one.
         tick: (rows, places + segment) int64, where the exact states of [cache | segment] stand.
         leaves: likewise, the tick at which each crosses the edge in a block; negative for one before its document.
         exact_end: likewise, the tick at which its document ends.
@@ -38,9 +37,8 @@ class Edge:
     probe: Tensor
     born: Tensor
     at: Tensor
-    number: Tensor
     end: Tensor
-    newest: Tensor
+    document: Tensor
     tick: Tensor
     leaves: Tensor
     exact_end: Tensor
@@ -67,9 +65,8 @@ class Edge:
             (row * (cached + n) + at[..., None] + cached - rate + 1 + offset).flatten(),
             crosses.any(-1),
             at,
-            age.gather(1, at) // rate - 1,
             segment.end.gather(1, at),
-            segment.document.gather(1, at) == segment.document[:, -1:],
+            segment.document.gather(1, at),
             tick,
             torch.where(position >= 0, leaves, -FAR),
             exact_end,

@@ -81,6 +81,7 @@ class SlotMemory(Memory[SlotState]):
         write: Callable[[int, int], Gate] | None = Gate,
         cost: float = 0.0,
         shift: bool = True,
+        temperature: float = 0.25,
     ) -> None:
         super().__init__(dim)
         at_least(1, count=count, interval=interval)
@@ -90,6 +91,7 @@ class SlotMemory(Memory[SlotState]):
         self.interval: int = interval
         self.count = count
         self.heads = heads
+        self.scale = (dim // heads) ** -0.5 / temperature
         self.cost = cost
         self.bias = nn.Parameter(torch.randn(count, dim))
         self.slot_query, self.slot_key, self.slot_value, self.key, self.value, self.read_key, self.read_value = (
@@ -171,7 +173,7 @@ class SlotMemory(Memory[SlotState]):
             begun: (rows,) bool, whether these count.
         """
         q = self._heads(self.slot_query(slots))
-        found = weigh(q @ k.mT * q.shape[-1] ** -0.5, inside, v)
+        found = weigh(q @ k.mT * self.scale, inside, v)
         if before is None:
             return found
         return merge([found, (before[0], before[1].masked_fill(~begun[:, None, None], NOTHING))])
@@ -184,7 +186,7 @@ class SlotMemory(Memory[SlotState]):
             taken: output and log-sum-exp of its attention to the interval.
         """
         q, k, v = (self._heads(part(slots)) for part in (self.slot_query, self.slot_key, self.slot_value))
-        own = (q * k).sum(-1) * q.shape[-1] ** -0.5
+        own = (q * k).sum(-1) * self.scale
         out, _ = merge([(v, own), taken])
         # Pulled a little to where it began, then of fixed length: what is not written again fades.
         new = _normed(rearrange(out, "r h s d -> r s (h d)") + self.bias).to(slots.dtype)
