@@ -52,12 +52,13 @@ class PairExample:
 class TaggedExample:
     """Words and a tag for each. ``tags`` is None where they are to be found.
 
-    ``places`` says where in a raw text the words stand, if they come from one.
+    ``places`` says where in the raw text ``raw`` the words stand, if they come from one.
     """
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None = None
     places: tuple[tuple[int, int], ...] | None = None
+    raw: str = ""
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:

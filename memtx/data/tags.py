@@ -58,7 +58,7 @@ class Tagging(Task):
         places = words_of(text)
         if not places:
             raise DataError("The text has no word.", "Give one with something in it.")
-        return TaggedExample(tuple(text[start:stop] for start, stop in places), None, places)
+        return TaggedExample(tuple(text[start:stop] for start, stop in places), None, places, text)
 
     def texts(self, example: TaggedExample) -> tuple[str, ...]:
         """Return the words joined by spaces."""
@@ -113,6 +113,7 @@ class Tagging(Task):
             words = {"type": kind, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
             if example.places is not None:
                 words["start"], words["end"] = example.places[start][0], example.places[stop - 1][1]
+                words["text"] = example.raw[words["start"] : words["end"]]
             spans.append(words)
         return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
 

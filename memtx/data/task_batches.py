@@ -138,16 +138,19 @@ class TrainingBatches:
             batches += [pool[start : start + self.rows] for start in range(0, len(pool), self.rows)]
         order = generator.permutation(len(batches))
         own = [batches[place] for place in order[self.rank :: self.world_size]]
+        # Every rank has as many, also where there are fewer batches than ranks.
         return (own or batches[:1])[: len(self)]
 
     def __iter__(self) -> Iterator[TaskBatch]:
+        if self.position >= len(self):
+            # Here, not behind the last batch: who counts batches does not come back to see the end.
+            self.epoch, self.position = self.epoch + 1, 0
         batches = self._order()
         while self.position < len(batches):
             chosen = batches[self.position]
             # Before it is handed out: a checkpoint written after its step counts it.
             self.position += 1
             yield collated([self.windows[place] for place in chosen], self.padding)
-        self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it is one in."""
@@ -173,8 +176,6 @@ class TrainingBatches:
                     "Resume with the config saved beside the checkpoint and its data.",
                 )
         self.epoch, self.position = int(state_dict["epoch"]), int(state_dict["position"])
-        if self.position >= len(self):
-            self.epoch, self.position = self.epoch + 1, 0
 
 
 class ExampleBatches:
