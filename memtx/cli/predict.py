@@ -7,11 +7,14 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from memtx.cli.common import Parser, run
 from memtx.cli.read import add_device, import_modules, placed
 from memtx.errors import DataError, MemtxError
+
+if TYPE_CHECKING:
+    from memtx.inference.predictor import Predictor
 
 TRAINED = ("--config", "-c", "--run", "--ckpt_path")
 """Options that name a run and its data: the documents of its test split are read, as training would read them."""
@@ -44,6 +47,23 @@ def _parser() -> Parser:
     return parser
 
 
+def open_predictor(arguments: argparse.Namespace) -> Predictor:
+    """Load the task's model that the arguments name, onto their device and in their precision.
+
+    Raises:
+        MemtxError: the checkpoint cannot be used, or there is no such device.
+    """
+    import_modules(arguments.modules)
+    device = placed(arguments.device)
+    import torch
+
+    from memtx.inference.predictor import Predictor
+
+    predictor = Predictor.load(arguments.checkpoint)
+    predictor.model.to(device=device, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    return predictor
+
+
 def _inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, Any]]]:
     """Return where each input stands, for messages, and what it is."""
     source = arguments.source if arguments.source is not None else arguments.input
@@ -70,20 +90,14 @@ def _inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, An
 
 def _predict(arguments: argparse.Namespace) -> None:
     inputs = _inputs(arguments)
-    import_modules(arguments.modules)
-    device = placed(arguments.device)
-    import torch
-
-    from memtx import files
-    from memtx.inference.predictor import Predictor, serves_a_task
+    from memtx.inference.predictor import serves_a_task
 
     if not serves_a_task(arguments.checkpoint):
         raise MemtxError(
             f"'{arguments.checkpoint}' is a language model, which labels nothing.",
             "memtx read measures texts with it, memtx generate writes on.",
         )
-    predictor = Predictor.load(arguments.checkpoint)
-    predictor.model.to(device=device, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    predictor = open_predictor(arguments)
     # All are looked at before anything is said of the first.
     for where, given in inputs:
         try:
@@ -101,13 +115,14 @@ def _predict(arguments: argparse.Namespace) -> None:
                 lines.append(line)
         sys.stdout.buffer.flush()
     if arguments.output is not None:
+        from memtx import files
+
         files.write_text(arguments.output, "".join(lines))
 
 
-def _said(predictor: Any, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
+def _said(predictor: Predictor, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
-        found: list[dict[str, Any]] = predictor.predict([given for _, given in part])
-        return found
+        return predictor.predict([given for _, given in part])
     except DataError:
         # One by one, to name the one that is wrong by its line.
         for where, given in part:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,16 +207,51 @@ class WordPieceTokenizer(OffsetTokenizer):
         if self.fitted:
             return
         from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+        from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-        backend = Backend(models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
+        normalizer, splitter = normalizers.BertNormalizer(lowercase=self.lowercase), pre_tokenizers.BertPreTokenizer()
+        words: Counter[str] = Counter()
+        for text in texts:
+            words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
         marks = [_MARKS[mark][0] for mark in ("padding", "unknown", "begin", "end", "mask")]
-        trainer = trainers.WordPieceTrainer(vocab_size=self._size, special_tokens=marks, show_progress=False)
-        backend.train_from_iterator(texts, trainer=trainer)
+        pieces = _pieces(words, self._size - len(marks))
+        vocabulary = {piece: number for number, piece in enumerate([*marks, *pieces])}
+        backend = Backend(models.WordPiece(vocabulary, unk_token="[UNK]"))
+        backend.normalizer, backend.pre_tokenizer, backend.decoder = normalizer, splitter, decoders.WordPiece()
+        backend.add_special_tokens(marks)
         self._take(backend.to_str(), "the tokenizer")
+
+
+def _pieces(words: Counter[str], size: int) -> list[str]:
+    """Return the pieces that byte-pair merges (Sennrich et al. 2016, section 3.2) leave most often, at most ``size``.
+
+    The library's own trainer numbers continuing pieces in the order of a hash table, so that the same texts give other
+    pieces each time; without them it does not.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    letters = Counter[str]()
+    for word, count in words.items():
+        for place, letter in enumerate(word):
+            letters[letter if place == 0 else f"##{letter}"] += count
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    alphabet = sorted({piece.removeprefix("##")[:1] or "#" for piece in letters})
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    ordered = sorted(words.items(), key=lambda pair: (-pair[1], pair[0]))
+    backend.train_from_iterator((" ".join([word] * count) for word, count in ordered), trainer=trainer)
+    left: Counter[str] = Counter()
+    for (_, count), found in zip(ordered, backend.encode_batch([word for word, _ in ordered]), strict=True):
+        for place, piece in enumerate(found.tokens):
+            left[piece if place == 0 else f"##{piece}"] += count
+    # Single letters first, so that most words can be spelled; of a text in many scripts the usual ones.
+    chosen = _most(letters, max(1, size // 2))
+    return chosen + _most(left - Counter(dict.fromkeys(chosen, max(left.values(), default=0))), size - len(chosen))
+
+
+def _most(counts: Counter[str], number: int) -> list[str]:
+    return sorted(counts, key=lambda piece: (-counts[piece], piece))[:number]
 
 
 def offset_tokenizer_from_json(text: str) -> OffsetTokenizer:

@@ -112,8 +112,8 @@ class Tagging(Task):
         for kind, start, stop in spans_of(tags):
             words = {"type": kind, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
             if example.places is not None:
-                words["start"], words["end"] = example.places[start][0], example.places[stop - 1][1]
-                words["text"] = example.raw[words["start"] : words["end"]]
+                begin, end = example.places[start][0], example.places[stop - 1][1]
+                words |= {"start": begin, "end": end, "text": example.raw[begin:end]}
             spans.append(words)
         return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
 

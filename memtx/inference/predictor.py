@@ -18,7 +18,7 @@ from memtx.data.task import Scores, Task, Window
 from memtx.data.task_batches import Asked, collated, prepared
 from memtx.data.task_kinds import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError, at_least
-from memtx.inference.engine import OutOfTimeError, seconds_left
+from memtx.inference.engine import ClosedError, OutOfTimeError, seconds_left
 from memtx.inference.loading import TOKENIZER, chosen_checkpoint
 from memtx.models import folder
 from memtx.models.heads import TaskModel
@@ -55,6 +55,11 @@ class Predictor:
         self.model, self.tokenizer, self.task, self.at_once = model.eval(), tokenizer, task, at_once
         self.tokens_read = 0
         self._turn = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Answer no more: what is being worked on ends with an error at its next call of the model."""
+        self._closed = True
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -110,7 +115,8 @@ class Predictor:
 
         Raises:
             DataError: an input is not what the task takes, or too long; names its place.
-            OutOfTimeError: the deadline passed.
+                OutOfTimeError: the deadline passed.
+            ClosedError: it was closed.
         """
         made = []
         for place, given in enumerate(inputs):
@@ -135,6 +141,8 @@ class Predictor:
         device = next(self.model.parameters()).device
         for places in self._calls(windows):
             seconds_left(deadline)
+            if self._closed:
+                raise ClosedError("The server is closing.", "Ask again when it is back.")
             batch = collated([windows[place] for place in places], self.tokenizer.padding)
             parts = (part.to(device) for part in (batch.tokens, batch.present, batch.types, batch.marked))
             with torch.inference_mode():
