@@ -21,10 +21,7 @@ from memtx.layers.window_attention import WindowAttention
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel, TextHead, TokenHead
 
-WORDS = [
-    *["the", "a", "whale", "ship", "sea", "night", "storm", "captain", "saw", "found"],
-    *["lost", "old", "white", "dark", "of", "in", "to", "Ahab"],
-]
+WORDS = "the a whale ship sea night storm captain saw found lost old white dark of in to Ahab".split()  # noqa: SIM905
 
 
 def texts(count: int, seed: int = 0, words: int = 12) -> list[str]:

@@ -72,7 +72,7 @@ class Predictor:
         if place.is_dir():
             tokenizer, task = (_text(place / name) for name in (TOKENIZER, TASK))
         else:
-            content = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+            content = folder.read_checkpoint(place)
             kept = content.get(DATA_KEY)
             # Lightning names the part after the class, which may be somebody's subclass.
             parts = [kept, *content.values()]
