@@ -1,12 +1,16 @@
-"""Torchmetrics for language modelling: bits per byte and PG-19's word-level perplexity.
+"""Torchmetrics that the library of that name lacks: bits per byte, PG-19's word perplexity, SQuAD's and CoNLL's scores.
 
-Both count in float64 and divide once, at the end: a mean of per-batch means would weigh a short batch as
+The first two count in float64 and divide once, at the end: a mean of per-batch means would weigh a short batch as
 much as a long one, and a float32 sum stops growing after some ten million tokens.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -89,3 +93,98 @@ class WordPerplexity(_NllPerUnit):
     def compute(self) -> Tensor:
         """Return the perplexity, () float64; inf where the exponential overflows, NaN or inf if no word was counted."""
         return self._nats().exp()
+
+
+Span = tuple[str, int, int]
+"""Type, first place, place behind the last."""
+
+
+class SpanF1(Metric):
+    """F1 of whole spans, over all texts together: right is a span of the same type and the same two ends.
+
+    With the spans of :func:`memtx.data.tags.spans_of` it is the micro average of CoNLL-2000's evaluation, as the
+    package seqeval has it.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    right: Tensor
+    given: Tensor
+    wanted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("right", "given", "wanted"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, given: Sequence[Span], wanted: Sequence[Span]) -> None:
+        """Add one text's spans: those a model gives, and the true ones."""
+        self.right += len(set(given) & set(wanted))
+        self.given += len(set(given))
+        self.wanted += len(set(wanted))
+
+    def compute(self) -> Tensor:
+        """Return F1, () float32; 0 where nothing is right."""
+        return (2 * self.right / (self.given + self.wanted).clamp(min=1)).float()
+
+
+class _AnswerScore(Metric):
+    """The mean over questions of the best score against any true answer."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    total: Tensor
+    questions: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, given: str, wanted: Sequence[str]) -> None:
+        """Add one question: the answer given (empty for none), and the true ones (empty where there is none)."""
+        # An answer that normalises to nothing, such as "the", does not count among several (SQuAD 2.0's evaluation).
+        true = [one for one in wanted if normalised_answer(one)] or [""]
+        self.total += max(self.score(normalised_answer(given), normalised_answer(one)) for one in true)
+        self.questions += 1
+
+    @staticmethod
+    def score(given: str, wanted: str) -> float:
+        """Return the score of one normalised answer against another."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor:
+        """Return the mean, () float32; NaN if there was no question."""
+        return (self.total / self.questions).float()
+
+
+class AnswerExactMatch(_AnswerScore):
+    """The share of questions answered word for word (Rajpurkar et al. 2016, section 6.1)."""
+
+    @staticmethod
+    def score(given: str, wanted: str) -> float:
+        """Return 1 for equal answers."""
+        return float(given == wanted)
+
+
+class AnswerF1(_AnswerScore):
+    """F1 of the words that answers share (Rajpurkar et al. 2016, section 6.1); of no answer, 1 if none is given."""
+
+    @staticmethod
+    def score(given: str, wanted: str) -> float:
+        """Return the F1 of the bags of words."""
+        own, true = given.split(), wanted.split()
+        if not own or not true:
+            return float(own == true)
+        shared = sum((Counter(own) & Counter(true)).values())
+        return 2 * shared / (len(own) + len(true))
+
+
+def normalised_answer(text: str) -> str:
+    """Return an answer in lower case without punctuation, articles and extra spaces."""
+    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

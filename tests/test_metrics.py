@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.metrics import BitsPerByte, WordPerplexity
+from memtx.metrics import AnswerExactMatch, AnswerF1, BitsPerByte, SpanF1, WordPerplexity
 
 
 @given(st.lists(st.tuples(st.floats(0, 1e4), st.integers(1, 10_000)), min_size=1, max_size=10))
@@ -72,3 +72,32 @@ def test_a_text_without_words_is_no_reason_to_stop() -> None:
     assert math.isnan(metric.compute().item())
     metric.update(3.0, 0)
     assert metric.compute().item() == math.inf
+
+
+def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
+    metric = SpanF1()
+    metric.update([("A", 0, 2), ("B", 3, 4)], [("A", 0, 2), ("B", 3, 5), ("A", 6, 7)])
+    metric.update([], [("A", 0, 1)])
+    assert float(metric.compute()) == pytest.approx(2 * 1 / (2 + 4))
+    nothing = SpanF1()
+    nothing.update([], [])
+    assert float(nothing.compute()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "exact", "f1"),
+    [
+        ("The  Whale!", ["a whale"], 1, 1),
+        ("white whale", ["the whale", "a white sea"], 0, 2 / 3),
+        ("", [], 1, 1),
+        ("whale", [], 0, 0),
+        ("", ["whale"], 0, 0),
+        ("whale whale", ["whale"], 0, 2 / 3),
+        ("", ["the", "whale"], 0, 0),
+    ],
+)
+def test_answers_are_scored_as_squad_does(given: str, wanted: list[str], exact: float, f1: float) -> None:
+    for kind, score in ((AnswerExactMatch, exact), (AnswerF1, f1)):
+        metric = kind()
+        metric.update(given, wanted)
+        assert float(metric.compute()) == pytest.approx(score)

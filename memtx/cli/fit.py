@@ -89,6 +89,10 @@ class MemtxCLI(LightningCLI):
         parser.add_argument("--run", type=str, default=DEFAULT_RUN, help="The run's folder.")
         parser.add_argument("--traceback", action="store_true", help="Show where in the program a mistake was noticed.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        self.link_data(parser)
+
+    def link_data(self, parser: LightningArgumentParser) -> None:
+        """Let numbers flow from the data into the module."""
         parser.link_arguments("data.segment", "model.segment")
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
 
@@ -100,10 +104,7 @@ class MemtxCLI(LightningCLI):
         """Find the checkpoint, and refuse to write over a run, before any work."""
         self._content: dict[str, Any] | None = None
         settings = self.config[self.subcommand]
-        if settings.data.root is None:
-            which = ", ".join(f"'{path}'" for path in OneLineParser.configs)
-            where = f"; the first lines of {which} say which" if which else ""
-            raise DataError(f"data.root is not set, expected the folder of texts{where}.", PG19)
+        self.check_data(settings)
         run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
             last = run_folder / CHECKPOINTS / LAST
@@ -125,12 +126,20 @@ class MemtxCLI(LightningCLI):
             raise CheckpointError(f"The checkpoint '{settings.ckpt_path}' does not exist.", "Check --ckpt_path.")
         self._content = folder.read_checkpoint(settings.ckpt_path)
         if self.subcommand != "fit":
-            # The model knows the ids of its own tokenizer only, whatever texts are read.
-            text = (self._content.get(DATA_KEY) or {}).get("tokenizer")
-            if isinstance(text, str):
-                settings.data.tokenizer = tokenizer_from_json(text)
+            self.take_data(settings, self._content)
         if self.subcommand == "predict" and settings.return_predictions is None:
             settings.return_predictions = False
+
+    def check_data(self, settings: Any) -> None:
+        """Refuse to begin without texts."""
+        if settings.data.root is None:
+            raise DataError(f"data.root is not set, expected the folder of texts{said_where()}.", PG19)
+
+    def take_data(self, settings: Any, content: dict[str, Any]) -> None:
+        """Take the tokenizer of the checkpoint that is measured: its model knows no other's ids."""
+        text = (content.get(DATA_KEY) or {}).get("tokenizer")
+        if isinstance(text, str):
+            settings.data.tokenizer = tokenizer_from_json(text)
 
     def instantiate_classes(self) -> None:
         """Make everything; what a class says against its arguments is the user's to read."""
@@ -230,6 +239,12 @@ class SaveConfig(SaveConfigCallback):
             files.write_text(Path(config.run) / CONFIG, text)
 
 
+def said_where() -> str:
+    """Return the end of a sentence that names the configs given, whose first lines say more; empty without one."""
+    which = ", ".join(f"'{path}'" for path in OneLineParser.configs)
+    return f"; the first lines of {which} say which" if which else ""
+
+
 def _mistake(error: Exception) -> MemtxError:
     """Return the one line of an error that a class raised about its arguments."""
     cause: BaseException | None = error
@@ -276,6 +291,12 @@ def with_config(argv: list[str]) -> list[str]:
     return argv
 
 
+def names_parts(argv: list[str]) -> bool:
+    """Return whether a config says by class paths which module is trained on which data, as tasks' configs do."""
+    parts = [read_config(path).get(key) for path in config_files(argv) for key in ("model", "data")]
+    return any(isinstance(part, dict) and "class_path" in part for part in parts)
+
+
 _NOISE = ("Seed set to", "available: False", "litlogger", "Tip")
 _UNWANTED = (
     ".*does not have many workers.*",
@@ -319,10 +340,15 @@ def main(argv: list[str]) -> int:
         # Classes of one's own, by class_path from a file beside the config; last, so that it hides nothing.
         if (here := str(Path.cwd())) not in sys.path:
             sys.path.append(here)
+        cli: type[MemtxCLI] = MemtxCLI
+        parts: tuple[Any, Any] = (LanguageModule, BookDataModule)
+        if names_parts(arguments):
+            from memtx.cli.parts import PARTS, PartsCLI
+
+            cli, parts = PartsCLI, PARTS
         try:
-            MemtxCLI(
-                LanguageModule,
-                BookDataModule,
+            cli(
+                *parts,
                 save_config_callback=SaveConfig,
                 trainer_defaults={
                     "callbacks": callbacks,
@@ -335,6 +361,8 @@ def main(argv: list[str]) -> int:
                 parser_kwargs={"prog": program_name(sys.argv[0])},
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
+                subclass_mode_model=cli is not MemtxCLI,
+                subclass_mode_data=cli is not MemtxCLI,
                 args=arguments,
             )
         except SystemExit as stopped:

@@ -12,7 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fit": ("memtx.cli.fit:main", "train a model, from the start or from a checkpoint"),
     "validate": ("memtx.cli.fit:main", "measure a checkpoint on the validation texts"),
     "test": ("memtx.cli.fit:main", "measure a checkpoint on the test texts"),
-    "predict": ("memtx.cli.fit:main", "run a checkpoint over the prediction texts"),
+    "predict": ("memtx.cli.predict:main", "say labels, tags or answers of raw texts, as lines of JSON"),
     "read": ("memtx.cli.read:main", "read a book of any length and report how surprising it was"),
     "serve": ("memtx.cli.serve:main", "serve a model over HTTP: completions, sessions and a page"),
     "generate": ("memtx.cli.generate:main", "continue a prompt, or a book that was read"),

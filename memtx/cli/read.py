@@ -18,6 +18,7 @@ from memtx.cli.common import Parser, run
 from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
+    import torch
     from rich.progress import Progress
 
     from memtx.cli.report import Report
@@ -76,6 +77,22 @@ def import_modules(names: list[str]) -> None:
             raise MemtxError(f"--import {name} failed: {error}.", "Is its folder in PYTHONPATH?") from error
 
 
+def placed(device: str) -> torch.device:
+    """Return the device of that name.
+
+    Raises:
+        MemtxError: it cannot be used.
+    """
+    import torch
+
+    try:
+        place = torch.device(device)
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise MemtxError(f"--device {device} cannot be used: {str(error).splitlines()[0]}", "Try cpu.") from error
+    return place
+
+
 def open_reader(arguments: argparse.Namespace) -> StreamReader:
     """Load the checkpoint that the arguments name and return a reader at the beginning of a text.
 
@@ -85,18 +102,12 @@ def open_reader(arguments: argparse.Namespace) -> StreamReader:
     if arguments.segment < 1:
         raise MemtxError(f"--segment is {arguments.segment}, expected at least 1.")
     import_modules(arguments.modules)
+    place = placed(arguments.device)
     import torch
 
     from memtx.inference.loading import load
     from memtx.inference.reader import StreamReader
 
-    try:
-        place = torch.device(arguments.device)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise MemtxError(
-            f"--device {arguments.device} cannot be used: {str(error).splitlines()[0]}", "Try cpu."
-        ) from error
     try:
         model, tokenizer = load(arguments.checkpoint)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""``memtx serve``: a model behind HTTP, with OpenAI's completions, sessions and a page."""
+"""``memtx serve``: a model behind HTTP: OpenAI's completions, sessions and a page, or a task's answers."""
 
 from __future__ import annotations
 
@@ -7,17 +7,27 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from memtx.cli.common import Parser, run
+from memtx.cli.predict import open_predictor
 from memtx.cli.read import add_device, open_reader
 from memtx.errors import MemtxError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from memtx.serving.limits import Limits
 
 KEY = "MEMTX_API_KEY"
 SHORTEST_KEY = 16
 
 
 def _parser() -> Parser:
-    parser = Parser("memtx serve", "Serve a model: OpenAI's completions, sessions that are kept, and a page at /.")
+    parser = Parser(
+        "memtx serve",
+        "Serve a model: OpenAI's completions, sessions that are kept, and a page at /; of a task's run, /v1/predict.",
+    )
     parser.add_argument(
         "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
     )
@@ -70,17 +80,33 @@ def _serve(arguments: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise MemtxError(f"memtx serve needs {error.name}.", "Install it: pip install 'memtx[serve]'.") from error
-    reader = open_reader(arguments)
-    from memtx.inference.pool import SessionPool
-    from memtx.serving.app import make_app, serve
+    from memtx.inference.predictor import serves_a_task
+    from memtx.serving.app import serve
     from memtx.serving.limits import Limits
 
+    made = _task_app if serves_a_task(arguments.checkpoint) else _text_app
     limits = Limits(
         body=arguments.max_body,
         tokens=arguments.max_tokens,
         seconds=arguments.max_seconds,
         requests=arguments.max_requests,
     )
+    name = arguments.name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
+    app, what = made(arguments, name, limits, key)
+
+    def ready(address: str) -> None:
+        sys.stderr.write(f"memtx: serving '{name}' at {address} ({what}\n")
+        sys.stderr.flush()
+
+    serve(app, host=arguments.host, port=arguments.port, ready=ready)
+
+
+def _text_app(arguments: argparse.Namespace, name: str, limits: Limits, key: str | None) -> tuple[FastAPI, str]:
+    """Return the application of a language model, and what there is to say of it."""
+    reader = open_reader(arguments)
+    from memtx.inference.pool import SessionPool
+    from memtx.serving.app import make_app
+
     pool = SessionPool(
         reader.model,
         reader.tokenizer,
@@ -90,17 +116,21 @@ def _serve(arguments: argparse.Namespace) -> None:
         limit=arguments.max_sessions,
         rows=arguments.rows,
     )
-    name = arguments.name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
-    app = make_app(pool, name=name, limits=limits, key=key)
+    what = (
+        f"{len(pool.names())} sessions in '{arguments.sessions}', {pool.session_bytes:,} bytes each, "
+        f"{pool.sessions_per_gb:,} a GB); Ctrl-C saves and ends"
+    )
+    return make_app(pool, name=name, limits=limits, key=key), what
 
-    def ready(address: str) -> None:
-        sys.stderr.write(
-            f"memtx: serving '{name}' at {address} ({len(pool.names())} sessions in '{arguments.sessions}', "
-            f"{pool.session_bytes:,} bytes each, {pool.sessions_per_gb:,} a GB); Ctrl-C saves and ends\n"
-        )
-        sys.stderr.flush()
 
-    serve(app, host=arguments.host, port=arguments.port, ready=ready)
+def _task_app(arguments: argparse.Namespace, name: str, limits: Limits, key: str | None) -> tuple[FastAPI, str]:
+    """Return the application of a task's model, and what there is to say of it."""
+    predictor = open_predictor(arguments)
+    from memtx.serving.app import make_task_app
+
+    return make_task_app(
+        predictor, name=name, limits=limits, key=key
+    ), f"{predictor.task.kind}, POST /v1/predict); Ctrl-C ends"
 
 
 def main(argv: list[str]) -> int:

@@ -122,6 +122,16 @@ class Encoder(PublishedModel):
         if self.head is not None and self.head.weight is not None:
             nn.init.normal_(self.head.weight, std=std)
 
+    @property
+    def knows_globals(self) -> bool:
+        """Whether global tokens can be marked."""
+        return any(block.attention.knows_globals for block in self._layers())
+
+    @property
+    def types(self) -> int:
+        """Kinds of text that tokens can be marked with; 0 for none."""
+        return 0 if self.embedding.types is None else self.embedding.types.num_embeddings
+
     def _layers(self) -> list[EncoderBlock]:
         return cast(list[EncoderBlock], list(self.blocks))
 
@@ -186,7 +196,7 @@ class Encoder(PublishedModel):
             if given is not None and given.shape != tokens.shape:
                 raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match input_ids.")
         attentions = [block.attention for block in self._layers()]
-        if global_mask is not None and not any(attention.knows_globals for attention in attentions):
+        if global_mask is not None and not self.knows_globals:
             raise MemtxError("global_attention_mask was given to a model without global tokens.", "Leave it out.")
         for layer in random_blocks or {}:
             if not (0 <= layer < self.depth and attentions[layer].knows_random_blocks):

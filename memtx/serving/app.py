@@ -15,9 +15,10 @@ from fastapi.responses import HTMLResponse
 import memtx
 from memtx.errors import MemtxError
 from memtx.inference.pool import SessionPool
-from memtx.serving import completions, problems, sessions
+from memtx.inference.predictor import Predictor
+from memtx.serving import completions, names, predictions, problems, sessions
 from memtx.serving.limits import Guard, Limits
-from memtx.serving.metrics import Metrics
+from memtx.serving.metrics import Metrics, PoolMetrics
 
 SESSION_EXTRA = 1 << 20
 """Bytes of a session's file beside its state, at most: its header and the text that waits."""
@@ -35,23 +36,58 @@ def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key:
         limits: to be kept.
         key: that clients must show; None for none, and for this machine's own clients only.
     """
-    limits = limits or Limits()
-    metrics = Metrics(pool)
+    limits, metrics = limits or Limits(), PoolMetrics(pool)
+    app = _application(name, limits, metrics, close=pool.close)
+    app.state.stop = pool.engine.close
+    answers = completions.Completions(pool, name, limits, metrics)
+    app.include_router(completions.router(answers))
+    app.include_router(sessions.router(pool, answers))
+    app.include_router(names.refusing(("/v1/predict",), "This model goes on with texts.", "Ask /v1/completions."))
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    def page() -> HTMLResponse:
+        return HTMLResponse(
+            resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8"),
+            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:"},
+        )
+
+    app.add_middleware(Guard, limits=limits, metrics=metrics, key=key, import_body=pool.session_bytes + SESSION_EXTRA)
+    return app
+
+
+def make_task_app(predictor: Predictor, *, name: str, limits: Limits | None = None, key: str | None = None) -> FastAPI:
+    """Return the application that serves a task's model.
+
+    Args:
+        predictor: what answers.
+        name: the model's, as clients call it.
+        limits: to be kept.
+        key: that clients must show; None for none, and for this machine's own clients only.
+    """
+    limits, metrics = limits or Limits(), Metrics()
+    app = _application(name, limits, metrics, close=predictor.close)
+    app.state.stop = predictor.close
+    app.include_router(predictions.router(predictor, name, limits, metrics))
+    others = ("/v1/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
+    app.include_router(names.refusing(others, f"This model does {predictor.task.kind}.", "Ask /v1/predict."))
+    app.add_middleware(Guard, limits=limits, metrics=metrics, key=key)
+    return app
+
+
+def _application(name: str, limits: Limits, metrics: Metrics, close: Callable[[], None]) -> FastAPI:
+    """Return what all servers have: one form of errors, ``/health``, ``/metrics`` and ``/v1/models``."""
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # A request that reads holds a thread, and the guard lets no more of them in.
         to_thread.current_default_thread_limiter().total_tokens = limits.requests + 8
         yield
-        await to_thread.run_sync(pool.close)
+        await to_thread.run_sync(close)
 
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="memtx", version=memtx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.state.pool = pool
     problems.install(app)
-    answers = completions.Completions(pool, name, limits, metrics)
-    app.include_router(completions.router(answers))
-    app.include_router(sessions.router(pool, answers))
+    app.include_router(names.router(name))
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -63,14 +99,6 @@ def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key:
         """Return the counters in Prometheus's text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
-    def page() -> HTMLResponse:
-        return HTMLResponse(
-            resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8"),
-            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:"},
-        )
-
-    app.add_middleware(Guard, limits=limits, metrics=metrics, key=key, import_body=pool.session_bytes + SESSION_EXTRA)
     return app
 
 
@@ -95,16 +123,16 @@ def serve(app: FastAPI, *, host: str, port: int, ready: Callable[[str], None]) -
     shown = f"[{host}]" if ":" in host else host
     ready(f"http://{shown}:{listening.getsockname()[1]}")
     # Connections are taken in by the kernel from here on, and answered as soon as the loop runs.
-    _Server(config, app.state.pool).run(sockets=[listening])
+    _Server(config, app.state.stop).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
     """Ends what is being read and made before it waits for its answers to end: they say so, and are not cut off."""
 
-    def __init__(self, config: uvicorn.Config, pool: SessionPool) -> None:
+    def __init__(self, config: uvicorn.Config, stop: Callable[[], None]) -> None:
         super().__init__(config)
-        self._pool = pool
+        self._stop = stop
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await to_thread.run_sync(self._pool.engine.close)
+        await to_thread.run_sync(self._stop)
         await super().shutdown(sockets)

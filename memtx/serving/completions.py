@@ -1,4 +1,4 @@
-"""``/v1/completions`` and ``/v1/models``, as OpenAI's clients use them."""
+"""``/v1/completions``, as OpenAI's clients use it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from memtx.inference.generate import newest_tokens
 from memtx.inference.pool import SessionPool
 from memtx.inference.reader import StreamReader
 from memtx.serving.limits import Limits, deadline_of
-from memtx.serving.metrics import Metrics
+from memtx.serving.metrics import PoolMetrics
+from memtx.serving.names import check_model
 from memtx.serving.problems import Problem
 from memtx.serving.replies import Answer, Made, chosen_in, usage_of
 from memtx.serving.schemas import CompletionBody, Making
@@ -57,7 +58,7 @@ class Completions:
         metrics: counts tokens.
     """
 
-    def __init__(self, pool: SessionPool, name: str, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, pool: SessionPool, name: str, limits: Limits, metrics: PoolMetrics) -> None:
         self.pool = pool
         self.name = name
         self.limits = limits
@@ -154,7 +155,7 @@ def router(completions: Completions) -> APIRouter:
     @routes.post("/v1/completions")
     async def complete(body: CompletionBody, request: Request) -> Response:
         """Go on with one or more prompts; ``echo`` with ``max_tokens`` 0 scores them."""
-        _check_model(body.model, completions.name)
+        check_model(body.model, completions.name)
         prompts = body.prompts()
         if not prompts:
             raise Problem(400, "The prompt is an empty list.", "Give a text or tokens.", param="prompt")
@@ -176,24 +177,4 @@ def router(completions: Completions) -> APIRouter:
 
         return await completions.answer(request, body, await to_thread.run_sync(read), seeds)
 
-    @routes.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """List the one model."""
-        return {"object": "list", "data": [_model(completions.name)]}
-
-    @routes.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        """Describe the model."""
-        _check_model(name, completions.name)
-        return _model(completions.name)
-
     return routes
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "memtx"}
-
-
-def _check_model(name: str, own: str) -> None:
-    if name != own:
-        raise Problem(404, f"There is no model of that name, only '{own}'.", "GET /v1/models lists it.", param="model")

@@ -30,6 +30,7 @@ class Limits:
         body: bytes of a request.
         tokens: of one text that is made.
         choices: texts made for one request.
+        inputs: texts labelled for one request.
         seconds: for one request.
         requests: worked on at once; more are told to come back.
     """
@@ -37,6 +38,7 @@ class Limits:
     body: int = 8 << 20
     tokens: int = 4096
     choices: int = 64
+    inputs: int = 256
     seconds: float = 300.0
     requests: int = 128
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -141,3 +142,21 @@ class ScoreBody(Body):
     text: Text
     top: Annotated[int, Field(ge=0, le=20)] = 0
     embeddings: bool = False
+
+
+class PredictBody(Body):
+    """``POST /v1/predict``; an input is a raw text, or an object with the fields of the task's examples."""
+
+    input: Text | dict[str, Any] | list[Text | dict[str, Any]]
+    model: str | None = None
+
+    @model_validator(mode="after")
+    def _characters(self) -> PredictBody:
+        for given in self.inputs():
+            if isinstance(given, dict):
+                _whole(json.dumps(given, ensure_ascii=False))
+        return self
+
+    def inputs(self) -> list[str | dict[str, Any]]:
+        """Return the inputs, one or more."""
+        return list(self.input) if isinstance(self.input, list) else [self.input]

@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import Batch
-from memtx.errors import CheckpointError, at_least
+from memtx.errors import at_least
 from memtx.metrics import BitsPerByte, WordPerplexity
-from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.segment import Segment
 from memtx.state import MemoryState
-from memtx.training import randomness
 from memtx.training.carry import Carry
-from memtx.training.divergence import FiniteLoss
 from memtx.training.meter import MemoryMeter, carries
-from memtx.training.optimizers import WarmupCosine, decay_groups
+from memtx.training.optimizers import WarmupCosine
 from memtx.training.tbptt import Unrolled, unroll
+from memtx.training.trained import TrainedModule
 
 
-def adamw(params: Iterable[Any]) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019) with the usual settings of language models."""
-    return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-
-
-class LanguageModule(pl.LightningModule):
+class LanguageModule(TrainedModule):
     """Trains a memory transformer on streams of whole documents.
 
     A batch holds ``horizon`` segments of every row; gradients flow through all of them and the memory between
@@ -61,6 +52,8 @@ class LanguageModule(pl.LightningModule):
         MemtxError: the segment is not positive; while training, the loss is no longer finite.
     """
 
+    model: MemoryTransformer
+
     def __init__(
         self,
         model: Callable[[int], MemoryTransformer] = MemoryTransformer,
@@ -73,21 +66,16 @@ class LanguageModule(pl.LightningModule):
         meter: bool = True,
         replay: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, scheduler)
         at_least(1, segment=segment)
         self.model = model(vocab_size)
         self.model.checkpointing = checkpointing
         self.segment = segment
         self.replay = replay
-        self.make_optimizer = optimizer if optimizer is not None else adamw
-        self.make_scheduler = scheduler
         if compile:
             # In place: a wrapper would double every weight in the checkpoint.
             self.model.compile(dynamic=False)
         self.carry = Carry()
-        self.tokens_seen = 0
-        self._random: dict[str, Any] | None = None
-        self._finite = FiniteLoss()
         kinds: dict[str, type[Metric]] = {
             "bits_per_byte": BitsPerByte,
             "word_perplexity": WordPerplexity,
@@ -180,78 +168,12 @@ class LanguageModule(pl.LightningModule):
         """Begin fresh."""
         self.carry.forget("predict")
 
-    # Learning
-
-    def configure_optimizers(self) -> Any:
-        """Return the optimiser and its schedule, stepped with it."""
-        optimizer = self.make_optimizer(decay_groups(self.model))
-        if self.make_scheduler is None:
-            return optimizer
-        scheduler = self.make_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.steps == 0:
-            scheduler.steps = self._steps()
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _steps(self) -> int:
-        # Not trainer.estimated_stepping_batches: it sets the loaders up before the checkpoint's position is
-        # restored, which is then lost (Lightning issue 20550).
-        if self.trainer.max_steps > 0:
-            return self.trainer.max_steps
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
-            return 0
-        # An epoch's last batch is stepped on, however few were accumulated.
-        return math.ceil(len(data.train_dataloader()) / self.trainer.accumulate_grad_batches) * self.trainer.max_epochs
-
     # What a checkpoint holds beside the weights
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's description, and of every rank the memory and the random states.
+    def rank_state(self) -> dict[str, Any]:
+        """Return what is carried."""
+        return {"carry": self.carry.state_dict("train")}
 
-        Raises:
-            MemtxError: the loss is no longer finite, so that an earlier checkpoint is worth more.
-        """
-        self._finite.check(wait=True)
-        own = {"carry": self.carry.state_dict("train"), "random": randomness.collect()}
-        ranks = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [own] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, own)
-        checkpoint[folder.CHECKPOINT_KEY] = {
-            "model": folder.described(self.model),
-            "ranks": ranks,
-            "tokens_seen": self.tokens_seen,
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take memory and random states back, if training goes on."""
-        if folder.CHECKPOINT_KEY not in checkpoint:
-            raise CheckpointError("The checkpoint is of something else.", "Give one that memtx wrote.")
-        kept = checkpoint[folder.CHECKPOINT_KEY]
-        if kept["model"] != (own := folder.described(self.model)):
-            changed = sorted(
-                key
-                for key in {*kept["model"].get("init_args", {}), *own["init_args"]}
-                if kept["model"].get("init_args", {}).get(key) != own["init_args"].get(key)
-            )
-            raise CheckpointError(
-                f"The checkpoint is of another model: {', '.join(changed) or 'its class'} differs.",
-                "Use the config saved beside the checkpoint.",
-            )
-        self.tokens_seen = kept["tokens_seen"]
-        self._random = kept
-
-    def on_train_start(self) -> None:
-        """Put the random states back: later than loading, since setting up draws numbers."""
-        if (kept := self._random) is None:
-            return
-        self._random = None
-        ranks = kept["ranks"]
-        if len(ranks) != self.trainer.world_size:
-            raise CheckpointError(
-                f"The checkpoint is of {len(ranks)} processes, this run has {self.trainer.world_size}.",
-                "Resume with as many, or start a new run from its weights.",
-            )
-        own = ranks[self.trainer.global_rank]
-        self.carry.load_state_dict("train", own["carry"])
-        randomness.restore(own["random"])
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        """Carry it again."""
+        self.carry.load_state_dict("train", state["carry"])

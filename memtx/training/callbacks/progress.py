@@ -19,6 +19,9 @@ _VALIDATED = (
     ("val_loss", "loss", ".3f"),
     ("val_bits_per_byte", "bits/byte", ".4f"),
     ("val_word_perplexity", "word perplexity", ".5g"),
+    ("val_accuracy", "accuracy", ".4f"),
+    ("val_exact_match", "exact match", ".4f"),
+    ("val_f1", "F1", ".4f"),
     ("val_memory_gain", "memory's worth", ".4f"),
 )
 _SHORT = {

@@ -1,0 +1,54 @@
+"""``memtx fit|validate|test`` for a config that names its module and its data by class paths, as tasks' do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from memtx.cli.fit import MemtxCLI, said_where
+from memtx.data.books import BookDataModule
+from memtx.data.documents import PG19
+from memtx.data.offset_tokenizers import offset_tokenizer_from_json
+from memtx.data.task_kinds import task_from_json
+from memtx.data.tasks import LAYOUT, TaskDataModule
+from memtx.data.tokenizers import tokenizer_from_json
+from memtx.errors import DataError, MemtxError
+from memtx.training.trained import TrainedModule
+
+PARTS = (TrainedModule, None)
+"""What the module and the data are to be of; None for any of Lightning's data modules."""
+
+
+def _found(name: str, data: Any) -> Any:
+    return getattr(data, name, None)
+
+
+class PartsCLI(MemtxCLI):
+    """The data decide what the module has to be made for: vocabulary, segment, scores, the id of a masked token."""
+
+    def link_data(self, parser: Any) -> None:
+        """Let numbers flow from the data, where they have them and the module takes them."""
+        for name in ("vocab_size", "segment", "outputs", "mask"):
+            # Of the whole: a link from an attribute that is missing has Lightning read all data to say so.
+            parser.link_arguments(
+                "data", f"model.init_args.{name}", compute_fn=partial(_found, name), apply_on="instantiate"
+            )
+
+    def check_data(self, settings: Any) -> None:
+        """Refuse to begin without texts or examples."""
+        for name in ("model", "data"):
+            if settings.get(name) is None or "class_path" not in settings[name]:
+                raise MemtxError(f"'{name}' names no class_path, though the other does.", "Name both, or neither.")
+        if settings.data.init_args.get("root", "") is None:
+            task = settings.data.class_path.rpartition(".")[2] == TaskDataModule.__name__
+            what = "folder of examples" if task else "folder of texts"
+            raise DataError(f"data.root is not set, expected the {what}{said_where()}.", LAYOUT if task else PG19)
+
+    def take_data(self, settings: Any, content: dict[str, Any]) -> None:
+        """Take tokenizer and task of the checkpoint that is measured: its model knows no others."""
+        books, task = content.get(BookDataModule.__qualname__), content.get(TaskDataModule.__qualname__)
+        if isinstance(books, dict):
+            settings.data.init_args.tokenizer = tokenizer_from_json(books["tokenizer"])
+        elif isinstance(task, dict):
+            settings.data.init_args.tokenizer = offset_tokenizer_from_json(task["tokenizer"])
+            settings.data.init_args.task = task_from_json(task["task"])

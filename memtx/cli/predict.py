@@ -1,0 +1,143 @@
+"""``memtx predict``: labels, tags or answers of raw texts, as lines of JSON; a run's own figures where one is named."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from memtx.cli.common import Parser, run
+from memtx.cli.read import add_device, import_modules, placed
+from memtx.errors import DataError, MemtxError
+
+if TYPE_CHECKING:
+    from memtx.inference.predictor import Predictor
+
+TRAINED = ("--config", "-c", "--run", "--ckpt_path")
+"""Options that name a run and its data: the documents of its test split are read, as training would read them."""
+
+AT_A_TIME = 64
+"""Inputs between two writes."""
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "memtx predict",
+        "Print what a task's model says of texts: a line of JSON each, with label, tags and spans, or answer. "
+        "With --run or --ckpt_path of a language model it reads that run's test texts instead and writes every "
+        "token's surprise into the run's folder.",
+    )
+    parser.add_argument(
+        "source", nargs="?", metavar="FILE", help="as --input, or - for standard input: lines of JSON, or one raw text"
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
+    )
+    parser.add_argument("--text", action="append", metavar="TEXT", help="a raw text; repeatable")
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help="examples, one JSON object a line; any other text file is one text",
+    )
+    parser.add_argument("--output", metavar="FILE", help="write the lines there, all or none, instead of printing them")
+    add_device(parser)
+    return parser
+
+
+def open_predictor(arguments: argparse.Namespace) -> Predictor:
+    """Load the task's model that the arguments name, onto their device and in their precision.
+
+    Raises:
+        MemtxError: the checkpoint cannot be used, or there is no such device.
+    """
+    import_modules(arguments.modules)
+    device = placed(arguments.device)
+    import torch
+
+    from memtx.inference.predictor import Predictor
+
+    predictor = Predictor.load(arguments.checkpoint)
+    predictor.model.to(device=device, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    return predictor
+
+
+def _inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, Any]]]:
+    """Return where each input stands, for messages, and what it is."""
+    source = arguments.source if arguments.source is not None else arguments.input
+    if (source is None) == (arguments.text is None) or (arguments.source is not None and arguments.input is not None):
+        raise MemtxError("There must be one source of texts.", "Give --text, --input FILE, or - for standard input.")
+    if arguments.text is not None:
+        return [("", text) for text in arguments.text]
+    content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    name = "standard input" if source == "-" else f"'{source}'"
+    if not source.endswith(".jsonl") and not content.lstrip().startswith(b"{"):
+        try:
+            return [(name, content.decode("utf-8"))]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name} is not UTF-8: {error.reason} at byte {error.start}.", "Convert it.") from error
+    from memtx.data.examples import parsed
+
+    lines: IO[bytes] = io.BytesIO(content)
+    found = parsed(lines, source if source != "-" else "standard input", lambda record, _: dict(record))
+    inputs: list[tuple[str, str | dict[str, Any]]] = [(f"{name}, line {number}", one) for number, one in found]
+    if not inputs:
+        raise DataError(f"{name} holds nothing.", "Give one JSON object a line, or a text.")
+    return inputs
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    inputs = _inputs(arguments)
+    from memtx.inference.predictor import serves_a_task
+
+    if not serves_a_task(arguments.checkpoint):
+        raise MemtxError(
+            f"'{arguments.checkpoint}' is a language model, which labels nothing.",
+            "memtx read measures texts with it, memtx generate writes on.",
+        )
+    predictor = open_predictor(arguments)
+    # All are looked at before anything is said of the first.
+    for where, given in inputs:
+        try:
+            predictor.example(given)
+        except DataError as error:
+            raise DataError(f"{where}: {error.what}" if where else error.what, error.cure) from error
+    lines = []
+    for at in range(0, len(inputs), AT_A_TIME):
+        part = inputs[at : at + AT_A_TIME]
+        for said in _said(predictor, part):
+            line = json.dumps(said, ensure_ascii=False) + "\n"
+            if arguments.output is None:
+                sys.stdout.buffer.write(line.encode("utf-8"))
+            else:
+                lines.append(line)
+        sys.stdout.buffer.flush()
+    if arguments.output is not None:
+        from memtx import files
+
+        files.write_text(arguments.output, "".join(lines))
+
+
+def _said(predictor: Predictor, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
+    try:
+        return predictor.predict([given for _, given in part])
+    except DataError:
+        # One by one, to name the one that is wrong by its line.
+        for where, given in part:
+            try:
+                predictor.predict([given])
+            except DataError as error:
+                raise DataError(f"{where}: {error.what}" if where else error.what, error.cure) from error
+        raise
+
+
+def main(argv: list[str]) -> int:
+    """Run ``memtx predict`` with its arguments and return the exit code."""
+    if any(one.partition("=")[0] in TRAINED for one in argv):
+        from memtx.cli.fit import main as measured
+
+        return measured(["predict", *argv])
+    arguments = _parser().parse(argv)
+    return run(lambda: _predict(arguments), traceback=arguments.traceback)

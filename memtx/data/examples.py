@@ -1,0 +1,243 @@
+"""Examples of tasks: a line of JSON each, checked where it enters, with file and line in what is said.
+
+The fields are those of the data sets that people have: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``,
+``{"tokens", "tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}``, and
+``{"text", "summary"}``. Further fields are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, Self, TypeVar
+
+from memtx.errors import DataError, nearest
+
+E = TypeVar("E")
+
+SHOWN = 60
+"""Characters of a text shown in a message."""
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """A text and what it is. ``label`` is None where it is to be found."""
+
+    text: str
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Take a record's fields; raises DataError."""
+        return cls(_text(record, "text"), _label(record, labelled))
+
+
+@dataclass(frozen=True)
+class PairExample:
+    """Two texts and how they stand to each other. ``label`` is None where it is to be found."""
+
+    text_a: str
+    text_b: str
+    label: str | None = None
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Take a record's fields; raises DataError."""
+        return cls(_text(record, "text_a"), _text(record, "text_b"), _label(record, labelled))
+
+
+@dataclass(frozen=True)
+class TaggedExample:
+    """Words and a tag for each. ``tags`` is None where they are to be found.
+
+    ``places`` says where in the raw text ``raw`` the words stand, if they come from one.
+    """
+
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...] | None = None
+    places: tuple[tuple[int, int], ...] | None = None
+    raw: str = ""
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Take a record's fields; raises DataError."""
+        tokens = _texts(record, "tokens")
+        if not tokens:
+            raise DataError("'tokens' is empty.", "Give at least one, or remove the line.")
+        if not labelled and record.get("tags") is None:
+            return cls(tokens)
+        tags = _texts(record, "tags")
+        if len(tags) != len(tokens):
+            raise DataError(f"There are {len(tokens)} tokens and {len(tags)} tags.", "Give one tag a token.")
+        return cls(tokens, tags)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Characters of a context, from ``start`` on."""
+
+    text: str
+    start: int
+
+
+@dataclass(frozen=True)
+class QuestionExample:
+    """A question about a context. ``answers`` is None where they are to be found, empty where there is none."""
+
+    context: str
+    question: str
+    answers: tuple[Answer, ...] | None = None
+    id: str = ""
+    title: str = ""
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Take a record's fields; raises DataError."""
+        context, question = _text(record, "context"), _text(record, "question")
+        name, title = str(record.get("id", "")), str(record.get("title", ""))
+        given = record.get("answers")
+        impossible = record.get("is_impossible", False)
+        if not isinstance(impossible, bool):
+            raise DataError(f"'is_impossible' is {_shown(impossible)}, expected true or false.", "Write it so.")
+        if given is None and not impossible:
+            if labelled:
+                raise _missing(record, "answers")
+            return cls(context, question, None, name, title)
+        answers = tuple(_answer(one, place, context) for place, one in enumerate(_list(given or [], "answers")))
+        if impossible and answers:
+            raise DataError(f"The question is impossible and has {len(answers)} answers.", "Change one of the two.")
+        if not impossible and not answers:
+            raise DataError("'answers' is empty and 'is_impossible' is not true.", "Give an answer, or say so.")
+        return cls(context, question, answers, name, title)
+
+
+@dataclass(frozen=True)
+class SummaryExample:
+    """A text and what is to be written after it. ``summary`` is None where it is to be made."""
+
+    text: str
+    summary: str | None = None
+
+    @classmethod
+    def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
+        """Take a record's fields; raises DataError."""
+        summary = _text(record, "summary") if labelled or record.get("summary") is not None else None
+        return cls(_text(record, "text"), summary)
+
+
+def read_examples(
+    path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
+) -> list[tuple[int, E]]:
+    """Read a file of examples: each with the number of its line, from 1.
+
+    Args:
+        path: one JSON object a line, UTF-8; blank lines are skipped.
+        parse: an example class's ``parse``.
+        labelled: whether every line must bear what is to be learned.
+
+    Raises:
+        DataError: the file is missing or empty, or a line is broken; names file and line.
+    """
+    try:
+        with open(path, "rb") as handle:
+            found = list(parsed(handle, str(path), parse, labelled=labelled))
+    except FileNotFoundError as error:
+        raise DataError(f"'{path}' does not exist.", "Check the path.") from error
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror}.", "Check the path.") from error
+    if not found:
+        raise DataError(f"'{path}' holds no example.", "Give one JSON object a line.")
+    return found
+
+
+def parsed(
+    handle: IO[bytes], name: str, parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
+) -> Iterator[tuple[int, E]]:
+    """Yield line number (from 1) and example of every line that is not blank; raises as :func:`read_examples`."""
+    for number, line in enumerate(handle, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, parse(_record(line), labelled)
+        except DataError as error:
+            raise DataError(f"'{name}', line {number}: {error.what}", error.cure) from error
+
+
+def _record(line: bytes) -> Mapping[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"Not UTF-8: {error.reason} at byte {error.start}.", "Save the file as UTF-8.") from error
+    except (ValueError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"Not JSON: {what}{at}.", "Give one whole JSON object a line.") from error
+    if not isinstance(record, dict):
+        raise DataError(f"A {type(record).__name__}, expected a JSON object.", "Give one object a line.")
+    return record
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+
+
+def _missing(record: Mapping[str, Any], name: str) -> DataError:
+    return DataError(f"There is no '{name}'.{nearest(name, map(str, record))}", f"It has {_shown(list(record))}.")
+
+
+def _text(record: Mapping[str, Any], name: str) -> str:
+    if name not in record:
+        raise _missing(record, name)
+    value = record[name]
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"'{name}' is {_shown(value)}, expected a text.", "Give one with something in it.")
+    return value
+
+
+def _label(record: Mapping[str, Any], labelled: bool) -> str | None:
+    if not labelled and record.get("label") is None:
+        return None
+    value = record.get("label")
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(record, "label")
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise DataError(f"'{name}' is {_shown(value)}, expected a list.", "Write it in brackets.")
+    return value
+
+
+def _texts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    if name not in record:
+        raise _missing(record, name)
+    found = _list(record[name], name)
+    for place, one in enumerate(found):
+        if not isinstance(one, str) or not one.strip():
+            raise DataError(f"'{name}' has {_shown(one)} at place {place}, expected a text.", "Change or remove it.")
+    return tuple(found)
+
+
+def _answer(value: Any, place: int, context: str) -> Answer:
+    if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"]:
+        raise DataError(f"answers[{place}] is {_shown(value)}, expected text and answer_start.", "Change it.")
+    text, start = value["text"], value.get("answer_start")
+    if not isinstance(start, int) or isinstance(start, bool):
+        raise DataError(f"answers[{place}] has answer_start {_shown(start)}, expected a number.", "Change it.")
+    if start < 0 or start + len(text) > len(context):
+        raise DataError(
+            f"answers[{place}] lies outside its context: {_shown(text)} at {start} to {start + len(text)}, the context "
+            f"has {len(context)} characters.",
+            "answer_start counts characters from 0.",
+        )
+    if context[start : start + len(text)] != text:
+        raise DataError(
+            f"answers[{place}] is {_shown(text)}, the context has {_shown(context[start : start + len(text)])} "
+            f"at {start}.",
+            "answer_start counts characters (not bytes) from 0.",
+        )
+    return Answer(text, start)

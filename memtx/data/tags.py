@@ -1,0 +1,130 @@
+"""A tag for every word: chunks, names, parts of speech. Spans follow from tags as seqeval reads them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memtx.data.batch import IGNORED
+from memtx.data.examples import TaggedExample
+from memtx.data.offset_tokenizers import Encoded, OffsetTokenizer
+from memtx.data.task import Array, Scores, Task, Window, laid_out
+from memtx.errors import DataError
+
+_WORD = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|\w+(?:[-./]\w+)*|[^\w\s]", re.IGNORECASE)
+
+
+def words_of(text: str) -> tuple[tuple[int, int], ...]:
+    """Return where the words of a raw text stand, clitics and punctuation apart as treebanks have them."""
+    return tuple(found.span() for found in _WORD.finditer(text))
+
+
+def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return (type, first word, word behind the last) of the spans of BIO tags, as seqeval's default mode does.
+
+    A span begins at ``B-``, and at ``I-`` where the word before is outside or of another type; it ends where the next
+    word is outside, begins anew or is of another type. ``E-`` and ``S-`` end one. A tag without a dash has type ``_``.
+    """
+    spans: list[tuple[str, int, int]] = []
+    begin, kind, before = 0, "", "O"
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, own = tag[0], tag[1:].removeprefix("-") or "_"
+        inside = before != "O"
+        if inside and (prefix in "BSO" or before in "ES" or own != kind):
+            spans.append((kind, begin, place))
+            inside = False
+        if prefix != "O" and not inside:
+            begin = place
+        before, kind = prefix, own
+    return spans
+
+
+class Tagging(Task):
+    """``{"tokens", "tags"}``: a tag a word, read off the word's first token. No token is global."""
+
+    kind = "tagging"
+
+    def parse(self, record: Mapping[str, Any], labelled: bool = True) -> TaggedExample:
+        """Return a record as an example; a raw ``text`` is cut into words. Raises DataError."""
+        if not labelled and "tokens" not in record and isinstance(record.get("text"), str):
+            return self.from_text(record["text"])
+        return TaggedExample.parse(record, labelled)
+
+    def from_text(self, text: str) -> TaggedExample:
+        """Return the words of a raw text."""
+        places = words_of(text)
+        if not places:
+            raise DataError("The text has no word.", "Give one with something in it.")
+        return TaggedExample(tuple(text[start:stop] for start, stop in places), None, places, text)
+
+    def texts(self, example: TaggedExample) -> tuple[str, ...]:
+        """Return the words joined by spaces."""
+        return (" ".join(example.tokens),)
+
+    def named(self, example: TaggedExample) -> tuple[str, ...]:
+        """Return the tags, if there are any."""
+        return example.tags or ()
+
+    def windows(self, example: TaggedExample, encoded: Sequence[Encoded], marks: OffsetTokenizer) -> list[Window]:
+        """Return ``[CLS] words [SEP]``; the target is the tag's number at each word's first token."""
+        whole = encoded[0]
+        heads = _heads(example.tokens, whole)
+        tags = np.full(len(whole), IGNORED, dtype=np.int64)
+        if example.tags is not None:
+            for head, tag in zip(heads, example.tags, strict=True):
+                number = self.number(tag)
+                if head is not None:
+                    tags[head] = number
+        made = []
+        for begin, stop in self.cut(len(whole), 2):
+            ids, types, marked = laid_out(marks, whole.ids[begin:stop])
+            marked[:] = False
+            target = np.full(len(ids), IGNORED, dtype=np.int64)
+            target[1:-1] = tags[begin:stop]
+            made.append(Window(ids, types, marked, 1, begin, stop, target))
+        return made
+
+    def decide(
+        self, example: TaggedExample, encoded: Sequence[Encoded], windows: Sequence[Window], scores: Sequence[Scores]
+    ) -> dict[str, Any]:
+        """Return ``tokens``, their ``tags`` and the ``spans`` these make: ``type``, ``start``, ``end``, ``text``.
+
+        Start and end count words; characters, where the words come from a raw text.
+        """
+        tags = []
+        for head in _heads(example.tokens, encoded[0]):
+            # Of the windows that show a word the one that shows most on both sides of it knows best.
+            own = [
+                (min(head - one.begin, one.stop - 1 - head), place)
+                for place, one in enumerate(windows)
+                if head is not None and one.begin <= head < one.stop
+            ]
+            if head is None or not own:
+                tags.append("O" if "O" in self.labels else self.labels[0])
+                continue
+            place = max(own)[1]
+            row = scores[place][windows[place].first + head - windows[place].begin]
+            tags.append(self.labels[int(row.argmax())])
+        spans = []
+        for kind, start, stop in spans_of(tags):
+            words = {"type": kind, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
+            if example.places is not None:
+                begin, end = example.places[start][0], example.places[stop - 1][1]
+                words |= {"start": begin, "end": end, "text": example.raw[begin:end]}
+            spans.append(words)
+        return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
+
+
+def _heads(words: Iterable[str], whole: Encoded) -> list[int | None]:
+    """Return each word's first token; None for a word that left none, such as a control character."""
+    heads: list[int | None] = []
+    at = 0
+    starts: Array = whole.offsets[:, 0]
+    for word in words:
+        place = int(np.searchsorted(starts, at))
+        heads.append(place if place < len(starts) and starts[place] < at + len(word) else None)
+        at += len(word) + 1
+    return heads

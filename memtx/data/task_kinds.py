@@ -1,0 +1,38 @@
+"""Tasks as JSON text: what a checkpoint keeps of one, and the task made from it."""
+
+from __future__ import annotations
+
+import json
+
+from memtx.data.classes import Classification, Matching
+from memtx.data.questions import Questions
+from memtx.data.tags import Tagging
+from memtx.data.task import Task
+from memtx.errors import DataError
+
+FORMAT = "memtx.task"
+FORMAT_VERSION = 1
+
+_KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, Matching, Questions, Tagging)}
+
+
+def task_to_json(task: Task) -> str:
+    """Return all there is to a task as JSON text."""
+    return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **task.description()}, ensure_ascii=False)
+
+
+def task_from_json(text: str) -> Task:
+    """Return the task that :func:`task_to_json` wrote down.
+
+    Raises:
+        DataError: the text is no such description, or of a version or kind that this release does not know.
+    """
+    try:
+        value = json.loads(text)
+        if value.pop("format") != FORMAT or value.pop("version") != FORMAT_VERSION:
+            raise DataError("The task is of another release.", "Use the one that wrote it.")
+        return _KINDS[value.pop("kind")](**value)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"The text describes no task: {error}.", "Use one that memtx wrote.") from error

@@ -1,0 +1,194 @@
+"""A task's model put to use: raw texts or examples in, labels, tags or answers out."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from memtx import files
+from memtx.data.offset_tokenizers import OffsetTokenizer, offset_tokenizer_from_json
+from memtx.data.task import Scores, Task, Window
+from memtx.data.task_batches import Asked, collated, prepared
+from memtx.data.task_kinds import task_from_json, task_to_json
+from memtx.errors import CheckpointError, DataError, at_least
+from memtx.inference.engine import ClosedError, OutOfTimeError, seconds_left
+from memtx.inference.loading import TOKENIZER, chosen_checkpoint
+from memtx.models import folder
+from memtx.models.heads import TaskModel
+
+TASK = "task.json"
+DATA_KEY = "TaskDataModule"
+"""Where a training checkpoint keeps tokenizer and task as JSON text."""
+
+AT_ONCE = 1 << 14
+"""Places of one call, padding among them; a longer row is read alone."""
+
+
+class Predictor:
+    """A model, its tokenizer and its task; safe to be asked from several threads, which take turns.
+
+    Args:
+        model: in eval mode, on any device.
+        tokenizer: that it was trained with.
+        task: likewise.
+        at_once: places of one call at most, padding among them; no effect on what is said beyond rounding.
+
+    Raises:
+        MemtxError: at_once is not positive, or the parts do not belong together.
+    """
+
+    def __init__(self, model: TaskModel, tokenizer: OffsetTokenizer, task: Task, *, at_once: int = AT_ONCE) -> None:
+        at_least(1, at_once=at_once)
+        if tokenizer.vocab_size > model.vocab_size or task.outputs != model.outputs:
+            raise CheckpointError(
+                f"The tokenizer has {tokenizer.vocab_size} tokens and the task {task.outputs} scores, the model "
+                f"{model.vocab_size} and {model.outputs}.",
+                "They do not belong together; take those it was trained with.",
+            )
+        self.model, self.tokenizer, self.task, self.at_once = model.eval(), tokenizer, task, at_once
+        self.tokens_read = 0
+        self._turn = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Answer no more: what is being worked on ends with an error at its next call of the model."""
+        self._closed = True
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Return what is kept at ``path``: a checkpoint, a run's folder (its best), or a folder of :meth:`save`.
+
+        Raises:
+            CheckpointError: missing, damaged, or of a model that serves no task.
+        """
+        place = _place(path)
+        if place.is_dir():
+            tokenizer, task = (_text(place / name) for name in (TOKENIZER, TASK))
+        else:
+            content = folder.read_checkpoint(place)
+            kept = content.get(DATA_KEY)
+            # Lightning names the part after the class, which may be somebody's subclass.
+            parts = [kept, *content.values()]
+            kept = next((one for one in parts if isinstance(one, Mapping) and {"tokenizer", "task"} <= one.keys()), {})
+            tokenizer, task = kept.get("tokenizer"), kept.get("task")
+        if not isinstance(tokenizer, str) or not isinstance(task, str):
+            raise CheckpointError(f"'{place}' has no tokenizer or no task in it.", "Give a run on examples.")
+        model = TaskModel.from_pretrained(place)
+        return cls(model, offset_tokenizer_from_json(tokenizer), task_from_json(task))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write model, tokenizer and task into the folder ``path``, as files that hold no code."""
+        files.write_text(Path(path) / TOKENIZER, self.tokenizer.to_json())
+        files.write_text(Path(path) / TASK, task_to_json(self.task))
+        self.model.save_pretrained(path)
+
+    def example(self, given: str | Mapping[str, Any]) -> Any:
+        """Return one input as an example without a label.
+
+        Args:
+            given: a raw text, or the fields of an example (labels may be left out).
+
+        Raises:
+            DataError: it is not what the task takes.
+        """
+        if isinstance(given, str):
+            if not given.strip():
+                raise DataError("The text is empty.", "Give one with something in it.")
+            return self.task.from_text(given)
+        return self.task.parse(given, False)
+
+    def predict(
+        self, inputs: Sequence[str | Mapping[str, Any]], *, deadline: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Return what the model says of each input, as JSON can hold it: see the task's ``decide``.
+
+        Args:
+            inputs: raw texts or fields of examples.
+            deadline: a time of ``time.monotonic`` by which to be done; None for none.
+
+        Raises:
+            DataError: an input is not what the task takes, or too long; names its place.
+                OutOfTimeError: the deadline passed.
+            ClosedError: it was closed.
+        """
+        made = []
+        for place, given in enumerate(inputs):
+            try:
+                # What a user may have labelled is not looked at: it need not be known.
+                made += prepared([unlabelled(self.example(given))], self.task, self.tokenizer)
+            except DataError as error:
+                where = f"Input {place}: " if len(inputs) > 1 else ""
+                raise DataError(f"{where}{error.what}", error.cure) from error
+        windows = [window for one in made for window in one.windows]
+        left = seconds_left(deadline)
+        if not self._turn.acquire(timeout=-1 if left is None else left):
+            raise OutOfTimeError("The request took longer than it may.", "Ask for less at once.")
+        try:
+            scores = self._scores(windows, deadline)
+        finally:
+            self._turn.release()
+        return Asked(self.task, made).answers(scores)
+
+    def _scores(self, windows: Sequence[Window], deadline: float | None) -> list[Scores]:
+        found: list[Scores] = [np.zeros(0, dtype=np.float32)] * len(windows)
+        device = next(self.model.parameters()).device
+        for places in self._calls(windows):
+            seconds_left(deadline)
+            if self._closed:
+                raise ClosedError("The server is closing.", "Ask again when it is back.")
+            batch = collated([windows[place] for place in places], self.tokenizer.padding)
+            parts = (part.to(device) for part in (batch.tokens, batch.present, batch.types, batch.marked))
+            with torch.inference_mode():
+                scores = self.model(*parts).float().cpu().numpy()
+            for place, row in zip(places, scores, strict=True):
+                found[place] = row
+            self.tokens_read += int(batch.present.sum())
+        return found
+
+    def _calls(self, windows: Sequence[Window]) -> Iterator[list[int]]:
+        """Yield the rows of each call, those of like length together."""
+        call: list[int] = []
+        for place in sorted(range(len(windows)), key=lambda place: len(windows[place].ids)):
+            if call and (len(call) + 1) * len(windows[place].ids) > self.at_once:
+                yield call
+                call = []
+            call.append(place)
+        if call:
+            yield call
+
+
+def unlabelled(example: Any) -> Any:
+    """Return an example without what is to be found."""
+    names = {field.name for field in fields(example)} & {"label", "tags", "answers"}
+    return replace(example, **dict.fromkeys(names))
+
+
+def serves_a_task(path: str | os.PathLike[str]) -> bool:
+    """Return whether what is kept at ``path`` is the model of a task.
+
+    Raises:
+        CheckpointError: missing, damaged or of something else.
+    """
+    place = _place(path)
+    if place.is_dir():
+        return (place / TASK).is_file()
+    content = folder.read_checkpoint(place)
+    return any(isinstance(one, Mapping) and "task" in one for one in content.values())
+
+
+def _place(path: str | os.PathLike[str]) -> Path:
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
+    return chosen_checkpoint(place) if place.is_dir() and not (place / folder.CONFIG).is_file() else place
+
+
+def _text(place: Path) -> str | None:
+    return place.read_bytes().decode("utf-8", "replace") if place.is_file() else None

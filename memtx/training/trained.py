@@ -1,0 +1,134 @@
+"""What every training module does alike: optimiser and schedule, and what a checkpoint holds beside the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from memtx.errors import CheckpointError
+from memtx.models import folder
+from memtx.training import randomness
+from memtx.training.divergence import FiniteLoss
+from memtx.training.optimizers import WarmupCosine, decay_groups
+
+
+def adamw(params: Iterable[Any]) -> Optimizer:
+    """Return AdamW (Loshchilov and Hutter 2019) with the usual settings of language models."""
+    return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+class TrainedModule(pl.LightningModule):
+    """A Lightning module around one model, which a run goes on with exactly.
+
+    Attributes:
+        model: a model that knows how it was made; set by the subclass.
+        tokens_seen: in training, by all processes.
+
+    Args:
+        optimizer: makes the optimiser from parameter groups; None for AdamW (rate 1e-3, betas 0.9 and 0.95,
+            decay 0.1). Norms and biases are in a group of their own without decay.
+        scheduler: makes the schedule from the optimiser, stepped every optimiser step; None for a constant rate.
+    """
+
+    model: folder.Kept
+
+    def __init__(
+        self,
+        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
+        scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
+    ) -> None:
+        super().__init__()
+        self.make_optimizer = optimizer if optimizer is not None else adamw
+        self.make_scheduler = scheduler
+        self.tokens_seen = 0
+        self._random: dict[str, Any] | None = None
+        self._finite = FiniteLoss()
+
+    def rank_state(self) -> dict[str, Any]:
+        """Return what this process has to keep, as tensors and plain values."""
+        return {}
+
+    def restore_rank_state(self, state: dict[str, Any]) -> None:
+        """Take what :meth:`rank_state` returned."""
+
+    # Learning
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and its schedule, stepped with it."""
+        optimizer = self.make_optimizer(decay_groups(self.model))
+        if self.make_scheduler is None:
+            return optimizer
+        scheduler = self.make_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.steps == 0:
+            scheduler.steps = self._steps()
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps(self) -> int:
+        # Not trainer.estimated_stepping_batches: it sets the loaders up before the checkpoint's position is
+        # restored, which is then lost (Lightning issue 20550).
+        if self.trainer.max_steps > 0:
+            return self.trainer.max_steps
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+            return 0
+        # An epoch's last batch is stepped on, however few were accumulated.
+        return math.ceil(len(data.train_dataloader()) / self.trainer.accumulate_grad_batches) * self.trainer.max_epochs
+
+    # What a checkpoint holds beside the weights
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's description, and of every rank its state and the random states.
+
+        Raises:
+            MemtxError: the loss is no longer finite, so that an earlier checkpoint is worth more.
+        """
+        self._finite.check(wait=True)
+        own = {**self.rank_state(), "random": randomness.collect()}
+        ranks = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            ranks = [own] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(ranks, own)
+        checkpoint[folder.CHECKPOINT_KEY] = {
+            "model": folder.described(self.model),
+            "ranks": ranks,
+            "tokens_seen": self.tokens_seen,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back, if training goes on."""
+        if folder.CHECKPOINT_KEY not in checkpoint:
+            raise CheckpointError("The checkpoint is of something else.", "Give one that memtx wrote.")
+        kept = checkpoint[folder.CHECKPOINT_KEY]
+        if kept["model"] != (own := folder.described(self.model)):
+            changed = sorted(
+                key
+                for key in {*kept["model"].get("init_args", {}), *own["init_args"]}
+                if kept["model"].get("init_args", {}).get(key) != own["init_args"].get(key)
+            )
+            raise CheckpointError(
+                f"The checkpoint is of another model: {', '.join(changed) or 'its class'} differs.",
+                "Use the config saved beside the checkpoint.",
+            )
+        self.tokens_seen = kept["tokens_seen"]
+        self._random = kept
+
+    def on_train_start(self) -> None:
+        """Put the random states back: later than loading, since setting up draws numbers."""
+        if (kept := self._random) is None:
+            return
+        self._random = None
+        ranks = kept["ranks"]
+        if len(ranks) != self.trainer.world_size:
+            raise CheckpointError(
+                f"The checkpoint is of {len(ranks)} processes, this run has {self.trainer.world_size}.",
+                "Resume with as many, or start a new run from its weights.",
+            )
+        own = ranks[self.trainer.global_rank]
+        self.restore_rank_state(own)
+        randomness.restore(own["random"])

@@ -1,0 +1,192 @@
+"""How examples become rows, and scores answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.data.batch import IGNORED
+from memtx.data.examples import TaggedExample
+from memtx.data.tags import Tagging, spans_of, words_of
+from memtx.data.task_batches import ExampleBatches, TrainingBatches, prepared
+from memtx.data.task_kinds import task_from_json, task_to_json
+from memtx.errors import CheckpointError, DataError
+from tests.tasks import KINDS, records, task, tokenizer
+
+OWN = tokenizer()
+SHORT = {"classification": 12, "tagging": 12, "matching": 22, "questions": 22}
+"""Tokens into which the examples do not fit."""
+
+
+def made(kind: str, count: int = 12, **options: Any) -> list[Any]:
+    own = task(kind, **options)
+    return prepared([own.parse(record) for record in records(kind, count)], own, OWN)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_that_are_the_targets_give_the_labels_back(kind: str) -> None:
+    for longest, stride in ((64, None), (SHORT[kind], 4)):
+        own = task(kind, longest, stride)
+        for one in made(kind, longest=longest, stride=stride):
+            scores = []
+            for window in one.windows:
+                if kind in ("classification", "matching"):
+                    scores.append(np.eye(own.outputs, dtype=np.float32)[window.target[0]])
+                    continue
+                row = np.zeros((len(window.ids), own.outputs), dtype=np.float32)
+                if kind == "tagging":
+                    for place, target in enumerate(window.target):
+                        row[place, max(target, 0)] = 1
+                else:
+                    for which in (0, 1):
+                        row[window.target[which], which] = 1
+                scores.append(row)
+            said = own.decide(one.example, one.encoded, one.windows, scores)
+            if kind == "tagging":
+                assert said["tags"] == list(one.example.tags)
+            elif kind == "questions":
+                wanted = one.example.answers[0].text if one.example.answers else ""
+                assert (said["answer"], said["is_impossible"]) == (wanted, not wanted)
+            else:
+                assert said["label"] == one.example.label
+                assert sum(said["scores"].values()) == pytest.approx(1, abs=1e-4)  # rounded to six places each
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_cover_the_text_and_overlap(kind: str) -> None:
+    for one in made(kind, longest=SHORT[kind], stride=4):
+        text = one.encoded[1 if kind == "questions" else 0]
+        assert len(one.windows) > 1
+        seen = np.zeros(len(text), dtype=int)
+        for window in one.windows:
+            assert len(window.ids) <= SHORT[kind]
+            seen[window.begin : window.stop] += 1
+            part = window.ids[window.first : window.first + window.stop - window.begin]
+            assert part.tolist() == text.ids[window.begin : window.stop].tolist()
+        assert seen.min() >= 1
+        assert seen.max() >= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_longer_text_is_refused_with_the_cure(kind: str) -> None:
+    with pytest.raises(DataError, match=r"fit into what the model reads at once \(14\).*stride"):
+        made(kind, longest=14)
+
+
+def test_global_tokens_are_the_tasks() -> None:
+    for one in made("classification") + made("matching"):
+        assert one.windows[0].marked.nonzero()[0].tolist() == [0]
+    for one in made("questions"):
+        window = one.windows[0]
+        assert window.marked.nonzero()[0].tolist() == list(range(len(one.encoded[0]) + 2))
+        assert window.types.tolist() == [0] * window.first + [1] * (len(window.ids) - window.first)
+    assert not any(one.windows[0].marked.any() for one in made("tagging"))
+
+
+def test_an_unknown_label_is_said() -> None:
+    own = task("classification")
+    with pytest.raises(DataError, match=r"'poz' was never seen in training, known are neg, pos. Did you mean 'pos'"):
+        prepared([own.parse({"text": "a", "label": "poz"})], own, OWN)
+    tags = Tagging(["O", "B-X"])
+    with pytest.raises(DataError, match="'B-Y' was never seen"):
+        prepared([TaggedExample(("a",), ("B-Y",))], tags, OWN)
+
+
+def test_a_word_without_tokens_has_a_tag_too() -> None:
+    own = Tagging(["B-X", "O"])
+    example = TaggedExample(("whale", "\x00", "\u200b", "sea"), ("B-X", "O", "O", "B-X"))
+    (one,) = prepared([example], own, OWN)
+    scores = [np.zeros((len(window.ids), 2), dtype=np.float32) for window in one.windows]
+    assert own.decide(example, one.encoded, one.windows, scores)["tags"][0] == "B-X"
+    assert len(own.decide(example, one.encoded, one.windows, scores)["tags"]) == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_task_comes_back_from_json(kind: str) -> None:
+    own = task(kind, 32, 8)
+    assert task_from_json(task_to_json(own)).description() == own.description()
+    for text in ("", "[]", '{"format": "memtx.task", "version": 1, "kind": "x"}', task_to_json(own).replace("1", "2")):
+        with pytest.raises(DataError):
+            task_from_json(text)
+
+
+def test_spans_follow_seqeval() -> None:
+    cases: list[tuple[str, list[tuple[str, int, int]]]] = [
+        ("B-A I-A O B-B", [("A", 0, 2), ("B", 3, 4)]),
+        ("I-A I-A", [("A", 0, 2)]),
+        ("B-A B-A I-B", [("A", 0, 1), ("A", 1, 2), ("B", 2, 3)]),
+        ("O I-A I-B I-B", [("A", 1, 2), ("B", 2, 4)]),
+        ("B-A E-A I-A", [("A", 0, 2), ("A", 2, 3)]),
+        ("S-A S-A O", [("A", 0, 1), ("A", 1, 2)]),
+        ("B I O", [("_", 0, 2)]),
+        ("O O", []),
+        ("B-A-B I-A-B", [("A-B", 0, 2)]),
+    ]
+    for tags, wanted in cases:
+        assert spans_of(tags.split()) == wanted, tags
+
+
+@given(st.lists(st.sampled_from(["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B"]), max_size=12))
+def test_spans_equal_seqevals_own(tags: list[str]) -> None:
+    labeling = pytest.importorskip("seqeval.metrics.sequence_labeling", reason="the package 'seqeval' is not installed")
+    assert spans_of(tags) == [(kind, start, stop + 1) for kind, start, stop in labeling.get_entities(tags)]
+
+
+def test_words_of_a_raw_text() -> None:
+    text = "Boeing Co. won't sell Tulsa's 747-400 unit (yet)."
+    assert [text[start:stop] for start, stop in words_of(text)] == [
+        "Boeing", "Co", ".", "wo", "n't", "sell", "Tulsa", "'s", "747-400", "unit", "(", "yet", ")", "."
+    ]  # fmt: skip
+
+
+def test_a_pass_holds_every_row_once_and_the_next_another_order() -> None:
+    examples = made("classification", 21)
+    batches = TrainingBatches(examples, 4, OWN.padding, seed=3)
+    passes = [[batch.tokens for batch in batches] for _ in range(2)]
+    for rows in passes:
+        assert len(rows) == len(batches) == 6
+        assert sum(len(part) for part in rows) == 21
+        texts = sorted(tuple(row[row != OWN.padding].tolist()) for part in rows for row in part)
+        assert texts == sorted(tuple(one.windows[0].ids.tolist()) for one in examples)
+    assert any(a.shape != b.shape or (a != b).any() for a, b in zip(*passes, strict=True))
+
+
+def test_a_position_is_gone_on_from() -> None:
+    examples = made("tagging", 21)
+    whole = TrainingBatches(examples, 4, OWN.padding, seed=3)
+    wanted = [batch.tokens.tolist() for _ in range(3) for batch in whole]
+    for stop in (0, 1, 5, 6, 7, 13):
+        first, taken = TrainingBatches(examples, 4, OWN.padding, seed=3), []
+        while len(taken) < stop:
+            for batch in first:
+                taken.append(batch.tokens.tolist())
+                if len(taken) == stop:
+                    break
+        second = TrainingBatches(examples, 4, OWN.padding, seed=3)
+        second.load_state_dict(first.state_dict())
+        while len(taken) < len(wanted):
+            taken += [batch.tokens.tolist() for batch in second]
+        assert taken == wanted
+    with pytest.raises(CheckpointError, match="belongs to seed 4"):
+        second.load_state_dict(first.state_dict() | {"seed": 4})
+
+
+def test_ranks_share_the_rows() -> None:
+    examples = made("classification", 21)
+    for world in (2, 5):
+        parts = [TrainingBatches(examples, 2, OWN.padding, 0, rank, world) for rank in range(world)]
+        counts = {len(list(part)) for part in parts}
+        assert counts == {len(parts[0])}
+    seen = [one for rank in range(2) for batch in ExampleBatches(examples, task("classification"), 4, 0, rank, 2)
+            for one in batch.asked.prepared]  # fmt: skip
+    assert len(seen) == 21
+
+
+def test_labels_are_ignored_where_nothing_is_to_be_learned() -> None:
+    for batch in ExampleBatches(made("tagging"), task("tagging"), 4, OWN.padding):
+        assert (batch.labels[batch.present == 0] == IGNORED).all()
+        assert (batch.labels[:, 0] == IGNORED).all()

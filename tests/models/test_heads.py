@@ -1,0 +1,95 @@
+"""The model of a task: what its scores depend on, that it is kept, and that a document may be read by segments."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memtx.errors import MemtxError
+from memtx.layers.window_attention import WindowAttention
+from memtx.memory.compressed import CompressedMemory
+from memtx.models.encoder import Encoder
+from memtx.models.heads import DocumentReader, FirstPooling, MeanPooling, TaskModel, TextHead, TokenHead
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.reformer import Reformer
+
+MEMORY = partial(
+    MemoryTransformer, dim=16, depth=2, heads=2, memories=[partial(CompressedMemory, window=8, rate=4, length=4)]
+)
+BODIES: dict[str, Any] = {
+    "encoder": partial(Encoder, dim=16, depth=2, heads=2, attentions=[partial(WindowAttention, window=4)]),
+    "document": partial(DocumentReader, model=MEMORY, segment=8),
+}
+HEADS: dict[str, Any] = {
+    "mean": TextHead,
+    "first": partial(TextHead, pooling=FirstPooling),
+    "tokens": TokenHead,
+}
+
+
+def model(body: str = "encoder", head: str = "mean", seed: int = 0) -> TaskModel:
+    torch.manual_seed(seed)
+    return TaskModel(50, 3, BODIES[body], HEADS[head]).double().eval()
+
+
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_changes_nothing(body: str, head: str) -> None:
+    made = model(body, head)
+    tokens = torch.randint(0, 50, (2, 21))
+    present = torch.ones_like(tokens)
+    alone = made(tokens, present, torch.zeros_like(tokens), torch.zeros_like(tokens))
+    padded, there = (torch.nn.functional.pad(part, (0, 6)) for part in (tokens, present))
+    beside = made(padded, there)
+    torch.testing.assert_close(beside[:, :21] if head == "tokens" else beside, alone, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_every_parameter_learns(body: str) -> None:
+    made = model(body, "tokens").train()
+    tokens = torch.randint(0, 50, (2, 21))
+    marked = torch.zeros_like(tokens)
+    marked[:, 0] = 1
+    made(tokens, torch.ones_like(tokens), None, marked).square().sum().backward()
+    assert [name for name, one in made.named_parameters() if one.grad is None] == []
+
+
+def test_a_document_is_scored_alike_however_it_is_cut() -> None:
+    tokens = torch.randint(0, 50, (2, 37))
+    found = []
+    for segment in (5, 8, 64):
+        torch.manual_seed(0)
+        made = TaskModel(50, 3, partial(DocumentReader, model=MEMORY, segment=segment), TextHead).double().eval()
+        out = made(tokens, torch.ones_like(tokens))
+        out.sum().backward()
+        grads = [one.grad for _, one in made.named_parameters()]
+        found.append((out, torch.cat([one.flatten() for one in grads if one is not None])))
+    for out, grads in found[1:]:
+        torch.testing.assert_close(out, found[0][0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(grads, found[0][1], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_it_is_kept_and_read_again(body: str, tmp_path: Path) -> None:
+    made = model(body, "first").float()
+    made.save_pretrained(tmp_path)
+    again = TaskModel.from_pretrained(tmp_path)
+    assert again.fingerprint == made.fingerprint
+    tokens = torch.randint(0, 50, (1, 9))
+    assert torch.equal(again(tokens, torch.ones_like(tokens)), made(tokens, torch.ones_like(tokens)))
+
+
+def test_pooling() -> None:
+    x, present = torch.randn(2, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    torch.testing.assert_close(MeanPooling(8)(x, present), torch.stack([x[0, :2].mean(0), x[1].mean(0)]))
+
+
+def test_what_cannot_be_a_body_is_refused() -> None:
+    with pytest.raises(MemtxError, match="body is a Reformer"):
+        TaskModel(50, 2, Reformer)
+    with pytest.raises(MemtxError, match="outputs is 0"):
+        TaskModel(50, 0, BODIES["encoder"])

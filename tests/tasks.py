@@ -1,0 +1,109 @@
+"""Small examples of every task, a folder of them, and a small model: what tests of tasks share."""
+
+from __future__ import annotations
+
+import json
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memtx.data.classes import Classification, Matching
+from memtx.data.offset_tokenizers import OffsetTokenizer, WordPieceTokenizer
+from memtx.data.questions import Questions
+from memtx.data.tags import Tagging
+from memtx.data.task import Task
+from memtx.inference.predictor import Predictor
+from memtx.layers.embeddings import TextEmbeddings
+from memtx.layers.window_attention import WindowAttention
+from memtx.models.encoder import Encoder
+from memtx.models.heads import TaskModel, TextHead, TokenHead
+
+WORDS = "the a whale ship sea night storm captain saw found lost old white dark of in to Ahab".split()  # noqa: SIM905
+
+
+def texts(count: int, seed: int = 0, words: int = 12) -> list[str]:
+    draw = random.Random(seed)
+    return [" ".join(draw.choices(WORDS, k=words)) + " ." for _ in range(count)]
+
+
+def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
+    """Return examples whose labels can be read off them."""
+    made: list[dict[str, Any]] = []
+    for place, text in enumerate(texts(count, seed)):
+        if kind == "classification":
+            good = place % 2 == 0
+            made.append({"text": f"{text} {'good' if good else 'bad'}", "label": "pos" if good else "neg"})
+        elif kind == "matching":
+            same = place % 2 == 0
+            made.append(
+                {
+                    "text_a": text,
+                    "text_b": text if same else " ".join(reversed(text.split())),
+                    "label": "same" if same else "other",
+                }
+            )
+        elif kind == "tagging":
+            tokens = text.split()
+            tags = ["B-WHO" if one in ("captain", "Ahab") else "O" for one in tokens]
+            made.append({"tokens": tokens, "tags": tags})
+        else:
+            found = text.find("whale")
+            answers = [{"text": "whale", "answer_start": found}] if found >= 0 else []
+            made.append(
+                {"id": f"q{place}", "title": "t", "context": text, "question": "who swims ?", "answers": answers,
+                 "is_impossible": not answers}
+            )  # fmt: skip
+    return made
+
+
+def task(kind: str, longest: int = 64, stride: int | None = None) -> Task:
+    if kind == "questions":
+        return Questions(longest, stride)
+    if kind == "tagging":
+        return Tagging(["B-WHO", "O"], longest, stride)
+    if kind == "matching":
+        return Matching(["other", "same"], longest, stride)
+    return Classification(["neg", "pos"], longest, stride)
+
+
+KINDS = ("classification", "matching", "tagging", "questions")
+
+
+def tokenizer(size: int = 200) -> OffsetTokenizer:
+    made = WordPieceTokenizer(size, lowercase=False)
+    made.fit(texts(50))
+    return made
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def folder(root: Path, kind: str, count: int = 24) -> Path:
+    for seed, split in enumerate(("train", "validation", "test")):
+        write_lines(root / f"{split}.jsonl", records(kind, count, seed))
+    return root
+
+
+def body(longest: int = 64) -> Any:
+    return partial(
+        Encoder,
+        dim=16,
+        depth=1,
+        heads=2,
+        attentions=[partial(WindowAttention, window=4)],
+        embeddings=partial(TextEmbeddings, positions=longest, types=2),
+        masked_head=False,
+    )
+
+
+def predictor(kind: str, longest: int = 64, stride: int | None = None, seed: int = 0) -> Predictor:
+    torch.manual_seed(seed)
+    own, tokens = task(kind, longest, stride), tokenizer()
+    head: Any = TextHead if kind in ("classification", "matching") else TokenHead
+    return Predictor(TaskModel(tokens.vocab_size, own.outputs, body(longest), head), tokens, own)
