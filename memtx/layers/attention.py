@@ -5,7 +5,7 @@ What memories answer by themselves is joined with it before the last projection.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -32,6 +32,10 @@ class MemoryAttention(nn.Module):
         memory: what is carried between segments and attended to; the exact one.
         positions: how scores learn distances.
         bias: whether the projections have biases.
+        out_bias: whether the last one has; as the others by default.
+        head_dim: width of a head; dim / heads by default.
+        head_norm: makes a normalisation of every head's queries, and one of its keys, from head_dim, applied before
+            positions are (Dehghani et al. 2023, section 2); None for none.
         dropout: of attention weights.
         backend: of the attention operation.
         beside: memories that answer by themselves.
@@ -49,27 +53,34 @@ class MemoryAttention(nn.Module):
         positions: Positions,
         *,
         bias: bool = False,
+        out_bias: bool | None = None,
+        head_dim: int | None = None,
+        head_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
         backend: Backend = "auto",
         beside: Sequence[Memory[Any]] = (),
     ) -> None:
         super().__init__()
-        if dim % heads:
-            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor.")
+        if head_dim is None and dim % heads:
+            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor, or give head_dim.")
         if heads % kv_heads:
             raise MemtxError(f"heads is {heads}, which {kv_heads} kv_heads do not divide.", "Choose a divisor.")
-        _check_order(memory, beside)
         self.heads = heads
         self.kv_heads = kv_heads
-        self.head_dim = dim // heads
+        self.head_dim = head_dim if head_dim is not None else dim // heads
+        _check_order(memory, beside)
+        if heads * self.head_dim != dim:
+            _check_width(dim, heads, self.head_dim, beside)
         self.dropout = dropout
         self.backend: Backend = backend
         self.memory = memory
         self.beside = nn.ModuleList(beside)
         self.positions = positions
-        self.query = nn.Linear(dim, dim, bias=bias)
+        self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        self.out = nn.Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
+        self.query_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
+        self.key_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
 
     @property
     def memories(self) -> tuple[Memory[Any], ...]:
@@ -91,9 +102,8 @@ class MemoryAttention(nn.Module):
         memories = self.memories[: len(state)]
         views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
         view = views[0]
-        q = self.query(x).unflatten(-1, (self.heads, self.head_dim))
-        projected = torch.cat([self.key_value(part) for part in view.parts], dim=1)
-        k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        q = self._queries(x)
+        k, v = self._keys_values(torch.cat([self.key_value(part) for part in view.parts], dim=1))
         answers = [memory.recall(own, q) for memory, own in zip(memories, views, strict=True)]
         readouts = [one for one in answers if one is not None]
         q, k, bias = self.positions(q, k, view.places, segment)
@@ -119,6 +129,16 @@ class MemoryAttention(nn.Module):
                 losses[name] = losses[name] + value if name in losses else value
         return out, tuple(after), losses
 
+    def _queries(self, x: Tensor) -> Tensor:
+        """Return (rows, segment, heads, head_dim), without positions."""
+        out: Tensor = self.query_norm(self.query(x).unflatten(-1, (self.heads, self.head_dim)))
+        return out
+
+    def _keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both (rows, entries, kv_heads, head_dim), without positions."""
+        k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        return self.key_norm(k), v
+
     def ring(self, state: tuple[Any, ...], position: Tensor) -> Ring | None:
         """Open a layer's state for decoding in place; None where its memories are decoded by whole calls.
 
@@ -137,7 +157,7 @@ class MemoryAttention(nn.Module):
 
     def _kept(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
         """Return keys, placed, and values (rows, entries, 2, kv_heads, head_dim) of x (rows, entries, dim)."""
-        k, v = self.key_value(x).view(*x.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
+        k, v = self._keys_values(self.key_value(x))
         return torch.stack([self.positions.placed(k, position, once), v], dim=-3)
 
     def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:
@@ -166,7 +186,7 @@ class MemoryAttention(nn.Module):
             for buffer, new in ((ring.hidden, entry), (ring.key_value, kept)):
                 crossing = seen.crossing.view(-1, *(1,) * (new.dim() - 1))
                 buffer[row, seen.target] = torch.where(crossing, new.to(buffer.dtype), buffer[row, seen.target])
-        q = self.positions.placed(self.query(x).view(-1, 1, self.heads, self.head_dim), position, step.once)
+        q = self.positions.placed(self._queries(x[:, None]), position, step.once)
         k, v = ring.key_value.unbind(2)
         attended = segment_attention(
             q.transpose(1, 2),
@@ -193,6 +213,10 @@ class MemoryAttention(nn.Module):
             bias = bias.detach() if bias is not None else None
         out = F.linear(x, weight, bias)
         out = out.view(*out.shape[:-1], -1, self.head_dim)
+        if part != "value":
+            norm = self.query_norm if part == "query" else self.key_norm
+            weights = {name: one.detach() for name, one in norm.named_parameters()}
+            out = torch.func.functional_call(norm, weights, (out,)) if frozen else norm(out)
         return out if part == "query" else out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
     def reset_parameters(self, std: float, residual_std: float) -> None:
@@ -216,4 +240,14 @@ def _check_order(memory: Memory[Any], beside: Sequence[Memory[Any]]) -> None:
             raise MemtxError(
                 f"{type(one).__name__} stands behind another memory of its layer, but only the first is exact.",
                 "Give it a layer of its own, or take it out.",
+            )
+
+
+def _check_width(dim: int, heads: int, head_dim: int, beside: Sequence[Memory[Any]]) -> None:
+    """Raise where a memory's answers, dim wide over all heads, do not fit heads of another width."""
+    for one in beside:
+        if not one.by_layer:
+            raise MemtxError(
+                f"{type(one).__name__} answers {dim} wide, {heads} heads of {head_dim} are {heads * head_dim} wide.",
+                "Use CompressedMemory, SinkMemory or TokenMemory, which read by the layer's own projections.",
             )

@@ -128,10 +128,13 @@ class Memory(nn.Module, ABC, Generic[S]):
 
     Attributes:
         depends_on: what of the layer a write is made of.
+        by_layer: whether its answers are made by the layer's own projections, and so of its heads' width, which may
+            differ from dim / heads.
         interval: tokens of a document after which it writes once; None if it writes at every token.
     """
 
     depends_on: ClassVar[Literal["nothing", "input", "output", "top"]] = "input"
+    by_layer: ClassVar[bool] = False
     interval: int | None = None
 
     def __init__(self, dim: int) -> None:

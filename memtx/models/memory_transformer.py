@@ -6,16 +6,17 @@ vocabulary. The module holds weights only; what is carried between segments come
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import CheckpointError, MemtxError, at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
@@ -23,9 +24,10 @@ from memtx.layers.positions import Positions, Rotary
 from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
-from memtx.models import folder
 from memtx.models.calls import check_call
 from memtx.models.intervals import Layers, Tokens, by_intervals
+from memtx.models.published import load
+from memtx.models.published.layout import PublishedModel
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
@@ -63,7 +65,7 @@ class MemoryOutput:
     losses: Losses
 
 
-class MemoryTransformer(folder.Kept):
+class MemoryTransformer(PublishedModel):
     """A pre-norm decoder with a memory in every layer.
 
     Attributes:
@@ -83,6 +85,10 @@ class MemoryTransformer(folder.Kept):
         feed_forward: makes the position-wise part from dim; ``FeedForward`` is the classic choice.
         positions: makes what scores learn distances by from (heads, head_dim); ``Alibi`` is the other choice.
         bias: whether attention's projections have biases.
+        out_bias: whether its last one has; as the others by default.
+        head_dim: width of a head; dim / heads by default.
+        head_norm: makes a normalisation of each head's queries, and one of its keys, from head_dim; None for none.
+        absolute: makes what is added to embeddings by position from dim, such as ``LearnedPositions``; None for none.
         dropout: of embeddings and of what each part adds to the residual stream.
         attention_dropout: of attention weights (slower: no fused kernel has it).
         tie_embeddings: whether the output projection is the embedding.
@@ -104,6 +110,10 @@ class MemoryTransformer(folder.Kept):
         feed_forward: Callable[[int], nn.Module] = SwiGLU,
         positions: Callable[[int, int], Positions] = Rotary,
         bias: bool = False,
+        out_bias: bool | None = None,
+        head_dim: int | None = None,
+        head_norm: Callable[[int], nn.Module] | None = None,
+        absolute: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -131,6 +141,7 @@ class MemoryTransformer(folder.Kept):
             raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without.")
         per_layer = stacks if len(stacks) == depth else stacks * depth
         self.embedding = nn.Embedding(vocab_size, dim)
+        self.absolute = absolute(dim) if absolute is not None else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -139,8 +150,11 @@ class MemoryTransformer(folder.Kept):
                     heads,
                     kv_heads,
                     stack[0](dim),
-                    positions(heads, dim // heads),
+                    positions(heads, head_dim if head_dim is not None else dim // heads),
                     bias=bias,
+                    out_bias=out_bias,
+                    head_dim=head_dim,
+                    head_norm=head_norm,
                     dropout=attention_dropout,
                     backend=backend,
                     beside=[memory(dim) for memory in stack[1:]],
@@ -160,6 +174,30 @@ class MemoryTransformer(folder.Kept):
         self.reset_parameters()
         if tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], window: int | None = None) -> Self:
+        """Build the model kept at ``path``, in eval mode: ours, or a published decoder.
+
+        Args:
+            path: a folder of :meth:`save_pretrained`, a training checkpoint, or a folder in the layout of the
+                ``transformers`` library of a Llama, Mistral, Qwen 2, Qwen 3 or GPT-2.
+            window: of such a folder alone, exact positions seen; by default those the model was trained with, at most
+                4096. Layers that were trained with a narrower window keep it.
+
+        Raises:
+            CheckpointError: missing, damaged, of another class, or with tensors that do not fit; all are named.
+            MemtxError: a window for a model of ours.
+        """
+        if not load.is_published(path) and window is None:
+            return super().from_pretrained(path)
+        made = load.from_pretrained(path, window)
+        if not isinstance(made, cls):
+            raise CheckpointError(
+                f"'{path}' holds a {type(made).__name__}, expected {cls.__name__}.",
+                "memtx.from_pretrained picks the class by itself.",
+            )
+        return made
 
     def reset_parameters(self) -> None:
         """Draw all weights anew (GPT-2's rule: residual maps narrower by the square root of their number)."""
@@ -222,7 +260,7 @@ class MemoryTransformer(folder.Kept):
             raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.locate(state.position, tokens.shape[1], starts)
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self._embedded(tokens, segment.position))
         through = partial(self._through, keep=return_hidden)
         if self.tokens is None:
             hidden, layers, losses = through(x, state.layers, segment)
@@ -248,6 +286,11 @@ class MemoryTransformer(folder.Kept):
             nll,
             losses,
         )
+
+    def _embedded(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Return (..., dim) of tokens at positions, both (...) int64."""
+        x: Tensor = self.embedding(tokens)
+        return x if self.absolute is None else x + self.absolute(position)
 
     def _through(self, x: Tensor, states: Layers, segment: Segment, keep: bool) -> tuple[list[Tensor], Layers, Losses]:
         """Return the last layer's output, behind x and the others' where these are kept, next states and losses."""
@@ -289,7 +332,7 @@ class MemoryTransformer(folder.Kept):
         Returns:
             (rows, vocab) logits.
         """
-        x = self.embedding(tokens)
+        x = self._embedded(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
         logits: Tensor = self.head(self.norm(x))
