@@ -32,7 +32,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-CHUNK = 4 << 20
+CHUNK = 1 << 20
 """Bytes read at a time where they are not read to their own place."""
 
 
@@ -76,8 +76,9 @@ class OnDisk:
                 self._take(handle, target)
                 return
             rows = max(1, CHUNK // max(width, 1))
+            room = torch.empty((rows, *self.shape[1:]), dtype=self.dtype)
             for part in torch.split(target, rows) if target.dim() else (target,):
-                own = torch.empty(part.shape, dtype=self.dtype)
+                own = room[: part.shape[0]] if part.dim() else room[0]
                 self._take(handle, own)
                 part.copy_(own)
 
@@ -123,10 +124,11 @@ def same(one: Stored, other: Stored) -> bool:
 
 
 def chunks(stored: Stored) -> Iterator[Tensor]:
-    """Yield a tensor's rows, some at a time."""
-    rows = max(1, CHUNK // max(1, prod(stored.shape[1:]) * stored.dtype.itemsize))
-    for first in range(0, stored.shape[0], rows):
-        part = torch.empty((min(rows, stored.shape[0] - first), *stored.shape[1:]), dtype=stored.dtype)
+    """Yield a tensor's rows, some at a time, each time in the same memory."""
+    rows = min(max(1, CHUNK // max(1, prod(stored.shape[1:]) * stored.dtype.itemsize)), stored.shape[0])
+    room = torch.empty((rows, *stored.shape[1:]), dtype=stored.dtype)
+    for first in range(0, stored.shape[0], max(rows, 1)):
+        part = room[: stored.shape[0] - first]
         stored.fill(part, first)
         yield part
 
