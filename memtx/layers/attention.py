@@ -14,10 +14,12 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError
 from memtx.layers.positions import Once, Positions
-from memtx.layers.readouts import joined
-from memtx.memory.base import Losses, Memory, Trace
+from memtx.layers.readouts import gated, joined
+from memtx.memory.base import Losses, Memory, Readout, Trace, View
 from memtx.memory.ring import Ring, Step, opened
+from memtx.ops.attention.bias import ScoreBias, cut
 from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.ops.visibility import Visibility, parted
 from memtx.segment import Segment
 
 
@@ -39,6 +41,8 @@ class MemoryAttention(nn.Module):
         dropout: of attention weights.
         backend: of the attention operation.
         beside: memories that answer by themselves.
+        gated: whether what memories show beyond the exact window enters by a learned gate a head, which begins at 0:
+            the layer of a model that was trained without them computes what it computed.
 
     Raises:
         MemtxError: the numbers of heads do not divide as they must, or a memory stands where it cannot.
@@ -59,6 +63,7 @@ class MemoryAttention(nn.Module):
         dropout: float = 0.0,
         backend: Backend = "auto",
         beside: Sequence[Memory[Any]] = (),
+        gated: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
@@ -68,19 +73,26 @@ class MemoryAttention(nn.Module):
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim if head_dim is not None else dim // heads
-        _check_order(memory, beside)
-        if heads * self.head_dim != dim:
-            _check_width(dim, heads, self.head_dim, beside)
         self.dropout = dropout
         self.backend: Backend = backend
-        self.memory = memory
-        self.beside = nn.ModuleList(beside)
         self.positions = positions
+        self.mount(memory, beside, gated=gated)
         self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
         self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
         self.out = nn.Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
         self.query_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
         self.key_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
+
+    def mount(self, memory: Memory[Any], beside: Sequence[Memory[Any]], *, gated: bool) -> None:
+        """Put memories in the place of those that the layer has; arguments as in the class."""
+        _check_order(memory, beside)
+        if self.heads * self.head_dim != memory.dim:
+            _check_width(memory.dim, self.heads, self.head_dim, beside)
+        self.memory = memory
+        self.beside = nn.ModuleList(beside)
+        sources = memory.beyond + sum(not one.native for one in beside) if gated else 0
+        # A row for what lies beyond the window of the exact memory, then one for each of the others, in order.
+        self.gate = nn.Parameter(torch.zeros(sources, self.heads)) if sources else None
 
     @property
     def memories(self) -> tuple[Memory[Any], ...]:
@@ -104,22 +116,21 @@ class MemoryAttention(nn.Module):
         view = views[0]
         q = self._queries(x)
         k, v = self._keys_values(torch.cat([self.key_value(part) for part in view.parts], dim=1))
-        answers = [memory.recall(own, q) for memory, own in zip(memories, views, strict=True)]
-        readouts = [one for one in answers if one is not None]
+        readouts = self._answers(memories, views, q)
         q, k, bias = self.positions(q, k, view.places, segment)
-        need_lse = any(one.lse is not None for one in readouts)
-        found = segment_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            view.places.visibility,
-            bias=bias,
-            dropout=self.dropout if self.training else 0.0,
-            backend=self.backend,
-            return_lse=need_lse,
-        )
-        attended, lse = found if isinstance(found, tuple) else (found, None)
-        out: Tensor = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
+        split = memories[0].beyond and self.gate is not None
+        need_lse = split or any(one.lse is not None for one in readouts)
+        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+        if split:
+            bank, exact = parted(view.places.visibility)
+            out, lse = self._attend(q, k[:, :, : bank.keys], v[:, :, : bank.keys], bank, cut(bias, 0, bank.keys), True)
+            readouts.append(gated(Readout(out, lse=lse), cast(Tensor, self.gate)[0].tanh()))
+            attended, lse = self._attend(
+                q, k[:, :, bank.keys :], v[:, :, bank.keys :], exact, cut(bias, bank.keys, None), True
+            )
+        else:
+            attended, lse = self._attend(q, k, v, view.places.visibility, bias, need_lse)
+        out = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
         losses: Losses = {}
         after, trace = [], Trace(x, out, self)
         for memory, own in zip(memories, views, strict=True):
@@ -128,6 +139,29 @@ class MemoryAttention(nn.Module):
             for name, value in found_losses.items():
                 losses[name] = losses[name] + value if name in losses else value
         return out, tuple(after), losses
+
+    def _answers(self, memories: Sequence[Memory[Any]], views: Sequence[View], q: Tensor) -> list[Readout]:
+        """Return what the memories answer to queries q, gated where the layer is."""
+        found = []
+        row = int(memories[0].beyond)
+        for memory, view in zip(memories, views, strict=True):
+            one = memory.recall(view, q)
+            if one is None:
+                continue
+            if self.gate is not None and not memory.native:
+                one, row = gated(one, self.gate[row].tanh()), row + 1
+            found.append(one)
+        return found
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, need_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return outputs and, where needed, the log-sum-exp, of (rows, heads, n, head_dim) tensors."""
+        dropout = self.dropout if self.training else 0.0
+        found = segment_attention(
+            q, k, v, visibility, bias=bias, dropout=dropout, backend=self.backend, return_lse=need_lse
+        )
+        return found if isinstance(found, tuple) else (found, None)
 
     def _queries(self, x: Tensor) -> Tensor:
         """Return (rows, segment, heads, head_dim), without positions."""
@@ -147,7 +181,7 @@ class MemoryAttention(nn.Module):
             position: (rows,) int64, tokens of each row's document read so far.
         """
         layout = self.memory.layout()
-        if layout is None or self.beside:
+        if layout is None or self.beside or self.gate is not None:
             return None
         cache, bank = self.memory.carried(state[0])
         hidden = opened(layout, cache, bank, position)

@@ -73,6 +73,7 @@ class SinkMemory(Memory[SinkState]):
     """
 
     by_layer = True
+    native = True
 
     def __init__(self, dim: int, count: int = 4, skip: int = 512) -> None:
         super().__init__(dim)
