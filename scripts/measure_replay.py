@@ -38,7 +38,10 @@ def stacks(window: int) -> dict[str, list[Make]]:
     exact: Make = partial(RecurrentMemory, window=window)
     return {
         # As published: nothing is carried but the slots.
-        "memformer": [NoMemory, partial(SlotMemory, count=16, interval=window, write=None, shift=False)],
+        "memformer": [
+            NoMemory,
+            partial(SlotMemory, count=16, interval=window, write=None, shift=False, temperature=0.25),
+        ],
         "recurrent": [exact],
         "compressed": [partial(CompressedMemory, window=window, rate=4, length=window // 4)],
         "associative": [exact, AssociativeMemory],

@@ -104,7 +104,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "associative-infini": associative(erase=False, feature=Elu, share=True),
     "associative-armt": associative(feature=partial(Dpfp, order=2)),
     "slots": slots(),
-    "slots-memformer": slots(write=None, shift=False),
+    "slots-memformer": slots(write=None, shift=False, temperature=0.25),
     "retrieval": beside(retrieval),
     "sinks": beside(lambda window, rate, length: partial(SinkMemory, count=min(length + 1, window + 1), skip=window)),
     "tokens": beside(lambda window, rate, length: partial(TokenMemory, count=2, interval=max(length, 1))),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from memtx import files
-from memtx.data.tokenizers import Tokenizer, tokenizer_from_json
+from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
@@ -25,7 +25,8 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
 
     Args:
         path: a training checkpoint (``.ckpt``); a run's folder, of which the best checkpoint is taken, else the
-            newest; or a pretrained folder with config.json, model.safetensors and tokenizer.json.
+            newest; or a pretrained folder with config.json, model.safetensors and tokenizer.json, of ours or of a
+            published decoder.
 
     Raises:
         CheckpointError: missing, damaged, of something else, or without a tokenizer.
@@ -39,11 +40,10 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
         if not (place / TOKENIZER).is_file():
             raise CheckpointError(f"'{place}' has no {TOKENIZER}.", "Put the tokenizer it was trained with beside it.")
         model = MemoryTransformer.from_pretrained(place)
-        text = (place / TOKENIZER).read_bytes().decode("utf-8", "replace")
+        tokenizer = load_tokenizer(place / TOKENIZER)
     else:
         model = MemoryTransformer.from_pretrained(place)
-        text = _tokenizer_text(place)
-    tokenizer = _tokenizer(text, place)
+        tokenizer = _tokenizer(_tokenizer_text(place), place)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"'{place}' has a tokenizer of {tokenizer.vocab_size} tokens and a model of {model.vocab_size}.",

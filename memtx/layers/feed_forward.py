@@ -6,30 +6,39 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class SwiGLU(nn.Module):
-    """Gated by a SiLU (GLU variants, Shazeer 2020).
+    """Gated by a SiLU, or another non-linearity (GLU variants, Shazeer 2020).
 
     Args:
         dim: width of the hidden states.
         hidden: inner width; by default 8/3 dim, rounded up to a multiple of 64, so that the parameters are
             about those of the classic one.
         dropout: on the inner states.
+        bias: whether the maps have biases.
+        activation: makes the gate's non-linearity.
     """
 
-    def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        bias: bool = False,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+    ) -> None:
         super().__init__()
         hidden = hidden if hidden is not None else -(-8 * dim // (3 * 64)) * 64
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.out = nn.Linear(hidden, dim, bias=bias)
+        self.activation = activation()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (rows, segment, dim) to the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.out(self.dropout(F.silu(gate) * up))
+        out: Tensor = self.out(self.dropout(self.activation(gate) * up))
         return out
 
 

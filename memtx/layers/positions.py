@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
+from memtx.layers.frequencies import Frequencies
 from memtx.memory.base import Places
 from memtx.ops.attention.bias import Bias
-from memtx.ops.rotary import angles, rotate
+from memtx.ops.rotary import rotate, turned_by
 from memtx.segment import Segment
 
 Once = Callable[[Hashable, Callable[[], Any]], Any]
@@ -61,6 +62,14 @@ class Positions(nn.Module, ABC):
         return None
 
 
+class NoPositions(Positions):
+    """Scores by content alone, for models whose embeddings say where a token stands."""
+
+    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+        """Leave both."""
+        return q, k, None
+
+
 class Rotary(Positions):
     """Rotary embedding (RoFormer, Su et al. 2021, section 3.2).
 
@@ -68,32 +77,42 @@ class Rotary(Positions):
         heads: query heads.
         head_dim: width of a head, even.
         base: the slowest rotation's period is about 2 pi times this.
+        frequencies: makes how fast the pairs turn from (head_dim, base).
 
     Raises:
         MemtxError: the width of a head is odd.
     """
 
-    def __init__(self, heads: int, head_dim: int, base: float = 10000.0) -> None:
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        base: float = 10000.0,
+        frequencies: Callable[[int, float], Frequencies] = Frequencies,
+    ) -> None:
         super().__init__(heads, head_dim)
         if head_dim % 2:
             raise MemtxError(f"Rotary positions need an even width of a head, got {head_dim}.", "Change dim or heads.")
         self.base = base
+        self.frequencies = frequencies(head_dim, base)
 
     def extra_repr(self) -> str:
         """Say the base."""
         return f"base={self.base}"
 
+    def _turn(self, tick: Tensor, dtype: torch.dtype) -> Tensor:
+        return turned_by(tick, self.frequencies.inverse(tick.device), dtype, self.frequencies.factor)
+
     def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
         """Rotate both by their ticks."""
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        settings = (Rotary, self.head_dim, self.base, dtype)
+        settings = (Rotary, self.frequencies.settings, dtype)
 
         def of_keys() -> Tensor:
-            return angles(places.tick, self.head_dim, self.base, dtype)
+            return self._turn(places.tick, dtype)
 
         def of_queries() -> Tensor:
-            tick = torch.arange(segment.length, device=q.device)[None]
-            return angles(tick, self.head_dim, self.base, dtype)
+            return self._turn(torch.arange(segment.length, device=q.device)[None], dtype)
 
         q = rotate(q, segment.once(settings, of_queries))
         return q, rotate(k, places.visibility.once(settings, of_keys)), None
@@ -101,8 +120,8 @@ class Rotary(Positions):
     def placed(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
         """Rotate by the position itself: angles are float64, so they stay true however long the stream is."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (Rotary, self.head_dim, self.base, dtype, id(position))
-        return rotate(x, once(key, lambda: angles(position, self.head_dim, self.base, dtype)))
+        key = (Rotary, self.frequencies.settings, dtype, id(position))
+        return rotate(x, once(key, lambda: self._turn(position, dtype)))
 
 
 class Alibi(Positions):

@@ -97,7 +97,7 @@ class Readout:
             joined with the layer's attention as if all had stood in one softmax; minus infinity where nothing
             was there to be read.
         gate: broadcasts to ``out``, from 0 to 1, the share that ``out`` gets; the rest is the attention's. With
-            neither, ``out`` is added.
+            neither, ``out`` is added. With both, the share is the gate times that in one softmax.
     """
 
     out: Tensor
@@ -131,10 +131,18 @@ class Memory(nn.Module, ABC, Generic[S]):
 
     Attributes:
         depends_on: what of the layer a write is made of.
+        by_layer: whether its answers are made by the layer's own projections, and so of its heads' width, which may
+            differ from dim / heads.
+        beyond: whether the first section of what it opens stands for what lies beyond the exact window.
+        native: whether what it shows is what the layer would have seen with a longer window, so that it needs no gate
+            in a model that was trained without it.
         interval: tokens of a document after which it writes once; None if it writes at every token.
     """
 
     depends_on: ClassVar[Literal["nothing", "input", "output", "top"]] = "input"
+    by_layer: ClassVar[bool] = False
+    beyond: ClassVar[bool] = False
+    native: ClassVar[bool] = False
     interval: int | None = None
 
     def __init__(self, dim: int) -> None:

@@ -100,6 +100,8 @@ class CompressedMemory(Memory[CompressedState]):
         MemtxError: a number is out of range.
     """
 
+    beyond = True
+
     def __init__(
         self,
         dim: int,

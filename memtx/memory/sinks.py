@@ -72,6 +72,9 @@ class SinkMemory(Memory[SinkState]):
         MemtxError: a number is out of range, or the first tokens would be needed before they are all there.
     """
 
+    by_layer = True
+    native = True
+
     def __init__(self, dim: int, count: int = 4, skip: int = 512) -> None:
         super().__init__(dim)
         at_least(1, count=count, skip=skip)

@@ -55,6 +55,7 @@ class TokenMemory(Memory[TokenState]):
     """
 
     depends_on = "top"
+    by_layer = True
 
     def __init__(self, dim: int, count: int = 8, interval: int = 128) -> None:
         super().__init__(dim)

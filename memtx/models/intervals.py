@@ -24,6 +24,12 @@ from memtx.state import MemoryState
 Layers = tuple[tuple[Any, ...], ...]
 Through = Callable[[Tensor, Layers, Segment], tuple[list[Tensor], Layers, Losses]]
 
+LONGEST = 4096
+"""Tokens of all rows read at once on the CPU without a gradient: what a layer makes of them stays in the cache."""
+
+SHORTEST = 1024
+"""Tokens a row of such a part at least: every part projects the layers' whole caches anew."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -59,6 +65,22 @@ class Tokens:
                 "Give one stack for all layers.",
             )
         return cls(tuple(layer[0][0] for layer in found), *settings.pop())
+
+
+def parts_of(tokens: Tensor, blocks: Sequence[Block]) -> list[int]:
+    """Return the ticks at which the parts end that a call is read in; none for it whole.
+
+    Args:
+        tokens: (rows, segment).
+        blocks: the layers.
+    """
+    rows, length = tokens.shape
+    part = max(LONGEST // rows, SHORTEST)
+    if length <= part or tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return []
+    if any(memory.cut_matters for block in blocks for memory in block.attention.memories):
+        return []
+    return [*range(part, length, part), length]
 
 
 def in_parts(

@@ -6,42 +6,35 @@ vocabulary. The module holds weights only; what is carried between segments come
 
 from __future__ import annotations
 
+import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import MemtxError, at_least
+from memtx import specs
+from memtx.errors import CheckpointError, MemtxError, at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
 from memtx.layers.positions import Positions, Rotary
-from memtx.memory.base import Losses, Memory
+from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
-from memtx.models import folder
 from memtx.models.calls import check_call
-from memtx.models.intervals import Layers, Tokens, by_intervals, in_parts
+from memtx.models.intervals import Layers, Tokens, by_intervals, in_parts, parts_of
+from memtx.models.mounting import MakeMemory, stacked
+from memtx.models.published import load
+from memtx.models.published.layout import PublishedModel
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
 from memtx.state import MemoryState
-
-LONGEST = 4096
-"""Tokens of all rows read at once on the CPU without a gradient: what a layer makes of them stays in the cache."""
-
-SHORTEST = 1024
-"""Tokens a row of such a part at least: every part projects the layers' whole caches anew."""
-
-MakeMemory = Callable[[int], Memory[Any]]
-"""Makes a layer's memory from the width of the hidden states.
-
-In a union it stands behind its sequence: jsonargparse tries in order, and would take a list for a callable.
-"""
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class MemoryOutput:
     losses: Losses
 
 
-class MemoryTransformer(folder.Kept):
+class MemoryTransformer(PublishedModel):
     """A pre-norm decoder with a memory in every layer.
 
     Attributes:
@@ -89,6 +82,12 @@ class MemoryTransformer(folder.Kept):
         feed_forward: makes the position-wise part from dim; ``FeedForward`` is the classic choice.
         positions: makes what scores learn distances by from (heads, head_dim); ``Alibi`` is the other choice.
         bias: whether attention's projections have biases.
+        out_bias: whether its last one has; as the others by default.
+        head_dim: width of a head; dim / heads by default.
+        head_norm: makes a normalisation of each head's queries, and one of its keys, from head_dim; None for none.
+        absolute: makes what is added to embeddings by position from dim, such as ``LearnedPositions``; None for none.
+        gated: whether what memories show beyond the exact window enters each layer by a learned gate a head that begins
+            at 0, so that a model trained without them computes what it computed (see :meth:`with_memory`).
         dropout: of embeddings and of what each part adds to the residual stream.
         attention_dropout: of attention weights (slower: no fused kernel has it).
         tie_embeddings: whether the output projection is the embedding.
@@ -110,6 +109,11 @@ class MemoryTransformer(folder.Kept):
         feed_forward: Callable[[int], nn.Module] = SwiGLU,
         positions: Callable[[int, int], Positions] = Rotary,
         bias: bool = False,
+        out_bias: bool | None = None,
+        head_dim: int | None = None,
+        head_norm: Callable[[int], nn.Module] | None = None,
+        absolute: Callable[[int], nn.Module] | None = None,
+        gated: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         tie_embeddings: bool = True,
@@ -137,6 +141,7 @@ class MemoryTransformer(folder.Kept):
             raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without.")
         per_layer = stacks if len(stacks) == depth else stacks * depth
         self.embedding = nn.Embedding(vocab_size, dim)
+        self.absolute = absolute(dim) if absolute is not None else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -145,11 +150,15 @@ class MemoryTransformer(folder.Kept):
                     heads,
                     kv_heads,
                     stack[0](dim),
-                    positions(heads, dim // heads),
+                    positions(heads, head_dim if head_dim is not None else dim // heads),
                     bias=bias,
+                    out_bias=out_bias,
+                    head_dim=head_dim,
+                    head_norm=head_norm,
                     dropout=attention_dropout,
                     backend=backend,
                     beside=[memory(dim) for memory in stack[1:]],
+                    gated=gated,
                 ),
                 feed_forward(dim),
                 norm(dim),
@@ -158,14 +167,79 @@ class MemoryTransformer(folder.Kept):
             )
             for stack in per_layer
         )
-        self.tokens = Tokens.of(self._layers())
-        if self.tokens is not None:
-            self.asking = nn.Parameter(torch.empty(self.tokens.count, dim))
+        self._find_tokens()
         self.norm = norm(dim)
         self.head = nn.Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
         if tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], window: int | None = None) -> Self:
+        """Build the model kept at ``path``, in eval mode: ours, or a published decoder.
+
+        Args:
+            path: a folder of :meth:`save_pretrained`, a training checkpoint, or a folder in the layout of the
+                ``transformers`` library of a Llama, Mistral, Qwen 2, Qwen 3 or GPT-2.
+            window: of such a folder alone, exact positions seen; by default those the model was trained with, at most
+                4096. Layers that were trained with a narrower window keep it.
+
+        Raises:
+            CheckpointError: missing, damaged, of another class, or with tensors that do not fit; all are named.
+            MemtxError: a window for a model of ours.
+        """
+        if not load.is_published(path) and window is None:
+            return super().from_pretrained(path)
+        made = load.from_pretrained(path, window)
+        if not isinstance(made, cls):
+            raise CheckpointError(
+                f"'{path}' holds a {type(made).__name__}, expected {cls.__name__}.",
+                "memtx.from_pretrained picks the class by itself.",
+            )
+        return made
+
+    def with_memory(
+        self,
+        memories: Sequence[MakeMemory] | MakeMemory = (),
+        *,
+        window: int | None = None,
+        sinks: int = 4,
+        layers: Sequence[int] | None = None,
+        gated: bool = True,
+    ) -> Self:
+        """Return a model of the same weights, shared with this one, with a window, sinks and other memories.
+
+        Args:
+            memories: added to the chosen layers, made from dim. One that carries the segment itself, such as
+                ``CompressedMemory``, takes the window's place there.
+            window: exact positions seen; None for as many as each layer sees now, which is also the most.
+            sinks: first tokens of the document that every layer goes on seeing; 0 for none.
+            layers: which get the memories, from 0, negative from the end; None for all.
+            gated: whether memories enter by gates that begin at 0, so that what is computed changes with training.
+
+        Raises:
+            MemtxError: a number is out of range, or a memory cannot stand where it is put.
+        """
+        given = list(memories) if isinstance(memories, Sequence) else [memories]
+        stacks = stacked(self._layers(), given, window, sinks, layers)
+        # The modules are copied, their numbers are not.
+        made = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+        weight = self.embedding.weight
+        for block, stack in zip(made._layers(), stacks, strict=True):
+            block.attention.mount(stack.memories[0], stack.memories[1:], gated=gated)
+        made._find_tokens()
+        if made.tokens is not None:
+            nn.init.normal_(made.asking, std=0.02)
+        made.to(weight.device, weight.dtype)
+        arguments = {"memories": [specs.plain(stack.makers) for stack in stacks], "gated": gated}
+        made.config = {**self.config, "init_args": {**self.config["init_args"], **arguments}}
+        return made.train(self.training)
+
+    def memory_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name what belongs to the memories: their own parameters, gates, and tokens that ask."""
+        parts = (".attention.memory.", ".attention.beside.", ".attention.gate")
+        named = self.named_parameters()
+        return {name: one for name, one in named if name == "asking" or any(part in name for part in parts)}
 
     def reset_parameters(self) -> None:
         """Draw all weights anew (GPT-2's rule: residual maps narrower by the square root of their number)."""
@@ -177,6 +251,12 @@ class MemoryTransformer(folder.Kept):
         for block in self._layers():
             block.attention.reset_parameters(std, residual_std)
             reset_linear(block.feed_forward, std, residual_std)
+
+    def _find_tokens(self) -> None:
+        """Take down what the layers have of memory tokens, and make the tokens that ask for them."""
+        self.tokens = Tokens.of(self._layers())
+        if self.tokens is not None:
+            self.asking = nn.Parameter(torch.empty(self.tokens.count, self.dim))
 
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
@@ -228,13 +308,12 @@ class MemoryTransformer(folder.Kept):
             raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.locate(state.position, tokens.shape[1], starts)
-        x = self.dropout(self.embedding(tokens))
+        x = self.dropout(self._embedded(tokens, segment.position))
         through = partial(self._through, keep=return_hidden)
         if self.tokens is not None:
             given = self._layers(), self.tokens, self.asking, x, state, segment, starts
             hidden, layers, losses = by_intervals(through, *given)
-        elif part := self._part(tokens):
-            stops = [*range(part, segment.length, part), segment.length]
+        elif stops := parts_of(tokens, self._layers()):
             hidden, layers, losses = in_parts(through, stops, x, state, starts)
         else:
             hidden, layers, losses = through(x, state.layers, segment)
@@ -258,14 +337,10 @@ class MemoryTransformer(folder.Kept):
             losses,
         )
 
-    def _part(self, tokens: Tensor) -> int:
-        """Return the length of the parts that a long call is read in without a gradient; 0 for it whole."""
-        rows, length = tokens.shape
-        part = max(LONGEST // rows, SHORTEST)
-        if length <= part or tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return 0
-        cut_matters = any(memory.cut_matters for block in self._layers() for memory in block.attention.memories)
-        return 0 if cut_matters else part
+    def _embedded(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Return (..., dim) of tokens at positions, both (...) int64."""
+        x: Tensor = self.embedding(tokens)
+        return x if self.absolute is None else x + self.absolute(position)
 
     def _through(self, x: Tensor, states: Layers, segment: Segment, keep: bool) -> tuple[list[Tensor], Layers, Losses]:
         """Return the last layer's output, behind x and the others' where these are kept, next states and losses."""
@@ -307,7 +382,7 @@ class MemoryTransformer(folder.Kept):
         Returns:
             (rows, vocab) logits.
         """
-        x = self.embedding(tokens)
+        x = self._embedded(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
         logits: Tensor = self.head(self.norm(x))

@@ -22,9 +22,15 @@ def angles(tick: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tens
     Returns:
         (rows, entries, 1, head_dim / 2, 2): the cosine, then the sine.
     """
-    inverse = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=tick.device) / head_dim)
+    return turned_by(
+        tick, base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=tick.device) / head_dim), dtype
+    )
+
+
+def turned_by(tick: Tensor, inverse: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
+    """Return the same for pairs that turn by ``inverse`` (head_dim / 2,) float64 a tick, times ``factor``."""
     angle = tick.to(torch.float64)[..., None, None] * inverse
-    return torch.stack([angle.cos(), angle.sin()], dim=-1).to(dtype)
+    return (torch.stack([angle.cos(), angle.sin()], dim=-1) * factor).to(dtype)
 
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:

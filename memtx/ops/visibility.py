@@ -113,6 +113,21 @@ class Visibility(Once):
         return self.born.shape[1]
 
 
+def parted(visibility: Visibility) -> tuple[Visibility, Visibility]:
+    """Return who sees whom of the keys in the first section, and of the others; made once."""
+
+    def make() -> tuple[Visibility, Visibility]:
+        assert visibility.pattern is None, "a pattern is of all keys"
+        first, *rest = visibility.sections
+        born, expires, n = visibility.born, visibility.expires, first.keys
+        return (
+            Visibility(born[:, :n], expires[:, :n], visibility.queries, (first,)),
+            Visibility(born[:, n:], expires[:, n:], visibility.queries, tuple(rest)),
+        )
+
+    return visibility.once("parted", make)
+
+
 def visible(
     visibility: Visibility, queries: tuple[int, int] | None = None, keys: tuple[int, int] | None = None
 ) -> Tensor:

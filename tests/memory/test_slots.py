@@ -21,11 +21,14 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 DIM, HEADS, COUNT = 8, 2, 3
 FINE = DIM // HEADS
+TEMPERATURE = 0.5
 
 
 def made(seed: int = 0, **options: Any) -> SlotMemory:
     torch.manual_seed(seed)
-    memory = SlotMemory(DIM, **({"count": COUNT, "interval": 4, "heads": HEADS} | options)).double()
+    memory = SlotMemory(
+        DIM, **({"count": COUNT, "interval": 4, "heads": HEADS, "temperature": TEMPERATURE} | options)
+    ).double()
     with torch.no_grad():
         for parameter in memory.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
@@ -64,7 +67,7 @@ def written(memory: SlotMemory, slots: Tensor, x: Tensor) -> Tensor:
             q = memory.slot_query(slot)[own]
             keys = torch.cat([memory.slot_key(slot)[None], memory.key(x)])[:, own]
             values = torch.cat([memory.slot_value(slot)[None], memory.value(x)])[:, own]
-            found.append(torch.softmax(keys @ q * FINE**-0.5, 0) @ values)
+            found.append(torch.softmax(keys @ q * FINE**-0.5 / TEMPERATURE, 0) @ values)
         new = unit(torch.cat(found) + bias)
         if memory.write_gate is not None:
             new = slot + memory.write_gate(torch.cat([slot, new])) * (new - slot)
@@ -159,6 +162,7 @@ def test_writing_has_a_price_in_training_alone() -> None:
         ({"interval": 0}, "interval is 0"),
         ({"heads": 3}, "3 heads"),
         ({"cost": -0.1}, "cost is -0.1"),
+        ({"temperature": 0}, "temperature is 0"),
     ],
 )
 def test_refuses(options: dict[str, Any], says: str) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from memtx import CompressedMemory, MemoryTransformer
-from memtx.models.memory_transformer import LONGEST, SHORTEST
+from memtx.models.intervals import LONGEST, SHORTEST
 
 LENGTH = LONGEST + SHORTEST + 7
 ROUNDING = 1e-10

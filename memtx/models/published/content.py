@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from memtx import files
 from memtx.errors import CheckpointError
+from memtx.models.published.stored import InMemory, Stored, in_file
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -58,6 +59,23 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     return place.read_bytes().decode("utf-8"), config
 
 
+@dataclass(frozen=True)
+class Opened:
+    """What a folder holds, its tensors still on disk.
+
+    Attributes:
+        place: the folder.
+        text: config.json, word for word.
+        config: the same, read.
+        tensors: every tensor by its name in the layout.
+    """
+
+    place: Path
+    text: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+
 def read(path: str | os.PathLike[str]) -> Content:
     """Read a folder.
 
@@ -66,11 +84,35 @@ def read(path: str | os.PathLike[str]) -> Content:
     """
     place = Path(path)
     text, config = read_config(place)
-    for name, reader in ((WEIGHTS, _from_safetensors), (PICKLED, _from_pickle)):
+    return Content(place, text, config, _gathered(place, _from_safetensors, _from_pickle))
+
+
+def opened(path: str | os.PathLike[str]) -> Opened:
+    """Look into a folder without reading its tensors; those of a pickle are mapped.
+
+    Raises:
+        CheckpointError: as :func:`read`.
+    """
+    place = Path(path)
+    text, config = read_config(place)
+
+    def mapped(path: Path) -> Mapping[str, Stored]:
+        return {name: InMemory(tensor) for name, tensor in _from_pickle(path, mapped=True).items()}
+
+    return Opened(place, text, config, _gathered(place, in_file, mapped))
+
+
+T = TypeVar("T")
+Reader = Callable[[Path], Mapping[str, T]]
+
+
+def _gathered(place: Path, safe: Reader[T], pickled: Reader[T]) -> dict[str, T]:
+    """Return what the readers find in the folder's files."""
+    for name, reader in ((WEIGHTS, safe), (PICKLED, pickled)):
         if (place / name).is_file():
-            return Content(place, text, config, reader(place / name))
+            return dict(reader(place / name))
         if (place / (name + INDEX)).is_file():
-            tensors = {}
+            tensors: dict[str, T] = {}
             for part, named in _parts(place / (name + INDEX)).items():
                 if not (place / part).is_file():
                     raise CheckpointError(f"'{place}' lacks {part}, which its index names.", "Fetch the missing file.")
@@ -81,7 +123,7 @@ def read(path: str | os.PathLike[str]) -> Content:
                         "Index and files do not belong together; fetch both again.",
                     )
                 tensors.update(found)
-            return Content(place, text, config, tensors)
+            return tensors
     raise CheckpointError(
         f"'{place}' has neither {WEIGHTS} nor {PICKLED}, nor an index of either.",
         "Give the folder that holds the whole checkpoint.",
@@ -116,9 +158,9 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}.", "Fetch it again.") from error
 
 
-def _from_pickle(path: Path) -> dict[str, Tensor]:
+def _from_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path}' holds more than tensors, and a pickle can run anything.",
@@ -128,7 +170,7 @@ def _from_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is not a whole file ({type(error).__name__}).", "Fetch it again.") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"'{path}' is no table of tensors by name.", "Give the weights of a model.")
-    return {str(name): tensor.clone() for name, tensor in content.items()}
+    return {str(name): tensor if mapped else tensor.clone() for name, tensor in content.items()}
 
 
 def write(path: str | os.PathLike[str], text: str, tensors: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from memtx.errors import CheckpointError, MemtxError
 from memtx.models import folder
 from memtx.models.published import content
 from memtx.models.published.content import Content
+from memtx.models.published.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ class Origin:
 
     Attributes:
         text: config.json, word for word.
-        names: name in the checkpoint -> the model's own.
+        names: name in the checkpoint -> what of the model is kept under it.
         dtypes: name in the checkpoint -> type on disk.
         kept: what belongs to no part of the model, by name.
     """
 
     text: str
-    names: Mapping[str, str]
+    names: Mapping[str, Piece]
     dtypes: Mapping[str, torch.dtype]
     kept: Mapping[str, Tensor]
 
@@ -98,7 +99,7 @@ class PublishedModel(folder.Kept):
                 "save_pretrained writes a model of our own.",
             )
         weights = self.state_dict()
-        tensors = {name: weights[own].to(origin.dtypes[name]) for name, own in origin.names.items()}
+        tensors = {name: piece.taken(weights).to(origin.dtypes[name]) for name, piece in origin.names.items()}
         content.write(path, origin.text, {**origin.kept, **tensors})
 
 
@@ -123,7 +124,7 @@ def load(model: PublishedModel, found: Content, layout: Layout) -> None:
     own = model.state_dict()
     by_modern = {layout.modern(name): name for name in found.tensors}
     twice = sorted(set(found.tensors) - set(by_modern.values()))
-    names: dict[str, str] = {}
+    names: dict[str, Piece] = {}
     kept: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
     wrong = [f"has {name} under two names" for name in twice]
@@ -144,7 +145,7 @@ def load(model: PublishedModel, found: Content, layout: Layout) -> None:
         for name in present:
             # The same numbers under two names are one weight; other numbers are something that the model does not use.
             if name in present[:1] or _same(found.tensors[name], given):
-                names[name] = part
+                names[name] = Piece.of(part)
             else:
                 kept[name] = found.tensors[name]
     for modern, name in by_modern.items():
@@ -161,7 +162,7 @@ def load(model: PublishedModel, found: Content, layout: Layout) -> None:
         )
     dtypes = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point()]
     if dtypes:
-        model.to(_widest(dtypes))
+        model.to(widest(dtypes))
     model.load_state_dict(weights)
     # A name may be one part's second choice and another's first.
     kept = {name: tensor for name, tensor in kept.items() if name not in names}
@@ -173,7 +174,8 @@ def _prefixed(found: Content, layout: Layout) -> bool:
     return any(name.startswith(layout.prefix) for name in found.tensors)
 
 
-def _widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Return the type that holds numbers of all these types."""
     widest, *others = dtypes
     for dtype in others:
         widest = torch.promote_types(widest, dtype)

@@ -10,14 +10,14 @@ from typing import cast
 
 from torch import nn
 
-from memtx.errors import CheckpointError, nearest
+from memtx.errors import CheckpointError, MemtxError, nearest
 from memtx.models import folder
 from memtx.models.published import content
-from memtx.models.published.content import Content
+from memtx.models.published.content import Content, Opened
 from memtx.models.published.layout import PublishedModel
 
 # The one table of names that stand for classes: model_type is someone else's format.
-KNOWN = {
+ENCODERS = {
     "bert": "memtx.models.published.bert",
     "big_bird": "memtx.models.published.bigbird",
     "distilbert": "memtx.models.published.distilbert",
@@ -25,31 +25,51 @@ KNOWN = {
     "reformer": "memtx.models.published.reformer",
     "transfo-xl": "memtx.models.published.transformer_xl",
 }
+DECODERS = {
+    "gpt2": "memtx.models.published.gpt2",
+    "llama": "memtx.models.published.llama",
+    "mistral": "memtx.models.published.llama",
+    "qwen2": "memtx.models.published.llama",
+    "qwen3": "memtx.models.published.llama",
+}
+KNOWN = ENCODERS | DECODERS
 
 
-def from_pretrained(path: str | os.PathLike[str]) -> nn.Module:
+def is_published(path: str | os.PathLike[str]) -> bool:
+    """Return whether ``path`` is a folder in the layout of the ``transformers`` library, of whatever kind."""
+    return (Path(path) / content.CONFIG).is_file() and "model_type" in content.read_config(path)[1]
+
+
+def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> nn.Module:
     """Build the model kept at ``path``, in eval mode, on the CPU, in the type its weights are kept in.
 
     Args:
         path: a folder of ours, a training checkpoint file, or a folder in the layout of the ``transformers`` library
             (config.json with a ``model_type``, beside model.safetensors or pytorch_model.bin).
+        window: of a published decoder alone, exact positions seen; by default those it was trained with, at most 4096.
+            Layers that were trained with a narrower window keep it.
 
     Raises:
         CheckpointError: missing, damaged, of an unknown ``model_type``, or with tensors that are missing, unknown or
             of another shape; all of them are named.
+        MemtxError: a window for a model that has its own.
     """
     place = Path(path)
-    if not (place / content.CONFIG).is_file():
-        return folder.load(place)
-    _, config = content.read_config(place)
-    if "model_type" not in config:
-        return folder.load(place)
-    kind = str(config["model_type"])
-    if kind not in KNOWN:
+    kind = str(content.read_config(place)[1]["model_type"]) if is_published(place) else None
+    if kind in DECODERS:
+        decoder = importlib.import_module(DECODERS[kind])
+        return cast(Callable[[Opened, int | None], PublishedModel], decoder.build)(content.opened(place), window)
+    if kind is not None and kind not in KNOWN:
         raise CheckpointError(
             f"'{place}' has model_type '{kind}', known are {', '.join(sorted(KNOWN))}.{nearest(kind, KNOWN)}",
             "Give a checkpoint of one of these.",
         )
-    module = importlib.import_module(KNOWN[kind])
-    build = cast(Callable[[Content], PublishedModel], module.build)
-    return build(content.read(place))
+    if window is not None:
+        raise MemtxError(
+            f"window is {window}, but '{place}' is no published decoder.",
+            "Leave it out; with_memory gives a memory transformer another one.",
+        )
+    if kind is None:
+        return folder.load(place)
+    module = importlib.import_module(ENCODERS[kind])
+    return cast(Callable[[Content], PublishedModel], module.build)(content.read(place))

@@ -5,7 +5,7 @@ Distance is the query's tick minus the key's: positive for the past.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ class RelativeBias:
 
 
 ScoreBias = Bias | RelativeBias
+
+
+def cut(bias: ScoreBias | None, start: int, stop: int | None) -> ScoreBias | None:
+    """Return the bias of the keys [start, stop) alone."""
+    return None if bias is None else replace(bias, tick=bias.tick[:, start:stop])
 
 
 def learns(bias: ScoreBias | None) -> bool:
