@@ -20,7 +20,8 @@ import measuring
 import torch
 
 from memtx import plots
-from memtx.evaluation.recall import Recall, accuracy
+from memtx.data.episodes.recall import Recall
+from memtx.evaluation.accuracy import accuracy
 from memtx.layers.feed_forward import FeedForward
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from memtx.data.batch import IGNORED
+from memtx.data.episodes.recall import Recall
 from memtx.errors import MemtxError
-from memtx.evaluation.recall import Recall, accuracy
-from memtx.ops.cross_entropy import IGNORED
+from memtx.evaluation.accuracy import accuracy
 from memtx.state import MemoryState
 
 tasks = st.integers(1, 5).flatmap(

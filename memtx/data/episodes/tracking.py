@@ -1,0 +1,84 @@
+"""State tracking: elements that change places by tokens all along, and "who is where?" (T5).
+
+To look tokens up does not answer it: every exchange counts, in order. Exchanges of five elements make the symmetric
+group S5, whose word problem no fixed number of attention layers solves at every length (Merrill et al. 2024, section
+3); a recurrent state can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from memtx.data.episodes.base import Ask, Part, Task, distinct
+from memtx.errors import MemtxError
+
+
+@dataclass(frozen=True)
+class Tracking(Task):
+    """Tokens: a question for each place, the elements that answer, an exchange for each two places, noise.
+
+    Element i begins at place i. A segment that asks has its questions, one for each place, behind its exchanges.
+
+    Attributes:
+        elements: that change places.
+        exchanges: a segment.
+
+    Raises:
+        MemtxError: they do not fit.
+    """
+
+    elements: int = 5
+    exchanges: int = 2
+
+    def __post_init__(self) -> None:
+        self._enough(exchanges=self.exchanges)
+        if self.elements < 2:
+            raise MemtxError(f"There are {self.elements} elements.", "Give at least 2, so that they can be exchanged.")
+        if self.exchanges + self.elements > self.segment:
+            raise MemtxError(
+                f"{self.exchanges} exchanges and {self.elements} questions do not fit into {self.segment} tokens.",
+                "Give a longer segment.",
+            )
+
+    @property
+    def swaps(self) -> list[tuple[int, int]]:
+        """The two places that each exchange token is about, in the tokens' order."""
+        return list(combinations(range(self.elements), 2))
+
+    @property
+    def meaning(self) -> int:
+        """Questions, elements and exchanges."""
+        return 2 * self.elements + len(self.swaps)
+
+    @property
+    def chance(self) -> float:
+        """One of the elements."""
+        return 1 / self.elements
+
+    def _episode(self, rows: int, segments: int, generator: torch.Generator, ask: Ask) -> Iterator[Part]:
+        state = torch.arange(self.elements).expand(rows, -1)
+        room = self.segment - self.elements
+        for number in range(segments):
+            tokens, labels = self._quiet(rows, generator)
+            at = distinct(rows, room, self.exchanges, generator).sort(1).values
+            which = torch.randint(len(self.swaps), (rows, self.exchanges), generator=generator)
+            tokens.scatter_(1, at, 2 * self.elements + which)
+            state = self._after(state, which)
+            if number > 0 and (ask == "later" or number == segments - 1):
+                places = torch.rand(rows, self.elements, generator=generator).argsort(1)
+                tokens[:, room:] = places
+                labels[:, room:] = self.elements + state.gather(1, places)
+            yield tokens, labels
+
+    def _after(self, state: Tensor, which: Tensor) -> Tensor:
+        """Return who is where, (rows, elements), after exchanges (rows, n) in order."""
+        swaps = torch.tensor(self.swaps)
+        for one in which.unbind(1):
+            places = swaps[one]  # (rows, 2)
+            state = state.scatter(1, places, state.gather(1, places.flip(1)))
+        return state
