@@ -1,0 +1,257 @@
+"""Every memory at equal parameters and equal tokens, on the drawn tasks T1-T5 and on real books, three seeds.
+
+    python scripts/compare_memories.py [--tasks NAME ...] [--kinds NAME ...] [--seeds 0 1 2] [--books PATH/pg19-mini]
+
+Drawn tasks: two layers, a window of one segment beside every memory, one gradient through a whole episode, the loss on
+answers alone; accuracy at distances far beyond the trained one. Books (with --books): configs/pg19-mini.yaml's model
+with each memory, --book-steps steps of as many bytes, validation bits per byte. What a memory's own maps take is taken
+from the feed-forward parts. Each figure is kept in --out as it is found, so the script can be stopped and started, and
+the tables are of all that is there. Seconds are the process' own on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+
+from memtx import files, plots, specs
+from memtx.data.episodes.base import Task
+from memtx.data.episodes.copying import Copying
+from memtx.data.episodes.overwrite import Overwrite
+from memtx.data.episodes.recall import Recall
+from memtx.data.episodes.tracking import Tracking
+from memtx.evaluation.accuracy import accuracy
+from memtx.layers.feed_forward import FeedForward, SwiGLU
+from memtx.memory.associative import AssociativeMemory
+from memtx.memory.base import Memory
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.compression import MeanPooling
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.scored import ScoredMemory
+from memtx.memory.slots import SlotMemory
+from memtx.memory.tokens import TokenMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.tbptt import unroll
+
+Make = Callable[[int], Memory[Any]]
+
+TASKS: dict[str, Task] = {
+    "T1 recall": Recall(),
+    "T2 capacity": Recall(pairs=12),
+    "T3 overwriting": Overwrite(times=2),
+    "T4 copying": Copying(),
+    "T5 tracking": Tracking(elements=3),
+}
+DISTANCES = {"T1 recall": [3, 100, 1000], **{name: [1, 3, 32] for name in list(TASKS)[1:]}}
+TRAINED = 3
+"""Segments behind the written ones in training."""
+
+
+def kinds(window: int) -> dict[str, list[Make]]:
+    """Return every kind's stack for a window of one segment."""
+    exact: Make = partial(RecurrentMemory, window=window)
+    quarter = max(window // 4, 1)
+    delta: Any = partial(AssociativeMemory, heads=2, cost=0.1)
+    return {
+        "window": [exact],
+        "recurrent, 2.5 windows": [partial(RecurrentMemory, window=5 * window // 2)],
+        "compressed 4:1": [
+            partial(CompressedMemory, window=window, rate=4, length=3 * window // 2, compression=MeanPooling)
+        ],
+        "scored, exact": [partial(ScoredMemory, window=window, rate=1, length=3 * window // 2)],
+        "associative": [exact, delta],
+        "dual": [partial(ScoredMemory, window=window, rate=1, length=2 * quarter), delta],
+        "slots": [exact, partial(SlotMemory, count=8, interval=window, heads=4)],
+        "tokens": [exact, partial(TokenMemory, count=8, interval=window)],
+        "retrieval": [exact, partial(RetrievalMemory, capacity=16 * window, nearest=8, skip=window, heads=2)],
+    }
+
+
+def sized(make: Callable[[int], MemoryTransformer], target: int) -> int:
+    """Return the feed-forward width at which a model's parameters come nearest to ``target``."""
+
+    def count(hidden: int) -> int:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in make(hidden).parameters())
+
+    low, high = count(8), count(16)
+    return max(8, round(8 + 8 * (target - low) / (high - low)))
+
+
+def drawn(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a kind on a task and return its figures."""
+    task, stack = TASKS[name], kinds(TASKS[name].segment)[kind]
+    dim, rows = arguments.dim, arguments.rows
+
+    def make(hidden: int, memories: Sequence[Make] = stack) -> MemoryTransformer:
+        return MemoryTransformer(
+            task.vocab_size, dim, 2, 2, memories=[memories], feed_forward=partial(FeedForward, hidden=hidden)
+        )
+
+    # What the widest kind has with a feed-forward part of 2 dim.
+    widest = max(
+        sum(one.numel() for one in make(2 * dim, other).parameters()) for other in kinds(task.segment).values()
+    )
+    torch.manual_seed(seed)
+    model, draw = make(sized(make, widest)), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    began = time.process_time()
+    for _ in range(arguments.steps):
+        parts = list(task.episodes(rows, task.written + TRAINED, draw))
+        tokens, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        nowhere, fresh = torch.zeros_like(tokens, dtype=torch.bool), model.init_state(rows)
+        found = unroll(model, tokens, labels, nowhere, fresh, segment=task.segment)
+        optimizer.zero_grad()
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    spent = time.process_time() - began
+    model.eval()
+    shares = {distance: accuracy(model, task, distance, seed=1000 + seed) for distance in DISTANCES[name]}
+    return {
+        "accuracy": shares,
+        "seconds": spent,
+        "steps": arguments.steps,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "state_bytes": model.init_state(1).nbytes,
+    }
+
+
+def read(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a kind on the books and return its figures."""
+    dim, depth, heads, window, stack = 192, 5, 3, 64, kinds(64)[kind]
+    # The heads of the two-layer models do not divide this width.
+    stack = [
+        partial(one.func, **{**one.keywords, "heads": 3}) if "heads" in one.keywords else one  # type: ignore[attr-defined]
+        for one in stack
+    ]
+
+    def make(hidden: int, memories: Sequence[Make] = stack) -> MemoryTransformer:
+        return MemoryTransformer(
+            257, dim, depth, heads, memories=[memories], feed_forward=partial(SwiGLU, hidden=hidden)
+        )
+
+    plain = sum(parameter.numel() for parameter in make(768, [partial(RecurrentMemory, window=window)]).parameters())
+    run = arguments.out / f"books-{kind.replace(' ', '-')}-{seed}"
+    model = "--model.model.init_args"
+    settings = [
+        f"{model}.memories={json.dumps([specs.plain(stack)])}",
+        f"{model}.feed_forward.init_args.hidden={sized(make, plain)}",
+        # Learned writing needs a horizon of two segments at least; the bytes of a step stay.
+        "--data.horizon=2", "--data.rows=16", "--data.eval_tokens=100000",
+        f"--trainer.max_steps={arguments.book_steps}", f"--trainer.val_check_interval={arguments.book_steps}",
+    ]  # fmt: skip
+    began = time.time()
+    command = [
+        sys.executable, "-m", "memtx", "fit", "--config", "configs/pg19-mini.yaml", "--data.root",
+        str(arguments.books), "--run", str(run), "--seed_everything", str(seed), "--data.seed", str(seed),
+        "--ckpt_path", "last", *settings,
+    ]  # fmt: skip
+    with run.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+    lines = list(csv.DictReader((run / "metrics.csv").open()))
+    last = next(line for line in lines[::-1] if line.get("val_bits_per_byte"))
+    return {
+        "bits_per_byte": float(last["val_bits_per_byte"]),
+        "memory_gain": float(last.get("val_memory_gain") or "nan"),
+        "seconds": time.time() - began,
+        "steps": arguments.book_steps,
+    }
+
+
+def tables(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
+    """Return a Markdown table a task, a row a kind: every seed's figure at every distance."""
+    lines: list[str] = []
+    for task, distances in DISTANCES.items():
+        rows = []
+        for kind in kinds(TASKS[task].segment):
+            runs = [found[key] for seed in range(100) if (key := f"{task}/{kind}/{seed}") in found]
+            if not runs:
+                continue
+            cells = [", ".join(f"{run['accuracy'][str(distance)]:.2f}" for run in runs) for distance in distances]
+            spent = statistics.median(run["seconds"] for run in runs)
+            rows.append(f"| {kind} | {' | '.join(cells)} | {spent:.0f} | {runs[0]['state_bytes']:,} |")
+        if rows:
+            head = " | ".join(f"{distance:,} segments" for distance in distances)
+            chance = f"{task} (chance {TASKS[task].chance:.2f})"
+            lines += [f"| {chance} | {head} | s | state bytes |", "|---" * (len(distances) + 3) + "|", *rows, ""]
+    rows = []
+    for kind in kinds(64):
+        runs = [found[key] for seed in range(100) if (key := f"books/{kind}/{seed}") in found]
+        if runs:
+            scores = [", ".join(f"{run[name]:.4f}" for run in runs) for name in ("bits_per_byte", "memory_gain")]
+            rows.append(f"| {kind} | {scores[0]} | {scores[1]} | {statistics.median(r['seconds'] for r in runs):.0f} |")
+    if rows:
+        lines += [f"| books, {arguments.book_steps} steps | bits per byte | worse with it cleared | s |"]
+        lines += ["|---|---|---|---|", *rows, ""]
+    return lines
+
+
+def picture(found: dict[str, dict[str, Any]], path: str) -> None:
+    """Draw T1's mean accuracy by distance, a line a kind."""
+    distances = DISTANCES["T1 recall"]
+    curves = {}
+    for kind in kinds(24):
+        runs = [found[key] for seed in range(100) if (key := f"T1 recall/{kind}/{seed}") in found]
+        if runs:
+            means = [statistics.mean(run["accuracy"][str(distance)] for run in runs) for distance in distances]
+            curves[kind] = (distances, means)
+    plots.loss_curve(path, curves, title="Recall (T1), means of seeds", x="segments since the pairs", y="accuracy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    measuring.add_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare-memories"), help="where figures are kept")
+    parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--kinds", nargs="+", choices=list(kinds(1)), default=list(kinds(1)), metavar="KIND")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--books", type=Path, help="a folder of books in PG-19's layout")
+    for name, default in (("steps", 750), ("rows", 32), ("dim", 64), ("book-steps", 400)):
+        parser.add_argument(f"--{name}", type=measuring.positive, default=default)
+    parser.add_argument("--rate", type=float, default=2e-3, help="the learning rate of the drawn tasks")
+    arguments = parser.parse_args()
+    measuring.prepare(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    kept = arguments.out / "figures.json"
+    found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
+    jobs = [
+        (f"{task}/{kind}/{seed}", partial(drawn, task, kind, seed, arguments))
+        for task in arguments.tasks
+        for seed in arguments.seeds  # seed by seed, so that a stopped comparison has whole seeds
+        for kind in arguments.kinds
+    ]
+    if arguments.books is not None:
+        jobs += [
+            (f"books/{kind}/{seed}", partial(read, kind, seed, arguments))
+            for seed in arguments.seeds
+            for kind in arguments.kinds
+        ]
+    with measuring.progress() as bar:
+        for name, job in bar.track([one for one in jobs if one[0] not in found], description="memories"):
+            # Through JSON, so that what was found now reads as what was kept.
+            found[name] = json.loads(json.dumps(job()))
+            files.write_text(kept, json.dumps(found, indent=1))
+    machine = measuring.machine(arguments.device)
+    if arguments.plot:
+        picture(found, arguments.plot)
+    lines = [f"{measuring.headline(machine)}.", "", *tables(found, arguments)]
+    measuring.deliver(arguments, {"figures": found, "machine": machine}, lines)
+
+
+if __name__ == "__main__":
+    main()
