@@ -121,7 +121,8 @@ def drawn(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> dic
         optimizer.step()
     spent = time.process_time() - began
     model.eval()
-    shares = {distance: accuracy(model, task, distance, seed=1000 + seed) for distance in DISTANCES[name]}
+    distances = [distance for distance in DISTANCES[name] if distance <= arguments.farthest]
+    shares = {distance: accuracy(model, task, distance, seed=1000 + seed) for distance in distances}
     return {
         "accuracy": shares,
         "seconds": spent,
@@ -182,7 +183,10 @@ def tables(found: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> l
             runs = [found[key] for seed in range(100) if (key := f"{task}/{kind}/{seed}") in found]
             if not runs:
                 continue
-            cells = [", ".join(f"{run['accuracy'][str(distance)]:.2f}" for run in runs) for distance in distances]
+            cells = [
+                ", ".join(f"{run['accuracy'].get(str(distance), float('nan')):.2f}" for run in runs)
+                for distance in distances
+            ]
             spent = statistics.median(run["seconds"] for run in runs)
             rows.append(f"| {kind} | {' | '.join(cells)} | {spent:.0f} | {runs[0]['state_bytes']:,} |")
         if rows:
@@ -208,8 +212,11 @@ def picture(found: dict[str, dict[str, Any]], path: str) -> None:
     for kind in kinds(24):
         runs = [found[key] for seed in range(100) if (key := f"T1 recall/{kind}/{seed}") in found]
         if runs:
-            means = [statistics.mean(run["accuracy"][str(distance)] for run in runs) for distance in distances]
-            curves[kind] = (distances, means)
+            asked = [distance for distance in distances if str(distance) in runs[0]["accuracy"]]
+            curves[kind] = (
+                asked,
+                [statistics.mean(run["accuracy"][str(distance)] for run in runs) for distance in asked],
+            )
     plots.loss_curve(path, curves, title="Recall (T1), means of seeds", x="segments since the pairs", y="accuracy")
 
 
@@ -223,6 +230,7 @@ def main() -> None:
     parser.add_argument("--books", type=Path, help="a folder of books in PG-19's layout")
     for name, default in (("steps", 750), ("rows", 32), ("dim", 64), ("book-steps", 400)):
         parser.add_argument(f"--{name}", type=measuring.positive, default=default)
+    parser.add_argument("--farthest", type=measuring.positive, default=1000, help="segments asked across, at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="the learning rate of the drawn tasks")
     arguments = parser.parse_args()
     measuring.prepare(arguments)

@@ -189,3 +189,18 @@ def test_recall(tmp_path: Path) -> None:
     assert all(0 <= share <= 1 for row in found["rows"] for share in row["accuracy"].values())
     assert "| 40 |" in (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_memories_keeps_what_it_found(tmp_path: Path) -> None:
+    options = ("--tasks", "T1 recall", "--seeds", "0", "--steps", "1", "--rows", "2", "--dim", "8", "--farthest", "3")
+    options = (*options, "--out", tmp_path)
+    first = bench("compare_memories.py", "--kinds", "window", *options)
+    one = first["figures"]["T1 recall/window/0"]
+    assert set(one["accuracy"]) == {"3"}
+    both = bench("compare_memories.py", "--kinds", "window", "slots", *options, "--plot", tmp_path / "kinds.png")
+    assert both["figures"]["T1 recall/window/0"] == one
+    # Equal parameters: a step of the feed-forward width is all that may lie between.
+    counts = [found["parameters"] for found in both["figures"].values()]
+    assert len(counts) == 2
+    assert max(counts) - min(counts) <= 2 * (2 * 8 + 1)
+    assert (tmp_path / "kinds.png").read_bytes().startswith(b"\x89PNG")

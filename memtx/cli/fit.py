@@ -33,6 +33,7 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
+from memtx.training.callbacks.gates import ClosedGates
 from memtx.training.callbacks.interrupt import STOPPED, StopOnInterrupt
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
@@ -329,7 +330,7 @@ def main(argv: list[str]) -> int:
     """Run LightningCLI on ``argv`` (subcommand first) and return the exit code."""
     _quiet()
     interactive = sys.stderr.isatty() or sys.stdout.isatty()
-    callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), MemoryWorth(), StopOnInterrupt()]
+    callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), MemoryWorth(), ClosedGates(), StopOnInterrupt()]
     callbacks.append(StepProgressBar() if interactive else PlainProgress())
 
     arguments = with_config(argv)
