@@ -33,7 +33,7 @@ def settings(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_there_are_configs() -> None:
-    assert {path.removesuffix(".yaml") for path in NAMES} >= BOOKS | PRETRAINING | set(TASKS)
+    assert {path.removesuffix(".yaml") for path in NAMES} >= BOOKS | PRETRAINING | set(TASKS) | {"summaries"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -178,7 +178,7 @@ def test_a_tasks_run_is_all_that_prediction_needs(program: Program, tmp_path: Pa
     assert all(wanted in line for line in lines)
 
 
-@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("name", [*sorted(TASKS), "summaries"])
 def test_a_task_without_its_data_says_where_to_get_them(program: Program, tmp_path: Path, name: str) -> None:
     done = program("fit", "--config", str(HOME / "configs" / f"{name}.yaml"), at=tmp_path)
     assert done.code == 2
