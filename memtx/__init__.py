@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memtx.errors import MemtxError
     from memtx.inference.generate import generate
     from memtx.inference.reader import StreamReader
+    from memtx.inference.summarizer import load_predictor
     from memtx.layers.feed_forward import FeedForward, SwiGLU
     from memtx.layers.positions import Alibi, Rotary
     from memtx.memory.associative import AssociativeMemory
@@ -60,6 +61,7 @@ _PLACES = {
     "TokenMemory": "memtx.memory.tokens:TokenMemory",
     "from_pretrained": "memtx.models.published.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
+    "load_predictor": "memtx.inference.summarizer:load_predictor",
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "TransformerXL",
     "from_pretrained",
     "generate",
+    "load_predictor",
 ]
 
 

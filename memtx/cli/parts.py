@@ -8,9 +8,11 @@ from typing import Any
 from memtx.cli.fit import MemtxCLI, said_where
 from memtx.data.books import BookDataModule
 from memtx.data.documents import PG19
+from memtx.data.examples import LAYOUT
 from memtx.data.offset_tokenizers import offset_tokenizer_from_json
+from memtx.data.summaries import SummaryDataModule
 from memtx.data.task_kinds import task_from_json
-from memtx.data.tasks import LAYOUT, TaskDataModule
+from memtx.data.tasks import TaskDataModule
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import DataError, MemtxError
 from memtx.training.trained import TrainedModule
@@ -40,15 +42,18 @@ class PartsCLI(MemtxCLI):
             if settings.get(name) is None or "class_path" not in settings[name]:
                 raise MemtxError(f"'{name}' names no class_path, though the other does.", "Name both, or neither.")
         if settings.data.init_args.get("root", "") is None:
-            task = settings.data.class_path.rpartition(".")[2] == TaskDataModule.__name__
+            names = (TaskDataModule.__name__, SummaryDataModule.__name__)
+            task = settings.data.class_path.rpartition(".")[2] in names
             what = "folder of examples" if task else "folder of texts"
             raise DataError(f"data.root is not set, expected the {what}{said_where()}.", LAYOUT if task else PG19)
 
     def take_data(self, settings: Any, content: dict[str, Any]) -> None:
         """Take tokenizer and task of the checkpoint that is measured: its model knows no others."""
-        books, task = content.get(BookDataModule.__qualname__), content.get(TaskDataModule.__qualname__)
-        if isinstance(books, dict):
-            settings.data.init_args.tokenizer = tokenizer_from_json(books["tokenizer"])
+        kinds = (BookDataModule, SummaryDataModule)
+        texts = next((kept for kind in kinds if isinstance(kept := content.get(kind.__qualname__), dict)), None)
+        task = content.get(TaskDataModule.__qualname__)
+        if texts is not None:
+            settings.data.init_args.tokenizer = tokenizer_from_json(texts["tokenizer"])
         elif isinstance(task, dict):
             settings.data.init_args.tokenizer = offset_tokenizer_from_json(task["tokenizer"])
             settings.data.init_args.task = task_from_json(task["task"])

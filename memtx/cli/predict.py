@@ -15,6 +15,7 @@ from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
     from memtx.inference.predictor import Predictor
+    from memtx.inference.summarizer import Summarizer
 
 TRAINED = ("--config", "-c", "--run", "--ckpt_path")
 """Options that name a run and its data: the documents of its test split are read, as training would read them."""
@@ -47,7 +48,7 @@ def _parser() -> Parser:
     return parser
 
 
-def open_predictor(arguments: argparse.Namespace) -> Predictor:
+def open_predictor(arguments: argparse.Namespace) -> Predictor | Summarizer:
     """Load the task's model that the arguments name, onto their device and in their precision.
 
     Raises:
@@ -57,9 +58,9 @@ def open_predictor(arguments: argparse.Namespace) -> Predictor:
     device = placed(arguments.device)
     import torch
 
-    from memtx.inference.predictor import Predictor
+    from memtx.inference.summarizer import load_predictor
 
-    predictor = Predictor.load(arguments.checkpoint)
+    predictor = load_predictor(arguments.checkpoint)
     predictor.model.to(device=device, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
     return predictor
 
@@ -120,7 +121,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         files.write_text(arguments.output, "".join(lines))
 
 
-def _said(predictor: Predictor, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
+def _said(predictor: Predictor | Summarizer, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
         return predictor.predict([given for _, given in part])
     except DataError:

@@ -130,7 +130,7 @@ def _task_app(arguments: argparse.Namespace, name: str, limits: Limits, key: str
 
     return make_task_app(
         predictor, name=name, limits=limits, key=key
-    ), f"{predictor.task.kind}, POST /v1/predict); Ctrl-C ends"
+    ), f"{predictor.kind}, POST /v1/predict); Ctrl-C ends"
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
 from memtx.errors import DataError, nearest
@@ -163,6 +164,25 @@ def parsed(
             yield number, parse(_record(line), labelled)
         except DataError as error:
             raise DataError(f"'{name}', line {number}: {error.what}", error.cure) from error
+
+
+LAYOUT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
+
+
+def split_file(root: str | None, split: str) -> Path:
+    """Return a split's file in a folder of examples.
+
+    Raises:
+        DataError: there is none.
+    """
+    if root is None:
+        raise DataError("data.root is not set, expected a folder of examples.", LAYOUT)
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"'{root}' is no folder, expected one of examples.", LAYOUT)
+    if not (folder / f"{split}.jsonl").is_file():
+        raise DataError(f"'{root}' has no {split}.jsonl.", LAYOUT)
+    return folder / f"{split}.jsonl"
 
 
 def _record(line: bytes) -> Mapping[str, Any]:

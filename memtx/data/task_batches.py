@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from memtx.data.batch import IGNORED
 from memtx.data.offset_tokenizers import Encoded, OffsetTokenizer
-from memtx.data.task import Scores, Task, Window
+from memtx.data.task import Array, Scores, Task, Window
 from memtx.errors import CheckpointError
+
+B = TypeVar("B")
 
 POOL = 50
 """Batches whose rows are sorted by length together, so that little is padded."""
@@ -106,7 +108,23 @@ def collated(windows: Sequence[Window], padding: int, asked: Asked | None = None
     )
 
 
-class TrainingBatches:
+class Sized(Protocol):
+    """A row, of which only the length matters here."""
+
+    @property
+    def ids(self) -> Array:
+        """(length,) tokens."""
+
+
+class Rows(Protocol):
+    """An example as rows."""
+
+    @property
+    def windows(self) -> Sequence[Any]:
+        """The rows."""
+
+
+class TrainingBatches(Generic[B]):
     """Endless in passes: every row once a pass, rows of about equal length together; the position is two integers.
 
     Args:
@@ -116,12 +134,22 @@ class TrainingBatches:
         seed: of the order.
         rank: this process.
         world_size: processes; each gets equally many batches.
+        collate: makes a batch of rows and padding.
     """
 
     def __init__(
-        self, examples: Sequence[Prepared], rows: int, padding: int, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        examples: Sequence[Rows],
+        rows: int,
+        padding: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        collate: Callable[[Sequence[Any], int], B],
     ) -> None:
-        self.windows = [window for one in examples for window in one.windows]
+        self.collate = collate
+        self.windows: list[Sized] = [window for one in examples for window in one.windows]
         self.rows, self.padding, self.seed = rows, padding, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
@@ -141,7 +169,7 @@ class TrainingBatches:
         # Every rank has as many, also where there are fewer batches than ranks.
         return (own or batches[:1])[: len(self)]
 
-    def __iter__(self) -> Iterator[TaskBatch]:
+    def __iter__(self) -> Iterator[B]:
         if self.position >= len(self):
             # Here, not behind the last batch: who counts batches does not come back to see the end.
             self.epoch, self.position = self.epoch + 1, 0
@@ -150,7 +178,7 @@ class TrainingBatches:
             chosen = batches[self.position]
             # Before it is handed out: a checkpoint written after its step counts it.
             self.position += 1
-            yield collated([self.windows[place] for place in chosen], self.padding)
+            yield self.collate([self.windows[place] for place in chosen], self.padding)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it is one in."""

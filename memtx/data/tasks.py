@@ -8,16 +8,12 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from memtx.data.examples import read_examples
+from memtx.data.examples import read_examples, split_file
 from memtx.data.offset_tokenizers import OffsetTokenizer, WordPieceTokenizer
 from memtx.data.task import Task
-from memtx.data.task_batches import ExampleBatches, Prepared, TrainingBatches, prepared
+from memtx.data.task_batches import ExampleBatches, Prepared, TaskBatch, TrainingBatches, collated, prepared
 from memtx.data.task_kinds import task_to_json
 from memtx.errors import CheckpointError, DataError
-
-SPLITS = ("train", "validation", "test")
-
-LAYOUT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
 
 
 class TaskDataModule(LightningDataModule):
@@ -56,7 +52,7 @@ class TaskDataModule(LightningDataModule):
         self.rows, self.eval_rows = rows, eval_rows or rows
         self._examples: dict[str, list[tuple[int, Any]]] = {}
         self._prepared: dict[str, list[Prepared]] = {}
-        self._batches: TrainingBatches | None = None
+        self._batches: TrainingBatches[TaskBatch] | None = None
         self._restored: dict[str, Any] | None = None
 
     @property
@@ -77,25 +73,10 @@ class TaskDataModule(LightningDataModule):
             self.task.learn(self.examples("train"))
         return self.task.outputs
 
-    def file(self, split: str) -> Path:
-        """Return a split's file.
-
-        Raises:
-            DataError: there is none.
-        """
-        if self.root is None:
-            raise DataError("data.root is not set, expected a folder of examples.", LAYOUT)
-        folder = Path(self.root).expanduser()
-        if not folder.is_dir():
-            raise DataError(f"'{self.root}' is no folder, expected one of examples.", LAYOUT)
-        if not (folder / f"{split}.jsonl").is_file():
-            raise DataError(f"'{self.root}' has no {split}.jsonl.", LAYOUT)
-        return folder / f"{split}.jsonl"
-
     def examples(self, split: str) -> list[Any]:
         """Return the examples of a split; raises DataError with file and line."""
         if split not in self._examples:
-            self._examples[split] = read_examples(self.file(split), self.task.parse)
+            self._examples[split] = read_examples(split_file(self.root, split), self.task.parse)
         return [example for _, example in self._examples[split]]
 
     def prepared(self, split: str) -> list[Prepared]:
@@ -106,13 +87,13 @@ class TaskDataModule(LightningDataModule):
         """
         if split not in self._prepared:
             self._learn()
-            made = []
+            made, path = [], split_file(self.root, split)
             self.examples(split)
             for line, example in self._examples[split]:
                 try:
                     made += prepared([example], self.task, self.tokenizer)
                 except DataError as error:
-                    raise DataError(f"'{self.file(split)}', line {line}: {error.what}", error.cure) from error
+                    raise DataError(f"'{path}', line {line}: {error.what}", error.cure) from error
             self._prepared[split] = made
         return self._prepared[split]
 
@@ -140,9 +121,10 @@ class TaskDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def train_dataloader(self) -> TrainingBatches:
+    def train_dataloader(self) -> TrainingBatches[TaskBatch]:
         """Return this rank's batches, going on from the position."""
-        made = TrainingBatches(self.prepared("train"), self.rows, self.tokenizer.padding, self.seed, *self._ranks())
+        rows, padding = self.prepared("train"), self.tokenizer.padding
+        made = TrainingBatches(rows, self.rows, padding, self.seed, *self._ranks(), collate=collated)
         if self._batches is not None:  # asked again within a run
             made.load_state_dict(self._batches.state_dict())
         elif self._restored is not None:

@@ -24,8 +24,6 @@ from memtx.models import folder
 from memtx.models.heads import TaskModel
 
 TASK = "task.json"
-DATA_KEY = "TaskDataModule"
-"""Where a training checkpoint keeps tokenizer and task as JSON text."""
 
 AT_ONCE = 1 << 14
 """Places of one call, padding among them; a longer row is read alone."""
@@ -53,6 +51,7 @@ class Predictor:
                 "They do not belong together; take those it was trained with.",
             )
         self.model, self.tokenizer, self.task, self.at_once = model.eval(), tokenizer, task, at_once
+        self.kind = task.kind
         self.tokens_read = 0
         self._turn = threading.Lock()
         self._closed = False
@@ -69,15 +68,8 @@ class Predictor:
             CheckpointError: missing, damaged, or of a model that serves no task.
         """
         place = _place(path)
-        if place.is_dir():
-            tokenizer, task = (_text(place / name) for name in (TOKENIZER, TASK))
-        else:
-            content = folder.read_checkpoint(place)
-            kept = content.get(DATA_KEY)
-            # Lightning names the part after the class, which may be somebody's subclass.
-            parts = [kept, *content.values()]
-            kept = next((one for one in parts if isinstance(one, Mapping) and {"tokenizer", "task"} <= one.keys()), {})
-            tokenizer, task = kept.get("tokenizer"), kept.get("task")
+        kept = task_parts(place)
+        tokenizer, task = kept.get("tokenizer"), kept.get("task")
         if not isinstance(tokenizer, str) or not isinstance(task, str):
             raise CheckpointError(f"'{place}' has no tokenizer or no task in it.", "Give a run on examples.")
         model = TaskModel.from_pretrained(place)
@@ -176,11 +168,21 @@ def serves_a_task(path: str | os.PathLike[str]) -> bool:
     Raises:
         CheckpointError: missing, damaged or of something else.
     """
+    return bool(task_parts(path))
+
+
+def task_parts(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """Return what a folder or checkpoint keeps of a task: ``tokenizer`` and ``task`` or ``summary`` as JSON texts.
+
+    Nothing where it is of no task; raises what :func:`serves_a_task` raises.
+    """
     place = _place(path)
     if place.is_dir():
-        return (place / TASK).is_file()
-    content = folder.read_checkpoint(place)
-    return any(isinstance(one, Mapping) and "task" in one for one in content.values())
+        found = {"tokenizer": _text(place / TOKENIZER), "task": _text(place / TASK)}
+        return found if found["task"] is not None else {}
+    # Lightning names the part after the data's class, which may be somebody's subclass.
+    parts = (one for one in folder.read_checkpoint(place).values() if isinstance(one, Mapping))
+    return next((one for one in parts if "tokenizer" in one and one.keys() & {"task", "summary"}), {})
 
 
 def _place(path: str | os.PathLike[str]) -> Path:

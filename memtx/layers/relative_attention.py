@@ -20,12 +20,15 @@ def distances(keys: int, width: int, clamp: int, like: Tensor) -> Tensor:
         clamp: farther distances count as this one; 0 or less for no such limit.
         like: gives device and dtype; angles are computed in float32 at least.
     """
+    distance = torch.arange(keys - 1, -1, -1, device=like.device)
+    return sinusoids(distance.clamp(max=clamp) if clamp > 0 else distance, width, like)
+
+
+def sinusoids(distance: Tensor, width: int, like: Tensor) -> Tensor:
+    """Return the code of distances (n,), (n, width), in the type of ``like``: sines before cosines."""
     kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-    distance = torch.arange(keys - 1, -1, -1, device=like.device, dtype=kind)
-    if clamp > 0:
-        distance = distance.clamp(max=clamp)
     frequency = 1 / 10000 ** (torch.arange(0, width, 2, device=like.device, dtype=kind) / width)
-    angle = distance[:, None] * frequency
+    angle = distance.to(kind)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)
 
 

@@ -144,6 +144,7 @@ class Encoder(PublishedModel):
         *,
         random_blocks: Mapping[int, Tensor] | None = None,
         output_hidden_states: bool = False,
+        scored: Tensor | None = None,
     ) -> EncoderOutput:
         """Read whole texts; arguments bear the names of the ``transformers`` library.
 
@@ -155,6 +156,7 @@ class Encoder(PublishedModel):
             random_blocks: layer -> (heads, blocks - 2, r) int64, the random blocks that each block but the first and
                 the last sees (Big Bird); the layer draws its own where it has no entry.
             output_hidden_states: whether to return hidden states.
+            scored: (rows, length) bool, the places whose logits are wanted, (n, vocab); all by default.
 
         Raises:
             MemtxError: shapes do not fit each other, a text is too long, or the model does not know such an argument.
@@ -167,10 +169,11 @@ class Encoder(PublishedModel):
             x = block(x, reading)
             if output_hidden_states:
                 hidden.append(x)
+        asked = x if scored is None else x[scored]
         return EncoderOutput(
             x,
             tuple(hidden) if output_hidden_states else None,
-            self.head(x, self.embedding.tokens.weight) if self.head is not None else None,
+            self.head(asked, self.embedding.tokens.weight) if self.head is not None else None,
             torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
         )
 

@@ -14,6 +14,7 @@ from memtx.errors import MemtxError, at_least
 from memtx.models import folder
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.permuted import PermutedEncoder
 from memtx.state import MemoryState
 
 
@@ -163,9 +164,10 @@ class TaskModel(folder.Kept):
         at_least(1, vocab_size=vocab_size, outputs=outputs)
         self.remember(arguments)
         made = body(vocab_size)
-        if not isinstance(made, Encoder | DocumentReader):
+        if not isinstance(made, Encoder | DocumentReader | PermutedEncoder):
             raise MemtxError(
-                f"The body is a {type(made).__name__}, expected an Encoder or a DocumentReader.", "Change body."
+                f"The body is a {type(made).__name__}, expected an Encoder, a PermutedEncoder or a DocumentReader.",
+                "Change body.",
             )
         if isinstance(made, Encoder):
             # Made for other ends: no task asks them, and no gradient would reach them.
@@ -187,6 +189,8 @@ class TaskModel(folder.Kept):
         """
         if isinstance(self.body, DocumentReader):
             x = self.body.hidden(tokens, present)
+        elif isinstance(self.body, PermutedEncoder):
+            x = self.body(tokens, present).last_hidden_state
         else:
             x = self.body(
                 tokens,

@@ -16,6 +16,7 @@ import memtx
 from memtx.errors import MemtxError
 from memtx.inference.pool import SessionPool
 from memtx.inference.predictor import Predictor
+from memtx.inference.summarizer import Summarizer
 from memtx.serving import completions, names, predictions, problems, sessions
 from memtx.serving.limits import Guard, Limits
 from memtx.serving.metrics import Metrics, PoolMetrics
@@ -55,7 +56,9 @@ def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key:
     return app
 
 
-def make_task_app(predictor: Predictor, *, name: str, limits: Limits | None = None, key: str | None = None) -> FastAPI:
+def make_task_app(
+    predictor: Predictor | Summarizer, *, name: str, limits: Limits | None = None, key: str | None = None
+) -> FastAPI:
     """Return the application that serves a task's model.
 
     Args:
@@ -69,7 +72,7 @@ def make_task_app(predictor: Predictor, *, name: str, limits: Limits | None = No
     app.state.stop = predictor.close
     app.include_router(predictions.router(predictor, name, limits, metrics))
     others = ("/v1/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
-    app.include_router(names.refusing(others, f"This model does {predictor.task.kind}.", "Ask /v1/predict."))
+    app.include_router(names.refusing(others, f"This model does {predictor.kind}.", "Ask /v1/predict."))
     app.add_middleware(Guard, limits=limits, metrics=metrics, key=key)
     return app
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 
 from memtx.errors import MemtxError
 from memtx.inference.predictor import Predictor
+from memtx.inference.summarizer import Summarizer
 from memtx.serving.limits import Limits, deadline_of
 from memtx.serving.metrics import Metrics
 from memtx.serving.names import check_model
@@ -15,7 +16,7 @@ from memtx.serving.problems import Problem, problem_of
 from memtx.serving.schemas import PredictBody
 
 
-def router(predictor: Predictor, name: str, limits: Limits, metrics: Metrics) -> APIRouter:
+def router(predictor: Predictor | Summarizer, name: str, limits: Limits, metrics: Metrics) -> APIRouter:
     """Return the route.
 
     Args:
@@ -47,6 +48,6 @@ def router(predictor: Predictor, name: str, limits: Limits, metrics: Metrics) ->
                 problem.param = "input"
             raise problem from error
         data = [{"index": index, **one} for index, one in enumerate(said)]
-        return {"object": "list", "model": name, "task": predictor.task.kind, "data": data}
+        return {"object": "list", "model": name, "task": predictor.kind, "data": data}
 
     return routes

@@ -12,9 +12,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import Batch
-from memtx.errors import at_least
+from memtx.errors import MemtxError, at_least
 from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
@@ -56,7 +57,7 @@ class LanguageModule(TrainedModule):
 
     def __init__(
         self,
-        model: Callable[[int], MemoryTransformer] = MemoryTransformer,
+        model: Callable[[int], MemoryTransformer | TransformerXL] = MemoryTransformer,
         vocab_size: int = 257,
         segment: int = 512,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
@@ -68,7 +69,10 @@ class LanguageModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer, scheduler)
         at_least(1, segment=segment)
-        self.model = model(vocab_size)
+        # A Transformer-XL is called as a memory transformer is.
+        self.model = cast(MemoryTransformer, model(vocab_size))
+        if checkpointing and not hasattr(self.model, "checkpointing"):
+            raise MemtxError(f"A {type(self.model).__name__} has no checkpointing.", "Leave it out.")
         self.model.checkpointing = checkpointing
         self.segment = segment
         self.replay = replay

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,25 @@ import yaml
 from memtx import specs
 from memtx.data.tokenizers import ByteTokenizer
 from tests.commands.program import HOME, Program
+from tests.tasks import folder, records, write_lines
 
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
 NAMES = [path.name for path in CONFIGS]
 
 
+BOOKS = {"quickstart", "pg19", "pg19-mini", "enwik8", "transformer-xl-wt103"}
+PRETRAINING = {"longformer-mlm", "bigbird-mlm", "reformer-clm"}
+TASKS = {"movie-reviews": "classification", "conll2000": "tagging", "rte": "matching", "squad2": "questions"}
+
+
+def settings(part: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of the module or the data, whether the config names their class or not."""
+    found: dict[str, Any] = part["init_args"] if "class_path" in part else part
+    return found
+
+
 def test_there_are_configs() -> None:
-    assert {"quickstart.yaml", "pg19.yaml", "pg19-mini.yaml", "enwik8.yaml"} <= set(NAMES)
+    assert {path.removesuffix(".yaml") for path in NAMES} >= BOOKS | PRETRAINING | set(TASKS) | {"summaries"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -35,8 +49,9 @@ def test_it_is_complete_and_commented(path: Path) -> None:
     assert {"seed_everything", "run", "data", "model", "trainer"} <= set(content)
     assert content["run"] == f"runs/{path.stem}"
     # Data that must be fetched first is never a guess.
-    assert content["data"]["root"] in (None, "embedded")
-    assert ("--data.root PATH" in head) == (content["data"]["root"] is None)
+    root = settings(content["data"])["root"]
+    assert root in (None, "embedded")
+    assert ("--data.root PATH" in head) == (root is None)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
@@ -45,11 +60,15 @@ def test_the_parser_takes_it_and_the_model_has_the_size_it_claims(program: Progr
     done = program("fit", "--config", str(path), "--data.root", "embedded", "--print_config", at=tmp_path)
     assert done.code == 0, done.err
     content: dict[str, Any] = yaml.safe_load(done.out)
-    tokenizer = content["data"]["tokenizer"] or {}
+    tokenizer = settings(content["data"])["tokenizer"] or {}
     vocabulary = (tokenizer.get("init_args") or {}).get("vocab_size", ByteTokenizer().vocab_size)
     # On the meta device: shapes without memory.
+    own = settings(content["model"])
     with torch.device("meta"):
-        model = specs.built(content["model"]["model"])(vocab_size=vocabulary)
+        # A head's size goes by the labels, and is nothing beside a body's; a mask is one more token.
+        if path.stem in PRETRAINING and "mask_token" in own:
+            vocabulary += 1
+        model = specs.built(own["body" if path.stem in TASKS else "model"])(vocab_size=vocabulary)
     count = sum(weight.numel() for weight in model.parameters())
     claimed = re.search(r"about ([\d.]+) M parameters", path.read_text(), re.IGNORECASE)
     assert claimed is not None
@@ -83,3 +102,87 @@ def test_the_quickstart_takes_a_step(program: Program, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert (tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt").is_file()
     assert (tmp_path / "runs" / "quickstart" / "metrics.csv").is_file()
+
+
+SHRUNKEN = {
+    "transformer-xl-wt103": [
+        "--data.rows=2", "--data.segment=16", "--data.tokenizer.init_args.vocab_size=300",
+        "--model.model.init_args.dim=20", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",
+        "--model.model.init_args.head_dim=10", "--model.model.init_args.hidden=40",
+        "--model.model.init_args.memory=16", "--model.model.init_args.cutoffs=[100,200]",
+    ],
+    "reformer-clm": [
+        "--data.segment=64", "--model.model.init_args.dim=16", "--model.model.init_args.heads=2",
+        """--model.model.init_args.attentions=[
+            {"class_path": "memtx.layers.chunk_attention.LocalAttention", "init_args": {"chunk": 16}},
+            {"class_path": "memtx.layers.chunk_attention.HashAttention", "init_args": {"chunk": 16, "rounds": 2}}]""",
+        "--model.model.init_args.positions.init_args.shape=[8,8]",
+        "--model.model.init_args.positions.init_args.widths=[8,8]", "--model.model.init_args.at_once=16",
+    ],
+    "longformer-mlm": [
+        "--model.model.init_args.attentions=[{class_path: memtx.layers.window_attention.WindowAttention, "
+        "init_args: {window: 8}}]",
+    ],
+    "bigbird-mlm": [
+        "--model.model.init_args.attentions=[{class_path: memtx.layers.block_attention.BlockAttention, "
+        "init_args: {size: 4, random_blocks: 1, longest: 64}}]",
+    ],
+}  # fmt: skip
+ENCODERS = [
+    "--data.rows=2", "--data.segment=64", "--data.tokenizer.init_args.vocab_size=300",
+    "--model.model.init_args.dim=16", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",
+    "--model.model.init_args.hidden=32", "--model.model.init_args.embeddings.init_args.positions=64",
+    "--trainer.precision=32-true",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHRUNKEN)
+def test_a_shrunken_one_trains(program: Program, tmp_path: Path, name: str) -> None:
+    options = SHRUNKEN[name] + (ENCODERS if name.endswith("-mlm") else [])
+    done = program(
+        "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", "embedded", "--data.cache",
+        str(tmp_path / "cache"), "--data.workers=1", *options, "--trainer.max_steps=2",
+        "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2", "--trainer.accumulate_grad_batches=1",
+        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", at=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / name
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert "val_loss" in (run / "metrics.csv").read_text().partition("\n")[0]
+    measured = program("test", "--run", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
+    assert measured.code == 0, measured.err
+    assert "test_loss" in measured.out
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_tasks_run_is_all_that_prediction_needs(program: Program, tmp_path: Path, name: str) -> None:
+    kind = TASKS[name]
+    root = folder(tmp_path / "data", kind, 8)
+    done = program(
+        "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", str(root), "--trainer.max_steps=2",
+        "--trainer.max_epochs=-1", "--model.body.init_args.dim=16", "--model.body.init_args.depth=1",
+        "--model.body.init_args.heads=2", "--trainer.accelerator=cpu", at=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    run = str(tmp_path / "runs" / name)
+    measured = program("test", "--run", run, at=tmp_path)
+    assert measured.code == 0, measured.err
+    shutil.rmtree(root)
+    given = records(kind, 3)
+    write_lines(tmp_path / "in.jsonl", given)
+    said = program("predict", "--checkpoint", run, "--input", "in.jsonl", at=tmp_path)
+    assert said.code == 0, said.err
+    lines = [json.loads(line) for line in said.out.splitlines()]
+    wanted = {"classification": "label", "matching": "label", "tagging": "spans", "questions": "answer"}[kind]
+    assert len(lines) == 3
+    assert all(wanted in line for line in lines)
+
+
+@pytest.mark.parametrize("name", [*sorted(TASKS), "summaries"])
+def test_a_task_without_its_data_says_where_to_get_them(program: Program, tmp_path: Path, name: str) -> None:
+    done = program("fit", "--config", str(HOME / "configs" / f"{name}.yaml"), at=tmp_path)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    for part in ("data.root", f"{name}.yaml' say which", "train.jsonl"):
+        assert part in done.err
+    assert not list(tmp_path.iterdir())

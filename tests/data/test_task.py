@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memtx.data.batch import IGNORED
 from memtx.data.examples import TaggedExample
 from memtx.data.tags import Tagging, spans_of, words_of
-from memtx.data.task_batches import ExampleBatches, TrainingBatches, prepared
+from memtx.data.task_batches import ExampleBatches, TrainingBatches, collated, prepared
 from memtx.data.task_kinds import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError
 from tests.tasks import KINDS, records, task, tokenizer
@@ -145,7 +145,7 @@ def test_words_of_a_raw_text() -> None:
 
 def test_a_pass_holds_every_row_once_and_the_next_another_order() -> None:
     examples = made("classification", 21)
-    batches = TrainingBatches(examples, 4, OWN.padding, seed=3)
+    batches = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated)
     passes = [[batch.tokens for batch in batches] for _ in range(2)]
     for rows in passes:
         assert len(rows) == len(batches) == 6
@@ -157,16 +157,16 @@ def test_a_pass_holds_every_row_once_and_the_next_another_order() -> None:
 
 def test_a_position_is_gone_on_from() -> None:
     examples = made("tagging", 21)
-    whole = TrainingBatches(examples, 4, OWN.padding, seed=3)
+    whole = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated)
     wanted = [batch.tokens.tolist() for _ in range(3) for batch in whole]
     for stop in (0, 1, 5, 6, 7, 13):
-        first, taken = TrainingBatches(examples, 4, OWN.padding, seed=3), []
+        first, taken = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated), []
         while len(taken) < stop:
             for batch in first:
                 taken.append(batch.tokens.tolist())
                 if len(taken) == stop:
                     break
-        second = TrainingBatches(examples, 4, OWN.padding, seed=3)
+        second = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated)
         second.load_state_dict(first.state_dict())
         while len(taken) < len(wanted):
             taken += [batch.tokens.tolist() for batch in second]
@@ -178,7 +178,7 @@ def test_a_position_is_gone_on_from() -> None:
 def test_ranks_share_the_rows() -> None:
     examples = made("classification", 21)
     for world in (2, 5):
-        parts = [TrainingBatches(examples, 2, OWN.padding, 0, rank, world) for rank in range(world)]
+        parts = [TrainingBatches(examples, 2, OWN.padding, 0, rank, world, collate=collated) for rank in range(world)]
         counts = {len(list(part)) for part in parts}
         assert counts == {len(parts[0])}
     seen = [one for rank in range(2) for batch in ExampleBatches(examples, task("classification"), 4, 0, rank, 2)

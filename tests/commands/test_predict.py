@@ -1,0 +1,167 @@
+"""``memtx predict`` and ``memtx serve`` on the model of a task: good and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memtx.cli.main import main
+from tests.commands.program import HOME, Program
+from tests.commands.tiny import pretrained
+from tests.tasks import KINDS, folder, predictor, records, write_lines
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a model of every kind."""
+    at = tmp_path_factory.mktemp("tasks")
+    for kind in KINDS:
+        predictor(kind).save(at / kind)
+    pretrained(at / "language")
+    return at
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = main(["predict", *arguments])
+    except SystemExit as stopped:
+        code = stopped.code  # type: ignore[assignment]
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_is_a_line(place: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = records(kind, 70)
+    path = write_lines(tmp_path / "in.jsonl", given)
+    code, out, err = run(capsys, "--checkpoint", str(place / kind), "--input", str(path))
+    assert (code, err) == (0, "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    wanted = predictor(kind).predict(given[:64]) + predictor(kind).predict(given[64:])
+    assert lines == wanted
+    code, nothing, _ = run(capsys, "--checkpoint", str(place / kind), str(path), "--output", str(tmp_path / "o"))
+    assert (code, nothing) == (0, "")
+    assert (tmp_path / "o").read_text() == out
+
+
+def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    at = str(place / "tagging")
+    code, out, _ = run(capsys, "--checkpoint", at, "--text", "the white whale", "--text", "Ahab saw")
+    assert code == 0
+    assert [len(json.loads(line)["tags"]) for line in out.splitlines()] == [3, 2]
+    (tmp_path / "a.txt").write_text("the white whale\n\nlost at sea\n")
+    assert len(json.loads(run(capsys, "--checkpoint", at, "--input", str(tmp_path / "a.txt"))[1])["tags"]) == 6
+    read = subprocess.run(
+        [sys.executable, "-m", "memtx", "predict", "--checkpoint", at, "-"],
+        input='{"text": "störm"}\n{"tokens": ["a"]}\n'.encode(), capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(HOME)}, timeout=60, check=False,
+    )  # fmt: skip
+    assert read.returncode == 0, read.stderr
+    assert [json.loads(line)["tokens"] for line in read.stdout.splitlines()] == [["störm"], ["a"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--text", "a"], "arguments are required: --checkpoint"),
+        (["--checkpoint", "none", "--text", "a"], "'none' does not exist"),
+        (["--checkpoint", "language", "--text", "a"], "is a language model, which labels nothing. memtx read"),
+        (["--checkpoint", "tagging"], "one source of texts"),
+        (["--checkpoint", "tagging", "--text", "a", "-"], "one source of texts"),
+        (["--checkpoint", "tagging", "--input", "none.jsonl"], "'none.jsonl' does not exist"),
+        (["--checkpoint", "tagging", "--input", "."], "expected a file"),
+        (["--checkpoint", "tagging", "--text", " "], "The text is empty"),
+        (["--checkpoint", "tagging", "--text", "a", "--device", "abacus"], "--device abacus cannot be used"),
+        (["--checkpoint", "matching", "--text", "a"], "compares two texts"),
+        (["--checkpoint", "questions", "--text", "a"], "a question about a context"),
+        (["--checkpoint", "classification", "--text", "a " * 100], "fit into what the model reads at once"),
+        (["--checkpoint", "tagging", "--txet", "a"], "Did you mean '--text'?"),
+        (["--checkpoint", "classification", "--input", "bad.jsonl"], "bad.jsonl', line 2: Not JSON"),
+        (["--checkpoint", "classification", "--input", "other.jsonl"], "other.jsonl', line 1: There is no 'text'"),
+        (["--checkpoint", "classification", "--input", "long.jsonl"], "long.jsonl', line 3: The text has"),
+        (["--checkpoint", "classification", "--input", "empty.jsonl"], "empty.jsonl' holds nothing"),
+        (["--checkpoint", "classification", "--input", "latin.txt"], "latin.txt' is not UTF-8"),
+    ],
+)
+def test_mistakes_are_one_line(
+    place: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    Path("bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    Path("other.jsonl").write_text('{"txt": "a"}\n')
+    Path("long.jsonl").write_text('{"text": "a"}\n\n{"text": "' + "a " * 100 + '"}\n')
+    Path("empty.jsonl").write_text("\n")
+    Path("latin.txt").write_bytes("störm".encode("latin-1"))
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_a_run_is_served(place: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
+    httpx = pytest.importorskip("httpx", reason="the package 'httpx' is not installed")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "memtx", "serve", "--checkpoint", str(place / "tagging"), "--port", "0"],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(HOME)}, cwd=place,
+    )  # fmt: skip
+    assert server.stderr is not None
+    try:
+        first = server.stderr.readline()
+        assert "serving 'tagging'" in first
+        assert "POST /v1/predict" in first
+        address = first.split(" at ")[1].split()[0]
+        said = httpx.post(f"{address}/v1/predict", json={"input": "the white whale"}, timeout=30).json()
+        assert len(said["data"][0]["tags"]) == 3
+        assert not (place / "sessions").exists()
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+        server.stderr.close()
+    assert server.returncode in (0, -signal.SIGTERM)  # as every server of uvicorn's ends
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--data.task.longst", "64"], "Did you mean"),
+        (["--data.rows", "0"], "rows is 0"),
+        (["--data.task.longest", "4"], "longest is 4"),
+        (["--model.dropped", "2"], "dropped is 2"),
+        (["--data.root", "none"], "'none' is no folder"),
+    ],
+)
+def test_a_tasks_config_with_a_mistake(program: Program, tmp_path: Path, changes: list[str], said: str) -> None:
+    root = str(folder(tmp_path / "data", "tagging", 8))
+    config = str(HOME / "configs" / "conll2000.yaml")
+    done = program("fit", "--config", config, "--data.root", root, *changes, at=tmp_path)
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_line_stops_a_run_before_it_is_one(program: Program, tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", "tagging", 8)
+    with (root / "validation.jsonl").open("a") as handle:
+        handle.write('{"tokens": ["a"], "tags": ["B-NEW"]}\n')
+    config = str(HOME / "configs" / "conll2000.yaml")
+    done = program("fit", "--config", config, "--data.root", str(root), at=tmp_path)
+    assert done.code == 2
+    assert "validation.jsonl', line 9: The label 'B-NEW' was never seen in training" in done.err
+    assert not (tmp_path / "runs" / "conll2000").exists()
+
+
+def test_half_a_config_of_parts_is_refused(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.tasks.TaggingModule}\n")
+    done = program("fit", "--config", "c.yaml", at=tmp_path)
+    assert done.code == 2
+    assert "'data' names no class_path" in done.err
+    assert done.err.count("\n") == 1

@@ -1,0 +1,111 @@
+"""A decoder that writes what follows: what it learns from, that it learns it, and that its run alone is enough."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from memtx.data.batch import IGNORED
+from memtx.data.summaries import SummaryDataModule
+from memtx.data.summary_form import SummaryForm
+from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.inference.predictor import Predictor, serves_a_task
+from memtx.inference.summarizer import Summarizer, load_predictor
+from memtx.memory.compressed import CompressedMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.summaries import SummaryModule
+from tests.tasks import write_lines
+from tests.training.test_tasks import trainer
+
+MODEL = partial(
+    MemoryTransformer, dim=48, depth=2, heads=2, memories=[partial(CompressedMemory, window=16, rate=4, length=4)]
+)
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=5e-3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at, draw = tmp_path_factory.mktemp("summaries"), random.Random(0)
+    for split, count in (("train", 60), ("validation", 8), ("test", 8)):
+        lines = []
+        for _ in range(count):
+            good = draw.random() < 0.5
+            text = f"{'yes' if good else 'no'} " * draw.randint(2, 9)
+            lines.append({"text": text.strip(), "summary": "good" if good else "bad"})
+        write_lines(at / f"{split}.jsonl", lines)
+    return at
+
+
+def parts(root: Path, **options: Any) -> tuple[SummaryModule, SummaryDataModule]:
+    pl.seed_everything(0)
+    data = SummaryDataModule(str(root), rows=8, segment=16, **options)
+    return SummaryModule(MODEL, data.vocab_size, data.segment, adam, None, meter=False), data
+
+
+def test_only_the_summary_is_learned(root: Path) -> None:
+    _, data = parts(root)
+    data.setup("fit")
+    for batch in data.val_dataloader():
+        assert batch.starts[:, 0].all()
+        assert not batch.starts[:, 1:].any()
+        for row, labels in zip(batch.tokens, batch.labels, strict=True):
+            said = data.tokenizer.decode(labels[labels != IGNORED].tolist())
+            assert said in ("good\n\n", "bad\n\n")
+            first = int((labels != IGNORED).nonzero()[0])
+            assert data.tokenizer.decode(row[1 : first + 1].tolist()).endswith("\nSummary: ")
+        assert (batch.words == 1).all()
+
+
+def test_it_learns_and_its_run_alone_writes(root: Path, tmp_path: Path) -> None:
+    module, data = parts(root)
+    made = trainer(max_epochs=12)
+    made.fit(module, data)
+    assert float(made.callback_metrics["val_bits_per_byte"]) < 0.3
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    assert serves_a_task(tmp_path / "a.ckpt")
+    found = load_predictor(tmp_path / "a.ckpt")
+    assert isinstance(found, Summarizer)
+    assert found.predict(["yes yes yes", {"text": "no no no no"}]) == [
+        {"summary": "good", "complete": True},
+        {"summary": "bad", "complete": True},
+    ]
+    found.longest = 2
+    assert found.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
+    with pytest.raises(MemtxError, match="Input 1: 'text' is"):
+        found.predict(["a", " "])
+    with pytest.raises(CheckpointError):
+        Predictor.load(tmp_path / "a.ckpt")
+
+
+def test_resuming_is_exact(root: Path, tmp_path: Path) -> None:
+    sums: list[Any] = []
+    for stop in (None, 5):
+        module, data = parts(root)
+        if stop is not None:
+            made = trainer(max_steps=stop, limit_val_batches=0)
+            made.fit(module, data)
+            made.save_checkpoint(tmp_path / "half.ckpt")
+            module, data = parts(root)
+        path = None if stop is None else str(tmp_path / "half.ckpt")
+        trainer(max_steps=10, limit_val_batches=0).fit(module, data, ckpt_path=path)
+        sums.append([float(one.detach().sum()) for one in module.model.parameters()])
+    assert sums[0] == sums[1]
+
+
+def test_mistakes_are_said(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="end is empty"):
+        SummaryForm(end="")
+    with pytest.raises(DataError, match=r"train.jsonl', line 1: Text and summary have \d+ tokens, longest is 9"):
+        parts(root, longest=9)[1].setup("fit")
+    write_lines(tmp_path / "train.jsonl", [{"text": "a", "summary": "good"}])
+    with pytest.raises(DataError, match=r"line 1: The summary holds 'o'"):
+        parts(tmp_path, end="o")[1].setup("fit")
