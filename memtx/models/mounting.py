@@ -94,7 +94,7 @@ def _stack(dim: int, window: int, sinks: int, memories: Sequence[MakeMemory]) ->
         added.insert(0, makers[0](dim))
     if sinks:
         # An exact state may be seen up to a block longer than the window.
-        makers.insert(1, partial(SinkMemory, count=sinks, skip=getattr(added[0], "cached", window)))
+        makers.insert(1, partial(SinkMemory, count=sinks, skip=getattr(added[0], "cached", window), placed=True))
         added.insert(1, makers[1](dim))
     return Stack(makers, added)
 
