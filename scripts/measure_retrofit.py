@@ -5,8 +5,8 @@
 A byte-level model learns from whole books cut into pieces as long as its window, all of a piece in sight. Then it reads
 the first 100 windows of every test book in five ways: cut off at every window, with all keys kept (the first book
 alone), with the newest window of keys, with sinks beside these, and with a memory as well that was trained for a tenth
-of the steps while the model stayed as it was. Two more rows say what the memory is worth by itself: the same model
-with what its memory holds forgotten at every window, and the model as it was trained on for as many steps in whole.
+of the steps while the model stayed as it was. One more row, the same with what the memory holds forgotten at every
+window, tells what is remembered from what the new parameters do for any text.
 """
 
 from __future__ import annotations
