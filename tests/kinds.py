@@ -107,6 +107,9 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "slots-memformer": slots(write=None, shift=False, temperature=0.25),
     "retrieval": beside(retrieval),
     "sinks": beside(lambda window, rate, length: partial(SinkMemory, count=min(length + 1, window + 1), skip=window)),
+    "sinks-placed": beside(
+        lambda window, rate, length: partial(SinkMemory, count=min(length + 1, window + 1), skip=window, placed=True)
+    ),
     "tokens": beside(lambda window, rate, length: partial(TokenMemory, count=2, interval=max(length, 1))),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }

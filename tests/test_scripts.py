@@ -204,3 +204,25 @@ def test_compare_memories_keeps_what_it_found(tmp_path: Path) -> None:
     assert len(counts) == 2
     assert max(counts) - min(counts) <= 2 * (2 * 8 + 1)
     assert (tmp_path / "kinds.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_measure_retrofit_reads_in_every_way(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("test", 2)):
+        (tmp_path / split).mkdir()
+        for number in range(count):
+            (tmp_path / split / f"{number}.txt").write_text(f"book {number} of {split}, and so on. " * 40)
+    done = run(
+        sys.executable, SCRIPTS / "measure_retrofit.py", "--root", tmp_path, "--json", "-", "--threads", "1",
+        "--seeds", "0", "--steps", "10", "--rows", "2", "--window", "16", "--windows", "20", "--dim", "16",
+        "--depth", "1", "--plot", tmp_path / "retrofit.png",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "retrofit.png").read_bytes().startswith(b"\x89PNG")
+    rows = {row["way"]: row for row in json.loads(done.stdout)["rows"]}
+    assert len(rows) == 6
+    assert rows["all keys"]["state_bytes"] > 5 * rows["window, sinks and memory"]["state_bytes"]
+    assert all(0 < value < 20 for row in rows.values() for value in row["ranges"])
+    # Before the first border nothing tells the ways of one model apart.
+    assert rows["cut off at every window"]["ranges"][0] == pytest.approx(
+        rows["window and sinks"]["ranges"][0], abs=1e-5
+    )

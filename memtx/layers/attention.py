@@ -264,6 +264,10 @@ class MemoryAttention(nn.Module):
             out = torch.func.functional_call(norm, weights, (out,)) if frozen else norm(out)
         return out if part == "query" else out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
+    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+        """Return keys as a query without positions sees them (see :class:`memtx.memory.base.ContentAttention`)."""
+        return self.positions.apart(keys, distance)
+
     def reset_parameters(self, std: float, residual_std: float) -> None:
         """Draw the projections; the memory's own parameters keep the values it gave them."""
         with torch.no_grad():

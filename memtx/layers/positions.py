@@ -57,6 +57,10 @@ class Positions(nn.Module, ABC):
         """
         return x
 
+    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+        """Return keys as queries without positions see them (see :class:`memtx.memory.base.ContentAttention`)."""
+        return keys
+
     def bias(self, tick: Tensor, once: Once) -> Bias | None:
         """Return the bias of one query's scores; tick: (rows, keys) float64, the query being at 0."""
         return None
@@ -122,6 +126,11 @@ class Rotary(Positions):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         key = (Rotary, self.frequencies.settings, dtype, id(position))
         return rotate(x, once(key, lambda: self._turn(position, dtype)))
+
+    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+        """Rotate back by the distance; a query that is not rotated leaves its factor to the keys."""
+        dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
+        return rotate(keys, self._turn(-distance[None], dtype) * self.frequencies.factor)
 
 
 class Alibi(Positions):

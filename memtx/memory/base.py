@@ -38,6 +38,15 @@ class ContentAttention(Protocol):
         """
         ...
 
+    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+        """Return keys as a query without positions sees them that stands so far behind them.
+
+        Args:
+            keys: (rows, entries, heads, head_dim), without positions.
+            distance: (entries,) float64, in positions.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Places:

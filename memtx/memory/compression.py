@@ -27,6 +27,9 @@ class Compression(nn.Module, ABC):
     needs_usage = False
     """Whether ``forward`` is to be given how much attention each state of the block receives."""
 
+    any_rate = False
+    """Whether blocks of any number of states can be given, whatever the rate it was made for."""
+
     def __init__(self, dim: int, rate: int) -> None:
         super().__init__()
         self.dim = dim
@@ -45,6 +48,8 @@ class Compression(nn.Module, ABC):
 class MeanPooling(Compression):
     """The block's mean."""
 
+    any_rate = True
+
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Average."""
         return blocks.mean(dim=2)
@@ -52,6 +57,8 @@ class MeanPooling(Compression):
 
 class MaxPooling(Compression):
     """The block's greatest value, channel by channel."""
+
+    any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Take the maximum."""
@@ -116,6 +123,7 @@ class MostUsed(Compression):
     """
 
     needs_usage = True
+    any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Select the most used state."""

@@ -1,8 +1,9 @@
 """The first tokens of a document, kept for good (attention sinks, StreamingLLM, Xiao et al. 2023, section 3.2).
 
 A pretrained model puts weight on the first tokens whatever they say, and a window that has left them behind ruins it.
-StreamingLLM gives them fixed places before the window; here they are read without any, which is the same however
-far the document has gone on. Their keys and values are the layer's own, so nothing is learned beside it.
+StreamingLLM gives them fixed places before the window. Here they have these at the window's far end, or are read
+without any: either way it is the same however far the document has gone on. Their keys and values are the layer's own,
+so nothing is learned beside it.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ class SinkMemory(Memory[SinkState]):
         dim: width of the hidden states.
         count: first tokens kept.
         skip: how old a token is when it is read here: the layer's window, so that none is read twice.
+        placed: whether a query sees them where the window ends, the first one ``skip - 1`` positions back: the farthest
+            that a model trained on texts of that length knows. False: without positions, as if at the query's own.
 
     Raises:
         MemtxError: a number is out of range, or the first tokens would be needed before they are all there.
@@ -75,17 +78,18 @@ class SinkMemory(Memory[SinkState]):
     by_layer = True
     native = True
 
-    def __init__(self, dim: int, count: int = 4, skip: int = 512) -> None:
+    def __init__(self, dim: int, count: int = 4, skip: int = 512, placed: bool = False) -> None:
         super().__init__(dim)
         at_least(1, count=count, skip=skip)
         if count > skip + 1:
             raise MemtxError(f"count is {count}, skip is {skip}.", "Keep at most one token more than are skipped.")
         self.count = count
         self.skip = skip
+        self.placed = placed
 
     def extra_repr(self) -> str:
         """Say the settings."""
-        return f"count={self.count}, skip={self.skip}"
+        return f"count={self.count}, skip={self.skip}, placed={self.placed}"
 
     def init_state(self, rows: int, *, like: Tensor) -> SinkState:
         """Return no tokens."""
@@ -103,9 +107,11 @@ class SinkMemory(Memory[SinkState]):
 
         inputs = taken(plan.source).flatten(1, 2)
         split = "r (b s) h d -> r b h s d"
-        keys, values = (
-            rearrange(attention.project(inputs, part, frozen=False), split, s=self.count) for part in ("key", "value")
-        )
+        keys, values = (attention.project(inputs, part, frozen=False) for part in ("key", "value"))
+        if self.placed:
+            sink = torch.arange(self.count, dtype=torch.float64, device=x.device)
+            keys = attention.apart(keys, (self.skip - 1 - sink).clamp(min=0).repeat(plan.source.shape[1]))
+        keys, values = (rearrange(part, split, s=self.count) for part in (keys, values))
         after = SinkState(taken(plan.kept).masked_fill(plan.missing, 0.0))
         return View.apart(segment, _Kept(keys, values, plan.seen, after))
 

@@ -6,18 +6,16 @@ vocabulary. The module holds weights only; what is carried between segments come
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Self, cast
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx import specs
 from memtx.errors import CheckpointError, MemtxError, at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
@@ -27,10 +25,9 @@ from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
 from memtx.models.calls import check_call
-from memtx.models.intervals import Layers, Tokens, by_intervals, in_parts, parts_of
-from memtx.models.mounting import MakeMemory, stacked
+from memtx.models.intervals import Layers, by_intervals, in_parts, parts_of
+from memtx.models.mounting import MakeMemory, Mountable
 from memtx.models.published import load
-from memtx.models.published.layout import PublishedModel
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
 from memtx.segment import Segment
@@ -62,7 +59,7 @@ class MemoryOutput:
     losses: Losses
 
 
-class MemoryTransformer(PublishedModel):
+class MemoryTransformer(Mountable):
     """A pre-norm decoder with a memory in every layer.
 
     Attributes:
@@ -198,49 +195,6 @@ class MemoryTransformer(PublishedModel):
             )
         return made
 
-    def with_memory(
-        self,
-        memories: Sequence[MakeMemory] | MakeMemory = (),
-        *,
-        window: int | None = None,
-        sinks: int = 4,
-        layers: Sequence[int] | None = None,
-        gated: bool = True,
-    ) -> Self:
-        """Return a model of the same weights, shared with this one, with a window, sinks and other memories.
-
-        Args:
-            memories: added to the chosen layers, made from dim. One that carries the segment itself, such as
-                ``CompressedMemory``, takes the window's place there.
-            window: exact positions seen; None for as many as each layer sees now, which is also the most.
-            sinks: first tokens of the document that every layer goes on seeing; 0 for none.
-            layers: which get the memories, from 0, negative from the end; None for all.
-            gated: whether memories enter by gates that begin at 0, so that what is computed changes with training.
-
-        Raises:
-            MemtxError: a number is out of range, or a memory cannot stand where it is put.
-        """
-        given = list(memories) if isinstance(memories, Sequence) else [memories]
-        stacks = stacked(self._layers(), given, window, sinks, layers)
-        # The modules are copied, their numbers are not.
-        made = copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
-        weight = self.embedding.weight
-        for block, stack in zip(made._layers(), stacks, strict=True):
-            block.attention.mount(stack.memories[0], stack.memories[1:], gated=gated)
-        made._find_tokens()
-        if made.tokens is not None:
-            nn.init.normal_(made.asking, std=0.02)
-        made.to(weight.device, weight.dtype)
-        arguments = {"memories": [specs.plain(stack.makers) for stack in stacks], "gated": gated}
-        made.config = {**self.config, "init_args": {**self.config["init_args"], **arguments}}
-        return made.train(self.training)
-
-    def memory_parameters(self) -> dict[str, nn.Parameter]:
-        """Return by name what belongs to the memories: their own parameters, gates, and tokens that ask."""
-        parts = (".attention.memory.", ".attention.beside.", ".attention.gate")
-        named = self.named_parameters()
-        return {name: one for name, one in named if name == "asking" or any(part in name for part in parts)}
-
     def reset_parameters(self) -> None:
         """Draw all weights anew (GPT-2's rule: residual maps narrower by the square root of their number)."""
         std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
@@ -251,15 +205,6 @@ class MemoryTransformer(PublishedModel):
         for block in self._layers():
             block.attention.reset_parameters(std, residual_std)
             reset_linear(block.feed_forward, std, residual_std)
-
-    def _find_tokens(self) -> None:
-        """Take down what the layers have of memory tokens, and make the tokens that ask for them."""
-        self.tokens = Tokens.of(self._layers())
-        if self.tokens is not None:
-            self.asking = nn.Parameter(torch.empty(self.tokens.count, self.dim))
-
-    def _layers(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
 
     def init_state(
         self, rows: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None

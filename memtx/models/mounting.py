@@ -1,18 +1,25 @@
-"""Which memories the layers of a model get that was trained without: a window, sinks, and what is added to some."""
+"""Memories put into the layers of a model that was trained without: a window, sinks, and what is added to some."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self, cast
 
+import torch
+from torch import nn
+
+from memtx import specs
 from memtx.errors import MemtxError, at_least
 from memtx.layers.block import Block
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
+from memtx.models.intervals import Tokens
+from memtx.models.published.layout import PublishedModel
 
 MakeMemory = Callable[[int], Memory[Any]]
 """Makes a layer's memory from the width of the hidden states.
@@ -87,6 +94,94 @@ def _stack(dim: int, window: int, sinks: int, memories: Sequence[MakeMemory]) ->
         added.insert(0, makers[0](dim))
     if sinks:
         # An exact state may be seen up to a block longer than the window.
-        makers.insert(1, partial(SinkMemory, count=sinks, skip=getattr(added[0], "cached", window)))
+        makers.insert(1, partial(SinkMemory, count=sinks, skip=getattr(added[0], "cached", window), placed=True))
         added.insert(1, makers[1](dim))
     return Stack(makers, added)
+
+
+class Mountable(PublishedModel):
+    """A model whose layers' memories can be exchanged.
+
+    Attributes:
+        dim: width of the hidden states.
+        embedding: of the tokens.
+        blocks: the layers.
+        tokens: the memory tokens that the layers have; None for none.
+        asking: (count, dim), what these begin as, where there are any.
+    """
+
+    dim: int
+    embedding: nn.Embedding
+    blocks: nn.ModuleList
+    tokens: Tokens | None
+    asking: nn.Parameter
+
+    def with_memory(
+        self,
+        memories: Sequence[MakeMemory] | MakeMemory = (),
+        *,
+        window: int | None = None,
+        sinks: int = 4,
+        layers: Sequence[int] | None = None,
+        gated: bool = True,
+    ) -> Self:
+        """Return a model of the same weights, shared with this one, with a window, sinks and other memories.
+
+        Args:
+            memories: added to the chosen layers, made from dim. One that carries the segment itself, such as
+                ``CompressedMemory``, takes the window's place there.
+            window: exact positions seen; None for as many as each layer sees now, which is also the most.
+            sinks: first tokens of the document that every layer goes on seeing; 0 for none.
+            layers: which get the memories, from 0, negative from the end; None for all.
+            gated: whether memories enter by gates that begin at 0, so that what is computed changes with training.
+
+        Raises:
+            MemtxError: a number is out of range, or a memory cannot stand where it is put.
+        """
+        given = list(memories) if isinstance(memories, Sequence) else [memories]
+        stacks = stacked(self._layers(), given, window, sinks, layers)
+        made = self._sharing()
+        weight = self.embedding.weight
+        for block, stack in zip(made._layers(), stacks, strict=True):
+            block.attention.mount(stack.memories[0], stack.memories[1:], gated=gated)
+        made._find_tokens()
+        if made.tokens is not None:
+            nn.init.normal_(made.asking, std=0.02)
+        made.to(weight.device, weight.dtype)
+        arguments = {"memories": [specs.plain(stack.makers) for stack in stacks], "gated": gated}
+        made.config = {**self.config, "init_args": {**self.config["init_args"], **arguments}}
+        return made.train(self.training)
+
+    def without_memory(self, window: int) -> Self:
+        """Return a model of the same weights, shared with this one, that sees ``window`` positions exactly.
+
+        Raises:
+            MemtxError: the window is not positive.
+        """
+        makers = [partial(RecurrentMemory, window=window)]
+        made = self._sharing()
+        for block in made._layers():
+            block.attention.mount(makers[0](self.dim), [], gated=False)
+        made.tokens = None
+        arguments = {"memories": specs.plain(makers), "gated": False}
+        made.config = {**self.config, "init_args": {**self.config["init_args"], **arguments}}
+        return made
+
+    def _sharing(self) -> Self:
+        """Return a copy of the modules that has this one's numbers themselves."""
+        return copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
+
+    def memory_parameters(self) -> dict[str, nn.Parameter]:
+        """Return by name what belongs to the memories: their own parameters, gates, and tokens that ask."""
+        parts = (".attention.memory.", ".attention.beside.", ".attention.gate")
+        named = self.named_parameters()
+        return {name: one for name, one in named if name == "asking" or any(part in name for part in parts)}
+
+    def _find_tokens(self) -> None:
+        """Take down what the layers have of memory tokens, and make the tokens that ask for them."""
+        self.tokens = Tokens.of(self._layers())
+        if self.tokens is not None:
+            self.asking = nn.Parameter(torch.empty(self.tokens.count, self.dim))
+
+    def _layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,14 @@ from memtx.data.batch import Batch
 from memtx.errors import MemtxError, at_least
 from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
+from memtx.training.rates import Rates
 from memtx.training.tbptt import Unrolled, unroll
 from memtx.training.trained import TrainedModule
 
@@ -33,7 +35,7 @@ class LanguageModule(TrainedModule):
     document begins.
 
     Args:
-        model: makes the model from the vocabulary's size.
+        model: makes the model from the vocabulary's size; ``Retrofit`` makes it from a folder.
         vocab_size: of the tokenizer; flows from the data.
         segment: tokens a call; flows from the data.
         optimizer: makes the optimiser from parameter groups; None for AdamW (rate 1e-3, betas 0.9 and 0.95,
@@ -48,6 +50,12 @@ class LanguageModule(TrainedModule):
             tokens, ``val_memory_gain_N``).
         replay: whether to keep states alone between a horizon's segments and read each once more in the backward
             pass: the same gradients, about a third more time, and memory that hardly grows with the horizon.
+        freeze_base: whether the memories alone learn, and the model that they were added to stays as it is.
+        rates: compression rates of which every training step draws one; empty for the model's own. Each step then
+            begins with fresh streams.
+        distillation: weight of a loss that asks for what the model would say with a whole batch in sight of its
+            attention and no memory; for batches no longer than it was trained on, and each step then begins with
+            fresh streams.
 
     Raises:
         MemtxError: the segment is not positive; while training, the loss is no longer finite.
@@ -57,7 +65,7 @@ class LanguageModule(TrainedModule):
 
     def __init__(
         self,
-        model: Callable[[int], MemoryTransformer | TransformerXL] = MemoryTransformer,
+        model: Callable[[int], MemoryTransformer | TransformerXL] | Retrofit = MemoryTransformer,
         vocab_size: int = 257,
         segment: int = 512,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
@@ -66,14 +74,22 @@ class LanguageModule(TrainedModule):
         checkpointing: bool = False,
         meter: bool = True,
         replay: bool = False,
+        freeze_base: bool = False,
+        rates: Sequence[int] = (),
+        distillation: float = 0.0,
     ) -> None:
         super().__init__(optimizer, scheduler)
         at_least(1, segment=segment)
+        at_least(0, distillation=distillation)
         # A Transformer-XL is called as a memory transformer is.
         self.model = cast(MemoryTransformer, model(vocab_size))
         if checkpointing and not hasattr(self.model, "checkpointing"):
             raise MemtxError(f"A {type(self.model).__name__} has no checkpointing.", "Leave it out.")
         self.model.checkpointing = checkpointing
+        self.rates = Rates(self.model, rates)
+        self.distillation = distillation
+        if freeze_base:
+            _freeze_base(self.model)
         self.segment = segment
         self.replay = replay
         if compile:
@@ -99,8 +115,19 @@ class LanguageModule(TrainedModule):
         return self.carry.take(stage, self.model, batch.tokens.shape[0])
 
     def _read(self, stage: str, batch: Batch, state: MemoryState) -> Unrolled:
-        replay = self.replay and torch.is_grad_enabled()
-        out = unroll(self.model, batch.tokens, batch.labels, batch.starts, state, segment=self.segment, replay=replay)
+        training = stage == "train"
+        out = unroll(
+            self.model,
+            batch.tokens,
+            batch.labels,
+            batch.starts,
+            state,
+            segment=self.segment,
+            replay=self.replay and torch.is_grad_enabled(),
+            distillation=self.distillation if training else 0.0,
+        )
+        if training and self._fresh:
+            return out
         # Final before any callback runs: checkpoints are saved by callbacks that come first.
         self.carry.put(stage, out.state)
         return out
@@ -108,7 +135,9 @@ class LanguageModule(TrainedModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
         self._finite.check()
-        out = self._read("train", batch, self._state("train", batch))
+        self.rates.draw()
+        rows = batch.tokens.shape[0]
+        out = self._read("train", batch, self.model.init_state(rows) if self._fresh else self._state("train", batch))
         self._finite.watch(out.loss, self.trainer.global_step)
         self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
         nats = out.nll.sum(dtype=torch.float64) / batch.bytes.sum().clamp(min=1)
@@ -117,6 +146,15 @@ class LanguageModule(TrainedModule):
         for name, value in out.losses.items():
             self.log(f"train_{name}", value)
         return out.loss
+
+    @property
+    def _fresh(self) -> bool:
+        """Whether training carries nothing from batch to batch."""
+        return bool(self.rates.rates or self.distillation)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Go back to the model's own rate, after the backward pass, which may read once more."""
+        self.rates.restore()
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
         rows = batch.tokens.shape[0]
@@ -181,3 +219,14 @@ class LanguageModule(TrainedModule):
     def restore_rank_state(self, state: dict[str, Any]) -> None:
         """Carry it again."""
         self.carry.load_state_dict("train", state["carry"])
+
+
+def _freeze_base(model: MemoryTransformer) -> None:
+    learning = {id(parameter) for parameter in model.memory_parameters().values()}
+    if not learning:
+        raise MemtxError(
+            "freeze_base leaves nothing that learns: the model has no memory with parameters.",
+            "Add one, such as CompressedMemory with its gates, or train the whole model.",
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in learning)

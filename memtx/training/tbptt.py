@@ -7,7 +7,7 @@ for every kind of memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from memtx.memory.base import Losses
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cross_entropy import IGNORED
 from memtx.state import MemoryState
+from memtx.training.teaching import divergence, taught
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def unroll(
     *,
     segment: int,
     replay: bool = False,
+    distillation: float = 0.0,
 ) -> Unrolled:
     """Read a batch segment by segment with one graph through all of them.
 
@@ -61,10 +63,18 @@ def unroll(
         segment: tokens a call.
         replay: keep states alone and read every segment once more in the backward pass: the same gradients, about
             a third more time, and the memory of one segment however many there are.
+        distillation: weight of a loss that asks for what the model's own attention to the whole batch gives; the
+            state is to be fresh then, so that both read the same text.
     """
 
-    def read(tokens: Tensor, state: MemoryState, starts: Tensor, labels: Tensor) -> Any:
-        return model(tokens, state, starts=starts, labels=labels)
+    def read(tokens: Tensor, state: MemoryState, starts: Tensor, labels: Tensor, wanted: Tensor | None) -> Any:
+        out = model(tokens, state, starts=starts, labels=labels, return_hidden=wanted is not None)
+        if wanted is None:
+            return out
+        own = distillation * divergence(model, out.hidden_states[-1], wanted, labels)
+        return replace(out, hidden_states=None, losses={**out.losses, "distillation": own})
+
+    teacher = taught(model, tokens, starts) if distillation else None
 
     scored = (labels != IGNORED).sum()
     language: Tensor | float = 0.0
@@ -72,7 +82,13 @@ def unroll(
     named: dict[str, list[Tensor]] = {}
     for at in range(0, tokens.shape[1], segment):
         part = slice(at, at + segment)
-        given = tokens[:, part], state, starts[:, part], labels[:, part]
+        given = (
+            tokens[:, part],
+            state,
+            starts[:, part],
+            labels[:, part],
+            teacher[:, part] if teacher is not None else None,
+        )
         out = checkpoint(read, *given, use_reentrant=False) if replay else read(*given)
         state = out.state
         # Every label weighs alike, so the mean is over the horizon, not of its segments' means.

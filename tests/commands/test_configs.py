@@ -13,8 +13,12 @@ import torch
 import yaml
 
 from memtx import specs
-from memtx.data.tokenizers import ByteTokenizer
+from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
+from memtx.inference.loading import chosen_checkpoint
+from memtx.models.memory_transformer import MemoryTransformer
 from tests.commands.program import HOME, Program
+from tests.models.published import plain
+from tests.models.published.folders import write
 from tests.tasks import folder, records, write_lines
 
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
@@ -62,8 +66,13 @@ def test_the_parser_takes_it_and_the_model_has_the_size_it_claims(program: Progr
     content: dict[str, Any] = yaml.safe_load(done.out)
     tokenizer = settings(content["data"])["tokenizer"] or {}
     vocabulary = (tokenizer.get("init_args") or {}).get("vocab_size", ByteTokenizer().vocab_size)
-    # On the meta device: shapes without memory.
     own = settings(content["model"])
+    whole = own.get("model")
+    if whole is not None and "folder" in whole["init_args"]:
+        # Of a model that the user has: a test of its own.
+        assert whole["init_args"]["folder"] is None
+        return
+    # On the meta device: shapes without memory.
     with torch.device("meta"):
         # A head's size goes by the labels, and is nothing beside a body's; a mask is one more token.
         if path.stem in PRETRAINING and "mask_token" in own:
@@ -91,6 +100,44 @@ def test_without_its_data_it_says_where_to_get_them(program: Program, tmp_path: 
     ):
         assert part in done.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, tmp_path: Path) -> None:
+    tokenizer = BytePairTokenizer(vocab_size=300)
+    tokenizer.fit(["some words, and some other words. " * 50])
+    config = {**plain.LLAMA, "vocab_size": 320, "hidden_size": 24, "max_position_embeddings": 64}
+    folder = write(tmp_path / "model", config, plain.llama(config))
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_json())["model"]))
+    text = tmp_path / "text.txt"
+    text.write_text("some words, and some other words. " * 20)
+    # As it is: a window, and nothing beyond it.
+    session = str(tmp_path / "session")
+    done = program("read", str(text), "--checkpoint", str(folder), "--session", session, at=tmp_path)
+    assert done.code == 0, done.err
+    done = program("generate", "--checkpoint", str(folder), "--session", session, "--max-tokens", "8", at=tmp_path)
+    assert done.code == 0, done.err
+    config_file = str(HOME / "configs" / "retrofit.yaml")
+    asked = ["fit", "--config", config_file, "--data.root", "embedded", "--data.cache", str(tmp_path / "cache")]
+    done = program(*asked, at=tmp_path)
+    assert done.code == 2
+    assert "--model.model.init_args.folder FOLDER" in done.err
+    done = program(
+        *asked, "--model.model.init_args.folder", str(folder), "--model.distillation=1",
+        "--data.tokenizer.init_args.path", str(folder / "tokenizer.json"), "--data.segment=32",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
+        "--trainer.num_sanity_val_steps=0", at=tmp_path,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "retrofit"
+    assert "train_distillation" in (run / "metrics.csv").read_text()
+    before, after = (MemoryTransformer.from_pretrained(place) for place in (folder, chosen_checkpoint(run)))
+    kept = after.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in before.state_dict().items())
+    # The run needs the folder no more.
+    shutil.rmtree(folder)
+    done = program("read", str(text), "--checkpoint", str(run), at=tmp_path)
+    assert done.code == 0, done.err
 
 
 def test_the_quickstart_takes_a_step(program: Program, tmp_path: Path) -> None:

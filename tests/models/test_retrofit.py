@@ -21,7 +21,7 @@ from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.tokens import TokenMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.retrofit import retrofit
+from memtx.models.retrofit import Retrofit
 from tests.models.published import plain
 from tests.models.published.folders import write
 
@@ -156,14 +156,14 @@ def test_a_narrower_window_of_a_layers_own_is_kept() -> None:
 def test_a_published_folder_gets_one_in_one_call(tmp_path: Path) -> None:
     folder = write(tmp_path, plain.QWEN3, plain.llama(plain.QWEN3))
     memory = partial(CompressedMemory, window=WINDOW, rate=2, length=6)
-    made = retrofit(40, str(folder), [memory]).eval()
+    made = Retrofit(str(folder), [memory])(40).eval()
     assert made.blocks[0].attention.beside[0].skip == WINDOW + 1
     given = TOKENS[:, :WINDOW]
     assert (logits(made, given) - logits(memtx.from_pretrained(folder), given)).abs().max() < 1e-5
     made.to_pretrained(tmp_path / "back")
     assert torch.equal(logits(memtx.from_pretrained(tmp_path / "back")), logits(memtx.from_pretrained(folder)))
     with pytest.raises(MemtxError, match="41 ids"):
-        retrofit(41, str(folder))
+        Retrofit(str(folder))(41)
 
 
 def test_what_cannot_be_is_refused() -> None:

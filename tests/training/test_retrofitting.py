@@ -1,0 +1,127 @@
+"""Training what was added to a model: the base stays, rates are drawn and put back, the teacher is the model itself."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.compression import MeanPooling
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.memory.sinks import SinkMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.language import LanguageModule
+from memtx.training.rates import Rates
+from memtx.training.tbptt import unroll
+from memtx.training.teaching import divergence, taught
+from tests.training.small import SEGMENT, adam, data, module, trainer
+
+MEAN = partial(CompressedMemory, window=6, rate=2, length=8, compression=MeanPooling)
+
+
+def base(vocab_size: int = 257) -> MemoryTransformer:
+    torch.manual_seed(0)
+    return MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
+
+
+def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
+    return base(vocab_size).with_memory(memories or [partial(CompressedMemory, window=6, rate=2, length=8)], sinks=2)
+
+
+def test_what_was_added_alone_learns(tmp_path: Path) -> None:
+    own = LanguageModule(retrofitted, segment=SEGMENT, optimizer=adam, freeze_base=True)
+    before = {name: one.clone() for name, one in own.model.state_dict().items()}
+    trainer(tmp_path, max_steps=4).fit(own, data(tmp_path))
+    added = own.model.memory_parameters()
+    assert added
+    for name, one in own.model.state_dict().items():
+        assert torch.equal(one, before[name]) == (name not in added), name
+
+
+def test_a_model_without_memory_has_nothing_to_learn() -> None:
+    with pytest.raises(MemtxError, match="nothing that learns"):
+        LanguageModule(base, freeze_base=True)
+
+
+def test_a_rate_is_drawn_for_every_step_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    read = CompressedMemory.read
+
+    def spy(self: CompressedMemory, *given: Any) -> Any:
+        if self.training:
+            seen.append((self.rate, self.cached))
+        return read(self, *given)
+
+    monkeypatch.setattr(CompressedMemory, "read", spy)
+    own = LanguageModule(partial(retrofitted), segment=SEGMENT, optimizer=adam, rates=[])
+    assert own.rates.rates == []
+    own = LanguageModule(lambda size: retrofitted(size, MEAN), segment=SEGMENT, optimizer=adam, rates=[1, 3, 4])
+    trainer(tmp_path, max_steps=12).fit(own, data(tmp_path))
+    assert {rate for rate, _ in seen} == {1, 3, 4}
+    assert {block.attention.memory.rate for block in own.model.blocks} == {2}
+    assert all(cached == 6 + rate - 1 for rate, cached in seen)
+
+
+def test_sinks_begin_where_the_exact_states_of_the_rate_end() -> None:
+    model = retrofitted(11, MEAN)
+    rates = Rates(model, [5])
+    sink = model.blocks[0].attention.beside[0]
+    assert isinstance(sink, SinkMemory)
+    assert sink.skip == 7
+    rates.draw()
+    assert sink.skip == 10
+    rates.restore()
+    assert sink.skip == 7
+
+
+def test_rates_that_cannot_be_drawn_are_refused() -> None:
+    with pytest.raises(MemtxError, match="StridedConvolution is made for one alone"):
+        Rates(retrofitted(11), [2])
+    with pytest.raises(MemtxError, match="without CompressedMemory"):
+        Rates(base(11), [2])
+    with pytest.raises(MemtxError, match="rate is 0"):
+        Rates(retrofitted(11, MEAN), [0])
+
+
+def test_the_teacher_is_the_model_with_everything_in_sight() -> None:
+    model = retrofitted(11, MEAN).double()
+    tokens = torch.randint(0, 11, (2, 20))
+    starts = torch.zeros(2, 20, dtype=torch.bool)
+    starts[1, 9] = True
+    wide = base(11).double().without_memory(20)
+    hidden = taught(model, tokens, starts)
+    assert not hidden.requires_grad
+    expected = wide(tokens, starts=starts).logits.log_softmax(-1)
+    mine = model(tokens, starts=starts, return_hidden=True)
+    labels = torch.randint(0, 11, (2, 20))
+    labels[:, 3] = -100
+    loss = divergence(model, mine.hidden_states[-1], hidden, labels)
+    plain = F.kl_div(mine.logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
+    assert loss.item() == pytest.approx(plain[labels != -100].mean().item(), rel=1e-9)
+    assert loss > 0
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_distillation_is_a_loss_beside_the_others(replay: bool) -> None:
+    model = retrofitted(11, MEAN).double()
+    tokens = torch.randint(0, 11, (2, 20))
+    starts = torch.zeros(2, 20, dtype=torch.bool)
+    given = (model, tokens, tokens, starts, model.init_state(2))
+    out = unroll(*given, segment=8, replay=replay, distillation=2.0)
+    alone = unroll(*given, segment=8)
+    assert (out.loss - alone.loss).item() == pytest.approx(out.losses["distillation"].item(), abs=1e-9)
+    out.loss.backward()
+    gates = [block.attention.gate for block in model.blocks]
+    assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates)
+
+
+def test_steps_that_distil_begin_with_fresh_streams(tmp_path: Path) -> None:
+    own = module(distillation=0.5)
+    trainer(tmp_path, max_steps=3).fit(own, data(tmp_path))
+    assert own.carry.nbytes("train") == 0
