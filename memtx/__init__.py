@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
     from memtx.memory.retrieval import RetrievalMemory
+    from memtx.memory.same_layer import SameLayerMemory
     from memtx.memory.scored import ScoredMemory
     from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
@@ -51,6 +52,7 @@ _PLACES = {
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Reformer": "memtx.models.reformer:Reformer",
     "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
+    "SameLayerMemory": "memtx.memory.same_layer:SameLayerMemory",
     "ScoredMemory": "memtx.memory.scored:ScoredMemory",
     "Rotary": "memtx.layers.positions:Rotary",
     "SinkMemory": "memtx.memory.sinks:SinkMemory",
@@ -81,6 +83,7 @@ __all__ = [
     "Reformer",
     "RetrievalMemory",
     "Rotary",
+    "SameLayerMemory",
     "ScoredMemory",
     "SinkMemory",
     "SlotMemory",

@@ -23,6 +23,7 @@ from memtx.memory.features import Dpfp, Elu
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.same_layer import SameLayerMemory
 from memtx.memory.scored import ScoredMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
@@ -111,6 +112,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
         lambda window, rate, length: partial(SinkMemory, count=min(length + 1, window + 1), skip=window, placed=True)
     ),
     "tokens": beside(lambda window, rate, length: partial(TokenMemory, count=2, interval=max(length, 1))),
+    "same-layer": lambda window, rate, length: partial(SameLayerMemory, window=window, interval=max(length, 1)),
     "theirs": beside(lambda window, rate, length: RunningMean),
 }
 """Kinds for which how a stream is cut does not matter."""

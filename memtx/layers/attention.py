@@ -143,6 +143,16 @@ class MemoryAttention(nn.Module):
                 losses[name] = losses[name] + value if name in losses else value
         return out, tuple(after), losses
 
+    @property
+    def settles(self) -> bool:
+        """Whether a memory waits for the layer's outputs."""
+        return any(memory.depends_on == "output" for memory in self.memories)
+
+    def settle(self, state: tuple[Any, ...], outputs: Tensor, segment: Segment) -> tuple[Any, ...]:
+        """Give the memories the layer's outputs, (rows, segment, dim), normed as its inputs are."""
+        pairs = zip(self.memories[: len(state)], state, strict=True)
+        return tuple(memory.settle(own, outputs, segment) for memory, own in pairs)
+
     def _answers(self, memories: Sequence[Memory[Any]], views: Sequence[View], q: Tensor) -> list[Readout]:
         """Return what the memories answer to queries q, gated where the layer is."""
         found = []

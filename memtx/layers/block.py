@@ -43,6 +43,8 @@ class Block(nn.Module):
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        if self.attention.settles:
+            state = self.attention.settle(state, self.attention_norm(x), segment)
         return x, state, losses
 
     def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:

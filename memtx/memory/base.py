@@ -207,6 +207,18 @@ class Memory(nn.Module, ABC, Generic[S]):
             trace: what the layer made of it.
         """
 
+    def settle(self, state: S, outputs: Tensor, segment: Segment) -> S:
+        """Change the next state by what the whole layer made; for a kind whose ``depends_on`` is "output".
+
+        Its calls end at the borders of its ``interval``.
+
+        Args:
+            state: what ``write`` returned.
+            outputs: (rows, segment, dim), the layer's outputs, normed as its inputs are.
+            segment: where the tokens stand.
+        """
+        return state
+
     # Decoding in place (see memtx.memory.ring). Not abstract: a kind without a layout is decoded by calls of one token
     # and never asked for the rest, one that keeps no compressed entries never for the last.
 

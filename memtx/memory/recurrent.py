@@ -49,6 +49,11 @@ class RecurrentMemory(Memory[RecurrentState]):
         """Say the settings."""
         return f"window={self.window}, same_length={self.same_length}"
 
+    @property
+    def cut_matters(self) -> bool:
+        """Whether calls decide what is seen."""
+        return not self.same_length
+
     def init_state(self, rows: int, *, like: Tensor) -> RecurrentState:
         """Return an empty cache."""
         return RecurrentState(like.new_zeros(rows, self.places, self.dim))

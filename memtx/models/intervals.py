@@ -67,18 +67,22 @@ class Tokens:
         return cls(tuple(layer[0][0] for layer in found), *settings.pop())
 
 
-def parts_of(tokens: Tensor, blocks: Sequence[Block]) -> list[int]:
+def parts_of(segment: Segment, blocks: Sequence[Block]) -> list[int]:
     """Return the ticks at which the parts end that a call is read in; none for it whole.
 
     Args:
-        tokens: (rows, segment).
+        segment: where the call's tokens stand.
         blocks: the layers.
     """
-    rows, length = tokens.shape
+    memories = [memory for block in blocks for memory in block.attention.memories]
+    late = {memory.interval for memory in memories if memory.depends_on in ("output", "top")}
+    if borders := sorted({tick for interval in late if interval is not None for tick in segment.cut(interval)}):
+        return borders
+    rows, length = segment.position.shape
     part = max(LONGEST // rows, SHORTEST)
-    if length <= part or tokens.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if length <= part or segment.position.device.type != "cpu":
         return []
-    if any(memory.cut_matters for block in blocks for memory in block.attention.memories):
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(memory.cut_matters for memory in memories):
         return []
     return [*range(part, length, part), length]
 
@@ -126,21 +130,21 @@ def by_intervals(
     blocks: Sequence[Block],
     tokens: Tokens,
     asking: Tensor,
+    stops: Sequence[int],
     x: Tensor,
     state: MemoryState,
-    segment: Segment,
     starts: Tensor | None,
 ) -> tuple[list[Tensor], Layers, Losses]:
     """Read a call up to a border of any row at a time, and write the memory tokens there.
 
     Args:
-        through: as for :func:`in_parts`, as are x, state and starts.
+        through: as for :func:`in_parts`, as are stops, x, state and starts.
         blocks: the layers.
         tokens: the settings.
         asking: (count, dim), the tokens that ask what to remember.
+        stops: ticks, the borders among them.
         x: (rows, segment, dim).
         state: a value.
-        segment: where the call's tokens stand.
         starts: (rows, segment) bool, or None.
     """
 
@@ -148,7 +152,7 @@ def by_intervals(
         # At no border too, where nothing is changed by it: shapes, and so the work, are the same.
         return _remembered(blocks, tokens, asking, layers, position)
 
-    hidden, layers, losses = in_parts(through, segment.cut(tokens.interval), x, state, starts, between)
+    hidden, layers, losses = in_parts(through, stops, x, state, starts, between)
     # What was asked for is read after the border, maybe in no call of the horizon; DDP wants a gradient all the
     # same, which is zero then.
     hidden[-1] = hidden[-1] + 0.0 * asking.sum()

@@ -255,10 +255,11 @@ class MemoryTransformer(Mountable):
         segment = Segment.locate(state.position, tokens.shape[1], starts)
         x = self.dropout(self._embedded(tokens, segment.position))
         through = partial(self._through, keep=return_hidden)
+        stops = parts_of(segment, self._layers())
         if self.tokens is not None:
-            given = self._layers(), self.tokens, self.asking, x, state, segment, starts
+            given = self._layers(), self.tokens, self.asking, stops, x, state, starts
             hidden, layers, losses = by_intervals(through, *given)
-        elif stops := parts_of(tokens, self._layers()):
+        elif stops:
             hidden, layers, losses = in_parts(through, stops, x, state, starts)
         else:
             hidden, layers, losses = through(x, state.layers, segment)
