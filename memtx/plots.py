@@ -206,6 +206,46 @@ def loss_curve(
     _save(figure, path)
 
 
+def accuracy(
+    path: str | os.PathLike[str],
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    *,
+    chance: float,
+    title: str = "Accuracy",
+    x: str = "distance (tokens)",
+) -> None:
+    """Draw the share of right answers by distance, beside that of guessing.
+
+    Args:
+        path: the PNG to write.
+        curves: name -> (distances, shares), (n,) each, distances from 1.
+        chance: the share of guessing, from 0 to 1.
+        title: above the picture.
+        x: name of the horizontal axis, which is logarithmic.
+
+    Raises:
+        MemtxError: no curve, or columns of different lengths.
+    """
+    if not curves:
+        raise MemtxError("A picture of accuracy needs at least one curve, got none.")
+    figure = _figure(8, 4.4)
+    axes = figure.subplots()
+    _dress(axes, title, x, "share of right answers")
+    for index, (name, (distances, shares)) in enumerate(curves.items()):
+        distance, share = _columns(distances=distances, shares=shares)
+        # More curves than colours differ by their lines.
+        line = ("-", "--", ":")[index // len(COLOURS) % 3]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(distance, share, color=colour, linewidth=1.8, linestyle=line, marker="o", markersize=3.5, label=name)
+    axes.axhline(chance, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
+    axes.set_xscale("log")
+    axes.set_ylim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _save(figure, path)
+
+
 def comparison(
     path: str | os.PathLike[str],
     table: Mapping[str, Sequence[float]],

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from memtx.cli.report import Report
+    from memtx.data.tokenizers import Tokenizer
     from memtx.inference.reader import StreamReader
+    from memtx.models.memory_transformer import MemoryTransformer
 
 CHUNK = 1 << 14
 """Bytes read at a time; at most what a reader takes in at once, so that Ctrl-C need not wait for all of it."""
@@ -93,8 +95,19 @@ def placed(device: str) -> torch.device:
     return place
 
 
-def open_reader(arguments: argparse.Namespace) -> StreamReader:
-    """Load the checkpoint that the arguments name and return a reader at the beginning of a text.
+@contextlib.contextmanager
+def hinting_import() -> Iterator[None]:
+    """Add to the complaint about a class of one's own what loads it."""
+    try:
+        yield
+    except CheckpointError as error:
+        if "was not imported" not in error.what:
+            raise
+        raise CheckpointError(error.what, "If you trust it, add --import and the module's name.") from error
+
+
+def open_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
+    """Load the checkpoint that the arguments name, onto their device and in their precision.
 
     Raises:
         MemtxError: the checkpoint cannot be used, or there is no such device.
@@ -106,15 +119,22 @@ def open_reader(arguments: argparse.Namespace) -> StreamReader:
     import torch
 
     from memtx.inference.loading import load
+
+    with hinting_import():
+        model, tokenizer = load(arguments.checkpoint)
+    model.to(device=place, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
+    return model, tokenizer
+
+
+def open_reader(arguments: argparse.Namespace) -> StreamReader:
+    """Load the checkpoint that the arguments name and return a reader at the beginning of a text.
+
+    Raises:
+        MemtxError: the checkpoint cannot be used, or there is no such device.
+    """
+    model, tokenizer = open_model(arguments)
     from memtx.inference.reader import StreamReader
 
-    try:
-        model, tokenizer = load(arguments.checkpoint)
-    except CheckpointError as error:
-        if "was not imported" not in error.what:
-            raise
-        raise CheckpointError(error.what, "If you trust it, add --import and the module's name.") from error
-    model.to(device=place, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
     return StreamReader(model, tokenizer, arguments.segment)
 
 

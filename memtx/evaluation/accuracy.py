@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,16 @@ class Model(Protocol):
 
 
 @torch.no_grad()
-def accuracy(model: Model, task: Task, distance: int, *, rows: int = 32, seed: int = 0, call: int = 32) -> float:
+def accuracy(
+    model: Model,
+    task: Task,
+    distance: int,
+    *,
+    rows: int = 32,
+    seed: int = 0,
+    call: int = 32,
+    watch: Callable[[int], None] | None = None,
+) -> float:
     """Return the share of questions answered exactly, ``distance`` segments after the last one that is asked about.
 
     Args:
@@ -32,6 +42,7 @@ def accuracy(model: Model, task: Task, distance: int, *, rows: int = 32, seed: i
         rows: episodes.
         seed: of the episodes.
         call: segments a call.
+        watch: is told after every call how many segments it read.
     """
     generator = torch.Generator().manual_seed(seed)
     state: MemoryState | None = None
@@ -44,6 +55,8 @@ def accuracy(model: Model, task: Task, distance: int, *, rows: int = 32, seed: i
             continue
         device = state.position.device if state is not None else None
         found = model(torch.cat(waiting, dim=1).to(device), state)
+        if watch is not None:
+            watch(len(waiting))
         state, waiting = found.state, []
         if number == last:
             scored = labels != IGNORED

@@ -31,11 +31,7 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
     Raises:
         CheckpointError: missing, damaged, of something else, or without a tokenizer.
     """
-    place = Path(path)
-    if not place.exists():
-        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
-    if place.is_dir() and not (place / folder.CONFIG).is_file():
-        place = chosen_checkpoint(place)
+    place = chosen_place(path)
     if place.is_dir():
         if not (place / TOKENIZER).is_file():
             raise CheckpointError(f"'{place}' has no {TOKENIZER}.", "Put the tokenizer it was trained with beside it.")
@@ -50,6 +46,20 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
             "They do not belong together; take the tokenizer it was trained with.",
         )
     return model.eval(), tokenizer
+
+
+def chosen_place(path: str | os.PathLike[str]) -> Path:
+    """Return the file or the pretrained folder that ``path`` means: of a run's folder, its checkpoint.
+
+    Raises:
+        CheckpointError: missing, or a folder that holds neither.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
+    if place.is_dir() and not (place / folder.CONFIG).is_file():
+        return chosen_checkpoint(place)
+    return place
 
 
 def chosen_checkpoint(run: Path) -> Path:
