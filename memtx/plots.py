@@ -242,7 +242,7 @@ def accuracy(
     axes.set_ylim(-0.03, 1.03)
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, handlelength=3.5)
     _save(figure, path)
 
 

@@ -217,7 +217,8 @@ def picture(found: dict[str, dict[str, Any]], path: str) -> None:
                 asked,
                 [statistics.mean(run["accuracy"][str(distance)] for run in runs) for distance in asked],
             )
-    plots.loss_curve(path, curves, title="Recall (T1), means of seeds", x="segments since the pairs", y="accuracy")
+    title, axis = "Recall (T1), means of seeds", "segments since the pairs"
+    plots.accuracy(path, curves, chance=TASKS["T1 recall"].chance, title=title, x=axis)
 
 
 def main() -> None:
