@@ -208,7 +208,7 @@ def loss_curve(
 
 def accuracy(
     path: str | os.PathLike[str],
-    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
     chance: float,
     title: str = "Accuracy",
@@ -240,9 +240,13 @@ def accuracy(
     axes.axhline(chance, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
     axes.set_xscale("log")
     axes.set_ylim(-0.03, 1.03)
+    # A decade may lie between two powers of ten: the distances themselves are named, those of the longest curve.
+    axes.set_xticks(np.asarray(max((one for one, _ in curves.values()), key=len), dtype=np.float64))
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, handlelength=3.5)
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.5
+    )
     _save(figure, path)
 
 

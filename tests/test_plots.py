@@ -45,6 +45,17 @@ def test_loss_curve_and_comparison(tmp_path: Path) -> None:
     assert min(*size_of(tmp_path / "b.png"), *size_of(tmp_path / "c.png")) > 300
 
 
+def test_accuracy(tmp_path: Path) -> None:
+    curves = {f"curve {number}": ([24, 960], [0.5, 1 / (1 + number)]) for number in range(9)}
+    plots.accuracy(tmp_path / "a.png", {**curves, "short": ([24], [1.0])}, chance=0.1)
+    assert min(size_of(tmp_path / "a.png")) > 300
+    with pytest.raises(MemtxError, match="at least one curve"):
+        plots.accuracy(tmp_path / "b.png", {}, chance=0.1)
+    with pytest.raises(MemtxError, match="columns of one length"):
+        plots.accuracy(tmp_path / "b.png", {"a": ([1, 2], [1])}, chance=0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_a_comparison_grows_with_its_rows(tmp_path: Path) -> None:
     plots.comparison(tmp_path / "a.png", {"a": [1.0]})
     plots.comparison(tmp_path / "b.png", {str(row): [float(row)] for row in range(12)})

@@ -236,11 +236,13 @@ def _printed(title: str, columns: list[str], lines: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if not number else "right")
     for line in lines:
         table.add_row(*line)
+    # Not as the table's title, which is wrapped to its width.
+    sys.stdout.write(f"{title}\n")
     Console().print(table)
 
 

@@ -7,6 +7,7 @@ the answer is chosen among all that the task's questions have, by likelihood.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def hidden_stories(
     segment: int = 512,
     watch: Callable[[int], None] | None = None,
 ) -> list[Measured]:
-    """Return the accuracy of every task at every length.
+    """Return the accuracy of every task at every length, beside the share of its most frequent answer.
 
     Args:
         model: in eval mode, of this tokenizer.
@@ -115,6 +116,7 @@ def hidden_stories(
     for number, told in tasks.items():
         words = sorted({story.answer for story in told})
         answers = [encoded(tokenizer, f" {word}") for word in words]
+        usual = Counter(story.answer for story in told).most_common(1)[0][1] / len(told)
         for length in lengths:
             contexts: list[Ids] = []
             chosen: list[Story] = []
@@ -134,5 +136,5 @@ def hidden_stories(
                     question = encoded(tokenizer, f" {story.question}")
                     right += words[likeliest(model, state.select([row]), question, answers)] == story.answer
                 share = right / len(chosen)
-            results.append(Measured(f"qa{number}", length, share, 1 / len(words)))
+            results.append(Measured(f"qa{number}", length, share, usual))
     return results

@@ -13,7 +13,7 @@ class Measured:
         name: the condition, such as a task's or a depth's name.
         distance: tokens.
         accuracy: from 0 to 1; None where nothing could be asked.
-        chance: that of guessing.
+        chance: that of guessing, or of always giving the most frequent answer where they are not equally frequent.
     """
 
     name: str

@@ -10,7 +10,7 @@ import pytest
 from memtx.data.document import Document
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError, MemtxError
-from memtx.evaluation.babi import hidden_stories, open_tasks, stories
+from memtx.evaluation.babi import Story, hidden_stories, open_tasks, stories
 from memtx.evaluation.haystack import Haystack
 from memtx.evaluation.measured import Measured, averaged
 from memtx.evaluation.needle import needles
@@ -80,6 +80,12 @@ def test_hidden_stories_are_answered_as_far_as_text_is_kept(folder: Path) -> Non
         Measured("all", 600, 1.0, pytest.approx(1 / 3)),
         Measured("all", 2500, 1.0, pytest.approx(2 / 3)),
     ]
+
+
+def test_chance_is_the_most_frequent_answer() -> None:
+    often = [Story(("Ann is at home.",), "Ann is at", answer) for answer in ("home.", "sea.", "home.", "home.")]
+    (only,) = hidden_stories(keeps(3000), TOKENIZER, HAYSTACK, {3: often}, [500], rows=4)
+    assert (only.accuracy, only.chance) == (0.75, 0.75)
 
 
 def test_files_that_cannot_be_used_are_named(folder: Path) -> None:
