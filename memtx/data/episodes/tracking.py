@@ -22,11 +22,16 @@ from memtx.errors import MemtxError
 class Tracking(Task):
     """Tokens: a question for each place, the elements that answer, an exchange for each two places, noise.
 
-    Element i begins at place i. A segment that asks has its questions, one for each place, behind its exchanges.
+    Segment 0 begins with the elements in the order of their places. A segment that asks has its questions, one for each
+    place, behind its exchanges. With two elements it is parity.
+
+    The order told is random, so that without it every answer is as likely as any other, however few exchanges there
+    were. A coin says of each exchange whether it takes place: from a number that is known the permutation's sign would
+    follow, which of two elements is all there is to know.
 
     Attributes:
         elements: that change places.
-        exchanges: a segment.
+        exchanges: a segment at most; half of them on average.
 
     Raises:
         MemtxError: they do not fit.
@@ -61,24 +66,29 @@ class Tracking(Task):
         return 1 / self.elements
 
     def _episode(self, rows: int, segments: int, generator: torch.Generator, ask: Ask) -> Iterator[Part]:
-        state = torch.arange(self.elements).expand(rows, -1)
+        state = distinct(rows, self.elements, self.elements, generator)
         room = self.segment - self.elements
         for number in range(segments):
             tokens, labels = self._quiet(rows, generator)
             at = distinct(rows, room, self.exchanges, generator).sort(1).values
+            if number == 0:
+                tokens[:, : self.elements] = self.elements + state
+                at = at + self.elements
             which = torch.randint(len(self.swaps), (rows, self.exchanges), generator=generator)
-            tokens.scatter_(1, at, 2 * self.elements + which)
-            state = self._after(state, which)
+            there = torch.rand(rows, self.exchanges, generator=generator) < 0.5
+            tokens.scatter_(1, at, torch.where(there, 2 * self.elements + which, tokens.gather(1, at)))
+            state = self._after(state, which, there)
             if number > 0 and (ask == "later" or number == segments - 1):
                 places = torch.rand(rows, self.elements, generator=generator).argsort(1)
                 tokens[:, room:] = places
                 labels[:, room:] = self.elements + state.gather(1, places)
             yield tokens, labels
 
-    def _after(self, state: Tensor, which: Tensor) -> Tensor:
-        """Return who is where, (rows, elements), after exchanges (rows, n) in order."""
+    def _after(self, state: Tensor, which: Tensor, there: Tensor) -> Tensor:
+        """Return who is where, (rows, elements), after those exchanges (rows, n) that are there, in order."""
         swaps = torch.tensor(self.swaps)
-        for one in which.unbind(1):
+        for one, takes_place in zip(which.unbind(1), there.unbind(1), strict=True):
             places = swaps[one]  # (rows, 2)
-            state = state.scatter(1, places, state.gather(1, places.flip(1)))
+            exchanged = state.scatter(1, places, state.gather(1, places.flip(1)))
+            state = torch.where(takes_place[:, None], exchanged, state)
         return state
