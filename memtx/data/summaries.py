@@ -7,22 +7,20 @@ stops at the end. ``{"text", "summary"}`` are the fields, whatever follows: a su
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 
 from memtx.data.batch import IGNORED, Batch
+from memtx.data.example_files import ExampleDataModule
 from memtx.data.examples import SummaryExample, read_examples, split_file
 from memtx.data.summary_form import SummaryForm
 from memtx.data.task import Array
-from memtx.data.task_batches import TrainingBatches
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
-from memtx.errors import CheckpointError, DataError
+from memtx.errors import DataError
 
 
 @dataclass
@@ -77,7 +75,7 @@ class SummaryBatches:
             yield summary_batch(part, self.padding)
 
 
-class SummaryDataModule(LightningDataModule):
+class SummaryDataModule(ExampleDataModule[Row, Batch]):
     """Texts and summaries in a folder of ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
 
     Args:
@@ -105,39 +103,20 @@ class SummaryDataModule(LightningDataModule):
         longest: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("rows", rows), ("segment", segment), ("longest", longest)):
-            if value is not None and value < 1:
-                raise DataError(f"{name} is {value}, expected at least 1.", f"Change --data.{name}.")
+        super().__init__(root, rows, seed, segment=segment, longest=longest)
         self.form = SummaryForm(prompt, end)
-        self.root, self.rows, self.segment, self.longest, self.seed = root, rows, segment, longest, seed
+        self.segment, self.longest = segment, longest
         self.tokenizer: Tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
-        self._rows: dict[str, list[Row]] = {}
-        self._batches: TrainingBatches[Batch] | None = None
-        self._restored: dict[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:
         """Rows the model's embedding needs."""
         return self.tokenizer.vocab_size
 
-    def split(self, name: str) -> list[Row]:
-        """Return a split's rows.
-
-        Raises:
-            DataError: an example cannot be used; names file and line.
-        """
-        if name not in self._rows:
-            self._fit()
-            path = split_file(self.root, name)
-            made = []
-            for line, example in read_examples(path, SummaryExample.parse):
-                try:
-                    made.append(self._row(example))
-                except DataError as error:
-                    raise DataError(f"'{path}', line {line}: {error.what}", error.cure) from error
-            self._rows[name] = made
-        return self._rows[name]
+    def _made(self, split: str) -> list[Row]:
+        self._fit()
+        found = read_examples(split_file(self.root, split), SummaryExample.parse)
+        return self._by_line(split, found, lambda one: [self._row(one)])
 
     def _row(self, example: SummaryExample) -> Row:
         assert example.summary is not None
@@ -156,47 +135,15 @@ class SummaryDataModule(LightningDataModule):
             parts = ((self.form.question(one.text), self.form.answer(one.summary or "")) for _, one in found)
             self.tokenizer.fit(part for pair in parts for part in pair)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read what the stage needs; a fit begins at the start of the data unless a checkpoint says otherwise."""
-        for name in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage or "", ("test",)):
-            if name != "validation" or stage != "fit" or self._validates():
-                self.split(name)
-        if stage == "fit":
-            self._batches = self._restored = None
+    def _training(self) -> tuple[int, Callable[[Sequence[Any], int], Batch]]:
+        return self.tokenizer.begin, summary_batch
 
-    def _validates(self) -> bool:
-        return self.root is not None and (Path(self.root).expanduser() / "validation.jsonl").is_file()
-
-    def _ranks(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def train_dataloader(self) -> TrainingBatches[Batch]:
-        """Return this rank's batches, going on from the position."""
-        rows, padding = self.split("train"), self.tokenizer.begin
-        made = TrainingBatches(rows, self.rows, padding, self.seed, *self._ranks(), collate=summary_batch)
-        if self._batches is not None:  # asked again within a run
-            made.load_state_dict(self._batches.state_dict())
-        elif self._restored is not None:
-            made.load_state_dict(self._restored)
-        self._batches, self._restored = made, None
-        return made
-
-    def _measured(self, name: str) -> SummaryBatches:
+    def _measured(self, split: str) -> SummaryBatches:
         rank, world_size = self._ranks()
-        return SummaryBatches(self.split(name)[rank::world_size], self.rows, self.tokenizer.begin)
+        return SummaryBatches(self.prepared(split)[rank::world_size], self.rows, self.tokenizer.begin)
 
-    def val_dataloader(self) -> SummaryBatches | list[Any]:
-        """Return the validation examples; none where there are none."""
-        return self._measured("validation") if self._validates() else []
-
-    def test_dataloader(self) -> SummaryBatches:
-        """Return the test examples."""
-        return self._measured("test")
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, the tokenizer as JSON text, and how a summary is asked for."""
-        position = self._batches.state_dict() if self._batches is not None else self._restored or {}
-        return {**position, "tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.form))}
+    def _kept(self) -> dict[str, str]:
+        return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.form))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take a checkpoint's position; in evaluation its tokenizer is this one's already.
@@ -205,14 +152,4 @@ class SummaryDataModule(LightningDataModule):
             CheckpointError: its tokenizer is another one.
         """
         self._fit()
-        if state_dict.get("tokenizer") != self.tokenizer.to_json():
-            raise CheckpointError(
-                "The checkpoint was trained with another tokenizer.",
-                "Use the config saved beside the checkpoint and its data.",
-            )
-        self._restored = {
-            key: value for key, value in state_dict.items() if key not in ("tokenizer", "summary")
-        } or None
-        if self._batches is not None and self._restored is not None:
-            self._batches.load_state_dict(self._restored)
-            self._restored = None
+        self._take(state_dict, ("tokenizer",))
