@@ -14,8 +14,7 @@ from memtx.cli.read import add_device, import_modules, placed
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.inference.predictor import Predictor
-    from memtx.inference.summarizer import Summarizer
+    from memtx.inference.answering import Answering
 
 TRAINED = ("--config", "-c", "--run", "--ckpt_path")
 """Options that name a run and its data: the documents of its test split are read, as training would read them."""
@@ -48,7 +47,7 @@ def _parser() -> Parser:
     return parser
 
 
-def open_predictor(arguments: argparse.Namespace) -> Predictor | Summarizer:
+def open_predictor(arguments: argparse.Namespace) -> Answering:
     """Load the task's model that the arguments name, onto their device and in their precision.
 
     Raises:
@@ -121,7 +120,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         files.write_text(arguments.output, "".join(lines))
 
 
-def _said(predictor: Predictor | Summarizer, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
+def _said(predictor: Answering, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
         return predictor.predict([given for _, given in part])
     except DataError:

@@ -11,12 +11,12 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from memtx.data.tokenizers import file_text, parsed, utf8
 from memtx.errors import DataError
 
 FORMAT = "memtx.offset_tokenizer"
@@ -64,22 +64,14 @@ class OffsetTokenizer:
         self._backend: Any = None
         self._size = 0
         if path is not None:
-            try:
-                text = Path(path).read_bytes().decode("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"The tokenizer '{path}' cannot be read: {error}.", "Check the path.") from error
-            self._take(text, path)
+            self._take(file_text(path), path)
         elif type(self) is OffsetTokenizer:
             raise DataError("OffsetTokenizer has no path.", "Name a tokenizer.json, or train a WordPieceTokenizer.")
 
     def _take(self, text: str, name: str) -> None:
         from tokenizers import AddedToken
-        from tokenizers import Tokenizer as Backend
 
-        try:
-            backend = Backend.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"'{name}' is not a tokenizer.json: {error}.", "Give one of that library.") from error
+        backend = parsed(text, name)
         # A task decides what is cut and filled up, and where marks stand.
         backend.no_truncation()
         backend.no_padding()
@@ -145,13 +137,7 @@ class OffsetTokenizer:
             DataError: a text holds half a surrogate pair, which is no character.
         """
         for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character.",
-                    "Remove it.",
-                ) from error
+            utf8(text)
         found = self._ready().encode_batch(list(texts), add_special_tokens=False)
         return [_encoded(text, one) for text, one in zip(texts, found, strict=True)]
 

@@ -116,7 +116,7 @@ class ByteTokenizer(Tokenizer):
 
     def encode_piece(self, piece: str) -> Ids:
         """Return the piece's UTF-8 bytes, (bytes,) uint16."""
-        return np.frombuffer(_utf8(piece), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(utf8(piece), dtype=np.uint8).astype(np.uint16)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the byte itself; empty for 256."""
@@ -146,11 +146,7 @@ class BytePairTokenizer(Tokenizer):
         self._backend: Any = None
         self._size = vocab_size
         if path is not None:
-            try:
-                text = Path(path).read_bytes().decode("utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise DataError(f"The tokenizer '{path}' cannot be read: {error}.", "Check the path.") from error
-            self._take(_parsed(text, str(path)), None)
+            self._take(parsed(file_text(path), str(path)), None)
         elif vocab_size < 257:
             raise DataError(
                 f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BEGIN}).",
@@ -221,7 +217,7 @@ class BytePairTokenizer(Tokenizer):
             encoded = self._ready().encode_batch_fast(list(pieces), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
             for piece in pieces:
-                _utf8(piece)
+                utf8(piece)
             raise
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
@@ -275,7 +271,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bpe" and isinstance(value.get("vocab_size"), int):
         tokenizer = BytePairTokenizer(max(value["vocab_size"], 257))
-        tokenizer._take(_parsed(json.dumps(value.get("model")), "the tokenizer"), value["vocab_size"])
+        tokenizer._take(parsed(json.dumps(value.get("model")), "the tokenizer"), value["vocab_size"])
         return tokenizer
     raise DataError(f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'.", "Use the release that wrote it.")
 
@@ -307,7 +303,16 @@ def _joined(parts: list[Ids]) -> Ids:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
 
 
-def _utf8(text: str) -> bytes:
+def file_text(path: str) -> str:
+    """Return the text of a tokenizer's file; raises DataError."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"The tokenizer '{path}' cannot be read: {error}.", "Check the path.") from error
+
+
+def utf8(text: str) -> bytes:
+    """Return a text's bytes; raises DataError where it holds half a surrogate pair."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -322,7 +327,8 @@ def _check(token: int, size: int) -> None:
         raise DataError(f"Token {token} is not in the vocabulary, expected 0 to {size - 1}.", "Check the tokenizer.")
 
 
-def _parsed(text: str, name: str) -> Any:
+def parsed(text: str, name: str) -> Any:
+    """Return the library's tokenizer of a ``tokenizer.json``'s text; raises DataError."""
     from tokenizers import Tokenizer as Backend
 
     try:

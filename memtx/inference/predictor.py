@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from memtx import files
 from memtx.data.offset_tokenizers import OffsetTokenizer, offset_tokenizer_from_json
 from memtx.data.task import Scores, Task, Window
-from memtx.data.task_batches import Asked, collated, prepared
+from memtx.data.task_batches import Asked, Prepared, collated, prepared
 from memtx.data.task_kinds import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError, at_least
-from memtx.inference.engine import ClosedError, OutOfTimeError, seconds_left
+from memtx.inference.answering import Answering, Input
 from memtx.inference.loading import TOKENIZER, chosen_checkpoint
 from memtx.models import folder
 from memtx.models.heads import TaskModel
@@ -29,7 +28,7 @@ AT_ONCE = 1 << 14
 """Places of one call, padding among them; a longer row is read alone."""
 
 
-class Predictor:
+class Predictor(Answering):
     """A model, its tokenizer and its task; safe to be asked from several threads, which take turns.
 
     Args:
@@ -42,7 +41,10 @@ class Predictor:
         MemtxError: at_once is not positive, or the parts do not belong together.
     """
 
+    model: TaskModel
+
     def __init__(self, model: TaskModel, tokenizer: OffsetTokenizer, task: Task, *, at_once: int = AT_ONCE) -> None:
+        super().__init__()
         at_least(1, at_once=at_once)
         if tokenizer.vocab_size > model.vocab_size or task.outputs != model.outputs:
             raise CheckpointError(
@@ -52,13 +54,6 @@ class Predictor:
             )
         self.model, self.tokenizer, self.task, self.at_once = model.eval(), tokenizer, task, at_once
         self.kind = task.kind
-        self.tokens_read = 0
-        self._turn = threading.Lock()
-        self._closed = False
-
-    def close(self) -> None:
-        """Answer no more: what is being worked on ends with an error at its next call of the model."""
-        self._closed = True
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
@@ -81,7 +76,7 @@ class Predictor:
         files.write_text(Path(path) / TASK, task_to_json(self.task))
         self.model.save_pretrained(path)
 
-    def example(self, given: str | Mapping[str, Any]) -> Any:
+    def example(self, given: Input) -> Any:
         """Return one input as an example without a label.
 
         Args:
@@ -96,45 +91,23 @@ class Predictor:
             return self.task.from_text(given)
         return self.task.parse(given, False)
 
-    def predict(
-        self, inputs: Sequence[str | Mapping[str, Any]], *, deadline: float | None = None
-    ) -> list[dict[str, Any]]:
-        """Return what the model says of each input, as JSON can hold it: see the task's ``decide``.
-
-        Args:
-            inputs: raw texts or fields of examples.
-            deadline: a time of ``time.monotonic`` by which to be done; None for none.
-
-        Raises:
-            DataError: an input is not what the task takes, or too long; names its place.
-                OutOfTimeError: the deadline passed.
-            ClosedError: it was closed.
-        """
-        made = []
-        for place, given in enumerate(inputs):
-            try:
-                # What a user may have labelled is not looked at: it need not be known.
-                made += prepared([unlabelled(self.example(given))], self.task, self.tokenizer)
-            except DataError as error:
-                where = f"Input {place}: " if len(inputs) > 1 else ""
-                raise DataError(f"{where}{error.what}", error.cure) from error
+    def predict(self, inputs: Sequence[Input], *, deadline: float | None = None) -> list[dict[str, Any]]:
+        """Return the task's ``decide`` of each input."""
+        made = self._each(inputs, self._prepared)
         windows = [window for one in made for window in one.windows]
-        left = seconds_left(deadline)
-        if not self._turn.acquire(timeout=-1 if left is None else left):
-            raise OutOfTimeError("The request took longer than it may.", "Ask for less at once.")
-        try:
+        with self._in_turn(deadline):
             scores = self._scores(windows, deadline)
-        finally:
-            self._turn.release()
         return Asked(self.task, made).answers(scores)
+
+    def _prepared(self, given: Input) -> Prepared:
+        # What a user may have labelled is not looked at: it need not be known.
+        return prepared([unlabelled(self.example(given))], self.task, self.tokenizer)[0]
 
     def _scores(self, windows: Sequence[Window], deadline: float | None) -> list[Scores]:
         found: list[Scores] = [np.zeros(0, dtype=np.float32)] * len(windows)
         device = next(self.model.parameters()).device
         for places in self._calls(windows):
-            seconds_left(deadline)
-            if self._closed:
-                raise ClosedError("The server is closing.", "Ask again when it is back.")
+            self._go_on(deadline)
             batch = collated([windows[place] for place in places], self.tokenizer.padding)
             parts = (part.to(device) for part in (batch.tokens, batch.present, batch.types, batch.marked))
             with torch.inference_mode():

@@ -14,9 +14,8 @@ from fastapi.responses import HTMLResponse
 
 import memtx
 from memtx.errors import MemtxError
+from memtx.inference.answering import Answering
 from memtx.inference.pool import SessionPool
-from memtx.inference.predictor import Predictor
-from memtx.inference.summarizer import Summarizer
 from memtx.serving import completions, names, predictions, problems, sessions
 from memtx.serving.limits import Guard, Limits
 from memtx.serving.metrics import Metrics, PoolMetrics
@@ -56,9 +55,7 @@ def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key:
     return app
 
 
-def make_task_app(
-    predictor: Predictor | Summarizer, *, name: str, limits: Limits | None = None, key: str | None = None
-) -> FastAPI:
+def make_task_app(predictor: Answering, *, name: str, limits: Limits | None = None, key: str | None = None) -> FastAPI:
     """Return the application that serves a task's model.
 
     Args:

@@ -7,8 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from memtx.errors import MemtxError
-from memtx.inference.predictor import Predictor
-from memtx.inference.summarizer import Summarizer
+from memtx.inference.answering import Answering
 from memtx.serving.limits import Limits, deadline_of
 from memtx.serving.metrics import Metrics
 from memtx.serving.names import check_model
@@ -16,7 +15,7 @@ from memtx.serving.problems import Problem, problem_of
 from memtx.serving.schemas import PredictBody
 
 
-def router(predictor: Predictor | Summarizer, name: str, limits: Limits, metrics: Metrics) -> APIRouter:
+def router(predictor: Answering, name: str, limits: Limits, metrics: Metrics) -> APIRouter:
     """Return the route.
 
     Args:

@@ -17,9 +17,7 @@ from memtx.ops.attention import by_products
 from memtx.ops.attention.fused_blocks import Gathered
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.plan import Band
-
-PAD = 8
-"""Columns added to a head to carry the log-sum-exp's gradient; only the first is used, eight keep rows aligned."""
+from memtx.ops.attention.weights import PAD
 
 
 class _FusedBands(torch.autograd.Function):
