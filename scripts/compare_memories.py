@@ -12,12 +12,8 @@ the tables are of all that is there. Seconds are the process' own on one thread.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,6 +22,7 @@ from typing import Any
 
 import measuring
 import torch
+from learning import fitted, last, learned
 
 from memtx import files, plots, specs
 from memtx.data.episodes.base import Task
@@ -45,7 +42,6 @@ from memtx.memory.scored import ScoredMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.tokens import TokenMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.tbptt import unroll
 
 Make = Callable[[int], Memory[Any]]
 
@@ -107,20 +103,9 @@ def drawn(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> dic
         sum(one.numel() for one in make(2 * dim, other).parameters()) for other in kinds(task.segment).values()
     )
     torch.manual_seed(seed)
-    model, draw = make(sized(make, widest)), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    began = time.process_time()
-    for _ in range(arguments.steps):
-        parts = list(task.episodes(rows, task.written + TRAINED, draw))
-        tokens, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        nowhere, fresh = torch.zeros_like(tokens, dtype=torch.bool), model.init_state(rows)
-        found = unroll(model, tokens, labels, nowhere, fresh, segment=task.segment)
-        optimizer.zero_grad()
-        found.loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    spent = time.process_time() - began
-    model.eval()
+    model = make(sized(make, widest))
+    segments = task.written + TRAINED
+    spent = learned(model, task, seed=seed, steps=arguments.steps, rows=rows, segments=segments, rate=arguments.rate)
     distances = [distance for distance in DISTANCES[name] if distance <= arguments.farthest]
     shares = {distance: accuracy(model, task, distance, seed=1000 + seed) for distance in distances}
     return {
@@ -157,18 +142,11 @@ def read(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         f"--trainer.max_steps={arguments.book_steps}", f"--trainer.val_check_interval={arguments.book_steps}",
     ]  # fmt: skip
     began = time.time()
-    command = [
-        sys.executable, "-m", "memtx", "fit", "--config", "configs/pg19-mini.yaml", "--data.root",
-        str(arguments.books), "--run", str(run), "--seed_everything", str(seed), "--data.seed", str(seed),
-        "--ckpt_path", "last", *settings,
-    ]  # fmt: skip
-    with run.with_suffix(".log").open("w") as log:
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
-    lines = list(csv.DictReader((run / "metrics.csv").open()))
-    last = next(line for line in lines[::-1] if line.get("val_bits_per_byte"))
+    lines = fitted(run, "configs/pg19-mini.yaml", arguments.books, seed, settings)
     return {
-        "bits_per_byte": float(last["val_bits_per_byte"]),
-        "memory_gain": float(last.get("val_memory_gain") or "nan"),
+        "bits_per_byte": last(lines, "val_bits_per_byte"),
+        # Nothing is carried, nothing is gained.
+        "memory_gain": last(lines, "val_memory_gain") if "val_memory_gain" in lines[0] else float("nan"),
         "seconds": time.time() - began,
         "steps": arguments.book_steps,
     }

@@ -11,16 +11,15 @@ results.json, table.md and comparison.png.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from learning import fitted, last
 
 CONFIG = "configs/pg19-mini.yaml"
 MODEL = "--model.model.init_args"
@@ -45,21 +44,15 @@ def trained(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str,
     if done.exists():
         return dict(json.loads(done.read_text()))
     began = time.time()
-    command = [
-        sys.executable, "-m", "memtx", "fit", "--config", CONFIG, "--data.root", str(arguments.root),
-        "--run", str(run), "--seed_everything", str(seed), "--data.seed", str(seed), "--ckpt_path", "last",
-        *VARIANTS[variant],
-    ]  # fmt: skip
+    settings = list(VARIANTS[variant])
     if arguments.steps:
-        command += ["--trainer.max_steps", str(arguments.steps), "--trainer.val_check_interval", str(arguments.steps)]
+        settings += ["--trainer.max_steps", str(arguments.steps), "--trainer.val_check_interval", str(arguments.steps)]
     # One thread a run wastes nothing on waiting for the other; together they use the cores.
-    threads = str(max(1, (os.cpu_count() or 1) // arguments.parallel))
-    with (arguments.out / f"{run.name}.log").open("w") as log:
-        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads}, stdout=log, stderr=log)
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    threads = max(1, (os.cpu_count() or 1) // arguments.parallel)
+    rows = fitted(run, CONFIG, arguments.root, seed, settings, threads)
     figures = {
-        "bits_per_byte": next(float(row["val_bits_per_byte"]) for row in rows[::-1] if row.get("val_bits_per_byte")),
-        "word_perplexity": next(float(r["val_word_perplexity"]) for r in rows[::-1] if r.get("val_word_perplexity")),
+        "bits_per_byte": last(rows, "val_bits_per_byte"),
+        "word_perplexity": last(rows, "val_word_perplexity"),
         "tokens_per_second": statistics.median(
             float(row["tokens_per_second"]) for row in rows if row.get("tokens_per_second")
         ),

@@ -11,13 +11,13 @@ of the process on one thread, so that another program's load does not count.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import measuring
 import torch
+from learning import learned
 
 from memtx import plots
 from memtx.data.episodes.recall import Recall
@@ -31,7 +31,6 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.slots import SlotMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.tbptt import unroll
 
 Make = Callable[[int], Memory[Any]]
 
@@ -54,22 +53,11 @@ KINDS: dict[str, list[Make]] = {
 def trained(stack: Sequence[Make], seed: int, arguments: argparse.Namespace) -> tuple[MemoryTransformer, float]:
     """Return a model trained on episodes of four segments, and the seconds that took."""
     torch.manual_seed(seed)
-    draw = torch.Generator().manual_seed(seed)
     model = MemoryTransformer(
         TASK.vocab_size, dim=arguments.dim, depth=2, heads=2, memories=[stack], feed_forward=FeedForward
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    began = time.process_time()
-    for _ in range(arguments.steps):
-        parts = list(TASK.episodes(arguments.rows, arguments.segments, draw))
-        tokens, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        nowhere, fresh = torch.zeros_like(tokens, dtype=torch.bool), model.init_state(arguments.rows)
-        found = unroll(model, tokens, labels, nowhere, fresh, segment=TASK.segment)
-        optimizer.zero_grad()
-        found.loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-    return model.eval(), time.process_time() - began
+    options = {name: getattr(arguments, name) for name in ("steps", "rows", "segments", "rate")}
+    return model, learned(model, TASK, seed=seed, **options)
 
 
 def table(results: Sequence[dict[str, Any]], distances: Sequence[int], machine: dict[str, Any]) -> list[str]:

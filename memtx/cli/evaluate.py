@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memtx.cli.common import Parser, run
-from memtx.cli.read import add_device, hinting_import, import_modules, open_model, placed
+from memtx.cli.read import add_checkpoint, add_device, hinting_import, import_modules, open_model, placed
 from memtx.errors import CheckpointError, MemtxError
 
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def _parser() -> Parser:
         "Measure what a memory keeps. recall, capacity, overwrite, copy and tracking are drawn tasks, for models that "
         "were trained on them (configs/recall.yaml); needle and babi hide sentences in a book, for language models.",
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--task", required=True, choices=(*DRAWN, *HIDDEN), help="what is asked")
     parser.add_argument(
         "--distance",

@@ -7,15 +7,13 @@ import sys
 from pathlib import Path
 
 from memtx.cli.common import Parser, run
-from memtx.cli.read import add_device, open_reader
+from memtx.cli.read import add_checkpoint, add_device, open_reader
 from memtx.errors import DataError, MemtxError
 
 
 def _parser() -> Parser:
     parser = Parser("memtx generate", "Go on with a prompt, or with a book that `memtx read --session` has read.")
-    parser.add_argument(
-        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
-    )
+    add_checkpoint(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on with, of any length")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with that text, or - for standard input")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from memtx.cli.common import Parser, run
-from memtx.cli.read import add_device, import_modules, placed
+from memtx.cli.read import add_checkpoint, add_device, import_modules, placed
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
@@ -33,9 +33,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "source", nargs="?", metavar="FILE", help="as --input, or - for standard input: lines of JSON, or one raw text"
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--text", action="append", metavar="TEXT", help="a raw text; repeatable")
     parser.add_argument(
         "--input",

@@ -35,9 +35,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 def _parser() -> Parser:
     parser = Parser("memtx read", "Read a book of any length at constant memory and report how surprising it was.")
     parser.add_argument("book", help="a UTF-8 text file, or - for standard input")
-    parser.add_argument(
-        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--segment", type=int, default=512, help="tokens read at once")
     parser.add_argument("--every", type=int, default=10_000, help="tokens between two lines of the report; 0 for none")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
@@ -47,6 +45,13 @@ def _parser() -> Parser:
     )
     add_device(parser)
     return parser
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the option for what is loaded."""
+    parser.add_argument(
+        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

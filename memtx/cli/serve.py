@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from memtx.cli.common import Parser, run
 from memtx.cli.predict import open_predictor
-from memtx.cli.read import add_device, open_reader
+from memtx.cli.read import add_checkpoint, add_device, open_reader
 from memtx.errors import MemtxError
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def _parser() -> Parser:
         "memtx serve",
         "Serve a model: OpenAI's completions, sessions that are kept, and a page at /; of a task's run, /v1/predict.",
     )
-    parser.add_argument(
-        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
-    )
+    add_checkpoint(parser)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine it needs a key")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on")
     parser.add_argument("--name", help="what clients call the model; the checkpoint's name by default")

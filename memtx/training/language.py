@@ -9,17 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError, at_least
-from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
+from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.rates import Rates
@@ -96,18 +95,8 @@ class LanguageModule(TrainedModule):
             # In place: a wrapper would double every weight in the checkpoint.
             self.model.compile(dynamic=False)
         self.carry = Carry()
-        kinds: dict[str, type[Metric]] = {
-            "bits_per_byte": BitsPerByte,
-            "word_perplexity": WordPerplexity,
-            "loss": MeanMetric,
-        }
-        self.metrics = torch.nn.ModuleDict(
-            {f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()}
-        )
+        self.metrics = LanguageMeasures()
         self.meter = MemoryMeter(segment) if meter else None
-        for stage in ("val", "test"):
-            # A float32 sum stops growing after some ten million tokens.
-            cast(Metric, self.metrics[f"{stage}_loss"]).set_dtype(torch.float64)
 
     # One batch
 
@@ -138,10 +127,8 @@ class LanguageModule(TrainedModule):
         self.rates.draw()
         rows = batch.tokens.shape[0]
         out = self._read("train", batch, self.model.init_state(rows) if self._fresh else self._state("train", batch))
-        self._finite.watch(out.loss, self.trainer.global_step)
-        self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
+        self._learned(out.loss, batch.tokens)
         nats = out.nll.sum(dtype=torch.float64) / batch.bytes.sum().clamp(min=1)
-        self.log("train_loss", out.loss.detach(), prog_bar=True)
         self.log("train_bits_per_byte", (nats / torch.log(nats.new_tensor(2.0))).float(), prog_bar=True)
         for name, value in out.losses.items():
             self.log(f"train_{name}", value)
@@ -157,20 +144,12 @@ class LanguageModule(TrainedModule):
         self.rates.restore()
 
     def _evaluate(self, stage: str, batch: Batch) -> None:
-        rows = batch.tokens.shape[0]
         before = self._state(stage, batch)
         out = self._read(stage, batch, before)
         if stage == "val" and self.meter is not None and carries(before):
             position = Segment.locate(before.position, batch.tokens.shape[1], batch.starts).position
             self.meter.update(self.model, batch, out.nll, position)
-        nats = out.nll.sum(dtype=torch.float64)
-        for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
-            cast(Metric, self.metrics[f"{stage}_{name}"]).update(nats, amount.sum())
-        cast(Metric, self.metrics[f"{stage}_loss"]).update(nats / out.scored.clamp(min=1), out.scored)
-        # On every rank whatever it has scored: a rank that logged nothing would leave the others waiting for it.
-        for name in ("bits_per_byte", "word_perplexity", "loss"):
-            metric, shown = cast(Metric, self.metrics[f"{stage}_{name}"]), name != "loss"
-            self.log(f"{stage}_{name}", metric, prog_bar=shown, on_step=False, on_epoch=True, batch_size=rows)
+        self.metrics.count(self, stage, batch, out.nll.sum(dtype=torch.float64), out.scored)
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Score a batch of the validation streams."""

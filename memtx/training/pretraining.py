@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORED, Batch
-from memtx.metrics import BitsPerByte, WordPerplexity
 from memtx.models.encoder import Encoder
 from memtx.models.permuted import PermutedEncoder
 from memtx.models.reformer import Reformer
 from memtx.training import objectives
+from memtx.training.measures import LanguageMeasures
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.trained import TrainedModule
 
@@ -56,10 +56,7 @@ class GuessingModule(TrainedModule):
         self._finite.check()
         scores, labels = self.guess(batch, None)
         loss = F.cross_entropy(scores.float(), labels, reduction="sum") / max(1, len(labels))
-        self._finite.watch(loss, self.trainer.global_step)
-        self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
-        self.log("train_loss", loss.detach(), prog_bar=True)
-        return loss
+        return self._learned(loss, batch.tokens)
 
     def _measure(self, stage: str, batch: Batch, index: int) -> None:
         generator = torch.Generator(batch.tokens.device).manual_seed(SEED + index)
@@ -198,14 +195,7 @@ class CausalModule(TrainedModule):
     ) -> None:
         super().__init__(optimizer, scheduler)
         self.model = model(vocab_size)
-        kinds: dict[str, type[Metric]] = {
-            "bits_per_byte": BitsPerByte,
-            "word_perplexity": WordPerplexity,
-            "loss": MeanMetric,
-        }
-        self.metrics = nn.ModuleDict(
-            {f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()}
-        )
+        self.metrics = LanguageMeasures()
 
     def _nll(self, batch: Batch) -> Tensor:
         """Return the negative log-likelihood of every scored label, (n,) nats."""
@@ -219,20 +209,11 @@ class CausalModule(TrainedModule):
         self._finite.check()
         nll = self._nll(batch)
         loss = nll.sum() / max(1, len(nll))
-        self._finite.watch(loss, self.trainer.global_step)
-        self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
-        self.log("train_loss", loss.detach(), prog_bar=True)
-        return loss
+        return self._learned(loss, batch.tokens)
 
     def _measure(self, stage: str, batch: Batch) -> None:
         nll = self._nll(batch).double()
-        cast(Metric, self.metrics[f"{stage}_loss"]).update(nll.sum() / max(1, len(nll)), len(nll))
-        for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
-            cast(Metric, self.metrics[f"{stage}_{name}"]).update(nll.sum(), amount.sum())
-        for name in ("bits_per_byte", "word_perplexity", "loss"):
-            metric = cast(Metric, self.metrics[f"{stage}_{name}"])
-            rows = batch.tokens.shape[0]
-            self.log(f"{stage}_{name}", metric, prog_bar=True, on_step=False, on_epoch=True, batch_size=rows)
+        self.metrics.count(self, stage, batch, nll.sum(), torch.tensor(len(nll), device=nll.device))
 
     def validation_step(self, batch: Batch, index: int) -> None:
         """Measure a batch."""

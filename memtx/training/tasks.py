@@ -103,10 +103,7 @@ class TaskModule(TrainedModule):
         """Return the batch's loss."""
         self._finite.check()
         loss = self.loss(self.model(self._thinned(batch), batch.present, batch.types, batch.marked), batch)
-        self._finite.watch(loss, self.trainer.global_step)
-        self.tokens_seen += batch.tokens.numel() * self.trainer.world_size
-        self.log("train_loss", loss.detach(), prog_bar=True)
-        return loss
+        return self._learned(loss, batch.tokens)
 
     def _thinned(self, batch: TaskBatch) -> Tensor:
         if not self.dropped:

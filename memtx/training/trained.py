@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -58,6 +59,13 @@ class TrainedModule(pl.LightningModule):
         """Take what :meth:`rank_state` returned."""
 
     # Learning
+
+    def _learned(self, loss: Tensor, tokens: Tensor) -> Tensor:
+        """Watch, count and log a training step, and return its loss."""
+        self._finite.watch(loss, self.trainer.global_step)
+        self.tokens_seen += tokens.numel() * self.trainer.world_size
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped with it."""
