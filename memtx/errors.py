@@ -39,3 +39,10 @@ def at_least(least: int, **numbers: float) -> None:
     for name, number in numbers.items():
         if number < least:
             raise MemtxError(f"{name} is {number}.", f"Give at least {least}.")
+
+
+def positive(**numbers: float) -> None:
+    """Raise MemtxError for the first of the named numbers that is not above 0."""
+    for name, number in numbers.items():
+        if not number > 0:
+            raise MemtxError(f"{name} is {number}.", "Give a number above 0.")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import MemtxError, at_least, positive
 
 
 class Frequencies:
@@ -52,7 +52,8 @@ class LinearScaling(Frequencies):
 
     def __init__(self, head_dim: int, base: float, stretch: float) -> None:
         super().__init__(head_dim, base)
-        self.stretch = _positive("stretch", stretch)
+        positive(stretch=stretch)
+        self.stretch = float(stretch)
 
     def inverse(self, device: torch.device) -> Tensor:
         """Turn all pairs slower."""
@@ -79,7 +80,8 @@ class Llama3Scaling(Frequencies):
         at_least(1, trained=trained)
         if not 0 < low < high:
             raise MemtxError(f"low is {low}, high is {high}.", "Give 0 < low < high.")
-        self.stretch = _positive("stretch", stretch)
+        positive(stretch=stretch)
+        self.stretch = float(stretch)
         self.low, self.high, self.trained = low, high, trained
 
     def inverse(self, device: torch.device) -> Tensor:
@@ -120,9 +122,9 @@ class YarnScaling(Frequencies):
     ) -> None:
         super().__init__(head_dim, base)
         at_least(1, trained=trained)
-        self.stretch = _positive("stretch", stretch)
-        self.trained = trained
-        self.fast, self.slow = _positive("fast", fast), _positive("slow", slow)
+        positive(stretch=stretch, fast=fast, slow=slow)
+        self.stretch, self.trained = float(stretch), trained
+        self.fast, self.slow = float(fast), float(slow)
         self.factor = factor if factor is not None else 0.1 * math.log(max(stretch, 1.0)) + 1.0
         self.truncate = truncate
 
@@ -141,9 +143,3 @@ class YarnScaling(Frequencies):
             last += 0.001
         pair = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
         return torch.lerp(plain, plain / self.stretch, ((pair - first) / (last - first)).clamp(0.0, 1.0))
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise MemtxError(f"{name} is {value}.", "Give a number above 0.")
-    return float(value)

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import MemtxError, at_least, positive
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.gates import Gate
 from memtx.memory.intervals import Intervals, recalled
@@ -88,8 +88,7 @@ class SlotMemory(Memory[SlotState]):
         super().__init__(dim)
         at_least(1, count=count, interval=interval)
         at_least(0, cost=cost)
-        if temperature <= 0:
-            raise MemtxError(f"temperature is {temperature}.", "Give a number above 0.")
+        positive(temperature=temperature)
         if heads < 1 or dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads of the slots do not divide.", "Choose a divisor.")
         self.interval: int = interval

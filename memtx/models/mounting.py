@@ -148,8 +148,7 @@ class Mountable(PublishedModel):
         if made.tokens is not None:
             nn.init.normal_(made.asking, std=0.02)
         made.to(weight.device, weight.dtype)
-        arguments = {"memories": [specs.plain(stack.makers) for stack in stacks], "gated": gated}
-        made.config = {**self.config, "init_args": {**self.config["init_args"], **arguments}}
+        made._mounted([specs.plain(stack.makers) for stack in stacks], gated)
         return made.train(self.training)
 
     def without_memory(self, window: int) -> Self:
@@ -163,9 +162,13 @@ class Mountable(PublishedModel):
         for block in made._layers():
             block.attention.mount(makers[0](self.dim), [], gated=False)
         made.tokens = None
-        arguments = {"memories": specs.plain(makers), "gated": False}
-        made.config = {**self.config, "init_args": {**self.config["init_args"], **arguments}}
+        made._mounted(specs.plain(makers), gated=False)
         return made
+
+    def _mounted(self, memories: Any, gated: bool) -> None:
+        """Take down what the layers have now, as the model's description says it."""
+        arguments = {**self.config["init_args"], "memories": memories, "gated": gated}
+        self.config = {**self.config, "init_args": arguments}
 
     def _sharing(self) -> Self:
         """Return a copy of the modules that has this one's numbers themselves."""
