@@ -57,7 +57,7 @@ class LanguageModule(TrainedModule):
             fresh streams.
 
     Raises:
-        MemtxError: the segment is not positive; while training, the loss is no longer finite.
+        MemtxError: the segment is not positive.
     """
 
     model: MemoryTransformer
@@ -123,7 +123,6 @@ class LanguageModule(TrainedModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
-        self._finite.check()
         self.rates.draw()
         rows = batch.tokens.shape[0]
         out = self._read("train", batch, self.model.init_state(rows) if self._fresh else self._state("train", batch))
