@@ -45,11 +45,18 @@ class Carry:
         """Remember the state that is taken next, until the next mark."""
         self._marks[stage] = None
 
-    def back(self, stage: str) -> None:
-        """Go on from the state that was taken at the mark; rows with a number that is not finite begin fresh."""
+    def back(self, stage: str, fresh: Tensor | None = None) -> None:
+        """Go on from the state that was taken at the mark.
+
+        Args:
+            stage: whose state it is.
+            fresh: (rows,) bool, rows that begin fresh, beside those with a number that is not finite.
+        """
         if (kept := self._marks.get(stage)) is None:
             return
         wrong = torch.zeros(kept.rows, dtype=torch.bool, device=kept.position.device)
+        if fresh is not None:
+            wrong |= fresh
         for leaf in pytree.tree_leaves(kept):
             if leaf.is_floating_point():
                 wrong |= ~leaf.isfinite().flatten(1).all(1)

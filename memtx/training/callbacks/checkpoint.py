@@ -20,7 +20,7 @@ from torch import Tensor
 from memtx import files, sealed
 from memtx.errors import at_least
 from memtx.models import folder
-from memtx.training.callbacks import finite, moments
+from memtx.training.callbacks import moments
 
 BEST = "best.json"
 """The note's name, beside the checkpoints."""
@@ -67,7 +67,7 @@ class BestCheckpoint(ModelCheckpoint):
     last.ckpt is written at every validation, at the end, and every so many steps if asked to; always after an optimiser
     step, so that a run goes on from it exactly. What it replaces stays as earlier-N.ckpt, of step N, for a run whose
     last one is damaged. The best one is kept as it was validated. Where a run has no validation, there is no best one,
-    and last.ckpt is also written when an epoch ends. While steps are skipped, nothing is written.
+    and last.ckpt is also written when an epoch ends. While a guard sees the run in trouble, nothing is written.
 
     Args:
         dirpath: folder; by default ``checkpoints`` in the run's folder.
@@ -107,6 +107,8 @@ class BestCheckpoint(ModelCheckpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder; a last.ckpt in it is worth keeping where the run goes on from it."""
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            files.remove_leftovers(self._last.parent)
         begin = trainer.ckpt_path
         self._own_last = begin is not None and Path(begin).absolute() == self._last.absolute()
 
@@ -122,7 +124,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         due = self._owes or (self.every is not None and trainer.global_step % self.every == 0)
         due = due or moments.is_last_step(trainer) or (self._never_validates(trainer) and self._ends_epoch(trainer))
-        if due and finite.is_skipping(trainer) and not moments.is_last_step(trainer):
+        if due and moments.is_troubled(trainer) and not moments.is_last_step(trainer):
             self._owes = True
         elif due and not moments.validates_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._owes = False
@@ -138,7 +140,7 @@ class BestCheckpoint(ModelCheckpoint):
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
         # In the middle of an accumulation, gradients would be lost: the next step's end is saved instead.
-        self._owes = not moments.has_stepped(trainer) or finite.is_skipping(trainer)
+        self._owes = not moments.has_stepped(trainer) or moments.is_troubled(trainer)
         if not self._owes:
             self._save_last_checkpoint(trainer, candidates)
         if trainer.is_global_zero and self.best_model_path:

@@ -20,8 +20,9 @@ class SkipNonFinite(pl.Callback):
     """Skips an optimiser step whose loss or gradient is not finite, and stops after too many in a row.
 
     A skipped step changes neither weights nor the optimiser's state, and the memory that is carried goes on as it was
-    before the step's first batch: what the step read is not in it, and rows of it that were no longer finite themselves
-    begin fresh. It counts as a step of the run, so that schedule and data position go on. All processes skip alike.
+    before the step's first batch: what the step read is not in it. A row begins fresh where what is skipped holds the
+    beginning of a document, or where the memory was no longer finite itself. The step counts as one of the run's, so
+    that schedule and data position go on. All processes skip alike.
 
     Logs ``gradient_norm``, before clipping, and ``skipped_steps``, of the whole run, once there is one.
 
@@ -45,6 +46,7 @@ class SkipNonFinite(pl.Callback):
         self.skipped = self.in_row = 0
         self._losses: list[Tensor] = []
         self._batch: Any = None
+        self._started: list[Tensor] = []
         self._where = ""
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,13 +57,22 @@ class SkipNonFinite(pl.Callback):
         """Count on."""
         self.skipped, self.in_row = state_dict["skipped"], state_dict["in_row"]
 
+    @property
+    def troubled(self) -> bool:
+        """Whether the newest step was skipped."""
+        return self.in_row > 0
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Have the memory remembered as it is before a step's first batch."""
         self._batch = batch
-        if not self._losses and (carry := _carry(pl_module)) is not None:
+        if (carry := _carry(pl_module)) is None:
+            return
+        if not self._losses:
             carry.mark("train")
+            self._started.clear()
+        self._started.append(batch.starts)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Remember the loss, (); a step has as many as batches are accumulated."""
@@ -97,8 +108,8 @@ class SkipNonFinite(pl.Callback):
             carry.back("train")
         if not self.in_row:
             self._where = tracing.first_not_finite(trainer, module, self._batch)
-            if carry is not None:
-                carry.back("train")
+        if carry is not None:
+            carry.back("train", torch.cat(self._started, dim=1).any(1))
         # An optimiser leaves alone, with all it knows of it, what has no gradient.
         optimizer.zero_grad(set_to_none=True)
         self.skipped, self.in_row, self._batch = self.skipped + 1, self.in_row + 1, None
@@ -117,11 +128,6 @@ class SkipNonFinite(pl.Callback):
                 f"step {trainer.global_step}  The {what}: the step is skipped, and the memory goes on as before it "
                 f"({self.in_row} in a row, {self.skipped} in all). {self._where}\n"
             )
-
-
-def is_skipping(trainer: Any) -> bool:
-    """Return whether the step in hand was skipped, so that a checkpoint would be of a run in trouble."""
-    return any(one.in_row > 0 for one in trainer.callbacks if isinstance(one, SkipNonFinite))
 
 
 def _carry(module: pl.LightningModule) -> Carry | None:
