@@ -6,8 +6,10 @@ A small run on the texts that come with Python is trained undisturbed. Then the 
 and started again by `--ckpt_path last`, half of the kills with checkpoints written in place and half with a thread that
 writes them. A kill comes after a random time, or within a write: at a random byte, before the sync, before the rename
 or after it. Whenever the run comes to its end before all kills are used, another begins from nothing. Counted: after
-each kill, whether the newest checkpoint is whole; at each end, whether weights, optimiser and logged losses are equal
-to the undisturbed run's, bit for bit. Ctrl-C ends it with what was found so far.
+each kill, whether the newest checkpoint is whole; at each end, whether weights and the optimiser's state are equal to
+the undisturbed run's, bit for bit, and so is every row of the log. A step's row may be missing: Lightning logs it after
+the callbacks that save, and a kill between the two leaves a checkpoint that goes on behind it. Ctrl-C ends it with what
+was found so far.
 """
 
 from __future__ import annotations
@@ -87,7 +89,7 @@ def arm(moment: str, number: int, share: float, size: int) -> None:
             dies()
         return write(self, data)
 
-    def at_the_sync(handle: int) -> None:
+    def at_the_sync(handle: Any) -> None:
         if began["writes"] == number:
             dies()
         fsync(handle)
@@ -106,7 +108,7 @@ def arm(moment: str, number: int, share: float, size: int) -> None:
         # The file may be shorter than the one that its size was taken from.
         sealed.Sealing.seal = lambda self, step: dies() if began["writes"] == number else seal(self, step)  # type: ignore[method-assign]
     elif moment == "before the sync":
-        os.fsync = at_the_sync
+        os.fsync = at_the_sync  # type: ignore[assignment]
     else:
         os.replace = at_the_rename  # type: ignore[assignment]
 
@@ -160,6 +162,7 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     ends: int = 0
     equal: int = 0
+    missing: int = 0
 
 
 class Killer:
@@ -217,10 +220,14 @@ class Killer:
         """Count a run that came to its end."""
         tally = self.tallies[writer]
         tally.ends += 1
-        if equal(end_of(self.at / run), self.wanted):
+        (weights, rows), (wanted, logged) = end_of(self.at / run), self.wanted
+        if equal(weights, wanted):
             tally.equal += 1
         else:
-            tally.wrong.append(f"{run}: ended otherwise than the undisturbed run")
+            tally.wrong.append(f"{run}: ended with other weights than the undisturbed run")
+        if strange := [row for row in rows if row not in logged]:
+            tally.wrong.append(f"{run}: logged {strange[0]}, unlike the undisturbed run")
+        tally.missing += len(logged) - len(rows)
 
     def work(self, writer: str, kills: int, advance: Callable[[], None]) -> None:
         """Kill runs so often, and let the last of them come to its end."""
@@ -242,6 +249,23 @@ class Killer:
             if not finished:
                 return
             number += 1
+
+
+def table(killer: Killer) -> list[str]:
+    """Return the lines of both tables, in Markdown."""
+    lines = ["", "| checkpoints written | killed at | kills | newest checkpoint whole |", "|---|---|---|---|"]
+    for writer, tally in killer.tallies.items():
+        lines += [f"| {writer} | {one} | {tally.kills[one]} | {tally.whole[one]} |" for one in MOMENTS]
+        lines.append(f"| {writer} | all | {tally.kills.total()} | {tally.whole.total()} |")
+    lines += [
+        "",
+        "| checkpoints written | runs ended | weights and optimiser equal, bit for bit | log's rows missing |",
+    ]
+    lines += ["|---|---|---|---|"]
+    for writer, tally in killer.tallies.items():
+        rows = tally.ends * len(killer.wanted[1])
+        lines.append(f"| {writer} | {tally.ends} | {tally.equal} | {tally.missing} of {rows} |")
+    return lines
 
 
 def main() -> int:
@@ -266,13 +290,7 @@ def main() -> int:
         except KeyboardInterrupt:
             stopped = True
     where = machine(torch.device("cpu"))
-    lines = [f"{headline(where)}; {arguments.steps} steps, seed {arguments.seed}{', stopped early' if stopped else ''}"]
-    lines += ["", "| checkpoints written | killed at | kills | newest checkpoint whole |", "|---|---|---|---|"]
-    for writer, tally in killer.tallies.items():
-        lines += [f"| {writer} | {one} | {tally.kills[one]} | {tally.whole[one]} |" for one in MOMENTS]
-        lines.append(f"| {writer} | all | {tally.kills.total()} | {tally.whole.total()} |")
-    lines += ["", "| checkpoints written | runs ended | equal to the undisturbed run, bit for bit |", "|---|---|---|"]
-    lines += [f"| {writer} | {tally.ends} | {tally.equal} |" for writer, tally in killer.tallies.items()]
+    head = f"{headline(where)}; {arguments.steps} steps, seed {arguments.seed}{', stopped early' if stopped else ''}"
     wrong = [one for tally in killer.tallies.values() for one in tally.wrong]
     results = {
         "machine": where,
@@ -281,7 +299,7 @@ def main() -> int:
         "writers": {writer: {**vars(tally)} for writer, tally in killer.tallies.items()},
         "wrong": wrong,
     }
-    deliver(arguments, results, lines)
+    deliver(arguments, results, [head, *table(killer)])
     for one in wrong[:10]:
         print(one, file=sys.stderr)
     whole = all(tally.kills == tally.whole for tally in killer.tallies.values())

@@ -67,9 +67,14 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
                 self._failed = error
 
     def _raise(self) -> None:
+        if self._failed is None:
+            return
+        # What was to follow is passed over before the error is forgotten.
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
         error, self._failed = self._failed, None
-        if error is not None:
-            raise error
+        raise error
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None

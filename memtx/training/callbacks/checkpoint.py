@@ -150,6 +150,8 @@ class BestCheckpoint(ModelCheckpoint):
             _then(trainer, partial(files.write_json, best.parent / BEST, note))
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # A run that goes on from here does not log again what was logged before it.
         if trainer.is_global_zero and self._own_last and self.keep > 1:
             _then(trainer, partial(_set_aside, self._last))
         super()._save_last_checkpoint(trainer, monitor_candidates)
