@@ -259,7 +259,7 @@ def table(killer: Killer) -> list[str]:
         lines.append(f"| {writer} | all | {tally.kills.total()} | {tally.whole.total()} |")
     lines += [
         "",
-        "| checkpoints written | runs ended | weights and optimiser equal, bit for bit | log's rows missing |",
+        "| checkpoints written | runs ended | weights, optimiser equal, bit for bit | rows missing in the log |",
     ]
     lines += ["|---|---|---|---|"]
     for writer, tally in killer.tallies.items():

@@ -63,7 +63,8 @@ def _cures(trainer: pl.Trainer, module: Any, data: Any) -> str:
     depth = len(getattr(module.model, "blocks", ()) or ())
     held = f"{rows} rows x {horizon} segments x {segment} tokens"
     cures = []
-    if rows > 1:
+    # A run that goes on has to keep its rows: they are streams.
+    if rows > 1 and trainer.ckpt_path is None:
         steps = trainer.accumulate_grad_batches * 2
         cures.append(
             f"--data.rows {rows // 2} halves these, and with --trainer.accumulate_grad_batches {steps} a step learns "

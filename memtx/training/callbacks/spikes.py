@@ -6,8 +6,10 @@ spike without the batches around it, and the spikes did not come again.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from memtx.training.callbacks import moments
 from memtx.training.carry import Carry
 
 SUSTAINED = 8
-"""Losses in a row whose mean has to be up: one hard batch is no spike."""
+"""The newest losses, of which more than half have to be up: one hard batch is no spike."""
 
 LEAST = 0.1
 """Of the loss: a rise by less is none, however steady the loss was."""
@@ -29,8 +31,8 @@ LEAST = 0.1
 class RewindOnSpike(pl.Callback):
     """Goes back to the newest checkpoint from before a spike of the loss, and goes on with the data after it.
 
-    A spike is there when the mean of the last 8 losses is above the median of those before by ``factor`` times their
-    spread (1.4826 times their median deviation, which is a normal distribution's) and by a tenth.
+    A spike is there when more than half of the last 8 losses are above the median of those before by ``factor`` times
+    their spread (1.4826 times the median deviation: a normal distribution's standard deviation) and by a tenth.
 
     Weights and the optimiser's state are then those of the checkpoint. All else stays where it is: the step, the
     schedule, random numbers and the data's position, so that what was read since the checkpoint is passed over and a
@@ -68,32 +70,26 @@ class RewindOnSpike(pl.Callback):
     @property
     def troubled(self) -> bool:
         """Whether the newest loss is up, so that a checkpoint might be of a spike."""
-        return len(self._losses) > self.window and self._losses[-1][1] > self._bound()[1]
+        return len(self._losses) == self.window + SUSTAINED and self._losses[-1][1] > self._highest()
 
-    def _bound(self) -> tuple[float, float]:
-        """Return the median of the losses before the newest ones, and what none of those is to exceed."""
-        before = [loss for _, loss in self._losses[:-SUSTAINED]]
-        middle = statistics.median(before)
-        spread = 1.4826 * statistics.median(abs(one - middle) for one in before)
-        return middle, middle + max(self.factor * spread, LEAST * abs(middle))
+    def _highest(self) -> float:
+        return highest([loss for _, loss in self._losses[:-SUSTAINED]], self.factor)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Compare, and go back if it has to be."""
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
-        # What is not finite is another's to skip.
-        if loss - loss == 0:
+        if math.isfinite(loss):  # What is not is another's to skip.
             self._losses.append((trainer.global_step, loss))
             del self._losses[: -(self.window + SUSTAINED)]
         if len(self._losses) < self.window + SUSTAINED or not moments.has_stepped(trainer):
             return
-        middle, bound = self._bound()
-        newest = statistics.fmean(loss for _, loss in self._losses[-SUSTAINED:])
-        if newest > bound:
-            first = self._losses[-SUSTAINED][0]
-            del self._losses[-SUSTAINED:]
-            self._rewind(trainer, pl_module, first - 1, f"The loss rose from {middle:.4g} to {newest:.4g}")
+        bound = self._highest()
+        up = [one for one in self._losses[-SUSTAINED:] if one[1] > bound]
+        if len(up) > SUSTAINED // 2:
+            del self._losses[self._losses.index(up[0]) :]
+            self._rewind(trainer, pl_module, up[0][0] - 1, f"The loss rose above {bound:.4g}, to {up[-1][1]:.4g}")
 
     def _rewind(self, trainer: pl.Trainer, module: pl.LightningModule, until: int, what: str) -> None:
         if self.rewinds == self.limit:
@@ -110,6 +106,18 @@ class RewindOnSpike(pl.Callback):
         if isinstance(carry := getattr(module, "carry", None), Carry):
             carry.forget("train")
         _say(trainer, f"{what}: going on from '{found.path}', of step {found.step}, past the data read since.")
+
+
+def highest(losses: Sequence[float], factor: float) -> float:
+    """Return what later losses do not exceed without being up.
+
+    Args:
+        losses: before them.
+        factor: spreads above the median that they may be.
+    """
+    middle = statistics.median(losses)
+    spread = 1.4826 * statistics.median(abs(one - middle) for one in losses)
+    return middle + max(factor * spread, LEAST * abs(middle))
 
 
 def _say(trainer: pl.Trainer, text: str) -> None:
