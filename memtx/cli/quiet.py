@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
+
+from memtx import files
 
 _NOISE = ("Seed set to", "available: False", "litlogger", "Tip")
 _UNWANTED = (
@@ -23,8 +26,15 @@ def _wanted(record: logging.LogRecord) -> bool:
     return not any(one in record.getMessage() for one in _NOISE)
 
 
+def _of_a_thread(found: threading.ExceptHookArgs) -> None:
+    # TensorBoard's thread keeps the error for the next write as well, where the command says it in a line.
+    if not isinstance(found.exc_value, OSError) or not files.is_full(found.exc_value):
+        threading.__excepthook__(found)
+
+
 def quiet() -> None:
     """Filter them, once for the process."""
+    threading.excepthook = _of_a_thread
     for text in _UNWANTED:
         warnings.filterwarnings("ignore", message=text)
     for part in ("fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
