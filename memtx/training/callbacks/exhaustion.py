@@ -61,7 +61,7 @@ def _held(module: pl.LightningModule) -> str:
 def _cures(trainer: pl.Trainer, module: Any, data: Any) -> str:
     rows, segment, horizon = (getattr(data, name, None) or 1 for name in ("rows", "segment", "horizon"))
     depth = len(getattr(module.model, "blocks", ()) or ())
-    held = f"{rows} rows x {horizon} segments x {segment} tokens"
+    held = f"{rows} rows x {horizon} {'segment' if horizon == 1 else 'segments'} x {segment} tokens"
     cures = []
     # A run that goes on has to keep its rows: they are streams.
     if rows > 1 and trainer.ckpt_path is None:
