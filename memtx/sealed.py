@@ -77,7 +77,7 @@ class Sealing:
 
 
 @contextlib.contextmanager
-def sealed(path: str | os.PathLike[str], step: int) -> Iterator[Sealing]:
+def new(path: str | os.PathLike[str], step: int) -> Iterator[Sealing]:
     """Yield a handle for one whole zip file, which appears under ``path`` with its digest, or not at all.
 
     Args:

@@ -18,7 +18,7 @@ CONTENT = {"weights": torch.arange(50.0), "step": 3, "text": "störmy"}
 
 
 def write(path: Path, step: int = 3) -> bytes:
-    with sealed.sealed(path, step) as handle:
+    with sealed.new(path, step) as handle:
         torch.save(CONTENT, handle)  # type: ignore[arg-type]
     return path.read_bytes()
 

@@ -235,7 +235,7 @@ class MemtxCLI(LightningCLI):
             if isinstance(error, MisconfigurationException):
                 raise _mistake(error) from error
             if is_exhausted(error):
-                raise MemtxError(" ".join(getattr(error, "__notes__", ["The memory is full."]))) from error
+                raise MemtxError(getattr(error, "__notes__", ["The memory is full."])[-1]) from error
             raise
 
 

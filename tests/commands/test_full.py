@@ -37,7 +37,10 @@ def fill(disk: Path, left: int) -> None:
     (disk / "filling").write_bytes(bytes(free.f_bavail * free.f_frsize - left))
 
 
-@pytest.mark.parametrize("writer", ["checkpoint.AtomicCheckpointIO", "background.BackgroundCheckpointIO"])
+@pytest.mark.parametrize(
+    "writer",
+    [pytest.param("checkpoint.AtomicCheckpointIO", marks=pytest.mark.slow), "background.BackgroundCheckpointIO"],
+)
 def test_a_run_on_a_full_disk(program: Program, tmp_path: Path, disk: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 6)
     config["trainer"] |= {"plugins": [{"class_path": f"memtx.training.callbacks.{writer}"}], "val_check_interval": 4}

@@ -193,7 +193,10 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         writes.teardown()
 
 
-@pytest.mark.parametrize("writer", ["checkpoint.AtomicCheckpointIO", "background.BackgroundCheckpointIO"])
+@pytest.mark.parametrize(
+    "writer",
+    ["checkpoint.AtomicCheckpointIO", pytest.param("background.BackgroundCheckpointIO", marks=pytest.mark.slow)],
+)
 def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 8)
     config["trainer"] |= {"plugins": [{"class_path": f"memtx.training.callbacks.{writer}"}], "val_check_interval": 3}

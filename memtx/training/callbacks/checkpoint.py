@@ -43,7 +43,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             MemtxError: the file cannot be written.
         """
-        with sealed.sealed(path, int(checkpoint.get("global_step", 0))) as handle:
+        with sealed.new(path, int(checkpoint.get("global_step", 0))) as handle:
             torch.save(checkpoint, cast(IO[bytes], handle))
 
     def load_checkpoint(
