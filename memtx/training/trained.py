@@ -129,7 +129,7 @@ class TrainedModule(pl.LightningModule):
             )
         if kept.get("adapters") != self._adapters():
             raise CheckpointError(
-                f"The checkpoint's LoRA is {kept.get('adapters')}, this run's {self._adapters()}.",
+                f"The checkpoint's LoRA is {kept.get('adapters') or 'none'}, this run's {self._adapters() or 'none'}.",
                 "Use the config saved beside the checkpoint.",
             )
         self.tokens_seen = kept["tokens_seen"]
