@@ -263,7 +263,7 @@ class MemoryAttention(nn.Module):
             rows = [one.chunk(2)[half] for one in self.key_value.parameters()]
             out = F.linear(x, *(one.detach() if frozen else one for one in rows))
         else:
-            # A module that adapts the map stands in its place, and maps to keys and values alone.
+            # A module that adapts the map stands in its place, and gives both together.
             out = _mapped(self.key_value, x, frozen).chunk(2, dim=-1)[half]
         out = out.view(*out.shape[:-1], -1, self.head_dim)
         if part == "query":

@@ -23,7 +23,7 @@ class Adapters:
 
     Attributes:
         rank: width between A, (rank, into), and B, (out, rank).
-        alpha: what B A counts, times rank.
+        alpha: B A counts alpha / rank.
         dropout: of what A is given, in training.
         targets: patterns of the maps' names within a layer.
     """
@@ -49,7 +49,7 @@ def merged(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, 
     Args:
         weights: name -> tensor, those of adapted maps beside their A and B.
         rank: of the adapters.
-        alpha: what B A counts, times rank.
+        alpha: B A counts alpha / rank.
     """
     found = {}
     for name, tensor in weights.items():
@@ -57,7 +57,7 @@ def merged(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, 
             continue
         part, adapted, end = name.partition(BASE)
         if adapted and end == "weight":
-            # Not in half precision, in which small changes of large weights are lost twice.
+            # Rounded once: in half precision a small change of a large weight would be lost.
             dtype = torch.promote_types(tensor.dtype, torch.float32)
             down, up = (weights[part + matrix].to(dtype) for matrix in (DOWN, UP))
             tensor = torch.addmm(tensor.to(dtype), up, down, alpha=alpha / rank).to(tensor.dtype)

@@ -27,7 +27,7 @@ class LoRA:
 
     Args:
         rank: width between A, (rank, into), and B, (out, rank).
-        alpha: what B A counts, times rank.
+        alpha: B A counts alpha / rank.
         dropout: of what A is given, in training.
         targets: maps, by patterns of their names within a layer, such as ``attention.query``, ``attention.key_value``
             (which is both in one), ``attention.out`` and ``feed_forward.*``; a memory's own are none of them.
