@@ -6,15 +6,26 @@ Tensors travel as safetensors, never as pickle. Every file of ours says its form
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from memtx.errors import CheckpointError, MemtxError
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+
+FREE_SPACE = "Free some space; what was there is as it was, and a run goes on from its last checkpoint."
+
+
+def is_full(error: OSError) -> bool:
+    """Return whether an error says that a disk, or the user's share of it, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync_folder(folder: Path) -> None:
@@ -44,13 +55,20 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
+        cure = "Check the folder, its permissions and the free space."
         raise MemtxError(
-            f"'{target}' could not be written: {error.strerror or error}.",
-            "Check the folder, its permissions and the free space.",
+            f"'{target}' could not be written: {error.strerror or error}.", FREE_SPACE if is_full(error) else cure
         ) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that a process left in ``folder`` when it was killed; nobody may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ HOME = Path(memtx.__file__).parent
 ROWS = [
     ("errors",),
     ("files", "once"),
-    ("specs", "metrics", "plots"),
+    ("specs", "metrics", "plots", "sealed"),
     ("state", "segment"),
     ("ops", "data"),
     ("memory",),

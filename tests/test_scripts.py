@@ -178,6 +178,18 @@ def test_replay(tmp_path: Path) -> None:
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    options = ("--kills", "2", "--steps", "9", "--seed", "3", "--json", tmp_path / "kills.json")
+    done = run(sys.executable, SCRIPTS / "kill_runs.py", *options)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "kills.json").read_text())
+    assert found["wrong"] == []
+    for writer in found["writers"].values():
+        assert sum(writer["kills"].values()) == sum(writer["whole"].values()) == 1
+        assert writer["equal"] == writer["ends"] >= 1
+    assert "| in a thread | all | 1 | 1 |" in done.stdout
+
+
 def test_recall(tmp_path: Path) -> None:
     done = run(
         sys.executable, SCRIPTS / "measure_recall.py", "--json", "-", "--threads", "1", "--kinds", "window", "slots",

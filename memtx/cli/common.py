@@ -11,6 +11,7 @@ import traceback as tracebacks
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from memtx import files
 from memtx.errors import MemtxError, nearest
 
 MISTAKE = 2
@@ -65,12 +66,14 @@ def run(function: Callable[[], int | None], *, traceback: bool = False) -> int:
             tracebacks.print_exc()
         complain(str(error))
         return MISTAKE
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        if error.filename is None:  # Not of a path that someone gave.
-            raise
+    except OSError as error:
+        kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+        if not files.is_full(error) and (not isinstance(error, kinds) or error.filename is None):
+            raise  # Not of a path that someone gave.
         if traceback:
             tracebacks.print_exc()
-        complain(_path_mistake(error))
+        where = f" '{error.filename}' could not be written." if error.filename else ""
+        complain(f"The disk is full.{where} {files.FREE_SPACE}" if files.is_full(error) else _path_mistake(error))
         return MISTAKE
 
 

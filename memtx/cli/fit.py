@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -23,6 +22,7 @@ from memtx import files
 from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run
 from memtx.cli.config import check_config, config_files, parser_message, read_config
 from memtx.cli.main import program_name
+from memtx.cli.quiet import quiet
 from memtx.data.books import BookDataModule
 from memtx.data.documents import PG19
 from memtx.data.tokenizers import tokenizer_from_json
@@ -32,8 +32,12 @@ from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training import recovery
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
+from memtx.training.callbacks.exhaustion import MemoryAdvice, is_exhausted
+from memtx.training.callbacks.finite import SkipNonFinite
 from memtx.training.callbacks.gates import ClosedGates
+from memtx.training.callbacks.health import MemoryHealth
 from memtx.training.callbacks.interrupt import STOPPED, StopOnInterrupt
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
@@ -108,16 +112,16 @@ class MemtxCLI(LightningCLI):
         self.check_data(settings)
         run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
-            last = run_folder / CHECKPOINTS / LAST
-            if asked is None and last.exists():
+            if asked is None and any((run_folder / CHECKPOINTS).glob("*.ckpt")):
                 raise MemtxError(
                     f"'{settings.run}' already holds a run.",
                     "Add --ckpt_path last to go on with it, or give another folder by --run.",
                 )
             if run_folder.exists() and not run_folder.is_dir():
                 raise MemtxError(f"'{settings.run}' is a file, expected a folder.", "Give another one by --run.")
-            if asked == "last" and not last.exists():
-                asked = None
+            if asked == "last":
+                self._go_on(settings, run_folder / CHECKPOINTS)
+                return
         else:
             asked = asked or "best"
         settings.ckpt_path = None if asked is None else str(_checkpoint(run_folder, asked))
@@ -130,6 +134,15 @@ class MemtxCLI(LightningCLI):
             self.take_data(settings, self._content)
         if self.subcommand == "predict" and settings.return_predictions is None:
             settings.return_predictions = False
+
+    def _go_on(self, settings: Any, checkpoints: Path) -> None:
+        """Take the newest whole checkpoint; a run that has none yet begins."""
+        found = recovery.newest_whole(checkpoints)
+        settings.ckpt_path = None if found is None else str(found.path)
+        if found is not None:
+            self._content = found.content
+            if found.damaged:
+                _say_once(f"memtx: {found.said()}\n")
 
     def check_data(self, settings: Any) -> None:
         """Refuse to begin without texts."""
@@ -174,10 +187,13 @@ class MemtxCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if settings.checkpoint.dirpath is None:
             settings.checkpoint.dirpath = str(Path(run_folder) / CHECKPOINTS)
+        # What the user gives stands for ours of its kind; and one refuses to run where it has nowhere to write.
+        given = settings.trainer.callbacks or []
+        unwanted = {type(one) for one in (given if isinstance(given, list) else [given])}
         if not kwargs.get("logger", settings.trainer.logger):
-            # It refuses to run where it has nowhere to write.
-            always = self.trainer_defaults["callbacks"]
-            self.trainer_defaults["callbacks"] = [one for one in always if not isinstance(one, LearningRateMonitor)]
+            unwanted.add(LearningRateMonitor)
+        always = self.trainer_defaults["callbacks"]
+        self.trainer_defaults["callbacks"] = [one for one in always if type(one) not in unwanted]
         if self.subcommand == "predict":
             always = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [*always, PredictionWriter(Path(run_folder) / PREDICTIONS)]
@@ -218,10 +234,8 @@ class MemtxCLI(LightningCLI):
                 shutil.rmtree(run_folder, ignore_errors=True)
             if isinstance(error, MisconfigurationException):
                 raise _mistake(error) from error
-            if isinstance(error, torch.cuda.OutOfMemoryError):
-                raise MemtxError(
-                    "The GPU's memory is full.", "Lower --data.rows, --data.segment or --data.horizon."
-                ) from error
+            if is_exhausted(error):
+                raise MemtxError(getattr(error, "__notes__", ["The memory is full."])[-1]) from error
             raise
 
 
@@ -238,6 +252,11 @@ class SaveConfig(SaveConfigCallback):
             config.ckpt_path, config.traceback = None, False
             text = self.parser.dump(config, skip_none=False)
             files.write_text(Path(config.run) / CONFIG, text)
+
+
+@rank_zero_only
+def _say_once(text: str) -> None:
+    sys.stderr.write(text)
 
 
 def said_where() -> str:
@@ -298,39 +317,12 @@ def names_parts(argv: list[str]) -> bool:
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
 
 
-_NOISE = ("Seed set to", "available: False", "litlogger", "Tip")
-_UNWANTED = (
-    ".*does not have many workers.*",
-    ".*does not seem to be.*",
-    ".*LeafSpec.*",
-    ".*no logger configured.*",
-    ".*exists and is not empty.*",
-    ".*not supported by the model summary.*",
-    "LightningCLI's args parameter is intended to run from within Python.*",
-    ".*across ranks is zero.*",  # A run without validation texts.
-    r"\s*Unable to serialize instance",  # The checkpoint's tokenizer, which is not to be saved.
-)
-
-
-def _wanted(record: logging.LogRecord) -> bool:
-    return not any(one in record.getMessage() for one in _NOISE)
-
-
-def _quiet() -> None:
-    # Advice to install other products, what goes without saying, and warnings about choices made here on purpose.
-    for text in _UNWANTED:
-        warnings.filterwarnings("ignore", message=text)
-    for part in ("fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
-        noise = logging.getLogger(f"lightning.{part}")
-        if _wanted not in noise.filters:
-            noise.addFilter(_wanted)
-
-
 def main(argv: list[str]) -> int:
     """Run LightningCLI on ``argv`` (subcommand first) and return the exit code."""
-    _quiet()
+    quiet()
     interactive = sys.stderr.isatty() or sys.stdout.isatty()
     callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), MemoryWorth(), ClosedGates(), StopOnInterrupt()]
+    callbacks += [SkipNonFinite(), MemoryHealth(), MemoryAdvice()]
     callbacks.append(StepProgressBar() if interactive else PlainProgress())
 
     arguments = with_config(argv)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
@@ -14,7 +12,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from memtx import files, specs
+from memtx import files, sealed, specs
 from memtx.errors import CheckpointError
 from memtx.models.low_rank import Adapters, merged
 
@@ -114,7 +112,7 @@ def load(path: str | os.PathLike[str], expected: type[nn.Module] | None = None) 
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint without running anything that stands in it.
+    """Read a training checkpoint, every byte of it checked, without running anything that stands in it.
 
     Raises:
         CheckpointError: missing, damaged, or not such a file.
@@ -123,8 +121,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not place.exists():
         raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a pretrained folder or a run's folder.")
     try:
+        sealed.check(place)
         content = torch.load(place, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # A file of somebody else's can make the reader stumble over anything.
         raise CheckpointError(
             f"'{place}' is not a whole checkpoint ({type(error).__name__}).", "Use another copy, or an earlier one."
         ) from error

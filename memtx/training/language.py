@@ -61,7 +61,7 @@ class LanguageModule(TrainedModule):
 
     Raises:
         MemtxError: the segment is not positive, nothing would learn, or ``lora`` is given for a base that learns
-            itself; while training, the loss is no longer finite.
+            itself.
     """
 
     model: MemoryTransformer
@@ -133,7 +133,6 @@ class LanguageModule(TrainedModule):
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
-        self._finite.check()
         self.rates.draw()
         rows = batch.tokens.shape[0]
         out = self._read("train", batch, self.model.init_state(rows) if self._fresh else self._state("train", batch))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from memtx import files
 
 
 class _Kept(ExperimentWriter):
@@ -35,14 +38,26 @@ class _Kept(ExperimentWriter):
 
     def _keep_before(self, step: int) -> None:
         # A run that was killed logged steps after its last checkpoint: these are taken again.
+        rows, self.metrics_keys = self._rows()
+        self._write([row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(self._rows()[0])
+
+    def _rows(self) -> tuple[list[dict[str, str]], list[str]]:
+        """Return the rows that are whole, and the names of their columns: a kill can cut the last one short."""
         with self._fs.open(self.metrics_file_path, "r", newline="") as file:
             rows = csv.DictReader(file)
-            kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step]
-            self.metrics_keys = sorted(rows.fieldnames or ())
-        with self._fs.open(self.metrics_file_path, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=self.metrics_keys, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
+            found = [row for row in rows if None not in row.values()]
+            return found, sorted(rows.fieldnames or ())
+
+    def _write(self, rows: list[dict[str, str]]) -> None:
+        """Write the file anew, whole or not at all."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=self.metrics_keys, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        files.write_text(self.metrics_file_path, text.getvalue())
 
 
 class MetricsFile(CSVLogger):

@@ -101,7 +101,6 @@ class TaskModule(TrainedModule):
 
     def training_step(self, batch: TaskBatch, index: int) -> Tensor:
         """Return the batch's loss."""
-        self._finite.check()
         loss = self.loss(self.model(self._thinned(batch), batch.present, batch.types, batch.marked), batch)
         return self._learned(loss, batch.tokens)
 

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from memtx.errors import CheckpointError
 from memtx.models import folder
 from memtx.training import randomness
-from memtx.training.divergence import FiniteLoss
+from memtx.training.callbacks import moments
 from memtx.training.optimizers import WarmupCosine, decay_groups
 
 
@@ -49,7 +49,6 @@ class TrainedModule(pl.LightningModule):
         self.make_scheduler = scheduler
         self.tokens_seen = 0
         self._random: dict[str, Any] | None = None
-        self._finite = FiniteLoss()
 
     def rank_state(self) -> dict[str, Any]:
         """Return what this process has to keep, as tensors and plain values."""
@@ -61,8 +60,7 @@ class TrainedModule(pl.LightningModule):
     # Learning
 
     def _learned(self, loss: Tensor, tokens: Tensor) -> Tensor:
-        """Watch, count and log a training step, and return its loss."""
-        self._finite.watch(loss, self.trainer.global_step)
+        """Count and log a training step, and return its loss."""
         self.tokens_seen += tokens.numel() * self.trainer.world_size
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
@@ -91,12 +89,7 @@ class TrainedModule(pl.LightningModule):
     # What a checkpoint holds beside the weights
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's description, and of every rank its state and the random states.
-
-        Raises:
-            MemtxError: the loss is no longer finite, so that an earlier checkpoint is worth more.
-        """
-        self._finite.check(wait=True)
+        """Add the model's description, and of every rank its state and the random states."""
         own = {**self.rank_state(), "random": randomness.collect()}
         ranks = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -107,6 +100,8 @@ class TrainedModule(pl.LightningModule):
             "adapters": self._adapters(),
             "ranks": ranks,
             "tokens_seen": self.tokens_seen,
+            # Whether a run can go on from it exactly: it cannot in the middle of an accumulation.
+            "stepped": moments.has_stepped(self.trainer),
         }
 
     def _adapters(self) -> dict[str, Any] | None:

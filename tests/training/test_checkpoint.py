@@ -126,7 +126,8 @@ def test_best_is_the_best(tmp_path: Path) -> None:
     assert best not in (2, 10)
     note = json.loads((folder / "best.json").read_text())
     assert note == {"path": f"step-{best:08d}.ckpt", "monitor": "val_bits_per_byte", "score": scores[best]}
-    assert sorted(one.name for one in folder.iterdir()) == ["best.json", "last.ckpt", note["path"]]
+    names = ["best.json", "earlier-00000009.ckpt", "last.ckpt", note["path"]]
+    assert sorted(one.name for one in folder.iterdir()) == names
     assert chosen_checkpoint(tmp_path / "run") == folder / note["path"]
     # The weights are those that were measured.
     (found,) = trainer(tmp_path).validate(

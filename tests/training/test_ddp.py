@@ -83,6 +83,18 @@ def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: 
     assert "2 processes" in done.err
 
 
+def test_all_processes_skip_alike(program: Program, tmp_path: Path) -> None:
+    at = runs.prepare(tmp_path, config(1, max_steps=3, limit_val_batches=0))
+    for name, spoil in (("plain", -1), ("spoiled", 1)):
+        done = runs.fit(program, at, name, *TWO, spoil=spoil, rank=1)
+        assert done.code == 0, done.err
+    # Said by the first process, whose own loss was finite.
+    assert "loss of another process" in done.err
+    assert "1 in a row, 1 in all" in done.err
+    assert runs.weights(at, "spoiled", 0) == runs.weights(at, "spoiled", 1)
+    assert runs.weights(at, "spoiled", 0) != runs.weights(at, "plain", 0)
+
+
 STACK = [
     [
         {"class_path": "memtx.RecurrentMemory", "init_args": {"window": 12}},

@@ -1,4 +1,4 @@
-"""What a step does to the weights: optimiser, schedule, clipping, accumulation, precision, and a loss that diverged."""
+"""What a step does to the weights: optimiser, schedule, clipping, accumulation, precision."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ import torch
 from torch.optim.lr_scheduler import StepLR
 
 from memtx.errors import MemtxError
-from memtx.inference.loading import load
-from memtx.training.callbacks.checkpoint import BestCheckpoint
-from memtx.training.divergence import FiniteLoss
 from memtx.training.optimizers import WarmupCosine, decay_groups
 from memtx.training.tbptt import unroll
 from tests.kinds import KINDS
@@ -213,31 +210,8 @@ def test_compiled_is_close_to_eager(tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
-def test_a_loss_that_diverged_is_said(tmp_path: Path) -> None:
-    keep = BestCheckpoint(str(tmp_path / "checkpoints"), every_n_train_steps=1)
-    explode = partial(sgd, lr=1e30)
-    run = trainer(tmp_path, keep, max_steps=10, limit_val_batches=0)
-    with pytest.raises(MemtxError, match=r"The loss is (nan|inf) at step 1, .* learning rate"):
-        run.fit(module(optimizer=explode, scheduler=None), datamodule=data(tmp_path))
-    # What is kept is from before: of a loss that was finite still.
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 1
-    load(last)
-
-
 def test_a_validation_that_diverged_is_said(tmp_path: Path) -> None:
     measured = module()
     torch.nn.init.constant_(measured.model.embedding.weight, math.nan)
     with pytest.raises(MemtxError, match="nan"):
         trainer(tmp_path).validate(measured, datamodule=data(tmp_path), verbose=False)
-
-
-def test_finite_losses_pass() -> None:
-    watch = FiniteLoss()
-    watch.check()
-    watch.watch(torch.tensor(3.0), 0)
-    watch.check()
-    watch.check(wait=True)
-    watch.watch(torch.tensor(math.inf), 7)
-    with pytest.raises(MemtxError, match="inf at step 7"):
-        watch.check()

@@ -23,6 +23,7 @@ class Watch(pl.Callback):
         signal: its number.
         rank: of the process to strike.
         gradients: whether to keep those of the first step.
+        spoil: the batch in which the loss of the process to strike, but not its gradient, is made NaN.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Watch(pl.Callback):
         signal: int = 9,
         rank: int = 0,
         gradients: bool = False,
+        spoil: int = -1,
     ) -> None:
         self.to, self.strike, self.moment, self.signal = Path(to), strike, moment, signal
-        self.rank, self.gradients = rank, gradients
+        self.rank, self.gradients, self.spoil = rank, gradients, spoil
 
     def _at(self, trainer: pl.Trainer, moment: str, batch: int) -> None:
         if moment == self.moment and batch == self.strike and trainer.global_rank == self.rank:
@@ -45,6 +47,10 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._at(trainer, "forward", trainer.fit_loop.epoch_loop.total_batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.spoil and trainer.global_rank == self.rank:
+            loss.detach().fill_(torch.nan)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer

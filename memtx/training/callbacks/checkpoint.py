@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
-from memtx import files
-from memtx.errors import MemtxError
+from memtx import files, sealed
+from memtx.errors import at_least
 from memtx.models import folder
 from memtx.training.callbacks import moments
 
 BEST = "best.json"
 """The note's name, beside the checkpoints."""
 
+_EARLIER = re.compile(r"earlier-(\d{8,})\.ckpt")
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Written to a temporary name, synced, renamed; read without unpickling code.
+    """Written to a temporary name, synced, renamed; with a digest of every byte, and read without unpickling code.
 
     Lightning's own writes through a move but without a sync, so that a power cut can leave an empty file
-    under the right name.
+    under the right name, and what reads it does not notice a flipped bit.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write ``checkpoint`` whole, or leave what was there."""
-        with files.atomic_path(path) as temporary:
-            torch.save(checkpoint, temporary)
+        """Write ``checkpoint`` whole, or leave what was there.
+
+        Raises:
+            MemtxError: the file cannot be written.
+        """
+        with sealed.new(path, int(checkpoint.get("global_step", 0))) as handle:
+            torch.save(checkpoint, cast(IO[bytes], handle))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
@@ -45,19 +56,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         return folder.read_checkpoint(path)
 
+    def then(self, function: Callable[[], None]) -> None:
+        """Call a function when all that was given is written: at once, since it is."""
+        function()
+
 
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the best and the last checkpoint of a run, and notes which is best in best.json.
 
     last.ckpt is written at every validation, at the end, and every so many steps if asked to; always after an optimiser
-    step, so that a run goes on from it exactly. The best one is kept as it was validated. Where a run has no
-    validation, there is last.ckpt alone, and it is also written when an epoch ends.
+    step, so that a run goes on from it exactly. What it replaces stays as earlier-N.ckpt, of step N, for a run whose
+    last one is damaged. The best one is kept as it was validated. Where a run has no validation, there is no best one,
+    and last.ckpt is also written when an epoch ends. While a guard sees the run in trouble, nothing is written.
 
     Args:
         dirpath: folder; by default ``checkpoints`` in the run's folder.
         monitor: the validation's metric; null for the newest validated one.
         mode: "min" or "max".
         every_n_train_steps: optimiser steps between checkpoints; None for at validation and the end alone.
+        keep: how many of the newest stay, last.ckpt among them, the best one apart; at least 1.
+
+    Raises:
+        MemtxError: a number is below 1.
     """
 
     def __init__(
@@ -66,6 +86,7 @@ class BestCheckpoint(ModelCheckpoint):
         monitor: str | None = "val_bits_per_byte",
         mode: str = "min",
         every_n_train_steps: int | None = None,
+        keep: int = 2,
     ) -> None:
         # Steps are looked at here: Lightning's would rank them by the validation before, and wait for the first one.
         super().__init__(
@@ -78,12 +99,22 @@ class BestCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
-        if every_n_train_steps is not None and every_n_train_steps < 1:
-            raise MemtxError(
-                f"every_n_train_steps is {every_n_train_steps}.", "Give at least 1, or null for at validation alone."
-            )
-        self.every = every_n_train_steps
+        at_least(1, keep=keep, **({} if every_n_train_steps is None else {"every_n_train_steps": every_n_train_steps}))
+        self.every, self.keep = every_n_train_steps, keep
         self._owes = False
+        self._own_last = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the folder; a last.ckpt in it is worth keeping where the run goes on from it."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero:
+            files.remove_leftovers(self._last.parent)
+        begin = trainer.ckpt_path
+        self._own_last = begin is not None and Path(begin).absolute() == self._last.absolute()
+
+    @property
+    def _last(self) -> Path:
+        return Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}.ckpt"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +124,9 @@ class BestCheckpoint(ModelCheckpoint):
             return
         due = self._owes or (self.every is not None and trainer.global_step % self.every == 0)
         due = due or moments.is_last_step(trainer) or (self._never_validates(trainer) and self._ends_epoch(trainer))
-        if due and not moments.validates_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        if due and moments.is_troubled(trainer) and not moments.is_last_step(trainer):
+            self._owes = True
+        elif due and not moments.validates_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._owes = False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
@@ -107,13 +140,24 @@ class BestCheckpoint(ModelCheckpoint):
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
         # In the middle of an accumulation, gradients would be lost: the next step's end is saved instead.
-        self._owes = not moments.has_stepped(trainer)
+        self._owes = not moments.has_stepped(trainer) or moments.is_troubled(trainer)
         if not self._owes:
             self._save_last_checkpoint(trainer, candidates)
         if trainer.is_global_zero and self.best_model_path:
             best = Path(self.best_model_path)
             score = None if self.best_model_score is None else float(self.best_model_score)
-            files.write_json(best.parent / BEST, {"path": best.name, "monitor": self.monitor, "score": score})
+            note = {"path": best.name, "monitor": self.monitor, "score": score}
+            _then(trainer, partial(files.write_json, best.parent / BEST, note))
+
+    def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # A run that goes on from here does not log again what was logged before it.
+        if trainer.is_global_zero and self._own_last and self.keep > 1:
+            _then(trainer, partial(_set_aside, self._last))
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._own_last = True
+        if trainer.is_global_zero:
+            _then(trainer, partial(_thin_out, self._last.parent, self.keep - 1, trainer.global_step))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave it to the run's last batch."""
@@ -125,3 +169,27 @@ class BestCheckpoint(ModelCheckpoint):
     @staticmethod
     def _ends_epoch(trainer: pl.Trainer) -> bool:
         return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+
+
+def _then(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+    writes = trainer.strategy.checkpoint_io
+    # Somebody else's plugin is taken to have written when it returns.
+    writes.then(function) if isinstance(writes, AtomicCheckpointIO) else function()
+
+
+def _set_aside(last: Path) -> None:
+    """Give the last checkpoint a second name, under which it stays when the next one takes its place."""
+    if (step := sealed.stated_step(last)) is None:
+        return
+    with files.atomic_path(last.with_name(f"earlier-{step:08d}.ckpt")) as temporary:
+        try:
+            os.link(last, temporary)
+        except OSError:  # a file system without second names
+            shutil.copyfile(last, temporary)
+
+
+def _thin_out(folder: Path, count: int, step: int) -> None:
+    # Those of later steps are of before the run went back to an earlier one: they are counted once it is past them.
+    found = [(int(name[1]), path) for path in folder.iterdir() if (name := _EARLIER.fullmatch(path.name))]
+    for _, path in sorted(one for one in found if one[0] <= step)[::-1][count:]:
+        path.unlink(missing_ok=True)

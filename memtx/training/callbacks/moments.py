@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
@@ -13,6 +14,11 @@ def has_stepped(trainer: pl.Trainer) -> bool:
     If not, gradients are half accumulated, and a checkpoint would lose them.
     """
     return not trainer.fit_loop.epoch_loop._should_accumulate()
+
+
+def is_troubled(trainer: pl.Trainer) -> bool:
+    """Return whether a guard sees the run in trouble, so that a checkpoint would be no good one."""
+    return any(getattr(one, "troubled", False) for one in cast(Any, trainer).callbacks)
 
 
 def validates_next(trainer: pl.Trainer) -> bool:

@@ -1,0 +1,154 @@
+"""Zip files that carry the digest of their own bytes, as ``torch.save`` writes them: one file, one rename.
+
+A zip file's checksums are of its entries, and ``torch.load`` does not look at them: a flipped bit becomes a weight.
+Here SHA-256 of every byte stands in the archive's own comment, its last field, so any zip reader opens the file still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from memtx import files
+from memtx.errors import CheckpointError
+
+END = b"PK\x05\x06"
+"""What a zip file's last record begins with: 22 bytes, of which the last two count the comment's."""
+
+_RECORD = 22
+_COMMENT = re.compile(rb"memtx step=(\d{20}) sha256=([0-9a-f]{64})")
+_LENGTH = len(b"memtx step= sha256=") + 20 + 64
+
+
+class Sealing:
+    """A binary handle that digests what is written to it, for writers that go forward only.
+
+    A write that fails is told when the file is sealed, not to the writer: torch's, in C++, would name no reason.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115
+        self._digest = hashlib.sha256()
+        self._tail = b""
+        self._failed: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write, unless an earlier write failed."""
+        size = memoryview(data).nbytes
+        if self._failed is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._failed = error
+            self._digest.update(data)
+            # A big block is not copied for its last bytes alone.
+            self._tail = (self._tail + bytes(memoryview(data).cast("B")[-_RECORD:]))[-_RECORD:]
+        return size
+
+    def flush(self) -> None:
+        """Do nothing: the end flushes."""
+
+    def seal(self, step: int) -> None:
+        """Write the comment and close.
+
+        Raises:
+            OSError: this or an earlier write failed.
+        """
+        if self._failed is not None:
+            raise self._failed
+        assert self._tail.startswith(END)
+        assert self._tail.endswith(b"\0\0")
+        said = b"%020d" % step
+        self._digest.update(said)
+        comment = b"memtx step=%b sha256=%b" % (said, self._digest.hexdigest().encode())
+        self._file.seek(-2, os.SEEK_END)
+        self._file.write(len(comment).to_bytes(2, "little") + comment)
+        self._file.close()
+
+    def close(self) -> None:
+        """Close, sealed or not."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+@contextlib.contextmanager
+def new(path: str | os.PathLike[str], step: int) -> Iterator[Sealing]:
+    """Yield a handle for one whole zip file, which appears under ``path`` with its digest, or not at all.
+
+    Args:
+        path: the file.
+        step: a number that the seal says beside the digest, at least 0.
+
+    Raises:
+        MemtxError: the file cannot be written.
+    """
+    with files.atomic_path(path) as temporary:
+        handle = Sealing(temporary)
+        try:
+            yield handle
+            handle.seal(step)
+        finally:
+            handle.close()
+
+
+def stated_step(path: str | os.PathLike[str]) -> int | None:
+    """Return the step that a file's seal says, unchecked; None where there is no such seal to read."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(-_LENGTH, os.SEEK_END)
+            found = _COMMENT.fullmatch(handle.read())
+    except OSError:  # missing, or too short to seek in
+        return None
+    return int(found[1]) if found else None
+
+
+def check(path: str | os.PathLike[str]) -> None:
+    """Read a whole file and compare it with its seal; without one, as earlier releases wrote, with the zip's checksums.
+
+    Raises:
+        CheckpointError: not every byte is the one that was written.
+        OSError: the file cannot be read.
+    """
+    size = Path(path).stat().st_size
+    with open(path, "rb") as handle:
+        handle.seek(max(0, size - _LENGTH))
+        found = _COMMENT.fullmatch(handle.read())
+        if found is None:
+            _check_entries(path, size)
+            return
+        digest, left = hashlib.sha256(), size - _LENGTH - 2
+        handle.seek(0)
+        while left > 0 and (block := handle.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+        # The comment was not there yet when the bytes were digested.
+        digest.update(b"\0\0" + found[1])
+        if digest.hexdigest().encode() != found[2] or handle.read(2) != _LENGTH.to_bytes(2, "little"):
+            raise _broken(path, "its bytes are not those that were written")
+
+
+def _check_entries(path: str | os.PathLike[str], size: int) -> None:
+    with open(path, "rb") as handle:
+        handle.seek(max(0, size - _RECORD))
+        end = handle.read()
+    if not size:
+        raise _broken(path, "it is empty")
+    # A comment that is counted but not there: the seal was cut off.
+    if not end.startswith(END) or not end.endswith(b"\0\0"):
+        raise _broken(path, "its end is missing or changed")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+    except Exception as error:  # zipfile, zlib and struct raise a dozen kinds on bytes that are no zip file's
+        raise _broken(path, str(error)) from error
+    if wrong is not None:
+        raise _broken(path, f"'{wrong}' in it is not what was written")
+
+
+def _broken(path: str | os.PathLike[str], why: str) -> CheckpointError:
+    return CheckpointError(f"'{path}' is not a whole checkpoint: {why}.", "Use another copy, or an earlier one.")
