@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -58,6 +59,46 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Yield a binary handle whose content appears under ``path`` only when the block ends well."""
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         yield handle
+
+
+def replace_folder(whole: Path, path: Path) -> None:
+    """Put a folder in the place of what is there, a folder or a file.
+
+    A folder cannot be renamed over another, so the old one steps aside for a moment; see :func:`recover`.
+
+    Args:
+        whole: what takes the place, in the same folder, its files synced.
+        path: the place.
+    """
+    aside = _aside(path)
+    recover(path)
+    remove(aside)
+    sync_folder(whole)
+    if path.exists():
+        path.rename(aside)
+    whole.rename(path)
+    sync_folder(path.parent)
+    remove(aside)
+
+
+def recover(path: Path) -> None:
+    """Put back what :func:`replace_folder` moved aside, where it was stopped before the new one was in its place."""
+    if not path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            _aside(path).rename(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import shutil
 import sys
 import warnings
@@ -22,6 +23,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from memtx import files
 from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run
 from memtx.cli.config import check_config, config_files, parser_message, read_config
+from memtx.cli.launched import processes
 from memtx.cli.main import program_name
 from memtx.data.books import BookDataModule
 from memtx.data.documents import PG19
@@ -125,7 +127,7 @@ class MemtxCLI(LightningCLI):
             return
         if not Path(settings.ckpt_path).exists():
             raise CheckpointError(f"The checkpoint '{settings.ckpt_path}' does not exist.", "Check --ckpt_path.")
-        self._content = folder.read_checkpoint(settings.ckpt_path)
+        self._content = folder.read_notes(settings.ckpt_path)
         if self.subcommand != "fit":
             self.take_data(settings, self._content)
         if self.subcommand == "predict" and settings.return_predictions is None:
@@ -355,7 +357,7 @@ def main(argv: list[str]) -> int:
                     "callbacks": callbacks,
                     "gradient_clip_val": 1.0,
                     "use_distributed_sampler": False,
-                    "devices": 1,
+                    **processes(os.environ),
                     "enable_progress_bar": interactive,
                 },
                 parser_class=OneLineParser,

@@ -18,6 +18,7 @@ from memtx.training import randomness
 from memtx.training.divergence import FiniteLoss
 from memtx.training.optimizers import WarmupCosine, decay_groups
 from memtx.training.redealt import count_batches
+from memtx.training.sharding import configure
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
@@ -60,6 +61,10 @@ class TrainedModule(pl.LightningModule):
         """Take what :meth:`rank_state` returned on every process of the checkpoint, however many there are now."""
 
     # Learning
+
+    def configure_model(self) -> None:
+        """Share the model out over the processes, under a strategy that does so; this may be asked again."""
+        configure(self, self.model)
 
     def _learned(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Watch, count and log a training step, and return its loss."""
