@@ -99,6 +99,19 @@ class LanguageModule(TrainedModule):
         self.metrics = LanguageMeasures()
         self.meter = MemoryMeter(segment) if meter else None
 
+    def configure_model(self) -> None:
+        """Share the model out, under a strategy that does so.
+
+        Raises:
+            MemtxError: it is to be its own teacher, which reads with weights that are then in pieces.
+        """
+        if self.device_mesh is not None and self.distillation:
+            raise MemtxError(
+                "model.distillation does not go with a strategy that shares the weights out.",
+                "Leave it out, or take --trainer.strategy ddp.",
+            )
+        super().configure_model()
+
     # One batch
 
     def _state(self, stage: str, batch: Batch) -> MemoryState:

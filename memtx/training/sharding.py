@@ -48,12 +48,12 @@ def share_out(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
 
 
 def _blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the layers: the members of lists, outermost first, that are called as modules."""
-    for child in model.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _blocks(child)
+    """Yield the layers that are called as modules: only around a call are parameters gathered."""
+    for module in model.modules():
+        blocks = getattr(module, "blocks", None)
+        # Where there are memory tokens, a part of each layer is called by itself.
+        if isinstance(blocks, nn.ModuleList) and getattr(module, "tokens", None) is None:
+            yield from (block for block in blocks if type(block).forward is not nn.Module.forward)
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -166,6 +166,5 @@ StrategyRegistry.register(
 
 def configure(module: pl.LightningModule, model: nn.Module) -> None:
     """Share a module's model out, where its strategy is one that asks the module to."""
-    mesh = module.device_mesh
-    if mesh is not None:
-        share_out(model, mesh, module.trainer.strategy.root_device)
+    if module.device_mesh is not None:
+        share_out(model, module.device_mesh, module.trainer.strategy.root_device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 
 from memtx import files
-from memtx.errors import CheckpointError
-from memtx.models import folder, sharded
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
