@@ -61,19 +61,20 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         yield handle
 
 
-def replace_folder(whole: Path, path: Path) -> None:
-    """Put a folder in the place of what is there, a folder or a file.
+def replace(whole: Path, path: Path) -> None:
+    """Put a folder in the place of what is there, a folder or a file; or a file in the place of a folder.
 
-    A folder cannot be renamed over another, so the old one steps aside for a moment; see :func:`recover`.
+    There is no such rename in one, so what was there steps aside for a moment; see :func:`recover`.
 
     Args:
-        whole: what takes the place, in the same folder, its files synced.
+        whole: what takes the place, beside it, with its files synced.
         path: the place.
     """
     aside = _aside(path)
     recover(path)
     remove(aside)
-    sync_folder(whole)
+    if whole.is_dir():
+        sync_folder(whole)
     if path.exists():
         path.rename(aside)
     whole.rename(path)
@@ -82,7 +83,7 @@ def replace_folder(whole: Path, path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back what :func:`replace_folder` moved aside, where it was stopped before the new one was in its place."""
+    """Put back what :func:`replace` moved aside, where it was stopped before the new one was in its place."""
     if not path.exists():
         with contextlib.suppress(FileNotFoundError):
             _aside(path).rename(path)

@@ -111,6 +111,7 @@ class MemtxCLI(LightningCLI):
         run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
             last = run_folder / CHECKPOINTS / LAST
+            files.recover(last)
             if asked is None and last.exists():
                 raise MemtxError(
                     f"'{settings.run}' already holds a run.",
@@ -170,6 +171,8 @@ class MemtxCLI(LightningCLI):
                 TensorBoardLogger(run_folder, name="", version="", default_hp_metric=False),
             ]
         kwargs.setdefault("default_root_dir", run_folder)
+        # Not the config's: it is to begin the same run on another machine.
+        kwargs |= processes(os.environ)
         plugins = settings.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(one, CheckpointIO) for one in plugins):
@@ -357,7 +360,7 @@ def main(argv: list[str]) -> int:
                     "callbacks": callbacks,
                     "gradient_clip_val": 1.0,
                     "use_distributed_sampler": False,
-                    **processes(os.environ),
+                    "devices": 1,
                     "enable_progress_bar": interactive,
                 },
                 parser_class=OneLineParser,

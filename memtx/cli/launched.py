@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 def processes(environment: Mapping[str, str]) -> dict[str, int]:
-    """Return the trainer's ``devices`` (of a node) and ``num_nodes`` as the launcher tells them; one of each without.
+    """Return the trainer's ``devices`` (of a node) and ``num_nodes`` as the launcher tells them; nothing without one.
 
     Lightning takes ranks and addresses from the launcher by itself, but wants these two numbers said once more.
 
@@ -18,9 +18,9 @@ def processes(environment: Mapping[str, str]) -> dict[str, int]:
         return {"devices": local, "num_nodes": max(1, _number(environment, "WORLD_SIZE") // local)}
     # As Lightning does, which takes these two names for a shell that was asked for, not for a job.
     if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = _number(environment, "SLURM_NNODES" if "SLURM_NNODES" in environment else "SLURM_JOB_NUM_NODES")
+        nodes = _number(environment, "SLURM_NNODES")
         return {"devices": max(1, _number(environment, "SLURM_NTASKS") // nodes), "num_nodes": nodes}
-    return {"devices": 1, "num_nodes": 1}
+    return {}
 
 
 def _number(environment: Mapping[str, str], name: str) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -194,6 +194,30 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     return {
         "state": {numbers[name]: values for name, values in state.get("state", {}).items()},
         "param_groups": [{**group, "params": [numbers[name] for name in group["params"]]} for group in groups],
+    }
+
+
+def named(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return an optimiser's state with its parameters named, as shares keep it, instead of numbered.
+
+    Args:
+        state: as one process keeps it.
+        names: by number.
+
+    Raises:
+        CheckpointError: it has other parameters.
+    """
+    count = sum(len(group["params"]) for group in state["param_groups"])
+    if count != len(names):
+        raise CheckpointError(
+            f"The checkpoint's optimiser has {count} parameters, this run's {len(names)}.",
+            "Use the config saved beside the checkpoint.",
+        )
+    return {
+        "state": {names[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
     }
 
 

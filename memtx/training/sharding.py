@@ -19,10 +19,11 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
 from memtx import files
 from memtx.errors import MemtxError
-from memtx.models import sharded
+from memtx.models import folder, sharded
 
 
 def share_out(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
@@ -119,7 +120,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     torch.save(notes, handle)
                 rest = {name: files.checksum(temporary / name) for name in (sharded.NOTES, sharded.METADATA)}
                 sharded.seal(temporary, {name: one for part in (*parts, rest) for name, one in part.items()})
-                files.replace_folder(temporary, path)
+                files.replace(temporary, path)
             except (MemtxError, OSError) as error:
                 failed = str(error)
         return str(self.broadcast(failed))
@@ -132,15 +133,22 @@ class FullyShardedStrategy(ModelParallelStrategy):
         Raises:
             CheckpointError: it is damaged, or of another model.
         """
-        path = Path(self.broadcast(checkpoint_path))
-        if not sharded.is_sharded(path):
-            return super().load_checkpoint(path, weights_only=True)
         from torch.distributed.checkpoint import state_dict
 
+        path = Path(self.broadcast(checkpoint_path))
+        assert self.model is not None
+        if not sharded.is_sharded(path):
+            content = folder.read_checkpoint(path)
+            whole = state_dict.StateDictOptions(full_state_dict=True)
+            state_dict.set_model_state_dict(self.model, content["state_dict"], options=whole)
+            for optimizer, kept in zip(self.optimizers, content.get("optimizer_states", ()), strict=False):
+                state_dict.set_optimizer_state_dict(
+                    self.model, optimizer, sharded.named(kept, self._names(optimizer)), options=whole
+                )
+            return content
         if self.is_global_zero:
             sharded.check(path)
         self.barrier()
-        assert self.model is not None
         weights = {"state_dict": state_dict.get_model_state_dict(self.model)}
         sharded.load_into(path, weights)
         state_dict.set_model_state_dict(self.model, weights["state_dict"])
@@ -150,6 +158,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
             sharded.load_into(path, kept)
             state_dict.set_optimizer_state_dict(self.model, optimizer, kept[name])
         return sharded.read_notes(path)
+
+    def _names(self, optimizer: Optimizer) -> list[str]:
+        """Return the names of an optimiser's parameters, in the order in which it numbers them."""
+        assert self.model is not None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
 
     def remove_checkpoint(self, filepath: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, of either kind."""

@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from memtx import files
 from memtx.errors import MemtxError
-from memtx.models import folder
+from memtx.models import folder, sharded
 from memtx.training.callbacks import moments
 
 BEST = "best.json"
@@ -32,8 +32,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
         """Write ``checkpoint`` whole, or leave what was there."""
-        with files.atomic_path(path) as temporary:
+        place = Path(path)
+        # A run that goes on from what several processes wrote: a file cannot be renamed over a folder.
+        beside = place.with_name(f".{place.name}.file") if sharded.is_sharded(place) else place
+        with files.atomic_path(beside) as temporary:
             torch.save(checkpoint, temporary)
+        if beside != place:
+            files.replace(beside, place)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
