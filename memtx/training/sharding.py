@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from memtx import files
-from memtx.errors import MemtxError
+from memtx.errors import CheckpointError, MemtxError
 from memtx.models import folder, sharded
 
 
@@ -146,9 +146,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
                     self.model, optimizer, sharded.named(kept, self._names(optimizer)), options=whole
                 )
             return content
-        if self.is_global_zero:
-            sharded.check(path)
-        self.barrier()
+        self._check(path)
         weights = {"state_dict": state_dict.get_model_state_dict(self.model)}
         sharded.load_into(path, weights)
         state_dict.set_model_state_dict(self.model, weights["state_dict"])
@@ -158,6 +156,17 @@ class FullyShardedStrategy(ModelParallelStrategy):
             sharded.load_into(path, kept)
             state_dict.set_optimizer_state_dict(self.model, optimizer, kept[name])
         return sharded.read_notes(path)
+
+    def _check(self, path: Path) -> None:
+        """Let one process read the whole folder, and all of them know."""
+        wrong: tuple[str, str] | None = None
+        if self.is_global_zero:
+            try:
+                sharded.check(path)
+            except CheckpointError as error:
+                wrong = (error.what, error.cure)
+        if (told := self.broadcast(wrong)) is not None:
+            raise CheckpointError(*told)
 
     def _names(self, optimizer: Optimizer) -> list[str]:
         """Return the names of an optimiser's parameters, in the order in which it numbers them."""
@@ -179,6 +188,17 @@ StrategyRegistry.register(
 
 
 def configure(module: pl.LightningModule, model: nn.Module) -> None:
-    """Share a module's model out, where its strategy is one that asks the module to."""
-    if module.device_mesh is not None:
-        share_out(model, module.device_mesh, module.trainer.strategy.root_device)
+    """Share a module's model out, where its strategy is one that asks the module to.
+
+    Raises:
+        MemtxError: the strategy's checkpoints could be left in pieces.
+    """
+    if module.device_mesh is None:
+        return
+    strategy = module.trainer.strategy
+    if not isinstance(strategy, FullyShardedStrategy):
+        raise MemtxError(
+            f"trainer.strategy is {type(strategy).__name__}, whose checkpoints a crash can leave in pieces.",
+            "Give fsdp2: it is ModelParallelStrategy with checkpoints that are whole or not there.",
+        )
+    share_out(model, module.device_mesh, strategy.root_device)
