@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -65,10 +66,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a process left in ``folder`` when it was killed; nobody may be writing there."""
+    """Remove what a process left half-written in ``folder`` when it was killed; nobody may be writing there."""
     for path in folder.glob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            remove(path)
 
 
 @contextlib.contextmanager
@@ -76,6 +77,47 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     """Yield a binary handle whose content appears under ``path`` only when the block ends well."""
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
         yield handle
+
+
+def replace(whole: Path, path: Path) -> None:
+    """Put a folder in the place of what is there, a folder or a file; or a file in the place of a folder.
+
+    There is no such rename in one, so what was there steps aside for a moment; see :func:`recover`.
+
+    Args:
+        whole: what takes the place, beside it, with its files synced.
+        path: the place.
+    """
+    aside = _aside(path)
+    recover(path)
+    remove(aside)
+    if whole.is_dir():
+        sync_folder(whole)
+    if path.exists():
+        path.rename(aside)
+    whole.rename(path)
+    sync_folder(path.parent)
+    remove(aside)
+
+
+def recover(path: Path) -> None:
+    """Put back what :func:`replace` moved aside, where it was stopped before the new one was in its place."""
+    if not path.exists():
+        with contextlib.suppress(FileNotFoundError):
+            _aside(path).rename(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it; nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

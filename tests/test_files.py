@@ -114,3 +114,53 @@ def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match="not a whole safetensors file"):
         files.load_tensors(tmp_path / "a.pt", kind="k", version=1)
+
+
+def test_a_folder_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+    def folder(name: str, content: str) -> Path:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text(content)
+        return tmp_path / name
+
+    place = tmp_path / "place"
+    files.replace(folder("first", "1"), place)
+    files.replace(folder("second", "2"), place)
+    assert names(tmp_path) == ["place"]
+    assert (place / "a").read_text() == "2"
+    # A file in the place of a folder, and a folder in that of a file.
+    (tmp_path / "file").write_text("3")
+    files.replace(tmp_path / "file", place)
+    assert place.read_text() == "3"
+    files.replace(folder("third", "4"), place)
+    assert (place / "a").read_text() == "4"
+    assert names(tmp_path) == ["place"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_what_was_moved_aside_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Killed before any of the renames and removals, one of the two folders is whole and in its place again."""
+    place, whole = tmp_path / "place", tmp_path / "whole"
+    for folder in (place, whole):
+        folder.mkdir()
+        (folder / "a").write_text(folder.name)
+    calls = 0
+
+    def counted(function: Callable[..., object]) -> Callable[..., object]:
+        def called(*given: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise KeyboardInterrupt
+            return function(*given)
+
+        return called
+
+    monkeypatch.setattr(Path, "rename", counted(Path.rename))
+    monkeypatch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
+    with pytest.raises(KeyboardInterrupt):
+        files.replace(whole, place)
+    monkeypatch.undo()
+    files.recover(place)
+    assert (place / "a").read_text() == ("whole" if stop == 3 else "place")
+    files.recover(place)
+    assert place.exists()

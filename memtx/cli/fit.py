@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 from memtx import files
 from memtx.cli.common import INTERRUPTED, MISTAKE, complain, run
 from memtx.cli.config import check_config, config_files, parser_message, read_config
+from memtx.cli.launched import processes
 from memtx.cli.main import program_name
 from memtx.cli.quiet import quiet
 from memtx.data.books import BookDataModule
@@ -112,6 +114,7 @@ class MemtxCLI(LightningCLI):
         self.check_data(settings)
         run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
+            files.recover(run_folder / CHECKPOINTS / LAST)
             if asked is None and any((run_folder / CHECKPOINTS).glob("*.ckpt")):
                 raise MemtxError(
                     f"'{settings.run}' already holds a run.",
@@ -129,7 +132,7 @@ class MemtxCLI(LightningCLI):
             return
         if not Path(settings.ckpt_path).exists():
             raise CheckpointError(f"The checkpoint '{settings.ckpt_path}' does not exist.", "Check --ckpt_path.")
-        self._content = folder.read_checkpoint(settings.ckpt_path)
+        self._content = folder.read_notes(settings.ckpt_path)
         if self.subcommand != "fit":
             self.take_data(settings, self._content)
         if self.subcommand == "predict" and settings.return_predictions is None:
@@ -181,6 +184,8 @@ class MemtxCLI(LightningCLI):
                 TensorBoardLogger(run_folder, name="", version="", default_hp_metric=False),
             ]
         kwargs.setdefault("default_root_dir", run_folder)
+        # Not the config's: it is to begin the same run on another machine.
+        kwargs |= processes(os.environ)
         plugins = settings.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(one, CheckpointIO) for one in plugins):

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "read": ("memtx.cli.read:main", "read a book of any length and report how surprising it was"),
     "evaluate": ("memtx.cli.evaluate:main", "measure what a memory keeps: accuracy by distance, capacity"),
     "serve": ("memtx.cli.serve:main", "serve a model over HTTP: completions, sessions and a page"),
+    "convert": ("memtx.cli.convert:main", "make a pretrained folder of a checkpoint, also of one of many processes"),
     "generate": ("memtx.cli.generate:main", "continue a prompt, or a book that was read"),
 }
 """Command -> (module:function, one-line help). A function takes argv and returns the exit code."""

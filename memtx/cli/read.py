@@ -58,6 +58,11 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the options for where and how precisely to compute."""
     parser.add_argument("--device", default="cpu", help="where to compute, such as cpu, cuda or cuda:1")
     parser.add_argument("--dtype", choices=DTYPES, help="precision of weights and state; the checkpoint's by default")
+    add_import(parser)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add the option for classes of one's own."""
     parser.add_argument(
         "--import",
         dest="modules",

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from memtx.data.document import Document
 from memtx.data.documents import SPLITS, Corpus, open_corpus
@@ -149,7 +150,7 @@ class BookDataModule(LightningDataModule):
         if self._streams is not None:  # asked again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored is not None:
-            streams.load_state_dict(self._restored)
+            self._go_on(streams, self._restored)
         self._streams, self._restored = streams, None
         return streams
 
@@ -190,8 +191,14 @@ class BookDataModule(LightningDataModule):
             self._take_tokenizer(text)
         self._restored = {key: value for key, value in state_dict.items() if key != "tokenizer"}
         if self._streams is not None:
-            self._streams.load_state_dict(self._restored)
+            self._go_on(self._streams, self._restored)
             self._restored = None
+
+    def _go_on(self, streams: DocumentStreams, position: dict[str, Any]) -> None:
+        stride = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        streams.load_state_dict(position, stride)
+        if streams.redealt:
+            rank_zero_info(streams.redealt)
 
     def _take_tokenizer(self, text: Any) -> None:
         try:

@@ -1,95 +1,22 @@
-"""Rows of whole documents: which row reads which document when, and the batches that follow from it.
+"""Rows of whole documents as batches: a batch is a pure function of a plan and the step.
 
-A plan is a pure function of seed, lengths and number of rows, and a batch of plan and step. So a position in the data
-is one integer, equal on all ranks, and resuming is setting it.
+So a position in the data is a few integers, equal on all ranks, and resuming is setting them.
 """
 
 from __future__ import annotations
 
-import bisect
-import heapq
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from memtx.data.batch import IGNORED, Batch
+from memtx.data.plans import EndlessPlan, RowPlan, finite_plan
 from memtx.data.shards import TokenStore
 from memtx.errors import CheckpointError, DataError
-
-
-class RowPlan:
-    """What each row reads, document after document.
-
-    Attributes:
-        begins: per row, the tick (tokens of the row before it) at which each of its documents begins, ascending.
-        documents: per row, the index of each of its documents.
-        ends: (rows,) list, the tick at which each row's last document ends so far.
-    """
-
-    def __init__(self, rows: int) -> None:
-        self.begins: list[list[int]] = [[] for _ in range(rows)]
-        self.documents: list[list[int]] = [[] for _ in range(rows)]
-        self.ends = [0] * rows
-
-    def append(self, row: int, document: int, length: int) -> None:
-        """Let a row read a document after what it has."""
-        self.begins[row].append(self.ends[row])
-        self.documents[row].append(document)
-        self.ends[row] += length
-
-    def within(self, row: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Yield (document, tick of its begin) for those of a row that reach into ticks ``start`` to ``stop``."""
-        begins = self.begins[row]
-        for place in range(max(0, bisect.bisect_right(begins, start) - 1), len(begins)):
-            if begins[place] >= stop:
-                return
-            yield self.documents[row][place], begins[place]
-
-
-class EndlessPlan(RowPlan):
-    """Training's plan: a row that is free takes the next document of a shuffled pass, and passes follow one another.
-
-    Every pass holds each document once, over all rows; its order is a function of seed and pass.
-
-    Args:
-        lengths: (documents,) tokens of each.
-        rows: rows of all ranks together.
-        seed: of the shuffles.
-    """
-
-    def __init__(self, lengths: NDArray[np.int64], rows: int, seed: int) -> None:
-        super().__init__(rows)
-        self._lengths, self._seed = lengths, seed
-        self._pass = 0
-        self._left: list[int] = []
-        self._free = [(0, row) for row in range(rows)]
-
-    def reach(self, tick: int) -> None:
-        """Extend the plan until every row has documents up to a tick; what was planned stays."""
-        while self._free[0][0] < tick:
-            if not self._left:
-                order = np.random.default_rng([self._seed, self._pass]).permutation(len(self._lengths))
-                self._left = order[::-1].tolist()
-                self._pass += 1
-            document = self._left.pop()
-            _, row = self._free[0]
-            self.append(row, document, int(self._lengths[document]))
-            heapq.heapreplace(self._free, (self.ends[row], row))
-
-
-def finite_plan(lengths: NDArray[np.int64], rows: int) -> RowPlan:
-    """Return a plan that reads each document once: the longest first, each to the row that ends earliest."""
-    plan = RowPlan(rows)
-    free = [(0, row) for row in range(rows)]
-    for document in np.argsort(-lengths, kind="stable").tolist():
-        _, row = free[0]
-        plan.append(row, document, int(lengths[document]))
-        heapq.heapreplace(free, (plan.ends[row], row))
-    return plan
 
 
 def read_rows(store: TokenStore, plan: RowPlan, rows: Sequence[int], start: int, stop: int, last: int) -> Batch:
@@ -112,9 +39,10 @@ def read_rows(store: TokenStore, plan: RowPlan, rows: Sequence[int], start: int,
     words, size = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     end = min(stop, last)
     for index, row in enumerate(rows):
-        for document, begin in plan.within(row, start, end):
-            length = int(store.lengths[document])
-            first, past = max(start - begin, 0), min(end - begin, length)
+        for document, tick, taken in plan.within(row, start, end):
+            # Where the document's token 0 would stand, were it the row's from there on.
+            begin, length = tick - taken, int(store.lengths[document])
+            first, past = max(start - begin, taken), min(end - begin, length)
             if first >= past:
                 continue
             # One token more than is read: the label of the last one, where the document goes on.
@@ -125,7 +53,7 @@ def read_rows(store: TokenStore, plan: RowPlan, rows: Sequence[int], start: int,
             tokens[index, place : place + count] = text[:count]
             labels[index, place : place + scored] = text[1 : 1 + scored]
             starts[index, place : place + count] = False
-            starts[index, place] = first == 0
+            starts[index, place] = first == taken
             words[index] += _share(int(store.words[document]), first, first + scored, length - 1)
             size[index] += _share(int(store.bytes[document]), first, first + scored, length - 1)
     return Batch(*map(torch.from_numpy, (tokens, labels, starts, words, size)))
@@ -148,7 +76,8 @@ class DocumentStreams:
     """Endless rows of whole documents for training, with a position that can be set.
 
     Iterating goes on from the position to the end of the epoch, the next multiple of ``len``. Rows read on across
-    batches, epochs and passes; no token is dropped and none is padding.
+    batches, epochs and passes; no token is dropped and none is padding. Resumed with another number of rows, on however
+    many ranks, it deals what is left to these: every token is still read once a pass (:meth:`EndlessPlan.dealt`).
 
     Args:
         store: the tokens.
@@ -161,6 +90,7 @@ class DocumentStreams:
 
     Attributes:
         position: batches handed out so far, counted when they are handed out; equal on all ranks.
+        redealt: what a resume with other rows means, as a sentence; empty where they are the same.
 
     Raises:
         DataError: a number is out of its range.
@@ -184,6 +114,9 @@ class DocumentStreams:
         if self._steps < 1:
             raise DataError(f"steps is {steps}, expected at least 1.")
         self._plan = EndlessPlan(store.lengths, rows * world_size, seed)
+        self.redealt = ""
+        self._deals: list[tuple[int, int]] = []  # earlier numbers of rows, each with the tick it was read up to
+        self._step, self._tick = 0, 0  # a batch, and the tick at which it begins
 
     def __len__(self) -> int:
         """Batches of an epoch; constant, because Lightning asks once."""
@@ -195,17 +128,22 @@ class DocumentStreams:
         Args:
             step: 0 for the first batch of the first epoch, running on through epochs.
         """
-        start, stop = step * self.length, (step + 1) * self.length
+        start, stop = self._ticks(step), self._ticks(step + 1)
         self._plan.reach(stop)
-        rows = range(self.rank * self.rows, (self.rank + 1) * self.rows)
-        return read_rows(self.store, self._plan, rows, start, stop, stop)
+        return read_rows(self.store, self._plan, self._own(), start, stop, stop)
+
+    def _ticks(self, step: int) -> int:
+        return self._tick + (step - self._step) * self.length
+
+    def _own(self) -> range:
+        return range(self.rank * self.rows, (self.rank + 1) * self.rows)
 
     def documents(self, step: int) -> list[list[str]]:
         """Return the ids of the documents that each row of this rank reads in a step."""
-        start, stop = step * self.length, (step + 1) * self.length
+        start, stop = self._ticks(step), self._ticks(step + 1)
         self._plan.reach(stop)
-        rows = range(self.rank * self.rows, (self.rank + 1) * self.rows)
-        return [[self.store.ids[document] for document, _ in self._plan.within(row, start, stop)] for row in rows]
+        within = (self._plan.within(row, start, stop) for row in self._own())
+        return [[self.store.ids[document] for document, _, _ in row] for row in within]
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self.position // self._steps + 1) * self._steps
@@ -219,26 +157,32 @@ class DocumentStreams:
         """Return the position and what it is a position in."""
         return {
             "position": self.position,
+            "steps": self._steps,
+            "ticks": self._ticks(self.position),
             "seed": self.seed,
             "rows": self.rows * self.world_size,
             "length": self.length,
+            "deals": [list(one) for one in self._deals],
             "corpus": self.store.fingerprint,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], stride: int = 1) -> None:
         """Go to a saved position.
 
-        Another ``length`` is fine where the tokens read so far are a multiple of it.
+        With other rows or another length the epoch's rest has another number of batches, and the position counts them.
+
+        Args:
+            state_dict: as :meth:`state_dict` returned it.
+            stride: batches of an optimiser step; a position that counts other batches than it did is a multiple.
 
         Raises:
-            CheckpointError: the position is one in other data: another corpus or tokenizer, seed, or number of rows.
+            CheckpointError: the position is one in other data: another corpus or tokenizer, or another seed.
         """
         own = self.state_dict()
         cures = {
             "corpus": "Give the texts and the tokenizer the checkpoint was trained on, or start a new run from its "
             "weights.",
             "seed": "Resume with the checkpoint's seed.",
-            "rows": "Resume with as many rows times devices, or start a new run from its weights.",
         }
         for key, cure in cures.items():
             if state_dict.get(key, own[key]) != own[key]:
@@ -247,14 +191,46 @@ class DocumentStreams:
                     f"this run has {_short(own[key])}.",
                     cure,
                 )
-        ticks = int(state_dict["position"]) * int(state_dict.get("length", self.length))
-        if ticks % self.length:
-            raise CheckpointError(
-                f"The checkpoint has read {ticks} tokens a row, which is no multiple of this run's batch length "
-                f"{self.length}.",
-                "Resume with the checkpoint's segment and horizon.",
-            )
-        self.position = ticks // self.length
+        saved = {**own, **state_dict}
+        rows, ticks = saved["rows"], state_dict.get("ticks", saved["position"] * saved["length"])
+        self._deals = [(before, until) for before, until in saved["deals"]]
+        plan = self._planned([*self._deals, (rows, ticks)])
+        if rows == own["rows"]:
+            self._plan, self.redealt = plan, ""
+        else:
+            self._deals.append((rows, ticks))
+            self._plan, self.redealt = plan.dealt(own["rows"], ticks), _said(plan, own["rows"], ticks)
+        self.position = _counted(saved, own, stride)
+        self._step, self._tick = self.position, ticks
+
+    def _planned(self, deals: Sequence[tuple[int, int]]) -> EndlessPlan:
+        """Return the plan that numbers of rows, each up to a tick, leave; of the last number, not read yet."""
+        plan = EndlessPlan(self.store.lengths, deals[0][0], self.seed)
+        for (_, until), (rows, _) in itertools.pairwise(deals):
+            plan = plan.dealt(rows, until)
+        return plan
+
+
+def _counted(saved: Mapping[str, Any], own: Mapping[str, Any], stride: int) -> int:
+    """Return a saved position in batches of our own; an epoch that was not over stays so."""
+    if saved["steps"] == own["steps"]:
+        return int(saved["position"])
+    epochs, done = divmod(int(saved["position"]), int(saved["steps"]))
+    batches = -(-done * saved["rows"] * saved["length"] // (own["rows"] * own["length"]))
+    return int(epochs * own["steps"] + min(-(-batches // stride) * stride, own["steps"] - 1 if done else 0))
+
+
+def _said(plan: EndlessPlan, rows: int, tick: int) -> str:
+    """Return what dealing a plan that was read up to a tick to other rows means for its documents."""
+    before = len(plan.ends)
+    plan.reach(tick)
+    begun = sum(end > tick for end in plan.ends[rows:])
+    return (
+        f"The checkpoint has {before} rows, this run {rows}: {min(before, rows)} go on with their document and memory"
+        + (f", {rows - before} begin with a document that is next" if rows > before else "")
+        + (f", and what is left of {begun} documents is read next, with a fresh memory" if begun else "")
+        + ". No token of the pass is left out or read twice."
+    )
 
 
 def _short(value: object) -> str:

@@ -125,7 +125,10 @@ class Rows(Protocol):
 
 
 class TrainingBatches(Generic[B]):
-    """Endless in passes: every row once a pass, rows of about equal length together; the position is two integers.
+    """Endless in passes: every row once a pass, rows of about equal length together; the position is a few integers.
+
+    Resumed with other batches or ranks, it deals what is left of the pass to these. What does not make a batch for each
+    rank is left out at a pass's end.
 
     Args:
         examples: what is learned from.
@@ -153,29 +156,44 @@ class TrainingBatches(Generic[B]):
         self.rows, self.padding, self.seed = rows, padding, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
+        # Earlier batches of this pass: their rows, how many ranks had one at a time, and how many each of them read.
+        self._deals: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
-        return max(1, -(-len(self.windows) // self.rows) // self.world_size)
+        return _each(-(-len(self.windows) // self.rows), self.world_size)
+
+    def _batches(self, left: Sequence[int], rows: int) -> list[list[int]]:
+        """Return batches of the places ``left`` in this pass's order."""
+        generator = np.random.default_rng([self.seed, self.epoch])
+        mixed = [left[place] for place in generator.permutation(len(left))]
+        batches: list[list[int]] = []
+        for at in range(0, len(mixed), POOL * rows):
+            pool = sorted(mixed[at : at + POOL * rows], key=lambda place: len(self.windows[place].ids))
+            batches += [pool[start : start + rows] for start in range(0, len(pool), rows)]
+        return [batches[place] for place in generator.permutation(len(batches))]
+
+    def _left(self) -> Sequence[int]:
+        """Return the places that earlier batches left of this pass."""
+        left: Sequence[int] = range(len(self.windows))
+        for rows, ranks, read in self._deals:
+            gone = {place for batch in self._batches(left, rows)[: ranks * read] for place in batch}
+            left = [place for place in left if place not in gone]
+        return left
 
     def _order(self) -> list[list[int]]:
-        generator = np.random.default_rng([self.seed, self.epoch])
-        mixed = generator.permutation(len(self.windows)).tolist()
-        batches: list[list[int]] = []
-        for at in range(0, len(mixed), POOL * self.rows):
-            pool = sorted(mixed[at : at + POOL * self.rows], key=lambda place: len(self.windows[place].ids))
-            batches += [pool[start : start + self.rows] for start in range(0, len(pool), self.rows)]
-        order = generator.permutation(len(batches))
-        own = [batches[place] for place in order[self.rank :: self.world_size]]
+        """Return this rank's batches of what is left of the pass."""
+        batches = self._batches(self._left(), self.rows)
         # Every rank has as many, also where there are fewer batches than ranks.
-        return (own or batches[:1])[: len(self)]
+        return (batches[self.rank :: self.world_size] or batches[:1])[: _each(len(batches), self.world_size)]
 
     def __iter__(self) -> Iterator[B]:
         if self.position >= len(self):
             # Here, not behind the last batch: who counts batches does not come back to see the end.
-            self.epoch, self.position = self.epoch + 1, 0
+            self.epoch, self.position, self._deals = self.epoch + 1, 0, []
         batches = self._order()
-        while self.position < len(batches):
-            chosen = batches[self.position]
+        while self.position < len(self):
+            # What is left of a pass ends where the pass does.
+            chosen = batches[self.position - len(self)]
             # Before it is handed out: a checkpoint written after its step counts it.
             self.position += 1
             yield self.collate([self.windows[place] for place in chosen], self.padding)
@@ -186,7 +204,9 @@ class TrainingBatches(Generic[B]):
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
-            "rows": self.rows * self.world_size,
+            "rows": self.rows,
+            "ranks": self.world_size,
+            "deals": [list(one) for one in self._deals],
             "windows": len(self.windows),
         }
 
@@ -197,13 +217,33 @@ class TrainingBatches(Generic[B]):
             CheckpointError: it is one in other data.
         """
         own = self.state_dict()
-        for key in ("seed", "rows", "windows"):
+        for key in ("seed", "windows"):
             if state_dict.get(key, own[key]) != own[key]:
                 raise CheckpointError(
                     f"The checkpoint's data position belongs to {key} {state_dict[key]}, this run has {own[key]}.",
                     "Resume with the config saved beside the checkpoint and its data.",
                 )
-        self.epoch, self.position = int(state_dict["epoch"]), int(state_dict["position"])
+        saved = {**own, **state_dict}
+        self.epoch, self.position = int(saved["epoch"]), int(saved["position"])
+        self._deals = [(rows, ranks, read) for rows, ranks, read in saved["deals"]]
+        if (saved["rows"], saved["ranks"]) != (self.rows, self.world_size):
+            self._redeal(saved["rows"], saved["ranks"])
+
+    def _redeal(self, rows: int, ranks: int) -> None:
+        """Deal what batches of so many rows, on so many ranks, left of the pass to our own."""
+        left = len(self._left())
+        whole = _each(-(-len(self.windows) // rows), ranks)
+        read = self.position - whole + _each(-(-left // rows), ranks)
+        self._deals.append((rows, ranks, read))
+        more = -(-len(self._left()) // self.rows) // self.world_size
+        self.position = len(self) - more
+        if not more:
+            self._deals = []
+
+
+def _each(batches: int, ranks: int) -> int:
+    """Return how many batches each rank has of so many; one is had by all where there are fewer than ranks."""
+    return max(1, batches // ranks)
 
 
 class ExampleBatches:

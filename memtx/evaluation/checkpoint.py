@@ -28,12 +28,12 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any
     """
     place = chosen_place(path)
     model = MemoryTransformer.from_pretrained(place)
-    sizes = {} if place.is_dir() else _sizes(place)
+    sizes = {} if (place / folder.CONFIG).is_file() else _sizes(place)
     return model.eval(), sizes
 
 
 def _sizes(place: Path) -> dict[str, Any]:
-    content = folder.read_checkpoint(place)
+    content = folder.read_notes(place)
     for part in content.values():
         task = part.get("task") if isinstance(part, Mapping) else None
         if isinstance(task, Mapping) and isinstance(task.get("init_args"), Mapping):

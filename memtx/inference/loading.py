@@ -12,7 +12,7 @@ import torch
 from memtx import files
 from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError
-from memtx.models import folder
+from memtx.models import folder, sharded
 from memtx.models.memory_transformer import MemoryTransformer
 
 TOKENIZER = "tokenizer.json"
@@ -24,15 +24,15 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
     """Return the model (in eval mode, on the CPU) and the tokenizer kept at ``path``.
 
     Args:
-        path: a training checkpoint (``.ckpt``); a run's folder, of which the best checkpoint is taken, else the
-            newest; or a pretrained folder with config.json, model.safetensors and tokenizer.json, of ours or of a
-            published decoder.
+        path: a training checkpoint (``.ckpt``, a file, or a folder of several processes); a run's folder, of which the
+            best checkpoint is taken, else the newest; or a pretrained folder with config.json, model.safetensors and
+            tokenizer.json, of ours or of a published decoder.
 
     Raises:
         CheckpointError: missing, damaged, of something else, or without a tokenizer.
     """
     place = chosen_place(path)
-    if place.is_dir():
+    if (place / folder.CONFIG).is_file():
         if not (place / TOKENIZER).is_file():
             raise CheckpointError(f"'{place}' has no {TOKENIZER}.", "Put the tokenizer it was trained with beside it.")
         model = MemoryTransformer.from_pretrained(place)
@@ -63,11 +63,13 @@ def chosen_place(path: str | os.PathLike[str]) -> Path:
 
 
 def chosen_checkpoint(run: Path) -> Path:
-    """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest.
+    """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest; itself, if it is one.
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
     """
+    if sharded.is_sharded(run):
+        return run
     checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
     best = checkpoints / "best.json"
     if best.is_file():
@@ -76,7 +78,7 @@ def chosen_checkpoint(run: Path) -> Path:
         if isinstance(named, str):
             # A run's folder may have been moved: its own file of that name comes first.
             for candidate in (checkpoints / Path(named).name, checkpoints / named, run / named):
-                if candidate.is_file():
+                if candidate.exists():
                     return candidate
     found = sorted(checkpoints.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     if not found:
@@ -89,7 +91,8 @@ def chosen_checkpoint(run: Path) -> Path:
 
 def _tokenizer_text(place: Path) -> str:
     # The model was loaded from it, so it is whole; mapped, only what is looked at is read a second time.
-    content = torch.load(place, map_location="cpu", weights_only=True, mmap=True)
+    shared = sharded.is_sharded(place)
+    content = sharded.read_notes(place) if shared else torch.load(place, "cpu", weights_only=True, mmap=True)
     # Lightning names the part after the class, which may be somebody's subclass.
     parts = [content.get(DATA_KEY), *content.values()]
     text = next((part["tokenizer"] for part in parts if isinstance(part, Mapping) and "tokenizer" in part), None)

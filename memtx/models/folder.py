@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memtx import files, sealed, specs
 from memtx.errors import CheckpointError
+from memtx.models import sharded
 from memtx.models.low_rank import Adapters, merged
 
 FORMAT_VERSION = 1
@@ -94,14 +95,14 @@ def load(path: str | os.PathLike[str], expected: type[nn.Module] | None = None) 
     """Build the model kept at ``path``.
 
     Args:
-        path: a folder of :func:`save`, or a training checkpoint file.
+        path: a folder of :func:`save`, or a training checkpoint, of one process or several.
         expected: the class it must be of.
 
     Raises:
         CheckpointError: missing, damaged, untrusted, or of another class.
     """
     place = Path(path)
-    if place.is_dir():
+    if place.is_dir() and not sharded.is_sharded(place):
         if not (place / CONFIG).is_file():
             raise CheckpointError(f"'{place}' has no {CONFIG}.", "Give a folder written by save_pretrained.")
         description = files.read_json(place / CONFIG)
@@ -114,10 +115,15 @@ def load(path: str | os.PathLike[str], expected: type[nn.Module] | None = None) 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a training checkpoint, every byte of it checked, without running anything that stands in it.
 
+    Args:
+        path: a file, or a folder that several processes wrote; of such a folder the shares are put together.
+
     Raises:
-        CheckpointError: missing, damaged, or not such a file.
+        CheckpointError: missing, damaged, or no such file or folder.
     """
     place = Path(path)
+    if sharded.is_sharded(place):
+        return sharded.read(place)
     if not place.exists():
         raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a pretrained folder or a run's folder.")
     try:
@@ -132,6 +138,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"'{place}' holds a {type(content).__name__}, not a checkpoint.", "Give another file.")
     return content
+
+
+def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a training checkpoint; of a folder that several processes wrote, all but weights and optimiser.
+
+    Raises:
+        CheckpointError: missing, damaged, or no such file or folder.
+    """
+    return sharded.read_notes(path) if sharded.is_sharded(path) else read_checkpoint(path)
 
 
 def from_checkpoint(content: dict[str, Any], place: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memtx.data.batch import Batch
-from memtx.errors import MemtxError, at_least
+from memtx.errors import CheckpointError, MemtxError, at_least
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
@@ -23,6 +23,7 @@ from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.rates import Rates
+from memtx.training.redealt import own_rows
 from memtx.training.tbptt import Unrolled, unroll
 from memtx.training.trained import TrainedModule
 
@@ -107,6 +108,19 @@ class LanguageModule(TrainedModule):
         self.carry = Carry()
         self.metrics = LanguageMeasures()
         self.meter = MemoryMeter(segment) if meter else None
+
+    def configure_model(self) -> None:
+        """Share the model out, under a strategy that does so.
+
+        Raises:
+            MemtxError: it is to be its own teacher, which reads with weights that are then in pieces.
+        """
+        if self.device_mesh is not None and self.distillation:
+            raise MemtxError(
+                "model.distillation does not go with a strategy that shares the weights out.",
+                "Leave it out, or take --trainer.strategy ddp.",
+            )
+        super().configure_model()
 
     # One batch
 
@@ -204,9 +218,20 @@ class LanguageModule(TrainedModule):
         """Return what is carried."""
         return {"carry": self.carry.state_dict("train")}
 
-    def restore_rank_state(self, state: dict[str, Any]) -> None:
-        """Carry it again."""
-        self.carry.load_state_dict("train", state["carry"])
+    def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Carry it again; where there are other rows or processes, the first rows go on with theirs."""
+        carried, rank = [one["carry"] for one in states], self.trainer.global_rank
+        rows = getattr(self.trainer.train_dataloader, "rows", None)
+        if isinstance(rows, int):
+            self.carry.load_state_dict("train", own_rows(carried, rows, rank))
+        elif len(states) == self.trainer.world_size:
+            self.carry.load_state_dict("train", carried[rank])
+        else:
+            raise CheckpointError(
+                f"The checkpoint is of {len(states)} processes, this run has {self.trainer.world_size}, and its data "
+                "does not say how many rows it has.",
+                "Resume with as many, or start a new run from its weights.",
+            )
 
 
 def _freeze_base(model: MemoryTransformer, lora: LoRA | None) -> None:

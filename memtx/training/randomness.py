@@ -32,3 +32,12 @@ def restore(states: Mapping[str, Any]) -> None:
     numpy.random.set_state((name, numpy.asarray(words, dtype=numpy.uint32), *rest))
     version, keys, gauss = json.loads(states["python"])
     random.setstate((version, tuple(keys), gauss))
+
+
+def part(number: int) -> None:
+    """Seed the generators from what they are about to draw and a number, so that equal states go apart."""
+    drawn = int(torch.randint(2**62, ()))
+    seed = int(numpy.random.SeedSequence([drawn, number]).generate_state(1)[0])
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)
+    random.seed(seed)

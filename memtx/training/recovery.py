@@ -10,7 +10,7 @@ from typing import Any
 
 from memtx import sealed
 from memtx.errors import CheckpointError
-from memtx.models import folder
+from memtx.models import folder, sharded
 
 _NAMED = re.compile(r".*-(\d{8,})\.ckpt")
 
@@ -20,8 +20,8 @@ class Found:
     """A whole checkpoint.
 
     Attributes:
-        path: its file.
-        content: what it holds.
+        path: its file, or the folder that several processes wrote.
+        content: what it holds; of a folder, all but weights and optimiser.
         damaged: newer ones that are not whole, with the reason of each.
     """
 
@@ -54,8 +54,10 @@ def newest_whole(checkpoints: Path, until: int | None = None) -> Found | None:
     """
     damaged: list[tuple[Path, str]] = []
     for path in sorted(checkpoints.glob("*.ckpt"), key=_newness, reverse=True):
-        stated = sealed.stated_step(path)
-        if not path.is_file() or (until is not None and stated is not None and stated > until):
+        stated = _stated_step(path)
+        if not path.is_file() and not sharded.is_sharded(path):
+            continue
+        if until is not None and stated is not None and stated > until:
             continue
         try:
             content = _whole(path)
@@ -77,14 +79,27 @@ def newest_whole(checkpoints: Path, until: int | None = None) -> Found | None:
 def _newness(path: Path) -> tuple[float, bool, int]:
     """Return what is greatest for the newest; by the seal, since copying a run changes when its files were written."""
     name = _NAMED.fullmatch(path.name)
-    step = sealed.stated_step(path)
+    step = _stated_step(path)
     if step is None:
         step = int(name[1]) if name else None
     return (math.inf if step is None else step, name is None, path.stat().st_mtime_ns)
 
 
+def _stated_step(path: Path) -> int | None:
+    """Return the step that a checkpoint says, unchecked; None where it says none."""
+    if not sharded.is_sharded(path):
+        return sealed.stated_step(path)
+    try:
+        step = sharded.read_notes(path).get("global_step")
+    except CheckpointError:
+        return None
+    return step if isinstance(step, int) else None
+
+
 def _whole(path: Path) -> dict[str, Any]:
-    content = folder.read_checkpoint(path)
+    if sharded.is_sharded(path):
+        sharded.check(path)
+    content = folder.read_notes(path)
     if folder.CHECKPOINT_KEY not in content or not isinstance(step := content.get("global_step"), int):
         raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
     if (name := _NAMED.fullmatch(path.name)) and int(name[1]) != step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from memtx.data.batch import Batch
@@ -22,5 +23,5 @@ class SummaryModule(LanguageModule):
         """Return nothing: no memory outlives a batch."""
         return {}
 
-    def restore_rank_state(self, state: dict[str, Any]) -> None:
+    def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
         """Take nothing."""

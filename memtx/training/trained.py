@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +17,8 @@ from memtx.models import folder
 from memtx.training import randomness
 from memtx.training.callbacks import moments
 from memtx.training.optimizers import WarmupCosine, decay_groups
+from memtx.training.redealt import count_batches
+from memtx.training.sharding import configure
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
@@ -54,10 +56,14 @@ class TrainedModule(pl.LightningModule):
         """Return what this process has to keep, as tensors and plain values."""
         return {}
 
-    def restore_rank_state(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`rank_state` returned."""
+    def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take what :meth:`rank_state` returned on every process of the checkpoint, however many there are now."""
 
     # Learning
+
+    def configure_model(self) -> None:
+        """Share the model out over the processes, under a strategy that does so; this may be asked again."""
+        configure(self, self.model)
 
     def _learned(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Count and log a training step, and return its loss."""
@@ -135,12 +141,9 @@ class TrainedModule(pl.LightningModule):
         if (kept := self._random) is None:
             return
         self._random = None
-        ranks = kept["ranks"]
-        if len(ranks) != self.trainer.world_size:
-            raise CheckpointError(
-                f"The checkpoint is of {len(ranks)} processes, this run has {self.trainer.world_size}.",
-                "Resume with as many, or start a new run from its weights.",
-            )
-        own = ranks[self.trainer.global_rank]
-        self.restore_rank_state(own)
-        randomness.restore(own["random"])
+        ranks, rank = kept["ranks"], self.trainer.global_rank
+        self.restore_rank_states(ranks)
+        randomness.restore(ranks[rank % len(ranks)]["random"])
+        if rank >= len(ranks):
+            randomness.part(rank)
+        count_batches(self.trainer)

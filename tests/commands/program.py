@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,13 @@ class Done:
     err: str
 
 
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
 class Program:
     def __init__(self) -> None:
         environment = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
@@ -33,10 +41,20 @@ class Program:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HOME
         )
 
-    def __call__(self, *argv: str, at: Path) -> Done:
+    def __call__(self, *argv: str, at: Path, ranks: int = 0, environment: dict[str, str] | None = None) -> Done:
+        """Run it: once, or as that many processes which know of each other as those that torchrun starts."""
+        environments = [environment or {}]
+        if ranks:
+            common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+            common |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test", **(environment or {})}
+            environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+        return self.together(*argv, at=at, environments=environments)
+
+    def together(self, *argv: str, at: Path, environments: list[dict[str, str]]) -> Done:
+        """Run it in several processes at once, with a environment of its own each; the first code that is not 0."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"argv": argv, "at": str(at)}) + "\n")
+        self._server.stdin.write(json.dumps({"argv": argv, "at": str(at), "environments": environments}) + "\n")
         self._server.stdin.flush()
         return Done(**json.loads(self._server.stdout.readline()))
 
@@ -53,27 +71,31 @@ def serve() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            child = os.fork()
-            if not child:
-                os.chdir(asked["at"])
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.argv = ["memtx"]
-                # As the installed script does: an exception is a traceback and exit code 1.
-                code: int | str | None = 1
-                try:
-                    code = main(asked["argv"])
-                except SystemExit as stopped:
-                    code = stopped.code
-                except BaseException:
-                    sys.excepthook(*sys.exc_info())
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code if isinstance(code, int) else 0 if code is None else 1)
-            _, status = os.waitpid(child, 0)
+            children = []
+            for environment in asked["environments"]:
+                children.append(os.fork())
+                if not children[-1]:
+                    os.environ.update(environment)
+                    os.chdir(asked["at"])
+                    os.dup2(out.fileno(), 1)
+                    os.dup2(err.fileno(), 2)
+                    sys.argv = ["memtx"]
+                    # As the installed script does: an exception is a traceback and exit code 1.
+                    code: int | str | None = 1
+                    try:
+                        code = main(asked["argv"])
+                    except SystemExit as stopped:
+                        code = stopped.code
+                    except BaseException:
+                        sys.excepthook(*sys.exc_info())
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             out.seek(0)
             err.seek(0)
-            answer = {"code": os.waitstatus_to_exitcode(status), "out": out.read().decode(), "err": err.read().decode()}
+            first = next((code for code in codes if code), 0)
+            answer = {"code": first, "out": out.read().decode(), "err": err.read().decode()}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

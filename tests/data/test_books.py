@@ -157,11 +157,10 @@ def test_a_checkpoint_of_other_data_is_refused(root: Path, cache: str) -> None:
     next(iter(module.train_dataloader()))
     saved = module.state_dict()
     assert saved["position"] == 1
-    for options, word in (({"seed": 6}, "seed 5, this run has 6"), ({"rows": 3}, "rows 2, this run has 3")):
-        other = data(root, cache, **options)
-        other.load_state_dict(saved)
-        with pytest.raises(CheckpointError, match=word):
-            other.train_dataloader()
+    other = data(root, cache, seed=6)
+    other.load_state_dict(saved)
+    with pytest.raises(CheckpointError, match="seed 5, this run has 6"):
+        other.train_dataloader()
     elsewhere = BookDataModule("embedded", rows=2, segment=32, horizon=2, seed=5, cache=cache, workers=1)
     elsewhere.load_state_dict(saved)
     with pytest.raises(CheckpointError, match="corpus"):
@@ -170,7 +169,7 @@ def test_a_checkpoint_of_other_data_is_refused(root: Path, cache: str) -> None:
         data(root, cache, tokenizer=BytePairTokenizer(290)).load_state_dict(saved)
     with pytest.raises(CheckpointError, match="no whole tokenizer"):
         data(root, cache).load_state_dict({**saved, "tokenizer": "{"})
-    assert {type(value) for value in saved.values()} <= {int, str}  # so that weights_only loads it
+    assert {type(value) for value in saved.values()} <= {int, str, list}  # so that weights_only loads it
 
 
 def test_evaluation_takes_the_checkpoints_tokenizer(root: Path, cache: str, tmp_path: Path) -> None:

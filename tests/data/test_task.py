@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORED
@@ -184,6 +185,41 @@ def test_ranks_share_the_rows() -> None:
     seen = [one for rank in range(2) for batch in ExampleBatches(examples, task("classification"), 4, 0, rank, 2)
             for one in batch.asked.prepared]  # fmt: skip
     assert len(seen) == 21
+
+
+@settings(max_examples=60)
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 6)), min_size=1, max_size=4),
+)
+def test_what_is_left_of_a_pass_is_dealt_to_other_ranks(count: int, stages: list[tuple[int, int, int]]) -> None:
+    numbered = [SimpleNamespace(windows=[SimpleNamespace(ids=[place] * (1 + place % 5))]) for place in range(count)]
+    seen: list[int] = []
+    state: dict[str, Any] = {}
+    rows = ranks = 1
+    for rows, ranks, steps in [*stages, (*stages[-1][:2], count)]:
+        parts: list[Any] = [
+            TrainingBatches(numbered, rows, 0, 3, rank, ranks, collate=lambda chosen, _: [one.ids[0] for one in chosen])
+            for rank in range(ranks)
+        ]
+        for part in parts if state else ():
+            part.load_state_dict(state)
+        if count < rows * ranks:
+            return  # A batch for each rank there is not: all have one.
+        left = [len(part) - part.position for part in parts]
+        assert len(set(left)) == 1
+        read = min(steps, left[0])
+        for part in parts:
+            batches = iter(part)
+            for _ in range(read if part.position < len(part) else 0):
+                seen += next(batches)
+        state = parts[0].state_dict()
+        assert all(part.state_dict() == state for part in parts)
+        if read == left[0]:
+            break
+    assert len(set(seen)) == len(seen)
+    # What makes no batch for every rank.
+    assert count - len(seen) <= (ranks - 1) * rows
 
 
 def test_labels_are_ignored_where_nothing_is_to_be_learned() -> None:

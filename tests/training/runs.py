@@ -18,11 +18,25 @@ def prepare(at: Path, config: dict[str, Any]) -> Path:
     return at
 
 
-def fit(program: Program, at: Path, run: str, *options: str, **watch: Any) -> Done:
-    """Train into ``run``, losses into ``run``-watched; resumes where there is something to resume."""
+def fit(
+    program: Program,
+    at: Path,
+    run: str,
+    *options: str,
+    ranks: int = 0,
+    environments: list[dict[str, str]] | None = None,
+    **watch: Any,
+) -> Done:
+    """Train into ``run``, losses into ``run``-watched; resumes where there is something to resume.
+
+    With ``ranks``, as so many processes under torchrun; with ``environments``, as one process in each.
+    """
     callback = {"class_path": WATCH, "init_args": {"to": str(at / f"{run}-watched"), **watch}}
     fixed = ("fit", "--config", "c.yaml", "--run", run, "--ckpt_path", "last")
-    return program(*fixed, "--trainer.callbacks", json.dumps([callback]), *options, at=at)
+    argv = (*fixed, "--trainer.callbacks", json.dumps([callback]), *options)
+    if environments is not None:
+        return program.together(*argv, at=at, environments=environments)
+    return program(*argv, at=at, ranks=ranks)
 
 
 def losses(at: Path, run: str, rank: int = 0) -> dict[int, str]:

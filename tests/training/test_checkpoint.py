@@ -153,8 +153,8 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     with pytest.raises(CheckpointError, match="another model: dropout differs"):
         trainer(tmp_path, max_steps=2).fit(module(dropout=0.2), datamodule=data(tmp_path), ckpt_path=last)
-    with pytest.raises(CheckpointError, match="rows"):
-        trainer(tmp_path, max_steps=2).fit(module(), datamodule=data(tmp_path, rows=3), ckpt_path=last)
+    with pytest.raises(CheckpointError, match="seed"):
+        trainer(tmp_path, max_steps=2).fit(module(), datamodule=data(tmp_path, seed=3), ckpt_path=last)
     with pytest.raises(CheckpointError, match="something else"):
         module().on_load_checkpoint({"state_dict": {}})
 

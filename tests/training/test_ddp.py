@@ -73,14 +73,11 @@ def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: 
         assert runs.weights(at, "struck", rank) == runs.weights(at, "whole", rank)
     assert runs.losses(at, "whole", 0) != runs.losses(at, "whole", 1)
     assert runs.weights(at, "whole", 0) == runs.weights(at, "whole", 1)
-    # Each its own memory, and refused where there are not as many to take them.
+    # Each its own memory.
     kept = read_checkpoint(at / "whole" / "checkpoints" / "last.ckpt")["memtx"]["ranks"]
     assert len(kept) == 2
     memories = [torch.cat([tensor.double().flatten() for tensor in rank["carry"].values()]) for rank in kept]
     assert not torch.equal(*memories)
-    done = runs.fit(program, at, "whole", "--trainer.max_steps", "9", "--data.rows", "2")
-    assert done.code == 2
-    assert "2 processes" in done.err
 
 
 def test_all_processes_skip_alike(program: Program, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
     for step in range(steps):
         found: list[float] = []
         for row in range(2):
-            for document, begin in streams._plan.within(row, step * length, (step + 1) * length):
+            for document, begin, _ in streams._plan.within(row, step * length, (step + 1) * length):
                 first, last = max(step * length - begin, 0), (step + 1) * length - begin
                 found += whole[document][first:last].tolist()
         assert float.fromhex(record.losses[step]) == pytest.approx(sum(found) / len(found), **CLOSE), step
@@ -127,7 +127,7 @@ def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
     plan = texts.predict_dataloader()._plan
     rows = torch.cat(found, dim=1)
     for row in range(2):
-        for document, begin in plan.within(row, 0, rows.shape[1]):
+        for document, begin, _ in plan.within(row, 0, rows.shape[1]):
             tokens = int(texts.store("test").lengths[document]) - 1
             expected = alone(measured.model, texts, "test", document, tokens)
             torch.testing.assert_close(rows[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)

@@ -9,8 +9,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.distributed.tensor import DTensor
 
 from memtx import files
+
+
+def whole(tensor: Any) -> Any:
+    """Put a tensor together that is shared out over processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Watch(pl.Callback):
@@ -56,9 +62,10 @@ class Watch(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._at(trainer, "step", trainer.fit_loop.epoch_loop.total_batch_idx)
-        if self.gradients and trainer.global_step == 0 and trainer.is_global_zero:
-            found = {name: one.grad for name, one in pl_module.named_parameters()}
-            files.save_tensors(self.to / "gradients", found, kind="gradients", version=1)
+        if self.gradients and trainer.global_step == 0:
+            found = {name: whole(one.grad) for name, one in pl_module.named_parameters()}
+            if trainer.is_global_zero:
+                files.save_tensors(self.to / "gradients", found, kind="gradients", version=1)
 
     def on_validation_batch_start(
         self,
@@ -81,5 +88,5 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         digest = hashlib.sha256()
         for name, tensor in sorted(pl_module.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
+            digest.update(name.encode() + whole(tensor.detach()).cpu().numpy().tobytes())
         (self.to / f"weights-{trainer.global_rank}").write_text(digest.hexdigest())

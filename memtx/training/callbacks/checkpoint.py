@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memtx import files, sealed
 from memtx.errors import at_least
-from memtx.models import folder
+from memtx.models import folder, sharded
 from memtx.training.callbacks import moments
 
 BEST = "best.json"
@@ -43,8 +43,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             MemtxError: the file cannot be written.
         """
-        with sealed.new(path, int(checkpoint.get("global_step", 0))) as handle:
+        place = Path(path)
+        # A run that goes on from what several processes wrote: a file cannot be renamed over a folder.
+        beside = place.with_name(f".{place.name}.file") if sharded.is_sharded(place) else place
+        with sealed.new(beside, int(checkpoint.get("global_step", 0))) as handle:
             torch.save(checkpoint, cast(IO[bytes], handle))
+        if beside != place:
+            files.replace(beside, place)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None

@@ -1,7 +1,8 @@
-"""Ctrl-C without loss: the batch in hand is finished, its end is saved, then the run stops."""
+"""A signal without loss: the batch in hand is finished, its end is saved, then the run stops or its job is requeued."""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -9,9 +10,12 @@ from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info
 
+from memtx.training import requeue
 from memtx.training.callbacks import moments
 
 STOPPED = 130
@@ -19,21 +23,42 @@ STOPPED = 130
 
 
 class StopOnInterrupt(pl.Callback):
-    """Turns the first Ctrl-C (or SIGTERM) into a save at the next optimiser step; a second one stops at once."""
+    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a save at the next optimiser step of all processes, and then a stop.
+
+    A second Ctrl-C stops at once, where no launcher passes the first one on a second time. In a job of SLURM, the
+    signal that it was told to send before it ends the job (``--signal=SIGUSR1@90``) puts the job back into the queue.
+    """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._requeues = self._launched = False
+        self._requeue_signal: int = signal.SIGUSR1
         self._before: dict[int, Any] = {}
+        self._early: Any = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """In a job of SLURM, come before Lightning, which would save within the handler, wherever the step stands."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        self._launched = environment is not None and environment.creates_processes_externally
+        if isinstance(environment, SLURMEnvironment):
+            if environment.requeue_signal is not None:
+                self._requeue_signal = environment.requeue_signal
+            self._listen(self._requeue_signal)
+            self._early = self._before.get(self._requeue_signal)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen, where a process can (the main thread)."""
+        self._listen(signal.SIGINT, signal.SIGTERM, self._requeue_signal)
+
+    def _listen(self, *numbers: int) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+            for number in numbers:
+                self._before.setdefault(number, signal.signal(number, self._ask))
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True
-        self._put_back()
+        self._requeues |= number == self._requeue_signal
+        if number == signal.SIGINT and not self._launched:
+            signal.signal(number, self._before.pop(number))
 
     def _put_back(self) -> None:
         for number, handler in self._before.items():
@@ -54,14 +79,29 @@ class StopOnInterrupt(pl.Callback):
             trainer.save_checkpoint(Path(kept.dirpath) / f"{kept.CHECKPOINT_NAME_LAST}.ckpt")
         if moments.validates_next(trainer):
             return  # Its figures would be missing from the run; the next step is the last one.
+        if trainer.strategy.reduce_boolean_decision(self._requeues, all=False):
+            self._requeue(trainer)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             # torch takes a KeyboardInterrupt in a process it made for a good end, and its parent waits for a result.
             raise SystemExit(STOPPED)
         raise KeyboardInterrupt
 
+    @staticmethod
+    def _requeue(trainer: pl.Trainer) -> None:
+        environment, number = getattr(trainer.strategy, "cluster_environment", None), requeue.job(os.environ)
+        asks = not isinstance(environment, SLURMEnvironment) or environment.auto_requeue
+        if number is not None and asks and trainer.is_global_zero:
+            requeue.requeue(number)
+            rank_zero_info(f"The checkpoint is written, and SLURM's job {number} is back in the queue.")
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop listening."""
         self._put_back()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop listening once more: Lightning puts back what it found, which was listening already."""
+        if self._early is not None:
+            signal.signal(self._requeue_signal, self._early)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop listening."""

@@ -107,7 +107,7 @@ def _named(documents: Sequence[_Document], loader: Any) -> Iterator[tuple[dict[s
     for document in documents:
         values = torch.cat(document.parts)
         row = loader.rank * loader.rows + document.row
-        index = next(place for place, _ in loader._plan.within(row, document.first, document.first + 1))
+        index = next(place for place, _, _ in loader._plan.within(row, document.first, document.first + 1))
         nats, words, size = float(values.double().sum()), int(store.words[index]), int(store.bytes[index])
         whole = len(values) == int(store.lengths[index]) - 1
         yield (

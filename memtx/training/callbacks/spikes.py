@@ -20,6 +20,7 @@ from memtx.errors import CheckpointError, MemtxError, at_least, positive
 from memtx.training import recovery
 from memtx.training.callbacks import moments
 from memtx.training.carry import Carry
+from memtx.training.sharding import FullyShardedStrategy
 
 SUSTAINED = 8
 """The newest losses, of which more than half have to be up: one hard batch is no spike."""
@@ -57,6 +58,18 @@ class RewindOnSpike(pl.Callback):
         self.factor, self.window, self.limit = factor, window, limit
         self.rewinds = 0
         self._losses: list[tuple[int, float]] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse weights that are shared out.
+
+        Raises:
+            MemtxError: each process holds a share of them.
+        """
+        if isinstance(trainer.strategy, FullyShardedStrategy):
+            raise MemtxError(
+                "RewindOnSpike goes back to whole weights, and fsdp2 shares them out.",
+                "Leave it out, or train with --trainer.strategy ddp.",
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses that the next ones are compared with, and the count."""
