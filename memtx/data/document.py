@@ -11,7 +11,8 @@ from pathlib import Path
 from memtx.data.pieces import decode_pieces
 from memtx.errors import DataError
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Bytes of a file read at once."""
 
 
 class Part(ABC):
@@ -52,6 +53,7 @@ class Document(Part):
         path: the file; None where ``text`` holds it.
         start: the byte of the file where it begins.
         text: the text itself, for sources without a file.
+        row: whether it is a row of a table, which is left out where it has no word.
     """
 
     id: str
@@ -60,6 +62,7 @@ class Document(Part):
     path: str | None = None
     start: int = 0
     text: str = ""
+    row: bool = False
 
     @property
     def stamp(self) -> str:
@@ -88,7 +91,7 @@ class Document(Part):
         try:
             with open(path, "rb") as handle:
                 handle.seek(self.start)
-                while left and (chunk := handle.read(min(left, _CHUNK))):
+                while left and (chunk := handle.read(min(left, CHUNK))):
                     left -= len(chunk)
                     yield chunk
         except OSError as error:

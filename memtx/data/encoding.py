@@ -100,6 +100,7 @@ class _Shard:
         self.path, self._dtype, self._stack = path, dtype, stack
         self._handle: IO[bytes] | None = None
         self._digest = hashlib.sha256()
+        self.left_out = 0
         self.ids: list[str] = []
         self.titles: list[str] = []
         # Machine numbers: a shard of short documents has a million of each.
@@ -107,6 +108,9 @@ class _Shard:
 
     def write(self, document: Document, tokenizer: Tokenizer, advance: Advance) -> None:
         """Append a document's tokens after ``begin``."""
+        if document.row and not document.text.strip():
+            self.left_out += 1
+            return
         if self._handle is None:
             self._handle = self._stack.enter_context(files.atomic_open(self.path))
         counter, length = WordCounter(), 0
@@ -132,6 +136,7 @@ class _Shard:
             "sha256": self._digest.hexdigest(),
             "made_of": stamp,
             "ids": self.ids,
+            "left_out": self.left_out,
             "titles": self.titles if self.titles != self.ids else None,
             **{name: getattr(self, name).tolist() for name in ("lengths", "words", "bytes")},
         }
@@ -243,6 +248,8 @@ def _start() -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join(part or str(Path.cwd()) for part in sys.path),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8",
+        # Hugging Face's `datasets` would import torch only to know of it: 5 s and 200 MB a process.
+        "USE_TORCH": "0",
     }
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "memtx.data.encoding"],

@@ -27,7 +27,7 @@ from memtx.data.document import Document, Part
 from memtx.data.encoding import Advance, Job, record_path, write_jobs
 from memtx.data.fitting import default_cache, fitted, locked
 from memtx.data.shards import CURE, INDEX, TokenStore, write_index
-from memtx.data.source import Source
+from memtx.data.source import SPLITS, Source
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -69,7 +69,8 @@ class Prepared:
             found = note["format"], note["version"]
             if found == (FORMAT, FORMAT_VERSION):
                 self.name, self.made_of = str(note["name"]), str(note["made_of"])
-                self.splits: dict[str, dict[str, Any]] = {split: dict(facts) for split, facts in note["splits"].items()}
+                found_splits = sorted(note["splits"].items(), key=lambda one: (*SPLITS, one[0]).index(one[0]))
+                self.splits: dict[str, dict[str, Any]] = {split: dict(facts) for split, facts in found_splits}
                 self._tokenizer = str(note["tokenizer"])
         except (MemtxError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"'{folder}' is no whole prepared folder ({error}).", CURE) from error

@@ -129,14 +129,15 @@ def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> d
         tokenizer: what they were encoded with.
 
     Returns:
-        What to say of it: documents, tokens, words and bytes of text, and the fingerprint.
+        What to say of it: documents, tokens, words and bytes of text, rows left out, and the fingerprint.
     """
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     kept: list[dict[str, Any]] = []
-    totals = {"documents": 0, "tokens": 0, "words": 0, "bytes": 0}
+    totals = {"documents": 0, "tokens": 0, "words": 0, "bytes": 0, "left_out": 0}
     for path in shards:
         raw = record_path(path).read_bytes()
         record = json.loads(raw)
+        totals["left_out"] += record["left_out"]
         if not record["ids"]:
             continue
         digest.update(record["sha256"].encode())
