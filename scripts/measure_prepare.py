@@ -42,8 +42,8 @@ def paragraphs(drawn: np.random.Generator) -> list[str]:
     return [" ".join(words[one] for one in row).capitalize() + ".\n\n" for row in chosen]
 
 
-def generate(root: Path, size: int, seed: int) -> list[Path]:
-    """Write a corpus of about ``size`` bytes and return its two sources."""
+def generate(root: Path, size: int, seed: int) -> tuple[list[Path], int]:
+    """Write a corpus of about ``size`` bytes and return its two sources and how many documents they have."""
     pool = paragraphs(np.random.default_rng(seed))
     drawn = random.Random(seed)
     mean = sum(len(one.encode()) for one in pool) / len(pool)
@@ -53,16 +53,17 @@ def generate(root: Path, size: int, seed: int) -> list[Path]:
     for number in range(round(size / 2 / BOOK)):
         text = "".join(drawn.choices(pool, k=round(drawn.uniform(0.5, 1.5) * BOOK / mean)))
         (books / f"{number:06d}.txt").write_text(text, encoding="utf-8")
-    left, table = size / 2, 0
+    left, table, documents = size / 2, 0, round(size / 2 / BOOK)
     while left > 0:
         with open(rows / f"{table:04d}.jsonl", "w", encoding="utf-8") as handle:
             for number in range(50_000):
                 text = "".join(drawn.choices(pool, k=max(1, round(drawn.uniform(0.5, 1.5) * ROW / mean))))
+                documents += 1
                 left -= handle.write(json.dumps({"id": f"{table}-{number}", "text": text}, ensure_ascii=False) + "\n")
                 if left <= 0:
                     break
         table += 1
-    return [books, rows]
+    return [books, rows], documents
 
 
 class Run:
@@ -112,19 +113,21 @@ def sums(folder: Path) -> dict[str, str]:
 
 def measured(root: Path, size: int, arguments: argparse.Namespace, tokenizer: str, kills: int) -> dict[str, Any]:
     """Generate, prepare undisturbed, prepare with kills, and compare."""
-    sources = generate(root / "corpus", size, arguments.seed)
+    sources, documents = generate(root / "corpus", size, arguments.seed)
     real = sum(path.stat().st_size for source in sources for path in source.iterdir())
     whole = Run(sources, root / "whole", arguments.workers, tokenizer).finish()
     found = {
         "tokenizer": tokenizer,
         "source_bytes": real,
-        "documents": sum(one["documents"] for one in whole["splits"].values()),
+        "documents": documents,
+        "documents_prepared": sum(one["documents"] for one in whole["splits"].values()),
         "tokens": sum(one["tokens"] for one in whole["splits"].values()),
         "seconds": whole["seconds"],
         "bytes_per_second": real / whole["seconds"],
         "peak_bytes": whole["peak_bytes"],
         "kills": 0,
     }
+    assert found["documents_prepared"] == documents
     drawn = random.Random(arguments.seed)
     if kills:
         peaks = []

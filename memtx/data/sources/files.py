@@ -29,8 +29,8 @@ class Files(Texts):
     """Files of texts (``.txt``, ``.md``, ...), lines of JSON (``.jsonl``) and Parquet, anywhere that fsspec reads.
 
     Splits are as laid out: folders ``train``, ``validation`` and ``test``, or tables named so (``train-0.parquet``).
-    Where there are none, or a share is given, documents are dealt by their names. Beside tables, files of text (a
-    README) are left alone.
+    Where there are none, or a share is given, documents are dealt by their names. Beside the tables
+    of a place, its files of text (a README) are left alone.
 
     Args:
         places: paths, patterns with ``*`` or URLs; ``x.zip`` for what is in it; ``.gz`` and its like are uncompressed.
@@ -62,10 +62,13 @@ class Files(Texts):
         name = self.places[0] if len(self.places) == 1 else f"{self.places[0]} and {len(self.places) - 1} more"
         if len(self.places) == 1 and not self.stated and (known := _as_in_training(self.places[0])) is not None:
             return known
-        found = [one for asked in self.places for one in listed(asked)]
-        chosen = [one for one in found if one.suffix in LINES + ROWS] or [
-            one for one in found if one.suffix in SUFFIXES
-        ]
+        found: list[Place] = []
+        chosen: list[Place] = []
+        for asked in self.places:
+            own = listed(asked)
+            found += own
+            tabled = [one for one in own if one.suffix in LINES + ROWS]
+            chosen += tabled or [one for one in own if one.suffix in SUFFIXES]
         if not chosen:
             endings = ", ".join((*SUFFIXES, *LINES, *ROWS))
             raise DataError(f"'{name}' holds no text, expected files ending in {endings}.", "They may be compressed.")

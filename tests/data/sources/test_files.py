@@ -93,6 +93,9 @@ def test_several_places_are_one_source(root: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("More.")
     source = Files([str(root / "train"), str(tmp_path / "more.txt")]).source()
     assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "more.txt"]
+    (tmp_path / "a.jsonl").write_text('{"text": "A row."}\n')
+    source = Files([str(tmp_path / "a.jsonl"), str(root / "train")]).source()
+    assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "a.jsonl@0"]
 
 
 def test_mistakes(tmp_path: Path) -> None:
