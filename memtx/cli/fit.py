@@ -316,7 +316,8 @@ def _wanted(record: logging.LogRecord) -> bool:
     return not any(one in record.getMessage() for one in _NOISE)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Leave out warnings that say nothing to whoever runs a command."""
     # Advice to install other products, what goes without saying, and warnings about choices made here on purpose.
     for text in _UNWANTED:
         warnings.filterwarnings("ignore", message=text)
@@ -328,7 +329,7 @@ def _quiet() -> None:
 
 def main(argv: list[str]) -> int:
     """Run LightningCLI on ``argv`` (subcommand first) and return the exit code."""
-    _quiet()
+    quiet()
     interactive = sys.stderr.isatty() or sys.stdout.isatty()
     callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), MemoryWorth(), ClosedGates(), StopOnInterrupt()]
     callbacks.append(StepProgressBar() if interactive else PlainProgress())
