@@ -101,13 +101,12 @@ def _made(argv: list[str]) -> Any:
 
 def planned(arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]:
     """Return all figures of a plan."""
-    numbers = {"tokens": arguments.tokens, "tflops": arguments.tflops, "utilisation": arguments.utilisation}
+    numbers = {name: getattr(arguments, name) for name in ("devices", "tokens", "tflops", "utilisation")}
     positive(**{name: value for name, value in numbers.items() if value is not None})
     configs = [part for path in arguments.config for part in ("--config", path)]
     made = _made(["fit", *configs, *further])
     module, data, trainer = made.model, made.datamodule, made.config["fit"].trainer
     devices = arguments.devices or (trainer.devices if isinstance(trainer.devices, int) else 1)
-    positive(devices=devices)
     model, precision = module.model, str(trainer.precision or "32-true")
     kind = operand(precision)
     half = kind.itemsize == 2
