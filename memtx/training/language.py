@@ -18,6 +18,7 @@ from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
+from memtx.training.lora import LoRA
 from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
@@ -50,6 +51,8 @@ class LanguageModule(TrainedModule):
         replay: whether to keep states alone between a horizon's segments and read each once more in the backward
             pass: the same gradients, about a third more time, and memory that hardly grows with the horizon.
         freeze_base: whether the memories alone learn, and the model that they were added to stays as it is.
+        lora: beside a frozen base, low-rank matrices that learn too; None for none. Checkpoints hold them apart from
+            the base, and whatever reads one has them merged in.
         rates: compression rates of which every training step draws one; empty for the model's own. Each step then
             begins with fresh streams.
         distillation: weight of a loss that asks for what the model would say with a whole batch in sight of its
@@ -57,7 +60,8 @@ class LanguageModule(TrainedModule):
             fresh streams.
 
     Raises:
-        MemtxError: the segment is not positive; while training, the loss is no longer finite.
+        MemtxError: the segment is not positive, nothing would learn, or ``lora`` is given for a base that learns
+            itself; while training, the loss is no longer finite.
     """
 
     model: MemoryTransformer
@@ -76,6 +80,7 @@ class LanguageModule(TrainedModule):
         freeze_base: bool = False,
         rates: Sequence[int] = (),
         distillation: float = 0.0,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler)
         at_least(1, segment=segment)
@@ -88,7 +93,12 @@ class LanguageModule(TrainedModule):
         self.rates = Rates(self.model, rates)
         self.distillation = distillation
         if freeze_base:
-            _freeze_base(self.model)
+            _freeze_base(self.model, lora)
+        elif lora is not None:
+            raise MemtxError(
+                "lora adapts a base that stays as it is, but here the base learns itself.",
+                "Set freeze_base to true, or leave lora out.",
+            )
         self.segment = segment
         self.replay = replay
         if compile:
@@ -200,12 +210,15 @@ class LanguageModule(TrainedModule):
         self.carry.load_state_dict("train", state["carry"])
 
 
-def _freeze_base(model: MemoryTransformer) -> None:
-    learning = {id(parameter) for parameter in model.memory_parameters().values()}
+def _freeze_base(model: MemoryTransformer, lora: LoRA | None) -> None:
+    if not isinstance(model, MemoryTransformer):
+        raise MemtxError(f"freeze_base is for added memory, and a {type(model).__name__} has none.", "Leave it out.")
+    adapters = lora(model) if lora is not None else {}
+    learning = {id(parameter) for parameter in (*model.memory_parameters().values(), *adapters.values())}
     if not learning:
         raise MemtxError(
             "freeze_base leaves nothing that learns: the model has no memory with parameters.",
-            "Add one, such as CompressedMemory with its gates, or train the whole model.",
+            "Add one, such as CompressedMemory with its gates, adapt the model by lora, or train the whole of it.",
         )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
