@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError
 from memtx.ops.attention.dispatch import Backend, segment_attention
 from memtx.ops.visibility import Section, Visibility, pairs, visible
+from memtx.training import cost
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -144,7 +145,7 @@ def measured(
     torch.manual_seed(0)
     visibility = windowed(shape, arguments.window, device)
     forward = 4.0 * arguments.heads * arguments.head_dim * shape.rows * float(pairs(visibility).item())
-    peak = measuring.matrix_peak(device, measuring.DTYPES[dtype], arguments.peak_size)
+    peak = cost.matrix_peak(device, measuring.DTYPES[dtype], arguments.peak_size)
     rows: list[dict[str, Any]] = []
     cases: dict[int, Case] = {}
     for pass_ in PASSES:

@@ -27,13 +27,11 @@ import measuring
 import torch
 from measuring import Spread, mib
 from peers import BASELINE, EXTRA, SYSTEMS, Job
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.visibility import pairs
-from memtx.segment import Segment
+from memtx.training import cost
 
 PEAK = "matrix peak"
 MODES = ("train", "read")
@@ -44,29 +42,8 @@ def useful_flops(model: MemoryTransformer, job: Job, mode: str) -> float:
 
     Backward counts twice the forward pass, once where carried states get no gradient; recomputation is not counted.
     """
-
-    def weights(module: nn.Module) -> int:
-        return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
-
-    both, own = (3, 2) if mode == "train" else (1, 1)
-    tokens, far = job.rows * job.segment, torch.full((job.rows,), 1 << 20, device=model.embedding.weight.device)
-    segment = Segment.locate(far, job.segment)
-    total = both * 2.0 * tokens * job.dim * job.vocab
-    x = model.embedding(torch.zeros(job.rows, job.segment, dtype=torch.int64, device=far.device))
-    state = model.init_state(job.rows)
-    for block, (held,) in zip(model.blocks, state.layers, strict=True):
-        attention: Any = block.attention
-        view = attention.memory.read(held, x, segment, attention)
-        carried = job.rows * sum(part.shape[1] for part in view.parts[:-1])
-        projected = attention.query, attention.key_value, attention.out, block.feed_forward
-        total += both * 2.0 * tokens * sum(weights(part) for part in projected if isinstance(part, nn.Module))
-        # Carried states are projected to keys and values anew, by the weights of now.
-        total += own * 2.0 * carried * weights(attention.key_value)
-        if isinstance(attention.memory, CompressedMemory):
-            total += own * 2.0 * (tokens // job.rate) * weights(attention.memory.compression)
-        seen = pairs(view.places.visibility).expand(job.rows).sum().item()
-        total += both * 4.0 * seen * job.dim
-    return total
+    found = cost.operations(model, job.segment)
+    return job.rows * job.segment * (found.training if mode == "train" else found.forward)
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +53,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(task["threads"])
     if task["system"] == PEAK:
         kinds = {name: measuring.DTYPES[name] for name in task["dtypes"]}
-        found = {name: measuring.matrix_peak(device, kind, task["peak_size"]) for name, kind in kinds.items()}
+        found = {name: cost.matrix_peak(device, kind, task["peak_size"]) for name, kind in kinds.items()}
         return {"peaks": found, "machine": measuring.machine(device)}
     system = SYSTEMS[task["system"]]
     __import__(system.module)

@@ -58,22 +58,6 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """Return the FLOP/s of the fastest of several products of two (size, size) matrices."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(left)
-
-    # A GPU's kernel is over in microseconds: ten in a row, so that the launch is not what is measured.
-    count = 10 if device.type == "cuda" else 1
-
-    def products() -> None:
-        for _ in range(count):
-            torch.mm(left, right, out=out)
-
-    products()
-    return max(count * 2 * size**3 / seconds(products, device) for _ in range(repeats))
-
-
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     """Return bf16 autocast for "bf16", a context that does nothing for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")

@@ -96,6 +96,11 @@ class Parser(argparse.ArgumentParser):
         self._given = argv
         return self.parse_args(argv)
 
+    def parse_some(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """Return the arguments and those that are another parser's, or exit as :meth:`parse` does."""
+        self._given = []
+        return self.parse_known_args(argv)
+
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr and exit with code 2."""
         options = [name for action in self._actions for name in action.option_strings]

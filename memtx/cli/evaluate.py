@@ -206,7 +206,8 @@ def _capacities(arguments: argparse.Namespace, rows: int) -> tuple[list[Capacity
 
 
 def _hidden(arguments: argparse.Namespace, asked: list[int], rows: int) -> list[Measured]:
-    from memtx.data.documents import SPLITS, open_corpus
+    from memtx.data.documents import open_corpus
+    from memtx.data.source import SPLITS
     from memtx.evaluation.babi import hidden_stories, open_tasks
     from memtx.evaluation.haystack import Haystack
     from memtx.evaluation.measured import averaged

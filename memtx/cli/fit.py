@@ -162,7 +162,7 @@ class MemtxCLI(LightningCLI):
         """Make everything; what a class says against its arguments is the user's to read."""
         try:
             super().instantiate_classes()
-        except (MisconfigurationException, ValueError, ModuleNotFoundError) as error:
+        except Exception as error:  # a class may say it by any: null where a list belongs is a TypeError
             raise _mistake(error) from error
         if self._content is not None:
             # Before anything is written, though Lightning will ask again when it restores.

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "prepare": ("memtx.cli.prepare:main", "encode texts from anywhere into a folder to train on"),
+    "plan": ("memtx.cli.plan:main", "say what a config's training takes, before any of it"),
     "fit": ("memtx.cli.fit:main", "train a model, from the start or from a checkpoint"),
     "validate": ("memtx.cli.fit:main", "measure a checkpoint on the validation texts"),
     "test": ("memtx.cli.fit:main", "measure a checkpoint on the test texts"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +9,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from memtx.data.document import Document
-from memtx.data.documents import SPLITS, Corpus, open_corpus
-from memtx.data.shards import TokenStore, default_cache, locked, open_store
+from memtx.data.documents import Corpus, open_corpus
+from memtx.data.fitting import default_cache, fitted
+from memtx.data.prepared import Prepared, is_prepared, made_of, open_store, prepare
+from memtx.data.shards import TokenStore
+from memtx.data.source import SPLITS, Source, Texts
 from memtx.data.streams import DocumentStreams, EvaluationStreams
-from memtx.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
+from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
-
-FIT_BYTES = 256 << 20
-"""Text bytes from which a tokenizer is trained at most; merges no longer change with more."""
 
 _STAGES: dict[str, tuple[str, ...]] = {
     "fit": ("train", "validation"),
@@ -33,10 +30,13 @@ class BookDataModule(LightningDataModule):
     """Long documents as endless rows, tokenised once; the position in them is in the checkpoint.
 
     Args:
-        root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder in the PG-19 layout
-            (train/ validation/ test/ of <id>.txt), any other folder of text files, or one text file.
+        root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder that ``memtx prepare``
+            made, a folder in the PG-19 layout (train/ validation/ test/ of <id>.txt), any other folder of text files,
+            or one text file.
         tokenizer: a ByteTokenizer (the default), or for example ``BytePairTokenizer`` with ``vocab_size``, trained on
-            the training split and kept in the cache.
+            the training split and kept in the cache. A prepared folder has its own.
+        texts: where texts come from instead of ``root``, such as ``memtx.data.sources.hub.HubDataset``; all of them
+            are encoded into the cache first.
         rows: streams read side by side on each device, at least 1.
         segment: tokens a row gives the model in one call, at least 1.
         horizon: segments of a batch, so of one truncated backward pass, at least 1.
@@ -48,13 +48,14 @@ class BookDataModule(LightningDataModule):
         workers: processes that tokenise; null for one a core.
 
     Raises:
-        DataError: a number is out of its range.
+        DataError: a number is out of its range, or a prepared folder is damaged or has another tokenizer.
     """
 
     def __init__(
         self,
         root: str = "embedded",
         tokenizer: Tokenizer | None = None,
+        texts: Texts | None = None,
         rows: int = 4,
         segment: int = 512,
         horizon: int = 1,
@@ -75,8 +76,14 @@ class BookDataModule(LightningDataModule):
         self.root, self.rows, self.segment, self.horizon = root, rows, segment, horizon
         self.eval_rows, self.eval_tokens = eval_rows or rows, eval_tokens
         self.seed, self.cache, self.workers = seed, cache, workers
-        self.tokenizer: Tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
+        self.texts = texts
         self._corpus: Corpus | None = None
+        self._prepared: Prepared | None = None
+        if texts is None and is_prepared(root):
+            self._prepared = Prepared(Path(root).expanduser())
+            self.tokenizer: Tokenizer = self._prepared.agreed(tokenizer)
+        else:
+            self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
         self._stores: dict[str, TokenStore] = {}
         self._streams: DocumentStreams | None = None
         self._restored: dict[str, Any] | None = None
@@ -93,10 +100,28 @@ class BookDataModule(LightningDataModule):
 
     @property
     def corpus(self) -> Corpus:
-        """The documents of every split, listed when first asked for."""
+        """The documents of every split, listed when first asked for; of texts that are not prepared."""
         if self._corpus is None:
             self._corpus = open_corpus(self.root)
         return self._corpus
+
+    def _whole(self) -> Prepared | None:
+        """Return the folder that holds every split; None where each is encoded when it is needed."""
+        if self._prepared is None and self.texts is not None:
+            source = self.texts.source()
+            self.tokenizer = fitted(self.tokenizer, source, self._cached)
+            place = self._cached / f"texts-{made_of(source, self.tokenizer)[:16]}"
+            self._prepared = prepare(place, source, self.tokenizer, workers=self.workers)
+        return self._prepared
+
+    @property
+    def _cached(self) -> Path:
+        return Path(self.cache).expanduser() if self.cache is not None else default_cache()
+
+    def has(self, split: str) -> bool:
+        """Return whether there are documents for a split."""
+        whole = self._whole()
+        return bool(self.corpus.splits.get(split)) if whole is None else split in whole.splits
 
     def store(self, split: str) -> TokenStore:
         """Return the tokens of a split, encoding it where that was not done yet.
@@ -104,7 +129,9 @@ class BookDataModule(LightningDataModule):
         Raises:
             DataError: no such split, or a text that cannot be used.
         """
-        if split not in self._stores:
+        if split not in self._stores and (whole := self._whole()) is not None:
+            self._stores[split] = whole.store(split)
+        elif split not in self._stores:
             documents = self.corpus.split(split)
             self._fit_tokenizer()
             self._stores[split] = open_store(
@@ -116,7 +143,7 @@ class BookDataModule(LightningDataModule):
         """Train the tokenizer and encode the splits that the run needs (all, without a trainer), each once."""
         names = _STAGES.get(self._function or "", SPLITS)
         for name in names:
-            if self.corpus.splits.get(name):
+            if self.has(name):
                 self.store(name)
 
     def setup(self, stage: str | None = None) -> None:
@@ -156,7 +183,7 @@ class BookDataModule(LightningDataModule):
 
     def val_dataloader(self) -> EvaluationStreams | list[Any]:
         """Return the validation split in rows; an empty list where training data has none."""
-        if self._function == "fit" and not self.corpus.splits.get("validation"):
+        if self._function == "fit" and not self.has("validation"):
             return []
         return self._evaluation("validation", self.eval_tokens)
 
@@ -214,8 +241,10 @@ class BookDataModule(LightningDataModule):
                 f"{self.tokenizer.vocab_size}).",
                 "Give its tokenizer and its texts by --data.tokenizer and --data.root.",
             )
-        self.tokenizer = saved
+        self.tokenizer = saved if self.texts is not None or self._prepared is None else self._prepared.agreed(saved)
         self._stores.clear()
+        if self.texts is not None:
+            self._prepared = None
 
     @property
     def _function(self) -> str | None:
@@ -231,33 +260,6 @@ class BookDataModule(LightningDataModule):
 
     def _fit_tokenizer(self) -> None:
         """Train the tokenizer on the training split, or read the one that an earlier run trained on it."""
-        if self.tokenizer.fitted:
-            return
-        documents = self.corpus.split("train")
-        kind = type(self.tokenizer)
-        digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {self.tokenizer.vocab_size}\n".encode())
-        for document in documents:
-            digest.update(document.stamp.encode() + b"\n")
-        folder = Path(self.cache).expanduser() if self.cache is not None else default_cache()
-        path = folder / f"tokenizer-{digest.hexdigest()[:16]}.json"
-        with locked(path):
-            if path.exists():
-                try:
-                    self.tokenizer = load_tokenizer(path)
-                    return
-                except DataError:
-                    path.unlink()  # cut short; training gives the same again
-            self.tokenizer.fit(_sample(documents))
-            self.tokenizer.save(path)
-
-
-def _sample(documents: list[Document]) -> Iterator[str]:
-    """Yield whole texts spread evenly over the documents, up to ``FIT_BYTES``."""
-    stride = -(-sum(document.size for document in documents) // FIT_BYTES)
-    left = FIT_BYTES
-    for document in documents[:: max(1, stride)]:
-        for text in document.chunks():
-            yield text
-            left -= len(text)
-            if left <= 0:
-                return
+        if not self.tokenizer.fitted and self._whole() is None:
+            source = Source(self.root, {"train": self.corpus.split("train")})
+            self.tokenizer = fitted(self.tokenizer, source, self._cached)

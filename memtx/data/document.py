@@ -1,8 +1,9 @@
-"""One text of a corpus: where it is, and how to read it without holding it all."""
+"""One text of a corpus: where it is, and how to read it without holding it all; and the parts that sources are of."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,39 @@ from pathlib import Path
 from memtx.data.pieces import decode_pieces
 from memtx.errors import DataError
 
-_CHUNK = 1 << 20
+CHUNK = 1 << 20
+"""Bytes of a file read at once."""
+
+
+class Part(ABC):
+    """A piece of a source that one process reads: a file, a stretch of lines, some rows of a table.
+
+    A kind is a frozen dataclass of values that JSON can hold, so that another process can be told of it.
+
+    Attributes:
+        size: bytes in the source (compressed ones, where it is compressed), for planning and for the bar.
+        here: whether this process alone can read it, as a file system in memory.
+    """
+
+    size: int
+    here: bool = False
+
+    @property
+    @abstractmethod
+    def stamp(self) -> str:
+        """What changes when the text changes, as far as can be told without reading it."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """Yield whole documents in a fixed order; each is to be read before the next is asked for.
+
+        Raises:
+            DataError: the part cannot be read; names it and the place in it.
+        """
 
 
 @dataclass(frozen=True)
-class Document:
+class Document(Part):
     """One text with a beginning, not read yet.
 
     Attributes:
@@ -24,6 +53,7 @@ class Document:
         path: the file; None where ``text`` holds it.
         start: the byte of the file where it begins.
         text: the text itself, for sources without a file.
+        row: whether it is a row of a table, which is left out where it has no word.
     """
 
     id: str
@@ -32,6 +62,7 @@ class Document:
     path: str | None = None
     start: int = 0
     text: str = ""
+    row: bool = False
 
     @property
     def stamp(self) -> str:
@@ -39,6 +70,10 @@ class Document:
         if self.path is None:
             return f"{self.id}:{hashlib.sha256(self.text.encode()).hexdigest()}"
         return f"{self.id}:{self.start}:{self.size}:{Path(self.path).stat().st_mtime_ns}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yield itself: a text by itself is a part."""
+        yield self
 
     def chunks(self) -> Iterator[str]:
         """Yield the text in chunks of about 1 MB.
@@ -56,7 +91,7 @@ class Document:
         try:
             with open(path, "rb") as handle:
                 handle.seek(self.start)
-                while left and (chunk := handle.read(min(left, _CHUNK))):
+                while left and (chunk := handle.read(min(left, CHUNK))):
                     left -= len(chunk)
                     yield chunk
         except OSError as error:

@@ -15,15 +15,16 @@ from pathlib import Path
 
 from memtx.data.document import Document
 from memtx.data.embedded import embedded_splits
+from memtx.data.source import SPLITS
 from memtx.errors import DataError, nearest
 
-SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".text", ".md", ".rst")
 PG19 = (
     "PG-19 is published by google-deepmind/pg19 on GitHub, its files in gs://deepmind-gutenberg: "
     "train/ validation/ test/ with one <id>.txt a book, and metadata.csv. "
     "Give the folder that holds them with --data.root PATH, or use --data.root embedded to try without."
 )
+METADATA = "metadata.csv"
 FEW = 10
 """Below this many documents each one is cut into splits; from it on whole documents are dealt."""
 
@@ -97,10 +98,8 @@ def _file(path: Path, name: str, title: str | None = None) -> Document:
 
 
 def _pg19(root: Path) -> dict[str, list[Document]]:
-    titles: dict[str, str] = {}
-    if (root / "metadata.csv").is_file():
-        text = (root / "metadata.csv").read_bytes().decode("utf-8", errors="replace")
-        titles = {row[0]: row[1] for row in csv.reader(io.StringIO(text, newline="")) if len(row) > 1}
+    notes = root / METADATA
+    titles = read_titles(notes.read_bytes()) if notes.is_file() else {}
     splits: dict[str, list[Document]] = {}
     for name in SPLITS:
         files = sorted((root / name).glob("*.txt"))
@@ -108,6 +107,12 @@ def _pg19(root: Path) -> dict[str, list[Document]]:
     if not any(splits.values()):
         raise DataError(f"'{root}' has the folders of PG-19 but no .txt in them.", PG19)
     return splits
+
+
+def read_titles(raw: bytes) -> dict[str, str]:
+    """Return titles by id of PG-19's metadata.csv."""
+    text = raw.decode("utf-8", errors="replace")
+    return {row[0]: row[1] for row in csv.reader(io.StringIO(text, newline="")) if len(row) > 1}
 
 
 def _dealt_splits(documents: list[Document]) -> dict[str, list[Document]]:

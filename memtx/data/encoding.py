@@ -1,4 +1,4 @@
-"""Documents to one shard of tokens, here or in worker processes.
+"""Parts of a source to shards of tokens, here or in worker processes.
 
 Workers are plain interpreters that are told their jobs as lines of JSON. Neither fork (the parent has torch's threads)
 nor multiprocessing's spawn (it runs the user's script again) would serve everyone who calls ``prepare_data``.
@@ -6,8 +6,10 @@ nor multiprocessing's spawn (it runs the user's script again) would serve everyo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import queue
@@ -15,7 +17,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -23,13 +26,61 @@ from typing import IO, Any
 import numpy as np
 
 from memtx import files
-from memtx.data.document import Document
+from memtx.data.document import Document, Part
 from memtx.data.pieces import WordCounter
+from memtx.data.source import dealt
 from memtx.data.tokenizers import Tokenizer, tokenizer_from_json
 from memtx.errors import DataError, MemtxError
 
-Job = tuple[Path, Sequence[Document]]
 Advance = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one process does without another's help: some parts, to one shard in each split.
+
+    Attributes:
+        folder: holds a folder a split.
+        number: of the shards.
+        parts: read in this order.
+        shares: what each split gets of the documents.
+        tokenizer: the tokenizer's fingerprint.
+    """
+
+    folder: Path
+    number: int
+    parts: Sequence[Part]
+    shares: Mapping[str, float]
+    tokenizer: str
+
+    def shard(self, split: str) -> Path:
+        """Return where the job's shard of a split is."""
+        return self.folder / split / f"shard-{self.number:05d}.bin"
+
+    @property
+    def stamp(self) -> str:
+        """SHA-256 of what the shards are made of."""
+        digest = hashlib.sha256(f"{self.tokenizer}\n{json.dumps(dict(self.shares))}\n".encode())
+        for part in self.parts:
+            digest.update(part.stamp.encode("utf-8", "surrogatepass") + b"\n")
+        return digest.hexdigest()
+
+    @property
+    def done(self) -> bool:
+        """Whether all its shards are there, whole, undamaged, and made of what the parts are now."""
+        try:
+            for split in self.shares:
+                path = self.shard(split)
+                record = files.read_json(record_path(path))
+                if record["made_of"] != self.stamp:
+                    return False
+                if record["size"] and (
+                    path.stat().st_size != record["size"] or files.checksum(path) != record["sha256"]
+                ):
+                    return False
+        except (MemtxError, OSError, KeyError, TypeError):
+            return False
+        return True
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -37,48 +88,101 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def write_shard(path: Path, documents: Sequence[Document], tokenizer: Tokenizer, advance: Advance) -> None:
-    """Write the tokens of documents, each after ``begin``, to ``path`` and a record of them to ``path``.json.
+def record_path(shard: Path) -> Path:
+    """Return where a shard's record is."""
+    return shard.with_name(shard.name + ".json")
 
-    Both are whole or absent, the record last: where it is, the shard is whole.
+
+class _Shard:
+    """A shard that grows: its file is made with the first document, so that a split without any has none."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], stack: contextlib.ExitStack) -> None:
+        self.path, self._dtype, self._stack = path, dtype, stack
+        self._handle: IO[bytes] | None = None
+        self._digest = hashlib.sha256()
+        self.left_out = 0
+        self.ids: list[str] = []
+        self.titles: list[str] = []
+        # Machine numbers: a shard of short documents has a million of each.
+        self.lengths, self.words, self.bytes = array("q"), array("q"), array("q")
+
+    def write(self, document: Document, tokenizer: Tokenizer, advance: Advance) -> None:
+        """Append a document's tokens after ``begin``."""
+        if document.row and not document.text.strip():
+            self.left_out += 1
+            return
+        if self._handle is None:
+            self._handle = self._stack.enter_context(files.atomic_open(self.path))
+        counter, length = WordCounter(), 0
+        for ids in _tokens(document, tokenizer, counter, advance):
+            raw = np.asarray(ids).astype(self._dtype).tobytes()
+            self._handle.write(raw)
+            self._digest.update(raw)
+            length += len(ids)
+        if counter.words == 0:
+            raise DataError(
+                f"'{document.path or document.id}' has no words, expected a text.", "Remove it or restore its text."
+            )
+        self.ids.append(document.id)
+        self.titles.append(document.title)
+        for column, value in ((self.lengths, length), (self.words, counter.words), (self.bytes, counter.bytes)):
+            column.append(value)
+
+    def record(self, stamp: str) -> dict[str, Any]:
+        """Return what is to be known of it; columns by document."""
+        return {
+            "file": self.path.name,
+            "size": sum(self.lengths) * self._dtype.itemsize,
+            "sha256": self._digest.hexdigest(),
+            "made_of": stamp,
+            "ids": self.ids,
+            "left_out": self.left_out,
+            "titles": self.titles if self.titles != self.ids else None,
+            **{name: getattr(self, name).tolist() for name in ("lengths", "words", "bytes")},
+        }
+
+
+def write_job(job: Job, tokenizer: Tokenizer, advance: Advance) -> None:
+    """Write a job's shards, and beside each a record of its documents.
+
+    All are whole or absent, the records last: where they are, so are the shards.
 
     Args:
-        path: the shard's file.
-        documents: what it holds, in this order.
+        job: what to read and where to write.
         tokenizer: gives the ids.
-        advance: called with the number of bytes of text read since the last call.
+        advance: called with the bytes of the source read since the last call; a part's add up to its size.
 
     Raises:
         DataError: a text is not UTF-8 or has no word; names its document.
     """
     dtype = token_dtype(tokenizer.vocab_size)
-    digest, offset = hashlib.sha256(), 0
-    records: list[dict[str, Any]] = []
-    with files.atomic_open(path) as handle:
-        for document in documents:
-            counter = WordCounter()
-            length = 0
-            for ids in _tokens(document, tokenizer, counter, advance):
-                raw = np.asarray(ids).astype(dtype).tobytes()
-                handle.write(raw)
-                digest.update(raw)
-                length += len(ids)
-            if counter.words == 0:
-                raise DataError(
-                    f"'{document.path or document.id}' has no words, expected a text.",
-                    "Remove it or restore its text.",
-                )
-            facts = {"id": document.id, "title": document.title, "offset": offset, "length": length}
-            records.append({**facts, "words": counter.words, "bytes": counter.bytes})
-            offset += length
-    size = offset * dtype.itemsize
-    record = {"file": path.name, "size": size, "sha256": digest.hexdigest(), "documents": records}
-    files.write_text(record_path(path), json.dumps(record))
+    with contextlib.ExitStack() as stack:
+        shards = {split: _Shard(job.shard(split), dtype, stack) for split in job.shares}
+        for part in job.parts:
+            with _counted(part.size, advance) as seen:
+                for document in part.documents():
+                    shards[dealt(document.id, job.shares)].write(document, tokenizer, seen)
+    for shard in shards.values():
+        files.write_text(record_path(shard.path), json.dumps(shard.record(job.stamp)))
 
 
-def record_path(shard: Path) -> Path:
-    """Return where a shard's record is."""
-    return shard.with_name(shard.name + ".json")
+@contextlib.contextmanager
+def _counted(size: int, advance: Advance) -> Iterator[Advance]:
+    """Yield what to tell of text read: passed on up to ``size``, the rest of it at the end.
+
+    A text may be larger than what it was read from, which is compressed, or smaller, where there is more in a file.
+    """
+    left = size
+
+    def told(count: int) -> None:
+        nonlocal left
+        count = min(count, left)
+        left -= count
+        if count:
+            advance(count)
+
+    yield told
+    told(left)
 
 
 def _tokens(document: Document, tokenizer: Tokenizer, counter: WordCounter, advance: Advance) -> Iterator[Any]:
@@ -93,22 +197,23 @@ def _tokens(document: Document, tokenizer: Tokenizer, counter: WordCounter, adva
     yield from tokenizer.encode_stream(counted())
 
 
-def write_shards(jobs: Sequence[Job], tokenizer: Tokenizer, workers: int, advance: Advance) -> None:
-    """Write shards, ``workers`` at a time; an interrupt leaves those that are whole.
+def write_jobs(jobs: Sequence[Job], tokenizer: Tokenizer, workers: int, advance: Advance) -> None:
+    """Do jobs, ``workers`` at a time; an interrupt leaves the shards of those that are done.
 
     Args:
-        jobs: path and documents of each.
+        jobs: none depends on another.
         tokenizer: gives the ids; a kind from outside memtx is used in this process only.
         workers: processes; 1 for this one.
-        advance: called with bytes of text read, from any thread.
+        advance: called with bytes of the source read, from any thread.
 
     Raises:
-        DataError: as :func:`write_shard`; the first one met ends the others.
+        DataError: as :func:`write_job`; the first one met ends the others.
     """
     workers = min(workers, len(jobs))
-    if workers <= 1 or not type(tokenizer).__module__.startswith("memtx."):
-        for path, documents in jobs:
-            write_shard(path, documents, tokenizer, advance)
+    alone = not type(tokenizer).__module__.startswith("memtx.") or any(part.here for job in jobs for part in job.parts)
+    if workers <= 1 or alone:
+        for job in jobs:
+            write_job(job, tokenizer, advance)
         return
     todo: queue.SimpleQueue[Job] = queue.SimpleQueue()
     for job in jobs:
@@ -143,6 +248,8 @@ def _start() -> subprocess.Popen[str]:
         "PYTHONPATH": os.pathsep.join(part or str(Path.cwd()) for part in sys.path),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONIOENCODING": "utf-8",
+        # Hugging Face's `datasets` would import torch only to know of it: 5 s and 200 MB a process.
+        "USE_TORCH": "0",
     }
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "memtx.data.encoding"],
@@ -167,11 +274,10 @@ def _drive(
         process.stdin.write(json.dumps(tokenizer) + "\n")
         while not stopped.is_set():
             try:
-                path, documents = todo.get_nowait()
+                job = todo.get_nowait()
             except queue.Empty:
                 return
-            job = {"path": str(path), "documents": [dataclasses.asdict(document) for document in documents]}
-            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.write(_told(job) + "\n")
             process.stdin.flush()
             while line := process.stdout.readline():
                 answer = json.loads(line)
@@ -199,17 +305,34 @@ def _serve(source: IO[str], sink: IO[str]) -> None:
 
     tokenizer = tokenizer_from_json(json.loads(source.readline()))
     for line in source:
-        job = json.loads(line)
-        documents = [Document(**facts) for facts in job["documents"]]
         try:
-            write_shard(Path(job["path"]), documents, tokenizer, lambda count: tell(advance=count))
+            write_job(_heard(line), tokenizer, lambda count: tell(advance=count))
         except MemtxError as error:
             tell(error=[error.what, error.cure])
+        except MemoryError:
+            tell(error=["A worker that encodes text is out of memory.", "Try again with fewer workers."])
         else:
             tell(done=True)
+
+
+def _told(job: Job) -> str:
+    """Return a job as a line of JSON."""
+    parts = [[type(part).__module__, type(part).__qualname__, vars(part)] for part in job.parts]
+    return json.dumps([str(job.folder), job.number, parts, dict(job.shares), job.tokenizer])
+
+
+def _heard(line: str) -> Job:
+    """Return the job that :func:`_told` wrote down."""
+    folder, number, parts, shares, tokenizer = json.loads(line)
+    made = [getattr(importlib.import_module(module), name)(**facts) for module, name, facts in parts]
+    return Job(Path(folder), number, made, shares, tokenizer)
 
 
 if __name__ == "__main__":
     # Ctrl-C reaches the whole process group; the parent decides when workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _serve(sys.stdin, sys.stdout)
+    try:
+        _serve(sys.stdin, sys.stdout)
+    except BrokenPipeError:
+        # The parent was killed; what is not whole will be made again. Leaving as usual would flush the pipe once more.
+        os._exit(1)

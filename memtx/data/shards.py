@@ -1,13 +1,11 @@
-"""Tokens on disk: encoded once, read through memory maps, known by the fingerprint of text and tokenizer."""
+"""Tokens on disk, read through memory maps: a folder of shards, their records, and the index that seals them."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
+import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
-from memtx.data.document import Document
-from memtx.data.encoding import Advance, Job, record_path, token_dtype, write_shards
+from memtx.data.encoding import record_path, token_dtype
 from memtx.data.tokenizers import Ids, Tokenizer
 from memtx.errors import DataError, MemtxError
 
-FORMAT_VERSION = 1
-SHARD_BYTES = 64 << 20
-"""Text bytes of a shard, so at most as many tokens; one longer document is a shard of its own."""
-LEAST_BYTES = 1 << 20
-"""Text bytes below which a shard is not worth a process."""
-
-log = logging.getLogger(__name__)
+FORMAT_VERSION = 2
+INDEX = "index.json"
+CURE = "Prepare the data again; whole shards are kept."
 
 
 class TokenStore:
     """The tokens of one split, memory-mapped: document i is ``[begin, text tokens...]``.
 
     Args:
-        folder: what :func:`open_store` wrote.
+        folder: what :func:`write_index` closed.
 
     Attributes:
         ids: name of each document.
@@ -43,10 +36,12 @@ class TokenStore:
         bytes: (documents,) int64, UTF-8 bytes of each document's text.
         begin: the id that begins a document.
         vocab_size: ids are below it.
+        tokenizer: the tokenizer's fingerprint.
         fingerprint: SHA-256 over the tokens themselves and the tokenizer: equal only for equal data.
 
     Raises:
-        DataError: the folder holds no store, one of another version, or a shard is missing or cut short.
+        DataError: the folder holds no store, one of another version, its index or a record is damaged, or a shard is
+            missing or cut short.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -54,25 +49,29 @@ class TokenStore:
         index = _read_index(self.folder)
         self.begin: int = index["begin"]
         self.vocab_size: int = index["vocab_size"]
-        self.source: str = index["source"]
+        self.tokenizer: str = index["tokenizer"]
         self.fingerprint: str = index["fingerprint"]
         self._shards: list[dict[str, Any]] = index["shards"]
         self._maps: dict[int, NDArray[Any]] = {}
-        documents = [(place, one) for place, shard in enumerate(self._shards) for one in shard["documents"]]
-        self.ids: list[str] = [one["id"] for _, one in documents]
-        self.titles: list[str] = [one["title"] for _, one in documents]
-        self.lengths = np.array([one["length"] for _, one in documents], dtype=np.int64)
-        self.words = np.array([one["words"] for _, one in documents], dtype=np.int64)
-        self.bytes = np.array([one["bytes"] for _, one in documents], dtype=np.int64)
-        self._places = [(place, int(one["offset"])) for place, one in documents]
-        for shard in self._shards:
+        self.ids: list[str] = []
+        self.titles: list[str] = []
+        columns: dict[str, list[NDArray[np.int64]]] = {"lengths": [], "words": [], "bytes": []}
+        places, offsets = [], []
+        for place, shard in enumerate(self._shards):
             path = self.folder / shard["file"]
             found = path.stat().st_size if path.is_file() else -1
             if found != shard["size"]:
-                raise DataError(
-                    f"The token shard '{path}' has {max(found, 0)} bytes, expected {shard['size']}.",
-                    "Prepare the data again; whole shards are kept.",
-                )
+                raise DataError(f"The token shard '{path}' has {max(found, 0)} bytes, expected {shard['size']}.", CURE)
+            record = _read_record(path, shard["record"])
+            self.ids += record["ids"]
+            self.titles += record["titles"] or record["ids"]
+            for name, parts in columns.items():
+                parts.append(np.array(record[name], dtype=np.int64))
+            lengths = columns["lengths"][-1]
+            places.append(np.full(len(lengths), place))
+            offsets.append(np.cumsum(lengths) - lengths)
+        self.lengths, self.words, self.bytes = (_joined(parts) for parts in columns.values())
+        self._places, self._offsets = _joined(places), _joined(offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memory map would carry the tokens themselves.
@@ -91,13 +90,23 @@ class TokenStore:
         return self.slice(index, 0, int(self.lengths[index]))
 
     def slice(self, index: int, start: int, stop: int) -> Ids:
-        """Return tokens ``start`` to ``stop`` (at most its length) of a document, (stop - start,), a read-only view."""
-        shard, offset = self._places[index]
+        """Return tokens ``start`` to ``stop`` (at most its length) of a document, (stop - start,), a read-only view.
+
+        Raises:
+            DataError: there is an id that the tokenizer does not have, since the shard is damaged.
+        """
+        shard, offset = int(self._places[index]), int(self._offsets[index])
+        path = self.folder / self._shards[shard]["file"]
         if shard not in self._maps:
-            path = self.folder / self._shards[shard]["file"]
             self._maps[shard] = np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
         stop = min(stop, int(self.lengths[index]))
-        return self._maps[shard][offset + start : offset + stop]
+        found = self._maps[shard][offset + start : offset + stop]
+        # It would be an index out of the embedding's range.
+        if found.size and (largest := int(found.max())) >= self.vocab_size:
+            raise DataError(
+                f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}.", CURE
+            )
+        return found
 
     def verify(self) -> None:
         """Read every shard and compare its SHA-256 with the index.
@@ -108,182 +117,78 @@ class TokenStore:
         for shard in self._shards:
             path = self.folder / shard["file"]
             if files.checksum(path) != shard["sha256"]:
-                raise DataError(f"The token shard '{path}' is damaged.", "Prepare the data again.")
+                raise DataError(f"The token shard '{path}' is damaged.", CURE)
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    cure = "Prepare the data again."
-    try:
-        index = files.read_json(folder / "index.json")
-        version = index["version"]
-        if version == FORMAT_VERSION:
-            _ = index["begin"], index["vocab_size"], index["source"], index["fingerprint"], index["shards"]
-    except DataError:
-        raise
-    except (MemtxError, KeyError, TypeError) as error:
-        raise DataError(f"'{folder}' holds no whole token store ({error}).", cure) from error
-    if version != FORMAT_VERSION:
-        raise DataError(f"'{folder}' has format version {version}, this release reads {FORMAT_VERSION}.", cure)
-    assert isinstance(index, dict)
-    return index
-
-
-def source_fingerprint(documents: Sequence[Document], tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of what a store is made of: each document's stamp, the tokenizer, the format."""
-    digest = hashlib.sha256(f"{FORMAT_VERSION}\n{tokenizer.fingerprint}\n".encode())
-    for document in documents:
-        digest.update(document.stamp.encode() + b"\n")
-    return digest.hexdigest()
-
-
-def default_cache() -> Path:
-    """Return ``~/.cache/memtx``, where stores and trained tokenizers go unless another folder is given."""
-    return Path("~/.cache/memtx").expanduser()
-
-
-def open_store(
-    documents: Sequence[Document],
-    tokenizer: Tokenizer,
-    *,
-    cache: str | os.PathLike[str] | None = None,
-    name: str = "tokens",
-    workers: int | None = None,
-    verify: bool = False,
-) -> TokenStore:
-    """Open the tokens of documents, encoding them first where that was not done yet.
-
-    A store is found again by the names, sizes and times of the files (the hash of embedded texts) and the tokenizer, so
-    changed text or another tokenizer is another store. It appears under its name when it is whole; an interrupted run
-    goes on with the shards it had finished, a damaged store keeps its good ones.
+def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Close a store over the shards that were written, in this order.
 
     Args:
-        documents: at least one.
-        tokenizer: gives the ids; must be fitted.
-        cache: folder of all stores; None for ``~/.cache/memtx``.
-        name: what the store's folder name begins with, such as the split.
-        workers: processes; None for one a core.
-        verify: compare every shard's checksum, not its size only.
+        folder: of the shards.
+        shards: each with its record; those without documents are left out.
+        tokenizer: what they were encoded with.
 
-    Raises:
-        DataError: a text is not UTF-8 or empty.
-        MemtxError: the cache cannot be written to.
+    Returns:
+        What to say of it: documents, tokens, words and bytes of text, rows left out, and the fingerprint.
     """
-    if not documents:
-        raise DataError("There are no documents to encode, expected at least one.", "Check the source of texts.")
-    source = source_fingerprint(documents, tokenizer)
-    folder = (Path(cache).expanduser() if cache is not None else default_cache()) / f"{name}-{source[:16]}"
-    with locked(folder):
-        if folder.exists():
-            try:
-                store = TokenStore(folder)
-                if verify:
-                    store.verify()
-            except DataError as error:
-                log.warning("%s Encoding it again.", error.what)
-            else:
-                if store.source == source:
-                    return store
-        _build(folder, source, documents, tokenizer, workers or os.cpu_count() or 1)
-    return TokenStore(folder)
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make ``path``; the empty lock file beside it stays, the lock ends with its process.
-
-    Raises:
-        MemtxError: the folder of ``path`` cannot be written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path.with_name(f".{path.name}.lock"), "ab")  # noqa: SIM115
-    except OSError as error:
-        raise MemtxError(
-            f"The cache '{path.parent}' cannot be written to: {error.strerror}.",
-            "Give a folder of your own with --data.cache PATH.",
-        ) from error
-    with handle:
-        try:
-            import fcntl
-        except ImportError:  # Windows: a second process repeats the work, renames decide
-            yield
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-
-
-def plan_shards(sizes: Sequence[int]) -> list[range]:
-    """Return which documents each shard holds: about 32 shards, each of 1 to 64 MB of text, in order.
-
-    A function of the sizes alone, so that an interrupted run finds its shards again whatever its workers.
-    """
-    target = min(SHARD_BYTES, max(LEAST_BYTES, sum(sizes) // 32))
-    shards: list[range] = []
-    start, held = 0, 0
-    for place, size in enumerate(sizes):
-        if place > start and held + size > target:
-            shards.append(range(start, place))
-            start, held = place, 0
-        held += size
-    return [*shards, range(start, len(sizes))]
-
-
-def _build(folder: Path, source: str, documents: Sequence[Document], tokenizer: Tokenizer, workers: int) -> None:
-    building = folder.with_name(f".{folder.name}.building")
-    if folder.exists():
-        shutil.rmtree(building, ignore_errors=True)
-        os.replace(folder, building)
-        (building / "index.json").unlink(missing_ok=True)
-    building.mkdir(parents=True, exist_ok=True)
-    for left in building.glob(".*.tmp"):  # of a run that was killed
-        left.unlink()
-    plan = plan_shards([document.size for document in documents])
-    paths = [building / f"shard-{number:05d}.bin" for number in range(len(plan))]
-    jobs: list[Job] = []
-    done = 0
-    for path, places in zip(paths, plan, strict=True):
-        if _whole(path):
-            done += sum(documents[place].size for place in places)
-        else:
-            jobs.append((path, [documents[place] for place in places]))
-    with _progress(f"Encoding {folder.name.rsplit('-', 1)[0]}", sum(one.size for one in documents), done) as advance:
-        write_shards(jobs, tokenizer, workers, advance)
-    shards = [files.read_json(record_path(path)) for path in paths]
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
-    for shard in shards:
-        digest.update(shard["sha256"].encode())
-        digest.update(str([(one["id"], one["length"]) for one in shard["documents"]]).encode())
+    kept: list[dict[str, Any]] = []
+    totals = {"documents": 0, "tokens": 0, "words": 0, "bytes": 0, "left_out": 0}
+    for path in shards:
+        raw = record_path(path).read_bytes()
+        record = json.loads(raw)
+        totals["left_out"] += record["left_out"]
+        if not record["ids"]:
+            continue
+        digest.update(record["sha256"].encode())
+        digest.update(str(list(zip(record["ids"], record["lengths"], strict=True))).encode("utf-8", "surrogatepass"))
+        kept.append({name: record[name] for name in ("file", "size", "sha256")})
+        kept[-1]["record"] = hashlib.sha256(raw).hexdigest()
+        totals["documents"] += len(record["ids"])
+        totals["tokens"] += sum(record["lengths"])
+        totals["words"] += sum(record["words"])
+        totals["bytes"] += sum(record["bytes"])
     index = {
         "version": FORMAT_VERSION,
-        "source": source,
         "fingerprint": digest.hexdigest(),
         "tokenizer": tokenizer.fingerprint,
         "begin": tokenizer.begin,
         "vocab_size": tokenizer.vocab_size,
-        "shards": shards,
+        "shards": kept,
     }
-    files.write_json(building / "index.json", index)
-    os.replace(building, folder)
-    files.sync_folder(folder.parent)
+    files.write_json(folder / INDEX, {**index, "seal": _seal(index)})
+    return {**totals, "fingerprint": index["fingerprint"]}
 
 
-def _whole(path: Path) -> bool:
-    """Whether a shard of an earlier run is there and undamaged."""
+def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        record = files.read_json(record_path(path))
-        return bool(path.stat().st_size == record["size"] and files.checksum(path) == record["sha256"])
-    except (MemtxError, OSError, KeyError, TypeError):
-        return False
+        index = files.read_json(folder / INDEX)
+        version, seal = index["version"], index.pop("seal", None)
+    except (MemtxError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"'{folder}' holds no whole token store ({error}).", CURE) from error
+    if version != FORMAT_VERSION:
+        raise DataError(f"'{folder}' has format version {version}, this release reads {FORMAT_VERSION}.", CURE)
+    if seal != _seal(index):
+        raise DataError(f"The index of the token store '{folder}' is damaged.", CURE)
+    assert isinstance(index, dict)
+    return index
 
 
-@contextlib.contextmanager
-def _progress(description: str, total: int, done: int) -> Iterator[Advance]:
-    """Show bytes, rate and time left on a terminal; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+def _seal(index: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(description, total=total, completed=done)
-        yield lambda count: bar.advance(task, count)
+
+def _read_record(shard: Path, sha256: str) -> dict[str, Any]:
+    path = record_path(shard)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"The record '{path}' cannot be read: {error.strerror}.", CURE) from error
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise DataError(f"The record '{path}' is damaged.", CURE)
+    record: dict[str, Any] = json.loads(raw)
+    return record
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)

@@ -118,6 +118,10 @@ class ByteTokenizer(Tokenizer):
         """Return the piece's UTF-8 bytes, (bytes,) uint16."""
         return np.frombuffer(utf8(piece), dtype=np.uint8).astype(np.uint16)
 
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[Ids]:
+        """Encode a text that arrives in any portions; bytes need no pieces."""
+        return map(self.encode_piece, texts)
+
     def token_bytes(self, token: int) -> bytes:
         """Return the byte itself; empty for 256."""
         _check(token, self.vocab_size)

@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data import encoding, shards
+from memtx.data import encoding, prepared
 from memtx.data.document import Document
 from memtx.data.documents import open_corpus
-from memtx.data.shards import TokenStore, open_store, plan_shards
+from memtx.data.prepared import open_store, plan_shards
+from memtx.data.shards import TokenStore
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -32,7 +33,7 @@ def documents(texts: Sequence[str] = TEXTS) -> list[Document]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "LEAST_BYTES", 500)
+    monkeypatch.setattr(prepared, "LEAST_BYTES", 500)
 
 
 def bpe() -> BytePairTokenizer:
@@ -88,7 +89,7 @@ def test_the_store_is_used_again_until_text_or_tokenizer_change(
 
     first = opened()
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "write_shards", None)  # calling it would fail
+        patch.setattr(prepared, "write_jobs", None)  # calling it would fail
         assert opened().fingerprint == first.fingerprint
     (root / "1.txt").write_text("other words " * 200)
     changed = opened()
@@ -123,26 +124,26 @@ def test_damage_is_found_and_only_the_damaged_shard_made_again(tmp_path: Path) -
 
 @pytest.mark.usefixtures("small_shards")
 def test_an_interrupted_run_keeps_its_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = encoding.write_shard
-    written: list[str] = []
+    original = encoding.write_job
+    written: list[int] = []
 
-    def interrupted(path: Path, *rest: object) -> None:
+    def interrupted(job: encoding.Job, *rest: object) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(path.name)
-        original(path, *rest)  # type: ignore[arg-type]
+        written.append(job.number)
+        original(job, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(encoding, "write_shard", interrupted)
+    monkeypatch.setattr(encoding, "write_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1)
     assert not list(tmp_path.glob("tokens-*"))
-    again: list[str] = []
+    again: list[int] = []
 
-    def counted(path: Path, *rest: object) -> None:
-        again.append(path.name)
-        original(path, *rest)  # type: ignore[arg-type]
+    def counted(job: encoding.Job, *rest: object) -> None:
+        again.append(job.number)
+        original(job, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(encoding, "write_shard", counted)
+    monkeypatch.setattr(encoding, "write_job", counted)
     store = open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1)
     assert again
     assert not set(again) & set(written)
@@ -196,4 +197,4 @@ def test_other_mistakes(tmp_path: Path) -> None:
 def test_every_document_is_in_one_shard_of_bounded_size(sizes: list[int]) -> None:
     plan = plan_shards(sizes)
     assert [place for shard in plan for place in shard] == list(range(len(sizes)))
-    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= shards.SHARD_BYTES for shard in plan)
+    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= prepared.SHARD_BYTES for shard in plan)

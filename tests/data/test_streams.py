@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORED
 from memtx.data.document import Document
-from memtx.data.shards import TokenStore, open_store
+from memtx.data.prepared import open_store
+from memtx.data.shards import TokenStore
 from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import CheckpointError, DataError

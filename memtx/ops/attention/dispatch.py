@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from functools import cache
 from typing import Literal, overload
 
@@ -16,6 +19,21 @@ from memtx.ops.visibility import Visibility
 Backend = Literal["auto", "reference", "banded", "flex", "triton"]
 
 log = logging.getLogger(__name__)
+
+Watch = Callable[[Tensor, Visibility], None]
+"""Told of a call's queries, (rows, heads, queries, head_dim), and who sees whom."""
+
+_WATCH: ContextVar[Watch | None] = ContextVar("watch", default=None)
+
+
+@contextlib.contextmanager
+def watched(watch: Watch) -> Iterator[None]:
+    """Have every call inside told to ``watch``, for counting what attention costs; compiled models are not seen."""
+    before = _WATCH.set(watch)
+    try:
+        yield
+    finally:
+        _WATCH.reset(before)
 
 
 @cache
@@ -122,6 +140,8 @@ def segment_attention(
     checks.backend_can(chosen, q, k, v, visibility, bias, dropout)
     if not torch.compiler.is_compiling():  # A log line would cut the compiled graph in two.
         _say(chosen, q.device.type, why)
+        if (watch := _WATCH.get()) is not None:
+            watch(q, visibility)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor
     lse: Tensor | None

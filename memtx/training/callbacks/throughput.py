@@ -1,14 +1,27 @@
-"""How fast a run goes and what it holds: tokens a second, state and peak memory."""
+"""How fast a run goes, how much of the machine it uses, and what it holds."""
 
 from __future__ import annotations
 
+import logging
+import os
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+
+from memtx.errors import MemtxError
+from memtx.training import cost
+from memtx.training.language import LanguageModule
+
+SIZES = {"cuda": 4096}
+"""Of the matrices that a device's peak is measured with; it takes a tenth of a second."""
+SIZE = 1024
+
+log = logging.getLogger(__name__)
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
@@ -19,17 +32,48 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the memory held now, by the same count; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None
+
+
+def operand(precision: str) -> torch.dtype:
+    """Return the type that a precision of Lightning's multiplies matrices in."""
+    if "bf16" in precision:
+        return torch.bfloat16
+    if "16" in precision:
+        return torch.float16
+    return torch.float64 if "64" in precision else torch.float32
+
+
 class Throughput(pl.Callback):
-    """Logs ``tokens_per_second`` (all ranks, training steps alone), ``state_mib`` and ``peak_memory_mib``.
+    """Logs how training goes, validation's time left out.
+
+    ``tokens_per_second`` (all ranks), ``memory_mib`` and ``peak_memory_mib`` (of this rank's GPU, else of its process),
+    ``state_mib``, and for language models ``model_tflops`` and ``model_flops_utilisation``: the operations a second
+    that the model asks for (see :mod:`memtx.training.cost`), and their share of what the devices can do.
 
     Args:
         every: training batches between two figures.
+        peak_tflops: of one device, in the run's precision; None to measure it by a product of matrices once.
+
+    Raises:
+        MemtxError: a number is not positive.
     """
 
-    def __init__(self, every: int = 10) -> None:
-        self.every = every
+    def __init__(self, every: int = 10, peak_tflops: float | None = None) -> None:
+        if every < 1 or (peak_tflops is not None and not peak_tflops > 0):
+            raise MemtxError(f"Throughput got every={every} and peak_tflops={peak_tflops}.", "Give numbers above 0.")
+        self.every, self.peak_tflops = every, peak_tflops
         self._began = 0.0
         self._tokens = 0
+        self._cost: float | None = None
+        self._counted = False
 
     def _restart(self) -> None:
         self._began, self._tokens = time.perf_counter(), 0
@@ -50,10 +94,33 @@ class Throughput(pl.Callback):
         if (batch_idx + 1) % self.every:
             return
         rate = self._tokens / max(time.perf_counter() - self._began, 1e-9)
-        figures = {"tokens_per_second": rate, "peak_memory_mib": peak_memory_bytes(pl_module.device) / 2**20}
+        device = pl_module.device
+        figures = {"peak_memory_mib": peak_memory_bytes(device) / 2**20}
+        if (held := memory_bytes(device)) is not None:
+            figures["memory_mib"] = held / 2**20
         carry = getattr(pl_module, "carry", None)
         if carry is not None:
             figures["state_mib"] = carry.nbytes("train") / 2**20
-        pl_module.log_dict({"tokens_per_second": figures.pop("tokens_per_second")}, prog_bar=True)
+        if (flops := self._flops(trainer, pl_module, batch)) is not None and self.peak_tflops is not None:
+            figures["model_tflops"] = rate * flops / 1e12
+            figures["model_flops_utilisation"] = rate * flops / (1e12 * self.peak_tflops * trainer.world_size)
+        pl_module.log_dict({"tokens_per_second": rate}, prog_bar=True)
         pl_module.log_dict(figures)
         self._restart()
+
+    def _flops(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
+        """Return the model operations of a token's training, counted when first asked for; None where unknown."""
+        if not self._counted:
+            self._counted = True
+            if isinstance(module, LanguageModule):
+                try:
+                    found = cost.operations(module.model, module.segment)
+                except Exception as error:  # a part from elsewhere; a run does not end for a figure
+                    log.info("The model's operations could not be counted: %s", error)
+                else:
+                    self._cost = found.training if found.scores else None
+            if self._cost is not None and self.peak_tflops is None:
+                device = module.device
+                size = SIZES.get(device.type, SIZE)
+                self.peak_tflops = cost.matrix_peak(device, operand(str(trainer.precision)), size) / 1e12
+        return self._cost

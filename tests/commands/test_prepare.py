@@ -1,0 +1,120 @@
+"""`memtx prepare`: what it makes is trained on, and killing it anywhere changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.commands.program import HOME, Program
+from tests.commands.runs import changed, write, write_books
+from tests.commands.test_mistakes import refused
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_is_prepared_and_trained_on(program: Program, tmp_path: Path) -> None:
+    write_books(tmp_path / "books")
+    done = program("prepare", "books", "--out", "tokens", "--tokenizer", "300", "--workers", "1", at=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[1].split()[:2] == ["train", "3"]
+    assert "memtx fit --data.root tokens" in done.out
+    write(tmp_path, changed(("data", "root"), "tokens"))
+    (tmp_path / "books").rename(tmp_path / "elsewhere")
+    done = program("fit", "--config", "c.yaml", at=tmp_path)
+    assert done.code == 0, done.err
+    assert not (tmp_path / "cache").exists()
+    assert program("test", "--run", "run", at=tmp_path).code == 0
+    again = program("prepare", "elsewhere", "--out", "other", "--json", at=tmp_path)
+    assert json.loads(again.out)["splits"]["test"]["documents"] == 3
+
+
+def test_mistakes(program: Program, tmp_path: Path) -> None:
+    write_books(tmp_path / "books")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    before = files(tmp_path)
+    for arguments, said in (
+        (("nowhere", "--out", "o"), "'nowhere' holds no file"),
+        (("books", "--out", "o", "--tokenizer", "none.json"), "'none.json' is no file"),
+        (("books", "--out", "o", "--tokenizer", "20"), "vocab_size is 20"),
+        (("books", "--out", "o", "--workers", "0"), "--workers is 0"),
+        (("books", "--out", "o", "--test", "2"), "test is 2.0"),
+        (("books", "--out", "o", "--dataset-name", "x"), "Add --dataset"),
+        (("books", "books", "--out", "o", "--dataset"), "takes one source"),
+        (("books", "--out", "full"), "'full' exists and is no prepared folder"),
+        (("books", "--out", "full/x/o"), "cannot be written to"),
+    ):
+        refused(program("prepare", *arguments, at=tmp_path), said)
+        assert {name for name in files(tmp_path) if not name.endswith(".lock")} == set(before), arguments
+    done = program("prepare", "books", "--ou", "o", at=tmp_path)
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "Did you mean '--out'?" in done.err
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return 12 MB, books and rows."""
+    root = tmp_path_factory.mktemp("corpus")
+    drawn = random.Random(0)
+    words = ["".join(drawn.choices("etaoinshrdlu", k=drawn.randrange(1, 9))) for _ in range(500)]
+    for number in range(6):
+        (root / f"{number}.jsonl").write_text(
+            "".join(json.dumps({"text": " ".join(drawn.choices(words, k=800))}) + "\n" for _ in range(450))
+        )
+    return root
+
+
+def start(corpus: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "memtx", "prepare", str(corpus), "--out", str(out), "--workers", "2"]
+    # A group of its own, so that Ctrl-C can be sent to all of it as a terminal does.
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def test_killed_again_and_again_the_bytes_are_the_same(corpus: Path, tmp_path: Path) -> None:
+    assert start(corpus, tmp_path / "whole").wait(120) == 0
+    drawn = random.Random(1)
+    out, building = tmp_path / "killed" / "out", tmp_path / "killed" / ".out.building"
+    for kill in range(5):
+        process = start(corpus, out)
+        # So far that it goes on from one kill to the next, and then anywhere in the next shard.
+        while len(list(building.glob("train/*.json"))) <= kill:
+            assert process.poll() is None
+            time.sleep(0.01)
+        time.sleep(drawn.uniform(0, 0.05))
+        process.kill()
+        process.wait()
+        assert not out.exists()
+    assert start(corpus, out).wait(120) == 0
+    assert files(out) == files(tmp_path / "whole")
+    assert [path.name for path in out.parent.iterdir() if not path.name.endswith(".lock")] == ["out"]
+
+
+def test_ctrl_c_keeps_what_is_done(corpus: Path, tmp_path: Path) -> None:
+    out, building = tmp_path / "out", tmp_path / ".out.building"
+    process = start(corpus, out)
+    while not list(building.glob("train/*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.decode().strip() == "memtx: interrupted: what is done is kept; the same command goes on with it"
+    assert not out.exists()
+    kept = {path.name: path.stat().st_ino for path in building.glob("train/*.json")}
+    assert kept
+    assert start(corpus, out).wait(120) == 0
+    assert {name: (out / "train" / name).stat().st_ino for name in kept} == kept

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.data.document import Document, Part
+from memtx.data.sources import tables
+from memtx.data.sources.places import listed
+from memtx.errors import DataError
+
+
+def read(parts: list[Part]) -> list[Document]:
+    return [one for part in parts for one in part.documents()]
+
+
+@given(
+    lines=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=40), max_size=12),
+    block=st.integers(1, 60),
+    chunk=st.integers(1, 50),
+    end=st.sampled_from([b"", b"\n", b"\n\n", b"\r\n"]),
+)
+def test_every_line_is_in_one_part_however_the_file_is_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], block: int, chunk: int, end: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    raw = b"\n".join(json.dumps({"text": text}, ensure_ascii=False).encode() for text in lines) + end
+    path.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "BLOCK", block)
+        patch.setattr(tables, "CHUNK", chunk)
+        parts = tables.lines(listed(str(path))[0], "text", None) if raw else []
+        found = read(parts)
+    assert [one.text for one in found] == lines
+    places = [int(one.id.removeprefix("a.jsonl@")) for one in found]
+    assert [json.loads(raw[place:].split(b"\n")[0])["text"] for place in places] == lines
+    assert sum(part.size for part in parts) == len(raw)
+
+
+def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b", "n": 7}\n{"text": null, "n": 8}\n'))
+    parts = tables.lines(listed(str(tmp_path / "a.jsonl.gz"))[0], "text", "n")
+    assert len(parts) == 1
+    assert [(one.id, one.text) for one in read(parts)] == [("7", "a b"), ("8", "")]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{", r"a\.jsonl', byte 14: the line is no JSON"),
+        (b"[1]", "byte 14: the line is a list, expected a JSON object"),
+        (b'{"txt": "x"}', r"byte 14: there is no 'text'\. Did you mean 'txt'"),
+        (b'{"text": 5}', "byte 14: 'text' is a int, expected a text"),
+        (b'{"text": "\\ud800"}', "byte 14: The text holds U.D800"),
+        (b'{"text": "\xff"}', "byte 14: the line is no JSON: 'utf-8' codec"),
+        (b"[" * 100_000, "byte 14: the line is no JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=said):
+        read(tables.lines(listed(str(tmp_path))[0], "text", None))
+
+
+def test_a_line_too_long_to_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "LONGEST", 100)
+    monkeypatch.setattr(tables, "CHUNK", 10)
+    monkeypatch.setattr(tables, "BLOCK", 30)
+    long = json.dumps({"text": "x" * 200}) + "\n"
+    (tmp_path / "a.jsonl").write_text(long + '{"text": "y"}\n')
+    parts = tables.lines(listed(str(tmp_path))[0], "text", None)
+    with pytest.raises(DataError, match="byte 0: the line has more than 100 bytes"):
+        read(parts[:1])
+    # The parts that lie inside the line leave it to the one that it begins in.
+    assert [one.text for one in read(parts[1:])] == ["y"]
+
+
+def parquet(path: Path, **columns: Any) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(pytest.importorskip("pyarrow").table(columns), path, row_group_size=3)
+
+
+def test_parquet_by_row_groups(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=[f"text {number}" for number in range(7)] + [None], key=list(range(8)))
+    (place,) = listed(str(tmp_path))
+    parts = tables.rows(place, "text", None)
+    assert len(parts) == 3
+    assert [(one.id, one.text) for one in read(parts)] == [
+        *((f"a.parquet@{number}", f"text {number}") for number in range(7)),
+        ("a.parquet@7", ""),
+    ]
+    assert [one.id for one in read(tables.rows(place, "text", "key"))] == [str(number) for number in range(8)]
+    with pytest.raises(DataError, match=r"no column 'txt', it has text, key\. Did you mean 'text'.*--field"):
+        tables.rows(place, "txt", None)
+    with pytest.raises(DataError, match="row 0: 'key' is a int, expected a text"):
+        read(tables.rows(place, "key", None))
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    parquet(tmp_path / "a.parquet", text=["some words"] * 100)
+    raw = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw[:-9])
+    with pytest.raises(DataError, match=r"a\.parquet' could not be read: ArrowInvalid"):
+        tables.rows(listed(str(tmp_path))[0], "text", None)

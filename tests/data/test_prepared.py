@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.data import fitting, prepared
+from memtx.data.books import BookDataModule
+from memtx.data.document import Document
+from memtx.data.prepared import Prepared, is_prepared, prepare
+from memtx.data.source import Source, dealt
+from memtx.data.sources.files import Files
+from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
+from memtx.errors import CheckpointError, DataError
+
+SHARES = {"validation": 0.2, "test": 0.2, "train": 0.6}
+
+
+def rows(path: Path, count: int = 60) -> Path:
+    lines = [
+        json.dumps({"text": f"Row {number} is long. " * (number % 7), "key": f"k{number}"}) for number in range(count)
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setattr(prepared, "LEAST_BYTES", 900)
+    monkeypatch.setattr("memtx.data.sources.tables.BLOCK", 500)
+    return Files([str(rows(tmp_path / "a.jsonl"))], id_field="key", validation=0.2, test=0.2).source()
+
+
+def test_every_row_is_in_the_split_of_its_name(source: Source, tmp_path: Path) -> None:
+    outs = [prepare(tmp_path / f"out{workers}", source, ByteTokenizer(), workers=workers) for workers in (1, 2)]
+    assert files(outs[0].folder) == files(outs[1].folder)
+    assert len(list(outs[0].folder.glob("train/*.bin"))) > 3
+    seen: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        store = outs[0].store(split)
+        store.verify()
+        for place, name in enumerate(store.ids):
+            assert dealt(name, SHARES) == split
+            seen[name] = bytes(store.document(place)[1:].astype("u1")).decode()
+            assert store.words[place] == len(seen[name].split())
+            assert store.bytes[place] == len(seen[name])
+    assert seen == {f"k{number}": f"Row {number} is long. " * (number % 7) for number in range(60) if number % 7}
+    assert sum(facts["left_out"] for facts in outs[0].splits.values()) == 9
+
+
+@given(st.lists(st.text(max_size=8), max_size=40, unique=True))
+def test_a_document_is_dealt_by_its_name_alone(names: list[str]) -> None:
+    for name in names:
+        assert dealt(name, SHARES) in SHARES
+        assert dealt(name, {"train": 1.0}) == "train"
+
+
+def test_shares_are_about_what_was_asked() -> None:
+    found = [dealt(str(number), SHARES) for number in range(4000)]
+    for split, share in SHARES.items():
+        # Five standard deviations of a binomial.
+        assert abs(found.count(split) - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+
+
+def test_a_folder_that_is_there_is_left_alone_or_refused(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    prepare(out, source, ByteTokenizer(), workers=1)
+    before = files(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepared, "write_jobs", None)  # calling it would fail
+        prepare(out, source, ByteTokenizer(), workers=1, verify=True)
+    with pytest.raises(DataError, match="prepared from other texts, or these have changed"):
+        prepare(out, source, BytePairTokenizer(300), workers=1)
+    rows(tmp_path / "a.jsonl", 61)
+    changed = Files([str(tmp_path / "a.jsonl")], id_field="key", validation=0.2, test=0.2).source()
+    with pytest.raises(DataError, match="or remove it"):
+        prepare(out, changed, ByteTokenizer(), workers=1)
+    assert files(out) == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for other in (tmp_path / "mine", tmp_path / "a.jsonl"):
+        with pytest.raises(DataError, match="exists and is no prepared folder"):
+            prepare(other, source, ByteTokenizer(), workers=1)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "x"
+    (tmp_path / "empty").mkdir()
+    assert files(prepare(tmp_path / "empty", source, ByteTokenizer(), workers=1).folder) == before
+
+
+def test_damage_is_said_and_mended(source: Source, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    prepare(out, source, ByteTokenizer(), workers=1)
+    whole = files(out)
+    kept = (out / "train" / "shard-00002.bin").stat().st_ino
+    for name, said in (
+        ("train/shard-00001.bin", "is damaged"),
+        ("train/shard-00001.bin.json", "is damaged"),
+        ("test/index.json", "is damaged"),
+        ("tokenizer.json", "was changed|describes no"),
+        ("prepared.json", "no whole prepared folder"),
+    ):
+        raw = bytearray(whole[name])
+        raw[len(raw) // 2] ^= 1
+        (out / name).write_bytes(raw)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            prepare(out, source, ByteTokenizer(), workers=1, verify=True)
+        assert re.search(said, caplog.text), caplog.text
+        assert files(out) == whole, name
+    assert (out / "train" / "shard-00002.bin").stat().st_ino == kept
+
+
+def test_what_an_earlier_source_left_is_gone(source: Source, tmp_path: Path) -> None:
+    fresh = files(prepare(tmp_path / "fresh", source, ByteTokenizer(), workers=1).folder)
+    building = tmp_path / ".out.building"
+    for name in ("train/shard-00099.bin", "other/shard-00000.bin.json", "test/.shard.bin.0a.tmp"):
+        (building / name).parent.mkdir(parents=True, exist_ok=True)
+        (building / name).write_bytes(b"old")
+    assert files(prepare(tmp_path / "out", source, ByteTokenizer(), workers=1).folder) == fresh
+    assert not building.exists()
+
+
+def test_changed_texts_redo_their_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "LEAST_BYTES", 10)
+    root = tmp_path / "texts"
+    root.mkdir()
+    for number in range(40):
+        (root / f"{number:02}.txt").write_text(f"text {number:02} " * 30)
+    (root / "17.txt").write_bytes(b"\xff" * 240)
+
+    def made() -> Prepared:
+        return prepare(tmp_path / "out", Files([str(root)]).source(), ByteTokenizer(), workers=1)
+
+    with pytest.raises(DataError, match=r"17\.txt' is not UTF-8"):
+        made()
+    assert not (tmp_path / "out").exists()
+    first = (tmp_path / ".out.building" / "train" / "shard-00000.bin").stat().st_ino
+    (root / "17.txt").write_text("text 17 " * 30)
+    assert (made().folder / "train" / "shard-00000.bin").stat().st_ino == first
+
+
+def test_a_tokenizer_is_trained_on_training_texts_alone(source: Source, tmp_path: Path) -> None:
+    found = prepare(tmp_path / "out", source, BytePairTokenizer(280), workers=1)
+    tokenizer = found.tokenizer()
+    assert tokenizer.vocab_size == 280
+    sampled = "".join(fitting._sample(source, list(source.mixed)))
+    # The rows of other splits are held back.
+    assert "Row 1 " in sampled or dealt("k1", SHARES) != "train"
+    held = next(number for number in range(60) if number % 7 and dealt(f"k{number}", SHARES) == "test")
+    assert f"Row {held} " not in sampled
+    again = prepare(tmp_path / "again", source, BytePairTokenizer(280), workers=1)
+    assert files(again.folder) == files(found.folder)
+
+
+def test_training_reads_the_folder(tmp_path: Path) -> None:
+    root = tmp_path / "books"
+    for split, count in (("train", 5), ("validation", 2)):
+        (root / split).mkdir(parents=True)
+        for number in range(count):
+            (root / split / f"{number}.txt").write_text(f"book {number} of {split} " * 50)
+    out = tmp_path / "out"
+    prepare(out, Files([str(root)]).source(), BytePairTokenizer(270), workers=1)
+    assert is_prepared(out)
+    options = {"rows": 2, "segment": 8, "cache": str(tmp_path / "cache"), "workers": 1}
+    module = BookDataModule(str(out), **options)  # type: ignore[arg-type]
+    plain = BookDataModule(str(root), BytePairTokenizer(270), **options)  # type: ignore[arg-type]
+    assert module.vocab_size == 270
+    assert not module.has("test")
+    for _ in range(2):
+        one, other = next(iter(module.train_dataloader())), next(iter(plain.train_dataloader()))
+        assert np.array_equal(one.tokens, other.tokens)
+    # So a run that began on the texts goes on with the folder.
+    assert module.state_dict() == plain.state_dict()
+    module.load_state_dict(plain.state_dict())
+    BookDataModule(str(out), BytePairTokenizer(270))
+    for asked in (BytePairTokenizer(271), ByteTokenizer()):
+        with pytest.raises(DataError, match=r"with a BytePairTokenizer of 270 tokens, which is not the \w+ of"):
+            BookDataModule(str(out), asked)
+    with pytest.raises(DataError, match="no split 'test', it has train, validation"):
+        module.store("test")
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        module.load_state_dict({**plain.state_dict(), "tokenizer": ByteTokenizer().to_json()})
+    (out / "prepared.json").write_text("{}")
+    with pytest.raises(DataError, match="no whole prepared folder"):
+        BookDataModule(str(out))
+
+
+def test_nothing_to_encode(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no documents"):
+        prepare(tmp_path / "out", Source("x"), ByteTokenizer())
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(DataError, match="no document with a word"):
+        prepare(tmp_path / "out", Files([str(tmp_path)]).source(), ByteTokenizer(), workers=1)
+    with pytest.raises(DataError, match="no split 'train' to train a tokenizer on"):
+        prepare(tmp_path / "o", Source("x", {"test": [Document("a", "a", 1, text="a")]}), BytePairTokenizer(300))
+    assert not (tmp_path / "out").exists()
