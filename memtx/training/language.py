@@ -10,20 +10,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from memtx.data.batch import Batch
+from memtx.data.batch import IGNORED, Batch
 from memtx.errors import MemtxError, at_least
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.memory.base import Losses
+from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
 from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
+from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.reading import shown_language
 from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.rates import Rates
-from memtx.training.tbptt import Unrolled, unroll
+from memtx.training.tbptt import Judge, Unrolled, unroll
 from memtx.training.trained import TrainedModule
+
+_CARRIED = {"carry": "train", "teacher": "teacher"}
+"""What a checkpoint keeps of the carry: by its name there, the stage."""
 
 
 class LanguageModule(TrainedModule):
@@ -52,9 +58,8 @@ class LanguageModule(TrainedModule):
         freeze_base: whether the memories alone learn, and the model that they were added to stays as it is.
         rates: compression rates of which every training step draws one; empty for the model's own. Each step then
             begins with fresh streams.
-        distillation: weight of a loss that asks for what the model would say with a whole batch in sight of its
-            attention and no memory; for batches no longer than it was trained on, and each step then begins with
-            fresh streams.
+        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
+            ``OwnAttention`` teaches a memory what the model's attention would say with a whole batch in sight.
 
     Raises:
         MemtxError: the segment is not positive; while training, the loss is no longer finite.
@@ -75,18 +80,16 @@ class LanguageModule(TrainedModule):
         replay: bool = False,
         freeze_base: bool = False,
         rates: Sequence[int] = (),
-        distillation: float = 0.0,
+        distillation: Distillation | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, distillation)
         at_least(1, segment=segment)
-        at_least(0, distillation=distillation)
         # A Transformer-XL is called as a memory transformer is.
         self.model = cast(MemoryTransformer, model(vocab_size))
         if checkpointing and not hasattr(self.model, "checkpointing"):
             raise MemtxError(f"A {type(self.model).__name__} has no checkpointing.", "Leave it out.")
         self.model.checkpointing = checkpointing
         self.rates = Rates(self.model, rates)
-        self.distillation = distillation
         if freeze_base:
             _freeze_base(self.model)
         self.segment = segment
@@ -100,8 +103,8 @@ class LanguageModule(TrainedModule):
 
     # One batch
 
-    def _state(self, stage: str, batch: Batch) -> MemoryState:
-        return self.carry.take(stage, self.model, batch.tokens.shape[0])
+    def _state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
+        return self.carry.take(stage, self.model if model is None else model, batch.tokens.shape[0])
 
     def _read(self, stage: str, batch: Batch, state: MemoryState) -> Unrolled:
         training = stage == "train"
@@ -113,13 +116,37 @@ class LanguageModule(TrainedModule):
             state,
             segment=self.segment,
             replay=self.replay and torch.is_grad_enabled(),
-            distillation=self.distillation if training else 0.0,
+            judge=self._judge(self.distillation, batch) if training and self.distillation is not None else None,
         )
         if training and self._fresh:
             return out
         # Final before any callback runs: checkpoints are saved by callbacks that come first.
         self.carry.put(stage, out.state)
         return out
+
+    def _judge(self, distillation: Distillation, batch: Batch) -> Judge:
+        """Let the teacher read a batch, and return what compares a segment of the student's with it."""
+        teacher = cast(MemoryTransformer, distillation.teacher(batch.tokens.device, self.model, batch.tokens.shape[1]))
+        with torch.no_grad():
+            rows = batch.tokens.shape[0]
+            state = teacher.init_state(rows) if self._fresh else self._state("teacher", batch, teacher)
+            unscored = torch.full_like(batch.labels, IGNORED)
+            out = teacher(batch.tokens, state, starts=batch.starts, labels=unscored, return_hidden=True)
+        if not self._fresh:
+            self.carry.put("teacher", out.state)
+        share = self.done
+
+        def judge(student: MemoryOutput, part: slice) -> Losses:
+            labels, starts = batch.labels[:, part], batch.starts[:, part]
+            assert student.hidden_states is not None
+            hidden = tuple(layer[:, part] for layer in out.hidden_states)
+            return distillation.compared(
+                shown_language(self.model, student.hidden_states, labels, starts, student.language_loss),
+                shown_language(teacher, hidden, labels, starts),
+                share,
+            )
+
+        return judge
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
@@ -137,7 +164,7 @@ class LanguageModule(TrainedModule):
     @property
     def _fresh(self) -> bool:
         """Whether training carries nothing from batch to batch."""
-        return bool(self.rates.rates or self.distillation)
+        return bool(self.rates.rates or (self.distillation is not None and self.distillation.fresh))
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Go back to the model's own rate, after the backward pass, which may read once more."""
@@ -193,11 +220,12 @@ class LanguageModule(TrainedModule):
 
     def rank_state(self) -> dict[str, Any]:
         """Return what is carried."""
-        return {"carry": self.carry.state_dict("train")}
+        return {stage: self.carry.state_dict(own) for stage, own in _CARRIED.items()}
 
     def restore_rank_state(self, state: dict[str, Any]) -> None:
         """Carry it again."""
-        self.carry.load_state_dict("train", state["carry"])
+        for stage, own in _CARRIED.items():
+            self.carry.load_state_dict(own, state.get(stage, {}))
 
 
 def _freeze_base(model: MemoryTransformer) -> None:

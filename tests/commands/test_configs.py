@@ -15,7 +15,7 @@ import yaml
 from memtx import specs
 from memtx.data.episodes.recall import Recall
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
-from memtx.inference.loading import chosen_checkpoint
+from memtx.models.folder import chosen_checkpoint
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.commands.program import HOME, Program
 from tests.models.published import plain
@@ -127,7 +127,7 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     assert done.code == 2
     assert "--model.model.init_args.folder FOLDER" in done.err
     done = program(
-        *asked, "--model.model.init_args.folder", str(folder), "--model.distillation=1",
+        *asked, "--model.model.init_args.folder", str(folder), "--model.distillation=memtx.training.distillation.OwnAttention",
         "--data.tokenizer.init_args.path", str(folder / "tokenizer.json"), "--data.segment=32",
         "--trainer.log_every_n_steps=1",
         "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
@@ -135,7 +135,7 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     )  # fmt: skip
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "retrofit"
-    assert "train_distillation" in (run / "metrics.csv").read_text()
+    assert "train_soft_targets" in (run / "metrics.csv").read_text()
     before, after = (MemoryTransformer.from_pretrained(place) for place in (folder, chosen_checkpoint(run)))
     kept = after.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in before.state_dict().items())
