@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from memtx.data.batch import IGNORED, Batch
 from memtx.data.shards import TokenStore
@@ -206,6 +207,19 @@ class DocumentStreams:
         self._plan.reach(stop)
         rows = range(self.rank * self.rows, (self.rank + 1) * self.rows)
         return [[self.store.ids[document] for document, _ in self._plan.within(row, start, stop)] for row in rows]
+
+    def places(self, step: int) -> Tensor:
+        """Return (rows, length) int64, which token of the store each of a step's is, documents one after another."""
+        start, stop = step * self.length, (step + 1) * self.length
+        self._plan.reach(stop)
+        begins = np.cumsum(self.store.lengths) - self.store.lengths
+        found = np.zeros((self.rows, self.length), dtype=np.int64)
+        for row in range(self.rows):
+            for document, begin in self._plan.within(self.rank * self.rows + row, start, stop):
+                first = max(start - begin, 0)
+                past = min(stop - begin, int(self.store.lengths[document]))
+                found[row, begin + first - start : begin + past - start] = begins[document] + np.arange(first, past)
+        return torch.from_numpy(found)
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self.position // self._steps + 1) * self._steps

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from memtx.data.batch import IGNORED, Batch
+from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError, at_least
 from memtx.memory.base import Losses
 from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
@@ -20,7 +21,8 @@ from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.reading import shown_language
+from memtx.training.distillation.reading import fill, shown_language
+from memtx.training.distillation.shown import Shown
 from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
@@ -101,6 +103,18 @@ class LanguageModule(TrainedModule):
         self.metrics = LanguageMeasures()
         self.meter = MemoryMeter(segment) if meter else None
 
+    def setup(self, stage: str) -> None:
+        """Open the teacher, where there is one and training begins."""
+        if self.distillation is not None and self.distillation.caches:
+            data = getattr(self.trainer, "datamodule", None)
+            if self._fresh or not isinstance(data, BookDataModule):
+                raise MemtxError(
+                    "A teacher's scores are kept by the places of a corpus that is read on and on, and this run is "
+                    "another: it reads examples, or draws rates.",
+                    "Leave the distillation's cache out.",
+                )
+        super().setup(stage)
+
     # One batch
 
     def _state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
@@ -125,28 +139,52 @@ class LanguageModule(TrainedModule):
         return out
 
     def _judge(self, distillation: Distillation, batch: Batch) -> Judge:
-        """Let the teacher read a batch, and return what compares a segment of the student's with it."""
-        teacher = cast(MemoryTransformer, distillation.teacher(batch.tokens.device, self.model, batch.tokens.shape[1]))
-        with torch.no_grad():
-            rows = batch.tokens.shape[0]
-            state = teacher.init_state(rows) if self._fresh else self._state("teacher", batch, teacher)
-            unscored = torch.full_like(batch.labels, IGNORED)
-            out = teacher(batch.tokens, state, starts=batch.starts, labels=unscored, return_hidden=True)
-        if not self._fresh:
-            self.carry.put("teacher", out.state)
+        """Return what compares a segment of the student's with what the teacher makes of the same places."""
+        teacher = self._taught(distillation, batch)
         share = self.done
 
         def judge(student: MemoryOutput, part: slice) -> Losses:
             labels, starts = batch.labels[:, part], batch.starts[:, part]
             assert student.hidden_states is not None
-            hidden = tuple(layer[:, part] for layer in out.hidden_states)
-            return distillation.compared(
-                shown_language(self.model, student.hidden_states, labels, starts, student.language_loss),
-                shown_language(teacher, hidden, labels, starts),
-                share,
-            )
+            own = shown_language(self.model, student.hidden_states, labels, starts, student.language_loss)
+            return distillation.compared(own, teacher(labels, starts, part), share)
 
         return judge
+
+    def _taught(self, distillation: Distillation, batch: Batch) -> Callable[[Tensor, Tensor, slice], Shown]:
+        """Let the teacher read a batch, where its scores are not known, and return what shows it of some places."""
+        table, places = distillation.table, None
+        if table is not None:
+            places = cast(BookDataModule, cast(Any, self.trainer).datamodule).places()
+        if table is None or not table.complete:
+            model = cast(
+                MemoryTransformer, distillation.teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
+            )
+            hidden = self._heard(model, batch)
+            if table is None or places is None:
+                return lambda labels, starts, part: shown_language(
+                    model, tuple(x[:, part] for x in hidden), labels, starts
+                )
+            fill(table, places, model, hidden[-1])
+        assert places is not None
+        values, index = (one.to(batch.tokens.device) for one in table.get(places))
+
+        def kept(labels: Tensor, starts: Tensor, part: slice) -> Shown:
+            scored = labels != IGNORED
+            return Shown(values[:, part][scored], index=index[:, part][scored])
+
+        return kept
+
+    @torch.no_grad()
+    def _heard(self, teacher: MemoryTransformer, batch: Batch) -> tuple[Tensor, ...]:
+        """Return (rows, length, dim) each, what a teacher's layers make of a batch; what it carries is carried on."""
+        state = teacher.init_state(batch.tokens.shape[0]) if self._fresh else self._state("teacher", batch, teacher)
+        unscored = torch.full_like(batch.labels, IGNORED)
+        out = teacher(batch.tokens, state, starts=batch.starts, labels=unscored, return_hidden=True)
+        if not self._fresh:
+            self.carry.put("teacher", out.state)
+        assert out.hidden_states is not None
+        return tuple(out.hidden_states)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""

@@ -22,6 +22,7 @@ from memtx.data.tags import spans_of
 from memtx.data.task_batches import Asked, TaskBatch
 from memtx.errors import MemtxError
 from memtx.metrics import AnswerExactMatch, AnswerF1, SpanF1
+from memtx.models import folder
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel, TextHead, TokenHead
 from memtx.models.published.layout import PublishedModel
@@ -39,8 +40,8 @@ class TaskModule(TrainedModule):
     Args:
         body: makes what reads, from the size of the vocabulary: ``Encoder``, or ``DocumentReader``.
         head: makes what scores, from width and outputs; None for the task's own.
-        pretrained: a folder of a published encoder or of our own format, whose weights the body begins with; ``body``
-            is then not looked at.
+        pretrained: a folder of a published encoder or of our own format, a checkpoint, or a run's folder, whose weights
+            the body begins with; ``body`` is then not looked at.
         vocab_size: of the tokenizer; flows from the data.
         outputs: scores a text or a token; flows from the data.
         dropped: share of a training row's tokens, marks apart, that are replaced by ``mask``; keeps a model from
@@ -233,7 +234,7 @@ def without(arguments: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _encoder(path: str, vocab_size: int) -> Encoder:
-    made = from_pretrained(path)
+    made = from_pretrained(folder.chosen_place(path))
     if not isinstance(made, Encoder) or not isinstance(made, PublishedModel):
         raise MemtxError(f"'{path}' holds a {type(made).__name__}, expected an encoder.", "Change model.pretrained.")
     if made.vocab_size < vocab_size:

@@ -1,7 +1,7 @@
-"""A teacher's highest scores on disk, so that what it read once it need not read again.
+"""A teacher's highest scores on disk, memory-mapped, so that what it read once it need not read again.
 
-A file of records of one size, appended to and memory-mapped: the key of what was read, then the k highest scores and
-their classes. A record that was cut short by a kill is overwritten. Keys are kept in memory, scores are not.
+Of examples by a key of what was read; of streams of text by the token's place, where each is read once a pass, with all
+that comes before it in its document: what a memory transformer says there is a function of the place.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def highest(scores: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 class ScoreCache:
-    """The scores of one teacher in one file.
+    """The scores of one teacher in one file of records of one size, appended to.
+
+    A record that was cut short by a kill is overwritten. Keys are kept in memory, scores are not.
 
     Args:
         folder: made where it is missing; each teacher has a file of its own in it, so several runs may follow one
@@ -94,3 +96,52 @@ class ScoreCache:
         self._file.write(made.tobytes())
         self._file.flush()
         self._places.update({one: len(self._places) + place for place, one in enumerate(new)})
+
+
+class ScoreTable:
+    """The scores of one teacher at every token of one store, in one file; it is sparse until it is filled.
+
+    Args:
+        folder: made where it is missing.
+        fingerprint: tells teachers and stores apart.
+        tokens: of the store.
+        top: scores kept of each token.
+
+    Raises:
+        MemtxError: the file cannot be written to, or top is not positive.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: str, tokens: int, top: int) -> None:
+        at_least(1, top=top)
+        self.top = top
+        self.path = Path(folder).expanduser() / f"{fingerprint[:32]}-{top}.table"
+        dtype = np.dtype([("known", "?"), ("values", "<f4", (top,)), ("index", "<i4", (top,))])
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as handle:
+                handle.truncate(tokens * dtype.itemsize)
+        except OSError as error:
+            raise MemtxError(
+                f"'{self.path}' cannot be written: {error.strerror}.", "Give the cache another folder."
+            ) from error
+        self._rows = np.memmap(self.path, dtype, mode="r+", shape=(tokens,))
+        self._unknown = tokens - int(self._rows["known"].sum())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every token is there."""
+        return not self._unknown
+
+    def get(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores and classes, (..., top) each, of (...) int64 places in the store."""
+        found = self._rows[places.numpy()]
+        return torch.from_numpy(found["values"].copy()), torch.from_numpy(found["index"].astype(np.int64))
+
+    def put(self, places: Tensor, values: Tensor, index: Tensor) -> None:
+        """Keep scores and classes, (n, top) each, of (n,) int64 places, each named once; what is there stays."""
+        new = ~self._rows["known"][places.numpy()]
+        made = np.zeros(int(new.sum()), self._rows.dtype)
+        made["known"] = True
+        made["values"], made["index"] = values.cpu().numpy()[new], index.cpu().numpy()[new]
+        self._rows[places.numpy()[new]] = made
+        self._unknown -= len(made)

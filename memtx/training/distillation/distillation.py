@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import nn
 
+from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError
 from memtx.memory.base import Losses
 from memtx.models import folder
-from memtx.training.distillation.cached import ScoreCache, highest
+from memtx.training.distillation.cached import ScoreCache, ScoreTable, highest
 from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import HardLabels, Loss, SoftTargets
 from memtx.training.distillation.shown import Shown, Sizes
@@ -31,6 +33,7 @@ class Distillation(nn.Module):
 
     Attributes:
         losses: what the student is to have like the teacher; empty until training begins.
+        table: the teacher's scores of a corpus, where they are kept.
 
     Args:
         teacher: a run's folder, a checkpoint, or a folder of ours or of a published model.
@@ -62,6 +65,7 @@ class Distillation(nn.Module):
         # Not a part of this module: neither its optimiser nor its checkpoints are to know the teacher.
         self._teacher: list[nn.Module] = []
         self._cache: ScoreCache | None = None
+        self.table: ScoreTable | None = None
 
     def open(self, student: nn.Module, data: Any = None) -> None:
         """Open the teacher and make the losses; where ``start`` says so, let the student begin as the teacher.
@@ -83,7 +87,7 @@ class Distillation(nn.Module):
         self._teacher = [kept.model]
         self._make(Sizes.of(student), Sizes.of(kept.model))
         if self.folder is not None:
-            self._open_cache(kept.model)
+            self._open_cache(kept.model, data)
         if self.start is not None:
             begin_as(student, kept.model, self.start)
 
@@ -92,7 +96,7 @@ class Distillation(nn.Module):
             raise MemtxError("There are no losses to distil by.", "Give some, such as SoftTargets.")
         self.losses = nn.ModuleList(make(student, teacher) for make in self.makers)
 
-    def _open_cache(self, teacher: nn.Module) -> None:
+    def _open_cache(self, teacher: nn.Module, data: Any) -> None:
         assert self.folder is not None
         if layers := [type(one).__name__ for one in self._losses() if one.asks == "hidden"]:
             raise MemtxError(
@@ -100,7 +104,12 @@ class Distillation(nn.Module):
                 "Leave out cache, or these losses.",
             )
         assert isinstance(teacher, folder.Kept)
-        self._cache = ScoreCache(self.folder, teacher.fingerprint, self.top)
+        if isinstance(data, BookDataModule):
+            store = data.store("train")
+            both = sha256((teacher.fingerprint + store.fingerprint).encode()).hexdigest()
+            self.table = ScoreTable(self.folder, both, store.total, self.top)
+        else:
+            self._cache = ScoreCache(self.folder, teacher.fingerprint, self.top)
 
     def _losses(self) -> list[Loss]:
         return [one for one in self.losses if isinstance(one, Loss)]

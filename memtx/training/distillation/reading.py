@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memtx.data.batch import IGNORED
@@ -12,7 +13,8 @@ from memtx.data.task_batches import TaskBatch
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel, read_whole
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation.cached import key
+from memtx.training.distillation.cached import ScoreTable, highest, key
+from memtx.training.distillation.losses import CHUNK
 from memtx.training.distillation.shown import Shown, blocks_of
 
 
@@ -62,6 +64,16 @@ def shown_masked(model: Encoder, tokens: Tensor, scored: Tensor, *, keep: bool) 
     return Shown(out.logits, hidden=out.hidden_states or (), blocks=blocks_of(model))
 
 
+def head_of(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
+    """Return what makes (n, vocab) scores of (n, dim) outputs of a model's last layer."""
+
+    def head(x: Tensor) -> Tensor:
+        out: Tensor = model.head(model.norm(x))
+        return out
+
+    return head
+
+
 def shown_language(
     model: MemoryTransformer,
     hidden: tuple[Tensor, ...],
@@ -78,9 +90,20 @@ def shown_language(
         starts: (rows, length) bool, where documents begin.
         loss: the student's.
     """
+    scored = hidden[-1][labels != IGNORED]
+    return Shown(scored, head_of(model), hidden=hidden, blocks=blocks_of(model), starts=starts, loss=loss)
 
-    def head(x: Tensor) -> Tensor:
-        out: Tensor = model.head(model.norm(x))
-        return out
 
-    return Shown(hidden[-1][labels != IGNORED], head, hidden=hidden, blocks=blocks_of(model), starts=starts, loss=loss)
+@torch.no_grad()
+def fill(table: ScoreTable, places: Tensor, model: MemoryTransformer, last: Tensor) -> None:
+    """Keep the scores that a teacher gives at every token of a batch.
+
+    Args:
+        table: of its corpus.
+        places: (rows, length) int64, in the corpus.
+        model: the teacher.
+        last: (rows, length, dim), its last layer's outputs.
+    """
+    head = head_of(model)
+    for where, part in zip(torch.split(places.flatten(), CHUNK), torch.split(last.flatten(0, 1), CHUNK), strict=True):
+        table.put(where, *highest(head(part), table.top))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.training.distillation.cached import ScoreCache, highest, key
+from memtx.training.distillation.cached import ScoreCache, ScoreTable, highest, key
 
 
 def names(*numbers: int) -> list[bytes]:
@@ -61,3 +61,21 @@ def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         ScoreCache(tmp_path / "file" / "below", "a" * 64, 2)
     with pytest.raises(MemtxError, match="top is 0"):
         ScoreCache(tmp_path, "a" * 64, 0)
+
+
+def test_a_table_knows_what_was_read_and_when_it_is_whole(tmp_path: Path) -> None:
+    values, index = highest(torch.randn(6, 9), 3)
+    table = ScoreTable(tmp_path, "a" * 64, 6, 3)
+    places = torch.tensor([[4, 2], [0, 1]])
+    table.put(places.flatten(), values[places.flatten()], index[places.flatten()])
+    assert not table.complete
+    # What is there stays.
+    table.put(torch.tensor([4]), values[:1], index[:1])
+    again = ScoreTable(tmp_path, "a" * 64, 6, 3)
+    assert not again.complete
+    again.put(torch.tensor([3, 5]), values[[3, 5]], index[[3, 5]])
+    assert again.complete
+    assert ScoreTable(tmp_path, "a" * 64, 6, 3).complete
+    found = again.get(places)
+    assert torch.equal(found[0], values[places])
+    assert torch.equal(found[1], index[places])

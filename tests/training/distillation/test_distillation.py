@@ -27,6 +27,7 @@ from memtx.training.distillation import (
     SoftTargets,
     ValueRelations,
 )
+from memtx.training.language import LanguageModule
 from memtx.training.pretraining import MaskedModule
 from tests.tasks import body, folder, records, write_lines
 from tests.training import small
@@ -38,14 +39,16 @@ ALL = (SoftTargets, HardLabels, HiddenMSE, partial(HiddenCosine, layers=Last()),
 
 
 class Keep(pl.Callback):
-    """Takes a checkpoint after so many batches: what a run killed there leaves."""
+    """Takes a checkpoint, and a folder's files, after so many batches: what a run killed there leaves."""
 
-    def __init__(self, batches: int, path: Path) -> None:
-        self.batches, self.path = batches, path
+    def __init__(self, batches: int, path: Path, folder: Path | None = None) -> None:
+        self.batches, self.path, self.folder = batches, path, folder
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
             trainer.save_checkpoint(self.path)
+            if self.folder is not None:
+                shutil.copytree(self.folder, self.folder.with_suffix(".then"))
 
 
 def decoder_teacher(at: Path) -> str:
@@ -171,6 +174,46 @@ def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monke
     for step, loss in losses[0].items():
         # Padded otherwise in another pass, and so rounded otherwise.
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4)
+
+
+def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_teacher(tmp_path)
+    heard: list[bool] = []
+    read = LanguageModule._heard
+
+    def spy(self: LanguageModule, *given: Any) -> Any:
+        heard.append(True)
+        return read(self, *given)
+
+    monkeypatch.setattr(LanguageModule, "_heard", spy)
+    losses, steps = [], 50
+
+    def run(cache: str, top: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
+        folder = None if not cache else str(tmp_path / cache)
+        module, record = language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache=folder, top=top), Record()
+        made = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
+        made.fit(module, data(tmp_path), ckpt_path=path)
+        losses.append(record.losses)
+        return module.distillation.table
+
+    run("", 1)
+    assert len(heard) == steps
+    heard.clear()
+    assert run("all", 257).complete
+    # Until every row has begun the second pass.
+    assert 20 < len(heard) < steps
+    heard.clear()
+    run("all", 257)
+    assert not heard
+    assert losses[1] == losses[2]
+    for step, loss in losses[0].items():
+        # The same numbers in float32, added up in another order.
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
+    # Killed in the first pass and gone on with, with few of the scores.
+    half = tmp_path / "half.ckpt"
+    run("few", 4, Keep(15, half, tmp_path / "few"))
+    assert run("few.then", 4, seed=9, path=str(half)).complete
+    assert losses[4] == {batch: losses[3][batch] for batch in range(15, steps)}
 
 
 def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
