@@ -23,7 +23,7 @@ from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import HardLabels, Loss, SoftTargets
 from memtx.training.distillation.shown import Shown, Sizes
 from memtx.training.distillation.start import begin_as
-from memtx.training.distillation.teacher import check_data, opened
+from memtx.training.distillation.teacher import check_data, check_kind, opened
 
 _CAPITAL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
@@ -83,6 +83,7 @@ class Distillation(nn.Module):
                 "Add --model.distillation.init_args.teacher RUN: a run's folder, a checkpoint or a published folder.",
             )
         kept = opened(self.path, bf16=self.bf16)
+        check_kind(kept, student)
         check_data(kept, data)
         self._teacher = [kept.model]
         self._make(Sizes.of(student), Sizes.of(kept.model))

@@ -13,6 +13,9 @@ from torch import nn
 
 from memtx.errors import CheckpointError, MemtxError
 from memtx.models import folder
+from memtx.models.encoder import Encoder
+from memtx.models.heads import TaskModel
+from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.published.load import from_pretrained
 
 
@@ -55,6 +58,29 @@ def opened(path: str | os.PathLike[str], *, bf16: bool = False) -> Kept:
     task = next((part["task"] for part in parts if isinstance(part.get("task"), str)), None)
     labels = tuple(json.loads(task).get("labels", ())) if task is not None else ()
     return Kept(str(path), model, tokenizer, labels)
+
+
+TEACHERS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    TaskModel: (TaskModel, Encoder),
+    Encoder: (Encoder,),
+    MemoryTransformer: (MemoryTransformer,),
+}
+"""Whom models of a kind can learn from: who reads the same batches."""
+
+
+def check_kind(kept: Kept, student: nn.Module) -> None:
+    """Raise unless the teacher reads what the student reads.
+
+    Raises:
+        MemtxError: it is of another kind.
+    """
+    for kind, teachers in TEACHERS.items():
+        if isinstance(student, kind) and not isinstance(kept.model, teachers):
+            known = " or ".join(f"a {one.__name__}" for one in teachers)
+            raise MemtxError(
+                f"The teacher in '{kept.path}' is a {type(kept.model).__name__}, the student a {kind.__name__}.",
+                f"It learns from {known}.",
+            )
 
 
 def check_data(kept: Kept, data: Any) -> None:

@@ -186,13 +186,13 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
         return read(self, *given)
 
     monkeypatch.setattr(LanguageModule, "_heard", spy)
-    losses, steps = [], 50
+    losses, steps = [], 28
 
     def run(cache: str, top: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
         folder = None if not cache else str(tmp_path / cache)
         module, record = language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache=folder, top=top), Record()
         made = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
-        made.fit(module, data(tmp_path), ckpt_path=path)
+        made.fit(module, data(tmp_path, rows=4), ckpt_path=path)
         losses.append(record.losses)
         return module.distillation.table
 
@@ -201,7 +201,7 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
     heard.clear()
     assert run("all", 257).complete
     # Until every row has begun the second pass.
-    assert 20 < len(heard) < steps
+    assert 10 < len(heard) < steps
     heard.clear()
     run("all", 257)
     assert not heard
@@ -211,9 +211,9 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
     # Killed in the first pass and gone on with, with few of the scores.
     half = tmp_path / "half.ckpt"
-    run("few", 4, Keep(15, half, tmp_path / "few"))
+    run("few", 4, Keep(8, half, tmp_path / "few"))
     assert run("few.then", 4, seed=9, path=str(half)).complete
-    assert losses[4] == {batch: losses[3][batch] for batch in range(15, steps)}
+    assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
 
 
 def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
@@ -302,6 +302,13 @@ def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="Other tokens are hidden in each pass"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
     assert not (tmp_path / "kept").exists()
+
+
+def test_teachers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Encoder(257, 8, 1, 2).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(MemtxError, match=r"is a Encoder, the student a MemoryTransformer. It learns from a Memory"):
+        trainer(tmp_path, max_steps=1).fit(language(tmp_path), data(tmp_path))
 
 
 def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
