@@ -34,7 +34,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def at_least(least: int, **numbers: float) -> None:
+def at_least(least: int, /, **numbers: float) -> None:
     """Raise MemtxError for the first of the named numbers that is smaller than ``least``."""
     for name, number in numbers.items():
         if number < least:

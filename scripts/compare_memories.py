@@ -36,6 +36,7 @@ from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
+from memtx.memory.gates import ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.scored import ScoredMemory
@@ -70,6 +71,7 @@ def kinds(window: int) -> dict[str, list[Make]]:
         ],
         "scored, exact": [partial(ScoredMemory, window=window, rate=1, length=3 * window // 2)],
         "associative": [exact, delta],
+        "associative, reflecting": [exact, partial(delta, write=ReflectingGate)],
         "dual": [partial(ScoredMemory, window=window, rate=1, length=2 * quarter), delta],
         "slots": [exact, partial(SlotMemory, count=8, interval=window, heads=4)],
         "tokens": [exact, partial(TokenMemory, count=8, interval=window)],

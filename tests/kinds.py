@@ -20,7 +20,7 @@ from memtx.memory.compression import (
     StridedConvolution,
 )
 from memtx.memory.features import Dpfp, Elu
-from memtx.memory.gates import Gate
+from memtx.memory.gates import Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.same_layer import SameLayerMemory
@@ -102,6 +102,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "dual": dual,
     "associative": associative(),
     "associative-gated": associative(decay=partial(Gate, bias=-2.0), key_dim=3, cost=0.1),
+    "associative-reflecting": associative(write=ReflectingGate),
     "associative-infini": associative(erase=False, feature=Elu, share=True),
     "associative-armt": associative(feature=partial(Dpfp, order=2)),
     "slots": slots(),

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from memtx.cli.common import Parser, run
+from memtx.cli.common import MISTAKE, Parser, complain, run
 from memtx.cli.read import add_checkpoint, add_device, import_modules, placed
 from memtx.errors import DataError, MemtxError
 
@@ -133,7 +133,12 @@ def _said(predictor: Answering, part: list[tuple[str, str | dict[str, Any]]]) ->
 
 def main(argv: list[str]) -> int:
     """Run ``memtx predict`` with its arguments and return the exit code."""
-    if any(one.partition("=")[0] in TRAINED for one in argv):
+    given = [one.partition("=")[0] for one in argv]
+    named = next((one for one in given if one in TRAINED), None)
+    if named is not None and "--checkpoint" in given:
+        complain(f"--checkpoint answers raw texts, {named} reads a run's own test texts. Give one of them.")
+        return MISTAKE
+    if named is not None:
         from memtx.cli.fit import main as measured
 
         return measured(["predict", *argv])

@@ -62,7 +62,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         key_dim: width of a head's keys; dim / heads by default.
         erase: the delta rule; False for linear attention, whose reads are means where the feature is positive.
         feature: makes the feature map of keys and queries from key_dim.
-        write: makes the write gate from (dim, heads).
+        write: makes the write gate from (dim, heads); ``ReflectingGate`` for what must be kept track of in order.
         decay: makes the gate of forgetting from (dim, heads); None for keeping all.
         share: False: what is read is added to the attention. True: by a learned share a head that attention loses.
         cost: weight of the mean write gate as a loss, a price on writing. Gates that are open a little wherever

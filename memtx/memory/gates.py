@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,14 @@ class Gate(nn.Module):
         bias: of the input at the beginning; below 0 for writing little.
         stretch: how far beyond both ends; 0 for the plain sigmoid.
 
+    Attributes:
+        highest: what it gives at most.
+
     Raises:
         MemtxError: the stretch is negative.
     """
+
+    highest: ClassVar[float] = 1.0
 
     def __init__(self, dim: int, count: int, bias: float = -1.0, stretch: float = 0.1) -> None:
         super().__init__()
@@ -39,3 +46,18 @@ class Gate(nn.Module):
         """Map (..., dim) to (..., count) numbers from 0 to 1."""
         wide = (1 + 2 * self.stretch) * torch.sigmoid(self.map(x)) - self.stretch
         return wide.clamp(0.0, 1.0)
+
+
+class ReflectingGate(Gate):
+    """A gate up to 2, for the write of a delta rule that keeps track of a state.
+
+    A write of strength b multiplies what lies along its key by 1 - b. Up to 1 that is forgetting; between 1 and 2 it
+    also turns the sign, and at 2, along the difference of two places, it exchanges what they hold: what parity and
+    permutations need and no b up to 1 can do (Grazzi et al. 2024, sections 3 and 4).
+    """
+
+    highest: ClassVar[float] = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to (..., count) numbers from 0 to 2."""
+        return self.highest * super().forward(x)

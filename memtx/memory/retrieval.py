@@ -1,6 +1,6 @@
 """A bounded store of exact keys and values, of which each query takes the nearest (Memorizing Transformers, 2022).
 
-After Wu et al. 2022, section 3.1: every head looks for the ``nearest`` keys by exact search, weighs their values by a
+After Wu et al. 2022, section 3.1: every head looks for the ``nearest`` keys, weighs their values by a
 softmax, and a learned share a head mixes the result with the layer's attention. Keys and queries are of length 1, so
 that old keys stay comparable with new ones as the weights learn (section 3.2). There the store takes whole segments;
 here a token enters it when it is ``skip`` tokens old, so how a stream is cut does not matter.
@@ -9,6 +9,7 @@ here a token enters it when it is ``skip`` tokens old, so how a stream is cut do
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +20,12 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError, at_least
 from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
 from memtx.memory.recurrent import cached_places, newest
+from memtx.memory.search import ExactSearch, Search
 from memtx.memory.shift import TokenShift
 from memtx.ops.attention.reference import weigh
 from memtx.ops.visibility import Section, Visibility, visible
 from memtx.segment import FAR, Segment
 from memtx.state import state
-
-SCORES = 1 << 22
-"""Scores made at a time, at most (16 MiB in float32), unless those of one query are more."""
 
 SHARP = 10.0
 """What products of keys and queries of length 1 are multiplied with at the beginning."""
@@ -67,6 +66,7 @@ class RetrievalMemory(Memory[RetrievalState]):
             good choice.
         heads: that search, each for itself.
         shift: whether keys see of each token a share of the one before it, so that what followed a key is found by it.
+        search: makes what finds the keys: ``ExactSearch`` or ``FaissSearch``, which may miss some in large stores.
 
     Raises:
         MemtxError: a number is out of range, or heads do not divide dim.
@@ -80,6 +80,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         skip: int = 512,
         heads: int = 4,
         shift: bool = True,
+        search: Callable[[], Search] = ExactSearch,
     ) -> None:
         super().__init__(dim)
         at_least(1, capacity=capacity, nearest=nearest, skip=skip)
@@ -88,6 +89,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.capacity = capacity
         self.nearest = nearest
         self.skip = skip
+        self.search = search()
         self.heads = heads
         self.places = capacity + skip - 1
         self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
@@ -98,6 +100,11 @@ class RetrievalMemory(Memory[RetrievalState]):
     def extra_repr(self) -> str:
         """Say the settings."""
         return f"capacity={self.capacity}, nearest={self.nearest}, skip={self.skip}, heads={self.heads}"
+
+    @property
+    def cut_matters(self) -> bool:
+        """Whether an index, made anew each call, may miss some."""
+        return self.search.approximate
 
     def init_state(self, rows: int, *, like: Tensor) -> RetrievalState:
         """Return an empty store."""
@@ -128,7 +135,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         """Give the nearest values, by its own queries, laid out over the layer's heads."""
         kept: _Kept = view.kept
         n, heads = kept.queries.shape[1], q.shape[2]
-        step = max(1, SCORES // (kept.queries.shape[0] * self.heads * (self.places + min(n, self.places))))
+        step = self.search.at_once(kept.queries.shape[0] * self.heads * (self.places + min(n, self.places)))
         parts = [self._found(kept, start, min(start + step, n)) for start in range(0, n, step)]
         out, any_found = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
@@ -146,12 +153,11 @@ class RetrievalMemory(Memory[RetrievalState]):
         if high == low:
             # Still a product of the weights: every parameter takes part in every batch.
             low, high = max(0, low - 1), max(1, high)
-        seen = visible(kept.visibility, (start, stop), (low, high))[:, None]
+        seen = visible(kept.visibility, (start, stop), (low, high))
         q = rearrange(kept.queries[:, start:stop], "r n (h d) -> r h n d", h=self.heads)
         k, v = (rearrange(x[:, low:high], "r n (h d) -> r h n d", h=self.heads) for x in (kept.keys, kept.values))
         with torch.no_grad():
-            scores = (q @ k.mT).masked_fill(~seen, float("-inf"))
-            best, index = scores.topk(min(self.nearest, high - low), dim=-1)
+            index, found = self.search.nearest(q, k, seen, min(self.nearest, high - low))
         rows, heads, queries, count = index.shape
         # By index_select over what is flattened: on CPU many times faster than gather by an expanded index.
         base = torch.arange(rows * heads, device=index.device).view(rows, heads, 1, 1) * (high - low)
@@ -161,7 +167,6 @@ class RetrievalMemory(Memory[RetrievalState]):
             return x.reshape(-1, x.shape[-1]).index_select(0, flat).view(rows, heads, queries, count, -1)
 
         scale = self.log_scale.exp()[:, None, None].to(q.dtype)
-        found = best > float("-inf")
         out, _ = weigh((q[..., None, :] @ taken(k).mT) * scale[..., None], found[..., None, :], taken(v))
         return rearrange(out[..., 0, :], "r h n d -> r n (h d)"), found[:, 0].any(-1, keepdim=True)
 

@@ -102,6 +102,11 @@ class SlotMemory(Memory[SlotState]):
             nn.Linear(dim, dim, bias=False) for _ in range(7)
         )
         self.write_gate = write(2 * dim, 1) if write is not None else None
+        if self.write_gate is not None and self.write_gate.highest > 1:
+            raise MemtxError(
+                f"The write gate of slots is a {type(self.write_gate).__name__}, which goes up to 2.",
+                "Slots are mixed from old and new by shares: give memtx.memory.gates.Gate.",
+            )
         self.shift = TokenShift(dim) if shift else None
 
     def extra_repr(self) -> str:

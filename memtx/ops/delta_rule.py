@@ -1,10 +1,11 @@
 """Fast weights by the gated delta rule: a matrix a head that is written at every token and read by queries.
 
-With decay a_t in (0, 1] and writing strength b_t in [0, 1] (Gated Delta Networks, Yang et al. 2024, equation 10):
+With decay a_t in (0, 1] and writing strength b_t in [0, 2] (Gated Delta Networks, Yang et al. 2024, equation 10):
 
     S_t = a_t S_(t-1) + k_t u_t',    u_t = b_t (v_t - a_t S_(t-1)' k_t),    o_t = S_t' q_t
 
-What the key held before is taken out as the new value is put in. Without that, u_t = b_t v_t, it is linear
+What the key held before is taken out as the new value is put in; above 1 its sign turns (Grazzi et al. 2024), which
+keeps lengths at most as they are for keys of length 1. Without that, u_t = b_t v_t, it is linear
 attention (Katharopoulos et al. 2020, section 3.3). A document's first token finds the matrix empty.
 """
 

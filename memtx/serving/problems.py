@@ -97,8 +97,10 @@ def _field(request: RequestValidationError) -> Problem:
     name = place[0] if place else None
     if first["type"] == "extra_forbidden":
         name = str(first["ctx"]["name"])
-        hint = nearest(name, first["ctx"]["known"])
-        return Problem(400, f"'{name}' is not a field of this request.{hint}", "Leave it out.", param=name)
+        known = first["ctx"]["known"]
+        hint = nearest(name, known)
+        cure = f"Leave it out; its fields are {', '.join(known)}."
+        return Problem(400, f"'{name}' is not a field of this request.{hint}", cure, param=name)
     message = str(first["msg"]).removeprefix("Value error, ")
     return Problem(400, f"{'.'.join(place) or 'The body'}: {message}.", "See /openapi.json.", param=name)
 

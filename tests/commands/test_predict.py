@@ -82,6 +82,7 @@ def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--checkpoint", "matching", "--text", "a"], "compares two texts"),
         (["--checkpoint", "questions", "--text", "a"], "a question about a context"),
         (["--checkpoint", "classification", "--text", "a " * 100], "fit into what the model reads at once"),
+        (["--checkpoint", "tagging", "--run=there"], "--run reads a run's own test texts"),
         (["--checkpoint", "tagging", "--txet", "a"], "Did you mean '--text'?"),
         (["--checkpoint", "classification", "--input", "bad.jsonl"], "bad.jsonl', line 2: Not JSON"),
         (["--checkpoint", "classification", "--input", "other.jsonl"], "other.jsonl', line 1: There is no 'text'"),
@@ -120,6 +121,8 @@ def test_a_run_is_served(place: Path) -> None:
         address = first.split(" at ")[1].split()[0]
         said = httpx.post(f"{address}/v1/predict", json={"input": "the white whale"}, timeout=30).json()
         assert len(said["data"][0]["tags"]) == 3
+        said = httpx.post(f"{address}/v1/predict", json={"text": "the white whale"}, timeout=30).json()
+        assert "its fields are input, model" in said["error"]["message"]
         assert not (place / "sessions").exists()
     finally:
         server.send_signal(signal.SIGTERM)

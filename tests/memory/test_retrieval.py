@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.memory import retrieval
+from memtx.memory import search
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.segment import Segment
 
@@ -73,7 +73,7 @@ def by_hand(memory: RetrievalMemory, x: Tensor) -> Tensor:
     skip=st.integers(1, 6),
     n=st.integers(1, 30),
     begin=st.integers(1, 29),
-    step=st.sampled_from([1, 40, retrieval.SCORES]),
+    step=st.sampled_from([1, 40, search.SCORES]),
     shift=st.booleans(),
 )
 def test_it_is_its_equations(
@@ -83,7 +83,7 @@ def test_it_is_its_equations(
     memory = made(seed, capacity=capacity, nearest=nearest, skip=skip, shift=shift)
     x = torch.randn(1, n, DIM, dtype=torch.float64)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "SCORES", step)
+        patch.setattr(search, "SCORES", step)
         out, gate, _ = run(memory, x, torch.arange(n)[None] == begin)
         for low, high in ((0, min(begin, n)), (begin, n)):
             if low < high:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.memory.gates import Gate
+from memtx.memory.gates import Gate, ReflectingGate
 from memtx.memory.slots import SlotMemory
 from memtx.segment import Segment
 
@@ -163,6 +163,7 @@ def test_writing_has_a_price_in_training_alone() -> None:
         ({"heads": 3}, "3 heads"),
         ({"cost": -0.1}, "cost is -0.1"),
         ({"temperature": 0}, "temperature is 0"),
+        ({"write": ReflectingGate}, "ReflectingGate, which goes up to 2"),
     ],
 )
 def test_refuses(options: dict[str, Any], says: str) -> None:

@@ -40,9 +40,9 @@ def made(seed: int, rows: int, length: int, density: float, decay: float | None)
 
     q, k, v, matrix = randn(length, 3), randn(length, 3), randn(length, 4), randn(3, 4)
     k = k / k.norm(dim=-1, keepdim=True)
-    # Strengths of exactly 0 and 1 among them, as a stretched gate gives.
-    strength = torch.rand(rows, 2, length, dtype=torch.float64, generator=draw) * 1.4 - 0.2
-    tensors = {"q": q, "k": k, "v": v, "strength": strength.clamp(0, 1), "matrix": matrix}
+    # Strengths of exactly 0 and 2 among them, as stretched gates give.
+    strength = torch.rand(rows, 2, length, dtype=torch.float64, generator=draw) * 2.8 - 0.4
+    tensors = {"q": q, "k": k, "v": v, "strength": strength.clamp(0, 2), "matrix": matrix}
     if decay is not None:
         tensors["log_decay"] = -decay * torch.rand(rows, 2, length, dtype=torch.float64, generator=draw)
     return tensors, torch.rand(rows, length, generator=draw) < density
@@ -143,3 +143,31 @@ def test_autocast_does_not_round_it() -> None:
         cast = problem.solve(chunked)
     assert torch.equal(plain[0], cast[0])
     assert torch.equal(plain[1], cast[1])
+
+
+def test_writes_of_strength_two_exchange_what_places_hold() -> None:
+    """The matrix follows 2,000 exchanges of five elements, and reads who is where after each."""
+    draw = torch.Generator().manual_seed(0)
+    count, length = 5, 2000
+    place = torch.eye(count, dtype=torch.float64)
+    pairs = torch.stack([torch.randperm(count, generator=draw)[:2] for _ in range(length)])
+    k = (place[pairs[:, 0]] - place[pairs[:, 1]]) / 2**0.5
+    q = place[torch.randint(count, (length,), generator=draw)]
+    who, expected = torch.arange(count), []
+    for (one, other), asked in zip(pairs.tolist(), q.argmax(-1).tolist(), strict=True):
+        who[[one, other]] = who[[other, one]]
+        expected.append(int(who[asked]))
+    starts = torch.zeros(1, length, dtype=torch.bool)
+    strength = torch.full((1, 1, length), 2.0, dtype=torch.float64)
+    out, _ = chunked(
+        q[None, None],
+        k[None, None],
+        torch.zeros(1, 1, length, count).double(),
+        strength,
+        None,
+        place[None, None],
+        starts,
+    )
+    assert out[0, 0].argmax(-1).tolist() == expected
+    # Each is of length 1 but for rounding, which does not grow: an exchange keeps lengths.
+    torch.testing.assert_close(out.norm(dim=-1), torch.ones(1, 1, length).double(), **EXACT)

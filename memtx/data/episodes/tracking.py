@@ -22,16 +22,18 @@ from memtx.errors import MemtxError
 class Tracking(Task):
     """Tokens: a question for each place, the elements that answer, an exchange for each two places, noise.
 
-    Segment 0 begins with the elements in the order of their places. A segment that asks has its questions, one for each
-    place, behind its exchanges. With two elements it is parity.
+    Segment 0 begins with every place and who is there, told as pairs of its question and the answer. A segment that
+    asks has its questions, one for each place, behind its exchanges. With two elements it is parity.
 
     The order told is random, so that without it every answer is as likely as any other, however few exchanges there
-    were. A coin says of each exchange whether it takes place: from a number that is known the permutation's sign would
-    follow, which of two elements is all there is to know.
+    were. Chance says of each exchange whether it takes place: from a number that is known the permutation's sign would
+    follow, which of two elements is all there is to know. How often it does is drawn for each episode, from never to
+    every second time: in quiet ones what was told can be learned before exchanges are. Who ignores them is right a
+    little more often than by chance: of two elements with n possible exchanges, 1 / (2n + 2) more.
 
     Attributes:
         elements: that change places.
-        exchanges: a segment at most; half of them on average.
+        exchanges: a segment at most; a quarter of them on average.
 
     Raises:
         MemtxError: they do not fit.
@@ -44,9 +46,9 @@ class Tracking(Task):
         self._enough(exchanges=self.exchanges)
         if self.elements < 2:
             raise MemtxError(f"There are {self.elements} elements.", "Give at least 2, so that they can be exchanged.")
-        if self.exchanges + self.elements > self.segment:
+        if self.exchanges + 2 * self.elements > self.segment:
             raise MemtxError(
-                f"{self.exchanges} exchanges and {self.elements} questions do not fit into {self.segment} tokens.",
+                f"{self.exchanges} exchanges behind {self.elements} pairs do not fit into {self.segment} tokens.",
                 "Give a longer segment.",
             )
 
@@ -67,15 +69,17 @@ class Tracking(Task):
 
     def _episode(self, rows: int, segments: int, generator: torch.Generator, ask: Ask) -> Iterator[Part]:
         state = distinct(rows, self.elements, self.elements, generator)
-        room = self.segment - self.elements
+        often = torch.rand(rows, 1, generator=generator) / 2
         for number in range(segments):
             tokens, labels = self._quiet(rows, generator)
-            at = distinct(rows, room, self.exchanges, generator).sort(1).values
-            if number == 0:
-                tokens[:, : self.elements] = self.elements + state
-                at = at + self.elements
+            told = 2 * self.elements if number == 0 else 0
+            room = self.segment - (self.elements if number else 0)
+            at = told + distinct(rows, room - told, self.exchanges, generator).sort(1).values
+            if told:
+                tokens[:, 0:told:2] = torch.arange(self.elements)
+                tokens[:, 1:told:2] = self.elements + state
             which = torch.randint(len(self.swaps), (rows, self.exchanges), generator=generator)
-            there = torch.rand(rows, self.exchanges, generator=generator) < 0.5
+            there = torch.rand(rows, self.exchanges, generator=generator) < often
             tokens.scatter_(1, at, torch.where(there, 2 * self.elements + which, tokens.gather(1, at)))
             state = self._after(state, which, there)
             if number > 0 and (ask == "later" or number == segments - 1):

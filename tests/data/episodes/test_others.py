@@ -92,7 +92,7 @@ def test_copied_symbols(task: Copying, distance: int, seed: int, ask: Ask) -> No
 
 
 tracking = st.builds(
-    Tracking, segment=st.integers(9, 20), elements=st.integers(2, 5), exchanges=st.integers(1, 4), noise=st.just(3)
+    Tracking, segment=st.integers(14, 20), elements=st.integers(2, 5), exchanges=st.integers(1, 4), noise=st.just(3)
 )
 
 
@@ -100,7 +100,9 @@ tracking = st.builds(
 def test_tracked_elements(task: Tracking, distance: int, seed: int, ask: Ask) -> None:
     tokens, labels = drawn(task, task.written + distance, seed, ask)
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
-        where = [token - task.elements for token in row[: task.elements]]
+        told = 2 * task.elements
+        assert row[0:told:2] == list(range(task.elements))
+        where = [token - task.elements for token in row[1:told:2]]
         assert sorted(where) == list(range(task.elements))
         exchanges = 0
         for token, answer in zip(row, answers, strict=True):
