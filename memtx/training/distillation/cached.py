@@ -138,10 +138,13 @@ class ScoreTable:
         return torch.from_numpy(found["values"].copy()), torch.from_numpy(found["index"].astype(np.int64))
 
     def put(self, places: Tensor, values: Tensor, index: Tensor) -> None:
-        """Keep scores and classes, (n, top) each, of (n,) int64 places, each named once; what is there stays."""
-        new = ~self._rows["known"][places.numpy()]
-        made = np.zeros(int(new.sum()), self._rows.dtype)
+        """Keep scores and classes, (n, top) each, of (n,) int64 places; what is there stays."""
+        # Rows of a batch may read the same document, where there are few.
+        where, first = np.unique(places.numpy(), return_index=True)
+        new = ~self._rows["known"][where]
+        where, first = where[new], first[new]
+        made = np.zeros(len(where), self._rows.dtype)
         made["known"] = True
-        made["values"], made["index"] = values.cpu().numpy()[new], index.cpu().numpy()[new]
-        self._rows[places.numpy()[new]] = made
+        made["values"], made["index"] = values.cpu().numpy()[first], index.cpu().numpy()[first]
+        self._rows[where] = made
         self._unknown -= len(made)

@@ -69,8 +69,8 @@ def test_a_table_knows_what_was_read_and_when_it_is_whole(tmp_path: Path) -> Non
     places = torch.tensor([[4, 2], [0, 1]])
     table.put(places.flatten(), values[places.flatten()], index[places.flatten()])
     assert not table.complete
-    # What is there stays.
-    table.put(torch.tensor([4]), values[:1], index[:1])
+    # What is there stays, and so does the first of two in one batch.
+    table.put(torch.tensor([4, 1, 1]), values[[0, 1, 0]], index[[0, 1, 0]])
     again = ScoreTable(tmp_path, "a" * 64, 6, 3)
     assert not again.complete
     again.put(torch.tensor([3, 5]), values[[3, 5]], index[[3, 5]])
