@@ -82,7 +82,7 @@ TINY = losses(
     SoftTargets={"temperature": 1.0, "begin": 0.4},
 )
 SMALL = ["--trainer.max_epochs=4", "--model.optimizer.init_args.lr=2.0e-3"]
-"""Fewer passes than the teacher's, and a rate for so narrow a model; of a student with and without its teacher alike."""
+"""Fewer passes than the teacher's, and a rate for so narrow a model; with a teacher and without one alike."""
 
 PARTS = {
     "conll2000": Part(
