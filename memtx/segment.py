@@ -29,6 +29,8 @@ class Segment(Once):
         end: (rows, segment) int64, the tick at which the token's document ends; FAR if it is still open.
         carried: (rows,) int64, tokens of the carried document that were read before this call.
         carried_end: (rows,) int64, the tick at which the carried document ends; FAR if it is still open.
+        stop: (rows,) int64, how many of each row's tokens are of the text; what stands behind them is padding, which
+            no token of the text sees and nothing is carried of. None where all are.
     """
 
     position: Tensor
@@ -36,6 +38,7 @@ class Segment(Once):
     end: Tensor
     carried: Tensor
     carried_end: Tensor
+    stop: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -45,16 +48,28 @@ class Segment(Once):
     @property
     def next_position(self) -> Tensor:
         """(rows,) int64: the position that the next token will have if no document begins there."""
-        return self.position[:, -1] + 1
+        if self.stop is None:
+            return self.position[:, -1] + 1
+        last = self.position.gather(1, (self.stop - 1).clamp(min=0)[:, None])[:, 0]
+        return torch.where(self.stop > 0, last + 1, self.carried)
+
+    @property
+    def newest_document(self) -> Tensor:
+        """(rows, 1) int64: the document of each row's last token."""
+        if self.stop is None:
+            return self.document[:, -1:]
+        last = self.document.gather(1, (self.stop - 1).clamp(min=0)[:, None])
+        return torch.where(self.stop[:, None] > 0, last, 0)
 
     @classmethod
-    def locate(cls, carried: Tensor, length: int, starts: Tensor | None = None) -> Segment:
+    def locate(cls, carried: Tensor, length: int, starts: Tensor | None = None, stop: Tensor | None = None) -> Segment:
         """Place ``length`` tokens after ``carried`` ones.
 
         Args:
             carried: (rows,) int64, tokens of each row's document read so far.
             length: tokens in the call, at least 1.
             starts: (rows, segment) bool, where a document begins; None for nowhere.
+            stop: (rows,) int64 from 0 to ``length``, tokens of each row before its padding; None for all.
 
         Raises:
             MemtxError: no token is given, or ``starts`` is not of this shape and type.
@@ -65,7 +80,8 @@ class Segment(Once):
         if starts is None:
             open_end = torch.full_like(carried, FAR)
             position = carried[:, None] + tick
-            return cls(position, torch.zeros_like(position), open_end[:, None].expand_as(position), carried, open_end)
+            end = open_end[:, None].expand_as(position)
+            return cls(position, torch.zeros_like(position), end, carried, open_end, stop)
         if starts.dtype != torch.bool or starts.shape != (carried.shape[0], length):
             raise MemtxError(
                 f"starts is {starts.dtype} {tuple(starts.shape)}, expected bool ({carried.shape[0]}, {length}).",
@@ -77,7 +93,7 @@ class Segment(Once):
         # The next start at or after each tick; a document ends where the start after it stands.
         following = torch.where(starts, tick, FAR).flip(1).cummin(1).values.flip(1)
         end = torch.cat([following[:, 1:], torch.full_like(following[:, :1], FAR)], dim=1)
-        return cls(position, document, end, carried, following[:, 0])
+        return cls(position, document, end, carried, following[:, 0], stop)
 
     def cut(self, interval: int) -> list[int]:
         """Return the ticks at which some row's interval has just ended, in order, the call's end the last.

@@ -51,7 +51,7 @@ TASKS: dict[str, Task] = {
     "T2 capacity": Recall(pairs=12),
     "T3 overwriting": Overwrite(times=2),
     "T4 copying": Copying(),
-    "T5 tracking": Tracking(elements=3),
+    "T5 tracking": Tracking(elements=2),
 }
 DISTANCES = {"T1 recall": [3, 100, 1000], **{name: [1, 3, 32] for name in list(TASKS)[1:]}}
 TRAINED = 3
@@ -71,7 +71,7 @@ def kinds(window: int) -> dict[str, list[Make]]:
         ],
         "scored, exact": [partial(ScoredMemory, window=window, rate=1, length=3 * window // 2)],
         "associative": [exact, delta],
-        "associative, reflecting": [exact, partial(delta, write=ReflectingGate)],
+        "associative, reflecting": [exact, partial(AssociativeMemory, heads=2, write=ReflectingGate)],
         "dual": [partial(ScoredMemory, window=window, rate=1, length=2 * quarter), delta],
         "slots": [exact, partial(SlotMemory, count=8, interval=window, heads=4)],
         "tokens": [exact, partial(TokenMemory, count=8, interval=window)],

@@ -10,16 +10,15 @@ model's; and names that are paths are asked for. Printed: how many of each kind 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
-import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Callable
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+from asking import Connection, address
+
 NAMES = (
     "../../etc/passwd", "..", "/etc/passwd", "a" * 32, "A" * 32, "\0" * 32, "." * 32, "con", "%2e%2e%2f", "~",
     "\u202e" * 8, "0" * 31 + "\n", "0" * 5000, "..\\..\\windows", "file:///etc/passwd", ".lock",
@@ -68,22 +67,11 @@ KINDS: tuple[Callable[[bytes, random.Random], bytes], ...] = (cut, flip, fill, g
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address", help="of a server on this machine")
+    parser.add_argument("address", type=address, help="of a server on this machine")
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    parts = urlsplit(arguments.address)
-    if parts.hostname not in LOCAL:
-        parser.error("the server must be on this machine")
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=60)
-    key = os.environ.get("MEMTX_API_KEY")
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-
-    def ask(method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
-        connection.request(method, path, body, headers)
-        response = connection.getresponse()
-        return response.status, response.read()
-
+    ask = Connection(arguments.address).ask
     text = json.dumps({"text": "It was a dark and stormy night. " * 100}).encode()
     name = json.loads(ask("POST", "/v1/sessions", text)[1])["id"]
     content = ask("GET", f"/v1/sessions/{name}/export")[1]

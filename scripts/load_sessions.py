@@ -5,8 +5,9 @@
 
 Every client feeds its text in pieces, ends it, and compares what came with what the server said of the same text when
 nobody else was there; then it does a continuation with a fixed seed twice. Printed: requests, errors, answers that
-were another session's, the median and the 99th percentile of the time to answer, and the server's memory after a
-third of the time and at the end. The server must be on this machine.
+were another session's, the median and the 99th percentile of the time to answer, and the server's memory: the medians
+over a ninth of the time after the first third, which is for warming up, and over the last ninth, and the most there
+was. The server must be on this machine.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
 import random
 import statistics
 import sys
@@ -22,10 +22,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
+
+from asking import Connection, address
 
 SENTENCE = "the sea was calm and a grey gull cried over the long wet sand while nobody came to the old harbour"
-LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass
@@ -39,33 +39,22 @@ class Tally:
 
 
 class Client:
-    """One connection that is kept."""
+    """One connection, whose answers are taken down."""
 
-    def __init__(self, address: str, key: str | None, tally: Tally) -> None:
-        parts = urlsplit(address)
-        self.connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=600)
-        self.headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    def __init__(self, at: str, tally: Tally) -> None:
+        self.connection = Connection(at, seconds=600)
         self.tally = tally
 
     def ask(self, kind: str, method: str, path: str, body: Any = None) -> Any:
         """Return the answer's JSON, and take down its time or its error."""
         began = time.perf_counter()
-        self.connection.request(method, path, json.dumps(body) if body is not None else None, self.headers)
-        response = self.connection.getresponse()
-        content = response.read()
+        status, content = self.connection.ask(method, path, json.dumps(body) if body is not None else None)
         took = time.perf_counter() - began
         with self.tally.lock:
             self.tally.times.setdefault(kind, []).append(took)
-            if response.status >= 400:
-                self.tally.errors.append(f"{kind}: {response.status} {content[:200].decode('utf-8', 'replace')}")
-        return json.loads(content) if content and response.status < 400 else None
-
-    def metric(self, name: str) -> float:
-        """Return one of the server's counters."""
-        self.connection.close()  # The server ends what was idle for long.
-        self.connection.request("GET", "/metrics", headers=self.headers)
-        lines = self.connection.getresponse().read().decode().splitlines()
-        return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), float("nan"))
+            if status >= 400:
+                self.tally.errors.append(f"{kind}: {status} {content[:200].decode('utf-8', 'replace')}")
+        return json.loads(content) if content and status < 400 else None
 
 
 def text_of(number: int, words: int) -> str:
@@ -92,9 +81,9 @@ def visit(client: Client, text: str, seed: int) -> tuple[float, int, str] | None
     return info["nll"], info["tokens"], answer["choices"][0]["text"]
 
 
-def go_round(address: str, key: str | None, tally: Tally, number: int, text: str, alone: Any, until: float) -> None:
+def go_round(at: str, tally: Tally, number: int, text: str, alone: Any, until: float) -> None:
     """Visit again and again until the time is over."""
-    client = Client(address, key, tally)
+    client = Client(at, tally)
     while time.monotonic() < until:
         try:
             found = visit(client, text, number)
@@ -114,36 +103,43 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
+def watched(quiet: Connection, seconds: float) -> list[float]:
+    """Return the server's memory in bytes, looked at a hundred times."""
+    found = []
+    for _ in range(100):
+        time.sleep(seconds / 100)
+        found.append(quiet.metric("process_resident_memory_bytes"))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("address", help="of a server on this machine")
+    parser.add_argument("address", type=address, help="of a server on this machine")
     parser.add_argument("--sessions", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--words", type=int, default=300, help="of each text")
     parser.add_argument("--json", metavar="FILE", help="- for standard output")
     arguments = parser.parse_args()
-    if urlsplit(arguments.address).hostname not in LOCAL:
-        parser.error("the server must be on this machine")
-    key, tally = os.environ.get("MEMTX_API_KEY"), Tally()
+    tally, before_all = Tally(), Client(arguments.address, Tally())
     texts = [text_of(number, arguments.words) for number in range(arguments.sessions)]
-    quiet = Client(arguments.address, key, Tally())
-    alone = [visit(quiet, text, number) for number, text in enumerate(texts)]
+    alone = [visit(before_all, text, number) for number, text in enumerate(texts)]
     if None in alone:
-        print(quiet.tally.errors[0], file=sys.stderr)
+        print(before_all.tally.errors[0], file=sys.stderr)
         return 1
+    quiet = before_all.connection
     until = time.monotonic() + arguments.seconds
     threads = [
-        threading.Thread(target=go_round, args=(arguments.address, key, tally, number, text, alone[number], until))
+        threading.Thread(target=go_round, args=(arguments.address, tally, number, text, alone[number], until))
         for number, text in enumerate(texts)
     ]
     before = {name: quiet.metric(f"memtx_{name}") for name in ("read_rows", "read_calls", "step_rows", "step_calls")}
     for thread in threads:
         thread.start()
-    time.sleep(arguments.seconds / 3)
-    warm = quiet.metric("process_resident_memory_bytes")
+    memory = watched(quiet, arguments.seconds)
     for thread in threads:
         thread.join()
-    end = quiet.metric("process_resident_memory_bytes")
+    # The system's figure goes up and down with every call's tensors: single looks would say whatever one likes.
+    warm, end = statistics.median(memory[33:44]), statistics.median(memory[-11:])
     after = {name: quiet.metric(f"memtx_{name}") - value for name, value in before.items()}
     found = {
         "sessions": arguments.sessions,
@@ -155,6 +151,7 @@ def main() -> int:
         "rows_a_step": after["step_rows"] / max(after["step_calls"], 1),
         "memory_warm_bytes": warm,
         "memory_end_bytes": end,
+        "memory_most_bytes": max(memory),
         "memory_growth": end / warm - 1,
         "ms": {
             kind: {"p50": 1000 * statistics.median(times), "p99": 1000 * percentile(times, 0.99), "n": len(times)}

@@ -6,13 +6,16 @@ A byte-level model learns from whole books cut into pieces as long as its window
 the first 100 windows of every test book in five ways: cut off at every window, with all keys kept (the first book
 alone), with the newest window of keys, with sinks beside these, and with a memory as well that was trained for a tenth
 of the steps while the model stayed as it was. One more row, the same with what the memory holds forgotten at every
-window, tells what is remembered from what the new parameters do for any text.
+window, tells what is remembered from what the new parameters do for any text. With --lora 8, the same two of a memory
+trained with low-rank matrices of that rank beside it, and the control: the window and sinks, with such matrices alone
+trained for as many steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +35,7 @@ from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
+from memtx.training.lora import LoRA
 from memtx.training.optimizers import WarmupCosine, decay_groups
 from memtx.training.tbptt import unroll
 
@@ -168,16 +172,31 @@ def read(model: MemoryTransformer, tokens: Tensor, window: int, between: Between
     }
 
 
-def ways(seed: int, train: Sequence[Tensor], arguments: argparse.Namespace) -> dict[str, tuple[Any, Between]]:
-    """Return the ways of reading: a model, and what it carries from window to window."""
-    window = arguments.window
-    base = trained_base(train, seed, arguments)
-    memory = kinds(window)[arguments.memory]
+def retrofitted(
+    base: MemoryTransformer, train: Sequence[Tensor], seed: int, arguments: argparse.Namespace, memory: Any, rank: int
+) -> MemoryTransformer:
+    """Return the base with what learned while it stayed as it was: a memory, low-rank matrices, or both."""
     made = base.with_memory(memory, sinks=arguments.sinks)
-    added = {id(one) for one in made.memory_parameters().values()}
+    learning = made.memory_parameters()
+    if rank:
+        torch.manual_seed(seed)
+        learning = {**learning, **LoRA(rank, 2 * rank)(made)}
+    added = {id(one) for one in learning.values()}
     for one in made.parameters():
         one.requires_grad_(id(one) in added)
     trained_on(made, train, seed, arguments.memory_rate, arguments)
+    # Read as it is kept: with the matrices merged.
+    with tempfile.TemporaryDirectory() as folder:
+        made.save_pretrained(folder)
+        return MemoryTransformer.from_pretrained(folder)
+
+
+def ways(seed: int, train: Sequence[Tensor], arguments: argparse.Namespace) -> dict[str, tuple[Any, Between]]:
+    """Return the ways of reading: a model, and what it carries from window to window."""
+    window, rank = arguments.window, arguments.lora
+    base = trained_base(train, seed, arguments)
+    memory = kinds(window)[arguments.memory]
+    made = retrofitted(base, train, seed, arguments, memory, 0)
     found: dict[str, tuple[Any, Between]] = {
         "cut off at every window": (base, nothing),
         "the newest window of keys": (base, kept),
@@ -185,6 +204,11 @@ def ways(seed: int, train: Sequence[Tensor], arguments: argparse.Namespace) -> d
         "window, sinks and memory": (made, kept),
         "memory forgotten at every window": (made, forgetful),
     }
+    if rank:
+        both = retrofitted(base, train, seed, arguments, memory, rank)
+        found["window, sinks, memory and LoRA"] = (both, kept)
+        found["memory and LoRA, memory forgotten at every window"] = (both, forgetful)
+        found["window, sinks and LoRA alone"] = (retrofitted(base, train, seed, arguments, (), rank), kept)
     if seed == arguments.seeds[0]:
         found["all keys"] = (base.without_memory(window * arguments.windows), kept)
     return found
@@ -219,7 +243,8 @@ def main() -> None:
     for name, default in numbers.items():
         parser.add_argument(f"--{name}", type=measuring.positive, default=default)
     parser.add_argument("--rate", type=float, default=3e-3, help="the learning rate")
-    parser.add_argument("--memory-rate", type=float, default=5e-3, help="that of the memory alone")
+    parser.add_argument("--memory-rate", type=float, default=5e-3, help="that of what is added")
+    parser.add_argument("--lora", type=measuring.positive, help="the rank of low-rank matrices in three more rows")
     arguments = parser.parse_args()
     measuring.prepare(arguments)
     train, test = (books(arguments.root, split) for split in ("train", "test"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -211,15 +212,16 @@ def test_measure_retrofit_reads_in_every_way(tmp_path: Path) -> None:
         (tmp_path / split).mkdir()
         for number in range(count):
             (tmp_path / split / f"{number}.txt").write_text(f"book {number} of {split}, and so on. " * 40)
+    adapted = ["--lora", "2"] if importlib.util.find_spec("peft") else []
     done = run(
         sys.executable, SCRIPTS / "measure_retrofit.py", "--root", tmp_path, "--json", "-", "--threads", "1",
         "--seeds", "0", "--steps", "10", "--rows", "2", "--window", "16", "--windows", "20", "--dim", "16",
-        "--depth", "1", "--plot", tmp_path / "retrofit.png",
+        "--depth", "1", "--plot", tmp_path / "retrofit.png", *adapted,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "retrofit.png").read_bytes().startswith(b"\x89PNG")
     rows = {row["way"]: row for row in json.loads(done.stdout)["rows"]}
-    assert len(rows) == 6
+    assert len(rows) == 6 + 3 * bool(adapted)
     assert rows["all keys"]["state_bytes"] > 5 * rows["window, sinks and memory"]["state_bytes"]
     assert all(0 < value < 20 for row in rows.values() for value in row["ranges"])
     # Before the first border nothing tells the ways of one model apart.

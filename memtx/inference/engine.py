@@ -2,7 +2,8 @@
 
 Whoever asks blocks, and so do its neighbours: while one call runs the next batch gathers by itself. A call's rows are
 streams, which come and go between calls (continuous batching, Yu et al. 2022, section 3). No segment is cut for the
-sake of a batch, so each stream reads what it would read alone.
+sake of a batch, so each stream reads what it would read alone; where rows may end before the call does, those of
+other lengths are filled up.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from memtx.errors import MemtxError
+from memtx.inference.batch import chosen, spare, usual_tokens
 from memtx.inference.continuation import Continuation, Piece
 from memtx.inference.decoder import Decoder
 from memtx.inference.scoring import Reading, Scored, score
@@ -30,8 +33,11 @@ GATHERING = 0.002
 """Seconds that streams just served have to ask again before a call is made without them: without it, the first to
 wake would be read alone and the others after it. Far less than a call of a model of any use takes."""
 
-LEAST_FILLED = 0.5
-"""Of a row that may be filled up, the share that must be its own: below that, waiting for others of its size pays."""
+KEPT = 0.8
+"""Of the time that a request has waited for its segment, the share by which its next one goes before those that come
+now. At 0 a text of several segments would line up anew with each, and its time would be as uncertain as all its turns
+together; at 1 those who come while long texts are read would wait for all of these. So they wait for 1 / (1 - 0.8)
+segments of each at most."""
 
 
 class OutOfTimeError(MemtxError):
@@ -111,19 +117,31 @@ class Generation:
             self.cancel()
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """A segment that waits to be read; the one of the earliest turn, a time of ``time.monotonic``, is the next."""
+
+    reading: Reading
+    turn: float
+    future: Future[Scored] = field(default_factory=Future)
+
+
 class Engine:
     """Runs a model for many streams at once.
 
     Args:
         model: in eval mode; nothing else may use it while a compiled or captured step runs.
         rows: texts that go on at once; more wait.
-        batch_tokens: tokens read in one call at most, where that is more than one segment.
+        batch_tokens: tokens read in one call at most, where that is more than one segment; by default what suits the
+            model's device.
 
     Attributes:
         calls: how many calls of each kind there were, and how many rows and tokens they had together.
     """
 
-    def __init__(self, model: MemoryTransformer, *, rows: int = 64, batch_tokens: int = 4096) -> None:
+    def __init__(self, model: MemoryTransformer, *, rows: int = 64, batch_tokens: int | None = None) -> None:
+        self._on_cpu = model.embedding.weight.device.type == "cpu"
+        batch_tokens = usual_tokens(self._on_cpu) if batch_tokens is None else batch_tokens
         for name, number in (("rows", rows), ("batch_tokens", batch_tokens)):
             if number < 1:
                 raise MemtxError(f"{name} is {number}, expected at least 1.")
@@ -132,11 +150,13 @@ class Engine:
         self.batch_tokens = batch_tokens
         self.calls = {"read": 0, "read_rows": 0, "read_tokens": 0, "step": 0, "step_rows": 0}
         self._changed = threading.Condition()
-        self._readings: deque[tuple[Reading, Future[Scored]]] = deque()
+        self._readings: list[Waiting] = []
         self._joining: deque[Generation] = deque()
         self._texts: list[Generation] = []
         self._decoder: Decoder | None = None
         self._served = 1
+        # Seconds that those who are read have had beyond their share.
+        self._owed = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="memtx-engine", daemon=True)
         self._thread.start()
@@ -151,23 +171,40 @@ class Engine:
         """Texts that go on now."""
         return len(self._texts)
 
-    def score(self, reading: Reading, deadline: float | None = None) -> Scored:
+    def scorer(self, deadline: float | None = None) -> Callable[[Reading], Scored]:
+        """Return what reads one request's segments, one after the other; raises what :meth:`score` does."""
+        turn: float | None = None
+
+        def score_next(reading: Reading) -> Scored:
+            nonlocal turn
+            now = time.monotonic()
+            turn = now if turn is None else now - KEPT * (now - turn)
+            return self.score(reading, deadline, turn)
+
+        return score_next
+
+    def score(self, reading: Reading, deadline: float | None = None, turn: float | None = None) -> Scored:
         """Read one segment, together with those that others wait for.
+
+        Args:
+            reading: the segment.
+            deadline: a time of ``time.monotonic``.
+            turn: likewise, as of when it waits; by default from now on.
 
         Raises:
             OutOfTimeError: the deadline passed first; the segment is not read.
             ClosedError: the engine was closed.
         """
-        future: Future[Scored] = Future()
+        waiting = Waiting(reading, time.monotonic() if turn is None else turn)
         left = seconds_left(deadline)
         with self._changed:
             self._check_open()
-            self._readings.append((reading, future))
+            self._readings.append(waiting)
             self._changed.notify()
         try:
-            return future.result(timeout=left)
+            return waiting.future.result(timeout=left)
         except TimeoutError:
-            future.cancel()
+            waiting.future.cancel()
             raise OutOfTimeError("The request took longer than it may.", "Ask for less at once.") from None
 
     def generate(
@@ -214,53 +251,49 @@ class Engine:
                     self._changed.wait_for(lambda: self._closed or len(self._readings) >= self._served, GATHERING)
                 if self._closed:
                     break
-                batch = self._next_batch()
-            self._served = len(batch)
-            # In turns, so that neither long texts read nor long texts made hold up the other.
+                readings, texts = len(self._readings), len(self._joining) + len(self._texts)
+                batch = self._next_batch() if self._owed <= 0 or not texts else []
+            began = time.perf_counter()
+            # All that wait have the same claim to the time, whether a segment or a text is what they wait for.
+            claim = texts / max(readings + texts, 1)
             if batch:
+                self._served = len(batch)
                 self._read(batch)
-            if self._joining or self._texts:
+                self._owed += claim * (time.perf_counter() - began)
+            elif texts:
                 self._step()
+                self._owed -= (1 - claim) * (time.perf_counter() - began)
         error = ClosedError("The engine was closed.", "Ask again when it is back.")
-        for _, future in self._readings:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
+        for one in self._readings:
+            if one.future.set_running_or_notify_cancel():
+                one.future.set_exception(error)
         for text in (*self._texts, *self._joining):
             text.arrived.put(error)
 
-    def _next_batch(self) -> list[tuple[Reading, Future[Scored]]]:
-        """Take out the oldest segment that waits and those that fit beside it."""
-        batch: list[tuple[Reading, Future[Scored]]] = []
-        left: deque[tuple[Reading, Future[Scored]]] = deque()
-        for reading, future in self._readings:
-            if batch and not self._fits(reading, batch[0][0], len(batch)):
-                left.append((reading, future))
-            elif future.set_running_or_notify_cancel():
-                batch.append((reading, future))
-        self._readings = left
-        return batch
+    def _next_batch(self) -> list[Waiting]:
+        """Take out the segment whose turn it is and those that go with it."""
+        waiting = sorted((one for one in self._readings if not one.future.cancelled()), key=lambda one: one.turn)
+        places: set[int] = set()
+        if waiting:
+            readings = [one.reading for one in waiting]
+            spared = spare(len(readings[0].inputs), self._on_cpu)
+            places = set(chosen(readings, tokens=self.batch_tokens, spare=spared, padded=self.model.padded))
+        self._readings = [one for place, one in enumerate(waiting) if place not in places]
+        taken = (one for place, one in enumerate(waiting) if place in places)
+        return [one for one in taken if one.future.set_running_or_notify_cancel()]
 
-    def _fits(self, reading: Reading, first: Reading, rows: int) -> bool:
-        own, width = len(reading.inputs), len(first.inputs)
-        if (rows + 1) * width > self.batch_tokens:
-            return False
-        if (reading.top > 0, reading.embeddings) != (first.top > 0, first.embeddings):
-            return False
-        # Whole logits are large: those segments are read one by one.
-        return not reading.top and (own == width or (reading.last and LEAST_FILLED * width <= own <= width))
-
-    def _read(self, batch: list[tuple[Reading, Future[Scored]]]) -> None:
+    def _read(self, batch: list[Waiting]) -> None:
         try:
-            results = score(self.model, [reading for reading, _ in batch])
+            results = score(self.model, [one.reading for one in batch])
         except Exception as error:  # A caller's problem, never the thread's end.
-            for _, future in batch:
-                future.set_exception(error)
+            for one in batch:
+                one.future.set_exception(error)
             return
-        for (_, future), result in zip(batch, results, strict=True):
-            future.set_result(result)
+        for one, result in zip(batch, results, strict=True):
+            one.future.set_result(result)
         self.calls["read"] += 1
         self.calls["read_rows"] += len(batch)
-        self.calls["read_tokens"] += sum(len(reading.inputs) for reading, _ in batch)
+        self.calls["read_tokens"] += sum(len(one.reading.inputs) for one in batch)
 
     def _step(self) -> None:
         try:
@@ -293,6 +326,7 @@ class Engine:
             kept = _filled(kept)
             self._decoder.select(kept)
             self._texts = [self._texts[row] for row in kept]
+        joining: list[MemoryState] = []
         while self._joining and len(self._texts) < self.rows:
             text = self._joining.popleft()
             state, text.state = text.state, None
@@ -301,11 +335,13 @@ class Engine:
                 text.arrived.put(None)
                 continue
             assert state is not None
-            if self._decoder is None:
-                self._decoder = Decoder(self.model, state)
-            else:
-                self._decoder.join(state)
+            joining.append(state)
             self._texts.append(text)
+        if joining:
+            if self._decoder is None:
+                self._decoder = Decoder(self.model, MemoryState.concat(joining))
+            else:
+                self._decoder.join(MemoryState.concat(joining))
 
     def _advance(self, text: Generation, logits: torch.Tensor) -> None:
         try:

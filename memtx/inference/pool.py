@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import chain
 
 from memtx.data.tokenizers import Tokenizer
@@ -20,7 +19,6 @@ from memtx.inference.continuation import Continuation, Piece, Request
 from memtx.inference.engine import Arrivals, Engine, Generation
 from memtx.inference.generate import newest_tokens
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
-from memtx.inference.scoring import Reading, Scored
 from memtx.inference.session import Identity
 from memtx.inference.shelf import Shelf
 from memtx.inference.table import SessionInfo, SessionTable
@@ -43,7 +41,8 @@ class SessionPool:
         resident: sessions in memory at most; those unused for longest go to disk.
         limit: sessions at most, on disk included.
         rows: texts made at once; more wait.
-        batch_tokens: tokens read in one call at most, where that is more than one segment.
+        batch_tokens: tokens read in one call at most, where that is more than one segment; by default what suits the
+            model's device.
 
     Raises:
         MemtxError: a number out of its range, or a folder that cannot be used.
@@ -59,12 +58,14 @@ class SessionPool:
         resident: int = 256,
         limit: int = 4096,
         rows: int = 64,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.segment = segment
-        self.session_bytes = StreamReader(model, tokenizer, segment).state.nbytes
+        # Every reader begins as its fork: the state of fresh streams is made once.
+        self._fresh = StreamReader(model, tokenizer, segment)
+        self.session_bytes = self._fresh.state.nbytes
         shelf = Shelf(folder, Identity.of(model, tokenizer)) if folder is not None else None
         self.table = SessionTable(self.reader, shelf, resident=resident, limit=limit)
         self.engine = Engine(model, rows=rows, batch_tokens=batch_tokens)
@@ -74,16 +75,11 @@ class SessionPool:
         """How many sessions' states 10^9 bytes hold, in memory as on disk; the text that waits comes on top."""
         return GB // max(self.session_bytes, 1)
 
-    def reader(self, *, top: int = 0, embeddings: bool = False, deadline: float | None = None) -> StreamReader:
+    def reader(self, *, top: int = 0, deadline: float | None = None) -> StreamReader:
         """Return a reader at the beginning of a text whose segments are read in the pool's calls; it is no session."""
-        return StreamReader(
-            self.model,
-            self.tokenizer,
-            self.segment,
-            scorer=self._scorer(deadline),
-            top=top,
-            embeddings=embeddings,
-        )
+        made = self._fresh.fork()
+        made.top, made.scorer = top, self.engine.scorer(deadline)
+        return made
 
     def create(self) -> str:
         """Begin a session and return its name.
@@ -145,7 +141,7 @@ class SessionPool:
         """Return a reader that goes on where a session stands; it is no session."""
         with self.table.use(name, deadline) as (_, reader):
             fork = reader.fork()
-        fork.scorer = self._scorer(deadline)
+        fork.scorer = self.engine.scorer(deadline)
         return fork
 
     def write(
@@ -257,14 +253,11 @@ class SessionPool:
             recent = newest_tokens(chain(reader.feed(prompt), reader.finish()))
         return self.go_on(reader, recent, requests, deadline=deadline)
 
-    def _scorer(self, deadline: float | None) -> Callable[[Reading], Scored]:
-        return partial(self.engine.score, deadline=deadline)
-
     @contextlib.contextmanager
     def _timed(self, reader: StreamReader, deadline: float | None) -> Iterator[None]:
         """Give a reader's segments a deadline for once."""
         usual = reader.scorer
-        reader.scorer = self._scorer(deadline)
+        reader.scorer = self.engine.scorer(deadline)
         try:
             yield
         finally:

@@ -6,6 +6,7 @@ same however much was read.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -165,7 +166,6 @@ class StreamReader:
         self.totals = Totals()
         self._pending = np.empty(0, dtype=np.int64)
         self._pieces = TextPieces(tokenizer)
-        self._bytes: dict[int, bytes] = {}
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +179,7 @@ class StreamReader:
         result = SegmentResult(
             tokens,
             scored.nll,
-            [self._bytes_of(int(token)) for token in tokens],
+            [self.tokenizer.token_bytes(int(token)) for token in tokens],
             self.totals.tokens,
             scored.top_tokens,
             scored.top_logprobs,
@@ -192,11 +192,6 @@ class StreamReader:
             tokens=self.totals.tokens + len(tokens),
         )
         return result
-
-    def _bytes_of(self, token: int) -> bytes:
-        if token not in self._bytes:
-            self._bytes[token] = self.tokenizer.token_bytes(token)
-        return self._bytes[token]
 
     def _full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
         self._pending = np.concatenate([self._pending, tokens])
@@ -237,7 +232,7 @@ class StreamReader:
             raise DataError(f"Token {self.tokenizer.begin} begins a document and is no text.", "Leave it out.")
         if self._pieces.waiting or self._pieces.waiting_bytes:
             raise DataError("Tokens follow a text that was not ended.", "Finish it first, or give text.")
-        content = b"".join(self._bytes_of(int(token)) for token in ids)
+        content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
         # A character may be cut by the end of the tokens, so what it decodes to has other bytes.
         counted = self.totals.with_text(content.decode("utf-8", "replace"))
         self.totals = replace(counted, bytes=self.totals.bytes + len(content))
@@ -280,8 +275,6 @@ class StreamReader:
 
     def fork(self) -> StreamReader:
         """Return a second reader that goes on from here by itself; the weights are shared."""
-        other = StreamReader(
-            self.model, self.tokenizer, self.segment, scorer=self.scorer, top=self.top, embeddings=self.embeddings
-        )
+        other = copy.copy(self)
         other.restore(self.snapshot())
         return other

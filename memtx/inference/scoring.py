@@ -61,8 +61,8 @@ def score(model: MemoryTransformer, readings: Sequence[Reading]) -> list[Scored]
 
     Args:
         model: in eval mode.
-        readings: at least one; all ask for the same. Those of streams that go on are as long as the longest; one that
-            ends may be shorter, since nothing looks at what is put behind it.
+        readings: at least one; all ask for the same. A model that is not ``padded`` reads streams that go on in
+            segments of one length; one that ends may be shorter, since nothing looks at what is put behind it.
 
     Returns:
         One result a reading. Rows are independent: each is what it is alone, up to rounding.
@@ -73,9 +73,12 @@ def score(model: MemoryTransformer, readings: Sequence[Reading]) -> list[Scored]
     inputs = np.zeros((len(readings), width), dtype=np.int64)
     labels = np.full((len(readings), width), IGNORED, dtype=np.int64)
     for row, one in enumerate(readings):
-        assert len(one.inputs) == width or one.last, "what follows a shorter segment would enter its state"
         inputs[row, : len(one.inputs)] = one.inputs
         labels[row, : len(one.labels)] = one.labels
+    lengths = None
+    if any(len(one.inputs) < width and not one.last for one in readings):
+        assert model.padded, "what follows a shorter segment would enter its state"
+        lengths = torch.tensor([len(one.inputs) for one in readings], device=device)
     state = first.state if len(readings) == 1 else MemoryState.concat([one.state for one in readings])
     target = torch.from_numpy(labels).to(device)
     output = model(
@@ -83,6 +86,7 @@ def score(model: MemoryTransformer, readings: Sequence[Reading]) -> list[Scored]
         state,
         # Whole logits are made only where they are looked at.
         labels=None if first.top else target,
+        lengths=lengths,
         return_hidden=first.embeddings,
     )
     top = values = None

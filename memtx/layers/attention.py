@@ -256,23 +256,20 @@ class MemoryAttention(nn.Module):
 
     def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
         """Project to queries, keys or values without positions (see :class:`memtx.memory.base.ContentAttention`)."""
-        layer = self.query if part == "query" else self.key_value
-        weight: Tensor = layer.weight
-        bias: Tensor | None = layer.bias
-        if part != "query":
-            index = 0 if part == "key" else 1
-            weight = weight.chunk(2)[index]
-            bias = bias.chunk(2)[index] if bias is not None else None
-        if frozen:
-            weight = weight.detach()
-            bias = bias.detach() if bias is not None else None
-        out = F.linear(x, weight, bias)
+        half = int(part == "value")
+        if part == "query":
+            out = _mapped(self.query, x, frozen)
+        elif isinstance(self.key_value, nn.Linear):
+            rows = [one.chunk(2)[half] for one in self.key_value.parameters()]
+            out = F.linear(x, *(one.detach() if frozen else one for one in rows))
+        else:
+            # A module that adapts the map stands in its place, and gives both together.
+            out = _mapped(self.key_value, x, frozen).chunk(2, dim=-1)[half]
         out = out.view(*out.shape[:-1], -1, self.head_dim)
-        if part != "value":
-            norm = self.query_norm if part == "query" else self.key_norm
-            weights = {name: one.detach() for name, one in norm.named_parameters()}
-            out = torch.func.functional_call(norm, weights, (out,)) if frozen else norm(out)
-        return out if part == "query" else out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
+        if part == "query":
+            return _mapped(self.query_norm, out, frozen)
+        out = _mapped(self.key_norm, out, frozen) if part == "key" else out
+        return out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
     def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Return keys as a query without positions sees them (see :class:`memtx.memory.base.ContentAttention`)."""
@@ -285,6 +282,13 @@ class MemoryAttention(nn.Module):
                 nn.init.normal_(layer.weight, std=width)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+
+def _mapped(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
+    """Return what a module makes of x, without letting its weights learn where frozen."""
+    weights = {name: one.detach() for name, one in module.named_parameters()} if frozen else {}
+    out: Tensor = torch.func.functional_call(module, weights, (x,)) if frozen else module(x)
+    return out
 
 
 def _check_order(memory: Memory[Any], beside: Sequence[Memory[Any]]) -> None:

@@ -145,6 +145,8 @@ class Memory(nn.Module, ABC, Generic[S]):
         beyond: whether the first section of what it opens stands for what lies beyond the exact window.
         native: whether what it shows is what the layer would have seen with a longer window, so that it needs no gate
             in a model that was trained without it.
+        padded: whether the rows of a call may end before it does (see :attr:`memtx.segment.Segment.stop`); a kind that
+            says so carries nothing of what stands behind.
         interval: tokens of a document after which it writes once; None if it writes at every token.
     """
 
@@ -152,6 +154,7 @@ class Memory(nn.Module, ABC, Generic[S]):
     by_layer: ClassVar[bool] = False
     beyond: ClassVar[bool] = False
     native: ClassVar[bool] = False
+    padded: ClassVar[bool] = False
     interval: int | None = None
 
     def __init__(self, dim: int) -> None:

@@ -101,6 +101,7 @@ class CompressedMemory(Memory[CompressedState]):
     """
 
     beyond = True
+    padded = True
 
     def __init__(
         self,
@@ -231,8 +232,10 @@ class CompressedMemory(Memory[CompressedState]):
         )
 
         # The next bank: the newest entries of the newest document, in order of birth.
-        newest_document = segment.document[:, -1:]
+        newest_document = segment.newest_document
         block_own = edge.born & (edge.document == newest_document)
+        if segment.stop is not None:
+            block_own &= edge.at < segment.stop[:, None]
         own = torch.cat([(number >= 0) & (newest_document == 0), block_own], 1)
         order = torch.where(own, torch.cat([bank_born, edge.at], 1), -FAR)
         kept = order.argsort(dim=1, stable=True)[:, order.shape[1] - length :]

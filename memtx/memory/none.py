@@ -23,6 +23,12 @@ class NoMemory(Memory[NoState]):
     """Carries nothing from one call to the next."""
 
     depends_on = "nothing"
+    padded = True
+
+    @property
+    def cut_matters(self) -> bool:
+        """True: what a token sees begins with the call."""
+        return True
 
     def init_state(self, rows: int, *, like: Tensor) -> NoState:
         """Return nothing."""

@@ -38,6 +38,8 @@ class RecurrentMemory(Memory[RecurrentState]):
         MemtxError: the window is not positive.
     """
 
+    padded = True
+
     def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
         super().__init__(dim)
         at_least(1, window=window)
@@ -123,5 +125,11 @@ def newest(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
         age = torch.arange(places, 0, -1, device=x.device)
         return (age > segment.next_position[:, None])[..., None]
 
-    kept = x[:, n - places :] if n >= places else torch.cat([cache[:, n:], x], dim=1)
+    if segment.stop is not None:
+        # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
+        first = segment.stop + torch.arange(x.shape[0], device=x.device) * (places + n)
+        index = first[:, None] + torch.arange(places, device=x.device)
+        kept = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, index.flatten()).view(cache.shape)
+    else:
+        kept = x[:, n - places :] if n >= places else torch.cat([cache[:, n:], x], dim=1)
     return kept.masked_fill(segment.once(("newest", places), foreign), 0.0)

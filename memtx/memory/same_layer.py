@@ -44,6 +44,7 @@ class SameLayerMemory(RecurrentMemory):
     """
 
     depends_on = "output"
+    padded = False
 
     def __init__(self, dim: int, window: int = 512, interval: int = 128) -> None:
         super().__init__(dim, window)

@@ -65,6 +65,8 @@ class ScoredMemory(CompressedMemory):
         MemtxError: a number is out of range.
     """
 
+    padded = False
+
     def __init__(
         self,
         dim: int,

@@ -30,3 +30,15 @@ def check_call(tokens: Tensor, state: MemoryState | None, **beside: Tensor | Non
     for name, given in beside.items():
         if given is not None and given.shape != tokens.shape:
             raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
+
+
+def check_lengths(tokens: Tensor, lengths: Tensor) -> None:
+    """Raise unless every row has a length within its segment; ``lengths`` is expected int64 (rows,)."""
+    if lengths.dtype != torch.int64 or lengths.shape != tokens.shape[:1]:
+        raise MemtxError(
+            f"lengths is {lengths.dtype} {tuple(lengths.shape)}, expected int64 ({tokens.shape[0]},).",
+            "Say of every row how many tokens it has.",
+        )
+    # Numbers on an accelerator are not looked at: that would wait for it.
+    if lengths.device.type == "cpu" and not 0 <= lengths.min() <= lengths.max() <= tokens.shape[1]:
+        raise MemtxError(f"lengths is {lengths.tolist()}.", f"Give 0 to {tokens.shape[1]}, the segment's tokens.")

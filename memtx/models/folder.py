@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from memtx import files, specs
 from memtx.errors import CheckpointError
+from memtx.models.low_rank import Adapters, merged
 
 FORMAT_VERSION = 1
 
@@ -34,9 +35,11 @@ class Kept(nn.Module):
 
     Attributes:
         config: what makes it anew, as numbers, texts, lists and dicts.
+        adapters: how its weights are adapted; None where they are not.
     """
 
     config: dict[str, Any]
+    adapters: Adapters | None = None
 
     def remember(self, arguments: Mapping[str, Any]) -> None:
         """Take down the constructor's arguments, given as its ``locals()``."""
@@ -47,10 +50,16 @@ class Kept(nn.Module):
     def fingerprint(self) -> str:
         """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(self.kept_weights().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    def kept_weights(self) -> dict[str, Tensor]:
+        """Return what is kept for reading: every tensor by its name, with what adapts it merged in."""
+        weights = dict(self.state_dict())
+        own = self.adapters
+        return weights if own is None else merged(weights, own.rank, own.alpha)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors of our own format into the folder ``path``."""
@@ -73,7 +82,7 @@ def described(model: Kept) -> dict[str, Any]:
 
 def save(model: Kept, path: str | os.PathLike[str]) -> None:
     """Write a model into the folder ``path``, weights first, so that a config never stands without them."""
-    weights = dict(model.state_dict())
+    weights = model.kept_weights()
     # Tied weights are kept once, under the first of their names.
     seen: dict[int, str] = {}
     for name, tensor in list(weights.items()):
@@ -164,7 +173,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def from_checkpoint(content: dict[str, Any], place: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a checkpoint's description of its model, and the model's weights.
+    """Return a checkpoint's description of its model, and the model's weights, with what adapts them merged in.
 
     Raises:
         CheckpointError: it is not a checkpoint of memtx.
@@ -176,7 +185,10 @@ def from_checkpoint(content: dict[str, Any], place: str | os.PathLike[str]) -> t
         for name, tensor in content["state_dict"].items()
         if name.startswith(CHECKPOINT_PREFIX)
     }
-    return content[CHECKPOINT_KEY]["model"], weights
+    kept = content[CHECKPOINT_KEY]
+    if (adapters := kept.get("adapters")) is not None:
+        weights = merged(weights, adapters["rank"], adapters["alpha"])
+    return kept["model"], weights
 
 
 def _built(place: Path, description: Any, weights: dict[str, Tensor], expected: type[nn.Module] | None) -> nn.Module:

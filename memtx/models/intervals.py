@@ -79,6 +79,8 @@ def parts_of(segment: Segment, blocks: Sequence[Block]) -> list[int]:
     if borders := sorted({tick for interval in late if interval is not None for tick in segment.cut(interval)}):
         return borders
     rows, length = segment.position.shape
+    if segment.stop is not None:  # Of kinds without borders; how long the call is, its caller decided.
+        return []
     part = max(LONGEST // rows, SHORTEST)
     if length <= part or segment.position.device.type != "cpu":
         return []

@@ -24,7 +24,7 @@ from memtx.layers.positions import Positions, Rotary
 from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.ring import Ring, Step, closed
-from memtx.models.calls import check_call
+from memtx.models.calls import check_call, check_lengths
 from memtx.models.intervals import Layers, by_intervals, in_parts, parts_of
 from memtx.models.mounting import MakeMemory, Mountable
 from memtx.models.published import load
@@ -234,6 +234,7 @@ class MemoryTransformer(Mountable):
         *,
         starts: Tensor | None = None,
         labels: Tensor | None = None,
+        lengths: Tensor | None = None,
         return_hidden: bool = False,
     ) -> MemoryOutput:
         """Read one segment.
@@ -243,16 +244,25 @@ class MemoryTransformer(Mountable):
             state: what the previous call returned; None for fresh streams.
             starts: (rows, segment) bool, where a document begins; nothing before it is seen from there on.
             labels: (rows, segment) int64, the token to be predicted at each place; -100 where none is.
+            lengths: (rows,) int64, in eval mode, how many tokens of each row are of its text, which may be none: what
+                is put behind them changes neither them nor the next state. None where all are.
             return_hidden: whether to return hidden states.
 
         Raises:
-            MemtxError: shapes do not fit each other.
+            MemtxError: shapes do not fit each other, or lengths were given to a model that is not :attr:`padded`.
         """
         check_call(tokens, state, starts=starts, labels=labels)
+        if lengths is not None:
+            check_lengths(tokens, lengths)
+            if self.training or not self.padded:
+                raise MemtxError(
+                    "lengths were given " + ("in training." if self.training else "to memories that read all tokens."),
+                    "Give rows of one length.",
+                )
         if starts is not None and starts.dtype != torch.bool:
             raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
         state = state if state is not None else self.init_state(tokens.shape[0])
-        segment = Segment.locate(state.position, tokens.shape[1], starts)
+        segment = Segment.locate(state.position, tokens.shape[1], starts, lengths)
         x = self.dropout(self._embedded(tokens, segment.position))
         through = partial(self._through, keep=return_hidden)
         stops = parts_of(segment, self._layers())
@@ -302,6 +312,11 @@ class MemoryTransformer(Mountable):
                 named.setdefault(name, []).append(value)
             hidden = [*hidden, x] if keep else [x]
         return hidden, tuple(layers), {name: torch.stack(values).mean() for name, values in named.items()}
+
+    @property
+    def padded(self) -> bool:
+        """Whether the rows of a call may be of different lengths."""
+        return all(memory.padded for block in self._layers() for memory in block.attention.memories)
 
     def rings(self, state: MemoryState) -> list[Ring] | None:
         """Open a state for decoding in place, a ring a layer; None where a memory has no such form."""

@@ -44,11 +44,12 @@ def make_app(pool: SessionPool, *, name: str, limits: Limits | None = None, key:
     app.include_router(sessions.router(pool, answers))
     app.include_router(names.refusing(("/v1/predict",), "This model goes on with texts.", "Ask /v1/completions."))
 
+    content = resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8")
+
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page() -> HTMLResponse:
         return HTMLResponse(
-            resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8"),
-            headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:"},
+            content, headers={"Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data:"}
         )
 
     app.add_middleware(Guard, limits=limits, metrics=metrics, key=key, import_body=pool.session_bytes + SESSION_EXTRA)
@@ -117,6 +118,9 @@ def serve(app: FastAPI, *, host: str, port: int, ready: Callable[[str], None]) -
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, port), family=family, backlog=512)
+        # The event loop does so itself, but not for the connections of a socket that it is handed. Without it an
+        # answer's body waits until the client confirms the head: 40 ms on Linux.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise MemtxError(f"{host}:{port} cannot be listened on: {error.strerror}.", "Try another --port.") from error
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)

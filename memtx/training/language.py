@@ -23,6 +23,7 @@ from memtx.training.carry import Carry
 from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.reading import fill, shown_language
 from memtx.training.distillation.shown import Shown
+from memtx.training.lora import LoRA
 from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
@@ -58,13 +59,16 @@ class LanguageModule(TrainedModule):
         replay: whether to keep states alone between a horizon's segments and read each once more in the backward
             pass: the same gradients, about a third more time, and memory that hardly grows with the horizon.
         freeze_base: whether the memories alone learn, and the model that they were added to stays as it is.
+        lora: beside a frozen base, low-rank matrices that learn too; None for none. Checkpoints hold them apart from
+            the base, and whatever reads one has them merged in.
         rates: compression rates of which every training step draws one; empty for the model's own. Each step then
             begins with fresh streams.
         distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
             ``OwnAttention`` teaches a memory what the model's attention would say with a whole batch in sight.
 
     Raises:
-        MemtxError: the segment is not positive; while training, the loss is no longer finite.
+        MemtxError: the segment is not positive, nothing would learn, or ``lora`` is given for a base that learns
+            itself; while training, the loss is no longer finite.
     """
 
     model: MemoryTransformer
@@ -83,6 +87,7 @@ class LanguageModule(TrainedModule):
         freeze_base: bool = False,
         rates: Sequence[int] = (),
         distillation: Distillation | None = None,
+        lora: LoRA | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, distillation)
         at_least(1, segment=segment)
@@ -93,7 +98,12 @@ class LanguageModule(TrainedModule):
         self.model.checkpointing = checkpointing
         self.rates = Rates(self.model, rates)
         if freeze_base:
-            _freeze_base(self.model)
+            _freeze_base(self.model, lora)
+        elif lora is not None:
+            raise MemtxError(
+                "lora adapts a base that stays as it is, but here the base learns itself.",
+                "Set freeze_base to true, or leave lora out.",
+            )
         self.segment = segment
         self.replay = replay
         if compile:
@@ -266,12 +276,15 @@ class LanguageModule(TrainedModule):
             self.carry.load_state_dict(own, state.get(stage, {}))
 
 
-def _freeze_base(model: MemoryTransformer) -> None:
-    learning = {id(parameter) for parameter in model.memory_parameters().values()}
+def _freeze_base(model: MemoryTransformer, lora: LoRA | None) -> None:
+    if not isinstance(model, MemoryTransformer):
+        raise MemtxError(f"freeze_base is for added memory, and a {type(model).__name__} has none.", "Leave it out.")
+    adapters = lora(model) if lora is not None else {}
+    learning = {id(parameter) for parameter in (*model.memory_parameters().values(), *adapters.values())}
     if not learning:
         raise MemtxError(
             "freeze_base leaves nothing that learns: the model has no memory with parameters.",
-            "Add one, such as CompressedMemory with its gates, or train the whole model.",
+            "Add one, such as CompressedMemory with its gates, adapt the model by lora, or train the whole of it.",
         )
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)

@@ -135,9 +135,13 @@ class TrainedModule(pl.LightningModule):
             torch.distributed.all_gather_object(ranks, own)
         checkpoint[folder.CHECKPOINT_KEY] = {
             "model": folder.described(self.model),
+            "adapters": self._adapters(),
             "ranks": ranks,
             "tokens_seen": self.tokens_seen,
         }
+
+    def _adapters(self) -> dict[str, Any] | None:
+        return None if self.model.adapters is None else self.model.adapters.plain()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back, if training goes on."""
@@ -156,6 +160,11 @@ class TrainedModule(pl.LightningModule):
             )
             raise CheckpointError(
                 f"The checkpoint is of another model: {', '.join(changed) or 'its class'} differs.",
+                "Use the config saved beside the checkpoint.",
+            )
+        if kept.get("adapters") != self._adapters():
+            raise CheckpointError(
+                f"The checkpoint's LoRA is {kept.get('adapters') or 'none'}, this run's {self._adapters() or 'none'}.",
                 "Use the config saved beside the checkpoint.",
             )
         self.tokens_seen = kept["tokens_seen"]

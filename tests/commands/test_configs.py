@@ -109,14 +109,32 @@ def test_without_its_data_it_says_where_to_get_them(program: Program, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, tmp_path: Path) -> None:
+def published(at: Path) -> tuple[Path, Path]:
+    """Write a published folder and a text; return both."""
     tokenizer = BytePairTokenizer(vocab_size=300)
     tokenizer.fit(["some words, and some other words. " * 50])
     config = {**plain.LLAMA, "vocab_size": 320, "hidden_size": 24, "max_position_embeddings": 64}
-    folder = write(tmp_path / "model", config, plain.llama(config))
+    folder = write(at / "model", config, plain.llama(config))
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_json())["model"]))
-    text = tmp_path / "text.txt"
+    text = at / "text.txt"
     text.write_text("some words, and some other words. " * 20)
+    return folder, text
+
+
+def retrofitting(folder: Path, at: Path) -> list[str]:
+    """Return the command that takes two steps with a folder's model."""
+    return [
+        "fit", "--config", str(HOME / "configs" / "retrofit.yaml"), "--data.root", "embedded",
+        "--data.cache", str(at / "cache"), "--model.model.init_args.folder", str(folder),
+        "--data.tokenizer.init_args.path", str(folder / "tokenizer.json"), "--data.segment=32",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
+        "--trainer.num_sanity_val_steps=0",
+    ]  # fmt: skip
+
+
+def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, tmp_path: Path) -> None:
+    folder, text = published(tmp_path)
     # As it is: a window, and nothing beyond it.
     session = str(tmp_path / "session")
     done = program("read", str(text), "--checkpoint", str(folder), "--session", session, at=tmp_path)
@@ -124,18 +142,11 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     done = program("generate", "--checkpoint", str(folder), "--session", session, "--max-tokens", "8", at=tmp_path)
     assert done.code == 0, done.err
     config_file = str(HOME / "configs" / "retrofit.yaml")
-    asked = ["fit", "--config", config_file, "--data.root", "embedded", "--data.cache", str(tmp_path / "cache")]
-    done = program(*asked, at=tmp_path)
+    done = program("fit", "--config", config_file, "--data.root", "embedded", at=tmp_path)
     assert done.code == 2
     assert "--model.model.init_args.folder FOLDER" in done.err
-    done = program(
-        *asked, "--model.model.init_args.folder", str(folder),
-        "--model.distillation=memtx.training.distillation.OwnAttention",
-        "--data.tokenizer.init_args.path", str(folder / "tokenizer.json"), "--data.segment=32",
-        "--trainer.log_every_n_steps=1",
-        "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
-        "--trainer.num_sanity_val_steps=0", at=tmp_path,
-    )  # fmt: skip
+    own = "--model.distillation=memtx.training.distillation.OwnAttention"
+    done = program(*retrofitting(folder, tmp_path), own, at=tmp_path)
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "retrofit"
     assert "train_soft_targets" in (run / "metrics.csv").read_text()
@@ -145,6 +156,38 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     # The run needs the folder no more.
     shutil.rmtree(folder)
     done = program("read", str(text), "--checkpoint", str(run), at=tmp_path)
+    assert done.code == 0, done.err
+
+
+def test_a_published_folder_is_adapted_too(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
+    folder, text = published(tmp_path)
+    asked = retrofitting(folder, tmp_path)
+    done = program(*asked, "--model.lora.targets=[attention.kye_value]", at=tmp_path)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert "Did you mean 'attention.key_value'?" in done.err
+    asked += ["--model.lora.rank=4", "--model.lora.dropout=0.1"]
+    done = program(*asked, at=tmp_path)
+    assert done.code == 0, done.err
+    run = tmp_path / "runs" / "retrofit"
+    before, after = (
+        MemoryTransformer.from_pretrained(place).state_dict() for place in (folder, chosen_checkpoint(run))
+    )
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (".query." not in name and ".key_value." not in name), name
+    done = program(*asked, "--ckpt_path=last", "--trainer.max_steps=3", at=tmp_path)
+    assert done.code == 0, done.err
+    done = program("test", "--run", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
+    assert done.code == 0, done.err
+    shutil.rmtree(folder)
+    session = str(tmp_path / "session")
+    done = program("read", str(text), "--checkpoint", str(run), "--session", session, at=tmp_path)
+    assert done.code == 0, done.err
+    done = program("generate", "--checkpoint", str(run), "--session", session, "--max-tokens", "8", at=tmp_path)
+    assert done.code == 0, done.err
+    few = ["--distance", "1k", "--rows", "1", "--depths", "2"]
+    done = program("evaluate", "--checkpoint", str(run), "--task", "needle", *few, at=tmp_path)
     assert done.code == 0, done.err
 
 

@@ -19,7 +19,7 @@ from memtx import MemoryTransformer
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.continuation import Request
-from memtx.inference.engine import CANCELLED, ClosedError, Engine, OutOfTimeError
+from memtx.inference.engine import CANCELLED, OutOfTimeError
 from memtx.inference.generate import generate
 from memtx.inference.pool import SessionPool
 from memtx.inference.reader import SegmentResult, StreamReader
@@ -310,14 +310,6 @@ def test_there_are_limits(byte_model: MemoryTransformer, byte_tokenizer: Tokeniz
     assert pool.session_bytes == 2 * (16 + 3 + 4) * 16 * 4 + 8
     assert pool.sessions_per_gb == 10**9 // pool.session_bytes
     pool.close()
-
-
-def test_what_waits_fails_when_the_engine_is_closed(byte_model: MemoryTransformer) -> None:
-    engine = Engine(byte_model)
-    state = byte_model.init_state(1)
-    engine.close()
-    with pytest.raises(ClosedError):
-        engine.generate(state, None)  # type: ignore[arg-type]
 
 
 def test_a_failing_call_is_its_callers_problem_alone(pool: SessionPool, monkeypatch: pytest.MonkeyPatch) -> None:

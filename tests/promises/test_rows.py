@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memtx import MemoryTransformer
+from memtx.errors import MemtxError
 from memtx.state import MemoryState
 from tests.kinds import KINDS
 from tests.promises.drawn import Case, cases, cuts, distance, read
@@ -69,3 +71,42 @@ def test_rows_joined_from_several_streams_go_on_as_each_alone(kind: str, data: s
     joined, _ = read(case, [0, n], MemoryState.concat(states))
     for row, (one, state) in enumerate(zip(streams, states, strict=True)):
         assert (joined[row : row + 1] - read(one, [0, n], state)[0]).abs().max() < EXACT
+
+
+PADDED = ["recurrent", "compressed-convolution", "compressed-most_used"]
+
+
+@pytest.mark.parametrize("kind", PADDED)
+@given(data=st.data())
+def test_rows_of_different_lengths_are_what_each_is_alone(kind: str, data: st.DataObject) -> None:
+    """What is put behind a row's tokens, a document's beginning included, changes neither them nor the state."""
+    case = data.draw(cases(kind, rows=3))
+    n = case.tokens.shape[1]
+    _, before = read(case, [0, n])
+    lengths = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=3, max_size=3)))
+    out = case.model(case.tokens, before, starts=case.starts, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        state = before.select([row])
+        if length:
+            own = Case(case.model, case.tokens[row : row + 1, :length], case.starts[row : row + 1, :length], "")
+            logits, state = read(own, [0, length], state)
+            assert (out.logits[row, :length] - logits[0]).abs().max() < EXACT
+        assert distance(out.state.select([row]), state) < EXACT
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed"))])
+def test_other_kinds_refuse_rows_of_different_lengths(kind: str) -> None:
+    model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS[kind](4, 2, 2)]).eval()
+    with pytest.raises(MemtxError, match="lengths were given to memories that read all tokens"):
+        model(torch.zeros(2, 3, dtype=torch.int64), lengths=torch.tensor([3, 1]))
+
+
+def test_lengths_are_checked() -> None:
+    model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS["recurrent"](4, 2, 2)]).eval()
+    tokens = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(MemtxError, match=r"lengths is torch.int64 \(3,\), expected int64 \(2,\)"):
+        model(tokens, lengths=torch.tensor([3, 1, 1]))
+    with pytest.raises(MemtxError, match=r"lengths is \[3, 4\]"):
+        model(tokens, lengths=torch.tensor([3, 4]))
+    with pytest.raises(MemtxError, match="lengths were given in training"):
+        model.train()(tokens, lengths=torch.tensor([3, 1]))

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 
 from memtx.training.callbacks.checkpoint import BestCheckpoint
+from memtx.training.lora import LoRA
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs, small
@@ -53,9 +54,19 @@ class Copy(pl.Callback):
 def test_going_on_from_anywhere(
     tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...]
 ) -> None:
+    goes_on(tmp_path, options, every, kills)
+
+
+def test_going_on_with_what_adapts_a_frozen_base(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
+    adapted = {"freeze_base": True, "lora": LoRA(rank=2, dropout=0.3)}
+    goes_on(tmp_path, {"limit_val_batches": 0, "max_steps": 8}, 1, (3, 6), **adapted)
+
+
+def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...], **made: Any) -> None:
     last = tmp_path / "run" / "last.ckpt"
     copies = {batch: tmp_path / f"{batch}.ckpt" for batch in kills}
-    whole, record = module(), Record()
+    whole, record = module(**made), Record()
     keep = BestCheckpoint(str(last.parent), every_n_train_steps=every)
     run = trainer(tmp_path, record, Copy(last, copies), keep, gradient_clip_val=1.0, **options)
     run.fit(whole, datamodule=data(tmp_path))
@@ -66,7 +77,7 @@ def test_going_on_from_anywhere(
             continue
         compared += 1
         # Other weights and random numbers: all has to come from the checkpoint.
-        again, resumed = module(seed=7), Record()
+        again, resumed = module(seed=7, **made), Record()
         other = BestCheckpoint(str(last.parent), every_n_train_steps=every)
         going = trainer(tmp_path, resumed, other, gradient_clip_val=1.0, **options)
         going.fit(again, datamodule=data(tmp_path), ckpt_path=str(copy))

@@ -98,7 +98,7 @@ class PublishedModel(folder.Kept):
                 f"This {type(self).__name__} was not read from a published checkpoint.",
                 "save_pretrained writes a model of our own.",
             )
-        weights = self.state_dict()
+        weights = self.kept_weights()
         tensors = {name: piece.taken(weights).to(origin.dtypes[name]) for name, piece in origin.names.items()}
         content.write(path, origin.text, {**origin.kept, **tensors})
 

@@ -1,0 +1,261 @@
+"""LoRA: a model without adapters whose weights are W + (alpha / rank) B A, whatever reads them; the base stays."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import memtx
+from memtx.errors import CheckpointError, MemtxError
+from memtx.inference.decoder import Decoder
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.compression import MostUsed, StridedConvolution
+from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.models import folder
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.transformer_xl import TransformerXL
+from memtx.training.language import LanguageModule
+from memtx.training.lora import LoRA
+from tests.kinds import KINDS
+from tests.models.published.test_parity import folders
+from tests.training.small import SEGMENT, adam, data, trainer
+
+pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
+
+EXACT = 1e-10  # float64, sums in another order
+TOKENS = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
+RANK, ALPHA = 3, 5.0
+RECONSTRUCTED = partial(
+    CompressedMemory, window=5, rate=2, length=4, compression=MostUsed, reconstruction=AttentionReconstruction
+)
+LEARNED = partial(RECONSTRUCTED, compression=StridedConvolution)
+STACKS: dict[str, Callable[[], Any]] = {
+    **{kind: lambda kind=kind: KINDS[kind](5, 2, 4) for kind in KINDS},  # type: ignore[misc]
+    "reconstructed": lambda: RECONSTRUCTED,
+    "reconstructed-learned": lambda: LEARNED,
+}
+
+
+def base(memories: Any, **options: Any) -> MemoryTransformer:
+    torch.manual_seed(0)
+    given = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
+    model = MemoryTransformer(40, memories=[memories], **given).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from even
+    return model
+
+
+def learned(model: MemoryTransformer, *targets: str, **options: Any) -> dict[str, torch.nn.Parameter]:
+    """Adapt a model, as far from what it was as training may bring it."""
+    adapters = LoRA(RANK, ALPHA, targets=targets or ("attention.*", "feed_forward.*"), **options)(model)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for one in adapters.values():
+            one.copy_(torch.randn(one.shape, generator=draw) * 0.2)
+    return adapters
+
+
+def by_hand(plain: MemoryTransformer, adapters: dict[str, torch.nn.Parameter]) -> MemoryTransformer:
+    """Return the model with W + (alpha / rank) B A in the place of every adapted W."""
+    made = copy.deepcopy(plain)
+    own = dict(made.named_parameters())
+    with torch.no_grad():
+        for name, down in adapters.items():
+            part, found, _ = name.partition(".lora_A.")
+            if found:
+                up = adapters[name.replace(".lora_A.", ".lora_B.")]
+                own[f"{part}.weight"] += ALPHA / RANK * up @ down
+    return made
+
+
+def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
+    state, parts = None, []
+    with torch.no_grad():
+        for part in TOKENS.split(list(lengths) or [TOKENS.shape[1]], dim=1):
+            out = model(part, state)
+            state = out.state
+            parts.append(out.logits)
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_every_use_of_a_weight_sees_what_adapts_it(kind: str) -> None:
+    plain = base(STACKS[kind](), kv_heads=2)
+    adapted = copy.deepcopy(plain)
+    before = logits(plain)
+    LoRA(RANK)(untouched := copy.deepcopy(plain))
+    assert torch.equal(logits(untouched), before)
+    adapters = learned(adapted)
+    expected = by_hand(plain, adapters)
+    whole = logits(expected)
+    assert (whole - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapted), whole, rtol=0, atol=EXACT)
+    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), whole, rtol=0, atol=EXACT)
+    with torch.no_grad():
+        decoder = Decoder(adapted, adapted(TOKENS[:, :20]).state)
+        steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(20, 30)], dim=1)
+    torch.testing.assert_close(steps, whole[:, 20:], rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("kind", STACKS)
+def test_matrices_get_the_gradient_of_the_weight_that_they_are_in(kind: str) -> None:
+    """By the chain rule, from a model of merged weights; what is frozen in it is frozen in them."""
+    plain = base(STACKS[kind](), kv_heads=2)
+    adapted = copy.deepcopy(plain)
+    adapters = learned(adapted)
+    expected = by_hand(plain, adapters)
+    for model in (adapted, expected):
+        model.train()(TOKENS, labels=TOKENS).loss.backward()
+    wanted = {name: one.grad for name, one in expected.named_parameters()}
+    for name, down in adapters.items():
+        part, found, _ = name.partition(".lora_A.")
+        if not found:
+            continue
+        up = adapters[name.replace(".lora_A.", ".lora_B.")]
+        grad = wanted[f"{part}.weight"]
+        assert grad is not None
+        torch.testing.assert_close(down.grad, ALPHA / RANK * up.T @ grad, rtol=0, atol=EXACT)
+        torch.testing.assert_close(up.grad, ALPHA / RANK * grad @ down.T, rtol=0, atol=EXACT)
+    for name, parameter in adapted.named_parameters():
+        if name not in adapters:
+            torch.testing.assert_close(parameter.grad, wanted[name.replace(".base_layer.", ".")], rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
+def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, tmp_path: Path) -> None:
+    for place in folders(parity, kind):
+        memory = partial(CompressedMemory, window=8, rate=2, length=6)
+        plain = memtx.from_pretrained(place).double().with_memory([memory], window=8, sinks=2)
+        with torch.no_grad():
+            for name, parameter in plain.memory_parameters().items():
+                if name.endswith(".gate"):
+                    parameter.fill_(0.7)
+        adapted = copy.deepcopy(plain)
+        adapters = learned(adapted)
+        expected = logits(by_hand(plain, adapters))
+        assert (logits(plain) - expected).abs().max() > 0.1
+        torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
+        torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
+        adapted.to_pretrained(tmp_path / place.name)
+        own, original = (load_file(one / "model.safetensors") for one in (tmp_path / place.name, place))
+        assert own.keys() == original.keys()
+        for name, tensor in original.items():
+            assert torch.equal(own[name], tensor) == (tensor.dim() < 2 or ("attn" not in name and "mlp" not in name))
+        again = memtx.from_pretrained(tmp_path / place.name).double().without_memory(64)
+        # Rounded to the folder's float32.
+        torch.testing.assert_close(logits(again), logits(adapted.without_memory(64)), rtol=1e-4, atol=1e-4)
+
+
+def retrofitted(vocab_size: int) -> MemoryTransformer:
+    torch.manual_seed(0)
+    made = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
+    return made.with_memory([partial(CompressedMemory, window=6, rate=2, length=8)], sinks=2)
+
+
+def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
+    own = LanguageModule(retrofitted, segment=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options)
+    run = trainer(at, max_steps=4, limit_val_batches=0)
+    run.fit(own, data(at))
+    run.save_checkpoint(at / "run.ckpt")
+    return own
+
+
+@pytest.mark.parametrize("options", [{}, {"replay": True, "checkpointing": True, "distillation": 1.0}], ids=str)
+def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, Any]) -> None:
+    before = {name: one.clone() for name, one in retrofitted(257).state_dict().items()}
+    own = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
+    memory = own.model.memory_parameters()
+    assert memory
+    adapted = 0
+    for name, parameter in own.model.named_parameters():
+        if name in memory:
+            assert not torch.equal(parameter, before[name]), name
+        elif ".lora_" in name:
+            adapted += 1
+            assert parameter.count_nonzero() > parameter.numel() // 2, name
+        else:
+            assert not parameter.requires_grad
+            assert parameter.grad is None
+            assert torch.equal(parameter, before[name.replace(".base_layer.", ".")]), name
+    assert adapted == 2 * 2 * 2  # A and B of two maps in two layers
+
+
+def test_a_model_without_memory_may_learn_by_them_alone(tmp_path: Path) -> None:
+    own = LanguageModule(
+        lambda size: retrofitted(size).without_memory(6), segment=SEGMENT, freeze_base=True, lora=LoRA()
+    )
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(own, data(tmp_path))
+    learning = {name for name, one in own.model.named_parameters() if one.requires_grad}
+    assert learning
+    assert all(".lora_" in name for name in learning)
+
+
+def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = trained(tmp_path, LoRA(rank=2, alpha=8, targets=["attention.*"]))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    loaded = MemoryTransformer.from_pretrained(tmp_path / "run.ckpt")
+    assert loaded.state_dict().keys() == retrofitted(257).state_dict().keys()
+    own.model.eval()
+    # float32, sums in another order
+    torch.testing.assert_close(logits(loaded), logits(own.model), rtol=1e-5, atol=1e-5)
+    assert (logits(loaded) - logits(retrofitted(257).eval())).abs().max() > 1e-3
+    own.model.save_pretrained(tmp_path / "kept")
+    again = MemoryTransformer.from_pretrained(tmp_path / "kept")
+    assert torch.equal(logits(again), logits(loaded))
+    # So a session goes on in any of them.
+    assert own.model.fingerprint == loaded.fingerprint == again.fingerprint
+
+
+def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
+    trained(tmp_path, LoRA(rank=2, alpha=8))
+    content = folder.read_checkpoint(tmp_path / "run.ckpt")
+    for other in (None, LoRA(rank=2, alpha=9), LoRA(rank=3, alpha=8), LoRA(rank=2, alpha=8, targets=["attention.*"])):
+        going = LanguageModule(retrofitted, segment=SEGMENT, freeze_base=True, lora=other)
+        with pytest.raises(CheckpointError, match="'rank': 2, 'alpha': 8"):
+            going.on_load_checkpoint(content)
+    LanguageModule(retrofitted, segment=SEGMENT, freeze_base=True, lora=LoRA(2, 8)).on_load_checkpoint(content)
+
+
+def test_beside_weights_of_half_precision_they_learn_in_float32() -> None:
+    model = base(partial(RecurrentMemory, window=8)).bfloat16()
+    before = logits(model)
+    adapters = LoRA()(model)
+    assert {one.dtype for one in adapters.values()} == {torch.float32}
+    assert torch.equal(logits(model), before)
+
+
+def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, said in (
+        ({"rank": 0}, "rank is 0"),
+        ({"alpha": 0.0}, "alpha is 0"),
+        ({"dropout": 1.0}, "dropout is 1"),
+        ({"targets": []}, "no targets"),
+    ):
+        with pytest.raises(MemtxError, match=said):
+            LoRA(**options)  # type: ignore[arg-type]
+    model = retrofitted(11)
+    names = "attention.query, attention.key_value, attention.out, feed_forward.gate_up, feed_forward.out"
+    with pytest.raises(MemtxError, match=rf"'attention.qury'.* Did you mean 'attention.query'\?.* There are {names}\."):
+        LoRA(targets=["attention.out", "attention.qury"])(model)
+    assert model.adapters is None
+    LoRA()(model)
+    with pytest.raises(MemtxError, match="adapted by LoRA already"):
+        LoRA()(model)
+    with pytest.raises(MemtxError, match="freeze_base to true"):
+        LanguageModule(retrofitted, lora=LoRA())
+    with pytest.raises(MemtxError, match="a TransformerXL has none"):
+        LanguageModule(partial(TransformerXL, dim=16, depth=1, heads=2), freeze_base=True)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(MemtxError, match=r"LoRA needs peft\. Install it: pip install 'memtx\[retrofit\]'"):
+        LoRA()
