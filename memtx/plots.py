@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from memtx import files
@@ -247,6 +247,47 @@ def accuracy(
     axes.legend(
         frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.5
     )
+    _save(figure, path)
+
+
+def beside(
+    path: str | os.PathLike[str], panels: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str = ""
+) -> None:
+    """Draw models beside one another: a panel a measure, a bar a model, each with its number.
+
+    Args:
+        path: the PNG to write.
+        panels: measure -> one value a model, finite and not negative.
+        names: the models, the first on top and in a colour of its own.
+        title: above the picture.
+
+    Raises:
+        MemtxError: no panel or no model, a value for each of other models, or one that cannot be drawn.
+    """
+    if not panels or not names:
+        raise MemtxError("A picture of models beside one another needs a measure and a model.")
+    for measure, values in panels.items():
+        given = np.asarray(values, dtype=np.float64)
+        if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any():
+            raise MemtxError(f"'{measure}' is {list(values)}, expected {len(names)} finite values, none below 0.")
+    figure = _figure(2.2 + 2.6 * len(panels), 1.3 + 0.45 * len(names))
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+    for place, (axes, (measure, values)) in enumerate(
+        zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)
+    ):
+        _dress(axes, measure, "", "")
+        height = np.arange(len(names))[::-1]
+        axes.barh(height, values, height=0.55, color=[QUIET, *[BLUE] * (len(names) - 1)], linewidth=0)
+        for at, value in zip(height, values, strict=True):
+            text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            axes.annotate(
+                text, (value, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+            )
+        axes.set_yticks(height, names if not place else [""] * len(names), fontsize=9, color=INK)
+        axes.set_xlim(0, 1.3 * max(*values, 1e-9))
+        axes.xaxis.set_major_formatter(FuncFormatter(_count))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
     _save(figure, path)
 
 

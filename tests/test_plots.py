@@ -82,3 +82,15 @@ def test_no_global_state_and_nothing_of_the_models() -> None:
     assert {name for name in imported if name.startswith("memtx.")} == {"memtx.errors"}
     imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
     assert not {"matplotlib.pyplot", "pylab"} & imported
+
+
+def test_models_beside_one_another(tmp_path: Path) -> None:
+    plots.beside(tmp_path / "a.png", {"parameters": [9e6, 3e6], "ms": [2.5, 0.0]}, ["teacher", "student"], title="both")
+    plots.beside(tmp_path / "b.png", {"ms": [2.5, 0.0, 1.0]}, ["teacher", "student", "other"])
+    (wide, _), (narrow, _) = size_of(tmp_path / "a.png"), size_of(tmp_path / "b.png")
+    assert wide > narrow > 300
+    with pytest.raises(MemtxError, match="needs a measure and a model"):
+        plots.beside(tmp_path / "c.png", {}, ["teacher"])
+    with pytest.raises(MemtxError, match="expected 1 finite values"):
+        plots.beside(tmp_path / "c.png", {"ms": [float("nan")]}, ["teacher"])
+    assert not (tmp_path / "c.png").exists()

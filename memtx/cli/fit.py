@@ -29,7 +29,7 @@ from memtx.data.books import BookDataModule
 from memtx.data.documents import PG19
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.loading import DATA_KEY, chosen_checkpoint
+from memtx.inference.loading import DATA_KEY
 from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
 from memtx.models import folder
@@ -283,9 +283,9 @@ def _mistake(error: Exception) -> MemtxError:
 
 def _checkpoint(run_folder: Path, asked: str) -> Path:
     if asked == "best":
-        return chosen_checkpoint(run_folder)
+        return folder.chosen_checkpoint(run_folder)
     place = run_folder / CHECKPOINTS / LAST if asked == "last" else Path(asked)
-    return chosen_checkpoint(place) if place.is_dir() else place
+    return folder.chosen_checkpoint(place) if place.is_dir() else place
 
 
 def _value(argv: list[str], option: str) -> str | None:

@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("memtx.cli.predict:main", "say labels, tags or answers of raw texts, as lines of JSON"),
     "read": ("memtx.cli.read:main", "read a book of any length and report how surprising it was"),
     "evaluate": ("memtx.cli.evaluate:main", "measure what a memory keeps: accuracy by distance, capacity"),
+    "distil": ("memtx.cli.distil:main", "put a student beside its teacher: size, speed and quality"),
     "serve": ("memtx.cli.serve:main", "serve a model over HTTP: completions, sessions and a page"),
     "convert": ("memtx.cli.convert:main", "make a pretrained folder of a checkpoint, also of one of many processes"),
     "generate": ("memtx.cli.generate:main", "continue a prompt, or a book that was read"),

@@ -11,8 +11,8 @@ import torch
 
 from memtx.cli.common import MISTAKE, Parser, run
 from memtx.cli.fit import MemtxCLI, OneLineParser, names_parts
-from memtx.cli.quiet import quiet
 from memtx.cli.parts import PARTS, PartsCLI
+from memtx.cli.quiet import quiet
 from memtx.data.books import BookDataModule
 from memtx.data.prepared import Prepared, is_prepared
 from memtx.errors import MemtxError, positive

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from memtx.data.documents import Corpus, open_corpus
 from memtx.data.fitting import default_cache, fitted
@@ -180,6 +181,11 @@ class BookDataModule(LightningDataModule):
             self._go_on(streams, self._restored)
         self._streams, self._restored = streams, None
         return streams
+
+    def places(self) -> Tensor:
+        """Return (rows, length) int64, which token of the training store each of the newest batch is."""
+        assert self._streams is not None
+        return self._streams.places(self._streams.position - 1)
 
     def val_dataloader(self) -> EvaluationStreams | list[Any]:
         """Return the validation split in rows; an empty list where training data has none."""

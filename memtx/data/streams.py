@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from memtx.data.batch import IGNORED, Batch
 from memtx.data.plans import EndlessPlan, RowPlan, finite_plan
@@ -144,6 +145,22 @@ class DocumentStreams:
         self._plan.reach(stop)
         within = (self._plan.within(row, start, stop) for row in self._own())
         return [[self.store.ids[document] for document, _, _ in row] for row in within]
+
+    def places(self, step: int) -> Tensor:
+        """Return (rows, length) int64, which token of the store each of a step's is, documents one after another."""
+        start, stop = self._ticks(step), self._ticks(step + 1)
+        self._plan.reach(stop)
+        begins = np.cumsum(self.store.lengths) - self.store.lengths
+        found = np.zeros((self.rows, self.length), dtype=np.int64)
+        for index, row in enumerate(self._own()):
+            for document, tick, taken in self._plan.within(row, start, stop):
+                begin = tick - taken
+                first, past = max(start - begin, taken), min(stop - begin, int(self.store.lengths[document]))
+                if first < past:
+                    found[index, begin + first - start : begin + past - start] = begins[document] + np.arange(
+                        first, past
+                    )
+        return torch.from_numpy(found)
 
     def __iter__(self) -> Iterator[Batch]:
         stop = (self.position // self._steps + 1) * self._steps

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from memtx.data.episodes.base import Task
 from memtx.errors import MemtxError, nearest
-from memtx.inference.loading import chosen_place
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 
@@ -26,7 +25,7 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any
     Raises:
         CheckpointError: missing, damaged, or of something else.
     """
-    place = chosen_place(path)
+    place = folder.chosen_place(path)
     model = MemoryTransformer.from_pretrained(place)
     sizes = {} if (place / folder.CONFIG).is_file() else _sizes(place)
     return model.eval(), sizes

@@ -13,7 +13,6 @@ from torch import nn
 
 from memtx import files
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.loading import chosen_place
 from memtx.inference.predictor import TEXTS
 from memtx.models import folder
 from memtx.models.published import load
@@ -60,7 +59,7 @@ def convert(
         CheckpointError: the source cannot be read, or its model is not the layout's.
         MemtxError: something is at ``target``, or it cannot be written.
     """
-    place, end = chosen_place(source), Path(target)
+    place, end = folder.chosen_place(source), Path(target)
     if end.exists() and not overwrite and not (end.is_dir() and not any(end.iterdir())):
         raise MemtxError(f"'{end}' is there already.", "Give another folder, or add --overwrite.")
     if place.resolve() == end.resolve():

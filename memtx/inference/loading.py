@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from memtx import files
 from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError
 from memtx.models import folder, sharded
@@ -31,7 +30,7 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
     Raises:
         CheckpointError: missing, damaged, of something else, or without a tokenizer.
     """
-    place = chosen_place(path)
+    place = folder.chosen_place(path)
     if (place / folder.CONFIG).is_file():
         if not (place / TOKENIZER).is_file():
             raise CheckpointError(f"'{place}' has no {TOKENIZER}.", "Put the tokenizer it was trained with beside it.")
@@ -46,47 +45,6 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
             "They do not belong together; take the tokenizer it was trained with.",
         )
     return model.eval(), tokenizer
-
-
-def chosen_place(path: str | os.PathLike[str]) -> Path:
-    """Return the file or the pretrained folder that ``path`` means: of a run's folder, its checkpoint.
-
-    Raises:
-        CheckpointError: missing, or a folder that holds neither.
-    """
-    place = Path(path)
-    if not place.exists():
-        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
-    if place.is_dir() and not (place / folder.CONFIG).is_file():
-        return chosen_checkpoint(place)
-    return place
-
-
-def chosen_checkpoint(run: Path) -> Path:
-    """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest; itself, if it is one.
-
-    Raises:
-        CheckpointError: the folder holds no checkpoint.
-    """
-    if sharded.is_sharded(run):
-        return run
-    checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    best = checkpoints / "best.json"
-    if best.is_file():
-        content = files.read_json(best)
-        named = content.get("path") if isinstance(content, dict) else None
-        if isinstance(named, str):
-            # A run's folder may have been moved: its own file of that name comes first.
-            for candidate in (checkpoints / Path(named).name, checkpoints / named, run / named):
-                if candidate.exists():
-                    return candidate
-    found = sorted(checkpoints.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
-    if not found:
-        raise CheckpointError(
-            f"'{run}' holds no checkpoint and no {folder.CONFIG}.",
-            "Give a checkpoint, a run's folder (with checkpoints/*.ckpt) or a pretrained folder.",
-        )
-    return found[-1]
 
 
 def _tokenizer_text(place: Path) -> str:

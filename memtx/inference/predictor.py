@@ -18,7 +18,7 @@ from memtx.data.task_batches import Asked, Prepared, collated, prepared
 from memtx.data.task_kinds import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError, at_least
 from memtx.inference.answering import Answering, Input
-from memtx.inference.loading import TOKENIZER, chosen_checkpoint
+from memtx.inference.loading import TOKENIZER
 from memtx.models import folder
 from memtx.models.heads import TaskModel
 
@@ -65,7 +65,7 @@ class Predictor(Answering):
         Raises:
             CheckpointError: missing, damaged, or of a model that serves no task.
         """
-        place = _place(path)
+        place = folder.chosen_place(path)
         kept = task_parts(place)
         tokenizer, task = kept.get("tokenizer"), kept.get("task")
         if not isinstance(tokenizer, str) or not isinstance(task, str):
@@ -152,20 +152,13 @@ def task_parts(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
     Nothing where it is of no task; raises what :func:`serves_a_task` raises.
     """
-    place = _place(path)
+    place = folder.chosen_place(path)
     if (place / folder.CONFIG).is_file():
         found = {name: text for name, file in TEXTS.items() if (text := _text(place / file)) is not None}
         return found if found.keys() & {"task", "summary"} else {}
     # Lightning names the part after the data's class, which may be somebody's subclass.
     parts = (one for one in folder.read_notes(place).values() if isinstance(one, Mapping))
     return next((one for one in parts if "tokenizer" in one and one.keys() & {"task", "summary"}), {})
-
-
-def _place(path: str | os.PathLike[str]) -> Path:
-    place = Path(path)
-    if not place.exists():
-        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
-    return chosen_checkpoint(place) if place.is_dir() and not (place / folder.CONFIG).is_file() else place
 
 
 def _text(place: Path) -> str | None:

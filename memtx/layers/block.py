@@ -47,6 +47,10 @@ class Block(nn.Module):
             state = self.attention.settle(state, self.attention_norm(x), segment)
         return x, state, losses
 
+    def values(self, x: Tensor) -> Tensor:
+        """Return the heads' values side by side, (rows, segment, heads * head_dim), of the layer's input x."""
+        return self.attention.project(self.attention_norm(x), "value", frozen=False).flatten(2)
+
     def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:
         """Return the layer's output (rows, dim) for one token a row; the ring is written in place."""
         x = x + self.attention.step(self.attention_norm(x), ring, step)

@@ -34,3 +34,8 @@ class EncoderBlock(nn.Module):
         x = self.attention_norm(x + self.dropout(self.attention(x, reading)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
+
+    def values(self, x: Tensor) -> Tensor:
+        """Return the heads' values side by side, (rows, length, dim), of the layer's input x."""
+        out: Tensor = self.attention.value(x)
+        return out

@@ -78,6 +78,22 @@ class PatternAttention(nn.Module, ABC):
         out: Tensor = self.out(self.attend(x, reading))
         return out
 
+    def scores(self, x: Tensor) -> Tensor:
+        """Return (rows, heads, length, length) scaled products of queries and keys, whoever sees whom, of x."""
+        q, k = self.in_heads(self.query(x)), self.in_heads(self.key(x))
+        out: Tensor = q @ k.mT * q.shape[-1] ** -0.5
+        return out
+
+    def near(self, distance: Tensor) -> Tensor | None:
+        """Return whether places see each other by their distance alone, bool; None where it does not decide.
+
+        Global tokens apart.
+
+        Args:
+            distance: int64, of any shape, the key's place less the query's.
+        """
+        return None
+
     @abstractmethod
     def attend(self, x: Tensor, reading: Reading) -> Tensor:
         """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
@@ -85,6 +101,10 @@ class PatternAttention(nn.Module, ABC):
 
 class FullAttention(PatternAttention):
     """Every place sees every token (BERT, Devlin et al. 2019)."""
+
+    def near(self, distance: Tensor) -> Tensor:
+        """Return that they do."""
+        return torch.ones_like(distance, dtype=torch.bool)
 
     def attend(self, x: Tensor, reading: Reading) -> Tensor:
         """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""

@@ -82,6 +82,12 @@ class WindowAttention(PatternAttention):
             out = out.masked_fill(~reading.present[..., None], 0.0)
         return out if reading.asked is None else self._with_globals(out, x, reading, reading.asked)
 
+    def near(self, distance: Tensor) -> Tensor | None:
+        """Return whether a window holds both; None where random links are seen as well."""
+        if self.links:
+            return None
+        return (distance.abs() <= self.window // 2 * self.dilation) & (distance % self.dilation == 0)
+
     def _with_globals(self, out: Tensor, x: Tensor, reading: Reading, asked: Tensor) -> Tensor:
         """Return out with what global tokens see in their places."""
         there = asked >= 0

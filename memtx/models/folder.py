@@ -112,6 +112,47 @@ def load(path: str | os.PathLike[str], expected: type[nn.Module] | None = None) 
     return _built(place, description, weights, expected)
 
 
+def chosen_place(path: str | os.PathLike[str]) -> Path:
+    """Return the file or the pretrained folder that ``path`` means: of a run's folder, its checkpoint.
+
+    Raises:
+        CheckpointError: missing, or a folder that holds neither.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
+    if place.is_dir() and not (place / CONFIG).is_file():
+        return chosen_checkpoint(place)
+    return place
+
+
+def chosen_checkpoint(run: Path) -> Path:
+    """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest; itself, if it is one.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint.
+    """
+    if sharded.is_sharded(run):
+        return run
+    checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    best = checkpoints / "best.json"
+    if best.is_file():
+        content = files.read_json(best)
+        named = content.get("path") if isinstance(content, dict) else None
+        if isinstance(named, str):
+            # A run's folder may have been moved: its own file of that name comes first.
+            for candidate in (checkpoints / Path(named).name, checkpoints / named, run / named):
+                if candidate.exists():
+                    return candidate
+    found = sorted(checkpoints.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    if not found:
+        raise CheckpointError(
+            f"'{run}' holds no checkpoint and no {CONFIG}.",
+            "Give a checkpoint, a run's folder (with checkpoints/*.ckpt) or a pretrained folder.",
+        )
+    return found[-1]
+
+
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a training checkpoint, every byte of it checked, without running anything that stands in it.
 

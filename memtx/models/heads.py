@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memtx.errors import MemtxError, at_least
 from memtx.models import folder
-from memtx.models.encoder import Encoder
+from memtx.models.encoder import Encoder, EncoderOutput
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.permuted import PermutedEncoder
 from memtx.state import MemoryState
@@ -187,16 +187,49 @@ class TaskModel(folder.Kept):
             types: (rows, length), 1 for tokens of a second text; of no meaning to a body that tells none apart.
             marked: (rows, length), 1 for global tokens; likewise.
         """
+        return self.layers_and_scores(tokens, present, types, marked)[1]
+
+    def layers_and_scores(
+        self,
+        tokens: Tensor,
+        present: Tensor,
+        types: Tensor | None = None,
+        marked: Tensor | None = None,
+        *,
+        keep: bool = False,
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Return hidden states and scores.
+
+        Args:
+            tokens: as are the others, what :meth:`forward` takes.
+            present: likewise.
+            types: likewise.
+            marked: likewise.
+            keep: whether hidden states are wanted: the embedding's output and every layer's, each (rows, length, dim);
+                empty otherwise, and of a body that is no ``Encoder``.
+        """
+        hidden: tuple[Tensor, ...] = ()
         if isinstance(self.body, DocumentReader):
             x = self.body.hidden(tokens, present)
         elif isinstance(self.body, PermutedEncoder):
             x = self.body(tokens, present).last_hidden_state
         else:
-            x = self.body(
-                tokens,
-                present,
-                types if self.body.types > 1 else None,
-                marked if self.body.knows_globals and marked is not None and bool(marked.any()) else None,
-            ).last_hidden_state
-        out: Tensor = self.head(x, present)
-        return out
+            out = read_whole(self.body, tokens, present, types, marked, keep=keep)
+            x, hidden = out.last_hidden_state, out.hidden_states or ()
+        return hidden, self.head(x, present)
+
+
+def read_whole(
+    body: Encoder, tokens: Tensor, present: Tensor, types: Tensor | None, marked: Tensor | None, *, keep: bool = False
+) -> EncoderOutput:
+    """Return what an encoder makes of a task's rows; what it does not know of is left out."""
+    return cast(
+        EncoderOutput,
+        body(
+            tokens,
+            present,
+            types if body.types > 1 else None,
+            marked if body.knows_globals and marked is not None and bool(marked.any()) else None,
+            output_hidden_states=keep,
+        ),
+    )

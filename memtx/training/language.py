@@ -10,22 +10,30 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from memtx.data.batch import Batch
+from memtx.data.batch import IGNORED, Batch
+from memtx.data.books import BookDataModule
 from memtx.errors import CheckpointError, MemtxError, at_least
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.memory.base import Losses
+from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
 from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
 from memtx.training.carry import Carry
+from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.reading import fill, shown_language
+from memtx.training.distillation.shown import Shown
 from memtx.training.lora import LoRA
 from memtx.training.measures import LanguageMeasures
 from memtx.training.meter import MemoryMeter, carries
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.rates import Rates
 from memtx.training.redealt import own_rows
-from memtx.training.tbptt import Unrolled, unroll
+from memtx.training.tbptt import Judge, Unrolled, unroll
 from memtx.training.trained import TrainedModule
+
+_CARRIED = {"carry": "train", "teacher": "teacher"}
+"""What a checkpoint keeps of the carry: by its name there, the stage."""
 
 
 class LanguageModule(TrainedModule):
@@ -56,9 +64,8 @@ class LanguageModule(TrainedModule):
             the base, and whatever reads one has them merged in.
         rates: compression rates of which every training step draws one; empty for the model's own. Each step then
             begins with fresh streams.
-        distillation: weight of a loss that asks for what the model would say with a whole batch in sight of its
-            attention and no memory; for batches no longer than it was trained on, and each step then begins with
-            fresh streams.
+        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
+            ``OwnAttention`` teaches a memory what the model's attention would say with a whole batch in sight.
 
     Raises:
         MemtxError: the segment is not positive, nothing would learn, or ``lora`` is given for a base that learns
@@ -80,19 +87,17 @@ class LanguageModule(TrainedModule):
         replay: bool = False,
         freeze_base: bool = False,
         rates: Sequence[int] = (),
-        distillation: float = 0.0,
+        distillation: Distillation | None = None,
         lora: LoRA | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, distillation)
         at_least(1, segment=segment)
-        at_least(0, distillation=distillation)
         # A Transformer-XL is called as a memory transformer is.
         self.model = cast(MemoryTransformer, model(vocab_size))
         if checkpointing and not hasattr(self.model, "checkpointing"):
             raise MemtxError(f"A {type(self.model).__name__} has no checkpointing.", "Leave it out.")
         self.model.checkpointing = checkpointing
         self.rates = Rates(self.model, rates)
-        self.distillation = distillation
         if freeze_base:
             _freeze_base(self.model, lora)
         elif lora is not None:
@@ -113,19 +118,31 @@ class LanguageModule(TrainedModule):
         """Share the model out, under a strategy that does so.
 
         Raises:
-            MemtxError: it is to be its own teacher, which reads with weights that are then in pieces.
+            MemtxError: it is to learn from a teacher, whose part in it is not shared out.
         """
-        if self.device_mesh is not None and self.distillation:
+        if self.device_mesh is not None and self.distillation is not None:
             raise MemtxError(
                 "model.distillation does not go with a strategy that shares the weights out.",
                 "Leave it out, or take --trainer.strategy ddp.",
             )
         super().configure_model()
 
+    def setup(self, stage: str) -> None:
+        """Open the teacher, where there is one and training begins."""
+        if self.distillation is not None and self.distillation.caches:
+            data = getattr(self.trainer, "datamodule", None)
+            if self._fresh or not isinstance(data, BookDataModule):
+                raise MemtxError(
+                    "A teacher's scores are kept by the places of a corpus that is read on and on, and this run is "
+                    "another: it reads examples, or draws rates.",
+                    "Leave the distillation's cache out.",
+                )
+        super().setup(stage)
+
     # One batch
 
-    def _state(self, stage: str, batch: Batch) -> MemoryState:
-        return self.carry.take(stage, self.model, batch.tokens.shape[0])
+    def _state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
+        return self.carry.take(stage, self.model if model is None else model, batch.tokens.shape[0])
 
     def _read(self, stage: str, batch: Batch, state: MemoryState) -> Unrolled:
         training = stage == "train"
@@ -137,13 +154,61 @@ class LanguageModule(TrainedModule):
             state,
             segment=self.segment,
             replay=self.replay and torch.is_grad_enabled(),
-            distillation=self.distillation if training else 0.0,
+            judge=self._judge(self.distillation, batch) if training and self.distillation is not None else None,
         )
         if training and self._fresh:
             return out
         # Final before any callback runs: checkpoints are saved by callbacks that come first.
         self.carry.put(stage, out.state)
         return out
+
+    def _judge(self, distillation: Distillation, batch: Batch) -> Judge:
+        """Return what compares a segment of the student's with what the teacher makes of the same places."""
+        teacher = self._taught(distillation, batch)
+        share = self.done
+
+        def judge(student: MemoryOutput, part: slice) -> Losses:
+            labels, starts = batch.labels[:, part], batch.starts[:, part]
+            assert student.hidden_states is not None
+            own = shown_language(self.model, student.hidden_states, labels, starts, student.language_loss)
+            return distillation.compared(own, teacher(labels, starts, part), share)
+
+        return judge
+
+    def _taught(self, distillation: Distillation, batch: Batch) -> Callable[[Tensor, Tensor, slice], Shown]:
+        """Let the teacher read a batch, where its scores are not known, and return what shows it of some places."""
+        table, places = distillation.table, None
+        if table is not None:
+            places = cast(BookDataModule, cast(Any, self.trainer).datamodule).places()
+        if table is None or not table.complete:
+            model = cast(
+                MemoryTransformer, distillation.teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
+            )
+            hidden = self._heard(model, batch)
+            if table is None or places is None:
+                return lambda labels, starts, part: shown_language(
+                    model, tuple(x[:, part] for x in hidden), labels, starts
+                )
+            fill(table, places, model, hidden[-1])
+        assert places is not None
+        values, index = (one.to(batch.tokens.device) for one in table.get(places))
+
+        def kept(labels: Tensor, starts: Tensor, part: slice) -> Shown:
+            scored = labels != IGNORED
+            return Shown(values[:, part][scored], index=index[:, part][scored])
+
+        return kept
+
+    @torch.no_grad()
+    def _heard(self, teacher: MemoryTransformer, batch: Batch) -> tuple[Tensor, ...]:
+        """Return (rows, length, dim) each, what a teacher's layers make of a batch; what it carries is carried on."""
+        state = teacher.init_state(batch.tokens.shape[0]) if self._fresh else self._state("teacher", batch, teacher)
+        unscored = torch.full_like(batch.labels, IGNORED)
+        out = teacher(batch.tokens, state, starts=batch.starts, labels=unscored, return_hidden=True)
+        if not self._fresh:
+            self.carry.put("teacher", out.state)
+        assert out.hidden_states is not None
+        return tuple(out.hidden_states)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the horizon's loss."""
@@ -160,7 +225,7 @@ class LanguageModule(TrainedModule):
     @property
     def _fresh(self) -> bool:
         """Whether training carries nothing from batch to batch."""
-        return bool(self.rates.rates or self.distillation)
+        return bool(self.rates.rates or (self.distillation is not None and self.distillation.fresh))
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Go back to the model's own rate, after the backward pass, which may read once more."""
@@ -216,22 +281,21 @@ class LanguageModule(TrainedModule):
 
     def rank_state(self) -> dict[str, Any]:
         """Return what is carried."""
-        return {"carry": self.carry.state_dict("train")}
+        return {stage: self.carry.state_dict(own) for stage, own in _CARRIED.items()}
 
     def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
         """Carry it again; where there are other rows or processes, the first rows go on with theirs."""
-        carried, rank = [one["carry"] for one in states], self.trainer.global_rank
+        rank = self.trainer.global_rank
         rows = getattr(self.trainer.train_dataloader, "rows", None)
-        if isinstance(rows, int):
-            self.carry.load_state_dict("train", own_rows(carried, rows, rank))
-        elif len(states) == self.trainer.world_size:
-            self.carry.load_state_dict("train", carried[rank])
-        else:
+        if not isinstance(rows, int) and len(states) != self.trainer.world_size:
             raise CheckpointError(
                 f"The checkpoint is of {len(states)} processes, this run has {self.trainer.world_size}, and its data "
                 "does not say how many rows it has.",
                 "Resume with as many, or start a new run from its weights.",
             )
+        for stage, own in _CARRIED.items():
+            carried = [one.get(stage, {}) for one in states]
+            self.carry.load_state_dict(own, own_rows(carried, rows, rank) if isinstance(rows, int) else carried[rank])
 
 
 def _freeze_base(model: MemoryTransformer, lora: LoRA | None) -> None:

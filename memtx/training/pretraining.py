@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,10 +15,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORED, Batch
+from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
 from memtx.models.permuted import PermutedEncoder
 from memtx.models.reformer import Reformer
 from memtx.training import objectives
+from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.reading import shown_masked
 from memtx.training.measures import LanguageMeasures
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.trained import TrainedModule
@@ -29,16 +33,27 @@ SEED = 20_000
 """Of what is hidden in evaluation: the same at every validation, of every run."""
 
 
+def lost(scores: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean loss of scores (n, vocab) against labels (n,), in nats; 0 where there are none."""
+    return F.cross_entropy(scores.float(), labels, reduction="sum") / max(1, len(labels))
+
+
 class GuessingModule(TrainedModule):
     """Trains a model to guess tokens of rows of text, and measures how often it is right.
 
     Args:
         optimizer: makes the optimiser from parameter groups.
         scheduler: makes the schedule from the optimiser, stepped every optimiser step.
+        distillation: see :class:`MaskedModule`.
     """
 
-    def __init__(self, optimizer: MakeOptimizer | None = None, scheduler: MakeScheduler | None = WarmupCosine) -> None:
-        super().__init__(optimizer, scheduler)
+    def __init__(
+        self,
+        optimizer: MakeOptimizer | None = None,
+        scheduler: MakeScheduler | None = WarmupCosine,
+        distillation: Distillation | None = None,
+    ) -> None:
+        super().__init__(optimizer, scheduler, distillation)
         kinds = ("loss", "accuracy")
         self.metrics = nn.ModuleDict({f"{stage}_{kind}": MeanMetric() for stage in ("val", "test") for kind in kinds})
 
@@ -54,15 +69,14 @@ class GuessingModule(TrainedModule):
     def training_step(self, batch: Batch, index: int) -> Tensor:
         """Return the mean loss of what is guessed; 0 where nothing is."""
         scores, labels = self.guess(batch, None)
-        loss = F.cross_entropy(scores.float(), labels, reduction="sum") / max(1, len(labels))
-        return self._learned(loss, batch.tokens)
+        return self._learned(lost(scores, labels), batch.tokens)
 
     def _measure(self, stage: str, batch: Batch, index: int) -> None:
         generator = torch.Generator(batch.tokens.device).manual_seed(SEED + index)
         scores, labels = self.guess(batch, generator)
         count = max(1, len(labels))
         figures = {
-            "loss": F.cross_entropy(scores.float(), labels, reduction="sum") / count,
+            "loss": lost(scores, labels),
             "accuracy": (scores.argmax(-1) == labels).sum() / count,
         }
         for name, value in figures.items():
@@ -90,6 +104,7 @@ class MaskedModule(GuessingModule):
         whole_words: whether all tokens of a word are hidden together.
         optimizer: makes the optimiser from parameter groups.
         scheduler: makes the schedule from the optimiser, stepped every optimiser step.
+        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
     """
 
     model: Encoder
@@ -103,8 +118,9 @@ class MaskedModule(GuessingModule):
         whole_words: bool = False,
         optimizer: MakeOptimizer | None = None,
         scheduler: MakeScheduler | None = WarmupCosine,
+        distillation: Distillation | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, distillation)
         self.drawn = vocab_size
         self.mask_token = vocab_size if mask_token is None else mask_token
         self.model = model(vocab_size + (mask_token is None))
@@ -112,17 +128,43 @@ class MaskedModule(GuessingModule):
         self._edges: objectives.WordEdges | None = None
 
     def setup(self, stage: str) -> None:
-        """Look up where words begin, if that matters."""
+        """Open the teacher, where there is one, and look up where words begin, if that matters."""
+        if self.distillation is not None and self.distillation.caches:
+            raise MemtxError(
+                "Other tokens are hidden in each pass, so a teacher's scores of the last one are of no use.",
+                "Leave the distillation's cache out.",
+            )
+        super().setup(stage)
         if self.whole_words and self._edges is None:
             tokenizer = cast(Any, self.trainer).datamodule.tokenizer
             self._edges = objectives.word_edges(tokenizer)
 
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        """Return the mean loss of what is guessed, or the distillation's losses."""
+        if self.distillation is None:
+            return super().training_step(batch, index)
+        found = self._hidden(batch, None)
+        scored, keep = found.labels != IGNORED, self.distillation.needs_hidden(self.done)
+        teacher = self.distillation.teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
+        heard = self.distillation.heard(lambda: shown_masked(cast(Encoder, teacher), found.tokens, scored, keep=keep))
+        student = shown_masked(self.model, found.tokens, scored, keep=keep)
+        assert student.states is not None
+        loss = lost(student.states, found.labels[scored])
+        return self._learned(self._compared(replace(student, loss=loss), heard), batch.tokens)
+
     def guess(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Hide some tokens and read the rest."""
+        found = self._hidden(batch, generator)
+        scored = found.labels != IGNORED
+        logits = self.model(found.tokens, scored=scored).logits
+        assert logits is not None
+        return logits, found.labels[scored]
+
+    def _hidden(self, batch: Batch, generator: torch.Generator | None) -> objectives.Masked:
         edges = self._edges
         if edges is not None and edges.goes_on.device != batch.tokens.device:
             edges = self._edges = objectives.WordEdges(*(part.to(batch.tokens.device) for part in edges))
-        found = objectives.masked(
+        return objectives.masked(
             batch.tokens,
             mask=self.mask_token,
             vocab_size=self.drawn,
@@ -131,10 +173,6 @@ class MaskedModule(GuessingModule):
             edges=edges,
             generator=generator,
         )
-        scored = found.labels != IGNORED
-        logits = self.model(found.tokens, scored=scored).logits
-        assert logits is not None
-        return logits, found.labels[scored]
 
 
 class PermutedModule(GuessingModule):

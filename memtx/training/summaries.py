@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memtx.data.batch import Batch
+from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 from memtx.training.language import LanguageModule
 
@@ -16,8 +17,8 @@ class SummaryModule(LanguageModule):
     ``val_bits_per_byte`` and ``val_word_perplexity`` are of summaries alone.
     """
 
-    def _state(self, stage: str, batch: Batch) -> MemoryState:
-        return self.model.init_state(batch.tokens.shape[0])
+    def _state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
+        return (self.model if model is None else model).init_state(batch.tokens.shape[0])
 
     def rank_state(self) -> dict[str, Any]:
         """Return nothing: no memory outlives a batch."""

@@ -22,10 +22,14 @@ from memtx.data.tags import spans_of
 from memtx.data.task_batches import Asked, TaskBatch
 from memtx.errors import MemtxError
 from memtx.metrics import AnswerExactMatch, AnswerF1, SpanF1
+from memtx.models import folder
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel, TextHead, TokenHead
 from memtx.models.published.layout import PublishedModel
 from memtx.models.published.load import from_pretrained
+from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.reading import shown_task, task_keys
+from memtx.training.distillation.shown import Shown
 from memtx.training.optimizers import WarmupCosine
 from memtx.training.trained import TrainedModule
 
@@ -36,8 +40,8 @@ class TaskModule(TrainedModule):
     Args:
         body: makes what reads, from the size of the vocabulary: ``Encoder``, or ``DocumentReader``.
         head: makes what scores, from width and outputs; None for the task's own.
-        pretrained: a folder of a published encoder or of our own format, whose weights the body begins with; ``body``
-            is then not looked at.
+        pretrained: a folder of a published encoder or of our own format, a checkpoint, or a run's folder, whose weights
+            the body begins with; ``body`` is then not looked at.
         vocab_size: of the tokenizer; flows from the data.
         outputs: scores a text or a token; flows from the data.
         dropped: share of a training row's tokens, marks apart, that are replaced by ``mask``; keeps a model from
@@ -45,6 +49,7 @@ class TaskModule(TrainedModule):
         mask: the id that they are replaced by; flows from the data.
         optimizer: makes the optimiser from parameter groups.
         scheduler: makes the schedule from the optimiser, stepped every optimiser step.
+        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
 
     Raises:
         MemtxError: a number is out of range, or the pretrained model is no encoder or of a smaller vocabulary.
@@ -64,8 +69,9 @@ class TaskModule(TrainedModule):
         mask: int = 0,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
+        distillation: Distillation | None = None,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(optimizer, scheduler, distillation)
         if not 0.0 <= dropped < 1.0:
             raise MemtxError(f"dropped is {dropped}.", "Give a share from 0 up to, not including, 1.")
         made = None if pretrained is None else _encoder(pretrained, vocab_size)
@@ -93,7 +99,11 @@ class TaskModule(TrainedModule):
 
     def loss(self, scores: Tensor, batch: TaskBatch) -> Tensor:
         """Return the mean loss of scores (rows, outputs) or (rows, length, outputs) against the batch's labels."""
-        return F.cross_entropy(scores.flatten(0, -2), batch.labels.flatten(), ignore_index=IGNORED)
+        return F.cross_entropy(self.choices(scores, batch), batch.labels.flatten(), ignore_index=IGNORED)
+
+    def choices(self, scores: Tensor, batch: TaskBatch) -> Tensor:
+        """Return (n, classes) of scores (rows, outputs) or (rows, length, outputs): a row for each label."""
+        return scores.flatten(0, -2)
 
     def metric(self, stage: str, name: str) -> Metric:
         """Return a stage's measure."""
@@ -101,8 +111,32 @@ class TaskModule(TrainedModule):
 
     def training_step(self, batch: TaskBatch, index: int) -> Tensor:
         """Return the batch's loss."""
-        loss = self.loss(self.model(self._thinned(batch), batch.present, batch.types, batch.marked), batch)
+        read = batch._replace(tokens=self._thinned(batch))
+        if self.distillation is None:
+            loss = self.loss(self.model(read.tokens, read.present, read.types, read.marked), read)
+        else:
+            loss = self._distilled(self.distillation, read)
         return self._learned(loss, batch.tokens)
+
+    def _distilled(self, distillation: Distillation, batch: TaskBatch) -> Tensor:
+        """Return the losses of a batch that teacher and student read alike."""
+        keep = distillation.needs_hidden(self.done)
+        teacher = distillation.teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
+
+        def read() -> Shown:
+            return shown_task(teacher, batch, self.choices, keep=keep)
+
+        heard = distillation.heard(read, lambda: task_keys(batch))
+        return self._compared(shown_task(self.model, batch, self.choices, keep=keep, loss=self.loss), heard)
+
+    def setup(self, stage: str) -> None:
+        """Open the teacher, where there is one and training begins."""
+        if self.distillation is not None and self.distillation.caches and self.dropped:
+            raise MemtxError(
+                f"dropped is {self.dropped}, so no text comes again as it was, and a teacher's scores are to be kept.",
+                "Set dropped to 0, or leave the distillation's cache out.",
+            )
+        super().setup(stage)
 
     def _thinned(self, batch: TaskBatch) -> Tensor:
         if not self.dropped:
@@ -180,10 +214,10 @@ class QuestionModule(TaskModule):
         """Return exact match and F1."""
         return {"exact_match": AnswerExactMatch(), "f1": AnswerF1()}
 
-    def loss(self, scores: Tensor, batch: TaskBatch) -> Tensor:
-        """Return the mean of the losses of first and last place: a softmax over the row's tokens each."""
+    def choices(self, scores: Tensor, batch: TaskBatch) -> Tensor:
+        """Return (2 rows, length): of each row the scores of first and of last places, among which one is chosen."""
         scores = scores.masked_fill(batch.present[..., None] == 0, torch.finfo(scores.dtype).min)
-        return F.cross_entropy(scores.transpose(1, 2).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED)
+        return scores.transpose(1, 2).flatten(0, 1)
 
     def count(self, stage: str, asked: Asked, answers: Sequence[dict[str, Any]]) -> None:
         """Compare texts."""
@@ -199,7 +233,7 @@ def without(arguments: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _encoder(path: str, vocab_size: int) -> Encoder:
-    made = from_pretrained(path)
+    made = from_pretrained(folder.chosen_place(path))
     if not isinstance(made, Encoder) or not isinstance(made, PublishedModel):
         raise MemtxError(f"'{path}' holds a {type(made).__name__}, expected an encoder.", "Change model.pretrained.")
     if made.vocab_size < vocab_size:

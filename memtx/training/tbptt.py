@@ -7,6 +7,7 @@ for every kind of memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtx.memory.base import Losses
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
 from memtx.ops.cross_entropy import IGNORED
 from memtx.state import MemoryState
-from memtx.training.teaching import divergence, taught
+
+Judge = Callable[[MemoryOutput, slice], Losses]
+"""Makes losses of a segment's output, hidden states in it, and of the segment's places in the batch."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,11 @@ class Unrolled:
     """A horizon's result.
 
     Attributes:
-        loss: mean negative log-likelihood of all scored labels (nats) plus the auxiliary losses' means over
-            the segments; its graph spans the horizon.
+        loss: mean negative log-likelihood of all scored labels (nats), or what was judged in its place, plus the
+            auxiliary losses' means over the segments; its graph spans the horizon.
         nll: (rows, horizon * segment), each label's negative log-likelihood, 0 where not scored.
         scored: how many labels were scored.
-        losses: the auxiliary losses by name, detached.
+        losses: the auxiliary losses, and those that were judged, by name, detached.
         state: after the last segment, cut from the graph.
     """
 
@@ -50,7 +53,7 @@ def unroll(
     *,
     segment: int,
     replay: bool = False,
-    distillation: float = 0.0,
+    judge: Judge | None = None,
 ) -> Unrolled:
     """Read a batch segment by segment with one graph through all of them.
 
@@ -63,21 +66,16 @@ def unroll(
         segment: tokens a call.
         replay: keep states alone and read every segment once more in the backward pass: the same gradients, about
             a third more time, and the memory of one segment however many there are.
-        distillation: weight of a loss that asks for what the model's own attention to the whole batch gives; the
-            state is to be fresh then, so that both read the same text.
+        judge: what is learned in place of the labels' likelihood, of each segment; weighed as that is.
     """
 
-    def read(tokens: Tensor, state: MemoryState, starts: Tensor, labels: Tensor, wanted: Tensor | None) -> Any:
-        out = model(tokens, state, starts=starts, labels=labels, return_hidden=wanted is not None)
-        if wanted is None:
-            return out
-        own = distillation * divergence(model, out.hidden_states[-1], wanted, labels)
-        return replace(out, hidden_states=None, losses={**out.losses, "distillation": own})
-
-    teacher = taught(model, tokens, starts) if distillation else None
+    def read(tokens: Tensor, state: MemoryState, starts: Tensor, labels: Tensor, part: slice) -> Any:
+        out = model(tokens, state, starts=starts, labels=labels, return_hidden=judge is not None)
+        return (out, {}) if judge is None else (replace(out, hidden_states=None), judge(out, part))
 
     scored = (labels != IGNORED).sum()
     language: Tensor | float = 0.0
+    judged: dict[str, Tensor] = {}
     nll: list[Tensor] = []
     named: dict[str, list[Tensor]] = {}
     for at in range(0, tokens.shape[1], segment):
@@ -87,14 +85,16 @@ def unroll(
             state,
             starts[:, part],
             labels[:, part],
-            teacher[:, part] if teacher is not None else None,
+            part,
         )
-        out = checkpoint(read, *given, use_reentrant=False) if replay else read(*given)
+        out, own = checkpoint(read, *given, use_reentrant=False) if replay else read(*given)
         state = out.state
         # Every label weighs alike, so the mean is over the horizon, not of its segments' means.
         dtype = torch.promote_types(out.language_loss.dtype, torch.float32)
         share = (labels[:, part] != IGNORED).sum().clamp(min=1).to(dtype) / scored.clamp(min=1)
-        language = language + out.language_loss * share
+        language = language + (sum(own.values()) if judge is not None else out.language_loss) * share
+        for name, value in own.items():
+            judged[name] = judged.get(name, 0.0) + (value * share).detach()
         nll.append(out.nll)
         for name, value in out.losses.items():
             named.setdefault(name, []).append(value)
@@ -102,5 +102,9 @@ def unroll(
     loss = language + sum(losses.values())
     assert isinstance(loss, Tensor)
     return Unrolled(
-        loss, torch.cat(nll, dim=1), scored, {name: value.detach() for name, value in losses.items()}, state.detach()
+        loss,
+        torch.cat(nll, dim=1),
+        scored,
+        {**{name: value.detach() for name, value in losses.items()}, **judged},
+        state.detach(),
     )

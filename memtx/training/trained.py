@@ -12,13 +12,18 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from memtx.errors import CheckpointError
+from memtx.errors import CheckpointError, MemtxError
 from memtx.models import folder
 from memtx.training import randomness
 from memtx.training.callbacks import moments
+from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.shown import Shown
 from memtx.training.optimizers import WarmupCosine, decay_groups
 from memtx.training.redealt import count_batches
 from memtx.training.sharding import configure
+
+_LEARNED = "distillation."
+"""What the names of a distillation's own weights begin with in a checkpoint."""
 
 
 def adamw(params: Iterable[Any]) -> Optimizer:
@@ -37,6 +42,7 @@ class TrainedModule(pl.LightningModule):
         optimizer: makes the optimiser from parameter groups; None for AdamW (rate 1e-3, betas 0.9 and 0.95,
             decay 0.1). Norms and biases are in a group of their own without decay.
         scheduler: makes the schedule from the optimiser, stepped every optimiser step; None for a constant rate.
+        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
     """
 
     model: folder.Kept
@@ -45,12 +51,15 @@ class TrainedModule(pl.LightningModule):
         self,
         optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
         scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
+        self.distillation = distillation
         self.make_optimizer = optimizer if optimizer is not None else adamw
         self.make_scheduler = scheduler
         self.tokens_seen = 0
         self._random: dict[str, Any] | None = None
+        self._planned = 0
 
     def rank_state(self) -> dict[str, Any]:
         """Return what this process has to keep, as tensors and plain values."""
@@ -65,6 +74,26 @@ class TrainedModule(pl.LightningModule):
         """Share the model out over the processes, under a strategy that does so; this may be asked again."""
         configure(self, self.model)
 
+    def setup(self, stage: str) -> None:
+        """Open the teacher, where there is one and training begins."""
+        if stage == "fit" and self.distillation is not None:
+            if self.distillation.caches and self.trainer.world_size > 1:
+                raise MemtxError("A teacher's scores are kept by one process alone.", "Leave cache out, or use one.")
+            self.distillation.open(self.model, getattr(self.trainer, "datamodule", None))
+
+    @property
+    def done(self) -> float:
+        """The share of the run's optimiser steps that is done; 0 where their number is not known."""
+        return self.trainer.global_step / self._planned if self._planned else 0.0
+
+    def _compared(self, student: Shown, teacher: Shown) -> Tensor:
+        """Return the sum of the losses of a distillation, and log each."""
+        assert self.distillation is not None
+        named = self.distillation.compared(student, teacher, self.done)
+        for name, value in named.items():
+            self.log(f"train_{name}", value.detach())
+        return torch.stack(list(named.values())).sum()
+
     def _learned(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Count and log a training step, and return its loss."""
         self.tokens_seen += tokens.numel() * self.trainer.world_size
@@ -73,7 +102,9 @@ class TrainedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped with it."""
-        optimizer = self.make_optimizer(decay_groups(self.model))
+        # Here, before the position in the data is restored: see _steps.
+        self._planned = self._steps() if self.distillation is not None else 0
+        optimizer = self.make_optimizer(decay_groups(self))
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
@@ -117,6 +148,10 @@ class TrainedModule(pl.LightningModule):
         """Take them back, if training goes on."""
         if folder.CHECKPOINT_KEY not in checkpoint:
             raise CheckpointError("The checkpoint is of something else.", "Give one that memtx wrote.")
+        if self.distillation is None or not self.distillation.losses:
+            # Maps that learn with a student: of no use where no teacher is.
+            weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: one for name, one in weights.items() if not name.startswith(_LEARNED)}
         kept = checkpoint[folder.CHECKPOINT_KEY]
         if kept["model"] != (own := folder.described(self.model)):
             changed = sorted(

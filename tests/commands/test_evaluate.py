@@ -15,7 +15,7 @@ from memtx.cli.main import main
 from memtx.data.episodes.recall import Recall
 from memtx.errors import MemtxError
 from memtx.evaluation.accuracy import accuracy
-from memtx.inference.loading import chosen_checkpoint
+from memtx.models.folder import chosen_checkpoint
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.commands.program import HOME, Program
 from tests.commands.tiny import BOOK, pretrained

@@ -222,3 +222,16 @@ def test_books(books: Path, tmp_path: Path) -> None:
     batches = EvaluationStreams(store, 4, 65_536)
     # The number of words that the data's own description gives for this split.
     assert sum(int(batch.words.sum()) for batch in batches) == 359_979
+
+
+@settings(deadline=None, max_examples=30)
+@given(sizes_drawn, st.integers(1, 3), st.integers(1, 2), st.integers(1, 20), st.integers(0, 3))
+def test_places_are_where_the_tokens_stand_in_the_store(
+    make: Make, sizes: list[int], rows: int, world_size: int, length: int, seed: int
+) -> None:
+    store = make(sizes)
+    whole = np.concatenate([store.document(number) for number in range(len(store))])
+    for rank in range(world_size):
+        streams = DocumentStreams(store, rows, length, seed, rank, world_size)
+        for step in range(4):
+            assert whole[streams.places(step).numpy()].tolist() == streams.batch(step).tokens.tolist()

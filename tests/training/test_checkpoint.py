@@ -14,7 +14,7 @@ import torch
 
 from memtx.cli.common import INTERRUPTED
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.loading import chosen_checkpoint
+from memtx.models.folder import chosen_checkpoint
 from memtx.training import randomness
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from memtx.training.callbacks.interrupt import StopOnInterrupt

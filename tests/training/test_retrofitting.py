@@ -1,4 +1,4 @@
-"""Training what was added to a model: the base stays, rates are drawn and put back, the teacher is the model itself."""
+"""Training what was added to a model: the base stays, rates are drawn and put back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from memtx.errors import MemtxError
 from memtx.memory.compressed import CompressedMemory
@@ -18,9 +17,7 @@ from memtx.memory.sinks import SinkMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.language import LanguageModule
 from memtx.training.rates import Rates
-from memtx.training.tbptt import unroll
-from memtx.training.teaching import divergence, taught
-from tests.training.small import SEGMENT, adam, data, module, trainer
+from tests.training.small import SEGMENT, adam, data, trainer
 
 MEAN = partial(CompressedMemory, window=6, rate=2, length=8, compression=MeanPooling)
 
@@ -87,41 +84,3 @@ def test_rates_that_cannot_be_drawn_are_refused() -> None:
         Rates(base(11), [2])
     with pytest.raises(MemtxError, match="rate is 0"):
         Rates(retrofitted(11, MEAN), [0])
-
-
-def test_the_teacher_is_the_model_with_everything_in_sight() -> None:
-    model = retrofitted(11, MEAN).double()
-    tokens = torch.randint(0, 11, (2, 20))
-    starts = torch.zeros(2, 20, dtype=torch.bool)
-    starts[1, 9] = True
-    wide = base(11).double().without_memory(20)
-    hidden = taught(model, tokens, starts)
-    assert not hidden.requires_grad
-    expected = wide(tokens, starts=starts).logits.log_softmax(-1)
-    mine = model(tokens, starts=starts, return_hidden=True)
-    labels = torch.randint(0, 11, (2, 20))
-    labels[:, 3] = -100
-    loss = divergence(model, mine.hidden_states[-1], hidden, labels)
-    plain = F.kl_div(mine.logits.log_softmax(-1), expected, reduction="none", log_target=True).sum(-1)
-    assert loss.item() == pytest.approx(plain[labels != -100].mean().item(), rel=1e-9)
-    assert loss > 0
-
-
-@pytest.mark.parametrize("replay", [False, True])
-def test_distillation_is_a_loss_beside_the_others(replay: bool) -> None:
-    model = retrofitted(11, MEAN).double()
-    tokens = torch.randint(0, 11, (2, 20))
-    starts = torch.zeros(2, 20, dtype=torch.bool)
-    given = (model, tokens, tokens, starts, model.init_state(2))
-    out = unroll(*given, segment=8, replay=replay, distillation=2.0)
-    alone = unroll(*given, segment=8)
-    assert (out.loss - alone.loss).item() == pytest.approx(out.losses["distillation"].item(), abs=1e-9)
-    out.loss.backward()
-    gates = [block.attention.gate for block in model.blocks]
-    assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates)
-
-
-def test_steps_that_distil_begin_with_fresh_streams(tmp_path: Path) -> None:
-    own = module(distillation=0.5)
-    trainer(tmp_path, max_steps=3).fit(own, data(tmp_path))
-    assert own.carry.nbytes("train") == 0

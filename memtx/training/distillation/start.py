@@ -1,0 +1,88 @@
+"""A student that begins with its teacher's weights: embeddings, heads, and some of the layers.
+
+DistilBERT (Sanh et al. 2019, section 3) takes every second layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from memtx.errors import MemtxError
+from memtx.models.encoder import Encoder
+from memtx.models.heads import TaskModel
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.distillation.layer_map import LayerMap
+from memtx.training.distillation.shown import Sizes
+
+_LAYER = re.compile(r"^((?:body\.)?blocks\.)(\d+)(\..+)$")
+
+
+@torch.no_grad()
+def begin_as(student: nn.Module, teacher: nn.Module, layers: LayerMap) -> None:
+    """Copy into the student what the teacher has under the same names, each layer's from the one the map names.
+
+    What is of memories, and what only one of the two has outside its layers, such as a head, is left as it is.
+
+    Args:
+        student: of the teacher's width.
+        teacher: of the same kind; an encoder may also begin the body of a task's model.
+        layers: which layer begins as which.
+
+    Raises:
+        MemtxError: kinds, widths, or the parts of layers differ.
+    """
+    if isinstance(student, TaskModel) and isinstance(teacher, Encoder):
+        student = student.body
+    kinds = type(student), type(teacher)
+    if kinds[0] is not kinds[1]:
+        raise MemtxError(
+            f"The student is a {kinds[0].__name__}, the teacher a {kinds[1].__name__}: it cannot begin as the other.",
+            "Leave start out, or give models of one kind.",
+        )
+    own, other = Sizes.of(student), Sizes.of(teacher)
+    if own.dim != other.dim or not own.depth or not other.depth:
+        raise MemtxError(
+            f"The student is {own.dim} wide and shows {own.depth} layers, the teacher {other.dim} and {other.depth}: "
+            "it cannot begin with its layers.",
+            f"Leave start out, or give the student dim {other.dim} and an encoder's or a decoder's layers.",
+        )
+    source = dict(layers.pairs(own.depth, other.depth))
+    memories = _memories(student)
+    given, wrong = teacher.state_dict(), _beside(student, teacher, source)
+    for name, tensor in student.state_dict(keep_vars=True).items():
+        found = _LAYER.match(name)
+        if name in memories or (found is not None and int(found[2]) not in source):
+            continue
+        there = given.get(name if found is None else f"{found[1]}{source[int(found[2])]}{found[3]}")
+        if there is None:
+            wrong += [f"the teacher has no {name}"] if found is not None else []
+        elif there.shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(tensor.shape)}, the teacher's {tuple(there.shape)}")
+        else:
+            tensor.copy_(there)
+    if wrong:
+        raise MemtxError(
+            f"The student cannot begin with the teacher's layers: {'; '.join(wrong[:3])}.",
+            "Give it layers of the same parts and sizes, or leave start out.",
+        )
+
+
+def _memories(model: nn.Module) -> set[str]:
+    return set(model.memory_parameters()) if isinstance(model, MemoryTransformer) else set()
+
+
+def _beside(student: nn.Module, teacher: nn.Module, source: Mapping[int, int]) -> list[str]:
+    """Return what is wrong where the teacher's layers have parts, such as biases, that the student's have not."""
+    own, used = student.state_dict(), set(source.values())
+    layer = {other: mine for mine, other in source.items()}
+    wrong = []
+    for name in teacher.state_dict().keys() - _memories(teacher):
+        found = _LAYER.match(name)
+        if found is not None and int(found[2]) in used:
+            mine = f"{found[1]}{layer[int(found[2])]}{found[3]}"
+            wrong += [f"the student has no {mine}"] if mine not in own else []
+    return sorted(wrong)

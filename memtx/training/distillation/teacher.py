@@ -1,0 +1,115 @@
+"""The teacher as it was kept: its model, frozen, and what it was trained to read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memtx.errors import CheckpointError, MemtxError
+from memtx.models import folder
+from memtx.models.encoder import Encoder
+from memtx.models.heads import TaskModel
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.published.load import from_pretrained
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A teacher.
+
+    Attributes:
+        path: as the user gave it.
+        model: in eval mode, of parameters that do not learn.
+        tokenizer: as JSON text; None where it was kept without one.
+        labels: of the task it was trained on; empty without one.
+    """
+
+    path: str
+    model: nn.Module
+    tokenizer: str | None
+    labels: tuple[str, ...]
+
+
+def opened(path: str | os.PathLike[str], *, bf16: bool = False) -> Kept:
+    """Open a teacher.
+
+    Args:
+        path: a run's folder (of which the best checkpoint is taken), a checkpoint, or a folder of ours or in the layout
+            of the ``transformers`` library.
+        bf16: whether to hold and run it in bfloat16.
+
+    Raises:
+        CheckpointError: missing, damaged or of something else.
+    """
+    place = folder.chosen_place(path)
+    model = from_pretrained(place).requires_grad_(False).eval()
+    if bf16:
+        model.to(torch.bfloat16)
+    parts: list[Mapping[str, Any]] = []
+    if place.is_file():
+        parts = [part for part in folder.read_checkpoint(place).values() if isinstance(part, Mapping)]
+    tokenizer = next((part["tokenizer"] for part in parts if isinstance(part.get("tokenizer"), str)), None)
+    task = next((part["task"] for part in parts if isinstance(part.get("task"), str)), None)
+    labels = tuple(json.loads(task).get("labels", ())) if task is not None else ()
+    return Kept(str(path), model, tokenizer, labels)
+
+
+TEACHERS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+    TaskModel: (TaskModel, Encoder),
+    Encoder: (Encoder,),
+    MemoryTransformer: (MemoryTransformer,),
+}
+"""Whom models of a kind can learn from: who reads the same batches."""
+
+
+def check_kind(kept: Kept, student: nn.Module) -> None:
+    """Raise unless the teacher reads what the student reads.
+
+    Raises:
+        MemtxError: it is of another kind.
+    """
+    for kind, teachers in TEACHERS.items():
+        if isinstance(student, kind) and not isinstance(kept.model, teachers):
+            known = " or ".join(f"a {one.__name__}" for one in teachers)
+            raise MemtxError(
+                f"The teacher in '{kept.path}' is a {type(kept.model).__name__}, the student a {kind.__name__}.",
+                f"It learns from {known}.",
+            )
+
+
+def check_data(kept: Kept, data: Any) -> None:
+    """Raise unless the teacher reads tokens, and names labels, as the run's data do.
+
+    Args:
+        kept: the teacher.
+        data: the run's data module; what it does not have is not looked at.
+
+    Raises:
+        CheckpointError: the tokenizers or the labels differ.
+        MemtxError: the tokenizer has tokens that the teacher does not know.
+    """
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is not None and kept.tokenizer is not None and tokenizer.to_json() != kept.tokenizer:
+        raise CheckpointError(
+            f"The teacher in '{kept.path}' was trained with another tokenizer: its token ids mean something else.",
+            "Give both the same tokenizer, trained on the same texts (data.root, data.tokenizer).",
+        )
+    known = getattr(kept.model, "vocab_size", None)
+    if tokenizer is not None and known is not None and tokenizer.vocab_size > known:
+        raise MemtxError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the teacher in '{kept.path}' knows {known}.",
+            "Give data.tokenizer the tokenizer.json that the teacher was trained with.",
+        )
+    labels = tuple(getattr(getattr(data, "task", None), "labels", ()))
+    if labels and kept.labels and labels != kept.labels:
+        raise CheckpointError(
+            f"The teacher in '{kept.path}' names the labels {', '.join(kept.labels[:10])}, the data "
+            f"{', '.join(labels[:10])}.",
+            "Give the teacher's labels in its order: data.task.labels.",
+        )

@@ -1,0 +1,319 @@
+"""Modules that distil: the teacher stays as it is and out of checkpoints, resuming is exact, disk equals reading."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from memtx.errors import CheckpointError, MemtxError
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.models.encoder import Encoder
+from memtx.models.heads import DocumentReader, TaskModel
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.distillation import (
+    Distillation,
+    Embeddings,
+    EveryKth,
+    HardLabels,
+    HiddenCosine,
+    HiddenMSE,
+    Last,
+    SoftTargets,
+    ValueRelations,
+)
+from memtx.training.language import LanguageModule
+from memtx.training.pretraining import MaskedModule
+from tests.tasks import body, folder, records, write_lines
+from tests.training import small
+from tests.training.small import SEGMENT, Record, adam, assert_equal, data, trainer
+from tests.training.test_tasks import parts
+from tests.training.test_tasks import trainer as task_trainer
+
+ALL = (SoftTargets, HardLabels, HiddenMSE, partial(HiddenCosine, layers=Last()), ValueRelations, Embeddings)
+
+
+class Keep(pl.Callback):
+    """Takes a checkpoint, and a folder's files, after so many batches: what a run killed there leaves."""
+
+    def __init__(self, batches: int, path: Path, folder: Path | None = None) -> None:
+        self.batches, self.path, self.folder = batches, path, folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.epoch_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.path)
+            if self.folder is not None:
+                shutil.copytree(self.folder, self.folder.with_suffix(".then"))
+
+
+def decoder_teacher(at: Path) -> str:
+    torch.manual_seed(7)
+    memories = [partial(RecurrentMemory, window=4 * SEGMENT)]
+    MemoryTransformer(257, dim=24, depth=4, heads=2, memories=memories).save_pretrained(at / "teacher")
+    return str(at / "teacher")
+
+
+def language(at: Path, seed: int = 0, **options: Any) -> Any:
+    return small.module(seed, distillation=Distillation(str(at / "teacher"), **({"losses": ALL} | options)))
+
+
+def masked(at: Path, seed: int = 0) -> MaskedModule:
+    if not (at / "teacher").exists():
+        torch.manual_seed(7)
+        Encoder(258, 12, 2, 2, dropout=0.1).save_pretrained(at / "teacher")
+    pl.seed_everything(seed, verbose=False)
+    part = Distillation(str(at / "teacher"), [*ALL[:2], HiddenMSE])
+    return MaskedModule(partial(Encoder, dim=8, depth=1, heads=2, dropout=0.1), optimizer=adam, distillation=part)
+
+
+def task_teacher(at: Path, kind: str = "tagging") -> tuple[str, Path]:
+    root = folder(at / "data", kind)
+    module, examples = parts(kind, root)
+    made = task_trainer(max_steps=3)
+    made.fit(module, examples)
+    made.save_checkpoint(at / "teacher.ckpt")
+    return str(at / "teacher.ckpt"), root
+
+
+def test_the_teacher_learns_nothing_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+    decoder_teacher(tmp_path)
+    module = language(tmp_path)
+    run = trainer(tmp_path, max_steps=3)
+    run.fit(module, data(tmp_path))
+    (teacher,) = module.distillation._teacher
+    kept = MemoryTransformer.from_pretrained(tmp_path / "teacher")
+    assert_equal(small.weights(teacher), small.weights(kept))
+    assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters())
+    assert not teacher.training
+    learning = {id(weight) for group in run.optimizers[0].param_groups for weight in group["params"]}
+    assert not learning & {id(weight) for weight in teacher.parameters()}
+    # What maps the student's states learns as the student does.
+    assert learning == {id(weight) for weight in module.parameters()}
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    names = set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
+    maps = {f"distillation.losses.{place}.project.weight" for place in (2, 3, 5)}
+    assert {name for name in names if not name.startswith("model.")} == maps
+
+
+def test_a_run_needs_its_teacher_no_more(tmp_path: Path) -> None:
+    decoder_teacher(tmp_path)
+    module = language(tmp_path)
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(module, data(tmp_path))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    shutil.rmtree(tmp_path / "teacher")
+    path = str(tmp_path / "a.ckpt")
+    (found,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
+    (wanted,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
+    assert found == wanted
+    assert_equal(small.weights(MemoryTransformer.from_pretrained(tmp_path / "a.ckpt")), small.weights(module.model))
+    with pytest.raises(CheckpointError, match="teacher' does not exist"):
+        trainer(tmp_path, max_steps=4).fit(language(tmp_path), data(tmp_path), ckpt_path=path)
+
+
+@pytest.mark.parametrize("kind", ["language", "masked"])
+def test_resuming_is_exact(kind: str, tmp_path: Path) -> None:
+    if kind == "language":
+        decoder_teacher(tmp_path)
+    make: Any = {"language": language, "masked": masked}[kind]
+    whole, record = make(tmp_path), Record()
+    run = trainer(tmp_path, record, Keep(5, tmp_path / "half.ckpt"), max_steps=8, limit_val_batches=0)
+    run.fit(whole, data(tmp_path))
+    again, resumed = make(tmp_path, 9), Record()
+    trainer(tmp_path, resumed, max_steps=8, limit_val_batches=0).fit(
+        again, data(tmp_path), ckpt_path=str(tmp_path / "half.ckpt")
+    )
+    assert sorted(resumed.losses) == [5, 6, 7]
+    assert resumed.losses == {batch: record.losses[batch] for batch in resumed.losses}
+    assert_equal(small.weights(again), small.weights(whole))
+
+
+def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
+    teacher, root = task_teacher(tmp_path)
+    found = []
+    for path in (None, str(tmp_path / "half.ckpt")):
+        module, examples = parts("tagging", root, dropped=0.3, distillation=Distillation(teacher, ALL))
+        pl.seed_everything(0 if path is None else 99)
+        keep = [Keep(7, tmp_path / "half.ckpt")] if path is None else []
+        task_trainer(max_steps=12, callbacks=keep).fit(module, examples, ckpt_path=path)
+        found.append(small.weights(module.model))
+    assert_equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
+def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, root = task_teacher(tmp_path, kind)
+    reads: list[bool] = []
+    layers_and_scores = TaskModel.layers_and_scores
+
+    def spy(self: TaskModel, *given: Any, **options: Any) -> Any:
+        reads.append(self.training)
+        return layers_and_scores(self, *given, **options)
+
+    monkeypatch.setattr(TaskModel, "layers_and_scores", spy)
+    losses: list[dict[int, str]] = []
+    for cache in (None, tmp_path / "kept", tmp_path / "kept"):
+        reads.clear()
+        distillation = Distillation(
+            teacher, [SoftTargets, HardLabels], cache=None if cache is None else str(cache), top=200
+        )
+        module, examples = parts(kind, root, distillation=distillation)
+        record = Record()
+        task_trainer(max_epochs=2, callbacks=[record], limit_val_batches=0).fit(module, examples)
+        losses.append(record.losses)
+        taught = reads.count(False)
+        # Without a folder it reads every batch; with one in the first pass, and in no pass of another run.
+        expected = {None: len(record.losses)}.get(cache, 0 if len(losses) == 3 else len(record.losses) // 2)
+        assert taught == expected, cache
+    assert losses[1] == losses[2]
+    for step, loss in losses[0].items():
+        # Padded otherwise in another pass, and so rounded otherwise.
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4)
+
+
+def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_teacher(tmp_path)
+    heard: list[bool] = []
+    read = LanguageModule._heard
+
+    def spy(self: LanguageModule, *given: Any) -> Any:
+        heard.append(True)
+        return read(self, *given)
+
+    monkeypatch.setattr(LanguageModule, "_heard", spy)
+    losses, steps = [], 28
+
+    def run(cache: str, top: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
+        folder = None if not cache else str(tmp_path / cache)
+        module, record = language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache=folder, top=top), Record()
+        made = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
+        made.fit(module, data(tmp_path, rows=4), ckpt_path=path)
+        losses.append(record.losses)
+        return module.distillation.table
+
+    run("", 1)
+    assert len(heard) == steps
+    heard.clear()
+    assert run("all", 257).complete
+    # Until every row has begun the second pass.
+    assert 10 < len(heard) < steps
+    heard.clear()
+    run("all", 257)
+    assert not heard
+    assert losses[1] == losses[2]
+    for step, loss in losses[0].items():
+        # The same numbers in float32, added up in another order.
+        assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
+    # Killed in the first pass and gone on with, with few of the scores.
+    half = tmp_path / "half.ckpt"
+    run("few", 4, Keep(8, half, tmp_path / "few"))
+    assert run("few.then", 4, seed=9, path=str(half)).complete
+    assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
+
+
+def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
+    decoder_teacher(tmp_path)
+    losses = [partial(HiddenMSE, end=0.5), partial(SoftTargets, begin=0.5)]
+    module = language(tmp_path, losses=losses)
+    found: list[tuple[float, float]] = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            logged = trainer.callback_metrics
+            found.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
+
+    trainer(tmp_path, Watch(), max_steps=4, limit_val_batches=0).fit(module, data(tmp_path))
+    assert [(hidden > 0, soft > 0) for hidden, soft in found] == [(True, False)] * 2 + [(False, True)] * 2
+
+
+def test_the_student_begins_as_every_second_layer(tmp_path: Path) -> None:
+    teacher = MemoryTransformer.from_pretrained(decoder_teacher(tmp_path))
+    module = small.module(distillation=Distillation(str(tmp_path / "teacher"), start=EveryKth()))
+    with pytest.raises(MemtxError, match="16 wide and shows 2 layers, the teacher 24 and 4"):
+        trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
+    module.model = MemoryTransformer(257, dim=24, depth=2, heads=2, memories=(small.memory(),))
+    module.make_optimizer = partial(small.sgd, lr=0.0)
+    trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(tmp_path))
+    for own, other in ((0, 1), (1, 3)):
+        kept = module.model.blocks[own].feed_forward.state_dict()
+        assert_equal(dict(kept), dict(teacher.blocks[other].feed_forward.state_dict()))
+
+
+def test_a_teacher_in_bfloat16(tmp_path: Path) -> None:
+    decoder_teacher(tmp_path)
+    losses = []
+    for bf16 in (False, True):
+        module = language(tmp_path, bf16=bf16)
+        record = Record()
+        trainer(tmp_path, record, max_steps=2, limit_val_batches=0).fit(module, data(tmp_path))
+        (teacher,) = module.distillation._teacher
+        assert next(teacher.parameters()).dtype == (torch.bfloat16 if bf16 else torch.float32)
+        losses.append([float.fromhex(loss) for loss in record.losses.values()])
+    assert losses[0] != losses[1]
+    # Three digits of what the teacher says.
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+
+
+def test_a_whole_texts_teacher_teaches_a_reader_by_segments(tmp_path: Path) -> None:
+    teacher, root = task_teacher(tmp_path, "classification")
+    module, examples = parts("classification", root, distillation=Distillation(teacher))
+    reader = partial(DocumentReader, model=partial(MemoryTransformer, dim=8, depth=1, heads=2), segment=4)
+    module.model = TaskModel(module.model.vocab_size, 2, reader)
+    task_trainer(max_steps=2).fit(module, examples)
+    module, examples = parts("classification", root, distillation=Distillation(teacher, [HiddenMSE]))
+    module.model = TaskModel(module.model.vocab_size, 2, reader)
+    with pytest.raises(MemtxError, match="the student, a DocumentReader, shows none"):
+        task_trainer(max_steps=2).fit(module, examples)
+
+
+def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
+    teacher, root = task_teacher(tmp_path)
+
+    def begun(distillation: Distillation, at: Path = root, **options: Any) -> None:
+        task_trainer(max_steps=1).fit(*parts("tagging", at, distillation=distillation, **options))
+
+    with pytest.raises(MemtxError, match=r"No teacher is given to be distilled. Add --model.distillation"):
+        begun(Distillation())
+    with pytest.raises(MemtxError, match="no losses"):
+        begun(Distillation(teacher, []))
+    with pytest.raises(MemtxError, match="a teacher's scores, and HiddenMSE asks for its layers"):
+        begun(Distillation(teacher, [HiddenMSE], cache=str(tmp_path / "kept")))
+    with pytest.raises(MemtxError, match=r"dropped is 0.3, so no text comes again"):
+        begun(Distillation(teacher, cache=str(tmp_path / "kept")), dropped=0.3)
+    other = folder(tmp_path / "other", "tagging")
+    write_lines(other / "train.jsonl", records("tagging", 24, seed=99))
+    with pytest.raises(CheckpointError, match="trained with another tokenizer: its token ids mean something else"):
+        begun(Distillation(teacher), other)
+    torch.manual_seed(0)
+    body()(20).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(MemtxError, match=r"The tokenizer has 200 tokens, the teacher in '.*narrow' knows 20"):
+        begun(Distillation(str(tmp_path / "narrow"), [HiddenMSE]))
+    body()(200).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(MemtxError, match=r"no head for the task. Fine-tune it first"):
+        begun(Distillation(str(tmp_path / "encoder")))
+    begun(Distillation(str(tmp_path / "encoder"), [HiddenMSE, HardLabels]))
+    module = MaskedModule(partial(Encoder, dim=8, depth=1, heads=2))
+    module.distillation = Distillation(teacher, cache=str(tmp_path / "kept"))
+    with pytest.raises(MemtxError, match="Other tokens are hidden in each pass"):
+        trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_teachers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    Encoder(257, 8, 1, 2).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(MemtxError, match=r"is a Encoder, the student a MemoryTransformer. It learns from a Memory"):
+        trainer(tmp_path, max_steps=1).fit(language(tmp_path), data(tmp_path))
+
+
+def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+    teacher, root = task_teacher(tmp_path)
+    module, examples = parts("tagging", root, distillation=Distillation(teacher))
+    examples.task.labels = tuple(reversed(examples.task.labels))
+    with pytest.raises(CheckpointError, match="names the labels B-WHO, O, the data O, B-WHO"):
+        task_trainer(max_steps=1).fit(module, examples)

@@ -1,0 +1,260 @@
+"""Every loss against plain loops in float64, over what the models' own weights say; and what is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memtx.errors import MemtxError
+from memtx.layers.block_attention import BlockAttention
+from memtx.layers.pattern_attention import FullAttention
+from memtx.layers.window_attention import WindowAttention
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.models.encoder import Encoder
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.distillation import losses as kinds
+from memtx.training.distillation.cached import highest
+from memtx.training.distillation.layer_map import Explicit
+from memtx.training.distillation.reading import shown_language
+from memtx.training.distillation.shown import Shown, Sizes, blocks_of
+
+ROWS, LENGTH, VOCAB = 2, 7, 11
+# float64, sums in another order
+CLOSE: Any = {"rel": 1e-9}
+SIZES = Sizes("Encoder", 8, 2, 2, 8, VOCAB, maps=True)
+
+
+def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention) -> Encoder:
+    model = Encoder(VOCAB, dim, depth, heads, attentions=[attention])
+    # Drawn wide, so that no score is near the others.
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.5)
+    return model.double()
+
+
+def read(model: Encoder, marked: Tensor | None = None) -> Shown:
+    """What an encoder shows of drawn rows, the second one padded."""
+    tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+    present = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    present[1, 5:] = False
+    out = model(tokens, present.long(), output_hidden_states=True)
+    assert out.hidden_states is not None
+    assert out.logits is not None
+    scored = present & (tokens % 2 == 0)
+    return Shown(out.logits[scored], hidden=out.hidden_states, blocks=blocks_of(model), present=present, marked=marked)
+
+
+def pair(student: Encoder, teacher: Encoder, make: Any) -> tuple[float, Shown, Shown, kinds.Loss]:
+    torch.manual_seed(3)
+    loss = make(Sizes.of(student), Sizes.of(teacher)).double()
+    own, other = read(student), read(teacher)
+    return float(loss(own, other).detach()), own, other, loss
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def softmax(scores: list[float]) -> list[float]:
+    powers = [math.exp(one - max(scores)) for one in scores]
+    return [one / sum(powers) for one in powers]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("chunk", [2, 512])
+def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "CHUNK", chunk)
+    make = partial(kinds.SoftTargets, temperature=temperature)
+    found, own, other, _ = pair(encoder(8, 1), encoder(12, 2), make)
+    assert own.states is not None
+    assert other.states is not None
+    each = [
+        kl(softmax([one / temperature for one in wanted]), softmax([one / temperature for one in mine]))
+        for mine, wanted in zip(own.states.tolist(), other.states.tolist(), strict=True)
+    ]
+    assert found == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
+
+
+def test_soft_targets_of_the_highest_scores_alone() -> None:
+    found, own, other, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
+    assert own.states is not None
+    assert other.states is not None
+
+    def kept(top: int) -> float:
+        values, index = highest(other.states, top)
+        return float(loss(own, Shown(values.double(), index=index)).detach())
+
+    each = []
+    for mine, wanted in zip(own.states.tolist(), other.states.float().tolist(), strict=True):
+        chosen = sorted(range(VOCAB), key=lambda place: -wanted[place])[:4]
+        target, own_all = softmax([wanted[one] / 2 for one in chosen]), softmax([one / 2 for one in mine])
+        each.append(kl(target, [own_all[one] for one in chosen]))
+    assert kept(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
+    # Whoever keeps all of them loses nothing but float64's digits; more than there are is filled up.
+    assert kept(VOCAB) == pytest.approx(found, rel=1e-5)
+    assert kept(VOCAB + 3) == pytest.approx(found, rel=1e-5)
+
+
+@pytest.mark.parametrize("dim", [8, 12])
+@pytest.mark.parametrize("kind", ["mse", "cosine", "embeddings"])
+def test_losses_of_hidden_states(dim: int, kind: str) -> None:
+    make: Any = {
+        "mse": kinds.HiddenMSE,
+        "cosine": partial(kinds.HiddenCosine, layers=Explicit([(0, 0), (1, 3)])),
+        "embeddings": kinds.Embeddings,
+    }[kind]
+    found, own, other, loss = pair(encoder(8, 2), encoder(dim, 4), make)
+    layers = {"mse": [(1, 2), (2, 4)], "cosine": [(1, 1), (2, 4)], "embeddings": [(0, 0)]}[kind]
+    weight = dict(loss.named_parameters()).get("project.weight")
+    assert (weight is None) == (dim == 8)
+    means = []
+    for mine, theirs in layers:
+        each = []
+        for row, place in own.there.nonzero().tolist():
+            x, y = own.hidden[mine][row, place].tolist(), other.hidden[theirs][row, place].tolist()
+            if weight is not None:
+                x = [sum(w * one for w, one in zip(line, x, strict=True)) for line in weight.tolist()]
+            if kind == "cosine":
+                dot = sum(a * b for a, b in zip(x, y, strict=True))
+                each.append(1 - dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
+            else:
+                each.append(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(y))
+        means.append(sum(each) / len(each))
+    assert found == pytest.approx(sum(means) / len(means), **CLOSE)
+
+
+def by_heads(model: Encoder, shown: Shown, layer: int, part: str, heads: int) -> list[Any]:
+    """[row][head][place] -> numbers, by the layer's own map and nothing else of it."""
+    linear = getattr(model.blocks[layer].attention, part)
+    x = shown.hidden[layer] @ linear.weight.T + linear.bias
+    width = x.shape[-1] // heads
+    return [[x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_attention_maps(window: int | None) -> None:
+    attention: Any = FullAttention if window is None else partial(WindowAttention, window=window)
+    student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
+    found, own, other, loss = pair(student, teacher, kinds.AttentionMaps)
+
+    def expected(marked: list[tuple[int, int]]) -> float:
+        read_by = ((student, own, 0), (teacher, other, 1))
+        parts = [by_heads(*one, name, 2) for one in read_by for name in ("query", "key")]
+        each = []
+        for row in range(ROWS):
+            places = own.there[row].nonzero().flatten().tolist()
+            for head in range(2):
+                for i in places:
+                    for j in places:
+                        if (window is not None and abs(i - j) > window // 2) or (row, i) in marked:
+                            continue
+                        scores = [
+                            sum(a * b for a, b in zip(q[row][head][i], k[row][head][j], strict=True))
+                            / math.sqrt(len(q[row][head][i]))
+                            for q, k in (parts[:2], parts[2:])
+                        ]
+                        each.append((scores[0] - scores[1]) ** 2)
+        return sum(each) / len(each)
+
+    assert found == pytest.approx(expected([]), **CLOSE)
+    # Global tokens ask with other projections: their rows are no part of it.
+    marked = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    marked[0, 2] = True
+    without = loss(replace(own, marked=marked), other)
+    assert float(without.detach()) == pytest.approx(expected([(0, 2)]), **CLOSE)
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_value_relations(heads: int | None) -> None:
+    student, teacher = encoder(8, 1, 2), encoder(12, 2, 2)
+    found, own, other, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
+    count = heads or 2
+    mine, theirs = by_heads(student, own, 0, "value", count), by_heads(teacher, other, 1, "value", count)
+    each = []
+    for row in range(ROWS):
+        places = own.there[row].nonzero().flatten().tolist()
+        for head in range(count):
+            for i in places:
+                relations = [
+                    softmax(
+                        [
+                            sum(a * b for a, b in zip(v[row][head][i], v[row][head][j], strict=True))
+                            / math.sqrt(len(v[row][head][i]))
+                            for j in places
+                        ]
+                    )
+                    for v in (theirs, mine)
+                ]
+                each.append(kl(*relations))
+    assert found == pytest.approx(sum(each) / len(each), **CLOSE)
+
+
+def test_value_relations_of_decoders_look_back_within_documents() -> None:
+    torch.manual_seed(0)
+    memories = [partial(RecurrentMemory, window=16)]
+    models = [MemoryTransformer(VOCAB, dim=8, depth=1, heads=2, memories=memories).double() for _ in range(2)]
+    for model in models:
+        for weight in model.parameters():
+            nn.init.normal_(weight, std=0.5)
+    tokens = torch.randint(VOCAB, (1, 6))
+    starts = torch.zeros(1, 6, dtype=torch.bool)
+    starts[0, 4] = True
+    shown = []
+    for model in models:
+        hidden = model(tokens, starts=starts, return_hidden=True).hidden_states
+        shown.append(shown_language(model, hidden, tokens, starts))
+    sizes = Sizes.of(models[0])
+    found = float(kinds.ValueRelations(sizes, sizes)(*shown).detach())
+    each = []
+    values = [one.values(0)[0].tolist() for one in shown]
+    for head in range(2):
+        for i in range(6):
+            back = range(4 if i >= 4 else 0, i + 1)
+            part = slice(4 * head, 4 * head + 4)
+            relations = [
+                softmax([sum(a * b for a, b in zip(v[i][part], v[j][part], strict=True)) / 2 for j in back])
+                for v in (values[1], values[0])
+            ]
+            each.append(kl(*relations))
+    assert found == pytest.approx(sum(each) / len(each), **CLOSE)
+
+
+def test_hard_labels_are_the_students_own() -> None:
+    lost = torch.tensor(2.5)
+    assert kinds.HardLabels(SIZES, SIZES)(Shown(None, loss=lost), Shown(None)) is lost
+
+
+@pytest.mark.parametrize(
+    ("make", "teacher", "said"),
+    [
+        (kinds.SoftTargets, {"outputs": 0}, "no head for the task. Fine-tune it first"),
+        (kinds.SoftTargets, {"outputs": 12}, "scores 11 classes, the teacher 12. Both need the same vocabulary"),
+        (partial(kinds.SoftTargets, temperature=0.0), {}, "temperature is 0"),
+        (partial(kinds.SoftTargets, weight=-1.0), {}, "SoftTargets's weight is -1"),
+        (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets counts from 0.5 to 0.5"),
+        (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Give it 1, 3 layers"),
+        (kinds.HiddenMSE, {"depth": 0}, "the teacher, a Encoder, shows none"),
+        (kinds.AttentionMaps, {"heads": 4}, "2 heads a layer, the teacher 4.* Give the student 4"),
+        (kinds.AttentionMaps, {"maps": False}, "the teacher, a Encoder, sees random blocks or a memory"),
+        (kinds.ValueRelations, {"heads": 4}, "2 heads a layer, the teacher 4.* heads that divide both widths"),
+        (partial(kinds.ValueRelations, heads=3), {}, "8 wide, which 3 heads do not divide"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[str, Any], said: str) -> None:
+    with pytest.raises(MemtxError, match=said):
+        make(SIZES, replace(SIZES, **teacher))
+
+
+def test_sizes_are_those_of_the_model() -> None:
+    found = Sizes.of(encoder(8, 2, 4))
+    assert (found.dim, found.depth, found.heads, found.width, found.outputs, found.maps) == (8, 2, 4, 8, VOCAB, True)
+    assert not Sizes.of(encoder(8, 2, 4, partial(BlockAttention, size=4))).maps
+    assert not Sizes.of(encoder(8, 2, 4, partial(WindowAttention, window=4, links=1))).maps
+    with pytest.raises(MemtxError, match="A Linear can be no teacher"):
+        Sizes.of(nn.Linear(2, 2))

@@ -1,0 +1,54 @@
+"""A memory taught by its model's own attention: the same weights with everything in sight, fresh at every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+from memtx.models.encoder import Encoder
+from memtx.training.distillation import OwnAttention, SoftTargets
+from memtx.training.tbptt import unroll
+from tests.training.small import data, module, trainer
+from tests.training.test_retrofitting import MEAN, base, retrofitted
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None:
+    module_ = module(distillation=OwnAttention([SoftTargets]), replay=replay)
+    model = module_.model = retrofitted(11, MEAN).double()
+    module_.distillation.open(model)
+    module_._planned = 0
+    tokens, labels = torch.randint(0, 11, (2, 2, 20))
+    labels[:, 3] = -100
+    starts = torch.zeros(2, 20, dtype=torch.bool)
+    starts[1, 9] = True
+    batch: Any = type("Batch", (), {"tokens": tokens, "labels": labels, "starts": starts})
+    judge = module_._judge(module_.distillation, batch)
+    out = unroll(model, tokens, labels, starts, model.init_state(2), segment=8, replay=replay, judge=judge)
+    wide = base(11).double().without_memory(20)
+    expected = F.softmax(wide(tokens, starts=starts).logits / 2, dim=-1)
+    mine = F.log_softmax(model(tokens, starts=starts).logits / 2, dim=-1)
+    plain = 4 * F.kl_div(mine, expected, reduction="none").sum(-1)[labels != -100].mean()
+    # Segments of unequal length, each label of equal weight.
+    assert out.loss.item() == pytest.approx(plain.item(), rel=1e-9)
+    assert plain > 0
+    out.loss.backward()
+    gates = [block.attention.gate for block in model.blocks]
+    assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates)
+
+
+def test_steps_begin_with_fresh_streams(tmp_path: Path) -> None:
+    own = module(distillation=OwnAttention())
+    trainer(tmp_path, max_steps=3).fit(own, data(tmp_path))
+    assert own.carry.nbytes("train") == own.carry.nbytes("teacher") == 0
+    assert not own.rank_state()["teacher"]
+
+
+def test_a_model_without_memory_is_refused() -> None:
+    with pytest.raises(MemtxError, match="A Encoder has no memory to be taught by its own attention"):
+        OwnAttention().open(Encoder(11, 8, 1, 2))
