@@ -114,7 +114,8 @@ class MemtxCLI(LightningCLI):
         self.check_data(settings)
         run_folder, asked = Path(settings.run), settings.get("ckpt_path")
         if self.subcommand == "fit":
-            files.recover(run_folder / CHECKPOINTS / LAST)
+            if run_folder.is_dir():
+                files.recover(run_folder / CHECKPOINTS / LAST)
             if asked is None and any((run_folder / CHECKPOINTS).glob("*.ckpt")):
                 raise MemtxError(
                     f"'{settings.run}' already holds a run.",

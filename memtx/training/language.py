@@ -114,19 +114,6 @@ class LanguageModule(TrainedModule):
         self.metrics = LanguageMeasures()
         self.meter = MemoryMeter(segment) if meter else None
 
-    def configure_model(self) -> None:
-        """Share the model out, under a strategy that does so.
-
-        Raises:
-            MemtxError: it is to learn from a teacher, whose part in it is not shared out.
-        """
-        if self.device_mesh is not None and self.distillation is not None:
-            raise MemtxError(
-                "model.distillation does not go with a strategy that shares the weights out.",
-                "Leave it out, or take --trainer.strategy ddp.",
-            )
-        super().configure_model()
-
     def setup(self, stage: str) -> None:
         """Open the teacher, where there is one and training begins."""
         if self.distillation is not None and self.distillation.caches:

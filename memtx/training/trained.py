@@ -71,7 +71,16 @@ class TrainedModule(pl.LightningModule):
     # Learning
 
     def configure_model(self) -> None:
-        """Share the model out over the processes, under a strategy that does so; this may be asked again."""
+        """Share the model out over the processes, under a strategy that does so; this may be asked again.
+
+        Raises:
+            MemtxError: it is to learn from a teacher, whose part in it is not shared out.
+        """
+        if self.device_mesh is not None and self.distillation is not None:
+            raise MemtxError(
+                "model.distillation does not go with a strategy that shares the weights out.",
+                "Leave it out, or take --trainer.strategy ddp.",
+            )
         configure(self, self.model)
 
     def setup(self, stage: str) -> None:
@@ -150,8 +159,9 @@ class TrainedModule(pl.LightningModule):
             raise CheckpointError("The checkpoint is of something else.", "Give one that memtx wrote.")
         if self.distillation is None or not self.distillation.losses:
             # Maps that learn with a student: of no use where no teacher is.
-            weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {name: one for name, one in weights.items() if not name.startswith(_LEARNED)}
+            weights = checkpoint.get("state_dict", {})  # shares of several processes are read apart
+            for name in [name for name in weights if name.startswith(_LEARNED)]:
+                del weights[name]
         kept = checkpoint[folder.CHECKPOINT_KEY]
         if kept["model"] != (own := folder.described(self.model)):
             changed = sorted(

@@ -24,6 +24,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.transformer_xl import TransformerXL
+from memtx.training.distillation import OwnAttention
 from memtx.training.language import LanguageModule
 from memtx.training.lora import LoRA
 from tests.kinds import KINDS
@@ -171,7 +172,9 @@ def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
     return own
 
 
-@pytest.mark.parametrize("options", [{}, {"replay": True, "checkpointing": True, "distillation": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"replay": True, "checkpointing": True, "distillation": OwnAttention()}], ids=["plain", "all"]
+)
 def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, Any]) -> None:
     before = {name: one.clone() for name, one in retrofitted(257).state_dict().items()}
     own = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)

@@ -173,7 +173,7 @@ def test_it_is_put_together(program: Program, place: Path) -> None:
 
 def test_what_does_not_go_is_said_in_a_line(program: Program, place: Path) -> None:
     for options, word in (
-        (("--model.distillation", "0.5"), "does not go with a strategy"),
+        (("--model.distillation", "memtx.training.distillation.OwnAttention"), "does not go with a strategy"),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
         (("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"), "Give fsdp2"),
     ):
