@@ -257,14 +257,14 @@ class MemoryAttention(nn.Module):
     def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
         """Project to queries, keys or values without positions (see :class:`memtx.memory.base.ContentAttention`)."""
         half = int(part == "value")
-        if part == "query":
-            out = _mapped(self.query, x, frozen)
-        elif isinstance(self.key_value, nn.Linear):
-            rows = [one.chunk(2)[half] for one in self.key_value.parameters()]
-            out = F.linear(x, *(one.detach() if frozen else one for one in rows))
+        layer = self.query if part == "query" else self.key_value
+        if isinstance(layer, nn.Linear):
+            weights = [one if part == "query" else one.chunk(2)[half] for one in layer.parameters()]
+            out = F.linear(x, *(one.detach() if frozen else one for one in weights))
         else:
-            # A module that adapts the map stands in its place, and gives both together.
-            out = _mapped(self.key_value, x, frozen).chunk(2, dim=-1)[half]
+            # A module that adapts the map stands in its place, and gives keys and values together.
+            out = _mapped(layer, x, frozen)
+            out = out if part == "query" else out.chunk(2, dim=-1)[half]
         out = out.view(*out.shape[:-1], -1, self.head_dim)
         if part == "query":
             return _mapped(self.query_norm, out, frozen)

@@ -175,7 +175,7 @@ def test_what_does_not_go_is_said_in_a_line(program: Program, place: Path) -> No
     for options, word in (
         (("--model.distillation", "memtx.training.distillation.OwnAttention"), "does not go with a strategy"),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
-        (("--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy"), "Give fsdp2"),
+        (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Give fsdp2"),
     ):
         done = runs.fit(program, place, "refused", *FSDP2, *options, ranks=2)
         assert done.code == 2, done.err
