@@ -12,4 +12,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-exec .venv/bin/pytest -m "$marks" "$@"
+# A process a core, each on one thread: two processes of two threads on two cores wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/pytest -m "$marks" -n auto --dist loadfile "$@"
