@@ -28,6 +28,16 @@ class CheckpointError(MemtxError):
     """A checkpoint, pretrained folder or saved state is damaged or belongs to something else."""
 
 
+def not_whole(path: object, why: str) -> CheckpointError:
+    """Return the error of a checkpoint that is cut, changed, or of something else; ``why`` goes on the sentence."""
+    return CheckpointError(f"'{path}' is not a whole checkpoint{why}.", "Use another copy, or an earlier one.")
+
+
+def missing_package(what: str, error: ImportError, extra: str) -> MemtxError:
+    """Return the error of a part that needs a package of one of memtx's extras."""
+    return MemtxError(f"{what} needs {error.name}.", f"Install it: pip install 'memtx[{extra}]'.")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

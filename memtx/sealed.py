@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from memtx import files
-from memtx.errors import CheckpointError
+from memtx.errors import not_whole
 
 END = b"PK\x05\x06"
 """What a zip file's last record begins with: 22 bytes, of which the last two count the comment's."""
@@ -129,7 +129,7 @@ def check(path: str | os.PathLike[str]) -> None:
         # The comment was not there yet when the bytes were digested.
         digest.update(b"\0\0" + found[1])
         if digest.hexdigest().encode() != found[2] or handle.read(2) != _LENGTH.to_bytes(2, "little"):
-            raise _broken(path, "its bytes are not those that were written")
+            raise not_whole(path, ": its bytes are not those that were written")
 
 
 def _check_entries(path: str | os.PathLike[str], size: int) -> None:
@@ -137,18 +137,14 @@ def _check_entries(path: str | os.PathLike[str], size: int) -> None:
         handle.seek(max(0, size - _RECORD))
         end = handle.read()
     if not size:
-        raise _broken(path, "it is empty")
+        raise not_whole(path, ": it is empty")
     # A comment that is counted but not there: the seal was cut off.
     if not end.startswith(END) or not end.endswith(b"\0\0"):
-        raise _broken(path, "its end is missing or changed")
+        raise not_whole(path, ": its end is missing or changed")
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
     except Exception as error:  # zipfile, zlib and struct raise a dozen kinds on bytes that are no zip file's
-        raise _broken(path, str(error)) from error
+        raise not_whole(path, f": {error}") from error
     if wrong is not None:
-        raise _broken(path, f"'{wrong}' in it is not what was written")
-
-
-def _broken(path: str | os.PathLike[str], why: str) -> CheckpointError:
-    return CheckpointError(f"'{path}' is not a whole checkpoint: {why}.", "Use another copy, or an earlier one.")
+        raise not_whole(path, f": '{wrong}' in it is not what was written")

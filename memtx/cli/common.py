@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import traceback as tracebacks
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 from memtx import files
@@ -172,3 +173,26 @@ def short_message(message: str, known_keys: Iterable[str]) -> str:
         text = text[: LONGEST_MESSAGE // 2] + " ... " + text[-LONGEST_MESSAGE // 2 :]
     hint = _offer(name, known_keys) if name and "Did you mean" not in text else ""
     return f"{text.rstrip()}{'.' if hint and not text.rstrip().endswith('.') else ''}{hint}"
+
+
+def check_target(option: str, target: str) -> None:
+    """Raise unless the file that an option names can be written, as far as can be seen before any work."""
+    if not Path(target).absolute().parent.is_dir():
+        raise MemtxError(f"--{option} {target}: the folder does not exist.", "Make it first.")
+    if Path(target).is_dir():
+        raise MemtxError(f"--{option} {target} is a folder, expected a file.")
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yield what advances a bar on stderr by an amount; nothing is drawn where that is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda amount: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda amount: bar.advance(task, amount)

@@ -6,15 +6,15 @@ Distilling itself is training: ``memtx fit`` with a module whose ``distillation`
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from memtx.cli.common import Parser, run
+from memtx.cli.common import Parser, check_target, progress, run
 from memtx.cli.read import add_device, import_modules, placed
+from memtx.data.source import SPLITS
 from memtx.errors import MemtxError
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound="nn.Module")
 
 ACTIONS = ("report",)
-SPLITS = ("train", "validation", "test")
 
 
 def _parser() -> Parser:
@@ -69,29 +68,14 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     for option in ("plot", "json"):
         target = getattr(arguments, option)
-        if target not in (None, "-") and not Path(target).absolute().parent.is_dir():
-            raise MemtxError(f"--{option} {target}: the folder does not exist.", "Make it first.")
+        if target not in (None, "-"):
+            check_target(option, target)
 
 
 def _names(paths: list[str]) -> list[str]:
     """Return the last part of each path, or the whole where two would be called alike."""
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else paths
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[], None]]:
-    """Yield what advances a bar on stderr; nothing is drawn where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda: bar.advance(task)
 
 
 def _place(model: M, arguments: argparse.Namespace) -> M:
@@ -121,8 +105,8 @@ def _tasks(arguments: argparse.Namespace, paths: list[str]) -> list[Beside]:
     for _, predictor in named:
         _place(predictor.model, arguments)
     total = len(named) * (len(examples) + REPEATS * min(arguments.calls, len(examples)))
-    with _progress(total) as watch:
-        return tasks_beside(named, examples, calls=arguments.calls, watch=watch)
+    with progress("measuring", total) as advance:
+        return tasks_beside(named, examples, calls=arguments.calls, watch=partial(advance, 1))
 
 
 def _texts(arguments: argparse.Namespace, paths: list[str]) -> list[Beside]:
@@ -141,14 +125,14 @@ def _texts(arguments: argparse.Namespace, paths: list[str]) -> list[Beside]:
     texts = Texts.of(documents, tokenizer, arguments.tokens)
     named = [(name, _place(model, arguments)) for name, (model, _) in zip(names, loaded, strict=True)]
     total = len(named) * (-(-texts.tokens.shape[1] // arguments.segment) + REPEATS * arguments.calls)
-    with _progress(total) as watch:
+    with progress("measuring", total) as advance:
         return texts_beside(
             named,
             texts,
             segment=arguments.segment,
             beyond=arguments.beyond,
             calls=arguments.calls,
-            watch=watch,
+            watch=partial(advance, 1),
         )
 
 

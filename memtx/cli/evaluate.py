@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memtx.cli.common import Parser, run
+from memtx.cli.common import Parser, check_target, progress, run
 from memtx.cli.read import add_checkpoint, add_device, hinting_import, import_modules, open_model, placed
 from memtx.errors import CheckpointError, MemtxError
 
@@ -103,29 +101,11 @@ def _check(arguments: argparse.Namespace) -> None:
         target = getattr(arguments, option)
         if target is None or (option == "json" and target == "-"):
             continue
-        if not Path(target).absolute().parent.is_dir():
-            raise MemtxError(f"--{option} {target}: the folder does not exist.", "Make it first.")
-        if Path(target).is_dir():
-            raise MemtxError(f"--{option} {target} is a folder, expected a file.")
+        check_target(option, target)
     if arguments.size and arguments.task in HIDDEN:
         raise MemtxError(f"--size is of drawn tasks, and {arguments.task} is none.", "Leave it out.")
     if arguments.task == "babi" and arguments.babi is None:
         raise MemtxError("--babi is not given, expected the folder of bAbI's tasks.", "Add --babi FOLDER.")
-
-
-@contextlib.contextmanager
-def _progress(total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield what advances a bar on stderr; nothing is drawn where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda amount: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda amount: bar.advance(task, amount)
 
 
 def _open_drawn(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Task]:
@@ -173,7 +153,7 @@ def _drawn(arguments: argparse.Namespace, asked: list[int], rows: int) -> list[M
     model, task = _open_drawn(arguments)
     segments = sorted({max(1, round(distance / task.segment)) for distance in asked})
     results = []
-    with _progress(sum(task.written + one for one in segments)) as watch:
+    with progress("evaluating", sum(task.written + one for one in segments)) as watch:
         for one in segments:
             share = accuracy(_placed_model(model), task, one, rows=rows, seed=arguments.seed, watch=watch)
             results.append(Measured(arguments.task, one * task.segment, share, task.chance))
@@ -189,7 +169,7 @@ def _capacities(arguments: argparse.Namespace, rows: int) -> tuple[list[Capacity
     asked = distances(arguments.distance) if arguments.distance is not None else []
     segments = sorted({max(1, round(one / task.segment)) for one in asked}) or list(CAPACITY_SEGMENTS)
     size = model.init_state(1).nbytes
-    with _progress(None) as watch:
+    with progress("evaluating", None) as watch:
         found = [
             capacity(
                 _placed_model(model),
@@ -223,7 +203,7 @@ def _hidden(arguments: argparse.Namespace, asked: list[int], rows: int) -> list[
     model, tokenizer = open_model(arguments)
     haystack: Haystack = Haystack(documents, tokenizer)
     common = {"rows": rows, "seed": arguments.seed, "segment": arguments.segment}
-    with _progress((sum(asked) + len(asked)) * max(1, len(tasks))) as watch:
+    with progress("evaluating", (sum(asked) + len(asked)) * max(1, len(tasks))) as watch:
         if arguments.task == "babi":
             found = hidden_stories(model, tokenizer, haystack, tasks, asked, watch=watch, **common)
         else:

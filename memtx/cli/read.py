@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from memtx.cli.common import Parser, run
+from memtx.cli.common import Parser, check_target, run
 from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
@@ -224,10 +224,8 @@ def _read(arguments: argparse.Namespace) -> int:
         raise MemtxError(f"--every is {arguments.every}, expected at least 0 (0 for no lines).")
     for option in ("plot", "session"):
         target = getattr(arguments, option)
-        if target and not Path(target).absolute().parent.is_dir():
-            raise MemtxError(f"--{option} {target}: the folder does not exist.", "Make it first.")
-        if target and Path(target).is_dir():
-            raise MemtxError(f"--{option} {target} is a folder, expected a file.")
+        if target:
+            check_target(option, target)
     with contextlib.ExitStack() as stack:
         book = _Book(arguments.book)
         book.open(stack)  # Before torch and the model are loaded: a mistyped name should not cost seconds.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from memtx.cli.common import Parser, run
 from memtx.cli.predict import open_predictor
 from memtx.cli.read import add_checkpoint, add_device, open_reader
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, missing_package
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -77,7 +77,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
-        raise MemtxError(f"memtx serve needs {error.name}.", "Install it: pip install 'memtx[serve]'.") from error
+        raise missing_package("memtx serve", error, "serve") from error
     from memtx.inference.predictor import serves_a_task
     from memtx.serving.app import serve
     from memtx.serving.limits import Limits

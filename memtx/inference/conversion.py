@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from torch import nn
 
 from memtx import files
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.predictor import TEXTS
 from memtx.models import folder
 from memtx.models.published import load
 from memtx.models.published.layout import PublishedModel
@@ -64,7 +62,8 @@ def convert(
         raise MemtxError(f"'{end}' is there already.", "Give another folder, or add --overwrite.")
     if place.resolve() == end.resolve():
         raise MemtxError(f"'{end}' is what is read.", "Give another folder.")
-    model, texts = load.from_pretrained(place), kept_texts(place)
+    model, kept = load.from_pretrained(place), folder.kept_texts(place)
+    texts = {folder.TEXTS[name]: text for name, text in kept.items()}
     assert isinstance(model, folder.Kept)
     left_out: list[str] = []
     written = end.with_name(f".{end.name}.{secrets.token_hex(4)}.tmp")
@@ -85,15 +84,6 @@ def convert(
         shutil.rmtree(written, ignore_errors=True)
     count = sum(parameter.numel() for parameter in model.parameters())
     return Converted(place, type(model).__name__, count, sorted(texts), left_out)
-
-
-def kept_texts(place: Path) -> dict[str, str]:
-    """Return the JSON texts beside a model, by the names of the files that hold them in a folder."""
-    if (place / folder.CONFIG).is_file():
-        return {name: (place / name).read_text("utf-8") for name in TEXTS.values() if (place / name).is_file()}
-    # Lightning names the part after the data's class, which may be somebody's subclass.
-    parts = [part for part in folder.read_notes(place).values() if isinstance(part, Mapping) and "tokenizer" in part]
-    return {file: str(part[name]) for part in parts for name, file in TEXTS.items() if isinstance(part.get(name), str)}
 
 
 def _fitted(model: nn.Module, layout: str | os.PathLike[str]) -> tuple[PublishedModel, list[str]]:

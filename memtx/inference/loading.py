@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from memtx.errors import CheckpointError
 from memtx.models import folder, sharded
 from memtx.models.memory_transformer import MemoryTransformer
 
-TOKENIZER = "tokenizer.json"
+TOKENIZER = folder.TEXTS["tokenizer"]
 DATA_KEY = "BookDataModule"
 """Where a training checkpoint keeps the data module's part, with the tokenizer as JSON text."""
 
@@ -51,10 +50,8 @@ def _tokenizer_text(place: Path) -> str:
     # The model was loaded from it, so it is whole; mapped, only what is looked at is read a second time.
     shared = sharded.is_sharded(place)
     content = sharded.read_notes(place) if shared else torch.load(place, "cpu", weights_only=True, mmap=True)
-    # Lightning names the part after the class, which may be somebody's subclass.
-    parts = [content.get(DATA_KEY), *content.values()]
-    text = next((part["tokenizer"] for part in parts if isinstance(part, Mapping) and "tokenizer" in part), None)
-    if not isinstance(text, str):
+    text = folder.texts_of(content).get("tokenizer")
+    if text is None:
         raise CheckpointError(
             f"'{place}' has no tokenizer in it.", "Give a checkpoint of a run on texts, or a pretrained folder."
         )

@@ -22,10 +22,7 @@ from memtx.inference.loading import TOKENIZER
 from memtx.models import folder
 from memtx.models.heads import TaskModel
 
-TASK = "task.json"
-SUMMARY = "summary.json"
-TEXTS = {"tokenizer": TOKENIZER, "task": TASK, "summary": SUMMARY}
-"""What a checkpoint keeps as JSON text beside the model, and the files that hold it in a folder."""
+TASK = folder.TEXTS["task"]
 
 AT_ONCE = 1 << 14
 """Places of one call, padding among them; a longer row is read alone."""
@@ -152,14 +149,5 @@ def task_parts(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
     Nothing where it is of no task; raises what :func:`serves_a_task` raises.
     """
-    place = folder.chosen_place(path)
-    if (place / folder.CONFIG).is_file():
-        found = {name: text for name, file in TEXTS.items() if (text := _text(place / file)) is not None}
-        return found if found.keys() & {"task", "summary"} else {}
-    # Lightning names the part after the data's class, which may be somebody's subclass.
-    parts = (one for one in folder.read_notes(place).values() if isinstance(one, Mapping))
-    return next((one for one in parts if "tokenizer" in one and one.keys() & {"task", "summary"}), {})
-
-
-def _text(place: Path) -> str | None:
-    return place.read_bytes().decode("utf-8", "replace") if place.is_file() else None
+    kept = folder.kept_texts(folder.chosen_place(path))
+    return kept if kept.keys() & {"task", "summary"} else {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import MemtxError, at_least, missing_package
 
 SCORES = 1 << 22
 """Scores made at a time, at most (16 MiB in float32), unless those of one query are more."""
@@ -85,7 +85,7 @@ class FaissSearch(Search):
         try:
             import faiss
         except ImportError as error:
-            raise MemtxError("FaissSearch needs faiss.", "Install it: pip install 'memtx[retrieval]'.") from error
+            raise missing_package("FaissSearch", error, "retrieval") from error
         try:
             made = faiss.index_factory(width, self.index, faiss.METRIC_INNER_PRODUCT)
         except RuntimeError as error:

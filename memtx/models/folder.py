@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx import files, sealed, specs
-from memtx.errors import CheckpointError
+from memtx.errors import CheckpointError, not_whole
 from memtx.models import sharded
 from memtx.models.low_rank import Adapters, merged
 
@@ -27,6 +27,10 @@ CHECKPOINT_KEY = "memtx"
 
 CHECKPOINT_PREFIX = "model."
 """What the names of the model's weights begin with in a training checkpoint."""
+
+
+TEXTS = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
+"""What is kept as JSON text beside a model, and the files that hold it in a folder."""
 
 
 class Kept(nn.Module):
@@ -173,9 +177,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # A file of somebody else's can make the reader stumble over anything.
-        raise CheckpointError(
-            f"'{place}' is not a whole checkpoint ({type(error).__name__}).", "Use another copy, or an earlier one."
-        ) from error
+        raise not_whole(place, f" ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{place}' holds a {type(content).__name__}, not a checkpoint.", "Give another file.")
     return content
@@ -188,6 +190,26 @@ def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: missing, damaged, or no such file or folder.
     """
     return sharded.read_notes(path) if sharded.is_sharded(path) else read_checkpoint(path)
+
+
+def texts_of(content: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts that a checkpoint keeps beside its model, by the names of ``TEXTS``."""
+    # Lightning names the part after the data's class, which may be somebody's subclass.
+    parts = (part for part in content.values() if isinstance(part, Mapping))
+    part = next((part for part in parts if isinstance(part.get("tokenizer"), str)), {})
+    return {name: part[name] for name in TEXTS if isinstance(part.get(name), str)}
+
+
+def kept_texts(place: Path) -> dict[str, str]:
+    """Return the texts beside a model, by the names of ``TEXTS``; ``place`` as :func:`chosen_place` returned it.
+
+    Raises:
+        CheckpointError: it is a checkpoint, and missing or damaged.
+    """
+    if not (place / CONFIG).is_file():
+        return texts_of(read_notes(place))
+    found = {name: place / file for name, file in TEXTS.items()}
+    return {name: path.read_bytes().decode("utf-8", "replace") for name, path in found.items() if path.is_file()}
 
 
 def from_checkpoint(content: dict[str, Any], place: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

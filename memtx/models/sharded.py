@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memtx import files
-from memtx.errors import CheckpointError, MemtxError
+from memtx.errors import CheckpointError, MemtxError, not_whole
 
 METADATA = ".metadata"
 NOTES = "meta.pt"
@@ -80,16 +80,11 @@ def check(path: str | os.PathLike[str]) -> None:
         # Names alone: a file elsewhere is none of the checkpoint's.
         wrong = [name for name in known if Path(name).name != name or files.checksum(place / name) != known[name]]
     except MemtxError as error:
-        raise CheckpointError(f"'{place}' is not a whole checkpoint: {error.what}", _CURE) from error
+        raise not_whole(place, f": {error.what.rstrip('.')}") from error
     except OSError as error:
-        what = f"'{Path(str(error.filename)).name}' could not be read: {error.strerror}"
-        raise CheckpointError(f"'{place}' is not a whole checkpoint: {what}.", _CURE) from error
+        raise not_whole(place, f": '{Path(str(error.filename)).name}' could not be read: {error.strerror}") from error
     if wrong:
-        what = f"'{wrong[0]}' in it is not what was written"
-        raise CheckpointError(f"'{place}' is not a whole checkpoint: {what}.", _CURE)
-
-
-_CURE = "Use another copy, or an earlier one."
+        raise not_whole(place, f": '{wrong[0]}' in it is not what was written")
 
 
 def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -225,4 +220,4 @@ def _broken(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
     said = " ".join(str(error).split())[-200:]
-    return CheckpointError(f"'{path}' is not a whole checkpoint ({type(error).__name__}: {said}).", _CURE)
+    return not_whole(path, f" ({type(error).__name__}: {said})")

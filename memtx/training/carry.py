@@ -90,3 +90,9 @@ class Carry:
         """Restore the stage when it is next taken (the number of rows is known only then)."""
         if tensors:
             self._saved[stage] = dict(tensors)
+
+
+def carry_of(module: object) -> Carry | None:
+    """Return what a training module carries its states in; None where it carries none."""
+    found = getattr(module, "carry", None)
+    return found if isinstance(found, Carry) else None

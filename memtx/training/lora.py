@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtx.errors import MemtxError, at_least, nearest, positive
+from memtx.errors import MemtxError, at_least, missing_package, nearest, positive
 from memtx.models.low_rank import BASE, Adapters, is_adapter
 from memtx.models.memory_transformer import MemoryTransformer
 
@@ -92,7 +92,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise MemtxError(f"LoRA needs {error.name}.", "Install it: pip install 'memtx[retrofit]'.") from error
+        raise missing_package("LoRA", error, "retrofit") from error
     return peft
 
 

@@ -53,10 +53,10 @@ def newest_whole(checkpoints: Path, until: int | None = None) -> Found | None:
         CheckpointError: there are files, and none of them is whole.
     """
     damaged: list[tuple[Path, str]] = []
-    for path in sorted(checkpoints.glob("*.ckpt"), key=_newness, reverse=True):
-        stated = _stated_step(path)
-        if not path.is_file() and not sharded.is_sharded(path):
-            continue
+    found = [path for path in checkpoints.glob("*.ckpt") if path.is_file() or sharded.is_sharded(path)]
+    steps = {path: _stated_step(path) for path in found}
+    for path in sorted(found, key=lambda path: _newness(path, steps[path]), reverse=True):
+        stated = steps[path]
         if until is not None and stated is not None and stated > until:
             continue
         try:
@@ -76,10 +76,9 @@ def newest_whole(checkpoints: Path, until: int | None = None) -> Found | None:
     return None
 
 
-def _newness(path: Path) -> tuple[float, bool, int]:
+def _newness(path: Path, step: int | None) -> tuple[float, bool, int]:
     """Return what is greatest for the newest; by the seal, since copying a run changes when its files were written."""
     name = _NAMED.fullmatch(path.name)
-    step = _stated_step(path)
     if step is None:
         step = int(name[1]) if name else None
     return (math.inf if step is None else step, name is None, path.stat().st_mtime_ns)

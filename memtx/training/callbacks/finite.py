@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from memtx.errors import MemtxError, at_least
 from memtx.training import tracing
-from memtx.training.carry import Carry
+from memtx.training.callbacks import moments
+from memtx.training.carry import carry_of
 
 
 class SkipNonFinite(pl.Callback):
@@ -67,7 +67,7 @@ class SkipNonFinite(pl.Callback):
     ) -> None:
         """Have the memory remembered as it is before a step's first batch."""
         self._batch = batch
-        if (carry := _carry(pl_module)) is None:
+        if (carry := carry_of(pl_module)) is None:
             return
         if not self._losses:
             carry.mark("train")
@@ -103,7 +103,7 @@ class SkipNonFinite(pl.Callback):
         losses: list[Tensor],
         norm: Tensor,
     ) -> None:
-        carry = _carry(module)
+        carry = carry_of(module)
         if carry is not None:
             carry.back("train")
         if not self.in_row:
@@ -123,16 +123,11 @@ class SkipNonFinite(pl.Callback):
                 "Training diverged: lower the learning rate, warm up longer or clip the gradient; the run's last "
                 "checkpoint is from before.",
             )
-        if trainer.is_global_zero:
-            sys.stderr.write(
-                f"step {trainer.global_step}  The {what}: the step is skipped, and the memory goes on as before it "
-                f"({self.in_row} in a row, {self.skipped} in all). {self._where}\n"
-            )
-
-
-def _carry(module: pl.LightningModule) -> Carry | None:
-    found = getattr(module, "carry", None)
-    return found if isinstance(found, Carry) else None
+        moments.say(
+            trainer,
+            f"The {what}: the step is skipped, and the memory goes on as before it "
+            f"({self.in_row} in a row, {self.skipped} in all). {self._where}",
+        )
 
 
 def _gradients(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

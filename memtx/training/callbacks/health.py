@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 
 from memtx.errors import at_least
-from memtx.training.carry import Carry
+from memtx.training.callbacks import moments
+from memtx.training.carry import carry_of
 
 LOOKS = 5
 """Looks in a row at which something has to be so before it is said."""
@@ -44,8 +44,7 @@ class MemoryHealth(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Look, from time to time."""
-        carry = getattr(pl_module, "carry", None)
-        if (batch_idx + 1) % self.every or not isinstance(carry, Carry):
+        if (batch_idx + 1) % self.every or (carry := carry_of(pl_module)) is None:
             return
         sizes = squares(carry.tensors("train"))
         layers: dict[str, list[tuple[float, int]]] = {}
@@ -80,9 +79,9 @@ class MemoryHealth(pl.Callback):
             )
 
     def _say(self, trainer: pl.Trainer, what: tuple[str, str], text: str) -> None:
-        if what not in self._said and trainer.is_global_zero:
+        if what not in self._said:
             self._said.add(what)
-            sys.stderr.write(f"step {trainer.global_step}  Memory: {text}\n")
+            moments.say(trainer, f"Memory: {text}")
 
 
 def squares(tensors: dict[str, Tensor]) -> dict[str, tuple[float, int]]:

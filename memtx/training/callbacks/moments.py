@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -44,3 +45,9 @@ def total_steps(trainer: pl.Trainer) -> int | None:
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
         limits.append(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
     return min(limits) if limits else None
+
+
+def say(trainer: pl.Trainer, text: str) -> None:
+    """Write a line on stderr, once for all processes, with the step that it is of."""
+    if trainer.is_global_zero:
+        sys.stderr.write(f"step {trainer.global_step}  {text}\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from memtx.errors import CheckpointError, MemtxError, at_least, positive
 from memtx.training import recovery
 from memtx.training.callbacks import moments
-from memtx.training.carry import Carry
+from memtx.training.carry import carry_of
 from memtx.training.sharding import FullyShardedStrategy
 
 SUSTAINED = 8
@@ -113,12 +112,12 @@ class RewindOnSpike(pl.Callback):
         self.rewinds += 1
         found = _from_before(trainer, until)
         if found is None:
-            _say(trainer, f"{what}, and there is no checkpoint from before it to go back to.")
+            moments.say(trainer, f"{what}, and there is no checkpoint from before it to go back to.")
             return
         _restore(trainer, found.content)
-        if isinstance(carry := getattr(module, "carry", None), Carry):
+        if (carry := carry_of(module)) is not None:
             carry.forget("train")
-        _say(trainer, f"{what}: going on from '{found.path}', of step {found.step}, past the data read since.")
+        moments.say(trainer, f"{what}: going on from '{found.path}', of step {found.step}, past the data read since.")
 
 
 def highest(losses: Sequence[float], factor: float) -> float:
@@ -131,11 +130,6 @@ def highest(losses: Sequence[float], factor: float) -> float:
     middle = statistics.median(losses)
     spread = 1.4826 * statistics.median(abs(one - middle) for one in losses)
     return middle + max(factor * spread, LEAST * abs(middle))
-
-
-def _say(trainer: pl.Trainer, text: str) -> None:
-    if trainer.is_global_zero:
-        sys.stderr.write(f"step {trainer.global_step}  {text}\n")
 
 
 def _from_before(trainer: pl.Trainer, until: int) -> recovery.Found | None:

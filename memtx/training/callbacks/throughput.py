@@ -13,8 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from memtx.errors import MemtxError
+from memtx.errors import at_least, positive
 from memtx.training import cost
+from memtx.training.carry import carry_of
 from memtx.training.language import LanguageModule
 
 SIZES = {"cuda": 4096}
@@ -67,8 +68,9 @@ class Throughput(pl.Callback):
     """
 
     def __init__(self, every: int = 10, peak_tflops: float | None = None) -> None:
-        if every < 1 or (peak_tflops is not None and not peak_tflops > 0):
-            raise MemtxError(f"Throughput got every={every} and peak_tflops={peak_tflops}.", "Give numbers above 0.")
+        at_least(1, every=every)
+        if peak_tflops is not None:
+            positive(peak_tflops=peak_tflops)
         self.every, self.peak_tflops = every, peak_tflops
         self._began = 0.0
         self._tokens = 0
@@ -98,8 +100,7 @@ class Throughput(pl.Callback):
         figures = {"peak_memory_mib": peak_memory_bytes(device) / 2**20}
         if (held := memory_bytes(device)) is not None:
             figures["memory_mib"] = held / 2**20
-        carry = getattr(pl_module, "carry", None)
-        if carry is not None:
+        if (carry := carry_of(pl_module)) is not None:
             figures["state_mib"] = carry.nbytes("train") / 2**20
         if (flops := self._flops(trainer, pl_module, batch)) is not None and self.peak_tflops is not None:
             figures["model_tflops"] = rate * flops / 1e12

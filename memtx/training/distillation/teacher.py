@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,13 +50,9 @@ def opened(path: str | os.PathLike[str], *, bf16: bool = False) -> Kept:
     model = from_pretrained(place).requires_grad_(False).eval()
     if bf16:
         model.to(torch.bfloat16)
-    parts: list[Mapping[str, Any]] = []
-    if place.is_file():
-        parts = [part for part in folder.read_checkpoint(place).values() if isinstance(part, Mapping)]
-    tokenizer = next((part["tokenizer"] for part in parts if isinstance(part.get("tokenizer"), str)), None)
-    task = next((part["task"] for part in parts if isinstance(part.get("task"), str)), None)
-    labels = tuple(json.loads(task).get("labels", ())) if task is not None else ()
-    return Kept(str(path), model, tokenizer, labels)
+    texts = folder.kept_texts(place) if place.is_file() else {}
+    labels = tuple(json.loads(texts["task"]).get("labels", ())) if "task" in texts else ()
+    return Kept(str(path), model, texts.get("tokenizer"), labels)
 
 
 TEACHERS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
