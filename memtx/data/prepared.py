@@ -201,16 +201,17 @@ def prepare(
     place = Path(folder)
     if not source.splits:
         raise DataError("There are no documents to encode, expected at least one.", "Check the source of texts.")
+    asked = made_of(source, tokenizer)
     with locked(place):
         if place.exists():
-            found = _found(place, source, tokenizer, verify)
+            found = _found(place, asked, verify)
             if found is not None:
                 return found
-        _build(place, source, tokenizer, workers or os.cpu_count() or 1, progress or bar)
+        _build(place, source, tokenizer, asked, workers or os.cpu_count() or 1, progress or bar)
     return Prepared(place)
 
 
-def _found(place: Path, source: Source, tokenizer: Tokenizer, verify: bool) -> Prepared | None:
+def _found(place: Path, asked: str, verify: bool) -> Prepared | None:
     """Return what is there already; None if it is to be made again.
 
     Raises:
@@ -223,7 +224,7 @@ def _found(place: Path, source: Source, tokenizer: Tokenizer, verify: bool) -> P
     except DataError as error:
         log.warning("%s Encoding it again.", error.what)
         return None
-    if found.made_of != made_of(source, tokenizer):
+    if found.made_of != asked:
         raise DataError(
             f"'{place}' was prepared from other texts, or these have changed, or with another tokenizer.",
             "Give another name, or remove it.",
@@ -273,7 +274,7 @@ def plan_jobs(folder: Path, source: Source, tokenizer: Tokenizer) -> list[Job]:
     return jobs
 
 
-def _build(place: Path, source: Source, tokenizer: Tokenizer, workers: int, progress: Progress) -> None:
+def _build(place: Path, source: Source, tokenizer: Tokenizer, asked: str, workers: int, progress: Progress) -> None:
     building = place.with_name(f".{place.name}.building")
     if place.exists():
         shutil.rmtree(building, ignore_errors=True)
@@ -282,7 +283,6 @@ def _build(place: Path, source: Source, tokenizer: Tokenizer, workers: int, prog
     building.mkdir(parents=True, exist_ok=True)
     for left in building.rglob(".*.tmp"):  # of a run that was killed
         left.unlink(missing_ok=True)
-    asked = made_of(source, tokenizer)
     tokenizer = fitted(tokenizer, source, building)
     jobs = plan_jobs(building, source, tokenizer)
     todo = [job for job in jobs if not job.done]

@@ -32,6 +32,7 @@ class TokenStore:
         ids: name of each document.
         titles: title of each document.
         lengths: (documents,) int64, tokens of each document with ``begin``.
+        begins: (documents,) int64, tokens of all documents before each.
         words: (documents,) int64, whitespace-separated words of each document's text.
         bytes: (documents,) int64, UTF-8 bytes of each document's text.
         begin: the id that begins a document.
@@ -71,6 +72,7 @@ class TokenStore:
             places.append(np.full(len(lengths), place))
             offsets.append(np.cumsum(lengths) - lengths)
         self.lengths, self.words, self.bytes = (_joined(parts) for parts in columns.values())
+        self.begins = np.cumsum(self.lengths) - self.lengths
         self._places, self._offsets = _joined(places), _joined(offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:

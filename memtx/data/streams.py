@@ -40,24 +40,31 @@ def read_rows(store: TokenStore, plan: RowPlan, rows: Sequence[int], start: int,
     words, size = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
     end = min(stop, last)
     for index, row in enumerate(rows):
-        for document, tick, taken in plan.within(row, start, end):
-            # Where the document's token 0 would stand, were it the row's from there on.
-            begin, length = tick - taken, int(store.lengths[document])
-            first, past = max(start - begin, taken), min(end - begin, length)
-            if first >= past:
-                continue
+        for document, place, first, past, begun in _read(store, plan, row, start, end):
             # One token more than is read: the label of the last one, where the document goes on.
-            text = store.slice(document, first, past + 1)
-            place, count, scored = begin + first - start, past - first, len(text) - 1
+            text, length = store.slice(document, first, past + 1), int(store.lengths[document])
+            count, scored = past - first, len(text) - 1
             if past == length:
                 scored = count - 1
             tokens[index, place : place + count] = text[:count]
             labels[index, place : place + scored] = text[1 : 1 + scored]
             starts[index, place : place + count] = False
-            starts[index, place] = first == taken
+            starts[index, place] = begun
             words[index] += _share(int(store.words[document]), first, first + scored, length - 1)
             size[index] += _share(int(store.bytes[document]), first, first + scored, length - 1)
     return Batch(*map(torch.from_numpy, (tokens, labels, starts, words, size)))
+
+
+def _read(
+    store: TokenStore, plan: RowPlan, row: int, start: int, stop: int
+) -> Iterator[tuple[int, int, int, int, bool]]:
+    """Yield what a row reads from one tick to another: document, place, first token, the one past it, begun there."""
+    for document, tick, taken in plan.within(row, start, stop):
+        # Where the document's token 0 would stand, were it the row's from there on.
+        begin = tick - taken
+        first, past = max(start - begin, taken), min(stop - begin, int(store.lengths[document]))
+        if first < past:
+            yield document, begin + first - start, first, past, first == taken
 
 
 def _share(amount: int, start: int, stop: int, count: int) -> int:
@@ -150,16 +157,10 @@ class DocumentStreams:
         """Return (rows, length) int64, which token of the store each of a step's is, documents one after another."""
         start, stop = self._ticks(step), self._ticks(step + 1)
         self._plan.reach(stop)
-        begins = np.cumsum(self.store.lengths) - self.store.lengths
         found = np.zeros((self.rows, self.length), dtype=np.int64)
         for index, row in enumerate(self._own()):
-            for document, tick, taken in self._plan.within(row, start, stop):
-                begin = tick - taken
-                first, past = max(start - begin, taken), min(stop - begin, int(self.store.lengths[document]))
-                if first < past:
-                    found[index, begin + first - start : begin + past - start] = begins[document] + np.arange(
-                        first, past
-                    )
+            for document, place, first, past, _ in _read(self.store, self._plan, row, start, stop):
+                found[index, place : place + past - first] = self.store.begins[document] + np.arange(first, past)
         return torch.from_numpy(found)
 
     def __iter__(self) -> Iterator[Batch]:

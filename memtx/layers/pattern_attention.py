@@ -78,9 +78,9 @@ class PatternAttention(nn.Module, ABC):
         out: Tensor = self.out(self.attend(x, reading))
         return out
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Return (rows, heads, length, length) scaled products of queries and keys, whoever sees whom, of x."""
-        q, k = self.in_heads(self.query(x)), self.in_heads(self.key(x))
+    def scores(self, x: Tensor, queries: slice, keys: slice) -> Tensor:
+        """Return (rows, heads, queries, keys) scaled products of some places of x, whoever sees whom."""
+        q, k = self.in_heads(self.query(x[:, queries])), self.in_heads(self.key(x[:, keys]))
         out: Tensor = q @ k.mT * q.shape[-1] ** -0.5
         return out
 

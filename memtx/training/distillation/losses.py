@@ -20,6 +20,9 @@ from memtx.training.distillation.shown import Shown, Sizes
 CHUNK = 512
 """Places whose scores exist at a time, of both models."""
 
+QUERIES = 128
+"""Places whose attention's scores exist at a time, of both models."""
+
 
 class Loss(nn.Module, ABC):
     """One of the losses that a step adds up.
@@ -145,31 +148,33 @@ class SoftTargets(Loss):
         return total * self.temperature**2 / max(1, len(own))
 
 
-class _Projected(Loss):
-    """A loss of hidden states, through a map that learns where the student's are narrower or wider."""
+class Embeddings(Loss):
+    """The mean squared difference of what the embeddings made (TinyBERT, Jiao et al. 2020, section 3, eq. 9)."""
 
     def __init__(
         self, student: Sizes, teacher: Sizes, weight: float = 1.0, begin: float = 0.0, end: float = 1.0
     ) -> None:
         super().__init__(student, teacher, weight, begin, end)
-        self.project = nn.Linear(student.dim, teacher.dim, bias=False) if student.dim != teacher.dim else nn.Identity()
-
-    def compared(self, student: Shown, teacher: Shown, own: int, other: int) -> tuple[Tensor, Tensor]:
-        """Return (tokens, dim) of both at places where a token is; numbers as in ``Shown.hidden``."""
-        there = student.there
-        return wide(self.project(student.hidden[own][there])), wide(teacher.hidden[other][there].detach())
-
-
-class Embeddings(_Projected):
-    """The mean squared difference of what the embeddings made (TinyBERT, Jiao et al. 2020, section 3, eq. 9)."""
+        self.project = _projection(student, teacher)
 
     def forward(self, student: Shown, teacher: Shown) -> Tensor:
         """Return the loss."""
-        return F.mse_loss(*self.compared(student, teacher, 0, 0))
+        return F.mse_loss(*_outputs(self.project, student, teacher, 0, 0))
 
 
-class _OfLayers(_Projected):
-    """A loss of pairs of layers' outputs, one map for all of them.
+def _projection(student: Sizes, teacher: Sizes) -> nn.Module:
+    """Return the map, which learns, that a student's states go through where they are narrower or wider."""
+    return nn.Linear(student.dim, teacher.dim, bias=False) if student.dim != teacher.dim else nn.Identity()
+
+
+def _outputs(project: nn.Module, student: Shown, teacher: Shown, own: int, other: int) -> tuple[Tensor, Tensor]:
+    """Return (tokens, dim) of both at places where a token is; numbers as in ``Shown.hidden``."""
+    there = student.there
+    return wide(project(student.hidden[own][there])), wide(teacher.hidden[other][there].detach())
+
+
+class _OfLayers(Loss):
+    """A loss of pairs of layers.
 
     Args:
         student: sizes of the student.
@@ -195,16 +200,39 @@ class _OfLayers(_Projected):
         self.pairs = (layers or self.default_layers()).pairs(student.depth, teacher.depth)
 
     @abstractmethod
-    def between(self, own: Tensor, other: Tensor) -> Tensor:
-        """Return the loss of (tokens, dim) and (tokens, dim)."""
+    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+        """Return the loss of one layer of the student and one of the teacher."""
 
     def forward(self, student: Shown, teacher: Shown) -> Tensor:
         """Return the mean over pairs."""
-        found = [self.between(*self.compared(student, teacher, own + 1, other + 1)) for own, other in self.pairs]
-        return torch.stack(found).mean()
+        return torch.stack([self.of_pair(student, teacher, own, other) for own, other in self.pairs]).mean()
 
 
-class HiddenMSE(_OfLayers):
+class _Hidden(_OfLayers):
+    """A loss of what pairs of layers put out, one map for all of them; arguments as :class:`_OfLayers`'."""
+
+    def __init__(
+        self,
+        student: Sizes,
+        teacher: Sizes,
+        layers: LayerMap | None = None,
+        weight: float = 1.0,
+        begin: float = 0.0,
+        end: float = 1.0,
+    ) -> None:
+        super().__init__(student, teacher, layers, weight, begin, end)
+        self.project = _projection(student, teacher)
+
+    @abstractmethod
+    def between(self, own: Tensor, other: Tensor) -> Tensor:
+        """Return the loss of (tokens, dim) and (tokens, dim)."""
+
+    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+        """Return the loss of the two layers' outputs."""
+        return self.between(*_outputs(self.project, student, teacher, own + 1, other + 1))
+
+
+class HiddenMSE(_Hidden):
     """The mean squared difference of layers' outputs (TinyBERT, Jiao et al. 2020, section 3, eq. 8).
 
     Arguments as :class:`SoftTargets`' but for ``layers``, a map of layers, every k-th by default.
@@ -215,7 +243,7 @@ class HiddenMSE(_OfLayers):
         return F.mse_loss(own, other)
 
 
-class HiddenCosine(_OfLayers):
+class HiddenCosine(_Hidden):
     """One minus the cosine of layers' outputs (DistilBERT, Sanh et al. 2019, section 2), the last ones' by default.
 
     Arguments as :class:`SoftTargets`' but for ``layers``, a map of layers.
@@ -228,7 +256,7 @@ class HiddenCosine(_OfLayers):
         return (1.0 - F.cosine_similarity(own, other, dim=-1)).mean()
 
 
-class AttentionMaps(Loss):
+class AttentionMaps(_OfLayers):
     """The mean squared difference of attention's scores (TinyBERT, Jiao et al. 2020, section 3, eq. 7).
 
     As they are before the softmax, and of the pairs of tokens that see each other in both.
@@ -254,7 +282,7 @@ class AttentionMaps(Loss):
         begin: float = 0.0,
         end: float = 1.0,
     ) -> None:
-        super().__init__(student, teacher, weight, begin, end)
+        super().__init__(student, teacher, layers, weight, begin, end)
         for whose, sizes in (("student", student), ("teacher", teacher)):
             if not sizes.maps:
                 raise MemtxError(
@@ -268,20 +296,29 @@ class AttentionMaps(Loss):
                 "head by head.",
                 f"Give the student {teacher.heads}, or compare ValueRelations, which can be cut into other heads.",
             )
-        self.pairs = (layers or EveryKth()).pairs(student.depth, teacher.depth)
 
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
-        """Return the mean over pairs of layers, heads and pairs of tokens."""
-        found = []
-        for own, other in self.pairs:
-            seen = (student.seen & student.near(own) & teacher.near(other))[:, None]
-            difference = wide(student.scores(own)) - wide(teacher.scores(other)).detach()
-            heads = difference.shape[1]
-            found.append((difference.square() * seen).sum() / (heads * seen.sum()).clamp(min=1))
-        return torch.stack(found).mean()
+    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+        """Return the mean over heads and pairs of tokens."""
+        (first, last), (low, high) = student.reach(own), teacher.reach(other)
+        first, last, length = max(first, low), min(last, high), student.there.shape[1]
+
+        def part(queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+            seen = student.seen(queries, keys) & student.near(own, queries, keys) & teacher.near(other, queries, keys)
+            given = wide(teacher.scores(other, queries, keys)).detach()
+            difference = wide(student.scores(own, queries, keys)) - given
+            return (difference.square() * seen[:, None]).sum(), difference.shape[1] * seen.sum()
+
+        total, count = wide(student.hidden[0]).sum() * 0.0, student.there.new_zeros((), dtype=torch.int64)
+        for start in range(0, length, QUERIES):
+            stop = min(start + QUERIES, length)
+            # What one of the windows does not reach is not made.
+            keys = slice(max(start + first, 0), min(stop + last, length))
+            lost, pairs = checkpoint(part, slice(start, stop), keys, use_reentrant=False)
+            total, count = total + lost, count + pairs
+        return total / count.clamp(min=1)
 
 
-class ValueRelations(Loss):
+class ValueRelations(_OfLayers):
     """The divergence of softmax(V V' / sqrt(head_dim)) (MiniLM, Wang et al. 2020, section 3.2, eq. 6).
 
     Decoders' tokens are related to themselves and what comes before them in their document, within what is read at
@@ -300,6 +337,8 @@ class ValueRelations(Loss):
         MemtxError: heads or layers do not fit.
     """
 
+    default_layers = Last
+
     def __init__(
         self,
         student: Sizes,
@@ -310,7 +349,7 @@ class ValueRelations(Loss):
         begin: float = 0.0,
         end: float = 1.0,
     ) -> None:
-        super().__init__(student, teacher, weight, begin, end)
+        super().__init__(student, teacher, layers, weight, begin, end)
         if heads is None and student.heads != teacher.heads:
             raise MemtxError(
                 f"The student has {student.heads} heads a layer, the teacher {teacher.heads}.",
@@ -324,18 +363,14 @@ class ValueRelations(Loss):
                     f"The {whose}'s values are {sizes.width} wide, which {self.heads} heads do not divide.",
                     "Choose a divisor of both widths.",
                 )
-        self.pairs = (layers or Last()).pairs(student.depth, teacher.depth)
 
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
-        """Return the mean over pairs of layers, heads and tokens, in nats."""
-        seen = student.seen[:, None]
-        found = []
-        for own, other in self.pairs:
-            mine = self._relation(student.values(own), seen)
-            theirs = self._relation(teacher.values(other), seen).detach()
-            each = torch.where(seen, theirs.exp() * (theirs - mine), 0.0).sum()
-            found.append(each / (self.heads * student.there.sum()).clamp(min=1))
-        return torch.stack(found).mean()
+    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+        """Return the mean over heads and tokens, in nats."""
+        seen = student.seen()[:, None]
+        mine = self._relation(student.values(own), seen)
+        theirs = self._relation(teacher.values(other), seen).detach()
+        each = torch.where(seen, theirs.exp() * (theirs - mine), 0.0).sum()
+        return each / (self.heads * student.there.sum()).clamp(min=1)
 
     def _relation(self, values: Tensor, seen: Tensor) -> Tensor:
         """Return (rows, heads, length, length), the logarithms of the relation of (rows, length, width) values."""

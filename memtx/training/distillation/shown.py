@@ -14,6 +14,9 @@ from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 
+ALL = slice(None)
+"""Every place."""
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -96,9 +99,9 @@ class Shown:
     starts: Tensor | None = None
     loss: Tensor | None = None
 
-    def scores(self, layer: int) -> Tensor:
-        """Return (rows, heads, length, length) of a layer, before masks and softmax."""
-        out: Tensor = self.blocks[layer].attention.scores(self.hidden[layer])
+    def scores(self, layer: int, queries: slice, keys: slice) -> Tensor:
+        """Return (rows, heads, queries, keys) of a layer, before masks and softmax."""
+        out: Tensor = self.blocks[layer].attention.scores(self.hidden[layer], queries, keys)
         return out
 
     def values(self, layer: int) -> Tensor:
@@ -106,14 +109,21 @@ class Shown:
         out: Tensor = self.blocks[layer].values(self.hidden[layer])
         return out
 
-    def near(self, layer: int) -> Tensor:
-        """Return (rows or 1, length, length) bool, which tokens (last axis) each token sees in a layer.
+    def near(self, layer: int, queries: slice, keys: slice) -> Tensor:
+        """Return (rows or 1, queries, keys) bool, which places each place sees in a layer.
 
         Global tokens' own rows are left out: they ask with projections of their own.
         """
         place = torch.arange(self.hidden[0].shape[1], device=self.hidden[0].device)
-        found: Tensor = self.blocks[layer].attention.near(place - place[:, None])[None]
-        return found if self.marked is None else found & ~self.marked[:, :, None]
+        found: Tensor = self.blocks[layer].attention.near(place[keys] - place[queries, None])[None]
+        return found if self.marked is None else found & ~self.marked[:, queries, None]
+
+    def reach(self, layer: int) -> tuple[int, int]:
+        """Return the least and the greatest distance at which a place sees another in a layer."""
+        length = self.hidden[0].shape[1]
+        distance = torch.arange(1 - length, length)
+        seen = distance[self.blocks[layer].attention.near(distance)]
+        return int(seen[0]), int(seen[-1])
 
     @property
     def there(self) -> Tensor:
@@ -121,11 +131,11 @@ class Shown:
         x = self.hidden[0]
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if self.present is None else self.present
 
-    @property
-    def seen(self) -> Tensor:
-        """(rows, length, length) bool, which tokens (last axis) each token may be compared with."""
-        pairs = self.there[:, :, None] & self.there[:, None, :]
+    def seen(self, queries: slice = ALL, keys: slice = ALL) -> Tensor:
+        """Return (rows, queries, keys) bool, which places each place may be compared with."""
+        pairs = self.there[:, queries, None] & self.there[:, None, keys]
         if self.starts is None:
             return pairs
-        document = self.starts.cumsum(1)
-        return pairs.tril() & (document[:, :, None] == document[:, None, :])
+        place, document = torch.arange(self.starts.shape[1], device=self.starts.device), self.starts.cumsum(1)
+        past = place[queries, None] >= place[keys]
+        return pairs & past & (document[:, queries, None] == document[:, None, keys])

@@ -137,8 +137,10 @@ def by_heads(model: Encoder, shown: Shown, layer: int, part: str, heads: int) ->
     return [[x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(ROWS)]
 
 
+@pytest.mark.parametrize("queries", [1, 3, 128])
 @pytest.mark.parametrize("window", [None, 4])
-def test_attention_maps(window: int | None) -> None:
+def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kinds, "QUERIES", queries)
     attention: Any = FullAttention if window is None else partial(WindowAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
     found, own, other, loss = pair(student, teacher, kinds.AttentionMaps)
