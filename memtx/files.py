@@ -38,6 +38,17 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a name beside ``path`` to write under; random, so that two processes do not share one."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def not_written(path: Path, error: OSError) -> MemtxError:
+    """Return the error that says why ``path`` could not be written, and what to do."""
+    cure = FREE_SPACE if is_full(error) else "Check the folder, its permissions and the free space."
+    return MemtxError(f"'{path}' could not be written: {error.strerror or error}.", cure)
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside ``path``; on success it is synced and renamed, else removed.
@@ -46,8 +57,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         MemtxError: the folder cannot be written to.
     """
     target = Path(path)
-    # A random suffix, so that two processes writing the same file do not share a temporary name.
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -56,10 +66,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
-        cure = "Check the folder, its permissions and the free space."
-        raise MemtxError(
-            f"'{target}' could not be written: {error.strerror or error}.", FREE_SPACE if is_full(error) else cure
-        ) from error
+        raise not_written(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +65,7 @@ def convert(
     texts = {folder.TEXTS[name]: text for name, text in kept.items()}
     assert isinstance(model, folder.Kept)
     left_out: list[str] = []
-    written = end.with_name(f".{end.name}.{secrets.token_hex(4)}.tmp")
+    written = files.temporary_name(end)
     try:
         if layout is None:
             model.save_pretrained(written)
@@ -77,9 +76,7 @@ def convert(
             files.write_text(written / name, text)
         files.replace(written, end)
     except OSError as error:
-        raise MemtxError(
-            f"'{end}' could not be written: {error.strerror or error}.", "Check the folder and the free space."
-        ) from error
+        raise files.not_written(end, error) from error
     finally:
         shutil.rmtree(written, ignore_errors=True)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -8,7 +8,6 @@ among it, is gathered for the whole step, so that tied weights are one.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +84,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             MemtxError: it cannot be written.
         """
         path = Path(self.broadcast(filepath))
-        temporary = path.with_name(f".{path.name}.{self.broadcast(secrets.token_hex(4))}.tmp")
+        temporary = Path(self.broadcast(files.temporary_name(path)))
         shared = {"state_dict": checkpoint.pop("state_dict")}
         shared |= {f"optimizer_{n}": one for n, one in enumerate(checkpoint.pop("optimizer_states", []))}
         from torch.distributed.checkpoint.state_dict_saver import save

@@ -20,31 +20,40 @@ AT_A_TIME = 16
 """Rows of a Parquet file in memory."""
 
 
-@dataclass(frozen=True)
-class Lines(Part):
-    """The lines that begin within a stretch of a file of JSON objects, one a line.
+@dataclass(frozen=True, kw_only=True)
+class Table(Part):
+    """Some rows of a file.
 
     Attributes:
         path: the file.
         name: what its documents' names begin with.
-        start: the first byte of the stretch.
-        stop: the byte behind it; None for the rest of the file.
-        size: bytes of the stretch as they are stored.
+        size: bytes of the rows.
         version: what changes when the file is written anew.
-        field: the object's key that holds the text.
-        id_field: that of the document's name; None for file and byte.
+        field: the column that holds the texts.
+        id_field: that of the documents' names; None for file and place.
         here: whether this process alone can read it.
     """
 
     path: str
     name: str
-    start: int
-    stop: int | None
     size: int
     version: str
     field: str = "text"
     id_field: str | None = None
     here: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Table):
+    """The lines that begin within a stretch of a file of JSON objects, one a line; ``size`` is as they are stored.
+
+    Attributes:
+        start: the first byte of the stretch.
+        stop: the byte behind it; None for the rest of the file.
+    """
+
+    start: int
+    stop: int | None
 
     @property
     def stamp(self) -> str:
@@ -107,31 +116,17 @@ def _lines(handle: IO[bytes], path: str, start: int, stop: int | None) -> Iterat
         yield place, held
 
 
-@dataclass(frozen=True)
-class Rows(Part):
-    """A row group of a Parquet file.
+@dataclass(frozen=True, kw_only=True)
+class Rows(Table):
+    """A row group of a Parquet file; ``size`` is that of its texts, uncompressed.
 
     Attributes:
-        path: the file.
-        name: what its documents' names begin with.
         group: number of the row group.
         first: number of its first row in the file.
-        size: bytes of its texts, uncompressed.
-        version: what changes when the file is written anew.
-        field: the column that holds the texts.
-        id_field: that of the documents' names; None for file and row.
-        here: whether this process alone can read it.
     """
 
-    path: str
-    name: str
     group: int
     first: int
-    size: int
-    version: str
-    field: str = "text"
-    id_field: str | None = None
-    here: bool = False
 
     @property
     def stamp(self) -> str:
@@ -189,18 +184,22 @@ def lines(place: Place, field: str, id_field: str | None) -> list[Part]:
         stretches = [(start, min(start + BLOCK, place.size)) for start in range(0, place.size, BLOCK)]
     return [
         Lines(
-            place.url,
-            place.name,
-            start,
-            stop,
-            place.size if stop is None else stop - start,
-            f"{place.size}:{place.version}",
-            field,
-            id_field,
-            place.here,
+            **_shared(place, field, id_field),
+            start=start,
+            stop=stop,
+            size=place.size if stop is None else stop - start,
         )
         for start, stop in stretches
     ]
+
+
+def _shared(place: Place, field: str, id_field: str | None) -> dict[str, Any]:
+    """Return what all parts of a file have alike."""
+    version = f"{place.size}:{place.version}"
+    return {
+        "path": place.url, "name": place.name, "version": version,
+        "field": field, "id_field": id_field, "here": place.here,
+    }  # fmt: skip
 
 
 def rows(place: Place, field: str, id_field: str | None) -> list[Part]:
@@ -224,19 +223,7 @@ def rows(place: Place, field: str, id_field: str | None) -> list[Part]:
         for number in range(meta.num_row_groups):
             group = meta.row_group(number)
             size = group.column(column).total_uncompressed_size
-            parts.append(
-                Rows(
-                    place.url,
-                    place.name,
-                    number,
-                    first,
-                    size,
-                    f"{place.size}:{place.version}",
-                    field,
-                    id_field,
-                    place.here,
-                )
-            )
+            parts.append(Rows(**_shared(place, field, id_field), group=number, first=first, size=size))
             first += group.num_rows
     return parts
 
