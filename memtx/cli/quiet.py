@@ -8,7 +8,7 @@ import warnings
 
 from memtx import files
 
-_NOISE = ("Seed set to", "available: False", "litlogger", "Tip")
+_NOISE = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")
 _UNWANTED = (
     ".*does not have many workers.*",
     ".*does not seem to be.*",

@@ -263,11 +263,11 @@ def offset_tokenizer_from_json(text: str) -> OffsetTokenizer:
 
 
 def _encoded(text: str, found: Any) -> Encoded:
-    offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+    offsets = found.offsets
     # Byte-level pairs count the space before a word as the word's.
-    for place in np.flatnonzero(offsets[:, 1] > offsets[:, 0]):
-        start, stop = offsets[place]
-        while start < stop - 1 and text[start].isspace():
-            start += 1
-        offsets[place, 0] = start
-    return Encoded(np.array(found.ids, dtype=np.int64), offsets)
+    for place, (start, stop) in enumerate(offsets):
+        if text[start : start + 1].isspace():
+            while start < stop - 1 and text[start].isspace():
+                start += 1
+            offsets[place] = start, stop
+    return Encoded(np.array(found.ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2))
