@@ -3,10 +3,10 @@
     python scripts/compare_memories.py [--tasks NAME ...] [--kinds NAME ...] [--seeds 0 1 2] [--books PATH/pg19-mini]
 
 Drawn tasks: two layers, a window of one segment beside every memory, one gradient through a whole episode, the loss on
-answers alone; accuracy at distances far beyond the trained one. Books (with --books): configs/pg19-mini.yaml's model
-with each memory, --book-steps steps of as many bytes, validation bits per byte. What a memory's own maps take is taken
-from the feed-forward parts. Each figure is kept in --out as it is found, so the script can be stopped and started, and
-the tables are of all that is there. Seconds are the process' own on one thread.
+answers alone; accuracy at distances far beyond the trained one. Books (with --books): configs/pg19-mini.yaml with each
+memory at three layers of 128, --book-steps steps of 16 rows x 2 segments x 64 bytes, validation bits per byte. What a
+memory's own maps take is taken from the feed-forward parts. Each figure is kept in --out as it is found, so the script
+can be stopped and started, and the tables are of all that is there. Seconds are the process' own on one thread.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ def kinds(window: int) -> dict[str, list[Make]]:
         "scored, exact": [partial(ScoredMemory, window=window, rate=1, length=3 * window // 2)],
         "associative": [exact, delta],
         "associative, reflecting": [exact, partial(AssociativeMemory, heads=2, write=ReflectingGate)],
+        "associative, no price": [exact, partial(AssociativeMemory, heads=2)],
         "dual": [partial(ScoredMemory, window=window, rate=1, length=2 * quarter), delta],
         "slots": [exact, partial(SlotMemory, count=8, interval=window, heads=4)],
         "tokens": [exact, partial(TokenMemory, count=8, interval=window)],
@@ -121,22 +122,18 @@ def drawn(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> dic
 
 def read(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train a kind on the books and return its figures."""
-    dim, depth, heads, window, stack = 192, 5, 3, 64, kinds(64)[kind]
-    # The heads of the two-layer models do not divide this width.
-    stack = [
-        partial(one.func, **{**one.keywords, "heads": 3}) if "heads" in one.keywords else one  # type: ignore[attr-defined]
-        for one in stack
-    ]
+    dim, depth, heads, window, stack = 128, 3, 4, 64, kinds(64)[kind]
 
     def make(hidden: int, memories: Sequence[Make] = stack) -> MemoryTransformer:
         return MemoryTransformer(
             257, dim, depth, heads, memories=[memories], feed_forward=partial(SwiGLU, hidden=hidden)
         )
 
-    plain = sum(parameter.numel() for parameter in make(768, [partial(RecurrentMemory, window=window)]).parameters())
+    plain = sum(parameter.numel() for parameter in make(384, [partial(RecurrentMemory, window=window)]).parameters())
     run = arguments.out / f"books-{kind.replace(' ', '-')}-{seed}"
     model = "--model.model.init_args"
     settings = [
+        f"{model}.dim={dim}", f"{model}.depth={depth}", f"{model}.heads={heads}",
         f"{model}.memories={json.dumps([specs.plain(stack)])}",
         f"{model}.feed_forward.init_args.hidden={sized(make, plain)}",
         # Learned writing needs a horizon of two segments at least; the bytes of a step stay.
@@ -211,7 +208,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=list(kinds(1)), default=list(kinds(1)), metavar="KIND")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--books", type=Path, help="a folder of books in PG-19's layout")
-    for name, default in (("steps", 750), ("rows", 32), ("dim", 64), ("book-steps", 400)):
+    for name, default in (("steps", 750), ("rows", 32), ("dim", 64), ("book-steps", 600)):
         parser.add_argument(f"--{name}", type=measuring.positive, default=default)
     parser.add_argument("--farthest", type=measuring.positive, default=1000, help="segments asked across, at most")
     parser.add_argument("--rate", type=float, default=2e-3, help="the learning rate of the drawn tasks")
