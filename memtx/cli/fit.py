@@ -235,8 +235,9 @@ class MemtxCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            # A start that failed leaves no folder behind: config.yaml is written when training begins.
-            if subcommand == "fit" and is_new and not (run_folder / CONFIG).exists():
+            # What failed before a first step leaves no folder behind.
+            begun = self.trainer.global_step or any((run_folder / CHECKPOINTS).glob("*"))
+            if subcommand == "fit" and is_new and not begun:
                 shutil.rmtree(run_folder, ignore_errors=True)
             if isinstance(error, MisconfigurationException):
                 raise _mistake(error) from error

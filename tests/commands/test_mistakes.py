@@ -175,6 +175,18 @@ def test_books_that_cannot_be_read(program: Program, place: Path) -> None:
     assert not (place / "run").exists()
 
 
+def test_tokens_that_no_tokenizer_makes_leave_no_run(program: Program, place: Path) -> None:
+    """They are noticed when they are read: training has begun, and no step is done."""
+    write(place)
+    assert program("prepare", "books", "--out", "tokens", "--workers", "1", at=place).code == 0
+    for shard in (place / "tokens" / "train").glob("*.bin"):
+        shard.write_bytes(b"\xff" * shard.stat().st_size)
+    before = files(place)
+    fit = ("fit", "--config", "c.yaml", "--data.root", "tokens", "--trainer.limit_val_batches", "1")
+    refused(program(*fit, at=place), "is damaged: it holds token 65535 of 257", "Prepare the data again")
+    assert files(place) == before
+
+
 def test_one_line_of_megabytes_is_a_book(program: Program, place: Path) -> None:
     (place / "line.txt").write_bytes(b"word " * 1_000_000)
     write(place)
