@@ -34,6 +34,7 @@ from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.ops import bf16
 from memtx.training import recovery
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from memtx.training.callbacks.exhaustion import MemoryAdvice, is_exhausted
@@ -187,6 +188,10 @@ class MemtxCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", run_folder)
         # Not the config's: it is to begin the same run on another machine.
         kwargs |= processes(os.environ)
+        asked = str(settings.trainer.precision)
+        if (precision := bf16.instead(asked, str(settings.trainer.accelerator))) != asked:
+            kwargs["precision"] = precision
+            _say_once(f"memtx: this CPU is many times slower in bfloat16: {precision} stands in for {asked}.\n")
         plugins = settings.trainer.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(one, CheckpointIO) for one in plugins):

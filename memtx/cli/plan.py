@@ -16,6 +16,7 @@ from memtx.cli.quiet import quiet
 from memtx.data.books import BookDataModule
 from memtx.data.prepared import Prepared, is_prepared
 from memtx.errors import MemtxError, positive
+from memtx.ops import bf16
 from memtx.training import cost
 from memtx.training.callbacks.progress import duration
 from memtx.training.callbacks.throughput import operand
@@ -109,6 +110,8 @@ def planned(arguments: argparse.Namespace, further: list[str]) -> dict[str, Any]
     module, data, trainer = made.model, made.datamodule, made.config["fit"].trainer
     devices = arguments.devices or (trainer.devices if isinstance(trainer.devices, int) else 1)
     model, precision = module.model, str(trainer.precision or "32-true")
+    if arguments.tflops is None:  # of this machine
+        precision = bf16.instead(precision, str(trainer.accelerator))
     kind = operand(precision)
     half = kind.itemsize == 2
     rows, horizon = int(data.rows), int(getattr(data, "horizon", getattr(data, "segments", 1)))

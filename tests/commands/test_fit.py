@@ -205,6 +205,33 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
     assert "no_such_module" in program("read", book, "--checkpoint", "own", "--import", "no_such_module", at=place).err
 
 
+SLOW = """
+from lightning.pytorch import Callback
+
+from memtx.ops import bf16
+
+bf16.cpu_multiplies = lambda: False
+
+
+class Told(Callback):
+    def on_train_start(self, trainer, pl_module):
+        print("trains in", trainer.precision)
+"""
+
+
+def test_float32_stands_in_for_a_slow_bfloat16(program: Program, place: Path) -> None:
+    (place / "slow.py").write_text(SLOW)
+    config = changed(("trainer", "callbacks"), [{"class_path": "slow.Told"}])
+    config["trainer"]["precision"] = "bf16-mixed"
+    write(place, config)
+    done = program("fit", "--config", "c.yaml", "--run", "slow", at=place)
+    assert done.code == 0, done.err
+    assert "trains in 32-true" in done.out
+    assert done.err.count("slower in bfloat16: 32-true stands in for bf16-mixed") == 1
+    # The same file begins the run in what it says on another machine.
+    assert yaml.safe_load((place / "slow" / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
 @pytest.mark.slow
 def test_two_processes_train_one_run(place: Path) -> None:
     # The second process is started by the first with the same arguments, so this needs the program itself.

@@ -15,13 +15,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from memtx.ops import bf16
 from memtx.ops.attention.plan import Band
 
 
 @cache
 def are_faster() -> bool:
     """Return whether the CPU multiplies bfloat16 natively; else the fused kernel is the better way."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return bf16.cpu_multiplies() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _beside(x: Tensor, taken: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class Distillation(nn.Module):
         losses: makes the losses from the sizes of student and teacher; ``HardLabels`` is what would be learned without
             a teacher.
         start: which layer of the teacher each of the student's begins as; None for a student drawn at random.
-        bf16: whether the teacher is held and run in bfloat16.
+        bf16: whether the teacher is held and run in bfloat16; in float32 all the same on CPUs that are slow in it.
         cache: a folder in which the teacher's highest scores are kept, so that it reads each text once; None to let it
             read every time. For losses of scores alone and texts that come again as they were.
         top: how many scores a place are kept there.

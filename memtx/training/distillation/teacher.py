@@ -16,6 +16,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.published.load import from_pretrained
+from memtx.ops.bf16 import is_slow
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ def opened(path: str | os.PathLike[str], *, bf16: bool = False) -> Kept:
     Args:
         path: a run's folder (of which the best checkpoint is taken), a checkpoint, or a folder of ours or in the layout
             of the ``transformers`` library.
-        bf16: whether to hold and run it in bfloat16.
+        bf16: whether to hold and run it in bfloat16, unless this machine is slow in it.
 
     Raises:
         CheckpointError: missing, damaged or of something else.
     """
     place = folder.chosen_place(path)
     model = from_pretrained(place).requires_grad_(False).eval()
-    if bf16:
+    if bf16 and not is_slow():
         model.to(torch.bfloat16)
     texts = folder.kept_texts(place) if place.is_file() else {}
     labels = tuple(json.loads(texts["task"]).get("labels", ())) if "task" in texts else ()
