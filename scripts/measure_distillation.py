@@ -69,6 +69,22 @@ def encoder(dim: int, depth: int, heads: int, hidden: int) -> list[str]:
     return [f"--model.body.init_args.{name}={value}" for name, value in sizes.items()]
 
 
+def decoder(dim: int, hidden: int) -> list[str]:
+    """Return the options of a language model's sizes, on batches of 8 rows."""
+    model = "--model.model.init_args"
+    return [
+        f"{model}.dim={dim}",
+        f"{model}.heads=4",
+        f"{model}.feed_forward.init_args.hidden={hidden}",
+        "--data.rows=8",
+    ]
+
+
+def steps(count: int) -> list[str]:
+    """Return the options of a run's length, validated at its end."""
+    return [f"--trainer.max_steps={count}", f"--trainer.val_check_interval={count}"]
+
+
 SOFT = losses(
     SoftTargets={"temperature": 2.0},
     HardLabels={"weight": 0.5},
@@ -113,19 +129,15 @@ PARTS = {
         "pg19-mini",
         "pg19-mini",
         [
-            "--data.rows=16",
+            *decoder(96, 256),
             "--data.segment=256",
-            "--data.eval_tokens=200000",
-            "--model.model.init_args.dim=128",
+            "--data.eval_tokens=100000",
             "--model.model.init_args.depth=4",
-            "--model.model.init_args.heads=4",
             '--model.model.init_args.memories=[{"class_path":"memtx.RecurrentMemory","init_args":{"window":256}}]',
-            "--model.model.init_args.feed_forward.init_args.hidden=384",
             "--model.meter=false",
-            "--trainer.max_steps=1000",
-            "--trainer.val_check_interval=1000",
+            *steps(800),
         ],
-        {"long-to-memory": Student("long-to-memory", ["--trainer.max_steps=600", "--trainer.val_check_interval=600"])},
+        {"long-to-memory": Student("long-to-memory", [*decoder(96, 256), *steps(500)])},
         # The student's window is 64 positions: beyond it there is its memory alone.
         ["--tokens=8192", "--segment=64", "--beyond=64", "--limit=16"],
     ),

@@ -149,6 +149,13 @@ class MemtxCLI(LightningCLI):
             if found.damaged:
                 _say_once(f"memtx: {found.said()}\n")
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self.config[self.subcommand].seed_everything
+            raise MemtxError(f"seed_everything is {seed}, expected 0 to 4294967295.", "Change it.") from error
+
     def check_data(self, settings: Any) -> None:
         """Refuse to begin without texts."""
         if settings.data.root is None:

@@ -98,6 +98,7 @@ def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
         ((*INIT, "memories"), [], "0 memories for 1 layers"),
         (("data", "rows"), 0, "rows is 0, expected at least 1"),
         (("data", "segment"), 0, "segment is 0"),
+        (("seed_everything",), -3, "seed_everything is -3, expected 0 to 4294967295"),
         (("data", "root"), None, "Give the folder that holds them with --data.root PATH"),
         (("data", "root"), "no/such", "'no/such' does not exist"),
         (("model", "optimizer", "init_args", "lr"), -1.0, "Invalid learning rate: -1.0"),
