@@ -101,9 +101,9 @@ TINY = losses(
 )
 
 
-def short(rate: float) -> list[str]:
+def short(epochs: int, rate: float) -> list[str]:
     """Return fewer passes than the teacher's, and a rate for a narrow model; with a teacher and without one alike."""
-    return ["--trainer.max_epochs=4", f"--model.optimizer.init_args.lr={rate}"]
+    return [f"--trainer.max_epochs={epochs}", f"--model.optimizer.init_args.lr={rate}"]
 
 
 PARTS = {
@@ -121,8 +121,8 @@ PARTS = {
         "movie-reviews",
         ["--model.body.init_args.depth=2"],
         {
-            "DistilBERT's losses": Student("movie-reviews", [*encoder(32, 1, 2, 64), *short(2e-3)], SOFT),
-            "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(4e-3)], TINY),
+            "DistilBERT's losses": Student("movie-reviews", [*encoder(32, 1, 2, 64), *short(3, 2e-3)], SOFT),
+            "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(4, 4e-3)], TINY),
         },
     ),
     "pg19-mini": Part(
