@@ -147,6 +147,8 @@ class Memory(nn.Module, ABC, Generic[S]):
             in a model that was trained without it.
         padded: whether the rows of a call may end before it does (see :attr:`memtx.segment.Segment.stop`); a kind that
             says so carries nothing of what stands behind.
+        lasting: whether it can keep what it has read for as long as a document lasts, so that training has to begin
+            afresh now and then: see :class:`memtx.training.language.LanguageModule`'s ``restarts``.
         interval: tokens of a document after which it writes once; None if it writes at every token.
     """
 
@@ -155,6 +157,7 @@ class Memory(nn.Module, ABC, Generic[S]):
     beyond: ClassVar[bool] = False
     native: ClassVar[bool] = False
     padded: ClassVar[bool] = False
+    lasting: ClassVar[bool] = True
     interval: int | None = None
 
     def __init__(self, dim: int) -> None:

@@ -102,6 +102,7 @@ class CompressedMemory(Memory[CompressedState]):
 
     beyond = True
     padded = True
+    lasting = False
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class NoMemory(Memory[NoState]):
 
     depends_on = "nothing"
     padded = True
+    lasting = False
 
     @property
     def cut_matters(self) -> bool:

@@ -39,6 +39,7 @@ class RecurrentMemory(Memory[RecurrentState]):
     """
 
     padded = True
+    lasting = False
 
     def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
         super().__init__(dim)

@@ -72,6 +72,8 @@ class RetrievalMemory(Memory[RetrievalState]):
         MemtxError: a number is out of range, or heads do not divide dim.
     """
 
+    lasting = False
+
     def __init__(
         self,
         dim: int,

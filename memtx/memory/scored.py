@@ -66,6 +66,7 @@ class ScoredMemory(CompressedMemory):
     """
 
     padded = False
+    lasting = True
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from memtx.data.batch import IGNORED, Batch
 from memtx.data.books import BookDataModule
 from memtx.errors import CheckpointError, MemtxError, at_least
-from memtx.memory.base import Losses
+from memtx.memory.base import Losses, Memory
 from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
 from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
@@ -34,6 +34,9 @@ from memtx.training.trained import TrainedModule
 
 _CARRIED = {"carry": "train", "teacher": "teacher"}
 """What a checkpoint keeps of the carry: by its name there, the stage."""
+
+RESTARTS = 0.05
+"""Share of rows that begin a step afresh, where a memory is lasting."""
 
 
 class LanguageModule(TrainedModule):
@@ -66,9 +69,13 @@ class LanguageModule(TrainedModule):
             begins with fresh streams.
         distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
             ``OwnAttention`` teaches a memory what the model's attention would say with a whole batch in sight.
+        restarts: share of the rows that begin a step with a fresh memory in the midst of their document; None for 0.05
+            where a memory is ``lasting``, else for none. Without any, what such a memory took up early in training
+            stays in it, since gates have learned to close since, and the model comes to lean on it as on a bias: then
+            it is lost where a document begins.
 
     Raises:
-        MemtxError: the segment is not positive, nothing would learn, or ``lora`` is given for a base that learns
+        MemtxError: a number is out of its range, nothing would learn, or ``lora`` is given for a base that learns
             itself.
     """
 
@@ -89,9 +96,12 @@ class LanguageModule(TrainedModule):
         rates: Sequence[int] = (),
         distillation: Distillation | None = None,
         lora: LoRA | None = None,
+        restarts: float | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, distillation)
         at_least(1, segment=segment)
+        if restarts is not None and not 0.0 <= restarts <= 1.0:
+            raise MemtxError(f"restarts is {restarts}, expected a share from 0 to 1.", "Change it.")
         # A Transformer-XL is called as a memory transformer is.
         self.model = cast(MemoryTransformer, model(vocab_size))
         if checkpointing and not hasattr(self.model, "checkpointing"):
@@ -107,6 +117,8 @@ class LanguageModule(TrainedModule):
             )
         self.segment = segment
         self.replay = replay
+        lasting = any(isinstance(one, Memory) and one.lasting for one in self.model.modules())
+        self.restarts = restarts if restarts is not None else RESTARTS * lasting
         if compile:
             # In place: a wrapper would double every weight in the checkpoint.
             self.model.compile(dynamic=False)
@@ -130,6 +142,16 @@ class LanguageModule(TrainedModule):
 
     def _state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
         return self.carry.take(stage, self.model if model is None else model, batch.tokens.shape[0])
+
+    def _restarted(self, state: MemoryState) -> MemoryState:
+        """Return a state of which some rows are fresh; which ones depends on the tokens seen, and on all rows."""
+        if not self.restarts:
+            return state
+        draw = torch.Generator().manual_seed(self.tokens_seen)
+        first = self.trainer.global_rank * state.rows
+        drawn = torch.rand(self.trainer.world_size * state.rows, generator=draw)
+        fresh = drawn[first : first + state.rows] < self.restarts
+        return state.reset(fresh) if fresh.any() else state
 
     def _read(self, stage: str, batch: Batch, state: MemoryState) -> Unrolled:
         training = stage == "train"
@@ -201,7 +223,8 @@ class LanguageModule(TrainedModule):
         """Return the horizon's loss."""
         self.rates.draw()
         rows = batch.tokens.shape[0]
-        out = self._read("train", batch, self.model.init_state(rows) if self._fresh else self._state("train", batch))
+        carried = self.model.init_state(rows) if self._fresh else self._restarted(self._state("train", batch))
+        out = self._read("train", batch, carried)
         self._learned(out.loss, batch.tokens)
         nats = out.nll.sum(dtype=torch.float64) / batch.bytes.sum().clamp(min=1)
         self.log("train_bits_per_byte", (nats / torch.log(nats.new_tensor(2.0))).float(), prog_bar=True)
