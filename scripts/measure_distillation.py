@@ -88,8 +88,7 @@ def steps(count: int) -> list[str]:
 SOFT = losses(
     SoftTargets={"temperature": 2.0},
     HardLabels={"weight": 0.5},
-    HiddenCosine={"layers": {"class_path": f"{LOSSES}.Last"}},
-    Embeddings={},
+    HiddenCosine={"weight": 0.1, "layers": {"class_path": f"{LOSSES}.Last"}},
 )
 TINY = losses(
     # Light, and beside the answers from the start: with weight 1 so narrow a student stayed at chance for 1,000 steps.
@@ -121,7 +120,7 @@ PARTS = {
         "movie-reviews",
         ["--model.body.init_args.depth=2"],
         {
-            "DistilBERT's losses": Student("movie-reviews", [*encoder(32, 1, 2, 64), *short(3, 2e-3)], SOFT),
+            "DistilBERT's losses": Student("movie-reviews", [*encoder(40, 1, 2, 80), *short(4, 2e-3)], SOFT),
             "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(4, 4e-3)], TINY),
         },
     ),
