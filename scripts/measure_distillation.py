@@ -88,7 +88,8 @@ def steps(count: int) -> list[str]:
 SOFT = losses(
     SoftTargets={"temperature": 2.0},
     HardLabels={"weight": 0.5},
-    HiddenCosine={"weight": 0.1, "layers": {"class_path": f"{LOSSES}.Last"}},
+    HiddenCosine={"layers": {"class_path": f"{LOSSES}.Last"}},
+    Embeddings={},
 )
 TINY = losses(
     # Light, and beside the answers from the start: with weight 1 so narrow a student stayed at chance for 1,000 steps.
@@ -120,8 +121,8 @@ PARTS = {
         "movie-reviews",
         ["--model.body.init_args.depth=2"],
         {
-            "DistilBERT's losses": Student("movie-reviews", [*encoder(40, 1, 2, 80), *short(4, 2e-3)], SOFT),
-            "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(4, 4e-3)], TINY),
+            "DistilBERT's losses": Student("movie-reviews", [*encoder(32, 1, 2, 64), *short(3, 2e-3)], SOFT),
+            "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(6, 4e-3)], TINY),
         },
     ),
     "pg19-mini": Part(
