@@ -122,7 +122,7 @@ PARTS = {
         ["--model.body.init_args.depth=2"],
         {
             "DistilBERT's losses": Student("movie-reviews", [*encoder(32, 1, 2, 64), *short(3, 2e-3)], SOFT),
-            "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(6, 4e-3)], TINY),
+            "TinyBERT's losses": Student("movie-reviews", [*encoder(10, 1, 2, 32), *short(4, 4e-3)], TINY),
         },
     ),
     "pg19-mini": Part(
@@ -139,7 +139,7 @@ PARTS = {
         ],
         {"long-to-memory": Student("long-to-memory", [*decoder(96, 256), *steps(500)])},
         # The student's window is 64 positions: beyond it there is its memory alone.
-        ["--tokens=8192", "--segment=64", "--beyond=64", "--limit=16"],
+        ["--tokens=8192", "--beyond=64", "--limit=16"],
     ),
 }
 
