@@ -36,11 +36,15 @@ def losses(**weights: dict[str, Any]) -> str:
 
 
 def distilled(teacher: Path | None, learns: str) -> list[str]:
-    """Return the options of a student's run: with a teacher and losses, its config's by default, or by labels."""
+    """Return the options of a student's run: with a teacher, or by labels.
+
+    With losses of its own it begins with the embeddings of its teacher, else as its config says.
+    """
     if teacher is None:
         return ["--model.distillation", "null"]
     own = ["--model.distillation", f"{LOSSES}.Distillation", "--model.distillation.losses", learns] if learns else []
-    return [*own, "--model.distillation.init_args.teacher", str(teacher)]
+    start = ["--model.distillation.init_args.start", f"{LOSSES}.NoLayers"] if learns else []
+    return [*own, *start, "--model.distillation.init_args.teacher", str(teacher)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Distillation: a teacher, a student, and what the one is to have like the other."""
 
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.layer_map import EveryKth, Explicit, Last
+from memtx.training.distillation.layer_map import EveryKth, Explicit, Last, NoLayers
 from memtx.training.distillation.losses import (
     AttentionMaps,
     Embeddings,
@@ -23,6 +23,7 @@ __all__ = [
     "HiddenCosine",
     "HiddenMSE",
     "Last",
+    "NoLayers",
     "OwnAttention",
     "SoftTargets",
     "ValueRelations",

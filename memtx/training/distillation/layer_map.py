@@ -72,3 +72,14 @@ class Last(Explicit):
 
     def __init__(self) -> None:
         super().__init__([(-1, -1)])
+
+
+class NoLayers(LayerMap):
+    """No layers: a student that starts so has the embeddings of its teacher, and what else is outside the layers.
+
+    From a wider teacher it has the embeddings alone, along the directions in which these vary most.
+    """
+
+    def pairs(self, student: int, teacher: int) -> list[tuple[int, int]]:
+        """Return no pair."""
+        return []

@@ -198,6 +198,10 @@ class _OfLayers(Loss):
     ) -> None:
         super().__init__(student, teacher, weight, begin, end)
         self.pairs = (layers or self.default_layers()).pairs(student.depth, teacher.depth)
+        if not self.pairs:
+            raise MemtxError(
+                f"{type(self).__name__} compares layers, and its map names none.", "Give EveryKth, Explicit or Last."
+            )
 
     @abstractmethod
     def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:

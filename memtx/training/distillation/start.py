@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,7 +16,8 @@ from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation.layer_map import LayerMap
+from memtx.training.distillation.layer_map import LayerMap, NoLayers
+from memtx.training.distillation.narrowed import begin_narrower
 from memtx.training.distillation.shown import Sizes
 
 _LAYER = re.compile(r"^((?:body\.)?blocks\.)(\d+)(\..+)$")
@@ -28,7 +30,7 @@ def begin_as(student: nn.Module, teacher: nn.Module, layers: LayerMap) -> None:
     What is of memories, and what only one of the two has outside its layers, such as a head, is left as it is.
 
     Args:
-        student: of the teacher's width.
+        student: of the teacher's width; with ``NoLayers`` also narrower.
         teacher: of the same kind; an encoder may also begin the body of a task's model.
         layers: which layer begins as which.
 
@@ -44,11 +46,17 @@ def begin_as(student: nn.Module, teacher: nn.Module, layers: LayerMap) -> None:
             "Leave start out, or give models of one kind.",
         )
     own, other = Sizes.of(student), Sizes.of(teacher)
+    if isinstance(layers, NoLayers) and own.dim < other.dim:
+        bodies = [model.body if isinstance(model, TaskModel) else model for model in (student, teacher)]
+        if all(isinstance(body, Encoder | MemoryTransformer) for body in bodies):
+            begin_narrower(*cast(list[Encoder | MemoryTransformer], bodies))
+            return
     if own.dim != other.dim or not own.depth or not other.depth:
         raise MemtxError(
             f"The student is {own.dim} wide and shows {own.depth} layers, the teacher {other.dim} and {other.depth}: "
             "it cannot begin with its layers.",
-            f"Leave start out, or give the student dim {other.dim} and an encoder's or a decoder's layers.",
+            f"Leave start out, give the student dim {other.dim} and an encoder's or a decoder's layers, or start a "
+            "narrower one by NoLayers.",
         )
     source = dict(layers.pairs(own.depth, other.depth))
     memories = _memories(student)

@@ -20,7 +20,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation import losses as kinds
 from memtx.training.distillation.cached import highest
-from memtx.training.distillation.layer_map import Explicit
+from memtx.training.distillation.layer_map import Explicit, NoLayers
 from memtx.training.distillation.reading import shown_language
 from memtx.training.distillation.shown import Shown, Sizes, blocks_of
 
@@ -241,6 +241,7 @@ def test_hard_labels_are_the_students_own() -> None:
         (partial(kinds.SoftTargets, weight=-1.0), {}, "SoftTargets's weight is -1"),
         (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets counts from 0.5 to 0.5"),
         (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Give it 1, 3 layers"),
+        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its map names none. Give EveryKth"),
         (kinds.HiddenMSE, {"depth": 0}, "the teacher, a Encoder, shows none"),
         (kinds.AttentionMaps, {"heads": 4}, "2 heads a layer, the teacher 4.* Give the student 4"),
         (kinds.AttentionMaps, {"maps": False}, "the teacher, a Encoder, sees random blocks or a memory"),

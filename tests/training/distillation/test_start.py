@@ -7,14 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
 
 from memtx.errors import MemtxError
+from memtx.layers.embeddings import TextEmbeddings
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation.layer_map import EveryKth, Explicit
+from memtx.training.distillation.layer_map import EveryKth, Explicit, NoLayers
+from memtx.training.distillation.narrowed import directions
 from memtx.training.distillation.start import begin_as
 
 VOCAB = 11
@@ -84,3 +90,68 @@ def test_models_that_it_cannot_begin_as_are_named(student: Any, said: str) -> No
 def test_what_the_teachers_layers_have_besides_is_named() -> None:
     with pytest.raises(MemtxError, match=r"the student has no blocks.0.attention.key_value.bias"):
         begin_as(decoder(2), decoder(4, bias=True), EveryKth())
+
+
+def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
+    """Return a table of that rank; with means of zero where norms take them off."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, rank, generator=draw, dtype=torch.float64)
+    y = torch.randn(rank, width, generator=draw, dtype=torch.float64)
+    return x @ (y - y.mean(1, keepdim=True) if centred else y)
+
+
+@given(st.integers(2, 9), st.integers(0, 6), st.booleans(), st.integers(0, 99))
+def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int, centred: bool, seed: int) -> None:
+    width, rank = dim + more, dim - 1 if centred else dim
+    x = low(12, width, rank, seed, centred=centred)
+    kept = directions(x, dim, centred=centred)
+    # Float64's rounding, a hundred times over for vectors near zero that norms magnify.
+    close = {"atol": 1e-9, "rtol": 1e-9}
+    assert torch.allclose((x @ kept) @ (x @ kept).T, x @ x.T, **close)
+    norm = F.layer_norm if centred else F.rms_norm
+    assert torch.allclose(
+        norm(x @ kept, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ kept / width**0.5, **close
+    )
+
+
+@pytest.mark.parametrize("task", [False, True])
+def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
+    def made(dim: int) -> Any:
+        body = partial(Encoder, dim=dim, depth=2, heads=2)
+        return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
+
+    teacher, student = made(16), made(8)
+    wide, narrow = (model.body if task else model for model in (teacher, student))
+    with torch.no_grad():
+        wide.embedding.tokens.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
+        wide.embedding.positions.weight[:4] = wide.embedding.tokens.weight[:4]
+    before = {name: one.clone() for name, one in student.state_dict().items()}
+    begin_as(student, teacher, NoLayers())
+    tokens, given = narrow.embedding.tokens.weight, wide.embedding.tokens.weight
+    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+    assert torch.allclose(narrow.embedding.positions.weight[:4], tokens[:4], atol=1e-6)
+    changed = {name for name, one in student.state_dict().items() if not torch.equal(one, before[name])}
+    assert {name.removeprefix("body.") for name in changed} == {"embedding.tokens.weight", "embedding.positions.weight"}
+
+
+def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
+    teacher, student = decoder(3, dim=16), decoder(2)
+    with torch.no_grad():
+        teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
+    begin_as(student, teacher, NoLayers())
+    tokens, given = student.embedding.weight, teacher.embedding.weight
+    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+
+
+def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
+    teacher, student = decoder(4), decoder(2)
+    before = {name: one.clone() for name, one in student.state_dict().items()}
+    begin_as(student, teacher, NoLayers())
+    for name, one in student.state_dict().items():
+        assert torch.equal(one, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
+
+
+def test_tables_that_do_not_fit_a_narrower_student_are_named() -> None:
+    student = Encoder(VOCAB, 8, 2, 2, embeddings=partial(TextEmbeddings, positions=32))
+    with pytest.raises(MemtxError, match=r"embedding.positions has 32 entries, the teacher's 512"):
+        begin_as(student, Encoder(VOCAB, 16, 2, 2), NoLayers())
