@@ -62,7 +62,8 @@ def kinds(window: int) -> dict[str, list[Make]]:
     """Return every kind's stack for a window of one segment."""
     exact: Make = partial(RecurrentMemory, window=window)
     quarter = max(window // 4, 1)
-    delta: Any = partial(AssociativeMemory, heads=2, cost=0.1)
+    keeping: Any = partial(AssociativeMemory, heads=2, decay=None)
+    delta = partial(keeping, cost=0.1)
     return {
         "window": [exact],
         "recurrent, 2.5 windows": [partial(RecurrentMemory, window=5 * window // 2)],
@@ -71,8 +72,9 @@ def kinds(window: int) -> dict[str, list[Make]]:
         ],
         "scored, exact": [partial(ScoredMemory, window=window, rate=1, length=3 * window // 2)],
         "associative": [exact, delta],
-        "associative, reflecting": [exact, partial(AssociativeMemory, heads=2, write=ReflectingGate)],
-        "associative, no price": [exact, partial(AssociativeMemory, heads=2)],
+        "associative, reflecting": [exact, partial(keeping, write=ReflectingGate)],
+        "associative, no price": [exact, keeping],
+        "associative, forgetting": [exact, partial(AssociativeMemory, heads=2)],
         "dual": [partial(ScoredMemory, window=window, rate=1, length=2 * quarter), delta],
         "slots": [exact, partial(SlotMemory, count=8, interval=window, heads=4)],
         "tokens": [exact, partial(TokenMemory, count=8, interval=window)],

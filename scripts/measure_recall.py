@@ -36,7 +36,7 @@ Make = Callable[[int], Memory[Any]]
 
 TASK = Recall()
 WINDOW: Make = partial(RecurrentMemory, window=TASK.segment)
-ASSOCIATIVE: Any = partial(AssociativeMemory, heads=2)
+ASSOCIATIVE: Any = partial(AssociativeMemory, heads=2, decay=None)
 
 KINDS: dict[str, list[Make]] = {
     "window": [WINDOW],

@@ -47,7 +47,7 @@ RANGES = ((0, 1), (1, 4), (4, 20), (20, 50), (50, 100))
 def kinds(window: int) -> dict[str, list[Any]]:
     """Return what can be added."""
     return {
-        "associative": [partial(AssociativeMemory, heads=4)],
+        "associative": [partial(AssociativeMemory, heads=4, decay=None)],
         "compressed": [partial(CompressedMemory, window=window, rate=4, length=window // 2)],
         "slots": [partial(SlotMemory, count=16, interval=window // 4)],
     }

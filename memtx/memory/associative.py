@@ -2,7 +2,7 @@
 
 By the delta rule what a key held is taken out as its new value goes in (Schlag et al. 2021, section 4.2), with decay
 it is the gated delta rule (Yang et al. 2024). Both are recurrences over tokens, computed by chunks, so how a stream
-is cut does not matter. Settings lead to published memories:
+is cut does not matter. Settings lead to published memories, with ``decay=None``:
 
 - Infini-attention (Munkhdalai et al. 2024, section 3.1): ``feature=Elu, share=True``, ``erase`` for its delta
   variant. There the memory is written once a segment; here at every token, as if segments had one.
@@ -12,6 +12,7 @@ is cut does not matter. Settings lead to published memories:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,8 +63,12 @@ class AssociativeMemory(Memory[AssociativeState]):
         key_dim: width of a head's keys; dim / heads by default.
         erase: the delta rule; False for linear attention, whose reads are means where the feature is positive.
         feature: makes the feature map of keys and queries from key_dim.
-        write: makes the write gate from (dim, heads); ``ReflectingGate`` for what must be kept track of in order.
-        decay: makes the gate of forgetting from (dim, heads); None for keeping all.
+        write: makes the write gate from (dim, heads); ``ReflectingGate`` for what must be kept track of in order,
+            beside no decay.
+        decay: makes the gate of forgetting from (dim, heads); None for keeping all, which what is asked for from far
+            away needs and running text does not (scripts/compare_memories.py). Heads begin to forget at rates from what
+            the gate says down to a thousandth of it, as retention does at several scales (Sun et al. 2023, section
+            2.2), so that some keep long from the first step on.
         share: False: what is read is added to the attention. True: by a learned share a head that attention loses.
         cost: weight of the mean write gate as a loss, a price on writing. Gates that are open a little wherever
             nothing is to be learned do no harm at the trained lengths and drown the memory in a stream a hundred
@@ -81,7 +86,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         erase: bool = True,
         feature: Callable[[int], Feature] = Unit,
         write: Callable[[int, int], Gate] = Gate,
-        decay: Callable[[int, int], Gate] | None = None,
+        decay: Callable[[int, int], Gate] | None = Gate,
         share: bool = False,
         cost: float = 0.0,
     ) -> None:
@@ -102,7 +107,8 @@ class AssociativeMemory(Memory[AssociativeState]):
         self.write_gate = write(dim, heads)
         self.decay_gate = decay(dim, heads) if decay is not None else None
         self.shift = TokenShift(dim)
-        self.log_rate = nn.Parameter(torch.zeros(heads)) if decay is not None else None
+        slowest = -math.log(1000.0)
+        self.log_rate = nn.Parameter(torch.linspace(0.0, slowest, heads)) if decay is not None else None
         self.share = nn.Parameter(torch.zeros(heads)) if share else None
 
     def extra_repr(self) -> str:

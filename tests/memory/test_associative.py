@@ -23,11 +23,11 @@ close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 DIM, HEADS = 8, 2
 
 KINDS: dict[str, dict[str, Any]] = {
-    "delta": {},
-    "gated": {"decay": Gate, "key_dim": 3},
-    "sums": {"erase": False},
-    "means": {"erase": False, "feature": Elu},
-    "products": {"feature": partial(Dpfp, order=2)},
+    "delta": {"decay": None},
+    "gated": {"key_dim": 3},
+    "sums": {"erase": False, "decay": None},
+    "means": {"erase": False, "feature": Elu, "decay": None},
+    "products": {"feature": partial(Dpfp, order=2), "decay": None},
 }
 
 
@@ -93,13 +93,15 @@ def test_it_is_its_equations(kind: str, seed: int, n: int, begin: int) -> None:
             close(out[0, begin:], by_hand(memory, x[0, begin:]))
 
 
-def test_with_closed_gates_the_memory_stays_as_it_is_to_the_bit() -> None:
-    memory = made()
+@pytest.mark.parametrize("decay", [None, Gate])
+def test_with_closed_gates_the_memory_stays_as_it_is_to_the_bit(decay: Any) -> None:
+    memory = made(decay=decay)
     x = torch.randn(2, 50, DIM, dtype=torch.float64)
     _, state = run(memory, x)
     assert state.matrix.abs().max() > 0.1
-    torch.nn.init.zeros_(memory.write_gate.map.weight)
-    torch.nn.init.constant_(memory.write_gate.map.bias, -5.0)  # 1.2 sigmoid(-5) < 0.1
+    for gate in filter(None, (memory.write_gate, memory.decay_gate)):
+        torch.nn.init.zeros_(gate.map.weight)
+        torch.nn.init.constant_(gate.map.bias, -5.0)  # 1.2 sigmoid(-5) < 0.1
     for _ in range(20):
         _, after = run(memory, x, state=state)
         assert torch.equal(after.matrix, state.matrix)
