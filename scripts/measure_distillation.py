@@ -42,9 +42,11 @@ def distilled(teacher: Path | None, learns: str) -> list[str]:
     """
     if teacher is None:
         return ["--model.distillation", "null"]
-    own = ["--model.distillation", f"{LOSSES}.Distillation", "--model.distillation.losses", learns] if learns else []
-    start = ["--model.distillation.init_args.start", f"{LOSSES}.NoLayers"] if learns else []
-    return [*own, *start, "--model.distillation.init_args.teacher", str(teacher)]
+    own = [
+        "--model.distillation", f"{LOSSES}.Distillation", "--model.distillation.losses", learns,
+        "--model.distillation.init_args.start", f"{LOSSES}.NoLayers",
+    ]  # fmt: skip
+    return [*(own if learns else []), "--model.distillation.init_args.teacher", str(teacher)]
 
 
 @dataclass(frozen=True)

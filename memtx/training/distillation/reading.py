@@ -15,7 +15,7 @@ from memtx.models.heads import TaskModel, read_whole
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.cached import ScoreTable, highest, key
 from memtx.training.distillation.losses import CHUNK
-from memtx.training.distillation.shown import Shown, blocks_of
+from memtx.training.distillation.shown import Shown, blocks_of, body_of
 
 
 def shown_task(
@@ -36,7 +36,7 @@ def shown_task(
         loss: the student's, of its scores.
     """
     parts = (batch.tokens, batch.present, batch.types, batch.marked)
-    body = model.body if isinstance(model, TaskModel) else model
+    body = body_of(model)
     marked = batch.marked.bool() if isinstance(body, Encoder) and body.knows_globals else None
     layers: dict[str, Any] = {"blocks": blocks_of(model), "present": batch.present.bool(), "marked": marked}
     if isinstance(model, Encoder):

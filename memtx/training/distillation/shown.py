@@ -18,6 +18,11 @@ ALL = slice(None)
 """Every place."""
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """Return what reads: a task's model without its head, any other as it is."""
+    return model.body if isinstance(model, TaskModel) else model
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What must fit for two models to be compared.
@@ -48,7 +53,7 @@ class Sizes:
         Raises:
             MemtxError: it is of a kind that neither teaches nor learns from a teacher.
         """
-        body = model.body if isinstance(model, TaskModel) else model
+        body = body_of(model)
         name = type(body).__name__
         if isinstance(body, Encoder):
             outputs = model.outputs if isinstance(model, TaskModel) else body.vocab_size * (body.head is not None)
@@ -68,7 +73,7 @@ class Sizes:
 
 def blocks_of(model: nn.Module) -> list[Any]:
     """Return the layers of an encoder, of a task's encoder or of a memory transformer; none of other models."""
-    body = model.body if isinstance(model, TaskModel) else model
+    body = body_of(model)
     return list(body.blocks) if isinstance(body, Encoder | MemoryTransformer) else []
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.layer_map import LayerMap, NoLayers
 from memtx.training.distillation.narrowed import begin_narrower
-from memtx.training.distillation.shown import Sizes
+from memtx.training.distillation.shown import Sizes, body_of
 
 _LAYER = re.compile(r"^((?:body\.)?blocks\.)(\d+)(\..+)$")
 
@@ -46,11 +45,15 @@ def begin_as(student: nn.Module, teacher: nn.Module, layers: LayerMap) -> None:
             "Leave start out, or give models of one kind.",
         )
     own, other = Sizes.of(student), Sizes.of(teacher)
-    if isinstance(layers, NoLayers) and own.dim < other.dim:
-        bodies = [model.body if isinstance(model, TaskModel) else model for model in (student, teacher)]
-        if all(isinstance(body, Encoder | MemoryTransformer) for body in bodies):
-            begin_narrower(*cast(list[Encoder | MemoryTransformer], bodies))
-            return
+    narrow, wide = body_of(student), body_of(teacher)
+    if (
+        isinstance(layers, NoLayers)
+        and own.dim < other.dim
+        and isinstance(narrow, Encoder | MemoryTransformer)
+        and isinstance(wide, Encoder | MemoryTransformer)
+    ):
+        begin_narrower(narrow, wide)
+        return
     if own.dim != other.dim or not own.depth or not other.depth:
         raise MemtxError(
             f"The student is {own.dim} wide and shows {own.depth} layers, the teacher {other.dim} and {other.depth}: "
