@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memtx.errors import MemtxError
+from memtx.ops.attention import native
 from memtx.ops.attention.bias import RelativeBias, ScoreBias, learns
 from memtx.ops.visibility import Visibility
 
@@ -95,8 +96,10 @@ def backend_can(
     chosen: str, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: float
 ) -> None:
     """Raise unless there is a backend of this name and it can do what is asked."""
-    if chosen not in ("reference", "banded", "flex", "triton"):
-        raise MemtxError(f"There is no attention backend '{chosen}'.", "Use auto, reference, banded, flex or triton.")
+    if chosen not in ("reference", "banded", "native", "flex", "triton"):
+        raise MemtxError(
+            f"There is no attention backend '{chosen}'.", "Use auto, reference, banded, native, flex or triton."
+        )
     if chosen == "reference":
         return
     if chosen == "banded":
@@ -113,9 +116,31 @@ def backend_can(
     if chosen == "triton":
         _triton_can(q, bias)
         return
+    if chosen == "native":
+        _native_can(q)
+        return
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if q.device.type == "cpu" and gradient:
         raise MemtxError("The backend 'flex' has no gradient on the CPU.", "Use 'banded', 'auto' or torch.no_grad().")
+
+
+def native_takes(q: Tensor) -> bool:
+    """Return whether the compiled kernel is written for heads such as q's."""
+    return q.dtype == torch.float32 and q.shape[-1] <= native.WIDEST
+
+
+def _native_can(q: Tensor) -> None:
+    if q.device.type != "cpu" or not native_takes(q):
+        raise MemtxError(
+            f"The backend 'native' got heads of {q.shape[-1]} in {q.dtype} on {q.device.type}, expected a width of "
+            f"{native.WIDEST} at most in float32 on the CPU.",
+            "Use 'banded' or 'auto'.",
+        )
+    if not native.there():
+        raise MemtxError(
+            "The backend 'native' could not be compiled on this machine.",
+            "Install a C++ compiler (g++ or clang++), or use 'banded' or 'auto'.",
+        )
 
 
 def _triton_can(q: Tensor, bias: ScoreBias | None) -> None:

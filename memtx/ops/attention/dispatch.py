@@ -12,11 +12,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from memtx.ops.attention import banded, checks, flex, reference
+from memtx.ops.attention import banded, checks, flex, native, reference
 from memtx.ops.attention.bias import Bias, RelativeBias, ScoreBias, learns
 from memtx.ops.visibility import Visibility
 
-Backend = Literal["auto", "reference", "banded", "flex", "triton"]
+Backend = Literal["auto", "reference", "banded", "native", "flex", "triton"]
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ def _choose(q: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: 
             return "triton", "one kernel of our own that leaves out whole blocks"
         if q.shape[-1] >= 16:
             return "flex", "one compiled kernel that leaves out whole blocks"
+    if q.device.type == "cpu" and checks.native_takes(q) and q.shape[2] >= native.FEWEST and native.there():
+        return "native", "one kernel of our own, compiled for this processor"
     return "banded", "fused calls over views, linear in length"
 
 
@@ -150,6 +152,9 @@ def segment_attention(
     elif chosen == "flex":
         assert isinstance(bias, Bias | None)
         out, lse = flex.attend(q, k, v, visibility, bias=bias, scale=scale)
+    elif chosen == "native":
+        assert isinstance(bias, Bias | None)
+        out, lse = native.attend(q, k, v, visibility, bias=bias, scale=scale)
     elif chosen == "triton":
         from memtx.ops.attention import triton_window
 

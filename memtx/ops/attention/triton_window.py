@@ -11,7 +11,6 @@ TRITON_INTERPRET=1 set before the import it runs on the CPU, slowly, for tests.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +18,8 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.attention.tables import key_ranges, lifetimes, query_ranges
+from memtx.ops.visibility import Visibility
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of any device."""
@@ -210,38 +210,6 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@lru_cache(maxsize=64)
-def key_ranges(sections: tuple[Section, ...], queries: int, block: int, device: torch.device) -> Tensor:
-    """Return (query blocks, sections, 2) int32: the keys [low, high) that each block of queries may see."""
-    table = []
-    for start in range(0, queries, block):
-        offset = 0
-        for section in sections:
-            low, high = section.seen(start, min(start + block, queries))
-            table.append((offset + low, offset + high))
-            offset += section.keys
-    return torch.tensor(table, dtype=torch.int32).view(-1, len(sections), 2).to(device)
-
-
-@lru_cache(maxsize=64)
-def query_ranges(sections: tuple[Section, ...], queries: int, block: int, device: torch.device) -> Tensor:
-    """Return (key blocks, 4) int32: keys [low, high) within one section, and the queries [start, stop) they meet."""
-    table, offset = [], 0
-    for section in sections:
-        for low in range(0, section.keys, block):
-            high = min(low + block, section.keys)
-            table.append((offset + low, offset + high, *section.seeing(low, high, queries)))
-        offset += section.keys
-    return torch.tensor(table, dtype=torch.int32).view(-1, 4).to(device)
-
-
-def _lifetimes(visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """Return births and ends as int32: ticks of a call are far fewer than 2^31."""
-    end = NEVER.value
-    born, expires = (x.clamp(-end, end).to(torch.int32).contiguous() for x in (visibility.born, visibility.expires))
-    return born, expires
-
-
 def _tiles(head_dim: int, dtype: torch.dtype, pass_: str) -> dict[str, int]:
     """Return queries (M) and keys (N) a tile, warps and stages, within an SM's shared memory and registers."""
     if INTERPRETED:
@@ -265,7 +233,7 @@ class _Window(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         rows, heads, queries, head_dim = q.shape
-        born, expires = visibility.once("triton", lambda: _lifetimes(visibility))
+        born, expires = lifetimes(visibility)
         # Laid out as (rows, queries, heads, head_dim), which the projection after it reads without a copy.
         out = q.new_empty(rows, queries, heads, head_dim).transpose(1, 2)
         lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
