@@ -126,14 +126,14 @@ def backend_can(
 
 def native_takes(q: Tensor) -> bool:
     """Return whether the compiled kernel is written for heads such as q's."""
-    return q.dtype == torch.float32 and q.shape[-1] <= native.WIDEST
+    return q.dtype in native.TYPES and q.shape[-1] <= native.WIDEST
 
 
 def _native_can(q: Tensor) -> None:
     if q.device.type != "cpu" or not native_takes(q):
         raise MemtxError(
             f"The backend 'native' got heads of {q.shape[-1]} in {q.dtype} on {q.device.type}, expected a width of "
-            f"{native.WIDEST} at most in float32 on the CPU.",
+            f"{native.WIDEST} at most in float32 or bfloat16 on the CPU.",
             "Use 'banded' or 'auto'.",
         )
     if not native.there():
