@@ -36,7 +36,7 @@ from memtx.training import cost
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-OURS: tuple[Backend, ...] = ("banded", "reference", "flex", "triton")
+OURS: tuple[Backend, ...] = ("native", "banded", "reference", "flex", "triton")
 OTHERS = ("sdpa-dense", "local-attention", "flash-attn")
 PASSES = {"forward": 1.0, "forward+backward": 3.0}
 """What each pass costs in forward passes: two products forward, four backward."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
+from memtx.layers.linear import Linear
 from memtx.layers.positions import Once, Positions
 from memtx.layers.readouts import gated, joined
 from memtx.memory.base import Losses, Memory, Readout, Trace, View
@@ -78,9 +79,9 @@ class MemoryAttention(nn.Module):
         self.backend: Backend = backend
         self.positions = positions
         self.mount(memory, beside, gated=gated)
-        self.query = nn.Linear(dim, heads * self.head_dim, bias=bias)
-        self.key_value = nn.Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
-        self.out = nn.Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
+        self.query = Linear(dim, heads * self.head_dim, bias=bias)
+        self.key_value = Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
+        self.out = Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
         self.query_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
         self.key_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from memtx.layers.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """Gated by a SiLU, or another non-linearity (GLU variants, Shazeer 2020).
@@ -30,8 +32,8 @@ class SwiGLU(nn.Module):
     ) -> None:
         super().__init__()
         hidden = hidden if hidden is not None else -(-8 * dim // (3 * 64)) * 64
-        self.gate_up = nn.Linear(dim, 2 * hidden, bias=bias)
-        self.out = nn.Linear(hidden, dim, bias=bias)
+        self.gate_up = Linear(dim, 2 * hidden, bias=bias)
+        self.out = Linear(hidden, dim, bias=bias)
         self.activation = activation()
         self.dropout = nn.Dropout(dropout)
 
@@ -62,8 +64,8 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = hidden if hidden is not None else 4 * dim
         self.activation = activation()
-        self.up = nn.Linear(dim, hidden)
-        self.out = nn.Linear(hidden, dim)
+        self.up = Linear(dim, hidden)
+        self.out = Linear(hidden, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from memtx.ops.linear import linear
 
 IGNORED = -100
 """The label of a token that is not scored."""
@@ -39,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + step)
                 scored = labels[part] != IGNORED
                 index = labels[part].masked_fill(~scored, 0)[:, None]
-                logits = F.linear(hidden[part], narrow)
+                logits = linear(hidden[part], narrow)
                 told, best = (x[:, 0].to(kind) for x in (logits.gather(1, index), logits.amax(1, keepdim=True)))
                 chances = torch.softmax(logits, dim=-1, dtype=kind)
                 # log sum exp = max - log softmax(max): exact, as no chance of a maximum is small.
@@ -51,7 +52,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad = chances.to(narrow.dtype)
                 torch.mm(grad, narrow, out=grad_hidden[part])
                 grad_hidden[part].masked_fill_(~scored[:, None], 0.0)
-                grad_weight += grad.T @ hidden[part].masked_fill(~scored[:, None], 0.0)
+                seen = hidden[part].masked_fill(~scored[:, None], 0.0)
+                if grad.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(grad.T, seen)
+                else:
+                    grad_weight += grad.T @ seen
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll
