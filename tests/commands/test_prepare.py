@@ -97,7 +97,10 @@ def test_killed_again_and_again_the_bytes_are_the_same(corpus: Path, tmp_path: P
         time.sleep(drawn.uniform(0, 0.05))
         process.kill()
         process.wait()
-        assert not out.exists()
+        # Where this process was kept waiting, the other may have come to its end before it was killed.
+        if out.exists():
+            break
+    assert kill > 0, "it was killed at least once"
     assert start(corpus, out).wait(120) == 0
     assert files(out) == files(tmp_path / "whole")
     assert [path.name for path in out.parent.iterdir() if not path.name.endswith(".lock")] == ["out"]
