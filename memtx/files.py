@@ -24,6 +24,11 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 FREE_SPACE = "Free some space; what was there is as it was, and a run goes on from its last checkpoint."
 
 
+def default_cache() -> Path:
+    """Return ``~/.cache/memtx``, where what can be made again goes unless another folder is given."""
+    return Path("~/.cache/memtx").expanduser()
+
+
 def is_full(error: OSError) -> bool:
     """Return whether an error says that a disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

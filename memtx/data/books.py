@@ -11,13 +11,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from memtx.data.documents import Corpus, open_corpus
-from memtx.data.fitting import default_cache, fitted
+from memtx.data.fitting import fitted
 from memtx.data.prepared import Prepared, is_prepared, made_of, open_store, prepare
 from memtx.data.shards import TokenStore
 from memtx.data.source import SPLITS, Source, Texts
 from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.files import default_cache
 
 _STAGES: dict[str, tuple[str, ...]] = {
     "fit": ("train", "validation"),

@@ -18,11 +18,6 @@ FIT_BYTES = 256 << 20
 TRAIN = "train"
 
 
-def default_cache() -> Path:
-    """Return ``~/.cache/memtx``, where stores and trained tokenizers go unless another folder is given."""
-    return Path("~/.cache/memtx").expanduser()
-
-
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Let one process at a time make ``path``; the empty lock file beside it stays, the lock ends with its process.

@@ -25,11 +25,12 @@ from typing import Any
 from memtx import files
 from memtx.data.document import Document, Part
 from memtx.data.encoding import Advance, Job, record_path, write_jobs
-from memtx.data.fitting import default_cache, fitted, locked
+from memtx.data.fitting import fitted, locked
 from memtx.data.shards import CURE, INDEX, TokenStore, write_index
 from memtx.data.source import SPLITS, Source
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
+from memtx.files import default_cache
 
 FORMAT = "memtx.prepared"
 FORMAT_VERSION = 1

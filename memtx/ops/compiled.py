@@ -22,12 +22,16 @@ from pathlib import Path
 
 from memtx import files
 from memtx.errors import MemtxError
+from memtx.ops import processor
 
 log = logging.getLogger(__name__)
 
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 SWITCH = "MEMTX_COMPILE"
 """Environment variable: 0 for never compiling anything."""
+
+TOLD = ("model name", "flags", "Features", "CPU part")
+"""What tells processors apart, on x86 and on ARM."""
 
 
 def compiler() -> str | None:
@@ -38,18 +42,14 @@ def compiler() -> str | None:
 
 def _processor() -> str:
     """Return what tells processors apart for which compiled code differs."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = [platform.processor()]
-    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return "\n".join([platform.machine(), *sorted(told or lines[:1])])
+    told = processor.about()
+    return "\n".join([platform.machine(), *(told.get(name, "") for name in TOLD)])
 
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     """Yield where what is compiled is kept; where nothing can be, a folder that goes once the file is loaded."""
-    kept = Path("~/.cache/memtx/compiled").expanduser()
+    kept = files.default_cache() / "compiled"
     with contextlib.suppress(OSError):
         kept.mkdir(parents=True, exist_ok=True, mode=0o700)
     if os.access(kept, os.W_OK):

@@ -8,12 +8,13 @@ beside each other in memory, so nothing is copied. The gradient of the weights i
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from memtx.ops import processor
 
 FEWEST = 256
 """Rows from which on it pays: below, a call's own cost counts."""
@@ -22,13 +23,9 @@ FEWEST = 256
 @cache
 def cpu_gains() -> bool:
     """Return whether this is an AMD processor with AVX-512, as torch uses it."""
-    try:
-        about = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return False
     has = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     fit = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return bool(fit) and "AuthenticAMD" in about
+    return bool(fit) and processor.about().get("vendor_id") == "AuthenticAMD"
 
 
 def _channels_last(x: Tensor) -> Tensor:

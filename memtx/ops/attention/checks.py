@@ -125,12 +125,12 @@ def backend_can(
 
 
 def native_takes(q: Tensor) -> bool:
-    """Return whether the compiled kernel is written for heads such as q's."""
-    return q.dtype in native.TYPES and q.shape[-1] <= native.WIDEST
+    """Return whether the compiled kernel is written for heads such as q's, where they are."""
+    return q.device.type == "cpu" and q.dtype in native.TYPES and q.shape[-1] <= native.WIDEST
 
 
 def _native_can(q: Tensor) -> None:
-    if q.device.type != "cpu" or not native_takes(q):
+    if not native_takes(q):
         raise MemtxError(
             f"The backend 'native' got heads of {q.shape[-1]} in {q.dtype} on {q.device.type}, expected a width of "
             f"{native.WIDEST} at most in float32 or bfloat16 on the CPU.",

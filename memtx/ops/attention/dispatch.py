@@ -53,7 +53,7 @@ def _choose(q: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: 
             return "triton", "one kernel of our own that leaves out whole blocks"
         if q.shape[-1] >= 16:
             return "flex", "one compiled kernel that leaves out whole blocks"
-    fits = q.device.type == "cpu" and checks.native_takes(q) and q.shape[2] >= native.FEWEST
+    fits = checks.native_takes(q) and q.shape[2] >= native.FEWEST
     if fits and native.is_faster(q.dtype) and native.there():
         return "native", "one kernel of our own, compiled for this processor"
     return "banded", "fused calls over views, linear in length"

@@ -62,24 +62,35 @@ def _integers(*values: int) -> Any:
 def _call(
     name: str,
     tensors: tuple[Tensor | None, ...],
+    lives: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
     strided: tuple[Tensor, ...],
-    shape: tuple[Tensor, Tensor, Tensor, Tensor | None],
-    parts: tuple[int, int],
     scale: float,
-    sections: int,
+    parts: int = 1,
+    part_size: int = 0,
 ) -> None:
-    """Call a function of the source: addresses, then sizes, then the strides of what has heads."""
-    q, k, born, tick = shape
+    """Call a function of the source: addresses, then sizes, then the strides of what has heads.
+
+    Args:
+        name: of the function.
+        tensors: its own, in its order.
+        lives: births, ends, ranges, slopes and ticks of the keys.
+        strided: those that have heads, in its order; queries and keys are the first two.
+        scale: of the scores.
+        parts: into which queries are cut.
+        part_size: numbers from one part's gradients to the next one's.
+    """
+    q, k, *_ = strided
+    born, _, ranges, _, tick = lives
     rows, heads, queries, width = q.shape
     sizes = _integers(
-        rows, heads, k.shape[1], queries, width, sections,
+        rows, heads, k.shape[1], queries, width, ranges.shape[1],
         born.stride(0) if born.shape[0] > 1 else 0, tick.stride(0) if tick is not None and tick.shape[0] > 1 else 0,
-        *parts, torch.get_num_threads(),
+        parts, part_size, torch.get_num_threads(),
     )  # fmt: skip
     strides = _integers(*(step for x in strided for step in x.stride()[:3]))
     library = compiled.library(SOURCE)
     assert library is not None, "the dispatcher asks first"
-    getattr(library, name)(*map(_address, tensors), sizes, strides, ctypes.c_float(scale))
+    getattr(library, name)(*map(_address, (*tensors, *lives)), sizes, strides, ctypes.c_float(scale))
 
 
 def _ranges(sections: list[int], queries: int) -> Tensor:
@@ -117,8 +128,7 @@ def _forward(
     out, lse = _like_heads(q), q.new_empty(q.shape[:3])
     ranges = _ranges(sections, q.shape[2])
     _call(
-        "memtx_attention_forward", (q, k, v, out, lse, born, expires, ranges, slopes, tick), (q, k, v, out),
-        (q, k, born, tick), (1, 0), scale, ranges.shape[1],
+        "memtx_attention_forward", (q, k, v, out, lse), (born, expires, ranges, slopes, tick), (q, k, v, out), scale
     )  # fmt: skip
     return out, lse
 
@@ -144,11 +154,10 @@ def _backward(
     grad_q, grad_k, grad_v = _like_heads(q), _like_heads(k, parts).zero_(), _like_heads(v, parts).zero_()
     _call(
         "memtx_attention_backward",
-        (q, k, v, out, grad, lse, grad_lse, grad_q, grad_k, grad_v, born, expires, ranges, slopes, tick),
-        (q, k, v, out, grad, grad_q, grad_k[0], grad_v[0]),
-        (q, k, born, tick), (parts, grad_k.stride(0)), scale, ranges.shape[1],
+        (q, k, v, out, grad, lse, grad_lse, grad_q, grad_k, grad_v), (born, expires, ranges, slopes, tick),
+        (q, k, v, out, grad, grad_q, grad_k[0], grad_v[0]), scale, parts, grad_k.stride(0),
     )  # fmt: skip
-    if parts == 1:
+    if parts == 1:  # A sum would copy.
         return grad_q, grad_k[0], grad_v[0]
     return grad_q, grad_k.sum(0), grad_v.sum(0)
 
@@ -197,6 +206,7 @@ def attend(
     q, k, v = q.float(), k.float(), v.float()
     if more := -width % LANES:
         q, k, v = (F.pad(x, (0, more)) for x in (q, k, v))
+    # As numbers, so that a model whose lengths vary is compiled once, and the table is made outside of it.
     sections = [
         number
         for one in visibility.sections

@@ -228,9 +228,9 @@ def test_halves_of_the_keys_merge_to_the_whole(problem: Problem, at: int) -> Non
 BOTH: tuple[Backend, ...] = ("reference", "banded")
 
 
-def causal(queries: int, rows: int = 1) -> Visibility:
+def causal(queries: int, rows: int = 1, window: int = 8) -> Visibility:
     tick = torch.arange(queries).expand(rows, -1)
-    return Visibility(tick, tick + 8, queries, (Section(queries, 0, 1, 8),))
+    return Visibility(tick, tick + window, queries, (Section(queries, 0, 1, window),))
 
 
 def test_under_autocast() -> None:
