@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
+from memtx.ops.linear import linear
 
 
 class Clusters:
@@ -86,12 +87,12 @@ class AdaptiveEmbedding(nn.Module):
         x: Tensor
         if self.clusters.one_table:
             x = F.embedding(tokens, self._weight(0))
-            x = F.linear(x, self.projections[0]) if len(self.projections) else x
+            x = linear(x, self.projections[0]) if len(self.projections) else x
         else:
             x = self._weight(0).new_zeros(*tokens.shape, self.dim)
             for cluster, (low, high) in enumerate(self.clusters.bounds):
                 inside = (tokens >= low) & (tokens < high)
-                made = F.linear(F.embedding(tokens[inside] - low, self._weight(cluster)), self.projections[cluster])
+                made = linear(F.embedding(tokens[inside] - low, self._weight(cluster)), self.projections[cluster])
                 x = x.index_put((inside,), made)
         x = x * self.dim**0.5
         return x
@@ -181,4 +182,4 @@ class AdaptiveSoftmax(nn.Module):
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
         name = str(cluster)
         projection = self.projections[name] if name in self.projections else embedding.projection(cluster)
-        return F.linear(x if projection is None else x @ projection, weight, bias)
+        return linear(x if projection is None else x @ projection, weight, bias)

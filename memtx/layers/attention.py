@@ -10,10 +10,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.layers.linear import Linear
 from memtx.layers.positions import Once, Positions
 from memtx.layers.readouts import gated, joined
 from memtx.memory.base import Losses, Memory, Readout, Trace, View
@@ -21,6 +19,7 @@ from memtx.memory.ring import Ring, Step, opened
 from memtx.ops.attention.bias import ScoreBias, cut
 from memtx.ops.attention.dispatch import Backend, segment_attention
 from memtx.ops.attention.weights import with_weights
+from memtx.ops.linear import Linear, linear
 from memtx.ops.visibility import Visibility, parted
 from memtx.segment import Segment
 
@@ -261,7 +260,7 @@ class MemoryAttention(nn.Module):
         layer = self.query if part == "query" else self.key_value
         if isinstance(layer, nn.Linear):
             weights = [one if part == "query" else one.chunk(2)[half] for one in layer.parameters()]
-            out = F.linear(x, *(one.detach() if frozen else one for one in weights))
+            out = linear(x, *(one.detach() if frozen else one for one in weights))
         else:
             # A module that adapts the map stands in its place, and gives keys and values together.
             out = _mapped(layer, x, frozen)

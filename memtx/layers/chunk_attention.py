@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memtx.errors import MemtxError
 from memtx.ops.attention.lsh import adjacent, attend_in_chunks, bucket_factors, hashed, rotations
+from memtx.ops.linear import Linear
 
 
 class ChunkAttention(nn.Module, ABC):
@@ -61,8 +62,8 @@ class ChunkAttention(nn.Module, ABC):
         self.before = before
         self.after = after
         self.rate = dropout
-        self.value = nn.Linear(dim, heads * self.head_dim, bias=False)
-        self.out = nn.Linear(heads * self.head_dim, dim, bias=False)
+        self.value = Linear(dim, heads * self.head_dim, bias=False)
+        self.out = Linear(heads * self.head_dim, dim, bias=False)
 
     @property
     def dropout(self) -> float:
@@ -108,8 +109,8 @@ class LocalAttention(ChunkAttention):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads, causal, head_dim, chunk, before, after, dropout)
-        self.query = nn.Linear(dim, heads * self.head_dim, bias=False)
-        self.key = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.query = Linear(dim, heads * self.head_dim, bias=False)
+        self.key = Linear(dim, heads * self.head_dim, bias=False)
 
     def forward(self, x: Tensor, present: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return (rows, n, dim) and None."""
@@ -174,7 +175,7 @@ class HashAttention(ChunkAttention):
         self.factors = factors
         self.longest = longest
         self.seed = seed
-        self.query_key = nn.Linear(dim, heads * self.head_dim, bias=False)
+        self.query_key = Linear(dim, heads * self.head_dim, bias=False)
 
     def forward(self, x: Tensor, present: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return (rows, n, dim) and the buckets (rows, heads, rounds, n), in as few bytes as hold them."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from memtx.layers.linear import Linear
+from memtx.ops.linear import Linear
 
 
 class SwiGLU(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from memtx.errors import MemtxError
 from memtx.layers.reading import Reading
 from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.ops.linear import Linear
 from memtx.ops.visibility import Section, Visibility
 
 
@@ -54,10 +55,10 @@ class PatternAttention(nn.Module, ABC):
         self.layer = layer
         self.rate = dropout
         self.backend: Backend = backend
-        self.query = nn.Linear(dim, dim, bias=bias)
-        self.key = nn.Linear(dim, dim, bias=bias)
-        self.value = nn.Linear(dim, dim, bias=bias)
-        self.out = nn.Linear(dim, dim)
+        self.query = Linear(dim, dim, bias=bias)
+        self.key = Linear(dim, dim, bias=bias)
+        self.value = Linear(dim, dim, bias=bias)
+        self.out = Linear(dim, dim)
 
     @property
     def dropout(self) -> float:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtx.ops.linear import Linear
+
 
 def distances(keys: int, width: int, clamp: int, like: Tensor) -> Tensor:
     """Return the sinusoids of the distances keys - 1, ..., 1, 0, (keys, width), sines before cosines.
@@ -59,9 +61,9 @@ class RelativeAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
-        self.query_key_value = nn.Linear(dim, 3 * heads * head_dim, bias=False)
-        self.distance = nn.Linear(dim, heads * head_dim, bias=False)
-        self.out = nn.Linear(heads * head_dim, dim, bias=False)
+        self.query_key_value = Linear(dim, 3 * heads * head_dim, bias=False)
+        self.distance = Linear(dim, heads * head_dim, bias=False)
+        self.out = Linear(heads * head_dim, dim, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(heads, head_dim)) if own_biases else None
         self.position_bias = nn.Parameter(torch.zeros(heads, head_dim)) if own_biases else None
         self.dropout = nn.Dropout(dropout)

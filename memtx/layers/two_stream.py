@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.relative_attention import sinusoids
+from memtx.ops.linear import Linear
 
 
 def by_place(scores: Tensor) -> Tensor:
@@ -35,10 +36,10 @@ class TwoStreamAttention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, dim // heads
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.distance = nn.Linear(dim, dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, dim, bias=False)
+        self.key_value = Linear(dim, 2 * dim, bias=False)
+        self.distance = Linear(dim, dim, bias=False)
+        self.out = Linear(dim, dim, bias=False)
         self.content_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
         self.position_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
         self.dropout = nn.Dropout(dropout)

@@ -14,6 +14,7 @@ from memtx.errors import MemtxError
 from memtx.layers.pattern_attention import PatternAttention, seen_by_all, side_by_side
 from memtx.layers.reading import Reading
 from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.ops.linear import Linear
 from memtx.ops.visibility import Pattern, Section, Visibility
 from memtx.segment import FAR
 
@@ -66,9 +67,9 @@ class WindowAttention(PatternAttention):
         self.dilation = dilation
         self.links = links
         self.seed = seed
-        self.global_query = nn.Linear(dim, dim, bias=bias)
-        self.global_key = nn.Linear(dim, dim, bias=bias)
-        self.global_value = nn.Linear(dim, dim, bias=bias)
+        self.global_query = Linear(dim, dim, bias=bias)
+        self.global_key = Linear(dim, dim, bias=bias)
+        self.global_value = Linear(dim, dim, bias=bias)
 
     def attend(self, x: Tensor, reading: Reading) -> Tensor:
         """Return the heads' results side by side, (rows, length, dim), zero at padding, of x (rows, length, dim)."""

@@ -27,6 +27,7 @@ from memtx.memory.features import Feature, Unit
 from memtx.memory.gates import Gate
 from memtx.memory.shift import TokenShift
 from memtx.ops.delta_rule import chunked
+from memtx.ops.linear import Linear
 from memtx.segment import Segment
 from memtx.state import state
 
@@ -101,9 +102,9 @@ class AssociativeMemory(Memory[AssociativeState]):
         self.erase = erase
         self.cost = cost
         self.feature = feature(key_dim)
-        self.query = nn.Linear(dim, heads * key_dim, bias=False)
-        self.key = nn.Linear(dim, heads * key_dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
+        self.query = Linear(dim, heads * key_dim, bias=False)
+        self.key = Linear(dim, heads * key_dim, bias=False)
+        self.value = Linear(dim, dim, bias=False)
         self.write_gate = write(dim, heads)
         self.decay_gate = decay(dim, heads) if decay is not None else None
         self.shift = TokenShift(dim)

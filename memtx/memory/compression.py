@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
+from memtx.ops.linear import Linear
 
 
 class Compression(nn.Module, ABC):
@@ -70,7 +71,7 @@ class StridedConvolution(Compression):
 
     def __init__(self, dim: int, rate: int) -> None:
         super().__init__(dim, rate)
-        self.map = nn.Linear(rate * dim, dim)
+        self.map = Linear(rate * dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -96,7 +97,7 @@ class DilatedConvolution(Compression):
         self.layers = nn.ModuleList(
             nn.Conv1d(dim, dim, kernel, padding=(kernel // 2) * 2**i, dilation=2**i) for i in range(depth)
         )
-        self.out = nn.Linear(dim, dim)
+        self.out = Linear(dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -150,9 +151,9 @@ class LearnedQueries(Compression):
             raise MemtxError(f"{heads} heads do not divide a width of {dim}.", "Choose a divisor.")
         self.heads = heads
         self.query = nn.Parameter(torch.zeros(heads, dim // heads))
-        self.key = nn.Linear(dim, dim, bias=False)
+        self.key = Linear(dim, dim, bias=False)
         self.place = nn.Parameter(torch.zeros(heads, rate))
-        self.value = nn.Linear(dim, dim, bias=False)
+        self.value = Linear(dim, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

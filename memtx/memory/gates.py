@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import at_least
+from memtx.ops.linear import Linear
 
 
 class Gate(nn.Module):
@@ -35,7 +36,7 @@ class Gate(nn.Module):
         super().__init__()
         at_least(0, stretch=stretch)
         self.stretch = stretch
-        self.map = nn.Linear(dim, count)
+        self.map = Linear(dim, count)
         nn.init.constant_(self.map.bias, bias)
 
     def extra_repr(self) -> str:

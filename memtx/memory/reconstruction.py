@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.memory.base import ContentAttention
+from memtx.ops.linear import Linear
 
 
 class Reconstruction(nn.Module, ABC):
@@ -54,7 +55,7 @@ class AutoEncoding(Reconstruction):
 
     def __init__(self, dim: int, rate: int, weight: float = 1.0) -> None:
         super().__init__(dim, rate, weight)
-        self.decode = nn.Linear(dim, rate * dim)
+        self.decode = Linear(dim, rate * dim)
 
     def forward(
         self, blocks: Tensor, entries: Tensor, valid: Tensor, queries: Tensor, attention: ContentAttention

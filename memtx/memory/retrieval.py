@@ -23,6 +23,7 @@ from memtx.memory.recurrent import cached_places, newest
 from memtx.memory.search import ExactSearch, Search
 from memtx.memory.shift import TokenShift
 from memtx.ops.attention.reference import weigh
+from memtx.ops.linear import Linear
 from memtx.ops.visibility import Section, Visibility, visible
 from memtx.segment import FAR, Segment
 from memtx.state import state
@@ -94,7 +95,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.search = search()
         self.heads = heads
         self.places = capacity + skip - 1
-        self.query, self.key, self.value = (nn.Linear(dim, dim, bias=False) for _ in range(3))
+        self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(SHARP)))
         self.share = nn.Parameter(torch.zeros(heads))
         self.shift = TokenShift(dim) if shift else None

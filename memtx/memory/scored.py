@@ -24,6 +24,7 @@ from memtx.memory.compression import Compression, StridedConvolution
 from memtx.memory.edge import Edge
 from memtx.memory.reconstruction import Reconstruction
 from memtx.memory.recurrent import newest
+from memtx.ops.linear import Linear
 from memtx.ops.visibility import Section, Visibility
 from memtx.segment import FAR, Segment
 from memtx.state import state
@@ -79,7 +80,7 @@ class ScoredMemory(CompressedMemory):
     ) -> None:
         super().__init__(dim, window, rate, length, compression, reconstruction)
         # Begins as the bank of the newest: of equal scores the newer entry stays.
-        self.score = nn.Linear(dim, 1)
+        self.score = Linear(dim, 1)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
 

@@ -24,6 +24,7 @@ from memtx.memory.intervals import Intervals, recalled
 from memtx.memory.shift import TokenShift
 from memtx.ops.attention.merge import merge
 from memtx.ops.attention.reference import weigh
+from memtx.ops.linear import Linear
 from memtx.segment import Segment
 from memtx.state import state
 
@@ -99,7 +100,7 @@ class SlotMemory(Memory[SlotState]):
         self.cost = cost
         self.bias = nn.Parameter(torch.randn(count, dim))
         self.slot_query, self.slot_key, self.slot_value, self.key, self.value, self.read_key, self.read_value = (
-            nn.Linear(dim, dim, bias=False) for _ in range(7)
+            Linear(dim, dim, bias=False) for _ in range(7)
         )
         self.write_gate = write(2 * dim, 1) if write is not None else None
         if self.write_gate is not None and self.write_gate.highest > 1:

@@ -17,6 +17,7 @@ from memtx.layers.pattern_attention import FullAttention, PatternAttention
 from memtx.layers.reading import Reading
 from memtx.models.masked_head import MaskedHead
 from memtx.models.published.layout import PublishedModel
+from memtx.ops.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Encoder(PublishedModel):
             )
             for layer, attention in enumerate(per_layer)
         )
-        self.pooler = nn.Linear(dim, dim) if pooler else None
+        self.pooler = Linear(dim, dim) if pooler else None
         self.head = (
             MaskedHead(dim, vocab_size, tied=tie_embeddings, activation=head_activation or activation, eps=eps)
             if masked_head

@@ -15,6 +15,7 @@ from memtx.models import folder
 from memtx.models.encoder import Encoder, EncoderOutput
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.permuted import PermutedEncoder
+from memtx.ops.linear import Linear
 from memtx.state import MemoryState
 
 
@@ -31,7 +32,7 @@ class FirstPooling(Pooling):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.map = nn.Linear(dim, dim)
+        self.map = Linear(dim, dim)
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:
         """Return (rows, dim)."""
@@ -66,7 +67,7 @@ class TextHead(nn.Module):
         super().__init__()
         self.pooling = pooling(dim)
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(dim, outputs)
+        self.out = Linear(dim, outputs)
         nn.init.normal_(self.out.weight, std=0.02)
         nn.init.zeros_(self.out.bias)
 
@@ -88,7 +89,7 @@ class TokenHead(nn.Module):
     def __init__(self, dim: int, outputs: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(dim, outputs)
+        self.out = Linear(dim, outputs)
         nn.init.normal_(self.out.weight, std=0.02)
         nn.init.zeros_(self.out.bias)
 

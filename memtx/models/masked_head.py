@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from memtx.ops.linear import Linear, linear
 
 
 class MaskedHead(nn.Module):
@@ -24,7 +25,7 @@ class MaskedHead(nn.Module):
         self, dim: int, vocab_size: int, *, tied: bool, activation: Callable[[], nn.Module] = nn.GELU, eps: float
     ) -> None:
         super().__init__()
-        self.transform = nn.Linear(dim, dim)
+        self.transform = Linear(dim, dim)
         self.activation = activation()
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.weight = None if tied else nn.Parameter(torch.empty(vocab_size, dim))
@@ -38,4 +39,4 @@ class MaskedHead(nn.Module):
             embedding: (vocab, dim), the token embeddings.
         """
         x = self.norm(self.activation(self.transform(x)))
-        return F.linear(x, embedding if self.weight is None else self.weight, self.bias)
+        return linear(x, embedding if self.weight is None else self.weight, self.bias)

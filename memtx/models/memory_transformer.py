@@ -30,6 +30,7 @@ from memtx.models.mounting import MakeMemory, Mountable
 from memtx.models.published import load
 from memtx.ops.attention.dispatch import Backend
 from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
+from memtx.ops.linear import Linear
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
@@ -166,7 +167,7 @@ class MemoryTransformer(Mountable):
         )
         self._find_tokens()
         self.norm = norm(dim)
-        self.head = nn.Linear(dim, vocab_size, bias=False)
+        self.head = Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
         if tie_embeddings:
             self.head.weight = self.embedding.weight

@@ -21,6 +21,7 @@ from memtx.layers import reversible
 from memtx.layers.axial_positions import AxialPositions, TablePositions
 from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
 from memtx.models.published.layout import PublishedModel
+from memtx.ops.linear import Linear
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ class ReformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
         self.attention = attention
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
-        self.up = nn.Linear(dim, hidden)
+        self.up = Linear(dim, hidden)
         self.activation = activation()
-        self.down = nn.Linear(hidden, dim)
+        self.down = Linear(hidden, dim)
         self.at_once = at_once
         self.dropout = nn.Dropout(dropout)
 
@@ -159,7 +160,7 @@ class Reformer(PublishedModel):
             for attention in attentions
         )
         self.norm = nn.LayerNorm(2 * dim, eps=eps)
-        self.head = nn.Linear(2 * dim, vocab_size) if head else None
+        self.head = Linear(2 * dim, vocab_size) if head else None
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtx.ops.linear import linear
+from memtx.ops.linear import add_product, linear
 
 IGNORED = -100
 """The label of a token that is not scored."""
@@ -33,7 +33,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             narrow = weight
         nll = torch.zeros(hidden.shape[0], dtype=kind, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if learns else None
-        grad_weight = torch.zeros_like(weight) if learns else None
+        # The vocabulary lies along memory: the way that the product is added the fastest.
+        grad_weight = weight.new_zeros(weight.shape[::-1]) if learns else None
         step = max(1, chunk // weight.shape[0])
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.shape[0], step):
@@ -50,13 +51,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # d nll / d logits = softmax - one at the label.
                 chances.scatter_add_(1, index, torch.full_like(told, -1.0)[:, None])
                 grad = chances.to(narrow.dtype)
-                torch.mm(grad, narrow, out=grad_hidden[part])
-                grad_hidden[part].masked_fill_(~scored[:, None], 0.0)
-                seen = hidden[part].masked_fill(~scored[:, None], 0.0)
-                if grad.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad.T, seen)
-                else:
-                    grad_weight += grad.T @ seen
+                grad_hidden[part] = linear(grad, narrow.T).masked_fill_(~scored[:, None], 0.0)
+                add_product(grad_weight, hidden[part].masked_fill(~scored[:, None], 0.0), grad)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll
@@ -65,7 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (grad_hidden * grad).to(grad_hidden.dtype), grad_weight * grad, None, None, None
+        scaled = torch.mul(grad_weight.T, grad, out=grad_weight.new_empty(grad_weight.shape[::-1]))
+        return (grad_hidden * grad).to(grad_hidden.dtype), scaled, None, None, None
 
 
 def linear_cross_entropy(

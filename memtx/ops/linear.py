@@ -1,66 +1,62 @@
 """Linear maps in float32 on CPUs where the library behind ``F.linear`` leaves half of the vectors' width unused.
 
-MKL runs kernels of 256 bits on AMD processors with AVX-512. oneDNN, which torch has too, runs 512 there, but torch
-asks it for float32 by no linear map, only by convolutions. A map is a convolution of width 1 over channels that lie
-beside each other in memory, so nothing is copied. The gradient of the weights is made by MKL, which is as fast there.
+MKL runs kernels of 256 bits on AMD processors with AVX-512. oneDNN, which torch has too, runs 512 there, but in
+float32 torch asks it by no linear map of its own: only what its compiler writes does, through an operator that is
+asked here as well. Weights and inputs are read as they lie; the gradient of the weights copies its two factors.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.ops import processor
 
-FEWEST = 256
-"""Rows from which on it pays: below, a call's own cost counts."""
+FEWEST = 1 << 21
+"""Multiply-adds from which on it pays: below, a call's own cost counts."""
 
 
 @cache
 def cpu_gains() -> bool:
-    """Return whether this is an AMD processor with AVX-512, as torch uses it."""
-    has = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    """Return whether this is an AMD processor with AVX-512, as torch uses it, and torch has the operators."""
+    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
     fit = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return bool(fit) and processor.about().get("vendor_id") == "AuthenticAMD"
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """(n, width) -> (1, width, n, 1), the same memory."""
-    return x[None, :, None].permute(0, 3, 1, 2)
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weight' + bias; the weight may be a transposed view, x is copied where it is one."""
+    return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
-class _ByConvolution(torch.autograd.Function):
+class _ByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        rows = x.reshape(-1, x.shape[-1])
-        out = F.conv2d(_channels_last(rows), weight[..., None, None], bias)
-        return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+        return _product(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        rows, told = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = None
-        if for_x:
-            grad_x = torch.ops.aten.convolution_backward(
-                _channels_last(told), _channels_last(rows), weight[..., None, None], None,
-                [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, False, False],
-            )[0].permute(0, 2, 3, 1).reshape(x.shape)  # fmt: skip
-        return grad_x, told.T @ rows if for_weight else None, told.sum(0) if for_bias else None
+        told = grad.reshape(-1, grad.shape[-1])
+        grad_weight = None
+        if for_weight:
+            factors = told.to_mkldnn(), x.reshape(-1, x.shape[-1]).to_mkldnn()
+            grad_weight = torch.ops.aten.mkldnn_linear_backward_weights(*factors, weight, False)[0]
+        return _product(grad, weight.T) if for_x else None, grad_weight, told.sum(0) if for_bias else None
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.shape[:-1].numel() >= FEWEST
+        and x.shape[:-1].numel() * weight.numel() >= FEWEST
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and cpu_gains()
@@ -80,5 +76,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _pays(x, weight):
         return F.linear(x, weight, bias)
-    out: Tensor = _ByConvolution.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _ByOneDNN.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left' right to a total in place, without gradient: a part of the gradient of weights.
+
+    Args:
+        total: (width, out); faster where the longer of the two lies along memory.
+        left: (rows, width).
+        right: (rows, out).
+    """
+    if _pays(left.T, right.T):
+        total += _product(left.T, right.T)
+    elif left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` in everything but who makes its products: :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return linear(x, self.weight, self.bias)

@@ -10,9 +10,14 @@ from torch.nn import functional as F
 
 from memtx.ops import linear as by
 
+onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no products by oneDNN"
+)
 
+
+@onednn
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_convolution_is_the_same_map(biased: bool) -> None:
+def test_onednn_makes_the_same_map(biased: bool) -> None:
     @given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 70), st.booleans())
     def check(rows: int, width: int, out: int, turned: bool) -> None:
         torch.manual_seed(rows)
@@ -20,7 +25,7 @@ def test_a_convolution_is_the_same_map(biased: bool) -> None:
         inputs = [x.requires_grad_(), torch.randn(out, width).requires_grad_()]
         inputs += [torch.randn(out).requires_grad_()] if biased else []
         told = torch.randn(2, rows, out)
-        found = by._ByConvolution.apply(*inputs, *([] if biased else [None]))  # type: ignore[no-untyped-call]
+        found = by._ByOneDNN.apply(*inputs, *([] if biased else [None]))  # type: ignore[no-untyped-call]
         double = [one.detach().double().requires_grad_() for one in inputs]
         truth = F.linear(*double)
         # Sums of up to 600 products of normal numbers: some 2^-24 of 600^(1/2) times their size, and room.
@@ -33,16 +38,17 @@ def test_a_convolution_is_the_same_map(biased: bool) -> None:
     check()
 
 
+@onednn
 def test_what_does_not_learn_gets_no_gradient() -> None:
     x, weight = torch.randn(300, 8), torch.randn(4, 8, requires_grad=True)
-    by._ByConvolution.apply(x, weight, None).sum().backward()  # type: ignore[no-untyped-call]
+    by._ByOneDNN.apply(x, weight, None).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is None
     assert weight.grad is not None
 
 
 def test_only_many_rows_of_float32_go_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(by, "cpu_gains", lambda: True)
-    weight, many = torch.randn(4, 8), torch.randn(by.FEWEST, 8)
+    weight, many = torch.randn(4, 8), torch.randn(by.FEWEST // 32, 8)
     assert by._pays(many, weight)
     assert not by._pays(many[1:], weight)
     assert not by._pays(many.double(), weight.double())
@@ -51,3 +57,15 @@ def test_only_many_rows_of_float32_go_that_way(monkeypatch: pytest.MonkeyPatch) 
         assert by.linear(many, weight).dtype == torch.bfloat16
     monkeypatch.setattr(by, "cpu_gains", lambda: False)
     assert not by._pays(many, weight)
+
+
+@pytest.mark.parametrize("gains", [False, pytest.param(True, marks=onednn)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_is_added(gains: bool, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by, "cpu_gains", lambda: gains)
+    left, right, total = torch.randn(300, 64), torch.randn(300, 128), torch.randn(64, 128)
+    truth = total.double() + left.double().T @ right.double()
+    found = total.T.contiguous().T if turned else total
+    by.add_product(found, left, right)
+    # Sums of 300 products of normal numbers.
+    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)

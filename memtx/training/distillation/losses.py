@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memtx.errors import MemtxError, at_least, positive
+from memtx.ops.linear import Linear
 from memtx.training.distillation.layer_map import EveryKth, Last, LayerMap
 from memtx.training.distillation.shown import Shown, Sizes
 
@@ -164,7 +165,7 @@ class Embeddings(Loss):
 
 def _projection(student: Sizes, teacher: Sizes) -> nn.Module:
     """Return the map, which learns, that a student's states go through where they are narrower or wider."""
-    return nn.Linear(student.dim, teacher.dim, bias=False) if student.dim != teacher.dim else nn.Identity()
+    return Linear(student.dim, teacher.dim, bias=False) if student.dim != teacher.dim else nn.Identity()
 
 
 def _outputs(project: nn.Module, student: Shown, teacher: Shown, own: int, other: int) -> tuple[Tensor, Tensor]:
