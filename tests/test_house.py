@@ -14,7 +14,7 @@ HOME = Path(memtx.__file__).parent
 
 # A folder or file imports from lower rows only; neighbours in a row only where named below.
 ROWS = [
-    ("errors",),
+    ("errors", "allocator"),
     ("files", "once"),
     ("specs", "metrics", "plots", "sealed"),
     ("state", "segment"),
