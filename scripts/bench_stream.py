@@ -23,6 +23,7 @@ import torch
 from measuring import Spread, mib
 from torch import Tensor
 
+from memtx.allocator import keep_freed
 from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
@@ -200,6 +201,7 @@ def main() -> None:
     measuring.add_options(parser)
     arguments = parser.parse_args()
     measuring.prepare(arguments)
+    keep_freed()  # as the commands do
     torch.manual_seed(0)
     memory = partial(CompressedMemory, window=arguments.window, rate=arguments.rate, length=arguments.memory)
     model = MemoryTransformer(arguments.vocab, arguments.dim, arguments.depth, arguments.heads, memories=[memory])

@@ -24,9 +24,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command -> (module:function, one-line help). A function takes argv and returns the exit code."""
 
-AT_REST = {"serve"}
-"""Commands that wait most of the time: they give memory back."""
-
 WHOLE_ARGV = "memtx.cli.fit:main"
 """LightningCLI parses the subcommand itself, so its function gets it too."""
 
@@ -91,8 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from memtx.allocator import keep_freed
 
-        if name not in AT_REST:
-            keep_freed()
+        keep_freed()
         command = getattr(import_module(module), function)
         code: int = command(arguments if target == WHOLE_ARGV else arguments[1:])
     except KeyboardInterrupt:
