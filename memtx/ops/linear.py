@@ -28,6 +28,16 @@ def cpu_gains() -> bool:
     return bool(fit) and processor.about().get("vendor_id") == "AuthenticAMD"
 
 
+@cache
+def copies_pay() -> bool:
+    """Return whether 512 bits are multiplied at once: what is gained on weights' gradients outweighs their copies.
+
+    A Zen 4 (family 25) takes two turns for them; there oneDNN without copies was no faster than MKL.
+    """
+    family = processor.about().get("cpu family", "")
+    return family.isdecimal() and int(family) >= 26
+
+
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight' + bias; the weight may be a transposed view, x is copied where it is one."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
@@ -44,11 +54,13 @@ class _ByOneDNN(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        told = grad.reshape(-1, grad.shape[-1])
+        told, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_weight = None
-        if for_weight:
-            factors = told.to_mkldnn(), x.reshape(-1, x.shape[-1]).to_mkldnn()
+        if for_weight and copies_pay():
+            factors = told.to_mkldnn(), rows.to_mkldnn()
             grad_weight = torch.ops.aten.mkldnn_linear_backward_weights(*factors, weight, False)[0]
+        elif for_weight:
+            grad_weight = told.T @ rows
         return _product(grad, weight.T) if for_x else None, grad_weight, told.sum(0) if for_bias else None
 
 

@@ -16,8 +16,11 @@ onednn = pytest.mark.skipif(
 
 
 @onednn
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_onednn_makes_the_same_map(biased: bool) -> None:
+def test_onednn_makes_the_same_map(biased: bool, copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by, "copies_pay", lambda: copies)
+
     @given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 70), st.booleans())
     def check(rows: int, width: int, out: int, turned: bool) -> None:
         torch.manual_seed(rows)
