@@ -3,7 +3,8 @@
 torch's fused kernel for the CPU walks every key of a block's rectangle and reads a mask from memory; this one knows
 lifetimes, leaves out what nobody of 32 queries sees, and keeps scores, weights and sums in the first two caches. What
 comes in bfloat16 is computed in float32 all the same: on CPUs whose bfloat16 instructions only multiply twice as fast
-that is faster too, and rounds less. Its operators have names of their own, so that ``torch.compile`` takes them whole.
+that is faster too, and rounds less. Queries, keys and values are kept for the backward pass as they came. Its operators
+have names of their own, so that ``torch.compile`` takes them whole.
 """
 
 from __future__ import annotations
@@ -108,15 +109,16 @@ def _parts(units: int, blocks: int) -> int:
     return 1 if units >= threads else min(blocks, -(-2 * threads // units))
 
 
-def _even(x: Tensor) -> Tensor:
-    """Return x with steps of one along its width, as the kernel reads it."""
+def _read(x: Tensor) -> Tensor:
+    """Return x in float32 with steps of one along its width, as the kernel reads it."""
+    x = x.float()
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _like_heads(x: Tensor, *first: int) -> Tensor:
+def _like_heads(x: Tensor, *first: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return memory for x's shape (rows, heads, n, width), laid out as (*first, rows, n, heads, width)."""
     rows, heads, n, width = x.shape
-    return x.new_empty(*first, rows, n, heads, width).transpose(-2, -3)
+    return x.new_empty(*first, rows, n, heads, width, dtype=dtype).transpose(-2, -3)
 
 
 @torch.library.custom_op("memtx::window_attention", mutates_args=())
@@ -124,7 +126,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, born: Tensor, expires: Tensor, slopes: Tensor | None, tick: Tensor | None,
     sections: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k, v = map(_even, (q, k, v))
+    q, k, v = map(_read, (q, k, v))
     out, lse = _like_heads(q), q.new_empty(q.shape[:3])
     ranges = _ranges(sections, q.shape[2])
     _call(
@@ -138,7 +140,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, born: Tensor, expires: Tensor, slopes: Tensor | None, tick: Tensor | None,
     sections: list[int], scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _like_heads(q), q.new_empty(q.shape[:3])
+    return _like_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("memtx::window_attention_backward", mutates_args=())
@@ -146,7 +148,8 @@ def _backward(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, born: Tensor,
     expires: Tensor, slopes: Tensor | None, tick: Tensor | None, sections: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q, k, v, grad = map(_even, (q, k, v, grad))
+    dtype = q.dtype
+    q, k, v, grad = map(_read, (q, k, v, grad))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     ranges = _ranges(sections, q.shape[2])
     parts = _parts(q.shape[0] * k.shape[1], ranges.shape[0])
@@ -157,9 +160,9 @@ def _backward(
         (q, k, v, out, grad, lse, grad_lse, grad_q, grad_k, grad_v), (born, expires, ranges, slopes, tick),
         (q, k, v, out, grad, grad_q, grad_k[0], grad_v[0]), scale, parts, grad_k.stride(0),
     )  # fmt: skip
-    if parts == 1:  # A sum would copy.
-        return grad_q, grad_k[0], grad_v[0]
-    return grad_q, grad_k.sum(0), grad_v.sum(0)
+    if parts > 1:
+        return grad_q.to(dtype), grad_k.sum(0).to(dtype), grad_v.sum(0).to(dtype)
+    return grad_q.to(dtype), grad_k[0].to(dtype), grad_v[0].to(dtype)  # A sum would copy.
 
 
 @_backward.register_fake
@@ -167,7 +170,7 @@ def _(
     grad: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, born: Tensor,
     expires: Tensor, slopes: Tensor | None, tick: Tensor | None, sections: list[int], scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _like_heads(q), _like_heads(k), _like_heads(v)
+    return _like_heads(q, dtype=q.dtype), _like_heads(k, dtype=q.dtype), _like_heads(v, dtype=q.dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -203,7 +206,6 @@ def attend(
     """
     assert visibility.pattern is None, "the dispatcher sends patterns elsewhere"
     width, dtype = q.shape[-1], q.dtype
-    q, k, v = q.float(), k.float(), v.float()
     if more := -width % LANES:
         q, k, v = (F.pad(x, (0, more)) for x in (q, k, v))
     # As numbers, so that a model whose lengths vary is compiled once, and the table is made outside of it.
