@@ -13,6 +13,7 @@ import sys
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 """Parameters of mallopt(3)."""
 
+_KEEPING = {_TRIM_THRESHOLD: -1, _MMAP_THRESHOLD: 32 << 20}
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
 
 
@@ -23,6 +24,12 @@ def _library() -> ctypes.CDLL | None:
         return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") else None
+
+
+def _told(values: dict[int, int]) -> bool:
+    """Set parameters of mallopt; return whether it was done."""
+    library = _library()
+    return library is not None and all(library.mallopt(name, value) for name, value in values.items())
 
 
 def keep_freed(*, largest: bool = False) -> bool:
@@ -37,18 +44,12 @@ def keep_freed(*, largest: bool = False) -> bool:
     Returns:
         whether it was done.
     """
-    library = _library()
-    if library is None:
-        return False
-    asked = {_TRIM_THRESHOLD: -1, _MMAP_THRESHOLD: 32 << 20, **({_MMAP_MAX: 0} if largest else {})}
-    return [library.mallopt(name, value) for name, value in asked.items()] == [1] * len(asked)
+    return _told(_KEEPING | ({_MMAP_MAX: 0} if largest else {}))
 
 
 def give_back() -> bool:
     """Have freed memory given back again, what is free now at once; return whether it was done."""
-    library = _library()
-    if library is None:
-        return False
-    done = [library.mallopt(name, value) for name, value in _DEFAULTS.items()] == [1] * len(_DEFAULTS)
-    library.malloc_trim(0)
+    done = _told(_DEFAULTS)
+    if done:
+        ctypes.CDLL(None).malloc_trim(0)
     return done

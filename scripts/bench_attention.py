@@ -172,7 +172,8 @@ def measured(
             row["peak_bytes"] = max(after - before, 0) if watched and after is not None and before is not None else None
             cases[len(rows) - 1] = case
     times: dict[int, list[float]] = {index: [] for index in cases}
-    keep_freed(largest=True)  # or the system's clearing of an output's pages is timed, from 32 MiB on
+    # Or the system's clearing of an output's pages is timed, from 32 MiB on; the first calls take them.
+    keep_freed(largest=True)
     for case in cases.values():
         case()
     for repeat in range(arguments.repeats):

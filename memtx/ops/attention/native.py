@@ -160,9 +160,8 @@ def _backward(
         (q, k, v, out, grad, lse, grad_lse, grad_q, grad_k, grad_v), (born, expires, ranges, slopes, tick),
         (q, k, v, out, grad, grad_q, grad_k[0], grad_v[0]), scale, parts, grad_k.stride(0),
     )  # fmt: skip
-    if parts > 1:
-        return grad_q.to(dtype), grad_k.sum(0).to(dtype), grad_v.sum(0).to(dtype)
-    return grad_q.to(dtype), grad_k[0].to(dtype), grad_v[0].to(dtype)  # A sum would copy.
+    grad_k, grad_v = (one[0] if parts == 1 else one.sum(0) for one in (grad_k, grad_v))  # A sum would copy.
+    return grad_q.to(dtype), grad_k.to(dtype), grad_v.to(dtype)
 
 
 @_backward.register_fake
