@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
     from memtx.memory.retrieval import RetrievalMemory
-    from memtx.memory.same_layer import SameLayerMemory
-    from memtx.memory.scored import ScoredMemory
+    from memtx.memory.same_layer import ErnieDocMemory
+    from memtx.memory.scored import TopKMemory
     from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
     from memtx.memory.tokens import TokenMemory
@@ -36,12 +36,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_EXPORTS = {
     "Alibi": "memtx.layers.positions:Alibi",
     "AssociativeMemory": "memtx.memory.associative:AssociativeMemory",
     "BookDataModule": "memtx.data.books:BookDataModule",
     "CompressedMemory": "memtx.memory.compressed:CompressedMemory",
     "Encoder": "memtx.models.encoder:Encoder",
+    "ErnieDocMemory": "memtx.memory.same_layer:ErnieDocMemory",
     "FeedForward": "memtx.layers.feed_forward:FeedForward",
     "LanguageModule": "memtx.training.language:LanguageModule",
     "MemoryOutput": "memtx.models.memory_transformer:MemoryOutput",
@@ -52,13 +53,12 @@ _PLACES = {
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Reformer": "memtx.models.reformer:Reformer",
     "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
-    "SameLayerMemory": "memtx.memory.same_layer:SameLayerMemory",
-    "ScoredMemory": "memtx.memory.scored:ScoredMemory",
     "Rotary": "memtx.layers.positions:Rotary",
     "SinkMemory": "memtx.memory.sinks:SinkMemory",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
+    "TopKMemory": "memtx.memory.scored:TopKMemory",
     "TransformerXL": "memtx.models.transformer_xl:TransformerXL",
     "TokenMemory": "memtx.memory.tokens:TokenMemory",
     "from_pretrained": "memtx.models.published.load:from_pretrained",
@@ -72,6 +72,7 @@ __all__ = [
     "BookDataModule",
     "CompressedMemory",
     "Encoder",
+    "ErnieDocMemory",
     "FeedForward",
     "LanguageModule",
     "MemoryOutput",
@@ -83,13 +84,12 @@ __all__ = [
     "Reformer",
     "RetrievalMemory",
     "Rotary",
-    "SameLayerMemory",
-    "ScoredMemory",
     "SinkMemory",
     "SlotMemory",
     "StreamReader",
     "SwiGLU",
     "TokenMemory",
+    "TopKMemory",
     "TransformerXL",
     "from_pretrained",
     "generate",
@@ -98,9 +98,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'memtx' has no attribute '{name}'")
-    module, _, attribute = _PLACES[name].partition(":")
+    module, _, attribute = _EXPORTS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 

@@ -10,14 +10,14 @@ class MemtxError(ValueError):
     """A mistake in what the user gave; the command line prints it as one line and exits with code 2.
 
     Args:
-        what: the value met and what was expected instead, as one sentence.
-        cure: what to do about it, as one sentence.
+        message: the value met and what was expected instead, as one sentence.
+        hint: what to do about it, as one sentence.
     """
 
-    def __init__(self, what: str, cure: str = "") -> None:
-        self.what = what
-        self.cure = cure
-        super().__init__(f"{what} {cure}".strip())
+    def __init__(self, message: str, hint: str = "") -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{message} {hint}".strip())
 
 
 class DataError(MemtxError):
@@ -28,31 +28,31 @@ class CheckpointError(MemtxError):
     """A checkpoint, pretrained folder or saved state is damaged or belongs to something else."""
 
 
-def not_whole(path: object, why: str) -> CheckpointError:
-    """Return the error of a checkpoint that is cut, changed, or of something else; ``why`` goes on the sentence."""
-    return CheckpointError(f"'{path}' is not a whole checkpoint{why}.", "Use another copy, or an earlier one.")
+def corrupt_checkpoint_error(path: object, reason: str) -> CheckpointError:
+    """Return the error of a checkpoint that is cut, changed, or of something else; ``reason`` goes on the sentence."""
+    return CheckpointError(f"'{path}' is not a whole checkpoint{reason}.", "Use another copy, or an earlier one.")
 
 
-def missing_package(what: str, error: ImportError, extra: str) -> MemtxError:
+def missing_package_error(feature: str, error: ImportError, extra: str) -> MemtxError:
     """Return the error of a part that needs a package of one of memtx's extras."""
-    return MemtxError(f"{what} needs {error.name}.", f"Install it: pip install 'memtx[{extra}]'.")
+    return MemtxError(f"{feature} needs {error.name}.", f"Install it: pip install 'memtx[{extra}]'.")
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def closest_match(name: str, candidates: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the known name closest to ``name``, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def at_least(least: int, /, **numbers: float) -> None:
-    """Raise MemtxError for the first of the named numbers that is smaller than ``least``."""
-    for name, number in numbers.items():
-        if number < least:
-            raise MemtxError(f"{name} is {number}.", f"Give at least {least}.")
+def check_at_least(minimum: int, /, **values: float) -> None:
+    """Raise MemtxError for the first of the named numbers that is smaller than ``minimum``."""
+    for name, number in values.items():
+        if number < minimum:
+            raise MemtxError(f"{name} is {number}.", f"Give at least {minimum}.")
 
 
-def positive(**numbers: float) -> None:
+def check_positive(**values: float) -> None:
     """Raise MemtxError for the first of the named numbers that is not above 0."""
-    for name, number in numbers.items():
+    for name, number in values.items():
         if not number > 0:
             raise MemtxError(f"{name} is {number}.", "Give a number above 0.")

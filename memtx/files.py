@@ -19,38 +19,38 @@ from typing import IO, Any
 
 from memtx.errors import CheckpointError, MemtxError
 
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_TEMPORARY_PATTERN = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
-FREE_SPACE = "Free some space; what was there is as it was, and a run goes on from its last checkpoint."
+DISK_FULL_HINT = "Free some space; what was there is as it was, and a run goes on from its last checkpoint."
 
 
-def default_cache() -> Path:
+def default_cache_dir() -> Path:
     """Return ``~/.cache/memtx``, where what can be made again goes unless another folder is given."""
     return Path("~/.cache/memtx").expanduser()
 
 
-def is_full(error: OSError) -> bool:
+def is_disk_full(error: OSError) -> bool:
     """Return whether an error says that a disk, or the user's share of it, is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in ``folder`` survive a power cut (a folder's entries have their own sync)."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync_directory(directory: Path) -> None:
+    """Make a rename in ``directory`` survive a power cut (a folder's entries have their own sync)."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def temporary_name(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
     """Return a name beside ``path`` to write under; random, so that two processes do not share one."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def not_written(path: Path, error: OSError) -> MemtxError:
+def write_failed_error(path: Path, error: OSError) -> MemtxError:
     """Return the error that says why ``path`` could not be written, and what to do."""
-    cure = FREE_SPACE if is_full(error) else "Check the folder, its permissions and the free space."
+    cure = DISK_FULL_HINT if is_disk_full(error) else "Check the folder, its permissions and the free space."
     return MemtxError(f"'{path}' could not be written: {error.strerror or error}.", cure)
 
 
@@ -62,25 +62,25 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         MemtxError: the folder cannot be written to.
     """
     target = Path(path)
-    temporary = temporary_name(target)
+    temporary = temporary_path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, target)
-        sync_folder(target.parent)
+        fsync_directory(target.parent)
     except OSError as error:
-        raise not_written(target, error) from error
+        raise write_failed_error(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a process left half-written in ``folder`` when it was killed; nobody may be writing there."""
-    for path in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
+def remove_temporary_files(directory: Path) -> None:
+    """Remove what a process left half-written in ``directory`` when it was killed; nobody may be writing there."""
+    for path in directory.glob(".*.tmp"):
+        if _TEMPORARY_PATTERN.fullmatch(path.name):
             remove(path)
 
 
@@ -91,24 +91,24 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         yield handle
 
 
-def replace(whole: Path, path: Path) -> None:
+def replace(source: Path, target: Path) -> None:
     """Put a folder in the place of what is there, a folder or a file; or a file in the place of a folder.
 
     There is no such rename in one, so what was there steps aside for a moment; see :func:`recover`.
 
     Args:
-        whole: what takes the place, beside it, with its files synced.
-        path: the place.
+        source: what takes the place, beside it, with its files synced.
+        target: the place.
     """
-    aside = _aside(path)
-    recover(path)
+    aside = _backup_path(target)
+    recover(target)
     remove(aside)
-    if whole.is_dir():
-        sync_folder(whole)
-    if path.exists():
-        path.rename(aside)
-    whole.rename(path)
-    sync_folder(path.parent)
+    if source.is_dir():
+        fsync_directory(source)
+    if target.exists():
+        target.rename(aside)
+    source.rename(target)
+    fsync_directory(target.parent)
     remove(aside)
 
 
@@ -116,7 +116,7 @@ def recover(path: Path) -> None:
     """Put back what :func:`replace` moved aside, where it was stopped before the new one was in its place."""
     if not path.exists():
         with contextlib.suppress(FileNotFoundError):
-            _aside(path).rename(path)
+            _backup_path(path).rename(path)
 
 
 def remove(path: Path) -> None:
@@ -128,7 +128,7 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def _aside(path: Path) -> Path:
+def _backup_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
@@ -169,7 +169,7 @@ def checksum(path: str | os.PathLike[str]) -> str:
 
 
 def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, Any], *, kind: str, version: int, **facts: str
+    path: str | os.PathLike[str], tensors: Mapping[str, Any], *, kind: str, version: int, **extra_metadata: str
 ) -> None:
     """Write tensors as one safetensors file whose header names its kind, version and further facts.
 
@@ -179,7 +179,7 @@ def save_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    metadata = {"format": "pt", "kind": kind, "version": str(version), **facts}
+    metadata = {"format": "pt", "kind": kind, "version": str(version), **extra_metadata}
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
         # It makes a file for its owner alone: the mode is to be what the umask says, as of every other file.
@@ -199,16 +199,16 @@ def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tu
     Raises:
         CheckpointError: missing, damaged, of another kind, or of a version this release does not read.
     """
-    return _read_tensors(path, kind, version, tensors=True)
+    return _read_tensors(path, kind, version, with_tensors=True)
 
 
 def load_header(path: str | os.PathLike[str], *, kind: str, version: int) -> dict[str, str]:
     """Read the header of a file of :func:`save_tensors` alone; raises what :func:`load_tensors` raises."""
-    return _read_tensors(path, kind, version, tensors=False)[1]
+    return _read_tensors(path, kind, version, with_tensors=False)[1]
 
 
 def _read_tensors(
-    path: str | os.PathLike[str], kind: str, version: int, tensors: bool
+    path: str | os.PathLike[str], kind: str, version: int, with_tensors: bool
 ) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
@@ -219,7 +219,7 @@ def _read_tensors(
             metadata = handle.metadata() or {}
             # Copied to memory of torch's own alignment: products round otherwise on a view into the file, and what is
             # loaded is to go on bit for bit.
-            names = handle.keys() if tensors else []
+            names = handle.keys() if with_tensors else []
             found = {name: handle.get_tensor(name).clone() for name in names}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(

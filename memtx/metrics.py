@@ -70,7 +70,7 @@ class _NllPerUnit(Metric):
         self.nll = self.nll + nll_sum
         self.units = self.units + unit_sum
 
-    def _nats(self) -> Tensor:
+    def _nats_per_unit(self) -> Tensor:
         # 0 / 0 is NaN: a text without a word has no word perplexity, which is no reason to stop a run.
         return self.nll / self.units
 
@@ -82,7 +82,7 @@ class BitsPerByte(_NllPerUnit):
 
     def compute(self) -> Tensor:
         """Return the bits per byte, () float64; NaN if no byte was counted."""
-        return self._nats() / math.log(2)
+        return self._nats_per_unit() / math.log(2)
 
 
 class WordPerplexity(_NllPerUnit):
@@ -92,7 +92,7 @@ class WordPerplexity(_NllPerUnit):
 
     def compute(self) -> Tensor:
         """Return the perplexity, () float64; inf where the exponential overflows, NaN or inf if no word was counted."""
-        return self._nats().exp()
+        return self._nats_per_unit().exp()
 
 
 Span = tuple[str, int, int]
@@ -102,7 +102,7 @@ Span = tuple[str, int, int]
 class SpanF1(Metric):
     """F1 of whole spans, over all texts together: right is a span of the same type and the same two ends.
 
-    With the spans of :func:`memtx.data.tags.spans_of` it is the micro average of CoNLL-2000's evaluation, as the
+    With the spans of :func:`memtx.data.tags.extract_spans` it is the micro average of CoNLL-2000's evaluation, as the
     package seqeval has it.
     """
 
@@ -110,24 +110,24 @@ class SpanF1(Metric):
     higher_is_better = True
     full_state_update = False
 
-    right: Tensor
-    given: Tensor
-    wanted: Tensor
+    true_positives: Tensor
+    num_predictions: Tensor
+    num_targets: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("right", "given", "wanted"):
+        for name in ("true_positives", "num_predictions", "num_targets"):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, given: Sequence[Span], wanted: Sequence[Span]) -> None:
+    def update(self, predictions: Sequence[Span], targets: Sequence[Span]) -> None:
         """Add one text's spans: those a model gives, and the true ones."""
-        self.right += len(set(given) & set(wanted))
-        self.given += len(set(given))
-        self.wanted += len(set(wanted))
+        self.true_positives += len(set(predictions) & set(targets))
+        self.num_predictions += len(set(predictions))
+        self.num_targets += len(set(targets))
 
     def compute(self) -> Tensor:
         """Return F1, () float32; 0 where nothing is right."""
-        return (2 * self.right / (self.given + self.wanted).clamp(min=1)).float()
+        return (2 * self.true_positives / (self.num_predictions + self.num_targets).clamp(min=1)).float()
 
 
 class _AnswerScore(Metric):
@@ -137,54 +137,54 @@ class _AnswerScore(Metric):
     higher_is_better = True
     full_state_update = False
 
-    total: Tensor
-    questions: Tensor
+    total_score: Tensor
+    num_questions: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total_score", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, given: str, wanted: Sequence[str]) -> None:
+    def update(self, prediction: str, targets: Sequence[str]) -> None:
         """Add one question: the answer given (empty for none), and the true ones (empty where there is none)."""
         # An answer that normalises to nothing, such as "the", does not count among several (SQuAD 2.0's evaluation).
-        true = [one for one in wanted if normalised_answer(one)] or [""]
-        self.total += max(self.score(normalised_answer(given), normalised_answer(one)) for one in true)
-        self.questions += 1
+        true = [one for one in targets if normalize_answer(one)] or [""]
+        self.total_score += max(self.score(normalize_answer(prediction), normalize_answer(one)) for one in true)
+        self.num_questions += 1
 
     @staticmethod
-    def score(given: str, wanted: str) -> float:
+    def score(prediction: str, target: str) -> float:
         """Return the score of one normalised answer against another."""
         raise NotImplementedError
 
     def compute(self) -> Tensor:
         """Return the mean, () float32; NaN if there was no question."""
-        return (self.total / self.questions).float()
+        return (self.total_score / self.num_questions).float()
 
 
 class AnswerExactMatch(_AnswerScore):
     """The share of questions answered word for word (Rajpurkar et al. 2016, section 6.1)."""
 
     @staticmethod
-    def score(given: str, wanted: str) -> float:
+    def score(prediction: str, target: str) -> float:
         """Return 1 for equal answers."""
-        return float(given == wanted)
+        return float(prediction == target)
 
 
 class AnswerF1(_AnswerScore):
     """F1 of the words that answers share (Rajpurkar et al. 2016, section 6.1); of no answer, 1 if none is given."""
 
     @staticmethod
-    def score(given: str, wanted: str) -> float:
+    def score(prediction: str, target: str) -> float:
         """Return the F1 of the bags of words."""
-        own, true = given.split(), wanted.split()
+        own, true = prediction.split(), target.split()
         if not own or not true:
             return float(own == true)
         shared = sum((Counter(own) & Counter(true)).values())
         return 2 * shared / (len(own) + len(true))
 
 
-def normalised_answer(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Return an answer in lower case without punctuation, articles and extra spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

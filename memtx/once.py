@@ -10,13 +10,13 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Once:
+class Memo:
     """A value that carries what was made of it."""
 
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
+    _values: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """Return ``make()``, computed the first time the key is asked for."""
-        if key not in self._made:
-            self._made[key] = make()
-        return cast(T, self._made[key])
+    def memo(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Return ``compute()``, computed the first time the key is asked for."""
+        if key not in self._values:
+            self._values[key] = compute()
+        return cast(T, self._values[key])

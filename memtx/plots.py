@@ -19,50 +19,50 @@ from numpy.typing import ArrayLike, NDArray
 from memtx import files
 from memtx.errors import MemtxError
 
-INK = "#1f2933"
-QUIET = "#7b8794"
-GRID = "#e4e7eb"
+TEXT_COLOR = "#1f2933"
+MUTED_COLOR = "#7b8794"
+GRID_COLOR = "#e4e7eb"
 BLUE = "#2b6cb0"
 ORANGE = "#c05621"
-COLOURS = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#c53030")
+PALETTE = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#c53030")
 DPI = 150
 
-Floats = NDArray[np.float64]
+FloatArray = NDArray[np.float64]
 
 
-def _figure(width: float, height: float) -> Figure:
+def _create_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _dress(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK)
-    axes.set_xlabel(x, fontsize=9, color=QUIET)
-    axes.set_ylabel(y, fontsize=9, color=QUIET)
-    axes.tick_params(labelsize=8, colors=QUIET, length=0)
+def _style_axes(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold", color=TEXT_COLOR)
+    axes.set_xlabel(x_label, fontsize=9, color=MUTED_COLOR)
+    axes.set_ylabel(y_label, fontsize=9, color=MUTED_COLOR)
+    axes.tick_params(labelsize=8, colors=MUTED_COLOR, length=0)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
-    axes.grid(True, color=GRID, linewidth=0.8)
+    axes.spines["bottom"].set_color(GRID_COLOR)
+    axes.grid(True, color=GRID_COLOR, linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _count(value: float, _: object = None) -> str:
+def _format_count(value: float, _: object = None) -> str:
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:g}{unit}"
     return f"{value:g}"
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def _save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png")
     with files.atomic_open(path) as handle:
         handle.write(content.getvalue())
 
 
-def _columns(**columns: ArrayLike) -> list[Floats]:
+def _as_equal_columns(**columns: ArrayLike) -> list[FloatArray]:
     arrays = [np.asarray(column, dtype=np.float64) for column in columns.values()]
     sizes = {array.shape for array in arrays}
     if len(sizes) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
@@ -71,31 +71,31 @@ def _columns(**columns: ArrayLike) -> list[Floats]:
     return arrays
 
 
-def smoothed(values: ArrayLike, reach: int) -> Floats:
-    """Return the mean over up to ``2 * reach + 1`` neighbours, fewer at the ends (no padding is made up).
+def moving_average(values: ArrayLike, radius: int) -> FloatArray:
+    """Return the mean over up to ``2 * radius + 1`` neighbours, fewer at the ends (no padding is made up).
 
     Args:
         values: (n,).
-        reach: neighbours on each side; 0 changes nothing.
+        radius: neighbours on each side; 0 changes nothing.
     """
     array = np.asarray(values, dtype=np.float64)
     sums = np.concatenate([[0.0], array.cumsum()])
     place = np.arange(len(array))
-    first, last = np.maximum(place - reach, 0), np.minimum(place + reach + 1, len(array))
-    averaged: Floats = (sums[last] - sums[first]) / (last - first)
+    first, last = np.maximum(place - radius, 0), np.minimum(place + radius + 1, len(array))
+    averaged: FloatArray = (sums[last] - sums[first]) / (last - first)
     return averaged
 
 
-def _surprise(axes: Any, along: tuple[ArrayLike, ArrayLike]) -> None:
-    position, mean = _columns(position=along[0], mean=along[1])
+def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None:
+    position, mean = _as_equal_columns(position=curve[0], mean=curve[1])
     reach = max(1, len(mean) // 60)
-    line = smoothed(mean, reach)
+    line = moving_average(mean, reach)
     # The range of the stretches around: their means' spread, not the single tokens', which would hide the line.
-    spread = np.sqrt(np.maximum(smoothed(mean**2, reach) - line**2, 0))
+    spread = np.sqrt(np.maximum(moving_average(mean**2, reach) - line**2, 0))
     axes.fill_between(position, line - spread, line + spread, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(position, line, color=BLUE, linewidth=1.8, solid_capstyle="round")
     average = float(np.average(mean))
-    axes.axhline(average, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.axhline(average, color=MUTED_COLOR, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.annotate(
         f"mean\n{average:.2f}",
         (1.0, average),
@@ -105,18 +105,18 @@ def _surprise(axes: Any, along: tuple[ArrayLike, ArrayLike]) -> None:
         ha="left",
         va="center",
         fontsize=8,
-        color=QUIET,
+        color=MUTED_COLOR,
     )
-    axes.set_title("band: one standard deviation between stretches", loc="right", fontsize=8, color=QUIET)
+    axes.set_title("band: one standard deviation between stretches", loc="right", fontsize=8, color=MUTED_COLOR)
     low, high = np.percentile(line - spread, 1), np.percentile(line + spread, 99)
     margin = 0.12 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - margin), high + margin)
     axes.set_xlim(0, position[-1] + position[0])
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
 
 
-def _by_position(axes: Any, positions: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
-    position, mean, error = _columns(position=positions[0], mean=positions[1], error=positions[2])
+def _draw_loss_by_position(axes: Any, by_position: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
+    position, mean, error = _as_equal_columns(position=by_position[0], mean=by_position[1], error=by_position[2])
     axes.errorbar(
         position,
         mean,
@@ -129,9 +129,9 @@ def _by_position(axes: Any, positions: tuple[ArrayLike, ArrayLike, ArrayLike]) -
         markersize=3.5,
     )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title("bars: standard error", loc="right", fontsize=8, color=QUIET)
+    axes.set_title("bars: standard error", loc="right", fontsize=8, color=MUTED_COLOR)
     # The first tokens' loss is far above all others and must not flatten them.
     high = np.percentile(mean, 98)
     low = float(mean.min())
@@ -139,9 +139,9 @@ def _by_position(axes: Any, positions: tuple[ArrayLike, ArrayLike, ArrayLike]) -
     axes.set_ylim(max(0.0, low - margin), max(high, float(np.median(mean))) + margin)
 
 
-def surprise(
+def plot_surprisal(
     path: str | os.PathLike[str],
-    along: tuple[ArrayLike, ArrayLike],
+    curve: tuple[ArrayLike, ArrayLike],
     by_position: tuple[ArrayLike, ArrayLike, ArrayLike],
     *,
     title: str = "",
@@ -150,31 +150,33 @@ def surprise(
 
     Args:
         path: the PNG to write, whole or not at all.
-        along: middle of each stretch (tokens) and its mean surprise (nats); (n,) each.
+        curve: middle of each stretch (tokens) and its mean surprise (nats); (n,) each.
         by_position: position (from 1), mean surprise (nats) and standard error; (m,) each.
         title: the book's.
 
     Raises:
         MemtxError: columns of different lengths, or the file cannot be written.
     """
-    figure = _figure(10, 6.4)
+    figure = _create_figure(10, 6.4)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=TEXT_COLOR)
     upper, lower = figure.subplots(2, 1, height_ratios=(1.25, 1))
-    _dress(upper, "Surprise along the book", "tokens read", "nats per token")
-    _surprise(upper, along)
-    _dress(lower, "Loss by position: what a longer past is worth", "position in the book (tokens)", "nats per token")
-    _by_position(lower, by_position)
-    _save(figure, path)
+    _style_axes(upper, "Surprise along the book", "tokens read", "nats per token")
+    _draw_surprisal_curve(upper, curve)
+    _style_axes(
+        lower, "Loss by position: what a longer past is worth", "position in the book (tokens)", "nats per token"
+    )
+    _draw_loss_by_position(lower, by_position)
+    _save_figure(figure, path)
 
 
-def loss_curve(
+def plot_loss_curves(
     path: str | os.PathLike[str],
     curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     title: str = "Loss",
-    x: str = "step",
-    y: str = "nats per token",
+    x_label: str = "step",
+    y_label: str = "nats per token",
 ) -> None:
     """Draw losses over training steps, each smoothed above its pale raw line.
 
@@ -182,118 +184,118 @@ def loss_curve(
         path: the PNG to write.
         curves: name -> (steps, losses), (n,) each.
         title: above the picture.
-        x: name of the horizontal axis.
-        y: name of the vertical axis.
+        x_label: name of the horizontal axis.
+        y_label: name of the vertical axis.
 
     Raises:
         MemtxError: no curve, or columns of different lengths.
     """
     if not curves:
         raise MemtxError("A loss curve needs at least one curve, got none.")
-    figure = _figure(9, 4.6)
+    figure = _create_figure(9, 4.6)
     axes = figure.subplots()
-    _dress(axes, title, x, y)
+    _style_axes(axes, title, x_label, y_label)
     for index, (name, (steps, losses)) in enumerate(curves.items()):
-        step, loss = _columns(steps=steps, losses=losses)
-        colour = COLOURS[index % len(COLOURS)]
+        step, loss = _as_equal_columns(steps=steps, losses=losses)
+        colour = PALETTE[index % len(PALETTE)]
         reach = len(loss) // 80
         if reach:
             axes.plot(step, loss, color=colour, linewidth=0.7, alpha=0.25)
-        axes.plot(step, smoothed(loss, reach), color=colour, linewidth=1.8, label=name)
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+        axes.plot(step, moving_average(loss, reach), color=colour, linewidth=1.8, label=name)
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
     if len(curves) > 1:
-        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _save(figure, path)
+        axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR)
+    _save_figure(figure, path)
 
 
-def accuracy(
+def plot_accuracy(
     path: str | os.PathLike[str],
     curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     *,
-    chance: float,
+    chance_level: float,
     title: str = "Accuracy",
-    x: str = "distance (tokens)",
+    x_label: str = "distance (tokens)",
 ) -> None:
     """Draw the share of right answers by distance, beside that of guessing.
 
     Args:
         path: the PNG to write.
         curves: name -> (distances, shares), (n,) each, distances from 1.
-        chance: the share of guessing, from 0 to 1.
+        chance_level: the share of guessing, from 0 to 1.
         title: above the picture.
-        x: name of the horizontal axis, which is logarithmic.
+        x_label: name of the horizontal axis, which is logarithmic.
 
     Raises:
         MemtxError: no curve, or columns of different lengths.
     """
     if not curves:
         raise MemtxError("A picture of accuracy needs at least one curve, got none.")
-    figure = _figure(8, 4.4)
+    figure = _create_figure(8, 4.4)
     axes = figure.subplots()
-    _dress(axes, title, x, "share of right answers")
+    _style_axes(axes, title, x_label, "share of right answers")
     for index, (name, (distances, shares)) in enumerate(curves.items()):
-        distance, share = _columns(distances=distances, shares=shares)
+        distance, share = _as_equal_columns(distances=distances, shares=shares)
         # More curves than colours differ by their lines.
-        line = ("-", "--", ":")[index // len(COLOURS) % 3]
-        colour = COLOURS[index % len(COLOURS)]
+        line = ("-", "--", ":")[index // len(PALETTE) % 3]
+        colour = PALETTE[index % len(PALETTE)]
         axes.plot(distance, share, color=colour, linewidth=1.8, linestyle=line, marker="o", markersize=3.5, label=name)
-    axes.axhline(chance, color=QUIET, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
+    axes.axhline(chance_level, color=MUTED_COLOR, linewidth=0.9, linestyle=(0, (4, 3)), label="chance")
     axes.set_xscale("log")
     axes.set_ylim(-0.03, 1.03)
     # A decade may lie between two powers of ten: the distances themselves are named, those of the longest curve.
     axes.set_xticks(np.asarray(max((one for one, _ in curves.values()), key=len), dtype=np.float64))
-    axes.xaxis.set_major_formatter(FuncFormatter(_count))
+    axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.legend(
-        frameon=False, fontsize=8, labelcolor=INK, loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.5
+        frameon=False, fontsize=8, labelcolor=TEXT_COLOR, loc="upper left", bbox_to_anchor=(1.01, 1.0), handlelength=3.5
     )
-    _save(figure, path)
+    _save_figure(figure, path)
 
 
-def beside(
-    path: str | os.PathLike[str], panels: Mapping[str, Sequence[float]], names: Sequence[str], *, title: str = ""
+def plot_model_comparison(
+    path: str | os.PathLike[str], panels: Mapping[str, Sequence[float]], model_names: Sequence[str], *, title: str = ""
 ) -> None:
     """Draw models beside one another: a panel a measure, a bar a model, each with its number.
 
     Args:
         path: the PNG to write.
         panels: measure -> one value a model, finite and not negative.
-        names: the models, the first on top and in a colour of its own.
+        model_names: the models, the first on top and in a colour of its own.
         title: above the picture.
 
     Raises:
         MemtxError: no panel or no model, a value for each of other models, or one that cannot be drawn.
     """
-    if not panels or not names:
+    if not panels or not model_names:
         raise MemtxError("A picture of models beside one another needs a measure and a model.")
     for measure, values in panels.items():
         given = np.asarray(values, dtype=np.float64)
-        if given.shape != (len(names),) or not np.isfinite(given).all() or (given < 0).any():
-            raise MemtxError(f"'{measure}' is {list(values)}, expected {len(names)} finite values, none below 0.")
-    figure = _figure(2.2 + 2.6 * len(panels), 1.3 + 0.45 * len(names))
+        if given.shape != (len(model_names),) or not np.isfinite(given).all() or (given < 0).any():
+            raise MemtxError(f"'{measure}' is {list(values)}, expected {len(model_names)} finite values, none below 0.")
+    figure = _create_figure(2.2 + 2.6 * len(panels), 1.3 + 0.45 * len(model_names))
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=TEXT_COLOR)
     for place, (axes, (measure, values)) in enumerate(
         zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True)
     ):
-        _dress(axes, measure, "", "")
-        height = np.arange(len(names))[::-1]
-        axes.barh(height, values, height=0.55, color=[QUIET, *[BLUE] * (len(names) - 1)], linewidth=0)
+        _style_axes(axes, measure, "", "")
+        height = np.arange(len(model_names))[::-1]
+        axes.barh(height, values, height=0.55, color=[MUTED_COLOR, *[BLUE] * (len(model_names) - 1)], linewidth=0)
         for at, value in zip(height, values, strict=True):
             text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
             axes.annotate(
-                text, (value, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+                text, (value, at), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8, color=TEXT_COLOR
             )
-        axes.set_yticks(height, names if not place else [""] * len(names), fontsize=9, color=INK)
+        axes.set_yticks(height, model_names if not place else [""] * len(model_names), fontsize=9, color=TEXT_COLOR)
         axes.set_xlim(0, 1.3 * max(*values, 1e-9))
-        axes.xaxis.set_major_formatter(FuncFormatter(_count))
+        axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
         axes.xaxis.set_major_locator(MaxNLocator(4))
-    _save(figure, path)
+    _save_figure(figure, path)
 
 
-def comparison(
+def plot_seed_comparison(
     path: str | os.PathLike[str],
-    table: Mapping[str, Sequence[float]],
+    results: Mapping[str, Sequence[float]],
     *,
     title: str = "Comparison",
     unit: str = "",
@@ -303,7 +305,7 @@ def comparison(
 
     Args:
         path: the PNG to write.
-        table: name -> one value a seed, at least one; rows are sorted, the best on top.
+        results: name -> one value a seed, at least one; rows are sorted, the best on top.
         title: above the picture.
         unit: what the values are.
         lower_is_better: decides which row is best, and is said below the picture.
@@ -311,22 +313,22 @@ def comparison(
     Raises:
         MemtxError: an empty table or row, or a value that is not finite.
     """
-    if not table:
+    if not results:
         raise MemtxError("A comparison needs at least one row, got none.")
-    for name, seeds in table.items():
+    for name, seeds in results.items():
         if not len(seeds) or not np.isfinite(np.asarray(seeds, dtype=np.float64)).all():
             raise MemtxError(f"Row '{name}' is {list(seeds)}, expected finite values, one a seed.")
     # The axis grows upwards, so the best row comes last.
-    rows = sorted(table.items(), key=lambda row: float(np.mean(row[1])), reverse=lower_is_better)
-    figure = _figure(8.5, 1.5 + 0.46 * len(rows))
+    rows = sorted(results.items(), key=lambda row: float(np.mean(row[1])), reverse=lower_is_better)
+    figure = _create_figure(8.5, 1.5 + 0.46 * len(rows))
     axes = figure.subplots()
     direction = "lower" if lower_is_better else "higher"
-    _dress(axes, title, f"{unit + ', ' if unit else ''}{direction} is better", "")
+    _style_axes(axes, title, f"{unit + ', ' if unit else ''}{direction} is better", "")
     axes.grid(False, axis="y")
     for height, (_, seeds) in enumerate(rows):
         values = np.asarray(seeds, dtype=np.float64)
         mean, best = float(values.mean()), height == len(rows) - 1
-        colour = BLUE if best else QUIET
+        colour = BLUE if best else MUTED_COLOR
         axes.barh(height, np.ptp(values), left=values.min(), height=0.42, color=colour, alpha=0.2, linewidth=0)
         axes.plot([mean, mean], [height - 0.26, height + 0.26], color=colour, linewidth=2.2)
         axes.scatter(values, np.full(len(values), height), s=16, color=colour, zorder=3, linewidth=0)
@@ -338,11 +340,11 @@ def comparison(
             va="center",
             fontsize=8.5,
             fontweight="bold" if best else "normal",
-            color=INK,
+            color=TEXT_COLOR,
         )
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9, color=INK)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9, color=TEXT_COLOR)
     axes.set_ylim(-0.6, len(rows) - 0.4)
     # A bar's end would otherwise be the axis' end, with half of a dot cut off.
     axes.use_sticky_edges = False
     axes.margins(x=0.08)
-    _save(figure, path)
+    _save_figure(figure, path)

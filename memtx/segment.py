@@ -13,32 +13,34 @@ import torch
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.once import Once
+from memtx.once import Memo
 
-FAR = 1 << 40
+INFINITE_OFFSET = 1 << 40
 """A tick no stream reaches: "never" for a birth, "not within this call" for an end."""
 
 
 @dataclass(frozen=True)
-class Segment(Once):
+class Segment(Memo):
     """The places of one call's tokens.
 
     Attributes:
         position: (rows, segment) int64, position of each token within its document.
-        document: (rows, segment) int64, 0 for the document carried in, then 1, 2, ... for those begun here.
-        end: (rows, segment) int64, the tick at which the token's document ends; FAR if it is still open.
-        carried: (rows,) int64, tokens of the carried document that were read before this call.
-        carried_end: (rows,) int64, the tick at which the carried document ends; FAR if it is still open.
-        stop: (rows,) int64, how many of each row's tokens are of the text; what stands behind them is padding, which
-            no token of the text sees and nothing is carried of. None where all are.
+        document_id: (rows, segment) int64, 0 for the document carried in, then 1, 2, ... for those begun here.
+        document_end: (rows, segment) int64, the tick at which the token's document ends; INFINITE_OFFSET if it is still
+            open.
+        past_length: (rows,) int64, tokens of the carried document that were read before this call.
+        past_document_end: (rows,) int64, the tick at which the carried document ends; INFINITE_OFFSET if it is still
+            open.
+        valid_length: (rows,) int64, how many of each row's tokens are of the text; what stands behind them is padding,
+            which no token of the text sees and nothing is carried of. None where all are.
     """
 
     position: Tensor
-    document: Tensor
-    end: Tensor
-    carried: Tensor
-    carried_end: Tensor
-    stop: Tensor | None = None
+    document_id: Tensor
+    document_end: Tensor
+    past_length: Tensor
+    past_document_end: Tensor
+    valid_length: Tensor | None = None
 
     @property
     def length(self) -> int:
@@ -48,54 +50,57 @@ class Segment(Once):
     @property
     def next_position(self) -> Tensor:
         """(rows,) int64: the position that the next token will have if no document begins there."""
-        if self.stop is None:
+        if self.valid_length is None:
             return self.position[:, -1] + 1
-        last = self.position.gather(1, (self.stop - 1).clamp(min=0)[:, None])[:, 0]
-        return torch.where(self.stop > 0, last + 1, self.carried)
+        last = self.position.gather(1, (self.valid_length - 1).clamp(min=0)[:, None])[:, 0]
+        return torch.where(self.valid_length > 0, last + 1, self.past_length)
 
     @property
-    def newest_document(self) -> Tensor:
+    def last_document_id(self) -> Tensor:
         """(rows, 1) int64: the document of each row's last token."""
-        if self.stop is None:
-            return self.document[:, -1:]
-        last = self.document.gather(1, (self.stop - 1).clamp(min=0)[:, None])
-        return torch.where(self.stop[:, None] > 0, last, 0)
+        if self.valid_length is None:
+            return self.document_id[:, -1:]
+        last = self.document_id.gather(1, (self.valid_length - 1).clamp(min=0)[:, None])
+        return torch.where(self.valid_length[:, None] > 0, last, 0)
 
     @classmethod
-    def locate(cls, carried: Tensor, length: int, starts: Tensor | None = None, stop: Tensor | None = None) -> Segment:
-        """Place ``length`` tokens after ``carried`` ones.
+    def from_document_starts(
+        cls, past_length: Tensor, length: int, document_starts: Tensor | None = None, valid_length: Tensor | None = None
+    ) -> Segment:
+        """Place ``length`` tokens after ``past_length`` ones.
 
         Args:
-            carried: (rows,) int64, tokens of each row's document read so far.
+            past_length: (rows,) int64, tokens of each row's document read so far.
             length: tokens in the call, at least 1.
-            starts: (rows, segment) bool, where a document begins; None for nowhere.
-            stop: (rows,) int64 from 0 to ``length``, tokens of each row before its padding; None for all.
+            document_starts: (rows, segment) bool, where a document begins; None for nowhere.
+            valid_length: (rows,) int64 from 0 to ``length``, tokens of each row before its padding; None for all.
 
         Raises:
-            MemtxError: no token is given, or ``starts`` is not of this shape and type.
+            MemtxError: no token is given, or ``document_starts`` is not of this shape and type.
         """
         if length < 1:
             raise MemtxError(f"A segment of {length} tokens was given.", "Give at least 1.")
-        tick = torch.arange(length, device=carried.device)
-        if starts is None:
-            open_end = torch.full_like(carried, FAR)
-            position = carried[:, None] + tick
+        tick = torch.arange(length, device=past_length.device)
+        if document_starts is None:
+            open_end = torch.full_like(past_length, INFINITE_OFFSET)
+            position = past_length[:, None] + tick
             end = open_end[:, None].expand_as(position)
-            return cls(position, torch.zeros_like(position), end, carried, open_end, stop)
-        if starts.dtype != torch.bool or starts.shape != (carried.shape[0], length):
+            return cls(position, torch.zeros_like(position), end, past_length, open_end, valid_length)
+        if document_starts.dtype != torch.bool or document_starts.shape != (past_length.shape[0], length):
             raise MemtxError(
-                f"starts is {starts.dtype} {tuple(starts.shape)}, expected bool ({carried.shape[0]}, {length}).",
+                f"document_starts is {document_starts.dtype} {tuple(document_starts.shape)}, "
+                f"expected bool ({past_length.shape[0]}, {length}).",
                 "Mark with True the tokens that begin a document.",
             )
-        document = starts.cumsum(1)
-        begun = torch.where(starts, tick, -1).cummax(1).values
-        position = torch.where(document > 0, tick - begun, carried[:, None] + tick)
+        document = document_starts.cumsum(1)
+        begun = torch.where(document_starts, tick, -1).cummax(1).values
+        position = torch.where(document > 0, tick - begun, past_length[:, None] + tick)
         # The next start at or after each tick; a document ends where the start after it stands.
-        following = torch.where(starts, tick, FAR).flip(1).cummin(1).values.flip(1)
-        end = torch.cat([following[:, 1:], torch.full_like(following[:, :1], FAR)], dim=1)
-        return cls(position, document, end, carried, following[:, 0], stop)
+        following = torch.where(document_starts, tick, INFINITE_OFFSET).flip(1).cummin(1).values.flip(1)
+        end = torch.cat([following[:, 1:], torch.full_like(following[:, :1], INFINITE_OFFSET)], dim=1)
+        return cls(position, document, end, past_length, following[:, 0], valid_length)
 
-    def cut(self, interval: int) -> list[int]:
+    def split_offsets(self, interval: int) -> list[int]:
         """Return the ticks at which some row's interval has just ended, in order, the call's end the last.
 
         Args:

@@ -21,11 +21,11 @@ from memtx.errors import CheckpointError, MemtxError
 
 C = TypeVar("C")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass_transform(frozen_default=True)
-def state(cls: type[C]) -> type[C]:
+def state_dataclass(cls: type[C]) -> type[C]:
     """Make ``cls`` a frozen dataclass and a pytree node whose key paths are its field names."""
     made = dataclass(frozen=True)(cls)
     names = [field.name for field in dataclasses.fields(made)]  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def state(cls: type[C]) -> type[C]:
     return made
 
 
-@state
+@state_dataclass
 class MemoryState:
     """All that a model carries from one segment to the next, for every row.
 
@@ -62,7 +62,7 @@ class MemoryState:
     layers: tuple[tuple[Any, ...], ...]
 
     @property
-    def rows(self) -> int:
+    def batch_size(self) -> int:
         """Streams in the batch."""
         return self.position.shape[0]
 
@@ -80,40 +80,42 @@ class MemoryState:
         """Return the state cut from the graph: the end of a truncation horizon."""
         return self.map(torch.Tensor.detach)
 
-    def reset(self, rows: Tensor) -> MemoryState:
+    def reset(self, mask: Tensor) -> MemoryState:
         """Return the state with the marked rows fresh.
 
         Args:
-            rows: (rows,) bool, True for the rows to reset.
+            mask: (rows,) bool, True for the rows to reset.
 
         Raises:
-            MemtxError: ``rows`` is not a bool tensor of this shape.
+            MemtxError: ``mask`` is not a bool tensor of this shape.
         """
-        if rows.dtype != torch.bool or rows.shape != (self.rows,):
+        if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
             raise MemtxError(
-                f"reset got {rows.dtype} {tuple(rows.shape)}, expected a bool tensor of shape ({self.rows},).",
+                f"reset got {mask.dtype} {tuple(mask.shape)}, expected a bool tensor of shape ({self.batch_size},).",
                 "Mark with True the rows to reset.",
             )
-        return self.map(lambda leaf: leaf.masked_fill(rows.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
+        return self.map(lambda leaf: leaf.masked_fill(mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
 
-    def select(self, rows: Sequence[int] | Tensor) -> MemoryState:
+    def select(self, indices: Sequence[int] | Tensor) -> MemoryState:
         """Return the given rows, in the given order.
 
         Args:
-            rows: indices from 0; one may stand twice.
+            indices: indices from 0; one may stand twice.
 
         Raises:
             MemtxError: a mask was given, or an index is out of range.
         """
-        index = torch.as_tensor(rows)
+        index = torch.as_tensor(indices)
         if index.dtype == torch.bool or index.is_floating_point() or index.dim() != 1:
             raise MemtxError(
                 f"select got {index.dtype} {tuple(index.shape)}, expected a list of row numbers.",
                 "For a mask, give mask.nonzero().flatten().",
             )
         # Numbers on an accelerator are checked by its own kernel: looking at them here would wait for it.
-        if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < self.rows:
-            raise MemtxError(f"select got {index.tolist()} of {self.rows} rows.", f"Give 0 to {self.rows - 1}.")
+        if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < self.batch_size:
+            raise MemtxError(
+                f"select got {index.tolist()} of {self.batch_size} rows.", f"Give 0 to {self.batch_size - 1}."
+            )
         index = index.to(torch.int64)
         return self.map(lambda leaf: leaf.index_select(0, index.to(leaf.device)))
 
@@ -134,13 +136,13 @@ class MemoryState:
         joined: MemoryState = pytree.tree_unflatten(leaves, flat[0][1])
         return joined
 
-    def equals(self, other: MemoryState, tolerance: float = 0.0) -> bool:
-        """Return whether two states are of one structure and no number differs by more than ``tolerance``."""
-        mine, theirs = self.tensors(), other.tensors()
+    def equals(self, other: MemoryState, atol: float = 0.0) -> bool:
+        """Return whether two states are of one structure and no number differs by more than ``atol``."""
+        mine, theirs = self.named_tensors(), other.named_tensors()
         return mine.keys() == theirs.keys() and all(
             own.shape == theirs[name].shape
             and own.dtype == theirs[name].dtype
-            and torch.allclose(own, theirs[name].to(own.device), rtol=0.0, atol=tolerance)
+            and torch.allclose(own, theirs[name].to(own.device), rtol=0.0, atol=atol)
             for name, own in mine.items()
         )
 
@@ -148,18 +150,18 @@ class MemoryState:
         """Return the state on a device, its floating-point tensors in a dtype."""
         return self.map(lambda leaf: leaf.to(device=device, dtype=dtype if leaf.is_floating_point() else None))
 
-    def tensors(self) -> dict[str, Tensor]:
+    def named_tensors(self) -> dict[str, Tensor]:
         """Return every tensor by its key path, such as ``layers[0][0].hidden``."""
         leaves, _ = pytree.tree_flatten_with_path(self)
         return {pytree.keystr(path).lstrip("."): leaf for path, leaf in leaves}
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> MemoryState:
+    def with_named_tensors(self, tensors: Mapping[str, Tensor]) -> MemoryState:
         """Return a state of this structure that holds ``tensors``; the rows may differ from this one's.
 
         Raises:
             CheckpointError: a name is missing or unknown, or a shape or dtype does not fit.
         """
-        own = self.tensors()
+        own = self.named_tensors()
         if missing := sorted(own.keys() - tensors.keys()):
             raise CheckpointError(f"The saved state lacks {missing[0]}.", "It belongs to another model.")
         if extra := sorted(tensors.keys() - own.keys()):
@@ -178,16 +180,16 @@ class MemoryState:
         filled: MemoryState = pytree.tree_unflatten(leaves, spec)
         return filled
 
-    def save(self, path: str | os.PathLike[str], fingerprint: str, **facts: str) -> None:
+    def save(self, path: str | os.PathLike[str], fingerprint: str, **metadata: str) -> None:
         """Write the state as one safetensors file.
 
         Args:
             path: the file to write, whole or not at all.
             fingerprint: the model's, so that no other model takes the state for its own.
-            facts: further texts for the header.
+            metadata: further texts for the header.
         """
         files.save_tensors(
-            path, self.tensors(), kind="memtx.state", version=FORMAT_VERSION, fingerprint=fingerprint, **facts
+            path, self.named_tensors(), kind="memtx.state", version=FORMAT_VERSION, fingerprint=fingerprint, **metadata
         )
 
     @staticmethod
@@ -209,4 +211,4 @@ class MemoryState:
                 f"this one is {fingerprint[:12]}).",
                 "Load it with the checkpoint that wrote it.",
             )
-        return like.with_tensors(tensors)
+        return like.with_named_tensors(tensors)

@@ -7,12 +7,12 @@ import http.client
 import os
 from urllib.parse import urlsplit
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
-def address(text: str) -> str:
+def local_url(text: str) -> str:
     """Read a server's address, for argparse: one of this machine, since other people's are not to be tried out."""
-    if urlsplit(text).hostname not in LOCAL:
+    if urlsplit(text).hostname not in LOCAL_HOSTS:
         raise argparse.ArgumentTypeError("the server must be on this machine")
     return text
 
@@ -21,23 +21,23 @@ class Connection:
     """One connection; shows the key in ``MEMTX_API_KEY``, if there is one.
 
     Args:
-        at: the server's address.
-        seconds: that an answer may take.
+        url: the server's address.
+        timeout: that an answer may take.
     """
 
-    def __init__(self, at: str, seconds: float = 60.0) -> None:
-        parts, key = urlsplit(at), os.environ.get("MEMTX_API_KEY")
-        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=seconds)
+    def __init__(self, url: str, timeout: float = 60.0) -> None:
+        parts, key = urlsplit(url), os.environ.get("MEMTX_API_KEY")
+        self._connection = http.client.HTTPConnection(parts.hostname or "", parts.port or 80, timeout=timeout)
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
-    def ask(self, method: str, path: str, body: bytes | str | None = None) -> tuple[int, bytes]:
+    def request(self, method: str, path: str, body: bytes | str | None = None) -> tuple[int, bytes]:
         """Return an answer's status and content."""
         self._connection.request(method, path, body, self._headers)
         response = self._connection.getresponse()
         return response.status, response.read()
 
-    def metric(self, name: str) -> float:
+    def get_metric(self, name: str) -> float:
         """Return one of the server's counters; NaN where it has none of the name."""
         self._connection.close()  # The server ends what was idle for long.
-        lines = self.ask("GET", "/metrics")[1].decode().splitlines()
+        lines = self.request("GET", "/metrics")[1].decode().splitlines()
         return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), float("nan"))

@@ -25,21 +25,21 @@ from typing import Any
 import measuring
 import numpy as np
 import torch
-from measuring import Spread, mib
+from measuring import Spread, format_mib
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.allocator import give_back, keep_freed
+from memtx.allocator import release_freed_memory, retain_freed_memory
 from memtx.errors import MemtxError
-from memtx.ops.attention.dispatch import Backend, segment_attention
-from memtx.ops.visibility import Section, Visibility, pairs, visible
+from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.visibility import KeyRange, Visibility, create_mask, num_visible_pairs
 from memtx.training import cost
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-OURS: tuple[Backend, ...] = ("native", "banded", "reference", "flex", "triton")
-OTHERS = ("sdpa-dense", "local-attention", "flash-attn")
-PASSES = {"forward": 1.0, "forward+backward": 3.0}
+MEMTX_BACKENDS: tuple[AttentionBackend, ...] = ("cpp", "banded", "reference", "flex", "triton")
+PEER_BACKENDS = ("sdpa-dense", "local-attention", "flash-attn")
+PASS_COSTS = {"forward": 1.0, "forward+backward": 3.0}
 """What each pass costs in forward passes: two products forward, four backward."""
 
 
@@ -48,54 +48,62 @@ class Shape:
     """One size of the operation.
 
     Attributes:
-        rows: streams.
-        queries: positions asked.
-        cached: positions before them.
+        batch_size: streams.
+        num_queries: positions asked.
+        cache_length: positions before them.
     """
 
-    rows: int
-    queries: int
-    cached: int
+    batch_size: int
+    num_queries: int
+    cache_length: int
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.queries:,}" + (f" after {self.cached:,}" if self.cached else "")
+        return f"{self.batch_size} x {self.num_queries:,}" + (
+            f" after {self.cache_length:,}" if self.cache_length else ""
+        )
 
 
-def windowed(shape: Shape, window: int, device: torch.device) -> Visibility:
+def causal_window(shape: Shape, window: int, device: torch.device) -> Visibility:
     """Return who sees whom: each position itself and the ``window - 1`` before it."""
-    born = torch.arange(-shape.cached, shape.queries, device=device)[None]
-    section = Section(shape.cached + shape.queries, -shape.cached, 1, window)
-    return Visibility(born, born + window, shape.queries, (section,))
+    born = torch.arange(-shape.cache_length, shape.num_queries, device=device)[None]
+    section = KeyRange(shape.cache_length + shape.num_queries, -shape.cache_length, 1, window)
+    return Visibility(born, born + window, shape.num_queries, (section,))
 
 
-def attend_by(name: str, shape: Shape, window: int, heads: int, visibility: Visibility, limit: float) -> Attend | str:
+def build_attention(
+    name: str, shape: Shape, window: int, heads: int, visibility: Visibility, max_bytes: float
+) -> AttentionFn | str:
     """Return the function of a backend for a shape, or why it cannot be had."""
-    device = visibility.born.device.type
-    mask = 4.0 * shape.rows * shape.queries * visibility.keys
+    device = visibility.visible_from.device.type
+    mask = 4.0 * shape.batch_size * shape.num_queries * visibility.num_keys
     # Fused attention needs the mask whole; what is not fused needs it for every head.
     takes = {"sdpa-dense": mask, "reference": heads * mask, "flex": heads * mask if device == "cpu" else 0.0}.get(
         name, 0
     )
-    if takes > limit:
+    if takes > max_bytes:
         return f"a number for each pair takes too much memory ({takes / 2**30:,.1f} GiB at {shape})"
-    if name in OURS:
+    if name in MEMTX_BACKENDS:
         return partial(segment_attention, visibility=visibility, backend=name)  # type: ignore[call-overload]
     if name == "sdpa-dense":
-        return partial(F.scaled_dot_product_attention, attn_mask=visible(visibility)[:, None])
+        return partial(F.scaled_dot_product_attention, attn_mask=create_mask(visibility)[:, None])
     if name == "flash-attn":
-        return flash_attention(window) if device == "cuda" and find_spec("flash_attn") else "needs CUDA and flash-attn"
+        return (
+            build_flash_attention(window)
+            if device == "cuda" and find_spec("flash_attn")
+            else "needs CUDA and flash-attn"
+        )
     if find_spec("local_attention") is None:
         return "not installed: pip install --no-deps local-attention hyper-connections torch-einops-utils"
-    if shape.cached or shape.queries % window:
+    if shape.cache_length or shape.num_queries % window:
         return "needs as many queries as keys, in whole windows"
     library: Any = importlib.import_module("local_attention")
-    attention: Attend = library.LocalAttention(
+    attention: AttentionFn = library.LocalAttention(
         window, causal=True, look_backward=1, exact_windowsize=True, use_rotary_pos_emb=False
     )
     return attention
 
 
-def flash_attention(window: int) -> Attend:
+def build_flash_attention(window: int) -> AttentionFn:
     """Return flash-attention's own window, between (rows, heads, length, head_dim) and its order of axes."""
     library: Any = importlib.import_module("flash_attn")
 
@@ -111,7 +119,7 @@ def flash_attention(window: int) -> Attend:
 class Case:
     """One thing to be timed: a backend's pass over drawn queries, keys and values."""
 
-    attend: Attend
+    attend: AttentionFn
     inputs: tuple[Tensor, Tensor, Tensor]
     grad: Tensor | None
 
@@ -125,65 +133,69 @@ class Case:
             torch.autograd.grad(out, self.inputs, self.grad)
 
 
-def drawn(shape: Shape, arguments: argparse.Namespace, dtype: str, backward: bool) -> tuple[Any, Tensor | None]:
+def random_inputs(shape: Shape, arguments: argparse.Namespace, dtype: str, backward: bool) -> tuple[Any, Tensor | None]:
     """Return queries, keys, values as a layer has them (heads beside width in memory), and a gradient."""
 
     def one(length: int) -> Tensor:
-        size = (shape.rows, length, arguments.heads, arguments.head_dim)
+        size = (shape.batch_size, length, arguments.heads, arguments.head_dim)
         made = torch.randn(size, device=arguments.device).to(measuring.DTYPES[dtype]).transpose(1, 2)
         return made.requires_grad_(backward)
 
-    keys = shape.cached + shape.queries
-    inputs = one(shape.queries), one(keys), one(keys)
+    keys = shape.cache_length + shape.num_queries
+    inputs = one(shape.num_queries), one(keys), one(keys)
     return inputs, torch.randn_like(inputs[0]) if backward else None
 
 
-def measured(
-    shape: Shape, dtype: str, arguments: argparse.Namespace, tick: Callable[[str], None]
+def measure(
+    shape: Shape, dtype: str, arguments: argparse.Namespace, on_progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Return a row for each backend and pass over one shape in one type."""
     device: torch.device = arguments.device
     torch.manual_seed(0)
-    visibility = windowed(shape, arguments.window, device)
-    forward = 4.0 * arguments.heads * arguments.head_dim * shape.rows * float(pairs(visibility).item())
-    peak = cost.matrix_peak(device, measuring.DTYPES[dtype], arguments.peak_size)
+    visibility = causal_window(shape, arguments.window, device)
+    forward = (
+        4.0 * arguments.heads * arguments.head_dim * shape.batch_size * float(num_visible_pairs(visibility).item())
+    )
+    peak = cost.measure_peak_flops(device, measuring.DTYPES[dtype], arguments.peak_size)
     rows: list[dict[str, Any]] = []
     cases: dict[int, Case] = {}
-    for pass_ in PASSES:
-        inputs, grad = drawn(shape, arguments, dtype, pass_ != "forward")
+    for pass_ in PASS_COSTS:
+        inputs, grad = random_inputs(shape, arguments, dtype, pass_ != "forward")
         for name in arguments.backends:
-            tick(f"{shape} {dtype} {pass_} {name}")
-            row = {"backend": name, "dtype": dtype, "pass": pass_, **dataclasses.asdict(shape), "left_out": None}
+            on_progress(f"{shape} {dtype} {pass_} {name}")
+            row = {"backend": name, "dtype": dtype, "pass": pass_, **dataclasses.asdict(shape), "skipped_reason": None}
             rows.append(row)
-            attend = attend_by(name, shape, arguments.window, arguments.heads, visibility, arguments.dense_gib * 2**30)
+            attend = build_attention(
+                name, shape, arguments.window, arguments.heads, visibility, arguments.max_dense_gib * 2**30
+            )
             if isinstance(attend, str):
-                row["left_out"] = attend
+                row["skipped_reason"] = attend
                 continue
             case = Case(attend, inputs, grad)
-            watched = measuring.reset_peak(device)
-            before = measuring.held_bytes(device)
+            watched = measuring.reset_peak_memory(device)
+            before = measuring.memory_bytes(device)
             try:
                 case()  # the first call makes masks, or compiles
                 measuring.synchronize(device)
             except (MemtxError, RuntimeError) as error:
-                row["left_out"] = str(error).splitlines()[0]
+                row["skipped_reason"] = str(error).splitlines()[0]
                 continue
-            after = measuring.peak_bytes(device)
+            after = measuring.peak_memory_bytes(device)
             row["peak_bytes"] = max(after - before, 0) if watched and after is not None and before is not None else None
             cases[len(rows) - 1] = case
     times: dict[int, list[float]] = {index: [] for index in cases}
     # Or the system's clearing of an output's pages is timed, from 32 MiB on; the first calls take them.
-    keep_freed(largest=True)
+    retain_freed_memory(include_large_blocks=True)
     for case in cases.values():
         case()
     for repeat in range(arguments.repeats):
         for index, case in cases.items():
-            tick(f"{shape} {dtype} {rows[index]['pass']} {rows[index]['backend']} {repeat + 1}")
-            times[index].append(measuring.seconds(case, device))
-    give_back()
+            on_progress(f"{shape} {dtype} {rows[index]['pass']} {rows[index]['backend']} {repeat + 1}")
+            times[index].append(measuring.time_call(case, device))
+    release_freed_memory()
     for index, taken in times.items():
-        useful = forward * PASSES[rows[index]["pass"]]
-        spread = Spread.of(taken)
+        useful = forward * PASS_COSTS[rows[index]["pass"]]
+        spread = Spread.from_values(taken)
         rows[index].update(
             seconds=dataclasses.asdict(spread),
             useful_flops=useful,
@@ -194,15 +206,17 @@ def measured(
     return rows
 
 
-def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def fit_slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each backend, type and pass the slope of log time over log length: 1 is linear."""
     found = []
     keys = sorted({(row["backend"], row["dtype"], row["pass"]) for row in rows})
     for key in keys:
         own = [
-            (row["queries"], row["seconds"]["median"])
+            (row["num_queries"], row["seconds"]["median"])
             for row in rows
-            if (row["backend"], row["dtype"], row["pass"]) == key and not row["left_out"] and not row["cached"]
+            if (row["backend"], row["dtype"], row["pass"]) == key
+            and not row["skipped_reason"]
+            and not row["cache_length"]
         ]
         if len(own) > 1:
             length, taken = (np.log(np.array(column)) for column in zip(*own, strict=True))
@@ -214,31 +228,31 @@ def slopes(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def table(results: dict[str, Any]) -> list[str]:
+def format_table(results: dict[str, Any]) -> list[str]:
     """Return Markdown: a row for each shape, type and pass, a column a backend."""
     rows, backends = results["rows"], results["backends"]
     lines = [
-        f"{measuring.headline(results['machine'])}. Causal window {results['window']}, {results['heads']} heads of "
-        f"{results['head_dim']}. Median ms of {results['repeats']} interleaved repeats (least to greatest), share of "
-        "the matrix peak in useful FLOPs, MiB taken beside the inputs by the first call.",
+        f"{measuring.format_machine(results['machine'])}. Causal window {results['window']}, "
+        f"{results['heads']} heads of {results['head_dim']}. Median ms of {results['repeats']} interleaved repeats "
+        "(least to greatest), share of the matrix peak in useful FLOPs, MiB taken beside the inputs by the first call.",
         "",
         "| rows x queries | type | pass | " + " | ".join(backends) + " |",
         "|---" * (3 + len(backends)) + "|",
     ]
     by: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        shape = Shape(row["rows"], row["queries"], row["cached"])
+        shape = Shape(row["batch_size"], row["num_queries"], row["cache_length"])
         by.setdefault((str(shape), row["dtype"], row["pass"]), {})[row["backend"]] = row
     for (size, dtype, pass_), own in by.items():
         cells = []
         for name in backends:
             row = own[name]
-            if row["left_out"]:
+            if row["skipped_reason"]:
                 cells.append("-")
                 continue
             low, mid, high = (1e3 * row["seconds"][which] for which in ("min", "median", "max"))
             share = row["fraction_of_matrix_peak"]
-            cells.append(f"{mid:,.1f} ({low:,.1f}-{high:,.1f}), {share:.0%}, {mib(row['peak_bytes'])}")
+            cells.append(f"{mid:,.1f} ({low:,.1f}-{high:,.1f}), {share:.0%}, {format_mib(row['peak_bytes'])}")
         lines.append(f"| {size} | {dtype} | {pass_} | {' | '.join(cells)} |")
     if results["slopes"]:
         lines += [
@@ -249,61 +263,61 @@ def table(results: dict[str, Any]) -> list[str]:
     for one in results["slopes"]:
         ends = f"{one['from']:,.0f} | {one['to']:,.0f}"
         lines.append(f"| {one['backend']} | {one['dtype']} | {one['pass']} | {ends} | {one['slope']:.3f} |")
-    reasons = sorted({f"{row['backend']}: {row['left_out']}" for row in rows if row["left_out"]})
+    reasons = sorted({f"{row['backend']}: {row['skipped_reason']}" for row in rows if row["skipped_reason"]})
     return lines + [f"\nLeft out, {reason}" for reason in reasons]
 
 
-def draw(path: str, results: dict[str, Any]) -> None:
+def plot_results(path: str, results: dict[str, Any]) -> None:
     """Draw the forward time of the long calls over their length, in the first type asked for."""
     from memtx import plots
 
     dtype = results["rows"][0]["dtype"]
     curves: dict[str, tuple[list[int], list[float]]] = {}
     for row in results["rows"]:
-        if not (row["left_out"] or row["cached"]) and (row["dtype"], row["pass"]) == (dtype, "forward"):
+        if not (row["skipped_reason"] or row["cache_length"]) and (row["dtype"], row["pass"]) == (dtype, "forward"):
             lengths, taken = curves.setdefault(row["backend"], ([], []))
-            lengths.append(row["queries"])
+            lengths.append(row["num_queries"])
             taken.append(1e3 * row["seconds"]["median"])
     title = f"Attention over a window of {results['window']}, forward, {dtype}"
-    plots.loss_curve(path, curves, title=title, x="positions in one call", y="ms")
+    plots.plot_loss_curves(path, curves, title=title, x_label="positions in one call", y_label="ms")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = (*OURS, *OTHERS)
+    every = (*MEMTX_BACKENDS, *PEER_BACKENDS)
     parser.add_argument("--backends", nargs="+", choices=every, metavar="NAME", help=f"of {', '.join(every)}")
     parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=list(measuring.DTYPES))
-    parser.add_argument("--repeats", type=measuring.positive, default=5)
-    parser.add_argument("--rows", type=int, default=4, help="of the short segment")
-    parser.add_argument("--segment", type=int, default=512)
+    parser.add_argument("--repeats", type=measuring.positive_int, default=5)
+    parser.add_argument("--batch-size", type=int, default=4, help="of the short segment")
+    parser.add_argument("--segment-length", type=int, default=512)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--dense-gib", type=float, default=0.6, help="the most that numbers of all pairs may take")
-    measuring.add_options(parser)
+    parser.add_argument("--max-dense-gib", type=float, default=0.6, help="the most that numbers of all pairs may take")
+    measuring.add_benchmark_options(parser)
     arguments = parser.parse_args()
-    measuring.prepare(arguments)
+    measuring.apply_benchmark_options(arguments)
     if arguments.backends is None:
         arguments.backends = [name for name in every if name != "triton" or arguments.device.type == "cuda"]
-    shapes = [Shape(arguments.rows, arguments.segment, arguments.window - 1)]
+    shapes = [Shape(arguments.batch_size, arguments.segment_length, arguments.window - 1)]
     shapes += [Shape(1, length, 0) for length in arguments.lengths]
     rows: list[dict[str, Any]] = []
-    with measuring.progress() as bar:
+    with measuring.progress_bar() as bar:
         task = bar.add_task("", total=len(shapes) * len(arguments.dtypes))
         for shape in shapes:
             for dtype in arguments.dtypes:
-                rows += measured(shape, dtype, arguments, lambda what: bar.update(task, description=what))
+                rows += measure(shape, dtype, arguments, lambda what: bar.update(task, description=what))
                 bar.advance(task)
     results = {
-        "machine": measuring.machine(arguments.device),
+        "machine": measuring.machine_info(arguments.device),
         **{name: getattr(arguments, name) for name in ("backends", "repeats", "window", "heads", "head_dim")},
         "rows": rows,
-        "slopes": slopes(rows),
+        "slopes": fit_slopes(rows),
     }
     if arguments.plot and arguments.lengths:
-        draw(arguments.plot, results)
-    measuring.deliver(arguments, results, table(results))
+        plot_results(arguments.plot, results)
+    measuring.write_results(arguments, results, format_table(results))
 
 
 if __name__ == "__main__":

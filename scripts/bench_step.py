@@ -25,15 +25,15 @@ from typing import Any
 
 import measuring
 import torch
-from measuring import Spread, mib
-from peers import BASELINE, EXTRA, SYSTEMS, Job
+from measuring import Spread, format_mib
+from peers import BASELINE, OPTIONAL_SYSTEMS, SYSTEMS, Job
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training import cost
 
-PEAK = "matrix peak"
+MATRIX_PEAK = "matrix peak"
 MODES = ("train", "read")
 
 
@@ -42,27 +42,27 @@ def useful_flops(model: MemoryTransformer, job: Job, mode: str) -> float:
 
     Backward counts twice the forward pass, once where carried states get no gradient; recomputation is not counted.
     """
-    found = cost.operations(model, job.segment)
-    return job.rows * job.segment * (found.training if mode == "train" else found.forward)
+    found = cost.count_flops(model, job.segment_length)
+    return job.batch_size * job.segment_length * (found.training if mode == "train" else found.forward)
 
 
-def measured(task: dict[str, Any]) -> dict[str, Any]:
+def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Do one process's part: the matrix peaks, or one system in one mode and type."""
     device, job = torch.device(task["device"]), Job(**task["job"])
-    if task["threads"]:
-        torch.set_num_threads(task["threads"])
-    if task["system"] == PEAK:
+    if task["num_threads"]:
+        torch.set_num_threads(task["num_threads"])
+    if task["system"] == MATRIX_PEAK:
         kinds = {name: measuring.DTYPES[name] for name in task["dtypes"]}
-        found = {name: cost.matrix_peak(device, kind, task["peak_size"]) for name, kind in kinds.items()}
-        return {"peaks": found, "machine": measuring.machine(device)}
+        found = {name: cost.measure_peak_flops(device, kind, task["peak_size"]) for name, kind in kinds.items()}
+        return {"peaks": found, "machine": measuring.machine_info(device)}
     system = SYSTEMS[task["system"]]
     __import__(system.module)
-    imports = measuring.held_bytes(device) if device.type == "cpu" else None
+    imports = measuring.memory_bytes(device) if device.type == "cpu" else None
     torch.manual_seed(0)
     model, forward = system.build(job)
     model.to(device).train(task["mode"] == "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if task["mode"] == "train" else None
-    texts = torch.randint(0, job.vocab, (4, job.rows, job.segment + 1), device=device)
+    texts = torch.randint(0, job.vocab_size, (4, job.batch_size, job.segment_length + 1), device=device)
     state: Any = None
 
     def step(tokens: Tensor) -> None:
@@ -76,10 +76,10 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-    for number in range(max(job.filling, 2)):
+    for number in range(max(job.warmup_segments, 2)):
         step(texts[number % 4])
-    times = [measuring.seconds(partial(step, texts[number % 4]), device) for number in range(task["steps"])]
-    peak = measuring.peak_bytes(device)
+    times = [measuring.time_call(partial(step, texts[number % 4]), device) for number in range(task["steps"])]
+    peak = measuring.peak_memory_bytes(device)
     carried = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
     return {
         "seconds": times,
@@ -91,8 +91,8 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def in_process(task: dict[str, Any]) -> dict[str, Any]:
-    """Return what :func:`measured` gives in a fresh process.
+def measure_in_subprocess(task: dict[str, Any]) -> dict[str, Any]:
+    """Return what :func:`measure` gives in a fresh process.
 
     Raises:
         RuntimeError: it failed; its last line of complaint.
@@ -105,39 +105,45 @@ def in_process(task: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def summary(rounds: list[dict[str, Any]], paired: list[tuple[float, float]], tokens: int) -> dict[str, Any]:
+def summarize(
+    rounds: list[dict[str, Any]], references: list[tuple[float, float]], tokens_per_step: int
+) -> dict[str, Any]:
     """Return one row's figures from its rounds.
 
     Args:
-        rounds: what :func:`measured` gave in each.
-        paired: in each, the baseline's tokens per second (0 where there is none) and the matrix peak in FLOP/s.
-        tokens: a step.
+        rounds: what :func:`measure` gave in each.
+        references: in each, the baseline's tokens per second (0 where there is none) and the matrix peak in FLOP/s.
+        tokens_per_step: a step.
     """
-    rates = [tokens / statistics.median(one["seconds"]) for one in rounds]
-    ratios = [rate / base for rate, (base, _) in zip(rates, paired, strict=True) if base]
+    rates = [tokens_per_step / statistics.median(one["seconds"]) for one in rounds]
+    ratios = [rate / base for rate, (base, _) in zip(rates, references, strict=True) if base]
     flops = rounds[0]["useful_flops"]
-    shares = [flops * rate / tokens / peak for rate, (_, peak) in zip(rates, paired, strict=True)] if flops else []
+    shares = (
+        [flops * rate / tokens_per_step / peak for rate, (_, peak) in zip(rates, references, strict=True)]
+        if flops
+        else []
+    )
     return {
-        "tokens_per_second": dataclasses.asdict(Spread.of(rates)),
+        "tokens_per_second": dataclasses.asdict(Spread.from_values(rates)),
         "tokens_per_second_by_round": rates,
-        "ratio_to_baseline": dataclasses.asdict(Spread.of(ratios)) if ratios else None,
+        "ratio_to_baseline": dataclasses.asdict(Spread.from_values(ratios)) if ratios else None,
         "useful_flops_per_step": flops,
-        "fraction_of_matrix_peak": dataclasses.asdict(Spread.of(shares)) if shares else None,
+        "fraction_of_matrix_peak": dataclasses.asdict(Spread.from_values(shares)) if shares else None,
         "peak_bytes": max((one["peak_bytes"] for one in rounds if one["peak_bytes"]), default=None),
         **{name: rounds[0][name] for name in ("imports_bytes", "state_bytes", "parameters")},
     }
 
 
-def table(results: dict[str, Any]) -> list[str]:
+def format_table(results: dict[str, Any]) -> list[str]:
     """Return Markdown: a table a mode, the fastest first."""
     job, peaks = results["job"], results["matrix_peak_flops"]
     said = ", ".join(f"{name} {spread['median'] / 1e9:,.0f} GFLOP/s" for name, spread in peaks.items())
     lines = [
-        f"{measuring.headline(results['machine'])}; matrix peak {said}. dim {job['dim']}, {job['depth']} layers, "
-        f"{job['heads']} heads, vocabulary {job['vocab']}, {job['rows']} rows of {job['segment']}, cache "
-        f"{job['cache']}, memory {job['memory']}. Medians of {results['rounds']} interleaved rounds, least to greatest "
-        f"in brackets; ratios within a round, to {BASELINE} in {results['baseline_dtype']}. Peak memory includes "
-        "imports."
+        f"{measuring.format_machine(results['machine'])}; matrix peak {said}. dim {job['dim']}, {job['depth']} layers, "
+        f"{job['heads']} heads, vocabulary {job['vocab_size']}, {job['batch_size']} rows of {job['segment_length']}, "
+        f"cache {job['cache_length']}, memory {job['memory_length']}. Medians of {results['rounds']} interleaved "
+        f"rounds, least to greatest in brackets; ratios within a round, to {BASELINE} in "
+        f"{results['baseline_dtype']}. Peak memory includes imports."
     ]
     for mode in MODES:
         rows = [row for row in results["rows"] if row["mode"] == mode]
@@ -152,8 +158,8 @@ def table(results: dict[str, Any]) -> list[str]:
                 f"{rate['median']:,.0f} ({rate['min']:,.0f}-{rate['max']:,.0f})",
                 f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-",
                 f"{share['median']:.0%}" if share else "-",
-                f"{mib(row['peak_bytes'])} (imports {mib(row['imports_bytes'])})",
-                mib(row["state_bytes"]),
+                f"{format_mib(row['peak_bytes'])} (imports {format_mib(row['imports_bytes'])})",
+                format_mib(row["state_bytes"]),
                 f"{row['parameters'] / 1e6:.1f} M",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -162,7 +168,7 @@ def table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(path: str, results: dict[str, Any], modes: list[str]) -> None:
+def plot_results(path: str, results: dict[str, Any], modes: list[str]) -> None:
     """Draw a picture a mode; the mode is put into the name where there are two."""
     from memtx import plots
 
@@ -175,29 +181,31 @@ def draw(path: str, results: dict[str, Any], modes: list[str]) -> None:
         target = Path(path)
         target = target if len(modes) == 1 else target.with_stem(f"{target.stem}-{mode}")
         title = {"train": "Training", "read": "Reading"}[mode]
-        plots.comparison(target, rows, title=f"{title}, one job", unit="tokens per second", lower_is_better=False)
+        plots.plot_seed_comparison(
+            target, rows, title=f"{title}, one job", unit="tokens per second", lower_is_better=False
+        )
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = [name for name in SYSTEMS if name not in EXTRA]
+    default = [name for name in SYSTEMS if name not in OPTIONAL_SYSTEMS]
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=default, metavar="NAME")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=list(measuring.DTYPES))
     parser.add_argument("--peer-dtypes", nargs="+", choices=list(measuring.DTYPES), default=["fp32"])
-    parser.add_argument("--rounds", type=measuring.positive, default=5)
+    parser.add_argument("--rounds", type=measuring.positive_int, default=5)
     parser.add_argument(
-        "--steps", type=measuring.positive, default=3, help="timed steps a round, of which the median counts"
+        "--steps", type=measuring.positive_int, default=3, help="timed steps a round, of which the median counts"
     )
     for field in dataclasses.fields(Job):
-        parser.add_argument(f"--{field.name}", type=int, default=field.default)
-    measuring.add_options(parser)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    measuring.add_benchmark_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
-    arguments = parse()
-    measuring.prepare(arguments)
+    arguments = parse_arguments()
+    measuring.apply_benchmark_options(arguments)
     job = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)}
     absent = {name: SYSTEMS[name].install for name in arguments.systems if find_spec(SYSTEMS[name].module) is None}
     cases = [
@@ -207,16 +215,21 @@ def main() -> None:
         for dtype in (arguments.dtypes if name.startswith("memtx") else arguments.peer_dtypes)
         if name not in absent
     ]
-    common = {"device": str(arguments.device), "threads": arguments.threads, "job": job, "steps": arguments.steps}
-    asked = {"system": PEAK, "dtypes": list(measuring.DTYPES), "peak_size": arguments.peak_size}
+    common = {
+        "device": str(arguments.device),
+        "num_threads": arguments.num_threads,
+        "job": job,
+        "steps": arguments.steps,
+    }
+    asked = {"system": MATRIX_PEAK, "dtypes": list(measuring.DTYPES), "peak_size": arguments.peak_size}
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     failed: dict[str, str] = {}
     peaks: list[dict[str, float]] = []
-    with measuring.progress() as bar:
+    with measuring.progress_bar() as bar:
         task = bar.add_task("", total=arguments.rounds * (len(cases) + 1))
         for _ in range(arguments.rounds):
-            bar.update(task, description=PEAK, advance=1)
-            said = in_process({**common, **asked})
+            bar.update(task, description=MATRIX_PEAK, advance=1)
+            said = measure_in_subprocess({**common, **asked})
             peaks.append(said["peaks"])
             for case in cases:
                 bar.update(task, description=" ".join(case), advance=1)
@@ -224,10 +237,10 @@ def main() -> None:
                     continue
                 try:
                     mode, name, dtype = case
-                    found[case].append(in_process({**common, "mode": mode, "system": name, "dtype": dtype}))
+                    found[case].append(measure_in_subprocess({**common, "mode": mode, "system": name, "dtype": dtype}))
                 except RuntimeError as error:
                     failed[" ".join(case)] = str(error)
-    tokens = arguments.rows * arguments.segment
+    tokens = arguments.batch_size * arguments.segment_length
     baseline_dtype = arguments.peer_dtypes[0]
     rows = []
     for (mode, name, dtype), rounds in found.items():
@@ -237,7 +250,7 @@ def main() -> None:
         rates = [tokens / statistics.median(one["seconds"]) for one in base]
         rates = rates if len(rates) == arguments.rounds else [0.0] * arguments.rounds
         paired = list(zip(rates, (one[dtype] for one in peaks), strict=True))
-        rows.append({"system": name, "mode": mode, "dtype": dtype, **summary(rounds, paired, tokens)})
+        rows.append({"system": name, "mode": mode, "dtype": dtype, **summarize(rounds, paired, tokens)})
     results = {
         "machine": said["machine"],
         "job": job,
@@ -246,19 +259,19 @@ def main() -> None:
         "baseline": BASELINE,
         "baseline_dtype": baseline_dtype,
         "matrix_peak_flops": {
-            name: dataclasses.asdict(Spread.of([one[name] for one in peaks])) for name in measuring.DTYPES
+            name: dataclasses.asdict(Spread.from_values([one[name] for one in peaks])) for name in measuring.DTYPES
         },
         "rows": rows,
         "absent": {name: f"pip install --no-deps {how}" for name, how in absent.items()},
         "failed": failed,
     }
     if arguments.plot and rows:
-        draw(arguments.plot, results, arguments.modes)
-    measuring.deliver(arguments, results, table(results))
+        plot_results(arguments.plot, results, arguments.modes)
+    measuring.write_results(arguments, results, format_table(results))
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--task":
-        print(json.dumps(measured(json.loads(sys.argv[2]))))
+        print(json.dumps(measure(json.loads(sys.argv[2]))))
     else:
         main()

@@ -1,6 +1,6 @@
 """Damages checkpoints of a real run in every way and looks for the newest whole one: each damage must be noticed.
 
-    python scripts/damage_checkpoints.py [--count 1000] [--seed 0] [--run RUN] [--json FILE] [--markdown FILE]
+    python scripts/damage_checkpoints.py [--count 1000] [--seed 0] [--run-dir RUN] [--json FILE] [--markdown FILE]
 
 Of a run's checkpoints, by default a small one trained here on the texts that come with Python, the newest is cut short,
 emptied, filled up with zeros, changed by a bit or by a stretch of bytes, written over by another one's half, given
@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from kill_runs import config, ended, start
-from measuring import deliver, headline, machine, positive, progress
+from kill_runs import make_config, start_run, wait_for_exit
+from measuring import format_machine, machine_info, positive_int, progress_bar, write_results
 
 from memtx import sealed
 from memtx.training import recovery
@@ -31,96 +31,107 @@ from memtx.training import recovery
 Damage = Callable[[bytes, bytes, random.Random], bytes]
 
 
-def cut(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def truncate(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Cut short, by a few bytes every other time."""
-    return content[: drawn.randrange(len(content)) if drawn.random() < 0.5 else -drawn.randrange(1, 200)]
+    return content[: rng.randrange(len(content)) if rng.random() < 0.5 else -rng.randrange(1, 200)]
 
 
-def empty(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def empty(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Nothing left."""
     return b""
 
 
-def zeros(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def zero_tail(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """As long as it was, zeros from some place on: what a file system may leave after a power cut."""
-    place = drawn.randrange(len(content))
+    place = rng.randrange(len(content))
     return content[:place] + bytes(len(content) - place)
 
 
-def bit(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def flip_bit(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """One bit flipped, every third time in the last 200 bytes."""
     changed = bytearray(content)
-    place = drawn.randrange(len(content)) if drawn.random() < 0.67 else len(content) - drawn.randrange(1, 200)
-    changed[place] ^= 1 << drawn.randrange(8)
+    place = rng.randrange(len(content)) if rng.random() < 0.67 else len(content) - rng.randrange(1, 200)
+    changed[place] ^= 1 << rng.randrange(8)
     return bytes(changed)
 
 
-def noise(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def overwrite_with_noise(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Random bytes over a stretch."""
-    start, size = drawn.randrange(len(content)), drawn.randrange(1, 5000)
-    return content[:start] + drawn.randbytes(len(content[start : start + size])) + content[start + size :]
+    start, size = rng.randrange(len(content)), rng.randrange(1, 5000)
+    return content[:start] + rng.randbytes(len(content[start : start + size])) + content[start + size :]
 
 
-def halves(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def splice(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Begins as the new one and ends as the old one, or the other way round."""
-    place = drawn.randrange(1, min(len(content), len(other)))
-    one, two = (content, other) if drawn.random() < 0.5 else (other, content)
+    place = rng.randrange(1, min(len(content), len(other)))
+    one, two = (content, other) if rng.random() < 0.5 else (other, content)
     return one[:place] + two[place:]
 
 
-def blocks(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def swap_blocks(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Two blocks of 512 bytes in each other's place."""
-    first, second = sorted(drawn.sample(range(len(content) // 512), 2))
+    first, second = sorted(rng.sample(range(len(content) // 512), 2))
     a, b = (content[512 * at : 512 * (at + 1)] for at in (first, second))
     between = content[512 * (first + 1) : 512 * second]
     return content[: 512 * first] + b + between + a + content[512 * (second + 1) :]
 
 
-def longer(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def append_bytes(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Bytes behind its end."""
-    return content + drawn.randbytes(drawn.randrange(1, 200))
+    return content + rng.randbytes(rng.randrange(1, 200))
 
 
-def unsealed(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def strip_checksum(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Without its seal and with a bit flipped: as a file of an earlier release that was damaged."""
-    end = content.rindex(sealed.END)
+    end = content.rindex(sealed.END_OF_CENTRAL_DIRECTORY)
     plain = bytearray(content[: end + 20] + b"\0\0")
     # In the numbers: between the zip's records there are bytes that nothing reads.
     with zipfile.ZipFile(io.BytesIO(plain)) as archive:
         most = max(archive.infolist(), key=lambda one: one.file_size)
     head = most.header_offset + 30
     names, extra = (int.from_bytes(plain[head - at : head - at + 2], "little") for at in (4, 2))
-    place = head + names + extra + drawn.randrange(most.file_size)
-    plain[place] ^= 1 << drawn.randrange(8)
+    place = head + names + extra + rng.randrange(most.file_size)
+    plain[place] ^= 1 << rng.randrange(8)
     return bytes(plain)
 
 
-def exchanged(content: bytes, other: bytes, drawn: random.Random) -> bytes:
+def replace_with_other(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Another step's checkpoint under its name."""
     return other
 
 
-KINDS: tuple[Damage, ...] = (cut, empty, zeros, bit, noise, halves, blocks, longer, unsealed, exchanged)
+DAMAGES: tuple[Damage, ...] = (
+    truncate,
+    empty,
+    zero_tail,
+    flip_bit,
+    overwrite_with_noise,
+    splice,
+    swap_blocks,
+    append_bytes,
+    strip_checksum,
+    replace_with_other,
+)
 
 
-def trained(at: Path) -> Path:
+def train_run(folder: Path) -> Path:
     """Train a small run and return its folder."""
     import yaml
 
-    (at / "run.yaml").write_text(yaml.safe_dump(config(12, at / "cache", "in place")), encoding="utf-8")
-    if code := ended(start(at, "run")):
-        sys.exit(f"The run ended with {code}:\n{(at / 'run.log').read_text()}")
-    return at / "run"
+    (folder / "run.yaml").write_text(yaml.safe_dump(make_config(12, folder / "cache", "in place")), encoding="utf-8")
+    if code := wait_for_exit(start_run(folder, "run")):
+        sys.exit(f"The run ended with {code}:\n{(folder / 'run.log').read_text()}")
+    return folder / "run"
 
 
-def damaged(content: bytes, other: bytes, kind: Damage, drawn: random.Random) -> bytes:
+def apply_damage(content: bytes, other: bytes, damage: Damage, rng: random.Random) -> bytes:
     """Return what differs from the content, as few draws do not."""
-    while (made := kind(content, other, drawn)) == content:
+    while (made := damage(content, other, rng)) == content:
         pass
     return made
 
 
-def silent(path: Path) -> bool:
+def torch_loads(path: Path) -> bool:
     """Return whether torch alone reads a file without noticing anything."""
     try:
         torch.load(path, map_location="cpu", weights_only=True)
@@ -131,19 +142,19 @@ def silent(path: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=positive, default=1000)
+    parser.add_argument("--count", type=positive_int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", type=Path, help="a run's folder with at least two checkpoints")
+    parser.add_argument("--run-dir", type=Path, help="a run's folder with at least two checkpoints")
     parser.add_argument("--json", metavar="FILE", help="all counts; - for standard output, instead of the table")
     parser.add_argument("--markdown", metavar="FILE", help="the table")
     arguments = parser.parse_args()
     drawn, stopped = random.Random(arguments.seed), False
     made, noticed, unnoticed, wrong = Counter[str](), Counter[str](), Counter[str](), list[str]()
-    with tempfile.TemporaryDirectory() as name, progress() as bar:
+    with tempfile.TemporaryDirectory() as name, progress_bar() as bar:
         task = bar.add_task("damaged checkpoints", total=arguments.count)
-        run = arguments.run or trained(Path(name))
-        found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda one: sealed.stated_step(one) or 0)
-        steps = {sealed.stated_step(one): one for one in found}
+        run = arguments.run_dir or train_run(Path(name))
+        found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda one: sealed.read_step(one) or 0)
+        steps = {sealed.read_step(one): one for one in found}
         if len(steps) < 2 or None in steps:
             sys.exit(f"'{run}' has {len(steps)} checkpoints with a seal of different steps, expected at least two.")
         older, newer = list(steps)[-2:]
@@ -154,11 +165,11 @@ def main() -> int:
         earlier.write_bytes(other)
         try:
             for number in range(arguments.count):
-                kind = KINDS[number % len(KINDS)]
-                last.write_bytes(damaged(content, other, kind, drawn))
+                kind = DAMAGES[number % len(DAMAGES)]
+                last.write_bytes(apply_damage(content, other, kind, drawn))
                 made[kind.__name__] += 1
-                unnoticed[kind.__name__] += silent(last)
-                went = recovery.newest_whole(folder)
+                unnoticed[kind.__name__] += torch_loads(last)
+                went = recovery.find_latest_valid(folder)
                 good = went is not None and went.path == earlier and [path for path, _ in went.damaged] == [last]
                 noticed[kind.__name__] += good
                 if not good:
@@ -166,20 +177,26 @@ def main() -> int:
                 bar.advance(task)
         except KeyboardInterrupt:
             stopped = True
-    where = machine(torch.device("cpu"))
+    where = machine_info(torch.device("cpu"))
     lines = [
-        f"{headline(where)}; checkpoints of {len(content):,} bytes, seed {arguments.seed}"
+        f"{format_machine(where)}; checkpoints of {len(content):,} bytes, seed {arguments.seed}"
         f"{', stopped early' if stopped else ''}",
         "",
         "| damage | checkpoints | noticed | read by torch.load without a word |",
         "|---|---|---|---|",
     ]
-    for kind in KINDS:
+    for kind in DAMAGES:
         which = kind.__name__
         lines.append(f"| {which}: {kind.__doc__} | {made[which]} | {noticed[which]} | {unnoticed[which]} |")
     lines.append(f"| all | {made.total()} | {noticed.total()} | {unnoticed.total()} |")
-    results = {"machine": where, "seed": arguments.seed, "made": made, "noticed": noticed, "by_torch": unnoticed}
-    deliver(arguments, {**results, "wrong": wrong}, lines)
+    results = {
+        "machine": where,
+        "seed": arguments.seed,
+        "damaged": made,
+        "detected": noticed,
+        "loaded_by_torch": unnoticed,
+    }
+    write_results(arguments, {**results, "failures": wrong}, lines)
     for one in wrong[:10]:
         print(one, file=sys.stderr)
     return 0 if noticed == made else 1

@@ -50,6 +50,6 @@ bench attention-128 45 bench_attention.py --backends triton flex flash-attn --dt
 bench step 110 bench_step.py --rounds 1 --steps 10 --peer-dtypes bf16 --dtypes bf16 \
   --systems memtx x-transformers-640 x-transformers-640-flash compressive-transformer-pytorch
 bench step-350m 60 bench_step.py --systems memtx --dtypes bf16 --modes train --rounds 2 --steps 5 --dim 1024 \
-  --depth 24 --heads 16 --vocab 32768 --rows 8 --segment 2048
+  --depth 24 --heads 16 --vocab-size 32768 --batch-size 8 --segment-length 2048
 bench stream 45 bench_stream.py --dtypes bf16 --rounds 3
 exit "$failed"

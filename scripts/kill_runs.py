@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 import yaml
-from measuring import deliver, headline, machine, positive, progress
+from measuring import format_machine, machine_info, positive_int, progress_bar, write_results
 from torch.utils import _pytree as pytree
 
 from memtx import sealed
@@ -38,24 +38,27 @@ from memtx.cli.main import main as memtx
 from memtx.models.folder import read_checkpoint
 from memtx.training import recovery
 
-MOMENTS = ("a random time", "a byte", "before the sync", "before the rename", "after the rename")
+KILL_POINTS = ("a random time", "a byte", "before the sync", "before the rename", "after the rename")
 WRITERS = {
     "in place": "memtx.training.callbacks.checkpoint.AtomicCheckpointIO",
-    "in a thread": "memtx.training.callbacks.background.BackgroundCheckpointIO",
+    "in a thread": "memtx.training.callbacks.background.AsyncAtomicCheckpointIO",
 }
-COMPARED = ("step", "train_loss", "val_loss", "val_bits_per_byte", "gradient_norm")
+COMPARED_COLUMNS = ("step", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm")
 
 
-def config(steps: int, cache: Path, writer: str) -> dict[str, Any]:
-    memory = {"class_path": "memtx.CompressedMemory", "init_args": {"window": 32, "rate": 4, "length": 8}}
+def make_config(steps: int, cache: Path, writer: str) -> dict[str, Any]:
+    memory = {
+        "class_path": "memtx.CompressedMemory",
+        "init_args": {"window": 32, "compression_rate": 4, "num_entries": 8},
+    }
     model = {"dim": 48, "depth": 2, "heads": 2, "dropout": 0.1, "memories": [memory]}
     return {
         "seed_everything": 0,
         "data": {
-            "root": "embedded", "rows": 2, "segment": 32, "horizon": 2, "eval_tokens": 512, "cache": str(cache),
-            "workers": 1,
+            "root": "embedded", "batch_size": 2, "segment_length": 32, "bptt_segments": 2, "eval_tokens": 512,
+            "cache_dir": str(cache), "num_workers": 1,
         },
-        "model": {"model": {"class_path": "memtx.MemoryTransformer", "init_args": model}, "meter": False},
+        "model": {"model": {"class_path": "memtx.MemoryTransformer", "init_args": model}, "measure_memory_gain": False},
         "checkpoint": {"every_n_train_steps": 3},
         "trainer": {
             "max_steps": steps, "max_epochs": -1, "val_check_interval": 20, "check_val_every_n_epoch": None,
@@ -64,90 +67,92 @@ def config(steps: int, cache: Path, writer: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def dies(*_: Any, **options: Any) -> Any:
+def kill_self(*_: Any, **options: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(moment: str, number: int, share: float, size: int) -> None:
+def arm_kill(kill_point: str, write_index: int, fraction: float, checkpoint_bytes: int) -> None:
     """Have this process die within its checkpoint write of a number, from 1."""
     began = Counter[str]()
     written = [0]
-    write, replace, fsync = sealed.Sealing.write, os.replace, os.fsync
-    seal, init = sealed.Sealing.seal, sealed.Sealing.__init__
+    write, replace, fsync = sealed.ChecksummedZipWriter.write, os.replace, os.fsync
+    seal, init = sealed.ChecksummedZipWriter.finalize, sealed.ChecksummedZipWriter.__init__
 
-    def count(self: sealed.Sealing, path: Path) -> None:
+    def init_and_count(self: sealed.ChecksummedZipWriter, path: Path) -> None:
         began["writes"] += 1
         written[0] = 0
         init(self, path)
 
-    def at_a_byte(self: sealed.Sealing, data: Any) -> int:
+    def write_until_byte(self: sealed.ChecksummedZipWriter, data: Any) -> int:
         written[0] += memoryview(data).nbytes
-        if began["writes"] == number and written[0] >= share * size:
+        if began["writes"] == write_index and written[0] >= fraction * checkpoint_bytes:
             part = memoryview(data).cast("B")
-            write(self, part[: int(share * len(part))])
+            write(self, part[: int(fraction * len(part))])
             self._file.flush()
-            dies()
+            kill_self()
         return write(self, data)
 
-    def at_the_sync(handle: Any) -> None:
-        if began["writes"] == number:
-            dies()
+    def fsync_or_die(handle: Any) -> None:
+        if began["writes"] == write_index:
+            kill_self()
         fsync(handle)
 
-    def at_the_rename(source: Any, target: Any) -> None:
-        mine = began["writes"] == number and str(target).endswith(".ckpt")
-        if mine and moment == "before the rename":
-            dies()
+    def replace_or_die(source: Any, target: Any) -> None:
+        mine = began["writes"] == write_index and str(target).endswith(".ckpt")
+        if mine and kill_point == "before the rename":
+            kill_self()
         replace(source, target)
         if mine:
-            dies()
+            kill_self()
 
-    sealed.Sealing.__init__ = count  # type: ignore[method-assign]
-    if moment == "a byte":
-        sealed.Sealing.write = at_a_byte  # type: ignore[method-assign]
+    sealed.ChecksummedZipWriter.__init__ = init_and_count  # type: ignore[method-assign]
+    if kill_point == "a byte":
+        sealed.ChecksummedZipWriter.write = write_until_byte  # type: ignore[method-assign]
         # The file may be shorter than the one that its size was taken from.
-        sealed.Sealing.seal = lambda self, step: dies() if began["writes"] == number else seal(self, step)  # type: ignore[method-assign]
-    elif moment == "before the sync":
-        os.fsync = at_the_sync  # type: ignore[assignment]
+        sealed.ChecksummedZipWriter.finalize = lambda self, step: (  # type: ignore[method-assign]
+            kill_self() if began["writes"] == write_index else seal(self, step)
+        )
+    elif kill_point == "before the sync":
+        os.fsync = fsync_or_die  # type: ignore[assignment]
     else:
-        os.replace = at_the_rename  # type: ignore[assignment]
+        os.replace = replace_or_die  # type: ignore[assignment]
 
 
-def start(at: Path, run: str, prepare: Callable[[], None] | None = None) -> int:
+def start_run(folder: Path, run: str, setup: Callable[[], None] | None = None) -> int:
     """Fork a process that trains ``run`` from where it is; return its id."""
     if child := os.fork():
         return child
     code = 1
     try:
-        os.chdir(at)
+        os.chdir(folder)
         log = os.open(f"{run}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        if prepare is not None:
-            prepare()
-        code = memtx(["fit", "--config", f"{run}.yaml", "--run", run, "--ckpt_path", "last"])
+        if setup is not None:
+            setup()
+        code = memtx(["fit", "--config", f"{run}.yaml", "--run_dir", run, "--ckpt_path", "last"])
     finally:
         sys.stderr.flush()
         os._exit(code)
 
 
-def ended(child: int) -> int:
+def wait_for_exit(pid: int) -> int:
     """Return the exit code of a process, negative where a signal ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def end_of(run: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+def final_state(run_dir: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
     """Return the last checkpoint's weights and optimiser states, and what was logged of each step but its speed."""
-    content = read_checkpoint(run / "checkpoints" / "last.ckpt")
-    with (run / "metrics.csv").open() as file:
-        rows = [tuple(row.get(name) or "" for name in COMPARED) for row in csv.DictReader(file)]
+    content = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
+    with (run_dir / "metrics.csv").open() as file:
+        rows = [tuple(row.get(name) or "" for name in COMPARED_COLUMNS) for row in csv.DictReader(file)]
     return {name: content[name] for name in ("state_dict", "optimizer_states")}, [row for row in rows if any(row[1:])]
 
 
-def equal(one: Any, other: Any) -> bool:
+def trees_equal(actual: Any, expected: Any) -> bool:
     """Return whether two trees are equal to the bit."""
-    mine, shape = pytree.tree_flatten(one)
-    theirs, other_shape = pytree.tree_flatten(other)
+    mine, shape = pytree.tree_flatten(actual)
+    theirs, other_shape = pytree.tree_flatten(expected)
     return shape == other_shape and all(
         torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(mine, theirs, strict=True)
     )
@@ -158,78 +163,78 @@ class Tally:
     """What was found with one way of writing."""
 
     kills: Counter[str] = field(default_factory=Counter)
-    whole: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    ends: int = 0
-    equal: int = 0
-    missing: int = 0
+    intact: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    finished: int = 0
+    identical: int = 0
+    missing_rows: int = 0
 
 
 class Killer:
     """Runs, kills and compares.
 
     Args:
-        at: folder of configs, runs and logs.
+        folder: folder of configs, runs and logs.
         steps: of a run.
         seed: of the moments.
     """
 
-    def __init__(self, at: Path, steps: int, seed: int) -> None:
-        self.at, self.steps = at, steps
-        self.drawn = random.Random(seed)
+    def __init__(self, folder: Path, steps: int, seed: int) -> None:
+        self.folder, self.steps = folder, steps
+        self.rng = random.Random(seed)
         self.tallies = {writer: Tally() for writer in WRITERS}
         self.write_config("undisturbed", "in place")
         began = time.monotonic()
-        if code := ended(start(at, "undisturbed")):
-            sys.exit(f"The undisturbed run ended with {code}:\n{(at / 'undisturbed.log').read_text()}")
-        self.seconds = time.monotonic() - began
-        self.wanted = end_of(at / "undisturbed")
-        self.size = (at / "undisturbed" / "checkpoints" / "last.ckpt").stat().st_size
+        if code := wait_for_exit(start_run(folder, "undisturbed")):
+            sys.exit(f"The undisturbed run ended with {code}:\n{(folder / 'undisturbed.log').read_text()}")
+        self.run_seconds = time.monotonic() - began
+        self.expected = final_state(folder / "undisturbed")
+        self.checkpoint_bytes = (folder / "undisturbed" / "checkpoints" / "last.ckpt").stat().st_size
 
     def write_config(self, run: str, writer: str) -> None:
         """Write what a run is started with."""
-        text = yaml.safe_dump(config(self.steps, self.at / "cache", writer))
-        (self.at / f"{run}.yaml").write_text(text, encoding="utf-8")
+        text = yaml.safe_dump(make_config(self.steps, self.folder / "cache", writer))
+        (self.folder / f"{run}.yaml").write_text(text, encoding="utf-8")
 
     def kill(self, writer: str, run: str) -> bool:
         """Start a run and kill it; return whether it came to its end first."""
         tally = self.tallies[writer]
-        moment = self.drawn.choice(MOMENTS[1:]) if self.drawn.random() < 0.6 else MOMENTS[0]
-        if moment == MOMENTS[0]:
-            child = start(self.at, run)
-            time.sleep(self.drawn.uniform(0.0, self.seconds))
+        moment = self.rng.choice(KILL_POINTS[1:]) if self.rng.random() < 0.6 else KILL_POINTS[0]
+        if moment == KILL_POINTS[0]:
+            child = start_run(self.folder, run)
+            time.sleep(self.rng.uniform(0.0, self.run_seconds))
             os.kill(child, signal.SIGKILL)  # nothing where it ended already: it is waited for below
         else:
-            number, share = self.drawn.randint(1, max(2, self.steps // 12)), self.drawn.random()
-            child = start(self.at, run, lambda: arm(moment, number, share, self.size))
-        code = ended(child)
+            number, share = self.rng.randint(1, max(2, self.steps // 12)), self.rng.random()
+            child = start_run(self.folder, run, lambda: arm_kill(moment, number, share, self.checkpoint_bytes))
+        code = wait_for_exit(child)
         if code == 0:
             return True
         if code != -signal.SIGKILL:
-            tally.wrong.append(f"{run}: ended with {code}: {(self.at / f'{run}.log').read_text()[-300:]}")
+            tally.failures.append(f"{run}: ended with {code}: {(self.folder / f'{run}.log').read_text()[-300:]}")
             return False
         tally.kills[moment] += 1
         try:
-            found = recovery.newest_whole(self.at / run / "checkpoints")
-            tally.whole[moment] += found is None or not found.damaged
+            found = recovery.find_latest_valid(self.folder / run / "checkpoints")
+            tally.intact[moment] += found is None or not found.damaged
         except Exception as error:
-            tally.wrong.append(f"{run}, {moment}: {error}")
+            tally.failures.append(f"{run}, {moment}: {error}")
         return False
 
     def compare(self, writer: str, run: str) -> None:
         """Count a run that came to its end."""
         tally = self.tallies[writer]
-        tally.ends += 1
-        (weights, rows), (wanted, logged) = end_of(self.at / run), self.wanted
-        if equal(weights, wanted):
-            tally.equal += 1
+        tally.finished += 1
+        (weights, rows), (wanted, logged) = final_state(self.folder / run), self.expected
+        if trees_equal(weights, wanted):
+            tally.identical += 1
         else:
-            tally.wrong.append(f"{run}: ended with other weights than the undisturbed run")
+            tally.failures.append(f"{run}: ended with other weights than the undisturbed run")
         if strange := [row for row in rows if row not in logged]:
-            tally.wrong.append(f"{run}: logged {strange[0]}, unlike the undisturbed run")
-        tally.missing += len(logged) - len(rows)
+            tally.failures.append(f"{run}: logged {strange[0]}, unlike the undisturbed run")
+        tally.missing_rows += len(logged) - len(rows)
 
-    def work(self, writer: str, kills: int, advance: Callable[[], None]) -> None:
+    def kill_repeatedly(self, writer: str, kills: int, advance: Callable[[], None]) -> None:
         """Kill runs so often, and let the last of them come to its end."""
         number = 0
         while True:
@@ -240,10 +245,10 @@ class Killer:
                 finished = self.kill(writer, run)
                 if sum(self.tallies[writer].kills.values()) > done:
                     advance()
-                if self.tallies[writer].wrong:
+                if self.tallies[writer].failures:
                     return
-            if not finished and (code := ended(start(self.at, run))):
-                self.tallies[writer].wrong.append(f"{run}: ended with {code}")
+            if not finished and (code := wait_for_exit(start_run(self.folder, run))):
+                self.tallies[writer].failures.append(f"{run}: ended with {code}")
                 return
             self.compare(writer, run)
             if not finished:
@@ -251,34 +256,34 @@ class Killer:
             number += 1
 
 
-def table(killer: Killer) -> list[str]:
+def format_tables(killer: Killer) -> list[str]:
     """Return the lines of both tables, in Markdown."""
     lines = ["", "| checkpoints written | killed at | kills | newest checkpoint whole |", "|---|---|---|---|"]
     for writer, tally in killer.tallies.items():
-        lines += [f"| {writer} | {one} | {tally.kills[one]} | {tally.whole[one]} |" for one in MOMENTS]
-        lines.append(f"| {writer} | all | {tally.kills.total()} | {tally.whole.total()} |")
+        lines += [f"| {writer} | {one} | {tally.kills[one]} | {tally.intact[one]} |" for one in KILL_POINTS]
+        lines.append(f"| {writer} | all | {tally.kills.total()} | {tally.intact.total()} |")
     lines += [
         "",
         "| checkpoints written | runs ended | weights, optimiser equal, bit for bit | rows missing in the log |",
     ]
     lines += ["|---|---|---|---|"]
     for writer, tally in killer.tallies.items():
-        rows = tally.ends * len(killer.wanted[1])
-        lines.append(f"| {writer} | {tally.ends} | {tally.equal} | {tally.missing} of {rows} |")
+        rows = tally.finished * len(killer.expected[1])
+        lines.append(f"| {writer} | {tally.finished} | {tally.identical} | {tally.missing_rows} of {rows} |")
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=positive, default=50)
-    parser.add_argument("--steps", type=positive, default=90, help="optimiser steps of a run")
+    parser.add_argument("--kills", type=positive_int, default=50)
+    parser.add_argument("--steps", type=positive_int, default=90, help="optimiser steps of a run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="all counts; - for standard output, instead of the table")
     parser.add_argument("--markdown", metavar="FILE", help="the table")
     arguments = parser.parse_args()
     import memtx.cli.fit  # noqa: F401  once, before the forks
 
-    with tempfile.TemporaryDirectory() as folder, progress() as bar:
+    with tempfile.TemporaryDirectory() as folder, progress_bar() as bar:
         task = bar.add_task("the undisturbed run", total=arguments.kills)
         killer = Killer(Path(folder), arguments.steps, arguments.seed)
         bar.update(task, description="kills")
@@ -286,24 +291,26 @@ def main() -> int:
         stopped = False
         try:
             for writer, kills in zip(WRITERS, (arguments.kills - half, half), strict=True):
-                killer.work(writer, kills, lambda: bar.advance(task))
+                killer.kill_repeatedly(writer, kills, lambda: bar.advance(task))
         except KeyboardInterrupt:
             stopped = True
-    where = machine(torch.device("cpu"))
-    head = f"{headline(where)}; {arguments.steps} steps, seed {arguments.seed}{', stopped early' if stopped else ''}"
-    wrong = [one for tally in killer.tallies.values() for one in tally.wrong]
+    where = machine_info(torch.device("cpu"))
+    head = (
+        f"{format_machine(where)}; {arguments.steps} steps, seed {arguments.seed}{', stopped early' if stopped else ''}"
+    )
+    wrong = [one for tally in killer.tallies.values() for one in tally.failures]
     results = {
         "machine": where,
         "seed": arguments.seed,
         "steps": arguments.steps,
         "writers": {writer: {**vars(tally)} for writer, tally in killer.tallies.items()},
-        "wrong": wrong,
+        "failures": wrong,
     }
-    deliver(arguments, results, [head, *table(killer)])
+    write_results(arguments, results, [head, *format_tables(killer)])
     for one in wrong[:10]:
         print(one, file=sys.stderr)
-    whole = all(tally.kills == tally.whole for tally in killer.tallies.values())
-    same = all(tally.ends == tally.equal for tally in killer.tallies.values())
+    whole = all(tally.kills == tally.intact for tally in killer.tallies.values())
+    same = all(tally.finished == tally.identical for tally in killer.tallies.values())
     return 0 if whole and same and not wrong else 1
 
 

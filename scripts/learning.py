@@ -12,13 +12,20 @@ from pathlib import Path
 
 import torch
 
-from memtx.data.episodes.base import Task
+from memtx.data.episodes.base import SyntheticTask
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.tbptt import unroll
 
 
-def learned(
-    model: MemoryTransformer, task: Task, *, seed: int, steps: int, rows: int, segments: int, rate: float
+def train_on_episodes(
+    model: MemoryTransformer,
+    task: SyntheticTask,
+    *,
+    seed: int,
+    steps: int,
+    batch_size: int,
+    num_segments: int,
+    learning_rate: float,
 ) -> float:
     """Train a model on episodes, one gradient through each, and leave it in eval mode.
 
@@ -26,13 +33,13 @@ def learned(
         the seconds of this process that training took.
     """
     draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     began = time.process_time()
     for _ in range(steps):
-        parts = list(task.episodes(rows, segments, draw))
+        parts = list(task.iter_segments(batch_size, num_segments, draw))
         tokens, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-        nowhere, fresh = torch.zeros_like(tokens, dtype=torch.bool), model.init_state(rows)
-        found = unroll(model, tokens, labels, nowhere, fresh, segment=task.segment)
+        nowhere, fresh = torch.zeros_like(tokens, dtype=torch.bool), model.init_state(batch_size)
+        found = unroll(model, tokens, labels, nowhere, fresh, segment_length=task.segment_length)
         optimizer.zero_grad()
         found.loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -42,24 +49,24 @@ def learned(
     return spent
 
 
-def fitted(
-    run: Path, config: str, root: Path, seed: int, settings: Sequence[str], threads: int = 1
+def run_fit(
+    run_dir: Path, config: str, root: Path, seed: int, options: Sequence[str], num_threads: int = 1
 ) -> list[dict[str, str]]:
     """Train a config on books into a run's folder, going on where it stopped, and return the lines of its figures."""
     command = [
-        sys.executable, "-m", "memtx", "fit", "--config", config, "--data.root", str(root), "--run", str(run),
-        "--seed_everything", str(seed), "--data.seed", str(seed), "--ckpt_path", "last", *settings,
+        sys.executable, "-m", "memtx", "fit", "--config", config, "--data.root", str(root), "--run_dir", str(run_dir),
+        "--seed_everything", str(seed), "--data.seed", str(seed), "--ckpt_path", "last", *options,
     ]  # fmt: skip
-    with (run.parent / f"{run.name}.log").open("w") as log:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    with (run_dir.parent / f"{run_dir.name}.log").open("w") as log:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
         subprocess.run(command, check=True, env=environment, stdout=log, stderr=log)
-    with (run / "metrics.csv").open() as lines:
+    with (run_dir / "metrics.csv").open() as lines:
         return list(csv.DictReader(lines))
 
 
-def last(lines: Sequence[dict[str, str]], name: str) -> float:
+def last_value(rows: Sequence[dict[str, str]], name: str) -> float:
     """Return the newest figure of that name; raises KeyError where there is none."""
-    for line in reversed(lines):
+    for line in reversed(rows):
         if line.get(name):
             return float(line[name])
     raise KeyError(name)

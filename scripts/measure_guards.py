@@ -20,24 +20,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from measuring import Spread, deliver, headline, machine, positive
+from measuring import Spread, format_machine, machine_info, positive_int, write_results
 
 from memtx.data.books import BookDataModule
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.background import BackgroundCheckpointIO
+from memtx.training.callbacks.background import AsyncAtomicCheckpointIO
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
-from memtx.training.callbacks.exhaustion import MemoryAdvice
+from memtx.training.callbacks.exhaustion import OutOfMemoryHint
 from memtx.training.callbacks.finite import SkipNonFinite
-from memtx.training.callbacks.health import MemoryHealth
+from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.spikes import RewindOnSpike
 from memtx.training.language import LanguageModule
 
-SKIPPED = 10
-GUARDS: tuple[type[pl.Callback], ...] = (SkipNonFinite, MemoryHealth, RewindOnSpike, MemoryAdvice)
+WARMUP_STEPS = 10
+GUARDS: tuple[type[pl.Callback], ...] = (SkipNonFinite, MemoryNormMonitor, RewindOnSpike, OutOfMemoryHint)
 
 
-class Steps(pl.Callback):
+class StepTimer(pl.Callback):
     """Times batches."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Steps(pl.Callback):
         self.seconds.append(time.perf_counter() - self._began)
 
 
-def timed(owner: Any, name: str, seconds: list[float]) -> None:
+def time_method(owner: Any, name: str, seconds: list[float]) -> None:
     """Have calls of a method timed."""
     method: Callable[..., Any] = getattr(owner, name)
 
@@ -71,58 +71,59 @@ def timed(owner: Any, name: str, seconds: list[float]) -> None:
     setattr(owner, name, call)
 
 
-def watched(guard: pl.Callback) -> list[float]:
+def time_hooks(guard: pl.Callback) -> list[float]:
     """Have a guard's own hooks timed; return where the times are collected."""
     seconds: list[float] = []
     for name in vars(type(guard)):
         if name.startswith("on_"):
-            timed(guard, name, seconds)
+            time_method(guard, name, seconds)
     return seconds
 
 
-def trained(arguments: argparse.Namespace, writes: AtomicCheckpointIO, at: Path) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, checkpoint_io: AtomicCheckpointIO, folder: Path) -> dict[str, Any]:
     """Train with all guards and return what took how long."""
-    memory = partial(CompressedMemory, window=128, rate=4, length=64)
+    memory = partial(CompressedMemory, window=128, compression_rate=4, num_entries=64)
     make = partial(MemoryTransformer, dim=arguments.dim, depth=arguments.depth, heads=4, memories=[memory])
-    module = LanguageModule(make, segment=128, meter=False)
-    books = BookDataModule("embedded", rows=8, segment=128, cache=str(at / "cache"), workers=1)
-    guards, steps = [kind() for kind in GUARDS], Steps()
-    spent = {type(guard).__name__: watched(guard) for guard in guards}
+    module = LanguageModule(make, segment_length=128, measure_memory_gain=False)
+    books = BookDataModule("embedded", batch_size=8, segment_length=128, cache_dir=str(folder / "cache"), num_workers=1)
+    guards, steps = [kind() for kind in GUARDS], StepTimer()
+    spent = {type(guard).__name__: time_hooks(guard) for guard in guards}
     saves: list[float] = []
-    timed(writes, "save_checkpoint", saves)
-    keep = BestCheckpoint(str(at / type(writes).__name__), every_n_train_steps=10)
+    time_method(checkpoint_io, "save_checkpoint", saves)
+    keep = BestCheckpoint(str(folder / type(checkpoint_io).__name__), every_n_train_steps=10)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=arguments.steps, max_epochs=-1, limit_val_batches=0, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=at, gradient_clip_val=1.0,
-        plugins=[writes], callbacks=[*guards, steps, keep], use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, gradient_clip_val=1.0,
+        plugins=[checkpoint_io], callbacks=[*guards, steps, keep], use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=books)
-    counted = steps.seconds[SKIPPED:]
+    counted = steps.seconds[WARMUP_STEPS:]
     return {
         "parameters": sum(one.numel() for one in module.parameters()),
-        "checkpoint_bytes": (at / type(writes).__name__ / "last.ckpt").stat().st_size,
-        "step_seconds": vars(Spread.of(counted)),
+        "checkpoint_bytes": (folder / type(checkpoint_io).__name__ / "last.ckpt").stat().st_size,
+        "step_seconds": vars(Spread.from_values(counted)),
         "guard_seconds": {name: sum(found) / len(steps.seconds) for name, found in spent.items()},
-        "save_seconds": vars(Spread.of(saves)),
+        "save_seconds": vars(Spread.from_values(saves)),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive, default=100)
-    parser.add_argument("--dim", type=positive, default=192)
-    parser.add_argument("--depth", type=positive, default=4)
+    parser.add_argument("--steps", type=positive_int, default=100)
+    parser.add_argument("--dim", type=positive_int, default=192)
+    parser.add_argument("--depth", type=positive_int, default=4)
     parser.add_argument("--json", metavar="FILE", help="all figures; - for standard output, instead of the table")
     parser.add_argument("--markdown", metavar="FILE", help="the table")
     arguments = parser.parse_args()
-    arguments.steps += SKIPPED
+    arguments.steps += WARMUP_STEPS
     with tempfile.TemporaryDirectory() as at:
-        kinds = (AtomicCheckpointIO, BackgroundCheckpointIO)
-        found = {kind.__name__: trained(arguments, kind(), Path(at)) for kind in kinds}
-    where, first = machine(torch.device("cpu")), found["AtomicCheckpointIO"]
+        kinds = (AtomicCheckpointIO, AsyncAtomicCheckpointIO)
+        found = {kind.__name__: measure(arguments, kind(), Path(at)) for kind in kinds}
+    where, first = machine_info(torch.device("cpu")), found["AtomicCheckpointIO"]
     step = first["step_seconds"]["median"]
     lines = [
-        f"{headline(where)}; {first['parameters']:,} parameters, a step of 8 x 128 tokens takes {1000 * step:.0f} ms",
+        f"{format_machine(where)}; {first['parameters']:,} parameters, "
+        f"a step of 8 x 128 tokens takes {1000 * step:.0f} ms",
         "",
         "| guard | ms a step | of the step |",
         "|---|---|---|",
@@ -134,7 +135,7 @@ def main() -> int:
         wait = {key: 1000 * value for key, value in one["save_seconds"].items()}
         lines.append(f"| {name} | {wait['median']:.0f} ({wait['min']:.0f} to {wait['max']:.0f}) |")
     lines.append(f"\nA checkpoint is {first['checkpoint_bytes'] / 2**20:.1f} MiB.")
-    deliver(arguments, {"machine": where, "writers": found}, lines)
+    write_results(arguments, {"machine": where, "writers": found}, lines)
     return 0
 
 

@@ -1,6 +1,7 @@
 """What a horizon of k segments costs with replay and without: peak memory and time of a training step.
 
-    python scripts/measure_replay.py [--horizons 1 2 4 8 16] [--kind KIND] [--json FILE] [--markdown FILE] [--plot PNG]
+    python scripts/measure_replay.py [--bptt-segments 1 2 4 8 16] [--memory NAME] [--json FILE] [--markdown FILE]
+        [--plot PNG]
 
 The figure is the most bytes that the tensors made by a step of k segments held at once, weights, gradients and
 moments not counted: on a CPU by counting tensors, on a GPU by its allocator. Plain back-propagation keeps every
@@ -30,43 +31,43 @@ from memtx.memory.slots import SlotMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.tbptt import unroll
 
-Make = Callable[[int], Memory[Any]]
+MemoryFactory = Callable[[int], Memory[Any]]
 
 
-def stacks(window: int) -> dict[str, list[Make]]:
+def memory_stacks(window: int) -> dict[str, list[MemoryFactory]]:
     """Return the memories of a layer by the kind's name."""
-    exact: Make = partial(RecurrentMemory, window=window)
+    exact: MemoryFactory = partial(RecurrentMemory, window=window)
     return {
         # As published: nothing is carried but the slots.
         "memformer": [
             NoMemory,
-            partial(SlotMemory, count=16, interval=window, write=None, shift=False, temperature=0.25),
+            partial(SlotMemory, num_slots=16, interval=window, write_gate=None, token_shift=False, temperature=0.25),
         ],
         "recurrent": [exact],
-        "compressed": [partial(CompressedMemory, window=window, rate=4, length=window // 4)],
+        "compressed": [partial(CompressedMemory, window=window, compression_rate=4, num_entries=window // 4)],
         "associative": [exact, AssociativeMemory],
-        "slots": [exact, partial(SlotMemory, count=16, interval=window)],
+        "slots": [exact, partial(SlotMemory, num_slots=16, interval=window)],
     }
 
 
-def measured(task: dict[str, Any]) -> dict[str, Any]:
+def measure(task: dict[str, Any]) -> dict[str, Any]:
     """Train some steps of one horizon; return bytes at the peak beyond those at rest, and seconds a step."""
     device = torch.device(task["device"])
     torch.manual_seed(0)
-    segment, rows, horizon = task["segment"], task["rows"], task["horizon"]
+    segment, rows, horizon = task["segment_length"], task["batch_size"], task["bptt_segments"]
     model = MemoryTransformer(
-        task["vocab"], dim=task["dim"], depth=task["depth"], heads=task["heads"],
-        memories=[stacks(segment)[task["kind"]]],
+        task["vocab_size"], dim=task["dim"], depth=task["depth"], heads=task["heads"],
+        memories=[memory_stacks(segment)[task["memory"]]],
     ).to(device)  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.randint(0, task["vocab"], (rows, horizon * segment + 1), device=device)
+    tokens = torch.randint(0, task["vocab_size"], (rows, horizon * segment + 1), device=device)
     starts = torch.zeros(rows, horizon * segment, dtype=torch.bool, device=device)
 
     def step(length: int) -> None:
         optimizer.zero_grad(set_to_none=False)
         found = unroll(
             model, tokens[:, :length], tokens[:, 1 : length + 1], starts[:, :length], model.init_state(rows),
-            segment=segment, replay=task["replay"],
+            segment_length=segment, replay=task["replay"],
         )  # fmt: skip
         found.loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -74,39 +75,40 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
     # Gradients and moments are there from the first step on.
     step(min(segment, 8))
     if device.type == "cuda":
-        at_rest = measuring.held_bytes(device) or 0
-        measuring.reset_peak(device)
+        at_rest = measuring.memory_bytes(device) or 0
+        measuring.reset_peak_memory(device)
         step(horizon * segment)
-        peak = (measuring.peak_bytes(device) or 0) - at_rest
+        peak = (measuring.peak_memory_bytes(device) or 0) - at_rest
     else:
-        with measuring.Alive() as alive:
+        with measuring.TensorMemoryTracker() as alive:
             step(horizon * segment)
         peak = alive.peak
-    times = [measuring.seconds(partial(step, horizon * segment), device) for _ in range(task["repeats"])]
+    times = [measuring.time_call(partial(step, horizon * segment), device) for _ in range(task["repeats"])]
     return {
         "peak_bytes": peak,
         "seconds": statistics.median(times),
         "state_bytes": model.init_state(rows).nbytes,
-        "machine": measuring.machine(device),
+        "machine": measuring.machine_info(device),
     }
 
 
-def table(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
+def format_table(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
     """Return the figures as Markdown."""
     lines = [
-        f"{measuring.headline(machine)}; most bytes at once, MiB.",
+        f"{measuring.format_machine(machine)}; most bytes at once, MiB.",
         "",
         "| segments | plain | replay | replay / one segment | plain s | replay s |",
         "|---|---|---|---|---|---|",
     ]
-    by = {(row["horizon"], row["replay"]): row for row in rows}
-    horizons = sorted({row["horizon"] for row in rows})
+    by = {(row["bptt_segments"], row["replay"]): row for row in rows}
+    horizons = sorted({row["bptt_segments"] for row in rows})
     least = by[horizons[0], True]["peak_bytes"]
     for horizon in horizons:
         plain, replay = by[horizon, False], by[horizon, True]
         share = f"{replay['peak_bytes'] / least:.2f}"
         lines.append(
-            f"| {horizon} | {measuring.mib(plain['peak_bytes'])} | {measuring.mib(replay['peak_bytes'])} | {share} | "
+            f"| {horizon} | {measuring.format_mib(plain['peak_bytes'])} | "
+            f"{measuring.format_mib(replay['peak_bytes'])} | {share} | "
             f"{plain['seconds']:.2f} | {replay['seconds']:.2f} |"
         )
     return lines
@@ -114,31 +116,44 @@ def table(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measuring.add_options(parser)
-    parser.add_argument("--horizons", type=measuring.positive, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--kind", choices=sorted(stacks(4)), default="memformer")
-    for name, default in (("rows", 4), ("segment", 128), ("dim", 128), ("depth", 4), ("heads", 4), ("vocab", 512)):
-        parser.add_argument(f"--{name}", type=measuring.positive, default=default)
-    parser.add_argument("--repeats", type=measuring.positive, default=3, help="steps timed")
+    measuring.add_benchmark_options(parser)
+    parser.add_argument("--bptt-segments", type=measuring.positive_int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--memory", choices=sorted(memory_stacks(4)), default="memformer")
+    for name, default in (
+        ("batch_size", 4),
+        ("segment_length", 128),
+        ("dim", 128),
+        ("depth", 4),
+        ("heads", 4),
+        ("vocab_size", 512),
+    ):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=measuring.positive_int, default=default)
+    parser.add_argument("--repeats", type=measuring.positive_int, default=3, help="steps timed")
     arguments = parser.parse_args()
-    measuring.prepare(arguments)
-    fixed = ("kind", "rows", "segment", "dim", "depth", "heads", "vocab", "repeats")
+    measuring.apply_benchmark_options(arguments)
+    fixed = ("memory", "batch_size", "segment_length", "dim", "depth", "heads", "vocab_size", "repeats")
     common = {name: getattr(arguments, name) for name in fixed} | {"device": str(arguments.device)}
-    tasks = [common | {"horizon": k, "replay": replay} for k in arguments.horizons for replay in (False, True)]
+    tasks = [
+        common | {"bptt_segments": k, "replay": replay} for k in arguments.bptt_segments for replay in (False, True)
+    ]
     results: list[dict[str, Any]] = []
-    with measuring.progress() as bar:
+    with measuring.progress_bar() as bar:
         for task in bar.track(tasks, description="steps"):
-            results.append(task | measured(task))
+            results.append(task | measure(task))
     machine = results[0]["machine"]
     if arguments.plot:
         series = {
-            name: ([row["horizon"] for row in chosen], [row["peak_bytes"] / measuring.MIB for row in chosen])
+            name: ([row["bptt_segments"] for row in chosen], [row["peak_bytes"] / measuring.MIB for row in chosen])
             for name, replay in (("plain", False), ("replay", True))
             if (chosen := [row for row in results if row["replay"] is replay])
         }
-        plots.loss_curve(arguments.plot, series, title="A training step by its horizon", x="segments", y="peak, MiB")
+        plots.plot_loss_curves(
+            arguments.plot, series, title="A training step by its horizon", x_label="segments", y_label="peak, MiB"
+        )
     found = {"rows": [{key: value for key, value in row.items() if key != "machine"} for row in results]}
-    measuring.deliver(arguments, json.loads(json.dumps(found)) | {"machine": machine}, table(results, machine))
+    measuring.write_results(
+        arguments, json.loads(json.dumps(found)) | {"machine": machine}, format_table(results, machine)
+    )
 
 
 if __name__ == "__main__":

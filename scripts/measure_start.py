@@ -23,13 +23,13 @@ COMMANDS = {
     'python -c "import lightning.pytorch.cli"': ["-c", "import lightning.pytorch.cli"],
     "memtx fit --help": ["-m", "memtx", "fit", "--help"],
 }
-HOME = Path(__file__).resolve().parent.parent
+REPO_ROOT = Path(__file__).resolve().parent.parent
 
 
-def seconds(arguments: list[str]) -> float:
+def time_command(arguments: list[str]) -> float:
     """Return the wall time of one fresh interpreter."""
     began = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(HOME)}
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
     subprocess.run([sys.executable, *arguments], check=True, env=environment, capture_output=True)
     return time.perf_counter() - began
 
@@ -41,11 +41,11 @@ def main() -> None:
     arguments = parser.parse_args()
     times: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for command in COMMANDS.values():
-        seconds(command)  # The first call reads from disk and may write bytecode.
+        time_command(command)  # The first call reads from disk and may write bytecode.
     # In turns, so that a slow minute of the machine falls on all of them.
     for _ in range(arguments.repeats):
         for name, command in COMMANDS.items():
-            times[name].append(seconds(command))
+            times[name].append(time_command(command))
     medians = {name: statistics.median(values) for name, values in times.items()}
     if arguments.json:
         print(json.dumps(medians))

@@ -38,7 +38,7 @@ class Spread:
     max: float
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def from_values(cls, values: Sequence[float]) -> Spread:
         """Summarise at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
@@ -49,11 +49,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def seconds(run: Callable[[], object], device: torch.device) -> float:
+def time_call(function: Callable[[], object], device: torch.device) -> float:
     """Return how long one call takes, the device's work included."""
     synchronize(device)
     began = time.perf_counter()
-    run()
+    function()
     synchronize(device)
     return time.perf_counter() - began
 
@@ -63,7 +63,7 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
-def _status(field: str) -> int | None:
+def _read_proc_status(field: str) -> int | None:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -71,7 +71,7 @@ def _status(field: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
-def reset_peak(device: torch.device) -> bool:
+def reset_peak_memory(device: torch.device) -> bool:
     """Begin to watch for the peak anew; False where the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -83,20 +83,20 @@ def reset_peak(device: torch.device) -> bool:
     return True
 
 
-def peak_bytes(device: torch.device) -> int | None:
+def peak_memory_bytes(device: torch.device) -> int | None:
     """Return the most memory held: of the GPU, else of this process; None where the system does not say.
 
     Not ``ru_maxrss``: Linux hands a parent's peak on to the program that its child executes.
     """
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_proc_status("VmHWM")
 
 
-def held_bytes(device: torch.device) -> int | None:
-    """Return the memory held now, by the same count as :func:`peak_bytes`."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+def memory_bytes(device: torch.device) -> int | None:
+    """Return the memory held now, by the same count as :func:`peak_memory_bytes`."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _read_proc_status("VmRSS")
 
 
-class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class TensorMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes that tensors made under it hold, and their most at once: exact, where a process' size is not.
 
     The system's figure keeps what the allocator has not handed back, and the pieces between what is in use.
@@ -104,12 +104,12 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.held = self.peak = 0
-        self.known: set[int] = set()
+        self.current = self.peak = 0
+        self.tracked: set[int] = set()
 
-    def _gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.held -= size
+    def _release(self, key: int, size: int) -> None:
+        self.tracked.discard(key)
+        self.current -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -120,20 +120,22 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                if key not in self.known and key not in given:
-                    self.known.add(key)
-                    self.held += size
-                    weakref.finalize(storage, self._gone, key, size)
-        self.peak = max(self.peak, self.held)
+                if key not in self.tracked and key not in given:
+                    self.tracked.add(key)
+                    self.current += size
+                    weakref.finalize(storage, self._release, key, size)
+        self.peak = max(self.peak, self.current)
         return out
 
 
-def mib(size: float | None) -> str:
+def format_mib(num_bytes: float | None) -> str:
     """Return bytes as text in MiB."""
-    return "-" if size is None else f"{size / MIB:,.0f}" if size >= 10 * MIB else f"{size / MIB:.2f}"
+    return (
+        "-" if num_bytes is None else f"{num_bytes / MIB:,.0f}" if num_bytes >= 10 * MIB else f"{num_bytes / MIB:.2f}"
+    )
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def machine_info(device: torch.device) -> dict[str, Any]:
     """Say what the figures were measured on."""
     cpu = platform.processor() or platform.machine()
     try:
@@ -152,12 +154,12 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def headline(where: dict[str, Any]) -> str:
+def format_machine(info: dict[str, Any]) -> str:
     """Return one line that says what the figures were measured on."""
-    return f"{where['device']}, {where['threads']} threads, torch {where['torch']}, {where['when'][:10]}"
+    return f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {info['when'][:10]}"
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     """Read a whole number of at least 1, for argparse."""
     number = int(text)
     if number < 1:
@@ -165,35 +167,35 @@ def positive(text: str) -> int:
     return number
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     """Add what every bench takes."""
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; by default torch's own choice")
+    parser.add_argument("--num-threads", type=int, help="of torch on the CPU; by default torch's own choice")
     parser.add_argument("--peak-size", type=int, help="of the matrices that the peak is measured with")
     parser.add_argument("--json", metavar="FILE", help="all figures; - for standard output, instead of the table")
     parser.add_argument("--plot", metavar="PNG")
     parser.add_argument("--markdown", metavar="FILE", help="the table")
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+def apply_benchmark_options(arguments: argparse.Namespace) -> None:
     """Set threads and the peak's size, and refuse a device that is not there."""
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    if arguments.num_threads:
+        torch.set_num_threads(arguments.num_threads)
     # 2048 keeps a CPU busy for a tenth of a second; a GPU needs more work to show its peak.
     arguments.peak_size = arguments.peak_size or (8192 if arguments.device.type == "cuda" else 2048)
 
 
-def progress() -> Progress:
+def progress_bar() -> Progress:
     """Return a progress bar on standard error, so that standard output holds results alone."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def deliver(arguments: argparse.Namespace, results: dict[str, Any], table: Sequence[str]) -> None:
+def write_results(arguments: argparse.Namespace, results: dict[str, Any], lines: Sequence[str]) -> None:
     """Write what was asked for, and print the table or the JSON."""
-    text = "\n".join(table) + "\n"
+    text = "\n".join(lines) + "\n"
     if arguments.markdown:
         files.write_text(arguments.markdown, text)
     if arguments.json == "-":

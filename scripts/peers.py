@@ -26,37 +26,37 @@ class Job:
     """One size for all systems.
 
     Attributes:
-        rows: streams in the batch.
-        segment: tokens a call.
+        batch_size: streams in the batch.
+        segment_length: tokens a call.
         dim: width of the hidden states.
         depth: layers.
         heads: attention heads a layer.
-        vocab: tokens there are.
-        cache: exact positions carried.
-        memory: compressed entries, slots or memory tokens carried.
-        rate: positions a compressed entry stands for.
+        vocab_size: tokens there are.
+        cache_length: exact positions carried.
+        memory_length: compressed entries, slots or memory tokens carried.
+        compression_rate: positions a compressed entry stands for.
     """
 
-    rows: int = 4
-    segment: int = 512
+    batch_size: int = 4
+    segment_length: int = 512
     dim: int = 256
     depth: int = 6
     heads: int = 4
-    vocab: int = 8192
-    cache: int = 512
-    memory: int = 128
-    rate: int = 4
+    vocab_size: int = 8192
+    cache_length: int = 512
+    memory_length: int = 128
+    compression_rate: int = 4
 
     @property
-    def filling(self) -> int:
+    def warmup_segments(self) -> int:
         """Segments until the memory is full, and one more."""
-        return -(-(self.cache + self.memory * self.rate) // self.segment) + 1
+        return -(-(self.cache_length + self.memory_length * self.compression_rate) // self.segment_length) + 1
 
 
 Forward = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """From (rows, segment + 1) int64 tokens and what was carried to the loss of the next tokens and what is carried on."""
 
-Built = tuple[nn.Module, Forward]
+ModelAndForward = tuple[nn.Module, Forward]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class System:
         note: what the row stands for.
     """
 
-    build: Callable[[Job], Built]
+    build: Callable[[Job], ModelAndForward]
     module: str = "memtx"
     install: str = ""
     note: str = ""
@@ -81,28 +81,28 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def memtx(job: Job, *, reconstruction: bool = False, compiled: bool = False) -> Built:
+def build_memtx(job: Job, *, reconstruction: bool = False, compiled: bool = False) -> ModelAndForward:
     """Build this package's model: cache and compressed memory in every layer."""
     memory = partial(
         CompressedMemory,
-        window=job.cache,
-        rate=job.rate,
-        length=job.memory,
+        window=job.cache_length,
+        compression_rate=job.compression_rate,
+        num_entries=job.memory_length,
         reconstruction=AttentionReconstruction if reconstruction else None,
     )
-    model = MemoryTransformer(job.vocab, job.dim, job.depth, job.heads, memories=[memory])
+    model = MemoryTransformer(job.vocab_size, job.dim, job.depth, job.heads, memories=[memory])
     call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         if state is None:
-            state = model.init_state(job.rows)
+            state = model.init_state(job.batch_size)
         out = call(tokens[:, :-1], state, labels=tokens[:, 1:])
         return out.loss, out.state
 
     return model, forward
 
 
-def x_transformers(job: Job, *, cache: int, flash: bool = False) -> Built:
+def build_x_transformers(job: Job, *, cache_length: int, flash: bool = False) -> ModelAndForward:
     """Build a decoder with Transformer-XL's cache and rotary positions."""
     library: Any = importlib.import_module("x_transformers")
     layers = library.Decoder(
@@ -114,7 +114,11 @@ def x_transformers(job: Job, *, cache: int, flash: bool = False) -> Built:
         attn_flash=flash,
     )
     model = library.TransformerWrapper(
-        num_tokens=job.vocab, max_seq_len=job.segment, max_mem_len=cache, attn_layers=layers, use_abs_pos_emb=False
+        num_tokens=job.vocab_size,
+        max_seq_len=job.segment_length,
+        max_mem_len=cache_length,
+        attn_layers=layers,
+        use_abs_pos_emb=False,
     )
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -124,18 +128,18 @@ def x_transformers(job: Job, *, cache: int, flash: bool = False) -> Built:
     return model, forward
 
 
-def compressive_transformer(job: Job) -> Built:
+def build_compressive_transformer(job: Job) -> ModelAndForward:
     """Build it with memories in all layers, as ours; its auxiliary loss is always on."""
     library: Any = importlib.import_module("compressive_transformer_pytorch")
     model = library.CompressiveTransformer(
-        num_tokens=job.vocab,
+        num_tokens=job.vocab_size,
         dim=job.dim,
-        seq_len=job.segment,
+        seq_len=job.segment_length,
         depth=job.depth,
         heads=job.heads,
-        mem_len=job.cache,
-        cmem_len=job.memory,
-        cmem_ratio=job.rate,
+        mem_len=job.cache_length,
+        cmem_len=job.memory_length,
+        cmem_ratio=job.compression_rate,
     )
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -145,18 +149,18 @@ def compressive_transformer(job: Job) -> Built:
     return model, forward
 
 
-def recurrent_memory_transformer(job: Job) -> Built:
+def build_recurrent_memory_transformer(job: Job) -> ModelAndForward:
     """Build it with its cache of one segment and as many memory tokens as ours has compressed entries."""
     library: Any = importlib.import_module("recurrent_memory_transformer_pytorch")
     model = library.RecurrentMemoryTransformer(
         dim=job.dim,
-        num_tokens=job.vocab,
+        num_tokens=job.vocab_size,
         depth=job.depth,
-        num_memory_tokens=job.memory,
-        seq_len=job.segment,
+        num_memory_tokens=job.memory_length,
+        seq_len=job.segment_length,
         dim_head=job.dim // job.heads,
         heads=job.heads,
-        xl_mem_len=min(job.cache, job.segment),
+        xl_mem_len=min(job.cache_length, job.segment_length),
     )
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -167,18 +171,18 @@ def recurrent_memory_transformer(job: Job) -> Built:
     return model, forward
 
 
-def block_recurrent_transformer(job: Job) -> Built:
+def build_block_recurrent_transformer(job: Job) -> ModelAndForward:
     """Build it with its cache of one block and as many state vectors as ours has compressed entries."""
     library: Any = importlib.import_module("block_recurrent_transformer_pytorch")
     model = library.BlockRecurrentTransformer(
-        num_tokens=job.vocab,
+        num_tokens=job.vocab_size,
         dim=job.dim,
         depth=job.depth,
         dim_head=job.dim // job.heads,
         heads=job.heads,
-        max_seq_len=job.segment,
-        block_width=job.segment,
-        num_state_vectors=job.memory,
+        max_seq_len=job.segment_length,
+        block_width=job.segment_length,
+        num_state_vectors=job.memory_length,
     )
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -189,20 +193,20 @@ def block_recurrent_transformer(job: Job) -> Built:
     return model, forward
 
 
-def memformer(job: Job) -> Built:
+def build_memformer(job: Job) -> ModelAndForward:
     """Build half the layers as encoder of the previous segment, which feeds the slots, half as decoder of this one."""
     library: Any = importlib.import_module("memformer")
     half = max(1, job.depth // 2)
     model = library.Memformer(
         dim=job.dim,
-        num_memory_slots=job.memory,
+        num_memory_slots=job.memory_length,
         mem_update_attn_heads=job.heads,
-        enc_num_tokens=job.vocab,
-        enc_max_seq_len=job.segment,
+        enc_num_tokens=job.vocab_size,
+        enc_max_seq_len=job.segment_length,
         enc_depth=half,
         enc_heads=job.heads,
-        dec_num_tokens=job.vocab,
-        dec_max_seq_len=job.segment,
+        dec_num_tokens=job.vocab_size,
+        dec_max_seq_len=job.segment_length,
         dec_depth=max(1, job.depth - half),
         dec_heads=job.heads,
     )
@@ -215,11 +219,11 @@ def memformer(job: Job) -> Built:
     return model, forward
 
 
-def infini_transformer(job: Job) -> Built:
+def build_infini_transformer(job: Job) -> ModelAndForward:
     """Build it with the delta rule, as its README does: attention within the segment, the past in fast weights."""
     library: Any = importlib.import_module("infini_transformer_pytorch")
     model = library.InfiniTransformer(
-        num_tokens=job.vocab,
+        num_tokens=job.vocab_size,
         dim=job.dim,
         depth=job.depth,
         dim_head=job.dim // job.heads,
@@ -234,38 +238,44 @@ def infini_transformer(job: Job) -> Built:
     return model, forward
 
 
-_X = ("x_transformers", "x-transformers einx loguru torch-einops-utils sympy frozendict")
+_X_TRANSFORMERS_PACKAGES = ("x_transformers", "x-transformers einx loguru torch-einops-utils sympy frozendict")
 
 SYSTEMS: dict[str, System] = {
-    "memtx": System(memtx, note="cache and compressed memory"),
-    "memtx-reconstruction": System(partial(memtx, reconstruction=True), note="with the auxiliary loss"),
-    "memtx-compiled": System(partial(memtx, compiled=True), note="through torch.compile; its warm-up compiles"),
-    "x-transformers-640": System(partial(x_transformers, cache=640), *_X, "XL cache of 640, rotary"),
-    "x-transformers-512": System(partial(x_transformers, cache=512), *_X, "XL cache of 512, rotary"),
+    "memtx": System(build_memtx, note="cache and compressed memory"),
+    "memtx-reconstruction": System(partial(build_memtx, reconstruction=True), note="with the auxiliary loss"),
+    "memtx-compiled": System(partial(build_memtx, compiled=True), note="through torch.compile; its warm-up compiles"),
+    "x-transformers-640": System(
+        partial(build_x_transformers, cache_length=640), *_X_TRANSFORMERS_PACKAGES, "XL cache of 640, rotary"
+    ),
+    "x-transformers-512": System(
+        partial(build_x_transformers, cache_length=512), *_X_TRANSFORMERS_PACKAGES, "XL cache of 512, rotary"
+    ),
     "x-transformers-640-flash": System(
-        partial(x_transformers, cache=640, flash=True), *_X, "XL cache of 640, rotary, attn_flash=True"
+        partial(build_x_transformers, cache_length=640, flash=True),
+        *_X_TRANSFORMERS_PACKAGES,
+        "XL cache of 640, rotary, attn_flash=True",
     ),
     "compressive-transformer-pytorch": System(
-        compressive_transformer,
+        build_compressive_transformer,
         "compressive_transformer_pytorch",
         "compressive-transformer-pytorch mogrifier",
         "cache and compressed memory, auxiliary loss",
     ),
     "recurrent-memory-transformer-pytorch": System(
-        recurrent_memory_transformer,
+        build_recurrent_memory_transformer,
         "recurrent_memory_transformer_pytorch",
         "recurrent-memory-transformer-pytorch hyper-connections torch-einops-utils",
         "memory tokens and XL cache",
     ),
     "block-recurrent-transformer-pytorch": System(
-        block_recurrent_transformer,
+        build_block_recurrent_transformer,
         "block_recurrent_transformer_pytorch",
         "block-recurrent-transformer-pytorch beartype",
         "state vectors in one layer and XL cache, one key and value head",
     ),
-    "memformer": System(memformer, "memformer", "memformer", "slots; half encoder, half decoder"),
+    "memformer": System(build_memformer, "memformer", "memformer", "slots; half encoder, half decoder"),
     "infini-transformer-pytorch": System(
-        infini_transformer,
+        build_infini_transformer,
         "infini_transformer_pytorch",
         "infini-transformer-pytorch rotary-embedding-torch",
         "fast weights, no cache",
@@ -273,5 +283,5 @@ SYSTEMS: dict[str, System] = {
 }
 
 BASELINE = "x-transformers-640"
-EXTRA = ("memtx-reconstruction", "memtx-compiled")
+OPTIONAL_SYSTEMS = ("memtx-reconstruction", "memtx-compiled")
 """Rows to be asked for by name."""

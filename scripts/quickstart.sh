@@ -9,7 +9,7 @@ echo "== Training a byte-level model on the embedded text (minutes on 2 cores) i
 .venv/bin/memtx fit --config configs/quickstart.yaml --ckpt_path last
 # A text that is in no training set: the licence beside this script.
 echo "== Reading LICENSE, which it has not seen"
-.venv/bin/memtx read LICENSE --checkpoint "$run" --every 4000 --plot "$run/reading.png"
+.venv/bin/memtx read LICENSE --checkpoint "$run" --report-every 4000 --plot "$run/reading.png"
 echo "== Going on from a prompt"
 .venv/bin/memtx generate --checkpoint "$run" --prompt "The import statement " --max-tokens 300 --temperature 0.7 --seed 0
 echo

@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from memtx.data.classes import Classification, Matching
-from memtx.data.offset_tokenizers import OffsetTokenizer, WordPieceTokenizer
-from memtx.data.questions import Questions
+from memtx.data.classes import Classification, PairClassification
+from memtx.data.offset_tokenizers import HFTokenizer, WordPieceTokenizer
+from memtx.data.questions import QuestionAnswering
 from memtx.data.tags import Tagging
 from memtx.data.task import Task
 from memtx.inference.predictor import Predictor
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.window_attention import WindowAttention
+from memtx.layers.window_attention import LongformerAttention
 from memtx.models.encoder import Encoder
-from memtx.models.heads import TaskModel, TextHead, TokenHead
+from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClassificationHead
 
 WORDS = "the a whale ship sea night storm captain saw found lost old white dark of in to Ahab".split()  # noqa: SIM905
 
@@ -59,22 +59,22 @@ def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
     return made
 
 
-def task(kind: str, longest: int = 64, stride: int | None = None) -> Task:
+def task(kind: str, max_length: int = 64, stride: int | None = None) -> Task:
     if kind == "questions":
-        return Questions(longest, stride)
+        return QuestionAnswering(max_length, stride)
     if kind == "tagging":
-        return Tagging(["B-WHO", "O"], longest, stride)
+        return Tagging(["B-WHO", "O"], max_length, stride)
     if kind == "matching":
-        return Matching(["other", "same"], longest, stride)
-    return Classification(["neg", "pos"], longest, stride)
+        return PairClassification(["other", "same"], max_length, stride)
+    return Classification(["neg", "pos"], max_length, stride)
 
 
 KINDS = ("classification", "matching", "tagging", "questions")
 
 
-def tokenizer(size: int = 200) -> OffsetTokenizer:
+def tokenizer(size: int = 200) -> HFTokenizer:
     made = WordPieceTokenizer(size, lowercase=False)
-    made.fit(texts(50))
+    made.train(texts(50))
     return made
 
 
@@ -90,20 +90,20 @@ def folder(root: Path, kind: str, count: int = 24) -> Path:
     return root
 
 
-def body(longest: int = 64) -> Any:
+def body(max_length: int = 64) -> Any:
     return partial(
         Encoder,
         dim=16,
         depth=1,
         heads=2,
-        attentions=[partial(WindowAttention, window=4)],
-        embeddings=partial(TextEmbeddings, positions=longest, types=2),
-        masked_head=False,
+        attentions=[partial(LongformerAttention, window=4)],
+        embeddings=partial(TextEmbeddings, num_positions=max_length, type_vocab_size=2),
+        add_mlm_head=False,
     )
 
 
-def predictor(kind: str, longest: int = 64, stride: int | None = None, seed: int = 0) -> Predictor:
+def predictor(kind: str, max_length: int = 64, stride: int | None = None, seed: int = 0) -> Predictor:
     torch.manual_seed(seed)
-    own, tokens = task(kind, longest, stride), tokenizer()
-    head: Any = TextHead if kind in ("classification", "matching") else TokenHead
-    return Predictor(TaskModel(tokens.vocab_size, own.outputs, body(longest), head), tokens, own)
+    own, tokens = task(kind, max_length, stride), tokenizer()
+    head: Any = SequenceClassificationHead if kind in ("classification", "matching") else TokenClassificationHead
+    return Predictor(TaskModel(tokens.vocab_size, own.num_labels, body(max_length), head), tokens, own)

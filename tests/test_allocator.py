@@ -16,7 +16,7 @@ glibc = pytest.mark.skipif(
 
 FAULTS = """
 import resource
-from memtx.allocator import give_back, keep_freed
+from memtx.allocator import release_freed_memory, retain_freed_memory
 
 size = 30 << 20
 
@@ -25,7 +25,7 @@ def faults():
     b"x" * size
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-print(keep_freed(), faults(), faults(), give_back(), faults(), faults())
+print(retain_freed_memory(), faults(), faults(), release_freed_memory(), faults(), faults())
 """
 
 

@@ -24,13 +24,13 @@ def size_of(path: Path) -> tuple[int, int]:
 def test_smoothing_is_the_mean_of_the_neighbours_there_are(values: list[float], reach: int) -> None:
     expected = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
     # Sums of at most 30 values up to 100, differenced.
-    np.testing.assert_allclose(plots.smoothed(values, reach), expected, atol=1e-9)
+    np.testing.assert_allclose(plots.moving_average(values, reach), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
 def test_surprise(tmp_path: Path, count: int) -> None:
     position = np.arange(count) + 0.5
-    plots.surprise(
+    plots.plot_surprisal(
         tmp_path / "a.png", (position, np.ones(count)), (position, np.ones(count), np.zeros(count)), title="$B"
     )
     assert size_of(tmp_path / "a.png") == (1500, 960)
@@ -38,41 +38,41 @@ def test_surprise(tmp_path: Path, count: int) -> None:
 
 
 def test_loss_curve_and_comparison(tmp_path: Path) -> None:
-    plots.loss_curve(
+    plots.plot_loss_curves(
         tmp_path / "b.png", {"train": (range(500), np.random.default_rng(0).random(500)), "val": ([0], [1])}
     )
-    plots.comparison(tmp_path / "c.png", {"ours": [1.0, 1.1], "theirs": [1.2]}, unit="bits per byte")
+    plots.plot_seed_comparison(tmp_path / "c.png", {"ours": [1.0, 1.1], "theirs": [1.2]}, unit="bits per byte")
     assert min(*size_of(tmp_path / "b.png"), *size_of(tmp_path / "c.png")) > 300
 
 
 def test_accuracy(tmp_path: Path) -> None:
     curves = {f"curve {number}": ([24, 960], [0.5, 1 / (1 + number)]) for number in range(9)}
-    plots.accuracy(tmp_path / "a.png", {**curves, "short": ([24], [1.0])}, chance=0.1)
+    plots.plot_accuracy(tmp_path / "a.png", {**curves, "short": ([24], [1.0])}, chance_level=0.1)
     assert min(size_of(tmp_path / "a.png")) > 300
     with pytest.raises(MemtxError, match="at least one curve"):
-        plots.accuracy(tmp_path / "b.png", {}, chance=0.1)
+        plots.plot_accuracy(tmp_path / "b.png", {}, chance_level=0.1)
     with pytest.raises(MemtxError, match="columns of one length"):
-        plots.accuracy(tmp_path / "b.png", {"a": ([1, 2], [1])}, chance=0.1)
+        plots.plot_accuracy(tmp_path / "b.png", {"a": ([1, 2], [1])}, chance_level=0.1)
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_a_comparison_grows_with_its_rows(tmp_path: Path) -> None:
-    plots.comparison(tmp_path / "a.png", {"a": [1.0]})
-    plots.comparison(tmp_path / "b.png", {str(row): [float(row)] for row in range(12)})
+    plots.plot_seed_comparison(tmp_path / "a.png", {"a": [1.0]})
+    plots.plot_seed_comparison(tmp_path / "b.png", {str(row): [float(row)] for row in range(12)})
     assert size_of(tmp_path / "b.png")[1] > 2 * size_of(tmp_path / "a.png")[1]
 
 
 def test_mistakes_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="columns of one length"):
-        plots.surprise(tmp_path / "a.png", ([1, 2], [1]), ([1], [1], [1]))
+        plots.plot_surprisal(tmp_path / "a.png", ([1, 2], [1]), ([1], [1], [1]))
     with pytest.raises(MemtxError, match="columns of one length"):
-        plots.surprise(tmp_path / "a.png", ([], []), ([1], [1], [1]))
+        plots.plot_surprisal(tmp_path / "a.png", ([], []), ([1], [1], [1]))
     with pytest.raises(MemtxError, match="at least one row"):
-        plots.comparison(tmp_path / "a.png", {})
+        plots.plot_seed_comparison(tmp_path / "a.png", {})
     with pytest.raises(MemtxError, match=r"'x'.*finite"):
-        plots.comparison(tmp_path / "a.png", {"x": [float("nan")]})
+        plots.plot_seed_comparison(tmp_path / "a.png", {"x": [float("nan")]})
     with pytest.raises(MemtxError, match="at least one curve"):
-        plots.loss_curve(tmp_path / "a.png", {})
+        plots.plot_loss_curves(tmp_path / "a.png", {})
     assert not list(tmp_path.iterdir())
 
 
@@ -85,12 +85,14 @@ def test_no_global_state_and_nothing_of_the_models() -> None:
 
 
 def test_models_beside_one_another(tmp_path: Path) -> None:
-    plots.beside(tmp_path / "a.png", {"parameters": [9e6, 3e6], "ms": [2.5, 0.0]}, ["teacher", "student"], title="both")
-    plots.beside(tmp_path / "b.png", {"ms": [2.5, 0.0, 1.0]}, ["teacher", "student", "other"])
+    plots.plot_model_comparison(
+        tmp_path / "a.png", {"parameters": [9e6, 3e6], "ms": [2.5, 0.0]}, ["teacher", "student"], title="both"
+    )
+    plots.plot_model_comparison(tmp_path / "b.png", {"ms": [2.5, 0.0, 1.0]}, ["teacher", "student", "other"])
     (wide, _), (narrow, _) = size_of(tmp_path / "a.png"), size_of(tmp_path / "b.png")
     assert wide > narrow > 300
     with pytest.raises(MemtxError, match="needs a measure and a model"):
-        plots.beside(tmp_path / "c.png", {}, ["teacher"])
+        plots.plot_model_comparison(tmp_path / "c.png", {}, ["teacher"])
     with pytest.raises(MemtxError, match="expected 1 finite values"):
-        plots.beside(tmp_path / "c.png", {"ms": [float("nan")]}, ["teacher"])
+        plots.plot_model_comparison(tmp_path / "c.png", {"ms": [float("nan")]}, ["teacher"])
     assert not (tmp_path / "c.png").exists()

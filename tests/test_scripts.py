@@ -23,7 +23,7 @@ def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess
 
 
 def bench(name: str, *options: str | Path) -> Any:
-    done = run(sys.executable, SCRIPTS / name, "--json", "-", "--threads", "1", "--peak-size", "64", *options)
+    done = run(sys.executable, SCRIPTS / name, "--json", "-", "--num-threads", "1", "--peak-size", "64", *options)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -31,8 +31,9 @@ def bench(name: str, *options: str | Path) -> Any:
 def test_step(tmp_path: Path) -> None:
     found = bench(
         "bench_step.py", "--systems", "memtx", "memformer", "--dtypes", "fp32", "--rounds", "1", "--steps", "3",
-        "--rows", "2", "--segment", "16", "--dim", "16", "--depth", "2", "--heads", "2", "--vocab", "32",
-        "--cache", "16", "--memory", "4", "--plot", tmp_path / "step.png", "--markdown", tmp_path / "step.md",
+        "--batch-size", "2", "--segment-length", "16", "--dim", "16", "--depth", "2", "--heads", "2",
+        "--vocab-size", "32", "--cache-length", "16", "--memory-length", "4",
+        "--plot", tmp_path / "step.png", "--markdown", tmp_path / "step.md",
     )  # fmt: skip
     assert not found["failed"]
     rows = {row["mode"]: row for row in found["rows"] if row["system"] == "memtx"}
@@ -62,7 +63,7 @@ def test_useful_operations_by_hand() -> None:
         "from bench_step import useful_flops\n"
         "from peers import Job\n"
         "from memtx import MemoryTransformer, NoMemory, FeedForward\n"
-        "job = Job(rows=2, segment=8, dim=16, depth=3, heads=2, vocab=32)\n"
+        "job = Job(batch_size=2, segment_length=8, dim=16, depth=3, heads=2, vocab_size=32)\n"
         "model = MemoryTransformer(32, dim=16, depth=3, heads=2, memories=[NoMemory], feed_forward=FeedForward)\n"
         "print(useful_flops(model, job, 'read'), useful_flops(model, job, 'train'))"
     )
@@ -77,11 +78,12 @@ def test_useful_operations_by_hand() -> None:
 
 def test_attention(tmp_path: Path) -> None:
     found = bench(
-        "bench_attention.py", "--dtypes", "fp32", "--repeats", "2", "--rows", "2", "--segment", "16", "--window", "16",
+        "bench_attention.py", "--dtypes", "fp32", "--repeats", "2", "--batch-size", "2", "--segment-length", "16",
+        "--window", "16",
         "--lengths", "64", "128", "--heads", "2", "--head-dim", "16", "--plot", tmp_path / "attention.png",
-        "--dense-gib", "0.0001",
+        "--max-dense-gib", "0.0001",
     )  # fmt: skip
-    rows = {(row["backend"], row["queries"], row["pass"]): row for row in found["rows"]}
+    rows = {(row["backend"], row["num_queries"], row["pass"]): row for row in found["rows"]}
     banded = rows["banded", 64, "forward"]
     # Window 16: the first 16 queries see 1 .. 16 positions, the others 16; 4 operations a pair and channel.
     assert banded["useful_flops"] == 4 * 2 * 16 * (16 * 17 // 2 + 48 * 16)
@@ -90,9 +92,9 @@ def test_attention(tmp_path: Path) -> None:
     assert banded["fraction_of_matrix_peak"] == pytest.approx(
         banded["useful_flops"] / banded["seconds"]["median"] / banded["matrix_peak_flops"]
     )
-    assert rows["sdpa-dense", 64, "forward"]["left_out"] is None
-    assert "too much memory" in rows["reference", 128, "forward"]["left_out"]
-    assert "gradient" in rows["flex", 16, "forward+backward"]["left_out"]
+    assert rows["sdpa-dense", 64, "forward"]["skipped_reason"] is None
+    assert "too much memory" in rows["reference", 128, "forward"]["skipped_reason"]
+    assert "gradient" in rows["flex", 16, "forward+backward"]["skipped_reason"]
     (slope,) = [one for one in found["slopes"] if one["backend"] == "banded" and one["pass"] == "forward"]
     assert (round(slope["from"]), round(slope["to"])) == (64, 128)
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
@@ -100,16 +102,16 @@ def test_attention(tmp_path: Path) -> None:
 
 def test_stream(tmp_path: Path) -> None:
     found = bench(
-        "bench_stream.py", "--dim", "16", "--depth", "2", "--heads", "2", "--vocab", "32", "--window", "16",
-        "--memory", "4", "--tokens", "128", "--calls", "16", "40", "128", "--decode", "3", "--rounds", "2",
-        "--plot", tmp_path / "stream.png",
+        "bench_stream.py", "--dim", "16", "--depth", "2", "--heads", "2", "--vocab-size", "32", "--window", "16",
+        "--memory-length", "4", "--tokens", "128", "--call-lengths", "16", "40", "128", "--decode-tokens", "3",
+        "--rounds", "2", "--plot", tmp_path / "stream.png",
     )  # fmt: skip
     (decoding,), (reading,) = found["decoding"], found["reading"]
-    assert [(row["by"], row["position"]) for row in decoding["positions"]] == [
+    assert [(row["method"], row["position"]) for row in decoding["positions"]] == [
         (by, position) for by in ("decoder", "calls") for position in (2_000, 1_000_000)
     ]
     assert decoding["positions"][0]["ratio_to_first"] == 1.0
-    assert [row["call"] for row in reading["calls"]] == [16, 40, 128]
+    assert [row["call_length"] for row in reading["calls"]] == [16, 40, 128]
     assert reading["tokens"] == 128
     assert all(row["equal"] for row in reading["calls"])
     # Other sums in other orders: a difference of exactly nothing would say that nothing was compared.
@@ -166,13 +168,14 @@ def test_gpu_script_ends_within_eight_minutes() -> None:
 
 def test_replay(tmp_path: Path) -> None:
     done = run(
-        sys.executable, SCRIPTS / "measure_replay.py", "--json", "-", "--threads", "1", "--horizons", "3",
-        "--rows", "2", "--segment", "8", "--dim", "8", "--depth", "1", "--heads", "2", "--vocab", "16",
-        "--repeats", "1", "--kind", "recurrent", "--markdown", tmp_path / "replay.md", "--plot", tmp_path / "r.png",
+        sys.executable, SCRIPTS / "measure_replay.py", "--json", "-", "--num-threads", "1", "--bptt-segments", "3",
+        "--batch-size", "2", "--segment-length", "8", "--dim", "8", "--depth", "1", "--heads", "2",
+        "--vocab-size", "16", "--repeats", "1", "--memory", "recurrent",
+        "--markdown", tmp_path / "replay.md", "--plot", tmp_path / "r.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert [(row["horizon"], row["replay"]) for row in rows] == [(3, False), (3, True)]
+    assert [(row["bptt_segments"], row["replay"]) for row in rows] == [(3, False), (3, True)]
     assert all(row["seconds"] > 0 and row["state_bytes"] == 2 * (7 * 8 * 4 + 8) for row in rows)
     assert "| 3 |" in (tmp_path / "replay.md").read_text()
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
@@ -183,34 +186,48 @@ def test_killed_runs_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     done = run(sys.executable, SCRIPTS / "kill_runs.py", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "kills.json").read_text())
-    assert found["wrong"] == []
+    assert found["failures"] == []
     for writer in found["writers"].values():
-        assert sum(writer["kills"].values()) == sum(writer["whole"].values()) == 1
-        assert writer["equal"] == writer["ends"] >= 1
+        assert sum(writer["kills"].values()) == sum(writer["intact"].values()) == 1
+        assert writer["identical"] == writer["finished"] >= 1
     assert "| in a thread | all | 1 | 1 |" in done.stdout
 
 
 def test_recall(tmp_path: Path) -> None:
     done = run(
-        sys.executable, SCRIPTS / "measure_recall.py", "--json", "-", "--threads", "1", "--kinds", "window", "slots",
-        "--seeds", "0", "--steps", "2", "--rows", "2", "--dim", "8", "--episodes", "4", "--distances", "1", "40",
-        "--markdown", tmp_path / "recall.md", "--plot", tmp_path / "recall.png",
+        sys.executable, SCRIPTS / "measure_recall.py", "--json", "-", "--num-threads", "1",
+        "--memories", "window", "slots", "--seeds", "0", "--steps", "2", "--batch-size", "2", "--dim", "8",
+        "--num-samples", "4", "--distances", "1", "40", "--markdown", tmp_path / "recall.md",
+        "--plot", tmp_path / "recall.png",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [(row["kind"], row["seed"]) for row in found["rows"]] == [("window", 0), ("slots", 0)]
+    assert [(row["memory"], row["seed"]) for row in found["rows"]] == [("window", 0), ("slots", 0)]
     assert all(0 <= share <= 1 for row in found["rows"] for share in row["accuracy"].values())
     assert "| 40 |" in (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_compare_memories_keeps_what_it_found(tmp_path: Path) -> None:
-    options = ("--tasks", "T1 recall", "--seeds", "0", "--steps", "1", "--rows", "2", "--dim", "8", "--farthest", "3")
-    options = (*options, "--out", tmp_path)
-    first = bench("compare_memories.py", "--kinds", "window", *options)
+    options = (
+        "--tasks",
+        "T1 recall",
+        "--seeds",
+        "0",
+        "--steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--dim",
+        "8",
+        "--max-distance",
+        "3",
+    )
+    options = (*options, "--output-dir", tmp_path)
+    first = bench("compare_memories.py", "--memories", "window", *options)
     one = first["figures"]["T1 recall/window/0"]
     assert set(one["accuracy"]) == {"3"}
-    both = bench("compare_memories.py", "--kinds", "window", "slots", *options, "--plot", tmp_path / "kinds.png")
+    both = bench("compare_memories.py", "--memories", "window", "slots", *options, "--plot", tmp_path / "kinds.png")
     assert both["figures"]["T1 recall/window/0"] == one
     # Equal parameters: a step of the feed-forward width is all that may lie between.
     counts = [found["parameters"] for found in both["figures"].values()]
@@ -224,15 +241,15 @@ def test_measure_retrofit_reads_in_every_way(tmp_path: Path) -> None:
         (tmp_path / split).mkdir()
         for number in range(count):
             (tmp_path / split / f"{number}.txt").write_text(f"book {number} of {split}, and so on. " * 40)
-    adapted = ["--lora", "2"] if importlib.util.find_spec("peft") else []
+    adapted = ["--lora-rank", "2"] if importlib.util.find_spec("peft") else []
     done = run(
-        sys.executable, SCRIPTS / "measure_retrofit.py", "--root", tmp_path, "--json", "-", "--threads", "1",
-        "--seeds", "0", "--steps", "10", "--rows", "2", "--window", "16", "--windows", "20", "--dim", "16",
+        sys.executable, SCRIPTS / "measure_retrofit.py", "--root", tmp_path, "--json", "-", "--num-threads", "1",
+        "--seeds", "0", "--steps", "10", "--batch-size", "2", "--window", "16", "--num-windows", "20", "--dim", "16",
         "--depth", "1", "--plot", tmp_path / "retrofit.png", *adapted,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "retrofit.png").read_bytes().startswith(b"\x89PNG")
-    rows = {row["way"]: row for row in json.loads(done.stdout)["rows"]}
+    rows = {row["variant"]: row for row in json.loads(done.stdout)["rows"]}
     assert len(rows) == 6 + 3 * bool(adapted)
     assert rows["all keys"]["state_bytes"] > 5 * rows["window, sinks and memory"]["state_bytes"]
     assert all(0 < value < 20 for row in rows.values() for value in row["ranges"])

@@ -18,7 +18,7 @@ CONTENT = {"weights": torch.arange(50.0), "step": 3, "text": "störmy"}
 
 
 def write(path: Path, step: int = 3) -> bytes:
-    with sealed.new(path, step) as handle:
+    with sealed.create(path, step) as handle:
         torch.save(CONTENT, handle)  # type: ignore[arg-type]
     return path.read_bytes()
 
@@ -31,8 +31,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_any_reader_opens_it(whole: Path) -> None:
-    sealed.check(whole)
-    assert sealed.stated_step(whole) == 3
+    sealed.verify(whole)
+    assert sealed.read_step(whole) == 3
     for mapped in (False, True):
         found = torch.load(whole, weights_only=True, mmap=mapped)
         assert torch.equal(found["weights"], CONTENT["weights"])
@@ -49,7 +49,7 @@ def test_every_bit_counts(whole: Path, place: int, bit: int) -> None:
     other = whole.with_name("flipped")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        sealed.check(other)
+        sealed.verify(other)
 
 
 @given(size=st.integers(0), more=st.binary(max_size=300))
@@ -61,7 +61,7 @@ def test_every_length_but_its_own_is_refused(whole: Path, size: int, more: bytes
         return
     other.write_bytes(changed)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        sealed.check(other)
+        sealed.verify(other)
 
 
 @given(content=st.binary(max_size=400))
@@ -69,19 +69,19 @@ def test_no_bytes_are_taken_for_one(whole: Path, content: bytes) -> None:
     other = whole.with_name("junk")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        sealed.check(other)
+        sealed.verify(other)
 
 
 def test_one_without_a_seal_has_the_zips_checksums(tmp_path: Path) -> None:
     path = tmp_path / "old.ckpt"
     torch.save(CONTENT, path)
-    sealed.check(path)
-    assert sealed.stated_step(path) is None
+    sealed.verify(path)
+    assert sealed.read_step(path) is None
     content = bytearray(path.read_bytes())
     content[content.index(torch.arange(50.0).numpy().tobytes()) + 17] ^= 4
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="data/0"):
-        sealed.check(path)
+        sealed.verify(path)
     # torch itself reads it: why there are seals.
     assert not torch.equal(torch.load(path, weights_only=True)["weights"], CONTENT["weights"])
 
@@ -90,9 +90,9 @@ def test_the_step_is_sealed_too(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     content = write(path, 3)
     path.write_bytes(content.replace(b"step=%020d" % 3, b"step=%020d" % 4))
-    assert sealed.stated_step(path) == 4
+    assert sealed.read_step(path) == 4
     with pytest.raises(CheckpointError, match="bytes are not those"):
-        sealed.check(path)
+        sealed.verify(path)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,13 +103,13 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         def write(self, data: object) -> int:
             raise OSError(28, "No space left on device")
 
-    handle = sealed.Sealing.__init__
+    handle = sealed.ChecksummedZipWriter.__init__
 
-    def begin(self: sealed.Sealing, at: Path) -> None:
+    def begin(self: sealed.ChecksummedZipWriter, at: Path) -> None:
         handle(self, at)
         self._file = Full(at, "w")  # type: ignore[assignment]
 
-    monkeypatch.setattr(sealed.Sealing, "__init__", begin)
+    monkeypatch.setattr(sealed.ChecksummedZipWriter, "__init__", begin)
     with pytest.raises(MemtxError, match="No space left on device"):
         write(path)
     assert path.read_bytes() == before

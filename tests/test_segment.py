@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.segment import FAR, Segment
+from memtx.segment import INFINITE_OFFSET, Segment
 
 
 @given(st.integers(1, 3), st.integers(1, 30), st.integers(0, 10**9), st.integers(0, 2**31), st.floats(0, 0.5))
@@ -17,19 +17,19 @@ def test_locate(rows: int, length: int, carried: int, seed: int, chance: float) 
     generator = torch.Generator().manual_seed(seed)
     starts = torch.rand(rows, length, generator=generator) < chance
     read = carried + torch.arange(rows)
-    segment = Segment.locate(read, length, starts)
+    segment = Segment.from_document_starts(read, length, starts)
     for row in range(rows):
         position, document = int(read[row]), 0
         for tick in range(length):
             if starts[row, tick]:
                 position, document = 0, document + 1
             assert int(segment.position[row, tick]) == position
-            assert int(segment.document[row, tick]) == document
+            assert int(segment.document_id[row, tick]) == document
             later = [t for t in range(tick + 1, length) if starts[row, t]]
-            assert int(segment.end[row, tick]) == (later[0] if later else FAR)
+            assert int(segment.document_end[row, tick]) == (later[0] if later else INFINITE_OFFSET)
             position += 1
         begins = starts[row].nonzero().flatten().tolist()
-        assert int(segment.carried_end[row]) == (begins[0] if begins else FAR)
+        assert int(segment.past_document_end[row]) == (begins[0] if begins else INFINITE_OFFSET)
         assert int(segment.next_position[row]) == position
 
 
@@ -37,9 +37,9 @@ def test_locate(rows: int, length: int, carried: int, seed: int, chance: float) 
 @settings(deadline=None, max_examples=20)
 def test_no_starts_are_starts_nowhere(rows: int, length: int, carried: int) -> None:
     read = carried + torch.arange(rows)
-    nowhere = Segment.locate(read, length, torch.zeros(rows, length, dtype=torch.bool))
-    none = Segment.locate(read, length)
-    for name in ("position", "document", "end", "carried", "carried_end"):
+    nowhere = Segment.from_document_starts(read, length, torch.zeros(rows, length, dtype=torch.bool))
+    none = Segment.from_document_starts(read, length)
+    for name in ("position", "document_id", "document_end", "past_length", "past_document_end"):
         assert torch.equal(getattr(none, name), getattr(nowhere, name))
 
 
@@ -50,8 +50,11 @@ def test_once_makes_once_a_call() -> None:
         made.append(0)
         return len(made)
 
-    segment, other = Segment.locate(torch.zeros(1, dtype=torch.int64), 3), Segment.locate(torch.zeros(1).long(), 3)
-    assert [segment.once("a", make), segment.once("a", make), segment.once("b", make), other.once("a", make)] == [
+    segment, other = (
+        Segment.from_document_starts(torch.zeros(1, dtype=torch.int64), 3),
+        Segment.from_document_starts(torch.zeros(1).long(), 3),
+    )
+    assert [segment.memo("a", make), segment.memo("a", make), segment.memo("b", make), other.memo("a", make)] == [
         1,
         1,
         2,
@@ -62,8 +65,8 @@ def test_once_makes_once_a_call() -> None:
 def test_refuses() -> None:
     carried = torch.zeros(2, dtype=torch.int64)
     with pytest.raises(MemtxError, match="0 tokens"):
-        Segment.locate(carried, 0)
+        Segment.from_document_starts(carried, 0)
     with pytest.raises(MemtxError, match=r"expected bool \(2, 4\)"):
-        Segment.locate(carried, 4, torch.zeros(2, 3, dtype=torch.bool))
+        Segment.from_document_starts(carried, 4, torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(MemtxError, match="expected bool"):
-        Segment.locate(carried, 4, torch.zeros(2, 4))
+        Segment.from_document_starts(carried, 4, torch.zeros(2, 4))

@@ -12,13 +12,17 @@ from torch import nn
 
 from memtx.errors import CheckpointError
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.compression import LearnedQueries, StridedConvolution
+from memtx.memory.compression import AttentionPooling, StridedConvolution
 from memtx.memory.reconstruction import AutoEncoding
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.specs import built, plain
+from memtx.specs import from_config, to_config
 
 NESTED = partial(
-    CompressedMemory, rate=2, compression=partial(LearnedQueries, heads=2), reconstruction=AutoEncoding, per_call=True
+    CompressedMemory,
+    compression_rate=2,
+    compression=partial(AttentionPooling, heads=2),
+    reconstruction=AutoEncoding,
+    compress_per_segment=True,
 )
 
 
@@ -45,13 +49,13 @@ def same(one: Any, two: Any) -> bool:
     [1, 0.5, None, True, "text", [1, [2]], NESTED, RecurrentMemory, [NESTED, nn.Linear], partial(Foreign, size=3)],
 )
 def test_round_trip_through_json(value: Any) -> None:
-    assert same(built(json.loads(json.dumps(plain(value)))), value)
+    assert same(from_config(json.loads(json.dumps(to_config(value)))), value)
 
 
 def test_built_parts_work() -> None:
-    memory = built(plain(NESTED))(8)
-    assert (memory.dim, memory.rate, memory.per_call) == (8, 2, True)
-    assert isinstance(memory.compression, LearnedQueries)
+    memory = from_config(to_config(NESTED))(8)
+    assert (memory.dim, memory.compression_rate, memory.compress_per_segment) == (8, 2, True)
+    assert isinstance(memory.compression, AttentionPooling)
     assert memory.compression.heads == 2
 
 
@@ -62,13 +66,13 @@ def test_what_jsonargparse_hands_over() -> None:
         raise AssertionError
 
     given = functools.partial(instantiator, object(), StridedConvolution)
-    assert plain(given) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
+    assert to_config(given) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
 
 
 @pytest.mark.parametrize("value", [lambda dim: dim, nn.Linear(1, 1), partial(nn.Linear, 3), object()])
 def test_what_no_file_can_name(value: Any) -> None:
     with pytest.raises(TypeError):
-        plain(value)
+        to_config(value)
 
 
 @pytest.mark.parametrize(
@@ -89,4 +93,4 @@ def test_what_no_file_can_name(value: Any) -> None:
 )
 def test_refuses(path: str, arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(CheckpointError, match=says):
-        built({"class_path": path, "init_args": arguments})
+        from_config({"class_path": path, "init_args": arguments})

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
+from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
 from memtx.segment import Segment
-from memtx.state import state
+from memtx.state import state_dataclass
 
 
-@state
+@state_dataclass
 class Sums:
     total: Tensor  # (rows, dim)
 
@@ -23,20 +23,20 @@ class RunningMean(Memory[Sums]):
         self.gain = gain
         self.map = nn.Linear(dim, dim, bias=False)
 
-    def init_state(self, rows: int, *, like: Tensor) -> Sums:
-        return Sums(like.new_zeros(rows, self.dim))
+    def init_state(self, batch_size: int, *, like: Tensor) -> Sums:
+        return Sums(like.new_zeros(batch_size, self.dim))
 
     def read(self, state: Sums, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
-        same = segment.document[:, :, None] == segment.document[:, None, :]
+        same = segment.document_id[:, :, None] == segment.document_id[:, None, :]
         total = torch.einsum("rqk,rkd->rqd", same.tril().to(x.dtype), x)
-        return View.apart(segment, total + state.total[:, None] * (segment.document == 0)[..., None])
+        return View.readout_only(segment, total + state.total[:, None] * (segment.document_id == 0)[..., None])
 
-    def recall(self, view: View, q: Tensor) -> Readout:
+    def readout(self, view: View, q: Tensor) -> Readout:
         rows, length, heads, _ = q.shape
-        queries = view.places.visibility.queries
+        queries = view.entry_positions.visibility.num_queries
         assert queries == length
-        mean = self.gain * self.map(view.kept) / 64
+        mean = self.gain * self.map(view.context) / 64
         return Readout(mean.view(rows, length, heads, -1).transpose(1, 2))
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[Sums, Losses]:
-        return Sums(view.kept[:, -1]), {}
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[Sums, Losses]:
+        return Sums(view.context[:, -1]), {}

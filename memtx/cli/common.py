@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from memtx import files
-from memtx.errors import MemtxError, nearest
+from memtx.errors import MemtxError, closest_match
 
-MISTAKE = 2
-INTERRUPTED = 130
-CLOSED_PIPE = 141
+EXIT_USAGE_ERROR = 2
+EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE, what a shell reports where `| head` has seen enough."""
 
-LONGEST_MESSAGE = 400
+MAX_MESSAGE_LENGTH = 400
 
 
-def _path_mistake(error: OSError) -> str:
+def _format_path_error(error: OSError) -> str:
     reason = {
         FileNotFoundError: "does not exist",
         PermissionError: "may not be opened (permission denied)",
@@ -33,7 +33,7 @@ def _path_mistake(error: OSError) -> str:
     return f"'{error.filename}' {reason}. Check the path."
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """Write one ``memtx: error: ...`` line on stderr, line breaks in the message made spaces."""
     sys.stderr.write(f"memtx: error: {' '.join(message.split())}\n")
 
@@ -56,26 +56,30 @@ def run(function: Callable[[], int | None], *, traceback: bool = False) -> int:
     except KeyboardInterrupt as error:
         said = str(error)
         sys.stderr.write(f"\nmemtx: interrupted{': ' + said if said else ''}\n")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Python flushes stdout once more at exit; that must not fail as well.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return CLOSED_PIPE
+        return EXIT_BROKEN_PIPE
     except MemtxError as error:
         if traceback:
             tracebacks.print_exc()
-        complain(str(error))
-        return MISTAKE
+        print_error(str(error))
+        return EXIT_USAGE_ERROR
     except OSError as error:
         kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-        if not files.is_full(error) and (not isinstance(error, kinds) or error.filename is None):
+        if not files.is_disk_full(error) and (not isinstance(error, kinds) or error.filename is None):
             raise  # Not of a path that someone gave.
         if traceback:
             tracebacks.print_exc()
         where = f" '{error.filename}' could not be written." if error.filename else ""
-        complain(f"The disk is full.{where} {files.FREE_SPACE}" if files.is_full(error) else _path_mistake(error))
-        return MISTAKE
+        print_error(
+            f"The disk is full.{where} {files.DISK_FULL_HINT}"
+            if files.is_disk_full(error)
+            else _format_path_error(error)
+        )
+        return EXIT_USAGE_ERROR
 
 
 class Parser(argparse.ArgumentParser):
@@ -89,33 +93,33 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        self._given: list[str] = []
+        self._argv: list[str] = []
         self.add_argument("--traceback", action="store_true", help="show where in the program a mistake was noticed")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Return the arguments, or exit with code 2 after one line on stderr."""
-        self._given = argv
+        self._argv = argv
         return self.parse_args(argv)
 
-    def parse_some(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Return the arguments and those that are another parser's, or exit as :meth:`parse` does."""
-        self._given = []
+        self._argv = []
         return self.parse_known_args(argv)
 
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr and exit with code 2."""
         options = [name for action in self._actions for name in action.option_strings]
         # argparse misses a required option before it looks at the mistyped one that was meant.
-        given = [one.partition("=")[0] for one in self._given]
+        given = [one.partition("=")[0] for one in self._argv]
         unknown = [one for one in given if one.startswith("--") and one != "--" and one not in options]
         if unknown and "are required" in message:
             message = f"unrecognized arguments: {unknown[0]}"
-        sys.stderr.write(f"{self.prog}: error: {short_message(message, options)}\n")
-        raise SystemExit(MISTAKE)
+        sys.stderr.write(f"{self.prog}: error: {shorten_message(message, options)}\n")
+        raise SystemExit(EXIT_USAGE_ERROR)
 
 
 # The unknown name in argparse's and jsonargparse's messages.
-_UNKNOWN = (
+_UNKNOWN_KEY_PATTERNS = (
     re.compile(r"[Uu]nrecognized arguments:\s+(--[^\s=]+)"),
     re.compile(r"[Oo]ption '([^']+)' is not accepted"),
     re.compile(r"[Kk]ey '([^']+)' is not expected"),
@@ -123,34 +127,34 @@ _UNKNOWN = (
     re.compile(r"No action for key [\"']([^\"']+)[\"']"),
 )
 # Lines that only repeat what was tried; the reason stands elsewhere.
-_NOISE = re.compile(
+_NOISE_PATTERN = re.compile(
     r"^(Does not validate against any of the Union|Subtypes:|Errors:|Given value type:|Given value:|usage:|tip:)"
 )
 
 
-def _unknown(message: str) -> str:
-    for pattern in _UNKNOWN:
+def _find_unknown_key(message: str) -> str:
+    for pattern in _UNKNOWN_KEY_PATTERNS:
         if found := pattern.search(message):
             return found[1].split("=")[0]
     return ""
 
 
-def _offer(name: str, known: Iterable[str]) -> str:
+def _suggest_option(name: str, known_keys: Iterable[str]) -> str:
     """Return the hint for the nearest key: the whole dotted name first, then its last part."""
     dashes = "--" if name.startswith("--") else ""
     # A parser may know its options by their keys, as they stand in a config.
-    keys = [key if not dashes or key.startswith("-") else dashes + key for key in known]
-    if hint := nearest(name, keys):
+    keys = [key if not dashes or key.startswith("-") else dashes + key for key in known_keys]
+    if hint := closest_match(name, keys):
         return hint
     last = name.lstrip("-").rpartition(".")[2]
     by_last = {key.lstrip("-").rpartition(".")[2]: key for key in keys}
-    close = nearest(last, by_last)
+    close = closest_match(last, by_last)
     if found := re.search(r"'([^']+)'", close):
         return f" Did you mean '{by_last[found[1]]}'?"
     return ""
 
 
-def short_message(message: str, known_keys: Iterable[str]) -> str:
+def shorten_message(message: str, known_keys: Iterable[str]) -> str:
     """Make one line of a parser's message and offer the nearest key to a mistyped one.
 
     Args:
@@ -162,29 +166,29 @@ def short_message(message: str, known_keys: Iterable[str]) -> str:
         line that names an unknown key, else the last line that says something).
     """
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
-    lines = [line for line in lines if line and not _NOISE.match(line)]
+    lines = [line for line in lines if line and not _NOISE_PATTERN.match(line)]
     if not lines:
         return "the arguments could not be understood"
-    name = _unknown(message)
-    reasons = [line for line in lines if name and name in line and _unknown(line)]
+    name = _find_unknown_key(message)
+    reasons = [line for line in lines if name and name in line and _find_unknown_key(line)]
     reason = reasons[-1] if reasons else lines[-1]
     text = reason if reason == lines[0] or lines[0] in reason else f"{lines[0].rstrip(':')}: {reason}"
-    if len(text) > LONGEST_MESSAGE:
-        text = text[: LONGEST_MESSAGE // 2] + " ... " + text[-LONGEST_MESSAGE // 2 :]
-    hint = _offer(name, known_keys) if name and "Did you mean" not in text else ""
+    if len(text) > MAX_MESSAGE_LENGTH:
+        text = text[: MAX_MESSAGE_LENGTH // 2] + " ... " + text[-MAX_MESSAGE_LENGTH // 2 :]
+    hint = _suggest_option(name, known_keys) if name and "Did you mean" not in text else ""
     return f"{text.rstrip()}{'.' if hint and not text.rstrip().endswith('.') else ''}{hint}"
 
 
-def check_target(option: str, target: str) -> None:
+def check_output_path(option: str, path: str) -> None:
     """Raise unless the file that an option names can be written, as far as can be seen before any work."""
-    if not Path(target).absolute().parent.is_dir():
-        raise MemtxError(f"--{option} {target}: the folder does not exist.", "Make it first.")
-    if Path(target).is_dir():
-        raise MemtxError(f"--{option} {target} is a folder, expected a file.")
+    if not Path(path).absolute().parent.is_dir():
+        raise MemtxError(f"--{option} {path}: the folder does not exist.", "Make it first.")
+    if Path(path).is_dir():
+        raise MemtxError(f"--{option} {path} is a folder, expected a file.")
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Yield what advances a bar on stderr by an amount; nothing is drawn where that is no terminal."""
     if not sys.stderr.isatty():
         yield lambda amount: None

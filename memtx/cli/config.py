@@ -16,19 +16,19 @@ from typing import Any
 
 import yaml
 
-from memtx.cli.common import LONGEST_MESSAGE, short_message
-from memtx.errors import MemtxError, nearest
+from memtx.cli.common import MAX_MESSAGE_LENGTH, shorten_message
+from memtx.errors import MemtxError, closest_match
 
-PART = ("class_path", "init_args", "dict_kwargs")
+CLASS_CONFIG_KEYS = ("class_path", "init_args", "dict_kwargs")
 
-LINKED = {"model.segment": "data.segment", "model.vocab_size": "data.tokenizer"}
+LINKED_KEYS = {"model.segment_length": "data.segment_length", "model.vocab_size": "data.tokenizer"}
 """Keys that follow from another one."""
 
-SHORTENED = 80
+MAX_VALUE_LENGTH = 80
 """Characters of a value shown in a message."""
 
 
-def config_files(argv: list[str]) -> list[str]:
+def find_config_files(argv: list[str]) -> list[str]:
     """Return what ``--config`` or ``-c`` names, in order."""
     found = [value for name, value in itertools.pairwise(argv) if name in ("--config", "-c")]
     return found + [one.partition("=")[2] for one in argv if one.startswith("--config=")]
@@ -45,7 +45,9 @@ def read_config(path: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         folder = Path(path).parent
         others = sorted(str(file) for file in folder.glob("*.y*ml")) if folder.is_dir() else []
-        raise MemtxError(f"The config '{path}' does not exist.{nearest(path, others)}", "Check --config.") from error
+        raise MemtxError(
+            f"The config '{path}' does not exist.{closest_match(path, others)}", "Check --config."
+        ) from error
     except UnicodeDecodeError as error:
         raise MemtxError(
             f"The config '{path}' is not UTF-8: {error.reason} at byte {error.start}.", "Save it as UTF-8."
@@ -65,79 +67,79 @@ def read_config(path: str) -> dict[str, Any]:
     return content
 
 
-def check_config(path: str, content: Mapping[str, Any], known: Iterable[str]) -> None:
+def check_config(path: str, config: Mapping[str, Any], known_keys: Iterable[str]) -> None:
     """Refuse keys that do not exist and classes that cannot be found.
 
     Args:
         path: the file, for messages.
-        content: what :func:`read_config` returned.
-        known: all dotted keys that the parser takes.
+        config: what :func:`read_config` returned.
+        known_keys: all dotted keys that the parser takes.
 
     Raises:
         MemtxError: names file, key and nearest key.
     """
-    keys = {one for one in known if one.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
-    _check_keys(f"'{path}'", content, "", sorted(keys))
+    keys = {one for one in known_keys if one.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
+    _check_keys(f"'{path}'", config, "", sorted(keys))
 
 
-def _check_keys(where: str, value: Mapping[str, Any], above: str, known: list[str]) -> None:
-    for name, inner in value.items():
-        key = f"{above}{name}"
-        if key in LINKED:
+def _check_keys(location: str, config: Mapping[str, Any], prefix: str, known_keys: list[str]) -> None:
+    for name, inner in config.items():
+        key = f"{prefix}{name}"
+        if key in LINKED_KEYS:
             # The parser would take it and go by the other without a word.
-            raise MemtxError(f"{where}: '{key}' follows from '{LINKED[key]}'.", "Set that instead.")
-        if any(one.startswith(f"{key}.") for one in known):
+            raise MemtxError(f"{location}: '{key}' follows from '{LINKED_KEYS[key]}'.", "Set that instead.")
+        if any(one.startswith(f"{key}.") for one in known_keys):
             if isinstance(inner, Mapping):
-                _check_keys(where, inner, f"{key}.", known)
-        elif key in known:
-            _check_part(where, inner, key)
+                _check_keys(location, inner, f"{key}.", known_keys)
+        elif key in known_keys:
+            _check_class_config(location, inner, key)
         else:
-            siblings = {one.removeprefix(above).partition(".")[0] for one in known if one.startswith(above)}
-            raise MemtxError(f"{where}: there is no key '{key}'.{_near(str(name), siblings, known)}")
+            siblings = {one.removeprefix(prefix).partition(".")[0] for one in known_keys if one.startswith(prefix)}
+            raise MemtxError(f"{location}: there is no key '{key}'.{_suggest_key(str(name), siblings, known_keys)}")
 
 
-def _near(name: str, siblings: Iterable[str], known: Iterable[str]) -> str:
+def _suggest_key(name: str, siblings: Iterable[str], known_keys: Iterable[str]) -> str:
     """Return the hint for a sibling, else for the same name in another place, else the list of siblings."""
     siblings = sorted(siblings)
-    if hint := nearest(name, siblings):
+    if hint := closest_match(name, siblings):
         return hint
-    elsewhere = [one for one in known if one.rpartition(".")[2] == name]
+    elsewhere = [one for one in known_keys if one.rpartition(".")[2] == name]
     if elsewhere:
         return f" Did you mean '{elsewhere[0]}'?"
-    return f" Valid there: {_short(', '.join(siblings), 200)}." if siblings else ""
+    return f" Valid there: {_truncate(', '.join(siblings), 200)}." if siblings else ""
 
 
-def _check_part(where: str, value: Any, key: str) -> None:
+def _check_class_config(location: str, value: Any, key: str) -> None:
     if isinstance(value, list):
         for index, one in enumerate(value):
-            _check_part(where, one, f"{key}.{index}")
+            _check_class_config(location, one, f"{key}.{index}")
     if not isinstance(value, Mapping) or not isinstance(class_path := value.get("class_path"), str):
         if isinstance(value, str) and re.fullmatch(r"(memtx|torch)(\.\w+)*\.[A-Z]\w*", value):
-            _class(where, value, key)
+            _resolve_class(location, value, key)
         return
     for name in value:
-        if name not in PART:
+        if name not in CLASS_CONFIG_KEYS:
             raise MemtxError(
-                f"{where}: there is no key '{key}.{name}'.{nearest(str(name), PART)}",
+                f"{location}: there is no key '{key}.{name}'.{closest_match(str(name), CLASS_CONFIG_KEYS)}",
                 "Beside class_path stands init_args alone.",
             )
     # A short name (LearningRateMonitor) is looked up by the parser, which knows what is expected there.
-    part = _class(where, class_path, f"{key}.class_path") if "." in class_path else None
+    part = _resolve_class(location, class_path, f"{key}.class_path") if "." in class_path else None
     arguments = value.get("init_args")
     if not isinstance(arguments, Mapping):
         return
-    names, open_ended = _parameters(part) if part is not None else (set(), True)
+    names, open_ended = _get_parameter_names(part) if part is not None else (set(), True)
     for name, inner in arguments.items():
         own = f"{key}.init_args.{name}"
         if name not in names and not open_ended:
-            raise MemtxError(f"{where}: there is no key '{own}' ({class_path}).{_near(str(name), names, ())}")
-        _check_part(where, inner, own)
+            raise MemtxError(f"{location}: there is no key '{own}' ({class_path}).{_suggest_key(str(name), names, ())}")
+        _check_class_config(location, inner, own)
 
 
-def _class(where: str, class_path: str, key: str) -> Any:
+def _resolve_class(location: str, class_path: str, key: str) -> Any:
     found = find_class(class_path)
     if isinstance(found, str):
-        raise MemtxError(f"{where}: '{key}' names '{class_path}', which {found}")
+        raise MemtxError(f"{location}: '{key}' names '{class_path}', which {found}")
     return found
 
 
@@ -162,7 +164,7 @@ def find_class(class_path: str) -> Any:
             import pkgutil
 
             names = [one.name for one in pkgutil.iter_modules(getattr(importlib.import_module(above), "__path__", ()))]
-        hint = nearest(last, names)
+        hint = closest_match(last, names)
         return f"is in no module: there is no '{missing}'.{hint or ' Is its folder in PYTHONPATH?' * (not above)}"
     except (ImportError, SyntaxError) as error:
         return f"cannot be imported: {error}."
@@ -170,81 +172,81 @@ def find_class(class_path: str) -> Any:
     if str(getattr(found, "__module__", "")).partition(".")[0] in sys.stdlib_module_names:
         # os.system is callable with a number, as a memory is: it would run.
         return "belongs to Python itself and is no part of a model."
-    return f"does not exist.{nearest(name, dir(module))}" if found is None else found
+    return f"does not exist.{closest_match(name, dir(module))}" if found is None else found
 
 
-def _parameters(part: Any) -> tuple[set[str], bool]:
+def _get_parameter_names(target: Any) -> tuple[set[str], bool]:
     """Return the names that a class or function takes, and whether it takes others as well."""
     try:
-        parameters = inspect.signature(part).parameters.values()
+        parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
         return set(), True
     return {one.name for one in parameters}, any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
-def _short(value: object, length: int = SHORTENED) -> str:
+def _truncate(value: object, max_length: int = MAX_VALUE_LENGTH) -> str:
     text = " ".join(str(value).split())
-    return text if len(text) <= length else text[: length - 4] + " ..."
+    return text if len(text) <= max_length else text[: max_length - 4] + " ..."
 
 
-def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+def _walk_config(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every dotted key with its value, from the outside in."""
     if key:
         yield key, value
     pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for name, inner in pairs:
-        yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+        yield from _walk_config(inner, f"{key}.{name}" if key else str(name))
 
 
-_HEAD = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.S)
-_GIVEN = re.compile(r"(?:Got value|Given value): (.*?)\s*$", re.S)
-_TYPES = re.compile(r"Subtypes: \[(.*)\]")
-_EXPECTED = re.compile(r"Expected an? (.+?)(?:\. Got value|$)", re.M)
-_MISSING = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)'")
-_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+_PARSER_KEY = re.compile(r'Parser key "([^"]+)":\s*(.*)', re.S)
+_ACTUAL_VALUE = re.compile(r"(?:Got value|Given value): (.*?)\s*$", re.S)
+_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
+_EXPECTED_TYPE = re.compile(r"Expected an? (.+?)(?:\. Got value|$)", re.M)
+_MISSING_MODULE = re.compile(r"module '([\w.]+)' has no attribute '(\w+)'|No module named '([\w.]+)'")
+_UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 
 
-def parser_message(message: str, configs: Mapping[str, Mapping[str, Any]], known: Iterable[str]) -> str:
+def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], known_keys: Iterable[str]) -> str:
     """Make one line of what jsonargparse wrote: the whole key, the value met, what was expected.
 
     Args:
         message: of any number of lines.
         configs: the contents of the config files by name, to say which of them is meant.
-        known: the keys that are valid, for the nearest one.
+        known_keys: the keys that are valid, for the nearest one.
     """
-    if found := _OPTION.search(message):
-        where, key, _ = _place(found[1], None, configs)
-        near = short_message(message, known).partition("is not accepted")[2].lstrip(". ")
+    if found := _UNKNOWN_OPTION.search(message):
+        where, key, _ = _locate_key(found[1], None, configs)
+        near = shorten_message(message, known_keys).partition("is not accepted")[2].lstrip(". ")
         return f"{where}there is no key '{key}'. {near}".strip()
-    if not (found := _HEAD.search(message)):
-        return short_message(message, known)
+    if not (found := _PARSER_KEY.search(message)):
+        return shorten_message(message, known_keys)
     name, body = found[1], found[2]
-    given = _GIVEN.search(body)
-    where, key, value = _place(name, given[1] if given else None, configs)
-    if missing := _MISSING.search(body):
+    given = _ACTUAL_VALUE.search(body)
+    where, key, value = _locate_key(name, given[1] if given else None, configs)
+    if missing := _MISSING_MODULE.search(body):
         path = f"{missing[1]}.{missing[2]}" if missing[1] else missing[3]
         reason = find_class(path) if "." in path else "does not exist."
         return f"{where}'{key}' names '{path}', which {reason if isinstance(reason, str) else 'cannot be used there.'}"
-    types = _TYPES.search(body)
-    expected = _spelled(types[1]) if types else " or ".join(map(_spelled, _EXPECTED.findall(body)))
+    types = _SUBTYPES.search(body)
+    expected = _format_types(types[1]) if types else " or ".join(map(_format_types, _EXPECTED_TYPE.findall(body)))
     if expected and given:
         if isinstance(value, Mapping) and "class_path" in value:
             return f"{where}'{key}' names '{value['class_path']}', which is not {expected}."
-        return f"{where}'{key}' is {_short(value)}, expected {_short(expected, LONGEST_MESSAGE // 2)}."
-    return short_message(message, known)
+        return f"{where}'{key}' is {_truncate(value)}, expected {_truncate(expected, MAX_MESSAGE_LENGTH // 2)}."
+    return shorten_message(message, known_keys)
 
 
-def _place(name: str, given: str | None, configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, Any]:
+def _locate_key(name: str, actual: str | None, configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, Any]:
     """Return file and whole key of a key that the parser names by its end, and the value it has."""
     for path, content in reversed(list(configs.items())):
-        for key, value in _leaves(content):
+        for key, value in _walk_config(content):
             ends = key == name or key.endswith(f".{name}")
-            if ends and (given is None or given == str(value) or isinstance(value, Mapping | list)):
+            if ends and (actual is None or actual == str(value) or isinstance(value, Mapping | list)):
                 return f"'{path}': ", key, value
-    return "", name, given
+    return "", name, actual
 
 
-def _spelled(types: str) -> str:
+def _format_types(types: str) -> str:
     """Return the types that a parser's message names as one would write them."""
     text = re.sub(r"<class '([\w.]+)'>", lambda one: one[1].rpartition(".")[2], types)
     text = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", r"\1", text)

@@ -6,13 +6,13 @@ import argparse
 import sys
 
 from memtx.cli.common import Parser, run
-from memtx.cli.read import add_import, hinting_import, import_modules
+from memtx.cli.read import add_import_option, import_modules, suggest_import_option
 
-SHOWN = 3
+MAX_NAMES_SHOWN = 3
 """Names of weights in a message."""
 
 
-def _parser() -> Parser:
+def _build_parser() -> Parser:
     parser = Parser(
         "memtx convert",
         "Write what a checkpoint, a run or a folder holds as a pretrained folder: config.json, model.safetensors and "
@@ -28,7 +28,7 @@ def _parser() -> Parser:
         help="write it as this published folder is (transformers), whose model the training began with",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at the target")
-    add_import(parser)
+    add_import_option(parser)
     return parser
 
 
@@ -36,18 +36,23 @@ def _convert(arguments: argparse.Namespace) -> int:
     import_modules(arguments.modules)
     from memtx.inference.conversion import convert
 
-    with hinting_import():
+    with suggest_import_option():
         made = convert(arguments.source, arguments.target, layout=arguments.layout, overwrite=arguments.overwrite)
-    beside = ", ".join(made.texts) or "no tokenizer"
-    said = f"'{arguments.target}': a {made.model} of {made.parameters:,} parameters, and {beside}; from {made.source}."
-    if made.left_out:
-        names = ", ".join(made.left_out[:SHOWN]) + (", ..." if len(made.left_out) > SHOWN else "")
-        said += f" Left out, since the layout has no place for them: {len(made.left_out)} weights ({names})."
+    beside = ", ".join(made.extra_files) or "no tokenizer"
+    said = (
+        f"'{arguments.target}': a {made.model_class} of {made.num_parameters:,} parameters, and {beside}; "
+        f"from {made.source}."
+    )
+    if made.dropped_weights:
+        names = ", ".join(made.dropped_weights[:MAX_NAMES_SHOWN]) + (
+            ", ..." if len(made.dropped_weights) > MAX_NAMES_SHOWN else ""
+        )
+        said += f" Left out, since the layout has no place for them: {len(made.dropped_weights)} weights ({names})."
     sys.stdout.write(f"{said}\n")
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Run ``memtx convert`` with its arguments and return the exit code."""
-    arguments = _parser().parse(argv)
+    arguments = _build_parser().parse(argv)
     return run(lambda: _convert(arguments), traceback=arguments.traceback)

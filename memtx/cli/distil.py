@@ -12,22 +12,22 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from memtx.cli.common import Parser, check_target, progress, run
-from memtx.cli.read import add_device, import_modules, placed
+from memtx.cli.common import Parser, check_output_path, progress_bar, run
+from memtx.cli.read import add_device_options, import_modules, resolve_device
 from memtx.data.source import SPLITS
 from memtx.errors import MemtxError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from memtx.evaluation.beside import Beside
+    from memtx.evaluation.beside import ModelComparison
 
 M = TypeVar("M", bound="nn.Module")
 
 ACTIONS = ("report",)
 
 
-def _parser() -> Parser:
+def _build_parser() -> Parser:
     parser = Parser(
         "memtx distil",
         "Put students beside their teacher: parameters, milliseconds a call, and the score of a task or the bits per "
@@ -44,52 +44,55 @@ def _parser() -> Parser:
     )
     parser.add_argument("--split", default="test", choices=SPLITS, help="which of them are read")
     parser.add_argument("--limit", type=int, default=1000, help="examples of the split that are read at most")
-    parser.add_argument("--tokens", type=int, default=16384, help="of each text, for language models")
-    parser.add_argument("--segment", type=int, default=256, help="tokens a call, for language models")
+    parser.add_argument("--max-length", type=int, default=16384, help="of each text, for language models")
+    parser.add_argument("--segment-length", type=int, default=256, help="tokens a call, for language models")
     parser.add_argument(
-        "--beyond", type=int, default=0, help="first position in a text that counts for the score of language models"
+        "--min-position",
+        type=int,
+        default=0,
+        help="first position in a text that counts for the score of language models",
     )
-    parser.add_argument("--calls", type=int, default=20, help="inputs on which each is timed, several times")
+    parser.add_argument("--num-timed", type=int, default=20, help="inputs on which each is timed, several times")
     parser.add_argument("--plot", metavar="PNG", help="draw them")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, or - to print them instead")
-    add_device(parser)
+    add_device_options(parser)
     return parser
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    for name, least in (("limit", 1), ("tokens", 2), ("segment", 1), ("beyond", 0), ("calls", 1)):
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    for name, least in (("limit", 1), ("max_length", 2), ("segment_length", 1), ("min_position", 0), ("num_timed", 1)):
         value = getattr(arguments, name)
         if value < least:
-            raise MemtxError(f"--{name} is {value}.", f"Give at least {least}.")
-    if arguments.beyond >= arguments.tokens:
+            raise MemtxError(f"--{name.replace('_', '-')} is {value}.", f"Give at least {least}.")
+    if arguments.min_position >= arguments.max_length:
         raise MemtxError(
-            f"--beyond is {arguments.beyond}, and {arguments.tokens} tokens of each text are read.",
-            "Give fewer, or more --tokens.",
+            f"--min-position is {arguments.min_position}, and {arguments.max_length} tokens of each text are read.",
+            "Give fewer, or more --max-length.",
         )
     for option in ("plot", "json"):
         target = getattr(arguments, option)
         if target not in (None, "-"):
-            check_target(option, target)
+            check_output_path(option, target)
 
 
-def _names(paths: list[str]) -> list[str]:
+def _get_display_names(paths: list[str]) -> list[str]:
     """Return the last part of each path, or the whole where two would be called alike."""
     short = [Path(path).resolve().name for path in paths]
     return short if len(set(short)) == len(short) else paths
 
 
-def _place(model: M, arguments: argparse.Namespace) -> M:
+def _move_to_device(model: M, arguments: argparse.Namespace) -> M:
     import torch
 
-    return model.to(placed(arguments.device), getattr(torch, arguments.dtype) if arguments.dtype else None)
+    return model.to(resolve_device(arguments.device), getattr(torch, arguments.dtype) if arguments.dtype else None)
 
 
-def _tasks(arguments: argparse.Namespace, paths: list[str]) -> list[Beside]:
-    from memtx.data.examples import read_examples, split_file
-    from memtx.evaluation.beside import REPEATS, Asked, tasks_beside
+def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
+    from memtx.data.examples import read_examples, split_path
+    from memtx.evaluation.beside import REPEATS, ParsedRecord, compare_task_models
     from memtx.inference.predictor import Predictor
 
-    named = [(name, Predictor.load(path)) for name, path in zip(_names(paths), paths, strict=True)]
+    named = [(name, Predictor.load(path)) for name, path in zip(_get_display_names(paths), paths, strict=True)]
     first = named[0][1].task
     for name, predictor in named[1:]:
         if (predictor.task.kind, predictor.task.labels) != (first.kind, first.labels):
@@ -97,92 +100,96 @@ def _tasks(arguments: argparse.Namespace, paths: list[str]) -> list[Beside]:
                 f"'{name}' is of another task, or of other labels, than its teacher.", "Give runs on the same examples."
             )
 
-    def parsed(record: Any, labelled: bool) -> Asked:
-        return Asked(dict(record), first.parse(record, labelled))
+    def parse_example(record: Any, labelled: bool) -> ParsedRecord:
+        return ParsedRecord(dict(record), first.parse(record, labelled))
 
-    found = read_examples(split_file(arguments.data, arguments.split), parsed)[: arguments.limit]
+    found = read_examples(split_path(arguments.data, arguments.split), parse_example)[: arguments.limit]
     examples = [asked for _, asked in found]
     for _, predictor in named:
-        _place(predictor.model, arguments)
-    total = len(named) * (len(examples) + REPEATS * min(arguments.calls, len(examples)))
-    with progress("measuring", total) as advance:
-        return tasks_beside(named, examples, calls=arguments.calls, watch=partial(advance, 1))
+        _move_to_device(predictor.model, arguments)
+    total = len(named) * (len(examples) + REPEATS * min(arguments.num_timed, len(examples)))
+    with progress_bar("measuring", total) as advance:
+        return compare_task_models(named, examples, num_timed=arguments.num_timed, on_progress=partial(advance, 1))
 
 
-def _texts(arguments: argparse.Namespace, paths: list[str]) -> list[Beside]:
+def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
     from memtx.data.documents import open_corpus
-    from memtx.evaluation.beside import REPEATS, Texts, texts_beside
-    from memtx.inference.loading import load
+    from memtx.evaluation.beside import REPEATS, TextBatch, compare_language_models
+    from memtx.inference.loading import load_model_and_tokenizer
 
-    loaded = [load(path) for path in paths]
-    names, tokenizer = _names(paths), loaded[0][1]
+    loaded = [load_model_and_tokenizer(path) for path in paths]
+    names, tokenizer = _get_display_names(paths), loaded[0][1]
     for name, (_, own) in zip(names, loaded, strict=True):
         if own.to_json() != tokenizer.to_json():
             raise MemtxError(
                 f"'{name}' has another tokenizer than its teacher.", "Give runs on the same texts and tokenizer."
             )
-    documents = open_corpus(arguments.data).split(arguments.split)[: arguments.limit]
-    texts = Texts.of(documents, tokenizer, arguments.tokens)
-    named = [(name, _place(model, arguments)) for name, (model, _) in zip(names, loaded, strict=True)]
-    total = len(named) * (-(-texts.tokens.shape[1] // arguments.segment) + REPEATS * arguments.calls)
-    with progress("measuring", total) as advance:
-        return texts_beside(
+    documents = open_corpus(arguments.data).get_split(arguments.split)[: arguments.limit]
+    texts = TextBatch.from_documents(documents, tokenizer, arguments.max_length)
+    named = [(name, _move_to_device(model, arguments)) for name, (model, _) in zip(names, loaded, strict=True)]
+    total = len(named) * (-(-texts.tokens.shape[1] // arguments.segment_length) + REPEATS * arguments.num_timed)
+    with progress_bar("measuring", total) as advance:
+        return compare_language_models(
             named,
             texts,
-            segment=arguments.segment,
-            beyond=arguments.beyond,
-            calls=arguments.calls,
-            watch=partial(advance, 1),
+            segment_length=arguments.segment_length,
+            min_position=arguments.min_position,
+            num_timed=arguments.num_timed,
+            on_progress=partial(advance, 1),
         )
 
 
-def _table(found: list[Beside]) -> None:
+def _print_table(comparisons: list[ModelComparison]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    teacher, table = found[0], Table()
-    measure = teacher.measure.replace("_", " ")
+    teacher, table = comparisons[0], Table()
+    measure = teacher.metric.replace("_", " ")
     for number, column in enumerate(("", "parameters", "smaller", "ms a call", "faster", measure, "kept")):
         table.add_column(column, justify="left" if not number else "right")
-    for one in found:
-        shares = (one.smaller(teacher), one.faster(teacher), one.kept(teacher))
+    for one in comparisons:
+        shares = (one.size_reduction(teacher), one.speed_gain(teacher), one.score_retention(teacher))
         smaller, faster, kept = ("" if one is teacher else f"{share:.1%}" for share in shares)
         table.add_row(
-            one.name, f"{one.parameters:,}", smaller, f"{one.milliseconds:.2f}", faster, f"{one.score:.4f}", kept
+            one.name, f"{one.num_parameters:,}", smaller, f"{one.latency_ms:.2f}", faster, f"{one.score:.4f}", kept
         )
     Console().print(table)
 
 
-def _plot(path: str, found: list[Beside]) -> None:
+def _plot(path: str, comparisons: list[ModelComparison]) -> None:
     from memtx import plots
 
     panels = {
-        "parameters": [float(one.parameters) for one in found],
-        "ms a call": [one.milliseconds for one in found],
-        found[0].measure.replace("_", " "): [one.score for one in found],
+        "parameters": [float(one.num_parameters) for one in comparisons],
+        "ms a call": [one.latency_ms for one in comparisons],
+        comparisons[0].metric.replace("_", " "): [one.score for one in comparisons],
     }
-    plots.beside(path, panels, [one.name for one in found])
+    plots.plot_model_comparison(path, panels, [one.name for one in comparisons])
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    _check(arguments)
+    _check_arguments(arguments)
     import_modules(arguments.modules)
     from memtx import files
-    from memtx.inference.predictor import serves_a_task
+    from memtx.inference.predictor import is_task_model
 
     paths = [arguments.teacher, *arguments.student]
-    kinds = [serves_a_task(path) for path in paths]
+    kinds = [is_task_model(path) for path in paths]
     if any(kinds) != all(kinds):
         raise MemtxError("Some are a task's models and some are language models.", "Give runs of one kind.")
-    found = (_tasks if all(kinds) else _texts)(arguments, paths)
+    found = (_compare_task_models if all(kinds) else _compare_language_models)(arguments, paths)
     if arguments.json != "-":
-        _table(found)
+        _print_table(found)
     if arguments.plot:
         _plot(arguments.plot, found)
     teacher = found[0]
     figures: dict[str, Any] = {"teacher": vars(teacher), "students": []}
     for one in found[1:]:
-        shares = {"smaller": one.smaller(teacher), "faster": one.faster(teacher), "kept": one.kept(teacher)}
+        shares = {
+            "size_reduction": one.size_reduction(teacher),
+            "speed_gain": one.speed_gain(teacher),
+            "score_retention": one.score_retention(teacher),
+        }
         figures["students"].append({**vars(one), **shares})
     if arguments.json == "-":
         sys.stdout.write(json.dumps(figures) + "\n")
@@ -192,5 +199,5 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx distil`` with its arguments and return the exit code."""
-    arguments = _parser().parse(argv)
+    arguments = _build_parser().parse(argv)
     return run(lambda: _report(arguments), traceback=arguments.traceback)

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from memtx.cli.common import Parser, run
-from memtx.cli.read import add_checkpoint, add_device, open_reader
+from memtx.cli.read import add_checkpoint_option, add_device_options, load_reader
 from memtx.errors import DataError, MemtxError
 
 
-def _parser() -> Parser:
+def _build_parser() -> Parser:
     parser = Parser("memtx generate", "Go on with a prompt, or with a book that `memtx read --session` has read.")
-    add_checkpoint(parser)
+    add_checkpoint_option(parser)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on with, of any length")
     prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with that text, or - for standard input")
@@ -27,12 +27,12 @@ def _parser() -> Parser:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument("--segment", type=int, default=512, help="tokens of the prompt read at once")
-    add_device(parser)
+    parser.add_argument("--segment-length", type=int, default=512, help="tokens of the prompt read at once")
+    add_device_options(parser)
     return parser
 
 
-def _prompt(arguments: argparse.Namespace) -> str:
+def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt_file is None:
         return arguments.prompt or ""
     name: str = arguments.prompt_file
@@ -51,12 +51,12 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise MemtxError(f"--seed is {arguments.seed}, expected a number of 64 bits.")
     if arguments.prompt is None and arguments.prompt_file is None and arguments.session is None:
         raise MemtxError("There is nothing to go on with.", "Give --prompt, --prompt-file or --session.")
-    prompt = _prompt(arguments)
+    prompt = _read_prompt(arguments)
     from memtx.inference.generate import generate
-    from memtx.inference.sampling import Sampling
+    from memtx.inference.sampling import SamplingParams
     from memtx.inference.session import load_session
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
@@ -64,7 +64,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         repetition_penalty=arguments.repetition_penalty,
         greedy=arguments.greedy,
     )
-    reader = open_reader(arguments)
+    reader = load_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
     pieces = generate(
@@ -73,7 +73,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         prompt,
         reader=reader,
         max_tokens=arguments.max_tokens,
-        sampling=sampling,
+        sampling_params=sampling,
         stop=arguments.stop,
         seed=arguments.seed,
     )
@@ -88,5 +88,5 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx generate`` with its arguments and return the exit code."""
-    arguments = _parser().parse(argv)
+    arguments = _build_parser().parse(argv)
     return run(lambda: _generate(arguments), traceback=arguments.traceback)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 
-def processes(environment: Mapping[str, str]) -> dict[str, int]:
+def get_trainer_kwargs(environment: Mapping[str, str]) -> dict[str, int]:
     """Return the trainer's ``devices`` (of a node) and ``num_nodes`` as the launcher tells them; nothing without one.
 
     Lightning takes ranks and addresses from the launcher by itself, but wants these two numbers said once more.
@@ -14,15 +14,15 @@ def processes(environment: Mapping[str, str]) -> dict[str, int]:
         environment: the process's.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
-        local = _number(environment, "LOCAL_WORLD_SIZE")
-        return {"devices": local, "num_nodes": max(1, _number(environment, "WORLD_SIZE") // local)}
+        local = _read_int(environment, "LOCAL_WORLD_SIZE")
+        return {"devices": local, "num_nodes": max(1, _read_int(environment, "WORLD_SIZE") // local)}
     # As Lightning does, which takes these two names for a shell that was asked for, not for a job.
     if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
-        nodes = _number(environment, "SLURM_NNODES")
-        return {"devices": max(1, _number(environment, "SLURM_NTASKS") // nodes), "num_nodes": nodes}
+        nodes = _read_int(environment, "SLURM_NNODES")
+        return {"devices": max(1, _read_int(environment, "SLURM_NTASKS") // nodes), "num_nodes": nodes}
     return {}
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
+def _read_int(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     return int(text) if text.isdecimal() and int(text) else 1

@@ -24,17 +24,17 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command -> (module:function, one-line help). A function takes argv and returns the exit code."""
 
-WHOLE_ARGV = "memtx.cli.fit:main"
+LIGHTNING_ENTRY_POINT = "memtx.cli.fit:main"
 """LightningCLI parses the subcommand itself, so its function gets it too."""
 
 
-def program_name(path: str) -> str:
+def program_name(argv0: str) -> str:
     """Return what the program was called as, from ``sys.argv[0]``."""
-    name = path.replace("\\", "/").rpartition("/")[2]
+    name = argv0.replace("\\", "/").rpartition("/")[2]
     return "memtx" if name in {"", "__main__.py", "-c"} else name.removesuffix(".exe")
 
 
-def _help(program: str) -> str:
+def _format_help(program: str) -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
@@ -64,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     program = program_name(sys.argv[0])
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments:
-        sys.stderr.write(_help(program))
+        sys.stderr.write(_format_help(program))
         return 2
     name = arguments[0]
     if name in {"-h", "--help", "help"}:
-        sys.stdout.write(_help(program))
+        sys.stdout.write(_format_help(program))
         return 0
     if name in {"-V", "--version"}:
         from memtx import __version__
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(f"memtx {__version__}\n")
         return 0
     if name not in COMMANDS:
-        from memtx.errors import nearest
+        from memtx.errors import closest_match
 
-        hint = nearest(name, COMMANDS) or f" `{program} --help` lists the commands."
+        hint = closest_match(name, COMMANDS) or f" `{program} --help` lists the commands."
         sys.stderr.write(f"{program}: error: '{name}' is not a command.{hint}\n")
         return 2
     target = COMMANDS[name][0]
@@ -86,11 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from importlib import import_module
 
-        from memtx.allocator import keep_freed
+        from memtx.allocator import retain_freed_memory
 
-        keep_freed()
+        retain_freed_memory()
         command = getattr(import_module(module), function)
-        code: int = command(arguments if target == WHOLE_ARGV else arguments[1:])
+        code: int = command(arguments if target == LIGHTNING_ENTRY_POINT else arguments[1:])
     except KeyboardInterrupt:
         # While torch was being imported: a command handles its own.
         sys.stderr.write(f"\n{program}: interrupted\n")

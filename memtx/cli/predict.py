@@ -9,31 +9,31 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from memtx.cli.common import MISTAKE, Parser, complain, run
-from memtx.cli.read import add_checkpoint, add_device, import_modules, placed
+from memtx.cli.common import EXIT_USAGE_ERROR, Parser, print_error, run
+from memtx.cli.read import add_checkpoint_option, add_device_options, import_modules, resolve_device
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.inference.answering import Answering
+    from memtx.inference.answering import BasePredictor
 
-TRAINED = ("--config", "-c", "--run", "--ckpt_path")
+RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
 """Options that name a run and its data: the documents of its test split are read, as training would read them."""
 
-AT_A_TIME = 64
+CHUNK_SIZE = 64
 """Inputs between two writes."""
 
 
-def _parser() -> Parser:
+def _build_parser() -> Parser:
     parser = Parser(
         "memtx predict",
         "Print what a task's model says of texts: a line of JSON each, with label, tags and spans, or answer. "
-        "With --run or --ckpt_path of a language model it reads that run's test texts instead and writes every "
-        "token's surprise into the run's folder.",
+        "With --run_dir or --ckpt_path of a language model it reads that run's test texts instead and writes every "
+        "token's surprisal into the run's folder.",
     )
     parser.add_argument(
         "source", nargs="?", metavar="FILE", help="as --input, or - for standard input: lines of JSON, or one raw text"
     )
-    add_checkpoint(parser)
+    add_checkpoint_option(parser)
     parser.add_argument("--text", action="append", metavar="TEXT", help="a raw text; repeatable")
     parser.add_argument(
         "--input",
@@ -41,18 +41,18 @@ def _parser() -> Parser:
         help="examples, one JSON object a line; any other text file is one text",
     )
     parser.add_argument("--output", metavar="FILE", help="write the lines there, all or none, instead of printing them")
-    add_device(parser)
+    add_device_options(parser)
     return parser
 
 
-def open_predictor(arguments: argparse.Namespace) -> Answering:
+def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
     """Load the task's model that the arguments name, onto their device and in their precision.
 
     Raises:
         MemtxError: the checkpoint cannot be used, or there is no such device.
     """
     import_modules(arguments.modules)
-    device = placed(arguments.device)
+    device = resolve_device(arguments.device)
     import torch
 
     from memtx.inference.summarizer import load_predictor
@@ -62,7 +62,7 @@ def open_predictor(arguments: argparse.Namespace) -> Answering:
     return predictor
 
 
-def _inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, Any]]]:
+def _read_inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, Any]]]:
     """Return where each input stands, for messages, and what it is."""
     source = arguments.source if arguments.source is not None else arguments.input
     if (source is None) == (arguments.text is None) or (arguments.source is not None and arguments.input is not None):
@@ -76,10 +76,10 @@ def _inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, An
             return [(name, content.decode("utf-8"))]
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8: {error.reason} at byte {error.start}.", "Convert it.") from error
-    from memtx.data.examples import parsed
+    from memtx.data.examples import iter_examples
 
     lines: IO[bytes] = io.BytesIO(content)
-    found = parsed(lines, source if source != "-" else "standard input", lambda record, _: dict(record))
+    found = iter_examples(lines, source if source != "-" else "standard input", lambda record, _: dict(record))
     inputs: list[tuple[str, str | dict[str, Any]]] = [(f"{name}, line {number}", one) for number, one in found]
     if not inputs:
         raise DataError(f"{name} holds nothing.", "Give one JSON object a line, or a text.")
@@ -87,25 +87,25 @@ def _inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[str, An
 
 
 def _predict(arguments: argparse.Namespace) -> None:
-    inputs = _inputs(arguments)
-    from memtx.inference.predictor import serves_a_task
+    inputs = _read_inputs(arguments)
+    from memtx.inference.predictor import is_task_model
 
-    if not serves_a_task(arguments.checkpoint):
+    if not is_task_model(arguments.checkpoint):
         raise MemtxError(
             f"'{arguments.checkpoint}' is a language model, which labels nothing.",
             "memtx read measures texts with it, memtx generate writes on.",
         )
-    predictor = open_predictor(arguments)
+    predictor = load_task_predictor(arguments)
     # All are looked at before anything is said of the first.
     for where, given in inputs:
         try:
-            predictor.example(given)
+            predictor.to_example(given)
         except DataError as error:
-            raise DataError(f"{where}: {error.what}" if where else error.what, error.cure) from error
+            raise DataError(f"{where}: {error.message}" if where else error.message, error.hint) from error
     lines = []
-    for at in range(0, len(inputs), AT_A_TIME):
-        part = inputs[at : at + AT_A_TIME]
-        for said in _said(predictor, part):
+    for at in range(0, len(inputs), CHUNK_SIZE):
+        part = inputs[at : at + CHUNK_SIZE]
+        for said in _predict_chunk(predictor, part):
             line = json.dumps(said, ensure_ascii=False) + "\n"
             if arguments.output is None:
                 sys.stdout.buffer.write(line.encode("utf-8"))
@@ -118,29 +118,29 @@ def _predict(arguments: argparse.Namespace) -> None:
         files.write_text(arguments.output, "".join(lines))
 
 
-def _said(predictor: Answering, part: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
+def _predict_chunk(predictor: BasePredictor, inputs: list[tuple[str, str | dict[str, Any]]]) -> list[dict[str, Any]]:
     try:
-        return predictor.predict([given for _, given in part])
+        return predictor.predict([given for _, given in inputs])
     except DataError:
         # One by one, to name the one that is wrong by its line.
-        for where, given in part:
+        for where, given in inputs:
             try:
                 predictor.predict([given])
             except DataError as error:
-                raise DataError(f"{where}: {error.what}" if where else error.what, error.cure) from error
+                raise DataError(f"{where}: {error.message}" if where else error.message, error.hint) from error
         raise
 
 
 def main(argv: list[str]) -> int:
     """Run ``memtx predict`` with its arguments and return the exit code."""
     given = [one.partition("=")[0] for one in argv]
-    named = next((one for one in given if one in TRAINED), None)
+    named = next((one for one in given if one in RUN_OPTIONS), None)
     if named is not None and "--checkpoint" in given:
-        complain(f"--checkpoint answers raw texts, {named} reads a run's own test texts. Give one of them.")
-        return MISTAKE
+        print_error(f"--checkpoint answers raw texts, {named} reads a run's own test texts. Give one of them.")
+        return EXIT_USAGE_ERROR
     if named is not None:
         from memtx.cli.fit import main as measured
 
         return measured(["predict", *argv])
-    arguments = _parser().parse(argv)
+    arguments = _build_parser().parse(argv)
     return run(lambda: _predict(arguments), traceback=arguments.traceback)

@@ -8,8 +8,8 @@ import warnings
 
 from memtx import files
 
-_NOISE = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")
-_UNWANTED = (
+_SUPPRESSED_LOGS = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")
+_SUPPRESSED_WARNINGS = (
     ".*does not have many workers.*",
     ".*does not seem to be.*",
     ".*LeafSpec.*",
@@ -22,22 +22,22 @@ _UNWANTED = (
 )
 
 
-def _wanted(record: logging.LogRecord) -> bool:
-    return not any(one in record.getMessage() for one in _NOISE)
+def _is_relevant(record: logging.LogRecord) -> bool:
+    return not any(one in record.getMessage() for one in _SUPPRESSED_LOGS)
 
 
-def _of_a_thread(found: threading.ExceptHookArgs) -> None:
+def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
     # TensorBoard's thread keeps the error for the next write as well, where the command says it in a line.
-    if not isinstance(found.exc_value, OSError) or not files.is_full(found.exc_value):
-        threading.__excepthook__(found)
+    if not isinstance(args.exc_value, OSError) or not files.is_disk_full(args.exc_value):
+        threading.__excepthook__(args)
 
 
-def quiet() -> None:
+def install_warning_filters() -> None:
     """Filter them, once for the process."""
-    threading.excepthook = _of_a_thread
-    for text in _UNWANTED:
+    threading.excepthook = _thread_excepthook
+    for text in _SUPPRESSED_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
     for part in ("fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
         noise = logging.getLogger(f"lightning.{part}")
-        if _wanted not in noise.filters:
-            noise.addFilter(_wanted)
+        if _is_relevant not in noise.filters:
+            noise.addFilter(_is_relevant)

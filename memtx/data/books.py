@@ -11,16 +11,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from memtx.data.documents import Corpus, open_corpus
-from memtx.data.fitting import fitted
-from memtx.data.prepared import Prepared, is_prepared, made_of, open_store, prepare
+from memtx.data.fitting import train_tokenizer
+from memtx.data.prepared import TokenizedCorpus, compute_fingerprint, is_tokenized_corpus, open_store, tokenize_corpus
 from memtx.data.shards import TokenStore
-from memtx.data.source import SPLITS, Source, Texts
+from memtx.data.source import SPLITS, CorpusManifest, TextSource
 from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.files import default_cache
+from memtx.files import default_cache_dir
 
-_STAGES: dict[str, tuple[str, ...]] = {
+_SPLITS_BY_STAGE: dict[str, tuple[str, ...]] = {
     "fit": ("train", "validation"),
     "validate": ("validation",),
     "test": ("test",),
@@ -29,7 +29,7 @@ _STAGES: dict[str, tuple[str, ...]] = {
 
 
 class BookDataModule(LightningDataModule):
-    """Long documents as endless rows, tokenised once; the position in them is in the checkpoint.
+    """Long documents as endless streams, tokenised once; the position in them is in the checkpoint.
 
     Args:
         root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder that ``memtx prepare``
@@ -37,17 +37,17 @@ class BookDataModule(LightningDataModule):
             or one text file.
         tokenizer: a ByteTokenizer (the default), or for example ``BytePairTokenizer`` with ``vocab_size``, trained on
             the training split and kept in the cache. A prepared folder has its own.
-        texts: where texts come from instead of ``root``, such as ``memtx.data.sources.hub.HubDataset``; all of them
+        source: where texts come from instead of ``root``, such as ``memtx.data.sources.hub.HubDataset``; all of them
             are encoded into the cache first.
-        rows: streams read side by side on each device, at least 1.
-        segment: tokens a row gives the model in one call, at least 1.
-        horizon: segments of a batch, so of one truncated backward pass, at least 1.
-        eval_rows: rows in evaluation; null for as many as in training. No effect on the figures.
-        eval_tokens: validate on about this many tokens only, an equal share of every row; null for all. Tests always
+        batch_size: streams read side by side on each device, at least 1.
+        segment_length: tokens a stream gives the model in one call, at least 1.
+        bptt_segments: segments of a batch, so of one truncated backward pass, at least 1.
+        eval_batch_size: streams in evaluation; null for as many as in training. No effect on the figures.
+        eval_tokens: validate on about this many tokens only, an equal share of every stream; null for all. Tests always
             read all.
         seed: of the order of documents.
-        cache: folder of token stores and trained tokenizers; null for ~/.cache/memtx.
-        workers: processes that tokenise; null for one a core.
+        cache_dir: folder of token stores and trained tokenizers; null for ~/.cache/memtx.
+        num_workers: processes that tokenise; null for one a core.
 
     Raises:
         DataError: a number is out of its range, or a prepared folder is damaged or has another tokenizer.
@@ -57,38 +57,48 @@ class BookDataModule(LightningDataModule):
         self,
         root: str = "embedded",
         tokenizer: Tokenizer | None = None,
-        texts: Texts | None = None,
-        rows: int = 4,
-        segment: int = 512,
-        horizon: int = 1,
-        eval_rows: int | None = None,
+        source: TextSource | None = None,
+        batch_size: int = 4,
+        segment_length: int = 512,
+        bptt_segments: int = 1,
+        eval_batch_size: int | None = None,
         eval_tokens: int | None = None,
         seed: int = 0,
-        cache: str | None = None,
-        workers: int | None = None,
+        cache_dir: str | None = None,
+        num_workers: int | None = None,
     ) -> None:
         super().__init__()
-        numbers = {"rows": rows, "segment": segment, "horizon": horizon, "eval_rows": eval_rows}
-        numbers |= {"eval_tokens": eval_tokens, "workers": workers}
+        numbers = {
+            "batch_size": batch_size,
+            "segment_length": segment_length,
+            "bptt_segments": bptt_segments,
+            "eval_batch_size": eval_batch_size,
+        }
+        numbers |= {"eval_tokens": eval_tokens, "num_workers": num_workers}
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise DataError(f"{name} is {value}, expected at least 1.", f"Change --data.{name}.")
         if seed < 0:
             raise DataError(f"seed is {seed}, expected at least 0.", "Change --data.seed.")
-        self.root, self.rows, self.segment, self.horizon = root, rows, segment, horizon
-        self.eval_rows, self.eval_tokens = eval_rows or rows, eval_tokens
-        self.seed, self.cache, self.workers = seed, cache, workers
-        self.texts = texts
+        self.root, self.batch_size, self.segment_length, self.bptt_segments = (
+            root,
+            batch_size,
+            segment_length,
+            bptt_segments,
+        )
+        self.eval_batch_size, self.eval_tokens = eval_batch_size or batch_size, eval_tokens
+        self.seed, self.cache_dir, self.num_workers = seed, cache_dir, num_workers
+        self.source = source
         self._corpus: Corpus | None = None
-        self._prepared: Prepared | None = None
-        if texts is None and is_prepared(root):
-            self._prepared = Prepared(Path(root).expanduser())
-            self.tokenizer: Tokenizer = self._prepared.agreed(tokenizer)
+        self._tokenized_corpus: TokenizedCorpus | None = None
+        if source is None and is_tokenized_corpus(root):
+            self._tokenized_corpus = TokenizedCorpus(Path(root).expanduser())
+            self.tokenizer: Tokenizer = self._tokenized_corpus.resolve_tokenizer(tokenizer)
         else:
             self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
-        self._stores: dict[str, TokenStore] = {}
+        self._token_stores: dict[str, TokenStore] = {}
         self._streams: DocumentStreams | None = None
-        self._restored: dict[str, Any] | None = None
+        self._restored_position: dict[str, Any] | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -97,8 +107,8 @@ class BookDataModule(LightningDataModule):
 
     @property
     def length(self) -> int:
-        """Tokens of a row in a batch: segment * horizon."""
-        return self.segment * self.horizon
+        """Tokens of a stream in a batch: segment_length * bptt_segments."""
+        return self.segment_length * self.bptt_segments
 
     @property
     def corpus(self) -> Corpus:
@@ -107,46 +117,46 @@ class BookDataModule(LightningDataModule):
             self._corpus = open_corpus(self.root)
         return self._corpus
 
-    def _whole(self) -> Prepared | None:
+    def _open_tokenized_corpus(self) -> TokenizedCorpus | None:
         """Return the folder that holds every split; None where each is encoded when it is needed."""
-        if self._prepared is None and self.texts is not None:
-            source = self.texts.source()
-            self.tokenizer = fitted(self.tokenizer, source, self._cached)
-            place = self._cached / f"texts-{made_of(source, self.tokenizer)[:16]}"
-            self._prepared = prepare(place, source, self.tokenizer, workers=self.workers)
-        return self._prepared
+        if self._tokenized_corpus is None and self.source is not None:
+            source = self.source.scan()
+            self.tokenizer = train_tokenizer(self.tokenizer, source, self._cache_path)
+            place = self._cache_path / f"texts-{compute_fingerprint(source, self.tokenizer)[:16]}"
+            self._tokenized_corpus = tokenize_corpus(place, source, self.tokenizer, num_workers=self.num_workers)
+        return self._tokenized_corpus
 
     @property
-    def _cached(self) -> Path:
-        return Path(self.cache).expanduser() if self.cache is not None else default_cache()
+    def _cache_path(self) -> Path:
+        return Path(self.cache_dir).expanduser() if self.cache_dir is not None else default_cache_dir()
 
-    def has(self, split: str) -> bool:
+    def has_split(self, split: str) -> bool:
         """Return whether there are documents for a split."""
-        whole = self._whole()
+        whole = self._open_tokenized_corpus()
         return bool(self.corpus.splits.get(split)) if whole is None else split in whole.splits
 
-    def store(self, split: str) -> TokenStore:
+    def token_store(self, split: str) -> TokenStore:
         """Return the tokens of a split, encoding it where that was not done yet.
 
         Raises:
             DataError: no such split, or a text that cannot be used.
         """
-        if split not in self._stores and (whole := self._whole()) is not None:
-            self._stores[split] = whole.store(split)
-        elif split not in self._stores:
-            documents = self.corpus.split(split)
-            self._fit_tokenizer()
-            self._stores[split] = open_store(
-                documents, self.tokenizer, cache=self.cache, name=split, workers=self.workers
+        if split not in self._token_stores and (whole := self._open_tokenized_corpus()) is not None:
+            self._token_stores[split] = whole.open_split(split)
+        elif split not in self._token_stores:
+            documents = self.corpus.get_split(split)
+            self._train_tokenizer()
+            self._token_stores[split] = open_store(
+                documents, self.tokenizer, cache_dir=self.cache_dir, split=split, num_workers=self.num_workers
             )
-        return self._stores[split]
+        return self._token_stores[split]
 
     def prepare_data(self) -> None:
         """Train the tokenizer and encode the splits that the run needs (all, without a trainer), each once."""
-        names = _STAGES.get(self._function or "", SPLITS)
+        names = _SPLITS_BY_STAGE.get(self._trainer_fn or "", SPLITS)
         for name in names:
-            if self.has(name):
-                self.store(name)
+            if self.has_split(name):
+                self.token_store(name)
 
     def setup(self, stage: str | None = None) -> None:
         """Open what the stage needs; a fit begins at the start of the data unless a checkpoint says otherwise.
@@ -155,13 +165,13 @@ class BookDataModule(LightningDataModule):
             stage: fit, validate, test, predict; None for all.
         """
         # Opening is all that is left after prepare_data, which ran on one process only.
-        self._fit_tokenizer()
+        self._train_tokenizer()
         if stage in ("fit", None) and self._streams is not None:
             self._streams = None
-            self._restored = None
+            self._restored_position = None
 
     def train_dataloader(self) -> DocumentStreams:
-        """Return this rank's streams: batches of (rows, segment * horizon), going on from the position.
+        """Return this rank's streams: batches of (batch, segment_length * bptt_segments), going on from the position.
 
         Raises:
             CheckpointError: the restored position is one in other data.
@@ -172,42 +182,42 @@ class BookDataModule(LightningDataModule):
             # Lightning's own limit would leave a short rest at the end of each pass, and a half accumulation with it.
             limit = getattr(self.trainer, "overfit_batches", 0) or self.trainer.limit_train_batches
             steps = limit if isinstance(limit, int) and limit > 0 else None
-        store = self.store("train")
+        store = self.token_store("train")
         if steps is not None:
-            steps = min(steps, len(DocumentStreams(store, self.rows, self.length, self.seed, rank, world_size)))
-        streams = DocumentStreams(store, self.rows, self.length, self.seed, rank, world_size, steps)
+            steps = min(steps, len(DocumentStreams(store, self.batch_size, self.length, self.seed, rank, world_size)))
+        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, rank, world_size, steps)
         if self._streams is not None:  # asked again within a run
             streams.load_state_dict(self._streams.state_dict())
-        elif self._restored is not None:
-            self._go_on(streams, self._restored)
-        self._streams, self._restored = streams, None
+        elif self._restored_position is not None:
+            self._resume(streams, self._restored_position)
+        self._streams, self._restored_position = streams, None
         return streams
 
-    def places(self) -> Tensor:
-        """Return (rows, length) int64, which token of the training store each of the newest batch is."""
+    def token_indices(self) -> Tensor:
+        """Return (batch, length) int64, which token of the training store each of the newest batch is."""
         assert self._streams is not None
-        return self._streams.places(self._streams.position - 1)
+        return self._streams.token_indices(self._streams.position - 1)
 
     def val_dataloader(self) -> EvaluationStreams | list[Any]:
-        """Return the validation split in rows; an empty list where training data has none."""
-        if self._function == "fit" and not self.has("validation"):
+        """Return the validation split in streams; an empty list where training data has none."""
+        if self._trainer_fn == "fit" and not self.has_split("validation"):
             return []
-        return self._evaluation("validation", self.eval_tokens)
+        return self._evaluation_streams("validation", self.eval_tokens)
 
     def test_dataloader(self) -> EvaluationStreams:
-        """Return the whole test split in rows."""
-        return self._evaluation("test", None)
+        """Return the whole test split in streams."""
+        return self._evaluation_streams("test", None)
 
     def predict_dataloader(self) -> EvaluationStreams:
-        """Return the whole test split in rows."""
-        return self._evaluation("test", None)
+        """Return the whole test split in streams."""
+        return self._evaluation_streams("test", None)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what it is a position in, and the tokenizer as JSON text."""
         if self._streams is not None:
             position = self._streams.state_dict()
         else:
-            position = self._restored or {"position": 0, "seed": self.seed}
+            position = self._restored_position or {"position": 0, "seed": self.seed}
         return {**position, "tokenizer": self.tokenizer.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -218,55 +228,61 @@ class BookDataModule(LightningDataModule):
         Raises:
             CheckpointError: in training, the tokenizer is another one.
         """
-        if not self.tokenizer.fitted:
-            self._fit_tokenizer()
+        if not self.tokenizer.is_trained:
+            self._train_tokenizer()
         text = state_dict.get("tokenizer")
         if text != self.tokenizer.to_json():
-            self._take_tokenizer(text)
-        self._restored = {key: value for key, value in state_dict.items() if key != "tokenizer"}
+            self._restore_tokenizer(text)
+        self._restored_position = {key: value for key, value in state_dict.items() if key != "tokenizer"}
         if self._streams is not None:
-            self._go_on(self._streams, self._restored)
-            self._restored = None
+            self._resume(self._streams, self._restored_position)
+            self._restored_position = None
 
-    def _go_on(self, streams: DocumentStreams, position: dict[str, Any]) -> None:
+    def _resume(self, streams: DocumentStreams, position: dict[str, Any]) -> None:
         stride = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         streams.load_state_dict(position, stride)
-        if streams.redealt:
-            rank_zero_info(streams.redealt)
+        if streams.resume_message:
+            rank_zero_info(streams.resume_message)
 
-    def _take_tokenizer(self, text: Any) -> None:
+    def _restore_tokenizer(self, text: Any) -> None:
         try:
             saved = tokenizer_from_json(text)
         except (TypeError, MemtxError) as error:
             raise CheckpointError(
                 f"The checkpoint's data part has no whole tokenizer ({error}).", "Restore it from a copy."
             ) from error
-        if self._function in ("fit", None):
+        if self._trainer_fn in ("fit", None):
             raise CheckpointError(
                 f"The checkpoint was trained with another tokenizer ({saved.fingerprint[:12]} of "
                 f"{saved.vocab_size} tokens, this run has {self.tokenizer.fingerprint[:12]} of "
                 f"{self.tokenizer.vocab_size}).",
                 "Give its tokenizer and its texts by --data.tokenizer and --data.root.",
             )
-        self.tokenizer = saved if self.texts is not None or self._prepared is None else self._prepared.agreed(saved)
-        self._stores.clear()
-        if self.texts is not None:
-            self._prepared = None
+        self.tokenizer = (
+            saved
+            if self.source is not None or self._tokenized_corpus is None
+            else self._tokenized_corpus.resolve_tokenizer(saved)
+        )
+        self._token_stores.clear()
+        if self.source is not None:
+            self._tokenized_corpus = None
 
     @property
-    def _function(self) -> str | None:
+    def _trainer_fn(self) -> str | None:
         """What the trainer was called for; None without one."""
         function = self.trainer.state.fn if self.trainer is not None else None
         return function.value if isinstance(function, TrainerFn) else None
 
-    def _evaluation(self, split: str, limit: int | None) -> EvaluationStreams:
+    def _evaluation_streams(self, split: str, limit_tokens: int | None) -> EvaluationStreams:
         rank, world_size = 0, 1
         if self.trainer is not None:
             rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return EvaluationStreams(self.store(split), self.eval_rows, self.length, rank, world_size, limit)
+        return EvaluationStreams(
+            self.token_store(split), self.eval_batch_size, self.length, rank, world_size, limit_tokens
+        )
 
-    def _fit_tokenizer(self) -> None:
+    def _train_tokenizer(self) -> None:
         """Train the tokenizer on the training split, or read the one that an earlier run trained on it."""
-        if not self.tokenizer.fitted and self._whole() is None:
-            source = Source(self.root, {"train": self.corpus.split("train")})
-            self.tokenizer = fitted(self.tokenizer, source, self._cached)
+        if not self.tokenizer.is_trained and self._open_tokenized_corpus() is None:
+            source = CorpusManifest(self.root, {"train": self.corpus.get_split("train")})
+            self.tokenizer = train_tokenizer(self.tokenizer, source, self._cache_path)

@@ -8,28 +8,28 @@ from typing import Any
 import numpy as np
 
 from memtx.data.examples import PairExample, TextExample
-from memtx.data.offset_tokenizers import Encoded, OffsetTokenizer
-from memtx.data.task import NOTHING, Array, Scores, Task, Window, laid_out, normalised
+from memtx.data.offset_tokenizers import Encoding, HFTokenizer
+from memtx.data.task import NO_TARGET, EncodedExample, IntArray, Logits, Task, build_inputs, softmax
 from memtx.errors import DataError
 
 
-class _Labelled(Task):
+class _SingleLabelTask(Task):
     """One label an example; windows of a long one vote with what they hold for likely."""
 
-    def _target(self, label: str | None) -> Array:
-        return NOTHING if label is None else np.array([self.number(label)], dtype=np.int64)
+    def _make_target(self, label: str | None) -> IntArray:
+        return NO_TARGET if label is None else np.array([self.label_to_id(label)], dtype=np.int64)
 
-    def decide(
-        self, example: Any, encoded: Sequence[Encoded], windows: Sequence[Window], scores: Sequence[Scores]
+    def postprocess(
+        self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
     ) -> dict[str, Any]:
         """Return ``label``, its probability ``score`` and those of all labels as ``scores``."""
-        shares = normalised(np.stack(scores)).mean(0)
+        shares = softmax(np.stack(logits)).mean(0)
         best = int(shares.argmax())
         named = {label: round(float(share), 6) for label, share in zip(self.labels, shares, strict=True)}
         return {"label": self.labels[best], "score": named[self.labels[best]], "scores": named}
 
 
-class Classification(_Labelled):
+class Classification(_SingleLabelTask):
     """``{"text", "label"}``: one label a text, however long. ``[CLS]`` is global."""
 
     kind = "classification"
@@ -42,24 +42,26 @@ class Classification(_Labelled):
         """Return a raw text as an example without a label."""
         return TextExample.parse({"text": text}, False)
 
-    def texts(self, example: TextExample) -> tuple[str, ...]:
+    def get_texts(self, example: TextExample) -> tuple[str, ...]:
         """Return the text."""
         return (example.text,)
 
-    def named(self, example: TextExample) -> tuple[str, ...]:
+    def get_labels(self, example: TextExample) -> tuple[str, ...]:
         """Return the label, if there is one."""
         return () if example.label is None else (example.label,)
 
-    def windows(self, example: TextExample, encoded: Sequence[Encoded], marks: OffsetTokenizer) -> list[Window]:
+    def encode(
+        self, example: TextExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
+    ) -> list[EncodedExample]:
         """Return ``[CLS] text [SEP]``, in as many windows as it takes."""
-        target = self._target(example.label)
+        target = self._make_target(example.label)
         return [
-            Window(*laid_out(marks, encoded[0].ids[begin:stop]), 1, begin, stop, target)
-            for begin, stop in self.cut(len(encoded[0]), 2)
+            EncodedExample(*build_inputs(tokenizer, encodings[0].ids[begin:stop]), 1, begin, stop, target)
+            for begin, stop in self.split_windows(len(encodings[0]), 2)
         ]
 
 
-class Matching(_Labelled):
+class PairClassification(_SingleLabelTask):
     """``{"text_a", "text_b", "label"}``: how two texts stand to each other. ``[CLS]`` is global.
 
     Of a pair that is too long the first text is cut, where a stride is given.
@@ -75,19 +77,21 @@ class Matching(_Labelled):
         """Refuse: one text is no pair."""
         raise DataError("This model compares two texts.", 'Give {"text_a": ..., "text_b": ...} as JSON.')
 
-    def texts(self, example: PairExample) -> tuple[str, ...]:
+    def get_texts(self, example: PairExample) -> tuple[str, ...]:
         """Return both texts."""
         return (example.text_a, example.text_b)
 
-    def named(self, example: PairExample) -> tuple[str, ...]:
+    def get_labels(self, example: PairExample) -> tuple[str, ...]:
         """Return the label, if there is one."""
         return () if example.label is None else (example.label,)
 
-    def windows(self, example: PairExample, encoded: Sequence[Encoded], marks: OffsetTokenizer) -> list[Window]:
+    def encode(
+        self, example: PairExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
+    ) -> list[EncodedExample]:
         """Return ``[CLS] text_a [SEP] text_b [SEP]``."""
-        target = self._target(example.label)
-        first, second = encoded
+        target = self._make_target(example.label)
+        first, second = encodings
         return [
-            Window(*laid_out(marks, first.ids[begin:stop], second.ids), 1, begin, stop, target)
-            for begin, stop in self.cut(len(first), len(second) + 3)
+            EncodedExample(*build_inputs(tokenizer, first.ids[begin:stop], second.ids), 1, begin, stop, target)
+            for begin, stop in self.split_windows(len(first), len(second) + 3)
         ]

@@ -8,33 +8,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from memtx.data.pieces import decode_pieces
+from memtx.data.pieces import decode_utf8
 from memtx.errors import DataError
 
-CHUNK = 1 << 20
+READ_SIZE = 1 << 20
 """Bytes of a file read at once."""
 
 
-class Part(ABC):
+class SourcePart(ABC):
     """A piece of a source that one process reads: a file, a stretch of lines, some rows of a table.
 
     A kind is a frozen dataclass of values that JSON can hold, so that another process can be told of it.
 
     Attributes:
         size: bytes in the source (compressed ones, where it is compressed), for planning and for the bar.
-        here: whether this process alone can read it, as a file system in memory.
+        is_process_local: whether this process alone can read it, as a file system in memory.
     """
 
     size: int
-    here: bool = False
+    is_process_local: bool = False
 
     @property
     @abstractmethod
-    def stamp(self) -> str:
+    def cache_key(self) -> str:
         """What changes when the text changes, as far as can be told without reading it."""
 
     @abstractmethod
-    def documents(self) -> Iterator[Document]:
+    def iter_documents(self) -> Iterator[Document]:
         """Yield whole documents in a fixed order; each is to be read before the next is asked for.
 
         Raises:
@@ -43,7 +43,7 @@ class Part(ABC):
 
 
 @dataclass(frozen=True)
-class Document(Part):
+class Document(SourcePart):
     """One text with a beginning, not read yet.
 
     Attributes:
@@ -51,31 +51,31 @@ class Document(Part):
         title: what to call it before people; the id where nothing better is known.
         size: bytes of UTF-8.
         path: the file; None where ``text`` holds it.
-        start: the byte of the file where it begins.
+        byte_offset: the byte of the file where it begins.
         text: the text itself, for sources without a file.
-        row: whether it is a row of a table, which is left out where it has no word.
+        is_table_row: whether it is a row of a table, which is left out where it has no word.
     """
 
     id: str
     title: str
     size: int
     path: str | None = None
-    start: int = 0
+    byte_offset: int = 0
     text: str = ""
-    row: bool = False
+    is_table_row: bool = False
 
     @property
-    def stamp(self) -> str:
+    def cache_key(self) -> str:
         """What changes when the text changes: name, place, size and time of the file, or a hash of the text."""
         if self.path is None:
             return f"{self.id}:{hashlib.sha256(self.text.encode()).hexdigest()}"
-        return f"{self.id}:{self.start}:{self.size}:{Path(self.path).stat().st_mtime_ns}"
+        return f"{self.id}:{self.byte_offset}:{self.size}:{Path(self.path).stat().st_mtime_ns}"
 
-    def documents(self) -> Iterator[Document]:
+    def iter_documents(self) -> Iterator[Document]:
         """Yield itself: a text by itself is a part."""
         yield self
 
-    def chunks(self) -> Iterator[str]:
+    def iter_text(self) -> Iterator[str]:
         """Yield the text in chunks of about 1 MB.
 
         Raises:
@@ -84,14 +84,14 @@ class Document(Part):
         if self.path is None:
             yield self.text
         else:
-            yield from decode_pieces(self._raw(self.path), self.path)
+            yield from decode_utf8(self._read_bytes(self.path), self.path)
 
-    def _raw(self, path: str) -> Iterator[bytes]:
+    def _read_bytes(self, path: str) -> Iterator[bytes]:
         left = self.size
         try:
             with open(path, "rb") as handle:
-                handle.seek(self.start)
-                while left and (chunk := handle.read(min(left, CHUNK))):
+                handle.seek(self.byte_offset)
+                while left and (chunk := handle.read(min(left, READ_SIZE))):
                     left -= len(chunk)
                     yield chunk
         except OSError as error:
@@ -99,4 +99,4 @@ class Document(Part):
 
     def read(self) -> str:
         """Return the whole text."""
-        return "".join(self.chunks())
+        return "".join(self.iter_text())

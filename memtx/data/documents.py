@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memtx.data.document import Document
-from memtx.data.embedded import embedded_splits
+from memtx.data.embedded import builtin_splits
 from memtx.data.source import SPLITS
-from memtx.errors import DataError, nearest
+from memtx.errors import DataError, closest_match
 
-SUFFIXES = (".txt", ".text", ".md", ".rst")
-PG19 = (
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+PG19_HINT = (
     "PG-19 is published by google-deepmind/pg19 on GitHub, its files in gs://deepmind-gutenberg: "
     "train/ validation/ test/ with one <id>.txt a book, and metadata.csv. "
     "Give the folder that holds them with --data.root PATH, or use --data.root embedded to try without."
 )
-METADATA = "metadata.csv"
-FEW = 10
+METADATA_NAME = "metadata.csv"
+MIN_WHOLE_DOCUMENTS = 10
 """Below this many documents each one is cut into splits; from it on whole documents are dealt."""
 
 
@@ -41,7 +41,7 @@ class Corpus:
     name: str
     splits: dict[str, list[Document]]
 
-    def split(self, name: str) -> list[Document]:
+    def get_split(self, name: str) -> list[Document]:
         """Return the documents of a split.
 
         Raises:
@@ -50,7 +50,8 @@ class Corpus:
         if not self.splits.get(name):
             known = [key for key, documents in self.splits.items() if documents]
             raise DataError(
-                f"'{self.name}' has no split '{name}', it has {', '.join(known) or 'none'}.{nearest(name, known)}",
+                f"'{self.name}' has no split '{name}', it has {', '.join(known) or 'none'}."
+                f"{closest_match(name, known)}",
                 f"Add a folder '{name}' with one .txt a document, or choose another split.",
             )
         return self.splits[name]
@@ -67,45 +68,48 @@ def open_corpus(root: str | os.PathLike[str]) -> Corpus:
         DataError: nothing is there, a folder without texts, or an empty file; says what was expected.
     """
     if str(root) in ("embedded", "embedded+sources"):
-        return Corpus(str(root), embedded_splits(sources=str(root).endswith("sources")))
+        return Corpus(str(root), builtin_splits(include_stdlib=str(root).endswith("sources")))
     path = Path(root).expanduser()
     if path.is_file():
-        return Corpus(str(root), _cut_splits([_file(path, path.name)]))
+        return Corpus(str(root), _split_each_document([_file_document(path, path.name)]))
     if not path.is_dir():
-        hint = nearest(str(root), ["embedded", "embedded+sources"])
-        raise DataError(f"'{root}' does not exist, expected a folder of texts or one text file.{hint}", PG19)
+        hint = closest_match(str(root), ["embedded", "embedded+sources"])
+        raise DataError(f"'{root}' does not exist, expected a folder of texts or one text file.{hint}", PG19_HINT)
     if any((path / name).is_dir() for name in SPLITS):
-        return Corpus(str(root), _pg19(path))
+        return Corpus(str(root), _pg19_splits(path))
     found = sorted(
-        (file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()),
+        (file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file()),
         key=lambda file: file.relative_to(path).as_posix(),
     )
     documents = [
-        _file(file, file.relative_to(path).as_posix())
+        _file_document(file, file.relative_to(path).as_posix())
         for file in found
         if not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
     if not documents:
-        raise DataError(f"'{root}' holds no text, expected files ending in {', '.join(SUFFIXES)}.", PG19)
-    return Corpus(str(root), _cut_splits(documents) if len(documents) < FEW else _dealt_splits(documents))
+        raise DataError(f"'{root}' holds no text, expected files ending in {', '.join(TEXT_SUFFIXES)}.", PG19_HINT)
+    return Corpus(
+        str(root),
+        _split_each_document(documents) if len(documents) < MIN_WHOLE_DOCUMENTS else _assign_whole_documents(documents),
+    )
 
 
-def _file(path: Path, name: str, title: str | None = None) -> Document:
+def _file_document(path: Path, name: str, title: str | None = None) -> Document:
     size = path.stat().st_size
     if size == 0:
         raise DataError(f"'{path}' is empty, expected a text.", "Remove the file or restore its text.")
     return Document(id=name, title=title or name, size=size, path=str(path))
 
 
-def _pg19(root: Path) -> dict[str, list[Document]]:
-    notes = root / METADATA
+def _pg19_splits(root: Path) -> dict[str, list[Document]]:
+    notes = root / METADATA_NAME
     titles = read_titles(notes.read_bytes()) if notes.is_file() else {}
     splits: dict[str, list[Document]] = {}
     for name in SPLITS:
         files = sorted((root / name).glob("*.txt"))
-        splits[name] = [_file(file, file.stem, titles.get(file.stem)) for file in files]
+        splits[name] = [_file_document(file, file.stem, titles.get(file.stem)) for file in files]
     if not any(splits.values()):
-        raise DataError(f"'{root}' has the folders of PG-19 but no .txt in them.", PG19)
+        raise DataError(f"'{root}' has the folders of PG-19 but no .txt in them.", PG19_HINT)
     return splits
 
 
@@ -115,7 +119,7 @@ def read_titles(raw: bytes) -> dict[str, str]:
     return {row[0]: row[1] for row in csv.reader(io.StringIO(text, newline="")) if len(row) > 1}
 
 
-def _dealt_splits(documents: list[Document]) -> dict[str, list[Document]]:
+def _assign_whole_documents(documents: list[Document]) -> dict[str, list[Document]]:
     """Deal whole documents 90/5/5 by a hash of their names, at least one to each split."""
     ranked = sorted(documents, key=lambda document: hashlib.sha256(document.id.encode()).digest())
     share = max(1, round(0.05 * len(ranked)))
@@ -124,7 +128,7 @@ def _dealt_splits(documents: list[Document]) -> dict[str, list[Document]]:
     return {name: [one for one in documents if chosen.get(one.id, "train") == name] for name in SPLITS}
 
 
-def _cut_splits(documents: list[Document]) -> dict[str, list[Document]]:
+def _split_each_document(documents: list[Document]) -> dict[str, list[Document]]:
     """Cut each document 90/5/5 at paragraph ends."""
     splits: dict[str, list[Document]] = {name: [] for name in SPLITS}
     for document in documents:
@@ -138,10 +142,10 @@ def _cut_splits(documents: list[Document]) -> dict[str, list[Document]]:
     return splits
 
 
-def _paragraph_end(document: Document, share: float) -> int:
+def _paragraph_end(document: Document, fraction: float) -> int:
     """Return the byte after the first paragraph end past a share of the file, else after a line, else a character."""
     assert document.path is not None
-    target = int(document.size * share)
+    target = int(document.size * fraction)
     with open(document.path, "rb") as handle:
         handle.seek(target)
         # A fortieth of the text bounds the shift, so the three parts keep their order and about their sizes.

@@ -12,15 +12,15 @@ from pathlib import Path
 from memtx.data.document import Document
 from memtx.errors import DataError
 
-SHORTEST = 8000
+MIN_DOCUMENT_LENGTH = 8000
 """Characters from which on a document stands alone; shorter topics are joined in alphabetical order."""
 
 
-def embedded_splits(*, sources: bool = False) -> dict[str, list[Document]]:
+def builtin_splits(*, include_stdlib: bool = False) -> dict[str, list[Document]]:
     """Return the documents of each split: every tenth to validation, every tenth to test.
 
     Args:
-        sources: add the standard library's top-level source files, about 10 MB more.
+        include_stdlib: add the standard library's top-level source files, about 10 MB more.
 
     Raises:
         DataError: this Python was built without its help texts.
@@ -37,12 +37,12 @@ def embedded_splits(*, sources: bool = False) -> dict[str, list[Document]]:
     for name in sorted(topics):
         names.append(name)
         held += topics[name].strip("\n") + "\n\n\n"
-        if len(held) >= SHORTEST:
-            documents.append(_topic(names, held))
+        if len(held) >= MIN_DOCUMENT_LENGTH:
+            documents.append(_topic_document(names, held))
             names, held = [], ""
     if held:
-        documents.append(_topic(names, held))
-    if sources:
+        documents.append(_topic_document(names, held))
+    if include_stdlib:
         for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
             if size := path.stat().st_size:
                 documents.append(Document(path.name, path.name, size, str(path)))
@@ -53,6 +53,6 @@ def embedded_splits(*, sources: bool = False) -> dict[str, list[Document]]:
     }
 
 
-def _topic(names: list[str], text: str) -> Document:
+def _topic_document(names: list[str], text: str) -> Document:
     title = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     return Document(id="+".join(names), title=title, size=len(text.encode()), text=text)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
-from memtx.errors import DataError, nearest
+from memtx.errors import DataError, closest_match
 
 E = TypeVar("E")
 
-SHOWN = 60
+MAX_PREVIEW_LENGTH = 60
 """Characters of a text shown in a message."""
 
 
@@ -32,7 +32,7 @@ class TextExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Take a record's fields; raises DataError."""
-        return cls(_text(record, "text"), _label(record, labelled))
+        return cls(_get_text(record, "text"), _get_label(record, labelled))
 
 
 @dataclass(frozen=True)
@@ -46,30 +46,30 @@ class PairExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Take a record's fields; raises DataError."""
-        return cls(_text(record, "text_a"), _text(record, "text_b"), _label(record, labelled))
+        return cls(_get_text(record, "text_a"), _get_text(record, "text_b"), _get_label(record, labelled))
 
 
 @dataclass(frozen=True)
 class TaggedExample:
     """Words and a tag for each. ``tags`` is None where they are to be found.
 
-    ``places`` says where in the raw text ``raw`` the words stand, if they come from one.
+    ``word_spans`` says where in the raw text ``text`` the words stand, if they come from one.
     """
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None = None
-    places: tuple[tuple[int, int], ...] | None = None
-    raw: str = ""
+    word_spans: tuple[tuple[int, int], ...] | None = None
+    text: str = ""
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Take a record's fields; raises DataError."""
-        tokens = _texts(record, "tokens")
+        tokens = _get_texts(record, "tokens")
         if not tokens:
             raise DataError("'tokens' is empty.", "Give at least one, or remove the line.")
         if not labelled and record.get("tags") is None:
             return cls(tokens)
-        tags = _texts(record, "tags")
+        tags = _get_texts(record, "tags")
         if len(tags) != len(tokens):
             raise DataError(f"There are {len(tokens)} tokens and {len(tags)} tags.", "Give one tag a token.")
         return cls(tokens, tags)
@@ -96,17 +96,19 @@ class QuestionExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Take a record's fields; raises DataError."""
-        context, question = _text(record, "context"), _text(record, "question")
+        context, question = _get_text(record, "context"), _get_text(record, "question")
         name, title = str(record.get("id", "")), str(record.get("title", ""))
         given = record.get("answers")
         impossible = record.get("is_impossible", False)
         if not isinstance(impossible, bool):
-            raise DataError(f"'is_impossible' is {_shown(impossible)}, expected true or false.", "Write it so.")
+            raise DataError(f"'is_impossible' is {_preview(impossible)}, expected true or false.", "Write it so.")
         if given is None and not impossible:
             if labelled:
-                raise _missing(record, "answers")
+                raise _missing_field(record, "answers")
             return cls(context, question, None, name, title)
-        answers = tuple(_answer(one, place, context) for place, one in enumerate(_list(given or [], "answers")))
+        answers = tuple(
+            _parse_answer(one, place, context) for place, one in enumerate(_check_list(given or [], "answers"))
+        )
         if impossible and answers:
             raise DataError(f"The question is impossible and has {len(answers)} answers.", "Change one of the two.")
         if not impossible and not answers:
@@ -124,8 +126,8 @@ class SummaryExample:
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
         """Take a record's fields; raises DataError."""
-        summary = _text(record, "summary") if labelled or record.get("summary") is not None else None
-        return cls(_text(record, "text"), summary)
+        summary = _get_text(record, "summary") if labelled or record.get("summary") is not None else None
+        return cls(_get_text(record, "text"), summary)
 
 
 def read_examples(
@@ -143,7 +145,7 @@ def read_examples(
     """
     try:
         with open(path, "rb") as handle:
-            found = list(parsed(handle, str(path), parse, labelled=labelled))
+            found = list(iter_examples(handle, str(path), parse, labelled=labelled))
     except FileNotFoundError as error:
         raise DataError(f"'{path}' does not exist.", "Check the path.") from error
     except OSError as error:
@@ -153,39 +155,39 @@ def read_examples(
     return found
 
 
-def parsed(
-    handle: IO[bytes], name: str, parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
+def iter_examples(
+    file: IO[bytes], name: str, parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
 ) -> Iterator[tuple[int, E]]:
     """Yield line number (from 1) and example of every line that is not blank; raises as :func:`read_examples`."""
-    for number, line in enumerate(handle, start=1):
+    for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            yield number, parse(_record(line), labelled)
+            yield number, parse(_parse_record(line), labelled)
         except DataError as error:
-            raise DataError(f"'{name}', line {number}: {error.what}", error.cure) from error
+            raise DataError(f"'{name}', line {number}: {error.message}", error.hint) from error
 
 
-LAYOUT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
+LAYOUT_HINT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
 
 
-def split_file(root: str | None, split: str) -> Path:
+def split_path(root: str | None, split: str) -> Path:
     """Return a split's file in a folder of examples.
 
     Raises:
         DataError: there is none.
     """
     if root is None:
-        raise DataError("data.root is not set, expected a folder of examples.", LAYOUT)
+        raise DataError("data.root is not set, expected a folder of examples.", LAYOUT_HINT)
     folder = Path(root).expanduser()
     if not folder.is_dir():
-        raise DataError(f"'{root}' is no folder, expected one of examples.", LAYOUT)
+        raise DataError(f"'{root}' is no folder, expected one of examples.", LAYOUT_HINT)
     if not (folder / f"{split}.jsonl").is_file():
-        raise DataError(f"'{root}' has no {split}.jsonl.", LAYOUT)
+        raise DataError(f"'{root}' has no {split}.jsonl.", LAYOUT_HINT)
     return folder / f"{split}.jsonl"
 
 
-def _record(line: bytes) -> Mapping[str, Any]:
+def _parse_record(line: bytes) -> Mapping[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -199,64 +201,66 @@ def _record(line: bytes) -> Mapping[str, Any]:
     return record
 
 
-def _shown(value: object) -> str:
+def _preview(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN else text[: SHOWN - 4] + " ..."
+    return text if len(text) <= MAX_PREVIEW_LENGTH else text[: MAX_PREVIEW_LENGTH - 4] + " ..."
 
 
-def _missing(record: Mapping[str, Any], name: str) -> DataError:
-    return DataError(f"There is no '{name}'.{nearest(name, map(str, record))}", f"It has {_shown(list(record))}.")
+def _missing_field(record: Mapping[str, Any], name: str) -> DataError:
+    return DataError(
+        f"There is no '{name}'.{closest_match(name, map(str, record))}", f"It has {_preview(list(record))}."
+    )
 
 
-def _text(record: Mapping[str, Any], name: str) -> str:
+def _get_text(record: Mapping[str, Any], name: str) -> str:
     if name not in record:
-        raise _missing(record, name)
+        raise _missing_field(record, name)
     value = record[name]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"'{name}' is {_shown(value)}, expected a text.", "Give one with something in it.")
+        raise DataError(f"'{name}' is {_preview(value)}, expected a text.", "Give one with something in it.")
     return value
 
 
-def _label(record: Mapping[str, Any], labelled: bool) -> str | None:
+def _get_label(record: Mapping[str, Any], labelled: bool) -> str | None:
     if not labelled and record.get("label") is None:
         return None
     value = record.get("label")
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return _text(record, "label")
+    return _get_text(record, "label")
 
 
-def _list(value: Any, name: str) -> list[Any]:
+def _check_list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list):
-        raise DataError(f"'{name}' is {_shown(value)}, expected a list.", "Write it in brackets.")
+        raise DataError(f"'{name}' is {_preview(value)}, expected a list.", "Write it in brackets.")
     return value
 
 
-def _texts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
+def _get_texts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if name not in record:
-        raise _missing(record, name)
-    found = _list(record[name], name)
+        raise _missing_field(record, name)
+    found = _check_list(record[name], name)
     for place, one in enumerate(found):
         if not isinstance(one, str) or not one.strip():
-            raise DataError(f"'{name}' has {_shown(one)} at place {place}, expected a text.", "Change or remove it.")
+            raise DataError(f"'{name}' has {_preview(one)} at place {place}, expected a text.", "Change or remove it.")
     return tuple(found)
 
 
-def _answer(value: Any, place: int, context: str) -> Answer:
+def _parse_answer(value: Any, index: int, context: str) -> Answer:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"]:
-        raise DataError(f"answers[{place}] is {_shown(value)}, expected text and answer_start.", "Change it.")
+        raise DataError(f"answers[{index}] is {_preview(value)}, expected text and answer_start.", "Change it.")
     text, start = value["text"], value.get("answer_start")
     if not isinstance(start, int) or isinstance(start, bool):
-        raise DataError(f"answers[{place}] has answer_start {_shown(start)}, expected a number.", "Change it.")
+        raise DataError(f"answers[{index}] has answer_start {_preview(start)}, expected a number.", "Change it.")
     if start < 0 or start + len(text) > len(context):
         raise DataError(
-            f"answers[{place}] lies outside its context: {_shown(text)} at {start} to {start + len(text)}, the context "
-            f"has {len(context)} characters.",
+            f"answers[{index}] lies outside its context: {_preview(text)} at {start} to {start + len(text)}, the "
+            f"context has {len(context)} characters.",
             "answer_start counts characters from 0.",
         )
     if context[start : start + len(text)] != text:
         raise DataError(
-            f"answers[{place}] is {_shown(text)}, the context has {_shown(context[start : start + len(text)])} "
+            f"answers[{index}] is {_preview(text)}, the context has {_preview(context[start : start + len(text)])} "
             f"at {start}.",
             "answer_start counts characters (not bytes) from 0.",
         )

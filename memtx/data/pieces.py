@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 
 from memtx.errors import DataError
 
-PARAGRAPH = 1024
+PARAGRAPH_LIMIT = 1024
 """Characters from which on a piece ends at the first paragraph end."""
-SOFT = 4096
+SOFT_LIMIT = 4096
 """Characters from which on a piece ends at the first line or word end as well."""
-HARD = 8192
+HARD_LIMIT = 8192
 """Characters at which a piece ends whatever stands there."""
 
 # A run of blank lines belongs to the paragraph before it; whether it is over is known one character later.
@@ -25,7 +25,7 @@ _PARAGRAPH_END = re.compile(r"\n\r?\n(?=[^\r\n])")
 _SOFT_END = re.compile(r"\n(?=[^\r\n])|\S(?= )")
 
 
-class Splitter:
+class TextSplitter:
     """Cuts a text that arrives in any portions into pieces that depend on the whole text only.
 
     A piece ends at the first paragraph end (a run of blank lines) from 1024 characters on, at the first line or
@@ -34,55 +34,55 @@ class Splitter:
     """
 
     def __init__(self) -> None:
-        self._held = ""
+        self._buffer = ""
         self._searched = 0
 
     @property
     def pending(self) -> str:
         """The text held back: what was fed and is in no piece yet, at most 8192 characters."""
-        return self._held
+        return self._buffer
 
     def feed(self, text: str) -> list[str]:
         """Take the next portion of the text and return the pieces that are now complete."""
-        buffer, begin, searched = self._held + text, 0, self._searched
+        buffer, begin, searched = self._buffer + text, 0, self._searched
         pieces: list[str] = []
-        while (end := _cut(buffer, begin, searched)) is not None:
+        while (end := _find_chunk_end(buffer, begin, searched)) is not None:
             pieces.append(buffer[begin:end])
             begin, searched = end, end
-        self._held = buffer[begin:]
-        self._searched = len(self._held)
+        self._buffer = buffer[begin:]
+        self._searched = len(self._buffer)
         return pieces
 
-    def finish(self) -> list[str]:
+    def flush(self) -> list[str]:
         """End the text: return what was held back as the last piece (none if empty); the splitter is fresh again."""
-        pieces = [self._held] if self._held else []
-        self._held, self._searched = "", 0
+        pieces = [self._buffer] if self._buffer else []
+        self._buffer, self._searched = "", 0
         return pieces
 
 
-def _cut(buffer: str, begin: int, searched: int) -> int | None:
-    """Return where the piece at ``begin`` ends, None if that is not known yet; no end lies before ``searched``."""
-    stop = min(len(buffer), begin + HARD)
+def _find_chunk_end(buffer: str, start: int, searched: int) -> int | None:
+    """Return where the piece at ``start`` ends, None if that is not known yet; no end lies before ``searched``."""
+    stop = min(len(buffer), start + HARD_LIMIT)
     # A match ending at a given place starts at most three characters before it.
-    found = _PARAGRAPH_END.search(buffer, max(begin + PARAGRAPH - 3, searched - 3), stop)
-    while found and found.end() < begin + PARAGRAPH:
+    found = _PARAGRAPH_END.search(buffer, max(start + PARAGRAPH_LIMIT - 3, searched - 3), stop)
+    while found and found.end() < start + PARAGRAPH_LIMIT:
         found = _PARAGRAPH_END.search(buffer, found.end(), stop)
-    if found and found.end() <= begin + SOFT:
+    if found and found.end() <= start + SOFT_LIMIT:
         return found.end()
-    soft = _SOFT_END.search(buffer, max(begin + SOFT, searched - 3), stop)
+    soft = _SOFT_END.search(buffer, max(start + SOFT_LIMIT, searched - 3), stop)
     ends = [match.end() for match in (found, soft) if match]
     if ends:
         return min(ends)
-    return begin + HARD if len(buffer) >= begin + HARD else None
+    return start + HARD_LIMIT if len(buffer) >= start + HARD_LIMIT else None
 
 
 def split_text(text: str) -> list[str]:
     """Return the pieces of a whole text."""
-    splitter = Splitter()
-    return splitter.feed(text) + splitter.finish()
+    splitter = TextSplitter()
+    return splitter.feed(text) + splitter.flush()
 
 
-def decode_pieces(chunks: Iterable[bytes], name: str) -> Iterator[str]:
+def decode_utf8(chunks: Iterable[bytes], name: str) -> Iterator[str]:
     """Decode UTF-8 that arrives cut anywhere, even inside a character.
 
     Args:
@@ -119,14 +119,14 @@ class WordCounter:
     """Counts whitespace-separated words and UTF-8 bytes of a text given in pieces: ``len(text.split())`` exactly."""
 
     def __init__(self) -> None:
-        self.words = 0
-        self.bytes = 0
-        self._inside = False
+        self.num_words = 0
+        self.num_bytes = 0
+        self._in_word = False
 
-    def add(self, piece: str) -> None:
+    def update(self, text: str) -> None:
         """Count the next piece; a word cut by the border of two pieces is one word."""
-        if not piece:
+        if not text:
             return
-        self.words += len(piece.split()) - (self._inside and not piece[0].isspace())
-        self.bytes += len(piece.encode("utf-8", errors="surrogatepass"))
-        self._inside = not piece[-1].isspace()
+        self.num_words += len(text.split()) - (self._in_word and not text[0].isspace())
+        self.num_bytes += len(text.encode("utf-8", errors="surrogatepass"))
+        self._in_word = not text[-1].isspace()

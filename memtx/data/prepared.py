@@ -23,33 +23,33 @@ from pathlib import Path
 from typing import Any
 
 from memtx import files
-from memtx.data.document import Document, Part
-from memtx.data.encoding import Advance, Job, record_path, write_jobs
-from memtx.data.fitting import fitted, locked
-from memtx.data.shards import CURE, INDEX, TokenStore, write_index
-from memtx.data.source import SPLITS, Source
+from memtx.data.document import Document, SourcePart
+from memtx.data.encoding import ProgressCallback, ShardJob, metadata_path, write_jobs
+from memtx.data.fitting import file_lock, train_tokenizer
+from memtx.data.shards import INDEX_NAME, REBUILD_HINT, TokenStore, write_index
+from memtx.data.source import SPLITS, CorpusManifest
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
-from memtx.files import default_cache
+from memtx.files import default_cache_dir
 
-FORMAT = "memtx.prepared"
-FORMAT_VERSION = 1
-NOTE = "prepared.json"
-TOKENIZER = "tokenizer.json"
+FORMAT = "memtx.tokenized_corpus"
+FORMAT_VERSION = 2
+INFO_NAME = "prepared.json"
+TOKENIZER_NAME = "tokenizer.json"
 
-SHARD_BYTES = 64 << 20
+MAX_SHARD_BYTES = 64 << 20
 """Text bytes of a shard, so at most as many tokens; one longer document is a shard of its own."""
-LEAST_BYTES = 1 << 20
+MIN_SHARD_BYTES = 1 << 20
 """Text bytes below which a shard is not worth a process."""
 
-Progress = Callable[[str, int, int], AbstractContextManager[Advance]]
+ProgressFactory = Callable[[str, int, int], AbstractContextManager[ProgressCallback]]
 """Makes from a description, the bytes in all and those done what is to be told of further ones."""
 
 log = logging.getLogger(__name__)
 
 
-class Prepared:
-    """A folder that :func:`prepare` made.
+class TokenizedCorpus:
+    """A folder that :func:`tokenize_corpus` made.
 
     Args:
         folder: where it is.
@@ -57,7 +57,7 @@ class Prepared:
     Attributes:
         name: what the texts were called.
         splits: of each split its documents, tokens, words, bytes of text, documents left out, and fingerprint.
-        made_of: what tells the texts and the tokenizer apart from others.
+        input_fingerprint: what tells the texts and the tokenizer apart from others.
 
     Raises:
         DataError: it is none, or of another version.
@@ -66,50 +66,50 @@ class Prepared:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
-            note = files.read_json(self.folder / NOTE)
+            note = files.read_json(self.folder / INFO_NAME)
             found = note["format"], note["version"]
             if found == (FORMAT, FORMAT_VERSION):
-                self.name, self.made_of = str(note["name"]), str(note["made_of"])
+                self.name, self.input_fingerprint = str(note["name"]), str(note["input_fingerprint"])
                 found_splits = sorted(note["splits"].items(), key=lambda one: (*SPLITS, one[0]).index(one[0]))
                 self.splits: dict[str, dict[str, Any]] = {split: dict(facts) for split, facts in found_splits}
-                self._tokenizer = str(note["tokenizer"])
+                self._tokenizer_fingerprint = str(note["tokenizer"])
         except (MemtxError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"'{folder}' is no whole prepared folder ({error}).", CURE) from error
+            raise DataError(f"'{folder}' is no whole prepared folder ({error}).", REBUILD_HINT) from error
         if found != (FORMAT, FORMAT_VERSION):
             raise DataError(
                 f"'{folder}' is {found[0]} of version {found[1]}, this release reads {FORMAT} of {FORMAT_VERSION}.",
-                CURE,
+                REBUILD_HINT,
             )
 
-    def tokenizer(self) -> Tokenizer:
+    def read_tokenizer(self) -> Tokenizer:
         """Read the tokenizer.
 
         Raises:
             DataError: it is missing or damaged.
         """
-        tokenizer = load_tokenizer(self.folder / TOKENIZER)
-        if tokenizer.fingerprint != self._tokenizer:
-            raise DataError(f"The tokenizer '{self.folder / TOKENIZER}' was changed.", CURE)
+        tokenizer = load_tokenizer(self.folder / TOKENIZER_NAME)
+        if tokenizer.fingerprint != self._tokenizer_fingerprint:
+            raise DataError(f"The tokenizer '{self.folder / TOKENIZER_NAME}' was changed.", REBUILD_HINT)
         return tokenizer
 
-    def agreed(self, asked: Tokenizer | None) -> Tokenizer:
+    def resolve_tokenizer(self, requested: Tokenizer | None) -> Tokenizer:
         """Return the folder's tokenizer, which must be the one asked for, or one trained as asked.
 
         Raises:
             DataError: it is another one.
         """
-        own = self.tokenizer()
-        if asked is None or (asked.fitted and asked.fingerprint == own.fingerprint):
+        own = self.read_tokenizer()
+        if requested is None or (requested.is_trained and requested.fingerprint == own.fingerprint):
             return own
-        if not asked.fitted and type(asked) is type(own) and asked.vocab_size == own.vocab_size:
+        if not requested.is_trained and type(requested) is type(own) and requested.vocab_size == own.vocab_size:
             return own
         raise DataError(
             f"'{self.folder}' was prepared with a {type(own).__name__} of {own.vocab_size} tokens, which is not the "
-            f"{type(asked).__name__} of {asked.vocab_size} asked for.",
+            f"{type(requested).__name__} of {requested.vocab_size} asked for.",
             "Leave the tokenizer out, or prepare the texts with the other one.",
         )
 
-    def store(self, split: str) -> TokenStore:
+    def open_split(self, split: str) -> TokenStore:
         """Open the tokens of a split.
 
         Raises:
@@ -121,23 +121,28 @@ class Prepared:
                 "Prepare the texts with a share for it.",
             )
         store = TokenStore(self.folder / split)
-        if (store.tokenizer, store.fingerprint) != (self._tokenizer, self.splits[split].get("fingerprint")):
-            raise DataError(f"The token store '{store.folder}' belongs to other texts or another tokenizer.", CURE)
+        if (store.tokenizer_fingerprint, store.fingerprint) != (
+            self._tokenizer_fingerprint,
+            self.splits[split].get("fingerprint"),
+        ):
+            raise DataError(
+                f"The token store '{store.folder}' belongs to other texts or another tokenizer.", REBUILD_HINT
+            )
         return store
 
 
-def is_prepared(folder: str | os.PathLike[str]) -> bool:
+def is_tokenized_corpus(folder: str | os.PathLike[str]) -> bool:
     """Return whether there is a prepared folder, whole or not."""
-    return (Path(folder).expanduser() / NOTE).is_file()
+    return (Path(folder).expanduser() / INFO_NAME).is_file()
 
 
-def made_of(source: Source, tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of what a folder is made of: each part's stamp and the tokenizer, or how it is trained."""
+def compute_fingerprint(manifest: CorpusManifest, tokenizer: Tokenizer) -> str:
+    """Return the SHA-256 of what a folder is made of: each part's cache key and the tokenizer, or how it is trained."""
     kind = type(tokenizer)
-    asked = tokenizer.fingerprint if tokenizer.fitted else f"{kind.__qualname__} {tokenizer.vocab_size}"
+    asked = tokenizer.fingerprint if tokenizer.is_trained else f"{kind.__qualname__} {tokenizer.vocab_size}"
     digest = hashlib.sha256(f"{FORMAT_VERSION}\n{asked}\n".encode())
-    for part, shares in source.parts():
-        digest.update(f"{part.stamp} {dict(shares)}\n".encode("utf-8", "surrogatepass"))
+    for part, shares in manifest.iter_parts():
+        digest.update(f"{part.cache_key} {dict(shares)}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -145,9 +150,9 @@ def open_store(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     *,
-    cache: str | os.PathLike[str] | None = None,
-    name: str = "tokens",
-    workers: int | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    split: str = "tokens",
+    num_workers: int | None = None,
     verify: bool = False,
 ) -> TokenStore:
     """Open the tokens of documents in a cache, encoding them first where that was not done yet.
@@ -157,31 +162,31 @@ def open_store(
 
     Args:
         documents: at least one.
-        tokenizer: gives the ids; must be fitted.
-        cache: folder of all stores; None for ``~/.cache/memtx``.
-        name: the split.
-        workers: processes; None for one a core.
+        tokenizer: gives the ids; must be trained.
+        cache_dir: folder of all stores; None for ``~/.cache/memtx``.
+        split: the split.
+        num_workers: processes; None for one a core.
         verify: compare every shard's checksum, not its size only.
 
     Raises:
         DataError: a text is not UTF-8 or empty.
         MemtxError: the cache cannot be written to.
     """
-    source = Source(name, {name: documents})
-    folder = Path(cache).expanduser() if cache is not None else default_cache()
-    place = folder / f"{name}-{made_of(source, tokenizer)[:16]}"
-    return prepare(place, source, tokenizer, workers=workers, verify=verify).store(name)
+    source = CorpusManifest(split, {split: documents})
+    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    place = folder / f"{split}-{compute_fingerprint(source, tokenizer)[:16]}"
+    return tokenize_corpus(place, source, tokenizer, num_workers=num_workers, verify=verify).open_split(split)
 
 
-def prepare(
+def tokenize_corpus(
     folder: str | os.PathLike[str],
-    source: Source,
+    manifest: CorpusManifest,
     tokenizer: Tokenizer,
     *,
-    workers: int | None = None,
+    num_workers: int | None = None,
     verify: bool = False,
-    progress: Progress | None = None,
-) -> Prepared:
+    progress: ProgressFactory | None = None,
+) -> TokenizedCorpus:
     """Encode a source into a folder, or open the folder where that was done.
 
     Killed at any moment and called again, it goes on with the shards that are whole, and what comes out is the same to
@@ -189,9 +194,9 @@ def prepare(
 
     Args:
         folder: what to make; a damaged one is made again, its good shards kept.
-        source: at least one part.
+        manifest: at least one part.
         tokenizer: gives the ids; trained on the texts of "train" first, where it is of a kind that learns.
-        workers: processes; None for one a core.
+        num_workers: processes; None for one a core.
         verify: compare the checksums of shards that are there, not their sizes only.
         progress: shows how far it is; a bar on a terminal by default.
 
@@ -200,44 +205,44 @@ def prepare(
         MemtxError: it cannot be written to.
     """
     place = Path(folder)
-    if not source.splits:
+    if not manifest.splits:
         raise DataError("There are no documents to encode, expected at least one.", "Check the source of texts.")
-    asked = made_of(source, tokenizer)
-    with locked(place):
+    asked = compute_fingerprint(manifest, tokenizer)
+    with file_lock(place):
         if place.exists():
-            found = _found(place, asked, verify)
+            found = _open_existing(place, asked, verify)
             if found is not None:
                 return found
-        _build(place, source, tokenizer, asked, workers or os.cpu_count() or 1, progress or bar)
-    return Prepared(place)
+        _build(place, manifest, tokenizer, asked, num_workers or os.cpu_count() or 1, progress or progress_bar)
+    return TokenizedCorpus(place)
 
 
-def _found(place: Path, asked: str, verify: bool) -> Prepared | None:
+def _open_existing(path: Path, fingerprint: str, verify: bool) -> TokenizedCorpus | None:
     """Return what is there already; None if it is to be made again.
 
     Raises:
         DataError: it is something else, which is not ours to overwrite.
     """
-    if not place.is_dir() or (not is_prepared(place) and any(place.iterdir())):
-        raise DataError(f"'{place}' exists and is no prepared folder.", "Give another name, or remove it.")
+    if not path.is_dir() or (not is_tokenized_corpus(path) and any(path.iterdir())):
+        raise DataError(f"'{path}' exists and is no prepared folder.", "Give another name, or remove it.")
     try:
-        found = Prepared(place)
+        found = TokenizedCorpus(path)
     except DataError as error:
-        log.warning("%s Encoding it again.", error.what)
+        log.warning("%s Encoding it again.", error.message)
         return None
-    if found.made_of != asked:
+    if found.input_fingerprint != fingerprint:
         raise DataError(
-            f"'{place}' was prepared from other texts, or these have changed, or with another tokenizer.",
+            f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer.",
             "Give another name, or remove it.",
         )
     try:
-        found.tokenizer()
+        found.read_tokenizer()
         for split in found.splits:
-            store = found.store(split)
+            store = found.open_split(split)
             if verify:
                 store.verify()
     except DataError as error:
-        log.warning("%s Encoding it again.", error.what)
+        log.warning("%s Encoding it again.", error.message)
         return None
     return found
 
@@ -247,7 +252,7 @@ def plan_shards(sizes: Sequence[int]) -> list[range]:
 
     A function of the sizes alone, so that an interrupted run finds its shards again whatever its workers.
     """
-    target = min(SHARD_BYTES, max(LEAST_BYTES, sum(sizes) // 32))
+    target = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, sum(sizes) // 32))
     shards: list[range] = []
     start, held = 0, 0
     for place, size in enumerate(sizes):
@@ -258,61 +263,78 @@ def plan_shards(sizes: Sequence[int]) -> list[range]:
     return [*shards, range(start, len(sizes))]
 
 
-def plan_jobs(folder: Path, source: Source, tokenizer: Tokenizer) -> list[Job]:
+def plan_jobs(folder: Path, manifest: CorpusManifest, tokenizer: Tokenizer) -> list[ShardJob]:
     """Return what is to be done, whatever is done already."""
-    jobs: list[Job] = []
+    jobs: list[ShardJob] = []
 
-    def add(parts: Sequence[Part], shares: Mapping[str, float], first: int) -> None:
-        for number, places in enumerate(plan_shards([part.size for part in parts]), first):
-            jobs.append(Job(folder, number, [parts[place] for place in places], shares, tokenizer.fingerprint))
+    def add_jobs(parts: Sequence[SourcePart], split_fractions: Mapping[str, float], first_index: int) -> None:
+        for number, places in enumerate(plan_shards([part.size for part in parts]), first_index):
+            jobs.append(
+                ShardJob(folder, number, [parts[place] for place in places], split_fractions, tokenizer.fingerprint)
+            )
 
-    for split, parts in source.laid_out.items():
+    for split, parts in manifest.split_parts.items():
         if parts:
-            add(parts, {split: 1.0}, 0)
-    if source.mixed:
+            add_jobs(parts, {split: 1.0}, 0)
+    if manifest.unsplit_parts:
         # Numbers that no split has given away yet.
-        add(source.mixed, source.shares, len(jobs))
+        add_jobs(manifest.unsplit_parts, manifest.split_fractions, len(jobs))
     return jobs
 
 
-def _build(place: Path, source: Source, tokenizer: Tokenizer, asked: str, workers: int, progress: Progress) -> None:
-    building = place.with_name(f".{place.name}.building")
-    if place.exists():
+def _build(
+    path: Path,
+    manifest: CorpusManifest,
+    tokenizer: Tokenizer,
+    fingerprint: str,
+    num_workers: int,
+    progress: ProgressFactory,
+) -> None:
+    building = path.with_name(f".{path.name}.building")
+    if path.exists():
         shutil.rmtree(building, ignore_errors=True)
-        os.replace(place, building)
-        (building / NOTE).unlink(missing_ok=True)
+        os.replace(path, building)
+        (building / INFO_NAME).unlink(missing_ok=True)
     building.mkdir(parents=True, exist_ok=True)
     for left in building.rglob(".*.tmp"):  # of a run that was killed
         left.unlink(missing_ok=True)
-    tokenizer = fitted(tokenizer, source, building)
-    jobs = plan_jobs(building, source, tokenizer)
-    todo = [job for job in jobs if not job.done]
+    tokenizer = train_tokenizer(tokenizer, manifest, building)
+    jobs = plan_jobs(building, manifest, tokenizer)
+    todo = [job for job in jobs if not job.is_complete]
     total, left_over = (sum(part.size for job in some for part in job.parts) for some in (jobs, todo))
-    with progress(f"Encoding {source.name}", total, total - left_over) as advance:
-        write_jobs(todo, tokenizer, workers, advance)
-    shards = {split: [job.shard(split) for job in jobs if split in job.shares] for split in source.splits}
+    with progress(f"Encoding {manifest.name}", total, total - left_over) as advance:
+        write_jobs(todo, tokenizer, num_workers, advance)
+    shards = {
+        split: [job.shard_path(split) for job in jobs if split in job.split_fractions] for split in manifest.splits
+    }
     splits = {split: write_index(building / split, paths, tokenizer) for split, paths in shards.items()}
     splits = {split: facts for split, facts in splits.items() if facts["documents"]}
     if not splits:
-        raise DataError(f"'{source.name}' holds no document with a word in it.", "Check the source of texts.")
-    files.write_text(building / TOKENIZER, tokenizer.to_json())
+        raise DataError(f"'{manifest.name}' holds no document with a word in it.", "Check the source of texts.")
+    files.write_text(building / TOKENIZER_NAME, tokenizer.to_json())
     _prune(building, {split: shards[split] for split in splits})
-    note = {"format": FORMAT, "version": FORMAT_VERSION, "name": source.name, "made_of": asked, "splits": splits}
-    files.write_json(building / NOTE, {**note, "tokenizer": tokenizer.fingerprint})
-    if place.exists():  # an empty folder that was made for it
-        place.rmdir()
-    os.replace(building, place)
-    files.sync_folder(place.parent)
+    note = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "name": manifest.name,
+        "input_fingerprint": fingerprint,
+        "splits": splits,
+    }
+    files.write_json(building / INFO_NAME, {**note, "tokenizer": tokenizer.fingerprint})
+    if path.exists():  # an empty folder that was made for it
+        path.rmdir()
+    os.replace(building, path)
+    files.fsync_directory(path.parent)
 
 
 def _prune(building: Path, shards: Mapping[str, Sequence[Path]]) -> None:
     """Remove what an earlier plan left, such as that of a source that has changed since."""
-    kept = {building / TOKENIZER}
+    kept = {building / TOKENIZER_NAME}
     for split, paths in shards.items():
-        kept.add(building / split / INDEX)
+        kept.add(building / split / INDEX_NAME)
         for path in paths:
-            kept.add(record_path(path))
-            if files.read_json(record_path(path))["size"]:
+            kept.add(metadata_path(path))
+            if files.read_json(metadata_path(path))["size"]:
                 kept.add(path)
     for path in sorted(building.rglob("*"), reverse=True):
         if path.is_dir():
@@ -323,7 +345,7 @@ def _prune(building: Path, shards: Mapping[str, Sequence[Path]]) -> None:
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int, done: int) -> Iterator[Advance]:
+def progress_bar(description: str, total: int, done: int) -> Iterator[ProgressCallback]:
     """Show bytes, rate and time left on a terminal; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

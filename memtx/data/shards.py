@@ -13,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
-from memtx.data.encoding import record_path, token_dtype
-from memtx.data.tokenizers import Ids, Tokenizer
+from memtx.data.encoding import metadata_path, token_dtype
+from memtx.data.tokenizers import TokenIds, Tokenizer
 from memtx.errors import DataError, MemtxError
 
-FORMAT_VERSION = 2
-INDEX = "index.json"
-CURE = "Prepare the data again; whole shards are kept."
+FORMAT_VERSION = 3
+INDEX_NAME = "index.json"
+REBUILD_HINT = "Prepare the data again; whole shards are kept."
 
 
 class TokenStore:
-    """The tokens of one split, memory-mapped: document i is ``[begin, text tokens...]``.
+    """The tokens of one split, memory-mapped: document i is ``[bos_token_id, text tokens...]``.
 
     Args:
         folder: what :func:`write_index` closed.
@@ -31,13 +31,13 @@ class TokenStore:
     Attributes:
         ids: name of each document.
         titles: title of each document.
-        lengths: (documents,) int64, tokens of each document with ``begin``.
-        begins: (documents,) int64, tokens of all documents before each.
-        words: (documents,) int64, whitespace-separated words of each document's text.
-        bytes: (documents,) int64, UTF-8 bytes of each document's text.
-        begin: the id that begins a document.
+        lengths: (documents,) int64, tokens of each document with ``bos_token_id``.
+        token_offsets: (documents,) int64, tokens of all documents before each.
+        num_words: (documents,) int64, whitespace-separated words of each document's text.
+        num_bytes: (documents,) int64, UTF-8 bytes of each document's text.
+        bos_token_id: the id that begins a document.
         vocab_size: ids are below it.
-        tokenizer: the tokenizer's fingerprint.
+        tokenizer_fingerprint: the tokenizer's fingerprint.
         fingerprint: SHA-256 over the tokens themselves and the tokenizer: equal only for equal data.
 
     Raises:
@@ -48,12 +48,12 @@ class TokenStore:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         index = _read_index(self.folder)
-        self.begin: int = index["begin"]
+        self.bos_token_id: int = index["bos_token_id"]
         self.vocab_size: int = index["vocab_size"]
-        self.tokenizer: str = index["tokenizer"]
+        self.tokenizer_fingerprint: str = index["tokenizer"]
         self.fingerprint: str = index["fingerprint"]
         self._shards: list[dict[str, Any]] = index["shards"]
-        self._maps: dict[int, NDArray[Any]] = {}
+        self._memmaps: dict[int, NDArray[Any]] = {}
         self.ids: list[str] = []
         self.titles: list[str] = []
         columns: dict[str, list[NDArray[np.int64]]] = {"lengths": [], "words": [], "bytes": []}
@@ -62,8 +62,10 @@ class TokenStore:
             path = self.folder / shard["file"]
             found = path.stat().st_size if path.is_file() else -1
             if found != shard["size"]:
-                raise DataError(f"The token shard '{path}' has {max(found, 0)} bytes, expected {shard['size']}.", CURE)
-            record = _read_record(path, shard["record"])
+                raise DataError(
+                    f"The token shard '{path}' has {max(found, 0)} bytes, expected {shard['size']}.", REBUILD_HINT
+                )
+            record = _read_metadata(path, shard["metadata_sha256"])
             self.ids += record["ids"]
             self.titles += record["titles"] or record["ids"]
             for name, parts in columns.items():
@@ -71,9 +73,9 @@ class TokenStore:
             lengths = columns["lengths"][-1]
             places.append(np.full(len(lengths), place))
             offsets.append(np.cumsum(lengths) - lengths)
-        self.lengths, self.words, self.bytes = (_joined(parts) for parts in columns.values())
-        self.begins = np.cumsum(self.lengths) - self.lengths
-        self._places, self._offsets = _joined(places), _joined(offsets)
+        self.lengths, self.num_words, self.num_bytes = (_concatenate(parts) for parts in columns.values())
+        self.token_offsets = np.cumsum(self.lengths) - self.lengths
+        self._shard_indices, self._shard_offsets = _concatenate(places), _concatenate(offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A pickled memory map would carry the tokens themselves.
@@ -83,30 +85,30 @@ class TokenStore:
         return len(self.lengths)
 
     @property
-    def total(self) -> int:
-        """Tokens of all documents, ``begin`` included."""
+    def num_tokens(self) -> int:
+        """Tokens of all documents, ``bos_token_id`` included."""
         return int(self.lengths.sum())
 
-    def document(self, index: int) -> Ids:
+    def document_tokens(self, index: int) -> TokenIds:
         """Return all tokens of a document, (length,) uint16 or uint32, a read-only view of the map."""
-        return self.slice(index, 0, int(self.lengths[index]))
+        return self.slice_tokens(index, 0, int(self.lengths[index]))
 
-    def slice(self, index: int, start: int, stop: int) -> Ids:
+    def slice_tokens(self, index: int, start: int, stop: int) -> TokenIds:
         """Return tokens ``start`` to ``stop`` (at most its length) of a document, (stop - start,), a read-only view.
 
         Raises:
             DataError: there is an id that the tokenizer does not have, since the shard is damaged.
         """
-        shard, offset = int(self._places[index]), int(self._offsets[index])
+        shard, offset = int(self._shard_indices[index]), int(self._shard_offsets[index])
         path = self.folder / self._shards[shard]["file"]
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
+        if shard not in self._memmaps:
+            self._memmaps[shard] = np.memmap(path, dtype=token_dtype(self.vocab_size), mode="r")
         stop = min(stop, int(self.lengths[index]))
-        found = self._maps[shard][offset + start : offset + stop]
+        found = self._memmaps[shard][offset + start : offset + stop]
         # It would be an index out of the embedding's range.
         if found.size and (largest := int(found.max())) >= self.vocab_size:
             raise DataError(
-                f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}.", CURE
+                f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}.", REBUILD_HINT
             )
         return found
 
@@ -119,7 +121,7 @@ class TokenStore:
         for shard in self._shards:
             path = self.folder / shard["file"]
             if files.checksum(path) != shard["sha256"]:
-                raise DataError(f"The token shard '{path}' is damaged.", CURE)
+                raise DataError(f"The token shard '{path}' is damaged.", REBUILD_HINT)
 
 
 def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -135,17 +137,17 @@ def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> d
     """
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     kept: list[dict[str, Any]] = []
-    totals = {"documents": 0, "tokens": 0, "words": 0, "bytes": 0, "left_out": 0}
+    totals = {"documents": 0, "tokens": 0, "words": 0, "bytes": 0, "num_skipped": 0}
     for path in shards:
-        raw = record_path(path).read_bytes()
+        raw = metadata_path(path).read_bytes()
         record = json.loads(raw)
-        totals["left_out"] += record["left_out"]
+        totals["num_skipped"] += record["num_skipped"]
         if not record["ids"]:
             continue
         digest.update(record["sha256"].encode())
         digest.update(str(list(zip(record["ids"], record["lengths"], strict=True))).encode("utf-8", "surrogatepass"))
         kept.append({name: record[name] for name in ("file", "size", "sha256")})
-        kept[-1]["record"] = hashlib.sha256(raw).hexdigest()
+        kept[-1]["metadata_sha256"] = hashlib.sha256(raw).hexdigest()
         totals["documents"] += len(record["ids"])
         totals["tokens"] += sum(record["lengths"])
         totals["words"] += sum(record["words"])
@@ -154,43 +156,43 @@ def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> d
         "version": FORMAT_VERSION,
         "fingerprint": digest.hexdigest(),
         "tokenizer": tokenizer.fingerprint,
-        "begin": tokenizer.begin,
+        "bos_token_id": tokenizer.bos_token_id,
         "vocab_size": tokenizer.vocab_size,
         "shards": kept,
     }
-    files.write_json(folder / INDEX, {**index, "seal": _seal(index)})
+    files.write_json(folder / INDEX_NAME, {**index, "checksum": _index_checksum(index)})
     return {**totals, "fingerprint": index["fingerprint"]}
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
     try:
-        index = files.read_json(folder / INDEX)
-        version, seal = index["version"], index.pop("seal", None)
+        index = files.read_json(folder / INDEX_NAME)
+        version, seal = index["version"], index.pop("checksum", None)
     except (MemtxError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"'{folder}' holds no whole token store ({error}).", CURE) from error
+        raise DataError(f"'{folder}' holds no whole token store ({error}).", REBUILD_HINT) from error
     if version != FORMAT_VERSION:
-        raise DataError(f"'{folder}' has format version {version}, this release reads {FORMAT_VERSION}.", CURE)
-    if seal != _seal(index):
-        raise DataError(f"The index of the token store '{folder}' is damaged.", CURE)
+        raise DataError(f"'{folder}' has format version {version}, this release reads {FORMAT_VERSION}.", REBUILD_HINT)
+    if seal != _index_checksum(index):
+        raise DataError(f"The index of the token store '{folder}' is damaged.", REBUILD_HINT)
     assert isinstance(index, dict)
     return index
 
 
-def _seal(index: dict[str, Any]) -> str:
+def _index_checksum(index: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-def _read_record(shard: Path, sha256: str) -> dict[str, Any]:
-    path = record_path(shard)
+def _read_metadata(shard: Path, sha256: str) -> dict[str, Any]:
+    path = metadata_path(shard)
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise DataError(f"The record '{path}' cannot be read: {error.strerror}.", CURE) from error
+        raise DataError(f"The record '{path}' cannot be read: {error.strerror}.", REBUILD_HINT) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
-        raise DataError(f"The record '{path}' is damaged.", CURE)
+        raise DataError(f"The record '{path}' is damaged.", REBUILD_HINT)
     record: dict[str, Any] = json.loads(raw)
     return record
 
 
-def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+def _concatenate(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
     return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)

@@ -7,63 +7,67 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from memtx.data.document import Part
+from memtx.data.document import SourcePart
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Source:
+class CorpusManifest:
     """The parts of a source.
 
     Attributes:
         name: what to call it in messages.
-        laid_out: the parts of each split, where the source itself has splits.
-        mixed: parts whose documents are dealt to splits by their names.
-        shares: what each split gets of those; above 0, adding up to 1.
+        split_parts: the parts of each split, where the source itself has splits.
+        unsplit_parts: parts whose documents are dealt to splits by their names.
+        split_fractions: what each split gets of those; above 0, adding up to 1.
     """
 
     name: str
-    laid_out: Mapping[str, Sequence[Part]] = field(default_factory=dict)
-    mixed: Sequence[Part] = ()
-    shares: Mapping[str, float] = field(default_factory=lambda: {"train": 1.0})
+    split_parts: Mapping[str, Sequence[SourcePart]] = field(default_factory=dict)
+    unsplit_parts: Sequence[SourcePart] = ()
+    split_fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 1.0})
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that it may have documents for, the usual ones in their usual order."""
-        found = {name for name, parts in self.laid_out.items() if parts} | set(self.shares if self.mixed else ())
-        return tuple(name for name in dict.fromkeys((*SPLITS, *self.laid_out, *self.shares)) if name in found)
+        found = {name for name, parts in self.split_parts.items() if parts} | set(
+            self.split_fractions if self.unsplit_parts else ()
+        )
+        return tuple(
+            name for name in dict.fromkeys((*SPLITS, *self.split_parts, *self.split_fractions)) if name in found
+        )
 
     @property
     def size(self) -> int:
         """Bytes in the source."""
-        return sum(part.size for part, _ in self.parts())
+        return sum(part.size for part, _ in self.iter_parts())
 
-    def parts(self) -> Iterator[tuple[Part, Mapping[str, float]]]:
+    def iter_parts(self) -> Iterator[tuple[SourcePart, Mapping[str, float]]]:
         """Yield every part with the shares that its documents are dealt by."""
         for name in self.splits:
-            yield from ((part, {name: 1.0}) for part in self.laid_out.get(name, ()))
-        yield from ((part, self.shares) for part in self.mixed)
+            yield from ((part, {name: 1.0}) for part in self.split_parts.get(name, ()))
+        yield from ((part, self.split_fractions) for part in self.unsplit_parts)
 
 
-def dealt(name: str, shares: Mapping[str, float]) -> str:
+def assign_split(document_id: str, split_fractions: Mapping[str, float]) -> str:
     """Return the split of a document: a function of its name and the shares alone."""
-    *rest, last = shares
+    *rest, last = split_fractions
     if not rest:
         return last
-    place = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
+    place = int.from_bytes(hashlib.sha256(document_id.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
     for split in rest:
-        place -= shares[split]
+        place -= split_fractions[split]
         if place < 0:
             return split
     return last
 
 
-class Texts(ABC):
+class TextSource(ABC):
     """Where texts come from, as a part to be configured: it says what there is when it is asked."""
 
     @abstractmethod
-    def source(self) -> Source:
+    def scan(self) -> CorpusManifest:
         """List the parts.
 
         Raises:

@@ -8,35 +8,37 @@ from memtx.errors import DataError
 
 
 @dataclass(frozen=True)
-class SummaryForm:
+class SummaryPrompt:
     """The words around a text and its summary.
 
     Attributes:
         prompt: between them.
-        end: behind the summary; no summary holds it.
+        stop_sequence: behind the summary; no summary holds it.
 
     Raises:
         DataError: one of them is empty.
     """
 
     prompt: str = "\nSummary: "
-    end: str = "\n\n"
+    stop_sequence: str = "\n\n"
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "end"):
+        for name in ("prompt", "stop_sequence"):
             if not getattr(self, name):
                 raise DataError(f"{name} is empty.", f"Give --data.{name} a text.")
 
-    def question(self, text: str) -> str:
+    def format_prompt(self, text: str) -> str:
         """Return what a summary is asked for with."""
         return text + self.prompt
 
-    def answer(self, summary: str) -> str:
+    def format_completion(self, summary: str) -> str:
         """Return what is to be made.
 
         Raises:
-            DataError: the summary holds the end.
+            DataError: the summary holds the stop sequence.
         """
-        if self.end in summary:
-            raise DataError(f"The summary holds {self.end!r}, which ends one.", "Change --data.end.")
-        return summary + self.end
+        if self.stop_sequence in summary:
+            raise DataError(
+                f"The summary holds {self.stop_sequence!r}, which ends one.", "Change --data.stop_sequence."
+            )
+        return summary + self.stop_sequence

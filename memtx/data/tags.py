@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.examples import TaggedExample
-from memtx.data.offset_tokenizers import Encoded, OffsetTokenizer
-from memtx.data.task import Array, Scores, Task, Window, laid_out
+from memtx.data.offset_tokenizers import Encoding, HFTokenizer
+from memtx.data.task import EncodedExample, IntArray, Logits, Task, build_inputs
 from memtx.errors import DataError
 
 _WORD = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|\w+(?:[-./]\w+)*|[^\w\s]", re.IGNORECASE)
 
 
-def words_of(text: str) -> tuple[tuple[int, int], ...]:
+def find_words(text: str) -> tuple[tuple[int, int], ...]:
     """Return where the words of a raw text stand, clitics and punctuation apart as treebanks have them."""
     return tuple(found.span() for found in _WORD.finditer(text))
 
 
-def spans_of(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+def extract_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     """Return (type, first word, word behind the last) of the spans of BIO tags, as seqeval's default mode does.
 
     A span begins at ``B-``, and at ``I-`` where the word before is outside or of another type; it ends where the next
@@ -55,74 +55,80 @@ class Tagging(Task):
 
     def from_text(self, text: str) -> TaggedExample:
         """Return the words of a raw text."""
-        places = words_of(text)
+        places = find_words(text)
         if not places:
             raise DataError("The text has no word.", "Give one with something in it.")
         return TaggedExample(tuple(text[start:stop] for start, stop in places), None, places, text)
 
-    def texts(self, example: TaggedExample) -> tuple[str, ...]:
+    def get_texts(self, example: TaggedExample) -> tuple[str, ...]:
         """Return the words joined by spaces."""
         return (" ".join(example.tokens),)
 
-    def named(self, example: TaggedExample) -> tuple[str, ...]:
+    def get_labels(self, example: TaggedExample) -> tuple[str, ...]:
         """Return the tags, if there are any."""
         return example.tags or ()
 
-    def windows(self, example: TaggedExample, encoded: Sequence[Encoded], marks: OffsetTokenizer) -> list[Window]:
+    def encode(
+        self, example: TaggedExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
+    ) -> list[EncodedExample]:
         """Return ``[CLS] words [SEP]``; the target is the tag's number at each word's first token."""
-        whole = encoded[0]
-        heads = _heads(example.tokens, whole)
-        tags = np.full(len(whole), IGNORED, dtype=np.int64)
+        whole = encodings[0]
+        heads = _first_tokens(example.tokens, whole)
+        tags = np.full(len(whole), IGNORE_INDEX, dtype=np.int64)
         if example.tags is not None:
             for head, tag in zip(heads, example.tags, strict=True):
-                number = self.number(tag)
+                number = self.label_to_id(tag)
                 if head is not None:
                     tags[head] = number
         made = []
-        for begin, stop in self.cut(len(whole), 2):
-            ids, types, marked = laid_out(marks, whole.ids[begin:stop])
+        for begin, stop in self.split_windows(len(whole), 2):
+            ids, types, marked = build_inputs(tokenizer, whole.ids[begin:stop])
             marked[:] = False
-            target = np.full(len(ids), IGNORED, dtype=np.int64)
+            target = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
             target[1:-1] = tags[begin:stop]
-            made.append(Window(ids, types, marked, 1, begin, stop, target))
+            made.append(EncodedExample(ids, types, marked, 1, begin, stop, target))
         return made
 
-    def decide(
-        self, example: TaggedExample, encoded: Sequence[Encoded], windows: Sequence[Window], scores: Sequence[Scores]
+    def postprocess(
+        self,
+        example: TaggedExample,
+        encodings: Sequence[Encoding],
+        windows: Sequence[EncodedExample],
+        logits: Sequence[Logits],
     ) -> dict[str, Any]:
         """Return ``tokens``, their ``tags`` and the ``spans`` these make: ``type``, ``start``, ``end``, ``text``.
 
         Start and end count words; characters, where the words come from a raw text.
         """
         tags = []
-        for head in _heads(example.tokens, encoded[0]):
+        for head in _first_tokens(example.tokens, encodings[0]):
             # Of the windows that show a word the one that shows most on both sides of it knows best.
             own = [
-                (min(head - one.begin, one.stop - 1 - head), place)
+                (min(head - one.text_start, one.text_stop - 1 - head), place)
                 for place, one in enumerate(windows)
-                if head is not None and one.begin <= head < one.stop
+                if head is not None and one.text_start <= head < one.text_stop
             ]
             if head is None or not own:
                 tags.append("O" if "O" in self.labels else self.labels[0])
                 continue
             place = max(own)[1]
-            row = scores[place][windows[place].first + head - windows[place].begin]
+            row = logits[place][windows[place].input_start + head - windows[place].text_start]
             tags.append(self.labels[int(row.argmax())])
         spans = []
-        for kind, start, stop in spans_of(tags):
+        for kind, start, stop in extract_spans(tags):
             words = {"type": kind, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
-            if example.places is not None:
-                begin, end = example.places[start][0], example.places[stop - 1][1]
-                words |= {"start": begin, "end": end, "text": example.raw[begin:end]}
+            if example.word_spans is not None:
+                begin, end = example.word_spans[start][0], example.word_spans[stop - 1][1]
+                words |= {"start": begin, "end": end, "text": example.text[begin:end]}
             spans.append(words)
         return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
 
 
-def _heads(words: Iterable[str], whole: Encoded) -> list[int | None]:
+def _first_tokens(words: Iterable[str], encoding: Encoding) -> list[int | None]:
     """Return each word's first token; None for a word that left none, such as a control character."""
     heads: list[int | None] = []
     at = 0
-    starts: Array = whole.offsets[:, 0]
+    starts: IntArray = encoding.offsets[:, 0]
     for word in words:
         place = int(np.searchsorted(starts, at))
         heads.append(place if place < len(starts) and starts[place] < at + len(word) else None)

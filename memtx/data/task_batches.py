@@ -9,41 +9,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtx.data.batch import IGNORED
-from memtx.data.offset_tokenizers import Encoded, OffsetTokenizer
-from memtx.data.task import Array, Scores, Task, Window
+from memtx.data.batch import IGNORE_INDEX
+from memtx.data.offset_tokenizers import Encoding, HFTokenizer
+from memtx.data.task import EncodedExample, IntArray, Logits, Task
 from memtx.errors import CheckpointError
 
 B = TypeVar("B")
 
-POOL = 50
+SORT_POOL_BATCHES = 50
 """Batches whose rows are sorted by length together, so that little is padded."""
 
 
-class Prepared:
+class PreparedExample:
     """An example, its texts as tokens, and its rows. No dataclass, because Lightning looks into those for tensors."""
 
-    def __init__(self, example: Any, encoded: Sequence[Encoded], windows: Sequence[Window]) -> None:
-        self.example, self.encoded, self.windows = example, encoded, windows
+    def __init__(self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample]) -> None:
+        self.example, self.encodings, self.windows = example, encodings, windows
 
 
-class Asked:
+class BatchExamples:
     """The examples of a batch and their task, to make answers of scores."""
 
-    def __init__(self, task: Task, prepared: Sequence[Prepared]) -> None:
-        self.task, self.prepared = task, prepared
+    def __init__(self, task: Task, examples: Sequence[PreparedExample]) -> None:
+        self.task, self.examples = task, examples
 
-    def answers(self, scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    def postprocess(self, logits: Sequence[Logits]) -> list[dict[str, Any]]:
         """Return an answer an example.
 
         Args:
-            scores: of every row, those of an example one after another, each (outputs,) or (length, outputs).
+            logits: of every row, those of an example one after another, each (num_labels,) or (length, num_labels).
         """
         said, at = [], 0
-        for one in self.prepared:
-            own = scores[at : at + len(one.windows)]
+        for one in self.examples:
+            own = logits[at : at + len(one.windows)]
             at += len(one.windows)
-            said.append(self.task.decide(one.example, one.encoded, one.windows, own))
+            said.append(self.task.postprocess(one.example, one.encodings, one.windows, own))
         return said
 
 
@@ -51,39 +51,41 @@ class TaskBatch(NamedTuple):
     """Rows of a task.
 
     Attributes:
-        tokens: (rows, length) int64.
-        present: (rows, length) int64, 1 for a token and 0 for padding.
-        types: (rows, length) int64, 1 for tokens of a second text.
-        marked: (rows, length) int64, 1 for global tokens.
-        labels: (rows,) classes, (rows, length) tags, or (rows, 2) first and last place of an answer; ``IGNORED`` where
-            there is nothing to learn.
-        asked: whole examples, where rows are to be answers; None in training.
+        tokens: (batch, length) int64.
+        attention_mask: (batch, length) int64, 1 for a token and 0 for padding.
+        token_type_ids: (batch, length) int64, 1 for tokens of a second text.
+        global_attention_mask: (batch, length) int64, 1 for global tokens.
+        labels: (batch,) classes, (batch, length) tags, or (batch, 2) first and last place of an answer;
+            ``IGNORE_INDEX`` where there is nothing to learn.
+        batch_examples: whole examples, where rows are to be answers; None in training.
     """
 
     tokens: Tensor
-    present: Tensor
-    types: Tensor
-    marked: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor
+    global_attention_mask: Tensor
     labels: Tensor
-    asked: Asked | None
+    batch_examples: BatchExamples | None
 
 
-def prepared(examples: Sequence[Any], task: Task, tokenizer: OffsetTokenizer) -> list[Prepared]:
+def encode_examples(examples: Sequence[Any], task: Task, tokenizer: HFTokenizer) -> list[PreparedExample]:
     """Encode examples.
 
     Raises:
-        DataError: see :meth:`memtx.data.task.Task.windows`.
+        DataError: see :meth:`memtx.data.task.Task.encode`.
     """
-    texts = [task.texts(example) for example in examples]
+    texts = [task.get_texts(example) for example in examples]
     encoded = iter(tokenizer.encode([one for pair in texts for one in pair]))
     made = []
     for example, own in zip(examples, texts, strict=True):
         parts = [next(encoded) for _ in own]
-        made.append(Prepared(example, parts, task.windows(example, parts, tokenizer)))
+        made.append(PreparedExample(example, parts, task.encode(example, parts, tokenizer)))
     return made
 
 
-def collated(windows: Sequence[Window], padding: int, asked: Asked | None = None) -> TaskBatch:
+def collate(
+    windows: Sequence[EncodedExample], pad_token_id: int, batch_examples: BatchExamples | None = None
+) -> TaskBatch:
     """Return rows as one batch, padded at the end to the longest."""
     longest = max(len(one.ids) for one in windows)
 
@@ -93,30 +95,30 @@ def collated(windows: Sequence[Window], padding: int, asked: Asked | None = None
             whole[row, : len(part)] = part
         return torch.from_numpy(whole)
 
-    targets = [one.target if one.target is not None else np.array([IGNORED]) for one in windows]
+    targets = [one.target if one.target is not None else np.array([IGNORE_INDEX]) for one in windows]
     if all(len(target) == len(one.ids) for target, one in zip(targets, windows, strict=True)):
-        labels = filled(targets, IGNORED)
+        labels = filled(targets, IGNORE_INDEX)
     else:
         labels = torch.from_numpy(np.stack(targets)).squeeze(-1)
     return TaskBatch(
-        filled([one.ids for one in windows], padding),
+        filled([one.ids for one in windows], pad_token_id),
         filled([np.ones_like(one.ids) for one in windows], 0),
-        filled([one.types for one in windows], 0),
-        filled([one.marked for one in windows], 0),
+        filled([one.token_type_ids for one in windows], 0),
+        filled([one.global_attention_mask for one in windows], 0),
         labels,
-        asked,
+        batch_examples,
     )
 
 
-class Sized(Protocol):
+class HasTokenIds(Protocol):
     """A row, of which only the length matters here."""
 
     @property
-    def ids(self) -> Array:
+    def ids(self) -> IntArray:
         """(length,) tokens."""
 
 
-class Rows(Protocol):
+class HasWindows(Protocol):
     """An example as rows."""
 
     @property
@@ -132,71 +134,75 @@ class TrainingBatches(Generic[B]):
 
     Args:
         examples: what is learned from.
-        rows: of a batch.
-        padding: the id that fills up.
+        batch_size: of a batch.
+        pad_token_id: the id that fills up.
         seed: of the order.
         rank: this process.
         world_size: processes; each gets equally many batches.
-        collate: makes a batch of rows and padding.
+        collate_fn: makes a batch of rows and padding.
     """
 
     def __init__(
         self,
-        examples: Sequence[Rows],
-        rows: int,
-        padding: int,
+        examples: Sequence[HasWindows],
+        batch_size: int,
+        pad_token_id: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
         *,
-        collate: Callable[[Sequence[Any], int], B],
+        collate_fn: Callable[[Sequence[Any], int], B],
     ) -> None:
-        self.collate = collate
-        self.windows: list[Sized] = [window for one in examples for window in one.windows]
-        self.rows, self.padding, self.seed = rows, padding, seed
+        self.collate_fn = collate_fn
+        self.windows: list[HasTokenIds] = [window for one in examples for window in one.windows]
+        self.batch_size, self.pad_token_id, self.seed = batch_size, pad_token_id, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
         # Earlier batches of this pass: their rows, how many ranks had one at a time, and how many each of them read.
-        self._deals: list[tuple[int, int, int]] = []
+        self._assignments: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
-        return _each(-(-len(self.windows) // self.rows), self.world_size)
+        return _batches_per_rank(-(-len(self.windows) // self.batch_size), self.world_size)
 
-    def _batches(self, left: Sequence[int], rows: int) -> list[list[int]]:
-        """Return batches of the places ``left`` in this pass's order."""
+    def _make_batches(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
+        """Return batches of the places ``indices`` in this pass's order."""
         generator = np.random.default_rng([self.seed, self.epoch])
-        mixed = [left[place] for place in generator.permutation(len(left))]
+        mixed = [indices[place] for place in generator.permutation(len(indices))]
         batches: list[list[int]] = []
-        for at in range(0, len(mixed), POOL * rows):
-            pool = sorted(mixed[at : at + POOL * rows], key=lambda place: len(self.windows[place].ids))
-            batches += [pool[start : start + rows] for start in range(0, len(pool), rows)]
+        for at in range(0, len(mixed), SORT_POOL_BATCHES * batch_size):
+            pool = sorted(
+                mixed[at : at + SORT_POOL_BATCHES * batch_size], key=lambda place: len(self.windows[place].ids)
+            )
+            batches += [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
         return [batches[place] for place in generator.permutation(len(batches))]
 
-    def _left(self) -> Sequence[int]:
+    def _remaining(self) -> Sequence[int]:
         """Return the places that earlier batches left of this pass."""
         left: Sequence[int] = range(len(self.windows))
-        for rows, ranks, read in self._deals:
-            gone = {place for batch in self._batches(left, rows)[: ranks * read] for place in batch}
+        for rows, ranks, read in self._assignments:
+            gone = {place for batch in self._make_batches(left, rows)[: ranks * read] for place in batch}
             left = [place for place in left if place not in gone]
         return left
 
-    def _order(self) -> list[list[int]]:
+    def _rank_batches(self) -> list[list[int]]:
         """Return this rank's batches of what is left of the pass."""
-        batches = self._batches(self._left(), self.rows)
+        batches = self._make_batches(self._remaining(), self.batch_size)
         # Every rank has as many, also where there are fewer batches than ranks.
-        return (batches[self.rank :: self.world_size] or batches[:1])[: _each(len(batches), self.world_size)]
+        return (batches[self.rank :: self.world_size] or batches[:1])[
+            : _batches_per_rank(len(batches), self.world_size)
+        ]
 
     def __iter__(self) -> Iterator[B]:
         if self.position >= len(self):
             # Here, not behind the last batch: who counts batches does not come back to see the end.
-            self.epoch, self.position, self._deals = self.epoch + 1, 0, []
-        batches = self._order()
+            self.epoch, self.position, self._assignments = self.epoch + 1, 0, []
+        batches = self._rank_batches()
         while self.position < len(self):
             # What is left of a pass ends where the pass does.
             chosen = batches[self.position - len(self)]
             # Before it is handed out: a checkpoint written after its step counts it.
             self.position += 1
-            yield self.collate([self.windows[place] for place in chosen], self.padding)
+            yield self.collate_fn([self.windows[place] for place in chosen], self.pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what it is one in."""
@@ -204,10 +210,10 @@ class TrainingBatches(Generic[B]):
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
-            "rows": self.rows,
-            "ranks": self.world_size,
-            "deals": [list(one) for one in self._deals],
-            "windows": len(self.windows),
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "assignments": [list(one) for one in self._assignments],
+            "num_windows": len(self.windows),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -217,7 +223,7 @@ class TrainingBatches(Generic[B]):
             CheckpointError: it is one in other data.
         """
         own = self.state_dict()
-        for key in ("seed", "windows"):
+        for key in ("seed", "num_windows"):
             if state_dict.get(key, own[key]) != own[key]:
                 raise CheckpointError(
                     f"The checkpoint's data position belongs to {key} {state_dict[key]}, this run has {own[key]}.",
@@ -225,56 +231,56 @@ class TrainingBatches(Generic[B]):
                 )
         saved = {**own, **state_dict}
         self.epoch, self.position = int(saved["epoch"]), int(saved["position"])
-        self._deals = [(rows, ranks, read) for rows, ranks, read in saved["deals"]]
-        if (saved["rows"], saved["ranks"]) != (self.rows, self.world_size):
-            self._redeal(saved["rows"], saved["ranks"])
+        self._assignments = [(rows, ranks, read) for rows, ranks, read in saved["assignments"]]
+        if (saved["batch_size"], saved["world_size"]) != (self.batch_size, self.world_size):
+            self._reassign(saved["batch_size"], saved["world_size"])
 
-    def _redeal(self, rows: int, ranks: int) -> None:
+    def _reassign(self, batch_size: int, world_size: int) -> None:
         """Deal what batches of so many rows, on so many ranks, left of the pass to our own."""
-        left = len(self._left())
-        whole = _each(-(-len(self.windows) // rows), ranks)
-        read = self.position - whole + _each(-(-left // rows), ranks)
-        self._deals.append((rows, ranks, read))
-        more = -(-len(self._left()) // self.rows) // self.world_size
+        left = len(self._remaining())
+        whole = _batches_per_rank(-(-len(self.windows) // batch_size), world_size)
+        read = self.position - whole + _batches_per_rank(-(-left // batch_size), world_size)
+        self._assignments.append((batch_size, world_size, read))
+        more = -(-len(self._remaining()) // self.batch_size) // self.world_size
         self.position = len(self) - more
         if not more:
-            self._deals = []
+            self._assignments = []
 
 
-def _each(batches: int, ranks: int) -> int:
+def _batches_per_rank(num_batches: int, world_size: int) -> int:
     """Return how many batches each rank has of so many; one is had by all where there are fewer than ranks."""
-    return max(1, batches // ranks)
+    return max(1, num_batches // world_size)
 
 
-class ExampleBatches:
+class EvaluationBatches:
     """Every example once, all rows of one in the same batch.
 
     Args:
         examples: what is measured.
         task: theirs.
-        rows: of a batch; more where an example alone has more.
-        padding: the id that fills up.
+        batch_size: of a batch; more where an example alone has more.
+        pad_token_id: the id that fills up.
         rank: this process.
         world_size: processes.
     """
 
     def __init__(
         self,
-        examples: Sequence[Prepared],
+        examples: Sequence[PreparedExample],
         task: Task,
-        rows: int,
-        padding: int,
+        batch_size: int,
+        pad_token_id: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.task, self.padding = task, padding
+        self.task, self.pad_token_id = task, pad_token_id
         ordered = sorted(examples[rank::world_size], key=lambda one: max(len(window.ids) for window in one.windows))
-        self.batches: list[list[Prepared]] = []
+        self.batches: list[list[PreparedExample]] = []
         room = 0
         for one in ordered:
             if room < len(one.windows):
                 self.batches.append([])
-                room = rows
+                room = batch_size
             self.batches[-1].append(one)
             room -= len(one.windows)
 
@@ -284,4 +290,4 @@ class ExampleBatches:
     def __iter__(self) -> Iterator[TaskBatch]:
         for batch in self.batches:
             windows = [window for one in batch for window in one.windows]
-            yield collated(windows, self.padding, Asked(self.task, batch))
+            yield collate(windows, self.pad_token_id, BatchExamples(self.task, batch))

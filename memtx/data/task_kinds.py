@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 
-from memtx.data.classes import Classification, Matching
-from memtx.data.questions import Questions
+from memtx.data.classes import Classification, PairClassification
+from memtx.data.questions import QuestionAnswering
 from memtx.data.tags import Tagging
 from memtx.data.task import Task
 from memtx.errors import DataError
 
 FORMAT = "memtx.task"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-_KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, Matching, Questions, Tagging)}
+_TASKS_BY_KIND: dict[str, type[Task]] = {
+    kind.kind: kind for kind in (Classification, PairClassification, QuestionAnswering, Tagging)
+}
 
 
 def task_to_json(task: Task) -> str:
     """Return all there is to a task as JSON text."""
-    return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **task.description()}, ensure_ascii=False)
+    return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **task.to_dict()}, ensure_ascii=False)
 
 
 def task_from_json(text: str) -> Task:
@@ -31,7 +33,7 @@ def task_from_json(text: str) -> Task:
         value = json.loads(text)
         if value.pop("format") != FORMAT or value.pop("version") != FORMAT_VERSION:
             raise DataError("The task is of another release.", "Use the one that wrote it.")
-        return _KINDS[value.pop("kind")](**value)
+        return _TASKS_BY_KIND[value.pop("kind")](**value)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, DataError):
             raise

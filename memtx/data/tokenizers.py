@@ -19,18 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
-from memtx.data.pieces import Splitter, split_text
+from memtx.data.pieces import TextSplitter, split_text
 from memtx.errors import DataError, MemtxError
 
-Ids = NDArray[np.integer[Any]]
+TokenIds = NDArray[np.integer[Any]]
 
 FORMAT_VERSION = 1
-BEGIN = "<|begin|>"
-_KNOWN_BEGINS = (BEGIN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
+BOS_TOKEN = "<|begin|>"
+_KNOWN_BOS_TOKENS = (BOS_TOKEN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")
 
 
 class Tokenizer(ABC):
-    """Text <-> ids below ``vocab_size``; ``begin`` stands before every document and is no text."""
+    """Text <-> ids below ``vocab_size``; ``bos_token_id`` stands before every document and is no text."""
 
     @property
     @abstractmethod
@@ -39,11 +39,11 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def begin(self) -> int:
+    def bos_token_id(self) -> int:
         """The id that begins a document."""
 
     @abstractmethod
-    def encode_piece(self, piece: str) -> Ids:
+    def encode_chunk(self, chunk: str) -> TokenIds:
         """Return the ids of one piece of text, (tokens,) of an integer dtype.
 
         Raises:
@@ -51,8 +51,8 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def token_bytes(self, token: int) -> bytes:
-        """Return the UTF-8 bytes a token stands for (part of a character at times); empty for ``begin``.
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes a token stands for (part of a character at times); empty for ``bos_token_id``.
 
         Raises:
             DataError: the id is not below ``vocab_size``.
@@ -63,11 +63,11 @@ class Tokenizer(ABC):
         """Return all there is to the tokenizer as JSON text; :func:`tokenizer_from_json` reads it."""
 
     @property
-    def fitted(self) -> bool:
+    def is_trained(self) -> bool:
         """Whether it can encode; False for one that must see the corpus first."""
         return True
 
-    def fit(self, texts: Iterable[str]) -> None:  # noqa: B027  (most kinds have nothing to learn)
+    def train(self, texts: Iterable[str]) -> None:  # noqa: B027  (most kinds have nothing to learn)
         """Learn from texts, where the kind learns; the same texts give the same ids."""
 
     @property
@@ -75,22 +75,22 @@ class Tokenizer(ABC):
         """SHA-256 of :meth:`to_json`: equal exactly for tokenizers that give the same ids."""
         return hashlib.sha256(self.to_json().encode("utf-8")).hexdigest()
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
-        """Return the ids of several pieces, each as :meth:`encode_piece` gives them."""
-        return [self.encode_piece(piece) for piece in pieces]
+    def encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
+        """Return the ids of several pieces, each as :meth:`encode_chunk` gives them."""
+        return [self.encode_chunk(piece) for piece in chunks]
 
-    def encode(self, text: str) -> Ids:
-        """Return the ids of a text, (tokens,), without ``begin``: its pieces' ids one after another."""
-        return _joined(self.encode_pieces(split_text(text)))
+    def encode(self, text: str) -> TokenIds:
+        """Return the ids of a text, (tokens,), without ``bos_token_id``: its pieces' ids one after another."""
+        return _concatenate(self.encode_chunks(split_text(text)))
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[Ids]:
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[TokenIds]:
         """Encode a text that arrives in any portions, at bounded memory; the ids joined are those of the whole."""
-        splitter = Splitter()
+        splitter = TextSplitter()
         for text in texts:
             if pieces := splitter.feed(text):
-                yield _joined(self.encode_pieces(pieces))
-        if pieces := splitter.finish():
-            yield _joined(self.encode_pieces(pieces))
+                yield _concatenate(self.encode_chunks(pieces))
+        if pieces := splitter.flush():
+            yield _concatenate(self.encode_chunks(pieces))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
@@ -106,30 +106,30 @@ class ByteTokenizer(Tokenizer):
 
     @property
     def vocab_size(self) -> int:
-        """257: the bytes and ``begin``."""
+        """257: the bytes and ``bos_token_id``."""
         return 257
 
     @property
-    def begin(self) -> int:
+    def bos_token_id(self) -> int:
         """256."""
         return 256
 
-    def encode_piece(self, piece: str) -> Ids:
+    def encode_chunk(self, chunk: str) -> TokenIds:
         """Return the piece's UTF-8 bytes, (bytes,) uint16."""
-        return np.frombuffer(utf8(piece), dtype=np.uint8).astype(np.uint16)
+        return np.frombuffer(encode_utf8(chunk), dtype=np.uint8).astype(np.uint16)
 
-    def encode_stream(self, texts: Iterable[str]) -> Iterator[Ids]:
+    def encode_stream(self, texts: Iterable[str]) -> Iterator[TokenIds]:
         """Encode a text that arrives in any portions; bytes need no pieces."""
-        return map(self.encode_piece, texts)
+        return map(self.encode_chunk, texts)
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token_id: int) -> bytes:
         """Return the byte itself; empty for 256."""
-        _check(token, self.vocab_size)
-        return bytes([token]) if token < 256 else b""
+        _check_token_id(token_id, self.vocab_size)
+        return bytes([token_id]) if token_id < 256 else b""
 
     def to_json(self) -> str:
         """Return the kind; there is nothing else."""
-        return _document("byte")
+        return _to_json("byte")
 
 
 class BytePairTokenizer(Tokenizer):
@@ -148,53 +148,53 @@ class BytePairTokenizer(Tokenizer):
 
     def __init__(self, vocab_size: int = 8192, path: str | None = None) -> None:
         self._backend: Any = None
-        self._size = vocab_size
+        self._vocab_size = vocab_size
         if path is not None:
-            self._take(parsed(file_text(path), str(path)), None)
+            self._set_backend(parse_tokenizer(read_tokenizer_file(path), str(path)), None)
         elif vocab_size < 257:
             raise DataError(
-                f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BEGIN}).",
+                f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BOS_TOKEN}).",
                 "Give a larger one, for example 8192.",
             )
 
-    def _take(self, backend: Any, size: int | None) -> None:
+    def _set_backend(self, backend: Any, vocab_size: int | None) -> None:
         vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-        name = next((name for name in _KNOWN_BEGINS if name in vocabulary), None)
+        name = next((name for name in _KNOWN_BOS_TOKENS if name in vocabulary), None)
         if name is None:
             from tokenizers import AddedToken
 
-            backend.add_special_tokens([AddedToken(BEGIN, special=True)])
-            name, vocabulary = BEGIN, backend.get_vocab(with_added_tokens=True)
+            backend.add_special_tokens([AddedToken(BOS_TOKEN, special=True)])
+            name, vocabulary = BOS_TOKEN, backend.get_vocab(with_added_tokens=True)
         # A text that spells "<|begin|>" is text, not the beginning of a document.
         backend.encode_special_tokens = True
         self._backend = backend
-        self._begin = vocabulary[name]
-        self._size = max(size or 0, max(vocabulary.values()) + 1)
-        self._bytes = _bytes_by_id(backend, vocabulary)
-        self._bytes[self._begin] = b""
+        self._bos_token_id = vocabulary[name]
+        self._vocab_size = max(vocab_size or 0, max(vocabulary.values()) + 1)
+        self._id_to_bytes = _build_id_to_bytes(backend, vocabulary)
+        self._id_to_bytes[self._bos_token_id] = b""
 
     @property
-    def fitted(self) -> bool:
+    def is_trained(self) -> bool:
         """Whether it was trained or read."""
         return self._backend is not None
 
     @property
     def vocab_size(self) -> int:
         """The size asked for, or that of the file; known before training."""
-        return self._size
+        return self._vocab_size
 
     @property
-    def begin(self) -> int:
+    def bos_token_id(self) -> int:
         """The id of the begin token: 0 in a trained one."""
-        return self._begin if self.fitted else 0
+        return self._bos_token_id if self.is_trained else 0
 
-    def fit(self, texts: Iterable[str]) -> None:
+    def train(self, texts: Iterable[str]) -> None:
         """Train on texts; does nothing where there are ids already.
 
         Args:
             texts: texts in any portions; each is split into pieces by itself.
         """
-        if self.fitted:
+        if self.is_trained:
             return
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -203,52 +203,52 @@ class BytePairTokenizer(Tokenizer):
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=self._size,
-            special_tokens=[BEGIN],
+            vocab_size=self._vocab_size,
+            special_tokens=[BOS_TOKEN],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
         backend.train_from_iterator((piece for text in texts for piece in split_text(text)), trainer=trainer)
-        self._take(backend, self._size)
+        self._set_backend(backend, self._vocab_size)
 
-    def encode_piece(self, piece: str) -> Ids:
+    def encode_chunk(self, chunk: str) -> TokenIds:
         """Return the ids of one piece, (tokens,) uint32."""
-        return self.encode_pieces([piece])[0]
+        return self.encode_chunks([chunk])[0]
 
-    def encode_pieces(self, pieces: Sequence[str]) -> list[Ids]:
+    def encode_chunks(self, chunks: Sequence[str]) -> list[TokenIds]:
         """Return the ids of several pieces, encoded in parallel by the library, each (tokens,) uint32."""
         try:
-            encoded = self._ready().encode_batch_fast(list(pieces), add_special_tokens=False)
+            encoded = self._require_backend().encode_batch_fast(list(chunks), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError):
-            for piece in pieces:
-                utf8(piece)
+            for piece in chunks:
+                encode_utf8(piece)
             raise
         return [np.array(one.ids, dtype=np.uint32) for one in encoded]
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of a token; empty for ``begin`` and for ids that training did not reach."""
-        self._ready()
-        _check(token, self._size)
-        return self._bytes.get(token, b"")
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of a token; empty for ``bos_token_id`` and for ids that training did not reach."""
+        self._require_backend()
+        _check_token_id(token_id, self._vocab_size)
+        return self._id_to_bytes.get(token_id, b"")
 
     def to_json(self) -> str:
         """Return the size and the library's own description."""
-        return _document("bpe", vocab_size=self._size, model=json.loads(self._ready().to_str()))
+        return _to_json("bpe", vocab_size=self._vocab_size, model=json.loads(self._require_backend().to_str()))
 
-    def _ready(self) -> Any:
+    def _require_backend(self) -> Any:
         if self._backend is None:
             raise DataError(
                 "This BytePairTokenizer was not trained yet.",
-                "Call fit(texts), let BookDataModule.prepare_data do it, or load one with path=.",
+                "Call train(texts), let BookDataModule.prepare_data do it, or load one with path=.",
             )
         return self._backend
 
     def __getstate__(self) -> dict[str, Any]:
         # The library's object pickles without `encode_special_tokens`; our own text keeps everything.
-        return {"size": self._size, "text": self.to_json() if self.fitted else None}
+        return {"size": self._vocab_size, "text": self.to_json() if self.is_trained else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._backend, self._size = None, state["size"]
+        self._backend, self._vocab_size = None, state["size"]
         if state["text"] is not None:
             self.__dict__.update(vars(tokenizer_from_json(state["text"])))
 
@@ -275,7 +275,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         return ByteTokenizer()
     if kind == "bpe" and isinstance(value.get("vocab_size"), int):
         tokenizer = BytePairTokenizer(max(value["vocab_size"], 257))
-        tokenizer._take(parsed(json.dumps(value.get("model")), "the tokenizer"), value["vocab_size"])
+        tokenizer._set_backend(parse_tokenizer(json.dumps(value.get("model")), "the tokenizer"), value["vocab_size"])
         return tokenizer
     raise DataError(f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'.", "Use the release that wrote it.")
 
@@ -298,16 +298,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return BytePairTokenizer(path=str(path))
 
 
-def _document(kind: str, **facts: Any) -> str:
+def _to_json(kind: str, **facts: Any) -> str:
     value = {"format": "memtx.tokenizer", "version": FORMAT_VERSION, "kind": kind, **facts}
     return json.dumps(value, ensure_ascii=False)
 
 
-def _joined(parts: list[Ids]) -> Ids:
+def _concatenate(parts: list[TokenIds]) -> TokenIds:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
 
 
-def file_text(path: str) -> str:
+def read_tokenizer_file(path: str) -> str:
     """Return the text of a tokenizer's file; raises DataError."""
     try:
         return Path(path).read_bytes().decode("utf-8")
@@ -315,7 +315,7 @@ def file_text(path: str) -> str:
         raise DataError(f"The tokenizer '{path}' cannot be read: {error}.", "Check the path.") from error
 
 
-def utf8(text: str) -> bytes:
+def encode_utf8(text: str) -> bytes:
     """Return a text's bytes; raises DataError where it holds half a surrogate pair."""
     try:
         return text.encode("utf-8")
@@ -326,12 +326,14 @@ def utf8(text: str) -> bytes:
         ) from error
 
 
-def _check(token: int, size: int) -> None:
-    if not 0 <= token < size:
-        raise DataError(f"Token {token} is not in the vocabulary, expected 0 to {size - 1}.", "Check the tokenizer.")
+def _check_token_id(token_id: int, vocab_size: int) -> None:
+    if not 0 <= token_id < vocab_size:
+        raise DataError(
+            f"Token {token_id} is not in the vocabulary, expected 0 to {vocab_size - 1}.", "Check the tokenizer."
+        )
 
 
-def parsed(text: str, name: str) -> Any:
+def parse_tokenizer(text: str, name: str) -> Any:
     """Return the library's tokenizer of a ``tokenizer.json``'s text; raises DataError."""
     from tokenizers import Tokenizer as Backend
 
@@ -341,11 +343,11 @@ def parsed(text: str, name: str) -> Any:
         raise DataError(f"'{name}' is not a tokenizer.json: {error}.", "Give one of the tokenizers library.") from error
 
 
-def _bytes_by_id(backend: Any, vocabulary: dict[str, int]) -> dict[int, bytes]:
+def _build_id_to_bytes(backend: Any, vocabulary: dict[str, int]) -> dict[int, bytes]:
     """Return the bytes of every id, read from the vocabulary's spelling: byte-level, or SentencePiece's."""
     byte_level = '"ByteLevel"' in json.dumps(json.loads(backend.to_str()).get("decoder"))
     alphabet = _byte_alphabet()
-    added = {token for token, _ in _added(backend)}
+    added = {token for token, _ in _added_tokens(backend)}
     table: dict[int, bytes] = {}
     for token, index in vocabulary.items():
         if index in added:
@@ -359,7 +361,7 @@ def _bytes_by_id(backend: Any, vocabulary: dict[str, int]) -> dict[int, bytes]:
     return table
 
 
-def _added(backend: Any) -> list[tuple[int, Any]]:
+def _added_tokens(backend: Any) -> list[tuple[int, Any]]:
     return list(backend.get_added_tokens_decoder().items())
 
 

@@ -16,15 +16,15 @@ import torch
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
-from memtx.evaluation.haystack import Haystack, Ids, encoded
-from memtx.evaluation.likelihood import likeliest, read
-from memtx.evaluation.measured import Measured
+from memtx.evaluation.haystack import Haystack, TokenIds, encode_ids
+from memtx.evaluation.likelihood import choose_answer, read_contexts
+from memtx.evaluation.measured import EvaluationResult
 from memtx.models.memory_transformer import MemoryTransformer
 
-LAYOUT = "It holds files such as qa1_single-supporting-fact_test.txt, of numbered lines."
+FORMAT_HINT = "It holds files such as qa1_single-supporting-fact_test.txt, of numbered lines."
 
-_NAME = re.compile(r"qa(\d+)_.*_test\.txt")
-_LINE = re.compile(r"(\d+) (.+)")
+_FILE_PATTERN = re.compile(r"qa(\d+)_.*_test\.txt")
+_LINE_PATTERN = re.compile(r"(\d+) (.+)")
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Story:
     answer: str
 
 
-def stories(path: Path) -> list[Story]:
+def read_stories(path: Path) -> list[Story]:
     """Return the questions of a file: lines are numbered from 1 in each story, a question has its answer behind a tab.
 
     Raises:
@@ -57,8 +57,8 @@ def stories(path: Path) -> list[Story]:
     for place, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if (parts := _LINE.fullmatch(line.rstrip())) is None:
-            raise DataError(f"'{path}', line {place}: there is no number and sentence.", LAYOUT)
+        if (parts := _LINE_PATTERN.fullmatch(line.rstrip())) is None:
+            raise DataError(f"'{path}', line {place}: there is no number and sentence.", FORMAT_HINT)
         if parts[1] == "1":
             facts = []
         text, *behind = parts[2].split("\t")
@@ -67,11 +67,11 @@ def stories(path: Path) -> list[Story]:
         else:
             facts.append(text.strip())
     if not found:
-        raise DataError(f"'{path}' holds no question.", LAYOUT)
+        raise DataError(f"'{path}' holds no question.", FORMAT_HINT)
     return found
 
 
-def open_tasks(folder: str) -> dict[int, list[Story]]:
+def load_tasks(folder: str) -> dict[int, list[Story]]:
     """Return the stories of each task whose test file is in the folder, by its number.
 
     Raises:
@@ -79,25 +79,25 @@ def open_tasks(folder: str) -> dict[int, list[Story]]:
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"'{folder}' is no folder, expected one of bAbI's tasks.", LAYOUT)
-    named = {int(parts[1]): path for path in root.iterdir() if (parts := _NAME.fullmatch(path.name))}
+        raise DataError(f"'{folder}' is no folder, expected one of bAbI's tasks.", FORMAT_HINT)
+    named = {int(parts[1]): path for path in root.iterdir() if (parts := _FILE_PATTERN.fullmatch(path.name))}
     if not named:
-        raise DataError(f"'{folder}' holds no task of bAbI.", LAYOUT)
-    return {number: stories(named[number]) for number in sorted(named)}
+        raise DataError(f"'{folder}' holds no task of bAbI.", FORMAT_HINT)
+    return {number: read_stories(named[number]) for number in sorted(named)}
 
 
-def hidden_stories(
+def evaluate_babi(
     model: MemoryTransformer,
     tokenizer: Tokenizer,
     haystack: Haystack,
     tasks: dict[int, list[Story]],
     lengths: Sequence[int],
     *,
-    rows: int = 16,
+    num_samples: int = 16,
     seed: int = 0,
-    segment: int = 512,
-    watch: Callable[[int], None] | None = None,
-) -> list[Measured]:
+    segment_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[EvaluationResult]:
     """Return the accuracy of every task at every length, beside the share of its most frequent answer.
 
     Args:
@@ -106,35 +106,37 @@ def hidden_stories(
         haystack: the text.
         tasks: stories by the task's number.
         lengths: tokens of a context, the story included; a task none of whose stories is so short has no accuracy.
-        rows: questions of a task and length at most.
+        num_samples: questions of a task and length at most.
         seed: of the choice of stories, places and text.
-        segment: tokens a call.
-        watch: is told how many tokens of a row were read.
+        segment_length: tokens a call.
+        on_progress: is told how many tokens of a row were read.
     """
     generator = torch.Generator().manual_seed(seed)
     results = []
     for number, told in tasks.items():
         words = sorted({story.answer for story in told})
-        answers = [encoded(tokenizer, f" {word}") for word in words]
+        answers = [encode_ids(tokenizer, f" {word}") for word in words]
         usual = Counter(story.answer for story in told).most_common(1)[0][1] / len(told)
         for length in lengths:
-            contexts: list[Ids] = []
+            contexts: list[TokenIds] = []
             chosen: list[Story] = []
             for one in torch.randperm(len(told), generator=generator).tolist():
-                if len(chosen) == rows:
+                if len(chosen) == num_samples:
                     break
-                facts = [encoded(tokenizer, f" {fact}") for fact in told[one].facts]
+                facts = [encode_ids(tokenizer, f" {fact}") for fact in told[one].facts]
                 places = torch.rand(len(facts), generator=generator).sort().values.tolist()
-                if (context := haystack.hiding(facts, places, length, generator)) is not None:
+                if (context := haystack.hide(facts, places, length, generator)) is not None:
                     contexts.append(context)
                     chosen.append(told[one])
             share = None
             if chosen:
-                state = read(model, contexts, tokenizer.begin, segment=segment, watch=watch)
+                state = read_contexts(
+                    model, contexts, tokenizer.bos_token_id, segment_length=segment_length, on_progress=on_progress
+                )
                 right = 0
                 for row, story in enumerate(chosen):
-                    question = encoded(tokenizer, f" {story.question}")
-                    right += words[likeliest(model, state.select([row]), question, answers)] == story.answer
+                    question = encode_ids(tokenizer, f" {story.question}")
+                    right += words[choose_answer(model, state.select([row]), question, answers)] == story.answer
                 share = right / len(chosen)
-            results.append(Measured(f"qa{number}", length, share, usual))
+            results.append(EvaluationResult(f"qa{number}", length, share, usual))
     return results

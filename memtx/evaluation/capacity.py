@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memtx.data.episodes.recall import Recall
-from memtx.errors import at_least
-from memtx.evaluation.accuracy import Model, accuracy
+from memtx.data.episodes.recall import AssociativeRecall
+from memtx.errors import check_at_least
+from memtx.evaluation.accuracy import StatefulModel, evaluate_accuracy
 
-ENOUGH = 0.9
+ACCURACY_THRESHOLD = 0.9
 """The accuracy at which pairs count as held."""
 
 
@@ -20,78 +20,78 @@ class Capacity:
 
     Attributes:
         distance: in the task's segments.
-        pairs: the largest number that is held; 0 for none.
-        limit: whether all keys that there are were held, so that it may be more.
-        shares: accuracy by number of pairs, of those tried.
+        num_pairs: the largest number that is held; 0 for none.
+        is_lower_bound: whether all keys that there are were held, so that it may be more.
+        accuracy_by_pairs: accuracy by number of pairs, of those tried.
         state_bytes: of the state of one stream, all layers and kinds together.
     """
 
     distance: int
-    pairs: int
-    limit: bool
-    shares: dict[int, float]
+    num_pairs: int
+    is_lower_bound: bool
+    accuracy_by_pairs: dict[int, float]
     state_bytes: int
 
     @property
     def pairs_per_kib(self) -> float:
         """Pairs for 1,024 bytes of state."""
-        return self.pairs * 1024 / self.state_bytes
+        return self.num_pairs * 1024 / self.state_bytes
 
 
-def with_pairs(task: Recall, pairs: int) -> Recall:
+def with_num_pairs(task: AssociativeRecall, num_pairs: int) -> AssociativeRecall:
     """Return the task with so many pairs, in a segment of as many times the tokens as they need."""
-    times = -(-2 * pairs // task.segment)
-    return dataclasses.replace(task, pairs=pairs, segment=task.segment * times)
+    times = -(-2 * num_pairs // task.segment_length)
+    return dataclasses.replace(task, num_pairs=num_pairs, segment_length=task.segment_length * times)
 
 
-def capacity(
-    model: Model,
-    task: Recall,
+def evaluate_capacity(
+    model: StatefulModel,
+    task: AssociativeRecall,
     distance: int,
     *,
     state_bytes: int,
-    enough: float = ENOUGH,
-    rows: int = 32,
+    threshold: float = ACCURACY_THRESHOLD,
+    num_samples: int = 32,
     seed: int = 0,
-    watch: Callable[[int], None] | None = None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> Capacity:
     """Return the largest number of pairs that are recalled, by doubling and then by halving the interval.
 
     So accuracy is taken to fall with the number. A model is asked for more pairs than it was trained on.
 
     Args:
-        model: in eval mode; see :func:`memtx.evaluation.accuracy.accuracy`.
+        model: in eval mode; see :func:`memtx.evaluation.accuracy.evaluate_accuracy`.
         task: keys, values and segment; more pairs than fit into a segment are told in a longer one.
         distance: in the task's segments, at least 1; of longer segments about as many tokens.
         state_bytes: of one stream's state.
-        enough: the accuracy at which pairs count as held.
-        rows: episodes.
+        threshold: the accuracy at which pairs count as held.
+        num_samples: episodes.
         seed: of the episodes.
-        watch: is told the numbers of pairs as they are tried.
+        on_progress: is told the numbers of pairs as they are tried.
 
     Raises:
         MemtxError: distance or state_bytes is not positive.
     """
-    at_least(1, distance=distance, state_bytes=state_bytes)
+    check_at_least(1, distance=distance, state_bytes=state_bytes)
     shares: dict[int, float] = {}
 
     def held(pairs: int) -> bool:
-        if watch is not None:
-            watch(pairs)
-        own = with_pairs(task, pairs)
-        away = max(1, round(distance * task.segment / own.segment))
-        shares[pairs] = accuracy(model, own, away, rows=rows, seed=seed)
-        return shares[pairs] >= enough
+        if on_progress is not None:
+            on_progress(pairs)
+        own = with_num_pairs(task, pairs)
+        away = max(1, round(distance * task.segment_length / own.segment_length))
+        shares[pairs] = evaluate_accuracy(model, own, away, num_samples=num_samples, seed=seed)
+        return shares[pairs] >= threshold
 
-    low, high = 0, task.keys + 1
+    low, high = 0, task.num_keys + 1
     step = 1
     while low < step < high:
         if held(step):
             # The last one tried is all keys.
-            low, step = step, min(2 * step, task.keys)
+            low, step = step, min(2 * step, task.num_keys)
         else:
             high = step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if held(middle) else (low, middle)
-    return Capacity(distance, low, low == task.keys, dict(sorted(shares.items())), state_bytes)
+    return Capacity(distance, low, low == task.num_keys, dict(sorted(shares.items())), state_bytes)

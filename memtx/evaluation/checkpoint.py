@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from memtx.data.episodes.base import Task
-from memtx.errors import MemtxError, nearest
+from memtx.data.episodes.base import SyntheticTask
+from memtx.errors import MemtxError, closest_match
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 
-T = TypeVar("T", bound=Task)
+T = TypeVar("T", bound=SyntheticTask)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
+def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
     """Return the model (in eval mode, on the CPU) and the sizes of the task it was trained on; empty without one.
 
     Args:
@@ -25,14 +25,14 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any
     Raises:
         CheckpointError: missing, damaged, or of something else.
     """
-    place = folder.chosen_place(path)
+    place = folder.resolve_model_path(path)
     model = MemoryTransformer.from_pretrained(place)
-    sizes = {} if (place / folder.CONFIG).is_file() else _sizes(place)
+    sizes = {} if (place / folder.CONFIG_FILE).is_file() else _read_task_options(place)
     return model.eval(), sizes
 
 
-def _sizes(place: Path) -> dict[str, Any]:
-    content = folder.read_notes(place)
+def _read_task_options(path: Path) -> dict[str, Any]:
+    content = folder.read_metadata(path)
     for part in content.values():
         task = part.get("task") if isinstance(part, Mapping) else None
         if isinstance(task, Mapping) and isinstance(task.get("init_args"), Mapping):
@@ -40,23 +40,25 @@ def _sizes(place: Path) -> dict[str, Any]:
     return {}
 
 
-def made(kind: type[T], trained: Mapping[str, Any], given: Mapping[str, str]) -> T:
+def build_task(task_class: type[T], trained_options: Mapping[str, Any], overrides: Mapping[str, str]) -> T:
     """Return a task of the sizes given, else of those that a run had, else of its own.
 
     Args:
-        kind: the task's class.
-        trained: sizes of the run's task, which may be of another kind: those that ``kind`` does not have are left.
-        given: name -> number as text, or true and false.
+        task_class: the task's class.
+        trained_options: sizes of the run's task, which may be of another kind: those that ``task_class`` does not have
+            are left.
+        overrides: name -> number as text, or true and false.
 
     Raises:
         MemtxError: there is no such size, or it cannot be.
     """
-    kinds: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(kind)}
-    sizes = {name: value for name, value in trained.items() if name in kinds}
-    for name, text in given.items():
+    kinds: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(task_class)}
+    sizes = {name: value for name, value in trained_options.items() if name in kinds}
+    for name, text in overrides.items():
         if name not in kinds:
             raise MemtxError(
-                f"{kind.__name__} has no size '{name}'.{nearest(name, kinds)}", f"It has {', '.join(kinds)}."
+                f"{task_class.__name__} has no size '{name}'.{closest_match(name, kinds)}",
+                f"It has {', '.join(kinds)}.",
             )
         values = {"true": True, "false": False}
         try:
@@ -64,4 +66,4 @@ def made(kind: type[T], trained: Mapping[str, Any], given: Mapping[str, str]) ->
         except (KeyError, ValueError) as error:
             expected = "true or false" if kinds[name] is bool else "a whole number"
             raise MemtxError(f"{name} is '{text}', expected {expected}.") from error
-    return kind(**sizes)
+    return task_class(**sizes)

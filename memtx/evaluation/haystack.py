@@ -13,25 +13,25 @@ from memtx.data.document import Document
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 
-Ids = NDArray[np.int64]
+TokenIds = NDArray[np.int64]
 
-LONGEST = 600
+MAX_SENTENCE_CHARS = 600
 """Characters of a sentence at most: tables and lists know no full stop."""
 
 # Behind a full stop, and a quotation mark or bracket that closes there.
-_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]\u201d\u2019])\s+|\n\s*\n")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]\u201d\u2019])\s+|\n\s*\n")
 
 
-def sentences_of(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     """Return a text's sentences, about: cut behind full stops and at blank lines, each on one line."""
     found = []
-    for part in _END.split(text):
+    for part in _SENTENCE_END.split(text):
         line = " ".join(part.split())
-        found += [line[at : at + LONGEST] for at in range(0, len(line), LONGEST)]
+        found += [line[at : at + MAX_SENTENCE_CHARS] for at in range(0, len(line), MAX_SENTENCE_CHARS)]
     return [one for one in found if one]
 
 
-def encoded(tokenizer: Tokenizer, text: str) -> Ids:
+def encode_ids(tokenizer: Tokenizer, text: str) -> TokenIds:
     """Return the ids of a text, (tokens,)."""
     return np.asarray(tokenizer.encode(text), dtype=np.int64)
 
@@ -49,24 +49,24 @@ class Haystack:
 
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._sentences = [one for document in documents for one in sentences_of(document.read())]
-        self._ids: dict[int, Ids] = {}
+        self._sentences = [one for document in documents for one in split_sentences(document.read())]
+        self._token_ids: dict[int, TokenIds] = {}
         if not self._sentences:
             raise DataError("There is no sentence in the texts.", "Give texts that have some.")
 
-    def _encoded(self, number: int) -> Ids:
-        number %= len(self._sentences)
-        if number not in self._ids:
-            self._ids[number] = encoded(self.tokenizer, " " + self._sentences[number])
-        return self._ids[number]
+    def _encode_sentence(self, index: int) -> TokenIds:
+        index %= len(self._sentences)
+        if index not in self._token_ids:
+            self._token_ids[index] = encode_ids(self.tokenizer, " " + self._sentences[index])
+        return self._token_ids[index]
 
-    def filler(self, length: int, generator: torch.Generator) -> list[Ids]:
+    def sample_filler(self, length: int, generator: torch.Generator) -> list[TokenIds]:
         """Return neighbouring sentences from a random one on, ``length`` tokens together; the first is cut to fit."""
         number = int(torch.randint(len(self._sentences), (), generator=generator))
-        taken: list[Ids] = []
+        taken: list[TokenIds] = []
         held = 0
         while held < length:
-            taken.append(self._encoded(number))
+            taken.append(self._encode_sentence(number))
             held += len(taken[-1])
             number += 1
         while taken and held - length >= len(taken[0]):
@@ -75,14 +75,14 @@ class Haystack:
             taken[0] = taken[0][held - length :]
         return taken
 
-    def hiding(
-        self, facts: Sequence[Ids], places: Sequence[float], length: int, generator: torch.Generator
-    ) -> Ids | None:
+    def hide(
+        self, facts: Sequence[TokenIds], depths: Sequence[float], length: int, generator: torch.Generator
+    ) -> TokenIds | None:
         """Return (length,) tokens of sentences with facts among them; None where the facts alone are longer.
 
         Args:
             facts: each as tokens, in order.
-            places: of each the share of the other text that stands before it, ascending from 0 to 1; it is moved to
+            depths: of each the share of the other text that stands before it, ascending from 0 to 1; it is moved to
                 the nearest end of a sentence.
             length: tokens of all.
             generator: of the choice of sentences.
@@ -90,10 +90,10 @@ class Haystack:
         rest = length - sum(map(len, facts))
         if rest < 0:
             return None
-        filler = self.filler(rest, generator)
+        filler = self.sample_filler(rest, generator)
         borders = np.cumsum([0, *map(len, filler)])
-        before = [int(np.abs(borders - place * rest).argmin()) for place in places]
-        parts: list[Ids] = [np.zeros(0, dtype=np.int64)]
+        before = [int(np.abs(borders - place * rest).argmin()) for place in depths]
+        parts: list[TokenIds] = [np.zeros(0, dtype=np.int64)]
         at = 0
         for fact, stop in zip(facts, before, strict=True):
             parts += [*filler[at:stop], fact]

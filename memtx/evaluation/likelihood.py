@@ -7,43 +7,43 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from memtx.data.batch import IGNORED
-from memtx.evaluation.haystack import Ids
+from memtx.data.batch import IGNORE_INDEX
+from memtx.evaluation.haystack import TokenIds
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 
 
 @torch.inference_mode()
-def read(
+def read_contexts(
     model: MemoryTransformer,
-    contexts: Sequence[Ids],
-    begin: int,
+    contexts: Sequence[TokenIds],
+    bos_token_id: int,
     *,
-    segment: int = 512,
-    watch: Callable[[int], None] | None = None,
+    segment_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
 ) -> MemoryState:
     """Return the state after contexts of one length, a row each.
 
     Args:
         model: in eval mode.
         contexts: each (tokens,).
-        begin: the token that stands before each.
-        segment: tokens a call.
-        watch: is told after every call how many tokens of a row it read.
+        bos_token_id: the token that stands before each.
+        segment_length: tokens a call.
+        on_progress: is told after every call how many tokens of a row it read.
     """
-    rows = np.stack([np.concatenate([[begin], one]) for one in contexts])
+    rows = np.stack([np.concatenate([[bos_token_id], one]) for one in contexts])
     state = model.init_state(len(rows))
-    for at in range(0, rows.shape[1], segment):
-        part = torch.from_numpy(rows[:, at : at + segment]).to(state.position.device)
+    for at in range(0, rows.shape[1], segment_length):
+        part = torch.from_numpy(rows[:, at : at + segment_length]).to(state.position.device)
         # With labels no logits are made, and there is nothing to be scored.
-        state = model(part, state, labels=torch.full_like(part, IGNORED)).state
-        if watch is not None:
-            watch(part.shape[1])
+        state = model(part, state, labels=torch.full_like(part, IGNORE_INDEX)).state
+        if on_progress is not None:
+            on_progress(part.shape[1])
     return state
 
 
 @torch.inference_mode()
-def likeliest(model: MemoryTransformer, state: MemoryState, question: Ids, answers: Sequence[Ids]) -> int:
+def choose_answer(model: MemoryTransformer, state: MemoryState, question: TokenIds, answers: Sequence[TokenIds]) -> int:
     """Return the number of the answer whose tokens together are likeliest.
 
     Args:
@@ -54,7 +54,7 @@ def likeliest(model: MemoryTransformer, state: MemoryState, question: Ids, answe
     """
     width = len(question) + max(map(len, answers))
     tokens = np.zeros((len(answers), width), dtype=np.int64)
-    labels = np.full((len(answers), width), IGNORED, dtype=np.int64)
+    labels = np.full((len(answers), width), IGNORE_INDEX, dtype=np.int64)
     for row, answer in enumerate(answers):
         whole = np.concatenate([question, answer])
         tokens[row, : len(whole)] = whole

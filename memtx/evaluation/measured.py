@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationResult:
     """The share of right answers under one condition.
 
     Attributes:
@@ -22,7 +22,7 @@ class Measured:
     chance: float
 
 
-def averaged(name: str, results: list[Measured]) -> list[Measured]:
+def average_by_distance(name: str, results: list[EvaluationResult]) -> list[EvaluationResult]:
     """Return the mean of the conditions that could be asked, a distance each, in the distances' order."""
     made = []
     for distance in dict.fromkeys(one.distance for one in results):
@@ -30,5 +30,5 @@ def averaged(name: str, results: list[Measured]) -> list[Measured]:
         asked = [one for one in same if one.accuracy is not None] or same
         shares = [one.accuracy for one in asked if one.accuracy is not None]
         chance = sum(one.chance for one in asked) / len(asked)
-        made.append(Measured(name, distance, sum(shares) / len(shares) if shares else None, chance))
+        made.append(EvaluationResult(name, distance, sum(shares) / len(shares) if shares else None, chance))
     return made

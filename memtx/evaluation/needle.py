@@ -13,27 +13,27 @@ import torch
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
-from memtx.evaluation.haystack import Haystack, encoded
-from memtx.evaluation.likelihood import likeliest, read
-from memtx.evaluation.measured import Measured
+from memtx.evaluation.haystack import Haystack, encode_ids
+from memtx.evaluation.likelihood import choose_answer, read_contexts
+from memtx.evaluation.measured import EvaluationResult
 from memtx.models.memory_transformer import MemoryTransformer
 
-NAMES = ("harbour", "mill", "tower", "bakery", "stable", "library", "chapel", "garden", "market", "bridge")
-WORDS = ("copper", "winter", "violet", "seven", "thunder", "paper", "river", "candle", "marble", "orange")
+LOCATIONS = ("harbour", "mill", "tower", "bakery", "stable", "library", "chapel", "garden", "market", "bridge")
+PASSWORDS = ("copper", "winter", "violet", "seven", "thunder", "paper", "river", "candle", "marble", "orange")
 
 
-def needles(
+def evaluate_needle(
     model: MemoryTransformer,
     tokenizer: Tokenizer,
     haystack: Haystack,
     lengths: Sequence[int],
     *,
-    depths: int = 8,
-    rows: int = 8,
+    num_depths: int = 8,
+    num_samples: int = 8,
     seed: int = 0,
-    segment: int = 512,
-    watch: Callable[[int], None] | None = None,
-) -> list[Measured]:
+    segment_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[EvaluationResult]:
     """Return the accuracy at every length and depth.
 
     Args:
@@ -41,46 +41,48 @@ def needles(
         tokenizer: the model's.
         haystack: the text.
         lengths: tokens of a context, needles included.
-        depths: needles in a context, from 2 to 10, spread evenly from its beginning to its end; as many answers can
+        num_depths: needles in a context, from 2 to 10, spread evenly from its beginning to its end; as many answers can
             be chosen.
-        rows: contexts of a length.
+        num_samples: contexts of a length.
         seed: of the choice of text, names and words.
-        segment: tokens a call.
-        watch: is told how many tokens of a row were read.
+        segment_length: tokens a call.
+        on_progress: is told how many tokens of a row were read.
 
     Raises:
         MemtxError: a number of depths that is not possible, or a length into which the needles do not fit.
     """
-    if not 2 <= depths <= len(WORDS):
-        raise MemtxError(f"There are {depths} depths.", f"Give 2 to {len(WORDS)}.")
+    if not 2 <= num_depths <= len(PASSWORDS):
+        raise MemtxError(f"There are {num_depths} depths.", f"Give 2 to {len(PASSWORDS)}.")
     generator = torch.Generator().manual_seed(seed)
-    places = [number / (depths - 1) for number in range(depths)]
+    places = [number / (num_depths - 1) for number in range(num_depths)]
     results = []
     for length in lengths:
         contexts, asked = [], []
-        for _ in range(rows):
-            names = [NAMES[one] for one in torch.randperm(len(NAMES), generator=generator)[:depths]]
-            words = [WORDS[one] for one in torch.randperm(len(WORDS), generator=generator)[:depths]]
+        for _ in range(num_samples):
+            names = [LOCATIONS[one] for one in torch.randperm(len(LOCATIONS), generator=generator)[:num_depths]]
+            words = [PASSWORDS[one] for one in torch.randperm(len(PASSWORDS), generator=generator)[:num_depths]]
             facts = [
-                encoded(tokenizer, f" The password of the {name} is {word}.")
+                encode_ids(tokenizer, f" The password of the {name} is {word}.")
                 for name, word in zip(names, words, strict=True)
             ]
-            context = haystack.hiding(facts, places, length, generator)
+            context = haystack.hide(facts, places, length, generator)
             if context is None:
                 raise MemtxError(
-                    f"{depths} needles do not fit into {length} tokens.", f"Give at least {sum(map(len, facts))}."
+                    f"{num_depths} needles do not fit into {length} tokens.", f"Give at least {sum(map(len, facts))}."
                 )
             contexts.append(context)
-            asked.append((names, [encoded(tokenizer, f" {word}.") for word in words]))
-        state = read(model, contexts, tokenizer.begin, segment=segment, watch=watch)
-        right = np.zeros(depths)
+            asked.append((names, [encode_ids(tokenizer, f" {word}.") for word in words]))
+        state = read_contexts(
+            model, contexts, tokenizer.bos_token_id, segment_length=segment_length, on_progress=on_progress
+        )
+        right = np.zeros(num_depths)
         for row, (names, answers) in enumerate(asked):
             own = state.select([row])
             for depth, name in enumerate(names):
-                question = encoded(tokenizer, f" The password of the {name} is")
-                right[depth] += likeliest(model, own, question, answers) == depth
+                question = encode_ids(tokenizer, f" The password of the {name} is")
+                right[depth] += choose_answer(model, own, question, answers) == depth
         results += [
-            Measured(f"depth {place:.0%}", length, float(share), 1 / depths)
-            for place, share in zip(places, right / rows, strict=True)
+            EvaluationResult(f"depth {place:.0%}", length, float(share), 1 / num_depths)
+            for place, share in zip(places, right / num_samples, strict=True)
         ]
     return results

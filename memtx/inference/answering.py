@@ -11,29 +11,29 @@ from typing import Any, TypeVar
 from torch import nn
 
 from memtx.errors import DataError
-from memtx.inference.engine import ClosedError, OutOfTimeError, seconds_left
+from memtx.inference.engine import ClosedError, DeadlineExceededError, remaining_seconds
 
 T = TypeVar("T")
 
-Input = str | Mapping[str, Any]
+PredictInput = str | Mapping[str, Any]
 """A raw text, or the fields of an example; labels may be left out."""
 
 
-class Answering(ABC):
+class BasePredictor(ABC):
     """A model that may be asked from several threads, which take turns.
 
     Attributes:
-        kind: what it does, in a word.
+        task_name: what it does, in a word.
         model: in eval mode, on any device.
-        tokens_read: so far.
+        num_tokens_read: so far.
     """
 
-    kind: str
+    task_name: str
     model: nn.Module
 
     def __init__(self) -> None:
-        self.tokens_read = 0
-        self._turn = threading.Lock()
+        self.num_tokens_read = 0
+        self._lock = threading.Lock()
         self._closed = False
 
     def close(self) -> None:
@@ -41,7 +41,7 @@ class Answering(ABC):
         self._closed = True
 
     @abstractmethod
-    def example(self, given: Input) -> Any:
+    def to_example(self, raw_input: PredictInput) -> Any:
         """Return one input as an example without a label.
 
         Raises:
@@ -49,7 +49,7 @@ class Answering(ABC):
         """
 
     @abstractmethod
-    def predict(self, inputs: Sequence[Input], *, deadline: float | None = None) -> list[dict[str, Any]]:
+    def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
         """Return what the model says of each input, as JSON can hold it.
 
         Args:
@@ -58,33 +58,33 @@ class Answering(ABC):
 
         Raises:
             DataError: an input is not what the task takes, or too long; names its place.
-            OutOfTimeError: the deadline passed.
+            DeadlineExceededError: the deadline passed.
             ClosedError: it was closed.
         """
 
-    def _each(self, inputs: Sequence[Input], make: Callable[[Input], T]) -> list[T]:
+    def _map_inputs(self, inputs: Sequence[PredictInput], convert: Callable[[PredictInput], T]) -> list[T]:
         """Make something of every input; of several the one that is wrong is named by its place."""
         made = []
         for place, given in enumerate(inputs):
             try:
-                made.append(make(given))
+                made.append(convert(given))
             except DataError as error:
                 where = f"Input {place}: " if len(inputs) > 1 else ""
-                raise DataError(f"{where}{error.what}", error.cure) from error
+                raise DataError(f"{where}{error.message}", error.hint) from error
         return made
 
     @contextlib.contextmanager
-    def _in_turn(self, deadline: float | None) -> Iterator[None]:
-        left = seconds_left(deadline)
-        if not self._turn.acquire(timeout=-1 if left is None else left):
-            raise OutOfTimeError("The request took longer than it may.", "Ask for less at once.")
+    def _exclusive(self, deadline: float | None) -> Iterator[None]:
+        left = remaining_seconds(deadline)
+        if not self._lock.acquire(timeout=-1 if left is None else left):
+            raise DeadlineExceededError("The request took longer than it may.", "Ask for less at once.")
         try:
             yield
         finally:
-            self._turn.release()
+            self._lock.release()
 
-    def _go_on(self, deadline: float | None) -> None:
+    def _check_active(self, deadline: float | None) -> None:
         """Raise if there is no more time, or it was closed."""
-        seconds_left(deadline)
+        remaining_seconds(deadline)
         if self._closed:
             raise ClosedError("The server is closing.", "Ask again when it is back.")

@@ -13,26 +13,26 @@ from memtx import files
 from memtx.errors import CheckpointError, MemtxError
 from memtx.models import folder
 from memtx.models.published import load
-from memtx.models.published.layout import PublishedModel
+from memtx.models.published.layout import HFCompatibleModel
 
 
 @dataclass(frozen=True)
-class Converted:
+class ConversionResult:
     """What was made.
 
     Attributes:
         source: the checkpoint or folder that was read.
-        model: its class's name.
-        parameters: how many numbers the model has.
-        texts: names of the files beside the model's own.
-        left_out: names of the weights that the target's layout has no place for.
+        model_class: its class's name.
+        num_parameters: how many numbers the model has.
+        extra_files: names of the files beside the model's own.
+        dropped_weights: names of the weights that the target's layout has no place for.
     """
 
     source: Path
-    model: str
-    parameters: int
-    texts: list[str]
-    left_out: list[str]
+    model_class: str
+    num_parameters: int
+    extra_files: list[str]
+    dropped_weights: list[str]
 
 
 def convert(
@@ -41,7 +41,7 @@ def convert(
     *,
     layout: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
-) -> Converted:
+) -> ConversionResult:
     """Write what is kept at ``source`` as a pretrained folder, whole or not at all.
 
     Args:
@@ -56,39 +56,39 @@ def convert(
         CheckpointError: the source cannot be read, or its model is not the layout's.
         MemtxError: something is at ``target``, or it cannot be written.
     """
-    place, end = folder.chosen_place(source), Path(target)
+    place, end = folder.resolve_model_path(source), Path(target)
     if end.exists() and not overwrite and not (end.is_dir() and not any(end.iterdir())):
         raise MemtxError(f"'{end}' is there already.", "Give another folder, or add --overwrite.")
     if place.resolve() == end.resolve():
         raise MemtxError(f"'{end}' is what is read.", "Give another folder.")
-    model, kept = load.from_pretrained(place), folder.kept_texts(place)
-    texts = {folder.TEXTS[name]: text for name, text in kept.items()}
-    assert isinstance(model, folder.Kept)
+    model, kept = load.from_pretrained(place), folder.read_sidecars(place)
+    texts = {folder.SIDECAR_FILES[name]: text for name, text in kept.items()}
+    assert isinstance(model, folder.PretrainedModel)
     left_out: list[str] = []
-    written = files.temporary_name(end)
+    written = files.temporary_path(end)
     try:
         if layout is None:
             model.save_pretrained(written)
         else:
-            published, left_out = _fitted(model, layout)
-            published.to_pretrained(written)
+            published, left_out = _to_hf_layout(model, layout)
+            published.export_hf(written)
         for name, text in texts.items():
             files.write_text(written / name, text)
         files.replace(written, end)
     except OSError as error:
-        raise files.not_written(end, error) from error
+        raise files.write_failed_error(end, error) from error
     finally:
         shutil.rmtree(written, ignore_errors=True)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return Converted(place, type(model).__name__, count, sorted(texts), left_out)
+    return ConversionResult(place, type(model).__name__, count, sorted(texts), left_out)
 
 
-def _fitted(model: nn.Module, layout: str | os.PathLike[str]) -> tuple[PublishedModel, list[str]]:
+def _to_hf_layout(model: nn.Module, layout: str | os.PathLike[str]) -> tuple[HFCompatibleModel, list[str]]:
     """Return the layout's model with the numbers of ``model``, and the names that it has no place for."""
-    if not load.is_published(layout):
+    if not load.is_hf_checkpoint(layout):
         raise CheckpointError(f"'{layout}' is no published folder.", "Give the one that the training began with.")
     published = load.from_pretrained(layout)
-    assert isinstance(published, PublishedModel)
+    assert isinstance(published, HFCompatibleModel)
     own, weights = published.state_dict(), model.state_dict()
     wrong = [
         f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'} instead of {tuple(own[name].shape)}"

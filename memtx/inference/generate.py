@@ -9,10 +9,10 @@ from itertools import chain
 import torch
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.continuation import RECENT, Continuation, Request
+from memtx.inference.continuation import REPETITION_WINDOW, GenerationConfig, TokenGenerator
 from memtx.inference.decoder import Decoder
 from memtx.inference.reader import SegmentResult, StreamReader
-from memtx.inference.sampling import Sampling
+from memtx.inference.sampling import SamplingParams
 from memtx.models.memory_transformer import MemoryTransformer
 
 
@@ -22,9 +22,9 @@ def generate(
     prompt: str = "",
     *,
     reader: StreamReader | None = None,
-    segment: int = 512,
+    segment_length: int = 512,
     max_tokens: int = 256,
-    sampling: Sampling | None = None,
+    sampling_params: SamplingParams | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
@@ -35,9 +35,9 @@ def generate(
         tokenizer: the one the model was trained with.
         prompt: of any length; read in segments. It goes on where ``reader`` stands, if one is given.
         reader: a stream that was read; stays as it is.
-        segment: tokens a segment while the prompt is read, without ``reader``.
+        segment_length: tokens a segment while the prompt is read, without ``reader``.
         max_tokens: tokens made at most.
-        sampling: how each token is chosen; plain sampling by default.
+        sampling_params: how each token is chosen; plain sampling by default.
         stop: texts that end it; they are not shown.
         seed: equal seeds give equal texts (on one machine and build of torch).
 
@@ -48,24 +48,24 @@ def generate(
         MemtxError: a negative ``max_tokens``, an empty stop string, or logits that are not finite.
     """
     # Checked here and not in the generator, which runs only when the first piece is asked for.
-    request = Request(max_tokens, sampling or Sampling(), tuple(stop), seed)
-    stream = reader.fork() if reader is not None else StreamReader(model, tokenizer, segment)
-    return _pieces(stream, prompt, request)
+    request = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
+    stream = reader.fork() if reader is not None else StreamReader(model, tokenizer, segment_length)
+    return _generate(stream, prompt, request)
 
 
-def newest_tokens(results: Iterable[SegmentResult]) -> list[int]:
+def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
     """Return the last tokens of what was read, as many as the repetition penalty looks back at."""
-    recent: deque[int] = deque(maxlen=RECENT)
+    recent: deque[int] = deque(maxlen=REPETITION_WINDOW)
     for result in results:
-        recent.extend(result.tokens[-RECENT:].tolist())
+        recent.extend(result.tokens[-REPETITION_WINDOW:].tolist())
     return list(recent)
 
 
-def _pieces(stream: StreamReader, prompt: str, request: Request) -> Iterator[str]:
-    recent = newest_tokens(chain(stream.feed(prompt), stream.finish()))
-    text = Continuation(stream.tokenizer, stream.last, recent, request)
-    decoder = Decoder(stream.model, stream.state)
-    while text.finish is None:
-        piece = text.advance(decoder.step(torch.tensor([text.token], device=stream.device))[0])
+def _generate(reader: StreamReader, prompt: str, config: GenerationConfig) -> Iterator[str]:
+    recent = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
+    text = TokenGenerator(reader.tokenizer, reader.last_token, recent, config)
+    decoder = Decoder(reader.model, reader.state)
+    while text.finish_reason is None:
+        piece = text.advance(decoder.step(torch.tensor([text.next_token], device=reader.device))[0])
         if piece.text:
             yield piece.text

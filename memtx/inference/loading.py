@@ -13,12 +13,12 @@ from memtx.errors import CheckpointError
 from memtx.models import folder, sharded
 from memtx.models.memory_transformer import MemoryTransformer
 
-TOKENIZER = folder.TEXTS["tokenizer"]
-DATA_KEY = "BookDataModule"
+TOKENIZER_FILE = folder.SIDECAR_FILES["tokenizer"]
+DATA_MODULE_KEY = "BookDataModule"
 """Where a training checkpoint keeps the data module's part, with the tokenizer as JSON text."""
 
 
-def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
+def load_model_and_tokenizer(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
     """Return the model (in eval mode, on the CPU) and the tokenizer kept at ``path``.
 
     Args:
@@ -29,15 +29,17 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
     Raises:
         CheckpointError: missing, damaged, of something else, or without a tokenizer.
     """
-    place = folder.chosen_place(path)
-    if (place / folder.CONFIG).is_file():
-        if not (place / TOKENIZER).is_file():
-            raise CheckpointError(f"'{place}' has no {TOKENIZER}.", "Put the tokenizer it was trained with beside it.")
+    place = folder.resolve_model_path(path)
+    if (place / folder.CONFIG_FILE).is_file():
+        if not (place / TOKENIZER_FILE).is_file():
+            raise CheckpointError(
+                f"'{place}' has no {TOKENIZER_FILE}.", "Put the tokenizer it was trained with beside it."
+            )
         model = MemoryTransformer.from_pretrained(place)
-        tokenizer = load_tokenizer(place / TOKENIZER)
+        tokenizer = load_tokenizer(place / TOKENIZER_FILE)
     else:
         model = MemoryTransformer.from_pretrained(place)
-        tokenizer = _tokenizer(_tokenizer_text(place), place)
+        tokenizer = _parse_tokenizer(_read_tokenizer_json(place), place)
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"'{place}' has a tokenizer of {tokenizer.vocab_size} tokens and a model of {model.vocab_size}.",
@@ -46,20 +48,20 @@ def load(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
     return model.eval(), tokenizer
 
 
-def _tokenizer_text(place: Path) -> str:
+def _read_tokenizer_json(path: Path) -> str:
     # The model was loaded from it, so it is whole; mapped, only what is looked at is read a second time.
-    shared = sharded.is_sharded(place)
-    content = sharded.read_notes(place) if shared else torch.load(place, "cpu", weights_only=True, mmap=True)
-    text = folder.texts_of(content).get("tokenizer")
+    shared = sharded.is_sharded(path)
+    content = sharded.read_metadata(path) if shared else torch.load(path, "cpu", weights_only=True, mmap=True)
+    text = folder.sidecars_from_checkpoint(content).get("tokenizer")
     if text is None:
         raise CheckpointError(
-            f"'{place}' has no tokenizer in it.", "Give a checkpoint of a run on texts, or a pretrained folder."
+            f"'{path}' has no tokenizer in it.", "Give a checkpoint of a run on texts, or a pretrained folder."
         )
     return text
 
 
-def _tokenizer(text: str, place: Path) -> Tokenizer:
+def _parse_tokenizer(text: str, path: Path) -> Tokenizer:
     try:
         return tokenizer_from_json(text)
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"'{place}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error
+        raise CheckpointError(f"'{path}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.continuation import Continuation, Piece, Request
-from memtx.inference.engine import Arrivals, Engine, Generation
-from memtx.inference.generate import newest_tokens
+from memtx.inference.continuation import GenerationConfig, TextDelta, TokenGenerator
+from memtx.inference.engine import Engine, Generation, OutputQueue
+from memtx.inference.generate import collect_recent_tokens
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
-from memtx.inference.session import Identity
-from memtx.inference.shelf import Shelf
-from memtx.inference.table import SessionInfo, SessionTable
+from memtx.inference.session import Fingerprints
+from memtx.inference.shelf import SessionStore
+from memtx.inference.table import SessionInfo, SessionRegistry
 from memtx.models.memory_transformer import MemoryTransformer
 
 GB = 10**9
@@ -30,19 +30,19 @@ GB = 10**9
 class SessionPool:
     """Sessions of one model.
 
-    A ``deadline`` is a time of ``time.monotonic``: what is not done by then raises OutOfTimeError. A name that is no
-    session's raises NoSuchSessionError.
+    A ``deadline`` is a time of ``time.monotonic``: what is not done by then raises DeadlineExceededError. An id that is
+    no session's raises SessionNotFoundError.
 
     Args:
         model: put into eval mode; it belongs to the pool's own thread from here on.
         tokenizer: the one it was trained with.
         folder: where sessions go when they are saved or idle; those that are there come back. None keeps all in memory.
-        segment: tokens a segment.
-        resident: sessions in memory at most; those unused for longest go to disk.
-        limit: sessions at most, on disk included.
-        rows: texts made at once; more wait.
-        batch_tokens: tokens read in one call at most, where that is more than one segment; by default what suits the
-            model's device.
+        segment_length: tokens a segment.
+        max_in_memory: sessions in memory at most; those unused for longest go to disk.
+        max_sessions: sessions at most, on disk included.
+        max_batch_size: texts made at once; more wait.
+        max_batch_tokens: tokens read in one call at most, where that is more than one segment; by default what suits
+            the model's device.
 
     Raises:
         MemtxError: a number out of its range, or a folder that cannot be used.
@@ -54,218 +54,230 @@ class SessionPool:
         tokenizer: Tokenizer,
         folder: str | os.PathLike[str] | None = None,
         *,
-        segment: int = 512,
-        resident: int = 256,
-        limit: int = 4096,
-        rows: int = 64,
-        batch_tokens: int | None = None,
+        segment_length: int = 512,
+        max_in_memory: int = 256,
+        max_sessions: int = 4096,
+        max_batch_size: int = 64,
+        max_batch_tokens: int | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.segment = segment
+        self.segment_length = segment_length
         # Every reader begins as its fork: the state of fresh streams is made once.
-        self._fresh = StreamReader(model, tokenizer, segment)
-        self.session_bytes = self._fresh.state.nbytes
-        shelf = Shelf(folder, Identity.of(model, tokenizer)) if folder is not None else None
-        self.table = SessionTable(self.reader, shelf, resident=resident, limit=limit)
-        self.engine = Engine(model, rows=rows, batch_tokens=batch_tokens)
+        self._template_reader = StreamReader(model, tokenizer, segment_length)
+        self.session_bytes = self._template_reader.state.nbytes
+        shelf = SessionStore(folder, Fingerprints.from_model(model, tokenizer)) if folder is not None else None
+        self.registry = SessionRegistry(self.new_reader, shelf, max_in_memory=max_in_memory, max_sessions=max_sessions)
+        self.engine = Engine(model, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
 
     @property
     def sessions_per_gb(self) -> int:
         """How many sessions' states 10^9 bytes hold, in memory as on disk; the text that waits comes on top."""
         return GB // max(self.session_bytes, 1)
 
-    def reader(self, *, top: int = 0, deadline: float | None = None) -> StreamReader:
+    def new_reader(self, *, num_logprobs: int = 0, deadline: float | None = None) -> StreamReader:
         """Return a reader at the beginning of a text whose segments are read in the pool's calls; it is no session."""
-        made = self._fresh.fork()
-        made.top, made.scorer = top, self.engine.scorer(deadline)
+        made = self._template_reader.fork()
+        made.num_logprobs, made.score_fn = num_logprobs, self.engine.make_score_fn(deadline)
         return made
 
     def create(self) -> str:
         """Begin a session and return its name.
 
         Raises:
-            FullError: there are as many as may be.
+            SessionLimitError: there are as many as may be.
         """
-        return self.table.add(self.reader())
+        return self.registry.add(self.new_reader())
 
-    def names(self) -> list[str]:
+    def session_ids(self) -> list[str]:
         """Return the names of all sessions, the one unused for longest first."""
-        return [session.info.name for session in self.table.all()]
+        return [session.info.session_id for session in self.registry.list_sessions()]
 
-    def info(self, name: str) -> SessionInfo:
+    def info(self, session_id: str) -> SessionInfo:
         """Say where a session stands, as of the last thing that was done."""
-        return self.table.find(name).info
+        return self.registry.get(session_id).info
 
     def feed(
-        self, name: str, text: str | bytes, *, end: bool = False, save: bool = False, deadline: float | None = None
+        self,
+        session_id: str,
+        text: str | bytes,
+        *,
+        end_of_text: bool = False,
+        save: bool = False,
+        deadline: float | None = None,
     ) -> list[SegmentResult]:
         """Let a session read more of its text; on an error it stays where it was.
 
         Args:
-            name: the session's.
+            session_id: the session's.
             text: any amount, cut anywhere.
-            end: whether the text ends here, so that what waits is read too.
+            end_of_text: whether the text ends here, so that what waits is read too.
             save: whether to write the session before returning.
             deadline: by when it must be read.
 
         Raises:
             DataError: the text is not UTF-8.
         """
-        with self.table.use(name, deadline) as (session, reader), _all_or_nothing(reader):
-            with self._timed(reader, deadline):
-                results = list(chain(reader.feed(text), reader.finish() if end else ()))
-            self.table.note(session, save=save)
+        with self.registry.acquire(session_id, deadline) as (session, reader), _rollback_on_error(reader):
+            with self._with_deadline(reader, deadline):
+                results = list(chain(reader.feed(text), reader.finish() if end_of_text else ()))
+            self.registry.update(session, save=save)
         return results
 
     def score(
-        self, name: str, text: str, *, top: int = 0, embeddings: bool = False, deadline: float | None = None
+        self,
+        session_id: str,
+        text: str,
+        *,
+        num_logprobs: int = 0,
+        return_hidden_states: bool = False,
+        deadline: float | None = None,
     ) -> tuple[Totals, list[SegmentResult]]:
         """Score a text that would go on a session, which stays as it is.
 
         Returns:
             where the session stands, and results of all that it had not read yet: what waited in it, then the text.
         """
-        fork = self.branch(name, deadline=deadline)
-        fork.top, fork.embeddings = top, embeddings
-        return fork.totals, list(chain(fork.feed(text), fork.finish(last=True)))
+        fork = self.fork_reader(session_id, deadline=deadline)
+        fork.num_logprobs, fork.return_hidden_states = num_logprobs, return_hidden_states
+        return fork.totals, list(chain(fork.feed(text), fork.finish(discard_state=True)))
 
     def generate(
-        self, name: str, prompt: str, requests: Iterable[Request], *, deadline: float | None = None
+        self, session_id: str, prompt: str, configs: Iterable[GenerationConfig], *, deadline: float | None = None
     ) -> list[Generation]:
         """Go on with a session, which stays as it is; one text a request."""
-        fork = self.branch(name, deadline=deadline)
-        return self._prompted(fork, prompt, requests, deadline)
+        fork = self.fork_reader(session_id, deadline=deadline)
+        return self._generate_from_prompt(fork, prompt, configs, deadline)
 
-    def branch(self, name: str, *, deadline: float | None = None) -> StreamReader:
+    def fork_reader(self, session_id: str, *, deadline: float | None = None) -> StreamReader:
         """Return a reader that goes on where a session stands; it is no session."""
-        with self.table.use(name, deadline) as (_, reader):
+        with self.registry.acquire(session_id, deadline) as (_, reader):
             fork = reader.fork()
-        fork.scorer = self.engine.scorer(deadline)
+        fork.score_fn = self.engine.make_score_fn(deadline)
         return fork
 
-    def write(
+    def generate_and_append(
         self,
-        name: str,
+        session_id: str,
         prompt: str,
-        request: Request,
+        config: GenerationConfig,
         *,
         save: bool = False,
         deadline: float | None = None,
-        listen: Callable[[Generation], object] | None = None,
-    ) -> Iterator[Piece]:
+        on_start: Callable[[Generation], object] | None = None,
+    ) -> Iterator[TextDelta]:
         """Go on with a session and let it read the prompt and what was made.
 
         The session is held until the iterator ends; whoever stops listening leaves it as it was.
 
         Args:
-            name: the session's.
+            session_id: the session's.
             prompt: read before.
-            request: how to go on.
+            config: how to go on.
             save: whether to write the session at the end.
             deadline: by when it must be made.
-            listen: is told of the generation before the first piece.
+            on_start: is told of the generation before the first piece.
         """
-        with self.table.use(name, deadline) as (session, reader):
-            (generation,) = self._prompted(reader.fork(), prompt, [request], deadline)
-            if listen is not None:
-                listen(generation)
+        with self.registry.acquire(session_id, deadline) as (session, reader):
+            (generation,) = self._generate_from_prompt(reader.fork(), prompt, [config], deadline)
+            if on_start is not None:
+                on_start(generation)
             made = []
             for piece in generation:
                 made.append(piece.text)
                 yield piece
-            with _all_or_nothing(reader):
-                with self._timed(reader, deadline):
+            with _rollback_on_error(reader):
+                with self._with_deadline(reader, deadline):
                     for _ in reader.feed(prompt + "".join(made)):
                         pass
-                self.table.note(session, save=save)
+                self.registry.update(session, save=save)
 
-    def go_on(
+    def start_generation(
         self,
         reader: StreamReader,
-        recent: list[int],
-        requests: Iterable[Request],
+        recent_tokens: list[int],
+        configs: Iterable[GenerationConfig],
         *,
         deadline: float | None = None,
-        arrivals: Iterable[Arrivals | None] | None = None,
+        output_queues: Iterable[OutputQueue | None] | None = None,
     ) -> list[Generation]:
         """Begin to make texts that go on where a reader stands; returns at once.
 
         Args:
             reader: at the end of its text; stays as it is.
-            recent: the newest tokens of the text, for the repetition penalty.
-            requests: one text each.
+            recent_tokens: the newest tokens of the text, for the repetition penalty.
+            configs: one text each.
             deadline: by when they must be made.
-            arrivals: where the pieces of each go, instead of its own iterator.
+            output_queues: where the pieces of each go, instead of its own iterator.
         """
-        texts = [Continuation(self.tokenizer, reader.last, recent, one) for one in requests]
-        places = list(arrivals) if arrivals is not None else [None] * len(texts)
+        texts = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, one) for one in configs]
+        places = list(output_queues) if output_queues is not None else [None] * len(texts)
         return [
             self.engine.generate(reader.state, text, deadline, place) for text, place in zip(texts, places, strict=True)
         ]
 
-    def fork(self, name: str, *, deadline: float | None = None) -> str:
+    def fork(self, session_id: str, *, deadline: float | None = None) -> str:
         """Begin a session that goes on where another stands, and return its name; raises what :meth:`create` does."""
-        with self.table.use(name, deadline) as (_, reader):
+        with self.registry.acquire(session_id, deadline) as (_, reader):
             other = reader.fork()
-        return self.table.add(other)
+        return self.registry.add(other)
 
-    def save(self, name: str, *, deadline: float | None = None) -> None:
+    def save(self, session_id: str, *, deadline: float | None = None) -> None:
         """Write a session; when this returns it survives the end of the process.
 
         Raises:
             MemtxError: the pool has no folder, or the file cannot be written.
         """
-        with self.table.use(name, deadline) as (session, _):
-            self.table.note(session, save=True)
+        with self.registry.acquire(session_id, deadline) as (session, _):
+            self.registry.update(session, save=True)
 
-    def export(self, name: str, *, deadline: float | None = None) -> bytes:
+    def export_session(self, session_id: str, *, deadline: float | None = None) -> bytes:
         """Return a session as the content of its file, which is written for it."""
-        with self.table.use(name, deadline) as (session, _):
-            self.table.note(session, save=True)
-            return self.table.shelf.path(name).read_bytes()
+        with self.registry.acquire(session_id, deadline) as (session, _):
+            self.registry.update(session, save=True)
+            return self.registry.store.path(session_id).read_bytes()
 
-    def take_in(self, content: bytes) -> str:
-        """Begin a session from what :meth:`export` returned, and return its name.
+    def import_session(self, data: bytes) -> str:
+        """Begin a session from what :meth:`export_session` returned, and return its name.
 
         Raises:
             CheckpointError: the content is damaged, or of another model or tokenizer.
-            FullError: there are as many sessions as may be.
+            SessionLimitError: there are as many sessions as may be.
         """
-        self.table.check_room()
-        reader = self.reader()
-        self.table.shelf.take_in(content, reader)
-        return self.table.add(reader)
+        self.registry.check_limit()
+        reader = self.new_reader()
+        self.registry.store.import_session(data, reader)
+        return self.registry.add(reader)
 
-    def delete(self, name: str, *, deadline: float | None = None) -> None:
+    def delete(self, session_id: str, *, deadline: float | None = None) -> None:
         """Remove a session and its file."""
-        self.table.delete(name, deadline)
+        self.registry.delete(session_id, deadline)
 
     def close(self) -> None:
         """Stop the pool's thread and save every session, where there is a folder."""
         self.engine.close()
-        self.table.close()
+        self.registry.close()
 
-    def _prompted(
-        self, reader: StreamReader, prompt: str, requests: Iterable[Request], deadline: float | None
+    def _generate_from_prompt(
+        self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
-        with self._timed(reader, deadline):
-            recent = newest_tokens(chain(reader.feed(prompt), reader.finish()))
-        return self.go_on(reader, recent, requests, deadline=deadline)
+        with self._with_deadline(reader, deadline):
+            recent = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
+        return self.start_generation(reader, recent, configs, deadline=deadline)
 
     @contextlib.contextmanager
-    def _timed(self, reader: StreamReader, deadline: float | None) -> Iterator[None]:
+    def _with_deadline(self, reader: StreamReader, deadline: float | None) -> Iterator[None]:
         """Give a reader's segments a deadline for once."""
-        usual = reader.scorer
-        reader.scorer = self.engine.scorer(deadline)
+        usual = reader.score_fn
+        reader.score_fn = self.engine.make_score_fn(deadline)
         try:
             yield
         finally:
-            reader.scorer = usual
+            reader.score_fn = usual
 
 
 @contextlib.contextmanager
-def _all_or_nothing(reader: StreamReader) -> Iterator[None]:
+def _rollback_on_error(reader: StreamReader) -> Iterator[None]:
     before = reader.snapshot()
     try:
         yield

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.pieces import TextPieces
-from memtx.inference.scoring import Reading, Scored, score
+from memtx.inference.pieces import IncrementalTokenizer
+from memtx.inference.scoring import ScoreOutput, ScoreRequest, score_segments
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 
@@ -32,9 +32,9 @@ class SegmentResult:
         nll: (n,) float32, the surprise of each token: its negative log-likelihood in nats, given all before it.
         token_bytes: what each token stands for in the text, n of them.
         start: position in the text of the first token, counted in tokens from 0.
-        top_tokens: where asked for, (n, top) int64, the likeliest tokens at each place, likeliest first.
-        top_logprobs: likewise their log-probabilities, (n, top) float32, in nats.
-        embeddings: where asked for, (n, dim) float32, the last layer's output that each token was predicted from: it
+        top_tokens: where asked for, (n, num_logprobs) int64, the likeliest tokens at each place, likeliest first.
+        top_logprobs: likewise their log-probabilities, (n, num_logprobs) float32, in nats.
+        hidden_states: where asked for, (n, dim) float32, the last layer's output that each token was predicted from: it
             knows all before the token, not the token.
     """
 
@@ -44,7 +44,7 @@ class SegmentResult:
     start: int
     top_tokens: NDArray[np.int64] | None = None
     top_logprobs: NDArray[np.float32] | None = None
-    embeddings: NDArray[np.float32] | None = None
+    hidden_states: NDArray[np.float32] | None = None
 
     @property
     def end(self) -> int:
@@ -54,34 +54,34 @@ class SegmentResult:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all that was scored; ``words`` and ``bytes`` count the raw text that was fed.
+    """Sums over all that was scored; ``num_words`` and ``num_bytes`` count the raw text that was fed.
 
     Attributes:
         nll: nats.
-        tokens: scored tokens.
-        bytes: bytes of the text in UTF-8.
-        words: runs of anything but white space, as ``len(text.split())``.
+        num_tokens: scored tokens.
+        num_bytes: bytes of the text in UTF-8.
+        num_words: runs of anything but white space, as ``len(text.split())``.
         in_word: the text fed so far ends inside a word, so its next part may go on with it.
     """
 
     nll: float = 0.0
-    tokens: int = 0
-    bytes: int = 0
-    words: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    num_words: int = 0
     in_word: bool = False
 
     @property
     def bits_per_byte(self) -> float:
         """Bits per byte of the text; NaN for no text."""
-        return self.nll / math.log(2) / self.bytes if self.bytes else math.nan
+        return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
     @property
     def word_perplexity(self) -> float:
-        """``exp(nll / words)`` as for PG-19 (Rae et al. 2019, section 4.1); inf past the largest float."""
-        if not self.words:
+        """``exp(nll / num_words)`` as for PG-19 (Rae et al. 2019, section 4.1); inf past the largest float."""
+        if not self.num_words:
             return math.nan
         try:
-            return math.exp(self.nll / self.words)
+            return math.exp(self.nll / self.num_words)
         except OverflowError:
             return math.inf
 
@@ -92,49 +92,49 @@ class Totals:
         joined = self.in_word and not text[0].isspace()
         return replace(
             self,
-            bytes=self.bytes + len(text.encode("utf-8", "surrogatepass")),
-            words=self.words + len(text.split()) - joined,
+            num_bytes=self.num_bytes + len(text.encode("utf-8", "surrogatepass")),
+            num_words=self.num_words + len(text.split()) - joined,
             in_word=not text[-1].isspace(),
         )
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class ReaderSnapshot:
     """Where a stream stands: a value, so taking one costs nothing and going back to it is exact.
 
     Attributes:
         state: the model's, one row.
-        last: the newest token that was scored; the model has seen all before it.
-        pending: (n,) int64, tokens that wait for their segment to fill.
-        waiting: text that is not encoded yet.
-        waiting_bytes: the beginning of a character whose rest has not come.
+        last_token: the newest token that was scored; the model has seen all before it.
+        pending_tokens: (n,) int64, tokens that wait for their segment to fill.
+        pending_text: text that is not encoded yet.
+        pending_bytes: the beginning of a character whose rest has not come.
         totals: sums so far.
     """
 
     state: MemoryState
-    last: int
-    pending: NDArray[np.int64]
-    waiting: str
-    waiting_bytes: bytes
+    last_token: int
+    pending_tokens: NDArray[np.int64]
+    pending_text: str
+    pending_bytes: bytes
     totals: Totals
 
 
 class StreamReader:
     """Reads one text of any length with constant memory.
 
-    How the text is cut does not matter: segments fill up to ``segment`` tokens whatever arrives, so equal
+    How the text is cut does not matter: segments fill up to ``segment_length`` tokens whatever arrives, so equal
     texts give equal numbers, bit for bit.
 
     Args:
         model: put into eval mode here.
         tokenizer: the one the model was trained with.
-        segment: tokens a segment; more is faster, and all give the same numbers up to rounding.
-        scorer: what reads a segment; by default the model itself, for this stream alone.
-        top: how many of the likeliest tokens to name at every place.
-        embeddings: whether to hand out hidden states.
+        segment_length: tokens a segment; more is faster, and all give the same numbers up to rounding.
+        score_fn: what reads a segment; by default the model itself, for this stream alone.
+        num_logprobs: how many of the likeliest tokens to name at every place.
+        return_hidden_states: whether to hand out hidden states.
 
     Raises:
-        MemtxError: ``segment`` is not positive.
+        MemtxError: ``segment_length`` is not positive.
         CheckpointError: the tokenizer has ids that the model does not know.
     """
 
@@ -142,14 +142,14 @@ class StreamReader:
         self,
         model: MemoryTransformer,
         tokenizer: Tokenizer,
-        segment: int = 512,
+        segment_length: int = 512,
         *,
-        scorer: Callable[[Reading], Scored] | None = None,
-        top: int = 0,
-        embeddings: bool = False,
+        score_fn: Callable[[ScoreRequest], ScoreOutput] | None = None,
+        num_logprobs: int = 0,
+        return_hidden_states: bool = False,
     ) -> None:
-        if segment < 1:
-            raise MemtxError(f"The segment is {segment} tokens, expected at least 1.")
+        if segment_length < 1:
+            raise MemtxError(f"The segment is {segment_length} tokens, expected at least 1.")
         if tokenizer.vocab_size > model.vocab_size:
             raise CheckpointError(
                 f"The tokenizer has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}.",
@@ -157,54 +157,59 @@ class StreamReader:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.segment = segment
-        self.scorer = scorer or (lambda reading: score(model, [reading])[0])
-        self.top = top
-        self.embeddings = embeddings
+        self.segment_length = segment_length
+        self.score_fn = score_fn or (lambda reading: score_segments(model, [reading])[0])
+        self.num_logprobs = num_logprobs
+        self.return_hidden_states = return_hidden_states
         self.state = model.init_state(1)
-        self.last = tokenizer.begin
+        self.last_token = tokenizer.bos_token_id
         self.totals = Totals()
-        self._pending = np.empty(0, dtype=np.int64)
-        self._pieces = TextPieces(tokenizer)
+        self._pending_tokens = np.empty(0, dtype=np.int64)
+        self._incremental_tokenizer = IncrementalTokenizer(tokenizer)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
         return self.state.position.device
 
-    def _score(self, tokens: NDArray[np.int64], last: bool = False) -> SegmentResult:
-        inputs = np.concatenate([np.asarray([self.last], dtype=np.int64), tokens[:-1]])
-        scored = self.scorer(Reading(self.state, inputs, tokens, self.top, self.embeddings, last))
+    def _score(self, tokens: NDArray[np.int64], discard_state: bool = False) -> SegmentResult:
+        inputs = np.concatenate([np.asarray([self.last_token], dtype=np.int64), tokens[:-1]])
+        scored = self.score_fn(
+            ScoreRequest(self.state, inputs, tokens, self.num_logprobs, self.return_hidden_states, discard_state)
+        )
         self.state = scored.state
         result = SegmentResult(
             tokens,
             scored.nll,
             [self.tokenizer.token_bytes(int(token)) for token in tokens],
-            self.totals.tokens,
+            self.totals.num_tokens,
             scored.top_tokens,
             scored.top_logprobs,
-            scored.embeddings,
+            scored.hidden_states,
         )
-        self.last = int(tokens[-1])
+        self.last_token = int(tokens[-1])
         self.totals = replace(
             self.totals,
             nll=self.totals.nll + float(scored.nll.sum(dtype=np.float64)),
-            tokens=self.totals.tokens + len(tokens),
+            num_tokens=self.totals.num_tokens + len(tokens),
         )
         return result
 
-    def _full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
-        self._pending = np.concatenate([self._pending, tokens])
-        while len(self._pending) >= self.segment:
+    def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
+        self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
+        while len(self._pending_tokens) >= self.segment_length:
             # Taken out before it is scored, and scored before it is shown: whoever stops listening loses nothing.
-            tokens, self._pending = self._pending[: self.segment], self._pending[self.segment :]
+            tokens, self._pending_tokens = (
+                self._pending_tokens[: self.segment_length],
+                self._pending_tokens[self.segment_length :],
+            )
             yield self._score(tokens)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
         """Take more of the text and yield the segments that it fills.
 
         An iterator: the text is read as the results are taken, so take them all. Of a text of at most
-        ``pieces.STEP`` characters or bytes, what was not taken waits for the next call, or for :meth:`finish`.
+        ``pieces.CHUNK_SIZE`` characters or bytes, what was not taken waits for the next call, or for :meth:`finish`.
 
         Args:
             text: any amount, cut anywhere; bytes are UTF-8.
@@ -212,9 +217,9 @@ class StreamReader:
         Raises:
             DataError: bytes that are not UTF-8.
         """
-        for decoded, tokens in self._pieces.feed(text):
+        for decoded, tokens in self._incremental_tokenizer.feed(text):
             self.totals = self.totals.with_text(decoded)
-            yield from self._full_segments(tokens)
+            yield from self._score_full_segments(tokens)
 
     def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
         """Take text as tokens; like :meth:`feed` in all else.
@@ -228,49 +233,54 @@ class StreamReader:
             raise DataError(
                 f"Token {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}.", "Check the tokenizer."
             )
-        if (ids == self.tokenizer.begin).any():
-            raise DataError(f"Token {self.tokenizer.begin} begins a document and is no text.", "Leave it out.")
-        if self._pieces.waiting or self._pieces.waiting_bytes:
+        if (ids == self.tokenizer.bos_token_id).any():
+            raise DataError(f"Token {self.tokenizer.bos_token_id} begins a document and is no text.", "Leave it out.")
+        if self._incremental_tokenizer.pending_text or self._incremental_tokenizer.pending_bytes:
             raise DataError("Tokens follow a text that was not ended.", "Finish it first, or give text.")
         content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
         # A character may be cut by the end of the tokens, so what it decodes to has other bytes.
         counted = self.totals.with_text(content.decode("utf-8", "replace"))
-        self.totals = replace(counted, bytes=self.totals.bytes + len(content))
-        yield from self._full_segments(ids)
+        self.totals = replace(counted, num_bytes=self.totals.num_bytes + len(content))
+        yield from self._score_full_segments(ids)
 
-    def finish(self, *, last: bool = False) -> Iterator[SegmentResult]:
+    def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
         """End the text: yield what waited, the last segment shorter than the others.
 
         Args:
-            last: nothing will be read or generated from here, so the state need not be kept up; the reader is of no
-                further use.
+            discard_state: nothing will be read or generated from here, so the state need not be kept up; the reader is
+                of no further use.
 
         Raises:
             DataError: the text ends inside a character.
         """
-        yield from self._full_segments(self._pieces.finish())
-        if len(self._pending):
-            tokens, self._pending = self._pending, self._pending[:0]
-            yield self._score(tokens, last)
+        yield from self._score_full_segments(self._incremental_tokenizer.finish())
+        if len(self._pending_tokens):
+            tokens, self._pending_tokens = self._pending_tokens, self._pending_tokens[:0]
+            yield self._score(tokens, discard_state)
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> ReaderSnapshot:
         """Return where the stream stands, to :meth:`restore` it; nothing is copied."""
-        return Snapshot(
-            self.state, self.last, self._pending, self._pieces.waiting, self._pieces.waiting_bytes, self.totals
+        return ReaderSnapshot(
+            self.state,
+            self.last_token,
+            self._pending_tokens,
+            self._incremental_tokenizer.pending_text,
+            self._incremental_tokenizer.pending_bytes,
+            self.totals,
         )
 
-    def restore(self, snapshot: Snapshot) -> None:
+    def restore(self, snapshot: ReaderSnapshot) -> None:
         """Go to where a snapshot of this model and tokenizer was taken."""
         self.state = snapshot.state
-        self.last = snapshot.last
+        self.last_token = snapshot.last_token
         self.totals = snapshot.totals
-        self._pending = snapshot.pending
-        self._pieces = TextPieces(
+        self._pending_tokens = snapshot.pending_tokens
+        self._incremental_tokenizer = IncrementalTokenizer(
             self.tokenizer,
-            waiting=snapshot.waiting,
-            waiting_bytes=snapshot.waiting_bytes,
+            pending_text=snapshot.pending_text,
+            pending_bytes=snapshot.pending_bytes,
             # A character's bytes are taken before they count as text.
-            taken_bytes=snapshot.totals.bytes + len(snapshot.waiting_bytes),
+            bytes_consumed=snapshot.totals.num_bytes + len(snapshot.pending_bytes),
         )
 
     def fork(self) -> StreamReader:

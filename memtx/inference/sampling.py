@@ -17,11 +17,11 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 
-NEVER = float("-inf")
+NEG_INF = float("-inf")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen.
 
     Attributes:
@@ -61,18 +61,18 @@ class Sampling:
                 raise MemtxError(f"{name} is {value}, expected {expected}.")
 
 
-def penalise_repetition(logits: Tensor, recent: Tensor, penalty: float) -> Tensor:
-    """Make the tokens in ``recent`` less likely: positive logits are divided, negative ones multiplied.
+def apply_repetition_penalty(logits: Tensor, recent_tokens: Tensor, penalty: float) -> Tensor:
+    """Make the tokens in ``recent_tokens`` less likely: positive logits are divided, negative ones multiplied.
 
     Args:
         logits: (vocab,) floating point.
-        recent: (n,) int64, token ids; a repeated id counts once.
+        recent_tokens: (n,) int64, token ids; a repeated id counts once.
         penalty: above 0; 1 changes nothing.
     """
-    if penalty == 1 or recent.numel() == 0:
+    if penalty == 1 or recent_tokens.numel() == 0:
         return logits
-    chosen = logits[recent]
-    return logits.scatter(0, recent, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
+    chosen = logits[recent_tokens]
+    return logits.scatter(0, recent_tokens, torch.where(chosen > 0, chosen / penalty, chosen * penalty))
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -80,7 +80,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     if k == 0 or k >= logits.shape[0]:
         return logits
     kept = logits.sort(descending=True, stable=True).indices[:k]
-    return torch.full_like(logits, NEVER).scatter(0, kept, logits[kept])
+    return torch.full_like(logits, NEG_INF).scatter(0, kept, logits[kept])
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -90,27 +90,29 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     ordered, order = logits.sort(descending=True, stable=True)
     probability = ordered.softmax(0)
     # A token stays while those before it fall short of p: so the first always stays.
-    ordered = ordered.masked_fill(probability.cumsum(0) - probability >= p, NEVER)
+    ordered = ordered.masked_fill(probability.cumsum(0) - probability >= p, NEG_INF)
     ordered[0] = logits[order[0]]
     return torch.empty_like(logits).scatter(0, order, ordered)
 
 
-def keep_min_p(logits: Tensor, fraction: float) -> Tensor:
-    """Keep those of (vocab,) logits whose probability is at least ``fraction`` of the largest."""
-    if fraction == 0:
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Keep those of (vocab,) logits whose probability is at least ``min_p`` of the largest."""
+    if min_p == 0:
         return logits
-    return logits.masked_fill(logits < logits.max() + math.log(fraction), NEVER)
+    return logits.masked_fill(logits < logits.max() + math.log(min_p), NEG_INF)
 
 
-def choose(logits: Tensor, sampling: Sampling, recent: Tensor, generator: torch.Generator) -> int:
+def sample_token(
+    logits: Tensor, sampling_params: SamplingParams, recent_tokens: Tensor, generator: torch.Generator
+) -> int:
     """Return the next token's id.
 
     The draw is made on the CPU in float32, so that a seed means the same text on every device.
 
     Args:
         logits: (vocab,) floating point; -inf for tokens that may never come.
-        sampling: how to choose.
-        recent: (n,) int64, the tokens that the repetition penalty looks at.
+        sampling_params: how to choose.
+        recent_tokens: (n,) int64, the tokens that the repetition penalty looks at.
         generator: a CPU generator, advanced by one draw unless the choice is greedy.
 
     Raises:
@@ -119,10 +121,12 @@ def choose(logits: Tensor, sampling: Sampling, recent: Tensor, generator: torch.
     logits = logits.detach().float().cpu()
     if not logits.max().isfinite():  # max is NaN where any is.
         raise MemtxError("The model's logits are not finite.", "Try another --dtype, or an earlier checkpoint.")
-    logits = penalise_repetition(logits, recent.cpu(), sampling.repetition_penalty)
-    if sampling.greedy or sampling.temperature == 0:
+    logits = apply_repetition_penalty(logits, recent_tokens.cpu(), sampling_params.repetition_penalty)
+    if sampling_params.greedy or sampling_params.temperature == 0:
         return int(logits.argmax())
     # Shifted first and in float64, so that no temperature above 0 overflows or becomes 0.
-    logits = (logits - logits.max()).double() / sampling.temperature
-    logits = keep_min_p(keep_top_p(keep_top_k(logits, sampling.top_k), sampling.top_p), sampling.min_p)
+    logits = (logits - logits.max()).double() / sampling_params.temperature
+    logits = keep_min_p(
+        keep_top_p(keep_top_k(logits, sampling_params.top_k), sampling_params.top_p), sampling_params.min_p
+    )
     return int(torch.multinomial(logits.softmax(0), 1, generator=generator))

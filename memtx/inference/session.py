@@ -19,30 +19,30 @@ import torch
 from torch import Tensor
 
 from memtx import files
-from memtx.data.pieces import Splitter
+from memtx.data.pieces import TextSplitter
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError
-from memtx.inference.reader import Snapshot, StreamReader, Totals
+from memtx.inference.reader import ReaderSnapshot, StreamReader, Totals
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.segment import FAR
+from memtx.segment import INFINITE_OFFSET
 from memtx.state import MemoryState
 
 KIND = "memtx.session"
-VERSION = 2
-"""2 added the digest."""
+VERSION = 3
+"""2 added the digest, 3 renamed the entries."""
 
-STATE = "state."
-EXTRA = "extra."
-DIGEST = "digest"
-SIGNED = ("model", "tokenizer", "last", "totals", "facts")
+STATE_PREFIX = "state."
+EXTRA_PREFIX = "extra."
+DIGEST_KEY = "digest"
+DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata")
 """What the digest covers, beside the tensors; format, kind and version are compared."""
 
-LONGEST_CHARACTER = 4
+MAX_CHARACTER_BYTES = 4
 """Bytes of a character in UTF-8."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class Fingerprints:
     """Whose sessions these are.
 
     Attributes:
@@ -54,7 +54,7 @@ class Identity:
     tokenizer: str
 
     @classmethod
-    def of(cls, model: MemoryTransformer, tokenizer: Tokenizer) -> Identity:
+    def from_model(cls, model: MemoryTransformer, tokenizer: Tokenizer) -> Fingerprints:
         """Compute both; the model's takes a look at every weight."""
         return cls(model.fingerprint, tokenizer.fingerprint)
 
@@ -63,94 +63,98 @@ def save_session(
     path: str | os.PathLike[str],
     reader: StreamReader,
     *,
-    facts: Mapping[str, Any] | None = None,
-    extras: Mapping[str, Tensor] | None = None,
-    identity: Identity | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    extra_tensors: Mapping[str, Tensor] | None = None,
+    fingerprints: Fingerprints | None = None,
 ) -> None:
     """Write where a reader stands.
 
     Args:
         path: the file; an existing one is replaced, whole or not at all.
         reader: the stream; it may go on afterwards.
-        facts: whatever else should come back, as JSON can hold it.
-        extras: tensors that should come back.
-        identity: of the reader's model and tokenizer, where it is known already.
+        metadata: whatever else should come back, as JSON can hold it.
+        extra_tensors: tensors that should come back.
+        fingerprints: of the reader's model and tokenizer, where it is known already.
 
     Raises:
         MemtxError: the file cannot be written.
     """
-    identity = identity or Identity.of(reader.model, reader.tokenizer)
+    fingerprints = fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer)
     snapshot = reader.snapshot()
-    tensors = {STATE + name: tensor.cpu() for name, tensor in snapshot.state.tensors().items()}
-    tensors |= {EXTRA + name: tensor for name, tensor in (extras or {}).items()}
+    tensors = {STATE_PREFIX + name: tensor.cpu() for name, tensor in snapshot.state.named_tensors().items()}
+    tensors |= {EXTRA_PREFIX + name: tensor for name, tensor in (extra_tensors or {}).items()}
     # Copied: a slice of a large batch of tokens would otherwise be refused as shared memory, or saved whole.
-    tensors["pending"] = torch.from_numpy(np.array(snapshot.pending, dtype=np.int64))
+    tensors["pending_tokens"] = torch.from_numpy(np.array(snapshot.pending_tokens, dtype=np.int64))
     # Text goes as bytes: safetensors' header is for short facts.
-    tensors["waiting"] = _tensor(snapshot.waiting.encode("utf-8", "surrogatepass"))
-    tensors["waiting_bytes"] = _tensor(snapshot.waiting_bytes)
+    tensors["pending_text"] = _bytes_to_tensor(snapshot.pending_text.encode("utf-8", "surrogatepass"))
+    tensors["pending_bytes"] = _bytes_to_tensor(snapshot.pending_bytes)
     header = {
-        "model": identity.model,
-        "tokenizer": identity.tokenizer,
-        "last": str(snapshot.last),
+        "model": fingerprints.model,
+        "tokenizer": fingerprints.tokenizer,
+        "last_token": str(snapshot.last_token),
         "totals": json.dumps(dataclasses.asdict(snapshot.totals)),
-        "facts": json.dumps(dict(facts or {})),
+        "metadata": json.dumps(dict(metadata or {})),
     }
-    header[DIGEST] = _digest(tensors, header)
+    header[DIGEST_KEY] = _digest(tensors, header)
     files.save_tensors(path, tensors, kind=KIND, version=VERSION, **header)
 
 
 def load_session(
-    path: str | os.PathLike[str], reader: StreamReader, *, identity: Identity | None = None
+    path: str | os.PathLike[str], reader: StreamReader, *, fingerprints: Fingerprints | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Bring a reader to where a session was saved.
 
     Args:
         path: the file.
         reader: of the same model and tokenizer; moves to the saved place, or stays as it is on an error.
-        identity: of the reader's model and tokenizer, where it is known already.
+        fingerprints: of the reader's model and tokenizer, where it is known already.
 
     Returns:
-        The facts and the extra tensors that were saved with it.
+        The metadata and the extra tensors that were saved with it.
 
     Raises:
         CheckpointError: missing, damaged, of another format or version, or of another model or tokenizer.
     """
     tensors, header = files.load_tensors(path, kind=KIND, version=VERSION)
-    check_identity(path, header, identity or Identity.of(reader.model, reader.tokenizer))
+    check_fingerprints(path, header, fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer))
     # What the file was written with, and nothing else: one bit more or less would go on as another text.
-    signed: dict[str, str] = {name: header[name] for name in SIGNED if name in header}
-    others = header.keys() - signed.keys() - {DIGEST, "kind", "version"}
-    if header.get(DIGEST) != _digest(tensors, signed) or others != {"format"} or header["format"] != "pt":
+    signed: dict[str, str] = {name: header[name] for name in DIGESTED_KEYS if name in header}
+    others = header.keys() - signed.keys() - {DIGEST_KEY, "kind", "version"}
+    if header.get(DIGEST_KEY) != _digest(tensors, signed) or others != {"format"} or header["format"] != "pt":
         raise CheckpointError(f"'{path}' was changed after it was written.", "Restore a copy.")
     try:
-        totals, facts = header_facts(header)
-        last = int(header["last"])
-        pending = tensors.pop("pending").numpy()
-        waiting = bytes(tensors.pop("waiting").numpy()).decode("utf-8", "surrogatepass")
-        waiting_bytes = bytes(tensors.pop("waiting_bytes").numpy())
+        totals, facts = parse_header(header)
+        last = int(header["last_token"])
+        pending = tensors.pop("pending_tokens").numpy()
+        waiting = bytes(tensors.pop("pending_text").numpy()).decode("utf-8", "surrogatepass")
+        waiting_bytes = bytes(tensors.pop("pending_bytes").numpy())
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is a session with a damaged header: {error}.", "Restore a copy.") from error
     vocab = reader.tokenizer.vocab_size
     tokens_fit = 0 <= last < vocab and pending.dtype == np.int64 and pending.ndim == 1
     if not tokens_fit or (len(pending) and not 0 <= pending.min() <= pending.max() < vocab):
         raise CheckpointError(f"'{path}' holds tokens that its tokenizer does not know.", "Restore a copy.")
-    if len(waiting_bytes) >= LONGEST_CHARACTER or Splitter().feed(waiting):
+    if len(waiting_bytes) >= MAX_CHARACTER_BYTES or TextSplitter().feed(waiting):
         raise CheckpointError(f"'{path}' holds text that should have been read.", "Restore a copy.")
-    state = {name.removeprefix(STATE): tensor for name, tensor in tensors.items() if name.startswith(STATE)}
-    extras = {name.removeprefix(EXTRA): tensor for name, tensor in tensors.items() if name.startswith(EXTRA)}
-    filled = reader.state.with_tensors(state)
+    state = {
+        name.removeprefix(STATE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(STATE_PREFIX)
+    }
+    extras = {
+        name.removeprefix(EXTRA_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(EXTRA_PREFIX)
+    }
+    filled = reader.state.with_named_tensors(state)
     _check_state(path, filled)
-    reader.restore(Snapshot(filled, last, pending, waiting, waiting_bytes, totals))
+    reader.restore(ReaderSnapshot(filled, last, pending, waiting, waiting_bytes, totals))
     return facts, extras
 
 
-def check_identity(path: str | os.PathLike[str], header: Mapping[str, str], identity: Identity) -> None:
+def check_fingerprints(path: str | os.PathLike[str], header: Mapping[str, str], fingerprints: Fingerprints) -> None:
     """Refuse a session of another model or tokenizer.
 
     Raises:
         CheckpointError: it is one.
     """
-    for what, expected in (("model", identity.model), ("tokenizer", identity.tokenizer)):
+    for what, expected in (("model", fingerprints.model), ("tokenizer", fingerprints.tokenizer)):
         if header.get(what) != expected:
             raise CheckpointError(
                 f"'{path}' is a session of another {what} ({header.get(what, 'none')[:12]}, "
@@ -159,33 +163,33 @@ def check_identity(path: str | os.PathLike[str], header: Mapping[str, str], iden
             )
 
 
-def header_facts(header: Mapping[str, str]) -> tuple[Totals, dict[str, Any]]:
-    """Return the sums and the facts that a session's header holds.
+def parse_header(header: Mapping[str, str]) -> tuple[Totals, dict[str, Any]]:
+    """Return the sums and the metadata that a session's header holds.
 
     Raises:
         KeyError, TypeError, ValueError, RecursionError: they are not such.
     """
     totals = Totals(**json.loads(header["totals"]))
     for field in dataclasses.fields(Totals):
-        if not _is_sum(getattr(totals, field.name), type(field.default)):
+        if not _is_valid_total(getattr(totals, field.name), type(field.default)):
             raise ValueError(f"{field.name} is {getattr(totals, field.name)!r}")
-    facts = json.loads(header["facts"])
+    facts = json.loads(header["metadata"])
     if not isinstance(facts, dict):
-        raise TypeError("the facts are no object")
+        raise TypeError("the metadata is no object")
     return totals, facts
 
 
-def _is_sum(value: Any, kind: type[Any]) -> bool:
+def _is_valid_total(value: Any, expected_type: type[Any]) -> bool:
     # A bool is an int: only the very type goes on as it was.
-    return type(value) is kind and 0 <= float(value) < math.inf
+    return type(value) is expected_type and 0 <= float(value) < math.inf
 
 
 def _check_state(path: str | os.PathLike[str], state: MemoryState) -> None:
-    if state.rows != 1:
-        raise CheckpointError(f"'{path}' holds {state.rows} streams, expected 1.", "Restore a copy.")
-    if not 0 <= int(state.position[0]) < FAR:
+    if state.batch_size != 1:
+        raise CheckpointError(f"'{path}' holds {state.batch_size} streams, expected 1.", "Restore a copy.")
+    if not 0 <= int(state.position[0]) < INFINITE_OFFSET:
         raise CheckpointError(f"'{path}' stands at position {int(state.position[0])}.", "Restore a copy.")
-    if not all(bool(tensor.isfinite().all()) for tensor in state.tensors().values()):
+    if not all(bool(tensor.isfinite().all()) for tensor in state.named_tensors().values()):
         raise CheckpointError(f"'{path}' holds a state that is not finite.", "Restore a copy.")
 
 
@@ -199,5 +203,5 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _tensor(content: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(content, dtype=np.uint8).copy())
+def _bytes_to_tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy())

@@ -10,17 +10,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from memtx.errors import MemtxError
-from memtx.inference.engine import OutOfTimeError, seconds_left
+from memtx.errors import MemtxError, check_at_least
+from memtx.inference.engine import DeadlineExceededError, remaining_seconds
 from memtx.inference.reader import StreamReader, Totals
-from memtx.inference.shelf import NAME, Shelf
+from memtx.inference.shelf import SESSION_ID_PATTERN, SessionStore
 
 
-class NoSuchSessionError(MemtxError):
+class SessionNotFoundError(MemtxError):
     """There is no session of that name."""
 
 
-class FullError(MemtxError):
+class SessionLimitError(MemtxError):
     """There are as many sessions as may be."""
 
 
@@ -29,18 +29,18 @@ class SessionInfo:
     """What is known of a session without reading.
 
     Attributes:
-        name: 32 hexadecimal digits.
+        session_id: 32 hexadecimal digits.
         created: seconds since 1970.
         totals: sums over what was scored and fed.
-        resident: whether its state is in memory.
-        saved: whether its file holds just what the session is now.
+        in_memory: whether its state is in memory.
+        is_saved: whether its file holds just what the session is now.
     """
 
-    name: str
+    session_id: str
     created: float
     totals: Totals
-    resident: bool
-    saved: bool
+    in_memory: bool
+    is_saved: bool
 
 
 @dataclass
@@ -50,167 +50,172 @@ class Session:
     info: SessionInfo
     reader: StreamReader | None
     lock: threading.Lock = field(default_factory=threading.Lock)
-    gone: bool = False
+    is_deleted: bool = False
 
 
-class SessionTable:
+class SessionRegistry:
     """All sessions of a pool, by name.
 
     Args:
-        new_reader: makes a reader at the beginning of a text.
-        shelf: where sessions are saved; None keeps all in memory.
-        resident: sessions in memory at most, where there is a shelf.
-        limit: sessions at most.
+        reader_factory: makes a reader at the beginning of a text.
+        store: where sessions are saved; None keeps all in memory.
+        max_in_memory: sessions in memory at most, where there is a store.
+        max_sessions: sessions at most.
     """
 
     def __init__(
-        self, new_reader: Callable[[], StreamReader], shelf: Shelf | None, *, resident: int, limit: int
+        self,
+        reader_factory: Callable[[], StreamReader],
+        store: SessionStore | None,
+        *,
+        max_in_memory: int,
+        max_sessions: int,
     ) -> None:
-        for name, number in (("resident", resident), ("limit", limit)):
-            if number < 1:
-                raise MemtxError(f"{name} is {number}, expected at least 1.")
-        self.resident = resident
-        self.limit = limit
-        self._new_reader = new_reader
-        self._shelf = shelf
+        check_at_least(1, max_in_memory=max_in_memory, max_sessions=max_sessions)
+        self.max_in_memory = max_in_memory
+        self.max_sessions = max_sessions
+        self._reader_factory = reader_factory
+        self._store = store
         self._lock = threading.Lock()
         # The one unused for longest first.
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        for name, totals, facts in shelf.sessions() if shelf is not None else ():
+        for name, totals, facts in store.iter_sessions() if store is not None else ():
             created = facts.get("created")
             info = SessionInfo(name, created if isinstance(created, float) else 0.0, totals, False, True)
             self._sessions[name] = Session(info, None)
 
     @property
-    def shelf(self) -> Shelf:
+    def store(self) -> SessionStore:
         """Where sessions are saved.
 
         Raises:
             MemtxError: nowhere.
         """
-        if self._shelf is None:
+        if self._store is None:
             raise MemtxError("The pool has no folder to save sessions in.", "Give it one.")
-        return self._shelf
+        return self._store
 
     @property
     def counts(self) -> dict[str, int]:
         """How many sessions are in memory, and how many there are."""
-        held = self.all()
-        return {"resident": sum(one.reader is not None for one in held), "all": len(held)}
+        held = self.list_sessions()
+        return {"in_memory": sum(one.reader is not None for one in held), "total": len(held)}
 
-    def all(self) -> list[Session]:
+    def list_sessions(self) -> list[Session]:
         """Return all sessions, the one unused for longest first."""
         with self._lock:
             return list(self._sessions.values())
 
-    def find(self, name: str) -> Session:
+    def get(self, session_id: str) -> Session:
         """Return a session.
 
         Raises:
-            NoSuchSessionError: there is none.
+            SessionNotFoundError: there is none.
         """
         with self._lock:
-            session = self._sessions.get(name)
+            session = self._sessions.get(session_id)
         if session is None:
-            raise _missing(name)
+            raise _not_found(session_id)
         return session
 
-    def check_room(self) -> None:
-        """Raise FullError where there are as many sessions as may be."""
-        if len(self._sessions) >= self.limit:
-            raise FullError(f"There are {self.limit} sessions, as many as may be.", "Delete one, or come back later.")
+    def check_limit(self) -> None:
+        """Raise SessionLimitError where there are as many sessions as may be."""
+        if len(self._sessions) >= self.max_sessions:
+            raise SessionLimitError(
+                f"There are {self.max_sessions} sessions, as many as may be.", "Delete one, or come back later."
+            )
 
     def add(self, reader: StreamReader) -> str:
         """Begin a session that stands where a reader does, and return its name.
 
         Raises:
-            FullError: there are as many as may be.
+            SessionLimitError: there are as many as may be.
         """
         name = secrets.token_hex(16)
         with self._lock:
-            self.check_room()
+            self.check_limit()
             self._sessions[name] = Session(SessionInfo(name, time.time(), reader.totals, True, False), reader)
-        self._make_room()
+        self._evict_idle()
         return name
 
     @contextlib.contextmanager
-    def use(self, name: str, deadline: float | None = None) -> Iterator[tuple[Session, StreamReader]]:
+    def acquire(self, session_id: str, deadline: float | None = None) -> Iterator[tuple[Session, StreamReader]]:
         """Hold a session alone, its state in memory.
 
         Raises:
-            NoSuchSessionError: there is none.
-            OutOfTimeError: others held it up to the deadline.
+            SessionNotFoundError: there is none.
+            DeadlineExceededError: others held it up to the deadline.
             CheckpointError: its file is damaged.
         """
-        session = self.find(name)
-        with _held(session, deadline):
+        session = self.get(session_id)
+        with _locked(session, deadline):
             if session.reader is None:
-                reader = self._new_reader()
-                self.shelf.load(name, reader)
+                reader = self._reader_factory()
+                self.store.load(session_id, reader)
                 session.reader = reader
-                session.info = replace(session.info, resident=True)
+                session.info = replace(session.info, in_memory=True)
             with self._lock:
-                self._sessions.move_to_end(name)
+                self._sessions.move_to_end(session_id)
             yield session, session.reader
-        self._make_room()
+        self._evict_idle()
 
-    def note(self, session: Session, *, save: bool) -> None:
+    def update(self, session: Session, *, save: bool) -> None:
         """Take down where a session stands now, and write it if asked; whoever calls holds it."""
         assert session.reader is not None
         if save:
-            self.shelf.save(session.info.name, session.reader, {"created": session.info.created})
-        session.info = replace(session.info, totals=session.reader.totals, saved=save)
+            self.store.save(session.info.session_id, session.reader, {"created": session.info.created})
+        session.info = replace(session.info, totals=session.reader.totals, is_saved=save)
 
-    def delete(self, name: str, deadline: float | None = None) -> None:
-        """Remove a session and its file; raises what :meth:`use` raises, but damage is no hindrance."""
-        session = self.find(name)
-        with _held(session, deadline):
-            if self._shelf is not None:
-                self._shelf.delete(name)
-            session.gone, session.reader = True, None
+    def delete(self, session_id: str, deadline: float | None = None) -> None:
+        """Remove a session and its file; raises what :meth:`acquire` raises, but damage is no hindrance."""
+        session = self.get(session_id)
+        with _locked(session, deadline):
+            if self._store is not None:
+                self._store.delete(session_id)
+            session.is_deleted, session.reader = True, None
             with self._lock:
-                self._sessions.pop(name, None)
+                self._sessions.pop(session_id, None)
 
     def close(self) -> None:
-        """Save every session that changed, where there is a shelf."""
-        if self._shelf is None:
+        """Save every session that changed, where there is a store."""
+        if self._store is None:
             return
-        for session in self.all():
+        for session in self.list_sessions():
             with session.lock:
-                if session.reader is not None and not session.info.saved:
-                    self.note(session, save=True)
-        self._shelf.close()
+                if session.reader is not None and not session.info.is_saved:
+                    self.update(session, save=True)
+        self._store.close()
 
-    def _make_room(self) -> None:
+    def _evict_idle(self) -> None:
         """Send sessions that nobody holds to disk until as few are in memory as may be."""
-        if self._shelf is None:
+        if self._store is None:
             return
-        held = [one for one in self.all() if one.reader is not None]
-        for session in held[: max(len(held) - self.resident, 0)]:
+        held = [one for one in self.list_sessions() if one.reader is not None]
+        for session in held[: max(len(held) - self.max_in_memory, 0)]:
             if session.lock.acquire(blocking=False):
                 try:
-                    if session.reader is not None and not session.gone:
-                        if not session.info.saved:
-                            self.note(session, save=True)
+                    if session.reader is not None and not session.is_deleted:
+                        if not session.info.is_saved:
+                            self.update(session, save=True)
                         session.reader = None
-                        session.info = replace(session.info, resident=False)
+                        session.info = replace(session.info, in_memory=False)
                 finally:
                     session.lock.release()
 
 
-def _missing(name: str) -> NoSuchSessionError:
-    shown = f"'{name}'" if NAME.fullmatch(name) else "of that name"
-    return NoSuchSessionError(f"There is no session {shown}.", "Create one; a deleted one is gone.")
+def _not_found(session_id: str) -> SessionNotFoundError:
+    shown = f"'{session_id}'" if SESSION_ID_PATTERN.fullmatch(session_id) else "of that name"
+    return SessionNotFoundError(f"There is no session {shown}.", "Create one; a deleted one is gone.")
 
 
 @contextlib.contextmanager
-def _held(session: Session, deadline: float | None) -> Iterator[None]:
-    left = seconds_left(deadline)
+def _locked(session: Session, deadline: float | None) -> Iterator[None]:
+    left = remaining_seconds(deadline)
     if not session.lock.acquire(timeout=-1 if left is None else left):
-        raise OutOfTimeError("The session was busy for longer than a request may take.", "Ask it less at once.")
+        raise DeadlineExceededError("The session was busy for longer than a request may take.", "Ask it less at once.")
     try:
-        if session.gone:
-            raise _missing(session.info.name)
+        if session.is_deleted:
+            raise _not_found(session.info.session_id)
         yield
     finally:
         session.lock.release()

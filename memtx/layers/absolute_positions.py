@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from memtx.errors import at_least
+from memtx.errors import check_at_least
 
 
 class LearnedPositions(nn.Module):
-    """A vector for each of the first ``count`` positions of a document.
+    """A vector for each of the first ``num_positions`` positions of a document.
 
     A stream goes on past the last one by going through the upper half of the table again and again: the beginning's
     vectors, which mark what nothing stands before, do not come back, and the newest half table of tokens keeps its
@@ -17,22 +17,22 @@ class LearnedPositions(nn.Module):
 
     Args:
         dim: width of the hidden states.
-        count: positions.
+        num_positions: positions.
 
     Raises:
-        MemtxError: the count is below 2.
+        MemtxError: num_positions is below 2.
     """
 
-    def __init__(self, dim: int, count: int) -> None:
+    def __init__(self, dim: int, num_positions: int) -> None:
         super().__init__()
-        at_least(2, count=count)
-        self.count = count
-        self.table = nn.Embedding(count, dim)
+        check_at_least(2, num_positions=num_positions)
+        self.num_positions = num_positions
+        self.table = nn.Embedding(num_positions, dim)
         nn.init.normal_(self.table.weight, std=0.02)
 
     def forward(self, position: Tensor) -> Tensor:
         """Return (..., dim) for positions (...) int64 within their documents, however far."""
-        half = self.count - self.count // 2
-        past = half + (position - half) % (self.count // 2)
-        out: Tensor = self.table(position.where(position < self.count, past))
+        half = self.num_positions - self.num_positions // 2
+        past = half + (position - half) % (self.num_positions // 2)
+        out: Tensor = self.table(position.where(position < self.num_positions, past))
         return out

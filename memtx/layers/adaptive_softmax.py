@@ -17,33 +17,33 @@ from memtx.errors import MemtxError
 from memtx.ops.linear import linear
 
 
-class Clusters:
+class VocabClusters:
     """How a vocabulary is cut.
 
     Args:
         vocab_size: token ids are 0 .. vocab_size - 1, the frequent first.
         cutoffs: the first token of each cluster after the short list, ascending; none for no clusters.
-        width: of the short list's embeddings.
-        shrink: each cluster's embeddings are narrower than the ones before by this factor; 1 for one table in all.
+        embed_dim: of the short list's embeddings.
+        div_value: each cluster's embeddings are narrower than the ones before by this factor; 1 for one table in all.
 
     Raises:
         MemtxError: cut-offs are not ascending within the vocabulary, or a cluster would have no width.
     """
 
-    def __init__(self, vocab_size: int, cutoffs: Sequence[int], width: int, shrink: int) -> None:
+    def __init__(self, vocab_size: int, cutoffs: Sequence[int], embed_dim: int, div_value: int) -> None:
         bounds = [0, *cutoffs, vocab_size]
         if any(low >= high for low, high in itertools.pairwise(bounds)):
             raise MemtxError(
                 f"cutoffs is {list(cutoffs)} for {vocab_size} tokens.", "Give ascending numbers within the vocabulary."
             )
-        if shrink < 1 or width // shrink ** len(cutoffs) < 1:
+        if div_value < 1 or embed_dim // div_value ** len(cutoffs) < 1:
             raise MemtxError(
-                f"Embeddings of width {width}, divided by {shrink} for each of {len(cutoffs)} clusters, vanish.",
+                f"Embeddings of width {embed_dim}, divided by {div_value} for each of {len(cutoffs)} clusters, vanish.",
                 "Divide by less, or cut into fewer clusters.",
             )
         self.bounds = list(itertools.pairwise(bounds))
-        self.one_table = shrink == 1
-        self.widths = [width // shrink**i for i in range(len(self.bounds))]
+        self.has_single_table = div_value == 1
+        self.embed_dims = [embed_dim // div_value**i for i in range(len(self.bounds))]
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -54,50 +54,50 @@ class AdaptiveEmbedding(nn.Module):
         dim: width that all are mapped to, and by whose square root they are multiplied.
     """
 
-    def __init__(self, clusters: Clusters, dim: int) -> None:
+    def __init__(self, clusters: VocabClusters, dim: int) -> None:
         super().__init__()
         self.clusters = clusters
         self.dim = dim
-        if clusters.one_table:
-            width = clusters.widths[0]
+        if clusters.has_single_table:
+            width = clusters.embed_dims[0]
             self.tables = nn.ModuleList([nn.Embedding(clusters.bounds[-1][1], width)])
             maps = [torch.empty(dim, width)] if width != dim else []
         else:
             sizes = [high - low for low, high in clusters.bounds]
-            self.tables = nn.ModuleList(map(nn.Embedding, sizes, clusters.widths))
-            maps = [torch.empty(dim, width) for width in clusters.widths]
+            self.tables = nn.ModuleList(map(nn.Embedding, sizes, clusters.embed_dims))
+            maps = [torch.empty(dim, width) for width in clusters.embed_dims]
         self.projections = nn.ParameterList(maps)
 
-    def table(self, cluster: int) -> Tensor:
+    def cluster_table(self, cluster: int) -> Tensor:
         """Return a cluster's embeddings, (its tokens, its width)."""
-        if self.clusters.one_table:
+        if self.clusters.has_single_table:
             low, high = self.clusters.bounds[cluster]
-            return self._weight(0)[low:high]
-        return self._weight(cluster)
+            return self._table_weight(0)[low:high]
+        return self._table_weight(cluster)
 
-    def projection(self, cluster: int) -> Tensor | None:
+    def cluster_projection(self, cluster: int) -> Tensor | None:
         """Return a cluster's map, (dim, its width); None where there is none."""
         if not len(self.projections):
             return None
-        found: Tensor = self.projections[0 if self.clusters.one_table else cluster]
+        found: Tensor = self.projections[0 if self.clusters.has_single_table else cluster]
         return found
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return (rows, segment, dim) of tokens (rows, segment)."""
         x: Tensor
-        if self.clusters.one_table:
-            x = F.embedding(tokens, self._weight(0))
+        if self.clusters.has_single_table:
+            x = F.embedding(tokens, self._table_weight(0))
             x = linear(x, self.projections[0]) if len(self.projections) else x
         else:
-            x = self._weight(0).new_zeros(*tokens.shape, self.dim)
+            x = self._table_weight(0).new_zeros(*tokens.shape, self.dim)
             for cluster, (low, high) in enumerate(self.clusters.bounds):
                 inside = (tokens >= low) & (tokens < high)
-                made = linear(F.embedding(tokens[inside] - low, self._weight(cluster)), self.projections[cluster])
+                made = linear(F.embedding(tokens[inside] - low, self._table_weight(cluster)), self.projections[cluster])
                 x = x.index_put((inside,), made)
         x = x * self.dim**0.5
         return x
 
-    def _weight(self, index: int) -> Tensor:
+    def _table_weight(self, index: int) -> Tensor:
         found: Tensor = self.tables[index].weight  # type: ignore[assignment]
         return found
 
@@ -108,24 +108,28 @@ class AdaptiveSoftmax(nn.Module):
     Args:
         clusters: how the vocabulary is cut.
         dim: width of the hidden states.
-        tie_tables: whether output weights are the embeddings.
+        tie_embeddings: whether output weights are the embeddings.
         tie_projections: for each cluster whether its map is the embedding's.
     """
 
-    def __init__(self, clusters: Clusters, dim: int, *, tie_tables: bool, tie_projections: Sequence[bool]) -> None:
+    def __init__(
+        self, clusters: VocabClusters, dim: int, *, tie_embeddings: bool, tie_projections: Sequence[bool]
+    ) -> None:
         super().__init__()
         self.clusters = clusters
         tail = len(clusters.bounds) - 1
-        width = clusters.widths[0]
-        mapped = not (clusters.one_table and width == dim)
+        width = clusters.embed_dims[0]
+        mapped = not (clusters.has_single_table and width == dim)
         sizes = [high - low for low, high in clusters.bounds]
-        tables = [(sum(sizes), width)] if clusters.one_table else list(zip(sizes, clusters.widths, strict=True))
-        self.tables = nn.ParameterList([] if tie_tables else [torch.empty(shape) for shape in tables])
+        tables = (
+            [(sum(sizes), width)] if clusters.has_single_table else list(zip(sizes, clusters.embed_dims, strict=True))
+        )
+        self.tables = nn.ParameterList([] if tie_embeddings else [torch.empty(shape) for shape in tables])
         self.biases = nn.ParameterList(torch.zeros(size) for size, _ in tables)
         # By the cluster's number: where a map is the embedding's there is none of its own.
         self.projections = nn.ParameterDict(
             {
-                str(cluster): torch.empty(dim, clusters.widths[cluster])
+                str(cluster): torch.empty(dim, clusters.embed_dims[cluster])
                 for cluster in range(tail + 1)
                 if mapped and not tie_projections[cluster]
             }
@@ -135,11 +139,11 @@ class AdaptiveSoftmax(nn.Module):
 
     def forward(self, x: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
         """Return log-probabilities (..., vocab) of x (..., dim)."""
-        head = self._head(x, embedding)
+        head = self._head_log_probs(x, embedding)
         short = self.clusters.bounds[0][1]
         parts = [head[..., :short]]
         for cluster in range(1, len(self.clusters.bounds)):
-            within = F.log_softmax(self._scores(x, embedding, cluster), dim=-1)
+            within = F.log_softmax(self._cluster_logits(x, embedding, cluster), dim=-1)
             parts.append(head[..., short + cluster - 1, None] + within)
         return torch.cat(parts, dim=-1)
 
@@ -153,7 +157,7 @@ class AdaptiveSoftmax(nn.Module):
             labels: (n,) int64.
             embedding: the input's.
         """
-        head = self._head(x, embedding)
+        head = self._head_log_probs(x, embedding)
         short = self.clusters.bounds[0][1]
         total = x.new_zeros(labels.shape, dtype=head.dtype)
         for cluster, (low, high) in enumerate(self.clusters.bounds):
@@ -161,25 +165,25 @@ class AdaptiveSoftmax(nn.Module):
             if cluster == 0:
                 found = head[at].gather(1, labels[at, None])[:, 0]
             else:
-                within = F.log_softmax(self._scores(x[at], embedding, cluster), dim=-1)
+                within = F.log_softmax(self._cluster_logits(x[at], embedding, cluster), dim=-1)
                 found = head[at, short + cluster - 1] + within.gather(1, labels[at, None] - low)[:, 0]
             total = total.index_put((at,), -found)
         return total
 
-    def _head(self, x: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
+    def _head_log_probs(self, x: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
         """Return log-probabilities of the short list and the clusters, (..., short list + clusters)."""
-        return F.log_softmax(self._scores(x, embedding, 0), dim=-1)
+        return F.log_softmax(self._cluster_logits(x, embedding, 0), dim=-1)
 
-    def _scores(self, x: Tensor, embedding: AdaptiveEmbedding, cluster: int) -> Tensor:
+    def _cluster_logits(self, x: Tensor, embedding: AdaptiveEmbedding, cluster: int) -> Tensor:
         low, high = self.clusters.bounds[cluster]
-        if self.clusters.one_table:
+        if self.clusters.has_single_table:
             bias = self.biases[0][low:high]
-            weight = self.tables[0][low:high] if len(self.tables) else embedding.table(cluster)
+            weight = self.tables[0][low:high] if len(self.tables) else embedding.cluster_table(cluster)
         else:
             bias = self.biases[cluster]
-            weight = self.tables[cluster] if len(self.tables) else embedding.table(cluster)
+            weight = self.tables[cluster] if len(self.tables) else embedding.cluster_table(cluster)
         if cluster == 0 and self.cluster_weight is not None and self.cluster_bias is not None:
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
         name = str(cluster)
-        projection = self.projections[name] if name in self.projections else embedding.projection(cluster)
+        projection = self.projections[name] if name in self.projections else embedding.cluster_projection(cluster)
         return linear(x if projection is None else x @ projection, weight, bias)

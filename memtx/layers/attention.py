@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.layers.positions import Once, Positions
-from memtx.layers.readouts import gated, joined
-from memtx.memory.base import Losses, Memory, Readout, Trace, View
-from memtx.memory.ring import Ring, Step, opened
-from memtx.ops.attention.bias import ScoreBias, cut
-from memtx.ops.attention.dispatch import Backend, segment_attention
-from memtx.ops.attention.weights import with_weights
+from memtx.layers.positions import Memoize, Positions
+from memtx.layers.readouts import apply_gate, combine_readouts
+from memtx.memory.base import LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.ring import DecodeStep, KVRing, to_ring
+from memtx.ops.attention.bias import ScoreBias, slice_bias
+from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.attention.weights import append_key_bias
 from memtx.ops.linear import Linear, linear
-from memtx.ops.visibility import Visibility, parted
+from memtx.ops.visibility import Visibility, split_bank
 from memtx.segment import Segment
 
 
@@ -37,13 +37,13 @@ class MemoryAttention(nn.Module):
         bias: whether the projections have biases.
         out_bias: whether the last one has; as the others by default.
         head_dim: width of a head; dim / heads by default.
-        head_norm: makes a normalisation of every head's queries, and one of its keys, from head_dim, applied before
+        qk_norm: makes a normalisation of every head's queries, and one of its keys, from head_dim, applied before
             positions are (Dehghani et al. 2023, section 2); None for none.
         dropout: of attention weights.
         backend: of the attention operation.
-        beside: memories that answer by themselves.
-        gated: whether what memories show beyond the exact window enters by a learned gate a head, which begins at 0:
-            the layer of a model that was trained without them computes what it computed.
+        extra_memories: memories that answer by themselves.
+        gated_memory: whether what memories show beyond the exact window enters by a learned gate a head, which begins
+            at 0: the layer of a model that was trained without them computes what it computed.
 
     Raises:
         MemtxError: the numbers of heads do not divide as they must, or a memory stands where it cannot.
@@ -60,11 +60,11 @@ class MemoryAttention(nn.Module):
         bias: bool = False,
         out_bias: bool | None = None,
         head_dim: int | None = None,
-        head_norm: Callable[[int], nn.Module] | None = None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
         dropout: float = 0.0,
-        backend: Backend = "auto",
-        beside: Sequence[Memory[Any]] = (),
-        gated: bool = False,
+        backend: AttentionBackend = "auto",
+        extra_memories: Sequence[Memory[Any]] = (),
+        gated_memory: bool = False,
     ) -> None:
         super().__init__()
         if head_dim is None and dim % heads:
@@ -75,23 +75,23 @@ class MemoryAttention(nn.Module):
         self.kv_heads = kv_heads
         self.head_dim = head_dim if head_dim is not None else dim // heads
         self.dropout = dropout
-        self.backend: Backend = backend
+        self.backend: AttentionBackend = backend
         self.positions = positions
-        self.mount(memory, beside, gated=gated)
+        self.set_memories(memory, extra_memories, gated_memory=gated_memory)
         self.query = Linear(dim, heads * self.head_dim, bias=bias)
         self.key_value = Linear(dim, 2 * kv_heads * self.head_dim, bias=bias)
         self.out = Linear(heads * self.head_dim, dim, bias=bias if out_bias is None else out_bias)
-        self.query_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
-        self.key_norm = head_norm(self.head_dim) if head_norm is not None else nn.Identity()
+        self.query_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
+        self.key_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
 
-    def mount(self, memory: Memory[Any], beside: Sequence[Memory[Any]], *, gated: bool) -> None:
+    def set_memories(self, memory: Memory[Any], extra_memories: Sequence[Memory[Any]], *, gated_memory: bool) -> None:
         """Put memories in the place of those that the layer has; arguments as in the class."""
-        _check_order(memory, beside)
+        _check_memory_order(memory, extra_memories)
         if self.heads * self.head_dim != memory.dim:
-            _check_width(memory.dim, self.heads, self.head_dim, beside)
+            _check_readout_width(memory.dim, self.heads, self.head_dim, extra_memories)
         self.memory = memory
-        self.beside = nn.ModuleList(beside)
-        sources = memory.beyond + sum(not one.native for one in beside) if gated else 0
+        self.extra_memories = nn.ModuleList(extra_memories)
+        sources = memory.has_bank + sum(one.needs_gate for one in extra_memories) if gated_memory else 0
         # A row for what lies beyond the window of the exact memory, then one for each of the others, in order.
         self.gate = nn.Parameter(torch.zeros(sources, self.heads)) if sources else None
 
@@ -99,7 +99,7 @@ class MemoryAttention(nn.Module):
     def memories(self) -> tuple[Memory[Any], ...]:
         """The exact memory, then those that answer by themselves."""
         # The type as text: the compiler cannot build generic ones.
-        return (self.memory, *cast("list[Memory[Any]]", list(self.beside)))
+        return (self.memory, *cast("list[Memory[Any]]", list(self.extra_memories)))
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
         """Attend, and hand the memories what they need to close.
@@ -115,27 +115,34 @@ class MemoryAttention(nn.Module):
         memories = self.memories[: len(state)]
         views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
         view = views[0]
-        q = self._queries(x)
-        k, v = self._keys_values(torch.cat([self.key_value(part) for part in view.parts], dim=1))
-        readouts = self._answers(memories, views, q)
-        q, k, bias = self.positions(q, k, view.places, segment)
-        split = memories[0].beyond and self.gate is not None
+        q = self._project_queries(x)
+        k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in view.parts], dim=1))
+        readouts = self._readouts(memories, views, q)
+        q, k, bias = self.positions(q, k, view.entry_positions, segment)
+        split = memories[0].has_bank and self.gate is not None
         need_lse = split or any(one.lse is not None for one in readouts)
-        if view.weight is not None:
-            q, k, v = with_weights(q, k, v, view.weight, self.head_dim**-0.5)
+        if view.key_bias is not None:
+            q, k, v = append_key_bias(q, k, v, view.key_bias, self.head_dim**-0.5)
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
         if split:
-            bank, exact = parted(view.places.visibility)
-            out, lse = self._attend(q, k[:, :, : bank.keys], v[:, :, : bank.keys], bank, cut(bias, 0, bank.keys), True)
-            readouts.append(gated(Readout(out, lse=lse), cast(Tensor, self.gate)[0].tanh()))
+            bank, exact = split_bank(view.entry_positions.visibility)
+            out, lse = self._attend(
+                q, k[:, :, : bank.num_keys], v[:, :, : bank.num_keys], bank, slice_bias(bias, 0, bank.num_keys), True
+            )
+            readouts.append(apply_gate(Readout(out, lse=lse), cast(Tensor, self.gate)[0].tanh()))
             attended, lse = self._attend(
-                q, k[:, :, bank.keys :], v[:, :, bank.keys :], exact, cut(bias, bank.keys, None), True
+                q,
+                k[:, :, bank.num_keys :],
+                v[:, :, bank.num_keys :],
+                exact,
+                slice_bias(bias, bank.num_keys, None),
+                True,
             )
         else:
-            attended, lse = self._attend(q, k, v, view.places.visibility, bias, need_lse)
-        out = self.out(joined(attended, lse, readouts).transpose(1, 2).flatten(2))
+            attended, lse = self._attend(q, k, v, view.entry_positions.visibility, bias, need_lse)
+        out = self.out(combine_readouts(attended, lse, readouts).transpose(1, 2).flatten(2))
         losses: Losses = {}
-        after, trace = [], Trace(x, out, self)
+        after, trace = [], LayerActivations(x, out, self)
         for memory, own in zip(memories, views, strict=True):
             next_state, found_losses = memory.write(own, segment, trace)
             after.append(next_state)
@@ -144,25 +151,25 @@ class MemoryAttention(nn.Module):
         return out, tuple(after), losses
 
     @property
-    def settles(self) -> bool:
+    def needs_layer_output(self) -> bool:
         """Whether a memory waits for the layer's outputs."""
-        return any(memory.depends_on == "output" for memory in self.memories)
+        return any(memory.write_source == "output" for memory in self.memories)
 
-    def settle(self, state: tuple[Any, ...], outputs: Tensor, segment: Segment) -> tuple[Any, ...]:
+    def on_layer_output(self, state: tuple[Any, ...], outputs: Tensor, segment: Segment) -> tuple[Any, ...]:
         """Give the memories the layer's outputs, (rows, segment, dim), normed as its inputs are."""
         pairs = zip(self.memories[: len(state)], state, strict=True)
-        return tuple(memory.settle(own, outputs, segment) for memory, own in pairs)
+        return tuple(memory.on_layer_output(own, outputs, segment) for memory, own in pairs)
 
-    def _answers(self, memories: Sequence[Memory[Any]], views: Sequence[View], q: Tensor) -> list[Readout]:
+    def _readouts(self, memories: Sequence[Memory[Any]], views: Sequence[View], q: Tensor) -> list[Readout]:
         """Return what the memories answer to queries q, gated where the layer is."""
         found = []
-        row = int(memories[0].beyond)
+        row = int(memories[0].has_bank)
         for memory, view in zip(memories, views, strict=True):
-            one = memory.recall(view, q)
+            one = memory.readout(view, q)
             if one is None:
                 continue
-            if self.gate is not None and not memory.native:
-                one, row = gated(one, self.gate[row].tanh()), row + 1
+            if self.gate is not None and memory.needs_gate:
+                one, row = apply_gate(one, self.gate[row].tanh()), row + 1
             found.append(one)
         return found
 
@@ -184,38 +191,40 @@ class MemoryAttention(nn.Module):
         out, lse = found if isinstance(found, tuple) else (found, None)
         return out[..., : self.head_dim], lse
 
-    def _queries(self, x: Tensor) -> Tensor:
+    def _project_queries(self, x: Tensor) -> Tensor:
         """Return (rows, segment, heads, head_dim), without positions."""
         out: Tensor = self.query_norm(self.query(x).unflatten(-1, (self.heads, self.head_dim)))
         return out
 
-    def _keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+    def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """Return both (rows, entries, kv_heads, head_dim), without positions."""
         k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
         return self.key_norm(k), v
 
-    def ring(self, state: tuple[Any, ...], position: Tensor) -> Ring | None:
+    def open_ring(self, state: tuple[Any, ...], position: Tensor) -> KVRing | None:
         """Open a layer's state for decoding in place; None where its memories are decoded by whole calls.
 
         Args:
             state: one a memory; a layer with several has no such form.
             position: (rows,) int64, tokens of each row's document read so far.
         """
-        layout = self.memory.layout()
-        if layout is None or self.beside or self.gate is not None:
+        layout = self.memory.ring_layout()
+        if layout is None or self.extra_memories or self.gate is not None:
             return None
-        cache, bank = self.memory.carried(state[0])
-        hidden = opened(layout, cache, bank, position)
-        blocks, positions = layout.held(position - 1)
-        at = torch.cat([blocks.double() * layout.rate + (layout.rate - 1) / 2, positions.double()], dim=1)
-        return Ring(layout, hidden, self._kept(hidden, at, lambda _, make: make()))
+        cache, bank = self.memory.split_state(state[0])
+        hidden = to_ring(layout, cache, bank, position)
+        blocks, positions = layout.slot_contents(position - 1)
+        at = torch.cat(
+            [blocks.double() * layout.compression_rate + (layout.compression_rate - 1) / 2, positions.double()], dim=1
+        )
+        return KVRing(layout, hidden, self._positioned_keys_values(hidden, at, lambda _, make: make()))
 
-    def _kept(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
+    def _positioned_keys_values(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Return keys, placed, and values (rows, entries, 2, kv_heads, head_dim) of x (rows, entries, dim)."""
-        k, v = self._keys_values(self.key_value(x))
-        return torch.stack([self.positions.placed(k, position, once), v], dim=-3)
+        k, v = self._split_keys_values(self.key_value(x))
+        return torch.stack([self.positions.apply_absolute(k, position, memo), v], dim=-3)
 
-    def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:
+    def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
         """Attend for one token a row, which is written into the ring.
 
         Args:
@@ -226,54 +235,54 @@ class MemoryAttention(nn.Module):
         Returns:
             (rows, dim).
         """
-        seen = step.seen(ring.layout)
-        row = step.once("rows", lambda: torch.arange(x.shape[0], device=x.device))
-        position = step.once("position", lambda: step.position[:, None].double())
+        seen = step.plan(ring.layout)
+        row = step.memo("rows", lambda: torch.arange(x.shape[0], device=x.device))
+        position = step.memo("position", lambda: step.position[:, None].double())
         # Taken out first: the token's slot is that of the block's oldest state.
-        block = ring.hidden[row[:, None], seen.block] if seen.block is not None else None
+        block = ring.hidden[row[:, None], seen.block_slots] if seen.block_slots is not None else None
         ring.hidden[row, seen.slot] = x.to(ring.hidden.dtype)
-        ring.key_value[row, seen.slot] = self._kept(x[:, None], position, step.once)[:, 0]
+        ring.key_value[row, seen.slot] = self._positioned_keys_values(x[:, None], position, step.memo)[:, 0]
         if block is not None:
-            probe = ring.hidden[row[:, None], seen.probe]
-            entry = self.memory.compressed(block.to(x.dtype), probe.to(x.dtype), self)
-            kept = self._kept(entry[:, None], seen.centre, step.once)[:, 0]
+            probe = ring.hidden[row[:, None], seen.recent_slots]
+            entry = self.memory.compress_block(block.to(x.dtype), probe.to(x.dtype), self)
+            kept = self._positioned_keys_values(entry[:, None], seen.entry_position, step.memo)[:, 0]
             # Rows whose block does not cross keep what stands there.
             for buffer, new in ((ring.hidden, entry), (ring.key_value, kept)):
-                crossing = seen.crossing.view(-1, *(1,) * (new.dim() - 1))
-                buffer[row, seen.target] = torch.where(crossing, new.to(buffer.dtype), buffer[row, seen.target])
-        q = self.positions.placed(self._queries(x[:, None]), position, step.once)
+                crossing = seen.evicts_block.view(-1, *(1,) * (new.dim() - 1))
+                buffer[row, seen.bank_slot] = torch.where(crossing, new.to(buffer.dtype), buffer[row, seen.bank_slot])
+        q = self.positions.apply_absolute(self._project_queries(x[:, None]), position, step.memo)
         k, v = ring.key_value.unbind(2)
         attended = segment_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),
             seen.visibility,
-            bias=self.positions.bias(seen.tick, step.once),
+            bias=self.positions.score_bias(seen.offset, step.memo),
             backend=self.backend,
         )
         out: Tensor = self.out(attended.flatten(1))
         return out
 
-    def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
+    def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
         """Project to queries, keys or values without positions (see :class:`memtx.memory.base.ContentAttention`)."""
-        half = int(part == "value")
-        layer = self.query if part == "query" else self.key_value
+        half = int(projection == "value")
+        layer = self.query if projection == "query" else self.key_value
         if isinstance(layer, nn.Linear):
-            weights = [one if part == "query" else one.chunk(2)[half] for one in layer.parameters()]
+            weights = [one if projection == "query" else one.chunk(2)[half] for one in layer.parameters()]
             out = linear(x, *(one.detach() if frozen else one for one in weights))
         else:
             # A module that adapts the map stands in its place, and gives keys and values together.
-            out = _mapped(layer, x, frozen)
-            out = out if part == "query" else out.chunk(2, dim=-1)[half]
+            out = _apply_module(layer, x, frozen)
+            out = out if projection == "query" else out.chunk(2, dim=-1)[half]
         out = out.view(*out.shape[:-1], -1, self.head_dim)
-        if part == "query":
-            return _mapped(self.query_norm, out, frozen)
-        out = _mapped(self.key_norm, out, frozen) if part == "key" else out
+        if projection == "query":
+            return _apply_module(self.query_norm, out, frozen)
+        out = _apply_module(self.key_norm, out, frozen) if projection == "key" else out
         return out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
-    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+    def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Return keys as a query without positions sees them (see :class:`memtx.memory.base.ContentAttention`)."""
-        return self.positions.apart(keys, distance)
+        return self.positions.apply_relative(keys, distance)
 
     def reset_parameters(self, std: float, residual_std: float) -> None:
         """Draw the projections; the memory's own parameters keep the values it gave them."""
@@ -284,32 +293,32 @@ class MemoryAttention(nn.Module):
                     nn.init.zeros_(layer.bias)
 
 
-def _mapped(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
+def _apply_module(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
     """Return what a module makes of x, without letting its weights learn where frozen."""
     weights = {name: one.detach() for name, one in module.named_parameters()} if frozen else {}
     out: Tensor = torch.func.functional_call(module, weights, (x,)) if frozen else module(x)
     return out
 
 
-def _check_order(memory: Memory[Any], beside: Sequence[Memory[Any]]) -> None:
+def _check_memory_order(memory: Memory[Any], extra_memories: Sequence[Memory[Any]]) -> None:
     """Raise unless the first memory of a layer, and it alone, carries the segment."""
-    if memory.answers:
+    if memory.has_readout:
         raise MemtxError(
             f"{type(memory).__name__} stands first in a layer, but it does not carry the segment itself.",
             "Put an exact memory before it: RecurrentMemory, CompressedMemory or NoMemory.",
         )
-    for one in beside:
-        if not one.answers:
+    for one in extra_memories:
+        if not one.has_readout:
             raise MemtxError(
                 f"{type(one).__name__} stands behind another memory of its layer, but only the first is exact.",
                 "Give it a layer of its own, or take it out.",
             )
 
 
-def _check_width(dim: int, heads: int, head_dim: int, beside: Sequence[Memory[Any]]) -> None:
+def _check_readout_width(dim: int, heads: int, head_dim: int, extra_memories: Sequence[Memory[Any]]) -> None:
     """Raise where a memory's answers, dim wide over all heads, do not fit heads of another width."""
-    for one in beside:
-        if not one.by_layer:
+    for one in extra_memories:
+        if not one.uses_layer_projections:
             raise MemtxError(
                 f"{type(one).__name__} answers {dim} wide, {heads} heads of {head_dim} are {heads * head_dim} wide.",
                 "Use CompressedMemory, SinkMemory or TokenMemory, which read by the layer's own projections.",

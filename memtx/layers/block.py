@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
 from memtx.memory.base import Losses
-from memtx.memory.ring import Ring, Step
+from memtx.memory.ring import DecodeStep, KVRing
 from memtx.segment import Segment
 
 
@@ -43,15 +43,15 @@ class Block(nn.Module):
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        if self.attention.settles:
-            state = self.attention.settle(state, self.attention_norm(x), segment)
+        if self.attention.needs_layer_output:
+            state = self.attention.on_layer_output(state, self.attention_norm(x), segment)
         return x, state, losses
 
-    def values(self, x: Tensor) -> Tensor:
+    def project_values(self, x: Tensor) -> Tensor:
         """Return the heads' values side by side, (rows, segment, heads * head_dim), of the layer's input x."""
         return self.attention.project(self.attention_norm(x), "value", frozen=False).flatten(2)
 
-    def step(self, x: Tensor, ring: Ring, step: Step) -> Tensor:
+    def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
         """Return the layer's output (rows, dim) for one token a row; the ring is written in place."""
         x = x + self.attention.step(self.attention_norm(x), ring, step)
         out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))

@@ -12,25 +12,27 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.layers.pattern_attention import PatternAttention, seen_by_all, side_by_side
-from memtx.layers.reading import Reading
-from memtx.ops.attention.dispatch import Backend, segment_attention
-from memtx.ops.random_blocks import draw
-from memtx.ops.visibility import Pattern, Section, Visibility
+from memtx.layers.pattern_attention import EncoderAttention, full_visibility, merge_heads
+from memtx.layers.reading import EncoderInputs
+from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.random_blocks import sample_random_blocks
+from memtx.ops.visibility import KeyRange, SparsePattern, Visibility
 
 
-class BlockAttention(PatternAttention):
+class BigBirdAttention(EncoderAttention):
     """Windows of three blocks, two global blocks, and random blocks.
 
-    Texts of at most ``(5 + 2 * random_blocks) * size`` tokens are read with everyone seeing everyone, as published.
+    Texts of at most ``(5 + 2 * num_random_blocks) * block_size`` tokens are read with everyone seeing everyone, as
+    published.
 
     Args:
         dim: width of the hidden states.
         heads: how many.
-        layer: the layer's number, from 0.
-        size: tokens a block.
-        random_blocks: how many each block of queries sees.
-        longest: tokens of the longest text that the model is for (see :func:`memtx.ops.random_blocks.draw`).
+        layer_index: the layer's number, from 0.
+        block_size: tokens a block.
+        num_random_blocks: how many each block of queries sees.
+        max_length: tokens of the longest text that the model is for (see
+            :func:`memtx.ops.random_blocks.sample_random_blocks`).
         seed: of the random blocks; the layer's number by default, as published.
         bias: whether queries, keys and values have biases.
         dropout: of attention weights.
@@ -40,106 +42,129 @@ class BlockAttention(PatternAttention):
         MemtxError: a number is out of range.
     """
 
-    knows_random_blocks = True
+    supports_random_blocks = True
 
     def __init__(
         self,
         dim: int,
         heads: int,
-        layer: int = 0,
-        size: int = 64,
-        random_blocks: int = 3,
-        longest: int = 4096,
+        layer_index: int = 0,
+        block_size: int = 64,
+        num_random_blocks: int = 3,
+        max_length: int = 4096,
         seed: int | None = None,
         *,
         bias: bool = True,
         dropout: float = 0.0,
-        backend: Backend = "auto",
+        backend: AttentionBackend = "auto",
     ) -> None:
-        super().__init__(dim, heads, layer, bias=bias, dropout=dropout, backend=backend)
-        if size < 1 or random_blocks < 0:
+        super().__init__(dim, heads, layer_index, bias=bias, dropout=dropout, backend=backend)
+        if block_size < 1 or num_random_blocks < 0:
             raise MemtxError(
-                f"Blocks are of {size} tokens and {random_blocks} are drawn.", "Give at least 1 and at least 0."
+                f"Blocks are of {block_size} tokens and {num_random_blocks} are drawn.",
+                "Give at least 1 and at least 0.",
             )
-        self.size = size
-        self.random_blocks = random_blocks
-        self.longest = longest
-        self.seed = layer if seed is None else seed
+        self.block_size = block_size
+        self.num_random_blocks = num_random_blocks
+        self.max_length = max_length
+        self.seed = layer_index if seed is None else seed
 
-    def attend(self, x: Tensor, reading: Reading) -> Tensor:
+    def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the heads' results side by side, (rows, length, dim), zero at padding, of x (rows, length, dim)."""
-        q, k, v = (self.in_heads(part(x)) for part in (self.query, self.key, self.value))
-        if reading.length <= (5 + 2 * self.random_blocks) * self.size:
-            seen = seen_by_all(reading, reading.length)
-            return side_by_side(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
-        whole = reading.once(("whole blocks", self.size), lambda: self._whole(reading))
-        size, length = self.size, whole.length
-        q, k, v = (F.pad(part, (0, 0, 0, length - reading.length)) for part in (q, k, v))
+        q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
+        if inputs.length <= (5 + 2 * self.num_random_blocks) * self.block_size:
+            seen = full_visibility(inputs, inputs.length)
+            return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+        whole = inputs.memo(("whole blocks", self.block_size), lambda: self._pad_to_blocks(inputs))
+        size, length = self.block_size, whole.length
+        q, k, v = (F.pad(part, (0, 0, 0, length - inputs.length)) for part in (q, k, v))
         # The two global blocks side by side, before all others.
         q, k, v = (torch.cat([p[:, :, :size], p[:, :, -size:], p[:, :, size:-size]], dim=2) for p in (q, k, v))
-        everything = reading.once(("ends", self.size), lambda: self._for_ends(whole))
+        everything = inputs.memo(("ends", self.block_size), lambda: self._end_block_visibility(whole))
         ends = segment_attention(
             q[:, :, : 2 * size], k, v, everything, dropout=self.dropout, backend=self.backend
         )  # (rows, heads, 2 * size, head_dim)
-        settings = ("blocks", self.size, self.heads, self.layer, self.seed, self.random_blocks, self.longest)
-        others = reading.once(settings, lambda: self._visibility(whole, reading.random_blocks.get(self.layer)))
+        settings = (
+            "blocks",
+            self.block_size,
+            self.heads,
+            self.layer_index,
+            self.seed,
+            self.num_random_blocks,
+            self.max_length,
+        )
+        others = inputs.memo(
+            settings, lambda: self._middle_visibility(whole, inputs.random_blocks.get(self.layer_index))
+        )
         middle = segment_attention(q[:, :, 2 * size :], k, v, others, dropout=self.dropout, backend=self.backend)
-        parts = [side_by_side(part) for part in (ends[:, :, :size], middle, ends[:, :, size:])]
-        out = torch.cat(parts, dim=1)[:, : reading.length]
-        return out if reading.present is None else out.masked_fill(~reading.present[..., None], 0.0)
+        parts = [merge_heads(part) for part in (ends[:, :, :size], middle, ends[:, :, size:])]
+        out = torch.cat(parts, dim=1)[:, : inputs.length]
+        return out if inputs.attention_mask is None else out.masked_fill(~inputs.attention_mask[..., None], 0.0)
 
-    def _whole(self, reading: Reading) -> Reading:
+    def _pad_to_blocks(self, inputs: EncoderInputs) -> EncoderInputs:
         """Return the reading of whole blocks: padded, global blocks first."""
-        more = -reading.length % self.size
-        present = reading.present
+        more = -inputs.length % self.block_size
+        present = inputs.attention_mask
         if present is None and more == 0:
-            return reading
+            return inputs
         if present is None:
-            present = torch.ones(1, reading.length, dtype=torch.bool, device=reading.device)
+            present = torch.ones(1, inputs.length, dtype=torch.bool, device=inputs.device)
         present = F.pad(present, (0, more))
-        size = self.size
+        size = self.block_size
         present = torch.cat([present[:, :size], present[:, -size:], present[:, size:-size]], dim=1)
-        return Reading(reading.length + more, reading.device, present)
+        return EncoderInputs(inputs.length + more, inputs.device, present)
 
-    def _for_ends(self, whole: Reading) -> Visibility:
-        return seen_by_all(whole, 2 * self.size)
+    def _end_block_visibility(self, padded: EncoderInputs) -> Visibility:
+        return full_visibility(padded, 2 * self.block_size)
 
-    def _visibility(self, whole: Reading, given: Tensor | None) -> Visibility:
+    def _middle_visibility(self, padded: EncoderInputs, random_blocks: Tensor | None) -> Visibility:
         """Return what the blocks between the ends see of [first | last | those between]."""
-        size, queries = self.size, whole.length - 2 * self.size
-        there = whole.present
+        size, queries = self.block_size, padded.length - 2 * self.block_size
+        there = padded.attention_mask
         if there is None:
-            there = torch.ones(1, whole.length, dtype=torch.bool, device=whole.device)
-        block = torch.arange(queries, device=whole.device) // size
-        ends = torch.zeros(2 * size, dtype=torch.int64, device=whole.device)
+            there = torch.ones(1, padded.length, dtype=torch.bool, device=padded.device)
+        block = torch.arange(queries, device=padded.device) // size
+        ends = torch.zeros(2 * size, dtype=torch.int64, device=padded.device)
         born = torch.cat([ends, (block - 1) * size]).expand_as(there)
         expires = torch.cat([ends + queries, (block + 2) * size]).expand_as(there)
         # An end of life before its beginning is never seen.
         expires = torch.where(there, expires, -queries)
-        sections = (Section(2 * size), Section(queries, -size, size, 2 * size + 1, grain=size))
-        blocks = self._blocks(whole, given)
+        sections = (KeyRange(2 * size), KeyRange(queries, -size, size, 2 * size + 1, group_size=size))
+        blocks = self._random_block_table(padded, random_blocks)
         if blocks.shape[-1] == 0:
             return Visibility(born, expires, queries, sections)
-        pattern = Pattern(
-            torch.zeros_like(expires), torch.where(there, queries, 0), blocks=blocks, size=size, repeats=True
+        pattern = SparsePattern(
+            torch.zeros_like(expires),
+            torch.where(there, queries, 0),
+            random_blocks=blocks,
+            block_size=size,
+            count_duplicates=True,
         )
         return Visibility(born, expires, queries, sections, pattern)
 
-    def _blocks(self, whole: Reading, given: Tensor | None) -> Tensor:
+    def _random_block_table(self, padded: EncoderInputs, random_blocks: Tensor | None) -> Tensor:
         """Return the table of random blocks, numbered as the keys lie."""
-        blocks = whole.length // self.size
-        table = given
+        blocks = padded.length // self.block_size
+        table = random_blocks
         if table is None:
-            table = draw(whole.length, self.size, self.random_blocks, self.heads, longest=self.longest, seed=self.seed)
+            table = sample_random_blocks(
+                padded.length,
+                self.block_size,
+                self.num_random_blocks,
+                self.heads,
+                max_length=self.max_length,
+                seed=self.seed,
+            )
         if table.dim() != 3 or table.shape[0] not in (1, self.heads) or table.shape[1] != blocks - 2:
             raise MemtxError(
-                f"random_blocks of layer {self.layer} is {tuple(table.shape)}, expected "
+                f"random_blocks of layer {self.layer_index} is {tuple(table.shape)}, expected "
                 f"({self.heads}, {blocks - 2}, any).",
                 "Give the blocks that each block of queries but the first and the last sees.",
             )
         if table.is_floating_point() or (table.numel() and not 0 <= int(table.min()) <= int(table.max()) < blocks):
             raise MemtxError(
-                f"random_blocks of layer {self.layer} names blocks that are not there.", f"Give 0 to {blocks - 1}."
+                f"random_blocks of layer {self.layer_index} names blocks that are not there.",
+                f"Give 0 to {blocks - 1}.",
             )
-        table = table.to(whole.device, torch.int64)
+        table = table.to(padded.device, torch.int64)
         return torch.where(table == 0, 0, torch.where(table == blocks - 1, 1, table + 1))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from memtx.layers.pattern_attention import PatternAttention
-from memtx.layers.reading import Reading
+from memtx.layers.pattern_attention import EncoderAttention
+from memtx.layers.reading import EncoderInputs
 
 
 class EncoderBlock(nn.Module):
@@ -20,7 +20,7 @@ class EncoderBlock(nn.Module):
     """
 
     def __init__(
-        self, attention: PatternAttention, feed_forward: nn.Module, dim: int, eps: float, dropout: float
+        self, attention: EncoderAttention, feed_forward: nn.Module, dim: int, eps: float, dropout: float
     ) -> None:
         super().__init__()
         self.attention = attention
@@ -29,13 +29,13 @@ class EncoderBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, reading: Reading) -> Tensor:
+    def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the layer's output (rows, length, dim)."""
-        x = self.attention_norm(x + self.dropout(self.attention(x, reading)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, inputs)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
 
-    def values(self, x: Tensor) -> Tensor:
+    def project_values(self, x: Tensor) -> Tensor:
         """Return the heads' values side by side, (rows, length, dim), of the layer's input x."""
         out: Tensor = self.attention.value(x)
         return out

@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
 
     Args:
         dim: width of the hidden states.
-        hidden: inner width; by default 8/3 dim, rounded up to a multiple of 64, so that the parameters are
+        hidden_dim: inner width; by default 8/3 dim, rounded up to a multiple of 64, so that the parameters are
             about those of the classic one.
         dropout: on the inner states.
         bias: whether the maps have biases.
@@ -25,15 +25,15 @@ class SwiGLU(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden: int | None = None,
+        hidden_dim: int | None = None,
         dropout: float = 0.0,
         bias: bool = False,
         activation: Callable[[], nn.Module] = nn.SiLU,
     ) -> None:
         super().__init__()
-        hidden = hidden if hidden is not None else -(-8 * dim // (3 * 64)) * 64
-        self.gate_up = Linear(dim, 2 * hidden, bias=bias)
-        self.out = Linear(hidden, dim, bias=bias)
+        hidden_dim = hidden_dim if hidden_dim is not None else -(-8 * dim // (3 * 64)) * 64
+        self.gate_up = Linear(dim, 2 * hidden_dim, bias=bias)
+        self.out = Linear(hidden_dim, dim, bias=bias)
         self.activation = activation()
         self.dropout = nn.Dropout(dropout)
 
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
 
     Args:
         dim: width of the hidden states.
-        hidden: inner width, 4 dim by default.
+        hidden_dim: inner width, 4 dim by default.
         dropout: on the inner states.
         activation: makes what stands between the maps.
     """
@@ -57,15 +57,15 @@ class FeedForward(nn.Module):
     def __init__(
         self,
         dim: int,
-        hidden: int | None = None,
+        hidden_dim: int | None = None,
         dropout: float = 0.0,
         activation: Callable[[], nn.Module] = nn.GELU,
     ) -> None:
         super().__init__()
-        hidden = hidden if hidden is not None else 4 * dim
+        hidden_dim = hidden_dim if hidden_dim is not None else 4 * dim
         self.activation = activation()
-        self.up = Linear(dim, hidden)
-        self.out = Linear(hidden, dim)
+        self.up = Linear(dim, hidden_dim)
+        self.out = Linear(hidden_dim, dim)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.layers.reading import Reading
-from memtx.ops.attention.dispatch import Backend, segment_attention
+from memtx.layers.reading import EncoderInputs
+from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.linear import Linear
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.visibility import KeyRange, Visibility
 
 
-class PatternAttention(nn.Module, ABC):
+class EncoderAttention(nn.Module, ABC):
     """Self-attention of a text's tokens (Vaswani et al. 2017, section 3.2.2).
 
     Args:
         dim: width of the hidden states.
         heads: how many.
-        layer: the layer's number, from 0.
+        layer_index: the layer's number, from 0.
         bias: whether queries, keys and values have biases; the map after them always has.
         dropout: of attention weights.
         backend: of the attention operation.
@@ -32,29 +32,29 @@ class PatternAttention(nn.Module, ABC):
         MemtxError: heads do not divide dim.
     """
 
-    knows_globals = False
+    supports_global_attention = False
     """Whether global tokens can be marked."""
 
-    knows_random_blocks = False
+    supports_random_blocks = False
     """Whether random blocks can be given."""
 
     def __init__(
         self,
         dim: int,
         heads: int,
-        layer: int = 0,
+        layer_index: int = 0,
         *,
         bias: bool = True,
         dropout: float = 0.0,
-        backend: Backend = "auto",
+        backend: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
         if heads < 1 or dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor.")
         self.heads = heads
-        self.layer = layer
-        self.rate = dropout
-        self.backend: Backend = backend
+        self.layer_index = layer_index
+        self.dropout_rate = dropout
+        self.backend: AttentionBackend = backend
         self.query = Linear(dim, dim, bias=bias)
         self.key = Linear(dim, dim, bias=bias)
         self.value = Linear(dim, dim, bias=bias)
@@ -63,29 +63,29 @@ class PatternAttention(nn.Module, ABC):
     @property
     def dropout(self) -> float:
         """The probability with which a weight is dropped now."""
-        return self.rate if self.training else 0.0
+        return self.dropout_rate if self.training else 0.0
 
-    def in_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         """(rows, n, dim) -> (rows, heads, n, head_dim)."""
         return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
-    def forward(self, x: Tensor, reading: Reading) -> Tensor:
+    def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return what each place attends to, (rows, length, dim).
 
         Args:
             x: (rows, length, dim).
-            reading: what is read.
+            inputs: what is read.
         """
-        out: Tensor = self.out(self.attend(x, reading))
+        out: Tensor = self.out(self.attend(x, inputs))
         return out
 
-    def scores(self, x: Tensor, queries: slice, keys: slice) -> Tensor:
+    def attention_scores(self, x: Tensor, queries: slice, keys: slice) -> Tensor:
         """Return (rows, heads, queries, keys) scaled products of some places of x, whoever sees whom."""
-        q, k = self.in_heads(self.query(x[:, queries])), self.in_heads(self.key(x[:, keys]))
+        q, k = self.split_heads(self.query(x[:, queries])), self.split_heads(self.key(x[:, keys]))
         out: Tensor = q @ k.mT * q.shape[-1] ** -0.5
         return out
 
-    def near(self, distance: Tensor) -> Tensor | None:
+    def within_window(self, distance: Tensor) -> Tensor | None:
         """Return whether places see each other by their distance alone, bool; None where it does not decide.
 
         Global tokens apart.
@@ -96,38 +96,38 @@ class PatternAttention(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def attend(self, x: Tensor, reading: Reading) -> Tensor:
+    def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
 
 
-class FullAttention(PatternAttention):
+class FullAttention(EncoderAttention):
     """Every place sees every token (BERT, Devlin et al. 2019)."""
 
-    def near(self, distance: Tensor) -> Tensor:
+    def within_window(self, distance: Tensor) -> Tensor:
         """Return that they do."""
         return torch.ones_like(distance, dtype=torch.bool)
 
-    def attend(self, x: Tensor, reading: Reading) -> Tensor:
+    def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
-        q, k, v = (self.in_heads(part(x)) for part in (self.query, self.key, self.value))
-        seen = seen_by_all(reading, reading.length)
-        return side_by_side(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+        q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
+        seen = full_visibility(inputs, inputs.length)
+        return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
 
 
-def side_by_side(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
     """(rows, heads, n, head_dim) -> (rows, n, dim)."""
     return x.transpose(1, 2).flatten(2)
 
 
-def seen_by_all(reading: Reading, queries: int) -> Visibility:
-    """Return the visibility of ``queries`` queries that see every token of the text."""
+def full_visibility(inputs: EncoderInputs, num_queries: int) -> Visibility:
+    """Return the visibility of ``num_queries`` queries that see every token of the text."""
 
     def make() -> Visibility:
-        born = torch.zeros(1, reading.length, dtype=torch.int64, device=reading.device)
-        expires = born + queries
-        if reading.present is not None:
-            expires = torch.where(reading.present, expires, 0)
+        born = torch.zeros(1, inputs.length, dtype=torch.int64, device=inputs.device)
+        expires = born + num_queries
+        if inputs.attention_mask is not None:
+            expires = torch.where(inputs.attention_mask, expires, 0)
             born = born.expand_as(expires)
-        return Visibility(born, expires, queries, (Section(reading.length),))
+        return Visibility(born, expires, num_queries, (KeyRange(inputs.length),))
 
-    return reading.once(("all", queries), make)
+    return inputs.memo(("all", num_queries), make)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.layers.frequencies import Frequencies
-from memtx.memory.base import Places
-from memtx.ops.attention.bias import Bias
-from memtx.ops.rotary import rotate, turned_by
+from memtx.layers.frequencies import RotaryFrequencies
+from memtx.memory.base import EntryPositions
+from memtx.ops.attention.bias import AlibiBias
+from memtx.ops.rotary import apply_rotary_emb, rotary_angles
 from memtx.segment import Segment
 
-Once = Callable[[Hashable, Callable[[], Any]], Any]
+Memoize = Callable[[Hashable, Callable[[], Any]], Any]
 
 
 class Positions(nn.Module, ABC):
@@ -37,39 +37,43 @@ class Positions(nn.Module, ABC):
         self.head_dim = head_dim
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+    def forward(
+        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
+    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
         """Return queries, keys and an additive bias of the scores.
 
         Args:
             q: (rows, segment, heads, head_dim).
             k: (rows, entries, kv_heads, head_dim).
-            places: where the entries stand.
+            entry_positions: where the entries stand.
             segment: where the queries stand.
         """
 
-    def placed(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
+    def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Return queries or keys as they are kept for good, one token or entry a row.
 
         Args:
             x: (rows, 1, heads, head_dim).
             position: (rows, 1) float64, within the document, however far.
-            once: shares what is made of positions between layers.
+            memo: shares what is made of positions between layers.
         """
         return x
 
-    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+    def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Return keys as queries without positions see them (see :class:`memtx.memory.base.ContentAttention`)."""
         return keys
 
-    def bias(self, tick: Tensor, once: Once) -> Bias | None:
-        """Return the bias of one query's scores; tick: (rows, keys) float64, the query being at 0."""
+    def score_bias(self, offset: Tensor, memo: Memoize) -> AlibiBias | None:
+        """Return the bias of one query's scores; offset: (rows, keys) float64, the query being at 0."""
         return None
 
 
 class NoPositions(Positions):
     """Scores by content alone, for models whose embeddings say where a token stands."""
 
-    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+    def forward(
+        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
+    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
         """Leave both."""
         return q, k, None
 
@@ -92,7 +96,7 @@ class Rotary(Positions):
         heads: int,
         head_dim: int,
         base: float = 10000.0,
-        frequencies: Callable[[int, float], Frequencies] = Frequencies,
+        frequencies: Callable[[int, float], RotaryFrequencies] = RotaryFrequencies,
     ) -> None:
         super().__init__(heads, head_dim)
         if head_dim % 2:
@@ -104,33 +108,35 @@ class Rotary(Positions):
         """Say the base."""
         return f"base={self.base}"
 
-    def _turn(self, tick: Tensor, dtype: torch.dtype) -> Tensor:
-        return turned_by(tick, self.frequencies.inverse(tick.device), dtype, self.frequencies.factor)
+    def _angles(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
+        return rotary_angles(offset, self.frequencies.inv_freq(offset.device), dtype, self.frequencies.attention_factor)
 
-    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+    def forward(
+        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
+    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
         """Rotate both by their ticks."""
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-        settings = (Rotary, self.frequencies.settings, dtype)
+        settings = (Rotary, self.frequencies.cache_key, dtype)
 
         def of_keys() -> Tensor:
-            return self._turn(places.tick, dtype)
+            return self._angles(entry_positions.offset, dtype)
 
         def of_queries() -> Tensor:
-            return self._turn(torch.arange(segment.length, device=q.device)[None], dtype)
+            return self._angles(torch.arange(segment.length, device=q.device)[None], dtype)
 
-        q = rotate(q, segment.once(settings, of_queries))
-        return q, rotate(k, places.visibility.once(settings, of_keys)), None
+        q = apply_rotary_emb(q, segment.memo(settings, of_queries))
+        return q, apply_rotary_emb(k, entry_positions.visibility.memo(settings, of_keys)), None
 
-    def placed(self, x: Tensor, position: Tensor, once: Once) -> Tensor:
+    def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Rotate by the position itself: angles are float64, so they stay true however long the stream is."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        key = (Rotary, self.frequencies.settings, dtype, id(position))
-        return rotate(x, once(key, lambda: self._turn(position, dtype)))
+        key = (Rotary, self.frequencies.cache_key, dtype, id(position))
+        return apply_rotary_emb(x, memo(key, lambda: self._angles(position, dtype)))
 
-    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+    def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Rotate back by the distance; a query that is not rotated leaves its factor to the keys."""
         dtype = torch.float64 if keys.dtype == torch.float64 else torch.float32
-        return rotate(keys, self._turn(-distance[None], dtype) * self.frequencies.factor)
+        return apply_rotary_emb(keys, self._angles(-distance[None], dtype) * self.frequencies.attention_factor)
 
 
 class Alibi(Positions):
@@ -143,11 +149,19 @@ class Alibi(Positions):
         slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
         self.register_buffer("slopes", slopes, persistent=False)
 
-    def forward(self, q: Tensor, k: Tensor, places: Places, segment: Segment) -> tuple[Tensor, Tensor, Bias | None]:
+    def forward(
+        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
+    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
         """Leave both; the bias is shared by all layers of equal places."""
-        return q, k, places.visibility.once((Alibi, self.heads), lambda: Bias(self.slopes, places.tick))
+        return (
+            q,
+            k,
+            entry_positions.visibility.memo(
+                (Alibi, self.heads), lambda: AlibiBias(self.slopes, entry_positions.offset)
+            ),
+        )
 
-    def bias(self, tick: Tensor, once: Once) -> Bias | None:
+    def score_bias(self, offset: Tensor, memo: Memoize) -> AlibiBias | None:
         """Return the penalty."""
-        made: Bias = once((Alibi, self.heads, id(tick)), lambda: Bias(self.slopes, tick))
+        made: AlibiBias = memo((Alibi, self.heads, id(offset)), lambda: AlibiBias(self.slopes, offset))
         return made

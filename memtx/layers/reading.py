@@ -8,36 +8,36 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memtx.once import Once
+from memtx.once import Memo
 
 
 @dataclass(frozen=True)
-class Reading(Once):
+class EncoderInputs(Memo):
     """One call of an encoder: whole texts, read both ways.
 
     Attributes:
         length: places a row.
         device: of the tensors.
-        present: (rows, length) bool, where a token is and no padding; None for everywhere.
-        asked: (rows, n) int64, places of global tokens, which see all and are seen by all; -1 fills a row that has
-            fewer. None where no row has any.
+        attention_mask: (rows, length) bool, where a token is and no padding; None for everywhere.
+        global_indices: (rows, n) int64, places of global tokens, which see all and are seen by all; -1 fills a row that
+            has fewer. None where no row has any.
         random_blocks: layer -> (1 or heads, query blocks, r) int64, in place of blocks that a layer would draw.
     """
 
     length: int
     device: torch.device
-    present: Tensor | None = None
-    asked: Tensor | None = None
+    attention_mask: Tensor | None = None
+    global_indices: Tensor | None = None
     random_blocks: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(
+    def from_masks(
         cls,
         tokens: Tensor,
         attention_mask: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
         random_blocks: Mapping[int, Tensor] | None = None,
-    ) -> Reading:
+    ) -> EncoderInputs:
         """Return the reading of masks as the ``transformers`` library takes them.
 
         Args:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from memtx.memory.base import Readout
-from memtx.ops.attention.merge import merge
+from memtx.ops.attention.merge import merge_attention
 
 
-def joined(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) -> Tensor:
+def combine_readouts(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) -> Tensor:
     """Return attention's outputs with all answers in them.
 
     First those that bring a log-sum-exp alone, in one softmax with attention and so in no order; then, in their
@@ -26,7 +26,7 @@ def joined(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) ->
     parts = [(one.out.to(attended.dtype), one.lse) for one in readouts if one.lse is not None and one.gate is None]
     if parts:
         assert lse is not None
-        attended, lse = merge([(attended, lse), *parts])
+        attended, lse = merge_attention([(attended, lse), *parts])
     for one in readouts:
         if one.gate is not None:
             share = one.gate
@@ -39,7 +39,7 @@ def joined(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) ->
     return attended
 
 
-def gated(one: Readout, gate: Tensor) -> Readout:
+def apply_gate(readout: Readout, gate: Tensor) -> Readout:
     """Return an answer that a gate lets through in part: at 0 the layer gives what it gives without.
 
     A learned gate a head that begins at 0, as in Flamingo (Alayrac et al. 2022, section 2.2): the answer itself has
@@ -47,10 +47,10 @@ def gated(one: Readout, gate: Tensor) -> Readout:
     attention is let through in proportion to its share there, so that a gate of 1 is that softmax.
 
     Args:
-        one: what a memory answered.
+        readout: what a memory answered.
         gate: (heads,), from -1 to 1.
     """
     gate = gate[:, None, None]
-    if one.gate is None and one.lse is None:
-        return replace(one, out=one.out * gate.to(one.out.dtype))
-    return replace(one, gate=gate if one.gate is None else one.gate * gate)
+    if readout.gate is None and readout.lse is None:
+        return replace(readout, out=readout.out * gate.to(readout.out.dtype))
+    return replace(readout, gate=gate if readout.gate is None else readout.gate * gate)

@@ -13,28 +13,28 @@ from torch.nn import functional as F
 from memtx.ops.linear import Linear
 
 
-def distances(keys: int, width: int, clamp: int, like: Tensor) -> Tensor:
-    """Return the sinusoids of the distances keys - 1, ..., 1, 0, (keys, width), sines before cosines.
+def distance_embeddings(num_keys: int, dim: int, clamp_length: int, like: Tensor) -> Tensor:
+    """Return the sinusoids of the distances num_keys - 1, ..., 1, 0, (num_keys, dim), sines before cosines.
 
     Args:
-        keys: how many.
-        width: even.
-        clamp: farther distances count as this one; 0 or less for no such limit.
+        num_keys: how many.
+        dim: even.
+        clamp_length: farther distances count as this one; 0 or less for no such limit.
         like: gives device and dtype; angles are computed in float32 at least.
     """
-    distance = torch.arange(keys - 1, -1, -1, device=like.device)
-    return sinusoids(distance.clamp(max=clamp) if clamp > 0 else distance, width, like)
+    distance = torch.arange(num_keys - 1, -1, -1, device=like.device)
+    return sinusoidal_embedding(distance.clamp(max=clamp_length) if clamp_length > 0 else distance, dim, like)
 
 
-def sinusoids(distance: Tensor, width: int, like: Tensor) -> Tensor:
-    """Return the code of distances (n,), (n, width), in the type of ``like``: sines before cosines."""
+def sinusoidal_embedding(distance: Tensor, dim: int, like: Tensor) -> Tensor:
+    """Return the code of distances (n,), (n, dim), in the type of ``like``: sines before cosines."""
     kind = torch.float64 if like.dtype == torch.float64 else torch.float32
-    frequency = 1 / 10000 ** (torch.arange(0, width, 2, device=like.device, dtype=kind) / width)
+    frequency = 1 / 10000 ** (torch.arange(0, dim, 2, device=like.device, dtype=kind) / dim)
     angle = distance.to(kind)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)
 
 
-def shifted(scores: Tensor) -> Tensor:
+def relative_shift(scores: Tensor) -> Tensor:
     """Return scores by key (..., queries, keys) of scores by distance.
 
     Column p of the input is distance keys - 1 - p; the last key stands where the last query does. Where a key would
@@ -53,19 +53,19 @@ class RelativeAttention(nn.Module):
         dim: width of the hidden states.
         heads: how many.
         head_dim: width of a head.
-        own_biases: whether u and v are the layer's own; else they are given with each call.
+        has_biases: whether u and v are the layer's own; else they are given with each call.
         dropout: of attention weights.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, *, own_biases: bool = True, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, heads: int, head_dim: int, *, has_biases: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
         self.head_dim = head_dim
         self.query_key_value = Linear(dim, 3 * heads * head_dim, bias=False)
         self.distance = Linear(dim, heads * head_dim, bias=False)
         self.out = Linear(heads * head_dim, dim, bias=False)
-        self.content_bias = nn.Parameter(torch.zeros(heads, head_dim)) if own_biases else None
-        self.position_bias = nn.Parameter(torch.zeros(heads, head_dim)) if own_biases else None
+        self.content_bias = nn.Parameter(torch.zeros(heads, head_dim)) if has_biases else None
+        self.position_bias = nn.Parameter(torch.zeros(heads, head_dim)) if has_biases else None
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -73,9 +73,9 @@ class RelativeAttention(nn.Module):
         x: Tensor,
         memory: Tensor,
         sinusoids: Tensor,
-        seen: Tensor,
-        foreign: Tensor | None,
-        shared: tuple[Tensor, Tensor] | None,
+        mask: Tensor,
+        cross_document_mask: Tensor | None,
+        shared_biases: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Return (rows, segment, dim).
 
@@ -83,28 +83,28 @@ class RelativeAttention(nn.Module):
             x: (rows, segment, dim).
             memory: (rows, places, dim), hidden states before the segment.
             sinusoids: (places + segment, dim), by descending distance.
-            seen: (segment, places + segment) bool.
-            foreign: (rows, segment, places + segment) bool, keys of another document than the query's, which count as
-                the zeros of an empty memory do; None for none.
-            shared: u and v of all layers, each (heads, head_dim), where the layer has none of its own.
+            mask: (segment, places + segment) bool.
+            cross_document_mask: (rows, segment, places + segment) bool, keys of another document than the query's,
+                which count as the zeros of an empty memory do; None for none.
+            shared_biases: u and v of all layers, each (heads, head_dim), where the layer has none of its own.
         """
         segment = x.shape[1]
         projected = self.query_key_value(torch.cat([memory, x], dim=1))
         projected = projected.view(*projected.shape[:2], 3, self.heads, self.head_dim).transpose(1, 3)
         q, k, v = projected.unbind(2)  # (rows, heads, places + segment, head_dim)
         q = q[:, :, -segment:]
-        content, position = shared if shared is not None else (self.content_bias, self.position_bias)
+        content, position = shared_biases if shared_biases is not None else (self.content_bias, self.position_bias)
         assert content is not None
         assert position is not None
         r = self.distance(sinusoids).view(-1, self.heads, self.head_dim).transpose(0, 1)
         by_content = (q + content[:, None]) @ k.transpose(-1, -2)
-        if foreign is not None:
-            by_content = by_content.masked_fill(foreign[:, None], 0.0)
-        scores = (by_content + shifted((q + position[:, None]) @ r.transpose(-1, -2))) * self.head_dim**-0.5
+        if cross_document_mask is not None:
+            by_content = by_content.masked_fill(cross_document_mask[:, None], 0.0)
+        scores = (by_content + relative_shift((q + position[:, None]) @ r.transpose(-1, -2))) * self.head_dim**-0.5
         kind = torch.float64 if scores.dtype == torch.float64 else torch.float32
-        weights = torch.softmax(scores.to(kind).masked_fill(~seen, float("-inf")), dim=-1)
-        if foreign is not None:
-            weights = weights.masked_fill(foreign[:, None], 0.0)
+        weights = torch.softmax(scores.to(kind).masked_fill(~mask, float("-inf")), dim=-1)
+        if cross_document_mask is not None:
+            weights = weights.masked_fill(cross_document_mask[:, None], 0.0)
         attended = self.dropout(weights).to(v.dtype) @ v
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out

@@ -18,26 +18,28 @@ from torch import Tensor, nn
 Seeds = tuple[int, int] | None
 
 
-class Reversible(Protocol):
+class ReversibleLayer(Protocol):
     """A layer of two parts, each with its norm within."""
 
     training: bool
 
-    def attend(self, x: Tensor, present: Tensor | None, decided: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return f(x), and what it decided, or was told to have decided."""
         ...
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         """Return g(x)."""
         ...
 
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """Return whether anything is dropped at random now."""
         ...
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+def _fork_rng(seed: int | None, device: torch.device) -> Iterator[None]:
     """Run with torch's generators at a seed and leave them as they were; None leaves them alone."""
     if seed is None:
         yield
@@ -48,38 +50,43 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _draw(layer: Reversible) -> Seeds:
-    if not layer.drops():
+def _sample_seeds(layer: ReversibleLayer) -> Seeds:
+    if not layer.has_dropout():
         return None
     one, other = torch.randint(1 << 62, (2,)).tolist()
     return one, other
 
 
 def _attend(
-    layer: Reversible, x: Tensor, present: Tensor | None, decided: Tensor | None, seeds: Seeds
+    layer: ReversibleLayer, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None, seeds: Seeds
 ) -> tuple[Tensor, Tensor | None]:
-    with _seeded(None if seeds is None else seeds[0], x.device):
-        return layer.attend(x, present, decided)
+    with _fork_rng(None if seeds is None else seeds[0], x.device):
+        return layer.attend(x, attention_mask, cached_buckets)
 
 
-def _feed(layer: Reversible, x: Tensor, seeds: Seeds) -> Tensor:
-    with _seeded(None if seeds is None else seeds[1], x.device):
-        return layer.feed(x)
+def _feed_forward(layer: ReversibleLayer, x: Tensor, seeds: Seeds) -> Tensor:
+    with _fork_rng(None if seeds is None else seeds[1], x.device):
+        return layer.feed_forward(x)
 
 
-class _Reversed(torch.autograd.Function):
+class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x1: Tensor, x2: Tensor, layers: Sequence[Reversible], present: Tensor | None, *weights: Tensor
+        ctx: Any,
+        x1: Tensor,
+        x2: Tensor,
+        layers: Sequence[ReversibleLayer],
+        attention_mask: Tensor | None,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.layers, ctx.present = layers, present
+        ctx.layers, ctx.present = layers, attention_mask
         ctx.cast = (torch.is_autocast_enabled(x1.device.type), torch.get_autocast_dtype(x1.device.type))
         ctx.decided, ctx.seeds = [], []
         for layer in layers:
-            seeds = _draw(layer)
-            made, decided = _attend(layer, x2, present, None, seeds)
+            seeds = _sample_seeds(layer)
+            made, decided = _attend(layer, x2, attention_mask, None, seeds)
             x1 = x1 + made
-            x2 = x2 + _feed(layer, x1, seeds)
+            x2 = x2 + _feed_forward(layer, x1, seeds)
             ctx.decided.append(decided)
             ctx.seeds.append(seeds)
         ctx.save_for_backward(x1, x2)
@@ -92,15 +99,15 @@ class _Reversed(torch.autograd.Function):
         enabled, dtype = ctx.cast
         # All that outlives a layer is made before the first: between short-lived blocks it would scatter the heap, and
         # the process would grow with depth though what is alive does not.
-        totals = [[torch.zeros_like(p) for p in _weights(layer)] for layer in ctx.layers]
+        totals = [[torch.zeros_like(p) for p in _trainable_parameters(layer)] for layer in ctx.layers]
         with torch.autocast(x1.device.type, dtype=dtype, enabled=enabled):
             for layer, decided, seeds, total in zip(
                 reversed(ctx.layers), reversed(ctx.decided), reversed(ctx.seeds), reversed(totals), strict=True
             ):
-                weights = _weights(layer)
+                weights = _trainable_parameters(layer)
                 with torch.enable_grad():
                     x1 = x1.detach().requires_grad_()
-                    fed = _feed(layer, x1, seeds)
+                    fed = _feed_forward(layer, x1, seeds)
                 grads = torch.autograd.grad(fed, [x1, *weights], grad2, allow_unused=True)
                 x2 = x2 - fed.detach()
                 del fed
@@ -120,19 +127,21 @@ class _Reversed(torch.autograd.Function):
         return grad1, grad2, None, None, *(own for total in totals for own in total)
 
 
-def _weights(layer: Reversible) -> list[Tensor]:
+def _trainable_parameters(layer: ReversibleLayer) -> list[Tensor]:
     return [p for p in cast(nn.Module, layer).parameters() if p.requires_grad]
 
 
-def run(x1: Tensor, x2: Tensor, layers: Sequence[Reversible], present: Tensor | None) -> tuple[Tensor, Tensor]:
+def reversible_forward(
+    x1: Tensor, x2: Tensor, layers: Sequence[ReversibleLayer], attention_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return both streams after all layers, with gradient and without what lies between.
 
     Args:
         x1: (rows, n, dim), the stream that attention adds to.
         x2: (rows, n, dim), the stream that it reads.
         layers: in order.
-        present: (rows, n) bool, False for padding; None for none.
+        attention_mask: (rows, n) bool, False for padding; None for none.
     """
-    weights = [p for layer in layers for p in _weights(layer)]
-    out1, out2 = _Reversed.apply(x1, x2, layers, present, *weights)  # type: ignore[no-untyped-call]
+    weights = [p for layer in layers for p in _trainable_parameters(layer)]
+    out1, out2 = _ReversibleFunction.apply(x1, x2, layers, attention_mask, *weights)  # type: ignore[no-untyped-call]
     return out1, out2

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from memtx.layers.feed_forward import FeedForward
-from memtx.layers.relative_attention import sinusoids
+from memtx.layers.relative_attention import sinusoidal_embedding
 from memtx.ops.linear import Linear
 
 
-def by_place(scores: Tensor) -> Tensor:
+def bidirectional_relative_shift(scores: Tensor) -> Tensor:
     """Return scores by key (..., n, n) of scores by distance (..., n, 2 n - 1): column p is distance n - 1 - p."""
     n = scores.shape[-2]
     # Row i begins n - 1 - i columns in: in one line, one step less than a row's length from one to the next.
@@ -44,24 +44,24 @@ class TwoStreamAttention(nn.Module):
         self.position_bias = nn.Parameter(torch.zeros(heads, self.head_dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, asking: Tensor, content: Tensor, distances: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, content: Tensor, sinusoids: Tensor, mask: Tensor) -> Tensor:
         """Return what is seen, (rows, n, dim); zero where a place sees nothing.
 
         Args:
-            asking: (rows, n, dim), the stream that asks.
+            queries: (rows, n, dim), the stream that asks.
             content: (rows, n, dim), what is seen.
-            distances: (2 n - 1, dim), sinusoids of n - 1, ..., 0, ..., 1 - n.
-            seen: (rows or 1, n, n) bool, by asking place and place asked.
+            sinusoids: (2 n - 1, dim), sinusoids of n - 1, ..., 0, ..., 1 - n.
+            mask: (rows or 1, n, n) bool, by asking place and place asked.
         """
-        q = self.query(asking).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (rows, heads, n, head_dim)
+        q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (rows, heads, n, head_dim)
         k, v = self.key_value(content).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        r = self.distance(distances).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, 2 n - 1, head_dim)
+        r = self.distance(sinusoids).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, 2 n - 1, head_dim)
         near = (q + self.content_bias[:, None]) @ k.transpose(-1, -2)
-        far = by_place((q + self.position_bias[:, None]) @ r.transpose(-1, -2))
+        far = bidirectional_relative_shift((q + self.position_bias[:, None]) @ r.transpose(-1, -2))
         scores = (near + far) * self.head_dim**-0.5
-        weights = torch.softmax(scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min), dim=-1)
+        weights = torch.softmax(scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
         # Who sees nothing would see all alike.
-        weights = self.dropout(weights.masked_fill(~seen[:, None], 0.0))
+        weights = self.dropout(weights.masked_fill(~mask[:, None], 0.0))
         out: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
         return out
 
@@ -72,27 +72,27 @@ class TwoStreamBlock(nn.Module):
     Args:
         dim: width of the hidden states.
         heads: how many.
-        hidden: inner width of the feed-forward part; 4 dim by default.
+        hidden_dim: inner width of the feed-forward part; 4 dim by default.
         eps: of the norms.
         dropout: of what each part adds.
     """
 
-    def __init__(self, dim: int, heads: int, hidden: int | None, eps: float, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, hidden_dim: int | None, eps: float, dropout: float) -> None:
         super().__init__()
         self.attention = TwoStreamAttention(dim, heads, dropout)
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
-        self.feed_forward = FeedForward(dim, hidden, dropout)
+        self.feed_forward = FeedForward(dim, hidden_dim, dropout)
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, asking: Tensor, content: Tensor, distances: Tensor, seen: Tensor) -> Tensor:
+    def forward(self, queries: Tensor, content: Tensor, sinusoids: Tensor, mask: Tensor) -> Tensor:
         """Return the next layer's stream of those who ask, (rows, n, dim); arguments as in the attention."""
-        x = self.attention_norm(asking + self.dropout(self.attention(asking, content, distances, seen)))
+        x = self.attention_norm(queries + self.dropout(self.attention(queries, content, sinusoids, mask)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
 
 
-def distances_of(n: int, like: Tensor) -> Tensor:
+def bidirectional_sinusoids(length: int, like: Tensor) -> Tensor:
     """Return the sinusoids of the distances n - 1, ..., 0, ..., 1 - n: (2 n - 1, width) for like (..., width)."""
-    distance = torch.arange(n - 1, -n, -1, device=like.device)
-    return sinusoids(distance, like.shape[-1], like)
+    distance = torch.arange(length - 1, -length, -1, device=like.device)
+    return sinusoidal_embedding(distance, like.shape[-1], like)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from memtx.memory.ring import Layout
+from memtx.memory.ring import RingLayout
 from memtx.ops.visibility import Visibility
 from memtx.segment import Segment
 
@@ -28,17 +28,17 @@ Losses = dict[str, Tensor]
 class ContentAttention(Protocol):
     """A layer's attention by content alone: its projections without positions."""
 
-    def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
+    def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
         """Project (rows, entries, dim) to (rows, entries, heads, head_dim).
 
         Args:
             x: attention inputs.
-            part: "query", "key" or "value"; key and value heads are repeated to the query heads' number.
+            projection: "query", "key" or "value"; key and value heads are repeated to the query heads' number.
             frozen: use the weights without letting them learn.
         """
         ...
 
-    def apart(self, keys: Tensor, distance: Tensor) -> Tensor:
+    def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Return keys as a query without positions sees them that stands so far behind them.
 
         Args:
@@ -49,15 +49,15 @@ class ContentAttention(Protocol):
 
 
 @dataclass(frozen=True)
-class Places:
+class EntryPositions:
     """Where entries stand and who sees them; shared by all layers whose memories have equal settings.
 
     Attributes:
-        tick: (rows or 1, entries) float64, where each entry stands, in ticks of the call.
+        offset: (rows or 1, entries) float64, where each entry stands, in ticks of the call.
         visibility: lifetimes and static bounds, over the entries in order.
     """
 
-    tick: Tensor
+    offset: Tensor
     visibility: Visibility
 
 
@@ -69,16 +69,16 @@ class View:
         parts: what attention makes keys and values of, in order, each (rows, its entries, dim). They are apart
             so that no gradient is computed for carried ones, which have none to take. The segment's own inputs
             are the last of a layer's first memory.
-        places: where the entries of all parts stand and who sees them.
-        kept: what ``write`` of the same memory needs.
-        weight: (rows, n), of the first n entries, added to their scaled scores (a log-weight, which learns); None
+        entry_positions: where the entries of all parts stand and who sees them.
+        context: what ``write`` of the same memory needs.
+        key_bias: (rows, n), of the first n entries, added to their scaled scores (a log-weight, which learns); None
             for none.
     """
 
     parts: tuple[Tensor, ...]
-    places: Places
-    kept: Any
-    weight: Tensor | None = None
+    entry_positions: EntryPositions
+    context: Any
+    key_bias: Tensor | None = None
 
     @property
     def hidden(self) -> Tensor:
@@ -86,14 +86,14 @@ class View:
         return torch.cat(self.parts, dim=1)
 
     @classmethod
-    def apart(cls, segment: Segment, kept: Any) -> View:
-        """Return the view of a memory that answers by ``recall`` and adds no entries to the layer's attention."""
+    def readout_only(cls, segment: Segment, context: Any) -> View:
+        """Return the view of a memory that answers by ``readout`` and adds no entries to the layer's attention."""
 
-        def nowhere() -> Places:
+        def nowhere() -> EntryPositions:
             none = segment.position.new_zeros(1, 0)
-            return Places(none.double(), Visibility(none, none, segment.length, ()))
+            return EntryPositions(none.double(), Visibility(none, none, segment.length, ()))
 
-        return cls((), segment.once("nowhere", nowhere), kept)
+        return cls((), segment.memo("nowhere", nowhere), context)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Readout:
 
 
 @dataclass(frozen=True)
-class Trace:
+class LayerActivations:
     """What the layer made of the segment, for a memory to write from.
 
     Attributes:
@@ -133,31 +133,31 @@ class Memory(nn.Module, ABC, Generic[S]):
     """What one layer carries from segment to segment; the module holds weights only.
 
     A layer may have several. The first is exact: it carries the segment itself, and its entries are attention's
-    keys and values. The others answer by :meth:`recall`.
+    keys and values. The others answer by :meth:`readout`.
 
     Args:
         dim: width of the hidden states.
 
     Attributes:
-        depends_on: what of the layer a write is made of.
-        by_layer: whether its answers are made by the layer's own projections, and so of its heads' width, which may
-            differ from dim / heads.
-        beyond: whether the first section of what it opens stands for what lies beyond the exact window.
-        native: whether what it shows is what the layer would have seen with a longer window, so that it needs no gate
-            in a model that was trained without it.
-        padded: whether the rows of a call may end before it does (see :attr:`memtx.segment.Segment.stop`); a kind that
-            says so carries nothing of what stands behind.
-        lasting: whether it can keep what it has read for as long as a document lasts, so that training has to begin
-            afresh now and then: see :class:`memtx.training.language.LanguageModule`'s ``restarts``.
+        write_source: what of the layer a write is made of.
+        uses_layer_projections: whether its answers are made by the layer's own projections, and so of its heads' width,
+            which may differ from dim / heads.
+        has_bank: whether the first section of what it opens stands for what lies beyond the exact window.
+        needs_gate: whether it needs a gate in a model that was trained without it; False where what it shows is what
+            the layer would have seen with a longer window.
+        supports_padding: whether the rows of a call may end before it does (see
+            :attr:`memtx.segment.Segment.valid_length`); a kind that says so carries nothing of what stands behind.
+        unbounded: whether it can keep what it has read for as long as a document lasts, so that training has to begin
+            afresh now and then: see :class:`memtx.training.language.LanguageModule`'s ``state_reset_prob``.
         interval: tokens of a document after which it writes once; None if it writes at every token.
     """
 
-    depends_on: ClassVar[Literal["nothing", "input", "output", "top"]] = "input"
-    by_layer: ClassVar[bool] = False
-    beyond: ClassVar[bool] = False
-    native: ClassVar[bool] = False
-    padded: ClassVar[bool] = False
-    lasting: ClassVar[bool] = True
+    write_source: ClassVar[Literal["nothing", "input", "output", "top"]] = "input"
+    uses_layer_projections: ClassVar[bool] = False
+    has_bank: ClassVar[bool] = False
+    needs_gate: ClassVar[bool] = True
+    supports_padding: ClassVar[bool] = False
+    unbounded: ClassVar[bool] = True
     interval: int | None = None
 
     def __init__(self, dim: int) -> None:
@@ -165,11 +165,11 @@ class Memory(nn.Module, ABC, Generic[S]):
         self.dim = dim
 
     @abstractmethod
-    def init_state(self, rows: int, *, like: Tensor) -> S:
+    def init_state(self, batch_size: int, *, like: Tensor) -> S:
         """Return the state of fresh streams: zeros, of the shapes it keeps for good.
 
         Args:
-            rows: streams in the batch.
+            batch_size: streams in the batch.
             like: gives device and dtype.
         """
 
@@ -184,7 +184,7 @@ class Memory(nn.Module, ABC, Generic[S]):
             attention: the layer's projections.
         """
 
-    def recall(self, view: View, q: Tensor) -> Readout | None:
+    def readout(self, view: View, q: Tensor) -> Readout | None:
         """Answer the segment's queries; None for a memory whose entries attention reads.
 
         Args:
@@ -194,27 +194,27 @@ class Memory(nn.Module, ABC, Generic[S]):
         return None
 
     @property
-    def answers(self) -> bool:
-        """Whether it answers by :meth:`recall`, so that it must stand behind an exact memory."""
-        return type(self).recall is not Memory.recall
+    def has_readout(self) -> bool:
+        """Whether it answers by :meth:`readout`, so that it must stand behind an exact memory."""
+        return type(self).readout is not Memory.readout
 
     @property
-    def cut_matters(self) -> bool:
+    def depends_on_segmentation(self) -> bool:
         """Whether its results depend on how a stream is cut into calls, as some published schedules' do."""
         return False
 
     @abstractmethod
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[S, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[S, Losses]:
         """Close the memory: return the next state and the auxiliary losses.
 
         Args:
             view: what ``read`` returned for the segment.
             segment: where the tokens stand.
-            trace: what the layer made of it.
+            activations: what the layer made of it.
         """
 
-    def settle(self, state: S, outputs: Tensor, segment: Segment) -> S:
-        """Change the next state by what the whole layer made; for a kind whose ``depends_on`` is "output".
+    def on_layer_output(self, state: S, outputs: Tensor, segment: Segment) -> S:
+        """Change the next state by what the whole layer made; for a kind whose ``write_source`` is "output".
 
         Its calls end at the borders of its ``interval``.
 
@@ -228,24 +228,24 @@ class Memory(nn.Module, ABC, Generic[S]):
     # Decoding in place (see memtx.memory.ring). Not abstract: a kind without a layout is decoded by calls of one token
     # and never asked for the rest, one that keeps no compressed entries never for the last.
 
-    def layout(self) -> Layout | None:
+    def ring_layout(self) -> RingLayout | None:
         """Return the slots that a stream going on token by token needs; None where the kind has no such form."""
         return None
 
-    def carried(self, state: S) -> tuple[Tensor, Tensor]:
-        """Return (rows, places, dim) exact inputs and (rows, length, dim) compressed entries of a state."""
+    def split_state(self, state: S) -> tuple[Tensor, Tensor]:
+        """Return (rows, cache_length, dim) exact inputs and (rows, num_entries, dim) compressed entries of a state."""
         raise NotImplementedError
 
-    def state_of(self, cache: Tensor, bank: Tensor) -> S:
-        """Return the state that holds what :meth:`carried` returns."""
+    def join_state(self, cache: Tensor, bank: Tensor) -> S:
+        """Return the state that holds what :meth:`split_state` returns."""
         raise NotImplementedError
 
-    def compressed(self, block: Tensor, probe: Tensor, attention: ContentAttention) -> Tensor:
+    def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
         """Compress one block a row.
 
         Args:
-            block: (rows, rate, dim), the inputs that cross the edge.
-            probe: (rows, rate, dim), the newest inputs.
+            block: (rows, compression_rate, dim), the inputs that cross the edge.
+            recent: (rows, compression_rate, dim), the newest inputs.
             attention: the layer's projections.
 
         Returns:

@@ -1,8 +1,8 @@
 """The compressed memory of the Compressive Transformer (Rae et al. 2020) behind one edge.
 
-A position sees the newest states exactly and, through one entry a block of ``rate`` positions, ``length``
-blocks before them. The edge between the two is a function of the position, aligned to blocks:
-edge(t) = rate * max(0, floor((t - window + 1) / rate)). A past token is thus either exact or in exactly one
+A position sees the newest states exactly and, through one entry a block of ``compression_rate``
+positions, ``num_entries`` blocks before them. The edge between the two is a function of the position, aligned to
+blocks: edge(t) = rate * max(0, floor((t - window + 1) / rate)). A past token is thus either exact or in exactly one
 entry. A block is compressed when it crosses the edge, inside the segment whose later queries read it, so
 the compression learns from the language model itself, even with a horizon of one segment.
 """
@@ -16,25 +16,25 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from memtx.errors import at_least
-from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
+from memtx.errors import check_at_least
+from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
 from memtx.memory.compression import Compression, StridedConvolution
-from memtx.memory.edge import Edge
+from memtx.memory.edge import EvictedBlocks
 from memtx.memory.reconstruction import Reconstruction
-from memtx.memory.recurrent import newest
-from memtx.memory.ring import Layout
-from memtx.ops.visibility import Section, Visibility
-from memtx.segment import FAR, Segment
-from memtx.state import state
+from memtx.memory.recurrent import update_cache
+from memtx.memory.ring import RingLayout
+from memtx.ops.visibility import KeyRange, Visibility
+from memtx.segment import INFINITE_OFFSET, Segment
+from memtx.state import state_dataclass
 
 
-@state
+@state_dataclass
 class CompressedState:
     """Cache and bank.
 
     Attributes:
-        hidden: (rows, window + rate - 1, dim), exact layer inputs of the row's document, newest last.
-        bank: (rows, length, dim), the newest compressed entries, newest last.
+        hidden: (rows, window + compression_rate - 1, dim), exact layer inputs of the row's document, newest last.
+        bank: (rows, num_entries, dim), the newest compressed entries, newest last.
     """
 
     hidden: Tensor
@@ -42,31 +42,31 @@ class CompressedState:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BankPlan:
     """What becomes of the bank in a call; shared by all layers of equal settings.
 
     Attributes:
-        kept: (rows, length) int64, which entries of [bank | blocks] are the next bank.
-        alive: (rows, length, 1) bool, which places of the next bank are taken.
-        places: of [bank | blocks | cache | segment].
+        indices: (rows, num_entries) int64, which entries of [bank | blocks] are the next bank.
+        occupied: (rows, num_entries, 1) bool, which places of the next bank are taken.
+        entry_positions: of [bank | blocks | cache | segment].
     """
 
-    kept: Tensor
-    alive: Tensor
-    places: Places
+    indices: Tensor
+    occupied: Tensor
+    entry_positions: EntryPositions
 
-    def following(self, bank: Tensor, entries: Tensor) -> Tensor:
-        """Return the next bank, (rows, length, dim), from the one before and the entries that were born."""
-        index = self.kept[..., None].expand(-1, -1, bank.shape[-1])
-        return torch.cat([bank, entries], dim=1).gather(1, index).masked_fill(~self.alive, 0.0)
+    def next_bank(self, bank: Tensor, entries: Tensor) -> Tensor:
+        """Return the next bank, (rows, num_entries, dim), from the one before and the entries that were born."""
+        index = self.indices[..., None].expand(-1, -1, bank.shape[-1])
+        return torch.cat([bank, entries], dim=1).gather(1, index).masked_fill(~self.occupied, 0.0)
 
 
 @dataclass(frozen=True)
-class Compressed:
+class CompressedBlocks:
     """The blocks of a call.
 
     Attributes:
-        blocks: (rows, blocks, rate, dim), their states.
+        blocks: (rows, blocks, compression_rate, dim), their states.
         usage: how much each state was attended to, where the compression wants it.
         entries: (rows, blocks, dim), what they were made.
     """
@@ -77,9 +77,9 @@ class Compressed:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    compressed: Compressed
-    plan: Blocks
+class _ReadContext:
+    compressed: CompressedBlocks
+    plan: BankPlan
 
 
 class CompressedMemory(Memory[CompressedState]):
@@ -87,187 +87,215 @@ class CompressedMemory(Memory[CompressedState]):
 
     Args:
         dim: width of the hidden states.
-        window: exact positions seen at least (up to window + rate - 1, as the edge moves by blocks).
-        rate: positions a compressed entry stands for.
-        length: compressed entries kept.
-        compression: makes the compression from (dim, rate).
-        reconstruction: makes an auxiliary loss from (dim, rate); None for none.
-        per_call: False: what a position sees depends on its position alone. True: the published schedule, in
-            which all that a call finds in cache and bank is seen by the whole call and blocks are compressed
-            after it; results then depend on how a stream is cut.
+        window: exact positions seen at least (up to window + compression_rate - 1, as the edge moves by blocks).
+        compression_rate: positions a compressed entry stands for.
+        num_entries: compressed entries kept.
+        compression: makes the compression from (dim, compression_rate).
+        reconstruction: makes an auxiliary loss from (dim, compression_rate); None for none.
+        compress_per_segment: False: what a position sees depends on its position alone. True: the published schedule,
+            in which all that a call finds in cache and bank is seen by the whole call and blocks are compressed after
+            it; results then depend on how a stream is cut.
 
     Raises:
         MemtxError: a number is out of range.
     """
 
-    beyond = True
-    padded = True
-    lasting = False
+    has_bank = True
+    supports_padding = True
+    unbounded = False
 
     def __init__(
         self,
         dim: int,
         window: int = 512,
-        rate: int = 4,
-        length: int = 128,
+        compression_rate: int = 4,
+        num_entries: int = 128,
         compression: Callable[[int, int], Compression] = StridedConvolution,
         reconstruction: Callable[[int, int], Reconstruction] | None = None,
-        per_call: bool = False,
+        compress_per_segment: bool = False,
     ) -> None:
         super().__init__(dim)
-        at_least(1, window=window, rate=rate)
-        at_least(0, length=length)
+        check_at_least(1, window=window, compression_rate=compression_rate)
+        check_at_least(0, num_entries=num_entries)
         self.window = window
-        self.rate = rate
-        self.length = length
-        self.per_call = per_call
-        self.compression = compression(dim, rate)
-        self.reconstruction = reconstruction(dim, rate) if reconstruction is not None else None
+        self.compression_rate = compression_rate
+        self.num_entries = num_entries
+        self.compress_per_segment = compress_per_segment
+        self.compression = compression(dim, compression_rate)
+        self.reconstruction = reconstruction(dim, compression_rate) if reconstruction is not None else None
 
     def extra_repr(self) -> str:
         """Say the settings."""
-        return f"window={self.window}, rate={self.rate}, length={self.length}, per_call={self.per_call}"
+        sizes = f"window={self.window}, compression_rate={self.compression_rate}, num_entries={self.num_entries}"
+        return f"{sizes}, compress_per_segment={self.compress_per_segment}"
 
     @property
-    def cut_matters(self) -> bool:
+    def depends_on_segmentation(self) -> bool:
         """Whether calls decide what is seen."""
-        return self.per_call
+        return self.compress_per_segment
 
     @property
-    def cached(self) -> int:
+    def cache_length(self) -> int:
         """Places of the cache."""
-        return self.window + self.rate - 1
+        return self.window + self.compression_rate - 1
 
-    def init_state(self, rows: int, *, like: Tensor) -> CompressedState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> CompressedState:
         """Return an empty cache and an empty bank."""
-        return CompressedState(like.new_zeros(rows, self.cached, self.dim), like.new_zeros(rows, self.length, self.dim))
+        return CompressedState(
+            like.new_zeros(batch_size, self.cache_length, self.dim),
+            like.new_zeros(batch_size, self.num_entries, self.dim),
+        )
 
     def read(self, state: CompressedState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [bank | blocks crossing the edge | cache | segment]."""
-        edge = self._edge(segment)
-        settings = (CompressedMemory, self.window, self.rate, self.length, self.per_call)
-        plan: Blocks = segment.once(settings, lambda: self._plan(segment, edge))
+        edge = self._evicted_blocks(segment)
+        settings = (CompressedMemory, self.window, self.compression_rate, self.num_entries, self.compress_per_segment)
+        plan: BankPlan = segment.memo(settings, lambda: self._bank_plan(segment, edge))
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
         made = self._compress(cache, x, edge, attention)
-        return View((bank, made.entries, cache, x), plan.places, _Kept(made, plan))
+        return View((bank, made.entries, cache, x), plan.entry_positions, _ReadContext(made, plan))
 
-    def _compress(self, cache: Tensor, x: Tensor, edge: Edge, attention: ContentAttention) -> Compressed:
+    def _compress(
+        self, cache: Tensor, x: Tensor, evicted: EvictedBlocks, attention: ContentAttention
+    ) -> CompressedBlocks:
         """Compress what crosses the edge in the call."""
         # No longer than the window: all that crosses was there before, and no gradient goes into the segment.
         source = cache if x.shape[1] <= self.window else torch.cat([cache, x], dim=1)
-        shape = (*edge.born.shape, self.rate, self.dim)
+        shape = (*evicted.valid.shape, self.compression_rate, self.dim)
         # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
-        blocks = source.flatten(0, 1).index_select(0, edge.source).view(shape)
+        blocks = source.flatten(0, 1).index_select(0, evicted.block_indices).view(shape)
         usage = None
         if self.compression.needs_usage:
-            probe = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, edge.probe).view(shape)
-            usage = _usage(probe, blocks, attention)
-        return Compressed(blocks, usage, self.compression(blocks, usage).to(x.dtype))
+            probe = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, evicted.recent_indices).view(shape)
+            usage = _attention_usage(probe, blocks, attention)
+        return CompressedBlocks(blocks, usage, self.compression(blocks, usage).to(x.dtype))
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[CompressedState, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[CompressedState, Losses]:
         """Keep the newest states and the newest entries of the newest document."""
-        kept: _Kept = view.kept
+        kept: _ReadContext = view.context
         bank, entries, cache, x = view.parts
-        losses = self._losses(kept.compressed, segment, trace)
-        return CompressedState(newest(cache, x, segment), kept.plan.following(bank, entries)), losses
+        losses = self._auxiliary_losses(kept.compressed, segment, activations)
+        return CompressedState(update_cache(cache, x, segment), kept.plan.next_bank(bank, entries)), losses
 
-    def _losses(self, made: Compressed, segment: Segment, trace: Trace) -> Losses:
+    def _auxiliary_losses(
+        self, compressed: CompressedBlocks, segment: Segment, activations: LayerActivations
+    ) -> Losses:
         if self.reconstruction is None or not self.training:
             return {}
-        blocks = made.blocks.detach()
-        entries = self.compression(blocks, made.usage)
-        born = self._edge(segment).born
-        loss = self.reconstruction(blocks, entries, born, trace.inputs.detach(), trace.attention)
+        blocks = compressed.blocks.detach()
+        entries = self.compression(blocks, compressed.usage)
+        born = self._evicted_blocks(segment).valid
+        loss = self.reconstruction(blocks, entries, born, activations.inputs.detach(), activations.attention)
         return {self.reconstruction.name: loss}
 
-    def layout(self) -> Layout | None:
+    def ring_layout(self) -> RingLayout | None:
         """Return slots for the window, up to a block more, and the bank; none where calls decide what is seen."""
-        return None if self.per_call else Layout(self.window, self.rate, self.length, self.cached)
+        return (
+            None
+            if self.compress_per_segment
+            else RingLayout(self.window, self.compression_rate, self.num_entries, self.cache_length)
+        )
 
-    def carried(self, state: CompressedState) -> tuple[Tensor, Tensor]:
+    def split_state(self, state: CompressedState) -> tuple[Tensor, Tensor]:
         """Return cache and bank."""
         return state.hidden, state.bank
 
-    def state_of(self, cache: Tensor, bank: Tensor) -> CompressedState:
+    def join_state(self, cache: Tensor, bank: Tensor) -> CompressedState:
         """Return cache and bank as a state."""
         return CompressedState(cache, bank)
 
-    def compressed(self, block: Tensor, probe: Tensor, attention: ContentAttention) -> Tensor:
+    def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
         """Compress one block a row."""
-        usage = _usage(probe[:, None], block[:, None], attention) if self.compression.needs_usage else None
+        usage = _attention_usage(recent[:, None], block[:, None], attention) if self.compression.needs_usage else None
         out: Tensor = self.compression(block[:, None], usage)
         return out[:, 0]
 
-    def _edge(self, segment: Segment) -> Edge:
-        made: Edge = segment.once((Edge, self.window, self.rate), lambda: Edge.of(segment, self.window, self.rate))
+    def _evicted_blocks(self, segment: Segment) -> EvictedBlocks:
+        made: EvictedBlocks = segment.memo(
+            (EvictedBlocks, self.window, self.compression_rate),
+            lambda: EvictedBlocks.from_segment(segment, self.window, self.compression_rate),
+        )
         return made
 
-    def _plan(self, segment: Segment, edge: Edge) -> Blocks:
-        rate, window, length = self.rate, self.window, self.length
-        carried = segment.carried[:, None]
+    def _bank_plan(self, segment: Segment, evicted: EvictedBlocks) -> BankPlan:
+        rate, window, length = self.compression_rate, self.window, self.num_entries
+        carried = segment.past_length[:, None]
 
         # Exact states: from their own tick until their block crosses the edge, within their document. The published
         # schedule: seen by the whole call unless their block was in the bank before it.
-        published = torch.where(edge.leaves >= 0, edge.exact_end, -FAR)
-        expires = published if self.per_call else torch.minimum(edge.leaves, edge.exact_end)
+        published = torch.where(evicted.exact_evicted_at >= 0, evicted.exact_document_end, -INFINITE_OFFSET)
+        expires = (
+            published
+            if self.compress_per_segment
+            else torch.minimum(evicted.exact_evicted_at, evicted.exact_document_end)
+        )
 
         # The carried bank: place i holds block number `whole - length + i` of the carried document.
         whole = ((carried - window).clamp(min=-1) // rate).clamp(min=0)
         number = whole - length + torch.arange(length, device=carried.device)
         bank_born = (number + 1) * rate + window - 1 - carried
-        bank_end, block_end = segment.carried_end[:, None], edge.end
-        if not self.per_call:
+        bank_end, block_end = segment.past_document_end[:, None], evicted.document_end
+        if not self.compress_per_segment:
             bank_end = torch.minimum(bank_born + length * rate, bank_end)
-            block_end = torch.minimum(edge.at + length * rate, block_end)
-        bank_expires = torch.where(number >= 0, bank_end, -FAR)
-        block_expires = torch.where(edge.born, block_end, -FAR)
-        block_born = torch.full_like(edge.at, FAR) if self.per_call else edge.at
-        places = Places(
-            torch.cat([self._centre(torch.cat([bank_born, edge.at], dim=1)), edge.tick], dim=1),
+            block_end = torch.minimum(evicted.evicted_at + length * rate, block_end)
+        bank_expires = torch.where(number >= 0, bank_end, -INFINITE_OFFSET)
+        block_expires = torch.where(evicted.valid, block_end, -INFINITE_OFFSET)
+        block_born = (
+            torch.full_like(evicted.evicted_at, INFINITE_OFFSET) if self.compress_per_segment else evicted.evicted_at
+        )
+        places = EntryPositions(
+            torch.cat(
+                [self._block_center(torch.cat([bank_born, evicted.evicted_at], dim=1)), evicted.exact_offset], dim=1
+            ),
             Visibility(
-                torch.cat([bank_born, block_born, edge.tick], dim=1),
+                torch.cat([bank_born, block_born, evicted.exact_offset], dim=1),
                 torch.cat([bank_expires, block_expires, expires], dim=1),
                 segment.length,
-                self._sections(segment.length, edge.at.shape[1]),
+                self._key_ranges(segment.length, evicted.evicted_at.shape[1]),
             ),
         )
 
         # The next bank: the newest entries of the newest document, in order of birth.
-        newest_document = segment.newest_document
-        block_own = edge.born & (edge.document == newest_document)
-        if segment.stop is not None:
-            block_own &= edge.at < segment.stop[:, None]
+        newest_document = segment.last_document_id
+        block_own = evicted.valid & (evicted.document_id == newest_document)
+        if segment.valid_length is not None:
+            block_own &= evicted.evicted_at < segment.valid_length[:, None]
         own = torch.cat([(number >= 0) & (newest_document == 0), block_own], 1)
-        order = torch.where(own, torch.cat([bank_born, edge.at], 1), -FAR)
+        order = torch.where(own, torch.cat([bank_born, evicted.evicted_at], 1), -INFINITE_OFFSET)
         kept = order.argsort(dim=1, stable=True)[:, order.shape[1] - length :]
-        return Blocks(kept, (order.gather(1, kept) > -FAR)[..., None], places)
+        return BankPlan(kept, (order.gather(1, kept) > -INFINITE_OFFSET)[..., None], places)
 
-    def _centre(self, born: Tensor) -> Tensor:
-        """Return the ticks, float64, at which the centres of blocks stand that are born at ``born``."""
-        return born.double() - self.window - (self.rate - 1) / 2
+    def _block_center(self, visible_from: Tensor) -> Tensor:
+        """Return the ticks, float64, at which the centres of blocks stand that are born at ``visible_from``."""
+        return visible_from.double() - self.window - (self.compression_rate - 1) / 2
 
-    def _sections(self, n: int, count: int) -> tuple[Section, ...]:
-        """Return static bounds: entries advance by ``rate`` ticks, exact states by one."""
-        entries, exact = self.length + count, self.cached + n
-        if self.per_call:
-            return Section(entries), Section(exact, -self.cached, 1, None)
+    def _key_ranges(self, length: int, num_blocks: int) -> tuple[KeyRange, ...]:
+        """Return static bounds: entries advance by ``compression_rate`` ticks, exact states by one."""
+        entries, exact = self.num_entries + num_blocks, self.cache_length + length
+        if self.compress_per_segment:
+            return KeyRange(entries), KeyRange(exact, -self.cache_length, 1, None)
         return (
-            Section(entries, -self.length * self.rate, self.rate, self.length * self.rate),
-            Section(exact, -self.cached, 1, self.cached),
+            KeyRange(
+                entries,
+                -self.num_entries * self.compression_rate,
+                self.compression_rate,
+                self.num_entries * self.compression_rate,
+            ),
+            KeyRange(exact, -self.cache_length, 1, self.cache_length),
         )
 
 
-def _usage(probe: Tensor, blocks: Tensor, attention: ContentAttention) -> Tensor:
-    """Return (rows, blocks, rate): attention to a block's states from the newest ones as it crosses, averaged.
+def _attention_usage(recent: Tensor, blocks: Tensor, attention: ContentAttention) -> Tensor:
+    """Return attention to a block's states from the newest ones as it crosses, averaged: (rows, blocks, states).
 
     Args:
-        probe: (rows, blocks, rate, dim), the newest states.
+        recent: (rows, blocks, compression_rate, dim), the newest states.
         blocks: likewise, those that cross.
         attention: the layer's projections.
     """
     rate, split = blocks.shape[2], "r (b c) h d -> r b c h d"
     with torch.no_grad():
-        q = rearrange(attention.project(probe.flatten(1, 2), "query", frozen=True), split, c=rate)
+        q = rearrange(attention.project(recent.flatten(1, 2), "query", frozen=True), split, c=rate)
         k = rearrange(attention.project(blocks.flatten(1, 2), "key", frozen=True), split, c=rate)
         score = torch.einsum("rbqhd,rbkhd->rbhqk", q, k) * q.shape[-1] ** -0.5
         return torch.softmax(score, dim=-1).mean(dim=(2, 3))

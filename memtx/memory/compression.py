@@ -18,38 +18,38 @@ from memtx.ops.linear import Linear
 
 
 class Compression(nn.Module, ABC):
-    """From ``rate`` hidden states to one.
+    """From ``compression_rate`` hidden states to one.
 
     Args:
         dim: width of the hidden states.
-        rate: states in a block.
+        compression_rate: states in a block.
     """
 
     needs_usage = False
     """Whether ``forward`` is to be given how much attention each state of the block receives."""
 
-    any_rate = False
+    supports_any_rate = False
     """Whether blocks of any number of states can be given, whatever the rate it was made for."""
 
-    def __init__(self, dim: int, rate: int) -> None:
+    def __init__(self, dim: int, compression_rate: int) -> None:
         super().__init__()
         self.dim = dim
-        self.rate = rate
+        self.compression_rate = compression_rate
 
     @abstractmethod
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
-        """Compress (rows, blocks, rate, dim) to (rows, blocks, dim).
+        """Compress (rows, blocks, compression_rate, dim) to (rows, blocks, dim).
 
         Args:
             blocks: hidden states.
-            usage: (rows, blocks, rate), where ``needs_usage``.
+            usage: (rows, blocks, compression_rate), where ``needs_usage``.
         """
 
 
 class MeanPooling(Compression):
     """The block's mean."""
 
-    any_rate = True
+    supports_any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Average."""
@@ -59,7 +59,7 @@ class MeanPooling(Compression):
 class MaxPooling(Compression):
     """The block's greatest value, channel by channel."""
 
-    any_rate = True
+    supports_any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Take the maximum."""
@@ -69,33 +69,33 @@ class MaxPooling(Compression):
 class StridedConvolution(Compression):
     """A convolution whose kernel and stride are the rate: one linear map of the whole block."""
 
-    def __init__(self, dim: int, rate: int) -> None:
-        super().__init__(dim, rate)
-        self.map = Linear(rate * dim, dim)
+    def __init__(self, dim: int, compression_rate: int) -> None:
+        super().__init__(dim, compression_rate)
+        self.proj = Linear(compression_rate * dim, dim)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Begin as mean pooling."""
         with torch.no_grad():
-            one = torch.eye(self.dim, dtype=self.map.weight.dtype, device=self.map.weight.device)
-            self.map.weight.copy_(one.repeat(1, self.rate) / self.rate)
-            self.map.bias.zero_()
+            one = torch.eye(self.dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
+            self.proj.weight.copy_(one.repeat(1, self.compression_rate) / self.compression_rate)
+            self.proj.bias.zero_()
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Map the block's states, side by side."""
-        out: Tensor = self.map(blocks.flatten(2))
+        out: Tensor = self.proj(blocks.flatten(2))
         return out
 
 
 class DilatedConvolution(Compression):
     """Convolutions of dilation 1, 2, 4, ... until all of the block is in reach, added to its mean."""
 
-    def __init__(self, dim: int, rate: int, kernel: int = 3) -> None:
-        super().__init__(dim, rate)
-        # Layer i reaches kernel // 2 * 2^i to each side; together they are to reach the whole block.
-        depth = max(1, math.ceil(math.log2(rate))) if rate > 1 else 1
+    def __init__(self, dim: int, compression_rate: int, kernel_size: int = 3) -> None:
+        super().__init__(dim, compression_rate)
+        # Layer i reaches kernel_size // 2 * 2^i to each side; together they are to reach the whole block.
+        depth = max(1, math.ceil(math.log2(compression_rate))) if compression_rate > 1 else 1
         self.layers = nn.ModuleList(
-            nn.Conv1d(dim, dim, kernel, padding=(kernel // 2) * 2**i, dilation=2**i) for i in range(depth)
+            nn.Conv1d(dim, dim, kernel_size, padding=(kernel_size // 2) * 2**i, dilation=2**i) for i in range(depth)
         )
         self.out = Linear(dim, dim)
         self.reset_parameters()
@@ -119,12 +119,12 @@ class MostUsed(Compression):
     """The one state of the block that gets the most attention.
 
     The paper ranks by attention received so far, which depends on every earlier compression. Here usage is
-    what the layer's own queries of the newest ``rate`` positions give to the block's states as it leaves
+    what the layer's own queries of the newest ``compression_rate`` positions give to the block's states as it leaves
     the window, so that it is a function of positions and all blocks are ranked at once.
     """
 
     needs_usage = True
-    any_rate = True
+    supports_any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Select the most used state."""
@@ -133,38 +133,38 @@ class MostUsed(Compression):
         return blocks.gather(2, best).squeeze(2)
 
 
-class LearnedQueries(Compression):
+class AttentionPooling(Compression):
     """Cross attention from learned queries, one a head, to the block's states.
 
     Args:
         dim: width of the hidden states.
-        rate: states in a block.
+        compression_rate: states in a block.
         heads: parts of the width that are weighted apart.
 
     Raises:
         MemtxError: the heads do not divide the width.
     """
 
-    def __init__(self, dim: int, rate: int, heads: int = 4) -> None:
-        super().__init__(dim, rate)
+    def __init__(self, dim: int, compression_rate: int, heads: int = 4) -> None:
+        super().__init__(dim, compression_rate)
         if dim % heads:
             raise MemtxError(f"{heads} heads do not divide a width of {dim}.", "Choose a divisor.")
         self.heads = heads
         self.query = nn.Parameter(torch.zeros(heads, dim // heads))
         self.key = Linear(dim, dim, bias=False)
-        self.place = nn.Parameter(torch.zeros(heads, rate))
+        self.position_bias = nn.Parameter(torch.zeros(heads, compression_rate))
         self.value = Linear(dim, dim, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Begin as mean pooling: queries of zero weigh all states alike, values pass unchanged."""
         nn.init.zeros_(self.query)
-        nn.init.zeros_(self.place)
+        nn.init.zeros_(self.position_bias)
         nn.init.eye_(self.value.weight)
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Attend to each block."""
         key, value = (part(blocks).unflatten(-1, (self.heads, -1)) for part in (self.key, self.value))
         score = torch.einsum("rbchd,hd->rbhc", key, self.query.to(key.dtype)) * key.shape[-1] ** -0.5
-        weight = torch.softmax(score + self.place.to(score.dtype), dim=-1)
+        weight = torch.softmax(score + self.position_bias.to(score.dtype), dim=-1)
         return torch.einsum("rbhc,rbchd->rbhd", weight, value).flatten(2)

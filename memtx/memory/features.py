@@ -12,29 +12,29 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError
 
 
-class Feature(nn.Module, ABC):
+class FeatureMap(nn.Module, ABC):
     """From a head's key or query to what the memory is addressed by.
 
     Args:
         key_dim: width of a head's keys.
 
     Attributes:
-        width: of what it gives.
-        positive: whether it gives no negative numbers, so that products of keys and queries are weights.
+        feature_dim: of what it gives.
+        is_nonnegative: whether it gives no negative numbers, so that products of keys and queries are weights.
     """
 
-    positive: ClassVar[bool] = False
+    is_nonnegative: ClassVar[bool] = False
 
     def __init__(self, key_dim: int) -> None:
         super().__init__()
-        self.width = key_dim
+        self.feature_dim = key_dim
 
     @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., key_dim) to (..., width)."""
+        """Map (..., key_dim) to (..., feature_dim)."""
 
 
-class Unit(Feature):
+class NormalizedFeatureMap(FeatureMap):
     """Of length 1 (as DeltaNet's keys, Yang et al. 2024, section 3.1): then the delta rule replaces what was there."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,17 +42,17 @@ class Unit(Feature):
         return F.normalize(x, dim=-1)
 
 
-class Elu(Feature):
+class EluFeatureMap(FeatureMap):
     """ELU + 1 (Katharopoulos et al. 2020, equation 7; Infini-attention's), made of length 1."""
 
-    positive = True
+    is_nonnegative = True
 
     def forward(self, x: Tensor) -> Tensor:
         """Map to positive numbers."""
         return F.normalize(F.elu(x) + 1.0, dim=-1)
 
 
-class Dpfp(Feature):
+class DPFPFeatureMap(FeatureMap):
     """Products of neighbouring rectified numbers (Schlag et al. 2021, section 5.3; ARMT's), made of length 1.
 
     Sparse and 2 x ``order`` times as wide as a key: room for more keys that do not disturb each other.
@@ -65,14 +65,14 @@ class Dpfp(Feature):
         MemtxError: the order is not between 1 and 2 x key_dim - 1.
     """
 
-    positive = True
+    is_nonnegative = True
 
     def __init__(self, key_dim: int, order: int = 3) -> None:
         super().__init__(key_dim)
         if not 1 <= order < 2 * key_dim:
             raise MemtxError(f"order is {order} for keys of {key_dim}.", f"Give 1 to {2 * key_dim - 1}.")
         self.order = order
-        self.width = 2 * key_dim * order
+        self.feature_dim = 2 * key_dim * order
 
     def extra_repr(self) -> str:
         """Say the order."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import at_least
+from memtx.errors import check_at_least
 from memtx.ops.linear import Linear
 
 
@@ -19,33 +19,33 @@ class Gate(nn.Module):
 
     Args:
         dim: width of what decides.
-        count: gates for each.
-        bias: of the input at the beginning; below 0 for writing little.
+        num_gates: gates for each.
+        bias_init: of the input at the beginning; below 0 for writing little.
         stretch: how far beyond both ends; 0 for the plain sigmoid.
 
     Attributes:
-        highest: what it gives at most.
+        max_value: what it gives at most.
 
     Raises:
         MemtxError: the stretch is negative.
     """
 
-    highest: ClassVar[float] = 1.0
+    max_value: ClassVar[float] = 1.0
 
-    def __init__(self, dim: int, count: int, bias: float = -1.0, stretch: float = 0.1) -> None:
+    def __init__(self, dim: int, num_gates: int, bias_init: float = -1.0, stretch: float = 0.1) -> None:
         super().__init__()
-        at_least(0, stretch=stretch)
+        check_at_least(0, stretch=stretch)
         self.stretch = stretch
-        self.map = Linear(dim, count)
-        nn.init.constant_(self.map.bias, bias)
+        self.proj = Linear(dim, num_gates)
+        nn.init.constant_(self.proj.bias, bias_init)
 
     def extra_repr(self) -> str:
         """Say the stretch."""
         return f"stretch={self.stretch}"
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to (..., count) numbers from 0 to 1."""
-        wide = (1 + 2 * self.stretch) * torch.sigmoid(self.map(x)) - self.stretch
+        """Map (..., dim) to (..., num_gates) numbers from 0 to 1."""
+        wide = (1 + 2 * self.stretch) * torch.sigmoid(self.proj(x)) - self.stretch
         return wide.clamp(0.0, 1.0)
 
 
@@ -57,8 +57,8 @@ class ReflectingGate(Gate):
     permutations need and no b up to 1 can do (Grazzi et al. 2024, sections 3 and 4).
     """
 
-    highest: ClassVar[float] = 2.0
+    max_value: ClassVar[float] = 2.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to (..., count) numbers from 0 to 2."""
-        return self.highest * super().forward(x)
+        """Map (..., dim) to (..., num_gates) numbers from 0 to 2."""
+        return self.max_value * super().forward(x)

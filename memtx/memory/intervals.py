@@ -17,64 +17,64 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.memory.base import Readout
-from memtx.ops.attention.reference import weigh
+from memtx.ops.attention.reference import softmax_attention
 from memtx.segment import Segment
 
 
-def by_stretch(x: Tensor, stretches: int, ticks: int, fill: int) -> Tensor:
+def split_into_chunks(x: Tensor, num_chunks: int, chunk_length: int, fill: int) -> Tensor:
     """Cut (rows, segment) into (rows, stretches, ticks); ticks behind the last token get ``fill``."""
-    return F.pad(x, (0, stretches * ticks - x.shape[1]), value=fill).view(-1, stretches, ticks)
+    return F.pad(x, (0, num_chunks * chunk_length - x.shape[1]), value=fill).view(-1, num_chunks, chunk_length)
 
 
-def recalled(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Readout:
+def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Readout:
     """Attend from a layer's queries to the entries of their own stretch.
 
     Args:
         q: (rows, segment, heads, head_dim).
         k: (rows, stretches, heads, entries, head_dim).
         v: likewise.
-        seen: (rows, stretches, 1, ticks, entries) bool.
+        mask: (rows, stretches, 1, ticks, entries) bool.
     """
-    n, stretches, ticks = q.shape[1], seen.shape[1], seen.shape[3]
+    n, stretches, ticks = q.shape[1], mask.shape[1], mask.shape[3]
     asked = F.pad(q, (0, 0, 0, 0, 0, stretches * ticks - n))
     asked = rearrange(asked, "r (b t) h d -> r b h t d", b=stretches)
-    out, lse = weigh((asked @ k.mT) * q.shape[-1] ** -0.5, seen, v)
+    out, lse = softmax_attention((asked @ k.mT) * q.shape[-1] ** -0.5, mask, v)
     out, lse = rearrange(out, "r b h t d -> r h (b t) d"), rearrange(lse, "r b h t -> r h (b t)")
     return Readout(out[:, :, :n], lse=lse[:, :, :n])
 
 
 @dataclass(frozen=True)
-class Intervals:
+class IntervalPlan:
     """The intervals that may end in a call, one a stretch of ``interval`` ticks; shared by layers of equal settings.
 
     Attributes:
-        source: (rows * stretches * ticks,) int64, where their inputs stand in the segment, rows flattened.
-        inside: (rows, stretches, 1, 1, ticks) bool, which of these are the interval's.
-        begun: (rows,) bool, whether the first one began before the call.
-        first: (rows, stretches) bool, which are their document's first, so that they find the initial slots.
-        ends: (rows, stretches) bool, which end in the call at all.
-        seen: (rows, stretches, 1, ticks, 3) bool, which version a query meets: initial, found, written.
-        last: (rows,) int64, which of [found | written in each stretch] is the next state.
-        fresh: (rows,) bool, whether there is none.
-        open: (rows, 1, 1, ticks) bool, which of the last tokens are of the interval open at the end.
-        still: (rows,) bool, whether that one began before the call.
-        empty: (rows,) bool, whether it has no token yet.
+        input_indices: (rows * stretches * ticks,) int64, where their inputs stand in the segment, rows flattened.
+        input_mask: (rows, stretches, 1, 1, ticks) bool, which of these are the interval's.
+        first_continues: (rows,) bool, whether the first one began before the call.
+        is_first: (rows, stretches) bool, which are their document's first, so that they find the initial slots.
+        has_end: (rows, stretches) bool, which end in the call at all.
+        version_mask: (rows, stretches, 1, ticks, 3) bool, which version a query meets: initial, found, written.
+        final_version: (rows,) int64, which of [found | written in each stretch] is the next state.
+        is_unwritten: (rows,) bool, whether there is none.
+        open_mask: (rows, 1, 1, ticks) bool, which of the last tokens are of the interval open at the end.
+        open_continues: (rows,) bool, whether that one began before the call.
+        open_is_empty: (rows,) bool, whether it has no token yet.
     """
 
-    source: Tensor
-    inside: Tensor
-    begun: Tensor
-    first: Tensor
-    ends: Tensor
-    seen: Tensor
-    last: Tensor
-    fresh: Tensor
-    open: Tensor
-    still: Tensor
-    empty: Tensor
+    input_indices: Tensor
+    input_mask: Tensor
+    first_continues: Tensor
+    is_first: Tensor
+    has_end: Tensor
+    version_mask: Tensor
+    final_version: Tensor
+    is_unwritten: Tensor
+    open_mask: Tensor
+    open_continues: Tensor
+    open_is_empty: Tensor
 
     @classmethod
-    def of(cls, segment: Segment, interval: int) -> Intervals:
+    def from_segment(cls, segment: Segment, interval: int) -> IntervalPlan:
         """Place the intervals of ``interval`` tokens in a call."""
         n, position = segment.length, segment.position
         rows, stretches = position.shape[0], -(-n // interval)
@@ -83,7 +83,7 @@ class Intervals:
         tick = torch.arange(n, device=device)
         offset = torch.arange(ticks, device=device)
 
-        cut = partial(by_stretch, stretches=stretches, ticks=ticks)
+        cut = partial(split_into_chunks, num_chunks=stretches, chunk_length=ticks)
         ending = cut(((position + 1) % interval == 0).int(), fill=0)
         at = ending.argmax(-1) + torch.arange(stretches, device=device) * ticks
         at = at.clamp(max=n - 1)

@@ -8,13 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
-from memtx.ops.visibility import Section, Visibility
+from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
+from memtx.ops.visibility import KeyRange, Visibility
 from memtx.segment import Segment
-from memtx.state import state
+from memtx.state import state_dataclass
 
 
-@state
+@state_dataclass
 class NoState:
     """Nothing."""
 
@@ -22,31 +22,34 @@ class NoState:
 class NoMemory(Memory[NoState]):
     """Carries nothing from one call to the next."""
 
-    depends_on = "nothing"
-    padded = True
-    lasting = False
+    write_source = "nothing"
+    supports_padding = True
+    unbounded = False
 
     @property
-    def cut_matters(self) -> bool:
+    def depends_on_segmentation(self) -> bool:
         """True: what a token sees begins with the call."""
         return True
 
-    def init_state(self, rows: int, *, like: Tensor) -> NoState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> NoState:
         """Return nothing."""
         return NoState()
 
     def read(self, state: NoState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open the segment alone: every token is seen by the later ones of its document."""
-        return View((x,), segment.once("none", lambda: _places(segment)), None)
+        return View((x,), segment.memo("none", lambda: _entry_positions(segment)), None)
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[NoState, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[NoState, Losses]:
         """Keep nothing."""
         return NoState(), {}
 
 
-def _places(segment: Segment) -> Places:
+def _entry_positions(segment: Segment) -> EntryPositions:
     tick = torch.arange(segment.length, device=segment.position.device)[None]
     visibility = Visibility(
-        tick.expand_as(segment.end), segment.end, segment.length, (Section(segment.length, 0, 1, None),)
+        tick.expand_as(segment.document_end),
+        segment.document_end,
+        segment.length,
+        (KeyRange(segment.length, 0, 1, None),),
     )
-    return Places(tick.double(), visibility)
+    return EntryPositions(tick.double(), visibility)

@@ -21,16 +21,16 @@ class Reconstruction(nn.Module, ABC):
 
     Args:
         dim: width of the hidden states.
-        rate: states in a block.
+        compression_rate: states in a block.
         weight: factor of the loss.
     """
 
     name: str
 
-    def __init__(self, dim: int, rate: int, weight: float = 1.0) -> None:
+    def __init__(self, dim: int, compression_rate: int, weight: float = 1.0) -> None:
         super().__init__()
         self.dim = dim
-        self.rate = rate
+        self.compression_rate = compression_rate
         self.weight = weight
 
     @abstractmethod
@@ -40,7 +40,7 @@ class Reconstruction(nn.Module, ABC):
         """Return the weighted loss, 0 where no block is valid.
 
         Args:
-            blocks: (rows, blocks, rate, dim), detached.
+            blocks: (rows, blocks, compression_rate, dim), detached.
             entries: (rows, blocks, dim), compressed from ``blocks``.
             valid: (rows, blocks) bool, which of them really left the window.
             queries: (rows, segment, dim), the segment's attention inputs, detached.
@@ -53,15 +53,17 @@ class AutoEncoding(Reconstruction):
 
     name = "auto_encoding"
 
-    def __init__(self, dim: int, rate: int, weight: float = 1.0) -> None:
-        super().__init__(dim, rate, weight)
-        self.decode = Linear(dim, rate * dim)
+    def __init__(self, dim: int, compression_rate: int, weight: float = 1.0) -> None:
+        super().__init__(dim, compression_rate, weight)
+        self.decoder = Linear(dim, compression_rate * dim)
 
     def forward(
         self, blocks: Tensor, entries: Tensor, valid: Tensor, queries: Tensor, attention: ContentAttention
     ) -> Tensor:
         """Decode and compare."""
-        error = (self.decode(entries).unflatten(-1, (self.rate, self.dim)) - blocks).square().mean(dim=(2, 3))
+        error = (
+            (self.decoder(entries).unflatten(-1, (self.compression_rate, self.dim)) - blocks).square().mean(dim=(2, 3))
+        )
         loss: Tensor = self.weight * (error * valid).sum() / valid.sum().clamp(min=1)
         return loss
 
@@ -79,7 +81,7 @@ class AttentionReconstruction(Reconstruction):
     ) -> Tensor:
         """Attend to both and compare."""
         q = attention.project(queries, "query", frozen=True)
-        old = _attend(q, blocks.flatten(1, 2), valid.repeat_interleave(self.rate, dim=1), attention)
+        old = _attend(q, blocks.flatten(1, 2), valid.repeat_interleave(self.compression_rate, dim=1), attention)
         new = _attend(q, entries, valid, attention)
         some = valid.any(dim=1)
         error = (old - new).square().mean(dim=(1, 2, 3))

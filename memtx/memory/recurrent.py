@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.errors import at_least
-from memtx.memory.base import ContentAttention, Losses, Memory, Places, Trace, View
-from memtx.memory.ring import Layout
-from memtx.ops.visibility import Section, Visibility
-from memtx.segment import FAR, Segment
-from memtx.state import state
+from memtx.errors import check_at_least
+from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
+from memtx.memory.ring import RingLayout
+from memtx.ops.visibility import KeyRange, Visibility
+from memtx.segment import INFINITE_OFFSET, Segment
+from memtx.state import state_dataclass
 
 
-@state
+@state_dataclass
 class RecurrentState:
     """The cache.
 
     Attributes:
-        hidden: (rows, places, dim), the newest layer inputs of the row's document, newest last.
+        hidden: (rows, cache_length, dim), the newest layer inputs of the row's document, newest last.
     """
 
     hidden: Tensor
@@ -38,84 +38,84 @@ class RecurrentMemory(Memory[RecurrentState]):
         MemtxError: the window is not positive.
     """
 
-    padded = True
-    lasting = False
+    supports_padding = True
+    unbounded = False
 
     def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
         super().__init__(dim)
-        at_least(1, window=window)
+        check_at_least(1, window=window)
         self.window = window
         self.same_length = same_length
-        self.places = window - 1 if same_length else window
+        self.cache_length = window - 1 if same_length else window
 
     def extra_repr(self) -> str:
         """Say the settings."""
         return f"window={self.window}, same_length={self.same_length}"
 
     @property
-    def cut_matters(self) -> bool:
+    def depends_on_segmentation(self) -> bool:
         """Whether calls decide what is seen."""
         return not self.same_length
 
-    def init_state(self, rows: int, *, like: Tensor) -> RecurrentState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> RecurrentState:
         """Return an empty cache."""
-        return RecurrentState(like.new_zeros(rows, self.places, self.dim))
+        return RecurrentState(like.new_zeros(batch_size, self.cache_length, self.dim))
 
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment]."""
         settings = (RecurrentMemory, self.window, self.same_length)
-        return View((state.hidden.to(x.dtype), x), segment.once(settings, lambda: self._places(segment)), None)
+        return View((state.hidden.to(x.dtype), x), segment.memo(settings, lambda: self._entry_positions(segment)), None)
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[RecurrentState, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[RecurrentState, Losses]:
         """Keep the newest."""
         cache, x = view.parts
-        return RecurrentState(newest(cache, x, segment)), {}
+        return RecurrentState(update_cache(cache, x, segment)), {}
 
-    def layout(self) -> Layout | None:
+    def ring_layout(self) -> RingLayout | None:
         """Return a slot for every position of the window; none where calls decide what is seen."""
-        return Layout(self.window, 1, 0, self.places) if self.same_length else None
+        return RingLayout(self.window, 1, 0, self.cache_length) if self.same_length else None
 
-    def carried(self, state: RecurrentState) -> tuple[Tensor, Tensor]:
+    def split_state(self, state: RecurrentState) -> tuple[Tensor, Tensor]:
         """Return the cache, and nothing compressed."""
         return state.hidden, state.hidden[:, :0]
 
-    def state_of(self, cache: Tensor, bank: Tensor) -> RecurrentState:
+    def join_state(self, cache: Tensor, bank: Tensor) -> RecurrentState:
         """Return the cache as a state."""
         return RecurrentState(cache)
 
-    def _places(self, segment: Segment) -> Places:
-        tick, position, end = cached_places(segment, self.places)
+    def _entry_positions(self, segment: Segment) -> EntryPositions:
+        tick, position, end = locate_entries(segment, self.cache_length)
         if self.same_length:
             expires, span = torch.minimum(tick + self.window, end), self.window
         else:
             expires, span = end, None
-        expires = torch.where(position >= 0, expires, -FAR)
-        section = Section(tick.shape[1], -self.places, 1, span)
-        return Places(tick[:1].double(), Visibility(tick, expires, segment.length, (section,)))
+        expires = torch.where(position >= 0, expires, -INFINITE_OFFSET)
+        section = KeyRange(tick.shape[1], -self.cache_length, 1, span)
+        return EntryPositions(tick[:1].double(), Visibility(tick, expires, segment.length, (section,)))
 
 
-def cached_places(segment: Segment, places: int) -> tuple[Tensor, Tensor, Tensor]:
+def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return tick, position (negative where nothing is cached) and document end of [cache | segment].
 
     Args:
         segment: where the call's tokens stand.
-        places: of the cache.
+        cache_length: of the cache.
 
     Returns:
-        three (rows, places + segment) int64.
+        three (rows, cache_length + segment) int64.
     """
     rows = segment.position.shape[0]
-    tick = torch.arange(-places, segment.length, device=segment.position.device).expand(rows, -1)
-    position = torch.cat([segment.carried[:, None] + tick[:, :places], segment.position], dim=1)
-    end = torch.cat([segment.carried_end[:, None].expand(-1, places), segment.end], dim=1)
+    tick = torch.arange(-cache_length, segment.length, device=segment.position.device).expand(rows, -1)
+    position = torch.cat([segment.past_length[:, None] + tick[:, :cache_length], segment.position], dim=1)
+    end = torch.cat([segment.past_document_end[:, None].expand(-1, cache_length), segment.document_end], dim=1)
     return tick, position, end
 
 
-def newest(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
+def update_cache(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
     """Return the next cache: the newest entries of [cache | segment], zero where another document's stood.
 
     Args:
-        cache: (rows, places, dim).
+        cache: (rows, cache_length, dim).
         x: (rows, segment, dim).
         segment: where the call's tokens stand.
     """
@@ -126,11 +126,11 @@ def newest(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
         age = torch.arange(places, 0, -1, device=x.device)
         return (age > segment.next_position[:, None])[..., None]
 
-    if segment.stop is not None:
+    if segment.valid_length is not None:
         # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
-        first = segment.stop + torch.arange(x.shape[0], device=x.device) * (places + n)
+        first = segment.valid_length + torch.arange(x.shape[0], device=x.device) * (places + n)
         index = first[:, None] + torch.arange(places, device=x.device)
         kept = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, index.flatten()).view(cache.shape)
     else:
         kept = x[:, n - places :] if n >= places else torch.cat([cache[:, n:], x], dim=1)
-    return kept.masked_fill(segment.once(("newest", places), foreign), 0.0)
+    return kept.masked_fill(segment.memo(("newest", places), foreign), 0.0)

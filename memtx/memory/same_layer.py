@@ -13,15 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.errors import at_least
-from memtx.memory.base import Losses, Trace, View
-from memtx.memory.recurrent import RecurrentMemory, RecurrentState, newest
+from memtx.errors import check_at_least
+from memtx.memory.base import LayerActivations, Losses, View
+from memtx.memory.recurrent import RecurrentMemory, RecurrentState, update_cache
 from memtx.segment import Segment
-from memtx.state import state
+from memtx.state import state_dataclass
 
 
-@state
-class SameLayerState(RecurrentState):
+@state_dataclass
+class ErnieDocState(RecurrentState):
     """The cache, in which intervals that have ended stand by their outputs.
 
     Attributes:
@@ -31,7 +31,7 @@ class SameLayerState(RecurrentState):
     outputs: Tensor
 
 
-class SameLayerMemory(RecurrentMemory):
+class ErnieDocMemory(RecurrentMemory):
     """Every position sees itself and the ``window - 1`` before it, past intervals by the layer's outputs.
 
     Args:
@@ -43,44 +43,44 @@ class SameLayerMemory(RecurrentMemory):
         MemtxError: a number is not positive.
     """
 
-    depends_on = "output"
-    padded = False
+    write_source = "output"
+    supports_padding = False
 
     def __init__(self, dim: int, window: int = 512, interval: int = 128) -> None:
         super().__init__(dim, window)
-        at_least(1, interval=interval)
+        check_at_least(1, interval=interval)
         self.interval: int = interval
 
     def extra_repr(self) -> str:
         """Say the settings."""
         return f"window={self.window}, interval={self.interval}"
 
-    def init_state(self, rows: int, *, like: Tensor) -> SameLayerState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> ErnieDocState:
         """Return an empty cache."""
-        hidden = super().init_state(rows, like=like).hidden
-        return SameLayerState(hidden, like.new_zeros(rows, min(self.interval, self.places), self.dim))
+        hidden = super().init_state(batch_size, like=like).hidden
+        return ErnieDocState(hidden, like.new_zeros(batch_size, min(self.interval, self.cache_length), self.dim))
 
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: object) -> View:
         """Open [cache | segment]."""
-        assert isinstance(state, SameLayerState)
+        assert isinstance(state, ErnieDocState)
         settings = (RecurrentMemory, self.window, True)
-        places = segment.once(settings, lambda: self._places(segment))
+        places = segment.memo(settings, lambda: self._entry_positions(segment))
         return View((state.hidden.to(x.dtype), x), places, state.outputs)
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SameLayerState, Losses]:
-        """Keep the newest inputs; outputs come by :meth:`settle`."""
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[ErnieDocState, Losses]:
+        """Keep the newest inputs; outputs come by :meth:`on_layer_output`."""
         cache, x = view.parts
-        return SameLayerState(newest(cache, x, segment), view.kept), {}
+        return ErnieDocState(update_cache(cache, x, segment), view.context), {}
 
-    def settle(self, state: RecurrentState, outputs: Tensor, segment: Segment) -> SameLayerState:
+    def on_layer_output(self, state: RecurrentState, outputs: Tensor, segment: Segment) -> ErnieDocState:
         """Take the layer's outputs, and put them into the cache in the rows whose interval has just ended."""
-        assert isinstance(state, SameLayerState)
-        kept = newest(state.outputs.to(outputs.dtype), outputs, segment)
+        assert isinstance(state, ErnieDocState)
+        kept = update_cache(state.outputs.to(outputs.dtype), outputs, segment)
         count = kept.shape[1]
         ended = (segment.next_position % self.interval == 0)[:, None, None]
-        head, tail = state.hidden[:, : self.places - count], state.hidden[:, self.places - count :]
-        return SameLayerState(torch.cat([head, torch.where(ended, kept.to(tail.dtype), tail)], dim=1), kept)
+        head, tail = state.hidden[:, : self.cache_length - count], state.hidden[:, self.cache_length - count :]
+        return ErnieDocState(torch.cat([head, torch.where(ended, kept.to(tail.dtype), tail)], dim=1), kept)
 
-    def layout(self) -> None:
+    def ring_layout(self) -> None:
         """Return None: the cache changes at borders, so a stream is decoded by calls of one token."""
         return None

@@ -22,21 +22,21 @@ class TokenShift(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         # From channels that keep their own to channels that take all of the token before.
-        self.share = nn.Parameter(torch.linspace(0.0, 1.0, dim))
+        self.mix_ratio = nn.Parameter(torch.linspace(0.0, 1.0, dim))
 
-    def forward(self, x: Tensor, last: Tensor, segment: Segment) -> Tensor:
+    def forward(self, x: Tensor, last_input: Tensor, segment: Segment) -> Tensor:
         """Mix (rows, segment, dim).
 
         Args:
             x: the tokens' inputs.
-            last: (rows, dim), the input before the segment's first; not looked at where a document begins.
+            last_input: (rows, dim), the input before the segment's first; not looked at where a document begins.
             segment: where the tokens stand; before a document's first there is zero.
         """
-        before = torch.cat([last[:, None].to(x.dtype), x[:, :-1]], dim=1)
+        before = torch.cat([last_input[:, None].to(x.dtype), x[:, :-1]], dim=1)
         before = before.masked_fill((segment.position == 0)[..., None], 0.0)
-        return torch.lerp(x, before, self.share.to(x.dtype))
+        return torch.lerp(x, before, self.mix_ratio.to(x.dtype))
 
     @staticmethod
-    def last(x: Tensor) -> Tensor:
+    def last_input(x: Tensor) -> Tensor:
         """Return what the next segment needs, (rows, dim); copied, for a view would keep the whole segment alive."""
         return x[:, -1].clone()

@@ -15,50 +15,50 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from memtx.errors import MemtxError, at_least
-from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
-from memtx.memory.intervals import by_stretch, recalled
+from memtx.errors import MemtxError, check_at_least
+from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.intervals import attend_by_chunk, split_into_chunks
 from memtx.segment import Segment
-from memtx.state import state
+from memtx.state import state_dataclass
 
 
-@state
+@state_dataclass
 class SinkState:
     """The beginning of the document.
 
     Attributes:
-        hidden: (rows, count, dim), the layer inputs of its first tokens, zero where it is shorter.
+        hidden: (rows, num_sinks, dim), the layer inputs of its first tokens, zero where it is shorter.
     """
 
     hidden: Tensor
 
 
 @dataclass(frozen=True)
-class Beginnings:
+class SinkPlan:
     """Which sinks the queries of a call see; shared by layers of equal settings.
 
-    In any ``skip`` ticks of a row at most one document's sinks leave the window, so there is room for as many
+    In any ``exclude_recent`` ticks of a row at most one document's sinks leave the window, so there is room for as many
     versions as there are stretches of that length, and a stretch's queries meet two: found, and taken up in it.
 
     Attributes:
-        source: (rows, stretches + 1, count) int64, where the versions' inputs stand in [sinks | segment].
-        seen: (rows, stretches, 1, ticks, 2 count) bool.
-        kept: (rows, count) int64, where the next state's stand.
-        missing: (rows, count, 1) bool, which of these the document has not reached.
+        version_indices: (rows, stretches + 1, num_sinks) int64, where the versions' inputs stand in [sinks | segment].
+        mask: (rows, stretches, 1, ticks, 2 num_sinks) bool.
+        next_indices: (rows, num_sinks) int64, where the next state's stand.
+        next_missing: (rows, num_sinks, 1) bool, which of these the document has not reached.
     """
 
-    source: Tensor
-    seen: Tensor
-    kept: Tensor
-    missing: Tensor
+    version_indices: Tensor
+    mask: Tensor
+    next_indices: Tensor
+    next_missing: Tensor
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _ReadContext:
     keys: Tensor
     values: Tensor
-    seen: Tensor
-    after: SinkState
+    mask: Tensor
+    next_state: SinkState
 
 
 class SinkMemory(Memory[SinkState]):
@@ -66,38 +66,42 @@ class SinkMemory(Memory[SinkState]):
 
     Args:
         dim: width of the hidden states.
-        count: first tokens kept.
-        skip: how old a token is when it is read here: the layer's window, so that none is read twice.
-        placed: whether a query sees them where the window ends, the first one ``skip - 1`` positions back: the farthest
-            that a model trained on texts of that length knows. False: without positions, as if at the query's own.
+        num_sinks: first tokens kept.
+        exclude_recent: how old a token is when it is read here: the layer's window, so that none is read twice.
+        use_positions: whether a query sees them where the window ends, the first one ``exclude_recent - 1`` positions
+            back: the farthest that a model trained on texts of that length knows. False: without positions, as if at
+            the query's own.
 
     Raises:
         MemtxError: a number is out of range, or the first tokens would be needed before they are all there.
     """
 
-    by_layer = True
-    native = True
+    uses_layer_projections = True
+    needs_gate = False
 
-    def __init__(self, dim: int, count: int = 4, skip: int = 512, placed: bool = False) -> None:
+    def __init__(self, dim: int, num_sinks: int = 4, exclude_recent: int = 512, use_positions: bool = False) -> None:
         super().__init__(dim)
-        at_least(1, count=count, skip=skip)
-        if count > skip + 1:
-            raise MemtxError(f"count is {count}, skip is {skip}.", "Keep at most one token more than are skipped.")
-        self.count = count
-        self.skip = skip
-        self.placed = placed
+        check_at_least(1, num_sinks=num_sinks, exclude_recent=exclude_recent)
+        if num_sinks > exclude_recent + 1:
+            raise MemtxError(
+                f"num_sinks is {num_sinks}, exclude_recent is {exclude_recent}.",
+                "Keep at most one token more than are skipped.",
+            )
+        self.num_sinks = num_sinks
+        self.exclude_recent = exclude_recent
+        self.use_positions = use_positions
 
     def extra_repr(self) -> str:
         """Say the settings."""
-        return f"count={self.count}, skip={self.skip}, placed={self.placed}"
+        return f"num_sinks={self.num_sinks}, exclude_recent={self.exclude_recent}, use_positions={self.use_positions}"
 
-    def init_state(self, rows: int, *, like: Tensor) -> SinkState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> SinkState:
         """Return no tokens."""
-        return SinkState(like.new_zeros(rows, self.count, self.dim))
+        return SinkState(like.new_zeros(batch_size, self.num_sinks, self.dim))
 
     def read(self, state: SinkState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open the beginnings of the carried document and of those that begin here."""
-        plan = segment.once((SinkMemory, self.count, self.skip), lambda: self._plan(segment))
+        plan = segment.memo((SinkMemory, self.num_sinks, self.exclude_recent), lambda: self._build_plan(segment))
         known = torch.cat([state.hidden.to(x.dtype), x], dim=1)
 
         def taken(index: Tensor) -> Tensor:
@@ -105,35 +109,37 @@ class SinkMemory(Memory[SinkState]):
             base = torch.arange(x.shape[0], device=x.device).view(-1, *(1,) * (index.dim() - 1)) * known.shape[1]
             return known.flatten(0, 1).index_select(0, (base + index).flatten()).view(*index.shape, self.dim)
 
-        inputs = taken(plan.source).flatten(1, 2)
+        inputs = taken(plan.version_indices).flatten(1, 2)
         split = "r (b s) h d -> r b h s d"
         keys, values = (attention.project(inputs, part, frozen=False) for part in ("key", "value"))
-        if self.placed:
-            sink = torch.arange(self.count, dtype=torch.float64, device=x.device)
-            keys = attention.apart(keys, (self.skip - 1 - sink).clamp(min=0).repeat(plan.source.shape[1]))
-        keys, values = (rearrange(part, split, s=self.count) for part in (keys, values))
-        after = SinkState(taken(plan.kept).masked_fill(plan.missing, 0.0))
-        return View.apart(segment, _Kept(keys, values, plan.seen, after))
+        if self.use_positions:
+            sink = torch.arange(self.num_sinks, dtype=torch.float64, device=x.device)
+            keys = attention.apply_relative(
+                keys, (self.exclude_recent - 1 - sink).clamp(min=0).repeat(plan.version_indices.shape[1])
+            )
+        keys, values = (rearrange(part, split, s=self.num_sinks) for part in (keys, values))
+        after = SinkState(taken(plan.next_indices).masked_fill(plan.next_missing, 0.0))
+        return View.readout_only(segment, _ReadContext(keys, values, plan.mask, after))
 
-    def recall(self, view: View, q: Tensor) -> Readout:
+    def readout(self, view: View, q: Tensor) -> Readout:
         """Attend to the sinks of each query's document."""
-        kept: _Kept = view.kept
+        kept: _ReadContext = view.context
         k, v = (torch.cat([part[:, :-1], part[:, 1:]], dim=-2) for part in (kept.keys, kept.values))
-        return recalled(q, k, v, kept.seen)
+        return attend_by_chunk(q, k, v, kept.mask)
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SinkState, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[SinkState, Losses]:
         """Keep the beginning of the newest document."""
-        kept: _Kept = view.kept
-        return kept.after, {}
+        kept: _ReadContext = view.context
+        return kept.next_state, {}
 
-    def _plan(self, segment: Segment) -> Beginnings:
-        count, skip, n, position = self.count, self.skip, segment.length, segment.position
+    def _build_plan(self, segment: Segment) -> SinkPlan:
+        count, skip, n, position = self.num_sinks, self.exclude_recent, segment.length, segment.position
         rows, stretches = position.shape[0], -(-n // skip)
         ticks = min(skip, n)
         device = position.device
         sink = torch.arange(count, device=device)
 
-        cut = partial(by_stretch, stretches=stretches, ticks=ticks)
+        cut = partial(split_into_chunks, num_chunks=stretches, chunk_length=ticks)
 
         def places(tick: Tensor) -> Tensor:
             """Where sinks stand whose first has this tick: before the call among the carried, by their number."""
@@ -157,4 +163,4 @@ class SinkMemory(Memory[SinkState]):
 
         first = n - segment.next_position
         missing = (segment.next_position[:, None] <= sink)[..., None]
-        return Beginnings(source, seen, places(first).clamp(max=count + n - 1), missing)
+        return SinkPlan(source, seen, places(first).clamp(max=count + n - 1), missing)

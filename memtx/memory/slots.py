@@ -17,43 +17,44 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError, at_least, positive
-from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
+from memtx.errors import MemtxError, check_at_least, check_positive
+from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
 from memtx.memory.gates import Gate
-from memtx.memory.intervals import Intervals, recalled
+from memtx.memory.intervals import IntervalPlan, attend_by_chunk
 from memtx.memory.shift import TokenShift
-from memtx.ops.attention.merge import merge
-from memtx.ops.attention.reference import weigh
+from memtx.ops.attention.merge import merge_attention
+from memtx.ops.attention.reference import softmax_attention
 from memtx.ops.linear import Linear
 from memtx.segment import Segment
-from memtx.state import state
+from memtx.state import state_dataclass
 
-NOTHING = float("-inf")
+NEG_INF = float("-inf")
 
 
-@state
+@state_dataclass
 class SlotState:
     """Slots and what they took up of the open interval.
 
     Attributes:
-        slots: (rows, count, dim), as the row's document's newest whole interval left them; zero before that.
-        taken: (rows, count, dim), what the slots' attention over the open interval gives so far, float32 at least.
-        lse: (rows, count, heads), its log-sum-exp, likewise; both zero where an interval has just ended.
-        last: (rows, dim), the newest layer input, for the token shift; (rows, 0) where there is none.
+        slots: (rows, num_slots, dim), as the row's document's newest whole interval left them; zero before that.
+        partial_output: (rows, num_slots, dim), what the slots' attention over the open interval gives so far, float32
+            at least.
+        partial_lse: (rows, num_slots, heads), its log-sum-exp, likewise; both zero where an interval has just ended.
+        last_input: (rows, dim), the newest layer input, for the token shift; (rows, 0) where there is none.
     """
 
     slots: Tensor
-    taken: Tensor
-    lse: Tensor
-    last: Tensor
+    partial_output: Tensor
+    partial_lse: Tensor
+    last_input: Tensor
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _ReadContext:
     versions: Tensor
-    written: Tensor
-    after: SlotState
-    plan: Intervals
+    gates: Tensor
+    next_state: SlotState
+    plan: IntervalPlan
 
 
 class SlotMemory(Memory[SlotState]):
@@ -61,13 +62,13 @@ class SlotMemory(Memory[SlotState]):
 
     Args:
         dim: width of the hidden states.
-        count: slots.
+        num_slots: slots.
         interval: tokens of a document after which they are written once.
         heads: of the writing attention.
-        write: makes the write gate of a slot from (2 dim, 1), which sees the old and the new; None for Memformer's
+        write_gate: makes the write gate of a slot from (2 dim, 1), which sees the old and the new; None for Memformer's
             writing, which always takes the new. Without a gate slots forget soon after the trained length.
-        cost: weight of the mean write gate as a loss, a price on writing.
-        shift: whether slots see of each token a share of the one before it; Memformer's do not.
+        write_penalty: weight of the mean write gate as a loss, a price on writing.
+        token_shift: whether slots see of each token a share of the one before it; Memformer's do not.
         temperature: of the writing attention; below 1 a slot takes few tokens (Memformer's section 3). At 0.1 slots
             learn to tell pairs apart that they mix up at 0.25 and 1, and at 0.05 it takes longer.
 
@@ -78,158 +79,162 @@ class SlotMemory(Memory[SlotState]):
     def __init__(
         self,
         dim: int,
-        count: int = 16,
+        num_slots: int = 16,
         interval: int = 128,
         heads: int = 4,
-        write: Callable[[int, int], Gate] | None = Gate,
-        cost: float = 0.0,
-        shift: bool = True,
+        write_gate: Callable[[int, int], Gate] | None = Gate,
+        write_penalty: float = 0.0,
+        token_shift: bool = True,
         temperature: float = 0.1,
     ) -> None:
         super().__init__(dim)
-        at_least(1, count=count, interval=interval)
-        at_least(0, cost=cost)
-        positive(temperature=temperature)
+        check_at_least(1, num_slots=num_slots, interval=interval)
+        check_at_least(0, write_penalty=write_penalty)
+        check_positive(temperature=temperature)
         if heads < 1 or dim % heads:
             raise MemtxError(f"dim is {dim}, which {heads} heads of the slots do not divide.", "Choose a divisor.")
         self.interval: int = interval
-        self.count = count
+        self.num_slots = num_slots
         self.heads = heads
         self.temperature = temperature
         self.scale = (dim // heads) ** -0.5 / temperature
-        self.cost = cost
-        self.bias = nn.Parameter(torch.randn(count, dim))
+        self.write_penalty = write_penalty
+        self.slot_bias = nn.Parameter(torch.randn(num_slots, dim))
         self.slot_query, self.slot_key, self.slot_value, self.key, self.value, self.read_key, self.read_value = (
             Linear(dim, dim, bias=False) for _ in range(7)
         )
-        self.write_gate = write(2 * dim, 1) if write is not None else None
-        if self.write_gate is not None and self.write_gate.highest > 1:
+        self.write_gate = write_gate(2 * dim, 1) if write_gate is not None else None
+        if self.write_gate is not None and self.write_gate.max_value > 1:
             raise MemtxError(
                 f"The write gate of slots is a {type(self.write_gate).__name__}, which goes up to 2.",
                 "Slots are mixed from old and new by shares: give memtx.memory.gates.Gate.",
             )
-        self.shift = TokenShift(dim) if shift else None
+        self.token_shift = TokenShift(dim) if token_shift else None
 
     def extra_repr(self) -> str:
         """Say the settings."""
-        sizes = f"count={self.count}, interval={self.interval}, heads={self.heads}"
-        return f"{sizes}, cost={self.cost}, temperature={self.temperature}"
+        sizes = f"num_slots={self.num_slots}, interval={self.interval}, heads={self.heads}"
+        return f"{sizes}, write_penalty={self.write_penalty}, temperature={self.temperature}"
 
-    def init_state(self, rows: int, *, like: Tensor) -> SlotState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> SlotState:
         """Return no slots yet, and nothing taken up."""
-        slots = like.new_zeros(rows, self.count, self.dim)
+        slots = like.new_zeros(batch_size, self.num_slots, self.dim)
         kind = torch.promote_types(like.dtype, torch.float32)
-        lse = slots.new_zeros(rows, self.count, self.heads, dtype=kind)
-        return SlotState(slots, slots.to(kind), lse, like.new_zeros(rows, self.dim if self.shift is not None else 0))
+        lse = slots.new_zeros(batch_size, self.num_slots, self.heads, dtype=kind)
+        return SlotState(
+            slots, slots.to(kind), lse, like.new_zeros(batch_size, self.dim if self.token_shift is not None else 0)
+        )
 
     def read(self, state: SlotState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write the slots of every interval that ends in the segment."""
-        plan = segment.once((SlotMemory, self.interval), lambda: Intervals.of(segment, self.interval))
+        plan = segment.memo((SlotMemory, self.interval), lambda: IntervalPlan.from_segment(segment, self.interval))
         rows, n = x.shape[:2]
-        ticks = plan.open.shape[-1]
-        mixed = self.shift(x, state.last, segment) if self.shift is not None else x
+        ticks = plan.open_mask.shape[-1]
+        mixed = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
         keys, values = self.key(mixed), self.value(mixed)
 
         def by_interval(inputs: Tensor) -> tuple[Tensor, ...]:
-            found = inputs.flatten(0, 1).index_select(0, plan.source).view(rows, -1, ticks, self.dim)
-            return self._heads(found).unbind(1)
+            found = inputs.flatten(0, 1).index_select(0, plan.input_indices).view(rows, -1, ticks, self.dim)
+            return self._split_heads(found).unbind(1)
 
-        initial = _normed(self.bias).to(x.dtype)
+        initial = _rms_norm(self.slot_bias).to(x.dtype)
         slots = state.slots.to(x.dtype)
-        before = self._heads(state.taken.to(x.dtype)), state.lse.transpose(1, 2).to(x.dtype)
+        before = self._split_heads(state.partial_output.to(x.dtype)), state.partial_lse.transpose(1, 2).to(x.dtype)
         versions, written = [slots], []
         intervals = zip(
-            plan.first.unbind(1), by_interval(keys), by_interval(values), plan.inside.unbind(1), strict=True
+            plan.is_first.unbind(1), by_interval(keys), by_interval(values), plan.input_mask.unbind(1), strict=True
         )
         for number, (first, k, v, inside) in enumerate(intervals):
             found = torch.where(first[:, None, None], initial, slots)
-            taken = self._taken(found, k, v, inside, before if number == 0 else None, plan.begun)
-            slots, gate = self._updated(found, taken)
+            taken = self._attend_interval(found, k, v, inside, before if number == 0 else None, plan.first_continues)
+            slots, gate = self._update_slots(found, taken)
             versions.append(slots)
             written.append(gate)
         stacked = torch.stack(versions, dim=1)
-        last = stacked[torch.arange(rows, device=x.device), plan.last]
-        found = torch.where(plan.fresh[:, None, None], initial, last)
-        k, v = (self._heads(part[:, n - ticks :]) for part in (keys, values))
-        out, lse = self._taken(found, k, v, plan.open, before, plan.still)
+        last = stacked[torch.arange(rows, device=x.device), plan.final_version]
+        found = torch.where(plan.is_unwritten[:, None, None], initial, last)
+        k, v = (self._split_heads(part[:, n - ticks :]) for part in (keys, values))
+        out, lse = self._attend_interval(found, k, v, plan.open_mask, before, plan.open_continues)
         kind = torch.promote_types(x.dtype, torch.float32)
         after = SlotState(
-            last.masked_fill(plan.fresh[:, None, None], 0.0),
-            rearrange(out, "r h s d -> r s (h d)").to(kind).masked_fill(plan.empty[:, None, None], 0.0),
-            lse.transpose(1, 2).to(kind).masked_fill(plan.empty[:, None, None], 0.0),
-            TokenShift.last(x) if self.shift is not None else state.last,
+            last.masked_fill(plan.is_unwritten[:, None, None], 0.0),
+            rearrange(out, "r h s d -> r s (h d)").to(kind).masked_fill(plan.open_is_empty[:, None, None], 0.0),
+            lse.transpose(1, 2).to(kind).masked_fill(plan.open_is_empty[:, None, None], 0.0),
+            TokenShift.last_input(x) if self.token_shift is not None else state.last_input,
         )
-        return View.apart(segment, _Kept(stacked, torch.stack(written, 1), after, plan))
+        return View.readout_only(segment, _ReadContext(stacked, torch.stack(written, 1), after, plan))
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         return rearrange(x, "... n (h d) -> ... h n d", h=self.heads)
 
-    def _taken(
+    def _attend_interval(
         self,
         slots: Tensor,
         k: Tensor,
         v: Tensor,
-        inside: Tensor,
-        before: tuple[Tensor, Tensor] | None,
-        begun: Tensor,
+        mask: Tensor,
+        past: tuple[Tensor, Tensor] | None,
+        continues: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return slots' attention over an interval's tokens and its log-sum-exp, what came before the call included.
 
         Args:
-            slots: (rows, count, dim).
+            slots: (rows, num_slots, dim).
             k: (rows, heads, ticks, head_dim).
             v: likewise.
-            inside: (rows, 1, 1, ticks) bool, which tokens are of the interval.
-            before: output and log-sum-exp of the tokens before the call.
-            begun: (rows,) bool, whether these count.
+            mask: (rows, 1, 1, ticks) bool, which tokens are of the interval.
+            past: output and log-sum-exp of the tokens before the call.
+            continues: (rows,) bool, whether these count.
         """
-        q = self._heads(self.slot_query(slots))
-        found = weigh(q @ k.mT * self.scale, inside, v)
-        if before is None:
+        q = self._split_heads(self.slot_query(slots))
+        found = softmax_attention(q @ k.mT * self.scale, mask, v)
+        if past is None:
             return found
-        return merge([found, (before[0], before[1].masked_fill(~begun[:, None, None], NOTHING))])
+        return merge_attention([found, (past[0], past[1].masked_fill(~continues[:, None, None], NEG_INF))])
 
-    def _updated(self, slots: Tensor, taken: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _update_slots(self, slots: Tensor, attended: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return slots after an interval, and their gates: slot attention, then forgetting (Memformer's section 3).
 
         Args:
-            slots: (rows, count, dim); each attends to the interval and to itself.
-            taken: output and log-sum-exp of its attention to the interval.
+            slots: (rows, num_slots, dim); each attends to the interval and to itself.
+            attended: output and log-sum-exp of its attention to the interval.
         """
-        q, k, v = (self._heads(part(slots)) for part in (self.slot_query, self.slot_key, self.slot_value))
+        q, k, v = (self._split_heads(part(slots)) for part in (self.slot_query, self.slot_key, self.slot_value))
         own = (q * k).sum(-1) * self.scale
-        out, _ = merge([(v, own), taken])
+        out, _ = merge_attention([(v, own), attended])
         # Pulled a little to where it began, then of fixed length: what is not written again fades.
-        new = _normed(rearrange(out, "r h s d -> r s (h d)") + self.bias).to(slots.dtype)
+        new = _rms_norm(rearrange(out, "r h s d -> r s (h d)") + self.slot_bias).to(slots.dtype)
         if self.write_gate is None:
             return new, new.new_ones(*new.shape[:2], 1)
         gate = self.write_gate(torch.cat([slots, new], dim=-1))
         return slots + gate * (new - slots), gate
 
-    def recall(self, view: View, q: Tensor) -> Readout:
+    def readout(self, view: View, q: Tensor) -> Readout:
         """Attend from the layer's queries to the slots of each one's time."""
-        kept: _Kept = view.kept
-        seen = kept.plan.seen
-        initial = _normed(self.bias).to(kept.versions.dtype).expand(q.shape[0], seen.shape[1], -1, -1)
+        kept: _ReadContext = view.context
+        seen = kept.plan.version_mask
+        initial = _rms_norm(self.slot_bias).to(kept.versions.dtype).expand(q.shape[0], seen.shape[1], -1, -1)
 
         def met(part: nn.Linear) -> Tensor:
-            """(rows, stretches, heads, 3 count, head_dim)."""
+            """(rows, stretches, heads, 3 num_slots, head_dim)."""
             found = part(kept.versions)
             parts = (part(initial), found[:, :-1], found[:, 1:])
             return rearrange(torch.cat(parts, dim=2), "r b s (h d) -> r b h s d", h=q.shape[2])
 
-        return recalled(q, met(self.read_key), met(self.read_value), seen.repeat_interleave(self.count, dim=-1))
+        return attend_by_chunk(
+            q, met(self.read_key), met(self.read_value), seen.repeat_interleave(self.num_slots, dim=-1)
+        )
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[SlotState, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[SlotState, Losses]:
         """Keep the newest slots of the newest document, and what they took up of its open interval."""
-        kept: _Kept = view.kept
+        kept: _ReadContext = view.context
         losses: Losses = {}
-        if self.cost and self.training:
-            gates = kept.written.mean((-2, -1)) * kept.plan.ends
-            losses["write_cost"] = self.cost * gates.sum() / kept.plan.ends.sum().clamp(min=1)
-        return kept.after, losses
+        if self.write_penalty and self.training:
+            gates = kept.gates.mean((-2, -1)) * kept.plan.has_end
+            losses["write_penalty"] = self.write_penalty * gates.sum() / kept.plan.has_end.sum().clamp(min=1)
+        return kept.next_state, losses
 
 
-def _normed(x: Tensor) -> Tensor:
+def _rms_norm(x: Tensor) -> Tensor:
     """Return x of mean square 1 along its last axis: of Memformer's length 1 times the root of the width."""
     return F.rms_norm(x, x.shape[-1:])

@@ -14,29 +14,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import at_least
-from memtx.memory.base import ContentAttention, Losses, Memory, Readout, Trace, View
-from memtx.ops.attention.reference import weigh
+from memtx.errors import check_at_least
+from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.ops.attention.reference import softmax_attention
 from memtx.segment import Segment
-from memtx.state import state
+from memtx.state import state_dataclass
 
 
-@state
+@state_dataclass
 class TokenState:
     """What the layer's attention reads of the memory tokens.
 
     Attributes:
-        hidden: (rows, count, dim), their layer inputs.
+        hidden: (rows, num_tokens, dim), their layer inputs.
     """
 
     hidden: Tensor
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _ReadContext:
     entries: Tensor
-    young: Tensor
-    after: TokenState
+    in_first_interval: Tensor
+    next_state: TokenState
     attention: ContentAttention
 
 
@@ -47,50 +47,52 @@ class TokenMemory(Memory[TokenState]):
 
     Args:
         dim: width of the hidden states.
-        count: memory tokens.
+        num_tokens: memory tokens.
         interval: tokens of a document after which they are written once.
 
     Raises:
         MemtxError: a number is out of range.
     """
 
-    depends_on = "top"
-    by_layer = True
+    write_source = "top"
+    uses_layer_projections = True
 
-    def __init__(self, dim: int, count: int = 8, interval: int = 128) -> None:
+    def __init__(self, dim: int, num_tokens: int = 8, interval: int = 128) -> None:
         super().__init__(dim)
-        at_least(1, count=count, interval=interval)
-        self.count = count
+        check_at_least(1, num_tokens=num_tokens, interval=interval)
+        self.num_tokens = num_tokens
         self.interval: int = interval
         # A document's first interval reads learned entries, layer by layer, of the size of normed inputs.
-        self.initial = nn.Parameter(torch.randn(count, dim))
+        self.initial_tokens = nn.Parameter(torch.randn(num_tokens, dim))
 
     def extra_repr(self) -> str:
         """Say the settings."""
-        return f"count={self.count}, interval={self.interval}"
+        return f"num_tokens={self.num_tokens}, interval={self.interval}"
 
-    def init_state(self, rows: int, *, like: Tensor) -> TokenState:
+    def init_state(self, batch_size: int, *, like: Tensor) -> TokenState:
         """Return no entries."""
-        return TokenState(like.new_zeros(rows, self.count, self.dim))
+        return TokenState(like.new_zeros(batch_size, self.num_tokens, self.dim))
 
     def read(self, state: TokenState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open the document's entries: learned ones in its first interval."""
         young = segment.position < self.interval
         hidden = state.hidden.to(x.dtype)
-        initial = self.initial.to(x.dtype).expand_as(hidden)
+        initial = self.initial_tokens.to(x.dtype).expand_as(hidden)
         after = TokenState(torch.where(young[:, -1:, None], initial, hidden))
-        return View.apart(segment, _Kept(torch.cat([initial, hidden], dim=1), young, after, attention))
+        return View.readout_only(segment, _ReadContext(torch.cat([initial, hidden], dim=1), young, after, attention))
 
-    def recall(self, view: View, q: Tensor) -> Readout:
+    def readout(self, view: View, q: Tensor) -> Readout:
         """Attend to the entries by the layer's own keys and values, without positions."""
-        kept: _Kept = view.kept
+        kept: _ReadContext = view.context
         k, v = (kept.attention.project(kept.entries, part, frozen=False).transpose(1, 2) for part in ("key", "value"))
-        # (rows, 1, segment, 2 count): the learned ones, or the carried ones.
-        seen = torch.stack([kept.young, ~kept.young], dim=-1).repeat_interleave(self.count, dim=-1)[:, None]
-        out, lse = weigh(q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5, seen, v)
+        # (rows, 1, segment, 2 num_tokens): the learned ones, or the carried ones.
+        seen = torch.stack([kept.in_first_interval, ~kept.in_first_interval], dim=-1).repeat_interleave(
+            self.num_tokens, dim=-1
+        )[:, None]
+        out, lse = softmax_attention(q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5, seen, v)
         return Readout(out, lse=lse)
 
-    def write(self, view: View, segment: Segment, trace: Trace) -> tuple[TokenState, Losses]:
+    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[TokenState, Losses]:
         """Keep the entries; the model puts new ones in their place where an interval ends."""
-        kept: _Kept = view.kept
-        return kept.after, {}
+        kept: _ReadContext = view.context
+        return kept.next_state, {}

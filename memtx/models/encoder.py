@@ -9,14 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import MemtxError, check_at_least
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_block import EncoderBlock
 from memtx.layers.feed_forward import FeedForward
-from memtx.layers.pattern_attention import FullAttention, PatternAttention
-from memtx.layers.reading import Reading
-from memtx.models.masked_head import MaskedHead
-from memtx.models.published.layout import PublishedModel
+from memtx.layers.pattern_attention import EncoderAttention, FullAttention
+from memtx.layers.reading import EncoderInputs
+from memtx.models.masked_head import MaskedLMHead
+from memtx.models.published.layout import HFCompatibleModel
 from memtx.ops.linear import Linear
 
 
@@ -37,7 +37,7 @@ class EncoderOutput:
     pooler_output: Tensor | None = None
 
 
-class Encoder(PublishedModel):
+class Encoder(HFCompatibleModel):
     """A post-norm encoder.
 
     Args:
@@ -45,15 +45,15 @@ class Encoder(PublishedModel):
         dim: width of the hidden states.
         depth: layers.
         heads: how many a layer.
-        hidden: inner width of the feed-forward parts; 4 dim by default.
+        hidden_dim: inner width of the feed-forward parts; 4 dim by default.
         attentions: who sees whom: one entry for all layers alike, or one a layer. Each makes the attention part from
             dim, heads and the layer's number.
         embeddings: makes the embeddings from vocab_size and dim.
         activation: makes the non-linearity of the feed-forward parts.
-        masked_head: whether there is a head for masked tokens.
-        head_activation: its non-linearity; the feed-forward parts' by default.
+        add_mlm_head: whether there is a head for masked tokens.
+        mlm_head_activation: its non-linearity; the feed-forward parts' by default.
         tie_embeddings: whether that head ends in the token embeddings.
-        pooler: whether there is a map of the first token, with a tanh after it.
+        add_pooling_layer: whether there is a map of the first token, with a tanh after it.
         eps: of the norms.
         dropout: of what each part adds.
 
@@ -67,26 +67,26 @@ class Encoder(PublishedModel):
         dim: int = 256,
         depth: int = 6,
         heads: int = 4,
-        hidden: int | None = None,
-        attentions: Sequence[Callable[[int, int, int], PatternAttention]] = (FullAttention,),
+        hidden_dim: int | None = None,
+        attentions: Sequence[Callable[[int, int, int], EncoderAttention]] = (FullAttention,),
         embeddings: Callable[[int, int], TextEmbeddings] = TextEmbeddings,
         activation: Callable[[], nn.Module] = nn.GELU,
-        masked_head: bool = True,
-        head_activation: Callable[[], nn.Module] | None = None,
+        add_mlm_head: bool = True,
+        mlm_head_activation: Callable[[], nn.Module] | None = None,
         tie_embeddings: bool = True,
-        pooler: bool = False,
+        add_pooling_layer: bool = False,
         eps: float = 1e-12,
         dropout: float = 0.0,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
+        check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(attentions) not in (1, depth):
             raise MemtxError(
                 f"There are {len(attentions)} attentions for {depth} layers.",
                 f"Give one for all of them, or {depth}.",
             )
-        self.remember(arguments)
+        self.save_init_args(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
         self.depth = depth
@@ -95,17 +95,19 @@ class Encoder(PublishedModel):
         self.blocks = nn.ModuleList(
             EncoderBlock(
                 attention(dim, heads, layer),
-                FeedForward(dim, hidden, activation=activation),
+                FeedForward(dim, hidden_dim, activation=activation),
                 dim,
                 eps,
                 dropout,
             )
             for layer, attention in enumerate(per_layer)
         )
-        self.pooler = Linear(dim, dim) if pooler else None
+        self.pooler = Linear(dim, dim) if add_pooling_layer else None
         self.head = (
-            MaskedHead(dim, vocab_size, tied=tie_embeddings, activation=head_activation or activation, eps=eps)
-            if masked_head
+            MaskedLMHead(
+                dim, vocab_size, tie_weights=tie_embeddings, activation=mlm_head_activation or activation, eps=eps
+            )
+            if add_mlm_head
             else None
         )
         self.reset_parameters()
@@ -124,14 +126,16 @@ class Encoder(PublishedModel):
             nn.init.normal_(self.head.weight, std=std)
 
     @property
-    def knows_globals(self) -> bool:
+    def supports_global_attention(self) -> bool:
         """Whether global tokens can be marked."""
-        return any(block.attention.knows_globals for block in self._layers())
+        return any(block.attention.supports_global_attention for block in self._layers())
 
     @property
-    def types(self) -> int:
+    def type_vocab_size(self) -> int:
         """Kinds of text that tokens can be marked with; 0 for none."""
-        return 0 if self.embedding.types is None else self.embedding.types.num_embeddings
+        return (
+            0 if self.embedding.token_type_embeddings is None else self.embedding.token_type_embeddings.num_embeddings
+        )
 
     def _layers(self) -> list[EncoderBlock]:
         return cast(list[EncoderBlock], list(self.blocks))
@@ -145,7 +149,7 @@ class Encoder(PublishedModel):
         *,
         random_blocks: Mapping[int, Tensor] | None = None,
         output_hidden_states: bool = False,
-        scored: Tensor | None = None,
+        logits_mask: Tensor | None = None,
     ) -> EncoderOutput:
         """Read whole texts; arguments bear the names of the ``transformers`` library.
 
@@ -157,51 +161,54 @@ class Encoder(PublishedModel):
             random_blocks: layer -> (heads, blocks - 2, r) int64, the random blocks that each block but the first and
                 the last sees (Big Bird); the layer draws its own where it has no entry.
             output_hidden_states: whether to return hidden states.
-            scored: (rows, length) bool, the places whose logits are wanted, (n, vocab); all by default.
+            logits_mask: (rows, length) bool, the places whose logits are wanted, (n, vocab); all by default.
 
         Raises:
             MemtxError: shapes do not fit each other, a text is too long, or the model does not know such an argument.
         """
-        self._check(input_ids, attention_mask, token_type_ids, global_attention_mask, random_blocks)
-        reading = Reading.of(input_ids, attention_mask, global_attention_mask, random_blocks)
+        self._check_inputs(input_ids, attention_mask, token_type_ids, global_attention_mask, random_blocks)
+        reading = EncoderInputs.from_masks(input_ids, attention_mask, global_attention_mask, random_blocks)
         x = self.embedding(input_ids, token_type_ids)
         hidden = [x]
         for block in self._layers():
             x = block(x, reading)
             if output_hidden_states:
                 hidden.append(x)
-        asked = x if scored is None else x[scored]
+        asked = x if logits_mask is None else x[logits_mask]
         return EncoderOutput(
             x,
             tuple(hidden) if output_hidden_states else None,
-            self.head(asked, self.embedding.tokens.weight) if self.head is not None else None,
+            self.head(asked, self.embedding.word_embeddings.weight) if self.head is not None else None,
             torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
         )
 
-    def _check(
+    def _check_inputs(
         self,
-        tokens: Tensor,
+        input_ids: Tensor,
         attention_mask: Tensor | None,
-        token_types: Tensor | None,
-        global_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        global_attention_mask: Tensor | None,
         random_blocks: Mapping[int, Tensor] | None,
     ) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
             raise MemtxError(
-                f"input_ids is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, length), length at least 1.",
+                f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}, expected int64 (rows, length), "
+                "length at least 1.",
                 "Reshape it; one text alone is input_ids[None].",
             )
         masks = (
             ("attention_mask", attention_mask),
-            ("token_type_ids", token_types),
-            ("global_attention_mask", global_mask),
+            ("token_type_ids", token_type_ids),
+            ("global_attention_mask", global_attention_mask),
         )
         for name, given in masks:
-            if given is not None and given.shape != tokens.shape:
-                raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match input_ids.")
+            if given is not None and given.shape != input_ids.shape:
+                raise MemtxError(
+                    f"{name} is {tuple(given.shape)}, expected {tuple(input_ids.shape)}.", "Match input_ids."
+                )
         attentions = [block.attention for block in self._layers()]
-        if global_mask is not None and not self.knows_globals:
+        if global_attention_mask is not None and not self.supports_global_attention:
             raise MemtxError("global_attention_mask was given to a model without global tokens.", "Leave it out.")
         for layer in random_blocks or {}:
-            if not (0 <= layer < self.depth and attentions[layer].knows_random_blocks):
+            if not (0 <= layer < self.depth and attentions[layer].supports_random_blocks):
                 raise MemtxError(f"random_blocks was given for layer {layer}, which has none.", "Leave it out.")

@@ -13,56 +13,56 @@ import torch
 from torch import Tensor, nn
 
 from memtx import files, sealed, specs
-from memtx.errors import CheckpointError, not_whole
+from memtx.errors import CheckpointError, corrupt_checkpoint_error
 from memtx.models import sharded
-from memtx.models.low_rank import Adapters, merged
+from memtx.models.low_rank import LoRAConfig, merge_lora
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 
 CHECKPOINT_KEY = "memtx"
-"""Where a training checkpoint keeps what :func:`described` returns."""
+"""Where a training checkpoint keeps what :func:`describe_model` returns."""
 
 CHECKPOINT_PREFIX = "model."
 """What the names of the model's weights begin with in a training checkpoint."""
 
 
-TEXTS = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
+SIDECAR_FILES = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
 """What is kept as JSON text beside a model, and the files that hold it in a folder."""
 
 
-class Kept(nn.Module):
+class PretrainedModel(nn.Module):
     """A model that knows how it was made, so that it can be kept on disk and told from others.
 
     Attributes:
         config: what makes it anew, as numbers, texts, lists and dicts.
-        adapters: how its weights are adapted; None where they are not.
+        adapter_config: how its weights are adapted; None where they are not.
     """
 
     config: dict[str, Any]
-    adapters: Adapters | None = None
+    adapter_config: LoRAConfig | None = None
 
-    def remember(self, arguments: Mapping[str, Any]) -> None:
+    def save_init_args(self, arguments: Mapping[str, Any]) -> None:
         """Take down the constructor's arguments, given as its ``locals()``."""
         given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
-        self.config = {"class_path": specs.plain(type(self))["class_path"], "init_args": specs.plain(given)}
+        self.config = {"class_path": specs.to_config(type(self))["class_path"], "init_args": specs.to_config(given)}
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, tensor in sorted(self.kept_weights().items()):
+        for name, tensor in sorted(self.merged_state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def kept_weights(self) -> dict[str, Tensor]:
+    def merged_state_dict(self) -> dict[str, Tensor]:
         """Return what is kept for reading: every tensor by its name, with what adapts it merged in."""
         weights = dict(self.state_dict())
-        own = self.adapters
-        return weights if own is None else merged(weights, own.rank, own.alpha)
+        own = self.adapter_config
+        return weights if own is None else merge_lora(weights, own.rank, own.alpha)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors of our own format into the folder ``path``."""
@@ -78,45 +78,45 @@ class Kept(nn.Module):
         return cast(Self, load(path, cls))
 
 
-def described(model: Kept) -> dict[str, Any]:
+def describe_model(model: PretrainedModel) -> dict[str, Any]:
     """Return what rebuilds ``model`` without its weights, as numbers, texts, lists and dicts."""
     return {"format": "memtx.model", "version": FORMAT_VERSION, **model.config}
 
 
-def save(model: Kept, path: str | os.PathLike[str]) -> None:
+def save(model: PretrainedModel, path: str | os.PathLike[str]) -> None:
     """Write a model into the folder ``path``, weights first, so that a config never stands without them."""
-    weights = model.kept_weights()
+    weights = model.merged_state_dict()
     # Tied weights are kept once, under the first of their names.
     seen: dict[int, str] = {}
     for name, tensor in list(weights.items()):
         if seen.setdefault(tensor.data_ptr(), name) != name and tensor.numel():
             del weights[name]
-    files.save_tensors(Path(path) / WEIGHTS, weights, kind="memtx.model", version=FORMAT_VERSION)
-    files.write_json(Path(path) / CONFIG, described(model))
+    files.save_tensors(Path(path) / WEIGHTS_FILE, weights, kind="memtx.model", version=FORMAT_VERSION)
+    files.write_json(Path(path) / CONFIG_FILE, describe_model(model))
 
 
-def load(path: str | os.PathLike[str], expected: type[nn.Module] | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], expected_class: type[nn.Module] | None = None) -> nn.Module:
     """Build the model kept at ``path``.
 
     Args:
         path: a folder of :func:`save`, or a training checkpoint, of one process or several.
-        expected: the class it must be of.
+        expected_class: the class it must be of.
 
     Raises:
         CheckpointError: missing, damaged, untrusted, or of another class.
     """
     place = Path(path)
     if place.is_dir() and not sharded.is_sharded(place):
-        if not (place / CONFIG).is_file():
-            raise CheckpointError(f"'{place}' has no {CONFIG}.", "Give a folder written by save_pretrained.")
-        description = files.read_json(place / CONFIG)
-        weights, _ = files.load_tensors(place / WEIGHTS, kind="memtx.model", version=FORMAT_VERSION)
+        if not (place / CONFIG_FILE).is_file():
+            raise CheckpointError(f"'{place}' has no {CONFIG_FILE}.", "Give a folder written by save_pretrained.")
+        description = files.read_json(place / CONFIG_FILE)
+        weights, _ = files.load_tensors(place / WEIGHTS_FILE, kind="memtx.model", version=FORMAT_VERSION)
     else:
-        description, weights = from_checkpoint(read_checkpoint(place), place)
-    return _built(place, description, weights, expected)
+        description, weights = extract_model(read_checkpoint(place), place)
+    return _build_model(place, description, weights, expected_class)
 
 
-def chosen_place(path: str | os.PathLike[str]) -> Path:
+def resolve_model_path(path: str | os.PathLike[str]) -> Path:
     """Return the file or the pretrained folder that ``path`` means: of a run's folder, its checkpoint.
 
     Raises:
@@ -125,33 +125,33 @@ def chosen_place(path: str | os.PathLike[str]) -> Path:
     place = Path(path)
     if not place.exists():
         raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
-    if place.is_dir() and not (place / CONFIG).is_file():
-        return chosen_checkpoint(place)
+    if place.is_dir() and not (place / CONFIG_FILE).is_file():
+        return find_checkpoint(place)
     return place
 
 
-def chosen_checkpoint(run: Path) -> Path:
+def find_checkpoint(run_dir: Path) -> Path:
     """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest; itself, if it is one.
 
     Raises:
         CheckpointError: the folder holds no checkpoint.
     """
-    if sharded.is_sharded(run):
-        return run
-    checkpoints = run / "checkpoints" if (run / "checkpoints").is_dir() else run
+    if sharded.is_sharded(run_dir):
+        return run_dir
+    checkpoints = run_dir / "checkpoints" if (run_dir / "checkpoints").is_dir() else run_dir
     best = checkpoints / "best.json"
     if best.is_file():
         content = files.read_json(best)
         named = content.get("path") if isinstance(content, dict) else None
         if isinstance(named, str):
             # A run's folder may have been moved: its own file of that name comes first.
-            for candidate in (checkpoints / Path(named).name, checkpoints / named, run / named):
+            for candidate in (checkpoints / Path(named).name, checkpoints / named, run_dir / named):
                 if candidate.exists():
                     return candidate
     found = sorted(checkpoints.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
     if not found:
         raise CheckpointError(
-            f"'{run}' holds no checkpoint and no {CONFIG}.",
+            f"'{run_dir}' holds no checkpoint and no {CONFIG_FILE}.",
             "Give a checkpoint, a run's folder (with checkpoints/*.ckpt) or a pretrained folder.",
         )
     return found[-1]
@@ -172,77 +172,83 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not place.exists():
         raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a pretrained folder or a run's folder.")
     try:
-        sealed.check(place)
+        sealed.verify(place)
         content = torch.load(place, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # A file of somebody else's can make the reader stumble over anything.
-        raise not_whole(place, f" ({type(error).__name__})") from error
+        raise corrupt_checkpoint_error(place, f" ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{place}' holds a {type(content).__name__}, not a checkpoint.", "Give another file.")
     return content
 
 
-def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a training checkpoint; of a folder that several processes wrote, all but weights and optimiser.
 
     Raises:
         CheckpointError: missing, damaged, or no such file or folder.
     """
-    return sharded.read_notes(path) if sharded.is_sharded(path) else read_checkpoint(path)
+    return sharded.read_metadata(path) if sharded.is_sharded(path) else read_checkpoint(path)
 
 
-def texts_of(content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts that a checkpoint keeps beside its model, by the names of ``TEXTS``."""
+def sidecars_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    """Return the texts that a checkpoint keeps beside its model, by the names of ``SIDECAR_FILES``."""
     # Lightning names the part after the data's class, which may be somebody's subclass.
-    parts = (part for part in content.values() if isinstance(part, Mapping))
+    parts = (part for part in checkpoint.values() if isinstance(part, Mapping))
     part = next((part for part in parts if isinstance(part.get("tokenizer"), str)), {})
-    return {name: part[name] for name in TEXTS if isinstance(part.get(name), str)}
+    return {name: part[name] for name in SIDECAR_FILES if isinstance(part.get(name), str)}
 
 
-def kept_texts(place: Path) -> dict[str, str]:
-    """Return the texts beside a model, by the names of ``TEXTS``; ``place`` as :func:`chosen_place` returned it.
+def read_sidecars(model_path: Path) -> dict[str, str]:
+    """Return the texts beside a model, by the names of ``SIDECAR_FILES``.
+
+    Args:
+        model_path: as :func:`resolve_model_path` returned it.
 
     Raises:
         CheckpointError: it is a checkpoint, and missing or damaged.
     """
-    if not (place / CONFIG).is_file():
-        return texts_of(read_notes(place))
-    found = {name: place / file for name, file in TEXTS.items()}
+    if not (model_path / CONFIG_FILE).is_file():
+        return sidecars_from_checkpoint(read_metadata(model_path))
+    found = {name: model_path / file for name, file in SIDECAR_FILES.items()}
     return {name: path.read_bytes().decode("utf-8", "replace") for name, path in found.items() if path.is_file()}
 
 
-def from_checkpoint(content: dict[str, Any], place: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def extract_model(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a checkpoint's description of its model, and the model's weights, with what adapts them merged in.
 
     Raises:
         CheckpointError: it is not a checkpoint of memtx.
     """
-    if CHECKPOINT_KEY not in content or "state_dict" not in content:
-        raise CheckpointError(f"'{place}' is a checkpoint of something else.", "Give one that memtx wrote.")
+    if CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:
+        raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
     weights = {
         name.removeprefix(CHECKPOINT_PREFIX): tensor
-        for name, tensor in content["state_dict"].items()
+        for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(CHECKPOINT_PREFIX)
     }
-    kept = content[CHECKPOINT_KEY]
-    if (adapters := kept.get("adapters")) is not None:
-        weights = merged(weights, adapters["rank"], adapters["alpha"])
+    kept = checkpoint[CHECKPOINT_KEY]
+    if (adapters := kept.get("lora")) is not None:
+        weights = merge_lora(weights, adapters["rank"], adapters["alpha"])
     return kept["model"], weights
 
 
-def _built(place: Path, description: Any, weights: dict[str, Tensor], expected: type[nn.Module] | None) -> nn.Module:
+def _build_model(
+    path: Path, description: Any, weights: dict[str, Tensor], expected_class: type[nn.Module] | None
+) -> nn.Module:
     if not isinstance(description, dict) or description.get("format") != "memtx.model":
-        raise CheckpointError(f"'{place}' does not describe a memtx model.", "Give one that memtx wrote.")
+        raise CheckpointError(f"'{path}' does not describe a memtx model.", "Give one that memtx wrote.")
     if description.get("version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"'{place}' has format version {description.get('version')}, this release reads {FORMAT_VERSION}.",
+            f"'{path}' has format version {description.get('version')}, this release reads {FORMAT_VERSION}.",
             "Use the release that wrote it.",
         )
-    made = specs.built({key: description[key] for key in ("class_path", "init_args")})()
-    if not isinstance(made, nn.Module) or (expected is not None and not isinstance(made, expected)):
+    made = specs.from_config({key: description[key] for key in ("class_path", "init_args")})()
+    if not isinstance(made, nn.Module) or (expected_class is not None and not isinstance(made, expected_class)):
         raise CheckpointError(
-            f"'{place}' holds a {type(made).__name__}, expected {expected.__name__ if expected else 'a model'}.",
+            f"'{path}' holds a {type(made).__name__}, "
+            f"expected {expected_class.__name__ if expected_class else 'a model'}.",
             "memtx.from_pretrained picks the class by itself.",
         )
     own = made.state_dict()
@@ -256,7 +262,7 @@ def _built(place: Path, description: Any, weights: dict[str, Tensor], expected: 
         if name in weights and weights[name].shape != own[name].shape
     ]
     if wrong:
-        raise CheckpointError(f"'{place}' {'; '.join(wrong[:5])}.", "It was changed after it was written; take a copy.")
+        raise CheckpointError(f"'{path}' {'; '.join(wrong[:5])}.", "It was changed after it was written; take a copy.")
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         made.to(dtypes.pop())

@@ -13,37 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BASE = ".base_layer."
-DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
+BASE_LAYER = ".base_layer."
+LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
 @dataclass(frozen=True)
-class Adapters:
+class LoRAConfig:
     """How a model's weights are adapted.
 
     Attributes:
         rank: width between A, (rank, into), and B, (out, rank).
         alpha: B A counts alpha / rank.
         dropout: of what A is given, in training.
-        targets: patterns of the maps' names within a layer.
+        target_modules: patterns of the maps' names within a layer.
     """
 
     rank: int
     alpha: float
     dropout: float
-    targets: tuple[str, ...]
+    target_modules: tuple[str, ...]
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return them as numbers, texts and lists."""
-        return {**asdict(self), "targets": list(self.targets)}
+        return {**asdict(self), "target_modules": list(self.target_modules)}
 
 
-def is_adapter(name: str) -> bool:
+def is_lora_parameter(name: str) -> bool:
     """Return whether a parameter of this name is an A or a B."""
-    return name.endswith((DOWN, UP))
+    return name.endswith((LORA_A, LORA_B))
 
 
-def merged(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
+def merge_lora(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
     """Return a model's weights by the names they have without adapters, B A added to those that are adapted.
 
     Args:
@@ -53,13 +53,13 @@ def merged(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, 
     """
     found = {}
     for name, tensor in weights.items():
-        if is_adapter(name):
+        if is_lora_parameter(name):
             continue
-        part, adapted, end = name.partition(BASE)
+        part, adapted, end = name.partition(BASE_LAYER)
         if adapted and end == "weight":
             # Rounded once: in half precision a small change of a large weight would be lost.
             dtype = torch.promote_types(tensor.dtype, torch.float32)
-            down, up = (weights[part + matrix].to(dtype) for matrix in (DOWN, UP))
+            down, up = (weights[part + matrix].to(dtype) for matrix in (LORA_A, LORA_B))
             tensor = torch.addmm(tensor.to(dtype), up, down, alpha=alpha / rank).to(tensor.dtype)
         found[f"{part}.{end}" if adapted else name] = tensor
     return found

@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import CheckpointError, MemtxError, at_least
+from memtx.errors import CheckpointError, MemtxError, check_at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
 from memtx.layers.positions import Positions, Rotary
 from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.ring import Ring, Step, closed
-from memtx.models.calls import check_call, check_lengths
-from memtx.models.intervals import Layers, by_intervals, in_parts, parts_of
-from memtx.models.mounting import MakeMemory, Mountable
+from memtx.memory.ring import DecodeStep, KVRing, from_ring
+from memtx.models.calls import check_inputs, check_valid_length
+from memtx.models.intervals import LayerStates, find_chunk_ends, forward_in_chunks, forward_with_memory_tokens
+from memtx.models.mounting import MemoryAugmentedModel, MemoryFactory
 from memtx.models.published import load
-from memtx.ops.attention.dispatch import Backend
-from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
+from memtx.ops.attention.dispatch import AttentionBackend
+from memtx.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from memtx.ops.linear import Linear
 from memtx.segment import Segment
 from memtx.state import MemoryState
@@ -48,7 +48,7 @@ class MemoryOutput:
         language_loss: where labels were given, ``loss`` without the auxiliary losses.
         nll: where labels were given, (rows, segment) float32 (float64 in a float64 model), each label's
             negative log-likelihood in nats, 0 where it is not scored; for measuring, no gradient flows.
-        losses: the memories' auxiliary losses by name, weighted, averaged over layers; only in training.
+        aux_losses: the memories' auxiliary losses by name, weighted, averaged over layers; only in training.
     """
 
     logits: Tensor | None
@@ -57,15 +57,15 @@ class MemoryOutput:
     loss: Tensor | None
     language_loss: Tensor | None
     nll: Tensor | None
-    losses: Losses
+    aux_losses: Losses
 
 
-class MemoryTransformer(Mountable):
+class MemoryTransformer(MemoryAugmentedModel):
     """A pre-norm decoder with a memory in every layer.
 
     Attributes:
-        checkpointing: whether the backward pass computes each layer again instead of keeping what its forward
-            pass made (Chen et al. 2016): about a third slower, and the memory of one layer instead of all.
+        activation_checkpointing: whether the backward pass computes each layer again instead of keeping what its
+            forward pass made (Chen et al. 2016): about a third slower, and the memory of one layer instead of all.
 
     Args:
         vocab_size: token ids are 0 .. vocab_size - 1.
@@ -82,14 +82,15 @@ class MemoryTransformer(Mountable):
         bias: whether attention's projections have biases.
         out_bias: whether its last one has; as the others by default.
         head_dim: width of a head; dim / heads by default.
-        head_norm: makes a normalisation of each head's queries, and one of its keys, from head_dim; None for none.
-        absolute: makes what is added to embeddings by position from dim, such as ``LearnedPositions``; None for none.
-        gated: whether what memories show beyond the exact window enters each layer by a learned gate a head that begins
-            at 0, so that a model trained without them computes what it computed (see :meth:`with_memory`).
+        qk_norm: makes a normalisation of each head's queries, and one of its keys, from head_dim; None for none.
+        absolute_positions: makes what is added to embeddings by position from dim, such as ``LearnedPositions``; None
+            for none.
+        gated_memory: whether what memories show beyond the exact window enters each layer by a learned gate a head that
+            begins at 0, so that a model trained without them computes what it computed (see :meth:`with_memory`).
         dropout: of embeddings and of what each part adds to the residual stream.
         attention_dropout: of attention weights (slower: no fused kernel has it).
         tie_embeddings: whether the output projection is the embedding.
-        backend: of the attention operation.
+        attention_backend: of the attention operation.
 
     Raises:
         MemtxError: a number is out of range or numbers do not divide as they must.
@@ -102,24 +103,24 @@ class MemoryTransformer(Mountable):
         depth: int = 6,
         heads: int = 4,
         kv_heads: int | None = None,
-        memories: Sequence[Sequence[MakeMemory] | MakeMemory] = (CompressedMemory,),
+        memories: Sequence[Sequence[MemoryFactory] | MemoryFactory] = (CompressedMemory,),
         norm: Callable[[int], nn.Module] = nn.RMSNorm,
         feed_forward: Callable[[int], nn.Module] = SwiGLU,
         positions: Callable[[int, int], Positions] = Rotary,
         bias: bool = False,
         out_bias: bool | None = None,
         head_dim: int | None = None,
-        head_norm: Callable[[int], nn.Module] | None = None,
-        absolute: Callable[[int], nn.Module] | None = None,
-        gated: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        absolute_positions: Callable[[int], nn.Module] | None = None,
+        gated_memory: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         tie_embeddings: bool = True,
-        backend: Backend = "auto",
+        attention_backend: AttentionBackend = "auto",
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
+        check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(memories) not in (1, depth):
             raise MemtxError(
                 f"There are {len(memories)} memories for {depth} layers.",
@@ -128,8 +129,8 @@ class MemoryTransformer(Mountable):
         for name, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
             if not 0.0 <= share < 1.0:
                 raise MemtxError(f"{name} is {share}.", "Give a probability from 0 up to, not including, 1.")
-        self.checkpointing = False
-        self.remember(arguments)
+        self.activation_checkpointing = False
+        self.save_init_args(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
         self.depth = depth
@@ -139,7 +140,7 @@ class MemoryTransformer(Mountable):
             raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without.")
         per_layer = stacks if len(stacks) == depth else stacks * depth
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.absolute = absolute(dim) if absolute is not None else None
+        self.absolute_positions = absolute_positions(dim) if absolute_positions is not None else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -152,11 +153,11 @@ class MemoryTransformer(Mountable):
                     bias=bias,
                     out_bias=out_bias,
                     head_dim=head_dim,
-                    head_norm=head_norm,
+                    qk_norm=qk_norm,
                     dropout=attention_dropout,
-                    backend=backend,
-                    beside=[memory(dim) for memory in stack[1:]],
-                    gated=gated,
+                    backend=attention_backend,
+                    extra_memories=[memory(dim) for memory in stack[1:]],
+                    gated_memory=gated_memory,
                 ),
                 feed_forward(dim),
                 norm(dim),
@@ -165,7 +166,7 @@ class MemoryTransformer(Mountable):
             )
             for stack in per_layer
         )
-        self._find_tokens()
+        self._init_memory_tokens()
         self.norm = norm(dim)
         self.head = Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
@@ -186,7 +187,7 @@ class MemoryTransformer(Mountable):
             CheckpointError: missing, damaged, of another class, or with tensors that do not fit; all are named.
             MemtxError: a window for a model of ours.
         """
-        if not load.is_published(path) and window is None:
+        if not load.is_hf_checkpoint(path) and window is None:
             return super().from_pretrained(path)
         made = load.from_pretrained(path, window)
         if not isinstance(made, cls):
@@ -201,77 +202,80 @@ class MemoryTransformer(Mountable):
         std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.head.weight, std=std)
-        if self.tokens is not None:
-            nn.init.normal_(self.asking, std=std)
+        if self.memory_tokens is not None:
+            nn.init.normal_(self.write_tokens, std=std)
         for block in self._layers():
             block.attention.reset_parameters(std, residual_std)
             reset_linear(block.feed_forward, std, residual_std)
 
     def init_state(
-        self, rows: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MemoryState:
         """Return the state of fresh streams.
 
         Args:
-            rows: streams in the batch.
+            batch_size: streams in the batch.
             dtype: of what is carried; the weights' by default.
             device: the weights' by default.
 
         Raises:
-            MemtxError: rows is not positive.
+            MemtxError: batch_size is not positive.
         """
-        at_least(1, rows=rows)
+        check_at_least(1, batch_size=batch_size)
         weight = self.embedding.weight
         like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
         layers = tuple(
-            tuple(memory.init_state(rows, like=like) for memory in block.attention.memories) for block in self._layers()
+            tuple(memory.init_state(batch_size, like=like) for memory in block.attention.memories)
+            for block in self._layers()
         )
-        return MemoryState(torch.zeros(rows, dtype=torch.int64, device=like.device), layers)
+        return MemoryState(torch.zeros(batch_size, dtype=torch.int64, device=like.device), layers)
 
     def forward(
         self,
         tokens: Tensor,
         state: MemoryState | None = None,
         *,
-        starts: Tensor | None = None,
+        document_starts: Tensor | None = None,
         labels: Tensor | None = None,
-        lengths: Tensor | None = None,
-        return_hidden: bool = False,
+        valid_length: Tensor | None = None,
+        return_hidden_states: bool = False,
     ) -> MemoryOutput:
         """Read one segment.
 
         Args:
             tokens: (rows, segment) int64.
             state: what the previous call returned; None for fresh streams.
-            starts: (rows, segment) bool, where a document begins; nothing before it is seen from there on.
+            document_starts: (rows, segment) bool, where a document begins; nothing before it is seen from there on.
             labels: (rows, segment) int64, the token to be predicted at each place; -100 where none is.
-            lengths: (rows,) int64, in eval mode, how many tokens of each row are of its text, which may be none: what
-                is put behind them changes neither them nor the next state. None where all are.
-            return_hidden: whether to return hidden states.
+            valid_length: (rows,) int64, in eval mode, how many tokens of each row are of its text, which may be none:
+                what is put behind them changes neither them nor the next state. None where all are.
+            return_hidden_states: whether to return hidden states.
 
         Raises:
-            MemtxError: shapes do not fit each other, or lengths were given to a model that is not :attr:`padded`.
+            MemtxError: shapes do not fit each other, or valid_length was given to a model without
+                :attr:`supports_padding`.
         """
-        check_call(tokens, state, starts=starts, labels=labels)
-        if lengths is not None:
-            check_lengths(tokens, lengths)
-            if self.training or not self.padded:
+        check_inputs(tokens, state, document_starts=document_starts, labels=labels)
+        if valid_length is not None:
+            check_valid_length(tokens, valid_length)
+            if self.training or not self.supports_padding:
                 raise MemtxError(
-                    "lengths were given " + ("in training." if self.training else "to memories that read all tokens."),
+                    "valid_length was given "
+                    + ("in training." if self.training else "to memories that read all tokens."),
                     "Give rows of one length.",
                 )
-        if starts is not None and starts.dtype != torch.bool:
-            raise MemtxError(f"starts is {starts.dtype}, expected bool.", "Compare it with 0 first.")
+        if document_starts is not None and document_starts.dtype != torch.bool:
+            raise MemtxError(f"document_starts is {document_starts.dtype}, expected bool.", "Compare it with 0 first.")
         state = state if state is not None else self.init_state(tokens.shape[0])
-        segment = Segment.locate(state.position, tokens.shape[1], starts, lengths)
-        x = self.dropout(self._embedded(tokens, segment.position))
-        through = partial(self._through, keep=return_hidden)
-        stops = parts_of(segment, self._layers())
-        if self.tokens is not None:
-            given = self._layers(), self.tokens, self.asking, stops, x, state, starts
-            hidden, layers, losses = by_intervals(through, *given)
+        segment = Segment.from_document_starts(state.position, tokens.shape[1], document_starts, valid_length)
+        x = self.dropout(self._embed(tokens, segment.position))
+        through = partial(self._run_layers, keep_hidden_states=return_hidden_states)
+        stops = find_chunk_ends(segment, self._layers())
+        if self.memory_tokens is not None:
+            given = self._layers(), self.memory_tokens, self.write_tokens, stops, x, state, document_starts
+            hidden, layers, losses = forward_with_memory_tokens(through, *given)
         elif stops:
-            hidden, layers, losses = in_parts(through, stops, x, state, starts)
+            hidden, layers, losses = forward_in_chunks(through, stops, x, state, document_starts)
         else:
             hidden, layers, losses = through(x, state.layers, segment)
         x = self.norm(hidden[-1])
@@ -282,11 +286,11 @@ class MemoryTransformer(Mountable):
             flat = labels.reshape(-1)
             total, nll = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat)
             nll = nll.view_as(labels)
-            language_loss = total / (flat != IGNORED).sum().clamp(min=1)
+            language_loss = total / (flat != IGNORE_INDEX).sum().clamp(min=1)
             loss = language_loss + sum(losses.values())
         return MemoryOutput(
             logits,
-            tuple(hidden) if return_hidden else None,
+            tuple(hidden) if return_hidden_states else None,
             MemoryState(segment.next_position, layers),
             loss,
             language_loss,
@@ -294,57 +298,59 @@ class MemoryTransformer(Mountable):
             losses,
         )
 
-    def _embedded(self, tokens: Tensor, position: Tensor) -> Tensor:
+    def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Return (..., dim) of tokens at positions, both (...) int64."""
         x: Tensor = self.embedding(tokens)
-        return x if self.absolute is None else x + self.absolute(position)
+        return x if self.absolute_positions is None else x + self.absolute_positions(position)
 
-    def _through(self, x: Tensor, states: Layers, segment: Segment, keep: bool) -> tuple[list[Tensor], Layers, Losses]:
+    def _run_layers(
+        self, x: Tensor, states: LayerStates, segment: Segment, keep_hidden_states: bool
+    ) -> tuple[list[Tensor], LayerStates, Losses]:
         """Return the last layer's output, behind x and the others' where these are kept, next states and losses."""
         hidden, layers = [x], []
         named: dict[str, list[Tensor]] = {}
         for block, own in zip(self._layers(), states, strict=True):
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x, own, found = checkpoint(block, x, own, segment, use_reentrant=False)
             else:
                 x, own, found = block(x, own, segment)
             layers.append(own)
             for name, value in found.items():
                 named.setdefault(name, []).append(value)
-            hidden = [*hidden, x] if keep else [x]
+            hidden = [*hidden, x] if keep_hidden_states else [x]
         return hidden, tuple(layers), {name: torch.stack(values).mean() for name, values in named.items()}
 
     @property
-    def padded(self) -> bool:
+    def supports_padding(self) -> bool:
         """Whether the rows of a call may be of different lengths."""
-        return all(memory.padded for block in self._layers() for memory in block.attention.memories)
+        return all(memory.supports_padding for block in self._layers() for memory in block.attention.memories)
 
-    def rings(self, state: MemoryState) -> list[Ring] | None:
+    def to_rings(self, state: MemoryState) -> list[KVRing] | None:
         """Open a state for decoding in place, a ring a layer; None where a memory has no such form."""
         pairs = zip(self._layers(), state.layers, strict=True)
-        rings = [block.attention.ring(own, state.position) for block, own in pairs]
+        rings = [block.attention.open_ring(own, state.position) for block, own in pairs]
         found = [ring for ring in rings if ring is not None]
         return found if len(found) == len(rings) else None
 
-    def close(self, rings: Sequence[Ring], position: Tensor) -> MemoryState:
+    def from_rings(self, rings: Sequence[KVRing], position: Tensor) -> MemoryState:
         """Return the state that rings hold, as a value; position: (rows,) int64, tokens read so far."""
         layers = []
         for block, ring in zip(self._layers(), rings, strict=True):
-            layers.append((block.attention.memory.state_of(*closed(ring.layout, ring.hidden, position)),))
+            layers.append((block.attention.memory.join_state(*from_ring(ring.layout, ring.hidden, position)),))
         return MemoryState(position.clone(), tuple(layers))
 
-    def step(self, tokens: Tensor, rings: Sequence[Ring], step: Step) -> Tensor:
+    def decode_step(self, tokens: Tensor, rings: Sequence[KVRing], step: DecodeStep) -> Tensor:
         """Read one token a row in eval mode, writing into rings: what :class:`memtx.inference.decoder.Decoder` runs.
 
         Args:
             tokens: (rows,) int64.
-            rings: as opened by :meth:`rings`, changed in place.
+            rings: as opened by :meth:`to_rings`, changed in place.
             step: where the tokens stand.
 
         Returns:
             (rows, vocab) logits.
         """
-        x = self._embedded(tokens, step.position)
+        x = self._embed(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
         logits: Tensor = self.head(self.norm(x))

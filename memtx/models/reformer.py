@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import MemtxError, check_at_least
 from memtx.layers import reversible
-from memtx.layers.axial_positions import AxialPositions, TablePositions
-from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
-from memtx.models.published.layout import PublishedModel
+from memtx.layers.axial_positions import AxialPositionEmbeddings, PositionEmbeddings
+from memtx.layers.chunk_attention import LocalAttention, LSHAttention, ReformerAttention
+from memtx.models.published.layout import HFCompatibleModel
 from memtx.ops.linear import Linear
 
 
@@ -46,20 +46,20 @@ class ReformerBlock(nn.Module):
     Args:
         attention: the attention part.
         dim: width of the hidden states.
-        hidden: inner width of the feed-forward part.
+        hidden_dim: inner width of the feed-forward part.
         activation: makes its non-linearity.
-        at_once: places that the feed-forward part takes at once; 0 for all.
+        feed_forward_chunk_size: places that the feed-forward part takes at once; 0 for all.
         eps: of the norms.
         dropout: of what each part adds, and within the feed-forward part.
     """
 
     def __init__(
         self,
-        attention: ChunkAttention,
+        attention: ReformerAttention,
         dim: int,
-        hidden: int,
+        hidden_dim: int,
         activation: Callable[[], nn.Module],
-        at_once: int,
+        feed_forward_chunk_size: int,
         eps: float,
         dropout: float,
     ) -> None:
@@ -67,38 +67,40 @@ class ReformerBlock(nn.Module):
         self.attention_norm = nn.LayerNorm(dim, eps=eps)
         self.attention = attention
         self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
-        self.up = Linear(dim, hidden)
+        self.up = Linear(dim, hidden_dim)
         self.activation = activation()
-        self.down = Linear(hidden, dim)
-        self.at_once = at_once
+        self.down = Linear(hidden_dim, dim)
+        self.feed_forward_chunk_size = feed_forward_chunk_size
         self.dropout = nn.Dropout(dropout)
 
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """Return whether anything is dropped at random now."""
-        return self.training and (self.dropout.p > 0 or self.attention.rate > 0)
+        return self.training and (self.dropout.p > 0 or self.attention.dropout_rate > 0)
 
-    def attend(self, x: Tensor, present: Tensor | None, decided: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def attend(
+        self, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return what attention adds, (rows, n, dim), and the buckets that places fell into."""
-        attended, buckets = self.attention(self.attention_norm(x), present, decided)
+        attended, buckets = self.attention(self.attention_norm(x), attention_mask, cached_buckets)
         return self.dropout(attended), buckets
 
-    def feed(self, x: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor) -> Tensor:
         """Return what the feed-forward part adds, (rows, n, dim)."""
-        if self.at_once == 0 or x.shape[1] <= self.at_once:
-            return self._feed(x)
-        parts = torch.split(x, self.at_once, dim=1)  # type: ignore[no-untyped-call]
+        if self.feed_forward_chunk_size == 0 or x.shape[1] <= self.feed_forward_chunk_size:
+            return self._feed_forward_chunk(x)
+        parts = torch.split(x, self.feed_forward_chunk_size, dim=1)  # type: ignore[no-untyped-call]
         if not torch.is_grad_enabled():
-            return torch.cat([self._feed(part) for part in parts], dim=1)
+            return torch.cat([self._feed_forward_chunk(part) for part in parts], dim=1)
         # Else the inner states of all chunks would be kept, and nothing gained.
-        return torch.cat([checkpoint(self._feed, part, use_reentrant=False) for part in parts], dim=1)
+        return torch.cat([checkpoint(self._feed_forward_chunk, part, use_reentrant=False) for part in parts], dim=1)
 
-    def _feed(self, x: Tensor) -> Tensor:
+    def _feed_forward_chunk(self, x: Tensor) -> Tensor:
         inner = self.activation(self.dropout(self.up(self.feed_forward_norm(x))))
         out: Tensor = self.dropout(self.down(inner))
         return out
 
 
-class Reformer(PublishedModel):
+class Reformer(HFCompatibleModel):
     """A model of reversible layers.
 
     Args:
@@ -106,13 +108,13 @@ class Reformer(PublishedModel):
         dim: width of the hidden states.
         heads: how many a layer.
         attentions: one entry a layer; each makes the attention part from dim, heads and causal.
-        hidden: inner width of the feed-forward parts; 4 dim by default.
+        hidden_dim: inner width of the feed-forward parts; 4 dim by default.
         positions: makes the positions from dim.
         causal: whether places behind a query are unseen: a decoder.
-        padding: the token that fills up a text to whole chunks.
+        pad_token_id: the token that fills up a text to whole chunks.
         activation: makes the non-linearity of the feed-forward parts.
-        at_once: places that a feed-forward part takes at once; 0 for all.
-        head: whether there is a map to the vocabulary.
+        feed_forward_chunk_size: places that a feed-forward part takes at once; 0 for all.
+        add_lm_head: whether there is a map to the vocabulary.
         eps: of the norms.
         dropout: of embeddings and of what each part adds.
 
@@ -125,42 +127,44 @@ class Reformer(PublishedModel):
         vocab_size: int,
         dim: int = 256,
         heads: int = 4,
-        attentions: Sequence[Callable[[int, int, bool], ChunkAttention]] = (LocalAttention, HashAttention) * 3,
-        hidden: int | None = None,
-        positions: Callable[[int], AxialPositions | TablePositions] | None = None,
+        attentions: Sequence[Callable[[int, int, bool], ReformerAttention]] = (LocalAttention, LSHAttention) * 3,
+        hidden_dim: int | None = None,
+        positions: Callable[[int], AxialPositionEmbeddings | PositionEmbeddings] | None = None,
         causal: bool = True,
-        padding: int = 0,
+        pad_token_id: int = 0,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        at_once: int = 0,
-        head: bool = True,
+        feed_forward_chunk_size: int = 0,
+        add_lm_head: bool = True,
         eps: float = 1e-12,
         dropout: float = 0.0,
     ) -> None:
         arguments = dict(locals())
         super().__init__()
-        at_least(1, vocab_size=vocab_size, dim=dim, layers=len(attentions))
-        if at_once < 0:
-            raise MemtxError(f"at_once is {at_once}.", "Give a number of places, or 0 for all.")
-        self.remember(arguments)
+        check_at_least(1, vocab_size=vocab_size, dim=dim, layers=len(attentions))
+        if feed_forward_chunk_size < 0:
+            raise MemtxError(
+                f"feed_forward_chunk_size is {feed_forward_chunk_size}.", "Give a number of places, or 0 for all."
+            )
+        self.save_init_args(arguments)
         self.vocab_size = vocab_size
         self.dim = dim
-        self.padding = padding
+        self.pad_token_id = pad_token_id
         self.embedding = nn.Embedding(vocab_size, dim)
-        self.positions = TablePositions(dim, 4096) if positions is None else positions(dim)
+        self.positions = PositionEmbeddings(dim, 4096) if positions is None else positions(dim)
         self.blocks = nn.ModuleList(
             ReformerBlock(
                 attention(dim, heads, causal),
                 dim,
-                hidden if hidden is not None else 4 * dim,
+                hidden_dim if hidden_dim is not None else 4 * dim,
                 activation,
-                at_once,
+                feed_forward_chunk_size,
                 eps,
                 dropout,
             )
             for attention in attentions
         )
         self.norm = nn.LayerNorm(2 * dim, eps=eps)
-        self.head = Linear(2 * dim, vocab_size) if head else None
+        self.head = Linear(2 * dim, vocab_size) if add_lm_head else None
         self.dropout = nn.Dropout(dropout)
         self.reset_parameters()
 
@@ -171,7 +175,7 @@ class Reformer(PublishedModel):
                 nn.init.normal_(part.weight, std=std)
             if isinstance(part, nn.Linear) and part.bias is not None:
                 nn.init.zeros_(part.bias)
-            if isinstance(part, AxialPositions):
+            if isinstance(part, AxialPositionEmbeddings):
                 for weight in part.weights:
                     nn.init.normal_(weight)
 
@@ -207,10 +211,11 @@ class Reformer(PublishedModel):
                 "Match input_ids.",
             )
         length = input_ids.shape[1]
-        tokens, present = self._whole_chunks(input_ids, attention_mask)
-        if tokens.shape[1] > self.positions.longest:
+        tokens, present = self._pad_to_chunks(input_ids, attention_mask)
+        if tokens.shape[1] > self.positions.max_length:
             raise MemtxError(
-                f"A text of {length} tokens needs {tokens.shape[1]} positions, the model has {self.positions.longest}.",
+                f"A text of {length} tokens needs {tokens.shape[1]} positions, "
+                f"the model has {self.positions.max_length}.",
                 "Cut the text, or use a model with more positions.",
             )
         x = self.dropout(self.embedding(tokens)) + self.dropout(self.positions(tokens.shape[1]))
@@ -218,11 +223,11 @@ class Reformer(PublishedModel):
         if output_hidden_states or not torch.is_grad_enabled():
             for block in self._layers():
                 x1 = x1 + block.attend(x2, present, None)[0]
-                x2 = x2 + block.feed(x1)
+                x2 = x2 + block.feed_forward(x1)
                 if output_hidden_states:
                     hidden.append(x2)
         else:
-            x1, x2 = reversible.run(x1, x2, self._layers(), present)
+            x1, x2 = reversible.reversible_forward(x1, x2, self._layers(), present)
         x = self.dropout(self.norm(torch.cat([x1, x2], dim=-1)))[:, :length]
         return ReformerOutput(
             x,
@@ -230,9 +235,9 @@ class Reformer(PublishedModel):
             self.head(x) if self.head is not None else None,
         )
 
-    def _whole_chunks(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _pad_to_chunks(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return tokens and their presence, filled up so that every layer's chunks are whole."""
-        chunks = {block.attention.chunk for block in self._layers()}
+        chunks = {block.attention.chunk_length for block in self._layers()}
         common, length = math.lcm(*chunks), tokens.shape[1]
         present = None
         if attention_mask is not None and not bool((attention_mask > 0).all()):
@@ -242,4 +247,4 @@ class Reformer(PublishedModel):
         more = -length % common
         if present is None:
             present = torch.ones_like(tokens, dtype=torch.bool)
-        return F.pad(tokens, (0, more), value=self.padding), F.pad(present, (0, more))
+        return F.pad(tokens, (0, more), value=self.pad_token_id), F.pad(present, (0, more))

@@ -6,36 +6,36 @@ from collections.abc import Sequence
 
 from memtx.errors import MemtxError
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.mounting import MakeMemory
+from memtx.models.mounting import MemoryFactory
 
 
 class Retrofit:
     """Makes a folder's model with memory (see :meth:`MemoryTransformer.with_memory`) for a tokenizer's vocabulary.
 
     Args:
-        folder: a published decoder's, one of ours, or a training checkpoint.
+        path: a published decoder's, one of ours, or a training checkpoint.
         memories: added to the chosen layers.
         window: exact positions seen.
-        sinks: first tokens of a document that are seen for good.
+        num_sinks: first tokens of a document that are seen for good.
         layers: which get the memories; None for all.
-        gated: whether they enter by gates that begin at 0.
+        gated_memory: whether they enter by gates that begin at 0.
     """
 
     def __init__(
         self,
-        folder: str | None = None,
-        memories: Sequence[MakeMemory] = (),
+        path: str | None = None,
+        memories: Sequence[MemoryFactory] = (),
         window: int | None = None,
-        sinks: int = 4,
+        num_sinks: int = 4,
         layers: Sequence[int] | None = None,
-        gated: bool = True,
+        gated_memory: bool = True,
     ) -> None:
-        self.folder = folder
+        self.path = path
         self.memories = memories
         self.window = window
-        self.sinks = sinks
+        self.num_sinks = num_sinks
         self.layers = layers
-        self.gated = gated
+        self.gated_memory = gated_memory
 
     def __call__(self, vocab_size: int) -> MemoryTransformer:
         """Return the model, ready to be trained.
@@ -47,18 +47,22 @@ class Retrofit:
             MemtxError: no folder is given, the tokenizer is not the folder's, or the folder's model cannot be read
                 or take the memories.
         """
-        if self.folder is None:
+        if self.path is None:
             raise MemtxError(
                 "No folder of a model is given to be retrofitted.",
-                "Add --model.model.init_args.folder FOLDER --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
+                "Add --model.model.init_args.path FOLDER --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
             )
-        model = MemoryTransformer.from_pretrained(self.folder)
+        model = MemoryTransformer.from_pretrained(self.path)
         if vocab_size > model.vocab_size:
             raise MemtxError(
-                f"The tokenizer has {vocab_size} ids, the model in '{self.folder}' {model.vocab_size}.",
+                f"The tokenizer has {vocab_size} ids, the model in '{self.path}' {model.vocab_size}.",
                 "Read texts by the folder's own: --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
             )
         made = model.with_memory(
-            self.memories, window=self.window, sinks=self.sinks, layers=self.layers, gated=self.gated
+            self.memories,
+            window=self.window,
+            num_sinks=self.num_sinks,
+            layers=self.layers,
+            gated_memory=self.gated_memory,
         )
         return made.train()

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from memtx import files
-from memtx.errors import CheckpointError, MemtxError, not_whole
+from memtx.errors import CheckpointError, MemtxError, corrupt_checkpoint_error
 
-METADATA = ".metadata"
-NOTES = "meta.pt"
-FILES = "files.json"
+DCP_METADATA_FILE = ".metadata"
+META_FILE = "meta.pt"
+CHECKSUMS_FILE = "files.json"
 
-_CLASSES = {
+_SAFE_GLOBALS = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
@@ -44,29 +44,31 @@ _CLASSES = {
 """What a ``.metadata`` may be made of, by module."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if name in _CLASSES.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+        if name in _SAFE_GLOBALS.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` is a folder with shares of a checkpoint in it, whole or not."""
-    return any((Path(path) / name).is_file() for name in (METADATA, NOTES, FILES))
+    return any((Path(path) / name).is_file() for name in (DCP_METADATA_FILE, META_FILE, CHECKSUMS_FILE))
 
 
-def seal(path: Path, checksums: Mapping[str, str]) -> None:
+def write_checksums(path: Path, checksums: Mapping[str, str]) -> None:
     """Write what the folder's files must be: last, so that a folder without it is not whole.
 
     Args:
         path: the folder.
         checksums: by file name, of :func:`memtx.files.checksum`.
     """
-    files.write_json(path / FILES, dict(checksums))
+    files.write_json(path / CHECKSUMS_FILE, dict(checksums))
 
 
-def check(path: str | os.PathLike[str]) -> None:
+def verify_checksums(path: str | os.PathLike[str]) -> None:
     """Compare every file of the folder with its checksum.
 
     Raises:
@@ -74,41 +76,43 @@ def check(path: str | os.PathLike[str]) -> None:
     """
     place = Path(path)
     try:
-        known = files.read_json(place / FILES)
-        if not isinstance(known, dict) or not {METADATA, NOTES} <= known.keys():
-            raise MemtxError(f"'{place / FILES}' does not name the checkpoint's files.")
+        known = files.read_json(place / CHECKSUMS_FILE)
+        if not isinstance(known, dict) or not {DCP_METADATA_FILE, META_FILE} <= known.keys():
+            raise MemtxError(f"'{place / CHECKSUMS_FILE}' does not name the checkpoint's files.")
         # Names alone: a file elsewhere is none of the checkpoint's.
         wrong = [name for name in known if Path(name).name != name or files.checksum(place / name) != known[name]]
     except MemtxError as error:
-        raise not_whole(place, f": {error.what.rstrip('.')}") from error
+        raise corrupt_checkpoint_error(place, f": {error.message.rstrip('.')}") from error
     except OSError as error:
-        raise not_whole(place, f": '{Path(str(error.filename)).name}' could not be read: {error.strerror}") from error
+        raise corrupt_checkpoint_error(
+            place, f": '{Path(str(error.filename)).name}' could not be read: {error.strerror}"
+        ) from error
     if wrong:
-        raise not_whole(place, f": '{wrong[0]}' in it is not what was written")
+        raise corrupt_checkpoint_error(place, f": '{wrong[0]}' in it is not what was written")
 
 
-def read_notes(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return all that is no weight and no optimiser's state.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     try:
-        content = torch.load(Path(path) / NOTES, map_location="cpu", weights_only=True)
+        content = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of somebody else's can make the reader stumble over anything
-        raise _broken(path, error) from error
+        raise _corrupt_error(path, error) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"'{path}' holds a {type(content).__name__}, not a checkpoint.", "Give another folder.")
     return content
 
 
-def load_into(path: str | os.PathLike[str], state: dict[str, Any], *, alone: bool = False) -> None:
+def load_into(path: str | os.PathLike[str], state: dict[str, Any], *, no_dist: bool = False) -> None:
     """Fill the tensors and values of ``state``, whole or shared out, from the folder's shares.
 
     Args:
         path: the folder.
         state: names and nesting as they were saved; its tensors are written to in place.
-        alone: whether this process reads by itself; otherwise all do together.
+        no_dist: whether this process reads by itself; otherwise all do together.
 
     Raises:
         CheckpointError: something is missing, damaged or of another shape.
@@ -127,12 +131,12 @@ def load_into(path: str | os.PathLike[str], state: dict[str, Any], *, alone: boo
             super().load_bytes(read_item, plain)
 
     try:
-        load(state, storage_reader=_reader(path), planner=Planner(), no_dist=alone)
+        load(state, storage_reader=_storage_reader(path), planner=Planner(), no_dist=no_dist)
     except Exception as error:  # torch raises one of its own, around whatever went wrong on whichever process
-        raise _broken(path, error) from error
+        raise _corrupt_error(path, error) from error
 
 
-def _reader(path: str | os.PathLike[str]) -> Any:
+def _storage_reader(path: str | os.PathLike[str]) -> Any:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
@@ -140,8 +144,8 @@ def _reader(path: str | os.PathLike[str]) -> Any:
         """Reads ``.metadata`` without running anything that stands in it."""
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-            with open(Path(path) / METADATA, "rb") as handle:
-                metadata = cast(Metadata, _Unpickler(handle).load())
+            with open(Path(path) / DCP_METADATA_FILE, "rb") as handle:
+                metadata = cast(Metadata, _RestrictedUnpickler(handle).load())
             metadata.storage_meta = StorageMeta(load_id=self.load_id)
             return metadata
 
@@ -154,15 +158,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         CheckpointError: missing, damaged, or not such a folder.
     """
-    check(path)
-    content = read_notes(path)
+    verify_checksums(path)
+    content = read_metadata(path)
     try:
-        metadata = _reader(path).read_metadata()
-        flat = {name: _empty(kept) for name, kept in metadata.state_dict_metadata.items()}
+        metadata = _storage_reader(path).read_metadata()
+        flat = {name: _empty_tensor(kept) for name, kept in metadata.state_dict_metadata.items()}
         places = metadata.planner_data
     except Exception as error:  # what is no checkpoint's metadata fails in as many ways as there are files
-        raise _broken(path, error) from error
-    load_into(path, flat, alone=True)
+        raise _corrupt_error(path, error) from error
+    load_into(path, flat, no_dist=True)
     nested: dict[str, Any] = {}
     for name, value in flat.items():
         inner = nested
@@ -171,16 +175,16 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
             inner = inner.setdefault(key, {})
         inner[last] = value
     content["state_dict"] = nested.pop("state_dict", {})
-    content["optimizer_states"] = [_numbered(nested[name]) for name in sorted(nested)]
+    content["optimizer_states"] = [_optimizer_state_by_index(nested[name]) for name in sorted(nested)]
     return content
 
 
-def _empty(kept: Any) -> Tensor | None:
-    size = getattr(kept, "size", None)
-    return None if size is None else torch.empty(size, dtype=kept.properties.dtype)
+def _empty_tensor(metadata: Any) -> Tensor | None:
+    size = getattr(metadata, "size", None)
+    return None if size is None else torch.empty(size, dtype=metadata.properties.dtype)
 
 
-def _numbered(state: dict[str, Any]) -> dict[str, Any]:
+def _optimizer_state_by_index(state: dict[str, Any]) -> dict[str, Any]:
     """Return an optimiser's state with its parameters numbered, as one process keeps it, instead of named."""
     groups = state["param_groups"]
     groups = [groups[place] for place in sorted(groups)] if isinstance(groups, dict) else groups
@@ -192,7 +196,7 @@ def _numbered(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def named(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def optimizer_state_by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return an optimiser's state with its parameters named, as shares keep it, instead of numbered.
 
     Args:
@@ -216,8 +220,8 @@ def named(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _broken(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+def _corrupt_error(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     if isinstance(error, CheckpointError):
         return error
     said = " ".join(str(error).split())[-200:]
-    return not_whole(path, f" ({type(error).__name__}: {said})")
+    return corrupt_checkpoint_error(path, f" ({type(error).__name__}: {said})")

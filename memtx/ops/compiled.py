@@ -26,30 +26,30 @@ from memtx.ops import processor
 
 log = logging.getLogger(__name__)
 
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
-SWITCH = "MEMTX_COMPILE"
+COMPILER_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
+COMPILE_ENV_VAR = "MEMTX_COMPILE"
 """Environment variable: 0 for never compiling anything."""
 
-TOLD = ("model name", "flags", "Features", "CPU part")
+CPU_INFO_FIELDS = ("model name", "flags", "Features", "CPU part")
 """What tells processors apart, on x86 and on ARM."""
 
 
-def compiler() -> str | None:
+def find_compiler() -> str | None:
     """Return the C++ compiler's path: ``CXX``, or the first that there is; None if there is none."""
     asked = os.environ.get("CXX")
     return next(filter(None, map(shutil.which, [asked] if asked else ["c++", "g++", "clang++"])), None)
 
 
-def _processor() -> str:
+def _describe_cpu() -> str:
     """Return what tells processors apart for which compiled code differs."""
-    told = processor.about()
-    return "\n".join([platform.machine(), *(told.get(name, "") for name in TOLD)])
+    told = processor.read_cpu_info()
+    return "\n".join([platform.machine(), *(told.get(name, "") for name in CPU_INFO_FIELDS)])
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[Path]:
+def _open_build_dir() -> Iterator[Path]:
     """Yield where what is compiled is kept; where nothing can be, a folder that goes once the file is loaded."""
-    kept = files.default_cache() / "compiled"
+    kept = files.default_cache_dir() / "compiled"
     with contextlib.suppress(OSError):
         kept.mkdir(parents=True, exist_ok=True, mode=0o700)
     if os.access(kept, os.W_OK):
@@ -60,19 +60,19 @@ def _folder() -> Iterator[Path]:
 
 
 @cache
-def library(source: Path) -> ctypes.CDLL | None:
+def load_library(source: Path) -> ctypes.CDLL | None:
     """Return a source's functions, compiled where they are not yet; None where that cannot be, and why is logged.
 
     Args:
         source: a C++ file with ``extern "C"`` functions.
     """
-    if os.environ.get(SWITCH) == "0":
-        log.info("%s is not compiled: %s is 0", source.name, SWITCH)
+    if os.environ.get(COMPILE_ENV_VAR) == "0":
+        log.info("%s is not compiled: %s is 0", source.name, COMPILE_ENV_VAR)
         return None
-    asked = "\n".join([source.read_text(encoding="utf-8"), *FLAGS, _processor()])
+    asked = "\n".join([source.read_text(encoding="utf-8"), *COMPILER_FLAGS, _describe_cpu()])
     name = f"{source.stem}-{hashlib.sha256(asked.encode()).hexdigest()[:24]}.so"
     try:
-        with _folder() as folder:
+        with _open_build_dir() as folder:
             if not (folder / name).exists():
                 _compile(source, folder / name)
             return ctypes.CDLL(str(folder / name))
@@ -82,17 +82,17 @@ def library(source: Path) -> ctypes.CDLL | None:
         return None
 
 
-def _compile(source: Path, target: Path) -> None:
+def _compile(source: Path, library_path: Path) -> None:
     """Compile one file.
 
     Raises:
         OSError: there is no compiler, or no room.
         subprocess.SubprocessError: the compiler failed.
     """
-    program = compiler()
+    program = find_compiler()
     if program is None:
         raise OSError("no C++ compiler was found; install g++ or clang++, or set CXX")
     log.info("compiling %s with %s, once on this machine", source.name, program)
-    with files.atomic_path(target) as path:
-        command = [program, *FLAGS, "-o", str(path), str(source)]
+    with files.atomic_path(library_path) as path:
+        command = [program, *COMPILER_FLAGS, "-o", str(path), str(source)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)

@@ -14,47 +14,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CHUNK = 32
+CHUNK_SIZE = 32
 """Tokens a chunk: of 8 to 128 measured fastest on one CPU thread, heads of 32 and of 64, forward and backward."""
 
 
-def stepwise(
+def naive_recurrent_gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    strength: Tensor,
+    beta: Tensor,
     log_decay: Tensor | None,
-    matrix: Tensor,
-    starts: Tensor,
+    state: Tensor,
+    document_starts: Tensor,
     *,
-    erase: bool = True,
+    delta_rule: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`chunked` token by token: the twin that it is tested against."""
+    """Compute :func:`chunk_gated_delta_rule` token by token: the twin that it is tested against."""
     outputs = []
     for t in range(q.shape[2]):
-        matrix = matrix.masked_fill(starts[:, t, None, None, None], 0.0)
+        state = state.masked_fill(document_starts[:, t, None, None, None], 0.0)
         if log_decay is not None:
-            matrix = matrix * log_decay[:, :, t, None, None].exp()
+            state = state * log_decay[:, :, t, None, None].exp()
         new = v[:, :, t]
-        if erase:
-            new = new - torch.einsum("rhkv,rhk->rhv", matrix, k[:, :, t])
-        new = strength[:, :, t, None] * new
-        matrix = matrix + k[:, :, t, :, None] * new[:, :, None]
-        outputs.append(torch.einsum("rhkv,rhk->rhv", matrix, q[:, :, t]))
-    return torch.stack(outputs, dim=2), matrix
+        if delta_rule:
+            new = new - torch.einsum("rhkv,rhk->rhv", state, k[:, :, t])
+        new = beta[:, :, t, None] * new
+        state = state + k[:, :, t, :, None] * new[:, :, None]
+        outputs.append(torch.einsum("rhkv,rhk->rhv", state, q[:, :, t]))
+    return torch.stack(outputs, dim=2), state
 
 
-def chunked(
+def chunk_gated_delta_rule(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    strength: Tensor,
+    beta: Tensor,
     log_decay: Tensor | None,
-    matrix: Tensor,
-    starts: Tensor,
+    state: Tensor,
+    document_starts: Tensor,
     *,
-    erase: bool = True,
-    chunk: int = CHUNK,
+    delta_rule: bool = True,
+    chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:
     """Write and read every token, a chunk at a time: within a chunk in parallel, from chunk to chunk by the matrix.
 
@@ -66,32 +66,32 @@ def chunked(
         q: (rows, heads, tokens, key_dim).
         k: (rows, heads, tokens, key_dim); for the delta rule at most of length 1, or writing overshoots.
         v: (rows, heads, tokens, value_dim).
-        strength: (rows, heads, tokens), b.
+        beta: (rows, heads, tokens), b.
         log_decay: (rows, heads, tokens), the logarithm of a: finite, at most 0; None for no decay.
-        matrix: (rows, heads, key_dim, value_dim), as the tokens before left it.
-        starts: (rows, tokens) bool, where a document begins.
-        erase: whether what the key held is taken out (the delta rule).
-        chunk: tokens a chunk.
+        state: (rows, heads, key_dim, value_dim), as the tokens before left it.
+        document_starts: (rows, tokens) bool, where a document begins.
+        delta_rule: whether what the key held is taken out (the delta rule).
+        chunk_size: tokens a chunk.
 
     Returns:
         (rows, heads, tokens, value_dim), each token's read after its own write, and the last matrix. All in the
         type of the inputs, which is one; products are not done by autocast.
     """
     length = q.shape[2]
-    chunk = min(chunk, length)
-    count = -(-length // chunk)
-    missing = count * chunk - length
+    chunk_size = min(chunk_size, length)
+    count = -(-length // chunk_size)
+    missing = count * chunk_size - length
 
     def cut(x: Tensor) -> Tensor:
         """(rows, heads, tokens, ...) -> (rows, heads, chunks, chunk, ...); tokens added write nothing."""
         if missing:
             x = torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], dim=2)
-        return x.reshape(*x.shape[:2], count, chunk, *x.shape[3:])
+        return x.reshape(*x.shape[:2], count, chunk_size, *x.shape[3:])
 
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, b = cut(q), cut(k), cut(v), cut(strength)[..., None]
-        document = cut(starts[:, None].int()).cumsum(-1)  # (rows, 1, chunks, chunk)
-        lower = torch.ones(chunk, chunk, dtype=torch.bool, device=q.device).tril()
+        q, k, v, b = cut(q), cut(k), cut(v), cut(beta)[..., None]
+        document = cut(document_starts[:, None].int()).cumsum(-1)  # (rows, 1, chunks, chunk)
+        lower = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=q.device).tril()
         reached = (document[..., :, None] == document[..., None, :]) & lower
         carried = (document == 0)[..., None].to(q.dtype)
         if log_decay is None:
@@ -103,7 +103,7 @@ def chunked(
             between, since = gap.exp(), carried * total[..., None].exp()
             until = between[..., -1, :, None]
         weights = (q @ k.mT) * between
-        if erase:
+        if delta_rule:
             system = (b * (k @ k.mT) * between).tril(-1)
             known = torch.cat([b * v, b * since * k], dim=-1)
             # The diagonal is taken for ones without being read.
@@ -116,7 +116,7 @@ def chunked(
         undoing = undone.unbind(2) if undone is not None else None
         outputs = []
         for at, (own, weight, read, written, kept) in enumerate(zip(*shares, strict=True)):
-            change = own if undoing is None else own - undoing[at] @ matrix
-            outputs.append(read @ matrix + weight @ change)
-            matrix = kept * matrix + written @ change
-        return torch.cat(outputs, dim=2)[:, :, :length], matrix
+            change = own if undoing is None else own - undoing[at] @ state
+            outputs.append(read @ state + weight @ change)
+            state = kept * state + written @ change
+        return torch.cat(outputs, dim=2)[:, :, :length], state

@@ -16,62 +16,62 @@ from torch.nn import functional as F
 
 from memtx.ops import processor
 
-FEWEST = 1 << 21
+MIN_MULTIPLY_ADDS = 1 << 21
 """Multiply-adds from which on it pays: below, a call's own cost counts."""
 
 
 @cache
-def cpu_gains() -> bool:
+def is_onednn_faster() -> bool:
     """Return whether this is an AMD processor with AVX-512, as torch uses it, and torch has the operators."""
     has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
     fit = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return bool(fit) and processor.about().get("vendor_id") == "AuthenticAMD"
+    return bool(fit) and processor.read_cpu_info().get("vendor_id") == "AuthenticAMD"
 
 
 @cache
-def copies_pay() -> bool:
+def is_onednn_weight_grad_faster() -> bool:
     """Return whether 512 bits are multiplied at once: what is gained on weights' gradients outweighs their copies.
 
     A Zen 4 (family 25) takes two turns for them; there oneDNN without copies was no faster than MKL.
     """
-    family = processor.about().get("cpu family", "")
+    family = processor.read_cpu_info().get("cpu family", "")
     return family.isdecimal() and int(family) >= 26
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight' + bias; the weight may be a transposed view, x is copied where it is one."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
-class _ByOneDNN(torch.autograd.Function):
+class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return _onednn_linear(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias = ctx.needs_input_grad
-        told, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        told, rows = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_weight = None
-        if for_weight and copies_pay():
+        if for_weight and is_onednn_weight_grad_faster():
             factors = told.to_mkldnn(), rows.to_mkldnn()
             grad_weight = torch.ops.aten.mkldnn_linear_backward_weights(*factors, weight, False)[0]
         elif for_weight:
             grad_weight = told.T @ rows
-        return _product(grad, weight.T) if for_x else None, grad_weight, told.sum(0) if for_bias else None
+        return _onednn_linear(grad_output, weight.T) if for_x else None, grad_weight, told.sum(0) if for_bias else None
 
 
-def _pays(x: Tensor, weight: Tensor) -> bool:
+def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.shape[:-1].numel() * weight.numel() >= FEWEST
+        and x.shape[:-1].numel() * weight.numel() >= MIN_MULTIPLY_ADDS
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and cpu_gains()
+        and is_onednn_faster()
     )
 
 
@@ -86,26 +86,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., out).
     """
-    if not _pays(x, weight):
+    if not _should_use_onednn(x, weight):
         return F.linear(x, weight, bias)
-    out: Tensor = _ByOneDNN.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return out
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def accumulate_weight_grad(weight_grad: Tensor, inputs: Tensor, grad_output: Tensor) -> None:
     """Add left' right to a total in place, without gradient: a part of the gradient of weights.
 
     Args:
-        total: (width, out); faster where the longer of the two lies along memory.
-        left: (rows, width).
-        right: (rows, out).
+        weight_grad: (width, out); faster where the longer of the two lies along memory.
+        inputs: (rows, width).
+        grad_output: (rows, out).
     """
-    if _pays(left.T, right.T):
-        total += _product(left.T, right.T)
-    elif left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+    if _should_use_onednn(inputs.T, grad_output.T):
+        weight_grad += _onednn_linear(inputs.T, grad_output.T)
+    elif inputs.dtype == weight_grad.dtype:
+        weight_grad.addmm_(inputs.T, grad_output)
     else:
-        total += left.T @ right
+        weight_grad += inputs.T @ grad_output
 
 
 class Linear(nn.Linear):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @cache
-def about() -> dict[str, str]:
+def read_cpu_info() -> dict[str, str]:
     """Return the fields of the first core, such as ``flags``; its name alone where the system does not tell."""
     try:
         first = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]

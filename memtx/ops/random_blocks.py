@@ -15,79 +15,91 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 
-PLANNED = (1024, 3072, 4096)
+PLANNED_LENGTHS = (1024, 3072, 4096)
 """Lengths in tokens, rounded up to whole blocks, that the first rule is for."""
 
-REACH = 1024
+MAX_PLANNED_POSITION = 1024
 """Under the first rule, random blocks lie within this many tokens from the beginning."""
 
 
-def draw(length: int, size: int, count: int, heads: int, *, longest: int, seed: int) -> Tensor:
+def sample_random_blocks(
+    length: int, block_size: int, num_random_blocks: int, heads: int, *, max_length: int, seed: int
+) -> Tensor:
     """Return the blocks that each block of queries but the first and the last sees at random.
 
     Args:
-        length: tokens of the text, a multiple of ``size``, more than ``(5 + 2 * count) * size``.
-        size: tokens a block.
-        count: random blocks that each block of queries sees.
+        length: tokens of the text, a multiple of ``block_size``, more than
+            ``(5 + 2 * num_random_blocks) * block_size``.
+        block_size: tokens a block.
+        num_random_blocks: random blocks that each block of queries sees.
         heads: each has a table of its own.
-        longest: tokens of the longest text that the model is for; the first rule draws for that many.
+        max_length: tokens of the longest text that the model is for; the first rule draws for that many.
         seed: of the whole table.
 
     Returns:
-        (heads, blocks - 2, count) int64.
+        (heads, blocks - 2, num_random_blocks) int64.
 
     Raises:
         MemtxError: the first rule leaves a block fewer to choose from than there are to be drawn.
     """
     # Its stream of numbers is fixed for good, and it is not the global one.
     generator = np.random.RandomState(seed)
-    blocks = length // size
-    if length in PLANNED:
-        tables = [list(_planned(generator, longest // size, size, count)) for _ in range(heads)]
-        return torch.from_numpy(np.array(tables, dtype=np.int64).reshape(heads, -1, count)[:, : blocks - 2])
-    table = np.zeros((heads, blocks, count), dtype=np.int64)
-    if count:
+    blocks = length // block_size
+    if length in PLANNED_LENGTHS:
+        tables = [
+            list(_sample_planned(generator, max_length // block_size, block_size, num_random_blocks))
+            for _ in range(heads)
+        ]
+        return torch.from_numpy(np.array(tables, dtype=np.int64).reshape(heads, -1, num_random_blocks)[:, : blocks - 2])
+    table = np.zeros((heads, blocks, num_random_blocks), dtype=np.int64)
+    if num_random_blocks:
         # Drawn for the last block too, though it needs none: the stream of numbers goes on through it.
         for block in range(1, blocks):
             for head in range(heads):
-                table[head, block] = _chosen(generator, block, 2 * count + 5, count)
+                table[head, block] = _sample_outside_window(
+                    generator, block, 2 * num_random_blocks + 5, num_random_blocks
+                )
     return torch.from_numpy(table[:, 1:-1])
 
 
-def _chosen(generator: np.random.RandomState, block: int, among: int, count: int) -> np.ndarray:
-    """Return ``count`` of the first ``among`` blocks that the block of queries does not see otherwise."""
-    barred = {block - 1, block, block + 1, 0, among - 1}
+def _sample_outside_window(
+    generator: np.random.RandomState, block: int, num_candidates: int, num_random_blocks: int
+) -> np.ndarray:
+    """Return ``num_random_blocks`` of the first ``num_candidates`` blocks that the queries do not see otherwise."""
+    barred = {block - 1, block, block + 1, 0, num_candidates - 1}
     if block == 1:
-        barred.add(among - 2)
-    if block == among - 2:
+        barred.add(num_candidates - 2)
+    if block == num_candidates - 2:
         barred.add(1)
-    order = generator.permutation(np.arange(among, dtype=np.int32))
-    return np.array([each for each in order if each not in barred][:count])
+    order = generator.permutation(np.arange(num_candidates, dtype=np.int32))
+    return np.array([each for each in order if each not in barred][:num_random_blocks])
 
 
-def _planned(generator: np.random.RandomState, blocks: int, size: int, count: int) -> Iterator[np.ndarray]:
+def _sample_planned(
+    generator: np.random.RandomState, num_blocks: int, block_size: int, num_random_blocks: int
+) -> Iterator[np.ndarray]:
     """Yield the random blocks of every block of queries but the first and the last, by the first rule.
 
     Near the text's end it does not leave out the window, so a block may be drawn that is seen already.
     """
-    middle = np.arange(1, blocks - 1, dtype=np.int32)
-    last = REACH // size - 1 if 2 * size < REACH else blocks - 1
-    for block in range(1, blocks - 1):
+    middle = np.arange(1, num_blocks - 1, dtype=np.int32)
+    last = MAX_PLANNED_POSITION // block_size - 1 if 2 * block_size < MAX_PLANNED_POSITION else num_blocks - 1
+    for block in range(1, num_blocks - 1):
         start = block - 2
         if block <= 2:
             among = middle[block + 1 : last]
-        elif block >= blocks - 3 or start > last:
+        elif block >= num_blocks - 3 or start > last:
             among = middle[:last]
         elif block + 1 == last:
             among = middle[:start]
         else:
             among = np.concatenate((middle[:start], middle[block + 1 : last]))
-        drawn = generator.permutation(among)[:count]
-        if len(drawn) not in (1, count):
+        drawn = generator.permutation(among)[:num_random_blocks]
+        if len(drawn) not in (1, num_random_blocks):
             raise MemtxError(
-                f"Big Bird's block {block} of {blocks} has {len(drawn)} blocks to choose from, "
-                f"{count} are to be drawn.",
+                f"Big Bird's block {block} of {num_blocks} has {len(drawn)} blocks to choose from, "
+                f"{num_random_blocks} are to be drawn.",
                 "Use smaller blocks, fewer random ones, or give random_blocks.",
             )
         # One that is left stands for all that are asked for.
-        yield np.broadcast_to(drawn, (count,))
+        yield np.broadcast_to(drawn, (num_random_blocks,))

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 
-def angles(tick: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
+def rotary_angles_from_base(offset: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
     """Return cosines and sines of the rotations.
 
     Args:
-        tick: (rows, entries), any real number.
+        offset: (rows, entries), any real number.
         head_dim: even.
         base: the slowest rotation's period is about 2 pi times this.
         dtype: of the result, float32 or float64; the angles themselves are float64.
@@ -22,33 +22,33 @@ def angles(tick: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tens
     Returns:
         (rows, entries, 1, head_dim / 2, 2): the cosine, then the sine.
     """
-    return turned_by(
-        tick, base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=tick.device) / head_dim), dtype
+    return rotary_angles(
+        offset, base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=offset.device) / head_dim), dtype
     )
 
 
-def turned_by(tick: Tensor, inverse: Tensor, dtype: torch.dtype, factor: float = 1.0) -> Tensor:
-    """Return the same for pairs that turn by ``inverse`` (head_dim / 2,) float64 a tick, times ``factor``."""
-    angle = tick.to(torch.float64)[..., None, None] * inverse
-    return (torch.stack([angle.cos(), angle.sin()], dim=-1) * factor).to(dtype)
+def rotary_angles(offset: Tensor, inv_freq: Tensor, dtype: torch.dtype, attention_factor: float = 1.0) -> Tensor:
+    """Return the same of pairs that turn by ``inv_freq`` (head_dim / 2,) float64 a tick, times ``attention_factor``."""
+    angle = offset.to(torch.float64)[..., None, None] * inv_freq
+    return (torch.stack([angle.cos(), angle.sin()], dim=-1) * attention_factor).to(dtype)
 
 
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
+def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
     """Rotate the pairs (2i, 2i + 1) of x, as equation 34 does.
 
     Args:
         x: (rows, entries, heads, head_dim).
-        turn: (rows or 1, entries, 1, head_dim / 2, 2), of :func:`angles`.
+        cos_sin: (rows or 1, entries, 1, head_dim / 2, 2), of :func:`rotary_angles`.
 
     Returns:
         like x, in x's dtype; computed in the angles' dtype.
     """
-    pairs = x.to(turn.dtype)
+    pairs = x.to(cos_sin.dtype)
     pairs = pairs.view(*pairs.shape[:-1], -1, 2)
     if torch.compiler.is_compiling():  # The compiler makes no code for complex numbers.
-        (first, second), (cosine, sine) = pairs.unbind(-1), turn.unbind(-1)
+        (first, second), (cosine, sine) = pairs.unbind(-1), cos_sin.unbind(-1)
         turned = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     else:
         # A product of complex numbers is one pass over x: on a CPU some ten times faster than the line above.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turn))
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
     return turned.flatten(-2).to(x.dtype)

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 
 from memtx.inference.pool import SessionPool
 
-SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300)
+LATENCY_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300)
 
 
 class Metrics:
@@ -18,22 +18,28 @@ class Metrics:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         one = self.registry
-        self.requests = Counter("memtx_requests", "Requests answered.", ["method", "route", "status"], registry=one)
-        self.seconds = Histogram(
-            "memtx_request_seconds", "Time to the end of an answer.", ["route"], buckets=SECONDS, registry=one
+        self.requests = Counter(
+            "memtx_http_requests", "Requests answered.", ["method", "route", "status"], registry=one
         )
-        self.working = Gauge("memtx_requests_working", "Requests that are worked on.", registry=one)
+        self.request_duration = Histogram(
+            "memtx_http_request_duration_seconds",
+            "Time to the end of an answer.",
+            ["route"],
+            buckets=LATENCY_BUCKETS,
+            registry=one,
+        )
+        self.active_requests = Gauge("memtx_http_requests_in_progress", "Requests that are worked on.", registry=one)
 
-    def read(self, name: str, help_: str, value: Callable[[], float]) -> None:
+    def add_gauge(self, name: str, documentation: str, function: Callable[[], float]) -> None:
         """Show a figure that is looked up when it is asked for."""
-        Gauge(name, help_, registry=self.registry).set_function(value)
+        Gauge(name, documentation, registry=self.registry).set_function(function)
 
-    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
+    def observe_request(self, method: str, route: str, status_code: int, seconds: float) -> None:
         """Count one answer."""
-        self.requests.labels(method, route, str(status)).inc()
-        self.seconds.labels(route).observe(seconds)
+        self.requests.labels(method, route, str(status_code)).inc()
+        self.request_duration.labels(route).observe(seconds)
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """Return everything in Prometheus's text format."""
         return generate_latest(self.registry)
 
@@ -47,16 +53,18 @@ class PoolMetrics(Metrics):
 
     def __init__(self, pool: SessionPool) -> None:
         super().__init__()
-        self.made = Counter("memtx_tokens_made", "Tokens of texts that were made.", registry=self.registry)
-        calls, table, engine = pool.engine.calls, pool.table, pool.engine
-        self.read("memtx_tokens_read", "Tokens read.", lambda: calls["read_tokens"])
-        self.read("memtx_read_calls", "Calls that read segments.", lambda: calls["read"])
-        self.read("memtx_read_rows", "Segments that they read.", lambda: calls["read_rows"])
-        self.read("memtx_step_calls", "Calls that made a token of every text.", lambda: calls["step"])
-        self.read("memtx_step_rows", "Tokens that they made.", lambda: calls["step_rows"])
-        self.read("memtx_waiting", "Segments and texts that wait.", lambda: engine.waiting)
-        self.read("memtx_decoding", "Texts that are being made.", lambda: engine.decoding)
-        self.read("memtx_sessions", "Sessions.", lambda: table.counts["all"])
-        self.read("memtx_sessions_resident", "Sessions in memory.", lambda: table.counts["resident"])
-        self.read("memtx_session_bytes", "Bytes of a session's state.", lambda: pool.session_bytes)
-        self.read("memtx_sessions_per_gb", "Sessions whose states 10^9 bytes hold.", lambda: pool.sessions_per_gb)
+        self.generated_tokens = Counter(
+            "memtx_tokens_generated", "Tokens of texts that were made.", registry=self.registry
+        )
+        calls, table, engine = pool.engine.counters, pool.registry, pool.engine
+        self.add_gauge("memtx_tokens_read", "Tokens read.", lambda: calls["score_tokens"])
+        self.add_gauge("memtx_score_calls", "Calls that read segments.", lambda: calls["score_calls"])
+        self.add_gauge("memtx_score_segments", "Segments that they read.", lambda: calls["score_segments"])
+        self.add_gauge("memtx_decode_calls", "Calls that made a token of every text.", lambda: calls["decode_calls"])
+        self.add_gauge("memtx_decode_tokens", "Tokens that they made.", lambda: calls["decode_tokens"])
+        self.add_gauge("memtx_requests_waiting", "Segments and texts that wait.", lambda: engine.num_waiting)
+        self.add_gauge("memtx_requests_running", "Texts that are being made.", lambda: engine.num_running)
+        self.add_gauge("memtx_sessions", "Sessions.", lambda: table.counts["total"])
+        self.add_gauge("memtx_sessions_in_memory", "Sessions in memory.", lambda: table.counts["in_memory"])
+        self.add_gauge("memtx_session_bytes", "Bytes of a session's state.", lambda: pool.session_bytes)
+        self.add_gauge("memtx_sessions_per_gb", "Sessions whose states 10^9 bytes hold.", lambda: pool.sessions_per_gb)

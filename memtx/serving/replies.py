@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.continuation import Chosen, Piece
+from memtx.inference.continuation import TextDelta, TokenLogprob
 from memtx.inference.reader import SegmentResult
 
 
-def spelled(tokenizer: Tokenizer, token: int) -> str:
+def format_token(tokenizer: Tokenizer, token: int) -> str:
     """Return a token as text; one that is no whole characters as OpenAI spells it, by its bytes' numbers."""
     content = tokenizer.token_bytes(token)
     try:
@@ -22,7 +22,7 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def chosen_in(results: Iterable[SegmentResult]) -> list[Chosen]:
+def get_prompt_logprobs(results: Iterable[SegmentResult]) -> list[TokenLogprob]:
     """Return the tokens that were read, as if they had been made."""
     chosen, content = [], b""
     for result in results:
@@ -31,37 +31,37 @@ def chosen_in(results: Iterable[SegmentResult]) -> list[Chosen]:
             if result.top_tokens is not None and result.top_logprobs is not None:
                 pairs = zip(result.top_tokens[place].tolist(), result.top_logprobs[place].tolist(), strict=True)
                 top = tuple(pairs)
-            chosen.append(Chosen(token, -float(result.nll[place]), top, len(content.decode("utf-8", "ignore"))))
+            chosen.append(TokenLogprob(token, -float(result.nll[place]), top, len(content.decode("utf-8", "ignore"))))
             content += result.token_bytes[place]
     return chosen
 
 
 @dataclass
-class Answer:
+class CompletionFormatter:
     """What is said of one request, whole or in chunks.
 
     Attributes:
         model: its name.
         tokenizer: spells tokens.
-        logprobs: whether log-probabilities are shown.
+        include_logprobs: whether log-probabilities are shown.
     """
 
     model: str
     tokenizer: Tokenizer
-    logprobs: bool
+    include_logprobs: bool
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def choice(self, index: int, text: str, tokens: Iterable[Chosen], finish: str | None) -> Any:
+    def format_choice(self, index: int, text: str, tokens: Iterable[TokenLogprob], finish_reason: str | None) -> Any:
         """Return one choice."""
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(tokens) if self.logprobs else None,
-            "finish_reason": finish,
+            "logprobs": self._format_logprobs(tokens) if self.include_logprobs else None,
+            "finish_reason": finish_reason,
         }
 
-    def whole(self, choices: list[Any], usage: dict[str, int] | None) -> dict[str, Any]:
+    def format_response(self, choices: list[Any], usage: dict[str, int] | None) -> dict[str, Any]:
         """Return an answer, or a chunk of one."""
         return {
             "id": self.id,
@@ -72,29 +72,35 @@ class Answer:
             **({"usage": usage} if usage is not None else {}),
         }
 
-    def _logprobs(self, tokens: Iterable[Chosen]) -> dict[str, Any]:
+    def _format_logprobs(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
         chosen = list(tokens)
         return {
-            "tokens": [spelled(self.tokenizer, one.token) for one in chosen],
+            "tokens": [format_token(self.tokenizer, one.token) for one in chosen],
             "token_logprobs": [one.logprob for one in chosen],
-            "top_logprobs": [{spelled(self.tokenizer, token): value for token, value in one.top} for one in chosen],
-            "text_offset": [one.offset for one in chosen],
+            "top_logprobs": [
+                {format_token(self.tokenizer, token): value for token, value in one.top_logprobs} for one in chosen
+            ],
+            "text_offset": [one.text_offset for one in chosen],
         }
 
 
 @dataclass
-class Made:
+class ChoiceBuilder:
     """One choice as it grows."""
 
     text: str = ""
-    tokens: list[Chosen] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: TextDelta) -> None:
         """Take one more piece."""
         self.text += piece.text
-        self.tokens += piece.tokens
+        self.tokens += piece.token_logprobs
 
 
-def usage_of(prompt: int, made: int) -> dict[str, int]:
+def format_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
     """Return the tokens read and made."""
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from memtx.inference.continuation import Request
-from memtx.inference.sampling import Sampling
+from memtx.inference.continuation import GenerationConfig
+from memtx.inference.sampling import SamplingParams
 
 
-def _whole(text: str) -> str:
+def _check_unicode(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -20,19 +20,19 @@ def _whole(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_whole)]
-Id = Annotated[int, Field(ge=0, lt=2**31)]
-Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
+Text = Annotated[str, AfterValidator(_check_unicode)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
-class Body(BaseModel):
+class RequestBody(BaseModel):
     """A request's JSON object."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, value: Any) -> Any:
+    def _reject_unknown_fields(cls, value: Any) -> Any:
         unknown = sorted(value.keys() - cls.model_fields.keys()) if isinstance(value, dict) else []
         if unknown:
             # Half a surrogate pair may stand in a name, and no message can hold it.
@@ -42,7 +42,7 @@ class Body(BaseModel):
         return value
 
 
-class Making(Body):
+class GenerationBody(RequestBody):
     """How a text is made: OpenAI's names, and memtx's own top_k, min_p and repetition_penalty."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
@@ -53,18 +53,18 @@ class Making(Body):
     repetition_penalty: float = 1.0
     n: Annotated[int, Field(ge=1, le=1024)] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
-    def requests(self, seeds: list[int]) -> list[Request]:
+    def to_generation_configs(self, seeds: list[int]) -> list[GenerationConfig]:
         """Return one request a seed.
 
         Raises:
             MemtxError: a number out of its range.
         """
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=self.top_k,
@@ -73,19 +73,19 @@ class Making(Body):
         )
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         tokens = 16 if self.max_tokens is None else self.max_tokens
-        return [Request(tokens, sampling, stops, seed, self.logprobs) for seed in seeds]
+        return [GenerationConfig(tokens, sampling, stops, seed, self.logprobs) for seed in seeds]
 
     @property
-    def usage(self) -> bool:
+    def include_usage(self) -> bool:
         """Whether a stream is to end with its usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
-class CompletionBody(Making):
+class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
     model: str
-    prompt: Text | list[Text] | list[Id] | list[list[Id]] = ""
+    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = ""
     echo: bool | None = False
     suffix: None = None
     best_of: int | None = None
@@ -95,7 +95,7 @@ class CompletionBody(Making):
     user: str | None = None
 
     @model_validator(mode="after")
-    def _possible(self) -> CompletionBody:
+    def _reject_unsupported(self) -> CompletionBody:
         if self.best_of not in (None, self.n):
             raise ValueError("best_of other than n is not offered; leave it out")
         if self.logit_bias:
@@ -113,48 +113,51 @@ class CompletionBody(Making):
         return [one for one in self.prompt if not isinstance(one, int)]
 
 
-class ContinueBody(Making):
-    """``POST /v1/sessions/ID/generate``; ``keep`` lets the session read the prompt and what was made."""
+class GenerateBody(GenerationBody):
+    """``POST /v1/sessions/ID/generate``; ``update_session`` lets the session read the prompt and what was made."""
 
     prompt: Text = ""
-    keep: bool = False
+    update_session: bool = False
     save: bool = False
 
 
-class CreateBody(Body):
+class CreateBody(RequestBody):
     """``POST /v1/sessions``."""
 
     text: Text = ""
     save: bool = False
 
 
-class FeedBody(Body):
-    """``POST /v1/sessions/ID/feed``; ``end`` ends the text, so that what waits is read; ``save`` writes the session."""
+class FeedBody(RequestBody):
+    """``POST /v1/sessions/ID/feed``.
+
+    ``end_of_text`` ends the text, so that what waits is read; ``save`` writes the session.
+    """
 
     text: Text
-    end: bool = False
+    end_of_text: bool = False
     save: bool = False
 
 
-class ScoreBody(Body):
+class ScoreBody(RequestBody):
     """``POST /v1/sessions/ID/score``."""
 
     text: Text
-    top: Annotated[int, Field(ge=0, le=20)] = 0
-    embeddings: bool = False
+    logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    return_hidden_states: bool = False
 
 
-class PredictBody(Body):
+class PredictBody(RequestBody):
     """``POST /v1/predict``; an input is a raw text, or an object with the fields of the task's examples."""
 
     input: Text | dict[str, Any] | list[Text | dict[str, Any]]
     model: str | None = None
 
     @model_validator(mode="after")
-    def _characters(self) -> PredictBody:
+    def _check_characters(self) -> PredictBody:
         for given in self.inputs():
             if isinstance(given, dict):
-                _whole(json.dumps(given, ensure_ascii=False))
+                _check_unicode(json.dumps(given, ensure_ascii=False))
         return self
 
     def inputs(self) -> list[str | dict[str, Any]]:

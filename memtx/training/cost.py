@@ -23,44 +23,45 @@ from memtx import specs
 from memtx.errors import MemtxError
 from memtx.memory.base import Memory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.attention.dispatch import watched
+from memtx.ops.attention.dispatch import use_attention_hook
 from memtx.ops.linear import linear
-from memtx.ops.visibility import Visibility, pairs
+from memtx.ops.visibility import Visibility, num_visible_pairs
 from memtx.state import MemoryState
-from memtx.training.optimizers import decay_groups
+from memtx.training.optimizers import make_param_groups
 
-FAR = 1 << 20
+FAR_POSITION = 1 << 20
 """The position at which operations are counted: every memory is full."""
 
-NARROW = 8
+NARROW_HEAD_DIM = 8
 """Width of a head in the copy that operations are counted on."""
 
 
 @dataclass(frozen=True)
-class Operations:
+class FlopsPerToken:
     """Model operations a token.
 
     Attributes:
         forward: of reading.
         training: of a forward and a backward pass, which takes twice as many where a gradient of both factors is asked
             for; what is computed again to save memory does not count.
-        scores: whether attention's pairs are among them; False for a model whose attention is of its own kind.
+        includes_attention: whether attention's pairs are among them; False for a model whose attention is of its own
+            kind.
     """
 
     forward: float
     training: float
-    scores: bool
+    includes_attention: bool
 
 
-def operations(model: MemoryTransformer, segment: int) -> Operations:
-    """Count what a token costs, where a row gives ``segment`` of them in one call; the model is left as it is."""
+def count_flops(model: MemoryTransformer, segment_length: int) -> FlopsPerToken:
+    """Count what a token costs, where a row gives ``segment_length`` of them in a call; the model is left as it is."""
     try:
-        applied, seen = _applied(narrow(model), segment)
+        applied, seen = _record_operations(make_narrow_copy(model), segment_length)
         scores = True
     except (MemtxError, TypeError, KeyError, ValueError):
         # Of another class than the memory transformer: its maps alone can be counted.
-        with _shapes():
-            applied, seen = _applied(copied(model), segment)
+        with _fake_tensor_mode():
+            applied, seen = _record_operations(copy_to_cpu(model), segment_length)
         scores = False
     linear = {name: part for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     forward = training = 0.0
@@ -74,10 +75,12 @@ def operations(model: MemoryTransformer, segment: int) -> Operations:
         for number, learns in seen:
             forward += 4.0 * width * number
             training += 4.0 * width * number * (3 if learns else 1)
-    return Operations(forward / segment, training / segment, scores)
+    return FlopsPerToken(forward / segment_length, training / segment_length, scores)
 
 
-def _applied(model: MemoryTransformer, segment: int) -> tuple[Counter[tuple[str, bool]], list[tuple[int, bool]]]:
+def _record_operations(
+    model: MemoryTransformer, segment_length: int
+) -> tuple[Counter[tuple[str, bool]], list[tuple[int, bool]]]:
     """Read one segment of one row.
 
     Returns:
@@ -94,32 +97,38 @@ def _applied(model: MemoryTransformer, segment: int) -> tuple[Counter[tuple[str,
         return hook
 
     def watch(q: Tensor, visibility: Visibility) -> None:
-        seen.append((int(pairs(visibility).sum()), q.requires_grad))
+        seen.append((int(num_visible_pairs(visibility).sum()), q.requires_grad))
 
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
             part.register_forward_pre_hook(told(name))
     fresh = model.init_state(1)
-    state = MemoryState(torch.full_like(fresh.position, FAR), fresh.layers)
-    with torch.enable_grad(), watched(watch):
-        model(torch.zeros(1, segment, dtype=torch.int64), state)
+    state = MemoryState(torch.full_like(fresh.position, FAR_POSITION), fresh.layers)
+    with torch.enable_grad(), use_attention_hook(watch):
+        model(torch.zeros(1, segment_length, dtype=torch.int64), state)
     return applied, seen
 
 
-def narrow(model: MemoryTransformer) -> MemoryTransformer:
+def make_narrow_copy(model: MemoryTransformer) -> MemoryTransformer:
     """Return a model on the CPU with the same layers, heads and memories, each head as narrow as can be.
 
     Raises:
         CheckpointError: it is of another class, which takes other arguments.
     """
     given = dict(model.config["init_args"])
-    small = {"vocab_size": 2, "dim": int(given["heads"]) * NARROW, "head_dim": None, "backend": "auto", "dropout": 0.0}
+    small = {
+        "vocab_size": 2,
+        "dim": int(given["heads"]) * NARROW_HEAD_DIM,
+        "head_dim": None,
+        "attention_backend": "auto",
+        "dropout": 0.0,
+    }
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        made = specs.built({**model.config, "init_args": {**given, **small}})()
-    return cast(MemoryTransformer, _learning_as(made, model))
+        made = specs.from_config({**model.config, "init_args": {**given, **small}})()
+    return cast(MemoryTransformer, _copy_requires_grad(made, model))
 
 
-def _shapes() -> Any:
+def _fake_tensor_mode() -> Any:
     """Return the mode in which tensors have shapes and no numbers."""
     # Not at the top: it takes seconds to be imported, and a run has no use for it.
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -127,41 +136,41 @@ def _shapes() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def copied(model: MemoryTransformer) -> MemoryTransformer:
+def copy_to_cpu(model: MemoryTransformer) -> MemoryTransformer:
     """Return a copy on the CPU; to be called where tensors have no numbers."""
     with torch.device("cpu"):
-        return cast(MemoryTransformer, _learning_as(specs.built(model.config)(), model))
+        return cast(MemoryTransformer, _copy_requires_grad(specs.from_config(model.config)(), model))
 
 
-def _learning_as(made: nn.Module, model: nn.Module) -> nn.Module:
-    for own, other in zip(made.parameters(), model.parameters(), strict=True):
+def _copy_requires_grad(target: nn.Module, source: nn.Module) -> nn.Module:
+    for own, other in zip(target.parameters(), source.parameters(), strict=True):
         own.requires_grad_(other.requires_grad)
-    return made.train()
+    return target.train()
 
 
 def activation_bytes(
     model: MemoryTransformer,
-    rows: int,
-    segment: int,
-    horizon: int = 1,
+    batch_size: int,
+    segment_length: int,
+    bptt_segments: int = 1,
     *,
     replay: bool = False,
-    half: bool = False,
+    bf16: bool = False,
 ) -> int:
     """Return the bytes that a batch keeps for its backward pass.
 
     Args:
         model: on any device; left as it is.
-        rows: streams read side by side.
-        segment: tokens a row gives the model in one call.
-        horizon: segments a backward pass.
+        batch_size: streams read side by side.
+        segment_length: tokens a row gives the model in one call.
+        bptt_segments: segments a backward pass.
         replay: whether segments are computed again in the backward pass.
-        half: whether matrices are multiplied in bf16, as with bf16-mixed.
+        bf16: whether matrices are multiplied in bf16, as with bf16-mixed.
     """
     kept: dict[int, Any] = {}
-    with _shapes():
-        shapes = copied(model)
-        shapes.checkpointing = False
+    with _fake_tensor_mode():
+        shapes = copy_to_cpu(model)
+        shapes.activation_checkpointing = False
         known = {one.untyped_storage()._cdata for one in shapes.parameters()}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -170,21 +179,21 @@ def activation_bytes(
                 kept[storage._cdata] = storage
             return tensor
 
-        tokens = torch.zeros(rows, segment, dtype=torch.int64)
-        starts = torch.zeros(rows, segment, dtype=torch.bool)
-        state = shapes.init_state(rows)
+        tokens = torch.zeros(batch_size, segment_length, dtype=torch.int64)
+        starts = torch.zeros(batch_size, segment_length, dtype=torch.bool)
+        state = shapes.init_state(batch_size)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half), hooks:
-            shapes(tokens, state, starts=starts, labels=tokens)
+        with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
+            shapes(tokens, state, document_starts=starts, labels=tokens)
     size = sum(int(storage.nbytes()) for storage in kept.values())
-    if model.checkpointing:
+    if model.activation_checkpointing:
         # Every layer's inputs, and one layer as it is computed again.
         layers = len(model.blocks)
-        size = size // layers + layers * rows * segment * model.dim * 4
-    return size + horizon * state.nbytes if replay else size * horizon
+        size = size // layers + layers * batch_size * segment_length * model.dim * 4
+    return size + bptt_segments * state.nbytes if replay else size * bptt_segments
 
 
-def by_part(model: nn.Module) -> dict[str, int]:
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """Return how many parameters each kind of part has; shared ones count once."""
     found: Counter[str] = Counter()
     known: set[int] = set()
@@ -195,29 +204,29 @@ def by_part(model: nn.Module) -> dict[str, int]:
         known.add(id(parameter))
         above = name.split(".")[:-1]
         owners = [modules[".".join(above[:place])] for place in range(1, len(above) + 1)]
-        found[_part(name, owners)] += parameter.numel()
+        found[_classify_parameter(name, owners)] += parameter.numel()
     return dict(found)
 
 
-def _part(name: str, owners: Iterable[nn.Module]) -> str:
+def _classify_parameter(name: str, owners: Iterable[nn.Module]) -> str:
     if any(isinstance(owner, Memory) for owner in owners):
-        return "memories"
+        return "memory"
     for word, part in (
         ("embedding", "embedding"),
-        ("norm", "norms"),
+        ("norm", "norm"),
         ("attention", "attention"),
-        ("feed_forward", "feed-forward"),
+        ("feed_forward", "feed_forward"),
         ("head", "head"),
     ):
         if word in name:
             return part
-    return "others"
+    return "other"
 
 
-def optimizer_bytes(model: MemoryTransformer, make: Callable[[Any], Optimizer]) -> int:
-    """Return the bytes that an optimiser keeps beside weights and gradients; ``make`` makes it from groups."""
-    with _shapes():
-        optimizer = make(decay_groups(copied(model)))
+def optimizer_bytes(model: MemoryTransformer, make_optimizer: Callable[[Any], Optimizer]) -> int:
+    """Return the bytes that an optimiser keeps beside weights and gradients; ``make_optimizer`` takes the groups."""
+    with _fake_tensor_mode():
+        optimizer = make_optimizer(make_param_groups(copy_to_cpu(model)))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.empty_like(parameter)
@@ -227,7 +236,7 @@ def optimizer_bytes(model: MemoryTransformer, make: Callable[[Any], Optimizer]) 
 
 
 @torch.inference_mode()
-def matrix_peak(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     """Return the FLOP/s of the fastest of several products of two (size, size) matrices; draws no random number.
 
     They are made as the layers make theirs, :func:`memtx.ops.linear.linear`: torch's way or a faster one.

@@ -14,15 +14,15 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from memtx import files
 
 
-class _Kept(ExperimentWriter):
+class _ResumableWriter(ExperimentWriter):
     """Appends where Lightning's deletes the file it finds, whatever the run."""
 
-    def __init__(self, log_dir: str, go_on: bool) -> None:
+    def __init__(self, log_dir: str, resume: bool) -> None:
         super().__init__(log_dir)
-        self._found = self._fs.isfile(self.metrics_file_path)
-        if self._found and not go_on:
+        self._needs_truncation = self._fs.isfile(self.metrics_file_path)
+        if self._needs_truncation and not resume:
             self._fs.rm_file(self.metrics_file_path)
-            self._found = False
+            self._needs_truncation = False
 
     def _check_log_dir_exists(self) -> None:
         return
@@ -31,27 +31,27 @@ class _Kept(ExperimentWriter):
         return  # They are all in config.yaml.
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        if self._found and step is not None:
-            self._found = False
-            self._keep_before(step)
+        if self._needs_truncation and step is not None:
+            self._needs_truncation = False
+            self._truncate_at(step)
         super().log_metrics(metrics_dict, step)
 
-    def _keep_before(self, step: int) -> None:
+    def _truncate_at(self, step: int) -> None:
         # A run that was killed logged steps after its last checkpoint: these are taken again.
-        rows, self.metrics_keys = self._rows()
-        self._write([row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
+        rows, self.metrics_keys = self._read_rows()
+        self._write_rows([row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self._write(self._rows()[0])
+        self._write_rows(self._read_rows()[0])
 
-    def _rows(self) -> tuple[list[dict[str, str]], list[str]]:
+    def _read_rows(self) -> tuple[list[dict[str, str]], list[str]]:
         """Return the rows that are whole, and the names of their columns: a kill can cut the last one short."""
         with self._fs.open(self.metrics_file_path, "r", newline="") as file:
             rows = csv.DictReader(file)
             found = [row for row in rows if None not in row.values()]
             return found, sorted(rows.fieldnames or ())
 
-    def _write(self, rows: list[dict[str, str]]) -> None:
+    def _write_rows(self, rows: list[dict[str, str]]) -> None:
         """Write the file anew, whole or not at all."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=self.metrics_keys, extrasaction="ignore")
@@ -60,22 +60,22 @@ class _Kept(ExperimentWriter):
         files.write_text(self.metrics_file_path, text.getvalue())
 
 
-class MetricsFile(CSVLogger):
+class ResumableCSVLogger(CSVLogger):
     """Writes ``metrics.csv`` into the run's folder.
 
     Args:
-        folder: the run's.
-        go_on: whether rows that are there, before the first step logged now, stay.
+        save_dir: the run's.
+        resume: whether rows that are there, before the first step logged now, stay.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], go_on: bool = False) -> None:
-        super().__init__(str(folder), name="", version="")
-        self._go_on = go_on
+    def __init__(self, save_dir: str | os.PathLike[str], resume: bool = False) -> None:
+        super().__init__(str(save_dir), name="", version="")
+        self._resume = resume
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer, made when first asked for."""
         if self._experiment is None:
-            self._experiment = _Kept(self.log_dir, self._go_on)
+            self._experiment = _ResumableWriter(self.log_dir, self._resume)
         return self._experiment

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from memtx.errors import MemtxError, at_least, missing_package, nearest, positive
-from memtx.models.low_rank import BASE, Adapters, is_adapter
+from memtx.errors import MemtxError, check_at_least, check_positive, closest_match, missing_package_error
+from memtx.models.low_rank import BASE_LAYER, LoRAConfig, is_lora_parameter
 from memtx.models.memory_transformer import MemoryTransformer
 
 
@@ -23,14 +23,15 @@ class LoRA:
     """Puts low-rank matrices beside maps of a model's layers: W x becomes W x + (alpha / rank) B A x.
 
     A is drawn and B begins at 0, so that the model computes what it computed. What is kept of it for reading, by
-    ``save_pretrained``, ``to_pretrained`` or ``from_pretrained`` of a run's checkpoint, has B A added to W.
+    ``save_pretrained``, ``export_hf`` or ``from_pretrained`` of a run's checkpoint, has B A added to W.
 
     Args:
         rank: width between A, (rank, into), and B, (out, rank).
         alpha: B A counts alpha / rank.
         dropout: of what A is given, in training.
-        targets: maps, by patterns of their names within a layer, such as ``attention.query``, ``attention.key_value``
-            (which is both in one), ``attention.out`` and ``feed_forward.*``; a memory's own are none of them.
+        target_modules: maps, by patterns of their names within a layer, such as ``attention.query``,
+            ``attention.key_value`` (which is both in one), ``attention.out`` and ``feed_forward.*``; a memory's own are
+            none of them.
 
     Raises:
         MemtxError: a number is out of range, there is no target, or the package peft is not installed.
@@ -41,16 +42,16 @@ class LoRA:
         rank: int = 8,
         alpha: float = 16.0,
         dropout: float = 0.0,
-        targets: Sequence[str] = ("attention.query", "attention.key_value"),
+        target_modules: Sequence[str] = ("attention.query", "attention.key_value"),
     ) -> None:
-        at_least(1, rank=rank)
-        positive(alpha=alpha)
+        check_at_least(1, rank=rank)
+        check_positive(alpha=alpha)
         if not 0.0 <= dropout < 1.0:
             raise MemtxError(f"dropout is {dropout}.", "Give a probability from 0 up to, not including, 1.")
-        if not targets:
-            raise MemtxError("LoRA got no targets.", "Name maps of a layer, such as attention.query.")
-        _peft()
-        self.adapters = Adapters(rank, alpha, dropout, tuple(targets))
+        if not target_modules:
+            raise MemtxError("LoRA got no target_modules.", "Name maps of a layer, such as attention.query.")
+        _import_peft()
+        self.lora_config = LoRAConfig(rank, alpha, dropout, tuple(target_modules))
 
     def __call__(self, model: MemoryTransformer) -> dict[str, nn.Parameter]:
         """Adapt a model in place.
@@ -61,10 +62,10 @@ class LoRA:
         Raises:
             MemtxError: the model is adapted already, or a target is none of its layers' maps.
         """
-        if model.adapters is not None:
+        if model.adapter_config is not None:
             raise MemtxError("The model is adapted by LoRA already.", "Adapt it once, naming all targets.")
-        peft, own = _peft(), self.adapters
-        wanted = _wanted(_maps(model), own.targets)
+        peft, own = _import_peft(), self.lora_config
+        wanted = _match_targets(_linear_layer_names(model), own.target_modules)
         learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         config = peft.LoraConfig(
             r=own.rank,
@@ -75,46 +76,46 @@ class LoRA:
         )
         # Into the layers alone: it would take the model's config for one of its own kind.
         peft.inject_adapter_in_model(config, model.blocks)
-        model.adapters = own
+        model.adapter_config = own
         found = {}
         for name, parameter in model.named_parameters():
-            if is_adapter(name):
+            if is_lora_parameter(name):
                 found[name] = parameter
                 # In half precision small steps would be lost.
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             else:
                 # All the others were frozen.
-                parameter.requires_grad_(learned[name.replace(BASE, ".")])
+                parameter.requires_grad_(learned[name.replace(BASE_LAYER, ".")])
         return found
 
 
-def _peft() -> Any:
+def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise missing_package("LoRA", error, "retrofit") from error
+        raise missing_package_error("LoRA", error, "retrofit") from error
     return peft
 
 
-def _maps(model: MemoryTransformer) -> list[str]:
+def _linear_layer_names(model: MemoryTransformer) -> list[str]:
     """Return the names of the layers' linear maps, without the memories' own: ``0.attention.query``, ..."""
-    memories = (".attention.memory.", ".attention.beside.")
+    memories = (".attention.memory.", ".attention.extra_memories.")
     named = model.blocks.named_modules()
     return [name for name, one in named if isinstance(one, nn.Linear) and not any(part in name for part in memories)]
 
 
-def _wanted(maps: Iterable[str], targets: Sequence[str]) -> list[str]:
+def _match_targets(layer_names: Iterable[str], target_modules: Sequence[str]) -> list[str]:
     """Return those of the maps that a target's pattern fits.
 
     Raises:
         MemtxError: a pattern fits none.
     """
-    within = {name: name.partition(".")[2] for name in maps}
-    for target in targets:
+    within = {name: name.partition(".")[2] for name in layer_names}
+    for target in target_modules:
         if not any(fnmatchcase(name, target) for name in within.values()):
             names = list(dict.fromkeys(within.values()))
             raise MemtxError(
-                f"LoRA's targets name '{target}', which is no map of the layers.{nearest(target, names)}",
+                f"LoRA's target_modules name '{target}', which is no map of the layers.{closest_match(target, names)}",
                 f"There are {', '.join(names)}.",
             )
-    return [name for name, short in within.items() if any(fnmatchcase(short, target) for target in targets)]
+    return [name for name, short in within.items() if any(fnmatchcase(short, target) for target in target_modules)]

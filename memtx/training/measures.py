@@ -13,7 +13,7 @@ from memtx.data.batch import Batch
 from memtx.metrics import BitsPerByte, WordPerplexity
 
 
-class LanguageMeasures(nn.ModuleDict):
+class LanguageMetrics(nn.ModuleDict):
     """The measures of both stages, each under ``stage_name``."""
 
     def __init__(self) -> None:
@@ -25,26 +25,28 @@ class LanguageMeasures(nn.ModuleDict):
         super().__init__({f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()})
         for stage in ("val", "test"):
             # A float32 sum stops growing after some ten million tokens.
-            self._of(stage, "loss").set_dtype(torch.float64)
+            self._get_metric(stage, "loss").set_dtype(torch.float64)
 
-    def _of(self, stage: str, name: str) -> Metric:
+    def _get_metric(self, stage: str, name: str) -> Metric:
         return cast(Metric, self[f"{stage}_{name}"])
 
-    def count(self, module: pl.LightningModule, stage: str, batch: Batch, nats: Tensor, scored: Tensor) -> None:
+    def update_and_log(
+        self, module: pl.LightningModule, stage: str, batch: Batch, nll_sum: Tensor, num_scored: Tensor
+    ) -> None:
         """Add a batch, and log.
 
         Args:
             module: that logs.
             stage: "val" or "test".
             batch: what was read.
-            nats: () float64, the sum over scored labels.
-            scored: (), how many there are.
+            nll_sum: () float64, the sum over scored labels.
+            num_scored: (), how many there are.
         """
-        for name, amount in (("bits_per_byte", batch.bytes), ("word_perplexity", batch.words)):
-            self._of(stage, name).update(nats, amount.sum())
-        self._of(stage, "loss").update(nats / scored.clamp(min=1), scored)
+        for name, amount in (("bits_per_byte", batch.num_bytes), ("word_perplexity", batch.num_words)):
+            self._get_metric(stage, name).update(nll_sum, amount.sum())
+        self._get_metric(stage, "loss").update(nll_sum / num_scored.clamp(min=1), num_scored)
         # On every rank whatever it has scored: a rank that logged nothing would leave the others waiting for it.
         for name in ("bits_per_byte", "word_perplexity", "loss"):
-            metric, rows = self._of(stage, name), batch.tokens.shape[0]
+            metric, rows = self._get_metric(stage, name), batch.tokens.shape[0]
             shown = name != "loss"
             module.log(f"{stage}_{name}", metric, prog_bar=shown, on_step=False, on_epoch=True, batch_size=rows)

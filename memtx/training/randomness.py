@@ -11,7 +11,7 @@ import numpy
 import torch
 
 
-def collect() -> dict[str, Any]:
+def get_rng_state() -> dict[str, Any]:
     """Return the states of torch's, CUDA's, numpy's and Python's generators as tensors and texts."""
     version, keys, gauss = random.getstate()
     name, words, *rest = numpy.random.get_state()
@@ -23,8 +23,8 @@ def collect() -> dict[str, Any]:
     }
 
 
-def restore(states: Mapping[str, Any]) -> None:
-    """Put back what :func:`collect` returned."""
+def set_rng_state(states: Mapping[str, Any]) -> None:
+    """Put back what :func:`get_rng_state` returned."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -34,10 +34,10 @@ def restore(states: Mapping[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
 
 
-def part(number: int) -> None:
+def reseed_for_rank(rank: int) -> None:
     """Seed the generators from what they are about to draw and a number, so that equal states go apart."""
     drawn = int(torch.randint(2**62, ()))
-    seed = int(numpy.random.SeedSequence([drawn, number]).generate_state(1)[0])
+    seed = int(numpy.random.SeedSequence([drawn, rank]).generate_state(1)[0])
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)

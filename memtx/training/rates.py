@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from memtx.errors import MemtxError, at_least
+from memtx.errors import MemtxError, check_at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.models.memory_transformer import MemoryTransformer
 
 
-class Rates:
+class CompressionRateSampler:
     """Draws the rate of a model's compressed memories.
 
     Args:
@@ -30,45 +30,49 @@ class Rates:
 
     def __init__(self, model: MemoryTransformer, rates: Sequence[int]) -> None:
         for rate in rates:
-            at_least(1, rate=rate)
+            check_at_least(1, rate=rate)
         self.rates = list(rates)
         # Not attributes of the module that trains: they are the model's.
-        self.own = [(attention, memory.rate) for attention, memory in _compressed(model)]
+        self.default_rates = [(attention, memory.compression_rate) for attention, memory in _compressed_memories(model)]
         if not self.rates:
             return
-        if not self.own:
-            raise MemtxError("rates are to be drawn for a model without CompressedMemory.", "Leave rates out.")
-        for _, memory in _compressed(model):
-            if not memory.compression.any_rate or memory.reconstruction is not None:
+        if not self.default_rates:
+            raise MemtxError(
+                "compression_rates are to be drawn for a model without CompressedMemory.",
+                "Leave compression_rates out.",
+            )
+        for _, memory in _compressed_memories(model):
+            if not memory.compression.supports_any_rate or memory.reconstruction is not None:
                 raise MemtxError(
-                    f"rates are to be drawn, but {type(memory.compression).__name__} is made for one alone.",
+                    "compression_rates are to be drawn, but "
+                    f"{type(memory.compression).__name__} is made for one alone.",
                     "Use MeanPooling, MaxPooling or MostUsed, without a reconstruction loss.",
                 )
 
-    def draw(self) -> None:
+    def sample(self) -> None:
         """Take a rate for the next step, from torch's generator, which checkpoints keep."""
         if self.rates:
             rate = self.rates[int(torch.randint(len(self.rates), ()))]
-            for attention, _ in self.own:
-                _set(attention, rate)
+            for attention, _ in self.default_rates:
+                _set_rate(attention, rate)
 
-    def restore(self) -> None:
+    def restore_default(self) -> None:
         """Go back to the model's own."""
-        for attention, rate in self.own if self.rates else ():
-            _set(attention, rate)
+        for attention, rate in self.default_rates if self.rates else ():
+            _set_rate(attention, rate)
 
 
-def _compressed(model: MemoryTransformer) -> Iterator[tuple[MemoryAttention, CompressedMemory]]:
+def _compressed_memories(model: MemoryTransformer) -> Iterator[tuple[MemoryAttention, CompressedMemory]]:
     for module in model.modules():
         if isinstance(module, MemoryAttention) and isinstance(module.memory, CompressedMemory):
             yield module, module.memory
 
 
-def _set(attention: MemoryAttention, rate: int) -> None:
+def _set_rate(attention: MemoryAttention, rate: int) -> None:
     memory = attention.memory
     assert isinstance(memory, CompressedMemory)
-    for one in attention.beside:
+    for one in attention.extra_memories:
         # Sinks begin where the exact states end.
-        if isinstance(one, SinkMemory) and one.skip == memory.cached:
-            one.skip = memory.window + rate - 1
-    memory.rate = rate
+        if isinstance(one, SinkMemory) and one.exclude_recent == memory.cache_length:
+            one.exclude_recent = memory.window + rate - 1
+    memory.compression_rate = rate

@@ -1,7 +1,7 @@
 """A run that goes on with other rows or processes: whose memory goes where, and how much is left of the epoch.
 
-Who reads which document is the data's to say (:meth:`memtx.data.plans.EndlessPlan.dealt`): there the rows of all
-processes are numbered through, and the first ones go on where they were. So does here what they carry.
+Who reads which document is the data's to say (:meth:`memtx.data.plans.EndlessStreamPlan.reassign`): there the rows of
+all processes are numbered through, and the first ones go on where they were. So does here what they carry.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from memtx.errors import CheckpointError
 
 
-def own_rows(ranks: Sequence[Mapping[str, Tensor]], rows: int, rank: int) -> dict[str, Tensor]:
+def reassign_streams(rank_states: Sequence[Mapping[str, Tensor]], batch_size: int, rank: int) -> dict[str, Tensor]:
     """Return what a process's rows carry, out of what those of all processes of the checkpoint carried.
 
     Args:
-        ranks: of each process that saved, its state's tensors by key path, each (its rows, ...); empty ones carried
-            nothing.
-        rows: of this process now.
-        rank: this process; its rows are ``rank * rows`` and on.
+        rank_states: of each process that saved, its state's tensors by key path, each (its rows, ...); empty ones
+            carried nothing.
+        batch_size: of this process now.
+        rank: this process; its rows are ``rank * batch_size`` and on.
 
     Returns:
         Tensors of (rows, ...); rows that the checkpoint did not have are fresh, which is zero. Empty where nothing was
@@ -31,7 +31,7 @@ def own_rows(ranks: Sequence[Mapping[str, Tensor]], rows: int, rank: int) -> dic
     Raises:
         CheckpointError: the processes carried different things.
     """
-    carried = [one for one in ranks if one]
+    carried = [one for one in rank_states if one]
     if not carried:
         return {}
     if any(one.keys() != carried[0].keys() or not all(leaf.dim() for leaf in one.values()) for one in carried):
@@ -39,21 +39,21 @@ def own_rows(ranks: Sequence[Mapping[str, Tensor]], rows: int, rank: int) -> dic
     own = {}
     for name in carried[0]:
         leaves = [one[name] for one in carried]
-        first, before = rank * rows, sum(len(leaf) for leaf in leaves)
+        first, before = rank * batch_size, sum(len(leaf) for leaf in leaves)
         # Only what is needed is copied: the rows of many processes may be many.
         at, parts = 0, []
         for leaf in leaves:
-            low, high = max(first - at, 0), min(first + rows - at, len(leaf))
+            low, high = max(first - at, 0), min(first + batch_size - at, len(leaf))
             parts += [leaf[low:high]] if low < high else []
             at += len(leaf)
-        missing = rows - max(0, min(rows, before - first))
+        missing = batch_size - max(0, min(batch_size, before - first))
         if missing:
             parts.append(leaves[0].new_zeros((missing, *leaves[0].shape[1:])))
         own[name] = torch.cat(parts)
     return own
 
 
-def count_batches(trainer: pl.Trainer) -> None:
+def sync_batch_progress(trainer: pl.Trainer) -> None:
     """Let the trainer count this epoch's batches as its data does, where a resume changed how many it has."""
     loader = trainer.train_dataloader
     position = getattr(loader, "position", None)

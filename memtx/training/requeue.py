@@ -8,25 +8,25 @@ from collections.abc import Mapping
 
 from memtx.errors import MemtxError
 
-_JOB = re.compile(r"\d+(_\d+)?")
+_JOB_ID = re.compile(r"\d+(_\d+)?")
 
 
-def job(environment: Mapping[str, str]) -> str | None:
+def get_job_id(environment: Mapping[str, str]) -> str | None:
     """Return the number of the SLURM job that this process is of, such as 12 or, of an array, 12_3; None without."""
     number = environment.get("SLURM_JOB_ID")
     if "SLURM_ARRAY_JOB_ID" in environment:
         number = f"{environment['SLURM_ARRAY_JOB_ID']}_{environment.get('SLURM_ARRAY_TASK_ID', '')}"
-    return number if number is not None and _JOB.fullmatch(number) else None
+    return number if number is not None and _JOB_ID.fullmatch(number) else None
 
 
-def requeue(number: str) -> None:
+def requeue(job_id: str) -> None:
     """Put a job back into the queue; SLURM ends it, and begins it anew with the same command.
 
     Raises:
         MemtxError: SLURM refused.
     """
     try:
-        done = subprocess.run(["scontrol", "requeue", number], capture_output=True, text=True, check=False)
+        done = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
         why = done.stderr.strip() or done.stdout.strip() if done.returncode else ""
     except OSError as error:
         why = error.strerror or str(error)
@@ -34,6 +34,6 @@ def requeue(number: str) -> None:
         if not done.returncode:
             return
     raise MemtxError(
-        f"The checkpoint is written, but `scontrol requeue {number}` failed: {why or 'no reason given'}.",
+        f"The checkpoint is written, but `scontrol requeue {job_id}` failed: {why or 'no reason given'}.",
         "Submit the job again: with --ckpt_path last it goes on.",
     )

@@ -25,7 +25,7 @@ from memtx.errors import CheckpointError, MemtxError
 from memtx.models import folder, sharded
 
 
-def share_out(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+def shard_model(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
     """Share a model's parameters out over all processes of a mesh, those of each block together.
 
     Args:
@@ -42,17 +42,17 @@ def share_out(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
         distributed.broadcast(whole, src=0)
         parameter.data.copy_(whole)
     flat = mesh if mesh.ndim == 1 else mesh._flatten()
-    for block in _blocks(model):
+    for block in _shardable_blocks(model):
         fully_shard(block, mesh=flat)
     fully_shard(model, mesh=flat)
 
 
-def _blocks(model: nn.Module) -> Iterator[nn.Module]:
+def _shardable_blocks(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the layers that are called as modules: only around a call are parameters gathered."""
     for module in model.modules():
         blocks = getattr(module, "blocks", None)
         # Where there are memory tokens, a part of each layer is called by itself.
-        if isinstance(blocks, nn.ModuleList) and getattr(module, "tokens", None) is None:
+        if isinstance(blocks, nn.ModuleList) and getattr(module, "memory_tokens", None) is None:
             yield from (block for block in blocks if type(block).forward is not nn.Module.forward)
 
 
@@ -84,7 +84,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
             MemtxError: it cannot be written.
         """
         path = Path(self.broadcast(filepath))
-        temporary = Path(self.broadcast(files.temporary_name(path)))
+        temporary = Path(self.broadcast(files.temporary_path(path)))
         shared = {"state_dict": checkpoint.pop("state_dict")}
         shared |= {f"optimizer_{n}": one for n, one in enumerate(checkpoint.pop("optimizer_states", []))}
         from torch.distributed.checkpoint.state_dict_saver import save
@@ -92,7 +92,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         try:
             # Also where only some processes fail: torch tells all of them.
             save(shared, checkpoint_id=temporary)
-            failed = self._finish(temporary, path, checkpoint)
+            failed = self._commit(temporary, path, checkpoint)
         except Exception as error:
             failed = str(error)
         if failed:
@@ -103,7 +103,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
                 "Check the folder, its permissions and the free space.",
             )
 
-    def _finish(self, temporary: Path, path: Path, notes: dict[str, Any]) -> str:
+    def _commit(self, temporary: Path, path: Path, metadata: dict[str, Any]) -> str:
         """Sign the folder and put it in its place; returns what went wrong, on all processes."""
         own, failed = {}, ""
         try:
@@ -115,10 +115,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         parts, failed = [one for one, _ in told], "".join(why for _, why in told)
         if self.is_global_zero and not failed:
             try:
-                with files.atomic_open(temporary / sharded.NOTES) as handle:
-                    torch.save(notes, handle)
-                rest = {name: files.checksum(temporary / name) for name in (sharded.NOTES, sharded.METADATA)}
-                sharded.seal(temporary, {name: one for part in (*parts, rest) for name, one in part.items()})
+                with files.atomic_open(temporary / sharded.META_FILE) as handle:
+                    torch.save(metadata, handle)
+                rest = {
+                    name: files.checksum(temporary / name) for name in (sharded.META_FILE, sharded.DCP_METADATA_FILE)
+                }
+                sharded.write_checksums(temporary, {name: one for part in (*parts, rest) for name, one in part.items()})
                 files.replace(temporary, path)
             except (MemtxError, OSError) as error:
                 failed = str(error)
@@ -142,10 +144,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             state_dict.set_model_state_dict(self.model, content["state_dict"], options=whole)
             for optimizer, kept in zip(self.optimizers, content.get("optimizer_states", ()), strict=False):
                 state_dict.set_optimizer_state_dict(
-                    self.model, optimizer, sharded.named(kept, self._names(optimizer)), options=whole
+                    self.model,
+                    optimizer,
+                    sharded.optimizer_state_by_name(kept, self._parameter_names(optimizer)),
+                    options=whole,
                 )
             return content
-        self._check(path)
+        self._verify(path)
         weights = {"state_dict": state_dict.get_model_state_dict(self.model)}
         sharded.load_into(path, weights)
         state_dict.set_model_state_dict(self.model, weights["state_dict"])
@@ -154,20 +159,20 @@ class FullyShardedStrategy(ModelParallelStrategy):
             kept = {name: state_dict.get_optimizer_state_dict(self.model, optimizer)}
             sharded.load_into(path, kept)
             state_dict.set_optimizer_state_dict(self.model, optimizer, kept[name])
-        return sharded.read_notes(path)
+        return sharded.read_metadata(path)
 
-    def _check(self, path: Path) -> None:
+    def _verify(self, path: Path) -> None:
         """Let one process read the whole folder, and all of them know."""
         wrong: tuple[str, str] | None = None
         if self.is_global_zero:
             try:
-                sharded.check(path)
+                sharded.verify_checksums(path)
             except CheckpointError as error:
-                wrong = (error.what, error.cure)
+                wrong = (error.message, error.hint)
         if (told := self.broadcast(wrong)) is not None:
             raise CheckpointError(*told)
 
-    def _names(self, optimizer: Optimizer) -> list[str]:
+    def _parameter_names(self, optimizer: Optimizer) -> list[str]:
         """Return the names of an optimiser's parameters, in the order in which it numbers them."""
         assert self.model is not None
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
@@ -186,7 +191,7 @@ StrategyRegistry.register(
 )
 
 
-def configure(module: pl.LightningModule, model: nn.Module) -> None:
+def configure_sharding(module: pl.LightningModule, model: nn.Module) -> None:
     """Share a module's model out, where its strategy is one that asks the module to.
 
     Raises:
@@ -200,4 +205,4 @@ def configure(module: pl.LightningModule, model: nn.Module) -> None:
             f"trainer.strategy is {type(strategy).__name__}, whose checkpoints a crash can leave in pieces.",
             "Give fsdp2: it is ModelParallelStrategy with checkpoints that are whole or not there.",
         )
-    share_out(model, module.device_mesh, strategy.root_device)
+    shard_model(model, module.device_mesh, strategy.root_device)

@@ -17,7 +17,7 @@ class SummaryModule(LanguageModule):
     ``val_bits_per_byte`` and ``val_word_perplexity`` are of summaries alone.
     """
 
-    def _state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
+    def _get_state(self, stage: str, batch: Batch, model: MemoryTransformer | None = None) -> MemoryState:
         return (self.model if model is None else model).init_state(batch.tokens.shape[0])
 
     def rank_state(self) -> dict[str, Any]:

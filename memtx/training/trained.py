@@ -17,21 +17,21 @@ from memtx.models import folder
 from memtx.training import randomness
 from memtx.training.callbacks import moments
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.shown import Shown
-from memtx.training.optimizers import WarmupCosine, decay_groups
-from memtx.training.redealt import count_batches
-from memtx.training.sharding import configure
+from memtx.training.distillation.shown import ModelOutputs
+from memtx.training.optimizers import WarmupCosine, make_param_groups
+from memtx.training.redealt import sync_batch_progress
+from memtx.training.sharding import configure_sharding
 
-_LEARNED = "distillation."
+_DISTILLATION_PREFIX = "distillation."
 """What the names of a distillation's own weights begin with in a checkpoint."""
 
 
-def adamw(params: Iterable[Any]) -> Optimizer:
+def default_optimizer(params: Iterable[Any]) -> Optimizer:
     """Return AdamW (Loshchilov and Hutter 2019) with the usual settings of language models."""
     return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-class TrainedModule(pl.LightningModule):
+class BaseModule(pl.LightningModule):
     """A Lightning module around one model, which a run goes on with exactly.
 
     Attributes:
@@ -45,7 +45,7 @@ class TrainedModule(pl.LightningModule):
         distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
     """
 
-    model: folder.Kept
+    model: folder.PretrainedModel
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class TrainedModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.distillation = distillation
-        self.make_optimizer = optimizer if optimizer is not None else adamw
+        self.make_optimizer = optimizer if optimizer is not None else default_optimizer
         self.make_scheduler = scheduler
         self.tokens_seen = 0
-        self._random: dict[str, Any] | None = None
-        self._planned = 0
+        self._resume_state: dict[str, Any] | None = None
+        self._total_steps = 0
 
     def rank_state(self) -> dict[str, Any]:
         """Return what this process has to keep, as tensors and plain values."""
@@ -81,29 +81,31 @@ class TrainedModule(pl.LightningModule):
                 "model.distillation does not go with a strategy that shares the weights out.",
                 "Leave it out, or take --trainer.strategy ddp.",
             )
-        configure(self, self.model)
+        configure_sharding(self, self.model)
 
     def setup(self, stage: str) -> None:
         """Open the teacher, where there is one and training begins."""
         if stage == "fit" and self.distillation is not None:
-            if self.distillation.caches and self.trainer.world_size > 1:
-                raise MemtxError("A teacher's scores are kept by one process alone.", "Leave cache out, or use one.")
-            self.distillation.open(self.model, getattr(self.trainer, "datamodule", None))
+            if self.distillation.uses_cache and self.trainer.world_size > 1:
+                raise MemtxError(
+                    "A teacher's scores are kept by one process alone.", "Leave cache_dir out, or use one."
+                )
+            self.distillation.setup(self.model, getattr(self.trainer, "datamodule", None))
 
     @property
-    def done(self) -> float:
+    def progress(self) -> float:
         """The share of the run's optimiser steps that is done; 0 where their number is not known."""
-        return self.trainer.global_step / self._planned if self._planned else 0.0
+        return self.trainer.global_step / self._total_steps if self._total_steps else 0.0
 
-    def _compared(self, student: Shown, teacher: Shown) -> Tensor:
+    def _distillation_loss(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the sum of the losses of a distillation, and log each."""
         assert self.distillation is not None
-        named = self.distillation.compared(student, teacher, self.done)
+        named = self.distillation.compute_losses(student, teacher, self.progress)
         for name, value in named.items():
             self.log(f"train_{name}", value.detach())
         return torch.stack(list(named.values())).sum()
 
-    def _learned(self, loss: Tensor, tokens: Tensor) -> Tensor:
+    def _log_training_step(self, loss: Tensor, tokens: Tensor) -> Tensor:
         """Count and log a training step, and return its loss."""
         self.tokens_seen += tokens.numel() * self.trainer.world_size
         self.log("train_loss", loss.detach(), prog_bar=True)
@@ -111,17 +113,17 @@ class TrainedModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped with it."""
-        # Here, before the position in the data is restored: see _steps.
-        self._planned = self._steps() if self.distillation is not None else 0
-        optimizer = self.make_optimizer(decay_groups(self))
+        # Here, before the position in the data is restored: see _compute_total_steps.
+        self._total_steps = self._compute_total_steps() if self.distillation is not None else 0
+        optimizer = self.make_optimizer(make_param_groups(self))
         if self.make_scheduler is None:
             return optimizer
         scheduler = self.make_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.steps == 0:
-            scheduler.steps = self._steps()
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps == 0:
+            scheduler.total_steps = self._compute_total_steps()
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def _steps(self) -> int:
+    def _compute_total_steps(self) -> int:
         # Not trainer.estimated_stepping_batches: it sets the loaders up before the checkpoint's position is
         # restored, which is then lost (Lightning issue 20550).
         if self.trainer.max_steps > 0:
@@ -136,22 +138,22 @@ class TrainedModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's description, and of every rank its state and the random states."""
-        own = {**self.rank_state(), "random": randomness.collect()}
+        own = {**self.rank_state(), "rng_state": randomness.get_rng_state()}
         ranks = [own]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             ranks = [own] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(ranks, own)
         checkpoint[folder.CHECKPOINT_KEY] = {
-            "model": folder.described(self.model),
-            "adapters": self._adapters(),
+            "model": folder.describe_model(self.model),
+            "lora": self._lora_config_dict(),
             "ranks": ranks,
             "tokens_seen": self.tokens_seen,
             # Whether a run can go on from it exactly: it cannot in the middle of an accumulation.
-            "stepped": moments.has_stepped(self.trainer),
+            "has_stepped": moments.has_stepped(self.trainer),
         }
 
-    def _adapters(self) -> dict[str, Any] | None:
-        return None if self.model.adapters is None else self.model.adapters.plain()
+    def _lora_config_dict(self) -> dict[str, Any] | None:
+        return None if self.model.adapter_config is None else self.model.adapter_config.to_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back, if training goes on."""
@@ -160,10 +162,15 @@ class TrainedModule(pl.LightningModule):
         if self.distillation is None or not self.distillation.losses:
             # Maps that learn with a student: of no use where no teacher is.
             weights = checkpoint.get("state_dict", {})  # shares of several processes are read apart
-            for name in [name for name in weights if name.startswith(_LEARNED)]:
+            for name in [name for name in weights if name.startswith(_DISTILLATION_PREFIX)]:
                 del weights[name]
         kept = checkpoint[folder.CHECKPOINT_KEY]
-        if kept["model"] != (own := folder.described(self.model)):
+        if (version := kept["model"].get("version")) != folder.FORMAT_VERSION:
+            raise CheckpointError(
+                f"The checkpoint has format version {version}, this release reads {folder.FORMAT_VERSION}.",
+                "Use the release that wrote it.",
+            )
+        if kept["model"] != (own := folder.describe_model(self.model)):
             changed = sorted(
                 key
                 for key in {*kept["model"].get("init_args", {}), *own["init_args"]}
@@ -173,22 +180,23 @@ class TrainedModule(pl.LightningModule):
                 f"The checkpoint is of another model: {', '.join(changed) or 'its class'} differs.",
                 "Use the config saved beside the checkpoint.",
             )
-        if kept.get("adapters") != self._adapters():
+        if kept.get("lora") != self._lora_config_dict():
             raise CheckpointError(
-                f"The checkpoint's LoRA is {kept.get('adapters') or 'none'}, this run's {self._adapters() or 'none'}.",
+                f"The checkpoint's LoRA is {kept.get('lora') or 'none'}, "
+                f"this run's {self._lora_config_dict() or 'none'}.",
                 "Use the config saved beside the checkpoint.",
             )
         self.tokens_seen = kept["tokens_seen"]
-        self._random = kept
+        self._resume_state = kept
 
     def on_train_start(self) -> None:
         """Put the random states back: later than loading, since setting up draws numbers."""
-        if (kept := self._random) is None:
+        if (kept := self._resume_state) is None:
             return
-        self._random = None
+        self._resume_state = None
         ranks, rank = kept["ranks"], self.trainer.global_rank
         self.restore_rank_states(ranks)
-        randomness.restore(ranks[rank % len(ranks)]["random"])
+        randomness.set_rng_state(ranks[rank % len(ranks)]["rng_state"])
         if rank >= len(ranks):
-            randomness.part(rank)
-        count_batches(self.trainer)
+            randomness.reseed_for_rank(rank)
+        sync_batch_progress(self.trainer)

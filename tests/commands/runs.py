@@ -12,8 +12,15 @@ SPLITS = ("train", "validation", "test")
 
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
-    "run": "run",
-    "data": {"root": "books", "rows": 2, "segment": 16, "eval_rows": 3, "cache": "cache", "workers": 1},
+    "run_dir": "run",
+    "data": {
+        "root": "books",
+        "batch_size": 2,
+        "segment_length": 16,
+        "eval_batch_size": 3,
+        "cache_dir": "cache",
+        "num_workers": 1,
+    },
     "model": {
         "model": {
             "class_path": "memtx.MemoryTransformer",
@@ -27,8 +34,8 @@ CONFIG: dict[str, Any] = {
                         "class_path": "memtx.CompressedMemory",
                         "init_args": {
                             "window": 8,
-                            "rate": 4,
-                            "length": 4,
+                            "compression_rate": 4,
+                            "num_entries": 4,
                             "compression": "memtx.memory.compression.StridedConvolution",
                         },
                     }
@@ -36,7 +43,7 @@ CONFIG: dict[str, Any] = {
             },
         },
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        "scheduler": {"class_path": "memtx.training.optimizers.WarmupCosine", "init_args": {"warmup": 2}},
+        "scheduler": {"class_path": "memtx.training.optimizers.WarmupCosine", "init_args": {"warmup_steps": 2}},
     },
     "trainer": {
         "max_steps": 4,

@@ -13,9 +13,9 @@ import torch
 import yaml
 
 from memtx import specs
-from memtx.data.episodes.recall import Recall
+from memtx.data.episodes.recall import AssociativeRecall
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
-from memtx.models.folder import chosen_checkpoint
+from memtx.models.folder import find_checkpoint
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.commands.program import HOME, Program
 from tests.models.published import plain
@@ -54,8 +54,8 @@ def test_it_is_complete_and_commented(path: Path) -> None:
     head = text.partition("seed_everything")[0]
     assert all(line.startswith("#") for line in head.splitlines())
     assert f"memtx fit --config configs/{path.name}" in head
-    assert {"seed_everything", "run", "data", "model", "trainer"} <= set(content)
-    assert content["run"] == f"runs/{path.stem}"
+    assert {"seed_everything", "run_dir", "data", "model", "trainer"} <= set(content)
+    assert content["run_dir"] == f"runs/{path.stem}"
     # Data that must be fetched first is never a guess.
     root = "embedded" if path.stem in DRAWN else settings(content["data"])["root"]
     assert root in (None, "embedded")
@@ -72,19 +72,19 @@ def test_the_parser_takes_it_and_the_model_has_the_size_it_claims(program: Progr
     tokenizer = settings(content["data"]).get("tokenizer") or {}
     vocabulary = (tokenizer.get("init_args") or {}).get("vocab_size", ByteTokenizer().vocab_size)
     if path.stem in DRAWN:
-        vocabulary = Recall(**settings(content["data"])["task"]["init_args"]).vocab_size
+        vocabulary = AssociativeRecall(**settings(content["data"])["task"]["init_args"]).vocab_size
     own = settings(content["model"])
     whole = own.get("model")
-    if whole is not None and "folder" in whole["init_args"]:
+    if whole is not None and "path" in whole["init_args"]:
         # Of a model that the user has: a test of its own.
-        assert whole["init_args"]["folder"] is None
+        assert whole["init_args"]["path"] is None
         return
     # On the meta device: shapes without memory.
     with torch.device("meta"):
         # A head's size goes by the labels, and is nothing beside a body's; a mask is one more token.
-        if path.stem in PRETRAINING and "mask_token" in own:
+        if path.stem in PRETRAINING and "mask_id" in own:
             vocabulary += 1
-        model = specs.built(own["body" if path.stem in BODIES else "model"])(vocab_size=vocabulary)
+        model = specs.from_config(own["backbone" if path.stem in BODIES else "model"])(vocab_size=vocabulary)
     count = sum(weight.numel() for weight in model.parameters())
     claimed = re.search(r"about ([\d.]+) M parameters", path.read_text(), re.IGNORECASE)
     assert claimed is not None
@@ -112,7 +112,7 @@ def test_without_its_data_it_says_where_to_get_them(program: Program, tmp_path: 
 def published(at: Path) -> tuple[Path, Path]:
     """Write a published folder and a text; return both."""
     tokenizer = BytePairTokenizer(vocab_size=300)
-    tokenizer.fit(["some words, and some other words. " * 50])
+    tokenizer.train(["some words, and some other words. " * 50])
     config = {**plain.LLAMA, "vocab_size": 320, "hidden_size": 24, "max_position_embeddings": 64}
     folder = write(at / "model", config, plain.llama(config))
     (folder / "tokenizer.json").write_text(json.dumps(json.loads(tokenizer.to_json())["model"]))
@@ -125,8 +125,8 @@ def retrofitting(folder: Path, at: Path) -> list[str]:
     """Return the command that takes two steps with a folder's model."""
     return [
         "fit", "--config", str(HOME / "configs" / "retrofit.yaml"), "--data.root", "embedded",
-        "--data.cache", str(at / "cache"), "--model.model.init_args.folder", str(folder),
-        "--data.tokenizer.init_args.path", str(folder / "tokenizer.json"), "--data.segment=32",
+        "--data.cache_dir", str(at / "cache"), "--model.model.init_args.path", str(folder),
+        "--data.tokenizer.init_args.path", str(folder / "tokenizer.json"), "--data.segment_length=32",
         "--trainer.log_every_n_steps=1",
         "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
         "--trainer.num_sanity_val_steps=0",
@@ -144,13 +144,13 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     config_file = str(HOME / "configs" / "retrofit.yaml")
     done = program("fit", "--config", config_file, "--data.root", "embedded", at=tmp_path)
     assert done.code == 2
-    assert "--model.model.init_args.folder FOLDER" in done.err
-    own = "--model.distillation=memtx.training.distillation.OwnAttention"
+    assert "--model.model.init_args.path FOLDER" in done.err
+    own = "--model.distillation=memtx.training.distillation.SelfDistillation"
     done = program(*retrofitting(folder, tmp_path), own, at=tmp_path)
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "retrofit"
     assert "train_soft_targets" in (run / "metrics.csv").read_text()
-    before, after = (MemoryTransformer.from_pretrained(place) for place in (folder, chosen_checkpoint(run)))
+    before, after = (MemoryTransformer.from_pretrained(place) for place in (folder, find_checkpoint(run)))
     kept = after.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in before.state_dict().items())
     # The run needs the folder no more.
@@ -163,7 +163,7 @@ def test_a_published_folder_is_adapted_too(program: Program, tmp_path: Path) -> 
     pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
     folder, text = published(tmp_path)
     asked = retrofitting(folder, tmp_path)
-    done = program(*asked, "--model.lora.targets=[attention.kye_value]", at=tmp_path)
+    done = program(*asked, "--model.lora.target_modules=[attention.kye_value]", at=tmp_path)
     assert done.code == 2
     assert done.err.count("\n") == 1
     assert "Did you mean 'attention.key_value'?" in done.err
@@ -171,14 +171,12 @@ def test_a_published_folder_is_adapted_too(program: Program, tmp_path: Path) -> 
     done = program(*asked, at=tmp_path)
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "retrofit"
-    before, after = (
-        MemoryTransformer.from_pretrained(place).state_dict() for place in (folder, chosen_checkpoint(run))
-    )
+    before, after = (MemoryTransformer.from_pretrained(place).state_dict() for place in (folder, find_checkpoint(run)))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == (".query." not in name and ".key_value." not in name), name
     done = program(*asked, "--ckpt_path=last", "--trainer.max_steps=3", at=tmp_path)
     assert done.code == 0, done.err
-    done = program("test", "--run", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
+    done = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
     assert done.code == 0, done.err
     shutil.rmtree(folder)
     session = str(tmp_path / "session")
@@ -186,14 +184,14 @@ def test_a_published_folder_is_adapted_too(program: Program, tmp_path: Path) -> 
     assert done.code == 0, done.err
     done = program("generate", "--checkpoint", str(run), "--session", session, "--max-tokens", "8", at=tmp_path)
     assert done.code == 0, done.err
-    few = ["--distance", "1k", "--rows", "1", "--depths", "2"]
+    few = ["--distances", "1k", "--num-samples", "1", "--num-depths", "2"]
     done = program("evaluate", "--checkpoint", str(run), "--task", "needle", *few, at=tmp_path)
     assert done.code == 0, done.err
 
 
 def test_the_quickstart_takes_a_step(program: Program, tmp_path: Path) -> None:
     done = program(
-        "fit", "--config", str(HOME / "configs" / "quickstart.yaml"), "--data.cache", str(tmp_path / "cache"),
+        "fit", "--config", str(HOME / "configs" / "quickstart.yaml"), "--data.cache_dir", str(tmp_path / "cache"),
         "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
         "--trainer.num_sanity_val_steps=0", at=tmp_path,
     )  # fmt: skip
@@ -204,32 +202,34 @@ def test_the_quickstart_takes_a_step(program: Program, tmp_path: Path) -> None:
 
 SHRUNKEN = {
     "transformer-xl-wt103": [
-        "--data.rows=2", "--data.segment=16", "--data.tokenizer.init_args.vocab_size=300",
+        "--data.batch_size=2", "--data.segment_length=16", "--data.tokenizer.init_args.vocab_size=300",
         "--model.model.init_args.dim=20", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",
-        "--model.model.init_args.head_dim=10", "--model.model.init_args.hidden=40",
-        "--model.model.init_args.memory=16", "--model.model.init_args.cutoffs=[100,200]",
+        "--model.model.init_args.head_dim=10", "--model.model.init_args.hidden_dim=40",
+        "--model.model.init_args.memory_length=16", "--model.model.init_args.cutoffs=[100,200]",
     ],
     "reformer-clm": [
-        "--data.segment=64", "--model.model.init_args.dim=16", "--model.model.init_args.heads=2",
+        "--data.segment_length=64", "--model.model.init_args.dim=16", "--model.model.init_args.heads=2",
         """--model.model.init_args.attentions=[
-            {"class_path": "memtx.layers.chunk_attention.LocalAttention", "init_args": {"chunk": 16}},
-            {"class_path": "memtx.layers.chunk_attention.HashAttention", "init_args": {"chunk": 16, "rounds": 2}}]""",
+            {"class_path": "memtx.layers.chunk_attention.LocalAttention", "init_args": {"chunk_length": 16}},
+            {"class_path": "memtx.layers.chunk_attention.LSHAttention",
+             "init_args": {"chunk_length": 16, "num_hashes": 2}}]""",
         "--model.model.init_args.positions.init_args.shape=[8,8]",
-        "--model.model.init_args.positions.init_args.widths=[8,8]", "--model.model.init_args.at_once=16",
+        "--model.model.init_args.positions.init_args.axis_dims=[8,8]",
+        "--model.model.init_args.feed_forward_chunk_size=16",
     ],
     "longformer-mlm": [
-        "--model.model.init_args.attentions=[{class_path: memtx.layers.window_attention.WindowAttention, "
+        "--model.model.init_args.attentions=[{class_path: memtx.layers.window_attention.LongformerAttention, "
         "init_args: {window: 8}}]",
     ],
     "bigbird-mlm": [
-        "--model.model.init_args.attentions=[{class_path: memtx.layers.block_attention.BlockAttention, "
-        "init_args: {size: 4, random_blocks: 1, longest: 64}}]",
+        "--model.model.init_args.attentions=[{class_path: memtx.layers.block_attention.BigBirdAttention, "
+        "init_args: {block_size: 4, num_random_blocks: 1, max_length: 64}}]",
     ],
 }  # fmt: skip
 ENCODERS = [
-    "--data.rows=2", "--data.segment=64", "--data.tokenizer.init_args.vocab_size=300",
+    "--data.batch_size=2", "--data.segment_length=64", "--data.tokenizer.init_args.vocab_size=300",
     "--model.model.init_args.dim=16", "--model.model.init_args.depth=2", "--model.model.init_args.heads=2",
-    "--model.model.init_args.hidden=32", "--model.model.init_args.embeddings.init_args.positions=64",
+    "--model.model.init_args.hidden_dim=32", "--model.model.init_args.embeddings.init_args.num_positions=64",
     "--trainer.precision=32-true",
 ]  # fmt: skip
 
@@ -238,8 +238,8 @@ ENCODERS = [
 def test_a_shrunken_one_trains(program: Program, tmp_path: Path, name: str) -> None:
     options = SHRUNKEN[name] + (ENCODERS if name.endswith("-mlm") else [])
     done = program(
-        "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", "embedded", "--data.cache",
-        str(tmp_path / "cache"), "--data.workers=1", *options, "--trainer.max_steps=2",
+        "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", "embedded", "--data.cache_dir",
+        str(tmp_path / "cache"), "--data.num_workers=1", *options, "--trainer.max_steps=2",
         "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2", "--trainer.accumulate_grad_batches=1",
         "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", at=tmp_path,
     )  # fmt: skip
@@ -247,7 +247,7 @@ def test_a_shrunken_one_trains(program: Program, tmp_path: Path, name: str) -> N
     run = tmp_path / "runs" / name
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert "val_loss" in (run / "metrics.csv").read_text().partition("\n")[0]
-    measured = program("test", "--run", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
+    measured = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
     assert measured.code == 0, measured.err
     assert "test_loss" in measured.out
 
@@ -258,12 +258,12 @@ def test_a_tasks_run_is_all_that_prediction_needs(program: Program, tmp_path: Pa
     root = folder(tmp_path / "data", kind, 8)
     done = program(
         "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", str(root), "--trainer.max_steps=2",
-        "--trainer.max_epochs=-1", "--model.body.init_args.dim=16", "--model.body.init_args.depth=1",
-        "--model.body.init_args.heads=2", "--trainer.accelerator=cpu", at=tmp_path,
+        "--trainer.max_epochs=-1", "--model.backbone.init_args.dim=16", "--model.backbone.init_args.depth=1",
+        "--model.backbone.init_args.heads=2", "--trainer.accelerator=cpu", at=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     run = str(tmp_path / "runs" / name)
-    measured = program("test", "--run", run, at=tmp_path)
+    measured = program("test", "--run_dir", run, at=tmp_path)
     assert measured.code == 0, measured.err
     shutil.rmtree(root)
     given = records(kind, 3)

@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from memtx import files
-from memtx.cli.fit import with_config
-from memtx.inference.loading import load
+from memtx.cli.fit import add_run_config
+from memtx.inference.loading import load_model_and_tokenizer
 from memtx.training.callbacks import predictions
 from tests.commands.program import HOME, Done, Program
 from tests.commands.runs import CONFIG, changed, write, write_books
@@ -83,11 +83,11 @@ def test_a_run_is_one_folder(place: Path) -> None:
 
 
 def test_the_saved_config_gives_the_same_run(program: Program, place: Path) -> None:
-    succeeded(program("fit", "--config", "run/config.yaml", "--run", "again", at=place))
+    succeeded(program("fit", "--config", "run/config.yaml", "--run_dir", "again", at=place))
     assert losses(place / "again") == losses(place / "run")
     # As text: what was saved is all there is to say about a run but its folder.
     one, other = ((place / run / "config.yaml").read_text() for run in ("run", "again"))
-    assert one == other.replace("run: again", "run: run")
+    assert one == other.replace("run_dir: again", "run_dir: run")
 
 
 def test_print_config_is_complete(program: Program, place: Path) -> None:
@@ -97,13 +97,13 @@ def test_print_config_is_complete(program: Program, place: Path) -> None:
         if isinstance(settings, dict):
             assert set(settings) <= set(content[section])
     memory = content["model"]["model"]["init_args"]["memories"][0]
-    assert memory["init_args"].keys() >= {"window", "rate", "length", "compression", "reconstruction"}
+    assert memory["init_args"].keys() >= {"window", "compression_rate", "num_entries", "compression", "reconstruction"}
     (place / "printed.yaml").write_text(printed)
     assert succeeded(program("fit", "--config", "printed.yaml", "--print_config", at=place)).out == printed
 
 
 def test_going_on_keeps_what_was_logged(program: Program, place: Path) -> None:
-    fit = ("fit", "--config", "c.yaml", "--ckpt_path", "last", "--run")
+    fit = ("fit", "--config", "c.yaml", "--ckpt_path", "last", "--run_dir")
     succeeded(program(*fit, "short", "--trainer.max_steps=2", at=place))
     # As a killed run leaves it: a step was logged that is in no checkpoint.
     with (place / "short" / "metrics.csv").open("a") as file:
@@ -118,7 +118,7 @@ def test_going_on_keeps_what_was_logged(program: Program, place: Path) -> None:
 
 def test_a_run_is_measured_without_its_config(program: Program, place: Path) -> None:
     before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
-    whole = table(succeeded(program("validate", "--run", "run", at=place)))
+    whole = table(succeeded(program("validate", "--run_dir", "run", at=place)))
     best = json.loads((place / "run" / "checkpoints" / "best.json").read_text())
     # The same checkpoint on the same texts; printed in full precision.
     assert whole["val_bits_per_byte"] == pytest.approx(best["score"], abs=1e-6)
@@ -131,7 +131,7 @@ def test_a_run_is_measured_without_its_config(program: Program, place: Path) -> 
         found = succeeded(program("validate", "--config", "c.yaml", "--ckpt_path", checkpoint, at=place))
         assert table(found) == whole
     test = table(succeeded(program("test", "--ckpt_path", "run/checkpoints/last.ckpt", at=place)))
-    assert test == table(succeeded(program("test", "--run=run", "--ckpt_path=last", at=place)))
+    assert test == table(succeeded(program("test", "--run_dir=run", "--ckpt_path=last", at=place)))
     assert test.keys() == {"test_bits_per_byte", "test_loss", "test_word_perplexity"}
     after = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
     assert after == before
@@ -141,33 +141,35 @@ def test_predictions_are_every_document_and_token(program: Program, place: Path)
     for target in ("predict-a", "predict-b"):
         (place / target).mkdir()
     base = ("predict", "--config", "c.yaml", "--ckpt_path", "run")
-    done = succeeded(program(*base, "--run", "predict-a", at=place))
+    done = succeeded(program(*base, "--run_dir", "predict-a", at=place))
     assert "predict-a/predictions" in done.out
-    lines = (place / "predict-a" / "predictions" / predictions.DOCUMENTS).read_text().splitlines()
+    lines = (place / "predict-a" / "predictions" / predictions.DOCUMENTS_FILE).read_text().splitlines()
     found: dict[str, dict[str, Any]] = {line["id"]: line for line in map(json.loads, lines)}
     assert sorted(found) == ["0", "1", "2"]
     surprise, _ = files.load_tensors(
-        place / "predict-a" / "predictions" / predictions.SURPRISE, kind=predictions.KIND, version=predictions.VERSION
+        place / "predict-a" / "predictions" / predictions.SURPRISAL_FILE,
+        kind=predictions.FILE_KIND,
+        version=predictions.FORMAT_VERSION,
     )
-    model, tokenizer = load(place / "run")
+    model, tokenizer = load_model_and_tokenizer(place / "run")
     for name, facts in found.items():
         content = (place / "books" / "test" / f"{name}.txt").read_bytes()
         assert (facts["bytes"], facts["tokens"]) == (len(content), len(content))
         assert facts["words"] == len(content.decode().split())
         # Read alone, in one call: rows and segments make no difference but rounding.
-        tokens = torch.tensor([[tokenizer.begin, *content]])
+        tokens = torch.tensor([[tokenizer.bos_token_id, *content]])
         with torch.no_grad():
             nll = model(tokens[:, :-1], labels=tokens[:, 1:]).nll[0]
         torch.testing.assert_close(surprise[name], nll, atol=1e-4, rtol=1e-4)
         assert facts["nll"] == pytest.approx(float(nll.double().sum()), rel=1e-5)
         assert facts["bits_per_byte"] == pytest.approx(facts["nll"] / math.log(2) / len(content))
     total = sum(facts["nll"] for facts in found.values())
-    measured = table(succeeded(program("test", "--run", "run", at=place)))
+    measured = table(succeeded(program("test", "--run_dir", "run", at=place)))
     size = sum(facts["bytes"] for facts in found.values())
     assert total / math.log(2) / size == pytest.approx(measured["test_bits_per_byte"], rel=1e-5)
     # Cut short, a document's text is not what was scored.
-    succeeded(program(*base, "--run", "predict-b", "--trainer.limit_predict_batches=2", at=place))
-    lines = (place / "predict-b" / "predictions" / predictions.DOCUMENTS).read_text().splitlines()
+    succeeded(program(*base, "--run_dir", "predict-b", "--trainer.limit_predict_batches=2", at=place))
+    lines = (place / "predict-b" / "predictions" / predictions.DOCUMENTS_FILE).read_text().splitlines()
     assert {json.loads(line)["bits_per_byte"] for line in lines} == {None}
     assert {json.loads(line)["tokens"] for line in lines} == {32}
 
@@ -178,11 +180,11 @@ def test_other_texts_are_read_with_the_checkpoints_tokenizer(program: Program, p
         {"class_path": "memtx.data.tokenizers.BytePairTokenizer", "init_args": {"vocab_size": 270}},
     )
     write(place, trained, "pairs.yaml")
-    succeeded(program("fit", "--config", "pairs.yaml", "--run", "pairs", at=place))
+    succeeded(program("fit", "--config", "pairs.yaml", "--run_dir", "pairs", at=place))
     # Only what is measured is there: no training texts to train a tokenizer on.
     write_books(place / "other", ("test",))
-    here = table(succeeded(program("test", "--run", "pairs", at=place)))
-    there = table(succeeded(program("test", "--run", "pairs", "--data.root", "other", at=place)))
+    here = table(succeeded(program("test", "--run_dir", "pairs", at=place)))
+    there = table(succeeded(program("test", "--run_dir", "pairs", "--data.root", "other", at=place)))
     assert here == there
 
 
@@ -193,8 +195,8 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
         [{"class_path": "theirs.Theirs", "init_args": {"strength": 2.5}}],
     )
     write(place, own, "own.yaml")
-    succeeded(program("fit", "--config", "own.yaml", "--run", "own", at=place))
-    assert table(succeeded(program("test", "--run", "own", at=place))).keys() >= {"test_loss"}
+    succeeded(program("fit", "--config", "own.yaml", "--run_dir", "own", at=place))
+    assert table(succeeded(program("test", "--run_dir", "own", at=place))).keys() >= {"test_loss"}
     book = str(place / "books" / "test" / "0.txt")
     refused = program("read", book, "--checkpoint", "own", at=place)
     assert refused.code == 2
@@ -210,7 +212,7 @@ from lightning.pytorch import Callback
 
 from memtx.ops import bf16
 
-bf16.cpu_multiplies = lambda: False
+bf16.is_cpu_bf16_fast = lambda: False
 
 
 class Told(Callback):
@@ -224,7 +226,7 @@ def test_float32_stands_in_for_a_slow_bfloat16(program: Program, place: Path) ->
     config = changed(("trainer", "callbacks"), [{"class_path": "slow.Told"}])
     config["trainer"]["precision"] = "bf16-mixed"
     write(place, config)
-    done = program("fit", "--config", "c.yaml", "--run", "slow", at=place)
+    done = program("fit", "--config", "c.yaml", "--run_dir", "slow", at=place)
     assert done.code == 0, done.err
     assert "trains in 32-true" in done.out
     assert done.err.count("slower in bfloat16: 32-true stands in for bf16-mixed") == 1
@@ -235,10 +237,13 @@ def test_float32_stands_in_for_a_slow_bfloat16(program: Program, place: Path) ->
 @pytest.mark.slow
 def test_two_processes_train_one_run(place: Path) -> None:
     # The second process is started by the first with the same arguments, so this needs the program itself.
-    command = [sys.executable, "-m", "memtx", "fit", "--config", "c.yaml", "--run", "ddp"]
+    command = [sys.executable, "-m", "memtx", "fit", "--config", "c.yaml", "--run_dir", "ddp"]
     environment = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"}
     subprocess.run(
-        [*command, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2", "--data.eval_rows=1"],
+        [
+            *command, "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=2",
+            "--data.eval_batch_size=1",
+        ],
         cwd=place, env=environment, check=True, capture_output=True, timeout=280,
     )  # fmt: skip
     assert (place / "ddp" / "checkpoints" / "last.ckpt").is_file()
@@ -264,15 +269,15 @@ def test_a_runs_config_is_found(tmp_path: Path) -> None:
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()
     config = ["--config", str(run / "config.yaml")]
-    assert with_config(["test", "--run", str(run)]) == ["test", *config, "--run", str(run)]
-    assert with_config(["test", f"--run={run}"]) == ["test", *config, f"--run={run}"]
+    assert add_run_config(["test", "--run_dir", str(run)]) == ["test", *config, "--run_dir", str(run)]
+    assert add_run_config(["test", f"--run_dir={run}"]) == ["test", *config, f"--run_dir={run}"]
     for checkpoint in (run, run / "checkpoints", run / "checkpoints" / "last.ckpt"):
         given = ["validate", "--ckpt_path", str(checkpoint)]
-        assert with_config(given) == ["validate", *config, "--run", str(run), *given[1:]]
+        assert add_run_config(given) == ["validate", *config, "--run_dir", str(run), *given[1:]]
     for left in (
-        ["fit", "--run", str(run)],
-        ["test", "--run", str(run), "--config", "x"],
-        ["test", "--run", str(tmp_path)],
-        ["test", "--run", str(run), "--help"],
+        ["fit", "--run_dir", str(run)],
+        ["test", "--run_dir", str(run), "--config", "x"],
+        ["test", "--run_dir", str(tmp_path)],
+        ["test", "--run_dir", str(run), "--help"],
     ):
-        assert with_config(left) == left
+        assert add_run_config(left) == left

@@ -39,7 +39,7 @@ def fill(disk: Path, left: int) -> None:
 
 @pytest.mark.parametrize(
     "writer",
-    [pytest.param("checkpoint.AtomicCheckpointIO", marks=pytest.mark.slow), "background.BackgroundCheckpointIO"],
+    [pytest.param("checkpoint.AtomicCheckpointIO", marks=pytest.mark.slow), "background.AsyncAtomicCheckpointIO"],
 )
 def test_a_run_on_a_full_disk(program: Program, tmp_path: Path, disk: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 6)
@@ -61,8 +61,8 @@ def test_a_run_on_a_full_disk(program: Program, tmp_path: Path, disk: Path, writ
         assert "Free some space" in line
         assert not list(folder.glob(".*")), "nothing half-written is left"
         for path in folder.glob("*.ckpt"):
-            sealed.check(path)
-        assert sealed.stated_step(folder / "last.ckpt") == 2
+            sealed.verify(path)
+        assert sealed.read_step(folder / "last.ckpt") == 2
     done = runs.fit(program, at, "disk/run")
     assert done.code == 0, done.err
     watched = at / "disk" / "run-watched"
@@ -85,5 +85,5 @@ def test_full_memory_is_one_line(program: Program, tmp_path: Path) -> None:
     assert "Traceback" not in done.err
     (line,) = [line for line in done.err.splitlines() if line.startswith("memtx: error:")]
     assert "The machine's memory is full in training." in line
-    assert "--data.rows 1 halves these" in line
+    assert "--data.batch_size 1 halves these" in line
     assert "2 rows x 1 segment x 16 tokens" in line

@@ -31,7 +31,7 @@ def test_a_file_is_a_prompt(model: str, tmp_path: Path, capfdbinary: pytest.Capt
     (tmp_path / "p.txt").write_text(BOOK[:300], encoding="utf-8")
     base = ("--checkpoint", model, "--max-tokens", "20")
     from_file = made(capfdbinary, *base, "--prompt-file", str(tmp_path / "p.txt"))
-    assert from_file == made(capfdbinary, *base, "--prompt", BOOK[:300], "--segment", "11")
+    assert from_file == made(capfdbinary, *base, "--prompt", BOOK[:300], "--segment-length", "11")
 
 
 def test_it_goes_on_where_a_book_was_read(

@@ -155,13 +155,13 @@ def test_a_closed_pipe_is_no_mistake(tmp_path: Path) -> None:
     ],
 )
 def test_short_message(message: str, keys: list[str], expected: str) -> None:
-    said = common.short_message(message, keys)
+    said = common.shorten_message(message, keys)
     assert said.endswith(expected)
     assert "\n" not in said
 
 
 def test_short_message_is_short() -> None:
-    assert len(common.short_message("x" * 5000, [])) < 420
+    assert len(common.shorten_message("x" * 5000, [])) < 420
 
 
 def test_a_mistyped_option_is_named_before_the_required_one(capsys: pytest.CaptureFixture[str]) -> None:

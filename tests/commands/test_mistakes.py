@@ -43,8 +43,8 @@ def place(tmp_path: Path) -> Path:
     ("path", "typo", "key", "meant"),
     [
         (("trainer",), "trianer", "trianer", "trainer"),
-        (("run",), "rum", "rum", "run"),
-        (("data", "rows"), "rowss", "data.rowss", "rows"),
+        (("run_dir",), "run_dri", "run_dri", "run_dir"),
+        (("data", "batch_size"), "batch_sizes", "data.batch_sizes", "batch_size"),
         (("trainer", "max_steps"), "max_step", "trainer.max_step", "max_steps"),
         (("model", "optimizer"), "optimiser", "model.optimiser", "optimizer"),
         (("model", "model", "class_path"), "class_pth", "model.model.class_pth", "class_path"),
@@ -57,7 +57,12 @@ def place(tmp_path: Path) -> Path:
             "window",
         ),
         (("model", "optimizer", "init_args", "lr"), "lrr", "model.optimizer.init_args.lrr", "lr"),
-        (("model", "scheduler", "init_args", "warmup"), "warmpu", "model.scheduler.init_args.warmpu", "warmup"),
+        (
+            ("model", "scheduler", "init_args", "warmup_steps"),
+            "warmup_setps",
+            "model.scheduler.init_args.warmup_setps",
+            "warmup_steps",
+        ),
     ],
 )
 def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
@@ -84,7 +89,7 @@ def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
         ((*MEMORY, "init_args", "compression"), "memtx.memory.compression.MeanPoolin", "Did you mean 'MeanPooling'?"),
         (("model", "optimizer", "class_path"), "torch.optim.AdamWW", "Did you mean 'AdamW'?"),
         # A value of another type.
-        (("data", "rows"), "many", "'data.rows' is many, expected int."),
+        (("data", "batch_size"), "many", "'data.batch_size' is many, expected int."),
         ((*INIT, "depth"), "two", "'model.model.init_args.depth' is two, expected int."),
         ((*MEMORY, "init_args", "window"), "big", "init_args.window' is big, expected int."),
         (("model", "optimizer", "init_args", "lr"), "fast", "init_args.lr' is fast, expected float"),
@@ -92,19 +97,19 @@ def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
         (("trainer", "callbacks"), [{"class_path": "LearningRateMonitorr"}], "trainer.callbacks"),
         # A value out of its range, noticed by the part itself.
         ((*MEMORY, "init_args", "window"), 0, "window is 0"),
-        ((*MEMORY, "init_args", "rate"), 0, "rate is 0"),
+        ((*MEMORY, "init_args", "compression_rate"), 0, "compression_rate is 0"),
         ((*INIT, "heads"), 3, "Change dim or heads"),
         ((*INIT, "dropout"), 1.5, "dropout is 1.5"),
         ((*INIT, "memories"), [], "0 memories for 1 layers"),
-        (("data", "rows"), 0, "rows is 0, expected at least 1"),
-        (("data", "segment"), 0, "segment is 0"),
+        (("data", "batch_size"), 0, "batch_size is 0, expected at least 1"),
+        (("data", "segment_length"), 0, "segment_length is 0"),
         (("seed_everything",), -3, "seed_everything is -3, expected 0 to 4294967295"),
         (("data", "root"), None, "Give the folder that holds them with --data.root PATH"),
         (("data", "root"), "no/such", "'no/such' does not exist"),
         (("model", "optimizer", "init_args", "lr"), -1.0, "Invalid learning rate: -1.0"),
         (("trainer", "accelerator"), "gpuu", "accelerator='gpuu'"),
         (("trainer", "strategy"), "ddpp", "ddpp"),
-        (("model", "segment"), 8, "'model.segment' follows from 'data.segment'"),
+        (("model", "segment_length"), 8, "'model.segment_length' follows from 'data.segment_length'"),
         # Another program's function is no part.
         (MEMORY, {"class_path": "os.system"}, "'os.system', which belongs to Python itself"),
         (MEMORY, {"class_path": "torch.os.system"}, "'torch.os.system', which"),
@@ -123,11 +128,11 @@ def test_a_wrong_value_is_one_line(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"data: [1\nrun: 2\n", "line 2"),
-        (b"data:\n\trows: 1\n", "line 2"),
+        (b"data: [1\nrun_dir: 2\n", "line 2"),
+        (b"data:\n\tbatch_size: 1\n", "line 2"),
         (b"- a\n- b\n", "holds a list"),
         (b"", "holds nothing"),
-        (b"run: \xff\n", "not UTF-8: invalid start byte at byte 5"),
+        (b"run_dir: \xff\n", "not UTF-8: invalid start byte at byte 9"),
     ],
 )
 def test_a_config_that_is_no_config(program: Program, place: Path, content: bytes, said: str) -> None:
@@ -150,7 +155,7 @@ def test_a_config_that_is_not_there(program: Program, place: Path) -> None:
         ("--model.model.init_args.dept=2", "Did you mean 'depth'?"),
         ("--trainer.max_steps=lots", "'trainer.max_steps' is lots, expected int."),
         ("--ckpt_path=no.ckpt", "'no.ckpt' does not exist"),
-        ("--run=c.yaml", "'c.yaml' is a file, expected a folder"),
+        ("--run_dir=c.yaml", "'c.yaml' is a file, expected a folder"),
         ("stray", "stray"),
     ],
 )
@@ -179,7 +184,7 @@ def test_books_that_cannot_be_read(program: Program, place: Path) -> None:
 def test_tokens_that_no_tokenizer_makes_leave_no_run(program: Program, place: Path) -> None:
     """They are noticed when they are read: training has begun, and no step is done."""
     write(place)
-    assert program("prepare", "books", "--out", "tokens", "--workers", "1", at=place).code == 0
+    assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", at=place).code == 0
     for shard in (place / "tokens" / "train").glob("*.bin"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
     before = files(place)
@@ -207,29 +212,31 @@ def test_a_checkpoint_that_cannot_be_used(program: Program, place: Path) -> None
     write(place, changed((*INIT, "dim"), 32), "other.yaml")
     before = files(place)
     for command, run in (("fit", "new"), ("test", "run")):
-        base = (command, "--config", "c.yaml", "--run", run, "--ckpt_path")
+        base = (command, "--config", "c.yaml", "--run_dir", run, "--ckpt_path")
         refused(program(*base, "cut.ckpt", at=place), "'cut.ckpt' is not a whole checkpoint")
         refused(program(*base, "foreign.ckpt", at=place), "'foreign.ckpt'", "something else")
-        other = (command, "--config", "other.yaml", "--run", run, "--ckpt_path", str(last))
+        other = (command, "--config", "other.yaml", "--run_dir", run, "--ckpt_path", str(last))
         refused(program(*other, at=place), "last.ckpt'", "another model", "dim")
-    refused(program("validate", "--run", "run", "--ckpt_path", "empty.ckpt", at=place), "'empty.ckpt' is not a whole")
-    refused(program("predict", "--run", "run", "--ckpt_path", "none.ckpt", at=place), "'none.ckpt' does not exist")
+    refused(
+        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", at=place), "'empty.ckpt' is not a whole"
+    )
+    refused(program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", at=place), "'none.ckpt' does not exist")
     refused(program("fit", "--config", "c.yaml", at=place), "'run' already holds a run", "--ckpt_path last")
-    refused(program("test", "--run", "nothing", at=place), "'nothing' holds no checkpoint")
+    refused(program("test", "--run_dir", "nothing", at=place), "'nothing' holds no checkpoint")
     assert files(place) == before
 
 
 def test_the_installed_script_says_the_same(place: Path) -> None:
-    write(place, renamed(("data", "rows"), "rowss"))
+    write(place, renamed(("data", "batch_size"), "batch_sizes"))
     environment = os.environ | {"PYTHONPATH": str(HOME)}
     command = [sys.executable, "-m", "memtx", "fit", "--config", "c.yaml"]
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    refused(Done(done.returncode, done.stdout, done.stderr), "'data.rowss'", "Did you mean 'rows'?")
+    refused(Done(done.returncode, done.stdout, done.stderr), "'data.batch_sizes'", "Did you mean 'batch_size'?")
 
 
 def test_a_traceback_can_be_asked_for(program: Program, place: Path) -> None:
-    write(place, changed(("data", "rows"), 0))
+    write(place, changed(("data", "batch_size"), 0))
     done = program("fit", "--config", "c.yaml", "--traceback", at=place)
     assert done.code == 2
     assert "Traceback" in done.err
-    assert done.err.splitlines()[-1].startswith("memtx: error: rows is 0")
+    assert done.err.splitlines()[-1].startswith("memtx: error: batch_size is 0")

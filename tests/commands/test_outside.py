@@ -34,7 +34,7 @@ def test_a_memory_in_ones_own_file(program: Program, tmp_path: Path) -> None:
     assert (first["class_path"], second["class_path"]) == ("memtx.RecurrentMemory", "their_memory.RunningMean")
     assert second["init_args"] == {"gain": 0.5}
     (tmp_path / "text.txt").write_text("It was a dark and stormy night.\n", encoding="utf-8")
-    done = program("test", "--run", "run", at=tmp_path)
+    done = program("test", "--run_dir", "run", at=tmp_path)
     assert done.code == 0, done.err
 
 

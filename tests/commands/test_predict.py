@@ -82,7 +82,7 @@ def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--checkpoint", "matching", "--text", "a"], "compares two texts"),
         (["--checkpoint", "questions", "--text", "a"], "a question about a context"),
         (["--checkpoint", "classification", "--text", "a " * 100], "fit into what the model reads at once"),
-        (["--checkpoint", "tagging", "--run=there"], "--run reads a run's own test texts"),
+        (["--checkpoint", "tagging", "--run_dir=there"], "--run_dir reads a run's own test texts"),
         (["--checkpoint", "tagging", "--txet", "a"], "Did you mean '--text'?"),
         (["--checkpoint", "classification", "--input", "bad.jsonl"], "bad.jsonl', line 2: Not JSON"),
         (["--checkpoint", "classification", "--input", "other.jsonl"], "other.jsonl', line 1: There is no 'text'"),
@@ -134,10 +134,10 @@ def test_a_run_is_served(place: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--data.task.longst", "64"], "Did you mean"),
-        (["--data.rows", "0"], "rows is 0"),
-        (["--data.task.longest", "4"], "longest is 4"),
-        (["--model.dropped", "2"], "dropped is 2"),
+        (["--data.task.max_lenght", "64"], "Did you mean"),
+        (["--data.batch_size", "0"], "batch_size is 0"),
+        (["--data.task.max_length", "4"], "max_length is 4"),
+        (["--model.token_mask_prob", "2"], "token_mask_prob is 2"),
         (["--data.root", "none"], "'none' is no folder"),
     ],
 )

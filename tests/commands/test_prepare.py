@@ -26,7 +26,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_is_prepared_and_trained_on(program: Program, tmp_path: Path) -> None:
     write_books(tmp_path / "books")
-    done = program("prepare", "books", "--out", "tokens", "--tokenizer", "300", "--workers", "1", at=tmp_path)
+    done = program(
+        "prepare", "books", "--output-dir", "tokens", "--tokenizer", "300", "--num-workers", "1", at=tmp_path
+    )
     assert done.code == 0, done.err
     assert done.out.splitlines()[1].split()[:2] == ["train", "3"]
     assert "memtx fit --data.root tokens" in done.out
@@ -35,8 +37,8 @@ def test_a_folder_is_prepared_and_trained_on(program: Program, tmp_path: Path) -
     done = program("fit", "--config", "c.yaml", at=tmp_path)
     assert done.code == 0, done.err
     assert not (tmp_path / "cache").exists()
-    assert program("test", "--run", "run", at=tmp_path).code == 0
-    again = program("prepare", "elsewhere", "--out", "other", "--json", at=tmp_path)
+    assert program("test", "--run_dir", "run", at=tmp_path).code == 0
+    again = program("prepare", "elsewhere", "--output-dir", "other", "--json", at=tmp_path)
     assert json.loads(again.out)["splits"]["test"]["documents"] == 3
 
 
@@ -46,21 +48,21 @@ def test_mistakes(program: Program, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     before = files(tmp_path)
     for arguments, said in (
-        (("nowhere", "--out", "o"), "'nowhere' holds no file"),
-        (("books", "--out", "o", "--tokenizer", "none.json"), "'none.json' is no file"),
-        (("books", "--out", "o", "--tokenizer", "20"), "vocab_size is 20"),
-        (("books", "--out", "o", "--workers", "0"), "--workers is 0"),
-        (("books", "--out", "o", "--test", "2"), "test is 2.0"),
-        (("books", "--out", "o", "--dataset-name", "x"), "Add --dataset"),
-        (("books", "books", "--out", "o", "--dataset"), "takes one source"),
-        (("books", "--out", "full"), "'full' exists and is no prepared folder"),
-        (("books", "--out", "full/x/o"), "cannot be written to"),
+        (("nowhere", "--output-dir", "o"), "'nowhere' holds no file"),
+        (("books", "--output-dir", "o", "--tokenizer", "none.json"), "'none.json' is no file"),
+        (("books", "--output-dir", "o", "--tokenizer", "20"), "vocab_size is 20"),
+        (("books", "--output-dir", "o", "--num-workers", "0"), "--num-workers is 0"),
+        (("books", "--output-dir", "o", "--test-fraction", "2"), "test_fraction is 2.0"),
+        (("books", "--output-dir", "o", "--dataset-config", "x"), "Add --hf-dataset"),
+        (("books", "books", "--output-dir", "o", "--hf-dataset"), "takes one source"),
+        (("books", "--output-dir", "full"), "'full' exists and is no prepared folder"),
+        (("books", "--output-dir", "full/x/o"), "cannot be written to"),
     ):
         refused(program("prepare", *arguments, at=tmp_path), said)
         assert {name for name in files(tmp_path) if not name.endswith(".lock")} == set(before), arguments
-    done = program("prepare", "books", "--ou", "o", at=tmp_path)
+    done = program("prepare", "books", "--output-dri", "o", at=tmp_path)
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "Did you mean '--out'?" in done.err
+    assert "Did you mean '--output-dir'?" in done.err
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(corpus: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "memtx", "prepare", str(corpus), "--out", str(out), "--workers", "2"]
+    command = [sys.executable, "-m", "memtx", "prepare", str(corpus), "--output-dir", str(out), "--num-workers", "2"]
     # A group of its own, so that Ctrl-C can be sent to all of it as a terminal does.
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True

@@ -54,16 +54,16 @@ def test_how_it_is_read_does_not_matter(
 ) -> None:
     whole = measured(capsys, str(book), "--checkpoint", model)
     # Chunks of 7 bytes cut characters.
-    monkeypatch.setattr(command, "CHUNK", 7)
+    monkeypatch.setattr(command, "CHUNK_BYTES", 7)
     chunked = measured(capsys, str(book), "--checkpoint", model)
     assert [whole[name] for name in SAME] == [chunked[name] for name in SAME]
-    other = measured(capsys, str(book), "--checkpoint", model, "--segment", "100")
+    other = measured(capsys, str(book), "--checkpoint", model, "--segment-length", "100")
     # Only the order of float32 sums differs.
     assert other["nll"] == pytest.approx(whole["nll"], rel=1e-5)
 
 
 def test_the_report_has_a_line_a_chapter(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["read", str(book), "--checkpoint", model, "--every", "1000"]) == 0
+    assert main(["read", str(book), "--checkpoint", model, "--report-every", "1000"]) == 0
     said = capsys.readouterr().out
     assert [line.split("  ")[0].strip() for line in said.splitlines() if line.startswith("CHAPTER")] == [
         "CHAPTER I",
@@ -108,7 +108,7 @@ def test_a_book_that_grew_is_gone_on_with(
     assert [grown[name] for name in SAME] == [whole[name] for name in SAME]
 
 
-@pytest.mark.parametrize("chunk", [301, command.CHUNK])
+@pytest.mark.parametrize("chunk", [301, command.CHUNK_BYTES])
 def test_interrupted_and_resumed_equals_read_at_once(
     chunk: int,
     model: str,
@@ -118,14 +118,14 @@ def test_interrupted_and_resumed_equals_read_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     session, plots = tmp_path / "s", (tmp_path / "a.png", tmp_path / "b.png")
-    base = ["read", str(book), "--checkpoint", model, "--segment", "64", "--every", "500"]
+    base = ["read", str(book), "--checkpoint", model, "--segment-length", "64", "--report-every", "500"]
     assert main([*base, "--plot", str(plots[0])]) == 0
     whole = capsys.readouterr().out
-    monkeypatch.setattr(command, "CHUNK", chunk)
+    monkeypatch.setattr(command, "CHUNK_BYTES", chunk)
     score = StreamReader._score
 
     def interrupted(self: StreamReader, tokens: Any) -> Any:
-        if self.totals.tokens == 64 * 17:
+        if self.totals.num_tokens == 64 * 17:
             os.kill(os.getpid(), signal.SIGINT)
         return score(self, tokens)
 
@@ -219,8 +219,8 @@ def test_a_bad_session_is_one_line_and_stays(
 
 def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (str(book), "--checkpoint", model)
-    assert "--segment is 0" in mistake(capsys, *base, "--segment", "0")
-    assert "--every is -1" in mistake(capsys, *base, "--every", "-1")
+    assert "--segment-length is 0" in mistake(capsys, *base, "--segment-length", "0")
+    assert "--report-every is -1" in mistake(capsys, *base, "--report-every", "-1")
     assert "Did you mean '--session'?" in mistake(capsys, *base, "--sesion", "x")
     assert "folder does not exist" in mistake(capsys, *base, "--plot", "/no/such/folder/a.png")
     assert "required: --checkpoint" in mistake(capsys, str(book))

@@ -16,7 +16,7 @@ BOOK = "".join(f"CHAPTER {number}\n\n" + "It was a dark and störmy night.\n" * 
 
 def pretrained(path: Path, seed: int = 0, window: int = 16) -> Path:
     torch.manual_seed(seed)
-    memories = [partial(CompressedMemory, window=window, rate=4, length=4)]
+    memories = [partial(CompressedMemory, window=window, compression_rate=4, num_entries=4)]
     MemoryTransformer(257, dim=16, depth=1, heads=2, memories=memories).save_pretrained(path)
     ByteTokenizer().save(path / "tokenizer.json")
     return path

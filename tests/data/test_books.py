@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memtx.data.batch import IGNORED, Batch
+from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.data.books import BookDataModule
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
 from memtx.errors import CheckpointError, DataError
@@ -50,7 +50,7 @@ class Recorder(LightningModule):
         return self.weight * batch.tokens.sum()
 
     def _evaluated(self, batch: Batch) -> None:
-        for place, amount in enumerate((batch.words, batch.bytes, batch.labels != IGNORED)):
+        for place, amount in enumerate((batch.num_words, batch.num_bytes, batch.labels != IGNORE_INDEX)):
             self.scored[place] += int(amount.sum())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -76,8 +76,8 @@ def trainer(folder: Path, **options: Any) -> Trainer:
 
 
 def data(root: Path, cache: str, **options: Any) -> BookDataModule:
-    options = {"rows": 2, "segment": 32, "horizon": 2, "seed": 5, **options}
-    return BookDataModule(str(root), cache=cache, workers=1, **options)
+    options = {"batch_size": 2, "segment_length": 32, "bptt_segments": 2, "seed": 5, **options}
+    return BookDataModule(str(root), cache_dir=cache, num_workers=1, **options)
 
 
 @pytest.mark.parametrize(
@@ -120,17 +120,19 @@ def test_a_second_fit_begins_at_the_start(root: Path, cache: str, tmp_path: Path
 def test_rows_go_on_across_epochs(root: Path, cache: str) -> None:
     streams = data(root, cache).train_dataloader()
     rows = torch.cat([batch.tokens for _ in range(2) for batch in streams], 1)
-    labels_end = streams.batch(len(streams) - 1).labels[:, -1]
+    labels_end = streams.get_batch(len(streams) - 1).labels[:, -1]
     following = rows[:, len(streams) * 64]
-    assert all(label in (IGNORED, int(token)) for label, token in zip(labels_end.tolist(), following, strict=True))
+    assert all(label in (IGNORE_INDEX, int(token)) for label, token in zip(labels_end.tolist(), following, strict=True))
     assert rows.shape == (2, 2 * len(streams) * 64)
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer, lambda: BytePairTokenizer(280)], ids=["byte", "bpe"])
-@pytest.mark.parametrize("eval_rows", [1, 3])
-def test_test_scores_the_whole_split(root: Path, cache: str, tmp_path: Path, tokenizer: Any, eval_rows: int) -> None:
+@pytest.mark.parametrize("eval_batch_size", [1, 3])
+def test_test_scores_the_whole_split(
+    root: Path, cache: str, tmp_path: Path, tokenizer: Any, eval_batch_size: int
+) -> None:
     recorder = Recorder()
-    module = data(root, cache, tokenizer=tokenizer(), eval_rows=eval_rows)
+    module = data(root, cache, tokenizer=tokenizer(), eval_batch_size=eval_batch_size)
     trainer(tmp_path).test(recorder, datamodule=module, verbose=False)
     texts = [path.read_text() for path in sorted((root / "test").iterdir())]
     tokens = sum(len(module.tokenizer.encode(text)) for text in texts)
@@ -144,9 +146,9 @@ def test_the_tokenizer_is_trained_once_and_its_size_known_before(
     assert module.vocab_size == 290
     module.prepare_data()
     module.setup()
-    assert module.tokenizer.fitted
+    assert module.tokenizer.is_trained
     again = data(root, cache, tokenizer=BytePairTokenizer(290))
-    monkeypatch.setattr(BytePairTokenizer, "fit", None)  # calling it would fail
+    monkeypatch.setattr(BytePairTokenizer, "train", None)  # calling it would fail
     again.setup("fit")
     assert again.tokenizer.fingerprint == module.tokenizer.fingerprint
     assert len(module.state_dict()["tokenizer"]) > 500
@@ -161,7 +163,9 @@ def test_a_checkpoint_of_other_data_is_refused(root: Path, cache: str) -> None:
     other.load_state_dict(saved)
     with pytest.raises(CheckpointError, match="seed 5, this run has 6"):
         other.train_dataloader()
-    elsewhere = BookDataModule("embedded", rows=2, segment=32, horizon=2, seed=5, cache=cache, workers=1)
+    elsewhere = BookDataModule(
+        "embedded", batch_size=2, segment_length=32, bptt_segments=2, seed=5, cache_dir=cache, num_workers=1
+    )
     elsewhere.load_state_dict(saved)
     with pytest.raises(CheckpointError, match="corpus"):
         elsewhere.train_dataloader()
@@ -178,10 +182,10 @@ def test_evaluation_takes_the_checkpoints_tokenizer(root: Path, cache: str, tmp_
     first = data(root, cache, tokenizer=BytePairTokenizer(290))
     trainer(tmp_path, callbacks=[keep], **options).fit(Recorder(), datamodule=first)
     recorder = Recorder()
-    other = BookDataModule("embedded", rows=2, segment=512, cache=cache, workers=1)
+    other = BookDataModule("embedded", batch_size=2, segment_length=512, cache_dir=cache, num_workers=1)
     trainer(tmp_path).test(recorder, datamodule=other, ckpt_path=str(tmp_path / "step=2.ckpt"), verbose=False)
     assert other.tokenizer.fingerprint == first.tokenizer.fingerprint
-    assert recorder.scored[1] == sum(document.size for document in other.corpus.split("test"))
+    assert recorder.scored[1] == sum(document.size for document in other.corpus.get_split("test"))
 
 
 def test_training_without_a_validation_split(tmp_path: Path, cache: str) -> None:
@@ -198,10 +202,12 @@ def test_yaml_configures_every_argument(cache: str) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(BookDataModule, "data")
     tokenizer = {"class_path": "memtx.data.tokenizers.BytePairTokenizer", "init_args": {"vocab_size": 300}}
-    config = parser.parse_object({"data": {"tokenizer": tokenizer, "segment": 8, "horizon": 3, "cache": cache}})
+    config = parser.parse_object(
+        {"data": {"tokenizer": tokenizer, "segment_length": 8, "bptt_segments": 3, "cache_dir": cache}}
+    )
     module = parser.instantiate(config).data
     assert (module.vocab_size, module.length, module.root) == (300, 24, "embedded")
-    with pytest.raises(DataError, match="rows is 0"):
-        BookDataModule(rows=0)
+    with pytest.raises(DataError, match="batch_size is 0"):
+        BookDataModule(batch_size=0)
     with pytest.raises(DataError, match="seed is -1"):
         BookDataModule(seed=-1)

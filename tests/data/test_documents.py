@@ -21,9 +21,9 @@ def book_root(root: Path) -> Path:
 
 def test_the_layout_of_pg19(tmp_path: Path) -> None:
     corpus = open_corpus(book_root(tmp_path))
-    assert [one.id for one in corpus.split("train")] == ["t0", "t1", "t2"]
-    assert [one.title for one in corpus.split("train")] == ["t0", "A Title, with comma", "t2"]
-    assert corpus.split("test")[1].read() == "Book 1 of test.\r\n"  # newlines as in the file
+    assert [one.id for one in corpus.get_split("train")] == ["t0", "t1", "t2"]
+    assert [one.title for one in corpus.get_split("train")] == ["t0", "A Title, with comma", "t2"]
+    assert corpus.get_split("test")[1].read() == "Book 1 of test.\r\n"  # newlines as in the file
 
 
 def joined(corpus: Corpus) -> str:
@@ -44,7 +44,7 @@ def test_one_file_is_cut_at_paragraph_ends(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("A paragraph of some words.\nAnd a line.\n\n" * 500)
     corpus = open_corpus(path)
-    texts = [corpus.split(name)[0].read() for name in ("train", "validation", "test")]
+    texts = [corpus.get_split(name)[0].read() for name in ("train", "validation", "test")]
     assert all(text.startswith("A paragraph") and text.endswith(".\n\n") for text in texts)
     assert len(texts[0]) / sum(map(len, texts)) == pytest.approx(0.9, abs=0.01)  # one paragraph is 0.2 %
 
@@ -70,9 +70,9 @@ def test_embedded_is_disjoint_and_repeatable(root: str) -> None:
     corpus = open_corpus(root)
     ids = [one.id for documents in corpus.splits.values() for one in documents]
     assert len(ids) == len(set(ids))
-    assert all(corpus.split(name) for name in ("train", "validation", "test"))
+    assert all(corpus.get_split(name) for name in ("train", "validation", "test"))
     assert open_corpus(root) == corpus
-    for document in corpus.split("validation")[:3]:
+    for document in corpus.get_split("validation")[:3]:
         assert len(document.read().encode()) == document.size
 
 
@@ -88,10 +88,10 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         open_corpus(tmp_path)
     root = book_root(tmp_path / "books")
     with pytest.raises(DataError, match=r"no split 'validate', it has train.* mean 'validation'"):
-        open_corpus(root).split("validate")
+        open_corpus(root).get_split("validate")
     (root / "train" / "bad.txt").write_bytes(b"good\xff")
     with pytest.raises(DataError, match=r"bad\.txt' is not UTF-8.*offset 4"):
-        open_corpus(root).split("train")[0].read()
+        open_corpus(root).get_split("train")[0].read()
     (root / "test" / "no.txt").touch()
     with pytest.raises(DataError, match=r"no\.txt' is empty"):
         open_corpus(root)

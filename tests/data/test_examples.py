@@ -112,5 +112,5 @@ def test_whatever_stands_there_is_an_example_or_a_clear_error(record: Any, kind:
     else:
         assert isinstance(made, KINDS[kind])
         return
-    assert said.what
-    assert said.cure
+    assert said.message
+    assert said.hint

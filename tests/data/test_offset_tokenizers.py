@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data.offset_tokenizers import OffsetTokenizer, WordPieceTokenizer, offset_tokenizer_from_json
+from memtx.data.offset_tokenizers import HFTokenizer, WordPieceTokenizer, hf_tokenizer_from_json
 from memtx.errors import DataError
 from tests.tasks import texts, tokenizer
 
@@ -34,16 +34,20 @@ def test_a_token_stands_where_it_says() -> None:
 
 def test_marks_are_no_text() -> None:
     (found,) = OWN.encode(["[CLS] whale [SEP] [MASK]"])
-    assert not set(found.ids.tolist()) & {OWN.begin, OWN.end, OWN.mask, OWN.padding}
-    assert len({OWN.begin, OWN.end, OWN.mask, OWN.padding, OWN.unknown}) == 5
+    assert not set(found.ids.tolist()) & {OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id}
+    assert len({OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id, OWN.unk_token_id}) == 5
 
 
 def test_what_is_kept_gives_the_same_ids() -> None:
     text = texts(1, seed=9)[0]
-    for other in (offset_tokenizer_from_json(OWN.to_json()), pickle.loads(pickle.dumps(OWN)), tokenizer()):
+    for other in (hf_tokenizer_from_json(OWN.to_json()), pickle.loads(pickle.dumps(OWN)), tokenizer()):
         assert other.fingerprint == OWN.fingerprint
         assert other.encode([text])[0].ids.tolist() == OWN.encode([text])[0].ids.tolist()
-        assert (other.begin, other.mask, other.vocab_size) == (OWN.begin, OWN.mask, OWN.vocab_size)
+        assert (other.cls_token_id, other.mask_token_id, other.vocab_size) == (
+            OWN.cls_token_id,
+            OWN.mask_token_id,
+            OWN.vocab_size,
+        )
 
 
 def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
@@ -57,8 +61,14 @@ def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
-    made = OffsetTokenizer(str(tmp_path / "tokenizer.json"))
-    assert (made.begin, made.padding, made.end, made.unknown, made.mask) == (0, 1, 2, 3, 4)
+    made = HFTokenizer(str(tmp_path / "tokenizer.json"))
+    assert (made.cls_token_id, made.pad_token_id, made.sep_token_id, made.unk_token_id, made.mask_token_id) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
     text = "the white whale saw Ahab ."
     (found,) = made.encode([text])
     # Neither cut nor filled up, and no token begins with the space before its word.
@@ -67,10 +77,10 @@ def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
 
 def test_mistakes_are_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
-        OffsetTokenizer(str(tmp_path / "no.json"))
+        HFTokenizer(str(tmp_path / "no.json"))
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
-        OffsetTokenizer(str(tmp_path / "bad.json"))
+        HFTokenizer(str(tmp_path / "bad.json"))
     with pytest.raises(DataError, match="not trained yet"):
         WordPieceTokenizer(300).encode(["a"])
     with pytest.raises(DataError, match="at least 100"):
@@ -79,4 +89,4 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
         OWN.encode(["\ud800"])
     for text in ("", "[]", json.dumps({"format": "x", "version": 1, "vocab_size": 1, "model": {}})):
         with pytest.raises(DataError):
-            offset_tokenizer_from_json(text)
+            hf_tokenizer_from_json(text)

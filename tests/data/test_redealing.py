@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.shards import TokenStore
 from memtx.data.streams import DocumentStreams
 
@@ -27,13 +27,13 @@ def numbered(lengths: Sequence[int]) -> TokenStore:
 
     store = SimpleNamespace(
         lengths=sizes,
-        total=int(sizes.sum()),
-        words=sizes,
-        bytes=sizes * 3,
+        num_tokens=int(sizes.sum()),
+        num_words=sizes,
+        num_bytes=sizes * 3,
         ids=[f"d{place}" for place in range(len(lengths))],
-        begin=-1,
+        bos_token_id=-1,
         fingerprint="numbered",
-        slice=text,
+        slice_tokens=text,
     )
     return cast(TokenStore, store)
 
@@ -52,7 +52,7 @@ stages = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1,
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=9), stages)
 def test_every_token_is_read_once_a_pass(lengths: list[int], stages: list[tuple[int, int, int, int]]) -> None:
     store = numbered(lengths)
-    read = np.zeros(store.total, dtype=np.int64)
+    read = np.zeros(store.num_tokens, dtype=np.int64)
     labels, size = 0, 0
     state: dict[str, Any] | None = None
     for rows, ranks, length, batches in stages:
@@ -61,32 +61,32 @@ def test_every_token_is_read_once_a_pass(lengths: list[int], stages: list[tuple[
             for one in streams:
                 batch = next(iter(one))
                 np.add.at(read, batch.tokens.flatten().numpy(), 1)
-                labels += int((batch.labels != IGNORED).sum())
-                size += int(batch.bytes.sum())
+                labels += int((batch.labels != IGNORE_INDEX).sum())
+                size += int(batch.num_bytes.sum())
                 # The label is the next token of the same document.
-                scored = batch.labels != IGNORED
+                scored = batch.labels != IGNORE_INDEX
                 assert torch.equal(batch.labels[scored], batch.tokens[scored] + 1)
         state = streams[0].state_dict()
         assert all(one.state_dict() == state for one in streams)
     # A single row reads what others left of their passes, then one pass after another.
     (last,) = resumed(store, 1, 1, 1, state)
     ended = []
-    for step in range(store.total * (3 + 12) + 12 * 30):
-        batch = last.batch(last.position + step)
+    for step in range(store.num_tokens * (3 + 12) + 12 * 30):
+        batch = last.get_batch(last.position + step)
         read[batch.tokens.item()] += 1
-        labels += int((batch.labels != IGNORED).sum())
-        size += int(batch.bytes.sum())
+        labels += int((batch.labels != IGNORE_INDEX).sum())
+        size += int(batch.num_bytes.sum())
         if (read == read[0]).all():
             ended.append(step)
             # Every token but a document's first is a label once a pass, and raw text is counted to the byte.
-            assert labels == read[0] * (store.total - len(lengths))
+            assert labels == read[0] * (store.num_tokens - len(lengths))
             assert size == read[0] * sum(
-                int(one) for one, tokens in zip(store.bytes, lengths, strict=True) if tokens > 1
+                int(one) for one, tokens in zip(store.num_bytes, lengths, strict=True) if tokens > 1
             )
             if len(ended) == 2:
                 break
     assert len(ended) == 2
-    assert ended[1] - ended[0] == store.total
+    assert ended[1] - ended[0] == store.num_tokens
 
 
 @settings(max_examples=60)
@@ -94,21 +94,21 @@ def test_every_token_is_read_once_a_pass(lengths: list[int], stages: list[tuple[
 def test_rows_that_stay_go_on(lengths: list[int], before: int, after: int, batches: int) -> None:
     store = numbered(lengths)
     (first,) = resumed(store, before, 1, 4, None)
-    *_, seen = [first.batch(step) for step in range(batches)]
+    *_, seen = [first.get_batch(step) for step in range(batches)]
     first.position = batches
     (then,) = resumed(store, after, 1, 4, first.state_dict())
-    went, undisturbed = then.batch(then.position), first.batch(batches)
+    went, undisturbed = then.get_batch(then.position), first.get_batch(batches)
     for row in range(after):
         if row >= before:
-            assert went.starts[row, 0]
-        elif not went.starts[row, 0]:
+            assert went.document_starts[row, 0]
+        elif not went.document_starts[row, 0]:
             assert went.tokens[row, 0] == seen.tokens[row, -1] + 1
             assert torch.equal(went.tokens[row, 0], undisturbed.tokens[row, 0])
     if before == after:
         assert all(torch.equal(one, other) for one, other in zip(went, undisturbed, strict=True))
-        assert then.redealt == ""
+        assert then.resume_message == ""
     else:
-        assert f"The checkpoint has {before} rows, this run {after}" in then.redealt
+        assert f"The checkpoint has {before} rows, this run {after}" in then.resume_message
 
 
 @pytest.mark.parametrize(("rows", "ranks"), [(4, 1), (2, 2), (1, 4)])
@@ -120,7 +120,7 @@ def test_ranks_do_not_matter(rows: int, ranks: int) -> None:
     (one,) = resumed(store, 4, 1, 5, state)
     parts = resumed(store, rows, ranks, 5, state)
     for step in range(one.position, one.position + 20):
-        assert torch.equal(torch.cat([part.batch(step).tokens for part in parts]), one.batch(step).tokens)
+        assert torch.equal(torch.cat([part.get_batch(step).tokens for part in parts]), one.get_batch(step).tokens)
 
 
 def test_an_epochs_rest_is_counted_in_its_own_batches() -> None:

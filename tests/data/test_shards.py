@@ -33,12 +33,12 @@ def documents(texts: Sequence[str] = TEXTS) -> list[Document]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "LEAST_BYTES", 500)
+    monkeypatch.setattr(prepared, "MIN_SHARD_BYTES", 500)
 
 
 def bpe() -> BytePairTokenizer:
     tokenizer = BytePairTokenizer(300)
-    tokenizer.fit(TEXTS)
+    tokenizer.train(TEXTS)
     return tokenizer
 
 
@@ -46,28 +46,28 @@ def bpe() -> BytePairTokenizer:
 @pytest.mark.usefixtures("small_shards")
 def test_documents_come_back_exactly(tmp_path: Path, workers: int) -> None:
     for tokenizer in (ByteTokenizer(), bpe()):
-        store = open_store(documents(), tokenizer, cache=tmp_path, workers=workers)
+        store = open_store(documents(), tokenizer, cache_dir=tmp_path, num_workers=workers)
         assert len(list(store.folder.glob("*.bin"))) > 2
         assert store.ids == [f"d{number}" for number in range(9)]
         assert store.titles[3] == "Title 3"
         for place, text in enumerate(TEXTS):
-            tokens = store.document(place)
+            tokens = store.document_tokens(place)
             assert tokens.dtype == np.uint16
-            assert tokens[0] == tokenizer.begin
+            assert tokens[0] == tokenizer.bos_token_id
             assert np.array_equal(tokens[1:], tokenizer.encode(text))
             assert len(tokens) == store.lengths[place]
-            assert (store.words[place], store.bytes[place]) == (len(text.split()), len(text.encode()))
-            assert np.array_equal(store.slice(place, 2, 9), tokens[2:9])
+            assert (store.num_words[place], store.num_bytes[place]) == (len(text.split()), len(text.encode()))
+            assert np.array_equal(store.slice_tokens(place, 2, 9), tokens[2:9])
         store.verify()
-        assert store.total == store.lengths.sum()
+        assert store.num_tokens == store.lengths.sum()
 
 
 def test_a_store_pickles_without_its_tokens(tmp_path: Path) -> None:
-    store = open_store(documents(), ByteTokenizer(), cache=tmp_path)
-    store.document(8)
+    store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path)
+    store.document_tokens(8)
     raw = pickle.dumps(store)
     assert len(raw) < 1000
-    assert np.array_equal(pickle.loads(raw).document(8), store.document(8))
+    assert np.array_equal(pickle.loads(raw).document_tokens(8), store.document_tokens(8))
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
@@ -85,7 +85,7 @@ def test_the_store_is_used_again_until_text_or_tokenizer_change(
     cache = tmp_path / "cache"
 
     def opened() -> TokenStore:
-        return open_store(open_corpus(root).split("train"), ByteTokenizer(), cache=cache, workers=1)
+        return open_store(open_corpus(root).get_split("train"), ByteTokenizer(), cache_dir=cache, num_workers=1)
 
     first = opened()
     with monkeypatch.context() as patch:
@@ -94,8 +94,8 @@ def test_the_store_is_used_again_until_text_or_tokenizer_change(
     (root / "1.txt").write_text("other words " * 200)
     changed = opened()
     assert changed.fingerprint != first.fingerprint
-    assert changed.document(1).tobytes() != first.document(1).tobytes()
-    assert open_store(documents(), bpe(), cache=cache).fingerprint not in (first.fingerprint, changed.fingerprint)
+    assert changed.document_tokens(1).tobytes() != first.document_tokens(1).tobytes()
+    assert open_store(documents(), bpe(), cache_dir=cache).fingerprint not in (first.fingerprint, changed.fingerprint)
     # The same text with another time is encoded again, to the same tokens.
     os.utime(root / "1.txt", ns=(1, 1))
     assert opened().fingerprint == changed.fingerprint
@@ -103,23 +103,23 @@ def test_the_store_is_used_again_until_text_or_tokenizer_change(
 
 @pytest.mark.usefixtures("small_shards")
 def test_damage_is_found_and_only_the_damaged_shard_made_again(tmp_path: Path) -> None:
-    store = open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1)
+    store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     fingerprint = store.fingerprint
     bad, good = store.folder / "shard-00001.bin", store.folder / "shard-00000.bin"
     whole, kept = bad.read_bytes(), good.stat().st_ino
     bad.write_bytes(whole[:-2])
     with pytest.raises(DataError, match=rf"shard-00001.bin' has {len(whole) - 2} bytes, expected {len(whole)}"):
         TokenStore(store.folder)
-    assert open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1).fingerprint == fingerprint
+    assert open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1).fingerprint == fingerprint
     assert bad.read_bytes() == whole
     bad.write_bytes(whole[:-2] + b"\x01\x00")
     with pytest.raises(DataError, match=r"shard-00001\.bin' is damaged"):
         TokenStore(store.folder).verify()
-    open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1, verify=True).verify()
+    open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1, verify=True).verify()
     assert bad.read_bytes() == whole
     assert good.stat().st_ino == kept
     (store.folder / "index.json").write_text("{")
-    assert open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1).fingerprint == fingerprint
+    assert open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1).fingerprint == fingerprint
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -127,28 +127,28 @@ def test_an_interrupted_run_keeps_its_whole_shards(tmp_path: Path, monkeypatch: 
     original = encoding.write_job
     written: list[int] = []
 
-    def interrupted(job: encoding.Job, *rest: object) -> None:
+    def interrupted(job: encoding.ShardJob, *rest: object) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
-        written.append(job.number)
+        written.append(job.shard_index)
         original(job, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(encoding, "write_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1)
+        open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     assert not list(tmp_path.glob("tokens-*"))
     again: list[int] = []
 
-    def counted(job: encoding.Job, *rest: object) -> None:
-        again.append(job.number)
+    def counted(job: encoding.ShardJob, *rest: object) -> None:
+        again.append(job.shard_index)
         original(job, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(encoding, "write_job", counted)
-    store = open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=1)
+    store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     assert again
     assert not set(again) & set(written)
     store.verify()
-    fresh = open_store(documents(), ByteTokenizer(), cache=tmp_path / "fresh", workers=1)
+    fresh = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path / "fresh", num_workers=1)
     assert fresh.fingerprint == store.fingerprint
 
 
@@ -158,9 +158,9 @@ def test_a_bad_text_is_named(tmp_path: Path, workers: int) -> None:
     (tmp_path / "bad.txt").write_bytes(b"ok \xff")
     bad = Document("bad", "bad", 4, str(tmp_path / "bad.txt"))
     with pytest.raises(DataError, match=r"bad\.txt' is not UTF-8.*offset 3"):
-        open_store([*documents(), bad], ByteTokenizer(), cache=tmp_path, workers=workers)
+        open_store([*documents(), bad], ByteTokenizer(), cache_dir=tmp_path, num_workers=workers)
     with pytest.raises(DataError, match="'d1' has no words"):
-        open_store(documents(["words", " \n"]), ByteTokenizer(), cache=tmp_path, workers=workers)
+        open_store(documents(["words", " \n"]), ByteTokenizer(), cache_dir=tmp_path, num_workers=workers)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -172,7 +172,7 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(subprocess, "Popen", dying)
     with pytest.raises(DataError, match=r"ended with code -?9.*fewer workers"):
-        open_store(documents(), ByteTokenizer(), cache=tmp_path, workers=2)
+        open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=2)
 
 
 def test_workers_start_without_torch() -> None:
@@ -182,11 +182,11 @@ def test_workers_start_without_torch() -> None:
 
 def test_other_mistakes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no documents"):
-        open_store([], ByteTokenizer(), cache=tmp_path)
+        open_store([], ByteTokenizer(), cache_dir=tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(MemtxError, match=r"cannot be written to.*--data\.cache"):
-        open_store(documents(), ByteTokenizer(), cache=tmp_path / "file")
-    store = open_store(documents(), ByteTokenizer(), cache=tmp_path)
+    with pytest.raises(MemtxError, match=r"cannot be written to.*--data\.cache_dir"):
+        open_store(documents(), ByteTokenizer(), cache_dir=tmp_path / "file")
+    store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path)
     index = json.loads((store.folder / "index.json").read_text())
     (store.folder / "index.json").write_text(json.dumps({**index, "version": 7}))
     with pytest.raises(DataError, match="version 7"):
@@ -197,4 +197,4 @@ def test_other_mistakes(tmp_path: Path) -> None:
 def test_every_document_is_in_one_shard_of_bounded_size(sizes: list[int]) -> None:
     plan = plan_shards(sizes)
     assert [place for shard in plan for place in shard] == list(range(len(sizes)))
-    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= prepared.SHARD_BYTES for shard in plan)
+    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= prepared.MAX_SHARD_BYTES for shard in plan)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.document import Document
 from memtx.data.prepared import open_store
 from memtx.data.shards import TokenStore
@@ -18,7 +18,7 @@ from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import CheckpointError, DataError
 
-BEGIN = ByteTokenizer().begin
+BEGIN = ByteTokenizer().bos_token_id
 Make = Callable[[Sequence[int]], TokenStore]
 
 
@@ -30,7 +30,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         # Every text begins with a letter of its own, so that what was read says which document it was.
         texts = [(f"{chr(65 + number)}bc " * size)[:size] for number, size in enumerate(sizes)]
         documents = [Document(f"d{n}", f"d{n}", len(text), text=text) for n, text in enumerate(texts)]
-        return open_store(documents, ByteTokenizer(), cache=cache, workers=1)
+        return open_store(documents, ByteTokenizer(), cache_dir=cache, num_workers=1)
 
     return store
 
@@ -61,16 +61,18 @@ def test_a_pass_reads_every_document_once_over_all_ranks(
     store = make(sizes)
     passes = 3
     # By then the rows have taken in all of three passes, and ended what they took last.
-    ticks = passes * store.total // (rows * world_size) + 2 * int(store.lengths.max()) + 1
+    ticks = passes * store.num_tokens // (rows * world_size) + 2 * int(store.lengths.max()) + 1
     dealt: list[tuple[int, int, str]] = []
     for rank in range(world_size):
         streams = DocumentStreams(store, rows, length, seed, rank, world_size)
-        batches = [streams.batch(step) for step in range(-(-ticks // length))]
+        batches = [streams.get_batch(step) for step in range(-(-ticks // length))]
         for index, row in enumerate(rows_read(store, batches)):
             whole = split_documents(row)[:-1]  # the last one may go on
             tick = 0
             for one in whole:
-                document = next(place for place in range(len(store)) if tuple(store.document(place).tolist()) == one)
+                document = next(
+                    place for place in range(len(store)) if tuple(store.document_tokens(place).tolist()) == one
+                )
                 dealt.append((tick, rank * rows + index, store.ids[document]))
                 tick += len(one)
     dealt.sort()
@@ -85,17 +87,17 @@ def test_labels_starts_and_lengths_agree(make: Make, sizes: list[int], rows: int
     store = make(sizes)
     streams = DocumentStreams(store, rows, length)
     count = 6 * other
-    batches = [streams.batch(step) for step in range(count)]
+    batches = [streams.get_batch(step) for step in range(count)]
     tokens = torch.cat([batch.tokens for batch in batches], 1)
     labels = torch.cat([batch.labels for batch in batches], 1)
-    starts = torch.cat([batch.starts for batch in batches], 1)
+    starts = torch.cat([batch.document_starts for batch in batches], 1)
     assert torch.equal(starts, tokens == BEGIN)
     assert starts[:, 0].all()
-    following = tokens[:, 1:].masked_fill(starts[:, 1:], IGNORED)
+    following = tokens[:, 1:].masked_fill(starts[:, 1:], IGNORE_INDEX)
     assert torch.equal(labels[:, :-1], following)
     # Another batch length reads the same rows.
     again = DocumentStreams(store, rows, other)
-    assert rows_read(store, [again.batch(step) for step in range(6 * length)]) == tokens.tolist()
+    assert rows_read(store, [again.get_batch(step) for step in range(6 * length)]) == tokens.tolist()
 
 
 def test_the_seed_and_the_pass_shuffle(make: Make) -> None:
@@ -103,7 +105,7 @@ def test_the_seed_and_the_pass_shuffle(make: Make) -> None:
 
     def read(seed: int, first: int) -> list[str]:
         streams = DocumentStreams(store, 1, 6, seed)
-        return [streams.documents(step)[0][0] for step in range(first, first + 40)]
+        return [streams.document_ids(step)[0][0] for step in range(first, first + 40)]
 
     assert read(0, 0) == read(0, 0)
     assert sorted(read(0, 0)) == sorted(read(0, 40)) == sorted(store.ids)
@@ -113,8 +115,8 @@ def test_the_seed_and_the_pass_shuffle(make: Make) -> None:
 def test_iterating_ends_at_the_epoch_and_goes_on_from_the_position(make: Make) -> None:
     store = make([50, 30, 70])
     streams = DocumentStreams(store, 2, 8, seed=3)
-    assert len(streams) == store.total // 16 == 9
-    expected = [streams.batch(step) for step in range(18)]
+    assert len(streams) == store.num_tokens // 16 == 9
+    expected = [streams.get_batch(step) for step in range(18)]
     iterator = iter(streams)
     for step in range(5):
         assert torch.equal(next(iterator).tokens, expected[step].tokens)
@@ -126,7 +128,7 @@ def test_iterating_ends_at_the_epoch_and_goes_on_from_the_position(make: Make) -
     assert all(torch.equal(one.tokens, other.tokens) for one, other in zip(rest, expected[5:9], strict=True))
     assert [one.tokens.tolist() for one in resumed] == [one.tokens.tolist() for one in expected[9:]]
     assert len(DocumentStreams(store, 50, 50)) == 1
-    assert len(DocumentStreams(store, 2, 8, steps=4)) == 4
+    assert len(DocumentStreams(store, 2, 8, steps_per_epoch=4)) == 4
 
 
 def test_a_position_in_other_data_is_refused(make: Make) -> None:
@@ -147,10 +149,10 @@ def test_a_position_in_other_data_is_refused(make: Make) -> None:
     odd = DocumentStreams(store, 2, 7, seed=3)
     odd.load_state_dict(saved)
     assert odd.position == 6  # a batch that was read in part counts as read
-    assert torch.equal(odd.batch(6).tokens, streams.batch(5).tokens[:, :7])
+    assert torch.equal(odd.get_batch(6).tokens, streams.get_batch(5).tokens[:, :7])
     spread = DocumentStreams(store, 1, 8, seed=3, rank=1, world_size=2)
     spread.load_state_dict(saved)  # the same two rows, on two ranks
-    assert torch.equal(spread.batch(5).tokens[0], streams.batch(5).tokens[1])
+    assert torch.equal(spread.get_batch(5).tokens[0], streams.get_batch(5).tokens[1])
 
 
 @settings(deadline=None, max_examples=60)
@@ -169,16 +171,18 @@ def test_evaluation_scores_every_text_token_once(
         lengths.add(len(batches))
         assert len(batches) == len(streams)
         for batch in batches:
-            assert torch.equal(batch.starts, batch.tokens == BEGIN)
-            scored += batch.labels[batch.labels != IGNORED].tolist()
-            words += int(batch.words.sum())
-            size += int(batch.bytes.sum())
+            assert torch.equal(batch.document_starts, batch.tokens == BEGIN)
+            scored += batch.labels[batch.labels != IGNORE_INDEX].tolist()
+            words += int(batch.num_words.sum())
+            size += int(batch.num_bytes.sum())
         for row in rows_read(store, batches):
             found.update(one for one in split_documents(row) if len(one) > 1)
     assert len(lengths) == 1
-    assert found == Counter(tuple(store.document(place).tolist()) for place in range(len(store)))
-    assert Counter(scored) == Counter(token for place in range(len(store)) for token in store.document(place)[1:])
-    assert (words, size) == (store.words.sum(), store.bytes.sum())
+    assert found == Counter(tuple(store.document_tokens(place).tolist()) for place in range(len(store)))
+    assert Counter(scored) == Counter(
+        token for place in range(len(store)) for token in store.document_tokens(place)[1:]
+    )
+    assert (words, size) == (store.num_words.sum(), store.num_bytes.sum())
 
 
 def test_a_limit_is_shared_by_the_rows(make: Make) -> None:
@@ -188,23 +192,23 @@ def test_a_limit_is_shared_by_the_rows(make: Make) -> None:
     assert len(batches) == 3
     tokens = torch.cat([batch.tokens for batch in batches], 1)
     labels = torch.cat([batch.labels for batch in batches], 1)
-    assert (labels[:, :20] != IGNORED).all()  # also the last one, whose next token lies past the limit
-    assert (labels[:, 20:] == IGNORED).all()
+    assert (labels[:, :20] != IGNORE_INDEX).all()  # also the last one, whose next token lies past the limit
+    assert (labels[:, 20:] == IGNORE_INDEX).all()
     assert (tokens[:, 20:] == BEGIN).all()
-    assert sum(int(batch.bytes.sum()) for batch in batches) == 40
+    assert sum(int(batch.num_bytes.sum()) for batch in batches) == 40
 
 
 def test_words_are_apportioned_without_loss(make: Make) -> None:
     store = make([83])
-    whole = np.array([int(batch.words.sum()) for batch in EvaluationStreams(store, 1, 7)])
-    assert whole.sum() == store.words[0]
+    whole = np.array([int(batch.num_words.sum()) for batch in EvaluationStreams(store, 1, 7)])
+    assert whole.sum() == store.num_words[0]
     # 83 bytes hold 21 words, so 7 tokens hold 1.77: one or two, never none.
     assert set(whole[:-1]) == {1, 2}
 
 
 def test_impossible_numbers_are_named(make: Make) -> None:
     store = make([5])
-    with pytest.raises(DataError, match="rows is 0"):
+    with pytest.raises(DataError, match="batch_size is 0"):
         DocumentStreams(store, 0, 8)
     with pytest.raises(DataError, match="rank is 2"):
         EvaluationStreams(store, 1, 8, rank=2, world_size=2)
@@ -216,12 +220,12 @@ def test_books(books: Path, tmp_path: Path) -> None:
     from memtx.data.documents import open_corpus
 
     corpus = open_corpus(books)
-    assert len(corpus.split("train")) == 39
-    assert corpus.split("train")[0].title != corpus.split("train")[0].id
-    store = open_store(corpus.split("validation"), ByteTokenizer(), cache=tmp_path, workers=2)
+    assert len(corpus.get_split("train")) == 39
+    assert corpus.get_split("train")[0].title != corpus.get_split("train")[0].id
+    store = open_store(corpus.get_split("validation"), ByteTokenizer(), cache_dir=tmp_path, num_workers=2)
     batches = EvaluationStreams(store, 4, 65_536)
     # The number of words that the data's own description gives for this split.
-    assert sum(int(batch.words.sum()) for batch in batches) == 359_979
+    assert sum(int(batch.num_words.sum()) for batch in batches) == 359_979
 
 
 @settings(deadline=None, max_examples=30)
@@ -230,8 +234,8 @@ def test_places_are_where_the_tokens_stand_in_the_store(
     make: Make, sizes: list[int], rows: int, world_size: int, length: int, seed: int
 ) -> None:
     store = make(sizes)
-    whole = np.concatenate([store.document(number) for number in range(len(store))])
+    whole = np.concatenate([store.document_tokens(number) for number in range(len(store))])
     for rank in range(world_size):
         streams = DocumentStreams(store, rows, length, seed, rank, world_size)
         for step in range(4):
-            assert whole[streams.places(step).numpy()].tolist() == streams.batch(step).tokens.tolist()
+            assert whole[streams.token_indices(step).numpy()].tolist() == streams.get_batch(step).tokens.tolist()

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.examples import TaggedExample
-from memtx.data.tags import Tagging, spans_of, words_of
-from memtx.data.task_batches import ExampleBatches, TrainingBatches, collated, prepared
+from memtx.data.tags import Tagging, extract_spans, find_words
+from memtx.data.task_batches import EvaluationBatches, TrainingBatches, collate, encode_examples
 from memtx.data.task_kinds import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError
 from tests.tasks import KINDS, records, task, tokenizer
@@ -25,20 +25,20 @@ SHORT = {"classification": 12, "tagging": 12, "matching": 22, "questions": 22}
 
 def made(kind: str, count: int = 12, **options: Any) -> list[Any]:
     own = task(kind, **options)
-    return prepared([own.parse(record) for record in records(kind, count)], own, OWN)
+    return encode_examples([own.parse(record) for record in records(kind, count)], own, OWN)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_that_are_the_targets_give_the_labels_back(kind: str) -> None:
     for longest, stride in ((64, None), (SHORT[kind], 4)):
         own = task(kind, longest, stride)
-        for one in made(kind, longest=longest, stride=stride):
+        for one in made(kind, max_length=longest, stride=stride):
             scores = []
             for window in one.windows:
                 if kind in ("classification", "matching"):
-                    scores.append(np.eye(own.outputs, dtype=np.float32)[window.target[0]])
+                    scores.append(np.eye(own.num_labels, dtype=np.float32)[window.target[0]])
                     continue
-                row = np.zeros((len(window.ids), own.outputs), dtype=np.float32)
+                row = np.zeros((len(window.ids), own.num_labels), dtype=np.float32)
                 if kind == "tagging":
                     for place, target in enumerate(window.target):
                         row[place, max(target, 0)] = 1
@@ -46,7 +46,7 @@ def test_scores_that_are_the_targets_give_the_labels_back(kind: str) -> None:
                     for which in (0, 1):
                         row[window.target[which], which] = 1
                 scores.append(row)
-            said = own.decide(one.example, one.encoded, one.windows, scores)
+            said = own.postprocess(one.example, one.encodings, one.windows, scores)
             if kind == "tagging":
                 assert said["tags"] == list(one.example.tags)
             elif kind == "questions":
@@ -59,15 +59,15 @@ def test_scores_that_are_the_targets_give_the_labels_back(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_cover_the_text_and_overlap(kind: str) -> None:
-    for one in made(kind, longest=SHORT[kind], stride=4):
-        text = one.encoded[1 if kind == "questions" else 0]
+    for one in made(kind, max_length=SHORT[kind], stride=4):
+        text = one.encodings[1 if kind == "questions" else 0]
         assert len(one.windows) > 1
         seen = np.zeros(len(text), dtype=int)
         for window in one.windows:
             assert len(window.ids) <= SHORT[kind]
-            seen[window.begin : window.stop] += 1
-            part = window.ids[window.first : window.first + window.stop - window.begin]
-            assert part.tolist() == text.ids[window.begin : window.stop].tolist()
+            seen[window.text_start : window.text_stop] += 1
+            part = window.ids[window.input_start : window.input_start + window.text_stop - window.text_start]
+            assert part.tolist() == text.ids[window.text_start : window.text_stop].tolist()
         assert seen.min() >= 1
         assert seen.max() >= 2
 
@@ -75,42 +75,42 @@ def test_windows_cover_the_text_and_overlap(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_longer_text_is_refused_with_the_cure(kind: str) -> None:
     with pytest.raises(DataError, match=r"fit into what the model reads at once \(14\).*stride"):
-        made(kind, longest=14)
+        made(kind, max_length=14)
 
 
 def test_global_tokens_are_the_tasks() -> None:
     for one in made("classification") + made("matching"):
-        assert one.windows[0].marked.nonzero()[0].tolist() == [0]
+        assert one.windows[0].global_attention_mask.nonzero()[0].tolist() == [0]
     for one in made("questions"):
         window = one.windows[0]
-        assert window.marked.nonzero()[0].tolist() == list(range(len(one.encoded[0]) + 2))
-        assert window.types.tolist() == [0] * window.first + [1] * (len(window.ids) - window.first)
-    assert not any(one.windows[0].marked.any() for one in made("tagging"))
+        assert window.global_attention_mask.nonzero()[0].tolist() == list(range(len(one.encodings[0]) + 2))
+        assert window.token_type_ids.tolist() == [0] * window.input_start + [1] * (len(window.ids) - window.input_start)
+    assert not any(one.windows[0].global_attention_mask.any() for one in made("tagging"))
 
 
 def test_an_unknown_label_is_said() -> None:
     own = task("classification")
     with pytest.raises(DataError, match=r"'poz' was never seen in training, known are neg, pos. Did you mean 'pos'"):
-        prepared([own.parse({"text": "a", "label": "poz"})], own, OWN)
+        encode_examples([own.parse({"text": "a", "label": "poz"})], own, OWN)
     tags = Tagging(["O", "B-X"])
     with pytest.raises(DataError, match="'B-Y' was never seen"):
-        prepared([TaggedExample(("a",), ("B-Y",))], tags, OWN)
+        encode_examples([TaggedExample(("a",), ("B-Y",))], tags, OWN)
 
 
 def test_a_word_without_tokens_has_a_tag_too() -> None:
     own = Tagging(["B-X", "O"])
     example = TaggedExample(("whale", "\x00", "\u200b", "sea"), ("B-X", "O", "O", "B-X"))
-    (one,) = prepared([example], own, OWN)
+    (one,) = encode_examples([example], own, OWN)
     scores = [np.zeros((len(window.ids), 2), dtype=np.float32) for window in one.windows]
-    assert own.decide(example, one.encoded, one.windows, scores)["tags"][0] == "B-X"
-    assert len(own.decide(example, one.encoded, one.windows, scores)["tags"]) == 4
+    assert own.postprocess(example, one.encodings, one.windows, scores)["tags"][0] == "B-X"
+    assert len(own.postprocess(example, one.encodings, one.windows, scores)["tags"]) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_task_comes_back_from_json(kind: str) -> None:
     own = task(kind, 32, 8)
-    assert task_from_json(task_to_json(own)).description() == own.description()
-    for text in ("", "[]", '{"format": "memtx.task", "version": 1, "kind": "x"}', task_to_json(own).replace("1", "2")):
+    assert task_from_json(task_to_json(own)).to_dict() == own.to_dict()
+    for text in ("", "[]", '{"format": "memtx.task", "version": 2, "kind": "x"}', task_to_json(own).replace("2", "3")):
         with pytest.raises(DataError):
             task_from_json(text)
 
@@ -128,46 +128,46 @@ def test_spans_follow_seqeval() -> None:
         ("B-A-B I-A-B", [("A-B", 0, 2)]),
     ]
     for tags, wanted in cases:
-        assert spans_of(tags.split()) == wanted, tags
+        assert extract_spans(tags.split()) == wanted, tags
 
 
 @given(st.lists(st.sampled_from(["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B"]), max_size=12))
 def test_spans_equal_seqevals_own(tags: list[str]) -> None:
     labeling = pytest.importorskip("seqeval.metrics.sequence_labeling", reason="the package 'seqeval' is not installed")
-    assert spans_of(tags) == [(kind, start, stop + 1) for kind, start, stop in labeling.get_entities(tags)]
+    assert extract_spans(tags) == [(kind, start, stop + 1) for kind, start, stop in labeling.get_entities(tags)]
 
 
 def test_words_of_a_raw_text() -> None:
     text = "Boeing Co. won't sell Tulsa's 747-400 unit (yet)."
-    assert [text[start:stop] for start, stop in words_of(text)] == [
+    assert [text[start:stop] for start, stop in find_words(text)] == [
         "Boeing", "Co", ".", "wo", "n't", "sell", "Tulsa", "'s", "747-400", "unit", "(", "yet", ")", "."
     ]  # fmt: skip
 
 
 def test_a_pass_holds_every_row_once_and_the_next_another_order() -> None:
     examples = made("classification", 21)
-    batches = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated)
+    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
     passes = [[batch.tokens for batch in batches] for _ in range(2)]
     for rows in passes:
         assert len(rows) == len(batches) == 6
         assert sum(len(part) for part in rows) == 21
-        texts = sorted(tuple(row[row != OWN.padding].tolist()) for part in rows for row in part)
+        texts = sorted(tuple(row[row != OWN.pad_token_id].tolist()) for part in rows for row in part)
         assert texts == sorted(tuple(one.windows[0].ids.tolist()) for one in examples)
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(*passes, strict=True))
 
 
 def test_a_position_is_gone_on_from() -> None:
     examples = made("tagging", 21)
-    whole = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated)
+    whole = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
     wanted = [batch.tokens.tolist() for _ in range(3) for batch in whole]
     for stop in (0, 1, 5, 6, 7, 13):
-        first, taken = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated), []
+        first, taken = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate), []
         while len(taken) < stop:
             for batch in first:
                 taken.append(batch.tokens.tolist())
                 if len(taken) == stop:
                     break
-        second = TrainingBatches(examples, 4, OWN.padding, seed=3, collate=collated)
+        second = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
         second.load_state_dict(first.state_dict())
         while len(taken) < len(wanted):
             taken += [batch.tokens.tolist() for batch in second]
@@ -179,11 +179,13 @@ def test_a_position_is_gone_on_from() -> None:
 def test_ranks_share_the_rows() -> None:
     examples = made("classification", 21)
     for world in (2, 5):
-        parts = [TrainingBatches(examples, 2, OWN.padding, 0, rank, world, collate=collated) for rank in range(world)]
+        parts = [
+            TrainingBatches(examples, 2, OWN.pad_token_id, 0, rank, world, collate_fn=collate) for rank in range(world)
+        ]
         counts = {len(list(part)) for part in parts}
         assert counts == {len(parts[0])}
-    seen = [one for rank in range(2) for batch in ExampleBatches(examples, task("classification"), 4, 0, rank, 2)
-            for one in batch.asked.prepared]  # fmt: skip
+    seen = [one for rank in range(2) for batch in EvaluationBatches(examples, task("classification"), 4, 0, rank, 2)
+            for one in batch.batch_examples.examples]  # fmt: skip
     assert len(seen) == 21
 
 
@@ -199,7 +201,9 @@ def test_what_is_left_of_a_pass_is_dealt_to_other_ranks(count: int, stages: list
     rows = ranks = 1
     for rows, ranks, steps in [*stages, (*stages[-1][:2], count)]:
         parts: list[Any] = [
-            TrainingBatches(numbered, rows, 0, 3, rank, ranks, collate=lambda chosen, _: [one.ids[0] for one in chosen])
+            TrainingBatches(
+                numbered, rows, 0, 3, rank, ranks, collate_fn=lambda chosen, _: [one.ids[0] for one in chosen]
+            )
             for rank in range(ranks)
         ]
         for part in parts if state else ():
@@ -223,6 +227,6 @@ def test_what_is_left_of_a_pass_is_dealt_to_other_ranks(count: int, stages: list
 
 
 def test_labels_are_ignored_where_nothing_is_to_be_learned() -> None:
-    for batch in ExampleBatches(made("tagging"), task("tagging"), 4, OWN.padding):
-        assert (batch.labels[batch.present == 0] == IGNORED).all()
-        assert (batch.labels[:, 0] == IGNORED).all()
+    for batch in EvaluationBatches(made("tagging"), task("tagging"), 4, OWN.pad_token_id):
+        assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
+        assert (batch.labels[:, 0] == IGNORE_INDEX).all()

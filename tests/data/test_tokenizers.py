@@ -26,7 +26,7 @@ TEXTS = [
 
 def trained(size: int = 300) -> BytePairTokenizer:
     tokenizer = BytePairTokenizer(size)
-    tokenizer.fit(TEXTS)
+    tokenizer.train(TEXTS)
     return tokenizer
 
 
@@ -47,11 +47,11 @@ def test_round_trip_however_the_text_arrives(kind: str, text: str, size: int) ->
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(tokenizer.token_bytes(int(one)) for one in ids) == text.encode()
-    assert tokenizer.begin not in ids
+    assert tokenizer.bos_token_id not in ids
     assert not len(ids) or int(ids.max()) < tokenizer.vocab_size
     portions = [text[i : i + size * 100] for i in range(0, len(text), size * 100)]
     assert np.array_equal(np.concatenate(list(tokenizer.encode_stream(portions))), ids)
-    assert np.array_equal(np.concatenate([tokenizer.encode_piece(piece) for piece in split_text(text)]), ids)
+    assert np.array_equal(np.concatenate([tokenizer.encode_chunk(piece) for piece in split_text(text)]), ids)
 
 
 def test_json_and_file_keep_everything(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -60,13 +60,13 @@ def test_json_and_file_keep_everything(tokenizer: Tokenizer, tmp_path: Path) -> 
     copies = [tokenizer_from_json(tokenizer.to_json()), load_tokenizer(tmp_path / "tokenizer.json")]
     for copy in [*copies, pickle.loads(pickle.dumps(tokenizer))]:
         assert copy.fingerprint == tokenizer.fingerprint
-        assert (copy.vocab_size, copy.begin) == (tokenizer.vocab_size, tokenizer.begin)
+        assert (copy.vocab_size, copy.bos_token_id) == (tokenizer.vocab_size, tokenizer.bos_token_id)
         assert np.array_equal(copy.encode(text), tokenizer.encode(text))
 
 
 def test_begin_is_no_text(tokenizer: Tokenizer) -> None:
-    assert tokenizer.token_bytes(tokenizer.begin) == b""
-    assert tokenizer.decode([tokenizer.begin, *tokenizer.encode("ab").tolist()]) == "ab"
+    assert tokenizer.token_bytes(tokenizer.bos_token_id) == b""
+    assert tokenizer.decode([tokenizer.bos_token_id, *tokenizer.encode("ab").tolist()]) == "ab"
     assert len(tokenizer.encode("")) == 0
 
 
@@ -98,14 +98,14 @@ def test_a_given_tokenizer_keeps_its_ids(tmp_path: Path) -> None:
     ours = load_tokenizer(tmp_path / "tokenizer.json")
     text = "the whale remembers 日本"
     assert ours.encode(text).tolist() == backend.encode(text).ids
-    assert ours.begin == backend.get_vocab_size()
-    assert ours.vocab_size == ours.begin + 1
+    assert ours.bos_token_id == backend.get_vocab_size()
+    assert ours.vocab_size == ours.bos_token_id + 1
     assert ours.decode(ours.encode(text)) == text
     again = tokenizer_from_json(ours.to_json())
-    assert (again.begin, again.fingerprint) == (ours.begin, ours.fingerprint)
+    assert (again.bos_token_id, again.fingerprint) == (ours.bos_token_id, ours.fingerprint)
     backend.add_special_tokens(["<|endoftext|>"])
     backend.save(str(tmp_path / "with.json"))
-    assert BytePairTokenizer(path=str(tmp_path / "with.json")).begin == backend.token_to_id("<|endoftext|>")
+    assert BytePairTokenizer(path=str(tmp_path / "with.json")).bos_token_id == backend.token_to_id("<|endoftext|>")
 
 
 def test_mistakes_are_named(tokenizer: Tokenizer, tmp_path: Path) -> None:

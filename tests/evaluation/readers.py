@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.state import MemoryState
 
 
@@ -32,7 +32,7 @@ class KeepsText:
         kept = state.layers[0][0]
         nll = torch.zeros(tokens.shape)
         for row, line in enumerate(labels.tolist()):
-            if asked := [at for at, label in enumerate(line) if label != IGNORED]:
+            if asked := [at for at, label in enumerate(line) if label != IGNORE_INDEX]:
                 wanted = bytes([*tokens[row, : asked[-1] + 1].tolist(), line[asked[-1]]])
                 known = bytes(token for token in kept[row].tolist() if token < 256)
                 nll[row, asked[-1]] = 0.0 if wanted in known else 1.0

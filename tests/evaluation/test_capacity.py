@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from memtx.data.episodes.overwrite import Overwrite
-from memtx.data.episodes.recall import Recall
+from memtx.data.episodes.recall import AssociativeRecall
 from memtx.errors import MemtxError
-from memtx.evaluation.capacity import capacity, with_pairs
-from memtx.evaluation.checkpoint import made
+from memtx.evaluation.capacity import evaluate_capacity, with_num_pairs
+from memtx.evaluation.checkpoint import build_task
 from memtx.state import MemoryState
 from tests.data.episodes.test_recall import Said
 
@@ -20,7 +20,7 @@ from tests.data.episodes.test_recall import Said
 class Holding:
     """Keeps the first ``count`` pairs of a row, and of others says a token that is no value."""
 
-    def __init__(self, task: Recall, count: int) -> None:
+    def __init__(self, task: AssociativeRecall, count: int) -> None:
         self.task, self.count = task, count
 
     def __call__(self, tokens: Tensor, state: Any = None) -> Said:
@@ -30,7 +30,7 @@ class Holding:
             for at, token in enumerate(line):
                 logits[row, at, known[row].get(token, 0)] = 1.0
                 after = line[at + 1] if at + 1 < len(line) else 0
-                is_pair = 1 <= token <= self.task.keys < after < self.task.meaning
+                is_pair = 1 <= token <= self.task.num_keys < after < self.task.num_content_tokens
                 if is_pair and len(known[row]) < self.count:
                     known[row][token] = after
         return Said(logits, MemoryState(torch.zeros(len(tokens)), (known,)))
@@ -39,31 +39,41 @@ class Holding:
 @pytest.mark.parametrize("count", [0, 1, 2, 5, 7, 9, 10])
 @pytest.mark.parametrize("distance", [3, 12])
 def test_capacity_is_what_is_held(count: int, distance: int) -> None:
-    task = Recall(segment=8, pairs=2, keys=10, values=9)
+    task = AssociativeRecall(segment_length=8, num_pairs=2, num_keys=10, num_values=9)
     tried: list[int] = []
-    found = capacity(Holding(task, count), task, distance, state_bytes=512, rows=3, watch=tried.append)
+    found = evaluate_capacity(
+        Holding(task, count), task, distance, state_bytes=512, num_samples=3, on_progress=tried.append
+    )
     # 9 of 10 answers right are enough.
     held = 10 if count == 9 else count
-    assert (found.pairs, found.limit) == (held, held == 10)
+    assert (found.num_pairs, found.is_lower_bound) == (held, held == 10)
     assert found.pairs_per_kib == 2 * held
-    assert found.shares == {pairs: min(1.0, count / pairs) for pairs in sorted(tried)}
+    assert found.accuracy_by_pairs == {pairs: min(1.0, count / pairs) for pairs in sorted(tried)}
     assert len(tried) == len(set(tried)) <= 8
 
 
 def test_more_pairs_take_a_longer_segment() -> None:
-    task = Recall(segment=8, pairs=2)
-    assert [with_pairs(task, pairs).segment for pairs in (1, 4, 5, 8, 9)] == [8, 8, 16, 16, 24]
+    task = AssociativeRecall(segment_length=8, num_pairs=2)
+    assert [with_num_pairs(task, pairs).segment_length for pairs in (1, 4, 5, 8, 9)] == [8, 8, 16, 16, 24]
     for wrong in ({"distance": 0}, {"state_bytes": 0}):
         with pytest.raises(MemtxError):
-            capacity(Holding(task, 1), task, **{"distance": 3, "state_bytes": 1, **wrong})
+            evaluate_capacity(Holding(task, 1), task, **{"distance": 3, "state_bytes": 1, **wrong})
 
 
 def test_sizes_given_come_before_those_of_the_run() -> None:
-    trained = {"segment": 30, "pairs": 3, "keys": 9, "elements": 7}
-    assert made(Recall, trained, {"pairs": "5"}) == Recall(segment=30, pairs=5, keys=9)
-    assert made(Overwrite, {}, {"first": "True", "times": "2"}) == Overwrite(first=True, times=2)
-    for name, value, said in (("pears", "5", "'pairs'"), ("pairs", "five", "whole"), ("pairs", "99", "do not fit")):
+    trained = {"segment_length": 30, "num_pairs": 3, "num_keys": 9, "num_elements": 7}
+    assert build_task(AssociativeRecall, trained, {"num_pairs": "5"}) == AssociativeRecall(
+        segment_length=30, num_pairs=5, num_keys=9
+    )
+    assert build_task(Overwrite, {}, {"query_first": "True", "num_overwrites": "2"}) == Overwrite(
+        query_first=True, num_overwrites=2
+    )
+    for name, value, said in (
+        ("num_pears", "5", "'num_pairs'"),
+        ("num_pairs", "five", "whole"),
+        ("num_pairs", "99", "do not fit"),
+    ):
         with pytest.raises(MemtxError, match=said):
-            made(Recall, {}, {name: value})
+            build_task(AssociativeRecall, {}, {name: value})
     with pytest.raises(MemtxError, match="true or false"):
-        made(Overwrite, {}, {"first": "1"})
+        build_task(Overwrite, {}, {"query_first": "1"})

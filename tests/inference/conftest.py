@@ -14,7 +14,7 @@ TEXT = "CHAPTER I\n\nThe quick brown fox jumps over the lazy dog. Ünïcödé an
 
 def tiny_model(vocab_size: int, seed: int = 0) -> MemoryTransformer:
     torch.manual_seed(seed)
-    memories = [partial(CompressedMemory, window=16, rate=4, length=4)]
+    memories = [partial(CompressedMemory, window=16, compression_rate=4, num_entries=4)]
     model = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=memories)
     with torch.no_grad():
         for weight in model.parameters():
@@ -31,7 +31,7 @@ def byte_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def pair_tokenizer() -> Tokenizer:
     tokenizer = BytePairTokenizer(300)
-    tokenizer.fit([TEXT])
+    tokenizer.train([TEXT])
     return tokenizer
 
 

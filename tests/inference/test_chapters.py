@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.inference.chapters import Chapters, Section, is_heading
+from memtx.inference.chapters import ChapterSplitter, Section, is_heading
 from memtx.inference.reader import SegmentResult
 
 
@@ -44,23 +44,23 @@ BOOK = "Preface" + "p" * 300 + "\nCHAPTER I\n" + "one " * 100 + "\nCHAPTER II\nT
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, 400), max_size=6), st.integers(0, 6))
 def test_chapters_add_up_however_cut(sizes: list[int], pause: int) -> None:
-    chapters, found = Chapters(), list[Section]()
+    chapters, found = ChapterSplitter(), list[Section]()
     for index, result in enumerate(results(BOOK, sizes)):
         if index == pause:
             # Through a session file and back.
-            position = json.loads(json.dumps(chapters.position()))
-            chapters = Chapters()
-            chapters.restore(position)
+            position = json.loads(json.dumps(chapters.state_dict()))
+            chapters = ChapterSplitter()
+            chapters.load_state_dict(position)
         found += chapters.feed(result)
     found.append(chapters.finish())
     assert [section.title for section in found] == ["", "CHAPTER I", "CHAPTER II"]
     assert [section.start for section in found] == [0, BOOK.index("CHAPTER I"), BOOK.index("CHAPTER II")]
-    assert sum(section.bytes for section in found) == len(BOOK)
+    assert sum(section.num_bytes for section in found) == len(BOOK)
     assert sum(section.nll for section in found) == pytest.approx(0.5 * len(BOOK))
 
 
 def test_a_table_of_contents_is_one_part() -> None:
-    chapters = Chapters()
+    chapters = ChapterSplitter()
     text = "".join(f"CHAPTER {number}\n" for number in ("I", "II", "III")) + "x" * 300
     assert [section for result in results(text, []) for section in chapters.feed(result)] == []
     assert chapters.finish().title == "CHAPTER III"

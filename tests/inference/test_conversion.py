@@ -14,7 +14,7 @@ import memtx
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.conversion import convert
-from memtx.inference.loading import load
+from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.predictor import Predictor
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
@@ -32,18 +32,18 @@ def names(folder: Path) -> list[str]:
 def test_a_checkpoint_becomes_a_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     made = convert(path, tmp_path / "deep" / "out")
-    assert made.model == "MemoryTransformer"
-    assert made.parameters == sum(one.numel() for one in byte_model.parameters())
+    assert made.model_class == "MemoryTransformer"
+    assert made.num_parameters == sum(one.numel() for one in byte_model.parameters())
     assert names(tmp_path / "deep") == ["out"]
     assert names(tmp_path / "deep" / "out") == ["config.json", "model.safetensors", "tokenizer.json"]
-    model, tokenizer = load(tmp_path / "deep" / "out")
+    model, tokenizer = load_model_and_tokenizer(tmp_path / "deep" / "out")
     assert model.fingerprint == byte_model.fingerprint
     assert tokenizer.to_json() == ByteTokenizer().to_json()
     # A folder of ours is as good a source, and a checkpoint of no text has no tokenizer.
-    assert convert(tmp_path / "deep" / "out", tmp_path / "again").texts == ["tokenizer.json"]
-    assert load(tmp_path / "again")[0].fingerprint == byte_model.fingerprint
+    assert convert(tmp_path / "deep" / "out", tmp_path / "again").extra_files == ["tokenizer.json"]
+    assert load_model_and_tokenizer(tmp_path / "again")[0].fingerprint == byte_model.fingerprint
     bare = checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={})
-    assert convert(bare, tmp_path / "bare").texts == []
+    assert convert(bare, tmp_path / "bare").extra_files == []
 
 
 def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> None:
@@ -81,12 +81,12 @@ def test_a_published_model_comes_and_goes(tmp_path: Path) -> None:
 
 def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None:
     base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
-    model = Retrofit(str(base), [partial(CompressedMemory, window=4, rate=2, length=6)])(40)
+    model = Retrofit(str(base), [partial(CompressedMemory, window=4, compression_rate=2, num_entries=6)])(40)
     with torch.no_grad():
         model.embedding.weight += 1.0
     made = convert(checkpoint(tmp_path / "a.ckpt", model), tmp_path / "back", layout=base)
-    assert made.left_out
-    assert all(".attention." in name for name in made.left_out)
+    assert made.dropped_weights
+    assert all(".attention." in name for name in made.dropped_weights)
     weight = memtx.from_pretrained(tmp_path / "back").embedding.weight
     assert torch.equal(weight, model.embedding.weight)
     other = MemoryTransformer(40, dim=16, depth=1, heads=2)
@@ -100,6 +100,6 @@ def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None
 def test_a_tasks_folder_keeps_its_task(tmp_path: Path) -> None:
     one = predictor("classification")
     one.save(tmp_path / "task")
-    assert convert(tmp_path / "task", tmp_path / "out").texts == ["task.json", "tokenizer.json"]
+    assert convert(tmp_path / "task", tmp_path / "out").extra_files == ["task.json", "tokenizer.json"]
     texts = ["the white whale", "a dark storm ."]
     assert Predictor.load(tmp_path / "out").predict(texts) == one.predict(texts)

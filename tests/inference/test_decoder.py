@@ -33,7 +33,7 @@ def test_it_goes_on_as_the_model_does(kind: str, data: st.DataObject) -> None:
     # Rows at different places: some documents begin inside what was read.
     state = case.model.init_state(case.tokens.shape[0])
     if begin:
-        state = case.model(case.tokens[:, :begin], state, starts=case.starts[:, :begin]).state
+        state = case.model(case.tokens[:, :begin], state, document_starts=case.starts[:, :begin]).state
     before = state.map(torch.Tensor.clone)
     decoder = Decoder(case.model, state)
     assert distance(decoder.state, state) == 0
@@ -63,7 +63,7 @@ def test_rows_that_come_and_go_read_as_each_alone(kind: str, data: st.DataObject
             if decoder is None:
                 decoder = Decoder(case.model, state)
             else:
-                decoder.join(state)
+                decoder.append(state)
             names.append(step)
         elif data.draw(st.booleans()):
             kept = data.draw(st.permutations(range(len(names))))[: data.draw(st.integers(0, len(names)))]
@@ -93,7 +93,7 @@ def far(model: MemoryTransformer, position: int) -> MemoryState:
 @pytest.mark.parametrize("position", [40, 2_000, 10_000_000])
 def test_angles_stay_true_far_away(position: int) -> None:
     # float32: angles of absolute positions are made in float64, so distance from the beginning adds no error.
-    model = small(partial(CompressedMemory, window=8, rate=2, length=4))
+    model = small(partial(CompressedMemory, window=8, compression_rate=2, num_entries=4))
     decoder, state = Decoder(model, far(model, position)), far(model, position)
     for token in (torch.arange(30) % 11)[:, None]:
         expected = model(token[None], state)
@@ -102,7 +102,9 @@ def test_angles_stay_true_far_away(position: int) -> None:
 
 
 def test_layers_of_different_memories() -> None:
-    model = small(partial(RecurrentMemory, window=5), partial(CompressedMemory, window=3, rate=3, length=2)).double()
+    model = small(
+        partial(RecurrentMemory, window=5), partial(CompressedMemory, window=3, compression_rate=3, num_entries=2)
+    ).double()
     decoder, state = Decoder(model, model.init_state(2)), model.init_state(2)
     for tokens in torch.randint(0, 11, (30, 2)):
         expected = model(tokens[:, None], state)
@@ -112,7 +114,11 @@ def test_layers_of_different_memories() -> None:
 
 @pytest.mark.parametrize(
     "memory",
-    [NoMemory, partial(RecurrentMemory, window=4, same_length=False), partial(CompressedMemory, per_call=True)],
+    [
+        NoMemory,
+        partial(RecurrentMemory, window=4, same_length=False),
+        partial(CompressedMemory, compress_per_segment=True),
+    ],
 )
 def test_other_memories_are_decoded_by_calls(memory: object) -> None:
     model = small(memory)
@@ -129,22 +135,22 @@ def test_rows_of_other_memories_come_and_go_too(memory: object) -> None:
     model = small(memory).double()
     first, second = (model(torch.randint(0, 11, (1, n))).state for n in (3, 7))
     decoder = Decoder(model, first)
-    decoder.join(second)
+    decoder.append(second)
     decoder.select([1])
     expected = model(torch.tensor([[5]]), second)
     assert (decoder.step(torch.tensor([5])) - expected.logits[:, 0]).abs().max() < EXACT
     decoder.select([])
     assert decoder.step(torch.empty(0, dtype=torch.int64)).shape == (0, 11)
-    decoder.join(expected.state)
+    decoder.append(expected.state)
     assert distance(decoder.state, expected.state) == 0.0
 
 
 def test_a_compiled_step_is_made_twice_and_never_again() -> None:
     # Once for steps in which a block crosses the edge, once for the others, however full the memory is.
-    model = small(partial(CompressedMemory, window=6, rate=3, length=4))
+    model = small(partial(CompressedMemory, window=6, compression_rate=3, num_entries=4))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
-    decoder = Decoder(model, model.init_state(1), compile=counter)
+    decoder = Decoder(model, model.init_state(1), torch_compile=counter)
     plain = Decoder(model, model.init_state(1))
     for tokens in torch.randint(0, 11, (40, 1)):
         assert torch.allclose(decoder.step(tokens), plain.step(tokens), atol=1e-5)
@@ -158,4 +164,4 @@ def test_mistakes_are_named() -> None:
     with pytest.raises(MemtxError, match=r"select got \[0, 0\] of 2 rows"):
         Decoder(model, model.init_state(2)).select([0, 0])
     with pytest.raises(MemtxError, match="CUDA graphs need a GPU"):
-        Decoder(model, model.init_state(1), graph=True)
+        Decoder(model, model.init_state(1), use_cuda_graph=True)

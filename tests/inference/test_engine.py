@@ -11,11 +11,11 @@ import pytest
 
 from memtx import MemoryTransformer
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.continuation import Request
-from memtx.inference.engine import ClosedError, Engine, Waiting
+from memtx.inference.continuation import GenerationConfig
+from memtx.inference.engine import ClosedError, Engine, PendingSegment
 from memtx.inference.pool import SessionPool
 from memtx.inference.reader import SegmentResult, StreamReader
-from memtx.inference.scoring import Reading
+from memtx.inference.scoring import ScoreRequest
 from tests.promises.drawn import distance
 
 ROUNDED = 1e-5
@@ -26,19 +26,19 @@ class Held:
     """Holds the engine's calls until all that is to be read waits, and takes down how many rows they had."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.engine, self.read = engine, engine._read
+        self.engine, self.read = engine, engine._score_batch
         self.began, self.go = threading.Event(), threading.Event()
         self.rows: list[int] = []
-        monkeypatch.setattr(engine, "_read", self)
+        monkeypatch.setattr(engine, "_score_batch", self)
 
-    def __call__(self, batch: list[Waiting]) -> None:
+    def __call__(self, batch: list[PendingSegment]) -> None:
         self.began.set()
         assert self.go.wait(30)
         self.rows.append(len(batch))
         self.read(batch)
 
     def wait(self, count: int) -> None:
-        while self.engine.waiting < count:
+        while self.engine.num_waiting < count:
             time.sleep(0.001)
 
 
@@ -47,13 +47,13 @@ def test_ends_of_other_lengths_are_read_together(
 ) -> None:
     # Each goes on afterwards, so what was filled up must have left no trace.
     texts = [chr(ord("a") + number) * (3 + 2 * number) for number in range(8)]
-    pool = SessionPool(byte_model, byte_tokenizer, segment=32)
+    pool = SessionPool(byte_model, byte_tokenizer, segment_length=32)
     names = [pool.create() for _ in texts]
     held = Held(pool.engine, monkeypatch)
     with ThreadPoolExecutor(9) as threads:
-        first = threads.submit(pool.feed, pool.create(), "z", end=True)
+        first = threads.submit(pool.feed, pool.create(), "z", end_of_text=True)
         assert held.began.wait(30)
-        fed = [threads.submit(pool.feed, name, text, end=True) for name, text in zip(names, texts, strict=True)]
+        fed = [threads.submit(pool.feed, name, text, end_of_text=True) for name, text in zip(names, texts, strict=True)]
         held.wait(8)
         held.go.set()
         first.result()
@@ -61,9 +61,11 @@ def test_ends_of_other_lengths_are_read_together(
     for name, text, one in zip(names, texts, fed, strict=True):
         reader = StreamReader(byte_model, byte_tokenizer, 32)
         assert np.abs(surprise(one.result()) - surprise(fed_to(reader, text))).max() < ROUNDED
-        with pool.table.use(name) as (_, own):
+        with pool.registry.acquire(name) as (_, own):
             assert distance(own.state, reader.state) < 1e-4
-        assert np.abs(surprise(pool.feed(name, "on", end=True)) - surprise(fed_to(reader, "on"))).max() < ROUNDED
+        assert (
+            np.abs(surprise(pool.feed(name, "on", end_of_text=True)) - surprise(fed_to(reader, "on"))).max() < ROUNDED
+        )
     pool.close()
 
 
@@ -77,22 +79,22 @@ def surprise(results: list[SegmentResult]) -> np.ndarray:  # type: ignore[type-a
 
 def test_a_long_text_does_not_keep_short_ones_waiting(byte_model: MemoryTransformer) -> None:
     # One segment a call, so that the order shows: a book of 40 segments, then short texts that come while it is read.
-    engine, order = Engine(byte_model, batch_tokens=1), []
-    read = engine._read
+    engine, order = Engine(byte_model, max_batch_tokens=1), []
+    read = engine._score_batch
 
-    def slow(batch: list[Waiting]) -> None:
-        order.append(batch[0].reading)
+    def slow(batch: list[PendingSegment]) -> None:
+        order.append(batch[0].request)
         time.sleep(0.02)
         read(batch)
 
-    engine._read = slow  # type: ignore[method-assign]
+    engine._score_batch = slow  # type: ignore[method-assign]
     tokens = np.zeros(4, dtype=np.int64)
-    mine, book = [Reading(byte_model.init_state(1), tokens + 1, tokens) for _ in range(6)], engine.scorer()
+    mine, book = [ScoreRequest(byte_model.init_state(1), tokens + 1, tokens) for _ in range(6)], engine.make_score_fn()
     with ThreadPoolExecutor(7) as threads:
-        long = threads.submit(lambda: [book(Reading(byte_model.init_state(1), tokens, tokens)) for _ in range(40)])
+        long = threads.submit(lambda: [book(ScoreRequest(byte_model.init_state(1), tokens, tokens)) for _ in range(40)])
         while len(order) < 5:
             time.sleep(0.001)
-        for one in [threads.submit(engine.scorer(), short) for short in mine]:
+        for one in [threads.submit(engine.make_score_fn(), short) for short in mine]:
             one.result()
         assert not long.done()
         long.result()
@@ -102,14 +104,14 @@ def test_a_long_text_does_not_keep_short_ones_waiting(byte_model: MemoryTransfor
 
 
 def test_who_reads_and_who_makes_share_the_time(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
-    pool = SessionPool(byte_model, byte_tokenizer, segment=8)
-    read = pool.engine._read
+    pool = SessionPool(byte_model, byte_tokenizer, segment_length=8)
+    read = pool.engine._score_batch
     # A call that takes as long as many steps: in turns, a text that is made would get one token in all that time.
-    pool.engine._read = lambda batch: (time.sleep(0.1), read(batch))[1]  # type: ignore[method-assign]
-    (endless,) = pool.go_on(pool.reader(), [], [Request(10**9)])
-    before = dict(pool.engine.calls)
-    pool.feed(pool.create(), "a" * 80, end=True)
-    calls, steps = (pool.engine.calls[kind] - before[kind] for kind in ("read", "step"))
+    pool.engine._score_batch = lambda batch: (time.sleep(0.1), read(batch))[1]  # type: ignore[method-assign]
+    (endless,) = pool.start_generation(pool.new_reader(), [], [GenerationConfig(10**9)])
+    before = dict(pool.engine.counters)
+    pool.feed(pool.create(), "a" * 80, end_of_text=True)
+    calls, steps = (pool.engine.counters[kind] - before[kind] for kind in ("score_calls", "decode_calls"))
     assert calls == 10
     assert steps > 2 * calls
     endless.cancel()

@@ -12,35 +12,37 @@ from memtx.errors import MemtxError
 from memtx.inference.continuation import StopFilter
 from memtx.inference.generate import generate
 from memtx.inference.reader import StreamReader
-from memtx.inference.sampling import Sampling
+from memtx.inference.sampling import SamplingParams
 from memtx.models.memory_transformer import MemoryTransformer
 
-GREEDY = Sampling(greedy=True)
+GREEDY = SamplingParams(greedy=True)
 
 
 def test_greedy_is_the_whole_texts_argmax(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
     prompt = text[:300]
-    ids = [pair_tokenizer.begin, *pair_tokenizer.encode(prompt).tolist()]
+    ids = [pair_tokenizer.bos_token_id, *pair_tokenizer.encode(prompt).tolist()]
     expected = []
     with torch.inference_mode():
         for _ in range(24):
             logits = pair_model(torch.tensor([ids])).logits[0, -1]
-            logits[pair_tokenizer.begin] = -torch.inf
+            logits[pair_tokenizer.bos_token_id] = -torch.inf
             ids.append(int(logits.argmax()))
             expected.append(ids[-1])
-    found = "".join(generate(pair_model, pair_tokenizer, prompt, segment=7, max_tokens=24, sampling=GREEDY))
+    found = "".join(
+        generate(pair_model, pair_tokenizer, prompt, segment_length=7, max_tokens=24, sampling_params=GREEDY)
+    )
     assert found == pair_tokenizer.decode(expected)
 
 
 def test_a_read_book_needs_no_second_reading(
     byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
 ) -> None:
-    reader = StreamReader(byte_model, byte_tokenizer, segment=40)
+    reader = StreamReader(byte_model, byte_tokenizer, segment_length=40)
     list(reader.feed(text[:500]))
     before = reader.totals
     # The text that still waits in the reader is part of what is gone on with.
     ours = "".join(generate(byte_model, byte_tokenizer, text[500:520], reader=reader, max_tokens=30, seed=3))
-    whole = "".join(generate(byte_model, byte_tokenizer, text[:520], segment=40, max_tokens=30, seed=3))
+    whole = "".join(generate(byte_model, byte_tokenizer, text[:520], segment_length=40, max_tokens=30, seed=3))
     assert ours == whole
     assert reader.totals == before
 
@@ -54,7 +56,7 @@ def test_seeds_decide(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) 
 
 
 def test_an_empty_prompt_starts_a_document(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
-    assert "".join(generate(byte_model, byte_tokenizer, max_tokens=5, sampling=GREEDY))
+    assert "".join(generate(byte_model, byte_tokenizer, max_tokens=5, sampling_params=GREEDY))
 
 
 class Spelling(MemoryTransformer):
@@ -62,8 +64,8 @@ class Spelling(MemoryTransformer):
 
     content = b""
 
-    def step(self, tokens, rings, step):  # type: ignore[no-untyped-def]
-        logits = super().step(tokens, rings, step).fill_(1)
+    def decode_step(self, tokens, rings, step):  # type: ignore[no-untyped-def]
+        logits = super().decode_step(tokens, rings, step).fill_(1)
         logits[0, 256] = 99
         logits[0, self.content[int(step.position[0]) % len(self.content)]] = 50
         return logits
@@ -78,13 +80,13 @@ def fixed_model(content: bytes) -> MemoryTransformer:
 def test_characters_come_whole(byte_tokenizer: Tokenizer) -> None:
     text = "aé🙂z"
     model = fixed_model(text.encode())
-    pieces = list(generate(model, byte_tokenizer, max_tokens=len(text.encode()), sampling=GREEDY))
+    pieces = list(generate(model, byte_tokenizer, max_tokens=len(text.encode()), sampling_params=GREEDY))
     assert pieces == ["a", "é", "🙂", "z"]
 
 
 def test_a_character_cut_off_at_the_end_is_replaced(byte_tokenizer: Tokenizer) -> None:
     model = fixed_model("é".encode())
-    assert "".join(generate(model, byte_tokenizer, max_tokens=3, sampling=GREEDY)) == "é\ufffd"
+    assert "".join(generate(model, byte_tokenizer, max_tokens=3, sampling_params=GREEDY)) == "é\ufffd"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_a_character_cut_off_at_the_end_is_replaced(byte_tokenizer: Tokenizer) -
 )
 def test_stop_strings_end_it_and_are_not_shown(byte_tokenizer: Tokenizer, stop: list[str], shown: str) -> None:
     model = fixed_model(b"abcdefg")
-    assert "".join(generate(model, byte_tokenizer, max_tokens=7, sampling=GREEDY, stop=stop)) == shown
+    assert "".join(generate(model, byte_tokenizer, max_tokens=7, sampling_params=GREEDY, stop=stop)) == shown
 
 
 @settings(deadline=None, max_examples=100)
@@ -106,7 +108,7 @@ def test_stop_filter_equals_a_search_in_the_whole(text: str, stops: list[str], p
     borders = sorted({place % (len(text) + 1) for place in places} | set(range(len(text) + 1)))
     for a, b in itertools.pairwise(borders):
         shown += stop_filter.feed(text[a:b])
-        if stop_filter.stopped:
+        if stop_filter.is_stopped:
             break
     else:
         shown += stop_filter.finish()
@@ -117,9 +119,11 @@ def test_stop_filter_equals_a_search_in_the_whole(text: str, stops: list[str], p
 
 def test_the_penalty_keeps_tokens_from_repeating(byte_tokenizer: Tokenizer) -> None:
     model = fixed_model(b"a")
-    plain = "".join(generate(model, byte_tokenizer, max_tokens=4, sampling=GREEDY))
+    plain = "".join(generate(model, byte_tokenizer, max_tokens=4, sampling_params=GREEDY))
     strong = "".join(
-        generate(model, byte_tokenizer, max_tokens=4, sampling=Sampling(greedy=True, repetition_penalty=1e9))
+        generate(
+            model, byte_tokenizer, max_tokens=4, sampling_params=SamplingParams(greedy=True, repetition_penalty=1e9)
+        )
     )
     assert plain == "aaaa"
     assert strong.count("a") == 1

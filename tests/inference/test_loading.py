@@ -9,7 +9,7 @@ import torch
 
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.loading import load
+from memtx.inference.loading import load_model_and_tokenizer
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 
@@ -17,7 +17,7 @@ from memtx.models.memory_transformer import MemoryTransformer
 def checkpoint(path: Path, model: MemoryTransformer, **changed: object) -> Path:
     content = {
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
-        "memtx": {"model": folder.described(model)},
+        "memtx": {"model": folder.describe_model(model)},
         "BookDataModule": {"tokenizer": ByteTokenizer().to_json()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,7 @@ def checkpoint(path: Path, model: MemoryTransformer, **changed: object) -> Path:
 
 
 def test_a_checkpoint(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
-    model, tokenizer = load(checkpoint(tmp_path / "a.ckpt", byte_model))
+    model, tokenizer = load_model_and_tokenizer(checkpoint(tmp_path / "a.ckpt", byte_model))
     assert (model.fingerprint, tokenizer.fingerprint) == (byte_model.fingerprint, byte_tokenizer.fingerprint)
     assert not model.training
 
@@ -34,9 +34,9 @@ def test_a_checkpoint(tmp_path: Path, byte_model: MemoryTransformer, byte_tokeni
 def test_a_pretrained_folder(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
     byte_model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        load(tmp_path)
+        load_model_and_tokenizer(tmp_path)
     byte_tokenizer.save(tmp_path / "tokenizer.json")
-    assert load(tmp_path)[0].fingerprint == byte_model.fingerprint
+    assert load_model_and_tokenizer(tmp_path)[0].fingerprint == byte_model.fingerprint
 
 
 def test_a_runs_folder_gives_its_best_then_its_newest(tmp_path: Path, byte_model: MemoryTransformer) -> None:
@@ -44,12 +44,16 @@ def test_a_runs_folder_gives_its_best_then_its_newest(tmp_path: Path, byte_model
     old = checkpoint(tmp_path / "checkpoints" / "old.ckpt", byte_model)
     new = checkpoint(tmp_path / "checkpoints" / "new.ckpt", other)
     os.utime(old, (1, 1))
-    assert load(tmp_path)[0].fingerprint == load(tmp_path / "checkpoints")[0].fingerprint == other.fingerprint
+    assert (
+        load_model_and_tokenizer(tmp_path)[0].fingerprint
+        == load_model_and_tokenizer(tmp_path / "checkpoints")[0].fingerprint
+        == other.fingerprint
+    )
     # Also where the run was moved since: the name counts.
     (tmp_path / "checkpoints" / "best.json").write_text(json.dumps({"path": "/elsewhere/checkpoints/old.ckpt"}))
-    assert load(tmp_path)[0].fingerprint == byte_model.fingerprint
+    assert load_model_and_tokenizer(tmp_path)[0].fingerprint == byte_model.fingerprint
     old.unlink()
-    assert load(tmp_path)[0].fingerprint == load(new)[0].fingerprint
+    assert load_model_and_tokenizer(tmp_path)[0].fingerprint == load_model_and_tokenizer(new)[0].fingerprint
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000, -100])
@@ -57,24 +61,24 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path, keep: int, byte_model
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        load(path)
+        load_model_and_tokenizer(path)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
-        load(tmp_path / "none.ckpt")
+        load_model_and_tokenizer(tmp_path / "none.ckpt")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        load(tmp_path)
+        load_model_and_tokenizer(tmp_path)
     (tmp_path / "book.txt").write_text("CHAPTER I")
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
-        load(tmp_path / "book.txt")
+        load_model_and_tokenizer(tmp_path / "book.txt")
     torch.save({"state_dict": {}}, tmp_path / "else.ckpt")
     with pytest.raises(CheckpointError, match="something else"):
-        load(tmp_path / "else.ckpt")
+        load_model_and_tokenizer(tmp_path / "else.ckpt")
     with pytest.raises(CheckpointError, match="no tokenizer in it"):
-        load(checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={}))
+        load_model_and_tokenizer(checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={}))
     with pytest.raises(MemtxError, match="tokenizer"):
-        load(checkpoint(tmp_path / "c.ckpt", byte_model, BookDataModule={"tokenizer": "{}"}))
+        load_model_and_tokenizer(checkpoint(tmp_path / "c.ckpt", byte_model, BookDataModule={"tokenizer": "{}"}))
 
 
 def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
@@ -84,5 +88,5 @@ def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
 
     torch.save({"state_dict": {}, "memtx": Evil()}, tmp_path / "evil.ckpt")
     with pytest.raises(CheckpointError):
-        load(tmp_path / "evil.ckpt")
+        load_model_and_tokenizer(tmp_path / "evil.ckpt")
     assert not (tmp_path / "ran").exists()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import DataError
-from memtx.inference.pieces import TextPieces
+from memtx.inference.pieces import IncrementalTokenizer
 
 
 def cut(content: str | bytes, places: list[int]) -> list[str | bytes]:
@@ -18,7 +18,7 @@ def cut(content: str | bytes, places: list[int]) -> list[str | bytes]:
 
 
 def tokens_of(tokenizer: Tokenizer, parts: list[str | bytes]) -> np.ndarray:
-    pieces = TextPieces(tokenizer)
+    pieces = IncrementalTokenizer(tokenizer)
     found = [tokens for part in parts for _, tokens in pieces.feed(part)]
     return np.concatenate([*found, pieces.finish()])
 
@@ -42,7 +42,7 @@ def test_one_byte_at_a_time_decodes_split_characters(byte_tokenizer: Tokenizer) 
 
 
 def test_fork_goes_on_by_itself() -> None:
-    first = TextPieces(ByteTokenizer())
+    first = IncrementalTokenizer(ByteTokenizer())
     content = "aé".encode()
     assert [len(tokens) for _, tokens in first.feed(content[:2])] == [0]
     second = first.fork()
@@ -62,7 +62,7 @@ def test_bad_bytes_are_named_by_offset(parts: list[bytes], offset: int) -> None:
 
 
 def test_what_waits_is_bounded() -> None:
-    pieces = TextPieces(ByteTokenizer())
+    pieces = IncrementalTokenizer(ByteTokenizer())
     for _ in range(20):
         for _ in pieces.feed("x" * 50_000):
-            assert len(pieces.waiting) <= 8192
+            assert len(pieces.pending_text) <= 8192

@@ -11,8 +11,8 @@ import torch
 
 from memtx.data.task import Task
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.engine import ClosedError, OutOfTimeError
-from memtx.inference.predictor import Predictor, serves_a_task
+from memtx.inference.engine import ClosedError, DeadlineExceededError
+from memtx.inference.predictor import Predictor, is_task_model
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.tasks import KINDS, predictor, records
 
@@ -30,7 +30,7 @@ def rounded(value: Any) -> Any:
 def test_company_changes_nothing(kind: str) -> None:
     made, given = predictor(kind), records(kind, 9)
     together = made.predict(given)
-    made.at_once = 1
+    made.max_batch_tokens = 1
     assert [rounded(made.predict([one])[0]) for one in given] == [rounded(one) for one in together]
 
 
@@ -50,9 +50,9 @@ def test_the_folder_alone_is_enough(kind: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "model.safetensors", "task.json", "tokenizer.json"
     ]  # fmt: skip
-    assert serves_a_task(tmp_path)
+    assert is_task_model(tmp_path)
     again = Predictor.load(tmp_path)
-    assert again.task.description() == made.task.description()
+    assert again.task.to_dict() == made.task.to_dict()
     assert again.predict(records(kind, 3)) == made.predict(records(kind, 3))
 
 
@@ -80,7 +80,7 @@ def test_what_is_wrong_is_said_with_its_place() -> None:
     for given, said in (({"txt": "a"}, "There is no 'text'"), ("  ", "empty"), ("\ud800", "surrogate")):
         with pytest.raises(MemtxError, match=said):
             made.predict([given])  # type: ignore[list-item]
-    with pytest.raises(OutOfTimeError):
+    with pytest.raises(DeadlineExceededError):
         made.predict(["a"], deadline=time.monotonic() - 1)
     made.close()
     with pytest.raises(ClosedError):
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_said_with_its_place() -> None:
 
 def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
     MemoryTransformer(10, dim=8, depth=1, heads=1).save_pretrained(tmp_path / "m")
-    assert not serves_a_task(tmp_path / "m")
+    assert not is_task_model(tmp_path / "m")
     with pytest.raises(CheckpointError, match="no tokenizer or no task"):
         Predictor.load(tmp_path / "m")
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -99,13 +99,13 @@ def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
         Predictor.load(tmp_path / "x.ckpt")
     made = predictor("classification")
     own: Task = predictor("tagging").task
-    made.model.outputs = 5
+    made.model.num_labels = 5
     with pytest.raises(CheckpointError, match="do not belong together"):
         Predictor(made.model, made.tokenizer, own)
 
 
 def test_the_best_span_is_searched_for() -> None:
-    from memtx.data.questions import _best
+    from memtx.data.questions import _best_span
 
     torch.manual_seed(0)
     for _ in range(20):
@@ -115,4 +115,4 @@ def test_the_best_span_is_searched_for() -> None:
             for start in range(12)
             for stop in range(start, min(12, start + 4))
         )
-        assert _best(scores, 4) == pytest.approx(wanted)
+        assert _best_span(scores, 4) == pytest.approx(wanted)

@@ -21,15 +21,15 @@ def read(reader: StreamReader, parts: list[str | bytes]) -> np.ndarray:
 
 
 def test_surprise_is_the_models_own(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
-    reader = StreamReader(pair_model, pair_tokenizer, segment=7)
+    reader = StreamReader(pair_model, pair_tokenizer, segment_length=7)
     nll = read(reader, [text[:600]])
-    ids = torch.tensor([pair_tokenizer.begin, *pair_tokenizer.encode(text[:600]).tolist()])
+    ids = torch.tensor([pair_tokenizer.bos_token_id, *pair_tokenizer.encode(text[:600]).tolist()])
     with torch.inference_mode():
         logits = pair_model(ids[None, :-1]).logits[0]
     expected = F.cross_entropy(logits, ids[1:], reduction="none").numpy()
     # float32 through segments of 7 against one call: only rounding differs.
     np.testing.assert_allclose(nll, expected, atol=1e-4)
-    assert reader.totals.tokens == len(ids) - 1
+    assert reader.totals.num_tokens == len(ids) - 1
     assert reader.totals.nll == pytest.approx(float(nll.sum(dtype=np.float64)), rel=1e-12)
 
 
@@ -41,19 +41,19 @@ def test_cutting_gives_equal_bits(
     whole = text[:800].encode() if as_bytes else text[:800]
     borders = sorted({place % len(whole) for place in places} | {0, len(whole)})
     parts = [whole[a:b] for a, b in itertools.pairwise(borders)]
-    cut = read(StreamReader(byte_model, byte_tokenizer, segment=64), parts)
-    assert np.array_equal(cut, read(StreamReader(byte_model, byte_tokenizer, segment=64), [text[:800]]))
+    cut = read(StreamReader(byte_model, byte_tokenizer, segment_length=64), parts)
+    assert np.array_equal(cut, read(StreamReader(byte_model, byte_tokenizer, segment_length=64), [text[:800]]))
 
 
 def test_results_cover_the_text(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
-    reader = StreamReader(pair_model, pair_tokenizer, segment=100)
+    reader = StreamReader(pair_model, pair_tokenizer, segment_length=100)
     results = [*reader.feed(text), *reader.finish()]
     assert [result.start for result in results] == [0, *(result.end for result in results[:-1])]
     assert all(len(result.nll) == len(result.tokens) == len(result.token_bytes) for result in results)
     assert all(result.nll.dtype == np.float32 for result in results)
     assert {len(result.tokens) for result in results[:-1]} == {100}
     assert b"".join(part for result in results for part in result.token_bytes) == text.encode()
-    assert (reader.totals.bytes, reader.totals.words) == (len(text.encode()), len(text.split()))
+    assert (reader.totals.num_bytes, reader.totals.num_words) == (len(text.encode()), len(text.split()))
 
 
 def test_begin_is_never_scored(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
@@ -63,14 +63,14 @@ def test_begin_is_never_scored(byte_model: MemoryTransformer, byte_tokenizer: To
 
 
 def test_long_segments_give_the_same(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> None:
-    long = read(StreamReader(byte_model, byte_tokenizer, segment=5000), [text[:1500]])
-    short = read(StreamReader(byte_model, byte_tokenizer, segment=33), [text[:1500]])
+    long = read(StreamReader(byte_model, byte_tokenizer, segment_length=5000), [text[:1500]])
+    short = read(StreamReader(byte_model, byte_tokenizer, segment_length=33), [text[:1500]])
     # Only the order of float32 sums differs.
     np.testing.assert_allclose(long, short, atol=1e-4)
 
 
 def test_snapshot_restore_and_fork(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> None:
-    reader = StreamReader(byte_model, byte_tokenizer, segment=50)
+    reader = StreamReader(byte_model, byte_tokenizer, segment_length=50)
     half = text.encode()[:1703]
     list(reader.feed(half))
     snapshot, fork = reader.snapshot(), reader.fork()
@@ -82,7 +82,7 @@ def test_snapshot_restore_and_fork(byte_model: MemoryTransformer, byte_tokenizer
 
 
 def test_state_does_not_grow(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> None:
-    reader = StreamReader(byte_model, byte_tokenizer, segment=128)
+    reader = StreamReader(byte_model, byte_tokenizer, segment_length=128)
     before = reader.state.nbytes
     for _ in reader.feed(text * 2):
         assert reader.state.nbytes == before
@@ -94,12 +94,12 @@ def test_words_are_those_of_the_whole_text(parts: list[str]) -> None:
     totals = Totals()
     for part in parts:
         totals = totals.with_text(part)
-    assert totals.words == len("".join(parts).split())
+    assert totals.num_words == len("".join(parts).split())
 
 
 def test_mistakes(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, pair_tokenizer: Tokenizer) -> None:
     with pytest.raises(MemtxError, match="segment is 0"):
-        StreamReader(byte_model, byte_tokenizer, segment=0)
+        StreamReader(byte_model, byte_tokenizer, segment_length=0)
     with pytest.raises(CheckpointError, match="300 tokens"):
         StreamReader(byte_model, pair_tokenizer)
     reader = StreamReader(byte_model, byte_tokenizer)
@@ -110,13 +110,13 @@ def test_mistakes(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, pair
 
 def test_tokens_are_read_as_their_text_is(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
     ids = pair_tokenizer.encode(text[:400])
-    from_text, from_tokens = (StreamReader(pair_model, pair_tokenizer, segment=20) for _ in range(2))
+    from_text, from_tokens = (StreamReader(pair_model, pair_tokenizer, segment_length=20) for _ in range(2))
     expected = [*from_text.feed(text[:400]), *from_text.finish()]
     found = [*from_tokens.feed_tokens(ids[:33].tolist()), *from_tokens.feed_tokens(ids[33:]), *from_tokens.finish()]
     assert np.array_equal(np.concatenate([r.nll for r in found]), np.concatenate([r.nll for r in expected]))
-    assert from_tokens.totals.bytes == from_text.totals.bytes
+    assert from_tokens.totals.num_bytes == from_text.totals.num_bytes
     with pytest.raises(DataError, match="begins a document"):
-        list(from_tokens.feed_tokens([pair_tokenizer.begin]))
+        list(from_tokens.feed_tokens([pair_tokenizer.bos_token_id]))
     with pytest.raises(DataError, match="Token 9999 is not in the vocabulary"):
         list(from_tokens.feed_tokens([1, 9999]))
     list(from_text.feed("a"))
@@ -127,23 +127,23 @@ def test_tokens_are_read_as_their_text_is(pair_model: MemoryTransformer, pair_to
 def test_likeliest_tokens_and_embeddings_where_asked_for(
     byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
 ) -> None:
-    reader = StreamReader(byte_model, byte_tokenizer, segment=30, top=2, embeddings=True)
-    plain = StreamReader(byte_model, byte_tokenizer, segment=30)
+    reader = StreamReader(byte_model, byte_tokenizer, segment_length=30, num_logprobs=2, return_hidden_states=True)
+    plain = StreamReader(byte_model, byte_tokenizer, segment_length=30)
     list(reader.feed(text[:50]))
     results = list(reader.fork().finish())
     expected = [*plain.feed(text[:50]), *plain.finish()]
-    tokens = torch.tensor([[byte_tokenizer.begin, *text[:49].encode()]])
+    tokens = torch.tensor([[byte_tokenizer.bos_token_id, *text[:49].encode()]])
     with torch.inference_mode():
-        whole = byte_model(tokens, return_hidden=True)
+        whole = byte_model(tokens, return_hidden_states=True)
     start = 0
     for result, other in zip(results, expected, strict=True):
-        assert result.embeddings is not None
+        assert result.hidden_states is not None
         assert result.top_tokens is not None
         assert result.top_logprobs is not None
         # float32: one by whole logits, one by chunks of them.
         assert np.abs(result.nll - other.nll).max() < 1e-5
         part = slice(start, start + len(result.tokens))
-        assert np.abs(result.embeddings - whole.hidden_states[-1][0, part].numpy()).max() < 1e-4
+        assert np.abs(result.hidden_states - whole.hidden_states[-1][0, part].numpy()).max() < 1e-4
         assert np.array_equal(result.top_tokens[:, 0], whole.logits[0, part].argmax(-1).numpy())
         assert (np.diff(result.top_logprobs) <= 0).all()
         start += len(result.tokens)

@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.inference.sampling import Sampling, choose, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from memtx.inference.sampling import (
+    SamplingParams,
+    apply_repetition_penalty,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    sample_token,
+)
 
 NONE = torch.empty(0, dtype=torch.int64)
 LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0])
@@ -42,7 +49,7 @@ def test_min_p_is_relative_to_the_likeliest() -> None:
 
 
 def test_repetition_penalty_always_lowers() -> None:
-    changed = penalise_repetition(LOGITS, torch.tensor([1, 3]), 2.0)
+    changed = apply_repetition_penalty(LOGITS, torch.tensor([1, 3]), 2.0)
     assert changed.tolist() == [1.0, 1.5, 2.0, -2.0]
     assert LOGITS.tolist() == [1.0, 3.0, 2.0, -1.0]
 
@@ -60,8 +67,8 @@ def test_a_choice_is_always_one_that_every_filter_keeps(
     values: list[float], temperature: float, top_k: int, top_p: float, min_p: float, seed: int
 ) -> None:
     logits = torch.tensor(values)
-    sampling = Sampling(temperature, top_k, top_p, min_p)
-    token = choose(logits, sampling, NONE, torch.Generator().manual_seed(seed))
+    sampling = SamplingParams(temperature, top_k, top_p, min_p)
+    token = sample_token(logits, sampling, NONE, torch.Generator().manual_seed(seed))
     assert 0 <= token < len(values)
     if temperature == 0 or top_k == 1:
         assert logits[token] == logits.max()
@@ -71,7 +78,7 @@ def test_a_choice_is_always_one_that_every_filter_keeps(
 
 def test_draws_follow_the_probabilities() -> None:
     generator = torch.Generator().manual_seed(0)
-    draws = [choose(torch.tensor([0.7, 0.2, 0.1]).log(), Sampling(), NONE, generator) for _ in range(3000)]
+    draws = [sample_token(torch.tensor([0.7, 0.2, 0.1]).log(), SamplingParams(), NONE, generator) for _ in range(3000)]
     # Three standard deviations of a share over 3000 draws are below 0.026.
     for token, share in enumerate((0.7, 0.2, 0.1)):
         assert abs(draws.count(token) / 3000 - share) < 0.03
@@ -80,7 +87,7 @@ def test_draws_follow_the_probabilities() -> None:
 def test_ruled_out_tokens_never_come() -> None:
     logits = torch.tensor([-math.inf, 0.0, 50.0])
     generator = torch.Generator().manual_seed(0)
-    assert 0 not in [choose(logits, Sampling(temperature=100.0), NONE, generator) for _ in range(300)]
+    assert 0 not in [sample_token(logits, SamplingParams(temperature=100.0), NONE, generator) for _ in range(300)]
 
 
 @pytest.mark.parametrize(
@@ -96,9 +103,9 @@ def test_ruled_out_tokens_never_come() -> None:
 )
 def test_values_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(MemtxError, match=f"{next(iter(wrong))} is .*expected"):
-        Sampling(**wrong)  # type: ignore[arg-type]
+        SamplingParams(**wrong)  # type: ignore[arg-type]
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:
     with pytest.raises(MemtxError, match="not finite"):
-        choose(torch.tensor([0.0, math.nan]), Sampling(), NONE, torch.Generator())
+        sample_token(torch.tensor([0.0, math.nan]), SamplingParams(), NONE, torch.Generator())

@@ -12,24 +12,24 @@ from memtx import files
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError
 from memtx.inference.reader import StreamReader
-from memtx.inference.session import KIND, SIGNED, VERSION, _digest, load_session, save_session
+from memtx.inference.session import DIGESTED_KEYS, KIND, VERSION, _digest, load_session, save_session
 from memtx.models.memory_transformer import MemoryTransformer
 
 
 @pytest.fixture
 def saved(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str) -> Path:
-    reader = StreamReader(byte_model, byte_tokenizer, segment=50)
+    reader = StreamReader(byte_model, byte_tokenizer, segment_length=50)
     list(reader.feed(text.encode()[:1000] + "é".encode()[:1]))
-    save_session(tmp_path / "s", reader, facts={"name": "ü", "n": 3}, extras={"curve": torch.arange(3.0)})
+    save_session(tmp_path / "s", reader, metadata={"name": "ü", "n": 3}, extra_tensors={"curve": torch.arange(3.0)})
     return tmp_path / "s"
 
 
 def test_a_session_goes_on_bit_for_bit(
     saved: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
 ) -> None:
-    straight = StreamReader(byte_model, byte_tokenizer, segment=50)
+    straight = StreamReader(byte_model, byte_tokenizer, segment_length=50)
     list(straight.feed(text.encode()[:1000] + "é".encode()[:1]))
-    resumed = StreamReader(byte_model, byte_tokenizer, segment=50)
+    resumed = StreamReader(byte_model, byte_tokenizer, segment_length=50)
     facts, extras = load_session(saved, resumed)
     assert (facts, extras["curve"].tolist()) == ({"name": "ü", "n": 3}, [0, 1, 2])
     assert resumed.totals == straight.totals
@@ -44,7 +44,7 @@ def test_a_session_goes_on_bit_for_bit(
 def test_saving_leaves_the_reader_alone(
     tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str
 ) -> None:
-    reader = StreamReader(byte_model, byte_tokenizer, segment=50)
+    reader = StreamReader(byte_model, byte_tokenizer, segment_length=50)
     list(reader.feed(text[:500]))
     before = reader.totals
     save_session(tmp_path / "a", reader)
@@ -57,7 +57,7 @@ def test_another_model_is_refused(saved: Path, byte_tokenizer: Tokenizer, byte_m
     reader = StreamReader(other, byte_tokenizer)
     with pytest.raises(CheckpointError, match="another model"):
         load_session(saved, reader)
-    assert reader.totals.tokens == 0
+    assert reader.totals.num_tokens == 0
 
 
 def test_another_tokenizer_is_refused(saved: Path, byte_model: MemoryTransformer) -> None:
@@ -102,7 +102,7 @@ def test_other_formats_and_versions_are_refused(
 def test_one_bit_more_or_less_is_refused(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, byte_model: MemoryTransformer
 ) -> None:
-    reader = StreamReader(byte_model, ByteTokenizer(), segment=50)
+    reader = StreamReader(byte_model, ByteTokenizer(), segment_length=50)
     path = tmp_path_factory.mktemp("flipped") / "s"
     list(reader.feed("It was a dark and stormy night. " * 5))
     save_session(path, reader)
@@ -112,7 +112,7 @@ def test_one_bit_more_or_less_is_refused(
     content[place] ^= 1 << data.draw(st.integers(0, 7))
     path.write_bytes(content)
     with pytest.raises(CheckpointError):
-        load_session(path, StreamReader(byte_model, ByteTokenizer(), segment=50))
+        load_session(path, StreamReader(byte_model, ByteTokenizer(), segment_length=50))
 
 
 FORGED = {
@@ -120,18 +120,18 @@ FORGED = {
     "far away": lambda tensors, header: tensors.update({"state.position": torch.full((1,), 2**62)}),
     "before the beginning": lambda tensors, header: tensors.update({"state.position": torch.full((1,), -5)}),
     "no numbers": lambda tensors, header: tensors["state.layers[0][0].hidden"].fill_(torch.nan),
-    "unknown tokens": lambda tensors, header: tensors.update({"pending": torch.full((3,), 999)}),
-    "floating tokens": lambda tensors, header: tensors.update({"pending": torch.zeros(3)}),
-    "a whole piece waits": lambda tensors, header: tensors.update({"waiting": torch.full((9000,), 65).byte()}),
-    "no text waits": lambda tensors, header: tensors.update({"waiting": torch.full((3,), 255).byte()}),
-    "a long character": lambda tensors, header: tensors.update({"waiting_bytes": torch.full((9,), 226).byte()}),
-    "nothing": lambda tensors, header: tensors.pop("pending"),
-    "last": lambda tensors, header: header.update(last="-1"),
-    "text for a number": lambda tensors, header: header.update(last="x"),
+    "unknown tokens": lambda tensors, header: tensors.update({"pending_tokens": torch.full((3,), 999)}),
+    "floating tokens": lambda tensors, header: tensors.update({"pending_tokens": torch.zeros(3)}),
+    "a whole piece waits": lambda tensors, header: tensors.update({"pending_text": torch.full((9000,), 65).byte()}),
+    "no text waits": lambda tensors, header: tensors.update({"pending_text": torch.full((3,), 255).byte()}),
+    "a long character": lambda tensors, header: tensors.update({"pending_bytes": torch.full((9,), 226).byte()}),
+    "nothing": lambda tensors, header: tensors.pop("pending_tokens"),
+    "last": lambda tensors, header: header.update(last_token="-1"),
+    "text for a number": lambda tensors, header: header.update(last_token="x"),
     "totals": lambda tensors, header: header.update(totals='{"nll": "much"}'),
     "endless totals": lambda tensors, header: header.update(totals='{"nll": Infinity}'),
-    "facts": lambda tensors, header: header.update(facts="[1]"),
-    "deep facts": lambda tensors, header: header.update(facts="[" * 100_000),
+    "facts": lambda tensors, header: header.update(metadata="[1]"),
+    "deep facts": lambda tensors, header: header.update(metadata="[" * 100_000),
 }
 
 
@@ -139,11 +139,11 @@ FORGED = {
 def test_a_forged_session_is_refused(how: str, saved: Path, byte_model: MemoryTransformer) -> None:
     # Whoever makes a file can make its digest too: what it says must be possible.
     tensors, header = files.load_tensors(saved, kind=KIND, version=VERSION)
-    header = {name: header[name] for name in SIGNED}
-    reader = StreamReader(byte_model, ByteTokenizer(), segment=50)
+    header = {name: header[name] for name in DIGESTED_KEYS}
+    reader = StreamReader(byte_model, ByteTokenizer(), segment_length=50)
     FORGED[how](tensors, header)
     header["digest"] = _digest(tensors, header)
     files.save_tensors(saved, tensors, kind=KIND, version=VERSION, **header)
     with pytest.raises(CheckpointError):
         load_session(saved, reader)
-    assert reader.totals.tokens == 0
+    assert reader.totals.num_tokens == 0

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.layers.block_attention import BlockAttention
-from memtx.layers.reading import Reading
+from memtx.layers.block_attention import BigBirdAttention
+from memtx.layers.reading import EncoderInputs
 
 
-def plain(layer: BlockAttention, x: Tensor, present: Tensor, table: Tensor | None) -> Tensor:
+def plain(layer: BigBirdAttention, x: Tensor, present: Tensor, table: Tensor | None) -> Tensor:
     """One query at a time, as the article says; table: (heads, blocks - 2, r), None where everyone sees everyone."""
     rows, length, dim = x.shape
-    width, size = dim // layer.heads, layer.size
+    width, size = dim // layer.heads, layer.block_size
     blocks = -(-length // size)
     out = torch.zeros(rows, length, dim, dtype=x.dtype)
     for row in range(rows):
@@ -42,20 +42,20 @@ def test_every_query_sees_what_the_article_says(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     rows, size, count = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2))
     length = data.draw(st.integers(size, (8 + 2 * count) * size))
-    layer = BlockAttention(4, 2, 1, size, count).double()
+    layer = BigBirdAttention(4, 2, 1, size, count).double()
     x = torch.randn(rows, length, 4, dtype=torch.float64, requires_grad=True)
     present = torch.rand(rows, length) < data.draw(st.sampled_from([0.5, 0.9, 1.0]))
     present[:, data.draw(st.integers(0, length - 1))] = True  # a text of padding alone has nothing to see
     table = None
     blocks = {}
     if length > (5 + 2 * count) * size:
-        table = layer._blocks(Reading(-(-length // size) * size, torch.device("cpu")), None)
+        table = layer._random_block_table(EncoderInputs(-(-length // size) * size, torch.device("cpu")), None)
         table = torch.where(table == 0, 0, torch.where(table == 1, -(-length // size) - 1, table - 1))
         if data.draw(st.booleans()):  # given by hand: any block, several times or seen already
             many = data.draw(st.integers(1, 3))
             table = torch.randint(0, -(-length // size), (2, -(-length // size) - 2, many))
             blocks = {1: table}
-    reading = Reading.of(torch.zeros(rows, length), present.long(), random_blocks=blocks)
+    reading = EncoderInputs.from_masks(torch.zeros(rows, length), present.long(), random_blocks=blocks)
     own, wanted = layer(x, reading), plain(layer, x, present, table)
     assert torch.allclose(own, wanted, rtol=0, atol=1e-12)  # float64, a few dozen terms
     parameters = [x, *layer.parameters()]
@@ -76,14 +76,14 @@ def test_every_query_sees_what_the_article_says(data: st.DataObject) -> None:
     ],
 )
 def test_a_table_that_does_not_fit_is_named(table: Tensor, said: str) -> None:
-    layer = BlockAttention(4, 2, 0, size=2, random_blocks=1)
+    layer = BigBirdAttention(4, 2, 0, block_size=2, num_random_blocks=1)
     x = torch.zeros(1, 20, 4)
     with pytest.raises(MemtxError, match=said):
-        layer(x, Reading.of(x[..., 0], random_blocks={0: table}))
+        layer(x, EncoderInputs.from_masks(x[..., 0], random_blocks={0: table}))
 
 
 def test_settings_that_cannot_be_are_named() -> None:
     with pytest.raises(MemtxError, match="Blocks are of 0 tokens"):
-        BlockAttention(4, 2, size=0)
+        BigBirdAttention(4, 2, block_size=0)
     with pytest.raises(MemtxError, match="-1 are drawn"):
-        BlockAttention(4, 2, random_blocks=-1)
+        BigBirdAttention(4, 2, num_random_blocks=-1)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.layers.readouts import joined
+from memtx.layers.readouts import combine_readouts
 from memtx.memory.base import Readout
-from memtx.ops.attention.reference import weigh
+from memtx.ops.attention.reference import softmax_attention
 
 # float64 sums of a dozen terms of order one, in another order.
 EXACT = 1e-12
@@ -28,9 +28,9 @@ def parts(seed: int, sizes: list[int]) -> tuple[list[Tensor], list[Tensor], list
 def test_log_sum_exps_are_joined_into_one_softmax(seed: int, sizes: list[int]) -> None:
     """Queries that see nothing anywhere included: they get zero."""
     scores, seen, values = parts(seed, sizes)
-    (own, lse), *others = [weigh(*one) for one in zip(scores, seen, values, strict=True)]
-    found = joined(own, lse, [Readout(out, lse=one) for out, one in others])
-    whole, _ = weigh(torch.cat(scores, -1), torch.cat(seen, -1), torch.cat(values, -2))
+    (own, lse), *others = [softmax_attention(*one) for one in zip(scores, seen, values, strict=True)]
+    found = combine_readouts(own, lse, [Readout(out, lse=one) for out, one in others])
+    whole, _ = softmax_attention(torch.cat(scores, -1), torch.cat(seen, -1), torch.cat(values, -2))
     assert (found - whole).abs().max() < EXACT
 
 
@@ -40,5 +40,5 @@ def test_shares_and_sums_in_order(seed: int) -> None:
     own, one, two = (torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=draw) for _ in range(3))
     gate = torch.rand(1, 3, 1, 1, dtype=torch.float64, generator=draw)
     mixed = gate * one + (1 - gate) * own
-    assert (joined(own, None, [Readout(one, gate=gate), Readout(two)]) - (mixed + two)).abs().max() < EXACT
-    assert joined(own, None, []) is own
+    assert (combine_readouts(own, None, [Readout(one, gate=gate), Readout(two)]) - (mixed + two)).abs().max() < EXACT
+    assert combine_readouts(own, None, []) is own

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.layers.reading import Reading
-from memtx.layers.window_attention import WindowAttention
+from memtx.layers.reading import EncoderInputs
+from memtx.layers.window_attention import LongformerAttention
 
 
-def plain(layer: WindowAttention, x: Tensor, present: Tensor, marked: Tensor, links: Tensor | None) -> Tensor:
+def plain(layer: LongformerAttention, x: Tensor, present: Tensor, marked: Tensor, links: Tensor | None) -> Tensor:
     """One query at a time, as the article says; links: (heads, length, links)."""
     rows, length, dim = x.shape
     width = dim // layer.heads
@@ -48,17 +48,17 @@ def test_every_query_sees_what_the_article_says(data: st.DataObject) -> None:
     rows, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 17))
     window, dilation = 2 * data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
     links = data.draw(st.integers(0, 2)) if dilation == 1 else 0
-    layer = WindowAttention(8, 2, 1, window, dilation, links, seed=3).double()
+    layer = LongformerAttention(8, 2, 1, window, dilation, links, seed=3).double()
     x = torch.randn(rows, length, 8, dtype=torch.float64, requires_grad=True)
     present = torch.rand(rows, length) < data.draw(st.sampled_from([0.5, 0.9, 1.0]))
     marked = (torch.rand(rows, length) < data.draw(st.sampled_from([0.0, 0.2, 0.6]))) & present
-    reading = Reading.of(torch.zeros(rows, length), present.long(), marked.long())
+    reading = EncoderInputs.from_masks(torch.zeros(rows, length), present.long(), marked.long())
     drawn = None
     if links:
         # Marked keys are seen anyway, so the drawn table says all.
-        pattern = layer._linked(reading, present, 0)
+        pattern = layer._random_pattern(reading, present, 0)
         assert pattern is not None
-        drawn = pattern.blocks
+        drawn = pattern.random_blocks
         assert drawn.shape == (2, length, links)
         assert 0 <= drawn.min() <= drawn.max() < length
     own, wanted = layer(x, reading), plain(layer, x, present, marked, drawn)
@@ -72,13 +72,23 @@ def test_every_query_sees_what_the_article_says(data: st.DataObject) -> None:
         assert torch.allclose(one, other.to(one.dtype), rtol=0, atol=1e-11)
 
 
+def test_dilation_without_masks_reads_every_text_of_a_batch() -> None:
+    layer = LongformerAttention(8, 2, 1, window=2, dilation=3).double()
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    everything = torch.ones(2, 7, dtype=torch.bool)
+    out = layer(x, EncoderInputs(7, torch.device("cpu")))
+    assert torch.allclose(out, plain(layer, x, everything, ~everything), rtol=0, atol=1e-12)  # float64, few terms
+
+
 def test_links_differ_by_layer_and_stay_by_seed() -> None:
     def table(layer: int, seed: int) -> Tensor:
-        reading = Reading(12, torch.device("cpu"))
-        pattern = WindowAttention(8, 2, layer, 2, links=3, seed=seed)._linked(reading, torch.ones(1, 12).bool(), 0)
+        reading = EncoderInputs(12, torch.device("cpu"))
+        pattern = LongformerAttention(8, 2, layer, 2, num_random_tokens=3, seed=seed)._random_pattern(
+            reading, torch.ones(1, 12).bool(), 0
+        )
         assert pattern is not None
-        assert pattern.blocks is not None
-        return pattern.blocks
+        assert pattern.random_blocks is not None
+        return pattern.random_blocks
 
     assert torch.equal(table(0, 5), table(0, 5))
     assert not torch.equal(table(0, 5), table(1, 5))
@@ -91,9 +101,9 @@ def test_links_differ_by_layer_and_stay_by_seed() -> None:
         ({"window": 3}, "window is 3"),
         ({"window": 0}, "window is 0"),
         ({"dilation": 0}, "dilation is 0"),
-        ({"links": 2, "dilation": 2}, "not drawn beside"),
+        ({"num_random_tokens": 2, "dilation": 2}, "not drawn beside"),
     ],
 )
 def test_settings_that_cannot_be_are_named(options: dict[str, int], said: str) -> None:
     with pytest.raises(MemtxError, match=said):
-        WindowAttention(8, 2, **options)
+        LongformerAttention(8, 2, **options)

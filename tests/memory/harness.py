@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from memtx.memory.base import Losses, Memory, Trace, View
-from memtx.ops.visibility import visible
+from memtx.memory.base import LayerActivations, Losses, Memory, View
+from memtx.ops.visibility import create_mask
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
@@ -26,8 +26,8 @@ class Layer(nn.Module):
         self.parts = nn.ModuleDict({part: nn.Linear(DIM, DIM) for part in ("query", "key", "value")})
         self.views: list[View] = []
 
-    def project(self, x: Tensor, part: str, *, frozen: bool) -> Tensor:
-        linear = self.parts[part]
+    def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
+        linear = self.parts[projection]
         weight, bias = (p.detach() if frozen else p for p in (linear.weight, linear.bias))
         return nn.functional.linear(x, weight, bias).unflatten(-1, (HEADS, -1))
 
@@ -36,11 +36,11 @@ class Layer(nn.Module):
         self.views.append(view)
         q = self.project(x, "query", frozen=False)
         k, v = (self.project(view.hidden, part, frozen=False) for part in ("key", "value"))
-        distance = torch.arange(x.shape[1])[None, :, None] - view.places.tick[:, None]
+        distance = torch.arange(x.shape[1])[None, :, None] - view.entry_positions.offset[:, None]
         scores = torch.einsum("rqhd,rkhd->rhqk", q, k) - 0.1 * distance[:, None]
-        weights = scores.masked_fill(~visible(view.places.visibility)[:, None], float("-inf")).softmax(-1)
+        weights = scores.masked_fill(~create_mask(view.entry_positions.visibility)[:, None], float("-inf")).softmax(-1)
         out = torch.einsum("rhqk,rkhd->rqhd", weights, v).flatten(2)
-        state, losses = self.memory.write(view, segment, Trace(x, out, self))
+        state, losses = self.memory.write(view, segment, LayerActivations(x, out, self))
         return x + out, state, losses
 
 
@@ -62,7 +62,7 @@ class Stack(nn.Module):
         return MemoryState(torch.zeros(rows, dtype=torch.int64), states)
 
     def step(self, x: Tensor, state: MemoryState, starts: Tensor | None) -> tuple[Tensor, MemoryState, list[Losses]]:
-        segment, after, losses = Segment.locate(state.position, x.shape[1], starts), [], []
+        segment, after, losses = Segment.from_document_starts(state.position, x.shape[1], starts), [], []
         for layer, (own,) in zip(self.layers, state.layers, strict=True):
             x, own, lost = layer(x, own, segment)
             after.append((own,))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from memtx.memory.compression import (
+    AttentionPooling,
     Compression,
     DilatedConvolution,
-    LearnedQueries,
     MaxPooling,
     MeanPooling,
     MostUsed,
@@ -21,7 +21,7 @@ from memtx.memory.compression import (
 )
 
 DIM = 8
-LEARNED: list[Callable[[int, int], Compression]] = [StridedConvolution, DilatedConvolution, LearnedQueries]
+LEARNED: list[Callable[[int, int], Compression]] = [StridedConvolution, DilatedConvolution, AttentionPooling]
 KINDS: list[Callable[[int, int], Compression]] = [MeanPooling, MaxPooling, MostUsed, *LEARNED]
 
 
@@ -104,9 +104,9 @@ def test_most_used_selects_and_passes_the_gradient() -> None:
 
 
 def test_learned_queries_heads_weigh_apart() -> None:
-    module = partial(LearnedQueries, heads=2)(DIM, 3).double()
+    module = partial(AttentionPooling, heads=2)(DIM, 3).double()
     blocks, _ = drawn(3)
     with torch.no_grad():
-        module.place[0, 0], module.place[1, 2] = 100.0, 100.0
+        module.position_bias[0, 0], module.position_bias[1, 2] = 100.0, 100.0
     truth = torch.cat([blocks[:, :, 0, :4], blocks[:, :, 2, 4:]], -1)
     torch.testing.assert_close(module(blocks), truth, rtol=0, atol=1e-12)

@@ -18,7 +18,7 @@ from memtx.memory import compression
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.ops.visibility import ranges, visible
+from memtx.ops.visibility import create_mask, find_key_ranges
 from memtx.segment import Segment
 from tests.memory.harness import DIM, Stack, streams
 
@@ -28,7 +28,7 @@ COMPRESSIONS: list[Callable[..., compression.Compression]] = [
     compression.StridedConvolution,
     compression.DilatedConvolution,
     compression.MostUsed,
-    partial(compression.LearnedQueries, heads=2),
+    partial(compression.AttentionPooling, heads=2),
 ]
 
 windows, rates, lengths = st.integers(1, 9), st.integers(1, 5), st.integers(0, 4)
@@ -37,13 +37,20 @@ compressed = st.builds(
     partial,
     st.just(CompressedMemory),
     window=windows,
-    rate=rates,
-    length=lengths,
+    compression_rate=rates,
+    num_entries=lengths,
     compression=st.sampled_from(COMPRESSIONS),
 )
 recurrent = st.builds(partial, st.just(RecurrentMemory), window=windows)
 published = st.one_of(
-    st.builds(partial, st.just(CompressedMemory), window=windows, rate=rates, length=lengths, per_call=st.just(True)),
+    st.builds(
+        partial,
+        st.just(CompressedMemory),
+        window=windows,
+        compression_rate=rates,
+        num_entries=lengths,
+        compress_per_segment=st.just(True),
+    ),
     st.builds(partial, st.just(RecurrentMemory), window=windows, same_length=st.just(False)),
 )
 
@@ -119,11 +126,11 @@ def naive_view(t: int, window: int, rate: int, length: int) -> tuple[set[int], s
 def test_visibility_is_the_design_s_predicate(window: int, rate: int, length: int, carried: int, n: int) -> None:
     """Entries are told by their places: position = tick + carried, a block's centre is half a block off its ends."""
     memory = CompressedMemory(DIM, window, rate, length, compression.MeanPooling)
-    segment = Segment.locate(torch.tensor([carried]), n)
+    segment = Segment.from_document_starts(torch.tensor([carried]), n)
     x = torch.zeros(1, n, DIM)
-    places = memory.read(memory.init_state(1, like=x), x, segment, None).places  # type: ignore[arg-type]
-    seen, at = visible(places.visibility)[0], places.tick[0] + carried
-    entries = places.tick.shape[1] - memory.cached - n
+    places = memory.read(memory.init_state(1, like=x), x, segment, None).entry_positions  # type: ignore[arg-type]
+    seen, at = create_mask(places.visibility)[0], places.offset[0] + carried
+    entries = places.offset.shape[1] - memory.cache_length - n
     for query in range(n):
         exact, blocks = naive_view(carried + query, window, rate, length)
         assert at[entries:][seen[query, entries:]].tolist() == sorted(exact)
@@ -138,14 +145,14 @@ def test_static_bounds_hold_every_visible_pair(kind: Any, stream: tuple[Tensor, 
     with torch.no_grad():
         stack.run(x, starts, cuts)
     for view in stack.layers[0].views:
-        visibility = view.places.visibility
-        assert sum(section.keys for section in visibility.sections) == visibility.keys == view.hidden.shape[1]
-        for start in range(0, visibility.queries, block):
-            stop = min(start + block, visibility.queries)
-            outside = torch.ones(visibility.keys, dtype=torch.bool)
-            for low, high in ranges(visibility, start, stop):
+        visibility = view.entry_positions.visibility
+        assert sum(section.num_keys for section in visibility.key_ranges) == visibility.num_keys == view.hidden.shape[1]
+        for start in range(0, visibility.num_queries, block):
+            stop = min(start + block, visibility.num_queries)
+            outside = torch.ones(visibility.num_keys, dtype=torch.bool)
+            for low, high in find_key_ranges(visibility, start, stop):
                 outside[low:high] = False
-            assert not visible(visibility, (start, stop))[..., outside].any()
+            assert not create_mask(visibility, (start, stop))[..., outside].any()
 
 
 @given(windows, streams(30))
@@ -155,8 +162,8 @@ def test_recurrent_window(window: int, stream: tuple[Tensor, Tensor, list[int]])
     stack, (x, starts, cuts) = Stack(partial(RecurrentMemory, window=window), depth=1), stream
     with torch.no_grad():
         stack.run(x, starts, cuts)
-    seen = torch.cat([visible(view.places.visibility).sum(-1) for view in stack.layers[0].views], 1)
-    position = Segment.locate(torch.zeros(x.shape[0], dtype=torch.int64), x.shape[1], starts).position
+    seen = torch.cat([create_mask(view.entry_positions.visibility).sum(-1) for view in stack.layers[0].views], 1)
+    position = Segment.from_document_starts(torch.zeros(x.shape[0], dtype=torch.int64), x.shape[1], starts).position
     assert torch.equal(seen, (position + 1).clamp(max=window))
 
 
@@ -164,7 +171,7 @@ def test_transformer_xl_sees_the_whole_cache() -> None:
     """same_length=False: query i of a call sees all cached places and the i + 1 of the call (section 3.2)."""
     stack = Stack(partial(RecurrentMemory, window=5, same_length=False), depth=1)
     stack.run(torch.randn(1, 12, DIM, dtype=torch.float64), torch.zeros(1, 12, dtype=torch.bool), [4, 8])
-    counts = [visible(view.places.visibility)[0].sum(-1).tolist() for view in stack.layers[0].views]
+    counts = [create_mask(view.entry_positions.visibility)[0].sum(-1).tolist() for view in stack.layers[0].views]
     assert counts == [[1, 2, 3, 4], [5, 6, 7, 8], [6, 7, 8, 9]]
 
 
@@ -174,16 +181,19 @@ def test_published_schedule(blocks: int, rate: int, per_call: int, calls: int, s
     """Compressive Transformer, algorithm 1: the n oldest states compressed after each call of n, all memory seen."""
     torch.manual_seed(seed)
     window, n, length = max(blocks, per_call) * rate, per_call * rate, 5
-    layer = Stack(partial(CompressedMemory, window=window, rate=rate, length=length, per_call=True), depth=1).layers[0]
+    layer = Stack(
+        partial(CompressedMemory, window=window, compression_rate=rate, num_entries=length, compress_per_segment=True),
+        depth=1,
+    ).layers[0]
     memory, bank = torch.zeros(1, 0, DIM).double(), torch.zeros(1, 0, DIM).double()
     state, position = layer.memory.init_state(1, like=memory), 0
     with torch.no_grad():
         for _ in range(calls):
             x = torch.randn(1, n, DIM, dtype=torch.float64)
-            _, state, _ = layer(x, state, Segment.locate(torch.tensor([position]), n))
+            _, state, _ = layer(x, state, Segment.from_document_starts(torch.tensor([position]), n))
             position += n
             view = layer.views[-1]
-            seen = visible(view.places.visibility)[0]
+            seen = create_mask(view.entry_positions.visibility)[0]
             for query in range(n):
                 close(view.hidden[0][seen[query]], torch.cat([bank, memory, x[:, : query + 1]], 1)[0])
             memory = torch.cat([memory, x], 1)
@@ -195,7 +205,7 @@ def test_published_schedule(blocks: int, rate: int, per_call: int, calls: int, s
 
 def test_compression_learns_within_one_segment() -> None:
     """The segment in which a block crosses the edge reads its entry, so one segment's loss reaches the weights."""
-    stack = Stack(partial(CompressedMemory, window=4, rate=2, length=3), depth=1)
+    stack = Stack(partial(CompressedMemory, window=4, compression_rate=2, num_entries=3), depth=1)
     x = torch.randn(2, 12, DIM, dtype=torch.float64)
     out, _, _ = stack.step(x, stack.init_state(2), None)
     out.square().sum().backward()
@@ -208,11 +218,13 @@ def test_most_used_ranks_by_the_newest_queries_as_the_block_leaves() -> None:
     """Mean attention weight from the ``rate`` positions up to the crossing, among the block's own states."""
     torch.manual_seed(0)
     window, rate, n = 4, 3, 90
-    kind = partial(CompressedMemory, window=window, rate=rate, length=40, compression=compression.MostUsed)
+    kind = partial(
+        CompressedMemory, window=window, compression_rate=rate, num_entries=40, compression=compression.MostUsed
+    )
     layer = Stack(kind, depth=1).layers[0]
     x = 3 * torch.randn(1, n, DIM, dtype=torch.float64)
     with torch.no_grad():
-        _, state, _ = layer(x, layer.memory.init_state(1, like=x), Segment.locate(torch.tensor([0]), n))
+        _, state, _ = layer(x, layer.memory.init_state(1, like=x), Segment.from_document_starts(torch.tensor([0]), n))
         q, k = (layer.project(x, part, frozen=True)[0] for part in ("query", "key"))
     chosen = []
     for block in range((n - window) // rate):
@@ -228,7 +240,7 @@ def test_most_used_ranks_by_the_newest_queries_as_the_block_leaves() -> None:
 
 def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
     """DDP fails on a parameter that took no part."""
-    stack = Stack(partial(CompressedMemory, window=40, rate=4, length=3))
+    stack = Stack(partial(CompressedMemory, window=40, compression_rate=4, num_entries=3))
     out, _, _ = stack.step(torch.randn(1, 3, DIM, dtype=torch.float64), stack.init_state(1), None)
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in stack.parameters())
@@ -238,10 +250,10 @@ def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
     ("kind", "says"),
     [
         (partial(CompressedMemory, window=0), "window is 0"),
-        (partial(CompressedMemory, rate=0), "rate is 0"),
-        (partial(CompressedMemory, length=-1), "length is -1"),
+        (partial(CompressedMemory, compression_rate=0), "compression_rate is 0"),
+        (partial(CompressedMemory, num_entries=-1), "num_entries is -1"),
         (partial(RecurrentMemory, window=0), "window is 0"),
-        (partial(CompressedMemory, compression=partial(compression.LearnedQueries, heads=3)), "3 heads"),
+        (partial(CompressedMemory, compression=partial(compression.AttentionPooling, heads=3)), "3 heads"),
     ],
 )
 def test_refuses(kind: Callable[[int], object], says: str) -> None:

@@ -24,8 +24,8 @@ def stack_of(reconstruction: Any, compression: Any = StridedConvolution) -> Stac
         partial(
             CompressedMemory,
             window=WINDOW,
-            rate=RATE,
-            length=LENGTH,
+            compression_rate=RATE,
+            num_entries=LENGTH,
             compression=compression,
             reconstruction=reconstruction,
         )
@@ -94,7 +94,7 @@ def test_auto_encoding_is_the_mean_over_blocks() -> None:
     _, _, losses = stack.step(x, stack.init_state(2), starts)
     memory = layer.memory
     errors = [
-        (memory.reconstruction.decode(memory.compression(block[None, None])).view(RATE, DIM) - block).square().mean()
+        (memory.reconstruction.decoder(memory.compression(block[None, None])).view(RATE, DIM) - block).square().mean()
         for document in documents
         for block in blocks_of(layer, x, *document)
     ]

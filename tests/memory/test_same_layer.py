@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx import MemoryState, MemoryTransformer, RecurrentMemory, SameLayerMemory
+from memtx import ErnieDocMemory, MemoryState, MemoryTransformer, RecurrentMemory
 from memtx.memory.recurrent import RecurrentState
 
 ROUNDING = 1e-10
@@ -38,7 +38,7 @@ def test_past_intervals_stand_by_their_outputs(window: int, interval: int, depth
     model, plain = (
         made(memory, depth)
         for memory in (
-            partial(SameLayerMemory, window=window, interval=interval),
+            partial(ErnieDocMemory, window=window, interval=interval),
             partial(RecurrentMemory, window=window),
         )
     )
@@ -47,7 +47,7 @@ def test_past_intervals_stand_by_their_outputs(window: int, interval: int, depth
         out = model(tokens)
         state, logits = plain.init_state(1), []
         for part in tokens.split(interval, dim=1):
-            found = plain(part, state, return_hidden=True)
+            found = plain(part, state, return_hidden_states=True)
             logits.append(found.logits)
             layers = []
             for number, (block, before) in enumerate(zip(plain.blocks, state.layers, strict=True)):
@@ -63,7 +63,7 @@ def test_it_reaches_farther_than_as_many_windows_as_layers() -> None:
     other = tokens.clone()
     other[0, 0] = (other[0, 0] + 1) % 11
     for memory, reaches in (
-        (partial(SameLayerMemory, window=4, interval=3), True),
+        (partial(ErnieDocMemory, window=4, interval=3), True),
         (partial(RecurrentMemory, window=4), False),
     ):
         model = made(memory, depth=2)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx import CompressedMemory, MemoryTransformer, ScoredMemory
+from memtx import CompressedMemory, MemoryTransformer, TopKMemory
 from memtx.memory.compression import MeanPooling
-from memtx.ops.visibility import visible
+from memtx.ops.visibility import create_mask
 from memtx.segment import Segment
 
 DIM = 4
@@ -38,7 +38,7 @@ def test_a_query_sees_the_highest(
     window: int, rate: int, length: int, n: int, cut: int, levels: int, seed: int
 ) -> None:
     """Entries are told by their places; few levels make ties."""
-    memory = ScoredMemory(DIM, window, rate, length, MeanPooling).double()
+    memory = TopKMemory(DIM, window, rate, length, MeanPooling).double()
     with torch.no_grad():
         memory.score.weight[0, 0] = 1.0
     draw = torch.Generator().manual_seed(seed)
@@ -49,25 +49,25 @@ def test_a_query_sees_the_highest(
     for part in (x[:, :cut], x[:, cut:]):
         if part.shape[1] == 0:
             continue
-        segment = Segment.locate(torch.tensor([len(seen)]), part.shape[1])
+        segment = Segment.from_document_starts(torch.tensor([len(seen)]), part.shape[1])
         with torch.no_grad():
             view = memory.read(state, part, segment, None)  # type: ignore[arg-type]
             state, _ = memory.write(view, segment, None)  # type: ignore[arg-type]
         entries = view.parts[0].shape[1] + view.parts[1].shape[1]
-        block = (view.places.tick[0, :entries] + len(seen) - (rate - 1) / 2) / rate
-        for line in visible(view.places.visibility)[0, :, :entries]:
+        block = (view.entry_positions.offset[0, :entries] + len(seen) - (rate - 1) / 2) / rate
+        for line in create_mask(view.entry_positions.visibility)[0, :, :entries]:
             seen.append({round(b) for b in block[line].tolist()})
     assert seen == [by_hand(level.tolist(), t, window, rate, length) for t in range(n)]
 
 
 def _model(kind: Callable[..., CompressedMemory]) -> MemoryTransformer:
     torch.manual_seed(0)
-    memory = partial(kind, window=4, rate=2, length=3, compression=MeanPooling)
+    memory = partial(kind, window=4, compression_rate=2, num_entries=3, compression=MeanPooling)
     return MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[memory]).double()
 
 
 def test_it_begins_as_the_bank_of_the_newest() -> None:
-    newest, scored = _model(CompressedMemory), _model(ScoredMemory)
+    newest, scored = _model(CompressedMemory), _model(TopKMemory)
     missing = scored.load_state_dict(newest.state_dict(), strict=False).missing_keys
     assert all("score" in name for name in missing)
     tokens = torch.randint(11, (2, 40))
@@ -76,7 +76,7 @@ def test_it_begins_as_the_bank_of_the_newest() -> None:
 
 
 def test_the_score_is_a_log_weight_and_learns() -> None:
-    model = _model(ScoredMemory)
+    model = _model(TopKMemory)
     tokens = torch.randint(11, (2, 40))
     score = model.blocks[0].attention.memory.score
 

@@ -27,7 +27,7 @@ def by_hand(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     q, k, v = (layer.project(x[None], part, frozen=False)[0] for part in ("query", "key", "value"))
     out, lse = torch.zeros_like(q), torch.full(q.shape[:2], float("-inf"), dtype=x.dtype)
     for at in range(len(x)):
-        seen = [sink for sink in range(min(memory.count, len(x))) if at - sink >= memory.skip]
+        seen = [sink for sink in range(min(memory.num_sinks, len(x))) if at - sink >= memory.exclude_recent]
         if seen:
             scores = torch.einsum("hd,shd->hs", q[at], k[seen]) * q.shape[-1] ** -0.5
             out[at] = torch.einsum("hs,shd->hd", scores.softmax(-1), v[seen])
@@ -48,15 +48,15 @@ def test_it_is_a_softmax_over_the_first_tokens(
 ) -> None:
     """However the stream is cut, and wherever documents begin."""
     torch.manual_seed(seed)
-    layer = Layer(SinkMemory(DIM, count=min(count, skip + 1), skip=skip)).double()
+    layer = Layer(SinkMemory(DIM, num_sinks=min(count, skip + 1), exclude_recent=skip)).double()
     x = torch.randn(2, n, DIM, dtype=torch.float64)
     starts = torch.rand(2, n) < chance
     state, carried, found, begin = layer.memory.init_state(2, like=x), torch.zeros(2, dtype=torch.int64), [], 0
     for stop in sorted({*(cut for cut in cuts if cut < n), n}):
         part = x[:, begin:stop]
-        segment = Segment.locate(carried, stop - begin, starts[:, begin:stop])
+        segment = Segment.from_document_starts(carried, stop - begin, starts[:, begin:stop])
         view = layer.memory.read(state, part, segment, layer)
-        found.append(layer.memory.recall(view, layer.project(part, "query", frozen=False)))
+        found.append(layer.memory.readout(view, layer.project(part, "query", frozen=False)))
         state, _ = layer.memory.write(view, segment, None)  # type: ignore[arg-type]
         carried, begin = segment.next_position, stop
     out, lse = torch.cat([one.out for one in found], 2), torch.cat([one.lse for one in found], 2)
@@ -66,14 +66,14 @@ def test_it_is_a_softmax_over_the_first_tokens(
             expected, expected_lse = by_hand(layer, x[row, low:high])
             close(out[row, :, low:high], expected.transpose(0, 1))
             close(lse[row, :, low:high], expected_lse.T)
-        kept = x[row, low : min(high, low + layer.memory.count)]
-        close(state.hidden[row], torch.cat([kept, kept.new_zeros(layer.memory.count - len(kept), DIM)]))
+        kept = x[row, low : min(high, low + layer.memory.num_sinks)]
+        close(state.hidden[row], torch.cat([kept, kept.new_zeros(layer.memory.num_sinks - len(kept), DIM)]))
     assert out.shape[1] == HEADS
 
 
 def test_beside_a_window_it_sees_the_first_tokens_for_ever() -> None:
     torch.manual_seed(0)
-    memories = [partial(RecurrentMemory, window=4), partial(SinkMemory, count=2, skip=4)]
+    memories = [partial(RecurrentMemory, window=4), partial(SinkMemory, num_sinks=2, exclude_recent=4)]
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[memories]).eval()
     tokens = torch.randint(0, 11, (1, 200))
     for at, reached in ((0, True), (1, True), (2, False), (150, False), (198, True)):
@@ -84,7 +84,11 @@ def test_beside_a_window_it_sees_the_first_tokens_for_ever() -> None:
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"count": 0}, "count is 0"), ({"skip": 0}, "skip is 0"), ({"count": 7, "skip": 5}, "count is 7, skip is 5")],
+    [
+        ({"num_sinks": 0}, "num_sinks is 0"),
+        ({"exclude_recent": 0}, "exclude_recent is 0"),
+        ({"num_sinks": 7, "exclude_recent": 5}, "num_sinks is 7, exclude_recent is 5"),
+    ],
 )
 def test_refuses(options: dict[str, Any], says: str) -> None:
     with pytest.raises(MemtxError, match=says):

@@ -27,7 +27,7 @@ TEMPERATURE = 0.5
 def made(seed: int = 0, **options: Any) -> SlotMemory:
     torch.manual_seed(seed)
     memory = SlotMemory(
-        DIM, **({"count": COUNT, "interval": 4, "heads": HEADS, "temperature": TEMPERATURE} | options)
+        DIM, **({"num_slots": COUNT, "interval": 4, "heads": HEADS, "temperature": TEMPERATURE} | options)
     ).double()
     with torch.no_grad():
         for parameter in memory.parameters():
@@ -40,9 +40,9 @@ def run(
 ) -> Any:
     """Return the readout and the next state."""
     state = state if state is not None else memory.init_state(x.shape[0], like=x)
-    segment = Segment.locate(torch.full((x.shape[0],), carried), x.shape[1], starts)
+    segment = Segment.from_document_starts(torch.full((x.shape[0],), carried), x.shape[1], starts)
     view = memory.read(state, x, segment, None)  # type: ignore[arg-type]
-    return memory.recall(view, q), memory.write(view, segment, None)[0]  # type: ignore[arg-type]
+    return memory.readout(view, q), memory.write(view, segment, None)[0]  # type: ignore[arg-type]
 
 
 def unit(x: Tensor) -> Tensor:
@@ -51,16 +51,16 @@ def unit(x: Tensor) -> Tensor:
 
 def mixed(memory: SlotMemory, x: Tensor) -> Tensor:
     """Mix each token of one document with the one before it."""
-    if memory.shift is None:
+    if memory.token_shift is None:
         return x
     before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-    return (1 - memory.shift.share) * x + memory.shift.share * before
+    return (1 - memory.token_shift.mix_ratio) * x + memory.token_shift.mix_ratio * before
 
 
 def written(memory: SlotMemory, slots: Tensor, x: Tensor) -> Tensor:
     """Write slots (count, DIM) from an interval's mixed inputs (tokens, DIM), a slot and a head at a time."""
     after = []
-    for slot, bias in zip(slots, memory.bias, strict=True):
+    for slot, bias in zip(slots, memory.slot_bias, strict=True):
         found = []
         for head in range(HEADS):
             own = slice(head * FINE, (head + 1) * FINE)
@@ -77,7 +77,7 @@ def written(memory: SlotMemory, slots: Tensor, x: Tensor) -> Tensor:
 
 def by_hand(memory: SlotMemory, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     """Read one document: x (tokens, DIM), q (tokens, HEADS, FINE); return reads like q, and the last slots."""
-    slots, outputs = torch.stack([unit(bias) for bias in memory.bias]), []
+    slots, outputs = torch.stack([unit(bias) for bias in memory.slot_bias]), []
     for at in range(len(x)):
         k, v = (part(slots).view(COUNT, HEADS, FINE) for part in (memory.read_key, memory.read_value))
         weights = torch.softmax(torch.einsum("hd,shd->hs", q[at], k) * FINE**-0.5, -1)
@@ -96,7 +96,7 @@ def by_hand(memory: SlotMemory, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     shift=st.booleans(),
 )
 def test_they_are_their_equations(write: Any, seed: int, interval: int, n: int, begin: int, shift: bool) -> None:
-    memory = made(seed, write=write, interval=interval, shift=shift)
+    memory = made(seed, write_gate=write, interval=interval, token_shift=shift)
     x, q = torch.randn(1, n, DIM, dtype=torch.float64), torch.randn(1, n, HEADS, FINE, dtype=torch.float64)
     with torch.no_grad():
         readout, state = run(memory, x, q, torch.arange(n)[None] == begin)
@@ -125,8 +125,8 @@ def test_with_closed_gates_slots_stay_as_they_are_to_the_bit() -> None:
     x, q = torch.randn(2, 21, DIM, dtype=torch.float64), torch.zeros(2, 21, HEADS, FINE, dtype=torch.float64)
     with torch.no_grad():
         _, state = run(memory, x, q)
-        memory.write_gate.map.weight.zero_()
-        memory.write_gate.map.bias.fill_(-5.0)  # 1.2 sigmoid(-5) < 0.1
+        memory.write_gate.proj.weight.zero_()
+        memory.write_gate.proj.bias.fill_(-5.0)  # 1.2 sigmoid(-5) < 0.1
         _, after = run(memory, x, q, carried=21, state=state)
     assert state.slots.abs().max() > 0.1
     assert torch.equal(after.slots, state.slots)
@@ -137,33 +137,33 @@ def test_the_log_sum_exp_is_that_of_the_slots_scores() -> None:
     memory = made(interval=50)
     x, q = torch.randn(1, 6, DIM, dtype=torch.float64), torch.randn(1, 6, HEADS, FINE, dtype=torch.float64)
     readout, _ = run(memory, x, q)
-    keys = memory.read_key(torch.stack([unit(bias) for bias in memory.bias])).view(COUNT, HEADS, FINE)
+    keys = memory.read_key(torch.stack([unit(bias) for bias in memory.slot_bias])).view(COUNT, HEADS, FINE)
     close(readout.lse, torch.einsum("rqhd,shd->rhqs", q, keys).mul(FINE**-0.5).logsumexp(-1))
 
 
 def test_writing_has_a_price_in_training_alone() -> None:
     """The mean gate of the intervals that end, and of no other."""
-    memory = made(cost=0.5, write=partial(Gate, stretch=0.0, bias=0.0))
-    torch.nn.init.zeros_(memory.write_gate.map.weight)
-    torch.nn.init.zeros_(memory.write_gate.map.bias)
+    memory = made(write_penalty=0.5, write_gate=partial(Gate, stretch=0.0, bias_init=0.0))
+    torch.nn.init.zeros_(memory.write_gate.proj.weight)
+    torch.nn.init.zeros_(memory.write_gate.proj.bias)
     for n, price in ((3, 0.0), (4, 0.25), (13, 0.25)):
         x = torch.randn(2, n, DIM, dtype=torch.float64)
-        segment = Segment.locate(torch.zeros(2, dtype=torch.int64), n)
+        segment = Segment.from_document_starts(torch.zeros(2, dtype=torch.int64), n)
         view = memory.read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
         losses = memory.train().write(view, segment, None)[1]  # type: ignore[arg-type]
-        assert losses["write_cost"] == price
+        assert losses["write_penalty"] == price
         assert memory.eval().write(view, segment, None)[1] == {}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"count": 0}, "count is 0"),
+        ({"num_slots": 0}, "num_slots is 0"),
         ({"interval": 0}, "interval is 0"),
         ({"heads": 3}, "3 heads"),
-        ({"cost": -0.1}, "cost is -0.1"),
+        ({"write_penalty": -0.1}, "write_penalty is -0.1"),
         ({"temperature": 0}, "temperature is 0"),
-        ({"write": ReflectingGate}, "ReflectingGate, which goes up to 2"),
+        ({"write_gate": ReflectingGate}, "ReflectingGate, which goes up to 2"),
     ],
 )
 def test_refuses(options: dict[str, Any], says: str) -> None:

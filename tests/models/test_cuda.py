@@ -18,7 +18,7 @@ pytestmark = [
 
 def made(device: str) -> MemoryTransformer:
     torch.manual_seed(0)
-    memory = partial(CompressedMemory, window=40, rate=4, length=8)
+    memory = partial(CompressedMemory, window=40, compression_rate=4, num_entries=8)
     return MemoryTransformer(50, dim=128, depth=2, heads=2, memories=[memory]).to(device)
 
 
@@ -28,7 +28,7 @@ def test_two_segments_and_their_gradients_equal_the_cpu_s() -> None:
     for device in ("cpu", "cuda"):
         model, here = made(device), tokens.to(device)
         state = model(here[:, :50]).state
-        loss = model(here[:, 50:-1], state, starts=here[:, 50:-1] == 3, labels=here[:, 51:]).loss
+        loss = model(here[:, 50:-1], state, document_starts=here[:, 50:-1] == 3, labels=here[:, 51:]).loss
         assert loss is not None
         loss.backward()
         losses.append(loss.item())
@@ -44,11 +44,11 @@ def test_replayed_steps_equal_eager_ones(how: str) -> None:
     model = made("cuda")
     tokens = torch.randint(0, 50, (60, 3), device="cuda")
     state = model(tokens[:30].T).state
-    plain = Decoder(model, state, graph=False)
-    fast = Decoder(model, state, graph=how == "graph", compile=how == "compiled")
+    plain = Decoder(model, state, use_cuda_graph=False)
+    fast = Decoder(model, state, use_cuda_graph=how == "graph", torch_compile=how == "compiled")
     for token in tokens[30:]:
         torch.testing.assert_close(fast.step(token), plain.step(token), rtol=1e-3, atol=1e-4)
-    assert fast.state.equals(plain.state, tolerance=1e-4)
+    assert fast.state.equals(plain.state, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["graph", "compiled"])
@@ -56,14 +56,14 @@ def test_replayed_steps_equal_eager_ones_while_rows_come_and_go(how: str) -> Non
     model = made("cuda")
     tokens = torch.randint(0, 50, (60, 5), device="cuda")
     state = model(tokens[:30].T).state
-    plain = Decoder(model, state.select([0]), graph=False)
-    fast = Decoder(model, state.select([0]), graph=how == "graph", compile=how == "compiled")
+    plain = Decoder(model, state.select([0]), use_cuda_graph=False)
+    fast = Decoder(model, state.select([0]), use_cuda_graph=how == "graph", torch_compile=how == "compiled")
     for at, token in enumerate(tokens[30:]):
         for decoder in (plain, fast):
             if at in (3, 7, 8, 20):
-                decoder.join(state.select([at % 5]))
+                decoder.append(state.select([at % 5]))
             if at == 12:
                 decoder.select([0, 3, 2])
-        token = token[: plain.rows]
+        token = token[: plain.batch_size]
         torch.testing.assert_close(fast.step(token), plain.step(token), rtol=1e-3, atol=1e-4)
-    assert fast.state.equals(plain.state, tolerance=1e-4)
+    assert fast.state.equals(plain.state, atol=1e-4)

@@ -32,9 +32,9 @@ def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = N
     """Hidden states and logits as the paper writes them; seen: (rows, length, length) bool."""
     rows, length = tokens.shape
     embed = model.embedding
-    x = embed.tokens.weight[tokens] + embed.positions.weight[:length]
-    if embed.types is not None:
-        x = x + embed.types.weight[types if types is not None else torch.zeros_like(tokens)]
+    x = embed.word_embeddings.weight[tokens] + embed.position_embeddings.weight[:length]
+    if embed.token_type_embeddings is not None:
+        x = x + embed.token_type_embeddings.weight[types if types is not None else torch.zeros_like(tokens)]
     x = embed.norm(x)
     hidden = [x]
     for block in model._layers():
@@ -52,12 +52,12 @@ def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = N
         hidden.append(x)
     head = model.head
     scored = head.norm(head.activation(head.transform(x)))
-    return hidden, scored @ model.embedding.tokens.weight.T + head.bias
+    return hidden, scored @ model.embedding.word_embeddings.weight.T + head.bias
 
 
 @pytest.mark.parametrize("types", [0, 2])
 def test_everyone_sees_every_token_and_no_padding(types: int) -> None:
-    embeddings = partial(TextEmbeddings, positions=20, types=types, padding=0)
+    embeddings = partial(TextEmbeddings, num_positions=20, type_vocab_size=types, pad_token_id=0)
     model = widened(Encoder(20, 8, 2, 2, embeddings=embeddings))
     token_types = (TOKENS > 9).long() if types else None
     seen = (PRESENT > 0)[:, None, :].expand(-1, 13, -1)
@@ -75,7 +75,7 @@ def test_everyone_sees_every_token_and_no_padding(types: int) -> None:
 
 
 def test_what_cannot_be_is_named() -> None:
-    embeddings = partial(TextEmbeddings, positions=15, padding=0)
+    embeddings = partial(TextEmbeddings, num_positions=15, pad_token_id=0)
     model = Encoder(20, 8, 1, 2, embeddings=embeddings)
     with pytest.raises(MemtxError, match=r"20 tokens needs 20 positions, the model has 15"):
         model(torch.ones(1, 20, dtype=torch.int64))

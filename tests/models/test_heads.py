@@ -10,24 +10,35 @@ import pytest
 import torch
 
 from memtx.errors import MemtxError
-from memtx.layers.window_attention import WindowAttention
+from memtx.layers.window_attention import LongformerAttention
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.encoder import Encoder
-from memtx.models.heads import DocumentReader, FirstPooling, MeanPooling, TaskModel, TextHead, TokenHead
+from memtx.models.heads import (
+    CLSPooling,
+    MeanPooling,
+    MemoryTransformerBackbone,
+    SequenceClassificationHead,
+    TaskModel,
+    TokenClassificationHead,
+)
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.reformer import Reformer
 
 MEMORY = partial(
-    MemoryTransformer, dim=16, depth=2, heads=2, memories=[partial(CompressedMemory, window=8, rate=4, length=4)]
+    MemoryTransformer,
+    dim=16,
+    depth=2,
+    heads=2,
+    memories=[partial(CompressedMemory, window=8, compression_rate=4, num_entries=4)],
 )
 BODIES: dict[str, Any] = {
-    "encoder": partial(Encoder, dim=16, depth=2, heads=2, attentions=[partial(WindowAttention, window=4)]),
-    "document": partial(DocumentReader, model=MEMORY, segment=8),
+    "encoder": partial(Encoder, dim=16, depth=2, heads=2, attentions=[partial(LongformerAttention, window=4)]),
+    "document": partial(MemoryTransformerBackbone, model=MEMORY, segment_length=8),
 }
 HEADS: dict[str, Any] = {
-    "mean": TextHead,
-    "first": partial(TextHead, pooling=FirstPooling),
-    "tokens": TokenHead,
+    "mean": SequenceClassificationHead,
+    "first": partial(SequenceClassificationHead, pooling=CLSPooling),
+    "tokens": TokenClassificationHead,
 }
 
 
@@ -63,7 +74,16 @@ def test_a_document_is_scored_alike_however_it_is_cut() -> None:
     found = []
     for segment in (5, 8, 64):
         torch.manual_seed(0)
-        made = TaskModel(50, 3, partial(DocumentReader, model=MEMORY, segment=segment), TextHead).double().eval()
+        made = (
+            TaskModel(
+                50,
+                3,
+                partial(MemoryTransformerBackbone, model=MEMORY, segment_length=segment),
+                SequenceClassificationHead,
+            )
+            .double()
+            .eval()
+        )
         out = made(tokens, torch.ones_like(tokens))
         out.sum().backward()
         grads = [one.grad for _, one in made.named_parameters()]
@@ -89,7 +109,7 @@ def test_pooling() -> None:
 
 
 def test_what_cannot_be_a_body_is_refused() -> None:
-    with pytest.raises(MemtxError, match="body is a Reformer"):
+    with pytest.raises(MemtxError, match="backbone is a Reformer"):
         TaskModel(50, 2, Reformer)
-    with pytest.raises(MemtxError, match="outputs is 0"):
+    with pytest.raises(MemtxError, match="num_labels is 0"):
         TaskModel(50, 0, BODIES["encoder"])

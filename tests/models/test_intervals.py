@@ -24,7 +24,7 @@ TOKENS = torch.randint(0, 11, (2, 40), generator=torch.Generator().manual_seed(1
 
 def small(interval: int = 5, count: int = 2, window: int = WINDOW, depth: int = 2) -> MemoryTransformer:
     torch.manual_seed(0)
-    stack = [partial(RecurrentMemory, window=window), partial(TokenMemory, count=count, interval=interval)]
+    stack = [partial(RecurrentMemory, window=window), partial(TokenMemory, num_tokens=count, interval=interval)]
     model = MemoryTransformer(11, dim=8, depth=depth, heads=2, memories=[stack], feed_forward=FeedForward).double()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,10 +38,10 @@ def test_cuts_are_where_some_row_s_interval_ends(
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
     starts = torch.rand(rows, length, generator=draw) < 0.1
-    segment = Segment.locate(torch.randint(0, carried + 1, (rows,), generator=draw), length, starts)
+    segment = Segment.from_document_starts(torch.randint(0, carried + 1, (rows,), generator=draw), length, starts)
     ticks = [(row, tick) for row in range(rows) for tick in range(length)]
     expected = {tick + 1 for row, tick in ticks if (int(segment.position[row, tick]) + 1) % interval == 0}
-    assert segment.cut(interval) == sorted(expected | {length})
+    assert segment.split_offsets(interval) == sorted(expected | {length})
 
 
 def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Tensor:
@@ -50,7 +50,7 @@ def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Ten
     q = attention.project(x, "query", frozen=True)
     k, v = (attention.project(keys, part, frozen=True) for part in ("key", "value"))
     at = torch.arange(length, dtype=torch.float64)[None]
-    placed = [attention.positions.placed(part, place, lambda _, make: make()) for part, place in (
+    placed = [attention.positions.apply_absolute(part, place, lambda _, make: make()) for part, place in (
         (q, at[:, length - x.shape[1] :]), (k, at))]  # fmt: skip
     future = torch.arange(length) > torch.arange(length - x.shape[1], length)[:, None]
     scores = torch.einsum("rqhd,rkhd->rhqk", *placed).masked_fill(future, float("-inf"))
@@ -66,7 +66,7 @@ def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Ten
 def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
     """Read one document, all of it in the window, an interval at a time in plain terms; return the logits."""
     blocks, length = list(model.blocks), tokens.shape[1]
-    entries = [block.attention.memories[1].initial[None] for block in blocks]
+    entries = [block.attention.memories[1].initial_tokens[None] for block in blocks]
     past: list[Tensor] = [torch.zeros(1, 0, 8).double() for _ in blocks]
 
     def layer(number: int, x: Tensor, before: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
         logits.append(model.head(model.norm(x)))
         if not whole:
             break
-        x = model.asking[None]
+        x = model.write_tokens[None]
         for number in range(len(blocks)):
             x, _ = layer(number, x, past[number], entries[number])
         for number, block in enumerate(blocks):
@@ -123,10 +123,10 @@ def test_gradients_go_from_the_last_interval_to_the_first() -> None:
 
 def test_layers_must_agree() -> None:
     window = partial(RecurrentMemory, window=8)
-    one, other = (partial(TokenMemory, count=count, interval=4) for count in (2, 3))
+    one, other = (partial(TokenMemory, num_tokens=count, interval=4) for count in (2, 3))
     for memories in ([[window, one], NoMemory], [[window, one], [window, other]], [[window, one, one]]):
         with pytest.raises(MemtxError, match="all layers"):
             MemoryTransformer(11, dim=8, depth=2, heads=2, memories=memories)
-    for options, said in (({"count": 0}, "count is 0"), ({"interval": 0}, "interval is 0")):
+    for options, said in (({"num_tokens": 0}, "num_tokens is 0"), ({"interval": 0}, "interval is 0")):
         with pytest.raises(MemtxError, match=said):
             TokenMemory(8, **options)

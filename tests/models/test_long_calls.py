@@ -7,16 +7,16 @@ from functools import partial
 import torch
 
 from memtx import CompressedMemory, MemoryTransformer
-from memtx.models.intervals import LONGEST, SHORTEST
+from memtx.models.intervals import MAX_CHUNK_TOKENS, MIN_CHUNK_LENGTH
 
-LENGTH = LONGEST + SHORTEST + 7
+LENGTH = MAX_CHUNK_TOKENS + MIN_CHUNK_LENGTH + 7
 ROUNDING = 1e-10
 """float64, sums in another order."""
 
 
 def _model(per_call: bool) -> MemoryTransformer:
     torch.manual_seed(0)
-    memory = partial(CompressedMemory, window=16, rate=4, length=4, per_call=per_call)
+    memory = partial(CompressedMemory, window=16, compression_rate=4, num_entries=4, compress_per_segment=per_call)
     return MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[memory]).double().eval()
 
 
@@ -31,7 +31,7 @@ def _widest(model: MemoryTransformer, tokens: torch.Tensor, starts: torch.Tensor
         lambda _, given, out: seen.append(given[0].shape[1])
     )
     with torch.no_grad():
-        model(tokens, starts=starts)
+        model(tokens, document_starts=starts)
     hook.remove()
     return max(seen)
 
@@ -39,12 +39,12 @@ def _widest(model: MemoryTransformer, tokens: torch.Tensor, starts: torch.Tensor
 def test_parts_are_the_whole() -> None:
     model, tokens = _model(per_call=False), _tokens(2)
     starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[0, [LONGEST // 2, LONGEST // 2 + 3]] = True
-    starts[1, SHORTEST + 5] = True
-    whole = model(tokens, starts=starts, return_hidden=True)
-    assert _widest(model, tokens, starts) == LONGEST // 2
+    starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
+    starts[1, MIN_CHUNK_LENGTH + 5] = True
+    whole = model(tokens, document_starts=starts, return_hidden_states=True)
+    assert _widest(model, tokens, starts) == MAX_CHUNK_TOKENS // 2
     with torch.no_grad():
-        parts = model(tokens, starts=starts, return_hidden=True)
+        parts = model(tokens, document_starts=starts, return_hidden_states=True)
     assert (whole.logits - parts.logits).abs().max() < ROUNDING
     pairs = zip(whole.hidden_states, parts.hidden_states, strict=True)
     assert max((one - other).abs().max() for one, other in pairs) < ROUNDING

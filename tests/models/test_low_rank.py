@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from memtx.models.low_rank import merged
+from memtx.models.low_rank import merge_lora
 
 
 def test_adapted_maps_get_what_adapts_them_and_the_rest_stays() -> None:
@@ -18,7 +18,7 @@ def test_adapted_maps_get_what_adapts_them_and_the_rest_stays() -> None:
         "map.lora_B.default.weight": up,
     }
     kept = {name: tensor.clone() for name, tensor in given.items()}
-    found = merged(given, rank=2, alpha=3.0)
+    found = merge_lora(given, rank=2, alpha=3.0)
     assert list(found) == ["norm.weight", "map.weight", "map.bias"]
     assert found["norm.weight"] is given["norm.weight"]
     assert found["map.bias"] is bias
@@ -31,6 +31,6 @@ def test_in_half_precision_the_sum_alone_is_rounded() -> None:
     weight = torch.randn(64, 64, generator=draw).bfloat16()
     down, up = torch.randn(4, 64, generator=draw), torch.randn(64, 4, generator=draw)
     given = {"a.base_layer.weight": weight, "a.lora_A.default.weight": down, "a.lora_B.default.weight": up}
-    found = merged(given, rank=4, alpha=4.0)["a.weight"]
+    found = merge_lora(given, rank=4, alpha=4.0)["a.weight"]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, (weight.float() + up @ down).bfloat16(), rtol=0, atol=0)

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 import memtx
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.errors import CheckpointError
-from memtx.memory.compression import LearnedQueries
+from memtx.memory.compression import AttentionPooling
 from memtx.memory.reconstruction import AttentionReconstruction, AutoEncoding
 from tests.kinds import COMPRESSIONS
 
 
 def small(**options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
-    options.setdefault("memories", [partial(CompressedMemory, window=6, rate=3, length=4)])
+    options.setdefault("memories", [partial(CompressedMemory, window=6, compression_rate=3, num_entries=4)])
     return MemoryTransformer(11, **{"dim": 8, "depth": 2, "heads": 2, **options})
 
 
@@ -32,10 +32,10 @@ TOKENS = torch.randint(0, 11, (3, 40), generator=torch.Generator().manual_seed(1
 
 def test_output_fields() -> None:
     model = small()
-    out = model(TOKENS, return_hidden=True)
+    out = model(TOKENS, return_hidden_states=True)
     assert out.logits.shape == (3, 40, 11)
     assert [tuple(h.shape) for h in out.hidden_states] == [(3, 40, 8)] * 3
-    assert (out.loss, out.nll, out.losses) == (None, None, {})
+    assert (out.loss, out.nll, out.aux_losses) == (None, None, {})
     labels = TOKENS.roll(-1, 1)
     labels[:, -1] = -100
     scored = model(TOKENS, labels=labels)
@@ -54,7 +54,7 @@ def test_labels_that_are_all_ignored_cost_nothing() -> None:
 
 @pytest.mark.parametrize("name", sorted(COMPRESSIONS.keys() - {"mean", "max", "most_used"}))
 def test_a_learned_compression_learns_from_the_language_model_at_horizon_one(name: str) -> None:
-    memory = partial(CompressedMemory, window=4, rate=3, length=4, compression=COMPRESSIONS[name])
+    memory = partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, compression=COMPRESSIONS[name])
     model = small(memories=[memory])
     state = model(TOKENS[:, :8]).state.detach()
     # One step first: a map that begins at zero passes no gradient to what is before it.
@@ -74,14 +74,19 @@ def test_a_learned_compression_learns_from_the_language_model_at_horizon_one(nam
 @pytest.mark.parametrize("name", sorted(COMPRESSIONS.keys() - {"mean", "max", "most_used"}))
 def test_only_the_compression_learns_from_reconstruction(name: str, reconstruction: type) -> None:
     memory = partial(
-        CompressedMemory, window=4, rate=3, length=4, compression=COMPRESSIONS[name], reconstruction=reconstruction
+        CompressedMemory,
+        window=4,
+        compression_rate=3,
+        num_entries=4,
+        compression=COMPRESSIONS[name],
+        reconstruction=reconstruction,
     )
     model = small(memories=[memory])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     out = model(TOKENS[:, :-1], labels=TOKENS[:, 1:])
-    (loss,) = out.losses.values()
+    (loss,) = out.aux_losses.values()
     found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
     for (parameter, _), gradient in zip(model.named_parameters(), found, strict=True):
         own = ".compression." in parameter or ".reconstruction." in parameter
@@ -102,12 +107,14 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
 
 
 def test_reconstruction_is_for_training_alone() -> None:
-    model = small(memories=[partial(CompressedMemory, window=4, rate=3, length=4, reconstruction=AutoEncoding)])
-    assert model.eval()(TOKENS[:, :-1], labels=TOKENS[:, 1:]).losses == {}
+    model = small(
+        memories=[partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)]
+    )
+    assert model.eval()(TOKENS[:, :-1], labels=TOKENS[:, 1:]).aux_losses == {}
 
 
 def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
-    memory = partial(CompressedMemory, window=50, rate=3, length=4, reconstruction=AutoEncoding)
+    memory = partial(CompressedMemory, window=50, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)
     model = small(memories=[memory])
     model(TOKENS[:, :2], labels=TOKENS[:, 1:3]).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -120,8 +127,12 @@ def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
         {"tie_embeddings": False, "kv_heads": 1, "dropout": 0.1, "attention_dropout": 0.1},
         {"memories": [NoMemory]},
         {"memories": [partial(RecurrentMemory, window=5, same_length=False), NoMemory]},
-        {"memories": [partial(CompressedMemory, window=4, rate=2, length=3, per_call=True)]},
-        {"memories": [partial(CompressedMemory, compression=partial(LearnedQueries, heads=2))]},
+        {
+            "memories": [
+                partial(CompressedMemory, window=4, compression_rate=2, num_entries=3, compress_per_segment=True)
+            ]
+        },
+        {"memories": [partial(CompressedMemory, compression=partial(AttentionPooling, heads=2))]},
     ],
 )
 def test_kept_on_disk_and_read_back(options: dict[str, Any], tmp_path: Path) -> None:
@@ -220,8 +231,8 @@ def test_calls_that_cannot_be_are_named() -> None:
     with pytest.raises(MemtxError, match="labels is"):
         model(TOKENS, labels=TOKENS[:, 1:])
     with pytest.raises(MemtxError, match=r"starts is torch\.int64"):
-        model(TOKENS, starts=TOKENS)
-    with pytest.raises(MemtxError, match="rows is 0"):
+        model(TOKENS, document_starts=TOKENS)
+    with pytest.raises(MemtxError, match="batch_size is 0"):
         model.init_state(0)
 
 
@@ -238,13 +249,15 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> Non
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -> None:
     torch.manual_seed(0)
-    memory = partial(CompressedMemory, window=8, rate=2, length=4, reconstruction=AttentionReconstruction)
+    memory = partial(
+        CompressedMemory, window=8, compression_rate=2, num_entries=4, reconstruction=AttentionReconstruction
+    )
     model = MemoryTransformer(11, dim=16, depth=4, heads=2, memories=[memory], dropout=dropout)
     tokens, labels = torch.randint(0, 11, (2, 2, 20)).unbind()
     starts = torch.rand(2, 20) < 0.1
 
     def run(checkpointing: bool) -> tuple[list[Tensor], int]:
-        model.checkpointing, kept = checkpointing, {}
+        model.activation_checkpointing, kept = checkpointing, {}
         torch.manual_seed(1)
         state = model(tokens).state.detach()
 
@@ -253,7 +266,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            loss = model(tokens, state, starts=starts, labels=labels).loss
+            loss = model(tokens, state, document_starts=starts, labels=labels).loss
         assert loss is not None
         return list(torch.autograd.grad(loss, list(model.parameters()))), sum(kept.values())
 
@@ -272,8 +285,8 @@ def test_a_compiled_model_is_made_once_however_full_its_memory() -> None:
     state = model.init_state(3)
     for at in range(0, 40, 10):
         part = TOKENS[:, at : at + 10]
-        out = compiled(part, state, starts=part == 3, labels=part)
-        expected = model(part, state, starts=part == 3, labels=part)
+        out = compiled(part, state, document_starts=part == 3, labels=part)
+        expected = model(part, state, document_starts=part == 3, labels=part)
         assert torch.allclose(out.loss, expected.loss, atol=1e-5)  # float32, sums in another order
         out.loss.backward()
         state = out.state.detach()

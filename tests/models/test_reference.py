@@ -79,7 +79,11 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     model = MemoryTransformer(
         7, dim=8, depth=2, heads=4, kv_heads=data.draw(st.sampled_from([1, 2, 4])),
-        memories=[partial(CompressedMemory, window=window, rate=rate, length=length, compression=compression)],
+        memories=[
+            partial(
+                CompressedMemory, window=window, compression_rate=rate, num_entries=length, compression=compression
+            )
+        ],
         norm=data.draw(st.sampled_from([nn.RMSNorm, nn.LayerNorm])),
         feed_forward=data.draw(st.sampled_from([SwiGLU, FeedForward])),
         positions=data.draw(st.sampled_from([Rotary, Alibi])),

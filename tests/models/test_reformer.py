@@ -17,16 +17,16 @@ from torch.utils._pytree import tree_leaves
 
 import memtx
 from memtx import MemtxError
-from memtx.layers.axial_positions import AxialPositions
-from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
+from memtx.layers.axial_positions import AxialPositionEmbeddings
+from memtx.layers.chunk_attention import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
-from memtx.ops.attention.lsh import bucket_factors, rotations
+from memtx.ops.attention.lsh import choose_bucket_factors, sample_rotations
 
 
 def small(attentions: list[Any], **options: Any) -> Reformer:
     """A model in float64 with weights wide enough that a wrong term shows."""
     torch.manual_seed(1)
-    settings: dict[str, Any] = {"positions": partial(AxialPositions, shape=[8, 8], widths=[3, 5])}
+    settings: dict[str, Any] = {"positions": partial(AxialPositionEmbeddings, shape=[8, 8], axis_dims=[3, 5])}
     model = Reformer(20, 8, 2, attentions, 12, **{**settings, **options})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -39,24 +39,24 @@ def softmaxed(scores: list[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
     return torch.softmax(total, 0) @ values, total.logsumexp(0)
 
 
-def plain_attention(part: ChunkAttention, x: Tensor, present: Tensor) -> Tensor:
+def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tensor:
     """One row (n, dim), one query at a time."""
-    n, width, chunk = len(x), part.head_dim, part.chunk
+    n, width, chunk = len(x), part.head_dim, part.chunk_length
     out = torch.zeros(n, part.heads * width, dtype=x.dtype)
     for head in range(part.heads):
         at = slice(head * width, (head + 1) * width)
         v = part.value(x)[:, at]
-        if isinstance(part, HashAttention):
+        if isinstance(part, LSHAttention):
             q = part.query_key(x)[:, at]
             k = q / (q.square().mean(-1, keepdim=True) + 1e-6).sqrt() / width**0.5
         else:
             assert isinstance(part, LocalAttention)
             q, k = part.query(x)[:, at], part.key(x)[:, at] / width**0.5
         order, rounds = list(range(n)), 1
-        if isinstance(part, HashAttention) and n > chunk:
-            rounds = part.rounds
-            factors = part.factors or bucket_factors(n, chunk, part.longest)
-            directions = rotations(part.heads, width, rounds, factors, part.seed, x)[head]
+        if isinstance(part, LSHAttention) and n > chunk:
+            rounds = part.num_hashes
+            factors = part.bucket_factors or choose_bucket_factors(n, chunk, part.max_length)
+            directions = sample_rotations(part.heads, width, rounds, factors, part.seed, x)[head]
             order = []
             for one in range(rounds):
                 buckets = []
@@ -72,7 +72,7 @@ def plain_attention(part: ChunkAttention, x: Tensor, present: Tensor) -> Tensor:
         found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n)]
         for number, queries in enumerate(chunks):
             keys = []
-            for step in range(-part.before, part.after + 1) if len(chunks) > 1 else [0]:
+            for step in range(-part.num_chunks_before, part.num_chunks_after + 1) if len(chunks) > 1 else [0]:
                 keys += chunks[(number + step) % len(chunks)] if abs(step) < len(chunks) else chunks[number]
             for t in queries:
                 scores = []
@@ -80,7 +80,7 @@ def plain_attention(part: ChunkAttention, x: Tensor, present: Tensor) -> Tensor:
                     score = q[t] @ k[j]
                     if not present[j] or (part.causal and j > t):
                         score = torch.full_like(score, -1e9)
-                    if isinstance(part, HashAttention) and j == t:
+                    if isinstance(part, LSHAttention) and j == t:
                         score = torch.full_like(score, -1e5)
                     scores.append(score)
                 found[t].append(softmaxed(scores, v[keys]))
@@ -110,18 +110,18 @@ def test_logits_and_gradients_are_the_articles(data: st.DataObject) -> None:
 
     def shape() -> dict[str, int]:
         return {
-            "chunk": chunk,
-            "before": data.draw(st.integers(0, 3)),
-            "after": 0 if causal else data.draw(st.integers(0, 2)),
+            "chunk_length": chunk,
+            "num_chunks_before": data.draw(st.integers(0, 3)),
+            "num_chunks_after": 0 if causal else data.draw(st.integers(0, 2)),
         }
 
     buckets = data.draw(st.sampled_from([None, 4, (2, 4)]))
-    hashing = {"rounds": data.draw(st.integers(1, 3)), "buckets": buckets, "seed": 5, "longest": 64}
+    hashing = {"num_hashes": data.draw(st.integers(1, 3)), "num_buckets": buckets, "seed": 5, "max_length": 64}
     attentions = [
         partial(LocalAttention, **shape(), head_dim=3),
-        partial(HashAttention, **shape(), **hashing),
+        partial(LSHAttention, **shape(), **hashing),
     ]
-    model = small(attentions, causal=causal, at_once=data.draw(st.sampled_from([0, 3])))
+    model = small(attentions, causal=causal, feed_forward_chunk_size=data.draw(st.sampled_from([0, 3])))
     length = data.draw(st.integers(1, 12))
     whole = length if length <= chunk else -(-length // chunk) * chunk
     torch.manual_seed(data.draw(st.integers(0, 1000)))
@@ -143,12 +143,14 @@ def test_logits_and_gradients_are_the_articles(data: st.DataObject) -> None:
         assert torch.allclose(one, other, rtol=0, atol=1e-4)
 
 
-LAYERS = [partial(LocalAttention, chunk=4), partial(HashAttention, chunk=4, rounds=2)]
+LAYERS = [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2)]
 TOKENS = torch.randint(1, 20, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
 def test_hidden_states_do_not_change_the_rest() -> None:
-    model = small([partial(LocalAttention, chunk=4), partial(HashAttention, chunk=4, rounds=2, seed=3)])
+    model = small(
+        [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2, seed=3)]
+    )
     kept = model(TOKENS, output_hidden_states=True)
     assert [tuple(h.shape) for h in kept.hidden_states] == [(2, 32, 8)] * 3
     assert model(TOKENS).hidden_states is None
@@ -159,7 +161,10 @@ def test_hidden_states_do_not_change_the_rest() -> None:
 
 
 def test_what_is_dropped_forward_is_dropped_backward() -> None:
-    attentions = [partial(LocalAttention, chunk=4, dropout=0.3), partial(HashAttention, chunk=4, dropout=0.3, seed=1)]
+    attentions = [
+        partial(LocalAttention, chunk_length=4, dropout=0.3),
+        partial(LSHAttention, chunk_length=4, dropout=0.3, seed=1),
+    ]
     model = small(attentions, dropout=0.3).train()
 
     def loss() -> Tensor:
@@ -232,16 +237,16 @@ def test_the_memory_of_a_step_does_not_grow_with_depth() -> None:
 
 
 def test_ever_new_directions_without_a_seed() -> None:
-    model = small([partial(HashAttention, chunk=4, buckets=8)])
+    model = small([partial(LSHAttention, chunk_length=4, num_buckets=8)])
     with torch.no_grad():
         assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
-    seeded = small([partial(HashAttention, chunk=4, buckets=8, seed=1)])
+    seeded = small([partial(LSHAttention, chunk_length=4, num_buckets=8, seed=1)])
     with torch.no_grad():
         assert torch.equal(seeded(TOKENS).logits, seeded(TOKENS).logits)
 
 
 def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
-    model = small([partial(LocalAttention, chunk=4), partial(HashAttention, chunk=4, seed=1)]).float()
+    model = small([partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, seed=1)]).float()
     model.save_pretrained(tmp_path)
     again = memtx.from_pretrained(tmp_path)
     assert isinstance(again, Reformer)
@@ -252,13 +257,13 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
     ("make", "said"),
     [
         (lambda: LocalAttention(8, 3), "3 heads do not divide"),
-        (lambda: LocalAttention(8, 2, chunk=0), "Chunks are of 0"),
-        (lambda: LocalAttention(8, 2, causal=True, after=1), "after is 1"),
-        (lambda: HashAttention(8, 2, rounds=0), "rounds is 0"),
-        (lambda: HashAttention(8, 2, buckets=3), "buckets 3"),
-        (lambda: AxialPositions(8, [4, 4], [4, 5]), "dim is 8"),
+        (lambda: LocalAttention(8, 2, chunk_length=0), "Chunks are of 0"),
+        (lambda: LocalAttention(8, 2, causal=True, num_chunks_after=1), "after is 1"),
+        (lambda: LSHAttention(8, 2, num_hashes=0), "num_hashes is 0"),
+        (lambda: LSHAttention(8, 2, num_buckets=3), "buckets 3"),
+        (lambda: AxialPositionEmbeddings(8, [4, 4], [4, 5]), "dim is 8"),
         (lambda: small([]), "layers is 0"),
-        (lambda: small(LAYERS, at_once=-1), "at_once is -1"),
+        (lambda: small(LAYERS, feed_forward_chunk_size=-1), "feed_forward_chunk_size is -1"),
         (lambda: small(LAYERS)(torch.ones(1, 65, dtype=torch.int64)), "needs 68 positions, the model has 64"),
         (lambda: small(LAYERS)(TOKENS[0]), "input_ids is"),
         (lambda: small(LAYERS)(TOKENS, TOKENS[:, 1:]), "attention_mask is"),

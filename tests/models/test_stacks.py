@@ -42,7 +42,7 @@ def test_kept_on_disk_and_read_back(memories: Any, tmp_path: Path) -> None:
 
 def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
     model = small(STACK, NoMemory)
-    names = set(model(TOKENS).state.tensors())
+    names = set(model(TOKENS).state.named_tensors())
     assert names == {"position", "layers[0][0].hidden", "layers[0][1].total", "layers[0][2].total"}
     first, second = (block.attention.memories for block in model.blocks)
     assert [type(one) for one in first] == [RecurrentMemory, RunningMean, RunningMean]
@@ -52,12 +52,15 @@ def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
 
 def test_a_layer_with_one_memory_is_what_it_was() -> None:
     """Names of weights and states, and the config, are those of files written before there were stacks."""
-    model = small(partial(CompressedMemory, window=4, rate=2, length=3), depth=1)
-    assert not any("beside" in name for name in model.state_dict())
-    assert "blocks.0.attention.memory.compression.map.weight" in model.state_dict()
-    assert set(model.init_state(1).tensors()) == {"position", "layers[0][0].hidden", "layers[0][0].bank"}
+    model = small(partial(CompressedMemory, window=4, compression_rate=2, num_entries=3), depth=1)
+    assert not any("extra_memories" in name for name in model.state_dict())
+    assert "blocks.0.attention.memory.compression.proj.weight" in model.state_dict()
+    assert set(model.init_state(1).named_tensors()) == {"position", "layers[0][0].hidden", "layers[0][0].bank"}
     assert model.config["init_args"]["memories"] == [
-        {"class_path": "memtx.memory.compressed.CompressedMemory", "init_args": {"window": 4, "rate": 2, "length": 3}}
+        {
+            "class_path": "memtx.memory.compressed.CompressedMemory",
+            "init_args": {"window": 4, "compression_rate": 2, "num_entries": 3},
+        }
     ]
 
 

@@ -24,7 +24,14 @@ TOKENS = torch.randint(0, 30, (3, 26), generator=torch.Generator().manual_seed(0
 def small(**options: Any) -> TransformerXL:
     """A model in float64 with weights wide enough that a wrong term shows."""
     torch.manual_seed(1)
-    settings: dict[str, Any] = {"dim": 8, "depth": 2, "heads": 2, "memory": 6, "cutoffs": [10, 20], "shrink": 2}
+    settings: dict[str, Any] = {
+        "dim": 8,
+        "depth": 2,
+        "heads": 2,
+        "memory_length": 6,
+        "cutoffs": [10, 20],
+        "div_value": 2,
+    }
     model = TransformerXL(30, **{**settings, **options})
     with torch.no_grad():
         for parameter in model.parameters():
@@ -38,7 +45,7 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
     x = torch.zeros(n, model.dim, dtype=torch.float64)
     for t, token in enumerate(tokens.tolist()):
         cluster = next(i for i, (low, high) in enumerate(clusters.bounds) if low <= token < high)
-        own, projection = model.embedding.table(cluster), model.embedding.projection(cluster)
+        own, projection = model.embedding.cluster_table(cluster), model.embedding.cluster_projection(cluster)
         found = own[token - clusters.bounds[cluster][0]]
         x[t] = (found if projection is None else projection @ found) * math.sqrt(model.dim)
     inputs = []
@@ -59,8 +66,8 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
                 scores = []
                 for j in range(first, m + i + 1):
                     distance = m + i - j
-                    if model.clamp > 0:
-                        distance = min(distance, model.clamp)
+                    if model.clamp_length > 0:
+                        distance = min(distance, model.clamp_length)
                     angle = [distance / 10000 ** (2 * f / model.dim) for f in range(model.dim // 2)]
                     waves = [math.sin(a) for a in angle] + [math.cos(a) for a in angle]
                     code = torch.tensor(waves, dtype=torch.float64)
@@ -79,13 +86,21 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
 
     def scores_of(cluster: int) -> Tensor:
         low, high = clusters.bounds[cluster]
-        own = softmax.tables[0 if clusters.one_table else cluster] if len(softmax.tables) else None
-        table = model.embedding.table(cluster) if own is None else own[low:high] if clusters.one_table else own
-        bias = softmax.biases[0][low:high] if clusters.one_table else softmax.biases[cluster]
+        own = softmax.tables[0 if clusters.has_single_table else cluster] if len(softmax.tables) else None
+        table = (
+            model.embedding.cluster_table(cluster)
+            if own is None
+            else own[low:high]
+            if clusters.has_single_table
+            else own
+        )
+        bias = softmax.biases[0][low:high] if clusters.has_single_table else softmax.biases[cluster]
         if cluster == 0 and softmax.cluster_weight is not None:
             table, bias = torch.cat([table, softmax.cluster_weight]), torch.cat([bias, softmax.cluster_bias])
         name = str(cluster)
-        projection = softmax.projections[name] if name in softmax.projections else model.embedding.projection(cluster)
+        projection = (
+            softmax.projections[name] if name in softmax.projections else model.embedding.cluster_projection(cluster)
+        )
         return (x if projection is None else x @ projection) @ table.T + bias
 
     head = torch.softmax(scores_of(0), -1)
@@ -98,10 +113,10 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
 
 OPTIONS: list[dict[str, Any]] = [
     {},
-    {"same_length": True, "clamp": 4},
+    {"same_length": True, "clamp_length": 4},
     {"pre_norm": True, "share_biases": True},
-    {"cutoffs": [], "shrink": 1, "tie_embeddings": False},
-    {"shrink": 1, "embed": 6, "tie_projections": [True, False, True]},
+    {"cutoffs": [], "div_value": 1, "tie_embeddings": False},
+    {"div_value": 1, "embed_dim": 6, "tie_projections": [True, False, True]},
     {"head_dim": 3, "tie_embeddings": False, "tie_projections": [False, False, False]},
 ]
 
@@ -136,11 +151,11 @@ def test_how_a_stream_is_cut_does_not_matter_where_every_query_sees_as_many(cuts
     model = small(same_length=True)
     starts = torch.zeros(3, 26, dtype=torch.bool)
     starts[1, 9], starts[2, 0], starts[2, 20] = True, True, True
-    whole = model(TOKENS, starts=starts)
+    whole = model(TOKENS, document_starts=starts)
     state, logits = None, []
     bounds = sorted({0, 26, *cuts})
     for low, high in itertools.pairwise(bounds):
-        out = model(TOKENS[:, low:high], state, starts=starts[:, low:high])
+        out = model(TOKENS[:, low:high], state, document_starts=starts[:, low:high])
         state = out.state
         logits.append(out.logits)
     assert state is not None
@@ -159,7 +174,7 @@ def test_rows_and_documents_are_alone_and_the_old_state_stays() -> None:
         assert torch.allclose(alone.logits[0], out.logits[row], rtol=0, atol=1e-12)
     starts = torch.zeros(3, 26, dtype=torch.bool)
     starts[0, 11] = True
-    packed = model(TOKENS, before, starts=starts)
+    packed = model(TOKENS, before, document_starts=starts)
     assert torch.allclose(packed.logits[0, 11:], model(TOKENS[:1, 11:]).logits[0], rtol=0, atol=1e-10)
     assert torch.allclose(packed.logits[0, :11], model(TOKENS[:1, :11], before.select([0])).logits[0], atol=1e-10)
     fresh = model(TOKENS[:, :4], before.reset(torch.ones(3, dtype=torch.bool)))
@@ -180,10 +195,10 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
     [
         ({"cutoffs": [20, 10]}, "cutoffs is"),
         ({"cutoffs": [30]}, "cutoffs is"),
-        ({"shrink": 5}, "vanish"),
+        ({"div_value": 5}, "vanish"),
         ({"dim": 7, "heads": 7}, "dim is 7"),
         ({"heads": 3}, "3 heads do not divide"),
-        ({"memory": 0, "same_length": True}, "memory is 0"),
+        ({"memory_length": 0, "same_length": True}, "memory_length is 0"),
         ({"tie_projections": [True]}, "tie_projections has 1"),
         ({"depth": 0}, "depth is 0"),
     ],
@@ -202,6 +217,6 @@ def test_calls_that_cannot_be_are_named() -> None:
     with pytest.raises(MemtxError, match="labels is"):
         model(TOKENS, labels=TOKENS[:, 1:])
     with pytest.raises(MemtxError, match="without a softmax"):
-        small(head=False)(TOKENS, labels=TOKENS)
-    assert small(head=False)(TOKENS).logits is None
-    assert small(memory=0)(TOKENS).logits.shape == (3, 26, 30)
+        small(add_lm_head=False)(TOKENS, labels=TOKENS)
+    assert small(add_lm_head=False)(TOKENS).logits is None
+    assert small(memory_length=0)(TOKENS).logits.shape == (3, 26, 30)

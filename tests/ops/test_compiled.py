@@ -12,7 +12,7 @@ from memtx.ops import compiled
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
 # Every test asks anew, as a process does.
-library = compiled.library.__wrapped__
+library = compiled.load_library.__wrapped__
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def kept(source: Path) -> list[Path]:
     return list((source.parent / "home/.cache/memtx/compiled").iterdir())
 
 
-needs_compiler = pytest.mark.skipif(compiled.compiler() is None, reason="no C++ compiler on this machine")
+needs_compiler = pytest.mark.skipif(compiled.find_compiler() is None, reason="no C++ compiler on this machine")
 
 
 @needs_compiler
@@ -81,6 +81,6 @@ def test_no_compiler_is_said(source: Path, monkeypatch: pytest.MonkeyPatch, capl
 
 
 def test_it_can_be_switched_off(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(compiled.SWITCH, "0")
+    monkeypatch.setenv(compiled.COMPILE_ENV_VAR, "0")
     assert library(source) is None
     assert not (source.parent / "home").exists()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memtx.ops.cross_entropy import IGNORED, linear_cross_entropy
+from memtx.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 300), st.integers(0, 2**31))
@@ -19,9 +19,9 @@ def test_equals_plain(tokens: int, vocab: int, chunk: int, seed: int) -> None:
     hidden = torch.randn(tokens, 6, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(vocab, 6, dtype=torch.float64, generator=generator).requires_grad_()
     labels = torch.randint(0, vocab, (tokens,), generator=generator)
-    labels[torch.rand(tokens, generator=generator) < 0.3] = IGNORED
-    total, nll = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
-    plain = F.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=IGNORED)
+    labels[torch.rand(tokens, generator=generator) < 0.3] = IGNORE_INDEX
+    total, nll = linear_cross_entropy(hidden, weight, labels, max_chunk_logits=chunk)
+    plain = F.cross_entropy(hidden @ weight.T, labels, reduction="none", ignore_index=IGNORE_INDEX)
     torch.testing.assert_close(nll, plain, rtol=0, atol=1e-12)
     torch.testing.assert_close(total, plain.sum(), rtol=0, atol=1e-11)
     assert not nll.requires_grad
@@ -29,7 +29,7 @@ def test_equals_plain(tokens: int, vocab: int, chunk: int, seed: int) -> None:
     for one, two in zip(own, torch.autograd.grad(plain.sum() * 0.7, (hidden, weight)), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-11)
     with torch.no_grad():
-        assert torch.equal(linear_cross_entropy(hidden, weight, labels, chunk=chunk)[1], nll)
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels, max_chunk_logits=chunk)[1], nll)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -58,7 +58,7 @@ class Largest(TorchDispatchMode):
 def test_never_holds_whole_logits() -> None:
     hidden, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
     with Largest() as largest:
-        linear_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.int64), chunk=5000)[0].backward()
+        linear_cross_entropy(hidden, weight, torch.zeros(1000, dtype=torch.int64), max_chunk_logits=5000)[0].backward()
     # The hidden states' own gradient is 4,000; whole logits would be 100,000.
     assert largest.elements <= 5000
 
@@ -68,7 +68,7 @@ def test_under_autocast_the_loss_is_float32_and_near_the_exact_one() -> None:
     hidden, weight = torch.randn(9, 32, requires_grad=True), torch.randn(10, 32, requires_grad=True)
     exact = torch.autograd.grad(linear_cross_entropy(hidden, weight, torch.arange(9))[0], (hidden, weight))
     with torch.autocast("cpu", torch.bfloat16):
-        total, nll = linear_cross_entropy(hidden, weight, torch.arange(9), chunk=40)
+        total, nll = linear_cross_entropy(hidden, weight, torch.arange(9), max_chunk_logits=40)
     assert total.dtype == nll.dtype == torch.float32
     for one, two in zip(torch.autograd.grad(total, (hidden, weight)), exact, strict=True):
         assert one.dtype == torch.float32

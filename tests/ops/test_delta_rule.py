@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.delta_rule import chunked, stepwise
+from memtx.ops.delta_rule import chunk_gated_delta_rule, naive_recurrent_gated_delta_rule
 
 # float64: sums of some dozens of terms of order one, in another order; solving a system adds a digit.
 EXACT: Any = {"atol": 1e-10, "rtol": 1e-9}
@@ -27,7 +27,7 @@ class Problem:
     def solve(self, how: Any, **options: Any) -> tuple[Tensor, Tensor]:
         names = ("q", "k", "v", "strength", "log_decay", "matrix")
         found: tuple[Tensor, Tensor] = how(
-            *(self.tensors.get(name) for name in names), self.starts, erase=self.erase, **options
+            *(self.tensors.get(name) for name in names), self.starts, delta_rule=self.erase, **options
         )
         return found
 
@@ -62,8 +62,8 @@ def problems(draw: st.DrawFn) -> Problem:
 
 @given(problems())
 def test_chunks_compute_what_steps_compute(problem: Problem) -> None:
-    out, matrix = problem.solve(stepwise)
-    found, last = problem.solve(chunked, chunk=problem.chunk)
+    out, matrix = problem.solve(naive_recurrent_gated_delta_rule)
+    found, last = problem.solve(chunk_gated_delta_rule, chunk_size=problem.chunk)
     torch.testing.assert_close(found, out, **EXACT)
     torch.testing.assert_close(last, matrix, **EXACT)
 
@@ -73,7 +73,10 @@ def test_every_gradient_is_that_of_the_steps(problem: Problem) -> None:
     found = []
     leaves = {name: one.clone().requires_grad_() for name, one in problem.tensors.items()}
     own = Problem(leaves, problem.starts, problem.erase, problem.chunk)
-    for how, options in ((stepwise, {}), (chunked, {"chunk": problem.chunk})):
+    for how, options in (
+        (naive_recurrent_gated_delta_rule, {}),
+        (chunk_gated_delta_rule, {"chunk_size": problem.chunk}),
+    ):
         out, matrix = own.solve(how, **options)
         # Weighed unequally, or signs would hide.
         loss = (out * out.detach().cos()).sum() + (matrix.sin() * matrix).sum()
@@ -85,12 +88,12 @@ def test_every_gradient_is_that_of_the_steps(problem: Problem) -> None:
 @given(problems(), st.lists(st.integers(0, 40), max_size=4))
 def test_cutting_does_not_matter(problem: Problem, cuts: list[int]) -> None:
     length = problem.starts.shape[1]
-    whole, last = problem.solve(chunked)
+    whole, last = problem.solve(chunk_gated_delta_rule)
     matrix, outputs, begin = problem.tensors["matrix"], [], 0
     for stop in sorted({*(cut for cut in cuts if 0 < cut < length), length}):
         tensors = {name: one[:, :, begin:stop] for name, one in problem.tensors.items()}
         part = Problem(tensors | {"matrix": matrix}, problem.starts[:, begin:stop], problem.erase, problem.chunk)
-        out, matrix = part.solve(chunked, chunk=problem.chunk)
+        out, matrix = part.solve(chunk_gated_delta_rule, chunk_size=problem.chunk)
         outputs.append(out)
         begin = stop
     torch.testing.assert_close(torch.cat(outputs, 2), whole, **EXACT)
@@ -99,7 +102,7 @@ def test_cutting_does_not_matter(problem: Problem, cuts: list[int]) -> None:
 
 @given(problems())
 def test_packed_documents_are_as_if_alone(problem: Problem) -> None:
-    whole, last = problem.solve(chunked, chunk=problem.chunk)
+    whole, last = problem.solve(chunk_gated_delta_rule, chunk_size=problem.chunk)
     for row in range(problem.starts.shape[0]):
         begins = sorted({0, *problem.starts[row].nonzero().flatten().tolist()})
         for begin, stop in zip(begins, [*begins[1:], problem.starts.shape[1]], strict=True):
@@ -108,7 +111,7 @@ def test_packed_documents_are_as_if_alone(problem: Problem) -> None:
             matrix = problem.tensors["matrix"][row : row + 1]
             own["matrix"] = torch.zeros_like(matrix) if fresh else matrix
             alone = Problem(own, torch.zeros(1, stop - begin, dtype=torch.bool), problem.erase, 64)
-            out, end = alone.solve(stepwise)
+            out, end = alone.solve(naive_recurrent_gated_delta_rule)
             torch.testing.assert_close(whole[row : row + 1, :, begin:stop], out, **EXACT)
         torch.testing.assert_close(last[row : row + 1], end, **EXACT)
 
@@ -120,17 +123,19 @@ def test_a_key_holds_its_newest_value() -> None:
     tensors |= {"q": key, "k": key, "strength": torch.ones(1, 2, 2).double()}
     first, second = tensors["v"].unbind(2)
     tensors["matrix"] = torch.zeros_like(tensors["matrix"])
-    out, _ = Problem(tensors, starts, True, 64).solve(chunked)
+    out, _ = Problem(tensors, starts, True, 64).solve(chunk_gated_delta_rule)
     torch.testing.assert_close(out[:, :, 1], second, **EXACT)
-    out, _ = Problem(tensors, starts, False, 64).solve(chunked)
+    out, _ = Problem(tensors, starts, False, 64).solve(chunk_gated_delta_rule)
     torch.testing.assert_close(out[:, :, 1], first + second, **EXACT)
 
 
 @pytest.mark.parametrize("erase", [True, False])
 def test_float32_stays_near_over_thousands_of_tokens(erase: bool) -> None:
     tensors, starts = made(1, 1, 3000, 0.001, 0.01)
-    exact, _ = Problem(tensors, starts, erase, 64).solve(stepwise)
-    rough, _ = Problem({name: one.float() for name, one in tensors.items()}, starts, erase, 64).solve(chunked)
+    exact, _ = Problem(tensors, starts, erase, 64).solve(naive_recurrent_gated_delta_rule)
+    rough, _ = Problem({name: one.float() for name, one in tensors.items()}, starts, erase, 64).solve(
+        chunk_gated_delta_rule
+    )
     # Each number is rounded to 6e-8 of its size some thousand times, with signs that differ.
     assert (rough - exact).abs().max() < 1e-5 * max(1.0, float(exact.abs().max()))
 
@@ -138,9 +143,9 @@ def test_float32_stays_near_over_thousands_of_tokens(erase: bool) -> None:
 def test_autocast_does_not_round_it() -> None:
     tensors, starts = made(2, 1, 50, 0.05, 0.1)
     problem = Problem({name: one.float() for name, one in tensors.items()}, starts, True, 16)
-    plain = problem.solve(chunked)
+    plain = problem.solve(chunk_gated_delta_rule)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = problem.solve(chunked)
+        cast = problem.solve(chunk_gated_delta_rule)
     assert torch.equal(plain[0], cast[0])
     assert torch.equal(plain[1], cast[1])
 
@@ -159,7 +164,7 @@ def test_writes_of_strength_two_exchange_what_places_hold() -> None:
         expected.append(int(who[asked]))
     starts = torch.zeros(1, length, dtype=torch.bool)
     strength = torch.full((1, 1, length), 2.0, dtype=torch.float64)
-    out, _ = chunked(
+    out, _ = chunk_gated_delta_rule(
         q[None, None],
         k[None, None],
         torch.zeros(1, 1, length, count).double(),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.ops.random_blocks import draw
+from memtx.ops.random_blocks import sample_random_blocks
 
 
 @given(
@@ -23,7 +23,7 @@ def test_blocks_are_distinct_and_not_seen_otherwise(size: int, count: int, more:
     blocks = 5 + 2 * count + more
     if blocks * size in (1024, 3072, 4096):
         return
-    table = draw(blocks * size, size, count, heads, longest=4096, seed=seed)
+    table = sample_random_blocks(blocks * size, size, count, heads, max_length=4096, seed=seed)
     assert table.shape == (heads, blocks - 2, count)
     assert table.dtype == torch.int64
     for own in table:
@@ -35,7 +35,7 @@ def test_blocks_are_distinct_and_not_seen_otherwise(size: int, count: int, more:
 
 @pytest.mark.parametrize("length", [1024, 3072, 4096])
 def test_the_articles_own_lengths(length: int) -> None:
-    table = draw(length, 64, 3, 2, longest=4096, seed=1)
+    table = sample_random_blocks(length, 64, 3, 2, max_length=4096, seed=1)
     assert table.shape == (2, length // 64 - 2, 3)
     for own in table[:, : 64 - 4]:
         for block, drawn in enumerate(own.tolist(), start=1):
@@ -47,8 +47,8 @@ def test_the_articles_own_lengths(length: int) -> None:
 def test_a_seed_fixes_them_and_the_global_generator_is_left_alone() -> None:
     np.random.seed(5)
     before = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
-    one, other = (draw(100, 4, 2, 3, longest=200, seed=seed) for seed in (0, 1))
-    assert torch.equal(one, draw(100, 4, 2, 3, longest=200, seed=0))
+    one, other = (sample_random_blocks(100, 4, 2, 3, max_length=200, seed=seed) for seed in (0, 1))
+    assert torch.equal(one, sample_random_blocks(100, 4, 2, 3, max_length=200, seed=0))
     assert not torch.equal(one, other)
     assert (np.random.get_state()[1] == before).all()  # type: ignore[index]
     # Checkpoints depend on these very numbers.
@@ -60,4 +60,4 @@ EXPECTED = [[4, 6], [6, 7], [1, 5]]
 
 def test_too_few_to_choose_from_is_named() -> None:
     with pytest.raises(MemtxError, match="are to be drawn"):
-        draw(1024, 128, 6, 1, longest=1024, seed=0)
+        sample_random_blocks(1024, 128, 6, 1, max_length=1024, seed=0)

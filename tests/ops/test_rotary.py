@@ -10,14 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.rotary import angles, rotate
+from memtx.ops.rotary import apply_rotary_emb, rotary_angles_from_base
 
 BASE = 10_000.0
 
 
 def scores(query: Tensor, key: Tensor, at: float, shift: float, dtype: torch.dtype = torch.float64) -> Tensor:
     q, k = (
-        rotate(x, angles(torch.tensor([[place]], dtype=torch.float64), x.shape[-1], BASE, dtype))
+        apply_rotary_emb(
+            x, rotary_angles_from_base(torch.tensor([[place]], dtype=torch.float64), x.shape[-1], BASE, dtype)
+        )
         for x, place in ((query, at + shift), (key, shift))
     )
     return (q * k).sum(-1)
@@ -34,7 +36,7 @@ def test_relative_only(seed: int, distance: float, shift: float) -> None:
 
 def test_angles_are_exact_far_out_even_for_float32() -> None:
     tick = torch.tensor([[1e7 + 0.5]], dtype=torch.float64)
-    single, double = (angles(tick, 16, BASE, dtype) for dtype in (torch.float32, torch.float64))
+    single, double = (rotary_angles_from_base(tick, 16, BASE, dtype) for dtype in (torch.float32, torch.float64))
     # Rounding of the result alone: float32 has 2^-24.
     torch.testing.assert_close(single.double(), double, rtol=0, atol=1e-7)
 
@@ -49,14 +51,14 @@ def test_is_the_paper_s_rotation() -> None:
         angle = tick[row, entry] * BASE ** (-2 * i / 8)
         matrix = torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]], dtype=torch.float64)
         truth[row, entry, :, 2 * i : 2 * i + 2] = x[row, entry, :, 2 * i : 2 * i + 2] @ matrix.T
-    turn = angles(tick, 8, BASE, torch.float64)
+    turn = rotary_angles_from_base(tick, 8, BASE, torch.float64)
     # Rounding of numbers of a few units in float64.
-    torch.testing.assert_close(rotate(x, turn), truth, rtol=0, atol=1e-12)
-    compiled = torch.compile(rotate, backend="eager")
+    torch.testing.assert_close(apply_rotary_emb(x, turn), truth, rtol=0, atol=1e-12)
+    compiled = torch.compile(apply_rotary_emb, backend="eager")
     torch.testing.assert_close(compiled(x, turn), truth, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_keeps_dtype(dtype: torch.dtype) -> None:
     x = torch.randn(1, 4, 2, 8).to(dtype)
-    assert rotate(x, angles(torch.arange(4)[None], 8, BASE, torch.float32)).dtype == dtype
+    assert apply_rotary_emb(x, rotary_angles_from_base(torch.arange(4)[None], 8, BASE, torch.float32)).dtype == dtype

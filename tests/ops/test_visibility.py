@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.ops.visibility import Section, Visibility, pairs, ranges, visible, visible_by_head
+from memtx.ops.visibility import KeyRange, Visibility, create_head_mask, create_mask, find_key_ranges, num_visible_pairs
 from tests.ops.attention.drawn import Problem, problems
 
 
@@ -14,21 +14,21 @@ from tests.ops.attention.drawn import Problem, problems
 @settings(deadline=None, max_examples=60)
 def test_ranges_hold_every_visible_pair(problem: Problem, start: int, length: int) -> None:
     seen = problem.visibility
-    start = min(start, seen.queries - 1)
-    stop = min(start + length, seen.queries)
-    found = ranges(seen, start, stop)
-    outside = torch.ones(seen.keys, dtype=torch.bool)
+    start = min(start, seen.num_queries - 1)
+    stop = min(start + length, seen.num_queries)
+    found = find_key_ranges(seen, start, stop)
+    outside = torch.ones(seen.num_keys, dtype=torch.bool)
     for low, high in found:
         assert low < high
         outside[low:high] = False
-    assert not visible(seen, (start, stop))[..., outside].any()
+    assert not create_mask(seen, (start, stop))[..., outside].any()
 
 
 @given(st.integers(0, 30), st.integers(-40, 40), st.integers(1, 6), st.one_of(st.none(), st.integers(0, 50)))
 @settings(deadline=None, max_examples=100)
 def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, stride: int, span: int | None) -> None:
     """Key i may be born at any tick of [first + i stride, first + (i + 1) stride) and live up to span ticks."""
-    section = Section(keys, first, stride, span)
+    section = KeyRange(keys, first, stride, span)
     for start, stop in ((0, 1), (0, 16), (16, 23)):
         possible = [
             i
@@ -38,7 +38,7 @@ def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, strid
                 for born in range(first + i * stride, first + (i + 1) * stride)
             )
         ]
-        low, high = section.seen(start, stop)
+        low, high = section.find_visible_keys(start, stop)
         assert set(possible) <= set(range(low, high))
         if possible and span:
             # One key more at either end may be let in by rounding, no more.
@@ -47,9 +47,9 @@ def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, strid
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(1, 9), st.integers(0, 30))
 def test_groups_of_keys_have_the_bounds_of_one(groups: int, grain: int, start: int, length: int, span: int) -> None:
-    alone, together = Section(groups, -3, 2, span), Section(groups * grain, -3, 2, span, grain)
-    low, high = alone.seen(start, start + length)
-    assert together.seen(start, start + length) == (low * grain, high * grain)
+    alone, together = KeyRange(groups, -3, 2, span), KeyRange(groups * grain, -3, 2, span, grain)
+    low, high = alone.find_visible_keys(start, start + length)
+    assert together.find_visible_keys(start, start + length) == (low * grain, high * grain)
 
 
 @given(
@@ -59,27 +59,27 @@ def test_groups_of_keys_have_the_bounds_of_one(groups: int, grain: int, start: i
 @settings(deadline=None, max_examples=60)
 def test_seeing_is_seen_from_the_keys(keys: int, first: int, stride: int, span: int | None, grain: int) -> None:
     """A query sees into a block of keys by the one exactly if the block is seen by it by the other."""
-    section, queries = Section(keys, first, stride, span, grain), 23
+    section, queries = KeyRange(keys, first, stride, span, grain), 23
     for low in range(0, keys, 7):
         high = min(low + 7, keys)
-        start, stop = section.seeing(low, high, queries)
+        start, stop = section.find_attending_queries(low, high, queries)
         assert 0 <= start <= stop <= queries
         for tick in range(queries):
-            seen = section.seen(tick, tick + 1)
+            seen = section.find_visible_keys(tick, tick + 1)
             assert (max(low, seen[0]) < min(high, seen[1])) == (start <= tick < stop)
 
 
 @given(problems())
 @settings(deadline=None, max_examples=30)
 def test_pairs_count_what_is_visible(problem: Problem) -> None:
-    assert torch.equal(pairs(problem.visibility), visible(problem.visibility).sum((1, 2)))
+    assert torch.equal(num_visible_pairs(problem.visibility), create_mask(problem.visibility).sum((1, 2)))
 
 
 @given(problems(most=20, patterns=True))
 @settings(deadline=None, max_examples=15)
 def test_pairs_of_a_pattern(problem: Problem) -> None:
-    seen = visible_by_head(problem.visibility)
-    assert torch.equal(pairs(problem.visibility), seen.sum((2, 3)).double().mean(1).floor().long())
+    seen = create_head_mask(problem.visibility)
+    assert torch.equal(num_visible_pairs(problem.visibility), seen.sum((2, 3)).double().mean(1).floor().long())
 
 
 def test_longformer() -> None:
@@ -92,20 +92,20 @@ def test_longformer() -> None:
         torch.cat([torch.zeros(1, 1, dtype=torch.int64), born], 1),
         torch.cat([torch.full((1, 1), length), position + window + 1], 1),
         length,
-        (Section(1), Section(length, -window, 1, 2 * window + 1)),
+        (KeyRange(1), KeyRange(length, -window, 1, 2 * window + 1)),
     )
-    mask = visible(seen)[0]
+    mask = create_mask(seen)[0]
     distance = (position[0][:, None] - position[0]).abs()
     assert bool(mask[:, 0].all())
     assert torch.equal(mask[:, 1:], (distance <= window) & ~away)
     # The static bounds keep the band: ranges() of a middle query is the global key and its window.
-    assert ranges(seen, 6, 7) == [(0, 1), (5, 10)]
+    assert find_key_ranges(seen, 6, 7) == [(0, 1), (5, 10)]
 
 
 def test_blocks_of_the_mask_are_the_mask() -> None:
     tick = torch.arange(-3, 9)[None]
-    seen = Visibility(tick, tick + 4, 9, (Section(12, -3, 1, 4),))
-    whole = visible(seen)
+    seen = Visibility(tick, tick + 4, 9, (KeyRange(12, -3, 1, 4),))
+    whole = create_mask(seen)
     assert whole.shape == (1, 9, 12)
-    assert torch.equal(visible(seen, (2, 7), (4, 10)), whole[:, 2:7, 4:10])
+    assert torch.equal(create_mask(seen, (2, 7), (4, 10)), whole[:, 2:7, 4:10])
     assert [int(row.sum()) for row in whole[0]] == [4] * 9

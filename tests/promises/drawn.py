@@ -68,7 +68,7 @@ def read(case: Case, borders: list[int], state: MemoryState | None = None) -> tu
     """Read the stream in the given segments; return all logits and the last state."""
     logits = []
     for low, high in itertools.pairwise(borders):
-        out = case.model(case.tokens[:, low:high], state, starts=case.starts[:, low:high])
+        out = case.model(case.tokens[:, low:high], state, document_starts=case.starts[:, low:high])
         state = out.state
         logits.append(out.logits)
     assert state is not None

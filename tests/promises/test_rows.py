@@ -84,7 +84,7 @@ def test_rows_of_different_lengths_are_what_each_is_alone(kind: str, data: st.Da
     n = case.tokens.shape[1]
     _, before = read(case, [0, n])
     lengths = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=3, max_size=3)))
-    out = case.model(case.tokens, before, starts=case.starts, lengths=lengths)
+    out = case.model(case.tokens, before, document_starts=case.starts, valid_length=lengths)
     for row, length in enumerate(lengths.tolist()):
         state = before.select([row])
         if length:
@@ -97,16 +97,16 @@ def test_rows_of_different_lengths_are_what_each_is_alone(kind: str, data: st.Da
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed"))])
 def test_other_kinds_refuse_rows_of_different_lengths(kind: str) -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS[kind](4, 2, 2)]).eval()
-    with pytest.raises(MemtxError, match="lengths were given to memories that read all tokens"):
-        model(torch.zeros(2, 3, dtype=torch.int64), lengths=torch.tensor([3, 1]))
+    with pytest.raises(MemtxError, match="valid_length was given to memories that read all tokens"):
+        model(torch.zeros(2, 3, dtype=torch.int64), valid_length=torch.tensor([3, 1]))
 
 
 def test_lengths_are_checked() -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS["recurrent"](4, 2, 2)]).eval()
     tokens = torch.zeros(2, 3, dtype=torch.int64)
-    with pytest.raises(MemtxError, match=r"lengths is torch.int64 \(3,\), expected int64 \(2,\)"):
-        model(tokens, lengths=torch.tensor([3, 1, 1]))
-    with pytest.raises(MemtxError, match=r"lengths is \[3, 4\]"):
-        model(tokens, lengths=torch.tensor([3, 4]))
-    with pytest.raises(MemtxError, match="lengths were given in training"):
-        model.train()(tokens, lengths=torch.tensor([3, 1]))
+    with pytest.raises(MemtxError, match=r"valid_length is torch.int64 \(3,\), expected int64 \(2,\)"):
+        model(tokens, valid_length=torch.tensor([3, 1, 1]))
+    with pytest.raises(MemtxError, match=r"valid_length is \[3, 4\]"):
+        model(tokens, valid_length=torch.tensor([3, 4]))
+    with pytest.raises(MemtxError, match="valid_length was given in training"):
+        model.train()(tokens, valid_length=torch.tensor([3, 1]))

@@ -23,7 +23,7 @@ class Server:
         own = os.environ | {"PYTHONPATH": str(HOME), "OMP_NUM_THREADS": "1"} | environment
         command = [sys.executable, "-m", "memtx", "serve", "--checkpoint", str(at / "model"), "--port", "0"]
         self.process = subprocess.Popen(
-            [*command, "--segment", "32", *options], cwd=at, env=own, stderr=subprocess.PIPE, text=True
+            [*command, "--segment-length", "32", *options], cwd=at, env=own, stderr=subprocess.PIPE, text=True
         )
         assert self.process.stderr is not None
         self.said = self.process.stderr.readline()

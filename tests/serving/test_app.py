@@ -17,14 +17,14 @@ from fastapi.testclient import TestClient
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import MemtxError
 from memtx.inference.pool import SessionPool
-from memtx.serving.app import make_app
+from memtx.serving.app import create_app
 from memtx.serving.limits import Limits
 from tests.inference.conftest import TEXT, tiny_model
 
 
 def client(folder: Path, limits: Limits | None = None, key: str | None = None, **options: Any) -> TestClient:
-    pool = SessionPool(tiny_model(257), ByteTokenizer(), folder, segment=32, **options)
-    return TestClient(make_app(pool, name="m", limits=limits, key=key), raise_server_exceptions=False)
+    pool = SessionPool(tiny_model(257), ByteTokenizer(), folder, segment_length=32, **options)
+    return TestClient(create_app(pool, model_name="m", limits=limits, api_key=key), raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def error(response: Any, status: int) -> str:
     assert response.status_code == status, response.text
     said = response.json()["error"]
     assert said["message"]
-    assert said["what"]
+    assert said["detail"]
     assert "Traceback" not in response.text
     return str(said["message"])
 
@@ -65,7 +65,7 @@ def test_other_sites_are_kept_out(web: TestClient) -> None:
 
 
 def test_bodies_have_an_end(tmp_path: Path) -> None:
-    with client(tmp_path, Limits(body=1000)) as web:
+    with client(tmp_path, Limits(max_body_bytes=1000)) as web:
         assert "more than 1000 bytes" in error(web.post("/v1/sessions", json={"text": "x" * 1000}), 413)
         parts = iter([b'{"text": "'] + [b"x" * 100] * 20)  # Of no length that is said before.
         said = web.post("/v1/sessions", content=parts, headers={"Content-Type": "application/json"})
@@ -77,16 +77,16 @@ def test_bodies_have_an_end(tmp_path: Path) -> None:
 
 
 def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
-    with client(tmp_path, Limits(requests=1), limit=2) as web:
+    with client(tmp_path, Limits(max_concurrent_requests=1), max_sessions=2) as web:
         for _ in range(2):
             assert web.post("/v1/sessions", json={}).status_code == 201
         full = web.post("/v1/sessions", json={})
         assert "as many as may be" in error(full, 429)
         assert int(full.headers["Retry-After"]) > 0
         guard = web.app.middleware_stack  # type: ignore[attr-defined]
-        while not hasattr(guard, "working"):
+        while not hasattr(guard, "active_requests"):
             guard = guard.app
-        guard.working = 1
+        guard.active_requests = 1
         busy = web.post("/v1/completions", json={"model": "m", "prompt": "x"})
         assert "works on 1 requests" in error(busy, 429)
         assert int(busy.headers["Retry-After"]) > 0
@@ -94,7 +94,7 @@ def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
 
 
 def test_time_has_an_end(tmp_path: Path) -> None:
-    with client(tmp_path, Limits(seconds=0.3, tokens=10**9)) as web:
+    with client(tmp_path, Limits(max_seconds=0.3, max_tokens=10**9)) as web:
         began = time.monotonic()
         body = {"model": "m", "prompt": "x", "max_tokens": 10**9}
         assert "longer than it may" in error(web.post("/v1/completions", json=body), 408)
@@ -102,7 +102,7 @@ def test_time_has_an_end(tmp_path: Path) -> None:
         assert said.status_code == 200
         assert "longer than it may" in said.text.rstrip().splitlines()[-1]
         name = web.post("/v1/sessions", json={}).json()["id"]
-        error(web.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 10**9, "keep": True}), 408)
+        error(web.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 10**9, "update_session": True}), 408)
         assert web.get(f"/v1/sessions/{name}").json()["bytes"] == 0
         assert time.monotonic() - began < 20
 
@@ -127,14 +127,14 @@ def test_mistakes_are_one_object(web: TestClient) -> None:
     error(web.post(feed, content=b"[" * 100_000, headers={"Content-Type": "application/json"}), 400)
     error(web.post(feed, json={"text": 3}), 400)
     error(web.post("/v1/sessions/import", content=b"no such file"), 400)
-    error(web.post(f"/v1/sessions/{name}/generate", json={"keep": True, "n": 2}), 400)
+    error(web.post(f"/v1/sessions/{name}/generate", json={"update_session": True, "n": 2}), 400)
     error(web.get("/nowhere"), 404)
     error(web.delete("/v1/models"), 405)
 
 
 def test_a_session_that_keeps_streams_too(web: TestClient) -> None:
     name = web.post("/v1/sessions", json={"text": TEXT[:50]}).json()["id"]
-    body = {"max_tokens": 8, "seed": 1, "keep": True, "stream": True, "prompt": " And"}
+    body = {"max_tokens": 8, "seed": 1, "update_session": True, "stream": True, "prompt": " And"}
     said = web.post(f"/v1/sessions/{name}/generate", json=body).text
     assert said.endswith("data: [DONE]\n\n")
     assert web.get(f"/v1/sessions/{name}").json()["bytes"] > 54
@@ -150,5 +150,5 @@ def test_a_servers_own_mistake_is_not_told(web: TestClient, monkeypatch: pytest.
 
 
 def test_limits_are_checked() -> None:
-    with pytest.raises(MemtxError, match="limit of seconds"):
-        Limits(seconds=0)
+    with pytest.raises(MemtxError, match="max_seconds is 0"):
+        Limits(max_seconds=0)

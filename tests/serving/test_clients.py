@@ -14,9 +14,9 @@ import pytest
 
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.inference.generate import generate
-from memtx.inference.loading import load
+from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.reader import StreamReader
-from memtx.inference.sampling import Sampling
+from memtx.inference.sampling import SamplingParams
 from tests.commands.tiny import BOOK
 from tests.serving.conftest import Server
 
@@ -30,14 +30,16 @@ def client(server: Server) -> Any:
 
 
 def written(place: Path, prompt: str, **options: Any) -> str:
-    model, tokenizer = load(place / "model")
-    return "".join(generate(model, tokenizer, prompt, segment=32, **options))
+    model, tokenizer = load_model_and_tokenizer(place / "model")
+    return "".join(generate(model, tokenizer, prompt, segment_length=32, **options))
 
 
 def test_openai_completes(client: Any, place: Path) -> None:
     made = client.completions.create(model="model", prompt="It was", max_tokens=20, seed=3, temperature=0.8)
     choice = made.choices[0]
-    assert choice.text == written(place, "It was", max_tokens=20, seed=3, sampling=Sampling(temperature=0.8))
+    assert choice.text == written(
+        place, "It was", max_tokens=20, seed=3, sampling_params=SamplingParams(temperature=0.8)
+    )
     assert choice.finish_reason == "length"
     assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (6, 20)
     assert client.models.list().data[0].id == "model"
@@ -60,7 +62,7 @@ def test_openai_streams(client: Any, place: Path) -> None:
 def test_openai_scores_by_echo(client: Any, place: Path) -> None:
     made = client.completions.create(model="model", prompt="störmy", max_tokens=0, echo=True, logprobs=1)
     choice = made.choices[0]
-    reader = StreamReader(*load(place / "model"), 32)
+    reader = StreamReader(*load_model_and_tokenizer(place / "model"), 32)
     nll = [value for part in (*reader.feed("störmy"), *reader.finish()) for value in part.nll.tolist()]
     assert choice.text == "störmy"
     assert [-one for one in choice.logprobs.token_logprobs] == pytest.approx(nll, abs=1e-5)  # float32
@@ -101,20 +103,20 @@ def test_curl_reads_a_book(server: Server, place: Path) -> None:
 
     one = curl("POST", "/v1/sessions", {"text": BOOK[:1500]})
     address = f"/v1/sessions/{one['id']}"
-    rest = curl("POST", f"{address}/feed", {"text": BOOK[1500:], "end": True})
-    model, tokenizer = load(place / "model")
+    rest = curl("POST", f"{address}/feed", {"text": BOOK[1500:], "end_of_text": True})
+    model, tokenizer = load_model_and_tokenizer(place / "model")
     reader = StreamReader(model, tokenizer, 32)
     list(reader.feed(BOOK))
     list(reader.finish())
     assert rest["nll"] == pytest.approx(reader.totals.nll, rel=1e-5)
     assert rest["bytes"] == len(BOOK.encode())
     parts = [*one["segments"], *rest["segments"]]
-    assert sum(sum(part["bytes"]) for part in parts) == len(BOOK.encode())
-    score = curl("POST", f"{address}/score", {"text": "It was", "top": 2, "embeddings": True})
+    assert sum(sum(part["byte_lengths"]) for part in parts) == len(BOOK.encode())
+    score = curl("POST", f"{address}/score", {"text": "It was", "logprobs": 2, "return_hidden_states": True})
     assert score["tokens"] == 6
-    assert len(score["segments"][0]["embeddings"][0]) == 16
+    assert len(score["segments"][0]["hidden_states"][0]) == 16
     branch = curl("POST", f"{address}/fork")
-    made = curl("POST", f"/v1/sessions/{branch['id']}/generate", {"max_tokens": 9, "seed": 2, "keep": True})
+    made = curl("POST", f"/v1/sessions/{branch['id']}/generate", {"max_tokens": 9, "seed": 2, "update_session": True})
     assert made["choices"][0]["text"] == written(place, BOOK, max_tokens=9, seed=2)
     again = curl("POST", f"{address}/generate", {"max_tokens": 9, "seed": 2})
     assert again["choices"][0]["text"] == made["choices"][0]["text"]
@@ -127,7 +129,7 @@ def test_curl_reads_a_book(server: Server, place: Path) -> None:
 
 
 def test_sessions_survive_the_process(place: Path) -> None:
-    folder = ["--sessions", str(place / "kept")]
+    folder = ["--session-dir", str(place / "kept")]
     first = Server(place, *folder)
     saved = httpx.post(f"{first.address}/v1/sessions", json={"text": BOOK[:2000], "save": True}).json()
     httpx.post(f"{first.address}/v1/sessions", json={"text": BOOK[:2000]})
@@ -143,9 +145,9 @@ def test_sessions_survive_the_process(place: Path) -> None:
     third = Server(place, *folder)
     back = {one["id"]: one for one in httpx.get(f"{third.address}/v1/sessions").json()["data"]}
     assert back.keys() == {saved["id"], unsaved["id"]}
-    text = {"text": BOOK[1700:], "end": True}
+    text = {"text": BOOK[1700:], "end_of_text": True}
     rest = httpx.post(f"{third.address}/v1/sessions/{unsaved['id']}/feed", json=text).json()
-    reader = StreamReader(load(place / "model")[0], ByteTokenizer(), 32)
+    reader = StreamReader(load_model_and_tokenizer(place / "model")[0], ByteTokenizer(), 32)
     list(reader.feed(BOOK))
     list(reader.finish())
     assert rest["nll"] == pytest.approx(reader.totals.nll, rel=1e-5)
@@ -153,7 +155,7 @@ def test_sessions_survive_the_process(place: Path) -> None:
 
 
 def test_what_is_being_made_is_told_of_the_end(place: Path) -> None:
-    server = Server(place, "--sessions", str(place / "ended"), "--max-tokens", "1000000")
+    server = Server(place, "--session-dir", str(place / "ended"), "--max-tokens", "1000000")
     body = {"model": "model", "prompt": "x", "max_tokens": 1_000_000, "stream": True}
     session = httpx.post(f"{server.address}/v1/sessions", json={"text": BOOK[:100]}).json()["id"]
     with httpx.stream("POST", f"{server.address}/v1/completions", json=body) as stream:

@@ -50,16 +50,16 @@ def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[in
     assert page.evaluate("document.activeElement.id") == "read"
     page.keyboard.press("Enter")
     page.get_by_text("Go on with the text, or read another.").wait_for(timeout=20_000)
-    assert page.locator("#text").inner_text() == BOOK
+    assert page.locator("#output").inner_text() == BOOK
     assert page.locator("#tokens").inner_text() == f"{len(BOOK.encode()):,} tokens"
-    shades = page.evaluate("[...document.querySelectorAll('#text i')].slice(0, 300).map(i => i.style.background)")
+    shades = page.evaluate("[...document.querySelectorAll('#output i')].slice(0, 300).map(i => i.style.background)")
     assert len(set(shades)) > 5, "more and less surprising tokens differ"
-    assert page.evaluate("new Set(sizes.map(one => one[1])).size") == 1, "the state's size is flat"
-    assert page.locator("#loss polyline").count() == 1
-    page.locator("#count").fill("15")
-    page.locator("#count").press("Enter")
+    assert page.evaluate("new Set(stateSizes.map(one => one[1])).size") == 1, "the state's size is flat"
+    assert page.locator("#loss-curve polyline").count() == 1
+    page.locator("#max-tokens").fill("15")
+    page.locator("#max-tokens").press("Enter")
     page.get_by_text("That is how the model would go on").wait_for(timeout=20_000)
-    assert page.locator(".made").inner_text()
+    assert page.locator(".generated").inner_text()
     # A phone shows all of it without scrolling sideways.
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     if shots := os.environ.get("MEMTX_SCREENSHOTS"):

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.inference.pool import SessionPool
-from memtx.serving.app import make_app, make_task_app
+from memtx.serving.app import create_app, create_task_app
 from memtx.serving.limits import Limits
 from tests.inference.conftest import tiny_model
 from tests.serving.test_app import error
@@ -24,7 +24,9 @@ from tests.tasks import KINDS, predictor, records
 
 
 def client(kind: str = "classification", limits: Limits | None = None, key: str | None = None) -> TestClient:
-    return TestClient(make_task_app(predictor(kind), name="m", limits=limits, key=key), raise_server_exceptions=False)
+    return TestClient(
+        create_task_app(predictor(kind), model_name="m", limits=limits, api_key=key), raise_server_exceptions=False
+    )
 
 
 @pytest.fixture
@@ -69,9 +71,9 @@ def test_the_other_kinds_routes_say_so(web: TestClient, tmp_path: Any) -> None:
     for address in ("/v1/completions", "/v1/sessions", "/v1/sessions/abc/feed"):
         said = web.post(address, json={"model": "m", "prompt": "x"})
         assert "/v1/predict" in error(said, 400)
-        assert said.json()["error"]["code"] == "wrong_kind_of_model"
-    pool = SessionPool(tiny_model(257), ByteTokenizer(), tmp_path / "s", segment=32)
-    with TestClient(make_app(pool, name="m"), raise_server_exceptions=False) as texts:
+        assert said.json()["error"]["code"] == "unsupported_endpoint"
+    pool = SessionPool(tiny_model(257), ByteTokenizer(), tmp_path / "s", segment_length=32)
+    with TestClient(create_app(pool, model_name="m"), raise_server_exceptions=False) as texts:
         assert "/v1/completions" in error(texts.post("/v1/predict", json={"input": "x"}), 400)
 
 
@@ -81,7 +83,7 @@ def test_health_models_and_metrics(web: TestClient) -> None:
     assert [one["id"] for one in web.get("/v1/models").json()["data"]] == ["m"]
     assert web.get("/v1/models/m").status_code == 200
     measured = web.get("/metrics").text
-    assert 'memtx_requests_total{method="POST",route="/v1/predict",status="200"} 1.0' in measured
+    assert 'memtx_http_requests_total{method="POST",route="/v1/predict",status="200"} 1.0' in measured
     assert "memtx_tokens_read 4.0" in measured  # two words, [CLS] and [SEP]
     error(web.get("/nowhere"), 404)
     error(web.get("/v1/predict"), 405)
@@ -92,7 +94,7 @@ def test_limits_and_key_hold() -> None:
         error(web.post("/v1/predict", json={"input": "x"}), 401)
         good = {"Authorization": f"Bearer {'k' * 16}"}
         assert web.post("/v1/predict", json={"input": "x"}, headers=good).status_code == 200
-    with client(limits=Limits(inputs=2, body=1000)) as web:
+    with client(limits=Limits(max_inputs=2, max_body_bytes=1000)) as web:
         assert "at most 2" in error(web.post("/v1/predict", json={"input": ["x"] * 3}), 400)
         error(web.post("/v1/predict", json={"input": "x" * 1000}), 413)
         error(web.post("/v1/predict", json={"input": "x"}, headers={"Origin": "http://evil.example"}), 403)
@@ -100,8 +102,10 @@ def test_limits_and_key_hold() -> None:
 
 def test_time_has_an_end() -> None:
     made = predictor("classification")
-    with TestClient(make_task_app(made, name="m", limits=Limits(seconds=0.3)), raise_server_exceptions=False) as web:
-        with made._turn:  # Another request is being answered.
+    with TestClient(
+        create_task_app(made, model_name="m", limits=Limits(max_seconds=0.3)), raise_server_exceptions=False
+    ) as web:
+        with made._lock:  # Another request is being answered.
             began = time.monotonic()
             assert "longer than it may" in error(web.post("/v1/predict", json={"input": "x"}), 408)
             assert time.monotonic() - began < 10

@@ -32,7 +32,7 @@ def fit(
     With ``ranks``, as so many processes under torchrun; with ``environments``, as one process in each.
     """
     callback = {"class_path": WATCH, "init_args": {"to": str(at / f"{run}-watched"), **watch}}
-    fixed = ("fit", "--config", "c.yaml", "--run", run, "--ckpt_path", "last")
+    fixed = ("fit", "--config", "c.yaml", "--run_dir", run, "--ckpt_path", "last")
     argv = (*fixed, "--trainer.callbacks", json.dumps([callback]), *options)
     if environments is not None:
         return program.together(*argv, at=at, environments=environments)

@@ -24,7 +24,7 @@ SEGMENT = 8
 
 
 def memory(**options: Any) -> Any:
-    return partial(CompressedMemory, **({"window": 6, "rate": 2, "length": 3} | options))
+    return partial(CompressedMemory, **({"window": 6, "compression_rate": 2, "num_entries": 3} | options))
 
 
 def model(vocab_size: int = 257, **options: Any) -> MemoryTransformer:
@@ -42,18 +42,18 @@ def adam(params: Any) -> torch.optim.Optimizer:
 
 def module(seed: int = 0, *, dropout: float = 0.1, compile: bool = False, **options: Any) -> LanguageModule:
     seed_everything(seed, verbose=False)
-    settings: dict[str, Any] = {"optimizer": adam, "scheduler": partial(WarmupCosine, warmup=2)}
+    settings: dict[str, Any] = {"optimizer": adam, "scheduler": partial(WarmupCosine, warmup_steps=2)}
     make: Callable[[int], MemoryTransformer] = partial(
         MemoryTransformer, dim=16, depth=2, heads=2, memories=(memory(),), dropout=dropout
     )
-    return LanguageModule(make, segment=SEGMENT, compile=compile, **(settings | options))
+    return LanguageModule(make, segment_length=SEGMENT, compile=compile, **(settings | options))
 
 
 def data(root: Path, **options: Any) -> BookDataModule:
     if not (root / "books").exists():
         write_books(root / "books")
-    settings: dict[str, Any] = {"rows": 2, "segment": SEGMENT, "horizon": 2, "workers": 1}
-    return BookDataModule(str(root / "books"), cache=str(root / "cache"), **(settings | options))
+    settings: dict[str, Any] = {"batch_size": 2, "segment_length": SEGMENT, "bptt_segments": 2, "num_workers": 1}
+    return BookDataModule(str(root / "books"), cache_dir=str(root / "cache"), **(settings | options))
 
 
 def trainer(root: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:

@@ -12,9 +12,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from memtx.cli.common import INTERRUPTED
+from memtx.cli.common import EXIT_INTERRUPTED
 from memtx.errors import CheckpointError, MemtxError
-from memtx.models.folder import chosen_checkpoint
+from memtx.models.folder import find_checkpoint, read_checkpoint
 from memtx.training import randomness
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from memtx.training.callbacks.interrupt import StopOnInterrupt
@@ -128,7 +128,7 @@ def test_best_is_the_best(tmp_path: Path) -> None:
     assert note == {"path": f"step-{best:08d}.ckpt", "monitor": "val_bits_per_byte", "score": scores[best]}
     names = ["best.json", "earlier-00000009.ckpt", "last.ckpt", note["path"]]
     assert sorted(one.name for one in folder.iterdir()) == names
-    assert chosen_checkpoint(tmp_path / "run") == folder / note["path"]
+    assert find_checkpoint(tmp_path / "run") == folder / note["path"]
     # The weights are those that were measured.
     (found,) = trainer(tmp_path).validate(
         module(seed=3), datamodule=data(tmp_path), ckpt_path=str(folder / note["path"]), verbose=False
@@ -157,31 +157,35 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=2).fit(module(), datamodule=data(tmp_path, seed=3), ckpt_path=last)
     with pytest.raises(CheckpointError, match="something else"):
         module().on_load_checkpoint({"state_dict": {}})
+    old = read_checkpoint(last)
+    old["memtx"]["model"]["version"] = 1
+    with pytest.raises(CheckpointError, match="format version 1, this release reads 2"):
+        module().on_load_checkpoint(old)
 
 
 def test_memory_is_kept_by_stage() -> None:
     reader, carry = model(), Carry()
-    state = carry.take("train", reader, 2)
+    state = carry.get_state("train", reader, 2)
     tokens = torch.randint(0, 257, (2, 9))
-    carry.put("train", reader(tokens, state).state.detach())
-    carry.put("val", reader(tokens[:, :4]).state.detach())
-    carry.forget("val")
+    carry.set_state("train", reader(tokens, state).state.detach())
+    carry.set_state("val", reader(tokens[:, :4]).state.detach())
+    carry.reset("val")
     assert carry.nbytes("val") == 0
-    assert carry.take("val", reader, 2).position.tolist() == [0, 0]
-    assert carry.take("train", reader, 2).position.tolist() == [9, 9]
+    assert carry.get_state("val", reader, 2).position.tolist() == [0, 0]
+    assert carry.get_state("train", reader, 2).position.tolist() == [9, 9]
     assert carry.nbytes("train") == sum(one.nbytes for one in carry.state_dict("train").values())
     other = Carry()
     other.load_state_dict("train", carry.state_dict("train"))
     assert other.state_dict("train").keys() == carry.state_dict("train").keys()
-    taken = other.take("train", reader, 2)
+    taken = other.get_state("train", reader, 2)
     for name, tensor in carry.state_dict("train").items():
-        assert torch.equal(taken.tensors()[name], tensor), name
+        assert torch.equal(taken.named_tensors()[name], tensor), name
     other.load_state_dict("train", carry.state_dict("train"))
     with pytest.raises(CheckpointError, match="rows"):
-        other.take("train", reader, 3)
+        other.get_state("train", reader, 3)
     other.load_state_dict("train", carry.state_dict("train"))
     with pytest.raises(CheckpointError):
-        other.take("train", model(memories=(memory(window=9),)), 2)
+        other.get_state("train", model(memories=(memory(window=9),)), 2)
 
 
 def test_random_numbers_go_on(tmp_path: Path) -> None:
@@ -194,10 +198,10 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
 
     draw()
     path = tmp_path / "states"
-    torch.save(randomness.collect(), path)
+    torch.save(randomness.get_rng_state(), path)
     first = draw()
     assert draw() != first
-    randomness.restore(torch.load(path, weights_only=True))
+    randomness.set_rng_state(torch.load(path, weights_only=True))
     assert draw() == first
 
 
@@ -208,7 +212,7 @@ def test_ctrl_c_saves_and_goes_on(program: Program, tmp_path: Path) -> None:
     assert runs.fit(program, at, "whole").code == 0
     for number, strike, last in ((signal.SIGINT, 2, 3), (signal.SIGTERM, 7, 7)):
         done = runs.fit(program, at, "struck", strike=strike, signal=int(number))
-        assert done.code == INTERRUPTED, done
+        assert done.code == EXIT_INTERRUPTED, done
         assert "Traceback" not in done.err
         # To the end of the optimiser's step, so that nothing accumulated is lost.
         assert max(runs.losses(at, "struck")) == last
@@ -230,7 +234,7 @@ def test_signals_are_put_back(tmp_path: Path) -> None:
 
 def test_speed_and_memory_are_logged(tmp_path: Path) -> None:
     taught = module()
-    run = trainer(tmp_path, Throughput(every=2), max_steps=4, val_check_interval=3)
+    run = trainer(tmp_path, Throughput(every_n_batches=2), max_steps=4, val_check_interval=3)
     run.fit(taught, datamodule=data(tmp_path))
     logged = {name: float(value) for name, value in run.callback_metrics.items()}
     assert logged["tokens_per_second"] > 0

@@ -13,7 +13,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training import cost
 
-COMPRESSED = partial(CompressedMemory, window=8, rate=4, length=4)
+COMPRESSED = partial(CompressedMemory, window=8, compression_rate=4, num_entries=4)
 
 
 def model(**options: object) -> MemoryTransformer:
@@ -23,24 +23,24 @@ def model(**options: object) -> MemoryTransformer:
 
 def test_parameters_by_part_are_all_of_them_once() -> None:
     made = model(memories=[COMPRESSED, NoMemory, RecurrentMemory])
-    parts = cost.by_part(made)
+    parts = cost.count_parameters(made)
     assert sum(parts.values()) == sum(one.numel() for one in made.parameters())
     assert parts["embedding"] == 32 * 16
-    assert parts["memories"] == 4 * 16 * 16 + 16
+    assert parts["memory"] == 4 * 16 * 16 + 16
     assert "head" not in parts, "it is the embedding"
-    assert cost.by_part(model(tie_embeddings=False))["head"] == 32 * 16
+    assert cost.count_parameters(model(tie_embeddings=False))["head"] == 32 * 16
 
 
 def test_operations_by_hand() -> None:
     made = model(memories=[NoMemory], feed_forward=FeedForward)
-    found = cost.operations(made, 8)
+    found = cost.count_flops(made, 8)
     matrices = 3 * (4 * 16 * 16 + 2 * 16 * 64) + 16 * 32
     assert found.forward == 2 * matrices + 3 * 4 * 16 * (8 * 9 / 2) / 8
     assert found.training == 3 * found.forward
-    assert found.scores
+    assert found.includes_attention
     for parameter in made.parameters():
         parameter.requires_grad_(False)
-    assert cost.operations(made, 8).training == found.forward
+    assert cost.count_flops(made, 8).training == found.forward
 
 
 def test_a_window_shows_as_many_pairs_whatever_the_segment() -> None:
@@ -49,7 +49,7 @@ def test_a_window_shows_as_many_pairs_whatever_the_segment() -> None:
     for segment in (4, 32):
         # The five positions before the segment are projected to keys and values anew.
         again = 3 * 2 * 16 * 16 * 5 / segment
-        assert cost.operations(made, segment).forward == 2 * (matrices + again) + 3 * 4 * 16 * 6
+        assert cost.count_flops(made, segment).forward == 2 * (matrices + again) + 3 * 4 * 16 * 6
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -70,9 +70,9 @@ def test_activations_are_those_of_a_real_pass(half: bool, horizon: int) -> None:
     hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with torch.autocast("cpu", torch.bfloat16, enabled=half), hooks:
         for _ in range(horizon):
-            state = made(tokens, state, starts=starts, labels=tokens).state
+            state = made(tokens, state, document_starts=starts, labels=tokens).state
     real = sum(storage.nbytes() for storage in kept.values())
-    counted = cost.activation_bytes(made, 3, 16, horizon, half=half)
+    counted = cost.activation_bytes(made, 3, 16, horizon, bf16=half)
     # What segments share (the state between them, weights in two bytes) counts in each of them.
     assert counted == real if horizon == 1 else real <= counted < 1.5 * real
 
@@ -81,7 +81,7 @@ def test_replay_and_checkpointing_keep_less() -> None:
     made = model(depth=6)
     whole = cost.activation_bytes(made, 2, 32, 4)
     assert cost.activation_bytes(made, 2, 32, 4, replay=True) < 0.5 * whole
-    made.checkpointing = True
+    made.activation_checkpointing = True
     assert cost.activation_bytes(made, 2, 32, 4) < 0.5 * whole
 
 
@@ -96,9 +96,9 @@ def test_the_optimiser_keeps_what_it_keeps() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     made, random = model(), torch.random.get_rng_state()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
-    cost.operations(made, 8)
+    cost.count_flops(made, 8)
     cost.activation_bytes(made, 1, 8)
-    cost.matrix_peak(torch.device("cpu"), torch.float32, 8)
+    cost.measure_peak_flops(torch.device("cpu"), torch.float32, 8)
     assert torch.equal(torch.random.get_rng_state(), random), "or a run would draw other numbers"
     assert all(torch.equal(tensor, made.state_dict()[name]) for name, tensor in before.items())
     assert not any(part._forward_pre_hooks for part in made.modules())

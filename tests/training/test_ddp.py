@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from memtx import files
-from memtx.cli.common import INTERRUPTED
+from memtx.cli.common import EXIT_INTERRUPTED
 from memtx.models.folder import read_checkpoint
 from tests.commands.program import Program
 from tests.commands.runs import changed
@@ -21,7 +21,7 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
 
 
 def config(rows: int, **trainer: Any) -> dict[str, Any]:
-    content = changed(("data", "rows"), rows)
+    content = changed(("data", "batch_size"), rows)
     content["trainer"] |= {"val_check_interval": 3, "max_steps": 8} | trainer
     content["checkpoint"] = {"every_n_train_steps": 2}
     return content
@@ -39,9 +39,9 @@ def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_pa
     # processes is the mean over labels.
     content["model"]["model"]["init_args"]["dropout"] = 0.0
     # More rows than books: some processes score nothing, and must not keep the others waiting.
-    content["data"]["eval_rows"] = 3
+    content["data"]["eval_batch_size"] = 3
     at = runs.prepare(tmp_path, content)
-    for name, options in (("one", ()), ("two", (*TWO, "--data.rows", "1"))):
+    for name, options in (("one", ()), ("two", (*TWO, "--data.batch_size", "1"))):
         done = runs.fit(program, at, name, *options, gradients=True)
         assert done.code == 0, done.err
     one, two = (
@@ -64,7 +64,7 @@ def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: 
     assert done.code == 0, done.err
     done = runs.fit(program, at, "struck", *TWO, strike=6, signal=int(number), rank=1)
     # One of them is struck: without mercy, or with the step in hand saved by both.
-    assert done.code == (1 if number == signal.SIGKILL else INTERRUPTED), done.err
+    assert done.code == (1 if number == signal.SIGKILL else EXIT_INTERRUPTED), done.err
     assert max(runs.losses(at, "struck")) == (5 if number == signal.SIGKILL else 6)
     done = runs.fit(program, at, "struck", *TWO)
     assert done.code == 0, done.err
@@ -95,11 +95,14 @@ def test_all_processes_skip_alike(program: Program, tmp_path: Path) -> None:
 STACK = [
     [
         {"class_path": "memtx.RecurrentMemory", "init_args": {"window": 12}},
-        {"class_path": "memtx.AssociativeMemory", "init_args": {"heads": 2, "decay": "memtx.memory.gates.Gate"}},
-        {"class_path": "memtx.SlotMemory", "init_args": {"count": 3, "interval": 8, "heads": 2}},
-        {"class_path": "memtx.RetrievalMemory", "init_args": {"capacity": 20, "nearest": 3, "skip": 12, "heads": 2}},
-        {"class_path": "memtx.SinkMemory", "init_args": {"count": 2, "skip": 12}},
-        {"class_path": "memtx.TokenMemory", "init_args": {"count": 2, "interval": 10}},
+        {"class_path": "memtx.AssociativeMemory", "init_args": {"heads": 2, "decay_gate": "memtx.memory.gates.Gate"}},
+        {"class_path": "memtx.SlotMemory", "init_args": {"num_slots": 3, "interval": 8, "heads": 2}},
+        {
+            "class_path": "memtx.RetrievalMemory",
+            "init_args": {"capacity": 20, "top_k": 3, "exclude_recent": 12, "heads": 2},
+        },
+        {"class_path": "memtx.SinkMemory", "init_args": {"num_sinks": 2, "exclude_recent": 12}},
+        {"class_path": "memtx.TokenMemory", "init_args": {"num_tokens": 2, "interval": 10}},
     ]
 ]
 
@@ -114,5 +117,5 @@ def test_no_kind_leaves_a_parameter_without_gradient(program: Program, tmp_path:
     done = runs.fit(program, at, "two", *TWO, gradients=True)
     assert done.code == 0, done.err
     gradients, _ = files.load_tensors(at / "two-watched" / "gradients", kind="gradients", version=1)
-    assert sum("beside" in name for name in gradients) > 20
+    assert sum("extra_memories" in name for name in gradients) > 20
     assert runs.weights(at, "two", 0) == runs.weights(at, "two", 1)

@@ -11,7 +11,7 @@ import torch
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.gates import Gate
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.training.callbacks.gates import ClosedGates
+from memtx.training.callbacks.gates import ClosedGateMonitor
 from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, data, model, module, trainer
 
@@ -19,22 +19,22 @@ from tests.training.small import SEGMENT, data, model, module, trainer
 @pytest.mark.parametrize("closed", [0.0, 0.5, 1.0])
 def test_the_share_is_logged(tmp_path: Path, closed: float) -> None:
     stack = [partial(RecurrentMemory, window=4), partial(AssociativeMemory, heads=2)]
-    taught = LanguageModule(lambda vocabulary: model(vocabulary, memories=(stack,)), segment=SEGMENT)
-    logged = trainer(tmp_path, ClosedGates())
+    taught = LanguageModule(lambda vocabulary: model(vocabulary, memories=(stack,)), segment_length=SEGMENT)
+    logged = trainer(tmp_path, ClosedGateMonitor())
     texts = data(tmp_path)
     gates = [one for one in taught.modules() if isinstance(one, Gate)]
     assert gates
     with torch.no_grad():
         for gate in gates:
-            gate.map.weight.zero_()
+            gate.proj.weight.zero_()
             # Of two heads' gates one or both shut.
-            gate.map.bias.copy_(torch.tensor([-9.0 if closed > 0 else 0.0, -9.0 if closed == 1 else 0.0]))
+            gate.proj.bias.copy_(torch.tensor([-9.0 if closed > 0 else 0.0, -9.0 if closed == 1 else 0.0]))
     (found,) = logged.validate(taught, datamodule=texts, verbose=False)
-    assert found["val_gates_closed"] == pytest.approx(closed)
+    assert found["val_closed_gate_fraction"] == pytest.approx(closed)
     # Nothing is left behind that would slow training down.
     assert not any(gate._forward_hooks for gate in gates)
 
 
 def test_a_model_without_gates_logs_nothing(tmp_path: Path) -> None:
-    (found,) = trainer(tmp_path, ClosedGates()).validate(module(), datamodule=data(tmp_path), verbose=False)
-    assert "val_gates_closed" not in found
+    (found,) = trainer(tmp_path, ClosedGateMonitor()).validate(module(), datamodule=data(tmp_path), verbose=False)
+    assert "val_closed_gate_fraction" not in found

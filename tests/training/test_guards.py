@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError
-from memtx.inference.loading import load
+from memtx.inference.loading import load_model_and_tokenizer
 from memtx.training import tracing
 from memtx.training.callbacks import health
-from memtx.training.callbacks.background import BackgroundCheckpointIO
+from memtx.training.callbacks.background import AsyncAtomicCheckpointIO
 from memtx.training.callbacks.checkpoint import BestCheckpoint
-from memtx.training.callbacks.exhaustion import MemoryAdvice, is_exhausted
+from memtx.training.callbacks.exhaustion import OutOfMemoryHint, is_out_of_memory
 from memtx.training.callbacks.finite import SkipNonFinite
-from memtx.training.callbacks.health import MemoryHealth
-from memtx.training.callbacks.spikes import SUSTAINED, RewindOnSpike, highest
+from memtx.training.callbacks.health import MemoryNormMonitor
+from memtx.training.callbacks.spikes import NUM_RECENT, RewindOnSpike, loss_upper_bound
 from memtx.training.carry import Carry
 from memtx.training.language import LanguageModule
 from tests.training.small import Record, adam, assert_equal, data, module, sgd, trainer, weights
@@ -85,16 +85,16 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert_equal(watched.weights[last], watched.weights[before])
     assert_equal(watched.moments[last], watched.moments[before])
     # The memory too, but for rows where a document began in what was skipped.
-    began = torch.cat([batch.starts for batch in watched.batches[before + 1 : last + 1]], dim=1).any(1)
+    began = torch.cat([batch.document_starts for batch in watched.batches[before + 1 : last + 1]], dim=1).any(1)
     assert not began.all()
     for name, tensor in watched.carried[last].items():
         assert torch.equal(tensor[~began], watched.carried[before][name][~began]), name
         assert not tensor[began].any()
     # Then it goes on.
     assert any(not torch.equal(one, watched.weights[last][name]) for name, one in watched.weights[-1].items())
-    assert (run.global_step, guard.skipped, guard.in_row) == (3, 1, 0)
+    assert (run.global_step, guard.num_skipped, guard.num_consecutive) == (3, 1, 0)
     assert run.callback_metrics["skipped_steps"] == 1
-    assert run.callback_metrics["gradient_norm"] > 0
+    assert run.callback_metrics["grad_norm"] > 0
     said = capfd.readouterr().err
     assert "step 1  The " in said
     assert "1 in a row, 1 in all" in said
@@ -105,7 +105,7 @@ def test_a_step_that_is_not_finite_is_skipped(
 
 def test_nothing_else_changes(tmp_path: Path) -> None:
     records = []
-    for guards in ((), (SkipNonFinite(), MemoryHealth(every=1), MemoryAdvice())):
+    for guards in ((), (SkipNonFinite(), MemoryNormMonitor(every_n_batches=1), OutOfMemoryHint())):
         record = Record()
         trainer(tmp_path, record, *guards, max_steps=4, val_check_interval=2).fit(module(), datamodule=data(tmp_path))
         records.append(record)
@@ -118,7 +118,7 @@ def test_a_skip_draws_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     drawn, counted = [], []
     for reads in (True, False):
         if not reads:
-            monkeypatch.setattr(tracing, "first_not_finite", lambda *_: "")
+            monkeypatch.setattr(tracing, "find_first_nonfinite", lambda *_: "")
         taught, record = module(), Record()
         run = trainer(tmp_path, SkipNonFinite(), Poison((1,)), record, max_steps=3, limit_val_batches=0)
         run.fit(taught, datamodule=data(tmp_path))
@@ -137,7 +137,7 @@ def test_a_run_that_diverged_stops_and_says_where(tmp_path: Path) -> None:
     # What is kept is from before: nothing was written while steps were skipped.
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 1
-    load(last)
+    load_model_and_tokenizer(last)
 
 
 def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
         run = trainer(tmp_path, guard, keep, Poison(poisoned), max_steps=steps, limit_val_batches=0)
         run.fit(module(), datamodule=data(tmp_path), ckpt_path=begin)
     # The last step's checkpoint is written whatever it is: there is no later one.
-    assert (guard.skipped, guard.in_row) == (4, 3)
+    assert (guard.num_skipped, guard.num_consecutive) == (4, 3)
     with pytest.raises(MemtxError, match="patience is 0"):
         SkipNonFinite(patience=0)
 
@@ -156,12 +156,14 @@ def test_memory_that_is_not_finite_begins_fresh(tmp_path: Path) -> None:
     reader, carry = module().model, Carry()
     state = reader(torch.arange(16).view(2, 8)).state
     second = torch.tensor([1])
-    carry.put("train", state.map(lambda one: one.index_fill(0, second, math.nan) if one.is_floating_point() else one))
-    carry.mark("train")
-    carry.take("train", reader, 2)
-    carry.put("train", reader.init_state(2))
-    carry.back("train")
-    found = carry.take("train", reader, 2)
+    carry.set_state(
+        "train", state.map(lambda one: one.index_fill(0, second, math.nan) if one.is_floating_point() else one)
+    )
+    carry.snapshot("train")
+    carry.get_state("train", reader, 2)
+    carry.set_state("train", reader.init_state(2))
+    carry.rollback("train")
+    found = carry.get_state("train", reader, 2)
     assert found.select([0]).equals(state.select([0]))
     assert found.select([1]).equals(reader.init_state(1))
 
@@ -189,7 +191,7 @@ class Rise(pl.Callback):
 def spiked(
     root: Path, name: str, step: int, steps: int, begin: str | None = None, plugin: Any = None
 ) -> tuple[pl.Trainer, LanguageModule, Rise, RewindOnSpike]:
-    guard, rise = RewindOnSpike(window=SUSTAINED), Rise(step)
+    guard, rise = RewindOnSpike(window=NUM_RECENT), Rise(step)
     keep = BestCheckpoint(str(root / name), every_n_train_steps=3)
     taught = module(dropout=0.0, optimizer=partial(adam), scheduler=None)
     options = {} if plugin is None else {"plugins": [plugin]}
@@ -198,11 +200,11 @@ def spiked(
     return run, taught, rise, guard
 
 
-@pytest.mark.parametrize("plugin", [None, BackgroundCheckpointIO()])
+@pytest.mark.parametrize("plugin", [None, AsyncAtomicCheckpointIO()])
 def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    at = 2 * SUSTAINED + 4
-    run, _, rise, guard = spiked(tmp_path, "spiked", at, at + 2 * SUSTAINED, plugin=plugin)
-    assert guard.rewinds == 1
+    at = 2 * NUM_RECENT + 4
+    run, _, rise, guard = spiked(tmp_path, "spiked", at, at + 2 * NUM_RECENT, plugin=plugin)
+    assert guard.num_rewinds == 1
     said = capfd.readouterr().err
     assert "The loss rose above" in said
     assert "past the data read since" in said
@@ -218,13 +220,13 @@ def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: py
 
 
 def test_a_rewound_run_goes_on_to_the_bit(tmp_path: Path) -> None:
-    at = 2 * SUSTAINED + 4
-    run, taught, _, _ = spiked(tmp_path, "whole", at, at + 2 * SUSTAINED)
+    at = 2 * NUM_RECENT + 4
+    run, taught, _, _ = spiked(tmp_path, "whole", at, at + 2 * NUM_RECENT)
     # Killed after the spike began, and after the rewind.
-    for name, killed in (("early", at + 2), ("late", at + SUSTAINED + 4)):
+    for name, killed in (("early", at + 2), ("late", at + NUM_RECENT + 4)):
         spiked(tmp_path, name, at, killed)
         _, other, _, guard = spiked(tmp_path, name, at, run.global_step, str(tmp_path / name / "last.ckpt"))
-        assert guard.rewinds == 1
+        assert guard.num_rewinds == 1
         assert_equal(weights(other), weights(taught))
 
 
@@ -232,22 +234,22 @@ def test_losses_that_only_vary_are_no_spike() -> None:
     draw = torch.Generator().manual_seed(0)
     losses = (3.0 + 0.2 * torch.randn(1000, generator=draw, dtype=torch.float64)).tolist()
     for step in range(128, 1000):
-        assert losses[step] < highest(losses[step - 128 : step], 6.0)
+        assert losses[step] < loss_upper_bound(losses[step - 128 : step], 6.0)
     # A steady loss has a spread of next to nothing; a rise of a twentieth is none all the same.
-    assert highest([2.0] * 100, 6.0) > 2.1
-    assert highest([2.0] * 100, 6.0) < 2.5
+    assert loss_upper_bound([2.0] * 100, 6.0) > 2.1
+    assert loss_upper_bound([2.0] * 100, 6.0) < 2.5
 
 
 def test_spikes_that_cannot_be_rewound(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    at = 2 * SUSTAINED + 1
-    guard = RewindOnSpike(window=SUSTAINED)
-    run = trainer(tmp_path, guard, Rise(at), max_steps=at + SUSTAINED, limit_val_batches=0)
+    at = 2 * NUM_RECENT + 1
+    guard = RewindOnSpike(window=NUM_RECENT)
+    run = trainer(tmp_path, guard, Rise(at), max_steps=at + NUM_RECENT, limit_val_batches=0)
     run.fit(module(dropout=0.0, scheduler=None), datamodule=data(tmp_path))
     assert "no checkpoint from before it" in capfd.readouterr().err
-    guard.limit, guard.rewinds = 1, 1
+    guard.max_rewinds, guard.num_rewinds = 1, 1
     with pytest.raises(MemtxError, match="spike of this run"):
         guard._rewind(run, module(), 1, "The loss rose")
-    for wrong in ({"window": 1}, {"limit": 0}, {"factor": 0.0}):
+    for wrong in ({"window": 1}, {"max_rewinds": 0}, {"factor": 0.0}):
         with pytest.raises(MemtxError):
             RewindOnSpike(**wrong)  # type: ignore[arg-type]
 
@@ -257,7 +259,7 @@ def test_spikes_that_cannot_be_rewound(tmp_path: Path, capfd: pytest.CaptureFixt
 
 def test_norms_of_every_layer_are_logged(tmp_path: Path) -> None:
     taught = module()
-    run = trainer(tmp_path, MemoryHealth(every=3), max_steps=3, limit_val_batches=0)
+    run = trainer(tmp_path, MemoryNormMonitor(every_n_batches=3), max_steps=3, limit_val_batches=0)
     run.fit(taught, datamodule=data(tmp_path))
     carried = taught.carry.state_dict("train")
     for layer in (0, 1):
@@ -274,7 +276,7 @@ class Stub:
 @pytest.mark.parametrize(
     ("seen", "said"),
     [
-        ([0.0] * health.LOOKS, "nothing is written"),
+        ([0.0] * health.NUM_CHECKS, "nothing is written"),
         ([0.0, 0.0, 0.1, 0.0, 0.0], ""),
         ([1.0, 4.0, 20.0, 70.0, 200.0], "grew from 1 to 200"),
         ([1.0, 4.0, 3.0, 70.0, 200.0], ""),
@@ -284,16 +286,16 @@ class Stub:
 def test_what_is_wrong_with_a_memory_is_said_once(
     seen: list[float], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    guard = MemoryHealth()
+    guard = MemoryNormMonitor()
     for _ in range(2):
         for one in seen:
-            guard._compare(Stub(), "layers[1][0].bank", one)  # type: ignore[arg-type]
-        guard._seen.clear()
+            guard._check_history(Stub(), "layers[1][0].bank", one)  # type: ignore[arg-type]
+        guard._rms_history.clear()
     err = capfd.readouterr().err
     assert err.count("layers[1][0].bank") == bool(said)
     assert said in err
-    with pytest.raises(MemtxError, match="every is 0"):
-        MemoryHealth(every=0)
+    with pytest.raises(MemtxError, match="every_n_batches is 0"):
+        MemoryNormMonitor(every_n_batches=0)
 
 
 class Full(pl.Callback):
@@ -320,23 +322,27 @@ CPU = "[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate m
     [
         (
             False,
-            {"rows": 6, "horizon": 3},
-            ("--data.rows 3 halves", "accumulate_grad_batches 2", "6 rows x 3 segments x 8"),
+            {"batch_size": 6, "bptt_segments": 3},
+            ("--data.batch_size 3 halves", "accumulate_grad_batches 2", "6 rows x 3 segments x 8"),
         ),
         (
             False,
-            {"rows": 1, "horizon": 4},
-            ("--data.horizon 2 halves", "--model.replay true keeps one", "instead of 4"),
+            {"batch_size": 1, "bptt_segments": 4},
+            ("--data.bptt_segments 2 halves", "--model.replay true keeps one", "instead of 4"),
         ),
-        (False, {"rows": 1, "horizon": 1}, ("--data.segment 4 halves", "--model.checkpointing true", "instead of 2")),
-        (True, {"eval_rows": 4}, ("--data.eval_rows 2 halves", "changes no figure")),
+        (
+            False,
+            {"batch_size": 1, "bptt_segments": 1},
+            ("--data.segment_length 4 halves", "--model.activation_checkpointing true", "instead of 2"),
+        ),
+        (True, {"eval_batch_size": 4}, ("--data.eval_batch_size 2 halves", "changes no figure")),
     ],
 )
 def test_full_memory_says_what_halves_it(
     tmp_path: Path, error: BaseException, validation: bool, options: dict[str, Any], wanted: tuple[str, ...]
 ) -> None:
-    assert is_exhausted(error)
-    run = trainer(tmp_path, MemoryAdvice(), Full(error, validation), max_steps=1, num_sanity_val_steps=1)
+    assert is_out_of_memory(error)
+    run = trainer(tmp_path, OutOfMemoryHint(), Full(error, validation), max_steps=1, num_sanity_val_steps=1)
     with pytest.raises(type(error)) as caught:
         run.fit(module(), datamodule=data(tmp_path, **options))
     said = caught.value.__notes__[-1]
@@ -345,5 +351,5 @@ def test_full_memory_says_what_halves_it(
 
 
 def test_other_errors_are_none_of_memory() -> None:
-    assert not is_exhausted(RuntimeError("shapes do not match"))
-    assert not is_exhausted(ValueError("not enough memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("not enough memory"))

@@ -27,7 +27,7 @@ def constant(params: Any) -> torch.optim.Optimizer:
 
 def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: int, tokens: int) -> torch.Tensor:
     """Return (tokens,) nats: a document's beginning, read by itself in one call."""
-    text = torch.from_numpy(data.store(split).slice(document, 0, tokens + 1).astype("int64"))[None]
+    text = torch.from_numpy(data.token_store(split).slice_tokens(document, 0, tokens + 1).astype("int64"))[None]
     with torch.no_grad():
         nll: torch.Tensor = model(text[:, :-1], labels=text[:, 1:]).nll[0]
     return nll
@@ -42,13 +42,13 @@ def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
     lengths = streams.store.lengths
     length = texts.length
     # Documents end and begin within these batches.
-    streams._plan.reach(steps * length)
-    assert all(begins[1] < (steps - 1) * length for begins in streams._plan.begins)
+    streams._plan.extend_to(steps * length)
+    assert all(begins[1] < (steps - 1) * length for begins in streams._plan.start_offsets)
     whole = [alone(taught.model, texts, "train", one, int(lengths[one]) - 1) for one in range(len(lengths))]
     for step in range(steps):
         found: list[float] = []
         for row in range(2):
-            for document, begin, _ in streams._plan.within(row, step * length, (step + 1) * length):
+            for document, begin, _ in streams._plan.iter_documents(row, step * length, (step + 1) * length):
                 first, last = max(step * length - begin, 0), (step + 1) * length - begin
                 found += whole[document][first:last].tolist()
         assert float.fromhex(record.losses[step]) == pytest.approx(sum(found) / len(found), **CLOSE), step
@@ -95,9 +95,9 @@ def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "horizon"), [(1, 1), (2, 3), (3, 1), (5, 2)])
 def test_figures_are_those_of_the_whole_texts(tmp_path: Path, rows: int, horizon: int) -> None:
-    texts, measured = data(tmp_path, eval_rows=rows, horizon=horizon), module()
+    texts, measured = data(tmp_path, eval_batch_size=rows, bptt_segments=horizon), module()
     (found,) = trainer(tmp_path).test(measured, datamodule=texts, verbose=False)
-    store = texts.store("test")
+    store = texts.token_store("test")
     measured.model.eval()
     count = range(len(store.lengths))
     nats = [
@@ -119,7 +119,7 @@ def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
 
 
 def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
-    texts, measured = data(tmp_path, eval_rows=2), module()
+    texts, measured = data(tmp_path, eval_batch_size=2), module()
     found: Any = trainer(tmp_path).predict(measured, datamodule=texts)
     batches: list[Batch] = list(texts.predict_dataloader())
     assert [one.shape for one in found] == [one.labels.shape for one in batches]
@@ -127,8 +127,8 @@ def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
     plan = texts.predict_dataloader()._plan
     rows = torch.cat(found, dim=1)
     for row in range(2):
-        for document, begin, _ in plan.within(row, 0, rows.shape[1]):
-            tokens = int(texts.store("test").lengths[document]) - 1
+        for document, begin, _ in plan.iter_documents(row, 0, rows.shape[1]):
+            tokens = int(texts.token_store("test").lengths[document]) - 1
             expected = alone(measured.model, texts, "test", document, tokens)
             torch.testing.assert_close(rows[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
 
@@ -138,13 +138,13 @@ def test_what_is_logged(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
     run.fit(taught, datamodule=data(tmp_path))
     logged = run.callback_metrics
-    batch = data(tmp_path).train_dataloader().batch(1)
+    batch = data(tmp_path).train_dataloader().get_batch(1)
     scored = int((batch.labels != -100).sum())
-    bits = float(logged["train_loss"]) * scored / math.log(2) / int(batch.bytes.sum())
+    bits = float(logged["train_loss"]) * scored / math.log(2) / int(batch.num_bytes.sum())
     assert float(logged["train_bits_per_byte"]) == pytest.approx(bits, **CLOSE)
     assert taught.tokens_seen == 2 * 2 * 2 * SEGMENT
 
 
 def test_a_segment_has_tokens() -> None:
-    with pytest.raises(MemtxError, match="segment is 0"):
-        LanguageModule(segment=0)
+    with pytest.raises(MemtxError, match="segment_length is 0"):
+        LanguageModule(segment_length=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from memtx.training.logs import MetricsFile
+from memtx.training.logs import ResumableCSVLogger
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -14,7 +14,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def log(folder: Path, steps: range, go_on: bool = False, **more: float) -> None:
-    logger = MetricsFile(folder, go_on)
+    logger = ResumableCSVLogger(folder, go_on)
     for step in steps:
         logger.log_metrics({"loss": step / 2, **more}, step)
         logger.save()

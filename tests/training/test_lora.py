@@ -24,7 +24,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.transformer_xl import TransformerXL
-from memtx.training.distillation import OwnAttention
+from memtx.training.distillation import SelfDistillation
 from memtx.training.language import LanguageModule
 from memtx.training.lora import LoRA
 from tests.kinds import KINDS
@@ -37,7 +37,12 @@ EXACT = 1e-10  # float64, sums in another order
 TOKENS = torch.randint(0, 40, (2, 30), generator=torch.Generator().manual_seed(1))
 RANK, ALPHA = 3, 5.0
 RECONSTRUCTED = partial(
-    CompressedMemory, window=5, rate=2, length=4, compression=MostUsed, reconstruction=AttentionReconstruction
+    CompressedMemory,
+    window=5,
+    compression_rate=2,
+    num_entries=4,
+    compression=MostUsed,
+    reconstruction=AttentionReconstruction,
 )
 LEARNED = partial(RECONSTRUCTED, compression=StridedConvolution)
 STACKS: dict[str, Callable[[], Any]] = {
@@ -59,7 +64,7 @@ def base(memories: Any, **options: Any) -> MemoryTransformer:
 
 def learned(model: MemoryTransformer, *targets: str, **options: Any) -> dict[str, torch.nn.Parameter]:
     """Adapt a model, as far from what it was as training may bring it."""
-    adapters = LoRA(RANK, ALPHA, targets=targets or ("attention.*", "feed_forward.*"), **options)(model)
+    adapters = LoRA(RANK, ALPHA, target_modules=targets or ("attention.*", "feed_forward.*"), **options)(model)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for one in adapters.values():
@@ -136,8 +141,8 @@ def test_matrices_get_the_gradient_of_the_weight_that_they_are_in(kind: str) -> 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, tmp_path: Path) -> None:
     for place in folders(parity, kind):
-        memory = partial(CompressedMemory, window=8, rate=2, length=6)
-        plain = memtx.from_pretrained(place).double().with_memory([memory], window=8, sinks=2)
+        memory = partial(CompressedMemory, window=8, compression_rate=2, num_entries=6)
+        plain = memtx.from_pretrained(place).double().with_memory([memory], window=8, num_sinks=2)
         with torch.no_grad():
             for name, parameter in plain.memory_parameters().items():
                 if name.endswith(".gate"):
@@ -148,7 +153,7 @@ def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, 
         assert (logits(plain) - expected).abs().max() > 0.1
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
         torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
-        adapted.to_pretrained(tmp_path / place.name)
+        adapted.export_hf(tmp_path / place.name)
         own, original = (load_file(one / "model.safetensors") for one in (tmp_path / place.name, place))
         assert own.keys() == original.keys()
         for name, tensor in original.items():
@@ -161,11 +166,11 @@ def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, 
 def retrofitted(vocab_size: int) -> MemoryTransformer:
     torch.manual_seed(0)
     made = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
-    return made.with_memory([partial(CompressedMemory, window=6, rate=2, length=8)], sinks=2)
+    return made.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
 
 
 def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
-    own = LanguageModule(retrofitted, segment=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options)
+    own = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options)
     run = trainer(at, max_steps=4, limit_val_batches=0)
     run.fit(own, data(at))
     run.save_checkpoint(at / "run.ckpt")
@@ -173,7 +178,9 @@ def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"replay": True, "checkpointing": True, "distillation": OwnAttention()}], ids=["plain", "all"]
+    "options",
+    [{}, {"replay": True, "activation_checkpointing": True, "distillation": SelfDistillation()}],
+    ids=["plain", "all"],
 )
 def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, Any]) -> None:
     before = {name: one.clone() for name, one in retrofitted(257).state_dict().items()}
@@ -196,7 +203,7 @@ def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, An
 
 def test_a_model_without_memory_may_learn_by_them_alone(tmp_path: Path) -> None:
     own = LanguageModule(
-        lambda size: retrofitted(size).without_memory(6), segment=SEGMENT, freeze_base=True, lora=LoRA()
+        lambda size: retrofitted(size).without_memory(6), segment_length=SEGMENT, freeze_base=True, lora=LoRA()
     )
     trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(own, data(tmp_path))
     learning = {name for name, one in own.model.named_parameters() if one.requires_grad}
@@ -205,7 +212,7 @@ def test_a_model_without_memory_may_learn_by_them_alone(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = trained(tmp_path, LoRA(rank=2, alpha=8, targets=["attention.*"]))
+    own = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = MemoryTransformer.from_pretrained(tmp_path / "run.ckpt")
     assert loaded.state_dict().keys() == retrofitted(257).state_dict().keys()
@@ -223,11 +230,16 @@ def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, mon
 def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
     trained(tmp_path, LoRA(rank=2, alpha=8))
     content = folder.read_checkpoint(tmp_path / "run.ckpt")
-    for other in (None, LoRA(rank=2, alpha=9), LoRA(rank=3, alpha=8), LoRA(rank=2, alpha=8, targets=["attention.*"])):
-        going = LanguageModule(retrofitted, segment=SEGMENT, freeze_base=True, lora=other)
+    for other in (
+        None,
+        LoRA(rank=2, alpha=9),
+        LoRA(rank=3, alpha=8),
+        LoRA(rank=2, alpha=8, target_modules=["attention.*"]),
+    ):
+        going = LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=other)
         with pytest.raises(CheckpointError, match="'rank': 2, 'alpha': 8"):
             going.on_load_checkpoint(content)
-    LanguageModule(retrofitted, segment=SEGMENT, freeze_base=True, lora=LoRA(2, 8)).on_load_checkpoint(content)
+    LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=LoRA(2, 8)).on_load_checkpoint(content)
 
 
 def test_beside_weights_of_half_precision_they_learn_in_float32() -> None:
@@ -244,15 +256,15 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"dropout": 1.0}, "dropout is 1"),
-        ({"targets": []}, "no targets"),
+        ({"target_modules": []}, "no target_modules"),
     ):
         with pytest.raises(MemtxError, match=said):
             LoRA(**options)  # type: ignore[arg-type]
     model = retrofitted(11)
     names = "attention.query, attention.key_value, attention.out, feed_forward.gate_up, feed_forward.out"
     with pytest.raises(MemtxError, match=rf"'attention.qury'.* Did you mean 'attention.query'\?.* There are {names}\."):
-        LoRA(targets=["attention.out", "attention.qury"])(model)
-    assert model.adapters is None
+        LoRA(target_modules=["attention.out", "attention.qury"])(model)
+    assert model.adapter_config is None
     LoRA()(model)
     with pytest.raises(MemtxError, match="adapted by LoRA already"):
         LoRA()(model)

@@ -11,18 +11,18 @@ import torch
 
 from memtx.memory.none import NoMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.worth import MemoryWorth
+from memtx.training.callbacks.worth import UnusedMemoryWarning
 from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, data, model, module, trainer
 
 
 def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
     """Return gains of one row a document, read by itself: by ranges of distance, and of all."""
-    store = texts.store("validation")
+    store = texts.token_store("validation")
     nats: dict[str, float] = {}
     units: dict[str, float] = {}
     for document in range(len(store.lengths)):
-        tokens = torch.from_numpy(store.slice(document, 0, int(store.lengths[document])).astype("int64"))[None]
+        tokens = torch.from_numpy(store.slice_tokens(document, 0, int(store.lengths[document])).astype("int64"))[None]
         state, count = None, tokens.shape[1] - 1
         for at in range(0, count, SEGMENT):
             part = slice(at, min(at + SEGMENT, count))
@@ -36,18 +36,18 @@ def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
                     names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(place / SEGMENT, 4) + 1e-9))}")
                 for name in names:
                     nats[name] = nats.get(name, 0.0) + gain
-                    units[name] = units.get(name, 0.0) + float(store.bytes[document]) / count
+                    units[name] = units.get(name, 0.0) + float(store.num_bytes[document]) / count
     return {name: nats[name] / units[name] / math.log(2) for name in nats}
 
 
 def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
     # As many rows as documents, so that every document begins where a segment does.
-    texts, measured = data(tmp_path, eval_rows=1), module(dropout=0.0)
+    texts, measured = data(tmp_path, eval_batch_size=1), module(dropout=0.0)
     with torch.no_grad():
         for weight in measured.model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)  # so that a memory makes a difference
     texts.setup("validate")
-    texts.eval_rows = len(texts.store("validation").lengths)
+    texts.eval_batch_size = len(texts.token_store("validation").lengths)
     (found,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
     expected = by_hand(measured, texts)
     assert len(expected) >= 3
@@ -59,8 +59,8 @@ def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
 
 def test_nothing_is_measured_where_nothing_is_carried_or_it_is_not_wanted(tmp_path: Path) -> None:
     for one in (
-        LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment=SEGMENT),
-        module(meter=False),
+        LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment_length=SEGMENT),
+        module(measure_memory_gain=False),
     ):
         (found,) = trainer(tmp_path).validate(one, datamodule=data(tmp_path), verbose=False)
         assert not any("memory" in name for name in found)
@@ -84,7 +84,7 @@ def test_a_memory_that_is_not_used_is_said_so(tmp_path: Path, deaf: bool, capsys
             for weight in taught.model.parameters():
                 weight.add_(torch.randn_like(weight) * 0.2)
     options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 2}
-    fitting = trainer(tmp_path, MemoryWorth(), **options)
+    fitting = trainer(tmp_path, UnusedMemoryWarning(), **options)
     fitting.fit(taught, datamodule=data(tmp_path))
     said = capsys.readouterr().err
     gain = float(fitting.callback_metrics["val_memory_gain"])

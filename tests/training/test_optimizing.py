@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import StepLR
 
 from memtx.errors import MemtxError
-from memtx.training.optimizers import WarmupCosine, decay_groups
+from memtx.training.optimizers import WarmupCosine, make_param_groups
 from memtx.training.tbptt import unroll
 from tests.kinds import KINDS
 from tests.training.small import SEGMENT, Record, data, model, module, sgd, trainer, weights
@@ -33,7 +33,7 @@ def test_every_parameter_has_a_gradient(kind: str) -> None:
     reader = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 3))
     starts = torch.zeros_like(tokens, dtype=torch.bool)
-    unroll(reader, tokens, tokens, starts, reader.init_state(2), segment=3).loss.backward()  # type: ignore[no-untyped-call]
+    unroll(reader, tokens, tokens, starts, reader.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
     assert [name for name, one in reader.named_parameters() if one.grad is None] == []
 
 
@@ -47,7 +47,7 @@ def test_every_parameter_learns(kind: str) -> None:
     steps = torch.optim.AdamW(reader.parameters(), lr=0.01)
     for _ in range(3):
         steps.zero_grad()
-        unroll(reader, tokens, tokens, starts, reader.init_state(2), segment=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
+        unroll(reader, tokens, tokens, starts, reader.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
         steps.step()
     still = [name for name, one in reader.named_parameters() if one.grad is None or not one.grad.abs().max() > 0]
     assert still == []
@@ -55,7 +55,7 @@ def test_every_parameter_learns(kind: str) -> None:
 
 def test_decay_is_for_matrices() -> None:
     reader = model(30, bias=True)
-    decayed, free = decay_groups(reader)
+    decayed, free = make_param_groups(reader)
     assert "weight_decay" not in decayed
     assert free["weight_decay"] == 0.0
     parameters = {id(one): one for one in reader.parameters()}
@@ -64,7 +64,7 @@ def test_decay_is_for_matrices() -> None:
     assert all(one.dim() >= 2 for one in decayed["params"])
     for one in reader.parameters():
         one.requires_grad_(one.dim() < 2)
-    (only,) = decay_groups(reader)
+    (only,) = make_param_groups(reader)
     assert only["weight_decay"] == 0.0
 
 
@@ -82,28 +82,28 @@ def optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
 
 
 def test_warmup_then_cosine() -> None:
-    found = rates(WarmupCosine(optimizer(), warmup=4, steps=12, floor=0.1), 15)
+    found = rates(WarmupCosine(optimizer(), warmup_steps=4, total_steps=12, min_lr_ratio=0.1), 15)
     assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert found[4] == pytest.approx(2.0)
     # Half of the way down, half of the range.
     assert found[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
     assert found[12:] == pytest.approx([0.2] * 3)
     assert found[4:13] == sorted(found[4:13], reverse=True)
-    assert rates(WarmupCosine(optimizer(), warmup=0, steps=0), 3) == [2.0] * 3
-    for wrong in ({"warmup": -1}, {"steps": -1}, {"floor": 1.5}, {"floor": -0.1}):
+    assert rates(WarmupCosine(optimizer(), warmup_steps=0, total_steps=0), 3) == [2.0] * 3
+    for wrong in ({"warmup_steps": -1}, {"total_steps": -1}, {"min_lr_ratio": 1.5}, {"min_lr_ratio": -0.1}):
         with pytest.raises(MemtxError, match="schedule"):
             WarmupCosine(optimizer(), **wrong)
 
 
 def test_a_schedule_that_goes_on_has_the_runs_settings() -> None:
-    short = WarmupCosine(optimizer(), warmup=2, steps=4)
+    short = WarmupCosine(optimizer(), warmup_steps=2, total_steps=4)
     rates(short, 4)
     # More steps were asked for when the run went on: the rate rises to where it is in the longer run.
-    longer = WarmupCosine(optimizer(), warmup=2, steps=8)
-    longer.load_state_dict(short.state_dict() | {"steps": 4})  # as an earlier release saved it
+    longer = WarmupCosine(optimizer(), warmup_steps=2, total_steps=8)
+    longer.load_state_dict(short.state_dict() | {"total_steps": 4})  # as an earlier release saved it
     assert longer.last_epoch == 4
-    assert longer.steps == 8
-    whole = rates(WarmupCosine(optimizer(), warmup=2, steps=8), 8)
+    assert longer.total_steps == 8
+    whole = rates(WarmupCosine(optimizer(), warmup_steps=2, total_steps=8), 8)
     assert rates(longer, 4)[1:] == pytest.approx(whole[5:])
 
 
@@ -121,7 +121,7 @@ def test_the_schedule_ends_with_the_run(tmp_path: Path, options: dict[str, Any],
     schedule = run.lr_scheduler_configs[0].scheduler
     assert run.global_step == steps
     assert isinstance(schedule, WarmupCosine)
-    assert schedule.steps == steps
+    assert schedule.total_steps == steps
     assert schedule.get_last_lr()[0] == pytest.approx(0.01 * 0.1)
 
 

@@ -11,26 +11,29 @@ import pytest
 import torch
 
 from memtx.data.books import BookDataModule
-from memtx.layers.chunk_attention import HashAttention, LocalAttention
+from memtx.layers.chunk_attention import LocalAttention, LSHAttention
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.window_attention import WindowAttention
+from memtx.layers.window_attention import LongformerAttention
 from memtx.models.encoder import Encoder
-from memtx.models.permuted import PermutedEncoder
+from memtx.models.permuted import XLNet
 from memtx.models.reformer import Reformer
 from memtx.training.pretraining import CausalModule, MaskedModule, PermutedModule
 from tests.training.test_tasks import trainer
 
 ENCODER = partial(
-    Encoder, dim=32, depth=1, heads=2, attentions=[partial(WindowAttention, window=32)],
-    embeddings=partial(TextEmbeddings, positions=32),
+    Encoder, dim=32, depth=1, heads=2, attentions=[partial(LongformerAttention, window=32)],
+    embeddings=partial(TextEmbeddings, num_positions=32),
 )  # fmt: skip
 REFORMER = partial(
-    Reformer, dim=32, heads=2, attentions=[partial(LocalAttention, chunk=8), partial(HashAttention, chunk=8, seed=0)]
+    Reformer,
+    dim=32,
+    heads=2,
+    attentions=[partial(LocalAttention, chunk_length=8), partial(LSHAttention, chunk_length=8, seed=0)],
 )
 MODULES: dict[str, Any] = {
     "masked": partial(MaskedModule, ENCODER),
     "whole words": partial(MaskedModule, ENCODER, whole_words=True),
-    "permuted": partial(PermutedModule, partial(PermutedEncoder, dim=32, depth=2, heads=2)),
+    "permuted": partial(PermutedModule, partial(XLNet, dim=32, depth=2, heads=2)),
     "causal": partial(CausalModule, REFORMER),
 }
 
@@ -50,7 +53,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parts(name: str, root: Path) -> tuple[Any, BookDataModule]:
     pl.seed_everything(0)
-    data = BookDataModule(str(root), rows=4, segment=32, eval_rows=1, cache=str(root / "cache"), workers=1)
+    data = BookDataModule(
+        str(root), batch_size=4, segment_length=32, eval_batch_size=1, cache_dir=str(root / "cache"), num_workers=1
+    )
     return MODULES[name](vocab_size=data.vocab_size, optimizer=adam, scheduler=None), data
 
 
@@ -85,12 +90,12 @@ def test_resuming_is_exact(name: str, root: Path, tmp_path: Path) -> None:
 
 def test_a_mask_is_one_token_more_or_one_that_is_there() -> None:
     assert MaskedModule(ENCODER, 50).model.vocab_size == 51
-    own = MaskedModule(ENCODER, 50, mask_token=4)
-    assert (own.model.vocab_size, own.mask_token) == (50, 4)
+    own = MaskedModule(ENCODER, 50, mask_id=4)
+    assert (own.model.vocab_size, own.mask_id) == (50, 4)
 
 
 def test_only_what_is_hidden_is_scored() -> None:
     made = ENCODER(50)
     tokens = torch.randint(0, 50, (2, 9))
     scored = torch.rand(2, 9) < 0.5
-    torch.testing.assert_close(made(tokens, scored=scored).logits, made(tokens).logits[scored])
+    torch.testing.assert_close(made(tokens, logits_mask=scored).logits, made(tokens).logits[scored])

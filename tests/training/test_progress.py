@@ -14,7 +14,7 @@ import rich
 
 from memtx.training.callbacks import moments
 from memtx.training.callbacks.checkpoint import BestCheckpoint
-from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, duration
+from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, format_duration
 from tests.training.small import data, module, trainer
 
 
@@ -23,7 +23,7 @@ from tests.training.small import data, module, trainer
     [(0.2, "0 s"), (59, "59 s"), (60, "1 min"), (3540, "59 min"), (3600, "1 h 00 min"), (100_000, "27 h 47 min")],
 )
 def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 class Clock:
@@ -57,7 +57,7 @@ def test_a_line_at_every_validation(tmp_path: Path) -> None:
     found = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
     assert len(found) == 2
     pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  word perplexity \S+"
-    pattern += r"  memory's worth -?\d\.\d{{4}}"
+    pattern += r"  memory gain -?\d\.\d{{4}}"
     assert re.fullmatch(pattern.format(5), found[0])
     assert re.fullmatch(pattern.format(10), found[1])
 

@@ -13,7 +13,7 @@ import torch
 from memtx import sealed
 from memtx.errors import CheckpointError, MemtxError
 from memtx.training import recovery
-from memtx.training.callbacks.background import WAITING, BackgroundCheckpointIO, snapshot
+from memtx.training.callbacks.background import MAX_PENDING, AsyncAtomicCheckpointIO, copy_to_cpu
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
 from tests.commands.program import HOME, Program
 from tests.commands.runs import changed
@@ -38,44 +38,44 @@ def flip(path: Path) -> None:
 
 
 def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
-    assert recovery.newest_whole(tmp_path) is None
+    assert recovery.find_latest_valid(tmp_path) is None
     save(tmp_path / "last.ckpt", 9)
     save(tmp_path / "earlier-00000006.ckpt", 6)
     save(tmp_path / "step-00000004.ckpt", 4)
-    found = recovery.newest_whole(tmp_path)
+    found = recovery.find_latest_valid(tmp_path)
     assert found is not None
-    assert (found.path.name, found.step, found.damaged, found.said()) == ("last.ckpt", 9, [], "")
+    assert (found.path.name, found.step, found.damaged, found.describe_damage()) == ("last.ckpt", 9, [], "")
     flip(tmp_path / "last.ckpt")
-    found = recovery.newest_whole(tmp_path)
+    found = recovery.find_latest_valid(tmp_path)
     assert found is not None
     assert (found.path.name, [path.name for path, _ in found.damaged]) == ("earlier-00000006.ckpt", ["last.ckpt"])
-    assert "last.ckpt' is not a whole checkpoint" in found.said()
-    assert "earlier-00000006.ckpt', of step 6" in found.said()
+    assert "last.ckpt' is not a whole checkpoint" in found.describe_damage()
+    assert "earlier-00000006.ckpt', of step 6" in found.describe_damage()
     (tmp_path / "earlier-00000006.ckpt").write_bytes(b"")
-    found = recovery.newest_whole(tmp_path)
+    found = recovery.find_latest_valid(tmp_path)
     assert found is not None
     assert found.step == 4
     flip(tmp_path / "step-00000004.ckpt")
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole: .*last.ckpt"):
-        recovery.newest_whole(tmp_path)
+        recovery.find_latest_valid(tmp_path)
 
 
 def test_by_the_step_not_by_the_clock(tmp_path: Path) -> None:
     for step in (5, 3, 4):
         save(tmp_path / f"earlier-{step:08d}.ckpt", step)
-    found = recovery.newest_whole(tmp_path)
+    found = recovery.find_latest_valid(tmp_path)
     assert found is not None
     assert found.step == 5
-    found = recovery.newest_whole(tmp_path, until=4)
+    found = recovery.find_latest_valid(tmp_path, max_step=4)
     assert found is not None
     assert found.step == 4
-    assert recovery.newest_whole(tmp_path, until=2) is None
+    assert recovery.find_latest_valid(tmp_path, max_step=2) is None
 
 
 def test_one_from_within_a_step_is_passed_over(tmp_path: Path) -> None:
-    save(tmp_path / "step-00000005.ckpt", 5, stepped=False)
-    save(tmp_path / "last.ckpt", 4, stepped=True)
-    found = recovery.newest_whole(tmp_path)
+    save(tmp_path / "step-00000005.ckpt", 5, has_stepped=False)
+    save(tmp_path / "last.ckpt", 4, has_stepped=True)
+    found = recovery.find_latest_valid(tmp_path)
     assert found is not None
     assert found.step == 4
 
@@ -84,7 +84,7 @@ def test_exchanged_ones_are_noticed(tmp_path: Path) -> None:
     save(tmp_path / "earlier-00000005.ckpt", 3)
     save(tmp_path / "earlier-00000003.ckpt", 5)
     with pytest.raises(CheckpointError, match="of step 5"):
-        recovery.newest_whole(tmp_path)
+        recovery.find_latest_valid(tmp_path)
 
 
 def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,28 +95,28 @@ def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     older = save(tmp_path / "earlier-00000003.ckpt", 3).read_bytes()
     newest = save(tmp_path / "earlier-00000005.ckpt", 5)
     content, drawn = newest.read_bytes(), random.Random(0)
-    for number in range(20 * len(damage_checkpoints.KINDS)):
-        kind = damage_checkpoints.KINDS[number % len(damage_checkpoints.KINDS)]
-        newest.write_bytes(damage_checkpoints.damaged(content, older, kind, drawn))
-        found = recovery.newest_whole(tmp_path)
+    for number in range(20 * len(damage_checkpoints.DAMAGES)):
+        kind = damage_checkpoints.DAMAGES[number % len(damage_checkpoints.DAMAGES)]
+        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, drawn))
+        found = recovery.find_latest_valid(tmp_path)
         assert found is not None
         assert (found.step, [path for path, _ in found.damaged]) == (3, [newest]), kind.__name__
 
 
-@pytest.mark.parametrize("plugin", [AtomicCheckpointIO, BackgroundCheckpointIO])
+@pytest.mark.parametrize("plugin", [AtomicCheckpointIO, AsyncAtomicCheckpointIO])
 @pytest.mark.parametrize(("keep", "earlier"), [(1, []), (2, [6]), (4, [2, 4, 6])])
 def test_as_many_are_kept(tmp_path: Path, plugin: type[AtomicCheckpointIO], keep: int, earlier: list[int]) -> None:
     folder = tmp_path / "checkpoints"
-    options = {"every_n_train_steps": 2, "keep": keep}
+    options = {"every_n_train_steps": 2, "keep_last": keep}
     run = trainer(
         tmp_path, BestCheckpoint(str(folder), **options), plugins=[plugin()], max_steps=8, limit_val_batches=0
     )
     run.fit(module(), datamodule=data(tmp_path))
     assert names(folder) == [f"earlier-{step:08d}.ckpt" for step in earlier] + ["last.ckpt"]
     for path in folder.iterdir():
-        sealed.check(path)
+        sealed.verify(path)
         named = int(path.stem[-8:]) if "-" in path.name else 8
-        assert torch.load(path, weights_only=True)["global_step"] == sealed.stated_step(path) == named
+        assert torch.load(path, weights_only=True)["global_step"] == sealed.read_step(path) == named
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
@@ -141,13 +141,13 @@ def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
             flip(folder / "last.ckpt")
     # Of step 4 both times, but only the one of the second run is whole.
     assert names(folder) == ["earlier-00000004.ckpt", "last.ckpt"]
-    sealed.check(folder / "earlier-00000004.ckpt")
+    sealed.verify(folder / "earlier-00000004.ckpt")
 
 
 def test_a_copy_is_what_was(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     values = {"a": shared, "b": shared.view(2, 3).t(), "list": [1, {"n": torch.tensor(2)}], "text": "x"}
-    made = snapshot(values)
+    made = copy_to_cpu(values)
     shared.fill_(0.0)
     values["list"][1]["n"] = 9  # type: ignore[index]
     assert made["a"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -163,7 +163,7 @@ def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
 
 
 def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes, waits = BackgroundCheckpointIO(), []
+    writes, waits = AsyncAtomicCheckpointIO(), []
     whole = AtomicCheckpointIO.save_checkpoint
 
     def slow(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, options: Any = None) -> None:
@@ -176,7 +176,7 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     done: list[int] = []
     for step in range(1, 3):
         writes.save_checkpoint({"global_step": step}, tmp_path / f"{step}")
-        writes.then(lambda: done.append(len(waits)))
+        writes.run_after_writes(lambda: done.append(len(waits)))
     assert writes.load_checkpoint(tmp_path / "2") == {"global_step": 2}
     assert done == [1, 2]
     writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
@@ -184,7 +184,7 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     writes.remove_checkpoint(tmp_path / "2")
     # Said by the next save; where that is quicker than the thread, by one of those that wait for it.
     with pytest.raises(MemtxError, match="No space"):
-        save_on(writes, tmp_path, 1 + WAITING)
+        save_on(writes, tmp_path, 1 + MAX_PENDING)
     writes.teardown()
     assert (tmp_path / "2").exists()
     assert not (tmp_path / "3").exists()
@@ -195,7 +195,7 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "writer",
-    ["checkpoint.AtomicCheckpointIO", pytest.param("background.BackgroundCheckpointIO", marks=pytest.mark.slow)],
+    ["checkpoint.AtomicCheckpointIO", pytest.param("background.AsyncAtomicCheckpointIO", marks=pytest.mark.slow)],
 )
 def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 8)
@@ -205,7 +205,7 @@ def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, w
     assert runs.fit(program, at, "whole").code == 0
     assert runs.fit(program, at, "struck", strike=7).code == -9
     folder = at / "struck" / "checkpoints"
-    last = sealed.stated_step(folder / "last.ckpt")
+    last = sealed.read_step(folder / "last.ckpt")
     assert last is not None
     flip(folder / "last.ckpt")
     shutil.copytree(folder, at / "copy")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memtx.errors import CheckpointError
 from memtx.models.folder import read_checkpoint
 from memtx.training.callbacks.checkpoint import BestCheckpoint
-from memtx.training.redealt import own_rows
+from memtx.training.redealt import reassign_streams
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -27,7 +27,7 @@ def test_the_first_rows_carry_on(saved: list[int], rows: int, ranks: int) -> Non
     parts: list[dict[str, torch.Tensor]] = [
         {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in whole.split(saved)
     ]
-    own = [own_rows(parts, rows, rank) for rank in range(ranks)]
+    own = [reassign_streams(parts, rows, rank) for rank in range(ranks)]
     if not sum(saved):
         assert own == [{}] * ranks
         return
@@ -41,9 +41,9 @@ def test_the_first_rows_carry_on(saved: list[int], rows: int, ranks: int) -> Non
 
 def test_other_memories_are_refused() -> None:
     with pytest.raises(CheckpointError, match="different memories"):
-        own_rows([{"position": torch.zeros(2)}, {"other": torch.zeros(2)}], 2, 0)
+        reassign_streams([{"position": torch.zeros(2)}, {"other": torch.zeros(2)}], 2, 0)
     with pytest.raises(CheckpointError, match="different memories"):
-        own_rows([{"position": torch.tensor(1)}], 2, 0)
+        reassign_streams([{"position": torch.tensor(1)}], 2, 0)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -53,14 +53,14 @@ def test_a_run_goes_on_with_other_rows(
 ) -> None:
     """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
     folder = str(tmp_path / "checkpoints")
-    first = data(tmp_path, horizon=1)
+    first = data(tmp_path, bptt_segments=1)
     keep, options = BestCheckpoint(folder), {"limit_val_batches": 0, "accumulate_grad_batches": accumulate}
     trainer(tmp_path, keep, max_steps=7, **options).fit(module(), datamodule=first)
     assert first._streams is not None
-    epoch, total = len(first._streams), first._streams.store.total
+    epoch, total = len(first._streams), first._streams.store.num_tokens
     done = 7 * accumulate
     assert done < epoch
-    second, record = data(tmp_path, horizon=1, rows=rows), Record()
+    second, record = data(tmp_path, bptt_segments=1, batch_size=rows), Record()
     going = trainer(tmp_path, record, max_epochs=2, **options)
     taught = module(seed=5)
     going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
@@ -81,7 +81,9 @@ def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
     kept = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
     for rows in (1, 4):
         taught = module(seed=5)
-        trainer(tmp_path, max_steps=4, **options).fit(taught, datamodule=data(tmp_path, rows=rows), ckpt_path=last)
+        trainer(tmp_path, max_steps=4, **options).fit(
+            taught, datamodule=data(tmp_path, batch_size=rows), ckpt_path=last
+        )
         position = taught.carry.state_dict("train")["position"]
         assert len(position) == rows
         # A batch of 16 tokens more, unless a document ended within it.
@@ -92,13 +94,13 @@ def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
 
 def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
     """Two processes of one row each and one process of two are the same run, wherever it changes over."""
-    config = changed(("data", "rows"), 2)
+    config = changed(("data", "batch_size"), 2)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0}
-    config["model"]["scheduler"]["init_args"]["steps"] = 100
+    config["model"]["scheduler"]["init_args"]["total_steps"] = 100
     # Each process draws by itself.
     config["model"]["model"]["init_args"]["dropout"] = 0.0
     at = runs.prepare(tmp_path, config)
-    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork", "--data.rows", "1")
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork", "--data.batch_size", "1")
     assert runs.fit(program, at, "whole").code == 0
     for name, parts in (("fewer", (two, ())), ("more", ((), two))):
         done = runs.fit(program, at, name, "--trainer.max_steps", "3", *parts[0])
@@ -113,6 +115,6 @@ def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
         assert torch.equal(own, other)
         assert len(last[1]["memtx"]["ranks"]) == (1 if name == "fewer" else 2)
     # And with other rows than before, which is said.
-    done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.rows", "3")
+    done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")
     assert done.code == 0, done.err
     assert "The checkpoint has 2 rows, this run 3" in done.err

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.tbptt import Unrolled, unroll
-from scripts.measuring import Alive
+from memtx.training.tbptt import UnrollOutput, unroll
+from scripts.measuring import TensorMemoryTracker
 from tests.kinds import KINDS
 from tests.training.small import Record, data, model, module, trainer, weights
 from tests.training.test_tbptt import gradients, texts
@@ -20,9 +20,9 @@ from tests.training.test_tbptt import gradients, texts
 EXACT: Any = {"atol": 1e-12, "rtol": 1e-9}
 
 
-def unrolled(reader: MemoryTransformer, seed: int, segment: int, length: int, *, replay: bool) -> Unrolled:
+def unrolled(reader: MemoryTransformer, seed: int, segment: int, length: int, *, replay: bool) -> UnrollOutput:
     torch.manual_seed(seed)
-    return unroll(reader, *texts(seed, 2, length), reader.init_state(2), segment=segment, replay=replay)
+    return unroll(reader, *texts(seed, 2, length), reader.init_state(2), segment_length=segment, replay=replay)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +46,7 @@ def peak(reader: MemoryTransformer, horizon: int, *, replay: bool) -> int:
     # Gradients of weights are there already, as from the second segment on.
     unrolled(reader, 0, 16, 16, replay=False).loss.backward()  # type: ignore[no-untyped-call]
     reader.zero_grad(set_to_none=False)
-    with Alive() as alive:
+    with TensorMemoryTracker() as alive:
         unrolled(reader, 0, 16, 16 * horizon, replay=replay).loss.backward()  # type: ignore[no-untyped-call]
     return alive.peak
 
@@ -67,7 +67,7 @@ def test_a_run_with_replay_is_the_run_without(tmp_path: Any) -> None:
     for replay in (False, True):
         taught, record = module(replay=replay), Record()
         run = trainer(tmp_path, record, max_steps=4, val_check_interval=4)
-        run.fit(taught, datamodule=data(tmp_path, horizon=3))
+        run.fit(taught, datamodule=data(tmp_path, bptt_segments=3))
         kept.append((record.losses, record.found, weights(taught)))
     assert kept[0][:2] == kept[1][:2]
     for name, tensor in kept[0][2].items():

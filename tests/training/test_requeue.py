@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from memtx.cli.common import INTERRUPTED
-from memtx.cli.launched import processes
+from memtx.cli.common import EXIT_INTERRUPTED
+from memtx.cli.launched import get_trainer_kwargs
 from memtx.errors import MemtxError
 from memtx.training import requeue
 from tests.commands.program import Program, free_port
@@ -43,7 +43,7 @@ def tasks(count: int, path: Path, **more: str) -> list[dict[str, str]]:
 
 
 def test_it_goes_back_into_the_queue_and_goes_on(program: Program, tmp_path: Path) -> None:
-    config = changed(("data", "rows"), 1)
+    config = changed(("data", "batch_size"), 1)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0, "accumulate_grad_batches": 2}
     at = runs.prepare(tmp_path, config)
     path = scontrol(tmp_path)
@@ -51,7 +51,7 @@ def test_it_goes_back_into_the_queue_and_goes_on(program: Program, tmp_path: Pat
     assert done.code == 0, done.err
     # One task alone is told; both save at the same step's end, and the first one asks.
     done = runs.fit(program, at, "told", environments=tasks(2, path), strike=4, signal=int(signal.SIGUSR1), rank=1)
-    assert done.code == INTERRUPTED, done.err
+    assert done.code == EXIT_INTERRUPTED, done.err
     assert "job 4711 is back in the queue" in done.err
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     assert max(runs.losses(at, "told")) == 5
@@ -76,20 +76,20 @@ def test_a_refusal_is_said(program: Program, tmp_path: Path) -> None:
 
 
 def test_the_job_and_what_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert requeue.job({}) is None
-    assert requeue.job({"SLURM_JOB_ID": "12"}) == "12"
-    assert requeue.job({"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
-    assert requeue.job({"SLURM_JOB_ID": "12; rm -r ."}) is None
+    assert requeue.get_job_id({}) is None
+    assert requeue.get_job_id({"SLURM_JOB_ID": "12"}) == "12"
+    assert requeue.get_job_id({"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
+    assert requeue.get_job_id({"SLURM_JOB_ID": "12; rm -r ."}) is None
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(MemtxError, match="No such file"):
         requeue.requeue("12")
 
 
 def test_processes_are_the_launchers() -> None:
-    assert processes({}) == {}
+    assert get_trainer_kwargs({}) == {}
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    assert processes(torchrun) == {"devices": 4, "num_nodes": 2}
+    assert get_trainer_kwargs(torchrun) == {"devices": 4, "num_nodes": 2}
     slurm = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_JOB_NAME": "train"}
-    assert processes(slurm) == {"devices": 2, "num_nodes": 3}
-    assert processes(slurm | {"SLURM_JOB_NAME": "interactive"}) == {}
-    assert processes(slurm | torchrun) == {"devices": 4, "num_nodes": 2}
+    assert get_trainer_kwargs(slurm) == {"devices": 2, "num_nodes": 3}
+    assert get_trainer_kwargs(slurm | {"SLURM_JOB_NAME": "interactive"}) == {}
+    assert get_trainer_kwargs(slurm | torchrun) == {"devices": 4, "num_nodes": 2}

@@ -16,7 +16,7 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
-from memtx.memory.scored import ScoredMemory
+from memtx.memory.scored import TopKMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.tokens import TokenMemory
@@ -32,29 +32,29 @@ CACHE = partial(RecurrentMemory, window=6)
     [
         ([NoMemory], False),
         ([CACHE], False),
-        ([partial(CompressedMemory, window=6, rate=2, length=3)], False),
-        ([CACHE, partial(RetrievalMemory, capacity=12, skip=6, nearest=2)], False),
+        ([partial(CompressedMemory, window=6, compression_rate=2, num_entries=3)], False),
+        ([CACHE, partial(RetrievalMemory, capacity=12, exclude_recent=6, top_k=2)], False),
         ([CACHE, AssociativeMemory], True),
-        ([CACHE, partial(SlotMemory, count=2, interval=6)], True),
-        ([CACHE, partial(TokenMemory, count=2, interval=6)], True),
-        ([CACHE, partial(SinkMemory, count=2)], True),
-        ([partial(ScoredMemory, window=6, rate=1, length=6)], True),
+        ([CACHE, partial(SlotMemory, num_slots=2, interval=6)], True),
+        ([CACHE, partial(TokenMemory, num_tokens=2, interval=6)], True),
+        ([CACHE, partial(SinkMemory, num_sinks=2)], True),
+        ([partial(TopKMemory, window=6, compression_rate=1, num_entries=6)], True),
     ],
 )
 def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any], lasting: bool) -> None:
     make = partial(model, memories=[kinds])
-    assert LanguageModule(make).restarts == (0.05 if lasting else 0.0)
-    assert LanguageModule(make, restarts=0.0).restarts == 0.0
-    assert LanguageModule(make, restarts=0.5).restarts == 0.5
+    assert LanguageModule(make).state_reset_prob == (0.05 if lasting else 0.0)
+    assert LanguageModule(make, state_reset_prob=0.0).state_reset_prob == 0.0
+    assert LanguageModule(make, state_reset_prob=0.5).state_reset_prob == 0.5
     for wrong in (-0.1, 1.1):
-        with pytest.raises(MemtxError, match=f"restarts is {wrong}, expected a share from 0 to 1"):
-            LanguageModule(make, restarts=wrong)
+        with pytest.raises(MemtxError, match=f"state_reset_prob is {wrong}, expected a share from 0 to 1"):
+            LanguageModule(make, state_reset_prob=wrong)
 
 
 def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: Path) -> None:
     found = {}
     for share in (0.0, 1.0):
-        still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, restarts=share)
+        still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=share)
         record = Record()
         trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(still, data(tmp_path))
         found[share] = [float.fromhex(loss) for loss in record.losses.values()]
@@ -63,7 +63,12 @@ def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: P
     for batch, loss in zip(texts.train_dataloader(), found[1.0], strict=False):
         state, nll, scored = still.model.init_state(2), 0.0, 0
         for part in (slice(0, 8), slice(8, 16)):
-            out = still.model(batch.tokens[:, part], state, starts=batch.starts[:, part], labels=batch.labels[:, part])
+            out = still.model(
+                batch.tokens[:, part],
+                state,
+                document_starts=batch.document_starts[:, part],
+                labels=batch.labels[:, part],
+            )
             state, nll = out.state, nll + float(out.nll.sum())
             scored += int((batch.labels[:, part] != -100).sum())
         # float32: sums in another order
@@ -73,14 +78,14 @@ def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: P
 
 
 def test_processes_draw_their_rows_of_one_draw() -> None:
-    own = module(restarts=0.4)
+    own = module(state_reset_prob=0.4)
 
     def drawn(rank: int, ranks: int, rows: int, seen: int) -> list[bool]:
         own._trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=ranks))
         own.tokens_seen = seen
         state = own.model.init_state(rows)
         begun = MemoryState(torch.full_like(state.position, 5), state.layers)
-        return cast(list[bool], (own._restarted(begun).position == 0).tolist())
+        return cast(list[bool], (own._reset_random_streams(begun).position == 0).tolist())
 
     steps = [drawn(0, 1, 6, 96 * step) for step in range(50)]
     assert steps == [drawn(0, 2, 3, 96 * step) + drawn(1, 2, 3, 96 * step) for step in range(50)]

@@ -16,10 +16,10 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.language import LanguageModule
-from memtx.training.rates import Rates
+from memtx.training.rates import CompressionRateSampler
 from tests.training.small import SEGMENT, adam, data, trainer
 
-MEAN = partial(CompressedMemory, window=6, rate=2, length=8, compression=MeanPooling)
+MEAN = partial(CompressedMemory, window=6, compression_rate=2, num_entries=8, compression=MeanPooling)
 
 
 def base(vocab_size: int = 257) -> MemoryTransformer:
@@ -28,11 +28,13 @@ def base(vocab_size: int = 257) -> MemoryTransformer:
 
 
 def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
-    return base(vocab_size).with_memory(memories or [partial(CompressedMemory, window=6, rate=2, length=8)], sinks=2)
+    return base(vocab_size).with_memory(
+        memories or [partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2
+    )
 
 
 def test_what_was_added_alone_learns(tmp_path: Path) -> None:
-    own = LanguageModule(retrofitted, segment=SEGMENT, optimizer=adam, freeze_base=True)
+    own = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
     before = {name: one.clone() for name, one in own.model.state_dict().items()}
     trainer(tmp_path, max_steps=4).fit(own, data(tmp_path))
     added = own.model.memory_parameters()
@@ -52,35 +54,37 @@ def test_a_rate_is_drawn_for_every_step_and_put_back(tmp_path: Path, monkeypatch
 
     def spy(self: CompressedMemory, *given: Any) -> Any:
         if self.training:
-            seen.append((self.rate, self.cached))
+            seen.append((self.compression_rate, self.cache_length))
         return read(self, *given)
 
     monkeypatch.setattr(CompressedMemory, "read", spy)
-    own = LanguageModule(partial(retrofitted), segment=SEGMENT, optimizer=adam, rates=[])
-    assert own.rates.rates == []
-    own = LanguageModule(lambda size: retrofitted(size, MEAN), segment=SEGMENT, optimizer=adam, rates=[1, 3, 4])
+    own = LanguageModule(partial(retrofitted), segment_length=SEGMENT, optimizer=adam, compression_rates=[])
+    assert own.rate_sampler.rates == []
+    own = LanguageModule(
+        lambda size: retrofitted(size, MEAN), segment_length=SEGMENT, optimizer=adam, compression_rates=[1, 3, 4]
+    )
     trainer(tmp_path, max_steps=12).fit(own, data(tmp_path))
     assert {rate for rate, _ in seen} == {1, 3, 4}
-    assert {block.attention.memory.rate for block in own.model.blocks} == {2}
+    assert {block.attention.memory.compression_rate for block in own.model.blocks} == {2}
     assert all(cached == 6 + rate - 1 for rate, cached in seen)
 
 
 def test_sinks_begin_where_the_exact_states_of_the_rate_end() -> None:
     model = retrofitted(11, MEAN)
-    rates = Rates(model, [5])
-    sink = model.blocks[0].attention.beside[0]
+    rates = CompressionRateSampler(model, [5])
+    sink = model.blocks[0].attention.extra_memories[0]
     assert isinstance(sink, SinkMemory)
-    assert sink.skip == 7
-    rates.draw()
-    assert sink.skip == 10
-    rates.restore()
-    assert sink.skip == 7
+    assert sink.exclude_recent == 7
+    rates.sample()
+    assert sink.exclude_recent == 10
+    rates.restore_default()
+    assert sink.exclude_recent == 7
 
 
 def test_rates_that_cannot_be_drawn_are_refused() -> None:
     with pytest.raises(MemtxError, match="StridedConvolution is made for one alone"):
-        Rates(retrofitted(11), [2])
+        CompressionRateSampler(retrofitted(11), [2])
     with pytest.raises(MemtxError, match="without CompressedMemory"):
-        Rates(base(11), [2])
+        CompressionRateSampler(base(11), [2])
     with pytest.raises(MemtxError, match="rate is 0"):
-        Rates(retrofitted(11, MEAN), [0])
+        CompressionRateSampler(retrofitted(11, MEAN), [0])

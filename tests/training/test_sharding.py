@@ -14,7 +14,7 @@ import torch
 
 from memtx import files
 from memtx.errors import CheckpointError
-from memtx.inference.loading import load
+from memtx.inference.loading import load_model_and_tokenizer
 from memtx.models import folder, sharded
 from tests.commands.program import Program
 from tests.commands.runs import changed
@@ -24,12 +24,12 @@ FSDP2 = ("--trainer.strategy", "fsdp2")
 
 
 def config(rows: int, **trainer: Any) -> dict[str, Any]:
-    content = changed(("data", "rows"), rows)
-    content["data"]["horizon"] = 2
+    content = changed(("data", "batch_size"), rows)
+    content["data"]["bptt_segments"] = 2
     content["trainer"] |= {"val_check_interval": 3, "max_steps": 6} | trainer
     content["checkpoint"] = {"every_n_train_steps": 2}
     content["model"]["model"]["init_args"] |= {"depth": 2, "dropout": 0.0}
-    content["model"]["scheduler"]["init_args"]["steps"] = 100
+    content["model"]["scheduler"]["init_args"]["total_steps"] = 100
     return content
 
 
@@ -45,7 +45,7 @@ def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     at = runs.prepare(tmp_path_factory.mktemp("place"), config(1))
     done = runs.fit(program, at, "whole", *FSDP2, ranks=2, gradients=True)
     assert done.code == 0, done.err
-    done = runs.fit(program, at, "one", "--data.rows", "2", gradients=True)
+    done = runs.fit(program, at, "one", "--data.batch_size", "2", gradients=True)
     assert done.code == 0, done.err
     return at
 
@@ -93,8 +93,8 @@ def test_the_strategy_may_change(program: Program, place: Path) -> None:
     """A run goes on from the other kind of checkpoint: weights, optimiser, memory and data."""
     three = ("--trainer.max_steps", "3")
     for run, ranks, first, then in (
-        ("apart-then-whole", (2, 0), FSDP2, ("--data.rows", "2")),
-        ("whole-then-apart", (0, 2), ("--data.rows", "2"), FSDP2),
+        ("apart-then-whole", (2, 0), FSDP2, ("--data.batch_size", "2")),
+        ("whole-then-apart", (0, 2), ("--data.batch_size", "2"), FSDP2),
     ):
         done = runs.fit(program, place, run, *three, *first, ranks=ranks[0])
         assert done.code == 0, done.err
@@ -111,7 +111,7 @@ def test_the_strategy_may_change(program: Program, place: Path) -> None:
 
 def test_damage_is_noticed(place: Path, tmp_path: Path) -> None:
     whole = last(place, "whole")
-    sharded.check(whole)
+    sharded.verify_checksums(whole)
     for file in sorted(whole.iterdir()):
         copy = tmp_path / "copy.ckpt"
         shutil.copytree(whole, copy)
@@ -138,10 +138,12 @@ class Evil:
 def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.ckpt"
     shutil.copytree(last(place, "whole"), copy)
-    for name, content in ((sharded.METADATA, pickle.dumps(Evil())), (sharded.NOTES, pickle.dumps(Evil()))):
+    for name, content in ((sharded.DCP_METADATA_FILE, pickle.dumps(Evil())), (sharded.META_FILE, pickle.dumps(Evil()))):
         before = (copy / name).read_bytes()
         (copy / name).write_bytes(content)
-        sharded.seal(copy, {one.name: files.checksum(one) for one in copy.iterdir() if one.name != sharded.FILES})
+        sharded.write_checksums(
+            copy, {one.name: files.checksum(one) for one in copy.iterdir() if one.name != sharded.CHECKSUMS_FILE}
+        )
         with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
             folder.read_checkpoint(copy)
         (copy / name).write_bytes(before)
@@ -157,15 +159,15 @@ def test_it_is_put_together(program: Program, place: Path) -> None:
         assert sorted(one.name for one in (place / "out").iterdir()) == [
             "config.json", "model.safetensors", "tokenizer.json",
         ]  # fmt: skip
-        model, tokenizer = load(place / source)
-        made, read = load(place / "out")
+        model, tokenizer = load_model_and_tokenizer(place / source)
+        made, read = load_model_and_tokenizer(place / "out")
         assert made.fingerprint == model.fingerprint
         assert read.to_json() == tokenizer.to_json()
     assert not [one for one in place.iterdir() if one.name.startswith(".")]
     for command in (
         ("read", "books/test/0.txt", "--checkpoint", "whole"),
         ("read", "books/test/0.txt", "--checkpoint", "out"),
-        ("test", "--run", "whole", "--trainer.strategy", "auto"),
+        ("test", "--run_dir", "whole", "--trainer.strategy", "auto"),
     ):
         done = program(*command, at=place)
         assert done.code == 0, done.err
@@ -173,7 +175,7 @@ def test_it_is_put_together(program: Program, place: Path) -> None:
 
 def test_what_does_not_go_is_said_in_a_line(program: Program, place: Path) -> None:
     for options, word in (
-        (("--model.distillation", "memtx.training.distillation.OwnAttention"), "does not go with a strategy"),
+        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "does not go with a strategy"),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
         (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Give fsdp2"),
     ):

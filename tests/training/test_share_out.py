@@ -21,12 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memtx.layers.chunk_attention import LocalAttention
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.window_attention import WindowAttention
+from memtx.layers.window_attention import LongformerAttention
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
-from memtx.training.sharding import share_out
+from memtx.training.sharding import shard_model
 from memtx.training.tbptt import unroll
 from tests.kinds import KINDS
 
@@ -44,7 +44,7 @@ def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     for at in (0, SEGMENT * HORIZON):
         part = slice(at, at + SEGMENT * HORIZON)
         given = tokens[:, part], tokens[:, part].roll(-1, 1), starts[:, part] & (at == 0), state
-        out = unroll(model, *given, segment=SEGMENT, **options)
+        out = unroll(model, *given, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
     return total
 
@@ -56,7 +56,7 @@ def squares(model: Any, tokens: Tensor) -> Tensor:
 
 def transformer(stack: Any, checkpointing: bool = False, **options: Any) -> nn.Module:
     model = MemoryTransformer(VOCAB, dim=8, depth=2, heads=2, memories=[stack], **options)
-    model.checkpointing = checkpointing
+    model.activation_checkpointing = checkpointing
     return model
 
 
@@ -71,15 +71,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "untied": (partial(transformer, KINDS["recurrent"](5, 2, 3), tie_embeddings=False), through_time),
     "checkpointing": (partial(transformer, KINDS["dual"](5, 2, 3), True), through_time),
     "replay": (partial(transformer, KINDS["dual"](5, 2, 3)), partial(through_time, replay=True)),
-    "transformer-xl": (partial(TransformerXL, VOCAB, dim=8, depth=2, heads=2, memory=5), through_time),
+    "transformer-xl": (partial(TransformerXL, VOCAB, dim=8, depth=2, heads=2, memory_length=5), through_time),
     "reformer": (
-        partial(Reformer, VOCAB, 8, 2, [partial(LocalAttention, chunk=4)] * 2, 8),
+        partial(Reformer, VOCAB, 8, 2, [partial(LocalAttention, chunk_length=4)] * 2, 8),
         squares,
     ),
     "encoder": (
         partial(
-            Encoder, VOCAB, dim=8, depth=2, heads=2, attentions=[partial(WindowAttention, window=4)],
-            embeddings=partial(TextEmbeddings, positions=32), masked_head=True,
+            Encoder, VOCAB, dim=8, depth=2, heads=2, attentions=[partial(LongformerAttention, window=4)],
+            embeddings=partial(TextEmbeddings, num_positions=32), add_mlm_head=True,
         ),
         squares,
     ),
@@ -128,7 +128,7 @@ def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
             ddp = DistributedDataParallel(Step(spread, loss), find_unused_parameters=name == "encoder")
             ddp(own).backward()
         else:
-            share_out(spread, mesh, torch.device("cpu"))
+            shard_model(spread, mesh, torch.device("cpu"))
             assert any(isinstance(one, DTensor) for one in spread.parameters())
             loss(spread, own).backward()
         found = gradients(spread)

@@ -11,11 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.summaries import SummaryDataModule
-from memtx.data.summary_form import SummaryForm
+from memtx.data.summary_form import SummaryPrompt
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.predictor import Predictor, serves_a_task
+from memtx.inference.predictor import Predictor, is_task_model
 from memtx.inference.summarizer import Summarizer, load_predictor
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
@@ -24,7 +24,11 @@ from tests.tasks import write_lines
 from tests.training.test_tasks import trainer
 
 MODEL = partial(
-    MemoryTransformer, dim=48, depth=2, heads=2, memories=[partial(CompressedMemory, window=16, rate=4, length=4)]
+    MemoryTransformer,
+    dim=48,
+    depth=2,
+    heads=2,
+    memories=[partial(CompressedMemory, window=16, compression_rate=4, num_entries=4)],
 )
 
 
@@ -47,22 +51,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def parts(root: Path, **options: Any) -> tuple[SummaryModule, SummaryDataModule]:
     pl.seed_everything(0)
-    data = SummaryDataModule(str(root), rows=8, segment=16, **options)
-    return SummaryModule(MODEL, data.vocab_size, data.segment, adam, None, meter=False), data
+    data = SummaryDataModule(str(root), batch_size=8, segment_length=16, **options)
+    return SummaryModule(MODEL, data.vocab_size, data.segment_length, adam, None, measure_memory_gain=False), data
 
 
 def test_only_the_summary_is_learned(root: Path) -> None:
     _, data = parts(root)
     data.setup("fit")
     for batch in data.val_dataloader():
-        assert batch.starts[:, 0].all()
-        assert not batch.starts[:, 1:].any()
+        assert batch.document_starts[:, 0].all()
+        assert not batch.document_starts[:, 1:].any()
         for row, labels in zip(batch.tokens, batch.labels, strict=True):
-            said = data.tokenizer.decode(labels[labels != IGNORED].tolist())
+            said = data.tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
             assert said in ("good\n\n", "bad\n\n")
-            first = int((labels != IGNORED).nonzero()[0])
+            first = int((labels != IGNORE_INDEX).nonzero()[0])
             assert data.tokenizer.decode(row[1 : first + 1].tolist()).endswith("\nSummary: ")
-        assert (batch.words == 1).all()
+        assert (batch.num_words == 1).all()
 
 
 def test_it_learns_and_its_run_alone_writes(root: Path, tmp_path: Path) -> None:
@@ -71,14 +75,14 @@ def test_it_learns_and_its_run_alone_writes(root: Path, tmp_path: Path) -> None:
     made.fit(module, data)
     assert float(made.callback_metrics["val_bits_per_byte"]) < 0.3
     made.save_checkpoint(tmp_path / "a.ckpt")
-    assert serves_a_task(tmp_path / "a.ckpt")
+    assert is_task_model(tmp_path / "a.ckpt")
     found = load_predictor(tmp_path / "a.ckpt")
     assert isinstance(found, Summarizer)
     assert found.predict(["yes yes yes", {"text": "no no no no"}]) == [
         {"summary": "good", "complete": True},
         {"summary": "bad", "complete": True},
     ]
-    found.longest = 2
+    found.max_tokens = 2
     assert found.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
     with pytest.raises(MemtxError, match="Input 1: 'text' is"):
         found.predict(["a", " "])
@@ -102,10 +106,10 @@ def test_resuming_is_exact(root: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes_are_said(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="end is empty"):
-        SummaryForm(end="")
-    with pytest.raises(DataError, match=r"train.jsonl', line 1: Text and summary have \d+ tokens, longest is 9"):
-        parts(root, longest=9)[1].setup("fit")
+    with pytest.raises(DataError, match="stop_sequence is empty"):
+        SummaryPrompt(stop_sequence="")
+    with pytest.raises(DataError, match=r"train.jsonl', line 1: Text and summary have \d+ tokens, max_length is 9"):
+        parts(root, max_length=9)[1].setup("fit")
     write_lines(tmp_path / "train.jsonl", [{"text": "a", "summary": "good"}])
     with pytest.raises(DataError, match=r"line 1: The summary holds 'o'"):
-        parts(tmp_path, end="o")[1].setup("fit")
+        parts(tmp_path, stop_sequence="o")[1].setup("fit")

@@ -11,17 +11,17 @@ import torch
 
 from memtx.data.tasks import TaskDataModule
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.predictor import Predictor, serves_a_task
+from memtx.inference.predictor import Predictor, is_task_model
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO
 from memtx.training.callbacks.freezing import Freeze
-from memtx.training.tasks import ClassificationModule, QuestionModule, TaggingModule, TaskModule
+from memtx.training.tasks import ClassificationModule, QuestionAnsweringModule, TaggingModule, TaskModule
 from tests.tasks import KINDS, body, folder, records, task, write_lines
 
 MODULES: dict[str, type[TaskModule]] = {
     "classification": ClassificationModule,
     "matching": ClassificationModule,
     "tagging": TaggingModule,
-    "questions": QuestionModule,
+    "questions": QuestionAnsweringModule,
 }
 
 
@@ -31,9 +31,13 @@ def adam(params: Any) -> torch.optim.Optimizer:
 
 def parts(kind: str, root: Path, **options: Any) -> tuple[TaskModule, TaskDataModule]:
     pl.seed_everything(0)
-    data = TaskDataModule(task(kind), str(root), rows=4)
-    data.tokenizer._size = 200
-    sizes: dict[str, Any] = {"vocab_size": data.vocab_size, "outputs": data.outputs, "mask": data.mask}
+    data = TaskDataModule(task(kind), str(root), batch_size=4)
+    data.tokenizer._vocab_size = 200
+    sizes: dict[str, Any] = {
+        "vocab_size": data.vocab_size,
+        "num_labels": data.num_labels,
+        "mask_token_id": data.mask_token_id,
+    }
     return MODULES[kind](body(), optimizer=adam, scheduler=None, **sizes, **options), data
 
 
@@ -62,7 +66,7 @@ def test_a_checkpoint_alone_predicts(kind: str, tmp_path: Path) -> None:
     made.fit(module, data)
     made.save_checkpoint(tmp_path / "a.ckpt")
     found = Predictor.load(tmp_path / "a.ckpt")
-    assert serves_a_task(tmp_path / "a.ckpt")
+    assert is_task_model(tmp_path / "a.ckpt")
     module.eval()
     wanted = Predictor(module.model, data.tokenizer, data.task)
     assert found.predict(records(kind, 5)) == wanted.predict(records(kind, 5))
@@ -72,7 +76,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", "tagging")
     losses: list[list[float]] = []
     for stop in (None, 8):
-        module, data = parts("tagging", root, dropped=0.3)
+        module, data = parts("tagging", root, token_mask_prob=0.3)
         module.train()
         if stop is None:
             made = trainer(max_steps=14)
@@ -81,7 +85,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
             made = trainer(max_steps=stop)
             made.fit(module, data)
             made.save_checkpoint(tmp_path / "half.ckpt")
-            module, data = parts("tagging", root, dropped=0.3)
+            module, data = parts("tagging", root, token_mask_prob=0.3)
             pl.seed_everything(99)
             made = trainer(max_steps=14)
             made.fit(module, data, ckpt_path=str(tmp_path / "half.ckpt"))
@@ -98,9 +102,9 @@ def test_frozen_parts_keep_their_weights_until_they_thaw(tmp_path: Path) -> None
             seen.append({name: float(one.detach().abs().sum()) for name, one in pl_module.model.named_parameters()})
 
     before = {name: float(one.detach().abs().sum()) for name, one in module.model.named_parameters()}
-    trainer(max_epochs=3, callbacks=[Freeze(["body.*"], epochs=2), Watch()]).fit(module, data)
-    names = [name for name in before if name.startswith("body.embedding")]
-    assert all(seen[1][name] == before[name] for name in before if name.startswith("body."))
+    trainer(max_epochs=3, callbacks=[Freeze(["backbone.*"], epochs=2), Watch()]).fit(module, data)
+    names = [name for name in before if name.startswith("backbone.embedding")]
+    assert all(seen[1][name] == before[name] for name in before if name.startswith("backbone."))
     assert all(seen[0][name] != before[name] for name in ("head.out.weight", "head.out.bias"))
     assert any(seen[2][name] != before[name] for name in names)
     with pytest.raises(MemtxError, match="No parameter is named 'bodi"):
@@ -112,8 +116,8 @@ def test_a_published_encoder_is_begun_from(parity: Path, tmp_path: Path) -> None
 
     place = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
     made: Any = from_pretrained(place)
-    module = ClassificationModule(pretrained=str(place), vocab_size=50, outputs=3)
-    own = module.model.body.state_dict()
+    module = ClassificationModule(pretrained=str(place), vocab_size=50, num_labels=3)
+    own = module.model.backbone.state_dict()
     assert own
     assert all(torch.equal(own[name], made.state_dict()[name]) for name in own)
     module.model.save_pretrained(tmp_path)
@@ -133,8 +137,8 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (root / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"no train\.jsonl"):
         TaskDataModule(task("classification"), str(root)).setup("fit")
-    with pytest.raises(DataError, match="rows is 0"):
-        TaskDataModule(task("classification"), str(root), rows=0)
+    with pytest.raises(DataError, match="batch_size is 0"):
+        TaskDataModule(task("classification"), str(root), batch_size=0)
 
 
 def test_a_checkpoint_of_another_task_is_refused(tmp_path: Path) -> None:

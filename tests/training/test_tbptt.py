@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.memory.reconstruction import AttentionReconstruction
 from memtx.state import MemoryState
-from memtx.training.tbptt import Unrolled, unroll
+from memtx.training.tbptt import UnrollOutput, unroll
 from tests.training.small import data, memory, model, module, trainer
 
 # float64: what is left is rounding, of sums in another order.
@@ -30,7 +30,7 @@ def texts(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 30, (rows, length + 1), generator=draw)
     labels = tokens[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=draw) < 0.1] = IGNORED
+    labels[torch.rand(labels.shape, generator=draw) < 0.1] = IGNORE_INDEX
     return tokens[:, :-1], labels, torch.rand(labels.shape, generator=draw) < 0.1
 
 
@@ -58,16 +58,20 @@ def test_gradients_are_those_of_plain_backpropagation(
     if before:
         first = slice(0, before)
         # With a graph behind it, were it not cut.
-        state = unroll(reader, tokens[:, first], labels[:, first], starts[:, first], state, segment=segment).state
+        state = unroll(
+            reader, tokens[:, first], labels[:, first], starts[:, first], state, segment_length=segment
+        ).state
     part = slice(before, before + length)
-    found = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment=segment)
+    found = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment_length=segment)
     # All of it in one call and in torch's own terms, from the same state as a constant.
-    constant = state.with_tensors({name: tensor.detach().clone() for name, tensor in state.tensors().items()})
-    logits = reader(tokens[:, part], constant, starts=starts[:, part]).logits
-    plain = F.cross_entropy(logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORED, reduction="sum")
-    scored = (labels[:, part] != IGNORED).sum()
+    constant = state.with_named_tensors(
+        {name: tensor.detach().clone() for name, tensor in state.named_tensors().items()}
+    )
+    logits = reader(tokens[:, part], constant, document_starts=starts[:, part]).logits
+    plain = F.cross_entropy(logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    scored = (labels[:, part] != IGNORE_INDEX).sum()
     plain = plain / scored.clamp(min=1)
-    assert found.scored == scored
+    assert found.num_scored == scored
     torch.testing.assert_close(found.loss, plain, **EXACT)
     torch.testing.assert_close(found.nll.sum() / scored.clamp(min=1), plain.detach(), **EXACT)
     whole = gradients(reader, plain)
@@ -80,13 +84,13 @@ def test_a_longer_horizon_has_other_gradients() -> None:
     reader = model(30).double()
     tokens, labels, _ = texts(0, 2, 24)
     starts = torch.zeros_like(tokens, dtype=torch.bool)
-    whole = gradients(reader, unroll(reader, tokens, labels, starts, reader.init_state(2), segment=8).loss)
+    whole = gradients(reader, unroll(reader, tokens, labels, starts, reader.init_state(2), segment_length=8).loss)
     state, losses = reader.init_state(2), []
     for at in (0, 8, 16):
         part = slice(at, at + 8)
-        out = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment=8)
+        out = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment_length=8)
         state = out.state
-        losses.append(out.loss * (out.scored / (labels != IGNORED).sum()))
+        losses.append(out.loss * (out.num_scored / (labels != IGNORE_INDEX).sum()))
     cut = gradients(reader, torch.stack(losses).sum())
     assert any(not torch.allclose(cut[name], one, atol=1e-6, rtol=1e-3) for name, one in whole.items())
 
@@ -95,26 +99,26 @@ def test_auxiliary_losses_are_the_segments_mean() -> None:
     torch.manual_seed(0)
     reader = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
     tokens, labels, starts = texts(0, 2, 24)
-    out = unroll(reader, tokens, labels, starts, reader.init_state(2), segment=8)
+    out = unroll(reader, tokens, labels, starts, reader.init_state(2), segment_length=8)
     state, named = reader.init_state(2), list[Tensor]()
     for at in (0, 8, 16):
         part = slice(at, at + 8)
-        one = reader(tokens[:, part], state, starts=starts[:, part], labels=labels[:, part])
+        one = reader(tokens[:, part], state, document_starts=starts[:, part], labels=labels[:, part])
         state = one.state
-        named.append(sum(one.losses.values()))
-    scored = (labels != IGNORED).sum()
+        named.append(sum(one.aux_losses.values()))
+    scored = (labels != IGNORE_INDEX).sum()
     torch.testing.assert_close(out.loss, out.nll.sum() / scored + torch.stack(named).mean(), **EXACT)
     assert out.losses
     assert not any(value.requires_grad for value in out.losses.values())
 
 
 def free(state: MemoryState) -> bool:
-    return all(tensor.grad_fn is None and not tensor.requires_grad for tensor in state.tensors().values())
+    return all(tensor.grad_fn is None and not tensor.requires_grad for tensor in state.named_tensors().values())
 
 
 def test_the_state_has_no_graph() -> None:
     reader = model(30)
-    out: Unrolled = unroll(reader, *texts(0, 2, 16), reader.init_state(2), segment=8)
+    out: UnrollOutput = unroll(reader, *texts(0, 2, 16), reader.init_state(2), segment_length=8)
     assert out.loss.requires_grad
     assert free(out.state)
     assert not out.nll.requires_grad
@@ -146,7 +150,7 @@ def test_no_graph_is_kept_between_batches(tmp_path: Path) -> None:
 def test_short_rests_weigh_by_their_labels(rate: int) -> None:
     """A segment of one label does not weigh as much as a full one."""
     torch.manual_seed(0)
-    reader = model(30, memories=(partial(memory(), rate=rate),)).double()
+    reader = model(30, memories=(partial(memory(), compression_rate=rate),)).double()
     tokens, labels, starts = texts(1, 1, 17)
-    out = unroll(reader, tokens, labels, starts, reader.init_state(1), segment=8)
-    torch.testing.assert_close(out.loss, out.nll.sum() / (labels != IGNORED).sum(), **EXACT)
+    out = unroll(reader, tokens, labels, starts, reader.init_state(1), segment_length=8)
+    torch.testing.assert_close(out.loss, out.nll.sum() / (labels != IGNORE_INDEX).sum(), **EXACT)

@@ -13,17 +13,19 @@ from dataclasses import dataclass
 
 import torch
 
-from memtx.data.batch import IGNORED
-from memtx.data.episodes.base import Ask, Pairs, Part
+from memtx.data.batch import IGNORE_INDEX
+from memtx.data.episodes.base import KeyValueTask, LabelledSegment, QueryMode
 
 
 @dataclass(frozen=True)
-class Recall(Pairs):
+class AssociativeRecall(KeyValueTask):
     """The pairs of the first segment are asked for."""
 
-    def _episode(self, rows: int, segments: int, generator: torch.Generator, ask: Ask) -> Iterator[Part]:
-        keys, values = self._keys(rows, generator), self._values(rows, generator)
-        yield self._placed(keys, values, generator), torch.full((rows, self.segment), IGNORED)
-        for number in range(1, segments):
-            asks = ask == "later" or number == segments - 1
-            yield self._asked(keys, values, generator) if asks else self._quiet(rows, generator)
+    def _iter_segments(
+        self, batch_size: int, num_segments: int, generator: torch.Generator, query_mode: QueryMode
+    ) -> Iterator[LabelledSegment]:
+        keys, values = self._sample_keys(batch_size, generator), self._sample_values(batch_size, generator)
+        yield self._scatter_pairs(keys, values, generator), torch.full((batch_size, self.segment_length), IGNORE_INDEX)
+        for number in range(1, num_segments):
+            asks = query_mode == "later" or number == num_segments - 1
+            yield self._query_segment(keys, values, generator) if asks else self._noise_segment(batch_size, generator)

@@ -6,26 +6,26 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from memtx.data.document import Part
-from memtx.data.documents import METADATA, SUFFIXES, open_corpus, read_titles
-from memtx.data.source import SPLITS, Source, Texts
+from memtx.data.document import SourcePart
+from memtx.data.documents import METADATA_NAME, TEXT_SUFFIXES, open_corpus, read_titles
+from memtx.data.source import SPLITS, CorpusManifest, TextSource
 from memtx.data.sources import tables
-from memtx.data.sources.places import COMPRESSED, Place, StoredText, listed, opened
+from memtx.data.sources.places import COMPRESSION_BY_SUFFIX, RemoteDocument, RemoteFile, list_files, open_file
 from memtx.errors import DataError
 
-LINES = (".jsonl", ".ndjson")
-ROWS = (".parquet",)
-EMBEDDED = ("embedded", "embedded+sources")
+JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
+PARQUET_SUFFIXES = (".parquet",)
+BUILTIN_ROOTS = ("embedded", "embedded+sources")
 
-SHARE = 0.05
+DEFAULT_EVAL_FRACTION = 0.05
 """What validation and test get each, where nothing says which documents are theirs."""
 
 # How others call the splits, in folders and at the beginning of a table's name.
-_NAMES = {**{name: name for name in SPLITS}, "valid": "validation", "val": "validation", "dev": "validation"}
-_TABLE = re.compile(rf"({'|'.join(_NAMES)})(?=[-_.]|$)")
+_SPLIT_ALIASES = {**{name: name for name in SPLITS}, "valid": "validation", "val": "validation", "dev": "validation"}
+_SPLIT_PREFIX = re.compile(rf"({'|'.join(_SPLIT_ALIASES)})(?=[-_.]|$)")
 
 
-class Files(Texts):
+class FileSource(TextSource):
     """Files of texts (``.txt``, ``.md``, ...), lines of JSON (``.jsonl``) and Parquet, anywhere that fsspec reads.
 
     Splits are as laid out: folders ``train``, ``validation`` and ``test``, or tables named so (``train-0.parquet``).
@@ -33,11 +33,11 @@ class Files(Texts):
     of a place, its files of text (a README) are left alone.
 
     Args:
-        places: paths, patterns with ``*`` or URLs; ``x.zip`` for what is in it; ``.gz`` and its like are uncompressed.
-        field: of tables, where the text is.
-        id_field: of tables, where the document's name is; None for file and place in it.
-        validation: share of documents, by their names; None for as laid out, else 0.05.
-        test: likewise.
+        paths: paths, patterns with ``*`` or URLs; ``x.zip`` for what is in it; ``.gz`` and its like are uncompressed.
+        text_column: of tables, where the text is.
+        id_column: of tables, where the document's name is; None for file and place in it.
+        validation_fraction: share of documents, by their names; None for as laid out, else 0.05.
+        test_fraction: likewise.
 
     Raises:
         DataError: a share is out of range.
@@ -45,100 +45,128 @@ class Files(Texts):
 
     def __init__(
         self,
-        places: Sequence[str],
-        field: str = "text",
-        id_field: str | None = None,
-        validation: float | None = None,
-        test: float | None = None,
+        paths: Sequence[str],
+        text_column: str = "text",
+        id_column: str | None = None,
+        validation_fraction: float | None = None,
+        test_fraction: float | None = None,
     ) -> None:
-        self.places, self.field, self.id_field = list(places), field, id_field
-        self.shares = shares(validation, test)
-        self.stated = validation is not None or test is not None
+        self.paths, self.text_column, self.id_column = list(paths), text_column, id_column
+        self.split_fractions = compute_split_fractions(validation_fraction, test_fraction)
+        self.has_explicit_fractions = validation_fraction is not None or test_fraction is not None
 
-    def source(self) -> Source:
+    def scan(self) -> CorpusManifest:
         """List the files."""
-        if not self.places:
+        if not self.paths:
             raise DataError("No source of texts is given.", "Name folders, files or URLs.")
-        name = self.places[0] if len(self.places) == 1 else f"{self.places[0]} and {len(self.places) - 1} more"
-        if len(self.places) == 1 and not self.stated and (known := _as_in_training(self.places[0])) is not None:
+        name = self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
+        if (
+            len(self.paths) == 1
+            and not self.has_explicit_fractions
+            and (known := _open_plain_corpus(self.paths[0])) is not None
+        ):
             return known
-        found: list[Place] = []
-        chosen: list[Place] = []
-        for asked in self.places:
-            own = listed(asked)
+        found: list[RemoteFile] = []
+        chosen: list[RemoteFile] = []
+        for asked in self.paths:
+            own = list_files(asked)
             found += own
-            tabled = [one for one in own if one.suffix in LINES + ROWS]
-            chosen += tabled or [one for one in own if one.suffix in SUFFIXES]
+            tabled = [one for one in own if one.suffix in JSON_LINES_SUFFIXES + PARQUET_SUFFIXES]
+            chosen += tabled or [one for one in own if one.suffix in TEXT_SUFFIXES]
         if not chosen:
-            endings = ", ".join((*SUFFIXES, *LINES, *ROWS))
+            endings = ", ".join((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, *PARQUET_SUFFIXES))
             raise DataError(f"'{name}' holds no text, expected files ending in {endings}.", "They may be compressed.")
-        splits = {} if self.stated else {one.url: split for one in chosen if (split := _split(one)) is not None}
+        splits = (
+            {}
+            if self.has_explicit_fractions
+            else {one.url: split for one in chosen if (split := _infer_split(one)) is not None}
+        )
         if not splits:
-            return Source(name, mixed=[part for one in chosen for part in self._parts(one, {})], shares=self.shares)
-        titles = _titles(found)
-        laid_out: dict[str, list[Part]] = {split: [] for split in SPLITS}
+            return CorpusManifest(
+                name,
+                unsplit_parts=[part for one in chosen for part in self._make_parts(one, {})],
+                split_fractions=self.split_fractions,
+            )
+        titles = _collect_titles(found)
+        laid_out: dict[str, list[SourcePart]] = {split: [] for split in SPLITS}
         for one in chosen:
             if one.url in splits:
-                laid_out[splits[one.url]] += self._parts(one, titles)
-        return Source(name, laid_out)
+                laid_out[splits[one.url]] += self._make_parts(one, titles)
+        return CorpusManifest(name, laid_out)
 
-    def _parts(self, place: Place, titles: dict[str, str]) -> list[Part]:
-        if place.size == 0:
-            raise DataError(f"'{place.url}' is empty, expected a text.", "Remove the file or restore its text.")
-        if place.suffix in LINES:
-            return tables.lines(place, self.field, self.id_field)
-        if place.suffix in ROWS:
-            return tables.rows(place, self.field, self.id_field)
+    def _make_parts(self, file: RemoteFile, titles: dict[str, str]) -> list[SourcePart]:
+        if file.size == 0:
+            raise DataError(f"'{file.url}' is empty, expected a text.", "Remove the file or restore its text.")
+        if file.suffix in JSON_LINES_SUFFIXES:
+            return tables.json_lines_parts(file, self.text_column, self.id_column)
+        if file.suffix in PARQUET_SUFFIXES:
+            return tables.parquet_parts(file, self.text_column, self.id_column)
         # In the layout of PG-19 a document is called by its file alone.
-        name = PurePosixPath(place.name).stem if _split(place) is not None and not self.stated else place.name
-        return [StoredText(name, titles.get(name, name), place.size, place.url, version=place.version, here=place.here)]
+        name = (
+            PurePosixPath(file.name).stem
+            if _infer_split(file) is not None and not self.has_explicit_fractions
+            else file.name
+        )
+        return [
+            RemoteDocument(
+                name,
+                titles.get(name, name),
+                file.size,
+                file.url,
+                version=file.version,
+                is_process_local=file.is_process_local,
+            )
+        ]
 
 
-def shares(validation: float | None, test: float | None) -> dict[str, float]:
+def compute_split_fractions(validation_fraction: float | None, test_fraction: float | None) -> dict[str, float]:
     """Return what each split gets; raises DataError where a share is out of range."""
-    held = {"validation": SHARE if validation is None else validation, "test": SHARE if test is None else test}
+    held = {
+        "validation": DEFAULT_EVAL_FRACTION if validation_fraction is None else validation_fraction,
+        "test": DEFAULT_EVAL_FRACTION if test_fraction is None else test_fraction,
+    }
     for name, share in held.items():
         if not 0 <= share < 1:
-            raise DataError(f"{name} is {share}, expected a share from 0 up to 1.", "Give for example 0.01.")
+            raise DataError(f"{name}_fraction is {share}, expected a share from 0 up to 1.", "Give for example 0.01.")
     train = 1 - sum(held.values())
     if train <= 0:
         raise DataError("The shares of validation and test leave nothing to train on.", "Give smaller ones.")
     return {name: share for name, share in {**held, "train": train}.items() if share > 0}
 
 
-def _as_in_training(place: str) -> Source | None:
+def _open_plain_corpus(root: str) -> CorpusManifest | None:
     """Return the splits that training would make of a folder of plain text files; None where there are others."""
-    if place in EMBEDDED:
-        return Source(place, open_corpus(place).splits)
-    path = Path(place).expanduser()
+    if root in BUILTIN_ROOTS:
+        return CorpusManifest(root, open_corpus(root).splits)
+    path = Path(root).expanduser()
     if not path.exists():
         return None
     files = [path] if path.is_file() else (one for one in path.rglob("*") if one.is_file())
-    others = (*LINES, *ROWS, *COMPRESSED, ".zip")
+    others = (*JSON_LINES_SUFFIXES, *PARQUET_SUFFIXES, *COMPRESSION_BY_SUFFIX, ".zip")
     if any(one.suffix.lower() in others for one in files):
         return None
-    return Source(place, open_corpus(path).splits)
+    return CorpusManifest(root, open_corpus(path).splits)
 
 
-def usual(split: str) -> str | None:
+def canonical_split(name: str) -> str | None:
     """Return what a split is called here; None for one that is none of the usual ones."""
-    return _NAMES.get(split)
+    return _SPLIT_ALIASES.get(name)
 
 
-def _split(place: Place) -> str | None:
+def _infer_split(file: RemoteFile) -> str | None:
     """Return the split that a file's folder says, or a table's name."""
-    path = PurePosixPath(place.name)
+    path = PurePosixPath(file.name)
     for part in path.parts[:-1]:
-        if part in _NAMES:
-            return _NAMES[part]
-    found = _TABLE.match(path.name) if place.suffix in LINES + ROWS else None
-    return _NAMES[found[1]] if found else None
+        if part in _SPLIT_ALIASES:
+            return _SPLIT_ALIASES[part]
+    found = _SPLIT_PREFIX.match(path.name) if file.suffix in JSON_LINES_SUFFIXES + PARQUET_SUFFIXES else None
+    return _SPLIT_ALIASES[found[1]] if found else None
 
 
-def _titles(found: Sequence[Place]) -> dict[str, str]:
+def _collect_titles(files: Sequence[RemoteFile]) -> dict[str, str]:
     titles: dict[str, str] = {}
-    for one in found:
-        if one.name == METADATA:
-            with opened(one.url) as handle:
+    for one in files:
+        if one.name == METADATA_NAME:
+            with open_file(one.url) as handle:
                 titles |= read_titles(handle.read())
     return titles

@@ -7,44 +7,44 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from memtx.data.document import CHUNK, Document, Part
-from memtx.data.sources.places import Place, opened
-from memtx.data.tokenizers import utf8
-from memtx.errors import DataError, MemtxError, nearest
+from memtx.data.document import READ_SIZE, Document, SourcePart
+from memtx.data.sources.places import RemoteFile, open_file
+from memtx.data.tokenizers import encode_utf8
+from memtx.errors import DataError, MemtxError, closest_match
 
-BLOCK = 8 << 20
+BLOCK_BYTES = 8 << 20
 """Bytes of a file of lines that are a part."""
-LONGEST = 128 << 20
+MAX_LINE_BYTES = 128 << 20
 """Bytes of a line at most: it is parsed as a whole."""
-AT_A_TIME = 16
+PARQUET_BATCH_SIZE = 16
 """Rows of a Parquet file in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table(Part):
+class TablePart(SourcePart):
     """Some rows of a file.
 
     Attributes:
         path: the file.
-        name: what its documents' names begin with.
+        id_prefix: what its documents' names begin with.
         size: bytes of the rows.
         version: what changes when the file is written anew.
-        field: the column that holds the texts.
-        id_field: that of the documents' names; None for file and place.
-        here: whether this process alone can read it.
+        text_column: the column that holds the texts.
+        id_column: that of the documents' names; None for file and place.
+        is_process_local: whether this process alone can read it.
     """
 
     path: str
-    name: str
+    id_prefix: str
     size: int
     version: str
-    field: str = "text"
-    id_field: str | None = None
-    here: bool = False
+    text_column: str = "text"
+    id_column: str | None = None
+    is_process_local: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lines(Table):
+class JsonLinesPart(TablePart):
     """The lines that begin within a stretch of a file of JSON objects, one a line; ``size`` is as they are stored.
 
     Attributes:
@@ -56,27 +56,27 @@ class Lines(Table):
     stop: int | None
 
     @property
-    def stamp(self) -> str:
+    def cache_key(self) -> str:
         """Place, stretch and version of the file, and the fields."""
-        return f"{self.path}:{self.start}:{self.stop}:{self.size}:{self.version}:{self.field}:{self.id_field}"
+        return f"{self.path}:{self.start}:{self.stop}:{self.size}:{self.version}:{self.text_column}:{self.id_column}"
 
-    def documents(self) -> Iterator[Document]:
+    def iter_documents(self) -> Iterator[Document]:
         """Yield a document a line; empty lines are passed over."""
-        with opened(self.path) as handle:
-            for place, line in _lines(handle, self.path, self.start, self.stop):
+        with open_file(self.path) as handle:
+            for place, line in _iter_lines(handle, self.path, self.start, self.stop):
                 if not line.isspace():
-                    yield document_of(
+                    yield row_to_document(
                         f"'{self.path}', byte {place}",
-                        self._record(line, place),
-                        f"{self.name}@{place}",
-                        self.field,
-                        self.id_field,
+                        self._parse_line(line, place),
+                        f"{self.id_prefix}@{place}",
+                        self.text_column,
+                        self.id_column,
                     )
 
-    def _record(self, line: bytes, place: int) -> Mapping[str, Any]:
-        where, cure = f"'{self.path}', byte {place}", "Every line is to be one, in UTF-8."
+    def _parse_line(self, line: bytes, offset: int) -> Mapping[str, Any]:
+        where, cure = f"'{self.path}', byte {offset}", "Every line is to be one, in UTF-8."
         try:
-            record = json.loads(line.decode("utf-8-sig" if place == 0 else "utf-8"))
+            record = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: the line is no JSON: {error}.", cure) from error
         if not isinstance(record, dict):
@@ -84,7 +84,7 @@ class Lines(Table):
         return record
 
 
-def _lines(handle: IO[bytes], path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+def _iter_lines(handle: IO[bytes], path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that begin at bytes start to stop, each with where it begins."""
     held, searched, place = b"", 0, start
     if start:
@@ -92,7 +92,7 @@ def _lines(handle: IO[bytes], path: str, start: int, stop: int | None) -> Iterat
         handle.seek(start - 1)
         place -= 1
     first = bool(start)
-    while chunk := handle.read(CHUNK):
+    while chunk := handle.read(READ_SIZE):
         held += chunk
         begin = 0
         while (end := held.find(b"\n", max(begin, searched))) >= 0:
@@ -105,130 +105,146 @@ def _lines(handle: IO[bytes], path: str, start: int, stop: int | None) -> Iterat
                 return
         held = held[begin:]
         searched = len(held)
-        if len(held) > LONGEST:
+        if len(held) > MAX_LINE_BYTES:
             if first:  # The line of another part, which says so.
                 held, searched, place = b"", 0, place + len(held)
                 if stop is not None and place >= stop:
                     return
                 continue
-            raise DataError(f"'{path}', byte {place}: the line has more than {LONGEST:,} bytes.", "Split the text.")
+            raise DataError(
+                f"'{path}', byte {place}: the line has more than {MAX_LINE_BYTES:,} bytes.", "Split the text."
+            )
     if held and not first:
         yield place, held
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(Table):
+class ParquetPart(TablePart):
     """A row group of a Parquet file; ``size`` is that of its texts, uncompressed.
 
     Attributes:
-        group: number of the row group.
-        first: number of its first row in the file.
+        row_group: number of the row group.
+        first_row: number of its first row in the file.
     """
 
-    group: int
-    first: int
+    row_group: int
+    first_row: int
 
     @property
-    def stamp(self) -> str:
+    def cache_key(self) -> str:
         """Place, row group and version of the file, and the columns."""
-        return f"{self.path}:{self.group}:{self.first}:{self.size}:{self.version}:{self.field}:{self.id_field}"
+        rows = f"{self.row_group}:{self.first_row}:{self.size}"
+        return f"{self.path}:{rows}:{self.version}:{self.text_column}:{self.id_column}"
 
-    def documents(self) -> Iterator[Document]:
+    def iter_documents(self) -> Iterator[Document]:
         """Yield a document a row."""
-        columns = [self.field] if self.id_field is None else [self.field, self.id_field]
-        number = self.first
-        with opened(self.path) as handle:
+        columns = [self.text_column] if self.id_column is None else [self.text_column, self.id_column]
+        number = self.first_row
+        with open_file(self.path) as handle:
             # Read by pages, so that a row group of gigabytes is never held.
-            table = _parquet().ParquetFile(handle, buffer_size=CHUNK, pre_buffer=False)
-            for batch in table.iter_batches(AT_A_TIME, row_groups=[self.group], columns=columns, use_threads=False):
+            table = _import_parquet().ParquetFile(handle, buffer_size=READ_SIZE, pre_buffer=False)
+            for batch in table.iter_batches(
+                PARQUET_BATCH_SIZE, row_groups=[self.row_group], columns=columns, use_threads=False
+            ):
                 for record in batch.to_pylist():
-                    where, name = f"'{self.path}', row {number}", f"{self.name}@{number}"
-                    yield document_of(where, record, name, self.field, self.id_field)
+                    where, name = f"'{self.path}', row {number}", f"{self.id_prefix}@{number}"
+                    yield row_to_document(where, record, name, self.text_column, self.id_column)
                     number += 1
 
 
-def document_of(where: str, record: Mapping[str, Any], name: str, field: str, id_field: str | None) -> Document:
+def row_to_document(
+    location: str, record: Mapping[str, Any], document_id: str, text_column: str, id_column: str | None
+) -> Document:
     """Return the document that a row of a table is.
 
     Args:
-        where: the row, for messages.
+        location: the row, for messages.
         record: its columns.
-        name: what to call it where no column says.
-        field: the column of its text.
-        id_field: that of its name, if any.
+        document_id: what to call it where no column says.
+        text_column: the column of its text.
+        id_column: that of its name, if any.
 
     Raises:
         DataError: there is no such column, or no text in it.
     """
-    if field not in record:
-        raise DataError(f"{where}: there is no '{field}'.{nearest(field, map(str, record))}", "Name it by --field.")
-    text = "" if record[field] is None else record[field]
+    if text_column not in record:
+        raise DataError(
+            f"{location}: there is no '{text_column}'.{closest_match(text_column, map(str, record))}",
+            "Name it by --text-column.",
+        )
+    text = "" if record[text_column] is None else record[text_column]
     if not isinstance(text, str):
-        raise DataError(f"{where}: '{field}' is a {type(text).__name__}, expected a text.", "Name it by --field.")
-    if id_field is not None:
-        given = record.get(id_field)
+        raise DataError(
+            f"{location}: '{text_column}' is a {type(text).__name__}, expected a text.", "Name it by --text-column."
+        )
+    if id_column is not None:
+        given = record.get(id_column)
         if given is None or isinstance(given, dict | list):
-            raise DataError(f"{where}: there is no name in '{id_field}'.", "Name another one by --id-field.")
-        name = str(given)
+            raise DataError(f"{location}: there is no name in '{id_column}'.", "Name another one by --id-column.")
+        document_id = str(given)
     try:
-        utf8(name)
-        return Document(name, name, len(utf8(text)), text=text, row=True)
+        encode_utf8(document_id)
+        return Document(document_id, document_id, len(encode_utf8(text)), text=text, is_table_row=True)
     except MemtxError as error:
-        raise DataError(f"{where}: {error.what}", error.cure) from error
+        raise DataError(f"{location}: {error.message}", error.hint) from error
 
 
-def lines(place: Place, field: str, id_field: str | None) -> list[Part]:
+def json_lines_parts(file: RemoteFile, text_column: str, id_column: str | None) -> list[SourcePart]:
     """Return the parts of a file of JSON objects, one a line."""
     stretches: list[tuple[int, int | None]] = [(0, None)]
-    if place.seekable:
-        stretches = [(start, min(start + BLOCK, place.size)) for start in range(0, place.size, BLOCK)]
+    if file.is_seekable:
+        stretches = [(start, min(start + BLOCK_BYTES, file.size)) for start in range(0, file.size, BLOCK_BYTES)]
     return [
-        Lines(
-            **_shared(place, field, id_field),
+        JsonLinesPart(
+            **_common_fields(file, text_column, id_column),
             start=start,
             stop=stop,
-            size=place.size if stop is None else stop - start,
+            size=file.size if stop is None else stop - start,
         )
         for start, stop in stretches
     ]
 
 
-def _shared(place: Place, field: str, id_field: str | None) -> dict[str, Any]:
+def _common_fields(file: RemoteFile, text_column: str, id_column: str | None) -> dict[str, Any]:
     """Return what all parts of a file have alike."""
-    version = f"{place.size}:{place.version}"
+    version = f"{file.size}:{file.version}"
     return {
-        "path": place.url, "name": place.name, "version": version,
-        "field": field, "id_field": id_field, "here": place.here,
+        "path": file.url, "id_prefix": file.name, "version": version,
+        "text_column": text_column, "id_column": id_column, "is_process_local": file.is_process_local,
     }  # fmt: skip
 
 
-def rows(place: Place, field: str, id_field: str | None) -> list[Part]:
+def parquet_parts(file: RemoteFile, text_column: str, id_column: str | None) -> list[SourcePart]:
     """Return the parts of a Parquet file, a row group each.
 
     Raises:
         DataError: pyarrow is not installed, or the file is no Parquet or has no such column.
     """
-    parquet = _parquet()
-    parts: list[Part] = []
-    with opened(place.url) as handle:
+    parquet = _import_parquet()
+    parts: list[SourcePart] = []
+    with open_file(file.url) as handle:
         meta = parquet.ParquetFile(handle).metadata
         names = [meta.schema.column(number).path for number in range(meta.num_columns)]
-        for name, option in ((field, "--field"), (id_field, "--id-field")):
+        for name, option in ((text_column, "--text-column"), (id_column, "--id-column")):
             if name is not None and name not in names:
                 raise DataError(
-                    f"'{place.url}' has no column '{name}', it has {', '.join(names[:20])}.{nearest(name, names)}",
+                    f"'{file.url}' has no column '{name}', it has {', '.join(names[:20])}.{closest_match(name, names)}",
                     f"Name it by {option}.",
                 )
-        first, column = 0, names.index(field)
+        first, column = 0, names.index(text_column)
         for number in range(meta.num_row_groups):
             group = meta.row_group(number)
             size = group.column(column).total_uncompressed_size
-            parts.append(Rows(**_shared(place, field, id_field), group=number, first=first, size=size))
+            parts.append(
+                ParquetPart(
+                    **_common_fields(file, text_column, id_column), row_group=number, first_row=first, size=size
+                )
+            )
             first += group.num_rows
     return parts
 
 
-def _parquet() -> Any:
+def _import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:

@@ -19,27 +19,27 @@ from torch import Tensor
 
 from memtx import files
 from memtx.errors import CheckpointError
-from memtx.models.published.stored import InMemory, Stored, in_file
+from memtx.models.published.stored import LazyTensor, LoadedTensor, open_safetensors
 
-CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
-PICKLED = "pytorch_model.bin"
-INDEX = ".index.json"
+CONFIG_FILE = "config.json"
+SAFETENSORS_FILE = "model.safetensors"
+PICKLE_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
-class Content:
+class Checkpoint:
     """What a folder holds.
 
     Attributes:
-        place: the folder.
-        text: config.json, word for word.
+        path: the folder.
+        config_text: config.json, word for word.
         config: the same, read.
         tensors: every tensor by its name in the layout, on the CPU.
     """
 
-    place: Path
-    text: str
+    path: Path
+    config_text: str
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
 
@@ -50,9 +50,9 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
     Raises:
         CheckpointError: missing, damaged, or not a JSON object.
     """
-    place = Path(path) / CONFIG
+    place = Path(path) / CONFIG_FILE
     if not place.is_file():
-        raise CheckpointError(f"'{path}' has no {CONFIG}.", "Give the folder that holds the whole checkpoint.")
+        raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give the folder that holds the whole checkpoint.")
     config = files.read_json(place)
     if not isinstance(config, dict):
         raise CheckpointError(f"'{place}' holds a {type(config).__name__}, not a JSON object.", "Restore it.")
@@ -60,23 +60,23 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LazyCheckpoint:
     """What a folder holds, its tensors still on disk.
 
     Attributes:
-        place: the folder.
-        text: config.json, word for word.
+        path: the folder.
+        config_text: config.json, word for word.
         config: the same, read.
         tensors: every tensor by its name in the layout.
     """
 
-    place: Path
-    text: str
+    path: Path
+    config_text: str
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, LazyTensor]
 
 
-def read(path: str | os.PathLike[str]) -> Content:
+def read(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a folder.
 
     Raises:
@@ -84,10 +84,10 @@ def read(path: str | os.PathLike[str]) -> Content:
     """
     place = Path(path)
     text, config = read_config(place)
-    return Content(place, text, config, _gathered(place, _from_safetensors, _from_pickle))
+    return Checkpoint(place, text, config, _read_tensors(place, _load_safetensors, _load_pickle))
 
 
-def opened(path: str | os.PathLike[str]) -> Opened:
+def open_lazy(path: str | os.PathLike[str]) -> LazyCheckpoint:
     """Look into a folder without reading its tensors; those of a pickle are mapped.
 
     Raises:
@@ -96,58 +96,58 @@ def opened(path: str | os.PathLike[str]) -> Opened:
     place = Path(path)
     text, config = read_config(place)
 
-    def mapped(path: Path) -> Mapping[str, Stored]:
-        return {name: InMemory(tensor) for name, tensor in _from_pickle(path, mapped=True).items()}
+    def mapped(path: Path) -> Mapping[str, LazyTensor]:
+        return {name: LoadedTensor(tensor) for name, tensor in _load_pickle(path, mmap=True).items()}
 
-    return Opened(place, text, config, _gathered(place, in_file, mapped))
+    return LazyCheckpoint(place, text, config, _read_tensors(place, open_safetensors, mapped))
 
 
 T = TypeVar("T")
 Reader = Callable[[Path], Mapping[str, T]]
 
 
-def _gathered(place: Path, safe: Reader[T], pickled: Reader[T]) -> dict[str, T]:
+def _read_tensors(folder: Path, read_safetensors: Reader[T], read_pickle: Reader[T]) -> dict[str, T]:
     """Return what the readers find in the folder's files."""
-    for name, reader in ((WEIGHTS, safe), (PICKLED, pickled)):
-        if (place / name).is_file():
-            return dict(reader(place / name))
-        if (place / (name + INDEX)).is_file():
+    for name, reader in ((SAFETENSORS_FILE, read_safetensors), (PICKLE_FILE, read_pickle)):
+        if (folder / name).is_file():
+            return dict(reader(folder / name))
+        if (folder / (name + INDEX_SUFFIX)).is_file():
             tensors: dict[str, T] = {}
-            for part, named in _parts(place / (name + INDEX)).items():
-                if not (place / part).is_file():
-                    raise CheckpointError(f"'{place}' lacks {part}, which its index names.", "Fetch the missing file.")
-                found = reader(place / part)
+            for part, named in _shard_index(folder / (name + INDEX_SUFFIX)).items():
+                if not (folder / part).is_file():
+                    raise CheckpointError(f"'{folder}' lacks {part}, which its index names.", "Fetch the missing file.")
+                found = reader(folder / part)
                 if missing := sorted(named - found.keys()):
                     raise CheckpointError(
-                        f"'{place / part}' lacks {', '.join(missing)}, which the index puts there.",
+                        f"'{folder / part}' lacks {', '.join(missing)}, which the index puts there.",
                         "Index and files do not belong together; fetch both again.",
                     )
                 tensors.update(found)
             return tensors
     raise CheckpointError(
-        f"'{place}' has neither {WEIGHTS} nor {PICKLED}, nor an index of either.",
+        f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either.",
         "Give the folder that holds the whole checkpoint.",
     )
 
 
-def _parts(index: Path) -> dict[str, set[str]]:
+def _shard_index(index_path: Path) -> dict[str, set[str]]:
     """Return the names of the tensors in each file of an index."""
-    content = files.read_json(index)
+    content = files.read_json(index_path)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"'{index}' has no weight_map.", "Fetch it again.")
+        raise CheckpointError(f"'{index_path}' has no weight_map.", "Fetch it again.")
     parts: dict[str, set[str]] = {}
     for name, part in places.items():
         # A file of the folder itself: an index from elsewhere is not to make us read other places.
         if not isinstance(part, str) or Path(part).name != part:
             raise CheckpointError(
-                f"'{index}' puts {name} into {part!r}, which is no file beside it.", "Fetch it again."
+                f"'{index_path}' puts {name} into {part!r}, which is no file beside it.", "Fetch it again."
             )
         parts.setdefault(part, set()).add(name)
     return parts
 
 
-def _from_safetensors(path: Path) -> dict[str, Tensor]:
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -158,22 +158,22 @@ def _from_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}.", "Fetch it again.") from error
 
 
-def _from_pickle(path: Path, mapped: bool = False) -> dict[str, Tensor]:
+def _load_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"'{path}' holds more than tensors, and a pickle can run anything.",
-            f"Convert it to {WEIGHTS} where you trust it.",
+            f"Convert it to {SAFETENSORS_FILE} where you trust it.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"'{path}' is not a whole file ({type(error).__name__}).", "Fetch it again.") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"'{path}' is no table of tensors by name.", "Give the weights of a model.")
-    return {str(name): tensor if mapped else tensor.clone() for name, tensor in content.items()}
+    return {str(name): tensor if mmap else tensor.clone() for name, tensor in content.items()}
 
 
-def write(path: str | os.PathLike[str], text: str, tensors: Mapping[str, Tensor]) -> None:
+def write(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
     """Write config.json and model.safetensors, weights first, so that a config never stands without them.
 
     Raises:
@@ -181,5 +181,5 @@ def write(path: str | os.PathLike[str], text: str, tensors: Mapping[str, Tensor]
     """
     place = Path(path)
     # As the library marks its own files: it refuses one whose header does not say "pt".
-    files.save_tensors(place / WEIGHTS, tensors, kind="transformers", version=1)
-    files.write_text(place / CONFIG, text)
+    files.save_tensors(place / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
+    files.write_text(place / CONFIG_FILE, config_text)

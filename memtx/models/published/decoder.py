@@ -14,110 +14,119 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtx.errors import CheckpointError, at_least
+from memtx.errors import CheckpointError, check_at_least
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.published.content import Opened
-from memtx.models.published.layout import Origin, widest
-from memtx.models.published.options import Options
-from memtx.models.published.pieces import Piece
-from memtx.models.published.stored import Stored, same, whole
-from memtx.models.published.unfilled import unfilled
+from memtx.models.published.content import LazyCheckpoint
+from memtx.models.published.layout import HFOrigin, promote_dtypes
+from memtx.models.published.options import HFConfig
+from memtx.models.published.pieces import WeightTransform
+from memtx.models.published.stored import LazyTensor, materialize, tensors_equal
+from memtx.models.published.unfilled import skip_init
 
-LONGEST = 4096
+DEFAULT_MAX_WINDOW = 4096
 """Positions seen unless asked otherwise: the state has room for all of them, in every layer."""
 
-HEAD = "lm_head.weight"
+LM_HEAD_KEY = "lm_head.weight"
 
 
-def windows(given: int | None, longest: int, sliding: Sequence[int | None]) -> list[Any]:
+def build_window_memories(
+    requested_window: int | None, max_length: int, sliding_windows: Sequence[int | None]
+) -> list[Any]:
     """Return what each layer carries: an exact window.
 
     Args:
-        given: positions seen, as asked for; None for as many as the model knows, up to ``LONGEST``.
-        longest: positions that the model knows.
-        sliding: of each layer, the window it was trained with; None for all that came before.
+        requested_window: positions seen, as asked for; None for as many as the model knows, up to
+            ``DEFAULT_MAX_WINDOW``.
+        max_length: positions that the model knows.
+        sliding_windows: of each layer, the window it was trained with; None for all that came before.
     """
-    if given is not None:
-        at_least(1, window=given)
-    window = given if given is not None else min(longest, LONGEST)
-    memories = [partial(RecurrentMemory, window=window if own is None else min(own, window)) for own in sliding]
+    if requested_window is not None:
+        check_at_least(1, window=requested_window)
+    window = requested_window if requested_window is not None else min(max_length, DEFAULT_MAX_WINDOW)
+    memories = [partial(RecurrentMemory, window=window if own is None else min(own, window)) for own in sliding_windows]
     return memories[:1] if all(one.keywords == memories[0].keywords for one in memories) else memories
 
 
-def is_tied(found: Opened, default: bool, embedding: str, prefix: str) -> bool:
+def has_tied_embeddings(hf_checkpoint: LazyCheckpoint, default: bool, embedding: str, prefix: str) -> bool:
     """Return whether the head's weights are the embedding's: so in the config, and no other numbers are there."""
-    if not Options(found.config).flag("tie_word_embeddings", default):
+    if not HFConfig(hf_checkpoint.config).get_bool("tie_word_embeddings", default):
         return False
-    tensors = found.tensors
+    tensors = hf_checkpoint.tensors
     table = tensors.get(prefix + embedding, tensors.get(embedding))
-    return HEAD not in tensors or (table is not None and same(tensors[HEAD], table))
+    return LM_HEAD_KEY not in tensors or (table is not None and tensors_equal(tensors[LM_HEAD_KEY], table))
 
 
 def build(
-    found: Opened,
-    make: Callable[..., MemoryTransformer],
-    pieces: Mapping[str, Piece],
+    hf_checkpoint: LazyCheckpoint,
+    model_factory: Callable[..., MemoryTransformer],
+    transforms: Mapping[str, WeightTransform],
     prefix: str,
-    kept: Sequence[str] = (),
+    extra_patterns: Sequence[str] = (),
 ) -> MemoryTransformer:
-    """Return the model that ``make`` makes, with the folder's numbers, in the type they are kept in, in eval mode.
+    """Return the model that ``model_factory`` makes, with the folder's numbers, in their type and in eval mode.
 
     Args:
-        found: the folder.
-        make: the model's class with all of its arguments.
-        pieces: name in the checkpoint -> where its rows stand in the model.
+        hf_checkpoint: the folder.
+        model_factory: the model's class with all of its arguments.
+        transforms: name in the checkpoint -> where its rows stand in the model.
         prefix: what the body's names may lack, where the checkpoint was written without its head.
-        kept: patterns of names that belong to no part of the model.
+        extra_patterns: patterns of names that belong to no part of the model.
 
     Raises:
         CheckpointError: tensors are missing, unknown or of another shape; all of them are named.
     """
-    dtypes = {name: stored.dtype for name, stored in found.tensors.items() if stored.dtype.is_floating_point}
-    with unfilled(widest(dtypes[name] for name in sorted(dtypes)) if dtypes else torch.float32):
-        model = make()
+    dtypes = {name: stored.dtype for name, stored in hf_checkpoint.tensors.items() if stored.dtype.is_floating_point}
+    with skip_init(promote_dtypes(dtypes[name] for name in sorted(dtypes)) if dtypes else torch.float32):
+        model = model_factory()
     tied = model.head.weight is model.embedding.weight
-    bare = not any(name.startswith(prefix) for name in found.tensors)
-    pieces = {name.removeprefix(prefix) if bare else name: piece for name, piece in pieces.items()}
-    beside = _checked(found, model.state_dict(), pieces, [HEAD] if tied else [], kept)
-    present = {name: piece for name, piece in pieces.items() if name in found.tensors}
+    bare = not any(name.startswith(prefix) for name in hf_checkpoint.tensors)
+    transforms = {name.removeprefix(prefix) if bare else name: piece for name, piece in transforms.items()}
+    beside = _check_tensors(
+        hf_checkpoint, model.state_dict(), transforms, [LM_HEAD_KEY] if tied else [], extra_patterns
+    )
+    present = {name: piece for name, piece in transforms.items() if name in hf_checkpoint.tensors}
     weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, piece in present.items():
-        if not (tied and name == HEAD):
-            piece.fill(weights, found.tensors[name])
-    model.origin = Origin(
-        found.text,
+        if not (tied and name == LM_HEAD_KEY):
+            piece.load_into(weights, hf_checkpoint.tensors[name])
+    model.hf_origin = HFOrigin(
+        hf_checkpoint.config_text,
         present,
         {name: dtypes[name] for name in present},
-        {name: whole(stored) for name, stored in beside.items()},
+        {name: materialize(stored) for name, stored in beside.items()},
     )
     return model.eval()
 
 
-def _checked(
-    found: Opened, own: Mapping[str, Tensor], pieces: Mapping[str, Piece], spare: Sequence[str], kept: Sequence[str]
-) -> dict[str, Stored]:
+def _check_tensors(
+    hf_checkpoint: LazyCheckpoint,
+    state_dict: Mapping[str, Tensor],
+    transforms: Mapping[str, WeightTransform],
+    optional_keys: Sequence[str],
+    extra_patterns: Sequence[str],
+) -> dict[str, LazyTensor]:
     """Return what is kept beside the model.
 
     Raises:
-        CheckpointError: something is missing (but for ``spare``), unknown, or of another shape.
+        CheckpointError: something is missing (but for ``optional_keys``), unknown, or of another shape.
     """
-    wrong = [f"lacks {name}" for name in pieces if name not in found.tensors and name not in spare]
+    wrong = [f"lacks {name}" for name in transforms if name not in hf_checkpoint.tensors and name not in optional_keys]
     beside = {}
-    for name, stored in found.tensors.items():
-        if name in pieces:
-            expected = pieces[name].shape(own)
+    for name, stored in hf_checkpoint.tensors.items():
+        if name in transforms:
+            expected = transforms[name].checkpoint_shape(state_dict)
             if stored.shape != expected:
                 wrong.append(f"has {name} of shape {stored.shape} instead of {expected}")
             elif not stored.dtype.is_floating_point:
                 wrong.append(f"has {name} as {stored.dtype}, expected floating point")
-        elif any(re.fullmatch(pattern, name) for pattern in kept):
+        elif any(re.fullmatch(pattern, name) for pattern in extra_patterns):
             beside[name] = stored
         else:
             wrong.append(f"has {name}, unknown to the model")
     if wrong:
         raise CheckpointError(
-            f"'{found.place}' {'; '.join(wrong)}.",
+            f"'{hf_checkpoint.path}' {'; '.join(wrong)}.",
             "config.json and weights do not belong together, or one was changed.",
         )
     return beside

@@ -7,19 +7,19 @@ from functools import partial
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.pattern_attention import FullAttention
 from memtx.models.encoder import Encoder
-from memtx.models.published.content import Content
-from memtx.models.published.layout import Layout, load, tied
-from memtx.models.published.options import Options
+from memtx.models.published.content import Checkpoint
+from memtx.models.published.layout import KeyMapping, has_tied_weights, load_weights
+from memtx.models.published.options import HFConfig
 
-EMBEDDING = "embeddings.word_embeddings.weight"
-DECODER = "vocab_projector.weight"
-EPS = 1e-12
+EMBEDDING_KEY = "embeddings.word_embeddings.weight"
+DECODER_KEY = "vocab_projector.weight"
+LAYER_NORM_EPS = 1e-12
 """Of every norm: the layout has no key for it."""
 
-LAYOUT = Layout(
-    parts={
-        "embedding.tokens.weight": [EMBEDDING, DECODER],
-        "embedding.positions": ["embeddings.position_embeddings"],
+KEY_MAPPING = KeyMapping(
+    hf_keys={
+        "embedding.word_embeddings.weight": [EMBEDDING_KEY, DECODER_KEY],
+        "embedding.position_embeddings": ["embeddings.position_embeddings"],
         "embedding.norm": ["embeddings.LayerNorm"],
         "blocks.{}.attention.query": ["transformer.layer.{}.attention.q_lin"],
         "blocks.{}.attention.key": ["transformer.layer.{}.attention.k_lin"],
@@ -31,44 +31,44 @@ LAYOUT = Layout(
         "blocks.{}.feed_forward_norm": ["transformer.layer.{}.output_layer_norm"],
         "head.transform": ["vocab_transform"],
         "head.norm": ["vocab_layer_norm"],
-        "head.weight": [DECODER],
+        "head.weight": [DECODER_KEY],
         "head.bias": ["vocab_projector.bias"],
     },
     prefix="distilbert.",
-    heads=("vocab_",),
-    kept=(r"embeddings\.position_ids",),
-    spellings={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    head_prefixes=("vocab_",),
+    extra_patterns=(r"embeddings\.position_ids",),
+    legacy_suffixes={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
 )
 
 
-def build(found: Content) -> Encoder:
+def build(hf_checkpoint: Checkpoint) -> Encoder:
     """Return the model of a folder.
 
     Raises:
         CheckpointError: an option or a tensor is not as it must be.
     """
-    options = Options(found.config)
-    dropout = options.number("dropout", 0.1)
+    options = HFConfig(hf_checkpoint.config)
+    dropout = options.get_float("dropout", 0.1)
     model = Encoder(
-        options.whole("vocab_size", 30522),
-        options.whole("dim", 768),
-        options.whole("n_layers", 6),
-        options.whole("n_heads", 12),
-        options.whole("hidden_dim", 3072),
-        [partial(FullAttention, dropout=options.number("attention_dropout", 0.1))],
+        options.get_int("vocab_size", 30522),
+        options.get_int("dim", 768),
+        options.get_int("n_layers", 6),
+        options.get_int("n_heads", 12),
+        options.get_int("hidden_dim", 3072),
+        [partial(FullAttention, dropout=options.get_float("attention_dropout", 0.1))],
         partial(
             TextEmbeddings,
             # Sinusoidal positions are kept in the checkpoint as well, so a table is a table.
-            positions=options.whole("max_position_embeddings", 512),
-            padding=options.value("pad_token_id", 0),
-            eps=EPS,
+            num_positions=options.get_int("max_position_embeddings", 512),
+            pad_token_id=options.get("pad_token_id", 0),
+            eps=LAYER_NORM_EPS,
             dropout=dropout,
         ),
-        options.activation("activation", "gelu"),
-        masked_head=any(name.startswith("vocab_") for name in found.tensors),
-        tie_embeddings=tied(found, LAYOUT, DECODER, EMBEDDING),
-        eps=EPS,
+        options.get_activation("activation", "gelu"),
+        add_mlm_head=any(name.startswith("vocab_") for name in hf_checkpoint.tensors),
+        tie_embeddings=has_tied_weights(hf_checkpoint, KEY_MAPPING, DECODER_KEY, EMBEDDING_KEY),
+        eps=LAYER_NORM_EPS,
         dropout=dropout,
     )
-    load(model, found, LAYOUT)
+    load_weights(model, hf_checkpoint, KEY_MAPPING)
     return model

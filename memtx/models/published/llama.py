@@ -12,51 +12,51 @@ from memtx.errors import CheckpointError
 from memtx.layers.feed_forward import SwiGLU
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.published import decoder
-from memtx.models.published.content import Opened
-from memtx.models.published.options import Options
-from memtx.models.published.pieces import Piece
-from memtx.models.published.rope import rotary
+from memtx.models.published.content import LazyCheckpoint
+from memtx.models.published.options import HFConfig
+from memtx.models.published.pieces import WeightTransform
+from memtx.models.published.rope import build_rotary
 
 PREFIX = "model."
-EMBEDDING = "embed_tokens.weight"
-KEPT = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+EMBEDDING_KEY = "embed_tokens.weight"
+EXTRA_PATTERNS = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
 @dataclass(frozen=True)
-class Family:
+class ConfigDefaults:
     """What a config.json of the kind leaves out.
 
     Attributes:
-        vocab: of the vocabulary.
-        inner: of the feed-forward part.
-        longest: positions known.
+        vocab_size: of the vocabulary.
+        intermediate_size: of the feed-forward part.
+        max_position_embeddings: positions known.
         kv_heads: None for as many as query heads.
         head_dim: None for dim / heads.
-        sliding: from which each layer's window follows, or None.
-        bias: of the projections to queries, keys and values; None where the config says it of these and the last.
-        head_norm: whether queries and keys are normed by head.
+        sliding_windows: from which each layer's window follows, or None.
+        qkv_bias: of the projections to queries, keys and values; None where the config says it of these and the last.
+        qk_norm: whether queries and keys are normed by head.
     """
 
-    vocab: int = 32000
-    inner: int = 11008
-    longest: int = 2048
+    vocab_size: int = 32000
+    intermediate_size: int = 11008
+    max_position_embeddings: int = 2048
     kv_heads: int | None = None
     head_dim: int | None = None
-    sliding: Callable[[Options, int], list[int | None]] = lambda options, depth: [None] * depth
-    bias: bool | None = None
-    head_norm: bool = False
+    sliding_windows: Callable[[HFConfig, int], list[int | None]] = lambda config, depth: [None] * depth
+    qkv_bias: bool | None = None
+    qk_norm: bool = False
 
 
-def _mistral(options: Options, depth: int) -> list[int | None]:
+def _mistral_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
     # null is said there, and means that nothing slides; only a missing key has the default.
-    if "sliding_window" in options.config and options.config["sliding_window"] is None:
+    if "sliding_window" in config.values and config.values["sliding_window"] is None:
         return [None] * depth
-    return [options.whole("sliding_window", 4096)] * depth
+    return [config.get_int("sliding_window", 4096)] * depth
 
 
-def _qwen(options: Options, depth: int) -> list[int | None]:
-    kinds = options.value("layer_types")
-    first = options.whole("max_window_layers", 28, least=0)
+def _qwen_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
+    kinds = config.get("layer_types")
+    first = config.get_int("max_window_layers", 28, min_value=0)
     if kinds is None:
         kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(depth)]
     if not isinstance(kinds, list) or len(kinds) != depth or set(kinds) - {"full_attention", "sliding_attention"}:
@@ -65,101 +65,122 @@ def _qwen(options: Options, depth: int) -> list[int | None]:
             f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.",
         )
     window = None
-    if options.flag("use_sliding_window", False):
-        window = options.whole("sliding_window", 4096)
+    if config.get_bool("use_sliding_window", False):
+        window = config.get_int("sliding_window", 4096)
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(inner=14336, longest=131072, kv_heads=8, sliding=_mistral, bias=False),
-    "qwen2": Family(151936, 22016, 32768, 32, sliding=_qwen, bias=True),
-    "qwen3": Family(151936, 22016, 32768, 32, head_dim=128, sliding=_qwen, head_norm=True),
+CONFIG_DEFAULTS = {
+    "llama": ConfigDefaults(),
+    "mistral": ConfigDefaults(
+        intermediate_size=14336,
+        max_position_embeddings=131072,
+        kv_heads=8,
+        sliding_windows=_mistral_sliding_windows,
+        qkv_bias=False,
+    ),
+    "qwen2": ConfigDefaults(151936, 22016, 32768, 32, sliding_windows=_qwen_sliding_windows, qkv_bias=True),
+    "qwen3": ConfigDefaults(
+        151936, 22016, 32768, 32, head_dim=128, sliding_windows=_qwen_sliding_windows, qk_norm=True
+    ),
 }
 
 
-def build(found: Opened, window: int | None) -> MemoryTransformer:
+def build(hf_checkpoint: LazyCheckpoint, window: int | None) -> MemoryTransformer:
     """Return the model of a folder.
 
     Args:
-        found: the folder.
+        hf_checkpoint: the folder.
         window: exact positions seen; None for as many as the model knows.
 
     Raises:
         CheckpointError: an option or a tensor is not as it must be.
     """
-    options = Options(found.config)
-    family = FAMILIES[str(found.config["model_type"])]
-    dim, depth = options.whole("hidden_size", 4096), options.whole("num_hidden_layers", 32)
-    heads = options.whole("num_attention_heads", 32)
-    kv_heads = options.whole("num_key_value_heads", family.kv_heads or heads)
-    head_dim = options.whole("head_dim", family.head_dim or dim // heads)
-    inner = options.whole("intermediate_size", family.inner)
-    bias = options.flag("attention_bias", False) if family.bias is None else family.bias
-    out_bias = bias if family.bias is None else False
-    wide = options.flag("mlp_bias", False)
-    positions, longest = rotary(options, options.whole("max_position_embeddings", family.longest))
-    norm = partial(nn.RMSNorm, eps=options.number("rms_norm_eps", 1e-6))
+    options = HFConfig(hf_checkpoint.config)
+    family = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]
+    dim, depth = options.get_int("hidden_size", 4096), options.get_int("num_hidden_layers", 32)
+    heads = options.get_int("num_attention_heads", 32)
+    kv_heads = options.get_int("num_key_value_heads", family.kv_heads or heads)
+    head_dim = options.get_int("head_dim", family.head_dim or dim // heads)
+    inner = options.get_int("intermediate_size", family.intermediate_size)
+    bias = options.get_bool("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
+    out_bias = bias if family.qkv_bias is None else False
+    wide = options.get_bool("mlp_bias", False)
+    positions, longest = build_rotary(
+        options, options.get_int("max_position_embeddings", family.max_position_embeddings)
+    )
+    norm = partial(nn.RMSNorm, eps=options.get_float("rms_norm_eps", 1e-6))
     make = partial(
         MemoryTransformer,
-        options.whole("vocab_size", family.vocab),
+        options.get_int("vocab_size", family.vocab_size),
         dim,
         depth,
         heads,
         kv_heads,
-        decoder.windows(window, longest, family.sliding(options, depth)),
+        decoder.build_window_memories(window, longest, family.sliding_windows(options, depth)),
         norm,
-        partial(SwiGLU, hidden=inner, bias=wide, activation=options.activation("hidden_act", "silu")),
+        partial(SwiGLU, hidden_dim=inner, bias=wide, activation=options.get_activation("hidden_act", "silu")),
         positions,
         bias=bias,
         out_bias=out_bias,
         head_dim=head_dim,
-        head_norm=norm if family.head_norm else None,
-        attention_dropout=options.number("attention_dropout", 0.0),
-        tie_embeddings=decoder.is_tied(found, False, EMBEDDING, PREFIX),
+        qk_norm=norm if family.qk_norm else None,
+        attention_dropout=options.get_float("attention_dropout", 0.0),
+        tie_embeddings=decoder.has_tied_embeddings(hf_checkpoint, False, EMBEDDING_KEY, PREFIX),
     )
-    pieces = {PREFIX + EMBEDDING: Piece.of("embedding.weight")}
+    pieces = {PREFIX + EMBEDDING_KEY: WeightTransform.from_rows("embedding.weight")}
     for layer in range(depth):
-        pieces |= _layer(layer, heads, kv_heads, head_dim, inner, bias, out_bias, wide, family.head_norm)
-    pieces |= {PREFIX + "norm.weight": Piece.of("norm.weight"), decoder.HEAD: Piece.of("head.weight")}
-    return decoder.build(found, make, pieces, PREFIX, KEPT)
+        pieces |= _layer_transforms(layer, heads, kv_heads, head_dim, inner, bias, out_bias, wide, family.qk_norm)
+    pieces |= {
+        PREFIX + "norm.weight": WeightTransform.from_rows("norm.weight"),
+        decoder.LM_HEAD_KEY: WeightTransform.from_rows("head.weight"),
+    }
+    return decoder.build(hf_checkpoint, make, pieces, PREFIX, EXTRA_PATTERNS)
 
 
-def _layer(
+def _layer_transforms(
     layer: int,
     heads: int,
     kv_heads: int,
     head_dim: int,
-    inner: int,
-    bias: bool,
+    intermediate_size: int,
+    qkv_bias: bool,
     out_bias: bool,
-    wide: bool,
-    head_norm: bool,
-) -> dict[str, Piece]:
+    mlp_bias: bool,
+    qk_norm: bool,
+) -> dict[str, WeightTransform]:
     """Return the pieces of a layer."""
     own, theirs = f"blocks.{layer}.", f"{PREFIX}layers.{layer}."
     attention, keys = f"{own}attention.", kv_heads * head_dim
     pieces = {
-        f"{theirs}input_layernorm.weight": Piece.of(f"{own}attention_norm.weight"),
-        f"{theirs}post_attention_layernorm.weight": Piece.of(f"{own}feed_forward_norm.weight"),
+        f"{theirs}input_layernorm.weight": WeightTransform.from_rows(f"{own}attention_norm.weight"),
+        f"{theirs}post_attention_layernorm.weight": WeightTransform.from_rows(f"{own}feed_forward_norm.weight"),
     }
-    for end in ["weight"] + ["bias"] * bias:
+    for end in ["weight"] + ["bias"] * qkv_bias:
         pieces |= {
-            f"{theirs}self_attn.q_proj.{end}": Piece.of(f"{attention}query.{end}", heads=heads),
-            f"{theirs}self_attn.k_proj.{end}": Piece.of(f"{attention}key_value.{end}", 0, keys, heads=kv_heads),
-            f"{theirs}self_attn.v_proj.{end}": Piece.of(f"{attention}key_value.{end}", keys, keys),
+            f"{theirs}self_attn.q_proj.{end}": WeightTransform.from_rows(f"{attention}query.{end}", rotary_heads=heads),
+            f"{theirs}self_attn.k_proj.{end}": WeightTransform.from_rows(
+                f"{attention}key_value.{end}", 0, keys, rotary_heads=kv_heads
+            ),
+            f"{theirs}self_attn.v_proj.{end}": WeightTransform.from_rows(f"{attention}key_value.{end}", keys, keys),
         }
     for end in ["weight"] + ["bias"] * out_bias:
-        pieces[f"{theirs}self_attn.o_proj.{end}"] = Piece.of(f"{attention}out.{end}")
-    if head_norm:
+        pieces[f"{theirs}self_attn.o_proj.{end}"] = WeightTransform.from_rows(f"{attention}out.{end}")
+    if qk_norm:
         pieces |= {
-            f"{theirs}self_attn.{part[0]}_norm.weight": Piece.of(f"{attention}{part}_norm.weight", heads=1)
+            f"{theirs}self_attn.{part[0]}_norm.weight": WeightTransform.from_rows(
+                f"{attention}{part}_norm.weight", rotary_heads=1
+            )
             for part in ("query", "key")
         }
-    for end in ["weight"] + ["bias"] * wide:
+    for end in ["weight"] + ["bias"] * mlp_bias:
         pieces |= {
-            f"{theirs}mlp.gate_proj.{end}": Piece.of(f"{own}feed_forward.gate_up.{end}", 0, inner),
-            f"{theirs}mlp.up_proj.{end}": Piece.of(f"{own}feed_forward.gate_up.{end}", inner, inner),
-            f"{theirs}mlp.down_proj.{end}": Piece.of(f"{own}feed_forward.out.{end}"),
+            f"{theirs}mlp.gate_proj.{end}": WeightTransform.from_rows(
+                f"{own}feed_forward.gate_up.{end}", 0, intermediate_size
+            ),
+            f"{theirs}mlp.up_proj.{end}": WeightTransform.from_rows(
+                f"{own}feed_forward.gate_up.{end}", intermediate_size, intermediate_size
+            ),
+            f"{theirs}mlp.down_proj.{end}": WeightTransform.from_rows(f"{own}feed_forward.out.{end}"),
         }
     return pieces

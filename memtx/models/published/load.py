@@ -10,11 +10,11 @@ from typing import cast
 
 from torch import nn
 
-from memtx.errors import CheckpointError, MemtxError, nearest
+from memtx.errors import CheckpointError, MemtxError, closest_match
 from memtx.models import folder
 from memtx.models.published import content
-from memtx.models.published.content import Content, Opened
-from memtx.models.published.layout import PublishedModel
+from memtx.models.published.content import Checkpoint, LazyCheckpoint
+from memtx.models.published.layout import HFCompatibleModel
 
 # The one table of names that stand for classes: model_type is someone else's format.
 ENCODERS = {
@@ -32,12 +32,12 @@ DECODERS = {
     "qwen2": "memtx.models.published.llama",
     "qwen3": "memtx.models.published.llama",
 }
-KNOWN = ENCODERS | DECODERS
+MODEL_TYPES = ENCODERS | DECODERS
 
 
-def is_published(path: str | os.PathLike[str]) -> bool:
+def is_hf_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` is a folder in the layout of the ``transformers`` library, of whatever kind."""
-    return (Path(path) / content.CONFIG).is_file() and "model_type" in content.read_config(path)[1]
+    return (Path(path) / content.CONFIG_FILE).is_file() and "model_type" in content.read_config(path)[1]
 
 
 def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> nn.Module:
@@ -55,13 +55,16 @@ def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> 
         MemtxError: a window for a model that has its own.
     """
     place = Path(path)
-    kind = str(content.read_config(place)[1]["model_type"]) if is_published(place) else None
+    kind = str(content.read_config(place)[1]["model_type"]) if is_hf_checkpoint(place) else None
     if kind in DECODERS:
         decoder = importlib.import_module(DECODERS[kind])
-        return cast(Callable[[Opened, int | None], PublishedModel], decoder.build)(content.opened(place), window)
-    if kind is not None and kind not in KNOWN:
+        return cast(Callable[[LazyCheckpoint, int | None], HFCompatibleModel], decoder.build)(
+            content.open_lazy(place), window
+        )
+    if kind is not None and kind not in MODEL_TYPES:
         raise CheckpointError(
-            f"'{place}' has model_type '{kind}', known are {', '.join(sorted(KNOWN))}.{nearest(kind, KNOWN)}",
+            f"'{place}' has model_type '{kind}', known are {', '.join(sorted(MODEL_TYPES))}."
+            f"{closest_match(kind, MODEL_TYPES)}",
             "Give a checkpoint of one of these.",
         )
     if window is not None:
@@ -72,4 +75,4 @@ def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> 
     if kind is None:
         return folder.load(place)
     module = importlib.import_module(ENCODERS[kind])
-    return cast(Callable[[Content], PublishedModel], module.build)(content.read(place))
+    return cast(Callable[[Checkpoint], HFCompatibleModel], module.build)(content.read(place))

@@ -8,15 +8,15 @@ from functools import partial
 from typing import Any
 
 from memtx.errors import CheckpointError
-from memtx.layers.axial_positions import AxialPositions, TablePositions
-from memtx.layers.chunk_attention import ChunkAttention, HashAttention, LocalAttention
-from memtx.models.published.content import Content
-from memtx.models.published.layout import Layout, load
-from memtx.models.published.options import Options
+from memtx.layers.axial_positions import AxialPositionEmbeddings, PositionEmbeddings
+from memtx.layers.chunk_attention import LocalAttention, LSHAttention, ReformerAttention
+from memtx.models.published.content import Checkpoint
+from memtx.models.published.layout import KeyMapping, load_weights
+from memtx.models.published.options import HFConfig
 from memtx.models.reformer import Reformer
 
-LAYOUT = Layout(
-    parts={
+KEY_MAPPING = KeyMapping(
+    hf_keys={
         "embedding": ["embeddings.word_embeddings"],
         "positions.weights.{}": ["embeddings.position_embeddings.weights.{}"],
         "positions.table": ["embeddings.position_embeddings.embedding"],
@@ -35,37 +35,37 @@ LAYOUT = Layout(
         "head.bias": ["lm_head.decoder.bias", "lm_head.bias"],
     },
     prefix="reformer.",
-    heads=("lm_head.",),
-    kept=(r"encoder\.layers\.\d+\.attention\.self_attention\.(self_)?mask_value_float(16|32)",),
+    head_prefixes=("lm_head.",),
+    extra_patterns=(r"encoder\.layers\.\d+\.attention\.self_attention\.(self_)?mask_value_float(16|32)",),
 )
 
 
-def attentions(options: Options) -> list[Callable[[int, int, bool], ChunkAttention]]:
+def build_attentions(config: HFConfig) -> list[Callable[[int, int, bool], ReformerAttention]]:
     """Return what makes each layer's attention."""
-    shared: dict[str, Any] = {"head_dim": options.whole("attention_head_size", 64)}
+    shared: dict[str, Any] = {"head_dim": config.get_int("attention_head_size", 64)}
 
     def chunks(kind: str) -> dict[str, Any]:
         return {
-            "chunk": options.whole(f"{kind}_attn_chunk_length", 64),
-            "before": options.whole(f"{kind}_num_chunks_before", 1, least=0),
-            "after": options.whole(f"{kind}_num_chunks_after", 0, least=0),
-            "dropout": options.number(f"{kind}_attention_probs_dropout_prob", 0.05 if kind == "local" else 0.0),
+            "chunk_length": config.get_int(f"{kind}_attn_chunk_length", 64),
+            "num_chunks_before": config.get_int(f"{kind}_num_chunks_before", 1, min_value=0),
+            "num_chunks_after": config.get_int(f"{kind}_num_chunks_after", 0, min_value=0),
+            "dropout": config.get_float(f"{kind}_attention_probs_dropout_prob", 0.05 if kind == "local" else 0.0),
         }
 
-    buckets = options.value("num_buckets")
+    buckets = config.get("num_buckets")
     hashing: dict[str, Any] = {
-        "rounds": options.whole("num_hashes", 1),
-        "buckets": None if buckets is None else options.wholes("num_buckets", None if _is_list(buckets) else 1),
-        "longest": options.whole("max_position_embeddings", 4096),
-        "seed": options.value("hash_seed"),
+        "num_hashes": config.get_int("num_hashes", 1),
+        "num_buckets": None if buckets is None else config.get_ints("num_buckets", None if _is_list(buckets) else 1),
+        "max_length": config.get_int("max_position_embeddings", 4096),
+        "seed": config.get("hash_seed"),
     }
-    kinds = options.value("attn_layers", ["local", "lsh"] * 3)
-    made: list[Callable[[int, int, bool], ChunkAttention]] = []
+    kinds = config.get("attn_layers", ["local", "lsh"] * 3)
+    made: list[Callable[[int, int, bool], ReformerAttention]] = []
     for kind in kinds:
         if kind == "local":
             made.append(partial(LocalAttention, **shared, **chunks("local")))
         elif kind == "lsh":
-            made.append(partial(HashAttention, **shared, **chunks("lsh"), **hashing))
+            made.append(partial(LSHAttention, **shared, **chunks("lsh"), **hashing))
         else:
             raise CheckpointError(f"config.json has attn_layers {kinds!r}, known are 'local', 'lsh'.", "Restore it.")
     return made
@@ -75,42 +75,44 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, list | tuple)
 
 
-def positions(options: Options) -> Callable[[int], AxialPositions | TablePositions]:
+def build_positions(config: HFConfig) -> Callable[[int], AxialPositionEmbeddings | PositionEmbeddings]:
     """Return what makes the positions.
 
     Raises:
         CheckpointError: the grid has fewer points than there are to be positions.
     """
-    longest = options.whole("max_position_embeddings", 4096)
-    if not options.flag("axial_pos_embds", True):
-        return partial(TablePositions, longest=longest)
-    shape = options.wholes("axial_pos_shape", None, [64, 64])
+    longest = config.get_int("max_position_embeddings", 4096)
+    if not config.get_bool("axial_pos_embds", True):
+        return partial(PositionEmbeddings, max_length=longest)
+    shape = config.get_ints("axial_pos_shape", None, [64, 64])
     if math.prod(shape) < 1:
         raise CheckpointError(f"config.json has axial_pos_shape {shape}.", "Restore it.")
-    return partial(AxialPositions, shape=shape, widths=options.wholes("axial_pos_embds_dim", None, [64, 192]))
+    return partial(
+        AxialPositionEmbeddings, shape=shape, axis_dims=config.get_ints("axial_pos_embds_dim", None, [64, 192])
+    )
 
 
-def build(found: Content) -> Reformer:
+def build(hf_checkpoint: Checkpoint) -> Reformer:
     """Return the model of a folder.
 
     Raises:
         CheckpointError: an option or a tensor is not as it must be.
     """
-    options = Options(found.config)
+    options = HFConfig(hf_checkpoint.config)
     model = Reformer(
-        options.whole("vocab_size", 320),
-        options.whole("hidden_size", 256),
-        options.whole("num_attention_heads", 12),
-        attentions(options),
-        options.whole("feed_forward_size", 512),
-        positions(options),
-        options.flag("is_decoder", False),
-        options.whole("pad_token_id", 0, least=0),
-        options.activation("hidden_act", "relu"),
-        options.whole("chunk_size_feed_forward", 0, least=0),
-        head=any(name.startswith("lm_head.") for name in found.tensors),
-        eps=options.number("layer_norm_eps", 1e-12),
-        dropout=options.number("hidden_dropout_prob", 0.05),
+        options.get_int("vocab_size", 320),
+        options.get_int("hidden_size", 256),
+        options.get_int("num_attention_heads", 12),
+        build_attentions(options),
+        options.get_int("feed_forward_size", 512),
+        build_positions(options),
+        options.get_bool("is_decoder", False),
+        options.get_int("pad_token_id", 0, min_value=0),
+        options.get_activation("hidden_act", "relu"),
+        options.get_int("chunk_size_feed_forward", 0, min_value=0),
+        add_lm_head=any(name.startswith("lm_head.") for name in hf_checkpoint.tensors),
+        eps=options.get_float("layer_norm_eps", 1e-12),
+        dropout=options.get_float("hidden_dropout_prob", 0.05),
     )
-    load(model, found, LAYOUT)
+    load_weights(model, hf_checkpoint, KEY_MAPPING)
     return model

@@ -32,11 +32,11 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 """Bytes read at a time where they are not read to their own place."""
 
 
-class Stored(Protocol):
+class LazyTensor(Protocol):
     """A tensor of a checkpoint."""
 
     @property
@@ -47,49 +47,49 @@ class Stored(Protocol):
     def shape(self) -> tuple[int, ...]:
         """As it is kept."""
 
-    def fill(self, target: Tensor, first: int = 0) -> None:
-        """Write the rows from ``first`` on into ``target``, contiguous, of any type, as many as it has."""
+    def read_into(self, target: Tensor, start: int = 0) -> None:
+        """Write the rows from ``start`` on into ``target``, contiguous, of any type, as many as it has."""
 
 
 @dataclass(frozen=True)
-class OnDisk:
+class SafetensorsTensor:
     """A tensor in a safetensors file.
 
     Attributes:
         path: of the file.
-        begin: the byte in the file at which it begins.
+        byte_offset: the byte in the file at which it begins.
         dtype: as it is kept.
         shape: likewise.
     """
 
     path: Path
-    begin: int
+    byte_offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def fill(self, target: Tensor, first: int = 0) -> None:
+    def read_into(self, target: Tensor, start: int = 0) -> None:
         """Read to where the bytes are to stand; by chunks where the type is another."""
         width = prod(self.shape[1:]) * self.dtype.itemsize
         with open(self.path, "rb") as handle:
-            handle.seek(self.begin + first * width)
+            handle.seek(self.byte_offset + start * width)
             if target.dtype == self.dtype:
-                self._take(handle, target)
+                self._read_exact(handle, target)
                 return
-            rows = max(1, CHUNK // max(width, 1))
+            rows = max(1, CHUNK_BYTES // max(width, 1))
             room = torch.empty((rows, *self.shape[1:]), dtype=self.dtype)
             for part in torch.split(target, rows) if target.dim() else (target,):
                 own = room[: part.shape[0]] if part.dim() else room[0]
-                self._take(handle, own)
+                self._read_exact(handle, own)
                 part.copy_(own)
 
-    def _take(self, handle: Any, target: Tensor) -> None:
+    def _read_exact(self, handle: Any, target: Tensor) -> None:
         place = target.detach().reshape(-1).view(torch.uint8).numpy()
         if place.nbytes and handle.readinto(place) != place.nbytes:
             raise CheckpointError(f"'{self.path}' ends too early.", "Fetch it again.")
 
 
 @dataclass(frozen=True)
-class InMemory:
+class LoadedTensor:
     """A tensor that was read already, or mapped."""
 
     tensor: Tensor
@@ -104,36 +104,36 @@ class InMemory:
         """As it is kept."""
         return tuple(self.tensor.shape)
 
-    def fill(self, target: Tensor, first: int = 0) -> None:
+    def read_into(self, target: Tensor, start: int = 0) -> None:
         """Copy."""
-        target.copy_(self.tensor[first : first + target.shape[0]] if target.dim() else self.tensor)
+        target.copy_(self.tensor[start : start + target.shape[0]] if target.dim() else self.tensor)
 
 
-def whole(stored: Stored) -> Tensor:
+def materialize(tensor: LazyTensor) -> Tensor:
     """Return all of a tensor."""
-    out = torch.empty(stored.shape, dtype=stored.dtype)
-    stored.fill(out)
+    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    tensor.read_into(out)
     return out
 
 
-def same(one: Stored, other: Stored) -> bool:
+def tensors_equal(a: LazyTensor, b: LazyTensor) -> bool:
     """Return whether two tensors hold the same numbers in the same type, by chunks."""
-    if one.dtype != other.dtype or one.shape != other.shape:
+    if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return all(torch.equal(mine, theirs) for mine, theirs in zip(chunks(one), chunks(other), strict=True))
+    return all(torch.equal(mine, theirs) for mine, theirs in zip(iter_chunks(a), iter_chunks(b), strict=True))
 
 
-def chunks(stored: Stored) -> Iterator[Tensor]:
+def iter_chunks(tensor: LazyTensor) -> Iterator[Tensor]:
     """Yield a tensor's rows, some at a time, each time in the same memory."""
-    rows = min(max(1, CHUNK // max(1, prod(stored.shape[1:]) * stored.dtype.itemsize)), stored.shape[0])
-    room = torch.empty((rows, *stored.shape[1:]), dtype=stored.dtype)
-    for first in range(0, stored.shape[0], max(rows, 1)):
-        part = room[: stored.shape[0] - first]
-        stored.fill(part, first)
+    rows = min(max(1, CHUNK_BYTES // max(1, prod(tensor.shape[1:]) * tensor.dtype.itemsize)), tensor.shape[0])
+    room = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype)
+    for first in range(0, tensor.shape[0], max(rows, 1)):
+        part = room[: tensor.shape[0] - first]
+        tensor.read_into(part, first)
         yield part
 
 
-def in_file(path: Path) -> Mapping[str, OnDisk]:
+def open_safetensors(path: Path) -> Mapping[str, SafetensorsTensor]:
     """Return the tensors of a safetensors file by name, read no further than its header.
 
     Raises:
@@ -160,5 +160,5 @@ def in_file(path: Path) -> Mapping[str, OnDisk]:
                 "Convert the checkpoint to bfloat16.",
             )
         begin = 8 + length + facts["data_offsets"][0]
-        found[name] = OnDisk(path, begin, DTYPES[facts["dtype"]], tuple(facts["shape"]))
+        found[name] = SafetensorsTensor(path, begin, DTYPES[facts["dtype"]], tuple(facts["shape"]))
     return found

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from memtx.models.published.content import Content
-from memtx.models.published.layout import Layout, load, tied
-from memtx.models.published.options import Options
+from memtx.models.published.content import Checkpoint
+from memtx.models.published.layout import KeyMapping, has_tied_weights, load_weights
+from memtx.models.published.options import HFConfig
 from memtx.models.transformer_xl import TransformerXL
 
 PREFIX = "transformer."
-HEADS = ("crit.",)
-KEPT = (r"pos_emb\.inv_freq",)
+HEAD_PREFIXES = ("crit.",)
+EXTRA_PATTERNS = (r"pos_emb\.inv_freq",)
 
-PARTS = {
+HF_KEYS = {
     # The softmax's own names stand second: they are these where the two are tied.
     "embedding.tables.{}.weight": ["word_emb.emb_layers.{}.weight", "crit.out_layers.{}.weight"],
     "embedding.projections.{}": ["word_emb.emb_projs.{}", "crit.out_projs.{}"],
@@ -32,49 +32,49 @@ PARTS = {
 }
 
 
-def layout(depth: int, clusters: int, one_table: bool) -> Layout:
+def build_key_mapping(depth: int, num_clusters: int, single_table: bool) -> KeyMapping:
     """Return the layout of a model of these numbers."""
-    parts = dict(PARTS)
+    parts = dict(HF_KEYS)
     for own, theirs in (("content_bias", "r_w_bias"), ("position_bias", "r_r_bias")):
         # Biases shared by all layers may be written with each of them as well.
         parts[own] = [theirs, *(f"layers.{layer}.dec_attn.{theirs}" for layer in range(depth))]
-    if one_table:
-        maps = [f"crit.out_projs.{cluster}" for cluster in range(clusters)]
+    if single_table:
+        maps = [f"crit.out_projs.{cluster}" for cluster in range(num_clusters)]
         parts["embedding.projections.0"] = ["word_emb.emb_projs.0", *maps]
-    return Layout(parts=parts, prefix=PREFIX, heads=HEADS, kept=KEPT)
+    return KeyMapping(hf_keys=parts, prefix=PREFIX, head_prefixes=HEAD_PREFIXES, extra_patterns=EXTRA_PATTERNS)
 
 
-def build(found: Content) -> TransformerXL:
+def build(hf_checkpoint: Checkpoint) -> TransformerXL:
     """Return the model of a folder.
 
     Raises:
         CheckpointError: an option or a tensor is not as it must be.
     """
-    options = Options(found.config)
-    options.refuse("attn_type", 0, "absolute and learned positions are not read")
-    if options.value("sample_softmax", -1) != 0:
-        options.refuse("sample_softmax", -1, "a sampled softmax is not read")
-    options.refuse("adaptive", True, "a plain softmax is not read; one without clusters has no cutoffs")
-    depth, dim = options.whole("n_layer", 18), options.whole("d_model", 1024)
-    cutoffs = options.wholes("cutoffs", None, [20000, 40000, 200000])
-    shrink, embed = options.whole("div_val", 4), options.whole("d_embed", 1024)
+    options = HFConfig(hf_checkpoint.config)
+    options.require("attn_type", 0, "absolute and learned positions are not read")
+    if options.get("sample_softmax", -1) != 0:
+        options.require("sample_softmax", -1, "a sampled softmax is not read")
+    options.require("adaptive", True, "a plain softmax is not read; one without clusters has no cutoffs")
+    depth, dim = options.get_int("n_layer", 18), options.get_int("d_model", 1024)
+    cutoffs = options.get_ints("cutoffs", None, [20000, 40000, 200000])
+    shrink, embed = options.get_int("div_val", 4), options.get_int("d_embed", 1024)
     clusters = len(cutoffs) + 1
-    names = layout(depth, clusters, shrink == 1)
+    names = build_key_mapping(depth, clusters, shrink == 1)
 
     def is_tied(head: str, embedding: str) -> bool:
-        return tied(found, names, head, embedding)
+        return has_tied_weights(hf_checkpoint, names, head, embedding)
 
-    ties = options.value("tie_projs", [False] + [options.flag("proj_share_all_but_first", True)] * len(cutoffs))
+    ties = options.get("tie_projs", [False] + [options.get_bool("proj_share_all_but_first", True)] * len(cutoffs))
     model = TransformerXL(
-        options.whole("vocab_size", 267735),
+        options.get_int("vocab_size", 267735),
         dim,
         depth,
-        options.whole("n_head", 16),
-        options.whole("d_head", 64),
-        options.whole("d_inner", 4096),
-        options.whole("mem_len", 1600, least=0),
-        options.flag("same_length", True),
-        int(options.value("clamp_len", 1000)),
+        options.get_int("n_head", 16),
+        options.get_int("d_head", 64),
+        options.get_int("d_inner", 4096),
+        options.get_int("mem_len", 1600, min_value=0),
+        options.get_bool("same_length", True),
+        int(options.get("clamp_len", 1000)),
         embed,
         cutoffs,
         shrink,
@@ -86,12 +86,12 @@ def build(found: Content) -> TransformerXL:
             bool(tie) and is_tied(f"crit.out_projs.{i}", f"word_emb.emb_projs.{0 if shrink == 1 else i}")
             for i, tie in enumerate(ties)
         ],
-        share_biases=not options.flag("untie_r", True),
-        pre_norm=options.flag("pre_lnorm", False),
-        head=any(name.startswith(HEADS) for name in found.tensors),
-        eps=options.number("layer_norm_epsilon", 1e-5),
-        dropout=options.number("dropout", 0.1),
-        attention_dropout=options.number("dropatt", 0.0),
+        share_biases=not options.get_bool("untie_r", True),
+        pre_norm=options.get_bool("pre_lnorm", False),
+        add_lm_head=any(name.startswith(HEAD_PREFIXES) for name in hf_checkpoint.tensors),
+        eps=options.get_float("layer_norm_epsilon", 1e-5),
+        dropout=options.get_float("dropout", 0.1),
+        attention_dropout=options.get_float("dropatt", 0.0),
     )
-    load(model, found, names)
+    load_weights(model, hf_checkpoint, names)
     return model

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_DRAWING = {
+_INIT_FUNCTIONS = {
     # Either may be asked for: some of nn.init hand themselves over whole.
     *(Tensor.normal_, Tensor.uniform_),
     *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
 }
 
 
-class _Undrawn(TorchFunctionMode):
+class _SkipInitMode(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -29,16 +29,16 @@ class _Undrawn(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         given = {**(kwargs or {})}
-        return (args[0] if args else given["tensor"]) if func in _DRAWING else func(*args, **given)
+        return (args[0] if args else given["tensor"]) if func in _INIT_FUNCTIONS else func(*args, **given)
 
 
 @contextmanager
-def unfilled(dtype: torch.dtype) -> Iterator[None]:
+def skip_init(dtype: torch.dtype) -> Iterator[None]:
     """Make modules of a type within the block, their matrices left as they were found in memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with _Undrawn():
+        with _SkipInitMode():
             yield
     finally:
         torch.set_default_dtype(before)

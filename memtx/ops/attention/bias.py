@@ -13,25 +13,25 @@ from torch import Tensor
 
 # Equal only to itself: backends keep what they make of it under the object as key.
 @dataclass(frozen=True, eq=False)
-class Bias:
+class AlibiBias:
     """A penalty that grows linearly with distance (ALiBi, Press et al. 2022, section 3).
 
     Make one for all layers that share a visibility: what a backend makes of it is made once an object.
 
     Attributes:
         slopes: (heads,), the penalty for each tick of distance.
-        tick: (rows, keys), where each key stands; rows may be 1.
+        key_offset: (rows, keys), where each key stands; rows may be 1.
     """
 
     slopes: Tensor
-    tick: Tensor
+    key_offset: Tensor
 
     @property
     def weight(self) -> Tensor:
         """(heads, ...): what may learn."""
         return self.slopes
 
-    def score(self, distance: Tensor) -> Tensor:
+    def compute_bias(self, distance: Tensor) -> Tensor:
         """Return the bias (rows, heads, ...) of distances (rows, 1 or heads, ...)."""
         slopes = self.slopes.to(distance.dtype)
         return -slopes.view(-1, *(1,) * (distance.dim() - 2)) * distance
@@ -46,14 +46,14 @@ class RelativeBias:
 
     Attributes:
         table: (heads, columns).
-        tick: (rows, keys), where each key stands; rows may be 1. A fraction of a distance is rounded down.
-        lowest: the distance of column 0, or of entry 0 of ``buckets``; farther ones, either way, take the last.
-        buckets: (distances,) int64, the column of each distance from ``lowest`` on; None for one column each.
+        key_offset: (rows, keys), where each key stands; rows may be 1. A fraction of a distance is rounded down.
+        min_distance: the distance of column 0, or of entry 0 of ``buckets``; farther ones, either way, take the last.
+        buckets: (distances,) int64, the column of each distance from ``min_distance`` on; None for one column each.
     """
 
     table: Tensor
-    tick: Tensor
-    lowest: int = 0
+    key_offset: Tensor
+    min_distance: int = 0
     buckets: Tensor | None = None
 
     @property
@@ -61,31 +61,31 @@ class RelativeBias:
         """(heads, ...): what may learn."""
         return self.table
 
-    def score(self, distance: Tensor) -> Tensor:
+    def compute_bias(self, distance: Tensor) -> Tensor:
         """Return the bias (rows, heads, ...) of distances (rows, 1 or heads, ...)."""
         distances = self.table.shape[1] if self.buckets is None else self.buckets.shape[0]
-        index = (distance.floor().to(torch.int64) - self.lowest).clamp(0, distances - 1)
+        index = (distance.floor().to(torch.int64) - self.min_distance).clamp(0, distances - 1)
         if self.buckets is not None:
             index = self.buckets[index]
         heads = torch.arange(self.table.shape[0], device=index.device)
         return self.table[heads.view(-1, *(1,) * (distance.dim() - 2)), index]
 
 
-ScoreBias = Bias | RelativeBias
+ScoreBias = AlibiBias | RelativeBias
 
 
-def cut(bias: ScoreBias | None, start: int, stop: int | None) -> ScoreBias | None:
+def slice_bias(bias: ScoreBias | None, start: int, stop: int | None) -> ScoreBias | None:
     """Return the bias of the keys [start, stop) alone."""
-    return None if bias is None else replace(bias, tick=bias.tick[:, start:stop])
+    return None if bias is None else replace(bias, key_offset=bias.key_offset[:, start:stop])
 
 
-def learns(bias: ScoreBias | None) -> bool:
+def bias_requires_grad(bias: ScoreBias | None) -> bool:
     """Return whether a gradient of the bias is asked for."""
     return bias is not None and bias.weight.requires_grad and torch.is_grad_enabled()
 
 
-def bias_of(bias: ScoreBias, queries: tuple[int, int], keys: tuple[int, int]) -> Tensor:
+def compute_block_bias(bias: ScoreBias, query_range: tuple[int, int], key_range: tuple[int, int]) -> Tensor:
     """Return the bias of a block as (rows, heads, queries, keys)."""
-    tick = torch.arange(*queries, device=bias.tick.device, dtype=bias.tick.dtype)
-    distance = tick[None, :, None] - bias.tick[:, None, keys[0] : keys[1]]
-    return bias.score(distance[:, None])
+    tick = torch.arange(*query_range, device=bias.key_offset.device, dtype=bias.key_offset.dtype)
+    distance = tick[None, :, None] - bias.key_offset[:, None, key_range[0] : key_range[1]]
+    return bias.compute_bias(distance[:, None])

@@ -20,27 +20,27 @@ from memtx.ops.attention.plan import Band
 
 
 @cache
-def are_faster() -> bool:
+def is_faster() -> bool:
     """Return whether the CPU multiplies bfloat16 natively; else the fused kernel is the better way."""
-    return bf16.cpu_multiplies() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return bf16.is_cpu_bf16_fast() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-def _beside(x: Tensor, taken: Tensor) -> Tensor:
-    """Return x (..., n, head_dim) with two columns that add up to ``taken`` (..., n) float32."""
-    high = taken.to(x.dtype)
-    low = (taken - high.float()).to(x.dtype)
+def _append_split_column(x: Tensor, column: Tensor) -> Tensor:
+    """Return x (..., n, head_dim) with two columns that add up to ``column`` (..., n) float32."""
+    high = column.to(x.dtype)
+    low = (column - high.float()).to(x.dtype)
     return torch.cat([x, high[..., None], low[..., None]], dim=-1)
 
 
-def _levels(q: Tensor, k: Tensor, lse: Tensor, plan: list[Band], scale: float) -> Tensor:
+def _estimate_entropy_bits(q: Tensor, k: Tensor, lse: Tensor, bands: list[Band], scale: float) -> Tensor:
     """Return whole n such that a query's weights are about 2^-n each: a guess of their entropy in bits.
 
     Were scores normal, of n keys seen with mean m, the entropy would be 2 log n - (lse - m). Whatever it is, only
     rounding depends on it.
     """
     count = torch.zeros(q.shape[0], 1, q.shape[2], device=q.device)
-    for band in plan:
-        count[:, :, band.start : band.stop] += (band.mask == 0).sum(-1)
+    for band in bands:
+        count[:, :, band.query_start : band.query_stop] += (band.mask == 0).sum(-1)
     most = count.clamp(min=1).log()
     middle = k.float().mean(2).repeat_interleave(q.shape[1] // k.shape[1], dim=1)[..., None]
     mean = (q.float() @ middle)[..., 0] * scale
@@ -53,9 +53,9 @@ def backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
-    balance: Tensor,
+    delta: Tensor,
     grad_out: Tensor,
-    plan: list[Band],
+    bands: list[Band],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, added up over the bands in float32.
@@ -65,9 +65,9 @@ def backward(
         k: (rows, kv_heads, keys, head_dim).
         v: (rows, kv_heads, keys, head_dim).
         lse: (rows, heads, queries) float32, finite.
-        balance: (rows, heads, queries) float32, what is taken off each gradient of a weight.
+        delta: (rows, heads, queries) float32, what is taken off each gradient of a weight.
         grad_out: (rows, heads, queries, head_dim).
-        plan: the bands, their masks nothing but 0 and minus infinity.
+        bands: the bands, their masks nothing but 0 and minus infinity.
         scale: factor of the scores.
     """
     rows, heads, _, head_dim = q.shape
@@ -79,16 +79,16 @@ def backward(
         return x.reshape(batch, group, *x.shape[2:])
 
     one = k.new_full((*k.shape[:3], 2), -1.0)
-    level = _levels(q, k, lse, plan, scale)
-    asks = of_queries(_beside(q, (lse - level * math.log(2)) / scale))
+    level = _estimate_entropy_bits(q, k, lse, bands, scale)
+    asks = of_queries(_append_split_column(q, (lse - level * math.log(2)) / scale))
     # By a power of two, so nothing is rounded: the weights below are 2^level times too large.
     less = torch.exp2(-level)
-    told = of_queries(_beside(grad_out * less.to(q.dtype)[..., None], balance * less))
+    told = of_queries(_append_split_column(grad_out * less.to(q.dtype)[..., None], delta * less))
     keys, values = (torch.cat([x, one], dim=-1).flatten(0, 1) for x in (k, v))
     grads = [torch.zeros(*x.shape[:-1], head_dim, dtype=torch.float32, device=x.device) for x in (asks, keys, values)]
-    for band in plan:
-        size = (band.stop - band.start, band.high - band.low)
-        at, met = slice(band.start, band.stop), slice(band.low, band.high)
+    for band in bands:
+        size = (band.query_stop - band.query_start, band.key_stop - band.key_start)
+        at, met = slice(band.query_start, band.query_stop), slice(band.key_start, band.key_stop)
         ask, tell = (x[:, :, at].reshape(batch, group * size[0], -1) for x in (asks, told))
         key, value = keys[:, met], values[:, met]
         weights = q.new_empty(rows, heads, *size).copy_(band.mask).view(batch, group * size[0], size[1])

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtx.ops.attention.bias import Bias
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.attention.bias import AlibiBias
+from memtx.ops.visibility import KeyRange, Visibility
 
-BLOCK = 128
+BLOCK_SIZE = 128
 """Queries, and keys, a block: flex_attention's own default."""
 
 
 @cache
-def _flex(compiled: bool) -> Callable[..., Any]:
+def _load_flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
     function: Callable[..., Any] = flex_attention
@@ -31,37 +31,37 @@ def _flex(compiled: bool) -> Callable[..., Any]:
 
 
 @lru_cache(maxsize=64)
-def block_table(sections: tuple[Section, ...], queries: int, device: torch.device) -> Any:
+def create_static_block_mask(key_ranges: tuple[KeyRange, ...], num_queries: int, device: torch.device) -> Any:
     """Return the BlockMask of what the sections cannot rule out, its mask function still to be set."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    keys = sum(section.keys for section in sections)
-    size = (-(-queries // BLOCK), -(-keys // BLOCK))
+    keys = sum(section.num_keys for section in key_ranges)
+    size = (-(-num_queries // BLOCK_SIZE), -(-keys // BLOCK_SIZE))
     may = torch.zeros(size, dtype=torch.bool)
     for block in range(size[0]):
         offset = 0
-        for section in sections:
-            low, high = section.seen(block * BLOCK, min((block + 1) * BLOCK, queries))
+        for section in key_ranges:
+            low, high = section.find_visible_keys(block * BLOCK_SIZE, min((block + 1) * BLOCK_SIZE, num_queries))
             if high > low:
-                may[block, (offset + low) // BLOCK : (offset + high - 1) // BLOCK + 1] = True
-            offset += section.keys
+                may[block, (offset + low) // BLOCK_SIZE : (offset + high - 1) // BLOCK_SIZE + 1] = True
+            offset += section.num_keys
     # Blocks to visit first, in order.
     index = torch.argsort(~may, dim=1, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(
         may.sum(1, dtype=torch.int32)[None, None].to(device),
         index[None, None].to(device),
-        BLOCK_SIZE=BLOCK,
-        seq_lengths=(queries, keys),
+        BLOCK_SIZE=BLOCK_SIZE,
+        seq_lengths=(num_queries, keys),
     )
 
 
-def _block_mask(visibility: Visibility, rows: int) -> Any:
-    born, expires = visibility.born.expand(rows, -1), visibility.expires.expand(rows, -1)
+def _create_block_mask(visibility: Visibility, batch_size: int) -> Any:
+    born, expires = visibility.visible_from.expand(batch_size, -1), visibility.visible_until.expand(batch_size, -1)
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (born[row, key] <= query) & (query < expires[row, key])
 
-    mask = copy.copy(block_table(visibility.sections, visibility.queries, born.device))
+    mask = copy.copy(create_static_block_mask(visibility.key_ranges, visibility.num_queries, born.device))
     mask.mask_mod = sees
     return mask
 
@@ -72,7 +72,7 @@ def attend(
     v: Tensor,
     visibility: Visibility,
     *,
-    bias: Bias | None = None,
+    bias: AlibiBias | None = None,
     dropout: float = 0.0,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,10 @@ def attend(
     """
     assert dropout == 0.0, "the dispatcher sends dropout elsewhere"
     assert visibility.pattern is None, "the dispatcher sends patterns elsewhere"
-    mask = visibility.once(("flex", q.shape[0]), lambda: _block_mask(visibility, q.shape[0]))
+    mask = visibility.memo(("flex", q.shape[0]), lambda: _create_block_mask(visibility, q.shape[0]))
     score = None
     if bias is not None:
-        slopes, tick = bias.slopes.to(q.dtype), bias.tick.expand(q.shape[0], -1).to(torch.float32)
+        slopes, tick = bias.slopes.to(q.dtype), bias.key_offset.expand(q.shape[0], -1).to(torch.float32)
 
         def score(value: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return value - slopes[head] * (query - tick[row, key])
@@ -101,7 +101,7 @@ def attend(
 
     grouped = q.shape[1] != k.shape[1]
     aux = AuxRequest(lse=True)
-    out, made = _flex(q.is_cuda)(
+    out, made = _load_flex_attention(q.is_cuda)(
         q, k, v, score_mod=score, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=aux
     )
     return out, made.lse

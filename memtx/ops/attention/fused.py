@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention import by_products
-from memtx.ops.attention.fused_blocks import Gathered
-from memtx.ops.attention.merge import merge
+from memtx.ops.attention.fused_blocks import GatheredBlocks
+from memtx.ops.attention.merge import merge_attention
 from memtx.ops.attention.plan import Band
-from memtx.ops.attention.weights import PAD
+from memtx.ops.attention.weights import PAD_COLUMNS
 
 
-class _FusedBands(torch.autograd.Function):
+class _BandedSDPA(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: list[Band], more: Gathered | None, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bands: list[Band], gathered: GatheredBlocks | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         rows, heads, queries, _ = q.shape
         # Laid out as (rows, queries, heads, head_dim), which the projection after it reads without a copy.
@@ -31,32 +31,38 @@ class _FusedBands(torch.autograd.Function):
         kind = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse = torch.full((rows, queries, heads), float("-inf"), dtype=kind, device=q.device)
         at = 0
-        while at < len(plan):
-            start, stop = plan[at].start, plan[at].stop
+        while at < len(bands):
+            start, stop = bands[at].query_start, bands[at].query_stop
             parts = []
-            while at < len(plan) and plan[at].start == start:
-                band = plan[at]
+            while at < len(bands) and bands[at].query_start == start:
+                band = bands[at]
                 part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q[:, :, start:stop], k[:, :, band.low : band.high], v[:, :, band.low : band.high],
-                    0.0, False, attn_mask=band.mask, scale=scale,
+                    q[:, :, start:stop], k[:, :, band.key_start : band.key_stop],
+                    v[:, :, band.key_start : band.key_stop], 0.0, False, attn_mask=band.mask, scale=scale,
                 )  # fmt: skip
                 # The kernel gives 0 for a query that sees nothing; the truth is minus infinity.
-                part_lse = part_lse.transpose(1, 2).masked_fill(band.blind, float("-inf"))
+                part_lse = part_lse.transpose(1, 2).masked_fill(band.fully_masked, float("-inf"))
                 parts.append((part.transpose(1, 2), part_lse))
                 at += 1
-            joined, joined_lse = merge(parts)
+            joined, joined_lse = merge_attention(parts)
             out[:, :, start:stop] = joined.transpose(1, 2)
             lse[:, start:stop] = joined_lse
-        if more is not None:
+        if gathered is not None:
             part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                more.of_queries(q), more.of_keys(k), more.of_keys(v), 0.0, False, attn_mask=more.mask, scale=scale
+                gathered.split_queries(q),
+                gathered.gather_keys(k),
+                gathered.gather_keys(v),
+                0.0,
+                False,
+                attn_mask=gathered.mask,
+                scale=scale,
             )
-            part_lse = part_lse.transpose(1, 2).masked_fill(more.blind, float("-inf"))
-            others = more.in_order(part.transpose(1, 2), queries), more.in_order(part_lse, queries)
-            joined, lse = merge([(out.transpose(1, 2), lse), others])
+            part_lse = part_lse.transpose(1, 2).masked_fill(gathered.fully_masked, float("-inf"))
+            others = gathered.join_queries(part.transpose(1, 2), queries), gathered.join_queries(part_lse, queries)
+            joined, lse = merge_attention([(out.transpose(1, 2), lse), others])
             out = joined.transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plan, ctx.more, ctx.scale = plan, more, scale
+        ctx.bands, ctx.gathered, ctx.scale = bands, gathered, scale
         ctx.set_materialize_grads(False)
         return out, lse.transpose(1, 2)
 
@@ -70,25 +76,25 @@ class _FusedBands(torch.autograd.Function):
             grad_out = torch.zeros_like(out)
         # A query that saw nothing anywhere has weights exp(-inf - 0) = 0.
         finite = lse.masked_fill(lse == float("-inf"), 0.0)
-        plain = ctx.more is None and not any(band.biased for band in ctx.plan)
-        if q.dtype == torch.bfloat16 and plain and by_products.are_faster():
+        plain = ctx.gathered is None and not any(band.has_bias for band in ctx.bands)
+        if q.dtype == torch.bfloat16 and plain and by_products.is_faster():
             balance = (grad_out.float() * out.float()).sum(-1)
             balance = balance if grad_lse is None else balance - grad_lse
-            grads = by_products.backward(q, k, v, finite.transpose(1, 2), balance, grad_out, ctx.plan, ctx.scale)
+            grads = by_products.backward(q, k, v, finite.transpose(1, 2), balance, grad_out, ctx.bands, ctx.scale)
             return *grads, None, None, None
         head_dim = q.shape[-1]
         if grad_lse is not None:
             # The gradient of a score is weight * (grad_out v' - grad_out out' + grad_lse), and the kernel makes
             # all but the last term. A column that is 0 in v, 1 in grad_out and -grad_lse in out adds just that.
-            q, k, v, out, grad_out = (F.pad(x, (0, PAD)) for x in (q, k, v, out, grad_out))
+            q, k, v, out, grad_out = (F.pad(x, (0, PAD_COLUMNS)) for x in (q, k, v, out, grad_out))
             grad_out[..., head_dim] = 1.0
             out[..., head_dim] = -grad_lse
         grad_q, grad_k, grad_v = (
             torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (q, k, v)
         )
-        for band in ctx.plan:
-            rows, keys = slice(band.start, band.stop), slice(band.low, band.high)
+        for band in ctx.bands:
+            rows, keys = slice(band.query_start, band.query_stop), slice(band.key_start, band.key_stop)
             gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
                 finite[:, rows].transpose(1, 2), 0.0, False, attn_mask=band.mask, scale=ctx.scale,
@@ -96,28 +102,31 @@ class _FusedBands(torch.autograd.Function):
             grad_q[:, :, rows] += gq
             grad_k[:, :, keys] += gk
             grad_v[:, :, keys] += gv
-        if ctx.more is not None:
-            _add_gathered(ctx.more, (grad_out, q, k, v, out, finite), (grad_q, grad_k, grad_v), ctx.scale)
+        if ctx.gathered is not None:
+            _add_gathered_grads(ctx.gathered, (grad_out, q, k, v, out, finite), (grad_q, grad_k, grad_v), ctx.scale)
         if grad_lse is not None:
             grad_q, grad_k, grad_v = (x[..., :head_dim] for x in (grad_q, grad_k, grad_v))
         return grad_q, grad_k, grad_v, None, None, None
 
 
-def _add_gathered(more: Gathered, known: tuple[Tensor, ...], grads: tuple[Tensor, ...], scale: float) -> None:
+def _add_gathered_grads(
+    gathered: GatheredBlocks, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], scale: float
+) -> None:
     """Add the gathered blocks' gradients to those of the bands."""
-    grad_out, q, k, v, out, lse = known
+    grad_out, q, k, v, out, lse = saved
     queries = q.shape[2]
     gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        more.of_queries(grad_out), more.of_queries(q), more.of_keys(k), more.of_keys(v), more.of_queries(out),
-        more.of_queries(lse.transpose(1, 2)[..., None])[..., 0], 0.0, False, attn_mask=more.mask, scale=scale,
+        gathered.split_queries(grad_out), gathered.split_queries(q), gathered.gather_keys(k), gathered.gather_keys(v),
+        gathered.split_queries(out), gathered.split_queries(lse.transpose(1, 2)[..., None])[..., 0], 0.0, False,
+        attn_mask=gathered.mask, scale=scale,
     )  # fmt: skip
-    grads[0].transpose(1, 2).add_(more.in_order(gq.transpose(1, 2), queries))
-    more.add_to_keys(grads[1], gk)
-    more.add_to_keys(grads[2], gv)
+    grads[0].transpose(1, 2).add_(gathered.join_queries(gq.transpose(1, 2), queries))
+    gathered.scatter_add_keys(grads[1], gk)
+    gathered.scatter_add_keys(grads[2], gv)
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: list[Band], scale: float, more: Gathered | None = None
+    q: Tensor, k: Tensor, v: Tensor, bands: list[Band], scale: float, gathered: GatheredBlocks | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp, both with gradient; shapes as in the reference, on the CPU only.
 
@@ -125,9 +134,9 @@ def attend(
         q: (rows, heads, queries, head_dim).
         k: (rows, kv_heads, keys, head_dim).
         v: (rows, kv_heads, keys, head_dim).
-        plan: the bands.
+        bands: the bands.
         scale: factor of the scores.
-        more: blocks of keys that are seen besides.
+        gathered: blocks of keys that are seen besides.
     """
-    out, lse = _FusedBands.apply(q, k, v, plan, more, scale)  # type: ignore[no-untyped-call]
+    out, lse = _BandedSDPA.apply(q, k, v, bands, gathered, scale)  # type: ignore[no-untyped-call]
     return out, lse

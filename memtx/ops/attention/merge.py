@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the attention over the union of disjoint sets of keys, with gradient.
 
     Args:

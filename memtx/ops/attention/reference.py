@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.ops.attention.bias import ScoreBias, bias_of
-from memtx.ops.visibility import Visibility, times_seen
+from memtx.ops.attention.bias import ScoreBias, compute_block_bias
+from memtx.ops.visibility import Visibility, compute_key_counts
 
 
-def weigh(scores: Tensor, seen: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return softmax(scores) v over what is seen, and the log-sum-exp; all with gradient.
 
     Args:
         scores: (..., queries, keys).
-        seen: bool, broadcasts to the scores.
+        mask: bool, broadcasts to the scores.
         v: (..., keys, head_dim).
         dropout: probability with which a weight is dropped.
 
@@ -26,9 +26,9 @@ def weigh(scores: Tensor, seen: Tensor, v: Tensor, dropout: float = 0.0) -> tupl
         (..., queries, head_dim) in v's type, zero for a query that sees nothing, and (..., queries), minus
         infinity there.
     """
-    scores = scores.masked_fill(~seen, float("-inf"))
+    scores = scores.masked_fill(~mask, float("-inf"))
     # A query that sees nothing gets zero; finite stand-ins keep its gradient from being nan.
-    nothing = ~seen.any(-1, keepdim=True)
+    nothing = ~mask.any(-1, keepdim=True)
     scores = scores.masked_fill(nothing, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(nothing, 0.0)
     lse = torch.logsumexp(scores, dim=-1).masked_fill(nothing[..., 0], float("-inf"))
@@ -64,9 +64,11 @@ def attend(
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
     scores = (q @ k.transpose(-1, -2)) * scale
     if bias is not None:
-        scores = scores + bias_of(bias, (0, visibility.queries), (0, visibility.keys)).to(scores.dtype)
-    times = times_seen(visibility)
-    if visibility.pattern is not None and visibility.pattern.repeats:
+        scores = scores + compute_block_bias(bias, (0, visibility.num_queries), (0, visibility.num_keys)).to(
+            scores.dtype
+        )
+    times = compute_key_counts(visibility)
+    if visibility.pattern is not None and visibility.pattern.count_duplicates:
         # A key that counts n times is n keys of one score.
         scores = scores + times.clamp(min=1).to(scores.dtype).log()
-    return weigh(scores, times > 0, v, dropout)
+    return softmax_attention(scores, times > 0, v, dropout)

@@ -18,35 +18,38 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from memtx.ops.attention.tables import key_ranges, lifetimes, query_ranges
+from memtx.ops.attention.tables import build_key_bounds, build_query_bounds, get_int32_bounds
 from memtx.ops.visibility import Visibility
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of any device."""
 
-NEVER = tl.constexpr(2**31 - 1)
+INT32_MAX = tl.constexpr(2**31 - 1)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scores(q, k, born, expires, tick, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def _compute_scores(q, k, visible_from, visible_until, offset, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Scores in base 2, minus infinity where unseen: q (M, D), k (N, D) -> (M, N)."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-    seen = (born[None, :] <= tick[:, None]) & (tick[:, None] < expires[None, :])
+    seen = (visible_from[None, :] <= offset[:, None]) & (offset[:, None] < visible_until[None, :])
     return tl.where(seen, scores, float("-inf"))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _lives(born, expires, key, high):  # type: ignore[no-untyped-def]
+def _load_key_intervals(visible_from, visible_until, key, high):  # type: ignore[no-untyped-def]
     """Lifetimes of keys; one past the end is never born."""
     inside = key < high
-    return tl.load(born + key, mask=inside, other=NEVER), tl.load(expires + key, mask=inside, other=-NEVER)
+    return tl.load(visible_from + key, mask=inside, other=INT32_MAX), tl.load(
+        visible_until + key, mask=inside, other=-INT32_MAX
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, born, expires, ranges, scale, queries, keys, life_row,
-    q_row, q_head, q_at, k_row, k_head, k_at, v_row, v_head, v_at, o_row, o_head, o_at,
+    q, k, v, out, lse, visible_from, visible_until, key_bounds, scale, num_queries, num_keys, stride_interval,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SECTIONS: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -55,53 +58,55 @@ def _forward(  # type: ignore[no-untyped-def]
     head = (tl.program_id(1) % HEADS).to(tl.int64)
     tick = block * M + tl.arange(0, M)
     wide = tl.arange(0, D)
-    within = tick < queries
+    within = tick < num_queries
     one = tl.load(
-        q + row * q_row + head * q_head + tick.to(tl.int64)[:, None] * q_at + wide[None, :],
+        q + row * stride_qb + head * stride_qh + tick.to(tl.int64)[:, None] * stride_qm + wide[None, :],
         mask=within[:, None], other=0.0,
     )  # fmt: skip
-    k += row * k_row + (head // GROUP) * k_head
-    v += row * v_row + (head // GROUP) * v_head
-    born += row * life_row
-    expires += row * life_row
+    k += row * stride_kb + (head // GROUP) * stride_kh
+    v += row * stride_vb + (head // GROUP) * stride_vh
+    visible_from += row * stride_interval
+    visible_until += row * stride_interval
     top = tl.full((M,), float("-inf"), tl.float32)
     total = tl.zeros((M,), tl.float32)
     summed = tl.zeros((M, D), tl.float32)
     for section in tl.static_range(SECTIONS):
-        low = tl.load(ranges + (block * SECTIONS + section) * 2)
-        high = tl.load(ranges + (block * SECTIONS + section) * 2 + 1)
+        low = tl.load(key_bounds + (block * SECTIONS + section) * 2)
+        high = tl.load(key_bounds + (block * SECTIONS + section) * 2 + 1)
         for start in range(low, high, N):
             key = start + tl.arange(0, N)
             inside = (key < high)[:, None]
             at = key.to(tl.int64)[:, None]
-            key_born, key_expires = _lives(born, expires, key, high)
-            this = tl.load(k + at * k_at + wide[None, :], mask=inside, other=0.0)
-            scores = _scores(one, this, key_born, key_expires, tick, scale, PRECISION)
+            key_born, key_expires = _load_key_intervals(visible_from, visible_until, key, high)
+            this = tl.load(k + at * stride_kn + wide[None, :], mask=inside, other=0.0)
+            scores = _compute_scores(one, this, key_born, key_expires, tick, scale, PRECISION)
             new = tl.maximum(top, tl.max(scores, 1))
             # exp2(-inf - -inf) is nan: a query that has seen nothing yet is measured from 0.
             base = tl.where(new == float("-inf"), 0.0, new)
             weights = tl.exp2(scores - base[:, None])
             shrink = tl.exp2(top - base)
             total = total * shrink + tl.sum(weights, 1)
-            value = tl.load(v + at * v_at + wide[None, :], mask=inside, other=0.0)
+            value = tl.load(v + at * stride_vn + wide[None, :], mask=inside, other=0.0)
             summed = summed * shrink[:, None]
             summed += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
             top = new
     blind = total == 0.0
     summed = summed / tl.where(blind, 1.0, total)[:, None]
     tl.store(
-        out + row * o_row + head * o_head + tick.to(tl.int64)[:, None] * o_at + wide[None, :],
+        out + row * stride_ob + head * stride_oh + tick.to(tl.int64)[:, None] * stride_om + wide[None, :],
         summed.to(out.dtype.element_ty), mask=within[:, None],
     )  # fmt: skip
     logarithm = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) / LOG2E)
-    tl.store(lse + (row * HEADS + head) * queries + tick, logarithm, mask=within)
+    tl.store(lse + (row * HEADS + head) * num_queries + tick, logarithm, mask=within)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_queries(  # type: ignore[no-untyped-def]
-    q, k, v, out, grad, lse, grad_lse, delta, dq, born, expires, ranges, scale, queries, keys, life_row,
-    q_row, q_head, q_at, k_row, k_head, k_at, v_row, v_head, v_at, o_row, o_head, o_at, g_row, g_head, g_at,
-    dq_row, dq_head, dq_at,
+    q, k, v, out, grad_out, lse, grad_lse, delta, dq, visible_from, visible_until, key_bounds, scale,
+    num_queries, num_keys, stride_interval,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
+    stride_dqb, stride_dqh, stride_dqm,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SECTIONS: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -111,53 +116,55 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     head = (tl.program_id(1) % HEADS).to(tl.int64)
     tick = block * M + tl.arange(0, M)
     wide = tl.arange(0, D)
-    within = tick < queries
+    within = tick < num_queries
     far = tick.to(tl.int64)[:, None]
     one = tl.load(
-        q + row * q_row + head * q_head + far * q_at + wide[None, :], mask=within[:, None], other=0.0
+        q + row * stride_qb + head * stride_qh + far * stride_qm + wide[None, :], mask=within[:, None], other=0.0
     )  # fmt: skip
     told = tl.load(
-        grad + row * g_row + head * g_head + far * g_at + wide[None, :], mask=within[:, None], other=0.0
+        grad_out + row * stride_gb + head * stride_gh + far * stride_gm + wide[None, :], mask=within[:, None], other=0.0
     )  # fmt: skip
     made = tl.load(
-        out + row * o_row + head * o_head + far * o_at + wide[None, :], mask=within[:, None], other=0.0
+        out + row * stride_ob + head * stride_oh + far * stride_om + wide[None, :], mask=within[:, None], other=0.0
     )  # fmt: skip
-    place = (row * HEADS + head) * queries + tick
+    place = (row * HEADS + head) * num_queries + tick
     own = tl.load(lse + place, mask=within, other=0.0)
     own = tl.where(own == float("-inf"), 0.0, own) * LOG2E
     balance = tl.sum(told.to(tl.float32) * made.to(tl.float32), 1)
     if HAS_GRAD_LSE:
         balance -= tl.load(grad_lse + place, mask=within, other=0.0)
     tl.store(delta + place, balance, mask=within)
-    k += row * k_row + (head // GROUP) * k_head
-    v += row * v_row + (head // GROUP) * v_head
-    born += row * life_row
-    expires += row * life_row
+    k += row * stride_kb + (head // GROUP) * stride_kh
+    v += row * stride_vb + (head // GROUP) * stride_vh
+    visible_from += row * stride_interval
+    visible_until += row * stride_interval
     summed = tl.zeros((M, D), tl.float32)
     for section in tl.static_range(SECTIONS):
-        low = tl.load(ranges + (block * SECTIONS + section) * 2)
-        high = tl.load(ranges + (block * SECTIONS + section) * 2 + 1)
+        low = tl.load(key_bounds + (block * SECTIONS + section) * 2)
+        high = tl.load(key_bounds + (block * SECTIONS + section) * 2 + 1)
         for start in range(low, high, N):
             key = start + tl.arange(0, N)
             inside = (key < high)[:, None]
             at = key.to(tl.int64)[:, None]
-            key_born, key_expires = _lives(born, expires, key, high)
-            this = tl.load(k + at * k_at + wide[None, :], mask=inside, other=0.0)
-            value = tl.load(v + at * v_at + wide[None, :], mask=inside, other=0.0)
-            weights = tl.exp2(_scores(one, this, key_born, key_expires, tick, scale, PRECISION) - own[:, None])
+            key_born, key_expires = _load_key_intervals(visible_from, visible_until, key, high)
+            this = tl.load(k + at * stride_kn + wide[None, :], mask=inside, other=0.0)
+            value = tl.load(v + at * stride_vn + wide[None, :], mask=inside, other=0.0)
+            weights = tl.exp2(_compute_scores(one, this, key_born, key_expires, tick, scale, PRECISION) - own[:, None])
             change = tl.dot(told, tl.trans(value), input_precision=PRECISION) - balance[:, None]
             summed += tl.dot((weights * change).to(this.dtype), this, input_precision=PRECISION)
     tl.store(
-        dq + row * dq_row + head * dq_head + far * dq_at + wide[None, :],
+        dq + row * stride_dqb + head * stride_dqh + far * stride_dqm + wide[None, :],
         (summed * scale).to(dq.dtype.element_ty), mask=within[:, None],
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_keys(  # type: ignore[no-untyped-def]
-    q, k, v, grad, lse, delta, dk, dv, born, expires, blocks, scale, queries, life_row,
-    q_row, q_head, q_at, k_row, k_head, k_at, v_row, v_head, v_at, g_row, g_head, g_at,
-    dk_row, dk_head, dk_at, dv_row, dv_head, dv_at,
+    q, k, v, grad_out, lse, delta, dk, dv, visible_from, visible_until, query_bounds, scale, num_queries,
+    stride_interval,
+    stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gb, stride_gh, stride_gm,
+    stride_dkb, stride_dkh, stride_dkn, stride_dvb, stride_dvh, stride_dvn,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -165,17 +172,19 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     block = tl.program_id(0)
     row = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     kv_head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
-    low = tl.load(blocks + block * 4)
-    high = tl.load(blocks + block * 4 + 1)
-    from_tick = tl.load(blocks + block * 4 + 2)
-    to_tick = tl.load(blocks + block * 4 + 3)
+    low = tl.load(query_bounds + block * 4)
+    high = tl.load(query_bounds + block * 4 + 1)
+    from_tick = tl.load(query_bounds + block * 4 + 2)
+    to_tick = tl.load(query_bounds + block * 4 + 3)
     key = low + tl.arange(0, N)
     wide = tl.arange(0, D)
     inside = (key < high)[:, None]
     at = key.to(tl.int64)[:, None]
-    this = tl.load(k + row * k_row + kv_head * k_head + at * k_at + wide[None, :], mask=inside, other=0.0)
-    value = tl.load(v + row * v_row + kv_head * v_head + at * v_at + wide[None, :], mask=inside, other=0.0)
-    key_born, key_expires = _lives(born + row * life_row, expires + row * life_row, key, high)
+    this = tl.load(k + row * stride_kb + kv_head * stride_kh + at * stride_kn + wide[None, :], mask=inside, other=0.0)
+    value = tl.load(v + row * stride_vb + kv_head * stride_vh + at * stride_vn + wide[None, :], mask=inside, other=0.0)
+    key_born, key_expires = _load_key_intervals(
+        visible_from + row * stride_interval, visible_until + row * stride_interval, key, high
+    )
     sum_k = tl.zeros((N, D), tl.float32)
     sum_v = tl.zeros((N, D), tl.float32)
     for shared in range(0, GROUP):
@@ -185,12 +194,14 @@ def _backward_keys(  # type: ignore[no-untyped-def]
             within = tick < to_tick
             far = tick.to(tl.int64)[:, None]
             one = tl.load(
-                q + row * q_row + head * q_head + far * q_at + wide[None, :], mask=within[:, None], other=0.0
+                q + row * stride_qb + head * stride_qh + far * stride_qm + wide[None, :],
+                mask=within[:, None], other=0.0,
             )  # fmt: skip
             told = tl.load(
-                grad + row * g_row + head * g_head + far * g_at + wide[None, :], mask=within[:, None], other=0.0
+                grad_out + row * stride_gb + head * stride_gh + far * stride_gm + wide[None, :],
+                mask=within[:, None], other=0.0,
             )  # fmt: skip
-            place = (row * KV_HEADS * GROUP + head) * queries + tick
+            place = (row * KV_HEADS * GROUP + head) * num_queries + tick
             own = tl.load(lse + place, mask=within, other=0.0)
             own = tl.where(own == float("-inf"), 0.0, own) * LOG2E
             balance = tl.load(delta + place, mask=within, other=0.0)
@@ -201,23 +212,23 @@ def _backward_keys(  # type: ignore[no-untyped-def]
             change = tl.dot(value, tl.trans(told), input_precision=PRECISION) - balance[None, :]
             sum_k += tl.dot((weights * change).to(one.dtype), one, input_precision=PRECISION)
     tl.store(
-        dk + row * dk_row + kv_head * dk_head + at * dk_at + wide[None, :],
+        dk + row * stride_dkb + kv_head * stride_dkh + at * stride_dkn + wide[None, :],
         (sum_k * scale).to(dk.dtype.element_ty), mask=inside,
     )  # fmt: skip
     tl.store(
-        dv + row * dv_row + kv_head * dv_head + at * dv_at + wide[None, :],
+        dv + row * stride_dvb + kv_head * stride_dvh + at * stride_dvn + wide[None, :],
         sum_v.to(dv.dtype.element_ty), mask=inside,
     )  # fmt: skip
 
 
-def _tiles(head_dim: int, dtype: torch.dtype, pass_: str) -> dict[str, int]:
+def _choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str, int]:
     """Return queries (M) and keys (N) a tile, warps and stages, within an SM's shared memory and registers."""
-    if INTERPRETED:
+    if IS_INTERPRETED:
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
         # Without tensor cores every product passes through registers: small tiles, many warps.
         return {"M": 32, "N": 32, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 1}
-    if pass_ == "forward":
+    if direction == "forward":
         return {"M": 128, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 3}
     return {"M": 64, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
 
@@ -226,20 +237,20 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [step for x in tensors for step in x.stride()[:3]]
 
 
-class _Window(torch.autograd.Function):
+class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         rows, heads, queries, head_dim = q.shape
-        born, expires = lifetimes(visibility)
+        born, expires = get_int32_bounds(visibility)
         # Laid out as (rows, queries, heads, head_dim), which the projection after it reads without a copy.
         out = q.new_empty(rows, queries, heads, head_dim).transpose(1, 2)
         lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
-        tiles = _tiles(head_dim, q.dtype, "forward")
-        ranges = key_ranges(visibility.sections, queries, tiles["M"], q.device)
-        ctx.fixed = {
+        tiles = _choose_tiles(head_dim, q.dtype, "forward")
+        ranges = build_key_bounds(visibility.key_ranges, queries, tiles["M"], q.device)
+        ctx.constants = {
             "GROUP": heads // k.shape[1],
             "D": head_dim,
             # Products of float32 keep their 24 bits unless the user has allowed fewer for all products.
@@ -248,38 +259,38 @@ class _Window(torch.autograd.Function):
         _forward[(ranges.shape[0], rows * heads)](
             q, k, v, out, lse, born, expires, ranges, scale, queries, k.shape[2],
             born.stride(0) if born.shape[0] > 1 else 0, *_strides(q, k, v, out),
-            HEADS=heads, SECTIONS=len(visibility.sections), **ctx.fixed, **tiles,
+            HEADS=heads, SECTIONS=len(visibility.key_ranges), **ctx.constants, **tiles,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, born, expires)
-        ctx.sections, ctx.scale = visibility.sections, scale
+        ctx.key_ranges, ctx.scale = visibility.key_ranges, scale
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, born, expires = ctx.saved_tensors
         rows, heads, queries, head_dim = q.shape
-        if grad is None:
-            grad = torch.zeros_like(out)
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
         told = grad_lse is not None
         grad_lse = grad_lse.contiguous().float() if grad_lse is not None else lse
         dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         delta = torch.empty_like(lse)
         life_row = born.stride(0) if born.shape[0] > 1 else 0
-        tiles = _tiles(head_dim, q.dtype, "backward")
-        ranges = key_ranges(ctx.sections, queries, tiles["M"], q.device)
+        tiles = _choose_tiles(head_dim, q.dtype, "backward")
+        ranges = build_key_bounds(ctx.key_ranges, queries, tiles["M"], q.device)
         _backward_queries[(ranges.shape[0], rows * heads)](
-            q, k, v, out, grad, lse, grad_lse, delta, dq, born, expires, ranges, ctx.scale, queries, k.shape[2],
-            life_row, *_strides(q, k, v, out, grad, dq),
-            HEADS=heads, SECTIONS=len(ctx.sections), HAS_GRAD_LSE=told, **ctx.fixed, **tiles,
+            q, k, v, out, grad_out, lse, grad_lse, delta, dq, born, expires, ranges, ctx.scale, queries, k.shape[2],
+            life_row, *_strides(q, k, v, out, grad_out, dq),
+            HEADS=heads, SECTIONS=len(ctx.key_ranges), HAS_GRAD_LSE=told, **ctx.constants, **tiles,
         )  # fmt: skip
-        blocks = query_ranges(ctx.sections, queries, tiles["N"], q.device)
+        blocks = build_query_bounds(ctx.key_ranges, queries, tiles["N"], q.device)
         if blocks.shape[0]:
             _backward_keys[(blocks.shape[0], rows * k.shape[1])](
-                q, k, v, grad, lse, delta, dk, dv, born, expires, blocks, ctx.scale, queries, life_row,
-                *_strides(q, k, v, grad, dk, dv), KV_HEADS=k.shape[1], **ctx.fixed, **tiles,
+                q, k, v, grad_out, lse, delta, dk, dv, born, expires, blocks, ctx.scale, queries, life_row,
+                *_strides(q, k, v, grad_out, dk, dv), KV_HEADS=k.shape[1], **ctx.constants, **tiles,
             )  # fmt: skip
         return dq, dk, dv, None, None
 
@@ -295,5 +306,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: fl
         scale: factor of the scores.
     """
     assert visibility.pattern is None, "the dispatcher sends patterns elsewhere"
-    out, lse = _Window.apply(q, k, v, visibility, scale)  # type: ignore[no-untyped-call]
+    out, lse = _TritonAttention.apply(q, k, v, visibility, scale)  # type: ignore[no-untyped-call]
     return out, lse

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-PAD = 8
+PAD_COLUMNS = 8
 """Columns added to a head; only the first is used, eight keep rows aligned."""
 
 
-def with_weights(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values whose attention has the weights in it, and PAD more columns in its output.
+def append_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values whose attention has the weights in it, PAD_COLUMNS more columns in its output.
 
     Args:
         q: (rows, queries, heads, head_dim).
         k: (rows, keys, kv_heads, head_dim).
         v: (rows, keys, kv_heads, head_dim).
-        weight: (rows, n), added to the scaled scores of the first n keys, by every query and head.
+        key_bias: (rows, n), added to the scaled scores of the first n keys, by every query and head.
         scale: what attention will multiply scores with; to be given to it, for widths have changed.
     """
-    column = F.pad(weight.to(k.dtype) / scale, (0, k.shape[1] - weight.shape[1]))[..., None, None]
+    column = F.pad(key_bias.to(k.dtype) / scale, (0, k.shape[1] - key_bias.shape[1]))[..., None, None]
     k = torch.cat([k, column.expand(-1, -1, k.shape[2], 1)], dim=-1)
     q = torch.cat([q, torch.ones_like(q[..., :1])], dim=-1)
-    return F.pad(q, (0, PAD - 1)), F.pad(k, (0, PAD - 1)), F.pad(v, (0, PAD))
+    return F.pad(q, (0, PAD_COLUMNS - 1)), F.pad(k, (0, PAD_COLUMNS - 1)), F.pad(v, (0, PAD_COLUMNS))

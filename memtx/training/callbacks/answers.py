@@ -8,11 +8,11 @@ import lightning.pytorch as pl
 import torch
 from torchmetrics.classification import MulticlassAccuracy
 
-from memtx.data.batch import IGNORED, Batch
+from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.training.language import LanguageModule
 
 
-class AnswerAccuracy(pl.Callback):
+class TokenAccuracy(pl.Callback):
     """Logs ``val_accuracy`` and ``test_accuracy``, the share of labels that are the likeliest token.
 
     Every batch is read once more for its logits, and each of them must begin with documents, as episodes do.
@@ -24,14 +24,14 @@ class AnswerAccuracy(pl.Callback):
     def _update(self, stage: str, module: Any, batch: Batch) -> None:
         language = cast(LanguageModule, module)
         if stage not in self._metrics:
-            kind = MulticlassAccuracy(language.model.vocab_size, average="micro", ignore_index=IGNORED)
+            kind = MulticlassAccuracy(language.model.vocab_size, average="micro", ignore_index=IGNORE_INDEX)
             self._metrics[stage] = kind.to(language.device)
         metric = self._metrics[stage]
         state = language.model.init_state(batch.tokens.shape[0])
         with torch.no_grad():
-            for at in range(0, batch.tokens.shape[1], language.segment):
-                part = slice(at, at + language.segment)
-                said = language.model(batch.tokens[:, part], state, starts=batch.starts[:, part])
+            for at in range(0, batch.tokens.shape[1], language.segment_length):
+                part = slice(at, at + language.segment_length)
+                said = language.model(batch.tokens[:, part], state, document_starts=batch.document_starts[:, part])
                 state = said.state
                 metric.update(said.logits.argmax(-1), batch.labels[:, part])
 

@@ -14,11 +14,11 @@ from torch.utils import _pytree as pytree
 
 from memtx.training.callbacks.checkpoint import AtomicCheckpointIO
 
-WAITING = 2
+MAX_PENDING = 2
 """Checkpoints that may wait to be written: at a validation there are two, the best and the last."""
 
 
-def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
+def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of all that a checkpoint holds, tensors in the CPU's memory, shared memory copied once.
 
     Nothing that training does afterwards changes it.
@@ -38,7 +38,7 @@ def snapshot(checkpoint: dict[str, Any]) -> dict[str, Any]:
     return made
 
 
-class BackgroundCheckpointIO(AtomicCheckpointIO):
+class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
     """Copies a checkpoint to the CPU's memory and lets a thread write it, so that training waits for the copy alone.
 
     A crash before it is written leaves the one that was there, and the process does not end before it is. What went
@@ -49,31 +49,31 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
     def __init__(self) -> None:
         super().__init__()
-        self._thread: ThreadPoolExecutor | None = None
-        self._saves: list[Future[None]] = []
-        self._failed: BaseException | None = None
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending_saves: list[Future[None]] = []
+        self._error: BaseException | None = None
 
-    def _give(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
-        if self._thread is None:
+    def _submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+        if self._executor is None:
             # Not a daemon: the interpreter waits for it, whatever ends the run.
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        return self._thread.submit(self._do, function, *arguments)
+            self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        return self._executor.submit(self._run, function, *arguments)
 
-    def _do(self, function: Callable[..., None], *arguments: Any) -> None:
-        if self._failed is None:
+    def _run(self, function: Callable[..., None], *arguments: Any) -> None:
+        if self._error is None:
             try:
                 function(*arguments)
             except BaseException as error:
-                self._failed = error
+                self._error = error
 
-    def _raise(self) -> None:
-        if self._failed is None:
+    def _raise_pending_error(self) -> None:
+        if self._error is None:
             return
         # What was to follow is passed over before the error is forgotten.
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
-            self._thread = None
-        error, self._failed = self._failed, None
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+            self._executor = None
+        error, self._error = self._error, None
         raise error
 
     def save_checkpoint(
@@ -84,11 +84,11 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         Raises:
             MemtxError: a checkpoint before could not be written.
         """
-        self._saves = [one for one in self._saves if not one.done()]
-        if len(self._saves) == WAITING:
-            self._saves.pop(0).result()
-        self._raise()
-        self._saves.append(self._give(super().save_checkpoint, snapshot(checkpoint), path))
+        self._pending_saves = [one for one in self._pending_saves if not one.done()]
+        if len(self._pending_saves) == MAX_PENDING:
+            self._pending_saves.pop(0).result()
+        self._raise_pending_error()
+        self._pending_saves.append(self._submit(super().save_checkpoint, copy_to_cpu(checkpoint), path))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
@@ -103,11 +103,11 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint, after what was given before is written: it may be what the new one replaces."""
-        self._give(super().remove_checkpoint, path)
+        self._submit(super().remove_checkpoint, path)
 
-    def then(self, function: Callable[[], None]) -> None:
+    def run_after_writes(self, callback: Callable[[], None]) -> None:
         """Call a function when all that was given is written, unless that failed."""
-        self._give(function)
+        self._submit(callback)
 
     def teardown(self) -> None:
         """Write what is left, and end the thread.
@@ -115,7 +115,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         Raises:
             MemtxError: it could not be written.
         """
-        if self._thread is not None:
-            self._thread.shutdown(wait=True)
-            self._thread = None
-        self._raise()
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+            self._executor = None
+        self._raise_pending_error()

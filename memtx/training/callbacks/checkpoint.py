@@ -18,14 +18,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from memtx import files, sealed
-from memtx.errors import at_least
+from memtx.errors import check_at_least
 from memtx.models import folder, sharded
 from memtx.training.callbacks import moments
 
-BEST = "best.json"
+BEST_FILE = "best.json"
 """The note's name, beside the checkpoints."""
 
-_EARLIER = re.compile(r"earlier-(\d{8,})\.ckpt")
+_EARLIER_NAME = re.compile(r"earlier-(\d{8,})\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         place = Path(path)
         # A run that goes on from what several processes wrote: a file cannot be renamed over a folder.
         beside = place.with_name(f".{place.name}.file") if sharded.is_sharded(place) else place
-        with sealed.new(beside, int(checkpoint.get("global_step", 0))) as handle:
+        with sealed.create(beside, int(checkpoint.get("global_step", 0))) as handle:
             torch.save(checkpoint, cast(IO[bytes], handle))
         if beside != place:
             files.replace(beside, place)
@@ -61,9 +61,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         return folder.read_checkpoint(path)
 
-    def then(self, function: Callable[[], None]) -> None:
+    def run_after_writes(self, callback: Callable[[], None]) -> None:
         """Call a function when all that was given is written: at once, since it is."""
-        function()
+        callback()
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -79,7 +79,7 @@ class BestCheckpoint(ModelCheckpoint):
         monitor: the validation's metric; null for the newest validated one.
         mode: "min" or "max".
         every_n_train_steps: optimiser steps between checkpoints; None for at validation and the end alone.
-        keep: how many of the newest stay, last.ckpt among them, the best one apart; at least 1.
+        keep_last: how many of the newest stay, last.ckpt among them, the best one apart; at least 1.
 
     Raises:
         MemtxError: a number is below 1.
@@ -91,7 +91,7 @@ class BestCheckpoint(ModelCheckpoint):
         monitor: str | None = "val_bits_per_byte",
         mode: str = "min",
         every_n_train_steps: int | None = None,
-        keep: int = 2,
+        keep_last: int = 2,
     ) -> None:
         # Steps are looked at here: Lightning's would rank them by the validation before, and wait for the first one.
         super().__init__(
@@ -104,21 +104,25 @@ class BestCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
-        at_least(1, keep=keep, **({} if every_n_train_steps is None else {"every_n_train_steps": every_n_train_steps}))
-        self.every, self.keep = every_n_train_steps, keep
-        self._owes = False
-        self._own_last = False
+        check_at_least(
+            1,
+            keep_last=keep_last,
+            **({} if every_n_train_steps is None else {"every_n_train_steps": every_n_train_steps}),
+        )
+        self.save_every_n_steps, self.keep_last = every_n_train_steps, keep_last
+        self._save_pending = False
+        self._owns_last = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the folder; a last.ckpt in it is worth keeping where the run goes on from it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
-            files.remove_leftovers(self._last.parent)
+            files.remove_temporary_files(self._last_path.parent)
         begin = trainer.ckpt_path
-        self._own_last = begin is not None and Path(begin).absolute() == self._last.absolute()
+        self._owns_last = begin is not None and Path(begin).absolute() == self._last_path.absolute()
 
     @property
-    def _last(self) -> Path:
+    def _last_path(self) -> Path:
         return Path(str(self.dirpath)) / f"{self.CHECKPOINT_NAME_LAST}.ckpt"
 
     def on_train_batch_end(
@@ -127,12 +131,14 @@ class BestCheckpoint(ModelCheckpoint):
         """Write the last checkpoint where one is due and no validation is about to do so."""
         if not moments.has_stepped(trainer):
             return
-        due = self._owes or (self.every is not None and trainer.global_step % self.every == 0)
-        due = due or moments.is_last_step(trainer) or (self._never_validates(trainer) and self._ends_epoch(trainer))
-        if due and moments.is_troubled(trainer) and not moments.is_last_step(trainer):
-            self._owes = True
-        elif due and not moments.validates_next(trainer) and not self._should_skip_saving_checkpoint(trainer):
-            self._owes = False
+        due = self._save_pending or (
+            self.save_every_n_steps is not None and trainer.global_step % self.save_every_n_steps == 0
+        )
+        due = due or moments.is_last_step(trainer) or (self._never_validates(trainer) and self._is_epoch_end(trainer))
+        if due and moments.is_unstable(trainer) and not moments.is_last_step(trainer):
+            self._save_pending = True
+        elif due and not moments.will_validate(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_pending = False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -145,24 +151,26 @@ class BestCheckpoint(ModelCheckpoint):
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
         # In the middle of an accumulation, gradients would be lost: the next step's end is saved instead.
-        self._owes = not moments.has_stepped(trainer) or moments.is_troubled(trainer)
-        if not self._owes:
+        self._save_pending = not moments.has_stepped(trainer) or moments.is_unstable(trainer)
+        if not self._save_pending:
             self._save_last_checkpoint(trainer, candidates)
         if trainer.is_global_zero and self.best_model_path:
             best = Path(self.best_model_path)
             score = None if self.best_model_score is None else float(self.best_model_score)
             note = {"path": best.name, "monitor": self.monitor, "score": score}
-            _then(trainer, partial(files.write_json, best.parent / BEST, note))
+            _run_after_writes(trainer, partial(files.write_json, best.parent / BEST_FILE, note))
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         for logger in trainer.loggers:
             logger.save()  # A run that goes on from here does not log again what was logged before it.
-        if trainer.is_global_zero and self._own_last and self.keep > 1:
-            _then(trainer, partial(_set_aside, self._last))
+        if trainer.is_global_zero and self._owns_last and self.keep_last > 1:
+            _run_after_writes(trainer, partial(_keep_earlier, self._last_path))
         super()._save_last_checkpoint(trainer, monitor_candidates)
-        self._own_last = True
+        self._owns_last = True
         if trainer.is_global_zero:
-            _then(trainer, partial(_thin_out, self._last.parent, self.keep - 1, trainer.global_step))
+            _run_after_writes(
+                trainer, partial(_prune_earlier, self._last_path.parent, self.keep_last - 1, trainer.global_step)
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave it to the run's last batch."""
@@ -172,29 +180,29 @@ class BestCheckpoint(ModelCheckpoint):
         return not trainer.enable_validation or not sum(trainer.num_val_batches)
 
     @staticmethod
-    def _ends_epoch(trainer: pl.Trainer) -> bool:
+    def _is_epoch_end(trainer: pl.Trainer) -> bool:
         return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
 
 
-def _then(trainer: pl.Trainer, function: Callable[[], None]) -> None:
+def _run_after_writes(trainer: pl.Trainer, callback: Callable[[], None]) -> None:
     writes = trainer.strategy.checkpoint_io
     # Somebody else's plugin is taken to have written when it returns.
-    writes.then(function) if isinstance(writes, AtomicCheckpointIO) else function()
+    writes.run_after_writes(callback) if isinstance(writes, AtomicCheckpointIO) else callback()
 
 
-def _set_aside(last: Path) -> None:
+def _keep_earlier(last_path: Path) -> None:
     """Give the last checkpoint a second name, under which it stays when the next one takes its place."""
-    if (step := sealed.stated_step(last)) is None:
+    if (step := sealed.read_step(last_path)) is None:
         return
-    with files.atomic_path(last.with_name(f"earlier-{step:08d}.ckpt")) as temporary:
+    with files.atomic_path(last_path.with_name(f"earlier-{step:08d}.ckpt")) as temporary:
         try:
-            os.link(last, temporary)
+            os.link(last_path, temporary)
         except OSError:  # a file system without second names
-            shutil.copyfile(last, temporary)
+            shutil.copyfile(last_path, temporary)
 
 
-def _thin_out(folder: Path, count: int, step: int) -> None:
+def _prune_earlier(checkpoint_dir: Path, num_kept: int, step: int) -> None:
     # Those of later steps are of before the run went back to an earlier one: they are counted once it is past them.
-    found = [(int(name[1]), path) for path in folder.iterdir() if (name := _EARLIER.fullmatch(path.name))]
-    for _, path in sorted(one for one in found if one[0] <= step)[::-1][count:]:
+    found = [(int(name[1]), path) for path in checkpoint_dir.iterdir() if (name := _EARLIER_NAME.fullmatch(path.name))]
+    for _, path in sorted(one for one in found if one[0] <= step)[::-1][num_kept:]:
         path.unlink(missing_ok=True)

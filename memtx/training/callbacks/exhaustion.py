@@ -8,26 +8,26 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 
-_SAID = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+_OOM_MESSAGES = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
 
 
-def is_exhausted(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory could not be had: torch's on GPU or CPU, or Python's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _OOM_MESSAGES)
 
 
-class MemoryAdvice(pl.Callback):
+class OutOfMemoryHint(pl.Callback):
     """Adds to an error about memory what to change; the command line says it in one line, Python below the error."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Add the note."""
-        if is_exhausted(exception):
-            exception.add_note(advice(trainer, pl_module))
+        if is_out_of_memory(exception):
+            exception.add_note(format_hint(trainer, pl_module))
 
 
-def advice(trainer: pl.Trainer, module: pl.LightningModule) -> str:
+def format_hint(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     """Return what to change, in sentences.
 
     Args:
@@ -37,29 +37,32 @@ def advice(trainer: pl.Trainer, module: pl.LightningModule) -> str:
     data: Any = getattr(trainer, "datamodule", None)
     where = "GPU's memory" if module.device.type == "cuda" else "machine's memory"
     if trainer.state.stage not in (RunningStage.TRAINING, None):
-        rows = int(getattr(data, "eval_rows", None) or getattr(data, "rows", None) or 1)
+        rows = int(getattr(data, "eval_batch_size", None) or getattr(data, "batch_size", None) or 1)
         if rows > 1:
-            setting = "eval_rows" if hasattr(data, "eval_rows") else "rows"
+            setting = "eval_batch_size" if hasattr(data, "eval_batch_size") else "batch_size"
             return (
                 f"The {where} is full while {rows} rows are measured at once: --data.{setting} {rows // 2} halves what "
                 "they hold, and changes no figure."
             )
         return f"The {where} is full while one row is measured: give a smaller model or a shorter segment."
-    return f"The {where} is full in training. {_held(module)}{_cures(trainer, module, data)}"
+    return f"The {where} is full in training. {_describe_usage(module)}{_suggest_options(trainer, module, data)}"
 
 
-def _held(module: pl.LightningModule) -> str:
+def _describe_usage(module: pl.LightningModule) -> str:
     parameters = [one for one in module.parameters() if one.requires_grad]
     weights = sum(one.numel() * one.element_size() for one in module.parameters())
     # A gradient for each that learns, and the two means of Adam and its kin.
     learning = 3 * sum(one.numel() * one.element_size() for one in parameters)
     return (
-        f"Weights, gradients and optimiser take about {_size(weights + learning)}, the rest is a step's activations. "
+        f"Weights, gradients and optimiser take about {_format_bytes(weights + learning)}, "
+        "the rest is a step's activations. "
     )
 
 
-def _cures(trainer: pl.Trainer, module: Any, data: Any) -> str:
-    rows, segment, horizon = (getattr(data, name, None) or 1 for name in ("rows", "segment", "horizon"))
+def _suggest_options(trainer: pl.Trainer, module: Any, data: Any) -> str:
+    rows, segment, horizon = (
+        getattr(data, name, None) or 1 for name in ("batch_size", "segment_length", "bptt_segments")
+    )
     depth = len(getattr(module.model, "blocks", ()) or ())
     held = f"{rows} rows x {horizon} {'segment' if horizon == 1 else 'segments'} x {segment} tokens"
     cures = []
@@ -67,19 +70,21 @@ def _cures(trainer: pl.Trainer, module: Any, data: Any) -> str:
     if rows > 1 and trainer.ckpt_path is None:
         steps = trainer.accumulate_grad_batches * 2
         cures.append(
-            f"--data.rows {rows // 2} halves these, and with --trainer.accumulate_grad_batches {steps} a step learns "
-            "from as many tokens"
+            f"--data.batch_size {rows // 2} halves these, and with --trainer.accumulate_grad_batches {steps} "
+            "a step learns from as many tokens"
         )
     elif horizon > 1:
-        cures.append(f"--data.horizon {horizon // 2} halves these")
+        cures.append(f"--data.bptt_segments {horizon // 2} halves these")
     elif segment > 1:
-        cures.append(f"--data.segment {segment // 2} halves these")
+        cures.append(f"--data.segment_length {segment // 2} halves these")
     if horizon > 1 and getattr(module, "replay", True) is False:
         cures.append(f"--model.replay true keeps one segment's instead of {horizon}, for a third more time")
-    if depth > 1 and getattr(module.model, "checkpointing", True) is False:
-        cures.append(f"--model.checkpointing true keeps one layer's instead of {depth}, for a third more time")
+    if depth > 1 and getattr(module.model, "activation_checkpointing", True) is False:
+        cures.append(
+            f"--model.activation_checkpointing true keeps one layer's instead of {depth}, for a third more time"
+        )
     return f"They are of {held}: {'; '.join(cures) or 'use a smaller model'}."
 
 
-def _size(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+def _format_bytes(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import lightning.pytorch as pl
 from torch import nn
 
-from memtx.errors import MemtxError, nearest
+from memtx.errors import MemtxError, closest_match
 
 
 class Freeze(pl.Callback):
@@ -18,14 +18,14 @@ class Freeze(pl.Callback):
     parameters from the start and leaves them alone, decay included, while they have no gradient.
 
     Args:
-        parameters: patterns of names in the model, such as ``body.*`` or ``body.blocks.[0-5].*``.
+        parameters: patterns of names in the model, such as ``backbone.*`` or ``backbone.blocks.[0-5].*``.
         epochs: how many they are frozen for; null for all.
 
     Raises:
         MemtxError: there is no pattern, or epochs is not positive.
     """
 
-    def __init__(self, parameters: Sequence[str] = ("body.*",), epochs: int | None = None) -> None:
+    def __init__(self, parameters: Sequence[str] = ("backbone.*",), epochs: int | None = None) -> None:
         if not parameters or (epochs is not None and epochs < 1):
             raise MemtxError(
                 f"Freeze got {len(parameters)} patterns and {epochs} epochs.", "Give at least one of each, or null."
@@ -38,37 +38,37 @@ class Freeze(pl.Callback):
         Raises:
             MemtxError: a pattern fits no parameter.
         """
-        named = dict(self._model(pl_module).named_parameters())
+        named = dict(self._get_model(pl_module).named_parameters())
         for pattern in self.parameters:
             if not any(fnmatchcase(name, pattern) for name in named):
                 raise MemtxError(
-                    f"No parameter is named '{pattern}'.{nearest(pattern, named)}",
+                    f"No parameter is named '{pattern}'.{closest_match(pattern, named)}",
                     f"Names are such as '{next(iter(named))}'; * stands for anything.",
                 )
-        self._set(trainer, pl_module)
+        self._update_requires_grad(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Thaw when it is time."""
-        self._set(trainer, pl_module)
+        self._update_requires_grad(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the model as it was."""
-        for parameter in self._own(pl_module):
+        for parameter in self._matching_parameters(pl_module):
             parameter.requires_grad_(True)
 
-    def _set(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _update_requires_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         learns = self.epochs is not None and trainer.current_epoch >= self.epochs
-        for parameter in self._own(pl_module):
+        for parameter in self._matching_parameters(pl_module):
             if parameter.requires_grad and not learns:
                 parameter.grad = None
             parameter.requires_grad_(learns)
 
     @staticmethod
-    def _model(pl_module: pl.LightningModule) -> nn.Module:
+    def _get_model(pl_module: pl.LightningModule) -> nn.Module:
         model = getattr(pl_module, "model", pl_module)
         assert isinstance(model, nn.Module)
         return model
 
-    def _own(self, pl_module: pl.LightningModule) -> list[nn.Parameter]:
-        named = self._model(pl_module).named_parameters()
+    def _matching_parameters(self, pl_module: pl.LightningModule) -> list[nn.Parameter]:
+        named = self._get_model(pl_module).named_parameters()
         return [one for name, one in named if any(fnmatchcase(name, pattern) for pattern in self.parameters)]

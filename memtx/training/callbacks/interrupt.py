@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from memtx.training import requeue
 from memtx.training.callbacks import moments
 
-STOPPED = 130
+INTERRUPT_EXIT_CODE = 130
 """The exit code of a process that the trainer forked or spawned, where it was interrupted: 128 and SIGINT's number."""
 
 
@@ -30,40 +30,40 @@ class StopOnInterrupt(pl.Callback):
     """
 
     def __init__(self) -> None:
-        self._asked = self._requeues = self._launched = False
+        self._stop_requested = self._requeue_requested = self._launched_externally = False
         self._requeue_signal: int = signal.SIGUSR1
-        self._before: dict[int, Any] = {}
-        self._early: Any = None
+        self._previous_handlers: dict[int, Any] = {}
+        self._original_requeue_handler: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """In a job of SLURM, come before Lightning, which would save within the handler, wherever the step stands."""
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        self._launched = environment is not None and environment.creates_processes_externally
+        self._launched_externally = environment is not None and environment.creates_processes_externally
         if isinstance(environment, SLURMEnvironment):
             if environment.requeue_signal is not None:
                 self._requeue_signal = environment.requeue_signal
-            self._listen(self._requeue_signal)
-            self._early = self._before.get(self._requeue_signal)
+            self._install_handlers(self._requeue_signal)
+            self._original_requeue_handler = self._previous_handlers.get(self._requeue_signal)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen, where a process can (the main thread)."""
-        self._listen(signal.SIGINT, signal.SIGTERM, self._requeue_signal)
+        self._install_handlers(signal.SIGINT, signal.SIGTERM, self._requeue_signal)
 
-    def _listen(self, *numbers: int) -> None:
+    def _install_handlers(self, *signums: int) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in numbers:
-                self._before.setdefault(number, signal.signal(number, self._ask))
+            for number in signums:
+                self._previous_handlers.setdefault(number, signal.signal(number, self._handle_signal))
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        self._requeues |= number == self._requeue_signal
-        if number == signal.SIGINT and not self._launched:
-            signal.signal(number, self._before.pop(number))
+    def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
+        self._requeue_requested |= signum == self._requeue_signal
+        if signum == signal.SIGINT and not self._launched_externally:
+            signal.signal(signum, self._previous_handlers.pop(signum))
 
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
+    def _restore_handlers(self) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._previous_handlers.clear()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -72,23 +72,23 @@ class StopOnInterrupt(pl.Callback):
         if not moments.has_stepped(trainer):
             return
         # All processes alike: the signal need not have come to each of them, or not before the same step.
-        if not trainer.strategy.reduce_boolean_decision(self._asked, all=False):
+        if not trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False):
             return
         kept = trainer.checkpoint_callback
         if isinstance(kept, ModelCheckpoint) and kept.dirpath:
             trainer.save_checkpoint(Path(kept.dirpath) / f"{kept.CHECKPOINT_NAME_LAST}.ckpt")
-        if moments.validates_next(trainer):
+        if moments.will_validate(trainer):
             return  # Its figures would be missing from the run; the next step is the last one.
-        if trainer.strategy.reduce_boolean_decision(self._requeues, all=False):
-            self._requeue(trainer)
+        if trainer.strategy.reduce_boolean_decision(self._requeue_requested, all=False):
+            self._requeue_job(trainer)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
             # torch takes a KeyboardInterrupt in a process it made for a good end, and its parent waits for a result.
-            raise SystemExit(STOPPED)
+            raise SystemExit(INTERRUPT_EXIT_CODE)
         raise KeyboardInterrupt
 
     @staticmethod
-    def _requeue(trainer: pl.Trainer) -> None:
-        environment, number = getattr(trainer.strategy, "cluster_environment", None), requeue.job(os.environ)
+    def _requeue_job(trainer: pl.Trainer) -> None:
+        environment, number = getattr(trainer.strategy, "cluster_environment", None), requeue.get_job_id(os.environ)
         asks = not isinstance(environment, SLURMEnvironment) or environment.auto_requeue
         if number is not None and asks and trainer.is_global_zero:
             requeue.requeue(number)
@@ -96,13 +96,13 @@ class StopOnInterrupt(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop listening."""
-        self._put_back()
+        self._restore_handlers()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop listening once more: Lightning puts back what it found, which was listening already."""
-        if self._early is not None:
-            signal.signal(self._requeue_signal, self._early)
+        if self._original_requeue_handler is not None:
+            signal.signal(self._requeue_signal, self._original_requeue_handler)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stop listening."""
-        self._put_back()
+        self._restore_handlers()

@@ -17,12 +17,12 @@ def has_stepped(trainer: pl.Trainer) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-def is_troubled(trainer: pl.Trainer) -> bool:
+def is_unstable(trainer: pl.Trainer) -> bool:
     """Return whether a guard sees the run in trouble, so that a checkpoint would be no good one."""
-    return any(getattr(one, "troubled", False) for one in cast(Any, trainer).callbacks)
+    return any(getattr(one, "is_unstable", False) for one in cast(Any, trainer).callbacks)
 
 
-def validates_next(trainer: pl.Trainer) -> bool:
+def will_validate(trainer: pl.Trainer) -> bool:
     """Return whether validation follows on the batch in hand.
 
     A checkpoint written before it counts it as done: the run that goes on from there would never have it.
@@ -47,7 +47,7 @@ def total_steps(trainer: pl.Trainer) -> int | None:
     return min(limits) if limits else None
 
 
-def say(trainer: pl.Trainer, text: str) -> None:
+def write_status(trainer: pl.Trainer, message: str) -> None:
     """Write a line on stderr, once for all processes, with the step that it is of."""
     if trainer.is_global_zero:
-        sys.stderr.write(f"step {trainer.global_step}  {text}\n")
+        sys.stderr.write(f"step {trainer.global_step}  {message}\n")

@@ -14,17 +14,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from memtx.training.callbacks import moments
 
-_SHOWN = (("train_loss", "loss", ".3f"), ("train_bits_per_byte", "bits/byte", ".3f"))
-_VALIDATED = (
+_TRAIN_METRICS = (("train_loss", "loss", ".3f"), ("train_bits_per_byte", "bits/byte", ".3f"))
+_VAL_METRICS = (
     ("val_loss", "loss", ".3f"),
     ("val_bits_per_byte", "bits/byte", ".4f"),
     ("val_word_perplexity", "word perplexity", ".5g"),
     ("val_accuracy", "accuracy", ".4f"),
     ("val_exact_match", "exact match", ".4f"),
     ("val_f1", "F1", ".4f"),
-    ("val_memory_gain", "memory's worth", ".4f"),
+    ("val_memory_gain", "memory gain", ".4f"),
 )
-_SHORT = {
+_SHORT_NAMES = {
     "train_loss": "loss",
     "train_bits_per_byte": "bits/byte",
     "val_bits_per_byte": "val bits/byte",
@@ -32,11 +32,11 @@ _SHORT = {
 }
 
 
-def _figures(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
+def _format_metrics(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
     return "".join(f"  {text} {float(metrics[name]):{form}}" for name, text, form in names if name in metrics)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as a reader wants it: ``45 s``, ``12 min``, ``3 h 05 min``."""
     if seconds < 60:
         return f"{seconds:.0f} s"
@@ -48,22 +48,22 @@ class PlainProgress(pl.Callback):
     """Writes a line to stderr from time to time and at each validation, for logs and pipes.
 
     Args:
-        seconds: between two lines, at least.
+        interval_seconds: between two lines, at least.
         write: takes a line's text with its end; stderr by default.
         clock: seconds that run on.
     """
 
     def __init__(
         self,
-        seconds: float = 30.0,
+        interval_seconds: float = 30.0,
         write: Callable[[str], Any] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._seconds, self._write, self._clock = seconds, write, clock
-        self._began = self._last = 0.0
-        self._first = self._tokens = 0
+        self._interval_seconds, self._write, self._clock = interval_seconds, write, clock
+        self._start_time = self._last_time = 0.0
+        self._first_step = self._num_tokens = 0
 
-    def _line(self, trainer: pl.Trainer, text: str) -> None:
+    def _write_line(self, trainer: pl.Trainer, text: str) -> None:
         if trainer.is_global_zero:
             # Looked up now, not when this was made: a test or a caller may have put another one there.
             write = self._write if self._write is not None else sys.stderr.write
@@ -72,33 +72,33 @@ class PlainProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count."""
-        self._began = self._last = self._clock()
-        self._first = trainer.global_step
-        self._tokens = 0
+        self._start_time = self._last_time = self._clock()
+        self._first_step = trainer.global_step
+        self._num_tokens = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count, and write a line if it is time."""
-        self._tokens += batch.tokens.numel() * trainer.world_size
+        self._num_tokens += batch.tokens.numel() * trainer.world_size
         now = self._clock()
-        if now - self._last < self._seconds or not moments.has_stepped(trainer):
+        if now - self._last_time < self._interval_seconds or not moments.has_stepped(trainer):
             return
-        rate = f"  {self._tokens / max(now - self._last, 1e-9):.0f} tokens/s"
+        rate = f"  {self._num_tokens / max(now - self._last_time, 1e-9):.0f} tokens/s"
         left, total = "", moments.total_steps(trainer)
-        if total is not None and (done := trainer.global_step - self._first):
+        if total is not None and (done := trainer.global_step - self._first_step):
             # All that has passed counts: validations and checkpoints will come again.
-            left = f"  {duration((now - self._began) / done * (total - trainer.global_step))} left"
-        self._line(trainer, _figures(trainer.callback_metrics, _SHOWN) + rate + left)
-        self._last, self._tokens = now, 0
+            left = f"  {format_duration((now - self._start_time) / done * (total - trainer.global_step))} left"
+        self._write_line(trainer, _format_metrics(trainer.callback_metrics, _TRAIN_METRICS) + rate + left)
+        self._last_time, self._num_tokens = now, 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write what was found."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        self._line(trainer, "  validation" + _figures(trainer.callback_metrics, _VALIDATED))
+        self._write_line(trainer, "  validation" + _format_metrics(trainer.callback_metrics, _VAL_METRICS))
         # Its time is not training's.
-        self._last, self._tokens = self._clock(), 0
+        self._last_time, self._num_tokens = self._clock(), 0
 
 
 class StepProgressBar(RichProgressBar):
@@ -109,9 +109,9 @@ class StepProgressBar(RichProgressBar):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar, once."""
-        self._show(trainer)
+        self._ensure_bar(trainer)
 
-    def _show(self, trainer: pl.Trainer) -> None:
+    def _ensure_bar(self, trainer: pl.Trainer) -> None:
         if self.is_disabled or self.progress is None or self.train_progress_bar_id is not None:
             return
         total = moments.total_steps(trainer)
@@ -127,7 +127,7 @@ class StepProgressBar(RichProgressBar):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move on."""
-        self._show(trainer)  # in the middle of an epoch, where a run goes on
+        self._ensure_bar(trainer)  # in the middle of an epoch, where a run goes on
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(
@@ -140,4 +140,4 @@ class StepProgressBar(RichProgressBar):
             found.pop(name, None)
         if isinstance(rate := found.get("tokens_per_second"), float):
             found["tokens_per_second"] = f"{rate:.0f}"
-        return {_SHORT.get(name, name): value for name, value in found.items()}
+        return {_SHORT_NAMES.get(name, name): value for name, value in found.items()}

@@ -15,16 +15,16 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memtx.errors import CheckpointError, MemtxError, at_least, positive
+from memtx.errors import CheckpointError, MemtxError, check_at_least, check_positive
 from memtx.training import recovery
 from memtx.training.callbacks import moments
-from memtx.training.carry import carry_of
+from memtx.training.carry import get_carry
 from memtx.training.sharding import FullyShardedStrategy
 
-SUSTAINED = 8
+NUM_RECENT = 8
 """The newest losses, of which more than half have to be up: one hard batch is no spike."""
 
-LEAST = 0.1
+MIN_RELATIVE_RISE = 0.1
 """Of the loss: a rise by less is none, however steady the loss was."""
 
 
@@ -44,18 +44,18 @@ class RewindOnSpike(pl.Callback):
     Args:
         factor: spreads that the loss rises.
         window: losses that it is compared with; nothing is a spike before there are as many.
-        limit: spikes of a run after which it stops.
+        max_rewinds: spikes of a run after which it stops.
 
     Raises:
-        MemtxError: a number is too small; while training, there is one spike more than ``limit``.
+        MemtxError: a number is too small; while training, there is one spike more than ``max_rewinds``.
     """
 
-    def __init__(self, factor: float = 6.0, window: int = 128, limit: int = 5) -> None:
-        at_least(SUSTAINED, window=window)
-        at_least(1, limit=limit)
-        positive(factor=factor)
-        self.factor, self.window, self.limit = factor, window, limit
-        self.rewinds = 0
+    def __init__(self, factor: float = 6.0, window: int = 128, max_rewinds: int = 5) -> None:
+        check_at_least(NUM_RECENT, window=window)
+        check_at_least(1, max_rewinds=max_rewinds)
+        check_positive(factor=factor)
+        self.factor, self.window, self.max_rewinds = factor, window, max_rewinds
+        self.num_rewinds = 0
         self._losses: list[tuple[int, float]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -72,20 +72,20 @@ class RewindOnSpike(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the losses that the next ones are compared with, and the count."""
-        return {"losses": [list(one) for one in self._losses], "rewinds": self.rewinds}
+        return {"losses": [list(one) for one in self._losses], "num_rewinds": self.num_rewinds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them."""
         self._losses = [(int(step), float(loss)) for step, loss in state_dict["losses"]]
-        self.rewinds = int(state_dict["rewinds"])
+        self.num_rewinds = int(state_dict["num_rewinds"])
 
     @property
-    def troubled(self) -> bool:
+    def is_unstable(self) -> bool:
         """Whether the newest loss is up, so that a checkpoint might be of a spike."""
-        return len(self._losses) == self.window + SUSTAINED and self._losses[-1][1] > self._highest()
+        return len(self._losses) == self.window + NUM_RECENT and self._losses[-1][1] > self._upper_bound()
 
-    def _highest(self) -> float:
-        return highest([loss for _, loss in self._losses[:-SUSTAINED]], self.factor)
+    def _upper_bound(self) -> float:
+        return loss_upper_bound([loss for _, loss in self._losses[:-NUM_RECENT]], self.factor)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -94,33 +94,35 @@ class RewindOnSpike(pl.Callback):
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
         if math.isfinite(loss):  # What is not is another's to skip.
             self._losses.append((trainer.global_step, loss))
-            del self._losses[: -(self.window + SUSTAINED)]
-        if len(self._losses) < self.window + SUSTAINED or not moments.has_stepped(trainer):
+            del self._losses[: -(self.window + NUM_RECENT)]
+        if len(self._losses) < self.window + NUM_RECENT or not moments.has_stepped(trainer):
             return
-        bound = self._highest()
-        up = [one for one in self._losses[-SUSTAINED:] if one[1] > bound]
-        if len(up) > SUSTAINED // 2:
+        bound = self._upper_bound()
+        up = [one for one in self._losses[-NUM_RECENT:] if one[1] > bound]
+        if len(up) > NUM_RECENT // 2:
             del self._losses[self._losses.index(up[0]) :]
             self._rewind(trainer, pl_module, up[0][0] - 1, f"The loss rose above {bound:.4g}, to {up[-1][1]:.4g}")
 
-    def _rewind(self, trainer: pl.Trainer, module: pl.LightningModule, until: int, what: str) -> None:
-        if self.rewinds == self.limit:
+    def _rewind(self, trainer: pl.Trainer, module: pl.LightningModule, max_step: int, reason: str) -> None:
+        if self.num_rewinds == self.max_rewinds:
             raise MemtxError(
-                f"{what} at step {trainer.global_step}, the {self.limit + 1}. spike of this run.",
-                "Lower the learning rate, or give RewindOnSpike a higher limit.",
+                f"{reason} at step {trainer.global_step}, the {self.max_rewinds + 1}. spike of this run.",
+                "Lower the learning rate, or give RewindOnSpike a higher max_rewinds.",
             )
-        self.rewinds += 1
-        found = _from_before(trainer, until)
+        self.num_rewinds += 1
+        found = _find_checkpoint_before(trainer, max_step)
         if found is None:
-            moments.say(trainer, f"{what}, and there is no checkpoint from before it to go back to.")
+            moments.write_status(trainer, f"{reason}, and there is no checkpoint from before it to go back to.")
             return
-        _restore(trainer, found.content)
-        if (carry := carry_of(module)) is not None:
-            carry.forget("train")
-        moments.say(trainer, f"{what}: going on from '{found.path}', of step {found.step}, past the data read since.")
+        _restore_weights(trainer, found.content)
+        if (carry := get_carry(module)) is not None:
+            carry.reset("train")
+        moments.write_status(
+            trainer, f"{reason}: going on from '{found.path}', of step {found.step}, past the data read since."
+        )
 
 
-def highest(losses: Sequence[float], factor: float) -> float:
+def loss_upper_bound(losses: Sequence[float], factor: float) -> float:
     """Return what later losses do not exceed without being up.
 
     Args:
@@ -129,10 +131,10 @@ def highest(losses: Sequence[float], factor: float) -> float:
     """
     middle = statistics.median(losses)
     spread = 1.4826 * statistics.median(abs(one - middle) for one in losses)
-    return middle + max(factor * spread, LEAST * abs(middle))
+    return middle + max(factor * spread, MIN_RELATIVE_RISE * abs(middle))
 
 
-def _from_before(trainer: pl.Trainer, until: int) -> recovery.Found | None:
+def _find_checkpoint_before(trainer: pl.Trainer, max_step: int) -> recovery.RecoveredCheckpoint | None:
     kept = trainer.checkpoint_callback
     if not isinstance(kept, ModelCheckpoint) or not kept.dirpath:
         return None
@@ -140,15 +142,15 @@ def _from_before(trainer: pl.Trainer, until: int) -> recovery.Found | None:
     trainer.strategy.checkpoint_io.teardown()
     trainer.strategy.barrier("checkpoints are written")
     try:
-        return recovery.newest_whole(Path(kept.dirpath), until=until)
+        return recovery.find_latest_valid(Path(kept.dirpath), max_step=max_step)
     except CheckpointError:
         return None
 
 
-def _restore(trainer: pl.Trainer, content: dict[str, Any]) -> None:
+def _restore_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     groups = [[dict(group) for group in one.param_groups] for one in trainer.optimizers]
-    trainer.strategy.load_model_state_dict(content, strict=True)
-    trainer.strategy.load_optimizer_state_dict(content)
+    trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+    trainer.strategy.load_optimizer_state_dict(checkpoint)
     for optimizer, before in zip(trainer.optimizers, groups, strict=True):
         for group, settings in zip(optimizer.param_groups, before, strict=True):
             # The schedule goes on: its rates are this step's, not the checkpoint's.

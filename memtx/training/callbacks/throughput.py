@@ -13,16 +13,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from memtx.errors import at_least, positive
+from memtx.errors import check_at_least, check_positive
 from memtx.training import cost
-from memtx.training.carry import carry_of
+from memtx.training.carry import get_carry
 from memtx.training.language import LanguageModule
 
-SIZES = {"cuda": 4096}
+MATRIX_SIZES = {"cuda": 4096}
 """Of the matrices that a device's peak is measured with; it takes a tenth of a second."""
-SIZE = 1024
+DEFAULT_MATRIX_SIZE = 1024
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
@@ -33,7 +33,7 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def memory_bytes(device: torch.device) -> int | None:
+def current_memory_bytes(device: torch.device) -> int | None:
     """Return the memory held now, by the same count; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
@@ -43,7 +43,7 @@ def memory_bytes(device: torch.device) -> int | None:
         return None
 
 
-def operand(precision: str) -> torch.dtype:
+def matmul_dtype(precision: str) -> torch.dtype:
     """Return the type that a precision of Lightning's multiplies matrices in."""
     if "bf16" in precision:
         return torch.bfloat16
@@ -56,72 +56,72 @@ class Throughput(pl.Callback):
     """Logs how training goes, validation's time left out.
 
     ``tokens_per_second`` (all ranks), ``memory_mib`` and ``peak_memory_mib`` (of this rank's GPU, else of its process),
-    ``state_mib``, and for language models ``model_tflops`` and ``model_flops_utilisation``: the operations a second
+    ``state_mib``, and for language models ``model_tflops`` and ``mfu``: the operations a second
     that the model asks for (see :mod:`memtx.training.cost`), and their share of what the devices can do.
 
     Args:
-        every: training batches between two figures.
+        every_n_batches: training batches between two figures.
         peak_tflops: of one device, in the run's precision; None to measure it by a product of matrices once.
 
     Raises:
         MemtxError: a number is not positive.
     """
 
-    def __init__(self, every: int = 10, peak_tflops: float | None = None) -> None:
-        at_least(1, every=every)
+    def __init__(self, every_n_batches: int = 10, peak_tflops: float | None = None) -> None:
+        check_at_least(1, every_n_batches=every_n_batches)
         if peak_tflops is not None:
-            positive(peak_tflops=peak_tflops)
-        self.every, self.peak_tflops = every, peak_tflops
-        self._began = 0.0
-        self._tokens = 0
-        self._cost: float | None = None
-        self._counted = False
+            check_positive(peak_tflops=peak_tflops)
+        self.every_n_batches, self.peak_tflops = every_n_batches, peak_tflops
+        self._start_time = 0.0
+        self._num_tokens = 0
+        self._flops_per_token: float | None = None
+        self._flops_counted = False
 
-    def _restart(self) -> None:
-        self._began, self._tokens = time.perf_counter(), 0
+    def _reset_window(self) -> None:
+        self._start_time, self._num_tokens = time.perf_counter(), 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to count."""
-        self._restart()
+        self._reset_window()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the validation's time out."""
-        self._restart()
+        self._reset_window()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count, and log from time to time."""
-        self._tokens += batch.tokens.numel() * trainer.world_size
-        if (batch_idx + 1) % self.every:
+        self._num_tokens += batch.tokens.numel() * trainer.world_size
+        if (batch_idx + 1) % self.every_n_batches:
             return
-        rate = self._tokens / max(time.perf_counter() - self._began, 1e-9)
+        rate = self._num_tokens / max(time.perf_counter() - self._start_time, 1e-9)
         device = pl_module.device
         figures = {"peak_memory_mib": peak_memory_bytes(device) / 2**20}
-        if (held := memory_bytes(device)) is not None:
+        if (held := current_memory_bytes(device)) is not None:
             figures["memory_mib"] = held / 2**20
-        if (carry := carry_of(pl_module)) is not None:
+        if (carry := get_carry(pl_module)) is not None:
             figures["state_mib"] = carry.nbytes("train") / 2**20
-        if (flops := self._flops(trainer, pl_module, batch)) is not None and self.peak_tflops is not None:
+        if (flops := self._get_flops_per_token(trainer, pl_module, batch)) is not None and self.peak_tflops is not None:
             figures["model_tflops"] = rate * flops / 1e12
-            figures["model_flops_utilisation"] = rate * flops / (1e12 * self.peak_tflops * trainer.world_size)
+            figures["mfu"] = rate * flops / (1e12 * self.peak_tflops * trainer.world_size)
         pl_module.log_dict({"tokens_per_second": rate}, prog_bar=True)
         pl_module.log_dict(figures)
-        self._restart()
+        self._reset_window()
 
-    def _flops(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
+    def _get_flops_per_token(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
         """Return the model operations of a token's training, counted when first asked for; None where unknown."""
-        if not self._counted:
-            self._counted = True
+        if not self._flops_counted:
+            self._flops_counted = True
             if isinstance(module, LanguageModule):
                 try:
-                    found = cost.operations(module.model, module.segment)
+                    found = cost.count_flops(module.model, module.segment_length)
                 except Exception as error:  # a part from elsewhere; a run does not end for a figure
-                    log.info("The model's operations could not be counted: %s", error)
+                    logger.info("The model's operations could not be counted: %s", error)
                 else:
-                    self._cost = found.training if found.scores else None
-            if self._cost is not None and self.peak_tflops is None:
+                    self._flops_per_token = found.training if found.includes_attention else None
+            if self._flops_per_token is not None and self.peak_tflops is None:
                 device = module.device
-                size = SIZES.get(device.type, SIZE)
-                self.peak_tflops = cost.matrix_peak(device, operand(str(trainer.precision)), size) / 1e12
-        return self._cost
+                size = MATRIX_SIZES.get(device.type, DEFAULT_MATRIX_SIZE)
+                self.peak_tflops = cost.measure_peak_flops(device, matmul_dtype(str(trainer.precision)), size) / 1e12
+        return self._flops_per_token

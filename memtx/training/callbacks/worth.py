@@ -8,19 +8,19 @@ import sys
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-NEGLIGIBLE = 1e-3
+MIN_GAIN = 1e-3
 """Bits per byte: seeds of equal runs differ by more."""
 
 
-class MemoryWorth(pl.Callback):
-    """Writes a line to stderr after a validation that the memory made no better; needs the module's meter."""
+class UnusedMemoryWarning(pl.Callback):
+    """Writes a line to stderr after a validation that the memory made no better; needs ``measure_memory_gain``."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compare, and say it."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING or not trainer.is_global_zero:
             return
         gain = float(trainer.callback_metrics.get("val_memory_gain", math.nan))
-        if math.isnan(gain) or gain >= NEGLIGIBLE:
+        if math.isnan(gain) or gain >= MIN_GAIN:
             return
         how = f"{-gain:.4f} better" if gain < 0 else f"only {gain:.4f} worse"
         sys.stderr.write(

@@ -1,30 +1,30 @@
 """Distillation: a teacher, a student, and what the one is to have like the other."""
 
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.layer_map import EveryKth, Explicit, Last, NoLayers
+from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, LastLayer, NoLayers
 from memtx.training.distillation.losses import (
-    AttentionMaps,
-    Embeddings,
+    AttentionMSE,
+    EmbeddingMSE,
     HardLabels,
     HiddenCosine,
     HiddenMSE,
     SoftTargets,
     ValueRelations,
 )
-from memtx.training.distillation.own import OwnAttention
+from memtx.training.distillation.own import SelfDistillation
 
 __all__ = [
-    "AttentionMaps",
+    "AttentionMSE",
     "Distillation",
-    "Embeddings",
-    "EveryKth",
-    "Explicit",
+    "EmbeddingMSE",
+    "EveryKthLayer",
+    "ExplicitLayers",
     "HardLabels",
     "HiddenCosine",
     "HiddenMSE",
-    "Last",
+    "LastLayer",
     "NoLayers",
-    "OwnAttention",
+    "SelfDistillation",
     "SoftTargets",
     "ValueRelations",
 ]

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import MemtxError, at_least, positive
+from memtx.errors import MemtxError, check_at_least, check_positive
 from memtx.ops.linear import Linear
-from memtx.training.distillation.layer_map import EveryKth, Last, LayerMap
-from memtx.training.distillation.shown import Shown, Sizes
+from memtx.training.distillation.layer_map import EveryKthLayer, LastLayer, LayerMap
+from memtx.training.distillation.shown import ModelDims, ModelOutputs
 
-CHUNK = 512
+CHUNK_SIZE = 512
 """Places whose scores exist at a time, of both models."""
 
-QUERIES = 128
+QUERY_CHUNK_SIZE = 128
 """Places whose attention's scores exist at a time, of both models."""
 
 
-class Loss(nn.Module, ABC):
+class DistillationLoss(nn.Module, ABC):
     """One of the losses that a step adds up.
 
     Args:
@@ -39,46 +39,46 @@ class Loss(nn.Module, ABC):
         MemtxError: a number is out of range, or the two models do not fit each other.
     """
 
-    asks: ClassVar[Literal["scores", "hidden", "nothing"]] = "hidden"
+    required_outputs: ClassVar[Literal["scores", "hidden", "nothing"]] = "hidden"
     """What it takes of the teacher."""
 
     def __init__(
-        self, student: Sizes, teacher: Sizes, weight: float = 1.0, begin: float = 0.0, end: float = 1.0
+        self, student: ModelDims, teacher: ModelDims, weight: float = 1.0, begin: float = 0.0, end: float = 1.0
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        at_least(0, **{f"{name}'s weight": weight})
+        check_at_least(0, **{f"{name}'s weight": weight})
         if not 0.0 <= begin < end <= 1.0:
             raise MemtxError(f"{name} counts from {begin} to {end}.", "Give shares of the run, such as 0.0 and 0.5.")
         for whose, sizes in (("student", student), ("teacher", teacher)):
-            if self.asks == "hidden" and not sizes.depth:
+            if self.required_outputs == "hidden" and not sizes.depth:
                 raise MemtxError(
                     f"{name} compares layers, and the {whose}, a {sizes.name}, shows none.",
                     "Give an Encoder or a MemoryTransformer, or SoftTargets alone.",
                 )
         self.weight, self.begin, self.end = weight, begin, end
 
-    def counts(self, share: float) -> bool:
+    def is_active(self, progress: float) -> bool:
         """Return whether it counts when such a share of the run is done."""
-        return self.begin <= share and (share < self.end or self.end == 1.0)
+        return self.begin <= progress and (progress < self.end or self.end == 1.0)
 
     @abstractmethod
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the loss, a scalar, unweighted."""
 
 
-class HardLabels(Loss):
+class HardLabels(DistillationLoss):
     """What the student loses by the labels, as without a teacher."""
 
-    asks = "nothing"
+    required_outputs = "nothing"
 
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the loss."""
         assert student.loss is not None
         return student.loss
 
 
-class SoftTargets(Loss):
+class SoftTargets(DistillationLoss):
     """The divergence of the student's distribution from the teacher's (Hinton et al. 2015, section 2).
 
     T^2 KL(softmax(teacher / T) || softmax(student / T)), in nats, mean over what is scored. Scores are made in chunks
@@ -97,51 +97,53 @@ class SoftTargets(Loss):
         MemtxError: a number is out of range, or one of the two has no scores or another number of them.
     """
 
-    asks = "scores"
+    required_outputs = "scores"
 
     def __init__(
         self,
-        student: Sizes,
-        teacher: Sizes,
+        student: ModelDims,
+        teacher: ModelDims,
         temperature: float = 2.0,
         weight: float = 1.0,
         begin: float = 0.0,
         end: float = 1.0,
     ) -> None:
         super().__init__(student, teacher, weight, begin, end)
-        positive(temperature=temperature)
-        if not teacher.outputs:
+        check_positive(temperature=temperature)
+        if not teacher.num_classes:
             raise MemtxError(
                 f"SoftTargets needs a teacher that scores, this {teacher.name} has no head for the task.",
                 "Fine-tune it first and give that run, or leave SoftTargets out.",
             )
-        if student.outputs != teacher.outputs:
+        if student.num_classes != teacher.num_classes:
             raise MemtxError(
-                f"The student scores {student.outputs} classes, the teacher {teacher.outputs}.",
+                f"The student scores {student.num_classes} classes, the teacher {teacher.num_classes}.",
                 "Both need the same vocabulary or labels: take the tokenizer that the teacher was trained with.",
             )
         self.temperature = temperature
 
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the loss."""
-        own, wanted = student.states, teacher.states
+        own, wanted = student.features, teacher.features
         assert own is not None
         assert wanted is not None
-        index = [None] * -(-len(own) // CHUNK) if teacher.index is None else list(torch.split(teacher.index, CHUNK))
+        kept = teacher.class_indices
+        index = [None] * -(-len(own) // CHUNK_SIZE) if kept is None else list(torch.split(kept, CHUNK_SIZE))
 
         def part(mine: Tensor, theirs: Tensor, classes: Tensor | None) -> Tensor:
             scores = mine if student.head is None else student.head(mine)
-            log_own = F.log_softmax(wide(scores) / self.temperature, dim=-1)
+            log_own = F.log_softmax(upcast(scores) / self.temperature, dim=-1)
             with torch.no_grad():
                 given = theirs if teacher.head is None else teacher.head(theirs)
-                target = F.softmax(wide(given) / self.temperature, dim=-1)
+                target = F.softmax(upcast(given) / self.temperature, dim=-1)
             if classes is not None:
                 log_own = log_own.gather(-1, classes)
             # 0 log 0 = 0, where a class is none or a place is padding.
             return (torch.xlogy(target, target) - torch.where(target > 0, target * log_own, 0.0)).sum()
 
-        total = wide(own).sum() * 0.0
-        for mine, theirs, classes in zip(torch.split(own, CHUNK), torch.split(wanted, CHUNK), index, strict=False):
+        total = upcast(own).sum() * 0.0
+        chunks = (torch.split(own, CHUNK_SIZE), torch.split(wanted, CHUNK_SIZE), index)
+        for mine, theirs, classes in zip(*chunks, strict=False):
             if student.head is None:
                 total = total + part(mine, theirs, classes)
             else:
@@ -149,130 +151,128 @@ class SoftTargets(Loss):
         return total * self.temperature**2 / max(1, len(own))
 
 
-class Embeddings(Loss):
+class EmbeddingMSE(DistillationLoss):
     """The mean squared difference of what the embeddings made (TinyBERT, Jiao et al. 2020, section 3, eq. 9)."""
 
     def __init__(
-        self, student: Sizes, teacher: Sizes, weight: float = 1.0, begin: float = 0.0, end: float = 1.0
+        self, student: ModelDims, teacher: ModelDims, weight: float = 1.0, begin: float = 0.0, end: float = 1.0
     ) -> None:
         super().__init__(student, teacher, weight, begin, end)
-        self.project = _projection(student, teacher)
+        self.project = _make_projection(student, teacher)
 
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the loss."""
-        return F.mse_loss(*_outputs(self.project, student, teacher, 0, 0))
+        return F.mse_loss(*_project_hidden(self.project, student, teacher, 0, 0))
 
 
-def _projection(student: Sizes, teacher: Sizes) -> nn.Module:
+def _make_projection(student: ModelDims, teacher: ModelDims) -> nn.Module:
     """Return the map, which learns, that a student's states go through where they are narrower or wider."""
     return Linear(student.dim, teacher.dim, bias=False) if student.dim != teacher.dim else nn.Identity()
 
 
-def _outputs(project: nn.Module, student: Shown, teacher: Shown, own: int, other: int) -> tuple[Tensor, Tensor]:
-    """Return (tokens, dim) of both at places where a token is; numbers as in ``Shown.hidden``."""
-    there = student.there
-    return wide(project(student.hidden[own][there])), wide(teacher.hidden[other][there].detach())
+def _project_hidden(
+    project: nn.Module, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+) -> tuple[Tensor, Tensor]:
+    """Return (tokens, dim) of both at places where a token is; numbers as in ``ModelOutputs.hidden_states``."""
+    there = student.token_mask
+    own, other = student.hidden_states[student_layer][there], teacher.hidden_states[teacher_layer][there]
+    return upcast(project(own)), upcast(other.detach())
 
 
-class _OfLayers(Loss):
-    """A loss of pairs of layers.
+class _LayerwiseLoss(DistillationLoss):
+    """A loss of pairs of layers; arguments as :class:`DistillationLoss`'.
 
     Args:
-        student: sizes of the student.
-        teacher: sizes of the teacher.
         layers: which layers are compared; those of ``default_layers`` where None.
-        weight: factor in the sum.
-        begin: share of the run's optimiser steps from which on it counts.
-        end: share of the run's optimiser steps up to which it counts.
     """
 
-    default_layers: ClassVar[type[LayerMap]] = EveryKth
+    default_layers: ClassVar[type[LayerMap]] = EveryKthLayer
 
     def __init__(
         self,
-        student: Sizes,
-        teacher: Sizes,
+        student: ModelDims,
+        teacher: ModelDims,
         layers: LayerMap | None = None,
         weight: float = 1.0,
         begin: float = 0.0,
         end: float = 1.0,
     ) -> None:
         super().__init__(student, teacher, weight, begin, end)
-        self.pairs = (layers or self.default_layers()).pairs(student.depth, teacher.depth)
-        if not self.pairs:
+        self.layer_pairs = (layers or self.default_layers()).pairs(student.depth, teacher.depth)
+        if not self.layer_pairs:
             raise MemtxError(
-                f"{type(self).__name__} compares layers, and its map names none.", "Give EveryKth, Explicit or Last."
+                f"{type(self).__name__} compares layers, and its map names none.",
+                "Give EveryKthLayer, ExplicitLayers or LastLayer.",
             )
 
     @abstractmethod
-    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
         """Return the loss of one layer of the student and one of the teacher."""
 
-    def forward(self, student: Shown, teacher: Shown) -> Tensor:
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the mean over pairs."""
-        return torch.stack([self.of_pair(student, teacher, own, other) for own, other in self.pairs]).mean()
+        each = [self.compare_layers(student, teacher, own, other) for own, other in self.layer_pairs]
+        return torch.stack(each).mean()
 
 
-class _Hidden(_OfLayers):
-    """A loss of what pairs of layers put out, one map for all of them; arguments as :class:`_OfLayers`'."""
+class _HiddenStateLoss(_LayerwiseLoss):
+    """A loss of what pairs of layers put out, one map for all of them; arguments as :class:`_LayerwiseLoss`'."""
 
     def __init__(
         self,
-        student: Sizes,
-        teacher: Sizes,
+        student: ModelDims,
+        teacher: ModelDims,
         layers: LayerMap | None = None,
         weight: float = 1.0,
         begin: float = 0.0,
         end: float = 1.0,
     ) -> None:
         super().__init__(student, teacher, layers, weight, begin, end)
-        self.project = _projection(student, teacher)
+        self.project = _make_projection(student, teacher)
 
     @abstractmethod
-    def between(self, own: Tensor, other: Tensor) -> Tensor:
+    def compare_hidden(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """Return the loss of (tokens, dim) and (tokens, dim)."""
 
-    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
         """Return the loss of the two layers' outputs."""
-        return self.between(*_outputs(self.project, student, teacher, own + 1, other + 1))
+        both = _project_hidden(self.project, student, teacher, student_layer + 1, teacher_layer + 1)
+        return self.compare_hidden(*both)
 
 
-class HiddenMSE(_Hidden):
+class HiddenMSE(_HiddenStateLoss):
     """The mean squared difference of layers' outputs (TinyBERT, Jiao et al. 2020, section 3, eq. 8).
 
     Arguments as :class:`SoftTargets`' but for ``layers``, a map of layers, every k-th by default.
     """
 
-    def between(self, own: Tensor, other: Tensor) -> Tensor:
+    def compare_hidden(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """Return the mean over tokens and dimensions."""
-        return F.mse_loss(own, other)
+        return F.mse_loss(student_hidden, teacher_hidden)
 
 
-class HiddenCosine(_Hidden):
+class HiddenCosine(_HiddenStateLoss):
     """One minus the cosine of layers' outputs (DistilBERT, Sanh et al. 2019, section 2), the last ones' by default.
 
     Arguments as :class:`SoftTargets`' but for ``layers``, a map of layers.
     """
 
-    default_layers = Last
+    default_layers = LastLayer
 
-    def between(self, own: Tensor, other: Tensor) -> Tensor:
+    def compare_hidden(self, student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:
         """Return the mean over tokens."""
-        return (1.0 - F.cosine_similarity(own, other, dim=-1)).mean()
+        return (1.0 - F.cosine_similarity(student_hidden, teacher_hidden, dim=-1)).mean()
 
 
-class AttentionMaps(_OfLayers):
+class AttentionMSE(_LayerwiseLoss):
     """The mean squared difference of attention's scores (TinyBERT, Jiao et al. 2020, section 3, eq. 7).
 
-    As they are before the softmax, and of the pairs of tokens that see each other in both.
-
-    Args:
-        student: sizes of the student.
-        teacher: sizes of the teacher.
-        layers: which layers are compared, every k-th by default.
-        weight: factor in the sum.
-        begin: share of the run's optimiser steps from which on it counts.
-        end: share of the run's optimiser steps up to which it counts.
+    As they are before the softmax, and of the pairs of tokens that see each other in both. Arguments as
+    :class:`SoftTargets`' but for ``layers``, a map of layers, every k-th by default.
 
     Raises:
         MemtxError: heads or layers do not fit, or one of the models has random blocks or a memory.
@@ -280,8 +280,8 @@ class AttentionMaps(_OfLayers):
 
     def __init__(
         self,
-        student: Sizes,
-        teacher: Sizes,
+        student: ModelDims,
+        teacher: ModelDims,
         layers: LayerMap | None = None,
         weight: float = 1.0,
         begin: float = 0.0,
@@ -289,11 +289,11 @@ class AttentionMaps(_OfLayers):
     ) -> None:
         super().__init__(student, teacher, layers, weight, begin, end)
         for whose, sizes in (("student", student), ("teacher", teacher)):
-            if not sizes.maps:
+            if not sizes.has_attention_maps:
                 raise MemtxError(
-                    f"AttentionMaps compares scores of pairs of tokens, and the {whose}, a {sizes.name}, sees random "
+                    f"AttentionMSE compares scores of pairs of tokens, and the {whose}, a {sizes.name}, sees random "
                     "blocks or a memory.",
-                    "Use FullAttention or WindowAttention in both, or compare ValueRelations or HiddenMSE instead.",
+                    "Use FullAttention or LongformerAttention in both, or compare ValueRelations or HiddenMSE instead.",
                 )
         if student.heads != teacher.heads:
             raise MemtxError(
@@ -302,20 +302,26 @@ class AttentionMaps(_OfLayers):
                 f"Give the student {teacher.heads}, or compare ValueRelations, which can be cut into other heads.",
             )
 
-    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
         """Return the mean over heads and pairs of tokens."""
-        (first, last), (low, high) = student.reach(own), teacher.reach(other)
-        first, last, length = max(first, low), min(last, high), student.there.shape[1]
+        (first, last), (low, high) = student.distance_range(student_layer), teacher.distance_range(teacher_layer)
+        first, last, length = max(first, low), min(last, high), student.token_mask.shape[1]
 
         def part(queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
-            seen = student.seen(queries, keys) & student.near(own, queries, keys) & teacher.near(other, queries, keys)
-            given = wide(teacher.scores(other, queries, keys)).detach()
-            difference = wide(student.scores(own, queries, keys)) - given
+            seen = (
+                student.pair_mask(queries, keys)
+                & student.window_mask(student_layer, queries, keys)
+                & teacher.window_mask(teacher_layer, queries, keys)
+            )
+            given = upcast(teacher.attention_scores(teacher_layer, queries, keys)).detach()
+            difference = upcast(student.attention_scores(student_layer, queries, keys)) - given
             return (difference.square() * seen[:, None]).sum(), difference.shape[1] * seen.sum()
 
-        total, count = wide(student.hidden[0]).sum() * 0.0, student.there.new_zeros((), dtype=torch.int64)
-        for start in range(0, length, QUERIES):
-            stop = min(start + QUERIES, length)
+        total, count = upcast(student.hidden_states[0]).sum() * 0.0, student.token_mask.new_zeros((), dtype=torch.int64)
+        for start in range(0, length, QUERY_CHUNK_SIZE):
+            stop = min(start + QUERY_CHUNK_SIZE, length)
             # What one of the windows does not reach is not made.
             keys = slice(max(start + first, 0), min(stop + last, length))
             lost, pairs = checkpoint(part, slice(start, stop), keys, use_reentrant=False)
@@ -323,7 +329,7 @@ class AttentionMaps(_OfLayers):
         return total / count.clamp(min=1)
 
 
-class ValueRelations(_OfLayers):
+class ValueRelations(_LayerwiseLoss):
     """The divergence of softmax(V V' / sqrt(head_dim)) (MiniLM, Wang et al. 2020, section 3.2, eq. 6).
 
     Decoders' tokens are related to themselves and what comes before them in their document, within what is read at
@@ -342,12 +348,12 @@ class ValueRelations(_OfLayers):
         MemtxError: heads or layers do not fit.
     """
 
-    default_layers = Last
+    default_layers = LastLayer
 
     def __init__(
         self,
-        student: Sizes,
-        teacher: Sizes,
+        student: ModelDims,
+        teacher: ModelDims,
         layers: LayerMap | None = None,
         heads: int | None = None,
         weight: float = 1.0,
@@ -361,30 +367,32 @@ class ValueRelations(_OfLayers):
                 f"Give the student {teacher.heads}, or give ValueRelations heads that divide both widths.",
             )
         self.heads = heads if heads is not None else student.heads
-        at_least(1, heads=self.heads)
+        check_at_least(1, heads=self.heads)
         for whose, sizes in (("student", student), ("teacher", teacher)):
-            if sizes.width % self.heads:
+            if sizes.value_dim % self.heads:
                 raise MemtxError(
-                    f"The {whose}'s values are {sizes.width} wide, which {self.heads} heads do not divide.",
+                    f"The {whose}'s values are {sizes.value_dim} wide, which {self.heads} heads do not divide.",
                     "Choose a divisor of both widths.",
                 )
 
-    def of_pair(self, student: Shown, teacher: Shown, own: int, other: int) -> Tensor:
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
         """Return the mean over heads and tokens, in nats."""
-        seen = student.seen()[:, None]
-        mine = self._relation(student.values(own), seen)
-        theirs = self._relation(teacher.values(other), seen).detach()
+        seen = student.pair_mask()[:, None]
+        mine = self._log_relation(student.values(student_layer), seen)
+        theirs = self._log_relation(teacher.values(teacher_layer), seen).detach()
         each = torch.where(seen, theirs.exp() * (theirs - mine), 0.0).sum()
-        return each / (self.heads * student.there.sum()).clamp(min=1)
+        return each / (self.heads * student.token_mask.sum()).clamp(min=1)
 
-    def _relation(self, values: Tensor, seen: Tensor) -> Tensor:
+    def _log_relation(self, values: Tensor, pair_mask: Tensor) -> Tensor:
         """Return (rows, heads, length, length), the logarithms of the relation of (rows, length, width) values."""
-        x = wide(values).view(*values.shape[:2], self.heads, -1).transpose(1, 2)
+        x = upcast(values).view(*values.shape[:2], self.heads, -1).transpose(1, 2)
         # A finite stand-in: padding relates to nothing, and is not looked at.
-        scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~seen, torch.finfo(x.dtype).min)
+        scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~pair_mask, torch.finfo(x.dtype).min)
         return F.log_softmax(scores, dim=-1)
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """Return x in float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

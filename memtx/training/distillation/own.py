@@ -11,11 +11,11 @@ from torch import nn
 from memtx.errors import MemtxError
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.losses import HardLabels, Loss, SoftTargets
-from memtx.training.distillation.shown import Sizes
+from memtx.training.distillation.losses import DistillationLoss, HardLabels, SoftTargets
+from memtx.training.distillation.shown import ModelDims
 
 
-class OwnAttention(Distillation):
+class SelfDistillation(Distillation):
     """Distillation of a memory transformer's own attention to a whole batch into its memory.
 
     The teacher has the student's weights as they are at each step, no memory, and every token of a row in sight; so
@@ -26,12 +26,14 @@ class OwnAttention(Distillation):
         losses: makes the losses from the sizes of student and teacher.
     """
 
-    fresh = True
+    resets_every_step = True
 
-    def __init__(self, losses: Sequence[Callable[[Sizes, Sizes], Loss]] = (SoftTargets, HardLabels)) -> None:
+    def __init__(
+        self, losses: Sequence[Callable[[ModelDims, ModelDims], DistillationLoss]] = (SoftTargets, HardLabels)
+    ) -> None:
         super().__init__(None, losses)
 
-    def open(self, student: nn.Module, data: Any = None) -> None:
+    def setup(self, student: nn.Module, datamodule: Any = None) -> None:
         """Make the losses.
 
         Raises:
@@ -42,9 +44,9 @@ class OwnAttention(Distillation):
                 f"A {type(student).__name__} has no memory to be taught by its own attention.",
                 "Give a MemoryTransformer, or Distillation with another teacher.",
             )
-        sizes = Sizes.of(student)
-        self._make(sizes, sizes)
+        sizes = ModelDims.from_model(student)
+        self._build_losses(sizes, sizes)
 
-    def teacher(self, device: torch.device, student: nn.Module, tokens: int) -> nn.Module:
+    def get_teacher(self, device: torch.device, student: nn.Module, length: int) -> nn.Module:
         """Return the student's weights with so many tokens in sight, in eval mode."""
-        return cast(MemoryTransformer, student).without_memory(tokens).eval()
+        return cast(MemoryTransformer, student).without_memory(length).eval()

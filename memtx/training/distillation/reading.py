@@ -8,63 +8,76 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memtx.data.batch import IGNORED
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.task_batches import TaskBatch
 from memtx.models.encoder import Encoder
-from memtx.models.heads import TaskModel, read_whole
+from memtx.models.heads import TaskModel, run_encoder
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation.cached import ScoreTable, highest, key
-from memtx.training.distillation.losses import CHUNK
-from memtx.training.distillation.shown import Shown, blocks_of, body_of
+from memtx.training.distillation.cached import LogitTable, make_key, top_k_logits
+from memtx.training.distillation.losses import CHUNK_SIZE
+from memtx.training.distillation.shown import ModelOutputs, get_backbone, get_blocks
 
 
-def shown_task(
+def forward_task(
     model: nn.Module,
     batch: TaskBatch,
-    choices: Callable[[Tensor, TaskBatch], Tensor],
+    flatten_logits: Callable[[Tensor, TaskBatch], Tensor],
     *,
-    keep: bool,
-    loss: Callable[[Tensor, TaskBatch], Tensor] | None = None,
-) -> Shown:
+    output_hidden_states: bool,
+    loss_fn: Callable[[Tensor, TaskBatch], Tensor] | None = None,
+) -> ModelOutputs:
     """Read a task's rows.
 
     Args:
         model: a task's, or an encoder, which shows no scores.
         batch: the rows.
-        choices: makes (n, classes) of scores, one for each label.
-        keep: whether layers are to be shown.
-        loss: the student's, of its scores.
+        flatten_logits: makes (n, classes) of scores, one for each label.
+        output_hidden_states: whether layers are to be shown.
+        loss_fn: the student's, of its scores.
     """
-    parts = (batch.tokens, batch.present, batch.types, batch.marked)
-    body = body_of(model)
-    marked = batch.marked.bool() if isinstance(body, Encoder) and body.knows_globals else None
-    layers: dict[str, Any] = {"blocks": blocks_of(model), "present": batch.present.bool(), "marked": marked}
+    parts = (batch.tokens, batch.attention_mask, batch.token_type_ids, batch.global_attention_mask)
+    body = get_backbone(model)
+    marked = (
+        batch.global_attention_mask.bool() if isinstance(body, Encoder) and body.supports_global_attention else None
+    )
+    layers: dict[str, Any] = {
+        "blocks": get_blocks(model),
+        "attention_mask": batch.attention_mask.bool(),
+        "global_attention_mask": marked,
+    }
     if isinstance(model, Encoder):
-        return Shown(None, hidden=read_whole(model, *parts, keep=keep).hidden_states or (), **layers)
+        return ModelOutputs(
+            None,
+            hidden_states=run_encoder(model, *parts, return_hidden_states=output_hidden_states).hidden_states or (),
+            **layers,
+        )
     assert isinstance(model, TaskModel)
-    hidden, scores = model.layers_and_scores(*parts, keep=keep)
-    own = choices(scores, batch)[batch.labels.flatten() != IGNORED]
-    lost = loss(scores, batch) if loss is not None else None
-    return Shown(own, hidden=hidden, loss=lost, **layers)
+    hidden, scores = model.forward_with_hidden_states(*parts, return_hidden_states=output_hidden_states)
+    own = flatten_logits(scores, batch)[batch.labels.flatten() != IGNORE_INDEX]
+    lost = loss_fn(scores, batch) if loss_fn is not None else None
+    return ModelOutputs(own, hidden_states=hidden, loss=lost, **layers)
 
 
-def task_keys(batch: TaskBatch) -> list[bytes]:
+def make_task_keys(batch: TaskBatch) -> list[bytes]:
     """Return a key for each scored label of a batch: of its row's tokens, whatever fills it up, and its number."""
     names = []
-    scored = (batch.labels != IGNORED).reshape(len(batch.tokens), -1)
-    for row, present in enumerate(batch.present.bool()):
-        parts = [part[row][present].cpu().numpy().tobytes() for part in (batch.tokens, batch.types, batch.marked)]
-        names += [key(*parts, bytes(str(int(one)), "ascii")) for one in scored[row].nonzero()[:, 0]]
+    scored = (batch.labels != IGNORE_INDEX).reshape(len(batch.tokens), -1)
+    for row, present in enumerate(batch.attention_mask.bool()):
+        parts = [
+            part[row][present].cpu().numpy().tobytes()
+            for part in (batch.tokens, batch.token_type_ids, batch.global_attention_mask)
+        ]
+        names += [make_key(*parts, bytes(str(int(one)), "ascii")) for one in scored[row].nonzero()[:, 0]]
     return names
 
 
-def shown_masked(model: Encoder, tokens: Tensor, scored: Tensor, *, keep: bool) -> Shown:
+def forward_masked_lm(model: Encoder, tokens: Tensor, scored: Tensor, *, output_hidden_states: bool) -> ModelOutputs:
     """Read rows of whole texts, (rows, length) int64; scored: (rows, length) bool, where a token is hidden."""
-    out = model(tokens, scored=scored, output_hidden_states=keep)
-    return Shown(out.logits, hidden=out.hidden_states or (), blocks=blocks_of(model))
+    out = model(tokens, logits_mask=scored, output_hidden_states=output_hidden_states)
+    return ModelOutputs(out.logits, hidden_states=out.hidden_states or (), blocks=get_blocks(model))
 
 
-def head_of(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
+def get_output_head(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
     """Return what makes (n, vocab) scores of (n, dim) outputs of a model's last layer."""
 
     def head(x: Tensor) -> Tensor:
@@ -74,36 +87,49 @@ def head_of(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
     return head
 
 
-def shown_language(
+def collect_language_outputs(
     model: MemoryTransformer,
-    hidden: tuple[Tensor, ...],
+    hidden_states: tuple[Tensor, ...],
     labels: Tensor,
-    starts: Tensor,
+    document_starts: Tensor,
     loss: Tensor | None = None,
-) -> Shown:
+) -> ModelOutputs:
     """Return what a memory transformer shows of tokens that it has read.
 
     Args:
         model: the model.
-        hidden: (rows, length, dim) each, what the embeddings and every layer made.
+        hidden_states: (rows, length, dim) each, what the embeddings and every layer made.
         labels: (rows, length) int64, -100 where nothing is scored.
-        starts: (rows, length) bool, where documents begin.
+        document_starts: (rows, length) bool, where documents begin.
         loss: the student's.
     """
-    scored = hidden[-1][labels != IGNORED]
-    return Shown(scored, head_of(model), hidden=hidden, blocks=blocks_of(model), starts=starts, loss=loss)
+    scored = hidden_states[-1][labels != IGNORE_INDEX]
+    return ModelOutputs(
+        scored,
+        get_output_head(model),
+        hidden_states=hidden_states,
+        blocks=get_blocks(model),
+        document_starts=document_starts,
+        loss=loss,
+    )
 
 
 @torch.no_grad()
-def fill(table: ScoreTable, places: Tensor, model: MemoryTransformer, last: Tensor) -> None:
+def fill_logit_table(
+    table: LogitTable, token_indices: Tensor, model: MemoryTransformer, last_hidden_state: Tensor
+) -> None:
     """Keep the scores that a teacher gives at every token of a batch.
 
     Args:
         table: of its corpus.
-        places: (rows, length) int64, in the corpus.
+        token_indices: (rows, length) int64, in the corpus.
         model: the teacher.
-        last: (rows, length, dim), its last layer's outputs.
+        last_hidden_state: (rows, length, dim), its last layer's outputs.
     """
-    head = head_of(model)
-    for where, part in zip(torch.split(places.flatten(), CHUNK), torch.split(last.flatten(0, 1), CHUNK), strict=True):
-        table.put(where, *highest(head(part), table.top))
+    head = get_output_head(model)
+    for where, part in zip(
+        torch.split(token_indices.flatten(), CHUNK_SIZE),
+        torch.split(last_hidden_state.flatten(0, 1), CHUNK_SIZE),
+        strict=True,
+    ):
+        table.put(where, *top_k_logits(head(part), table.top_k))

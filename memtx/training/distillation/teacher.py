@@ -16,11 +16,11 @@ from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.published.load import from_pretrained
-from memtx.ops.bf16 import is_slow
+from memtx.ops.bf16 import is_bf16_slow
 
 
 @dataclass(frozen=True)
-class Kept:
+class Teacher:
     """A teacher.
 
     Attributes:
@@ -36,7 +36,7 @@ class Kept:
     labels: tuple[str, ...]
 
 
-def opened(path: str | os.PathLike[str], *, bf16: bool = False) -> Kept:
+def load_teacher(path: str | os.PathLike[str], *, bf16: bool = False) -> Teacher:
     """Open a teacher.
 
     Args:
@@ -47,16 +47,16 @@ def opened(path: str | os.PathLike[str], *, bf16: bool = False) -> Kept:
     Raises:
         CheckpointError: missing, damaged or of something else.
     """
-    place = folder.chosen_place(path)
+    place = folder.resolve_model_path(path)
     model = from_pretrained(place).requires_grad_(False).eval()
-    if bf16 and not is_slow():
+    if bf16 and not is_bf16_slow():
         model.to(torch.bfloat16)
-    texts = folder.kept_texts(place) if place.is_file() else {}
+    texts = folder.read_sidecars(place) if place.is_file() else {}
     labels = tuple(json.loads(texts["task"]).get("labels", ())) if "task" in texts else ()
-    return Kept(str(path), model, texts.get("tokenizer"), labels)
+    return Teacher(str(path), model, texts.get("tokenizer"), labels)
 
 
-TEACHERS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
+TEACHER_TYPES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     TaskModel: (TaskModel, Encoder),
     Encoder: (Encoder,),
     MemoryTransformer: (MemoryTransformer,),
@@ -64,48 +64,48 @@ TEACHERS: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 """Whom models of a kind can learn from: who reads the same batches."""
 
 
-def check_kind(kept: Kept, student: nn.Module) -> None:
+def check_teacher_type(teacher: Teacher, student: nn.Module) -> None:
     """Raise unless the teacher reads what the student reads.
 
     Raises:
         MemtxError: it is of another kind.
     """
-    for kind, teachers in TEACHERS.items():
-        if isinstance(student, kind) and not isinstance(kept.model, teachers):
+    for kind, teachers in TEACHER_TYPES.items():
+        if isinstance(student, kind) and not isinstance(teacher.model, teachers):
             known = " or ".join(f"a {one.__name__}" for one in teachers)
             raise MemtxError(
-                f"The teacher in '{kept.path}' is a {type(kept.model).__name__}, the student a {kind.__name__}.",
+                f"The teacher in '{teacher.path}' is a {type(teacher.model).__name__}, the student a {kind.__name__}.",
                 f"It learns from {known}.",
             )
 
 
-def check_data(kept: Kept, data: Any) -> None:
+def check_teacher_data(teacher: Teacher, datamodule: Any) -> None:
     """Raise unless the teacher reads tokens, and names labels, as the run's data do.
 
     Args:
-        kept: the teacher.
-        data: the run's data module; what it does not have is not looked at.
+        teacher: the teacher.
+        datamodule: the run's data module; what it does not have is not looked at.
 
     Raises:
         CheckpointError: the tokenizers or the labels differ.
         MemtxError: the tokenizer has tokens that the teacher does not know.
     """
-    tokenizer = getattr(data, "tokenizer", None)
-    if tokenizer is not None and kept.tokenizer is not None and tokenizer.to_json() != kept.tokenizer:
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    if tokenizer is not None and teacher.tokenizer is not None and tokenizer.to_json() != teacher.tokenizer:
         raise CheckpointError(
-            f"The teacher in '{kept.path}' was trained with another tokenizer: its token ids mean something else.",
+            f"The teacher in '{teacher.path}' was trained with another tokenizer: its token ids mean something else.",
             "Give both the same tokenizer, trained on the same texts (data.root, data.tokenizer).",
         )
-    known = getattr(kept.model, "vocab_size", None)
+    known = getattr(teacher.model, "vocab_size", None)
     if tokenizer is not None and known is not None and tokenizer.vocab_size > known:
         raise MemtxError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the teacher in '{kept.path}' knows {known}.",
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the teacher in '{teacher.path}' knows {known}.",
             "Give data.tokenizer the tokenizer.json that the teacher was trained with.",
         )
-    labels = tuple(getattr(getattr(data, "task", None), "labels", ()))
-    if labels and kept.labels and labels != kept.labels:
+    labels = tuple(getattr(getattr(datamodule, "task", None), "labels", ()))
+    if labels and teacher.labels and labels != teacher.labels:
         raise CheckpointError(
-            f"The teacher in '{kept.path}' names the labels {', '.join(kept.labels[:10])}, the data "
+            f"The teacher in '{teacher.path}' names the labels {', '.join(teacher.labels[:10])}, the data "
             f"{', '.join(labels[:10])}.",
             "Give the teacher's labels in its order: data.task.labels.",
         )

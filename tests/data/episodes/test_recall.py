@@ -11,57 +11,57 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.data.batch import IGNORED
-from memtx.data.episodes.recall import Recall
+from memtx.data.batch import IGNORE_INDEX
+from memtx.data.episodes.recall import AssociativeRecall
 from memtx.errors import MemtxError
-from memtx.evaluation.accuracy import accuracy
+from memtx.evaluation.accuracy import evaluate_accuracy
 from memtx.state import MemoryState
 
 tasks = st.integers(1, 5).flatmap(
     lambda pairs: st.builds(
-        Recall,
-        segment=st.integers(2 * pairs, 30),
-        pairs=st.just(pairs),
-        keys=st.integers(pairs, 12),
-        values=st.integers(1, 9),
-        noise=st.integers(1, 5),
+        AssociativeRecall,
+        segment_length=st.integers(2 * pairs, 30),
+        num_pairs=st.just(pairs),
+        num_keys=st.integers(pairs, 12),
+        num_values=st.integers(1, 9),
+        num_noise_tokens=st.integers(1, 5),
     )
 )
 
 
-def drawn(task: Recall, segments: int, seed: int, ask: str = "later") -> tuple[Tensor, Tensor]:
-    parts = list(task.episodes(3, segments, torch.Generator().manual_seed(seed), ask=ask))
+def drawn(task: AssociativeRecall, segments: int, seed: int, ask: str = "later") -> tuple[Tensor, Tensor]:
+    parts = list(task.iter_segments(3, segments, torch.Generator().manual_seed(seed), query_mode=ask))
     tokens, labels = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-    assert tokens.shape == labels.shape == (3, segments * task.segment)
+    assert tokens.shape == labels.shape == (3, segments * task.segment_length)
     return tokens, labels
 
 
 @given(tasks, st.integers(2, 5), st.integers(0, 99), st.sampled_from(["later", "last"]))
 def test_every_question_has_its_answer_in_the_first_segment_alone(
-    task: Recall, segments: int, seed: int, ask: str
+    task: AssociativeRecall, segments: int, seed: int, ask: str
 ) -> None:
     tokens, labels = drawn(task, segments, seed, ask)
     assert 0 <= tokens.min() <= tokens.max() < task.vocab_size
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
-        first = row[: task.segment]
-        known = {first[at]: first[at + 1] for at in range(task.segment) if 1 <= first[at] <= task.keys}
-        assert len(known) == task.pairs
-        assert all(task.keys < value <= task.keys + task.values for value in known.values())
-        asked = [at for at, answer in enumerate(answers) if answer != IGNORED]
+        first = row[: task.segment_length]
+        known = {first[at]: first[at + 1] for at in range(task.segment_length) if 1 <= first[at] <= task.num_keys}
+        assert len(known) == task.num_pairs
+        assert all(task.num_keys < value <= task.num_keys + task.num_values for value in known.values())
+        asked = [at for at, answer in enumerate(answers) if answer != IGNORE_INDEX]
         asking = segments - 1 if ask == "later" else 1
-        assert len(asked) == task.pairs * asking
-        assert min(asked) >= task.segment * (segments - asking)
+        assert len(asked) == task.num_pairs * asking
+        assert min(asked) >= task.segment_length * (segments - asking)
         assert all(row[at - 1] == 0 and answers[at] == known[row[at]] for at in asked)
         # Nothing else is a question, a key or a value.
-        rest = [token for at, token in enumerate(row) if at >= task.segment and at not in asked]
+        rest = [token for at, token in enumerate(row) if at >= task.segment_length and at not in asked]
         assert sum(token == 0 for token in rest) == len(asked)
-        assert not any(1 <= token <= task.keys + task.values for token in rest)
+        assert not any(1 <= token <= task.num_keys + task.num_values for token in rest)
 
 
 @given(tasks, st.integers(0, 99))
-def test_equal_seeds_give_equal_episodes(task: Recall, seed: int) -> None:
+def test_equal_seeds_give_equal_episodes(task: AssociativeRecall, seed: int) -> None:
     assert torch.equal(drawn(task, 3, seed)[0], drawn(task, 3, seed)[0])
-    many = Recall(segment=30, pairs=3, keys=30, values=30, noise=30)
+    many = AssociativeRecall(segment_length=30, num_pairs=3, num_keys=30, num_values=30, num_noise_tokens=30)
     assert not torch.equal(drawn(many, 3, seed)[0], drawn(many, 3, seed + 1)[0])
 
 
@@ -74,17 +74,17 @@ class Said:
 class Remembering:
     """Keeps every pair for ``reach`` tokens, and otherwise says the first value."""
 
-    def __init__(self, task: Recall, reach: float) -> None:
+    def __init__(self, task: AssociativeRecall, reach: float) -> None:
         self.task, self.reach = task, reach
         self.calls: list[int] = []
 
     def __call__(self, tokens: Tensor, state: Any = None) -> Said:
         read, known = state.layers if state is not None else (0, [{} for _ in tokens])
         logits = torch.zeros(*tokens.shape, self.task.vocab_size)
-        logits[..., 1 + self.task.keys] = 0.5
+        logits[..., 1 + self.task.num_keys] = 0.5
         for row, line in enumerate(tokens.tolist()):
             for at, token in enumerate(line):
-                if not 1 <= token <= self.task.keys:
+                if not 1 <= token <= self.task.num_keys:
                     continue
                 if at and line[at - 1] == 0 and token in known[row] and read + at - known[row][token][0] <= self.reach:
                     logits[row, at, known[row][token][1]] = 1.0
@@ -96,27 +96,30 @@ class Remembering:
 
 @pytest.mark.parametrize("call", [1, 3, 100])
 def test_accuracy_counts_answers(call: int) -> None:
-    task = Recall()
+    task = AssociativeRecall()
     for distance in (1, 5, 30):
-        assert accuracy(Remembering(task, float("inf")), task, distance, call=call) == 1.0
-    short = Remembering(task, 4 * task.segment)
-    assert accuracy(short, task, 2, call=call) == 1.0
+        assert evaluate_accuracy(Remembering(task, float("inf")), task, distance, segments_per_call=call) == 1.0
+    short = Remembering(task, 4 * task.segment_length)
+    assert evaluate_accuracy(short, task, 2, segments_per_call=call) == 1.0
     # Four standard deviations of 128 guesses of 1 in 32.
-    assert accuracy(short, task, 6, call=call) < task.chance + 4 * (task.chance / 128) ** 0.5
+    assert (
+        evaluate_accuracy(short, task, 6, segments_per_call=call)
+        < task.chance_accuracy + 4 * (task.chance_accuracy / 128) ** 0.5
+    )
 
 
 def test_a_long_distance_is_read_in_calls_of_bounded_length() -> None:
-    task = Recall(segment=8, pairs=2)
+    task = AssociativeRecall(segment_length=8, num_pairs=2)
     reader = Remembering(task, float("inf"))
-    accuracy(reader, task, 70, call=32)
+    evaluate_accuracy(reader, task, 70, segments_per_call=32)
     assert reader.calls == [256, 256, 7 * 8]
 
 
 def test_tasks_that_cannot_be_are_named() -> None:
-    for sizes in ({"pairs": 0}, {"pairs": 13}, {"keys": 3}, {"values": 0}, {"noise": 0}):
+    for sizes in ({"num_pairs": 0}, {"num_pairs": 13}, {"num_keys": 3}, {"num_values": 0}, {"num_noise_tokens": 0}):
         with pytest.raises(MemtxError):
-            Recall(**sizes)
+            AssociativeRecall(**sizes)
     generator = torch.Generator()
     for segments, ask in ((1, "later"), (3, "never")):
         with pytest.raises(MemtxError):
-            next(Recall().episodes(1, segments, generator, ask=ask))
+            next(AssociativeRecall().iter_segments(1, segments, generator, query_mode=ask))

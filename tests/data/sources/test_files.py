@@ -9,19 +9,19 @@ import fsspec
 import pytest
 
 from memtx.data.documents import open_corpus
-from memtx.data.source import Source
-from memtx.data.sources.files import Files
+from memtx.data.source import CorpusManifest
+from memtx.data.sources.files import FileSource
 from memtx.errors import DataError
 
 
-def texts(source: Source) -> dict[str, dict[str, str]]:
+def texts(source: CorpusManifest) -> dict[str, dict[str, str]]:
     """Return all texts by split and name, as a writer would read them."""
     found: dict[str, dict[str, str]] = {}
-    for split in source.laid_out:
-        for part in source.laid_out[split]:
-            found.setdefault(split, {}).update({one.id: one.read() for one in part.documents()})
-    for part in source.mixed:
-        found.setdefault("mixed", {}).update({one.id: one.read() for one in part.documents()})
+    for split in source.split_parts:
+        for part in source.split_parts[split]:
+            found.setdefault(split, {}).update({one.id: one.read() for one in part.iter_documents()})
+    for part in source.unsplit_parts:
+        found.setdefault("mixed", {}).update({one.id: one.read() for one in part.iter_documents()})
     return found
 
 
@@ -35,13 +35,13 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_a_local_folder_is_what_training_makes_of_it(root: Path) -> None:
-    source = Files([str(root)]).source()
-    assert source.laid_out == open_corpus(root).splits
+    source = FileSource([str(root)]).scan()
+    assert source.split_parts == open_corpus(root).splits
     assert source.splits == ("train", "validation", "test")
 
 
 def test_the_same_books_from_anywhere(root: Path, tmp_path: Path) -> None:
-    expected = texts(Files([str(root)]).source())
+    expected = texts(FileSource([str(root)]).scan())
     memory = fsspec.filesystem("memory")
     with zipfile.ZipFile(tmp_path / "books.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for path in root.rglob("*.*"):
@@ -60,18 +60,20 @@ def test_the_same_books_from_anywhere(root: Path, tmp_path: Path) -> None:
         str(tmp_path / "packed"),
         f"{root}/*/*.txt",
     ):
-        source = Files([place]).source()
+        source = FileSource([place]).scan()
         assert texts(source) == expected, place
-        here = {part.here for part, _ in source.parts()}
+        here = {part.is_process_local for part, _ in source.iter_parts()}
         assert here == {place.startswith("memory")}, place
-    (book,) = [one for one in Files([f"file://{root}"]).source().laid_out["train"] if one.stamp.startswith("1:")]
-    assert next(iter(book.documents())).title == "Moby, a Whale"
+    (book,) = [
+        one for one in FileSource([f"file://{root}"]).scan().split_parts["train"] if one.cache_key.startswith("1:")
+    ]
+    assert next(iter(book.iter_documents())).title == "Moby, a Whale"
 
 
 def test_stated_shares_go_before_the_layout(root: Path) -> None:
-    source = Files([str(root)], validation=0.2, test=0).source()
-    assert not source.laid_out
-    assert source.shares == {"validation": 0.2, "train": 0.8}
+    source = FileSource([str(root)], validation_fraction=0.2, test_fraction=0).scan()
+    assert not source.split_parts
+    assert source.split_fractions == {"validation": 0.2, "train": 0.8}
     assert sorted(texts(source)["mixed"]) == ["test/4.txt", "train/1.txt", "train/2.txt", "validation/3.txt"]
 
 
@@ -81,7 +83,7 @@ def test_tables_are_in_the_split_that_their_name_says(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     (tmp_path / "README.md").write_text("No text to train on.")
     (tmp_path / ".hidden.jsonl").write_text("no json")
-    found = {split: sorted(own.values()) for split, own in texts(Files([str(tmp_path)]).source()).items()}
+    found = {split: sorted(own.values()) for split, own in texts(FileSource([str(tmp_path)]).scan()).items()}
     assert found == {
         "train": ["train-0.jsonl", "train.1.jsonl"],
         "validation": ["dev_0.jsonl"],
@@ -91,10 +93,10 @@ def test_tables_are_in_the_split_that_their_name_says(tmp_path: Path) -> None:
 
 def test_several_places_are_one_source(root: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("More.")
-    source = Files([str(root / "train"), str(tmp_path / "more.txt")]).source()
+    source = FileSource([str(root / "train"), str(tmp_path / "more.txt")]).scan()
     assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "more.txt"]
     (tmp_path / "a.jsonl").write_text('{"text": "A row."}\n')
-    source = Files([str(tmp_path / "a.jsonl"), str(root / "train")]).source()
+    source = FileSource([str(tmp_path / "a.jsonl"), str(root / "train")]).scan()
     assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "a.jsonl@0"]
 
 
@@ -107,18 +109,22 @@ def test_mistakes(tmp_path: Path) -> None:
         (["s3://bucket/x"], "could not be listed: ImportError: .*s3fs"),
     ):
         with pytest.raises(DataError, match=said):
-            Files(places).source()
+            FileSource(places).scan()
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(DataError, match=r"holds no text, expected files ending in \.txt"):
-        Files([f"file://{tmp_path}"]).source()
+        FileSource([f"file://{tmp_path}"]).scan()
     (tmp_path / "a.jsonl").write_bytes(b"")
     with pytest.raises(DataError, match=r"a\.jsonl' is empty"):
-        Files([str(tmp_path)]).source()
-    for shares in ({"validation": -0.1}, {"test": 1.0}, {"test": 0.6, "validation": 0.5}):
+        FileSource([str(tmp_path)]).scan()
+    for shares in (
+        {"validation_fraction": -0.1},
+        {"test_fraction": 1.0},
+        {"test_fraction": 0.6, "validation_fraction": 0.5},
+    ):
         with pytest.raises(DataError, match="share"):
-            Files(["x"], **shares)  # type: ignore[arg-type]
+            FileSource(["x"], **shares)  # type: ignore[arg-type]
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"word " * 5000)[:-20])
     (tmp_path / "a.jsonl").unlink()
-    (part,) = Files([str(tmp_path)]).source().mixed
+    (part,) = FileSource([str(tmp_path)]).scan().unsplit_parts
     with pytest.raises(DataError, match=r"cut\.txt\.gz' could not be read: EOFError"):
-        next(iter(part.documents())).read()
+        next(iter(part.iter_documents())).read()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from memtx.data.books import BookDataModule
-from memtx.data.prepared import prepare
+from memtx.data.prepared import tokenize_corpus
 from memtx.data.sources.hub import HubDataset
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError
@@ -27,32 +27,36 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_data_set_is_prepared_piece_by_piece(folder: Path, tmp_path: Path) -> None:
-    source = HubDataset(str(folder)).source()
-    assert [len(source.laid_out[split]) for split in ("train", "test")] == [3, 1]
+    source = HubDataset(str(folder)).scan()
+    assert [len(source.split_parts[split]) for split in ("train", "test")] == [3, 1]
     for workers in (1, 2):
-        found = prepare(tmp_path / f"out{workers}", source, ByteTokenizer(), workers=workers)
-        store = found.store("train")
-        said = [bytes(store.document(place)[1:].astype("u1")).decode() for place in range(len(store))]
+        found = tokenize_corpus(tmp_path / f"out{workers}", source, ByteTokenizer(), num_workers=workers)
+        store = found.open_split("train")
+        said = [bytes(store.document_tokens(place)[1:].astype("u1")).decode() for place in range(len(store))]
         assert said == [f"train {number} row {row}" for number in range(3) for row in range(5)]
         assert store.ids[6] == f"{folder}/train-1@1"
-    assert HubDataset(str(folder), id_field="key").source().laid_out["train"][0].stamp
+    assert HubDataset(str(folder), id_column="key").scan().split_parts["train"][0].cache_key
 
 
 def test_training_reads_it_by_its_class_path(folder: Path, tmp_path: Path) -> None:
-    module = BookDataModule(texts=HubDataset(str(folder), validation=0.5, test=0), cache=str(tmp_path / "c"), workers=1)
+    module = BookDataModule(
+        source=HubDataset(str(folder), validation_fraction=0.5, test_fraction=0),
+        cache_dir=str(tmp_path / "c"),
+        num_workers=1,
+    )
     module.prepare_data()
-    assert module.has("train")
-    assert module.has("validation")
-    assert not module.has("test")
-    assert len(module.store("train")) + len(module.store("validation")) == 15
+    assert module.has_split("train")
+    assert module.has_split("validation")
+    assert not module.has_split("test")
+    assert len(module.token_store("train")) + len(module.token_store("validation")) == 15
 
 
 def test_mistakes(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'txt', it has text, key"):
-        HubDataset(str(folder), field="txt").source()
+        HubDataset(str(folder), text_column="txt").scan()
     with pytest.raises(DataError, match="could not be read: "):
-        HubDataset(str(tmp_path / "nowhere")).source()
+        HubDataset(str(tmp_path / "nowhere")).scan()
     (folder / "train-1.jsonl").write_text("{")
-    source = HubDataset(str(folder)).source()
+    source = HubDataset(str(folder)).scan()
     with pytest.raises(DataError, match="could not be read: "):
-        prepare(tmp_path / "out", source, ByteTokenizer(), workers=1)
+        tokenize_corpus(tmp_path / "out", source, ByteTokenizer(), num_workers=1)

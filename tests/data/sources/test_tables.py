@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data.document import Document, Part
+from memtx.data.document import Document, SourcePart
 from memtx.data.sources import tables
-from memtx.data.sources.places import listed
+from memtx.data.sources.places import list_files
 from memtx.errors import DataError
 
 
-def read(parts: list[Part]) -> list[Document]:
-    return [one for part in parts for one in part.documents()]
+def read(parts: list[SourcePart]) -> list[Document]:
+    return [one for part in parts for one in part.iter_documents()]
 
 
 @given(
@@ -32,9 +32,9 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
     raw = b"\n".join(json.dumps({"text": text}, ensure_ascii=False).encode() for text in lines) + end
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "BLOCK", block)
-        patch.setattr(tables, "CHUNK", chunk)
-        parts = tables.lines(listed(str(path))[0], "text", None) if raw else []
+        patch.setattr(tables, "BLOCK_BYTES", block)
+        patch.setattr(tables, "READ_SIZE", chunk)
+        parts = tables.json_lines_parts(list_files(str(path))[0], "text", None) if raw else []
         found = read(parts)
     assert [one.text for one in found] == lines
     places = [int(one.id.removeprefix("a.jsonl@")) for one in found]
@@ -44,7 +44,7 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
 
 def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b", "n": 7}\n{"text": null, "n": 8}\n'))
-    parts = tables.lines(listed(str(tmp_path / "a.jsonl.gz"))[0], "text", "n")
+    parts = tables.json_lines_parts(list_files(str(tmp_path / "a.jsonl.gz"))[0], "text", "n")
     assert len(parts) == 1
     assert [(one.id, one.text) for one in read(parts)] == [("7", "a b"), ("8", "")]
 
@@ -64,16 +64,16 @@ def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
     with pytest.raises(DataError, match=said):
-        read(tables.lines(listed(str(tmp_path))[0], "text", None))
+        read(tables.json_lines_parts(list_files(str(tmp_path))[0], "text", None))
 
 
 def test_a_line_too_long_to_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "LONGEST", 100)
-    monkeypatch.setattr(tables, "CHUNK", 10)
-    monkeypatch.setattr(tables, "BLOCK", 30)
+    monkeypatch.setattr(tables, "MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(tables, "READ_SIZE", 10)
+    monkeypatch.setattr(tables, "BLOCK_BYTES", 30)
     long = json.dumps({"text": "x" * 200}) + "\n"
     (tmp_path / "a.jsonl").write_text(long + '{"text": "y"}\n')
-    parts = tables.lines(listed(str(tmp_path))[0], "text", None)
+    parts = tables.json_lines_parts(list_files(str(tmp_path))[0], "text", None)
     with pytest.raises(DataError, match="byte 0: the line has more than 100 bytes"):
         read(parts[:1])
     # The parts that lie inside the line leave it to the one that it begins in.
@@ -87,18 +87,18 @@ def parquet(path: Path, **columns: Any) -> None:
 
 def test_parquet_by_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=[f"text {number}" for number in range(7)] + [None], key=list(range(8)))
-    (place,) = listed(str(tmp_path))
-    parts = tables.rows(place, "text", None)
+    (place,) = list_files(str(tmp_path))
+    parts = tables.parquet_parts(place, "text", None)
     assert len(parts) == 3
     assert [(one.id, one.text) for one in read(parts)] == [
         *((f"a.parquet@{number}", f"text {number}") for number in range(7)),
         ("a.parquet@7", ""),
     ]
-    assert [one.id for one in read(tables.rows(place, "text", "key"))] == [str(number) for number in range(8)]
-    with pytest.raises(DataError, match=r"no column 'txt', it has text, key\. Did you mean 'text'.*--field"):
-        tables.rows(place, "txt", None)
+    assert [one.id for one in read(tables.parquet_parts(place, "text", "key"))] == [str(number) for number in range(8)]
+    with pytest.raises(DataError, match=r"no column 'txt', it has text, key\. Did you mean 'text'.*--text-column"):
+        tables.parquet_parts(place, "txt", None)
     with pytest.raises(DataError, match="row 0: 'key' is a int, expected a text"):
-        read(tables.rows(place, "key", None))
+        read(tables.parquet_parts(place, "key", None))
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
@@ -106,4 +106,4 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[:-9])
     with pytest.raises(DataError, match=r"a\.parquet' could not be read: ArrowInvalid"):
-        tables.rows(listed(str(tmp_path))[0], "text", None)
+        tables.parquet_parts(list_files(str(tmp_path))[0], "text", None)

@@ -150,7 +150,7 @@ def test_yarn_sharpens_scores(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     config = {**LLAMA, "rope_parameters": {**rope, "rope_theta": 100.0}}
     positions = read(write(tmp_path, config, plain.llama(LLAMA))).blocks[0].attention.positions
-    assert positions.frequencies.factor == pytest.approx(0.1 * math.log(4.0) + 1.0)
+    assert positions.frequencies.attention_factor == pytest.approx(0.1 * math.log(4.0) + 1.0)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -160,7 +160,7 @@ def test_written_back_byte_for_byte(tmp_path: Path, kind: str, dtype: torch.dtyp
     folder = write(tmp_path / "read", CONFIGS[kind], tensors)
     model = memtx.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {dtype}
-    model.to_pretrained(tmp_path / "written")
+    model.export_hf(tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
     # In our own format it needs the folder no more.
     model.save_pretrained(tmp_path / "own")
@@ -183,7 +183,7 @@ def test_a_body_alone_with_old_tables_and_a_tied_head_that_is_written(tmp_path: 
     folder = write(tmp_path / "read", GPT2, tensors)
     model = read(folder)
     torch.testing.assert_close(streamed(model, [31]), wanted(GPT2), rtol=0, atol=TOLERANCE)
-    MemoryTransformer.from_pretrained(folder).to_pretrained(tmp_path / "written")
+    MemoryTransformer.from_pretrained(folder).export_hf(tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
@@ -193,7 +193,7 @@ def test_numbers_of_several_types_are_held_in_the_widest_and_written_as_they_wer
     folder = write(tmp_path / "read", LLAMA, mixed)
     model = memtx.from_pretrained(folder)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    model.to_pretrained(tmp_path / "written")
+    model.export_hf(tmp_path / "written")
     assert_kept(tmp_path / "written", mixed, (folder / "config.json").read_text())
 
 
@@ -310,16 +310,16 @@ def test_loading_holds_the_weights_and_little_more(tmp_path: Path, kind: str) ->
 
 def test_the_folders_tokenizer_is_used(tmp_path: Path) -> None:
     from memtx.data.tokenizers import BytePairTokenizer
-    from memtx.inference.loading import load
+    from memtx.inference.loading import load_model_and_tokenizer
 
     tokenizer = BytePairTokenizer(vocab_size=300)
-    tokenizer.fit(["some words, and some other words. " * 20])
+    tokenizer.train(["some words, and some other words. " * 20])
     config = {**LLAMA, "vocab_size": 320}
     folder = write(tmp_path, config, plain.llama(config))
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        load(folder)
+        load_model_and_tokenizer(folder)
     described = json.loads(tokenizer.to_json())["model"]
     (folder / "tokenizer.json").write_text(json.dumps(described))
-    model, found = load(folder)
+    model, found = load_model_and_tokenizer(folder)
     assert model.vocab_size == 320
     assert list(found.encode("some words")) == list(tokenizer.encode("some words"))

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 import memtx
 from memtx.models.encoder import Encoder
-from memtx.models.published.load import KNOWN
+from memtx.models.published.load import MODEL_TYPES
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
-from memtx.ops.random_blocks import draw
+from memtx.ops.random_blocks import sample_random_blocks
 
 TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
 READERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")
@@ -33,10 +33,10 @@ def folders(parity: Path, *kinds: str) -> list[Path]:
     return found
 
 
-@pytest.mark.parametrize("kind", sorted(KNOWN))
+@pytest.mark.parametrize("kind", sorted(MODEL_TYPES))
 def test_written_back_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> None:
     for folder in folders(parity, kind):
-        memtx.from_pretrained(folder).to_pretrained(tmp_path / folder.name)
+        memtx.from_pretrained(folder).export_hf(tmp_path / folder.name)
         own = load_file(tmp_path / folder.name / "model.safetensors")
         original = load_file(folder / "model.safetensors")
         assert own.keys() == original.keys()
@@ -99,12 +99,12 @@ def test_random_blocks_are_those_recorded_and_can_be_given(parity: Path) -> None
         assert isinstance(model, Encoder)
         size = folder_option(folder, "block_size")
         for layer, blocks in recorded.items():
-            drawn = draw(
+            drawn = sample_random_blocks(
                 (blocks.shape[1] + 2) * size,
                 size,
                 folder_option(folder, "num_random_blocks"),
                 blocks.shape[0],
-                longest=folder_option(folder, "max_position_embeddings"),
+                max_length=folder_option(folder, "max_position_embeddings"),
                 seed=layer,
             )
             assert torch.equal(drawn, blocks), f"{folder.name}: layer {layer}"

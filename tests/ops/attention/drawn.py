@@ -8,8 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.attention.bias import Bias, RelativeBias, ScoreBias
-from memtx.ops.visibility import Pattern, Section, Visibility
+from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias
+from memtx.ops.visibility import KeyRange, SparsePattern, Visibility
 
 FAR = 1 << 40
 
@@ -24,22 +24,22 @@ class Problem:
     block: int
 
 
-def pattern(draw: st.DrawFn, seen: Visibility, rows: int, heads: int, generator: torch.Generator) -> Pattern:
+def pattern(draw: st.DrawFn, seen: Visibility, rows: int, heads: int, generator: torch.Generator) -> SparsePattern:
     """Documents of their own, global queries and random blocks, with repeats and places that stand for none."""
-    size, first = draw(st.integers(1, 9)), draw(st.integers(0, seen.keys))
+    size, first = draw(st.integers(1, 9)), draw(st.integers(0, seen.num_keys))
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
-    begins = integers(-5, seen.queries, draw(st.sampled_from((1, rows))), seen.keys)
-    ends = begins + integers(0, seen.queries + 5, *begins.shape)
+    begins = integers(-5, seen.num_queries, draw(st.sampled_from((1, rows))), seen.num_keys)
+    ends = begins + integers(0, seen.num_queries + 5, *begins.shape)
     if draw(st.booleans()):  # nothing but whole texts and padding
-        ends = torch.where(ends - begins > 3, begins.new_full((), seen.queries), 0)
+        ends = torch.where(ends - begins > 3, begins.new_full((), seen.num_queries), 0)
         begins = torch.zeros_like(ends)
-    asked = integers(-2, seen.queries, draw(st.sampled_from((1, rows))), draw(st.integers(1, 4)))
-    table = integers(-1, seen.keys // size + 2, draw(st.sampled_from((1, heads))), -(-seen.queries // size), 3)
+    asked = integers(-2, seen.num_queries, draw(st.sampled_from((1, rows))), draw(st.integers(1, 4)))
+    table = integers(-1, seen.num_keys // size + 2, draw(st.sampled_from((1, heads))), -(-seen.num_queries // size), 3)
     which = draw(st.sampled_from(("queries", "blocks", "both")))
-    return Pattern(
+    return SparsePattern(
         begins,
         ends,
         asked if which != "blocks" else None,
@@ -84,27 +84,27 @@ def problems(
     if draw(st.integers(0, 5)) == 0:  # nobody sees anything
         prefix_expires, expires = torch.full_like(prefix_expires, -FAR), torch.full_like(expires, -FAR)
     sections = (
-        Section(prefix, -(prefix * stride // 2) if prefix else 0, stride, span),
-        Section(cached + queries, -cached, 1, draw(st.sampled_from((window, None)))),
+        KeyRange(prefix, -(prefix * stride // 2) if prefix else 0, stride, span),
+        KeyRange(cached + queries, -cached, 1, draw(st.sampled_from((window, None)))),
     )
     # A bidirectional window sees as far ahead as back.
     ahead = draw(st.sampled_from((0, window)))
     if ahead:
-        sections = (sections[0], Section(cached + queries, -cached - ahead, 1, window + ahead))
+        sections = (sections[0], KeyRange(cached + queries, -cached - ahead, 1, window + ahead))
     born = torch.cat([prefix_born, tick - ahead], 1)
     visibility = Visibility(born, torch.cat([prefix_expires, expires], 1), queries, sections)
     if patterns:
-        visibility = replace(visibility, pattern=pattern(draw, visibility, rows, heads, generator), _made={})
+        visibility = replace(visibility, pattern=pattern(draw, visibility, rows, heads, generator), _values={})
     head_dim = draw(st.sampled_from(widths))
     q, k, v = (
         torch.randn(rows, h, n, head_dim, dtype=torch.float64, generator=generator)
-        for h, n in ((heads, queries), (heads // group, visibility.keys), (heads // group, visibility.keys))
+        for h, n in ((heads, queries), (heads // group, visibility.num_keys), (heads // group, visibility.num_keys))
     )
-    places = visibility.born.clamp(-FAR, queries).double()
+    places = visibility.visible_from.clamp(-FAR, queries).double()
     bias: ScoreBias | None = None
     kind = draw(st.sampled_from(biases))
     if kind == "linear":
-        bias = Bias(0.5 ** torch.arange(1.0, heads + 1, dtype=torch.float64), places)
+        bias = AlibiBias(0.5 ** torch.arange(1.0, heads + 1, dtype=torch.float64), places)
     elif kind != "none":
         # Half a tick, as for a block's centre; some distances are beyond both ends of the table.
         places = places + 0.5 * integers(0, 2, *places.shape)

@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memtx.errors import MemtxError
 from memtx.ops.attention import banded, blocks, checks, dispatch, flex, plan, reference
-from memtx.ops.attention.bias import Bias, RelativeBias, ScoreBias
-from memtx.ops.attention.dispatch import Backend, segment_attention
-from memtx.ops.attention.merge import merge
-from memtx.ops.visibility import Pattern, Section, Visibility
+from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias
+from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.attention.merge import merge_attention
+from memtx.ops.visibility import KeyRange, SparsePattern, Visibility
 from tests.ops.attention.drawn import Problem, problems
 
 Answer = tuple[Tensor, ...]
@@ -28,31 +28,34 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def times(visibility: Visibility, row: int, head: int, t: int, j: int) -> int:
-    """How often key j counts for the query at tick t, as the docstrings of Visibility and Pattern say it."""
+    """How often key j counts for the query at tick t, as the docstrings of Visibility and SparsePattern say it."""
 
     def of(x: Tensor, index: int, *rest: int) -> int:
         return int(x[(index if x.shape[0] > 1 else 0, *rest)])
 
-    alive = int(of(visibility.born, row, j) <= t < of(visibility.expires, row, j))
+    alive = int(of(visibility.visible_from, row, j) <= t < of(visibility.visible_until, row, j))
     beside = visibility.pattern
     if beside is None:
         return alive
-    within = of(beside.begins, row, j) <= t < of(beside.ends, row, j)
-    if beside.queries is not None and t in beside.queries[row if beside.queries.shape[0] > 1 else 0].tolist():
+    within = of(beside.document_start, row, j) <= t < of(beside.document_end, row, j)
+    if (
+        beside.global_queries is not None
+        and t in beside.global_queries[row if beside.global_queries.shape[0] > 1 else 0].tolist()
+    ):
         return max(alive, int(within))
-    if not within or beside.blocks is None or j < beside.first:
+    if not within or beside.random_blocks is None or j < beside.first_key:
         return alive
-    blocks = beside.blocks[head if beside.blocks.shape[0] > 1 else 0, t // beside.size].tolist()
-    found = alive + blocks.count((j - beside.first) // beside.size)
-    return found if beside.repeats else min(found, 1)
+    blocks = beside.random_blocks[head if beside.random_blocks.shape[0] > 1 else 0, t // beside.block_size].tolist()
+    found = alive + blocks.count((j - beside.first_key) // beside.block_size)
+    return found if beside.count_duplicates else min(found, 1)
 
 
 def added(bias: ScoreBias, row: int, head: int, t: int, j: int) -> float:
     """The bias of one score."""
-    distance = t - float(bias.tick[row if bias.tick.shape[0] > 1 else 0, j])
-    if isinstance(bias, Bias):
+    distance = t - float(bias.key_offset[row if bias.key_offset.shape[0] > 1 else 0, j])
+    if isinstance(bias, AlibiBias):
         return -float(bias.slopes[head]) * distance
-    column = math.floor(distance) - bias.lowest
+    column = math.floor(distance) - bias.min_distance
     if bias.buckets is None:
         return float(bias.table[head, min(max(column, 0), bias.table.shape[1] - 1)])
     return float(bias.table[head, bias.buckets[min(max(column, 0), len(bias.buckets) - 1)]])
@@ -64,7 +67,7 @@ def naive(problem: Problem) -> tuple[Tensor, Tensor]:
     group = q.shape[1] // k.shape[1]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=q.dtype)
     for row, head, t in itertools.product(*map(range, q.shape[:3])):
-        keys = [j for j in range(visibility.keys) for _ in range(times(visibility, row, head, t, j))]
+        keys = [j for j in range(visibility.num_keys) for _ in range(times(visibility, row, head, t, j))]
         if not keys:
             continue
         scores = [float(q[row, head, t] @ k[row, head // group, j]) / math.sqrt(q.shape[-1]) for j in keys]
@@ -99,7 +102,7 @@ def solve(attend: Attend, problem: Problem, dtype: torch.dtype) -> Answer:
 
 
 def in_blocks(problem: Problem) -> Attend:
-    return lambda *args, **options: banded.attend(*args, **options, block=problem.block)
+    return lambda *args, **options: banded.attend(*args, **options, block_size=problem.block)
 
 
 def gap(answer: Answer, truth: Answer) -> float:
@@ -166,7 +169,7 @@ def test_plain_blocks_are_the_reference(dtype: torch.dtype, tolerance: float) ->
     @settings(deadline=None, max_examples=20)
     def check(problem: Problem) -> None:
         def plain(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
-            return blocks.plain(q, k, v, seen, **options, block=problem.block)
+            return blocks.attend_unfused(q, k, v, seen, **options, block_size=problem.block)
 
         truth = solve(reference.attend, problem, torch.float64)
         assert gap(solve(plain, problem, dtype), truth) <= tolerance
@@ -180,7 +183,7 @@ def test_fused_blocks_are_the_reference(problem: Problem) -> None:
     """The form for other devices, run on this one; it gives no log-sum-exp, so the reference's stands in."""
 
     def fused(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
-        out = blocks.fused(q, k, v, seen, **options, block=problem.block)
+        out = blocks.attend_sdpa(q, k, v, seen, **options, block_size=problem.block)
         return out, reference.attend(q, k, v, seen, **options)[1]
 
     truth = solve(reference.attend, problem, torch.float64)
@@ -203,34 +206,36 @@ def test_flex_is_the_reference(problem: Problem) -> None:
 @settings(deadline=None, max_examples=20)
 def test_halves_of_the_keys_merge_to_the_whole(problem: Problem, at: int) -> None:
     """By every backend that has both, values and gradients."""
-    at = min(at, problem.visibility.keys)
+    at = min(at, problem.visibility.num_keys)
 
     def part(seen: Visibility, low: int, high: int) -> Visibility:
-        return Visibility(seen.born[:, low:high], seen.expires[:, low:high], seen.queries, (Section(high - low),))
+        return Visibility(
+            seen.visible_from[:, low:high], seen.visible_until[:, low:high], seen.num_queries, (KeyRange(high - low),)
+        )
 
     def halves(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
         parts = []
-        for low, high in ((0, at), (at, seen.keys)):
-            own = replace(bias, tick=bias.tick[:, low:high]) if bias is not None else None
+        for low, high in ((0, at), (at, seen.num_keys)):
+            own = replace(bias, key_offset=bias.key_offset[:, low:high]) if bias is not None else None
             parts.append(
                 segment_attention(
                     q, k[:, :, low:high], v[:, :, low:high], part(seen, low, high),
                     bias=own, scale=scale, backend=backend, return_lse=True,
                 )
             )  # fmt: skip
-        return merge(parts)
+        return merge_attention(parts)
 
     truth = solve(reference.attend, problem, torch.float64)
     for backend in BOTH:  # noqa: B007 - read by the function above
         assert gap(solve(halves, problem, torch.float64), truth) <= 1e-10
 
 
-BOTH: tuple[Backend, ...] = ("reference", "banded")
+BOTH: tuple[AttentionBackend, ...] = ("reference", "banded")
 
 
 def causal(queries: int, rows: int = 1, window: int = 8) -> Visibility:
     tick = torch.arange(queries).expand(rows, -1)
-    return Visibility(tick, tick + window, queries, (Section(queries, 0, 1, window),))
+    return Visibility(tick, tick + window, queries, (KeyRange(queries, 0, 1, window),))
 
 
 def test_under_autocast() -> None:
@@ -261,7 +266,7 @@ def test_masks_are_not_taken_from_another_bias() -> None:
     q = torch.randn(1, 2, 10, 8, dtype=torch.float64)
     seen = causal(10)
     for slope in (0.1, 1.0, 3.0):
-        bias = Bias(torch.full((2,), slope, dtype=torch.float64), seen.born.double())
+        bias = AlibiBias(torch.full((2,), slope, dtype=torch.float64), seen.visible_from.double())
         out = segment_attention(q, q, q, seen, bias=bias, backend="banded")
         truth = segment_attention(q, q, q, seen, bias=bias, backend="reference")
         torch.testing.assert_close(out, truth, rtol=0, atol=1e-10)
@@ -270,23 +275,23 @@ def test_masks_are_not_taken_from_another_bias() -> None:
 
 def test_masks_are_shared_by_layers() -> None:
     q, seen = torch.randn(1, 2, 10, 8), causal(10)
-    bias = Bias(torch.ones(2), seen.born.double())
+    bias = AlibiBias(torch.ones(2), seen.visible_from.double())
     for _ in range(3):
         segment_attention(q, q, q, seen, bias=bias, backend="banded")
-    assert len(seen._made) == 1
+    assert len(seen._values) == 1
 
 
 @pytest.mark.parametrize("backend", ["reference", "banded", "auto"])
 @pytest.mark.parametrize("beside", [False, True])
-def test_dropout_drops_whole_weights_and_makes_up_for_them(backend: Backend, beside: bool) -> None:
+def test_dropout_drops_whole_weights_and_makes_up_for_them(backend: AttentionBackend, beside: bool) -> None:
     torch.manual_seed(0)
     keys, dropped = 300, 0.25
     seen = causal(keys)
     if beside:
         begins = torch.zeros(1, keys, dtype=torch.int64)
         blocks = torch.tensor([[[3, 0]] * -(-keys // 64)])
-        pattern = Pattern(begins, begins + keys, queries=torch.tensor([[5, 77]]), blocks=blocks)
-        seen = replace(seen, pattern=pattern, _made={})
+        pattern = SparsePattern(begins, begins + keys, global_queries=torch.tensor([[5, 77]]), random_blocks=blocks)
+        seen = replace(seen, pattern=pattern, _values={})
     q = torch.randn(1, 1, keys, keys, dtype=torch.float64) / 4
     # Values of unit vectors show the weights themselves.
     v = torch.eye(keys, dtype=torch.float64)[None, None]
@@ -314,15 +319,25 @@ Q, SEEN = torch.randn(2, 4, 10, 8), causal(10)
         (Q, Q, {"backend": "fast"}, "no attention backend 'fast'"),
         (Q, Q, {"backend": "flex", "dropout": 0.1}, "no attention dropout"),
         (Q.clone().requires_grad_(), Q, {"backend": "flex"}, "no gradient on the CPU"),
-        (Q, Q, {"bias": Bias(torch.ones(3), SEEN.born.double())}, "3 heads"),
+        (Q, Q, {"bias": AlibiBias(torch.ones(3), SEEN.visible_from.double())}, "3 heads"),
         (
             Q,
             Q,
-            {"bias": Bias(torch.ones(4).requires_grad_(), SEEN.born.double()), "backend": "flex"},
+            {"bias": AlibiBias(torch.ones(4).requires_grad_(), SEEN.visible_from.double()), "backend": "flex"},
             "bias that learns",
         ),
-        (Q, Q, {"bias": RelativeBias(torch.ones(4, 3), SEEN.born.double()), "backend": "triton"}, "bias that learns"),
-        (Q, Q, {"bias": Bias(torch.ones(4), SEEN.born.double()), "backend": "triton"}, "'triton' has no bias"),
+        (
+            Q,
+            Q,
+            {"bias": RelativeBias(torch.ones(4, 3), SEEN.visible_from.double()), "backend": "triton"},
+            "bias that learns",
+        ),
+        (
+            Q,
+            Q,
+            {"bias": AlibiBias(torch.ones(4), SEEN.visible_from.double()), "backend": "triton"},
+            "'triton' has no bias",
+        ),
         (Q, Q, {"backend": "triton"}, "got heads of 8 in torch.float32"),
     ],
 )
@@ -346,26 +361,31 @@ def test_wrong_rows_of_visibility() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"begins": torch.zeros(1, 9)}, r"begins is \(1, 9\), expected \(2 or 1, 10\)"),
-        ({"ends": torch.zeros(3, 10)}, r"ends is \(3, 10\)"),
-        ({"queries": torch.zeros(3, 1)}, r"global queries are \(3, 1\)"),
-        ({"blocks": torch.zeros(1, 2, 1), "size": 4}, r"table of blocks is \(1, 2, 1\), expected \(4 or 1, 3, any\)"),
-        ({"blocks": torch.zeros(1, 3, 1), "size": 0}, "blocks of 0"),
-        ({"blocks": torch.zeros(1, 3, 1), "size": 4, "first": 11}, "from key 11 on, of 10"),
+        ({"document_start": torch.zeros(1, 9)}, r"document_start is \(1, 9\), expected \(2 or 1, 10\)"),
+        ({"document_end": torch.zeros(3, 10)}, r"document_end is \(3, 10\)"),
+        ({"global_queries": torch.zeros(3, 1)}, r"global queries are \(3, 1\)"),
+        (
+            {"random_blocks": torch.zeros(1, 2, 1), "block_size": 4},
+            r"table of blocks is \(1, 2, 1\), expected \(4 or 1, 3, any\)",
+        ),
+        ({"random_blocks": torch.zeros(1, 3, 1), "block_size": 0}, "blocks of 0"),
+        ({"random_blocks": torch.zeros(1, 3, 1), "block_size": 4, "first_key": 11}, "from key 11 on, of 10"),
         ({"backend": "flex"}, "no global queries and no random blocks"),
     ],
 )
 def test_refuses_a_pattern_that_does_not_fit(options: dict[str, Any], says: str) -> None:
     backend = options.pop("backend", "auto")
-    fitting = Pattern(torch.zeros(1, 10), torch.full((1, 10), 10))
+    fitting = SparsePattern(torch.zeros(1, 10), torch.full((1, 10), 10))
     with pytest.raises(MemtxError, match=says):
         segment_attention(Q, Q, Q, replace(SEEN, pattern=replace(fitting, **options)), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "banded"])
-def test_learned_slopes_get_a_gradient(backend: Backend) -> None:
+def test_learned_slopes_get_a_gradient(backend: AttentionBackend) -> None:
     slopes = torch.ones(4, requires_grad=True)
-    segment_attention(Q, Q, Q, SEEN, bias=Bias(slopes, SEEN.born.double()), backend=backend).sum().backward()
+    segment_attention(
+        Q, Q, Q, SEEN, bias=AlibiBias(slopes, SEEN.visible_from.double()), backend=backend
+    ).sum().backward()
     assert slopes.grad is not None
     assert float(slopes.grad.abs().min()) > 0
 
@@ -385,7 +405,9 @@ def test_cost_is_linear_in_length() -> None:
 
     def work(queries: int) -> int:
         seen = causal(queries)
-        return sum((stop - start) * (high - low) for start, stop, parts in plan.cut(seen, 16) for low, high in parts)
+        return sum(
+            (stop - start) * (high - low) for start, stop, parts in plan.split_queries(seen, 16) for low, high in parts
+        )
 
     # Four times the queries; a square would give sixteen times the work.
     assert work(400) < 4.5 * work(100)
@@ -395,19 +417,19 @@ def test_what_auto_chooses_on_a_gpu() -> None:
     """By a tensor that only says that it is on one."""
     with FakeTensorMode():
         q = {width: torch.empty(1, 2, 10, width, device="cuda") for width in (8, 64, 80)}
-    bias = Bias(torch.ones(2), SEEN.born.double())
+    bias = AlibiBias(torch.ones(2), SEEN.visible_from.double())
     own = "triton" if checks.has_triton() else "flex"
-    assert dispatch._choose(q[64], SEEN, None, 0.0)[0] == own
-    assert dispatch._choose(q[64], SEEN, bias, 0.0)[0] == "flex"
-    assert dispatch._choose(q[80], SEEN, None, 0.0)[0] == "flex"
-    assert dispatch._choose(q[8], SEEN, None, 0.0)[0] == "banded"
-    assert dispatch._choose(q[64].double(), SEEN, None, 0.0)[0] == "banded"
-    assert dispatch._choose(q[64], replace(SEEN, queries=1), None, 0.0)[0] == "banded"
-    assert dispatch._choose(q[64], SEEN, None, 0.1)[0] == "banded"
+    assert dispatch._choose_backend(q[64], SEEN, None, 0.0)[0] == own
+    assert dispatch._choose_backend(q[64], SEEN, bias, 0.0)[0] == "flex"
+    assert dispatch._choose_backend(q[80], SEEN, None, 0.0)[0] == "flex"
+    assert dispatch._choose_backend(q[8], SEEN, None, 0.0)[0] == "banded"
+    assert dispatch._choose_backend(q[64].double(), SEEN, None, 0.0)[0] == "banded"
+    assert dispatch._choose_backend(q[64], replace(SEEN, num_queries=1), None, 0.0)[0] == "banded"
+    assert dispatch._choose_backend(q[64], SEEN, None, 0.1)[0] == "banded"
 
 
 def test_says_once_what_runs(caplog: pytest.LogCaptureFixture) -> None:
-    dispatch._say.cache_clear()
+    dispatch._log_backend.cache_clear()
     with caplog.at_level("INFO", logger=dispatch.__name__):
         for _ in range(3):
             segment_attention(Q, Q, Q, SEEN)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from memtx.ops.attention import by_products, fused, reference
-from memtx.ops.attention.plan import bands
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.attention.plan import build_bands
+from memtx.ops.visibility import KeyRange, Visibility
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
@@ -17,11 +17,11 @@ def test_error_is_about_the_fused_kernel_s(spread: float, kv_heads: int, monkeyp
     """From weights all alike to one key taking all."""
     torch.manual_seed(0)
     tick = torch.arange(-60, 150)[None]
-    seen = Visibility(tick, torch.where(tick % 7 == 0, -100, tick + 60), 150, (Section(210, -60, 1, 60),))
+    seen = Visibility(tick, torch.where(tick % 7 == 0, -100, tick + 60), 150, (KeyRange(210, -60, 1, 60),))
     q, k, v = (torch.randn(2, h, n, 32).bfloat16() for h, n in ((4, 150), (kv_heads, 210), (kv_heads, 210)))
     q = q * spread
     weight, lse_weight = torch.randn(2, 4, 150, 32), torch.randn(2, 4, 150)
-    plan = bands(seen, None, 64, torch.float32)
+    plan = build_bands(seen, None, 64, torch.float32)
 
     def gradients(exact: bool) -> tuple[Tensor, ...]:
         inputs = [(x.double() if exact else x).clone().requires_grad_() for x in (q, k, v)]
@@ -32,9 +32,9 @@ def test_error_is_about_the_fused_kernel_s(spread: float, kv_heads: int, monkeyp
         return torch.autograd.grad((out * weight.bfloat16()).sum() + (lse * lse_weight).sum(), inputs)
 
     truth = gradients(exact=True)
-    monkeypatch.setattr(by_products, "are_faster", lambda: False)
+    monkeypatch.setattr(by_products, "is_faster", lambda: False)
     kernel = gradients(exact=False)
-    monkeypatch.setattr(by_products, "are_faster", lambda: True)
+    monkeypatch.setattr(by_products, "is_faster", lambda: True)
     own = gradients(exact=False)
     assert not all(torch.equal(a, b) for a, b in zip(own, kernel, strict=True))
     for mine, theirs, exact in zip(own, kernel, truth, strict=True):

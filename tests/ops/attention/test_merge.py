@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.attention.merge import merge
+from memtx.ops.attention.merge import merge_attention
 
 
 def attention(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,7 @@ def test_union(parts: list[int], seed: int, blind: float) -> None:
     scores = scores.masked_fill(torch.rand(2, 6, keys, generator=generator) < blind, float("-inf")).requires_grad_()
     v = torch.randn(2, keys, 3, dtype=torch.float64, generator=generator)
     pieces = zip(scores.split(parts, -1), v.split(parts, 1), strict=True)
-    out, lse = merge([attention(score, value) for score, value in pieces])
+    out, lse = merge_attention([attention(score, value) for score, value in pieces])
     truth, truth_lse = attention(scores, v)
     torch.testing.assert_close(out, truth, rtol=0, atol=1e-12)
     torch.testing.assert_close(lse, truth_lse, rtol=0, atol=1e-12)
@@ -36,15 +36,15 @@ def test_half_precision_is_rounded_once() -> None:
     scores, v = torch.randn(64, 40), torch.randn(40, 8)
     parts = [attention(scores[:, i : i + 5], v[i : i + 5]) for i in range(0, 40, 5)]
     rounded = [(out.bfloat16(), lse) for out, lse in parts]
-    exact = merge([(out.float(), lse) for out, lse in rounded])[0]
-    assert merge(rounded)[0].dtype == torch.bfloat16
-    assert torch.equal(merge(rounded)[0], exact.bfloat16())
+    exact = merge_attention([(out.float(), lse) for out, lse in rounded])[0]
+    assert merge_attention(rounded)[0].dtype == torch.bfloat16
+    assert torch.equal(merge_attention(rounded)[0], exact.bfloat16())
 
 
 def test_gradients_stay_finite_where_nothing_is_seen() -> None:
     lse = torch.tensor([[float("-inf"), 0.3], [float("-inf"), float("-inf")]], requires_grad=True)
     out = torch.ones(2, 2, 3, requires_grad=True)
-    merged, whole = merge([(out[0], lse[0]), (out[1], lse[1])])
+    merged, whole = merge_attention([(out[0], lse[0]), (out[1], lse[1])])
     (merged.sum() + whole[1]).backward()
     assert lse.grad is not None
     assert out.grad is not None

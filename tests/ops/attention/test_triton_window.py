@@ -21,7 +21,7 @@ from torch import Tensor
 from memtx.ops.attention import reference
 from memtx.ops.attention.checks import has_triton
 from memtx.ops.attention.dispatch import segment_attention
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.visibility import KeyRange, Visibility
 from tests.ops.attention.drawn import Problem, problems
 from tests.ops.attention.test_backends import gap, solve
 
@@ -49,17 +49,17 @@ def test_compiles_for_a_gpu_that_is_not_here(kernel: str, tmp_path: Path, monkey
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
     triton_window = pytest.importorskip("memtx.ops.attention.triton_window")
-    if triton_window.INTERPRETED:
+    if triton_window.IS_INTERPRETED:
         pytest.skip("the interpreter is on, nothing is compiled")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(triton_window, kernel)
-    tiles = triton_window._tiles(64, torch.bfloat16, "forward" if kernel == "_forward" else "backward")
+    tiles = triton_window._choose_tiles(64, torch.bfloat16, "forward" if kernel == "_forward" else "backward")
     options = {name: tiles.pop(name) for name in ("num_warps", "num_stages")}
     fixed = {"HEADS": 8, "KV_HEADS": 4, "GROUP": 2, "SECTIONS": 2, "D": 64, "PRECISION": "ieee", "HAS_GRAD_LSE": True}
     fixed |= tiles
-    types = dict.fromkeys(("q", "k", "v", "out", "grad", "dq", "dk", "dv"), "*bf16")
+    types = dict.fromkeys(("q", "k", "v", "out", "grad_out", "dq", "dk", "dv"), "*bf16")
     types |= dict.fromkeys(("lse", "grad_lse", "delta"), "*fp32") | {"scale": "fp32"}
-    types |= dict.fromkeys(("born", "expires", "ranges", "blocks"), "*i32")
+    types |= dict.fromkeys(("visible_from", "visible_until", "key_bounds", "query_bounds"), "*i32")
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in function.arg_names}
     source = compiler.ASTSource(function, signature, {name: fixed[name] for name in signature if name in fixed})
     made = compiler.compile(source, target=backends.GPUTarget("cuda", 90, 32), options=options)
@@ -70,10 +70,10 @@ def test_compiles_for_a_gpu_that_is_not_here(kernel: str, tmp_path: Path, monkey
 @needs_triton
 def test_ranges_are_made_once_a_shape() -> None:
     triton_window = pytest.importorskip("memtx.ops.attention.triton_window")
-    sections = (Section(40, -120, 3, 60), Section(100, -50, 1, 50))
+    sections = (KeyRange(40, -120, 3, 60), KeyRange(100, -50, 1, 50))
     at = torch.device("cpu")
-    assert triton_window.key_ranges(sections, 50, 16, at) is triton_window.key_ranges(sections, 50, 16, at)
-    blocks = triton_window.query_ranges(sections, 50, 32, at)
+    assert triton_window.build_key_bounds(sections, 50, 16, at) is triton_window.build_key_bounds(sections, 50, 16, at)
+    blocks = triton_window.build_query_bounds(sections, 50, 32, at)
     # Blocks of keys are 32 at most, together all keys, none of two sections.
     assert [tuple(one) for one in blocks[:, :2].tolist()] == [
         (0, 32),
@@ -101,7 +101,7 @@ def test_ranges_are_made_once_a_shape() -> None:
 )
 def test_on_a_gpu(backend: str, dtype: torch.dtype, tolerance: float) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
-        seen = replace(seen, born=seen.born.cuda(), expires=seen.expires.cuda(), _made={})
+        seen = replace(seen, visible_from=seen.visible_from.cuda(), visible_until=seen.visible_until.cuda(), _values={})
         out, lse = segment_attention(
             q.cuda(), k.cuda(), v.cuda(), seen, bias=bias, scale=scale, backend=backend, return_lse=True
         )  # type: ignore[call-overload]

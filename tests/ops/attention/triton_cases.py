@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memtx.ops.attention import reference
 from memtx.ops.attention.dispatch import segment_attention
-from memtx.ops.visibility import Section, Visibility
+from memtx.ops.visibility import KeyRange, Visibility
 from tests.ops.attention.drawn import Problem, problems
 from tests.ops.attention.test_backends import gap, solve
 
@@ -38,7 +38,7 @@ def strided() -> None:
     """Heads behind entries, as projections leave them, and an inner stride that is not 1."""
     torch.manual_seed(0)
     tick = torch.arange(20)[None]
-    seen = Visibility(tick, tick + 8, 20, (Section(20, 0, 1, 8),))
+    seen = Visibility(tick, tick + 8, 20, (KeyRange(20, 0, 1, 8),))
     q = torch.randn(2, 20, 4, 32).transpose(1, 2)
     k = torch.randn(2, 20, 2, 64).transpose(1, 2)[..., ::2]
     out = segment_attention(q, k, k, seen, backend="triton")

@@ -14,17 +14,17 @@ import torch
 from memtx.errors import CheckpointError, MemtxError
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
-from memtx.models.heads import DocumentReader, TaskModel
+from memtx.models.heads import MemoryTransformerBackbone, TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops import bf16
 from memtx.training.distillation import (
     Distillation,
-    Embeddings,
-    EveryKth,
+    EmbeddingMSE,
+    EveryKthLayer,
     HardLabels,
     HiddenCosine,
     HiddenMSE,
-    Last,
+    LastLayer,
     SoftTargets,
     ValueRelations,
 )
@@ -36,7 +36,7 @@ from tests.training.small import SEGMENT, Record, adam, assert_equal, data, trai
 from tests.training.test_tasks import parts
 from tests.training.test_tasks import trainer as task_trainer
 
-ALL = (SoftTargets, HardLabels, HiddenMSE, partial(HiddenCosine, layers=Last()), ValueRelations, Embeddings)
+ALL = (SoftTargets, HardLabels, HiddenMSE, partial(HiddenCosine, layers=LastLayer()), ValueRelations, EmbeddingMSE)
 
 
 class Keep(pl.Callback):
@@ -138,7 +138,7 @@ def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
     found = []
     for path in (None, str(tmp_path / "half.ckpt")):
-        module, examples = parts("tagging", root, dropped=0.3, distillation=Distillation(teacher, ALL))
+        module, examples = parts("tagging", root, token_mask_prob=0.3, distillation=Distillation(teacher, ALL))
         pl.seed_everything(0 if path is None else 99)
         keep = [Keep(7, tmp_path / "half.ckpt")] if path is None else []
         task_trainer(max_steps=12, callbacks=keep).fit(module, examples, ckpt_path=path)
@@ -150,18 +150,18 @@ def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
 def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, root = task_teacher(tmp_path, kind)
     reads: list[bool] = []
-    layers_and_scores = TaskModel.layers_and_scores
+    layers_and_scores = TaskModel.forward_with_hidden_states
 
     def spy(self: TaskModel, *given: Any, **options: Any) -> Any:
         reads.append(self.training)
         return layers_and_scores(self, *given, **options)
 
-    monkeypatch.setattr(TaskModel, "layers_and_scores", spy)
+    monkeypatch.setattr(TaskModel, "forward_with_hidden_states", spy)
     losses: list[dict[int, str]] = []
     for cache in (None, tmp_path / "kept", tmp_path / "kept"):
         reads.clear()
         distillation = Distillation(
-            teacher, [SoftTargets, HardLabels], cache=None if cache is None else str(cache), top=200
+            teacher, [SoftTargets, HardLabels], cache_dir=None if cache is None else str(cache), top_k=200
         )
         module, examples = parts(kind, root, distillation=distillation)
         record = Record()
@@ -180,27 +180,30 @@ def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monke
 def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_teacher(tmp_path)
     heard: list[bool] = []
-    read = LanguageModule._heard
+    read = LanguageModule._teacher_hidden_states
 
     def spy(self: LanguageModule, *given: Any) -> Any:
         heard.append(True)
         return read(self, *given)
 
-    monkeypatch.setattr(LanguageModule, "_heard", spy)
+    monkeypatch.setattr(LanguageModule, "_teacher_hidden_states", spy)
     losses, steps = [], 28
 
     def run(cache: str, top: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
         folder = None if not cache else str(tmp_path / cache)
-        module, record = language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache=folder, top=top), Record()
+        module, record = (
+            language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache_dir=folder, top_k=top),
+            Record(),
+        )
         made = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
-        made.fit(module, data(tmp_path, rows=4), ckpt_path=path)
+        made.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
         losses.append(record.losses)
-        return module.distillation.table
+        return module.distillation.logit_table
 
     run("", 1)
     assert len(heard) == steps
     heard.clear()
-    assert run("all", 257).complete
+    assert run("all", 257).is_complete
     # Until every row has begun the second pass.
     assert 10 < len(heard) < steps
     heard.clear()
@@ -213,7 +216,7 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
     # Killed in the first pass and gone on with, with few of the scores.
     half = tmp_path / "half.ckpt"
     run("few", 4, Keep(8, half, tmp_path / "few"))
-    assert run("few.then", 4, seed=9, path=str(half)).complete
+    assert run("few.then", 4, seed=9, path=str(half)).is_complete
     assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
 
 
@@ -234,7 +237,7 @@ def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
 
 def test_the_student_begins_as_every_second_layer(tmp_path: Path) -> None:
     teacher = MemoryTransformer.from_pretrained(decoder_teacher(tmp_path))
-    module = small.module(distillation=Distillation(str(tmp_path / "teacher"), start=EveryKth()))
+    module = small.module(distillation=Distillation(str(tmp_path / "teacher"), student_init=EveryKthLayer()))
     with pytest.raises(MemtxError, match="16 wide and shows 2 layers, the teacher 24 and 4"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
     module.model = MemoryTransformer(257, dim=24, depth=2, heads=2, memories=(small.memory(),))
@@ -249,7 +252,7 @@ def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     decoder_teacher(tmp_path)
     losses = []
     for asked, fast in ((False, True), (True, True), (True, False)):
-        monkeypatch.setattr(bf16, "cpu_multiplies", lambda fast=fast: fast)
+        monkeypatch.setattr(bf16, "is_cpu_bf16_fast", lambda fast=fast: fast)
         module = language(tmp_path, bf16=asked)
         record = Record()
         trainer(tmp_path, record, max_steps=2, limit_val_batches=0).fit(module, data(tmp_path))
@@ -264,12 +267,14 @@ def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_whole_texts_teacher_teaches_a_reader_by_segments(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path, "classification")
     module, examples = parts("classification", root, distillation=Distillation(teacher))
-    reader = partial(DocumentReader, model=partial(MemoryTransformer, dim=8, depth=1, heads=2), segment=4)
+    reader = partial(
+        MemoryTransformerBackbone, model=partial(MemoryTransformer, dim=8, depth=1, heads=2), segment_length=4
+    )
     module.model = TaskModel(module.model.vocab_size, 2, reader)
     task_trainer(max_steps=2).fit(module, examples)
     module, examples = parts("classification", root, distillation=Distillation(teacher, [HiddenMSE]))
     module.model = TaskModel(module.model.vocab_size, 2, reader)
-    with pytest.raises(MemtxError, match="the student, a DocumentReader, shows none"):
+    with pytest.raises(MemtxError, match="the student, a MemoryTransformerBackbone, shows none"):
         task_trainer(max_steps=2).fit(module, examples)
 
 
@@ -284,9 +289,9 @@ def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="no losses"):
         begun(Distillation(teacher, []))
     with pytest.raises(MemtxError, match="a teacher's scores, and HiddenMSE asks for its layers"):
-        begun(Distillation(teacher, [HiddenMSE], cache=str(tmp_path / "kept")))
-    with pytest.raises(MemtxError, match=r"dropped is 0.3, so no text comes again"):
-        begun(Distillation(teacher, cache=str(tmp_path / "kept")), dropped=0.3)
+        begun(Distillation(teacher, [HiddenMSE], cache_dir=str(tmp_path / "kept")))
+    with pytest.raises(MemtxError, match=r"token_mask_prob is 0.3, so no text comes again"):
+        begun(Distillation(teacher, cache_dir=str(tmp_path / "kept")), token_mask_prob=0.3)
     other = folder(tmp_path / "other", "tagging")
     write_lines(other / "train.jsonl", records("tagging", 24, seed=99))
     with pytest.raises(CheckpointError, match="trained with another tokenizer: its token ids mean something else"):
@@ -300,7 +305,7 @@ def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
         begun(Distillation(str(tmp_path / "encoder")))
     begun(Distillation(str(tmp_path / "encoder"), [HiddenMSE, HardLabels]))
     module = MaskedModule(partial(Encoder, dim=8, depth=1, heads=2))
-    module.distillation = Distillation(teacher, cache=str(tmp_path / "kept"))
+    module.distillation = Distillation(teacher, cache_dir=str(tmp_path / "kept"))
     with pytest.raises(MemtxError, match="Other tokens are hidden in each pass"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
     assert not (tmp_path / "kept").exists()

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.training.distillation.layer_map import EveryKth, Explicit, Last
+from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, LastLayer
 
 
 @given(st.integers(1, 12), st.integers(1, 6))
 def test_every_kth_ends_with_the_last_and_is_even(student: int, k: int) -> None:
-    found = EveryKth().pairs(student, student * k)
+    found = EveryKthLayer().pairs(student, student * k)
     assert [own for own, _ in found] == list(range(student))
     assert found[-1] == (student - 1, student * k - 1)
     assert {other - before for (_, before), (_, other) in itertools.pairwise(found)} <= {k}
@@ -22,15 +22,15 @@ def test_every_kth_ends_with_the_last_and_is_even(student: int, k: int) -> None:
 
 def test_depths_that_do_not_divide_are_told_which_would() -> None:
     with pytest.raises(MemtxError, match=r"5 layers, which do not divide the teacher's 12. Give it 1, 2, 3, 4, 6, 12"):
-        EveryKth().pairs(5, 12)
+        EveryKthLayer().pairs(5, 12)
 
 
 def test_explicit_pairs_count_from_either_end() -> None:
-    assert Explicit([(0, 1), (-1, -1)]).pairs(3, 5) == [(0, 1), (2, 4)]
-    assert Last().pairs(3, 5) == [(2, 4)]
+    assert ExplicitLayers([(0, 1), (-1, -1)]).pairs(3, 5) == [(0, 1), (2, 4)]
+    assert LastLayer().pairs(3, 5) == [(2, 4)]
     with pytest.raises(MemtxError, match=r"names layer 5 of the teacher, which has 5. Give -5 to 4"):
-        Explicit([(0, 5)]).pairs(3, 5)
+        ExplicitLayers([(0, 5)]).pairs(3, 5)
     with pytest.raises(MemtxError, match="names layer -4 of the student"):
-        Explicit([(-4, 0)]).pairs(3, 5)
+        ExplicitLayers([(-4, 0)]).pairs(3, 5)
     with pytest.raises(MemtxError, match="no pairs"):
-        Explicit([])
+        ExplicitLayers([])

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.layers.block_attention import BlockAttention
+from memtx.layers.block_attention import BigBirdAttention
 from memtx.layers.pattern_attention import FullAttention
-from memtx.layers.window_attention import WindowAttention
+from memtx.layers.window_attention import LongformerAttention
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation import losses as kinds
-from memtx.training.distillation.cached import highest
-from memtx.training.distillation.layer_map import Explicit, NoLayers
-from memtx.training.distillation.reading import shown_language
-from memtx.training.distillation.shown import Shown, Sizes, blocks_of
+from memtx.training.distillation.cached import top_k_logits
+from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
+from memtx.training.distillation.reading import collect_language_outputs
+from memtx.training.distillation.shown import ModelDims, ModelOutputs, get_blocks
 
 ROWS, LENGTH, VOCAB = 2, 7, 11
 # float64, sums in another order
 CLOSE: Any = {"rel": 1e-9}
-SIZES = Sizes("Encoder", 8, 2, 2, 8, VOCAB, maps=True)
+SIZES = ModelDims("Encoder", 8, 2, 2, 8, VOCAB, has_attention_maps=True)
 
 
 def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention) -> Encoder:
@@ -38,7 +38,7 @@ def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention
     return model.double()
 
 
-def read(model: Encoder, marked: Tensor | None = None) -> Shown:
+def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
     """What an encoder shows of drawn rows, the second one padded."""
     tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     present = torch.ones(ROWS, LENGTH, dtype=torch.bool)
@@ -47,12 +47,20 @@ def read(model: Encoder, marked: Tensor | None = None) -> Shown:
     assert out.hidden_states is not None
     assert out.logits is not None
     scored = present & (tokens % 2 == 0)
-    return Shown(out.logits[scored], hidden=out.hidden_states, blocks=blocks_of(model), present=present, marked=marked)
+    return ModelOutputs(
+        out.logits[scored],
+        hidden_states=out.hidden_states,
+        blocks=get_blocks(model),
+        attention_mask=present,
+        global_attention_mask=marked,
+    )
 
 
-def pair(student: Encoder, teacher: Encoder, make: Any) -> tuple[float, Shown, Shown, kinds.Loss]:
+def pair(
+    student: Encoder, teacher: Encoder, make: Any
+) -> tuple[float, ModelOutputs, ModelOutputs, kinds.DistillationLoss]:
     torch.manual_seed(3)
-    loss = make(Sizes.of(student), Sizes.of(teacher)).double()
+    loss = make(ModelDims.from_model(student), ModelDims.from_model(teacher)).double()
     own, other = read(student), read(teacher)
     return float(loss(own, other).detach()), own, other, loss
 
@@ -69,29 +77,29 @@ def softmax(scores: list[float]) -> list[float]:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("chunk", [2, 512])
 def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "CHUNK", chunk)
+    monkeypatch.setattr(kinds, "CHUNK_SIZE", chunk)
     make = partial(kinds.SoftTargets, temperature=temperature)
     found, own, other, _ = pair(encoder(8, 1), encoder(12, 2), make)
-    assert own.states is not None
-    assert other.states is not None
+    assert own.features is not None
+    assert other.features is not None
     each = [
         kl(softmax([one / temperature for one in wanted]), softmax([one / temperature for one in mine]))
-        for mine, wanted in zip(own.states.tolist(), other.states.tolist(), strict=True)
+        for mine, wanted in zip(own.features.tolist(), other.features.tolist(), strict=True)
     ]
     assert found == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
 
 
 def test_soft_targets_of_the_highest_scores_alone() -> None:
     found, own, other, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
-    assert own.states is not None
-    assert other.states is not None
+    assert own.features is not None
+    assert other.features is not None
 
     def kept(top: int) -> float:
-        values, index = highest(other.states, top)
-        return float(loss(own, Shown(values.double(), index=index)).detach())
+        values, index = top_k_logits(other.features, top)
+        return float(loss(own, ModelOutputs(values.double(), class_indices=index)).detach())
 
     each = []
-    for mine, wanted in zip(own.states.tolist(), other.states.float().tolist(), strict=True):
+    for mine, wanted in zip(own.features.tolist(), other.features.float().tolist(), strict=True):
         chosen = sorted(range(VOCAB), key=lambda place: -wanted[place])[:4]
         target, own_all = softmax([wanted[one] / 2 for one in chosen]), softmax([one / 2 for one in mine])
         each.append(kl(target, [own_all[one] for one in chosen]))
@@ -106,8 +114,8 @@ def test_soft_targets_of_the_highest_scores_alone() -> None:
 def test_losses_of_hidden_states(dim: int, kind: str) -> None:
     make: Any = {
         "mse": kinds.HiddenMSE,
-        "cosine": partial(kinds.HiddenCosine, layers=Explicit([(0, 0), (1, 3)])),
-        "embeddings": kinds.Embeddings,
+        "cosine": partial(kinds.HiddenCosine, layers=ExplicitLayers([(0, 0), (1, 3)])),
+        "embeddings": kinds.EmbeddingMSE,
     }[kind]
     found, own, other, loss = pair(encoder(8, 2), encoder(dim, 4), make)
     layers = {"mse": [(1, 2), (2, 4)], "cosine": [(1, 1), (2, 4)], "embeddings": [(0, 0)]}[kind]
@@ -116,8 +124,8 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
     means = []
     for mine, theirs in layers:
         each = []
-        for row, place in own.there.nonzero().tolist():
-            x, y = own.hidden[mine][row, place].tolist(), other.hidden[theirs][row, place].tolist()
+        for row, place in own.token_mask.nonzero().tolist():
+            x, y = own.hidden_states[mine][row, place].tolist(), other.hidden_states[theirs][row, place].tolist()
             if weight is not None:
                 x = [sum(w * one for w, one in zip(line, x, strict=True)) for line in weight.tolist()]
             if kind == "cosine":
@@ -129,10 +137,10 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
     assert found == pytest.approx(sum(means) / len(means), **CLOSE)
 
 
-def by_heads(model: Encoder, shown: Shown, layer: int, part: str, heads: int) -> list[Any]:
+def by_heads(model: Encoder, shown: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
     """[row][head][place] -> numbers, by the layer's own map and nothing else of it."""
     linear = getattr(model.blocks[layer].attention, part)
-    x = shown.hidden[layer] @ linear.weight.T + linear.bias
+    x = shown.hidden_states[layer] @ linear.weight.T + linear.bias
     width = x.shape[-1] // heads
     return [[x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(ROWS)]
 
@@ -140,17 +148,17 @@ def by_heads(model: Encoder, shown: Shown, layer: int, part: str, heads: int) ->
 @pytest.mark.parametrize("queries", [1, 3, 128])
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "QUERIES", queries)
-    attention: Any = FullAttention if window is None else partial(WindowAttention, window=window)
+    monkeypatch.setattr(kinds, "QUERY_CHUNK_SIZE", queries)
+    attention: Any = FullAttention if window is None else partial(LongformerAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
-    found, own, other, loss = pair(student, teacher, kinds.AttentionMaps)
+    found, own, other, loss = pair(student, teacher, kinds.AttentionMSE)
 
     def expected(marked: list[tuple[int, int]]) -> float:
         read_by = ((student, own, 0), (teacher, other, 1))
         parts = [by_heads(*one, name, 2) for one in read_by for name in ("query", "key")]
         each = []
         for row in range(ROWS):
-            places = own.there[row].nonzero().flatten().tolist()
+            places = own.token_mask[row].nonzero().flatten().tolist()
             for head in range(2):
                 for i in places:
                     for j in places:
@@ -168,7 +176,7 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
     # Global tokens ask with other projections: their rows are no part of it.
     marked = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     marked[0, 2] = True
-    without = loss(replace(own, marked=marked), other)
+    without = loss(replace(own, global_attention_mask=marked), other)
     assert float(without.detach()) == pytest.approx(expected([(0, 2)]), **CLOSE)
 
 
@@ -180,7 +188,7 @@ def test_value_relations(heads: int | None) -> None:
     mine, theirs = by_heads(student, own, 0, "value", count), by_heads(teacher, other, 1, "value", count)
     each = []
     for row in range(ROWS):
-        places = own.there[row].nonzero().flatten().tolist()
+        places = own.token_mask[row].nonzero().flatten().tolist()
         for head in range(count):
             for i in places:
                 relations = [
@@ -209,9 +217,9 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
     starts[0, 4] = True
     shown = []
     for model in models:
-        hidden = model(tokens, starts=starts, return_hidden=True).hidden_states
-        shown.append(shown_language(model, hidden, tokens, starts))
-    sizes = Sizes.of(models[0])
+        hidden = model(tokens, document_starts=starts, return_hidden_states=True).hidden_states
+        shown.append(collect_language_outputs(model, hidden, tokens, starts))
+    sizes = ModelDims.from_model(models[0])
     found = float(kinds.ValueRelations(sizes, sizes)(*shown).detach())
     each = []
     values = [one.values(0)[0].tolist() for one in shown]
@@ -229,22 +237,22 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
 
 def test_hard_labels_are_the_students_own() -> None:
     lost = torch.tensor(2.5)
-    assert kinds.HardLabels(SIZES, SIZES)(Shown(None, loss=lost), Shown(None)) is lost
+    assert kinds.HardLabels(SIZES, SIZES)(ModelOutputs(None, loss=lost), ModelOutputs(None)) is lost
 
 
 @pytest.mark.parametrize(
     ("make", "teacher", "said"),
     [
-        (kinds.SoftTargets, {"outputs": 0}, "no head for the task. Fine-tune it first"),
-        (kinds.SoftTargets, {"outputs": 12}, "scores 11 classes, the teacher 12. Both need the same vocabulary"),
+        (kinds.SoftTargets, {"num_classes": 0}, "no head for the task. Fine-tune it first"),
+        (kinds.SoftTargets, {"num_classes": 12}, "scores 11 classes, the teacher 12. Both need the same vocabulary"),
         (partial(kinds.SoftTargets, temperature=0.0), {}, "temperature is 0"),
         (partial(kinds.SoftTargets, weight=-1.0), {}, "SoftTargets's weight is -1"),
         (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets counts from 0.5 to 0.5"),
         (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Give it 1, 3 layers"),
-        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its map names none. Give EveryKth"),
+        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its map names none. Give EveryKthLayer"),
         (kinds.HiddenMSE, {"depth": 0}, "the teacher, a Encoder, shows none"),
-        (kinds.AttentionMaps, {"heads": 4}, "2 heads a layer, the teacher 4.* Give the student 4"),
-        (kinds.AttentionMaps, {"maps": False}, "the teacher, a Encoder, sees random blocks or a memory"),
+        (kinds.AttentionMSE, {"heads": 4}, "2 heads a layer, the teacher 4.* Give the student 4"),
+        (kinds.AttentionMSE, {"has_attention_maps": False}, "the teacher, a Encoder, sees random blocks or a memory"),
         (kinds.ValueRelations, {"heads": 4}, "2 heads a layer, the teacher 4.* heads that divide both widths"),
         (partial(kinds.ValueRelations, heads=3), {}, "8 wide, which 3 heads do not divide"),
     ],
@@ -255,9 +263,18 @@ def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[s
 
 
 def test_sizes_are_those_of_the_model() -> None:
-    found = Sizes.of(encoder(8, 2, 4))
-    assert (found.dim, found.depth, found.heads, found.width, found.outputs, found.maps) == (8, 2, 4, 8, VOCAB, True)
-    assert not Sizes.of(encoder(8, 2, 4, partial(BlockAttention, size=4))).maps
-    assert not Sizes.of(encoder(8, 2, 4, partial(WindowAttention, window=4, links=1))).maps
+    found = ModelDims.from_model(encoder(8, 2, 4))
+    assert (found.dim, found.depth, found.heads, found.value_dim, found.num_classes, found.has_attention_maps) == (
+        8,
+        2,
+        4,
+        8,
+        VOCAB,
+        True,
+    )
+    assert not ModelDims.from_model(encoder(8, 2, 4, partial(BigBirdAttention, block_size=4))).has_attention_maps
+    assert not ModelDims.from_model(
+        encoder(8, 2, 4, partial(LongformerAttention, window=4, num_random_tokens=1))
+    ).has_attention_maps
     with pytest.raises(MemtxError, match="A Linear can be no teacher"):
-        Sizes.of(nn.Linear(2, 2))
+        ModelDims.from_model(nn.Linear(2, 2))

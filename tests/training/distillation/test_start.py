@@ -19,9 +19,9 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation.layer_map import EveryKth, Explicit, NoLayers
-from memtx.training.distillation.narrowed import directions
-from memtx.training.distillation.start import begin_as
+from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, NoLayers
+from memtx.training.distillation.narrowed import principal_directions
+from memtx.training.distillation.start import init_student
 
 VOCAB = 11
 
@@ -34,9 +34,9 @@ def decoder(depth: int, memory: Any = WINDOW, **options: Any) -> MemoryTransform
 
 
 def test_layers_are_those_of_the_map_and_memories_stay() -> None:
-    teacher, student = decoder(4), decoder(2, partial(CompressedMemory, window=8, rate=2, length=3))
+    teacher, student = decoder(4), decoder(2, partial(CompressedMemory, window=8, compression_rate=2, num_entries=3))
     before = {name: one.clone() for name, one in student.state_dict().items()}
-    begin_as(student, teacher, EveryKth())
+    init_student(student, teacher, EveryKthLayer())
     memories = student.memory_parameters()
     assert memories
     given = teacher.state_dict()
@@ -52,30 +52,30 @@ def test_layers_are_those_of_the_map_and_memories_stay() -> None:
 def test_a_layer_that_the_map_leaves_out_stays() -> None:
     teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
     before = {name: one.clone() for name, one in student.state_dict().items()}
-    begin_as(student, teacher, Explicit([(1, 0)]))
+    init_student(student, teacher, ExplicitLayers([(1, 0)]))
     found = student.state_dict()
     assert all(torch.equal(found[name], before[name]) for name in found if name.startswith("blocks.0."))
     name = "blocks.1.attention.query.weight"
     assert torch.equal(found[name], teacher.state_dict()["blocks.0.attention.query.weight"])
-    assert torch.equal(found["embedding.tokens.weight"], teacher.embedding.tokens.weight)
+    assert torch.equal(found["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
 
 
 def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
     teacher = Encoder(VOCAB, 8, 4, 2)
     student = TaskModel(VOCAB, 3, partial(Encoder, dim=8, depth=2, heads=2))
     head = student.head.out.weight.clone()
-    begin_as(student, teacher, EveryKth())
-    assert torch.equal(student.body.embedding.tokens.weight, teacher.embedding.tokens.weight)
+    init_student(student, teacher, EveryKthLayer())
+    assert torch.equal(student.backbone.embedding.word_embeddings.weight, teacher.embedding.word_embeddings.weight)
     assert torch.equal(student.head.out.weight, head)
     other = TaskModel(VOCAB, 3, partial(Encoder, dim=8, depth=1, heads=2))
-    begin_as(other, student, EveryKth())
+    init_student(other, student, EveryKthLayer())
     assert torch.equal(other.head.out.weight, head)
 
 
 @pytest.mark.parametrize(
     ("student", "said"),
     [
-        (Encoder(VOCAB, 8, 2, 2), "a Encoder, the teacher a MemoryTransformer.* Leave start out"),
+        (Encoder(VOCAB, 8, 2, 2), "a Encoder, the teacher a MemoryTransformer.* Leave student_init out"),
         (decoder(2, dim=12), "12 wide and shows 2 layers, the teacher 8 and 4.* give the student dim 8"),
         (decoder(3), "3 layers, which do not divide"),
         (decoder(2, kv_heads=1), r"key_value.weight is \(8, 8\), the teacher's \(16, 8\)"),
@@ -84,12 +84,12 @@ def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
 )
 def test_models_that_it_cannot_begin_as_are_named(student: Any, said: str) -> None:
     with pytest.raises(MemtxError, match=said):
-        begin_as(student, decoder(4), EveryKth())
+        init_student(student, decoder(4), EveryKthLayer())
 
 
 def test_what_the_teachers_layers_have_besides_is_named() -> None:
     with pytest.raises(MemtxError, match=r"the student has no blocks.0.attention.key_value.bias"):
-        begin_as(decoder(2), decoder(4, bias=True), EveryKth())
+        init_student(decoder(2), decoder(4, bias=True), EveryKthLayer())
 
 
 def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
@@ -104,7 +104,7 @@ def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor
 def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int, centred: bool, seed: int) -> None:
     width, rank = dim + more, dim - 1 if centred else dim
     x = low(12, width, rank, seed, centred=centred)
-    kept = directions(x, dim, centred=centred)
+    kept = principal_directions(x, dim, centered=centred)
     # Float64's rounding, a hundred times over for vectors near zero that norms magnify.
     close = {"atol": 1e-9, "rtol": 1e-9}
     assert torch.allclose((x @ kept) @ (x @ kept).T, x @ x.T, **close)
@@ -121,24 +121,27 @@ def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
         return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
 
     teacher, student = made(16), made(8)
-    wide, narrow = (model.body if task else model for model in (teacher, student))
+    wide, narrow = (model.backbone if task else model for model in (teacher, student))
     with torch.no_grad():
-        wide.embedding.tokens.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
-        wide.embedding.positions.weight[:4] = wide.embedding.tokens.weight[:4]
+        wide.embedding.word_embeddings.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
+        wide.embedding.position_embeddings.weight[:4] = wide.embedding.word_embeddings.weight[:4]
     before = {name: one.clone() for name, one in student.state_dict().items()}
-    begin_as(student, teacher, NoLayers())
-    tokens, given = narrow.embedding.tokens.weight, wide.embedding.tokens.weight
+    init_student(student, teacher, NoLayers())
+    tokens, given = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
     assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
-    assert torch.allclose(narrow.embedding.positions.weight[:4], tokens[:4], atol=1e-6)
+    assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
     changed = {name for name, one in student.state_dict().items() if not torch.equal(one, before[name])}
-    assert {name.removeprefix("body.") for name in changed} == {"embedding.tokens.weight", "embedding.positions.weight"}
+    assert {name.removeprefix("backbone.") for name in changed} == {
+        "embedding.word_embeddings.weight",
+        "embedding.position_embeddings.weight",
+    }
 
 
 def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
     teacher, student = decoder(3, dim=16), decoder(2)
     with torch.no_grad():
         teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
-    begin_as(student, teacher, NoLayers())
+    init_student(student, teacher, NoLayers())
     tokens, given = student.embedding.weight, teacher.embedding.weight
     assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
 
@@ -146,12 +149,12 @@ def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
 def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
     teacher, student = decoder(4), decoder(2)
     before = {name: one.clone() for name, one in student.state_dict().items()}
-    begin_as(student, teacher, NoLayers())
+    init_student(student, teacher, NoLayers())
     for name, one in student.state_dict().items():
         assert torch.equal(one, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
 
 
 def test_tables_that_do_not_fit_a_narrower_student_are_named() -> None:
-    student = Encoder(VOCAB, 8, 2, 2, embeddings=partial(TextEmbeddings, positions=32))
-    with pytest.raises(MemtxError, match=r"embedding.positions has 32 entries, the teacher's 512"):
-        begin_as(student, Encoder(VOCAB, 16, 2, 2), NoLayers())
+    student = Encoder(VOCAB, 8, 2, 2, embeddings=partial(TextEmbeddings, num_positions=32))
+    with pytest.raises(MemtxError, match=r"embedding.position_embeddings has 32 entries, the teacher's 512"):
+        init_student(student, Encoder(VOCAB, 16, 2, 2), NoLayers())
