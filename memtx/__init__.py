@@ -11,24 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memtx.data.books import BookDataModule
     from memtx.errors import MemtxError
+    from memtx.hf.load import from_pretrained
     from memtx.inference.generate import generate
     from memtx.inference.reader import StreamReader
     from memtx.inference.summarizer import load_predictor
     from memtx.layers.feed_forward import FeedForward, SwiGLU
-    from memtx.layers.positions import Alibi, Rotary
+    from memtx.layers.positions.base import Alibi, Rotary
     from memtx.memory.associative import AssociativeMemory
     from memtx.memory.compressed import CompressedMemory
+    from memtx.memory.ernie_doc import ErnieDocMemory
+    from memtx.memory.memory_tokens import TokenMemory
     from memtx.memory.none import NoMemory
     from memtx.memory.recurrent import RecurrentMemory
     from memtx.memory.retrieval import RetrievalMemory
-    from memtx.memory.same_layer import ErnieDocMemory
-    from memtx.memory.scored import TopKMemory
     from memtx.memory.sinks import SinkMemory
     from memtx.memory.slots import SlotMemory
-    from memtx.memory.tokens import TokenMemory
+    from memtx.memory.top_k import TopKMemory
     from memtx.models.encoder import Encoder
     from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
-    from memtx.models.published.load import from_pretrained
     from memtx.models.reformer import Reformer
     from memtx.models.transformer_xl import TransformerXL
     from memtx.state import MemoryState
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Alibi": "memtx.layers.positions:Alibi",
+    "Alibi": "memtx.layers.positions.base:Alibi",
     "AssociativeMemory": "memtx.memory.associative:AssociativeMemory",
     "BookDataModule": "memtx.data.books:BookDataModule",
     "CompressedMemory": "memtx.memory.compressed:CompressedMemory",
     "Encoder": "memtx.models.encoder:Encoder",
-    "ErnieDocMemory": "memtx.memory.same_layer:ErnieDocMemory",
+    "ErnieDocMemory": "memtx.memory.ernie_doc:ErnieDocMemory",
     "FeedForward": "memtx.layers.feed_forward:FeedForward",
     "LanguageModule": "memtx.training.language:LanguageModule",
     "MemoryOutput": "memtx.models.memory_transformer:MemoryOutput",
@@ -53,15 +53,15 @@ _EXPORTS = {
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Reformer": "memtx.models.reformer:Reformer",
     "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
-    "Rotary": "memtx.layers.positions:Rotary",
+    "Rotary": "memtx.layers.positions.base:Rotary",
     "SinkMemory": "memtx.memory.sinks:SinkMemory",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",
     "SwiGLU": "memtx.layers.feed_forward:SwiGLU",
-    "TopKMemory": "memtx.memory.scored:TopKMemory",
+    "TopKMemory": "memtx.memory.top_k:TopKMemory",
     "TransformerXL": "memtx.models.transformer_xl:TransformerXL",
-    "TokenMemory": "memtx.memory.tokens:TokenMemory",
-    "from_pretrained": "memtx.models.published.load:from_pretrained",
+    "TokenMemory": "memtx.memory.memory_tokens:TokenMemory",
+    "from_pretrained": "memtx.hf.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
     "load_predictor": "memtx.inference.summarizer:load_predictor",
 }

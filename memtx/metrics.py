@@ -102,8 +102,8 @@ Span = tuple[str, int, int]
 class SpanF1(Metric):
     """F1 of whole spans, over all texts together: right is a span of the same type and the same two ends.
 
-    With the spans of :func:`memtx.data.tags.extract_spans` it is the micro average of CoNLL-2000's evaluation, as the
-    package seqeval has it.
+    With the spans of :func:`memtx.data.tasks.tagging.extract_spans` it is the micro average of CoNLL-2000's
+    evaluation, as the package seqeval has it.
     """
 
     is_differentiable = False

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.once import Memo
+from memtx.memo import Memo
 
 INFINITE_OFFSET = 1 << 40
 """A tick no stream reaches: "never" for a birth, "not within this call" for an end."""

@@ -29,10 +29,10 @@ from measuring import Spread, format_mib
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.allocator import release_freed_memory, retain_freed_memory
 from memtx.errors import MemtxError
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
-from memtx.ops.visibility import KeyRange, Visibility, create_mask, num_visible_pairs
+from memtx.ops.attention.mask import KeyRange, Visibility, create_mask, num_visible_pairs
+from memtx.ops.cpu.malloc import release_freed_memory, retain_freed_memory
 from memtx.training import cost
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]

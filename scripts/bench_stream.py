@@ -23,10 +23,10 @@ import torch
 from measuring import Spread, format_mib
 from torch import Tensor
 
-from memtx.allocator import retain_freed_memory
 from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.ops.cpu.malloc import retain_freed_memory
 from memtx.state import MemoryState
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}

@@ -24,12 +24,12 @@ import measuring
 import torch
 from learning import last_value, run_fit, train_on_episodes
 
-from memtx import files, plots, specs
-from memtx.data.episodes.base import SyntheticTask
-from memtx.data.episodes.copying import SelectiveCopying
-from memtx.data.episodes.overwrite import Overwrite
-from memtx.data.episodes.recall import AssociativeRecall
-from memtx.data.episodes.tracking import StateTracking
+from memtx import class_config, files, plots
+from memtx.data.synthetic_tasks.base import SyntheticTask
+from memtx.data.synthetic_tasks.copying import SelectiveCopying
+from memtx.data.synthetic_tasks.overwrite import Overwrite
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.evaluation.accuracy import evaluate_accuracy
 from memtx.layers.feed_forward import FeedForward, SwiGLU
 from memtx.memory.associative import AssociativeMemory
@@ -37,11 +37,11 @@ from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
 from memtx.memory.gates import ReflectingGate
+from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
-from memtx.memory.scored import TopKMemory
 from memtx.memory.slots import SlotMemory
-from memtx.memory.tokens import TokenMemory
+from memtx.memory.top_k import TopKMemory
 from memtx.models.memory_transformer import MemoryTransformer
 
 MemoryFactory = Callable[[int], Memory[Any]]
@@ -153,7 +153,7 @@ def train_on_books(kind: str, seed: int, arguments: argparse.Namespace) -> dict[
     model = "--model.model.init_args"
     settings = [
         f"{model}.dim={dim}", f"{model}.depth={depth}", f"{model}.heads={heads}",
-        f"{model}.memories={json.dumps([specs.to_config(stack)])}",
+        f"{model}.memories={json.dumps([class_config.to_config(stack)])}",
         f"{model}.feed_forward.init_args.hidden_dim={match_hidden_dim(build_model, plain)}",
         # Learned writing needs a horizon of two segments at least; the bytes of a step stay.
         "--data.bptt_segments=2", "--data.batch_size=16", "--data.eval_tokens=100000",

@@ -25,8 +25,7 @@ import torch
 from kill_runs import make_config, start_run, wait_for_exit
 from measuring import format_machine, machine_info, positive_int, progress_bar, write_results
 
-from memtx import sealed
-from memtx.training import recovery
+from memtx.checkpoint import checksummed_zip, recovery
 
 Damage = Callable[[bytes, bytes, random.Random], bytes]
 
@@ -83,7 +82,7 @@ def append_bytes(content: bytes, other: bytes, rng: random.Random) -> bytes:
 
 def strip_checksum(content: bytes, other: bytes, rng: random.Random) -> bytes:
     """Without its seal and with a bit flipped: as a file of an earlier release that was damaged."""
-    end = content.rindex(sealed.END_OF_CENTRAL_DIRECTORY)
+    end = content.rindex(checksummed_zip.END_OF_CENTRAL_DIRECTORY)
     plain = bytearray(content[: end + 20] + b"\0\0")
     # In the numbers: between the zip's records there are bytes that nothing reads.
     with zipfile.ZipFile(io.BytesIO(plain)) as archive:
@@ -153,8 +152,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name, progress_bar() as bar:
         task = bar.add_task("damaged checkpoints", total=arguments.count)
         run = arguments.run_dir or train_run(Path(name))
-        found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda one: sealed.read_step(one) or 0)
-        steps = {sealed.read_step(one): one for one in found}
+        found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda one: checksummed_zip.read_step(one) or 0)
+        steps = {checksummed_zip.read_step(one): one for one in found}
         if len(steps) < 2 or None in steps:
             sys.exit(f"'{run}' has {len(steps)} checkpoints with a seal of different steps, expected at least two.")
         older, newer = list(steps)[-2:]

@@ -33,15 +33,14 @@ import yaml
 from measuring import format_machine, machine_info, positive_int, progress_bar, write_results
 from torch.utils import _pytree as pytree
 
-from memtx import sealed
+from memtx.checkpoint import checksummed_zip, recovery
+from memtx.checkpoint.pretrained import read_checkpoint
 from memtx.cli.main import main as memtx
-from memtx.models.folder import read_checkpoint
-from memtx.training import recovery
 
 KILL_POINTS = ("a random time", "a byte", "before the sync", "before the rename", "after the rename")
 WRITERS = {
-    "in place": "memtx.training.callbacks.checkpoint.AtomicCheckpointIO",
-    "in a thread": "memtx.training.callbacks.background.AsyncAtomicCheckpointIO",
+    "in place": "memtx.checkpoint.training.AtomicCheckpointIO",
+    "in a thread": "memtx.checkpoint.async_io.AsyncAtomicCheckpointIO",
 }
 COMPARED_COLUMNS = ("step", "train_loss", "val_loss", "val_bits_per_byte", "grad_norm")
 
@@ -75,15 +74,15 @@ def arm_kill(kill_point: str, write_index: int, fraction: float, checkpoint_byte
     """Have this process die within its checkpoint write of a number, from 1."""
     began = Counter[str]()
     written = [0]
-    write, replace, fsync = sealed.ChecksummedZipWriter.write, os.replace, os.fsync
-    seal, init = sealed.ChecksummedZipWriter.finalize, sealed.ChecksummedZipWriter.__init__
+    write, replace, fsync = checksummed_zip.ChecksummedZipWriter.write, os.replace, os.fsync
+    seal, init = checksummed_zip.ChecksummedZipWriter.finalize, checksummed_zip.ChecksummedZipWriter.__init__
 
-    def init_and_count(self: sealed.ChecksummedZipWriter, path: Path) -> None:
+    def init_and_count(self: checksummed_zip.ChecksummedZipWriter, path: Path) -> None:
         began["writes"] += 1
         written[0] = 0
         init(self, path)
 
-    def write_until_byte(self: sealed.ChecksummedZipWriter, data: Any) -> int:
+    def write_until_byte(self: checksummed_zip.ChecksummedZipWriter, data: Any) -> int:
         written[0] += memoryview(data).nbytes
         if began["writes"] == write_index and written[0] >= fraction * checkpoint_bytes:
             part = memoryview(data).cast("B")
@@ -105,11 +104,11 @@ def arm_kill(kill_point: str, write_index: int, fraction: float, checkpoint_byte
         if mine:
             kill_self()
 
-    sealed.ChecksummedZipWriter.__init__ = init_and_count  # type: ignore[method-assign]
+    checksummed_zip.ChecksummedZipWriter.__init__ = init_and_count  # type: ignore[method-assign]
     if kill_point == "a byte":
-        sealed.ChecksummedZipWriter.write = write_until_byte  # type: ignore[method-assign]
+        checksummed_zip.ChecksummedZipWriter.write = write_until_byte  # type: ignore[method-assign]
         # The file may be shorter than the one that its size was taken from.
-        sealed.ChecksummedZipWriter.finalize = lambda self, step: (  # type: ignore[method-assign]
+        checksummed_zip.ChecksummedZipWriter.finalize = lambda self, step: (  # type: ignore[method-assign]
             kill_self() if began["writes"] == write_index else seal(self, step)
         )
     elif kill_point == "before the sync":

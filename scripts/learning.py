@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from memtx.data.episodes.base import SyntheticTask
+from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.tbptt import unroll
 

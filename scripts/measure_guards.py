@@ -22,15 +22,15 @@ import lightning.pytorch as pl
 import torch
 from measuring import Spread, format_machine, machine_info, positive_int, write_results
 
+from memtx.checkpoint.async_io import AsyncAtomicCheckpointIO
+from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.data.books import BookDataModule
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.background import AsyncAtomicCheckpointIO
-from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
-from memtx.training.callbacks.exhaustion import OutOfMemoryHint
-from memtx.training.callbacks.finite import SkipNonFinite
 from memtx.training.callbacks.health import MemoryNormMonitor
-from memtx.training.callbacks.spikes import RewindOnSpike
+from memtx.training.callbacks.loss_spikes import RewindOnSpike
+from memtx.training.callbacks.oom import OutOfMemoryHint
+from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.language import LanguageModule
 
 WARMUP_STEPS = 10

@@ -20,7 +20,7 @@ import torch
 from learning import train_on_episodes
 
 from memtx import plots
-from memtx.data.episodes.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
 from memtx.evaluation.accuracy import evaluate_accuracy
 from memtx.layers.feed_forward import FeedForward
 from memtx.memory.associative import AssociativeMemory

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from memtx.data.classes import Classification, PairClassification
-from memtx.data.offset_tokenizers import HFTokenizer, WordPieceTokenizer
-from memtx.data.questions import QuestionAnswering
-from memtx.data.tags import Tagging
-from memtx.data.task import Task
+from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
+from memtx.data.tasks.base import Task
+from memtx.data.tasks.classification import Classification, PairClassification
+from memtx.data.tasks.question_answering import QuestionAnswering
+from memtx.data.tasks.tagging import Tagging
 from memtx.inference.predictor import Predictor
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.window_attention import LongformerAttention
+from memtx.layers.longformer import LongformerAttention
 from memtx.models.encoder import Encoder
 from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClassificationHead
 

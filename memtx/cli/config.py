@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from memtx.cli.common import MAX_MESSAGE_LENGTH, shorten_message
+from memtx.cli.options import MAX_MESSAGE_LENGTH, shorten_message
 from memtx.errors import MemtxError, closest_match
 
 CLASS_CONFIG_KEYS = ("class_path", "init_args", "dict_kwargs")

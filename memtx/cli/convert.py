@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from memtx.cli.common import Parser, run
+from memtx.cli.options import Parser, run
 from memtx.cli.read import add_import_option, import_modules, suggest_import_option
 
 MAX_NAMES_SHOWN = 3
@@ -34,7 +34,7 @@ def _build_parser() -> Parser:
 
 def _convert(arguments: argparse.Namespace) -> int:
     import_modules(arguments.modules)
-    from memtx.inference.conversion import convert
+    from memtx.checkpoint.convert import convert
 
     with suggest_import_option():
         made = convert(arguments.source, arguments.target, layout=arguments.layout, overwrite=arguments.overwrite)

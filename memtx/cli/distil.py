@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from memtx.cli.common import Parser, check_output_path, progress_bar, run
+from memtx.cli.options import Parser, check_output_path, progress_bar, run
 from memtx.cli.read import add_device_options, import_modules, resolve_device
-from memtx.data.source import SPLITS
+from memtx.data.sources.manifest import SPLITS
 from memtx.errors import MemtxError
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from memtx.evaluation.beside import ModelComparison
+    from memtx.evaluation.compare import ModelComparison
 
 M = TypeVar("M", bound="nn.Module")
 
@@ -88,8 +88,8 @@ def _move_to_device(model: M, arguments: argparse.Namespace) -> M:
 
 
 def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
-    from memtx.data.examples import read_examples, split_path
-    from memtx.evaluation.beside import REPEATS, ParsedRecord, compare_task_models
+    from memtx.data.tasks.examples import read_examples, split_path
+    from memtx.evaluation.compare import REPEATS, ParsedRecord, compare_task_models
     from memtx.inference.predictor import Predictor
 
     named = [(name, Predictor.load(path)) for name, path in zip(_get_display_names(paths), paths, strict=True)]
@@ -113,8 +113,8 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
 
 
 def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
-    from memtx.data.documents import open_corpus
-    from memtx.evaluation.beside import REPEATS, TextBatch, compare_language_models
+    from memtx.data.sources.corpus import open_corpus
+    from memtx.evaluation.compare import REPEATS, TextBatch, compare_language_models
     from memtx.inference.loading import load_model_and_tokenizer
 
     loaded = [load_model_and_tokenizer(path) for path in paths]

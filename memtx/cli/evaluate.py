@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memtx.cli.common import Parser, check_output_path, progress_bar, run
+from memtx.cli.options import Parser, check_output_path, progress_bar, run
 from memtx.cli.read import (
     add_checkpoint_option,
     add_device_options,
@@ -21,10 +21,10 @@ from memtx.cli.read import (
 from memtx.errors import CheckpointError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.data.episodes.base import SyntheticTask
+    from memtx.data.synthetic_tasks.base import SyntheticTask
     from memtx.evaluation.capacity import Capacity
     from memtx.evaluation.haystack import Haystack
-    from memtx.evaluation.measured import EvaluationResult
+    from memtx.evaluation.results import EvaluationResult
     from memtx.models.memory_transformer import MemoryTransformer
 
 SYNTHETIC_TASKS = ("recall", "capacity", "overwrite", "copy", "tracking")
@@ -124,11 +124,11 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     device = resolve_device(arguments.device)
     import torch
 
-    from memtx.data.episodes.copying import SelectiveCopying
-    from memtx.data.episodes.overwrite import Overwrite
-    from memtx.data.episodes.recall import AssociativeRecall
-    from memtx.data.episodes.tracking import StateTracking
-    from memtx.evaluation import checkpoint
+    from memtx.data.synthetic_tasks.copying import SelectiveCopying
+    from memtx.data.synthetic_tasks.overwrite import Overwrite
+    from memtx.data.synthetic_tasks.recall import AssociativeRecall
+    from memtx.data.synthetic_tasks.tracking import StateTracking
+    from memtx.evaluation import task_checkpoint
 
     kinds: dict[str, type[SyntheticTask]] = {
         "recall": AssociativeRecall,
@@ -138,8 +138,8 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
         "tracking": StateTracking,
     }
     with suggest_import_option():
-        model, trained = checkpoint.load_model_and_task_options(arguments.checkpoint)
-    task = checkpoint.build_task(kinds[arguments.task], trained, _parse_task_args(arguments.task_arg))
+        model, trained = task_checkpoint.load_model_and_task_options(arguments.checkpoint)
+    task = task_checkpoint.build_task(kinds[arguments.task], trained, _parse_task_args(arguments.task_arg))
     if task.vocab_size != model.vocab_size:
         raise CheckpointError(
             f"'{arguments.checkpoint}' has a vocabulary of {model.vocab_size}, {arguments.task} of these sizes one of "
@@ -160,7 +160,7 @@ def _evaluate_synthetic(
     arguments: argparse.Namespace, distances: list[int], num_samples: int
 ) -> list[EvaluationResult]:
     from memtx.evaluation.accuracy import evaluate_accuracy
-    from memtx.evaluation.measured import EvaluationResult
+    from memtx.evaluation.results import EvaluationResult
 
     model, task = _load_model_and_task(arguments)
     segments = sorted({max(1, round(distance / task.segment_length)) for distance in distances})
@@ -175,7 +175,7 @@ def _evaluate_synthetic(
 
 
 def _measure_capacities(arguments: argparse.Namespace, num_samples: int) -> tuple[list[Capacity], SyntheticTask]:
-    from memtx.data.episodes.recall import AssociativeRecall
+    from memtx.data.synthetic_tasks.recall import AssociativeRecall
     from memtx.evaluation.capacity import evaluate_capacity
 
     model, task = _load_model_and_task(arguments)
@@ -200,12 +200,12 @@ def _measure_capacities(arguments: argparse.Namespace, num_samples: int) -> tupl
 
 
 def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int], num_samples: int) -> list[EvaluationResult]:
-    from memtx.data.documents import open_corpus
-    from memtx.data.source import SPLITS
+    from memtx.data.sources.corpus import open_corpus
+    from memtx.data.sources.manifest import SPLITS
     from memtx.evaluation.babi import evaluate_babi, load_tasks
     from memtx.evaluation.haystack import Haystack
-    from memtx.evaluation.measured import average_by_distance
     from memtx.evaluation.needle import evaluate_needle
+    from memtx.evaluation.results import average_by_distance
 
     tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
     splits = open_corpus(arguments.haystack).splits

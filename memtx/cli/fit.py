@@ -20,34 +20,33 @@ from lightning.pytorch.plugins import CheckpointIO
 from torch.multiprocessing.spawn import ProcessExitedException
 
 from memtx import files
-from memtx.cli.common import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, print_error, run
+from memtx.checkpoint import pretrained, recovery
+from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.cli.config import check_config, find_config_files, format_parser_error, read_config
-from memtx.cli.launched import get_trainer_kwargs
+from memtx.cli.launcher import get_trainer_kwargs
 from memtx.cli.main import program_name
-from memtx.cli.quiet import install_warning_filters
+from memtx.cli.options import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, print_error, run
+from memtx.cli.warning_filters import install_warning_filters
 from memtx.data.books import BookDataModule
-from memtx.data.documents import PG19_HINT
+from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.loading import DATA_MODULE_KEY
 from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
-from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops import bf16
-from memtx.training import recovery
-from memtx.training.callbacks.checkpoint import AtomicCheckpointIO, BestCheckpoint
-from memtx.training.callbacks.exhaustion import OutOfMemoryHint, is_out_of_memory
-from memtx.training.callbacks.finite import SkipNonFinite
+from memtx.ops.cpu import bf16
 from memtx.training.callbacks.gates import ClosedGateMonitor
 from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE, StopOnInterrupt
+from memtx.training.callbacks.oom import OutOfMemoryHint, is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
+from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.callbacks.throughput import Throughput
 from memtx.training.callbacks.worth import UnusedMemoryWarning
+from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
-from memtx.training.logs import ResumableCSVLogger
 
 LAST_CHECKPOINT = "last.ckpt"
 CONFIG_FILE = "config.yaml"
@@ -136,7 +135,7 @@ class MemtxCLI(LightningCLI):
             return
         if not Path(settings.ckpt_path).exists():
             raise CheckpointError(f"The checkpoint '{settings.ckpt_path}' does not exist.", "Check --ckpt_path.")
-        self._checkpoint = folder.read_metadata(settings.ckpt_path)
+        self._checkpoint = pretrained.read_metadata(settings.ckpt_path)
         if self.subcommand != "fit":
             self.restore_data_config(settings, self._checkpoint)
         if self.subcommand == "predict" and settings.return_predictions is None:
@@ -301,9 +300,9 @@ def _to_memtx_error(error: Exception) -> MemtxError:
 
 def _resolve_checkpoint(run_dir: Path, checkpoint: str) -> Path:
     if checkpoint == "best":
-        return folder.find_checkpoint(run_dir)
+        return pretrained.find_checkpoint(run_dir)
     place = run_dir / CHECKPOINT_DIR / LAST_CHECKPOINT if checkpoint == "last" else Path(checkpoint)
-    return folder.find_checkpoint(place) if place.is_dir() else place
+    return pretrained.find_checkpoint(place) if place.is_dir() else place
 
 
 def _get_option(argv: list[str], option: str) -> str | None:
@@ -365,7 +364,7 @@ def main(argv: list[str]) -> int:
         cli: type[MemtxCLI] = MemtxCLI
         parts: tuple[Any, Any] = (LanguageModule, BookDataModule)
         if uses_class_paths(arguments):
-            from memtx.cli.parts import BASE_CLASSES, ClassPathCLI
+            from memtx.cli.class_config_cli import BASE_CLASSES, ClassPathCLI
 
             cli, parts = ClassPathCLI, BASE_CLASSES
         try:

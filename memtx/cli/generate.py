@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from memtx.cli.common import Parser, run
+from memtx.cli.options import Parser, run
 from memtx.cli.read import add_checkpoint_option, add_device_options, load_reader
 from memtx.errors import DataError, MemtxError
 
@@ -54,7 +54,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompt = _read_prompt(arguments)
     from memtx.inference.generate import generate
     from memtx.inference.sampling import SamplingParams
-    from memtx.inference.session import load_session
+    from memtx.inference.sessions.file import load_session
 
     sampling = SamplingParams(
         temperature=arguments.temperature,

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         from importlib import import_module
 
-        from memtx.allocator import retain_freed_memory
+        from memtx.ops.cpu.malloc import retain_freed_memory
 
         retain_freed_memory()
         command = getattr(import_module(module), function)

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from memtx.cli.common import EXIT_USAGE_ERROR, Parser, run
+from memtx.cli.class_config_cli import BASE_CLASSES, ClassPathCLI
 from memtx.cli.fit import MemtxCLI, OneLineParser, uses_class_paths
-from memtx.cli.parts import BASE_CLASSES, ClassPathCLI
-from memtx.cli.quiet import install_warning_filters
+from memtx.cli.options import EXIT_USAGE_ERROR, Parser, run
+from memtx.cli.warning_filters import install_warning_filters
 from memtx.data.books import BookDataModule
-from memtx.data.prepared import TokenizedCorpus, is_tokenized_corpus
+from memtx.data.tokenized_corpus import TokenizedCorpus, is_tokenized_corpus
 from memtx.errors import MemtxError, check_positive
-from memtx.ops import bf16
+from memtx.ops.cpu import bf16
 from memtx.training import cost
 from memtx.training.callbacks.progress import format_duration
 from memtx.training.callbacks.throughput import matmul_dtype

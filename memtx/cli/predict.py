@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from memtx.cli.common import EXIT_USAGE_ERROR, Parser, print_error, run
+from memtx.cli.options import EXIT_USAGE_ERROR, Parser, print_error, run
 from memtx.cli.read import add_checkpoint_option, add_device_options, import_modules, resolve_device
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.inference.answering import BasePredictor
+    from memtx.inference.base_predictor import BasePredictor
 
 RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
 """Options that name a run and its data: the documents of its test split are read, as training would read them."""
@@ -76,7 +76,7 @@ def _read_inputs(arguments: argparse.Namespace) -> list[tuple[str, str | dict[st
             return [(name, content.decode("utf-8"))]
         except UnicodeDecodeError as error:
             raise DataError(f"{name} is not UTF-8: {error.reason} at byte {error.start}.", "Convert it.") from error
-    from memtx.data.examples import iter_examples
+    from memtx.data.tasks.examples import iter_examples
 
     lines: IO[bytes] = io.BytesIO(content)
     found = iter_examples(lines, source if source != "-" else "standard input", lambda record, _: dict(record))

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memtx.cli.common import Parser, run
+from memtx.cli.options import Parser, run
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.data.encoding import ProgressCallback
-    from memtx.data.prepared import TokenizedCorpus
-    from memtx.data.source import TextSource
+    from memtx.data.sources.manifest import TextSource
+    from memtx.data.tokenize import ProgressCallback
+    from memtx.data.tokenized_corpus import TokenizedCorpus
     from memtx.data.tokenizers import Tokenizer
 
 PROGRESS_INTERVAL = 30.0
@@ -95,7 +95,7 @@ def _build_tokenizer(name: str) -> Tokenizer:
 @contextlib.contextmanager
 def show_progress(description: str, total: int, completed: int) -> Iterator[ProgressCallback]:
     """Show bytes, rate and time left: a bar on a terminal, elsewhere a line from time to time."""
-    from memtx.data.prepared import progress_bar
+    from memtx.data.tokenized_corpus import progress_bar
 
     if sys.stderr.isatty():
         with progress_bar(description, total, completed) as shown:
@@ -141,7 +141,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     tokenizer = _build_tokenizer(arguments.tokenizer)
     began = time.monotonic()
     source = _build_text_source(arguments).scan()
-    from memtx.data.prepared import tokenize_corpus
+    from memtx.data.tokenized_corpus import tokenize_corpus
 
     try:
         found = tokenize_corpus(

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from memtx.cli.common import Parser, check_output_path, run
+from memtx.cli.options import Parser, check_output_path, run
 from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
@@ -314,14 +314,14 @@ def _check_complete(reader: StreamReader, book: _Book) -> None:
 
 
 def _save_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
-    from memtx.inference.session import save_session
+    from memtx.inference.sessions.file import save_session
 
     facts = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest(), "report": report.state_dict()}
     save_session(path, reader, metadata=facts, extra_tensors=report.state_tensors())
 
 
 def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
-    from memtx.inference.session import load_session
+    from memtx.inference.sessions.file import load_session
 
     facts, extras = load_session(path, reader)
     try:

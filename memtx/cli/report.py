@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from memtx.inference.chapters import ChapterSplitter, Section
-from memtx.inference.curve import PositionSurprisalCurve, SurprisalCurve
 from memtx.inference.reader import SegmentResult, StreamReader
+from memtx.inference.surprisal_curve import PositionSurprisalCurve, SurprisalCurve
 
 
 def progress_bar() -> Progress | None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtx.cli.common import Parser, run
+from memtx.cli.options import Parser, run
 from memtx.cli.predict import load_task_predictor
 from memtx.cli.read import add_checkpoint_option, add_device_options, load_reader
 from memtx.errors import MemtxError, missing_package_error
@@ -108,7 +108,7 @@ def _create_language_model_app(
 ) -> tuple[FastAPI, str]:
     """Return the application of a language model, and what there is to say of it."""
     reader = load_reader(arguments)
-    from memtx.inference.pool import SessionPool
+    from memtx.inference.sessions.pool import SessionPool
     from memtx.serving.app import create_app
 
     pool = SessionPool(

@@ -1,1 +1,1 @@
-"""Data: texts to rows of tokens; knows no model."""
+"""Text to batches of tokens. Imports no model code."""

@@ -10,12 +10,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.documents import Corpus, open_corpus
-from memtx.data.fitting import train_tokenizer
-from memtx.data.prepared import TokenizedCorpus, compute_fingerprint, is_tokenized_corpus, open_store, tokenize_corpus
 from memtx.data.shards import TokenStore
-from memtx.data.source import SPLITS, CorpusManifest, TextSource
+from memtx.data.sources.corpus import Corpus, open_corpus
+from memtx.data.sources.manifest import SPLITS, CorpusManifest, TextSource
 from memtx.data.streams import DocumentStreams, EvaluationStreams
+from memtx.data.tokenized_corpus import (
+    TokenizedCorpus,
+    compute_fingerprint,
+    is_tokenized_corpus,
+    open_store,
+    tokenize_corpus,
+)
+from memtx.data.tokenizer_training import train_tokenizer
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.files import default_cache_dir

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
-from memtx.data.encoding import metadata_path, token_dtype
+from memtx.data.tokenize import metadata_path, token_dtype
 from memtx.data.tokenizers import TokenIds, Tokenizer
 from memtx.errors import DataError, MemtxError
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memtx.data.batch import IGNORE_INDEX, Batch
-from memtx.data.plans import EndlessStreamPlan, StreamPlan, pack_documents
+from memtx.data.packing import EndlessStreamPlan, StreamPlan, pack_documents
 from memtx.data.shards import TokenStore
 from memtx.errors import CheckpointError, DataError
 
@@ -88,7 +88,7 @@ class DocumentStreams:
     Iterating goes on from the position to the end of the epoch, the next multiple of ``len``. Streams read on across
     batches, epochs and passes; no token is dropped and none is padding. Resumed with another number of streams, on
     however many ranks, it deals what is left to these: every token is still read once a pass
-    (:meth:`memtx.data.plans.EndlessStreamPlan.reassign`).
+    (:meth:`memtx.data.packing.EndlessStreamPlan.reassign`).
 
     Args:
         store: the tokens.

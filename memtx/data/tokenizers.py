@@ -1,6 +1,6 @@
 """Tokenizers: text <-> ids, with one extra id that begins every document.
 
-Text is encoded piece by piece (memtx.data.pieces), so that ids never depend on how a text arrived, and a text that
+Text is encoded piece by piece (memtx.data.text_chunks), so that ids never depend on how a text arrived, and a text that
 happens to spell a special token is plain text.
 """
 
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
-from memtx.data.pieces import TextSplitter, split_text
+from memtx.data.text_chunks import TextSplitter, split_text
 from memtx.errors import DataError, MemtxError
 
 TokenIds = NDArray[np.integer[Any]]

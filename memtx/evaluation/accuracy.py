@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.episodes.base import SyntheticTask
+from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.state import MemoryState
 
 

@@ -18,7 +18,7 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 from memtx.evaluation.haystack import Haystack, TokenIds, encode_ids
 from memtx.evaluation.likelihood import choose_answer, read_contexts
-from memtx.evaluation.measured import EvaluationResult
+from memtx.evaluation.results import EvaluationResult
 from memtx.models.memory_transformer import MemoryTransformer
 
 FORMAT_HINT = "It holds files such as qa1_single-supporting-fact_test.txt, of numbered lines."

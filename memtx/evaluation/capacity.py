@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from memtx.data.episodes.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
 from memtx.errors import check_at_least
 from memtx.evaluation.accuracy import StatefulModel, evaluate_accuracy
 

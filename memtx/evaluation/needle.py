@@ -15,7 +15,7 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
 from memtx.evaluation.haystack import Haystack, encode_ids
 from memtx.evaluation.likelihood import choose_answer, read_contexts
-from memtx.evaluation.measured import EvaluationResult
+from memtx.evaluation.results import EvaluationResult
 from memtx.models.memory_transformer import MemoryTransformer
 
 LOCATIONS = ("harbour", "mill", "tower", "bakery", "stable", "library", "chapel", "garden", "market", "bridge")

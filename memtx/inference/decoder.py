@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.memory.ring import DecodeStep, RingLayout
+from memtx.memory.kv_ring import DecodeStep, RingLayout
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 

@@ -20,10 +20,10 @@ from typing import Protocol
 import torch
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.inference.batch import default_batch_tokens, padding_limit, select_batch
-from memtx.inference.continuation import TextDelta, TokenGenerator
+from memtx.inference.batching import default_batch_tokens, padding_limit, select_batch
 from memtx.inference.decoder import Decoder
 from memtx.inference.scoring import ScoreOutput, ScoreRequest, score_segments
+from memtx.inference.token_generator import TextDelta, TokenGenerator
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
 

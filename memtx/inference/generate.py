@@ -9,10 +9,10 @@ from itertools import chain
 import torch
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.continuation import REPETITION_WINDOW, GenerationConfig, TokenGenerator
 from memtx.inference.decoder import Decoder
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.sampling import SamplingParams
+from memtx.inference.token_generator import REPETITION_WINDOW, GenerationConfig, TokenGenerator
 from memtx.models.memory_transformer import MemoryTransformer
 
 

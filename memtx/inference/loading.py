@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from memtx.checkpoint import pretrained, sharded
 from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError
-from memtx.models import folder, sharded
 from memtx.models.memory_transformer import MemoryTransformer
 
-TOKENIZER_FILE = folder.SIDECAR_FILES["tokenizer"]
+TOKENIZER_FILE = pretrained.SIDECAR_FILES["tokenizer"]
 DATA_MODULE_KEY = "BookDataModule"
 """Where a training checkpoint keeps the data module's part, with the tokenizer as JSON text."""
 
@@ -29,8 +29,8 @@ def load_model_and_tokenizer(path: str | os.PathLike[str]) -> tuple[MemoryTransf
     Raises:
         CheckpointError: missing, damaged, of something else, or without a tokenizer.
     """
-    place = folder.resolve_model_path(path)
-    if (place / folder.CONFIG_FILE).is_file():
+    place = pretrained.resolve_model_path(path)
+    if (place / pretrained.CONFIG_FILE).is_file():
         if not (place / TOKENIZER_FILE).is_file():
             raise CheckpointError(
                 f"'{place}' has no {TOKENIZER_FILE}.", "Put the tokenizer it was trained with beside it."
@@ -52,7 +52,7 @@ def _read_tokenizer_json(path: Path) -> str:
     # The model was loaded from it, so it is whole; mapped, only what is looked at is read a second time.
     shared = sharded.is_sharded(path)
     content = sharded.read_metadata(path) if shared else torch.load(path, "cpu", weights_only=True, mmap=True)
-    text = folder.sidecars_from_checkpoint(content).get("tokenizer")
+    text = pretrained.sidecars_from_checkpoint(content).get("tokenizer")
     if text is None:
         raise CheckpointError(
             f"'{path}' has no tokenizer in it.", "Give a checkpoint of a run on texts, or a pretrained folder."

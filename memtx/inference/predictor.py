@@ -12,17 +12,17 @@ import numpy as np
 import torch
 
 from memtx import files
-from memtx.data.offset_tokenizers import HFTokenizer, hf_tokenizer_from_json
-from memtx.data.task import EncodedExample, Logits, Task
-from memtx.data.task_batches import BatchExamples, PreparedExample, collate, encode_examples
-from memtx.data.task_kinds import task_from_json, task_to_json
+from memtx.checkpoint import pretrained
+from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
+from memtx.data.tasks.base import EncodedExample, Logits, Task
+from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
+from memtx.data.tasks.serialization import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError, check_at_least
-from memtx.inference.answering import BasePredictor, PredictInput
+from memtx.inference.base_predictor import BasePredictor, PredictInput
 from memtx.inference.loading import TOKENIZER_FILE
-from memtx.models import folder
 from memtx.models.heads import TaskModel
 
-TASK_FILE = folder.SIDECAR_FILES["task"]
+TASK_FILE = pretrained.SIDECAR_FILES["task"]
 
 MAX_BATCH_TOKENS = 1 << 14
 """Places of one call, padding among them; a longer row is read alone."""
@@ -64,7 +64,7 @@ class Predictor(BasePredictor):
         Raises:
             CheckpointError: missing, damaged, or of a model that serves no task.
         """
-        place = folder.resolve_model_path(path)
+        place = pretrained.resolve_model_path(path)
         kept = read_task_metadata(place)
         tokenizer, task = kept.get("tokenizer"), kept.get("task")
         if not isinstance(tokenizer, str) or not isinstance(task, str):
@@ -154,5 +154,5 @@ def read_task_metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
 
     Nothing where it is of no task; raises what :func:`is_task_model` raises.
     """
-    kept = folder.read_sidecars(folder.resolve_model_path(path))
+    kept = pretrained.read_sidecars(pretrained.resolve_model_path(path))
     return kept if kept.keys() & {"task", "summary"} else {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.pieces import IncrementalTokenizer
+from memtx.inference.incremental_tokenizer import IncrementalTokenizer
 from memtx.inference.scoring import ScoreOutput, ScoreRequest, score_segments
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState

@@ -7,11 +7,11 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-from memtx.data.examples import SummaryExample
-from memtx.data.summary_form import SummaryPrompt
+from memtx.data.tasks.examples import SummaryExample
+from memtx.data.tasks.summary_prompt import SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError
-from memtx.inference.answering import BasePredictor, PredictInput
+from memtx.inference.base_predictor import BasePredictor, PredictInput
 from memtx.inference.generate import generate
 from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.predictor import Predictor, read_task_metadata

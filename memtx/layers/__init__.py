@@ -1,1 +1,1 @@
-"""Modules without state: attention over a memory, feed-forward, positions, the block of all three."""
+"""Neural network modules without recurrent state."""

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.layers.positions import Memoize, Positions
-from memtx.layers.readouts import apply_gate, combine_readouts
+from memtx.layers.combine import apply_gate, combine_readouts
+from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, View
-from memtx.memory.ring import DecodeStep, KVRing, to_ring
+from memtx.memory.kv_ring import DecodeStep, KVRing, to_ring
 from memtx.ops.attention.bias import ScoreBias, slice_bias
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
-from memtx.ops.attention.weights import append_key_bias
-from memtx.ops.linear import Linear, linear
-from memtx.ops.visibility import Visibility, split_bank
+from memtx.ops.attention.key_bias import append_key_bias
+from memtx.ops.attention.mask import Visibility, split_bank
+from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
 from memtx.memory.base import Losses
-from memtx.memory.ring import DecodeStep, KVRing
+from memtx.memory.kv_ring import DecodeStep, KVRing
 from memtx.segment import Segment
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from memtx.layers.pattern_attention import EncoderAttention
-from memtx.layers.reading import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention
+from memtx.layers.encoder_inputs import EncoderInputs
 
 
 class EncoderBlock(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from memtx.ops.linear import Linear
+from memtx.ops.cpu.linear import Linear
 
 
 class SwiGLU(nn.Module):

@@ -27,8 +27,8 @@ from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory
 from memtx.memory.features import FeatureMap, NormalizedFeatureMap
 from memtx.memory.gates import Gate
 from memtx.memory.shift import TokenShift
+from memtx.ops.cpu.linear import Linear
 from memtx.ops.delta_rule import chunk_gated_delta_rule
-from memtx.ops.linear import Linear
 from memtx.segment import Segment
 from memtx.state import state_dataclass
 

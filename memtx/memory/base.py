@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from memtx.memory.ring import RingLayout
-from memtx.ops.visibility import Visibility
+from memtx.memory.kv_ring import RingLayout
+from memtx.ops.attention.mask import Visibility
 from memtx.segment import Segment
 
 S = TypeVar("S")
@@ -225,8 +225,8 @@ class Memory(nn.Module, ABC, Generic[S]):
         """
         return state
 
-    # Decoding in place (see memtx.memory.ring). Not abstract: a kind without a layout is decoded by calls of one token
-    # and never asked for the rest, one that keeps no compressed entries never for the last.
+    # Decoding in place (see memtx.memory.kv_ring). Not abstract: a kind without a layout is decoded by calls of one
+    # token and never asked for the rest, one that keeps no compressed entries never for the last.
 
     def ring_layout(self) -> RingLayout | None:
         """Return the slots that a stream going on token by token needs; None where the kind has no such form."""

@@ -19,11 +19,11 @@ from torch import Tensor
 from memtx.errors import check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
 from memtx.memory.compression import Compression, StridedConvolution
-from memtx.memory.edge import EvictedBlocks
+from memtx.memory.kv_ring import RingLayout
 from memtx.memory.reconstruction import Reconstruction
 from memtx.memory.recurrent import update_cache
-from memtx.memory.ring import RingLayout
-from memtx.ops.visibility import KeyRange, Visibility
+from memtx.memory.window_boundary import EvictedBlocks
+from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.ops.linear import Linear
+from memtx.ops.cpu.linear import Linear
 
 
 class Compression(nn.Module, ABC):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import check_at_least
-from memtx.ops.linear import Linear
+from memtx.ops.cpu.linear import Linear
 
 
 class Gate(nn.Module):

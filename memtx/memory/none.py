@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
-from memtx.ops.visibility import KeyRange, Visibility
+from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.segment import Segment
 from memtx.state import state_dataclass
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.memory.base import ContentAttention
-from memtx.ops.linear import Linear
+from memtx.ops.cpu.linear import Linear
 
 
 class Reconstruction(nn.Module, ABC):

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from memtx.errors import check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
-from memtx.memory.ring import RingLayout
-from memtx.ops.visibility import KeyRange, Visibility
+from memtx.memory.kv_ring import RingLayout
+from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 

@@ -19,12 +19,12 @@ from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
 from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.knn_index import ExactIndex, KnnIndex
 from memtx.memory.recurrent import locate_entries, update_cache
-from memtx.memory.search import ExactIndex, KnnIndex
 from memtx.memory.shift import TokenShift
+from memtx.ops.attention.mask import KeyRange, Visibility, create_mask
 from memtx.ops.attention.reference import softmax_attention
-from memtx.ops.linear import Linear
-from memtx.ops.visibility import KeyRange, Visibility, create_mask
+from memtx.ops.cpu.linear import Linear
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 

@@ -1,1 +1,1 @@
-"""Whole models and how they are kept on disk."""
+"""Models."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError, check_at_least
+from memtx.hf.layout import HFCompatibleModel
 from memtx.layers.embeddings import TextEmbeddings
+from memtx.layers.encoder_attention import EncoderAttention, FullAttention
 from memtx.layers.encoder_block import EncoderBlock
+from memtx.layers.encoder_inputs import EncoderInputs
 from memtx.layers.feed_forward import FeedForward
-from memtx.layers.pattern_attention import EncoderAttention, FullAttention
-from memtx.layers.reading import EncoderInputs
 from memtx.models.masked_head import MaskedLMHead
-from memtx.models.published.layout import HFCompatibleModel
-from memtx.ops.linear import Linear
+from memtx.ops.cpu.linear import Linear
 
 
 @dataclass(frozen=True)

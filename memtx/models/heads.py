@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from memtx.checkpoint import pretrained
 from memtx.errors import MemtxError, check_at_least
-from memtx.models import folder
 from memtx.models.encoder import Encoder, EncoderOutput
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.permuted import XLNet
-from memtx.ops.linear import Linear
+from memtx.models.xlnet import XLNet
+from memtx.ops.cpu.linear import Linear
 from memtx.state import MemoryState
 
 
@@ -140,7 +140,7 @@ class MemoryTransformerBackbone(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-class TaskModel(folder.PretrainedModel):
+class TaskModel(pretrained.PretrainedModel):
     """A body that reads texts and a head that scores them.
 
     Args:

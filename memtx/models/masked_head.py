@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from memtx.ops.linear import Linear, linear
+from memtx.ops.cpu.linear import Linear, linear
 
 
 class MaskedLMHead(nn.Module):

@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from memtx.errors import CheckpointError, MemtxError, check_at_least
+from memtx.hf import load
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
-from memtx.layers.positions import Positions, Rotary
+from memtx.layers.positions.base import Positions, Rotary
 from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.ring import DecodeStep, KVRing, from_ring
-from memtx.models.calls import check_inputs, check_valid_length
-from memtx.models.intervals import LayerStates, find_chunk_ends, forward_in_chunks, forward_with_memory_tokens
-from memtx.models.mounting import MemoryAugmentedModel, MemoryFactory
-from memtx.models.published import load
+from memtx.memory.kv_ring import DecodeStep, KVRing, from_ring
+from memtx.models.add_memory import MemoryAugmentedModel, MemoryFactory
+from memtx.models.segmented_forward import LayerStates, find_chunk_ends, forward_in_chunks, forward_with_memory_tokens
+from memtx.models.validation import check_inputs, check_valid_length
 from memtx.ops.attention.dispatch import AttentionBackend
+from memtx.ops.cpu.linear import Linear
 from memtx.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
-from memtx.ops.linear import Linear
 from memtx.segment import Segment
 from memtx.state import MemoryState
 

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memtx.errors import MemtxError, check_at_least
+from memtx.hf.layout import HFCompatibleModel
 from memtx.layers import reversible
-from memtx.layers.axial_positions import AxialPositionEmbeddings, PositionEmbeddings
-from memtx.layers.chunk_attention import LocalAttention, LSHAttention, ReformerAttention
-from memtx.models.published.layout import HFCompatibleModel
-from memtx.ops.linear import Linear
+from memtx.layers.positions.axial import AxialPositionEmbeddings, PositionEmbeddings
+from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
+from memtx.ops.cpu.linear import Linear
 
 
 @dataclass(frozen=True)

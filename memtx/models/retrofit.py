@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memtx.errors import MemtxError
+from memtx.models.add_memory import MemoryFactory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.mounting import MemoryFactory
 
 
 class Retrofit:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
+from memtx.hf.layout import HFCompatibleModel
 from memtx.layers.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, VocabClusters
 from memtx.layers.feed_forward import FeedForward
-from memtx.layers.relative_attention import RelativeAttention, distance_embeddings
+from memtx.layers.transformer_xl import RelativeAttention, distance_embeddings
 from memtx.memory.recurrent import RecurrentState, update_cache
-from memtx.models.calls import check_inputs
 from memtx.models.memory_transformer import MemoryOutput
-from memtx.models.published.layout import HFCompatibleModel
+from memtx.models.validation import check_inputs
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment
 from memtx.state import MemoryState

@@ -1,1 +1,1 @@
-"""Pure functions of tensors: no modules, no state."""
+"""Pure functions of tensors."""

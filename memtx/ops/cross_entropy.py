@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memtx.ops.linear import accumulate_weight_grad, linear
+from memtx.ops.cpu.linear import accumulate_weight_grad, linear
 
 IGNORE_INDEX = -100
 """The label of a token that is not scored."""

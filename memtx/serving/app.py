@@ -16,9 +16,9 @@ from fastapi.responses import HTMLResponse
 
 import memtx
 from memtx.errors import MemtxError
-from memtx.inference.answering import BasePredictor
-from memtx.inference.pool import SessionPool
-from memtx.serving import completions, names, predictions, problems, sessions
+from memtx.inference.base_predictor import BasePredictor
+from memtx.inference.sessions.pool import SessionPool
+from memtx.serving import completions, errors, predictions, routes, sessions
 from memtx.serving.limits import GuardMiddleware, Limits
 from memtx.serving.metrics import Metrics, PoolMetrics
 
@@ -47,7 +47,7 @@ def create_app(
     app.include_router(completions.build_completions_router(answers))
     app.include_router(sessions.build_sessions_router(pool, answers))
     app.include_router(
-        names.build_rejecting_router(("/v1/predict",), "This model goes on with texts.", "Ask /v1/completions.")
+        routes.build_rejecting_router(("/v1/predict",), "This model goes on with texts.", "Ask /v1/completions.")
     )
 
     content = resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8")
@@ -85,7 +85,7 @@ def create_task_app(
     app.include_router(predictions.build_predict_router(predictor, model_name, limits, metrics))
     others = ("/v1/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
     app.include_router(
-        names.build_rejecting_router(others, f"This model does {predictor.task_name}.", "Ask /v1/predict.")
+        routes.build_rejecting_router(others, f"This model does {predictor.task_name}.", "Ask /v1/predict.")
     )
     app.add_middleware(GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key)
     return app
@@ -103,8 +103,8 @@ def _create_base_app(model_name: str, limits: Limits, metrics: Metrics, on_shutd
 
     # The pages that FastAPI offers load scripts from elsewhere.
     app = FastAPI(title="memtx", version=memtx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    problems.add_exception_handlers(app)
-    app.include_router(names.build_models_router(model_name))
+    errors.add_exception_handlers(app)
+    app.include_router(routes.build_models_router(model_name))
 
     @app.get("/health")
     def health() -> dict[str, str]:

@@ -13,18 +13,18 @@ from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from memtx.inference.continuation import TextDelta, TokenGenerator, TokenLogprob
 from memtx.inference.engine import Generation
 from memtx.inference.generate import collect_recent_tokens
-from memtx.inference.pool import SessionPool
 from memtx.inference.reader import StreamReader
+from memtx.inference.sessions.pool import SessionPool
+from memtx.inference.token_generator import TextDelta, TokenGenerator, TokenLogprob
+from memtx.serving.errors import APIError
 from memtx.serving.limits import Limits, get_deadline
 from memtx.serving.metrics import PoolMetrics
-from memtx.serving.names import check_model
-from memtx.serving.problems import APIError
-from memtx.serving.replies import ChoiceBuilder, CompletionFormatter, format_usage, get_prompt_logprobs
+from memtx.serving.responses import ChoiceBuilder, CompletionFormatter, format_usage, get_prompt_logprobs
+from memtx.serving.routes import check_model
 from memtx.serving.schemas import CompletionBody, GenerationBody
-from memtx.serving.streams import OutputStream, TokenQueue, stream_sse
+from memtx.serving.sse import OutputStream, TokenQueue, stream_sse
 
 MAX_CONCURRENT_PROMPTS = 16
 """Prompts of one request that are read at the same time."""

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memtx.errors import MemtxError
+from memtx.serving.errors import APIError, error_response
 from memtx.serving.metrics import Metrics
-from memtx.serving.problems import APIError, error_response
 
 PUBLIC_PATHS = ("/health", "/", "/openapi.json", "/favicon.ico")
 """Addresses that need no key: they say nothing about texts."""

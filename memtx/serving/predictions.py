@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from memtx.errors import MemtxError
-from memtx.inference.answering import BasePredictor
+from memtx.inference.base_predictor import BasePredictor
+from memtx.serving.errors import APIError, to_api_error
 from memtx.serving.limits import Limits, get_deadline
 from memtx.serving.metrics import Metrics
-from memtx.serving.names import check_model
-from memtx.serving.problems import APIError, to_api_error
+from memtx.serving.routes import check_model
 from memtx.serving.schemas import PredictBody
 
 

@@ -8,16 +8,16 @@ from typing import Any
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
-from memtx.inference.continuation import TokenGenerator
 from memtx.inference.engine import Generation
-from memtx.inference.pool import SessionPool
 from memtx.inference.reader import SegmentResult
+from memtx.inference.sessions.pool import SessionPool
+from memtx.inference.token_generator import TokenGenerator
 from memtx.serving.completions import CompletionService, PrefilledPrompt
+from memtx.serving.errors import APIError
 from memtx.serving.limits import get_deadline
-from memtx.serving.problems import APIError
-from memtx.serving.replies import CompletionFormatter
+from memtx.serving.responses import CompletionFormatter
 from memtx.serving.schemas import CreateBody, FeedBody, GenerateBody, ScoreBody
-from memtx.serving.streams import iterate_in_threadpool
+from memtx.serving.sse import iterate_in_threadpool
 
 BINARY_MEDIA_TYPE = "application/octet-stream"
 

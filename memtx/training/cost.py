@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from memtx import specs
+from memtx import class_config
 from memtx.errors import MemtxError
 from memtx.memory.base import Memory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.attention.dispatch import use_attention_hook
-from memtx.ops.linear import linear
-from memtx.ops.visibility import Visibility, num_visible_pairs
+from memtx.ops.attention.mask import Visibility, num_visible_pairs
+from memtx.ops.cpu.linear import linear
 from memtx.state import MemoryState
 from memtx.training.optimizers import make_param_groups
 
@@ -124,7 +124,7 @@ def make_narrow_copy(model: MemoryTransformer) -> MemoryTransformer:
         "dropout": 0.0,
     }
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        made = specs.from_config({**model.config, "init_args": {**given, **small}})()
+        made = class_config.from_config({**model.config, "init_args": {**given, **small}})()
     return cast(MemoryTransformer, _copy_requires_grad(made, model))
 
 
@@ -139,7 +139,7 @@ def _fake_tensor_mode() -> Any:
 def copy_to_cpu(model: MemoryTransformer) -> MemoryTransformer:
     """Return a copy on the CPU; to be called where tensors have no numbers."""
     with torch.device("cpu"):
-        return cast(MemoryTransformer, _copy_requires_grad(specs.from_config(model.config)(), model))
+        return cast(MemoryTransformer, _copy_requires_grad(class_config.from_config(model.config)(), model))
 
 
 def _copy_requires_grad(target: nn.Module, source: nn.Module) -> nn.Module:
@@ -239,7 +239,7 @@ def optimizer_bytes(model: MemoryTransformer, make_optimizer: Callable[[Any], Op
 def measure_peak_flops(device: torch.device, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
     """Return the FLOP/s of the fastest of several products of two (size, size) matrices; draws no random number.
 
-    They are made as the layers make theirs, :func:`memtx.ops.linear.linear`: torch's way or a faster one.
+    They are made as the layers make theirs, :func:`memtx.ops.cpu.linear.linear`: torch's way or a faster one.
     """
     left = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
     right = left.T.contiguous()

@@ -19,18 +19,18 @@ from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment
 from memtx.state import MemoryState
+from memtx.training.base_module import BaseModule
 from memtx.training.carry import Carry
+from memtx.training.compression_rates import CompressionRateSampler
 from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.model_outputs import ModelOutputs
 from memtx.training.distillation.reading import collect_language_outputs, fill_logit_table
-from memtx.training.distillation.shown import ModelOutputs
+from memtx.training.elastic_resume import reassign_streams
 from memtx.training.lora import LoRA
-from memtx.training.measures import LanguageMetrics
-from memtx.training.meter import MemoryGain, has_memory
+from memtx.training.memory_gain import MemoryGain, has_memory
+from memtx.training.metrics import LanguageMetrics
 from memtx.training.optimizers import WarmupCosine
-from memtx.training.rates import CompressionRateSampler
-from memtx.training.redealt import reassign_streams
 from memtx.training.tbptt import LossFn, UnrollOutput, unroll
-from memtx.training.trained import BaseModule
 
 _CARRIED_STAGES = {"carry": "train", "teacher": "teacher"}
 """What a checkpoint keeps of the carry: by its name there, the stage."""

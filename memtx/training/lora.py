@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtx.checkpoint.lora import BASE_LAYER, LoRAConfig, is_lora_parameter
 from memtx.errors import MemtxError, check_at_least, check_positive, closest_match, missing_package_error
-from memtx.models.low_rank import BASE_LAYER, LoRAConfig, is_lora_parameter
 from memtx.models.memory_transformer import MemoryTransformer
 
 

@@ -17,14 +17,14 @@ from torchmetrics import MeanMetric, Metric
 from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
-from memtx.models.permuted import XLNet
 from memtx.models.reformer import Reformer
+from memtx.models.xlnet import XLNet
 from memtx.training import objectives
+from memtx.training.base_module import BaseModule
 from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.reading import forward_masked_lm
-from memtx.training.measures import LanguageMetrics
+from memtx.training.metrics import LanguageMetrics
 from memtx.training.optimizers import WarmupCosine
-from memtx.training.trained import BaseModule
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]

@@ -12,14 +12,14 @@ import pytest
 import torch
 import yaml
 
-from memtx import specs
-from memtx.data.episodes.recall import AssociativeRecall
+from memtx import class_config
+from memtx.checkpoint.pretrained import find_checkpoint
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
-from memtx.models.folder import find_checkpoint
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.commands.program import HOME, Program
-from tests.models.published import plain
-from tests.models.published.folders import write
+from tests.hf import plain
+from tests.hf.folders import write
 from tests.tasks import folder, records, write_lines
 
 CONFIGS = sorted((HOME / "configs").glob("*.yaml"))
@@ -84,7 +84,7 @@ def test_the_parser_takes_it_and_the_model_has_the_size_it_claims(program: Progr
         # A head's size goes by the labels, and is nothing beside a body's; a mask is one more token.
         if path.stem in PRETRAINING and "mask_id" in own:
             vocabulary += 1
-        model = specs.from_config(own["backbone" if path.stem in BODIES else "model"])(vocab_size=vocabulary)
+        model = class_config.from_config(own["backbone" if path.stem in BODIES else "model"])(vocab_size=vocabulary)
     count = sum(weight.numel() for weight in model.parameters())
     claimed = re.search(r"about ([\d.]+) M parameters", path.read_text(), re.IGNORECASE)
     assert claimed is not None
@@ -210,19 +210,19 @@ SHRUNKEN = {
     "reformer-clm": [
         "--data.segment_length=64", "--model.model.init_args.dim=16", "--model.model.init_args.heads=2",
         """--model.model.init_args.attentions=[
-            {"class_path": "memtx.layers.chunk_attention.LocalAttention", "init_args": {"chunk_length": 16}},
-            {"class_path": "memtx.layers.chunk_attention.LSHAttention",
+            {"class_path": "memtx.layers.reformer.LocalAttention", "init_args": {"chunk_length": 16}},
+            {"class_path": "memtx.layers.reformer.LSHAttention",
              "init_args": {"chunk_length": 16, "num_hashes": 2}}]""",
         "--model.model.init_args.positions.init_args.shape=[8,8]",
         "--model.model.init_args.positions.init_args.axis_dims=[8,8]",
         "--model.model.init_args.feed_forward_chunk_size=16",
     ],
     "longformer-mlm": [
-        "--model.model.init_args.attentions=[{class_path: memtx.layers.window_attention.LongformerAttention, "
+        "--model.model.init_args.attentions=[{class_path: memtx.layers.longformer.LongformerAttention, "
         "init_args: {window: 8}}]",
     ],
     "bigbird-mlm": [
-        "--model.model.init_args.attentions=[{class_path: memtx.layers.block_attention.BigBirdAttention, "
+        "--model.model.init_args.attentions=[{class_path: memtx.layers.bigbird.BigBirdAttention, "
         "init_args: {block_size: 4, num_random_blocks: 1, max_length: 64}}]",
     ],
 }  # fmt: skip

@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
+from memtx.checkpoint.pretrained import find_checkpoint
 from memtx.cli.evaluate import parse_distances
 from memtx.cli.main import main
-from memtx.data.episodes.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
 from memtx.errors import MemtxError
 from memtx.evaluation.accuracy import evaluate_accuracy
-from memtx.models.folder import find_checkpoint
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.commands.program import HOME, Program
 from tests.commands.tiny import BOOK, pretrained

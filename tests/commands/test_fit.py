@@ -210,7 +210,7 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
 SLOW = """
 from lightning.pytorch import Callback
 
-from memtx.ops import bf16
+from memtx.ops.cpu import bf16
 
 bf16.is_cpu_bf16_fast = lambda: False
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from memtx import sealed
+from memtx.checkpoint import checksummed_zip
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -39,11 +39,11 @@ def fill(disk: Path, left: int) -> None:
 
 @pytest.mark.parametrize(
     "writer",
-    [pytest.param("checkpoint.AtomicCheckpointIO", marks=pytest.mark.slow), "background.AsyncAtomicCheckpointIO"],
+    [pytest.param("training.AtomicCheckpointIO", marks=pytest.mark.slow), "async_io.AsyncAtomicCheckpointIO"],
 )
 def test_a_run_on_a_full_disk(program: Program, tmp_path: Path, disk: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 6)
-    config["trainer"] |= {"plugins": [{"class_path": f"memtx.training.callbacks.{writer}"}], "val_check_interval": 4}
+    config["trainer"] |= {"plugins": [{"class_path": f"memtx.checkpoint.{writer}"}], "val_check_interval": 4}
     config["checkpoint"] = {"every_n_train_steps": 2}
     at = runs.prepare(tmp_path, config)
     assert runs.fit(program, at, "whole").code == 0
@@ -61,8 +61,8 @@ def test_a_run_on_a_full_disk(program: Program, tmp_path: Path, disk: Path, writ
         assert "Free some space" in line
         assert not list(folder.glob(".*")), "nothing half-written is left"
         for path in folder.glob("*.ckpt"):
-            sealed.verify(path)
-        assert sealed.read_step(folder / "last.ckpt") == 2
+            checksummed_zip.verify(path)
+        assert checksummed_zip.read_step(folder / "last.ckpt") == 2
     done = runs.fit(program, at, "disk/run")
     assert done.code == 0, done.err
     watched = at / "disk" / "run-watched"

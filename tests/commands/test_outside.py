@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-import tests.theirs
+import tests.third_party_memory
 from tests.commands.program import Program
 from tests.commands.runs import changed, write, write_books
 
@@ -21,7 +21,7 @@ MEMORIES = ("model", "model", "init_args", "memories")
 
 
 def test_a_memory_in_ones_own_file(program: Program, tmp_path: Path) -> None:
-    shutil.copy(tests.theirs.__file__, tmp_path / "their_memory.py")
+    shutil.copy(tests.third_party_memory.__file__, tmp_path / "their_memory.py")
     write_books(tmp_path / "books")
     write(tmp_path, changed(MEMORIES, STACK))
     done = program("fit", "--config", "c.yaml", "--trainer.max_steps", "2", at=tmp_path)

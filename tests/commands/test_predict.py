@@ -163,7 +163,7 @@ def test_a_broken_line_stops_a_run_before_it_is_one(program: Program, tmp_path: 
 
 
 def test_half_a_config_of_parts_is_refused(program: Program, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.tasks.TaggingModule}\n")
+    (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.finetuning.TaggingModule}\n")
     done = program("fit", "--config", "c.yaml", at=tmp_path)
     assert done.code == 2
     assert "'data' names no class_path" in done.err

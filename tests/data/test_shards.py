@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data import encoding, prepared
-from memtx.data.document import Document
-from memtx.data.documents import open_corpus
-from memtx.data.prepared import open_store, plan_shards
+from memtx.data import tokenize, tokenized_corpus
 from memtx.data.shards import TokenStore
+from memtx.data.sources.corpus import open_corpus
+from memtx.data.sources.document import Document
+from memtx.data.tokenized_corpus import open_store, plan_shards
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -33,7 +33,7 @@ def documents(texts: Sequence[str] = TEXTS) -> list[Document]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "MIN_SHARD_BYTES", 500)
+    monkeypatch.setattr(tokenized_corpus, "MIN_SHARD_BYTES", 500)
 
 
 def bpe() -> BytePairTokenizer:
@@ -71,8 +71,8 @@ def test_a_store_pickles_without_its_tokens(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
-    assert encoding.token_dtype(1 << 16).itemsize == 2
-    assert encoding.token_dtype((1 << 16) + 1).itemsize == 4
+    assert tokenize.token_dtype(1 << 16).itemsize == 2
+    assert tokenize.token_dtype((1 << 16) + 1).itemsize == 4
 
 
 def test_the_store_is_used_again_until_text_or_tokenizer_change(
@@ -89,7 +89,7 @@ def test_the_store_is_used_again_until_text_or_tokenizer_change(
 
     first = opened()
     with monkeypatch.context() as patch:
-        patch.setattr(prepared, "write_jobs", None)  # calling it would fail
+        patch.setattr(tokenized_corpus, "write_jobs", None)  # calling it would fail
         assert opened().fingerprint == first.fingerprint
     (root / "1.txt").write_text("other words " * 200)
     changed = opened()
@@ -124,26 +124,26 @@ def test_damage_is_found_and_only_the_damaged_shard_made_again(tmp_path: Path) -
 
 @pytest.mark.usefixtures("small_shards")
 def test_an_interrupted_run_keeps_its_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = encoding.write_job
+    original = tokenize.write_job
     written: list[int] = []
 
-    def interrupted(job: encoding.ShardJob, *rest: object) -> None:
+    def interrupted(job: tokenize.ShardJob, *rest: object) -> None:
         if len(written) == 2:
             raise KeyboardInterrupt
         written.append(job.shard_index)
         original(job, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(encoding, "write_job", interrupted)
+    monkeypatch.setattr(tokenize, "write_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     assert not list(tmp_path.glob("tokens-*"))
     again: list[int] = []
 
-    def counted(job: encoding.ShardJob, *rest: object) -> None:
+    def counted(job: tokenize.ShardJob, *rest: object) -> None:
         again.append(job.shard_index)
         original(job, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(encoding, "write_job", counted)
+    monkeypatch.setattr(tokenize, "write_job", counted)
     store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     assert again
     assert not set(again) & set(written)
@@ -176,7 +176,7 @@ def test_a_worker_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_workers_start_without_torch() -> None:
-    code = "import sys, memtx.data.encoding; sys.exit('torch' in sys.modules)"
+    code = "import sys, memtx.data.tokenize; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -197,4 +197,6 @@ def test_other_mistakes(tmp_path: Path) -> None:
 def test_every_document_is_in_one_shard_of_bounded_size(sizes: list[int]) -> None:
     plan = plan_shards(sizes)
     assert [place for shard in plan for place in shard] == list(range(len(sizes)))
-    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= prepared.MAX_SHARD_BYTES for shard in plan)
+    assert all(
+        len(shard) == 1 or sum(sizes[place] for place in shard) <= tokenized_corpus.MAX_SHARD_BYTES for shard in plan
+    )

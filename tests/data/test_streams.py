@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.document import Document
-from memtx.data.prepared import open_store
 from memtx.data.shards import TokenStore
+from memtx.data.sources.document import Document
 from memtx.data.streams import DocumentStreams, EvaluationStreams
+from memtx.data.tokenized_corpus import open_store
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import CheckpointError, DataError
 
@@ -217,7 +217,7 @@ def test_impossible_numbers_are_named(make: Make) -> None:
 
 
 def test_books(books: Path, tmp_path: Path) -> None:
-    from memtx.data.documents import open_corpus
+    from memtx.data.sources.corpus import open_corpus
 
     corpus = open_corpus(books)
     assert len(corpus.get_split("train")) == 39

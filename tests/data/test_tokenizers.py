@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.data.pieces import split_text
+from memtx.data.text_chunks import split_text
 from memtx.data.tokenizers import (
     BytePairTokenizer,
     ByteTokenizer,

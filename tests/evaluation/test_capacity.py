@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtx.data.episodes.overwrite import Overwrite
-from memtx.data.episodes.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.overwrite import Overwrite
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
 from memtx.errors import MemtxError
 from memtx.evaluation.capacity import evaluate_capacity, with_num_pairs
-from memtx.evaluation.checkpoint import build_task
+from memtx.evaluation.task_checkpoint import build_task
 from memtx.state import MemoryState
-from tests.data.episodes.test_recall import Said
+from tests.data.synthetic_tasks.test_recall import Said
 
 
 class Holding:

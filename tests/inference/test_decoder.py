@@ -17,8 +17,8 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.state import MemoryState
-from tests.kinds import KINDS
-from tests.promises.drawn import cases, distance
+from tests.invariants.strategies import cases, distance
+from tests.memory_zoo import KINDS
 
 EXACT = 1e-10
 """float64: sums in another order."""

@@ -11,12 +11,12 @@ import pytest
 
 from memtx import MemoryTransformer
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.continuation import GenerationConfig
 from memtx.inference.engine import ClosedError, Engine, PendingSegment
-from memtx.inference.pool import SessionPool
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.scoring import ScoreRequest
-from tests.promises.drawn import distance
+from memtx.inference.sessions.pool import SessionPool
+from memtx.inference.token_generator import GenerationConfig
+from tests.invariants.strategies import distance
 
 ROUNDED = 1e-5
 """Surprise is handed out in float32, and is of the order of 10."""

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
-from memtx.inference.continuation import StopFilter
 from memtx.inference.generate import generate
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
+from memtx.inference.token_generator import StopFilter
 from memtx.models.memory_transformer import MemoryTransformer
 
 GREEDY = SamplingParams(greedy=True)

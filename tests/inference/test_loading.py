@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from memtx.checkpoint import pretrained
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.loading import load_model_and_tokenizer
-from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 
 
 def checkpoint(path: Path, model: MemoryTransformer, **changed: object) -> Path:
     content = {
         "state_dict": {f"model.{name}": tensor for name, tensor in model.state_dict().items()},
-        "memtx": {"model": folder.describe_model(model)},
+        "memtx": {"model": pretrained.describe_model(model)},
         "BookDataModule": {"tokenizer": ByteTokenizer().to_json()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)

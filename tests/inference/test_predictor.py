@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from memtx.data.task import Task
+from memtx.data.tasks.base import Task
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.engine import ClosedError, DeadlineExceededError
 from memtx.inference.predictor import Predictor, is_task_model
@@ -105,7 +105,7 @@ def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_best_span_is_searched_for() -> None:
-    from memtx.data.questions import _best_span
+    from memtx.data.tasks.question_answering import _best_span
 
     torch.manual_seed(0)
     for _ in range(20):

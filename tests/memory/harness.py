@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from memtx.memory.base import LayerActivations, Losses, Memory, View
-from memtx.ops.visibility import create_mask
+from memtx.ops.attention.mask import create_mask
 from memtx.segment import Segment
 from memtx.state import MemoryState
 

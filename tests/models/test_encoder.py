@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memtx import MemtxError
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.pattern_attention import FullAttention
+from memtx.layers.encoder_attention import FullAttention
 from memtx.models.encoder import Encoder
 
 TOKENS = torch.randint(1, 20, (3, 13), generator=torch.Generator().manual_seed(0))

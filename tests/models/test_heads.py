@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from memtx.errors import MemtxError
-from memtx.layers.window_attention import LongformerAttention
+from memtx.layers.longformer import LongformerAttention
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.encoder import Encoder
 from memtx.models.heads import (

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from memtx import CompressedMemory, MemoryTransformer
-from memtx.models.intervals import MAX_CHUNK_TOKENS, MIN_CHUNK_LENGTH
+from memtx.models.segmented_forward import MAX_CHUNK_TOKENS, MIN_CHUNK_LENGTH
 
 LENGTH = MAX_CHUNK_TOKENS + MIN_CHUNK_LENGTH + 7
 ROUNDING = 1e-10

@@ -18,7 +18,7 @@ from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, Memtx
 from memtx.errors import CheckpointError
 from memtx.memory.compression import AttentionPooling
 from memtx.memory.reconstruction import AttentionReconstruction, AutoEncoding
-from tests.kinds import COMPRESSIONS
+from tests.memory_zoo import COMPRESSIONS
 
 
 def small(**options: Any) -> MemoryTransformer:

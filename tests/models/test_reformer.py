@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 import memtx
 from memtx import MemtxError
-from memtx.layers.axial_positions import AxialPositionEmbeddings
-from memtx.layers.chunk_attention import LocalAttention, LSHAttention, ReformerAttention
+from memtx.layers.positions.axial import AxialPositionEmbeddings
+from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
-from memtx.ops.attention.lsh import choose_bucket_factors, sample_rotations
+from memtx.ops.lsh import choose_bucket_factors, sample_rotations
 
 
 def small(attentions: list[Any], **options: Any) -> Reformer:

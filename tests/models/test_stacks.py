@@ -12,8 +12,8 @@ import torch
 import memtx
 from memtx import CompressedMemory, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.state import MemoryState
-from tests.kinds import KINDS, Stack
-from tests.theirs import RunningMean
+from tests.memory_zoo import KINDS, Stack
+from tests.third_party_memory import RunningMean
 
 WINDOW = partial(RecurrentMemory, window=5)
 STACK = [WINDOW, RunningMean, partial(RunningMean, gain=0.5)]

@@ -16,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import MemtxError
-from memtx.inference.pool import SessionPool
+from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.app import create_app
 from memtx.serving.limits import Limits
 from tests.inference.conftest import TEXT, tiny_model

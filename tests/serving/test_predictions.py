@@ -15,7 +15,7 @@ pytest.importorskip("httpx", reason="the package 'httpx' is not installed")
 from fastapi.testclient import TestClient
 
 from memtx.data.tokenizers import ByteTokenizer
-from memtx.inference.pool import SessionPool
+from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.app import create_app, create_task_app
 from memtx.serving.limits import Limits
 from tests.inference.conftest import tiny_model

@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch import seed_everything
 from torch import Tensor
 
+from memtx.checkpoint.training import AtomicCheckpointIO
 from memtx.data.books import BookDataModule
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.checkpoint import AtomicCheckpointIO
 from memtx.training.language import LanguageModule
 from memtx.training.optimizers import WarmupCosine
 from tests.commands.runs import write_books

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from memtx import files
-from memtx.cli.common import EXIT_INTERRUPTED
-from memtx.models.folder import read_checkpoint
+from memtx.checkpoint.pretrained import read_checkpoint
+from memtx.cli.options import EXIT_INTERRUPTED
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs

@@ -15,20 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import memtx
+from memtx.checkpoint import pretrained
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MostUsed, StridedConvolution
 from memtx.memory.reconstruction import AttentionReconstruction
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.models import folder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.transformer_xl import TransformerXL
 from memtx.training.distillation import SelfDistillation
 from memtx.training.language import LanguageModule
 from memtx.training.lora import LoRA
-from tests.kinds import KINDS
-from tests.models.published.test_parity import folders
+from tests.hf.test_parity import folders
+from tests.memory_zoo import KINDS
 from tests.training.small import SEGMENT, adam, data, trainer
 
 pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
@@ -229,7 +229,7 @@ def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, mon
 
 def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
     trained(tmp_path, LoRA(rank=2, alpha=8))
-    content = folder.read_checkpoint(tmp_path / "run.ckpt")
+    content = pretrained.read_checkpoint(tmp_path / "run.ckpt")
     for other in (
         None,
         LoRA(rank=2, alpha=9),

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 from memtx.errors import MemtxError
 from memtx.training.optimizers import WarmupCosine, make_param_groups
 from memtx.training.tbptt import unroll
-from tests.kinds import KINDS
+from tests.memory_zoo import KINDS
 from tests.training.small import SEGMENT, Record, data, model, module, sgd, trainer, weights
 
 

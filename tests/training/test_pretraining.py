@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from memtx.data.books import BookDataModule
-from memtx.layers.chunk_attention import LocalAttention, LSHAttention
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.window_attention import LongformerAttention
+from memtx.layers.longformer import LongformerAttention
+from memtx.layers.reformer import LocalAttention, LSHAttention
 from memtx.models.encoder import Encoder
-from memtx.models.permuted import XLNet
 from memtx.models.reformer import Reformer
+from memtx.models.xlnet import XLNet
 from memtx.training.pretraining import CausalModule, MaskedModule, PermutedModule
-from tests.training.test_tasks import trainer
+from tests.training.test_finetuning import trainer
 
 ENCODER = partial(
     Encoder, dim=32, depth=1, heads=2, attentions=[partial(LongformerAttention, window=32)],

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.tbptt import UnrollOutput, unroll
 from scripts.measuring import TensorMemoryTracker
-from tests.kinds import KINDS
+from tests.memory_zoo import KINDS
 from tests.training.small import Record, data, model, module, trainer, weights
 from tests.training.test_tbptt import gradients, texts
 

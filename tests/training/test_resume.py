@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 
-from memtx.training.callbacks.checkpoint import BestCheckpoint
+from memtx.checkpoint.training import BestCheckpoint
 from memtx.training.lora import LoRA
 from tests.commands.program import Program
 from tests.commands.runs import changed

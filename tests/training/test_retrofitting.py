@@ -15,8 +15,8 @@ from memtx.memory.compression import MeanPooling
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.compression_rates import CompressionRateSampler
 from memtx.training.language import LanguageModule
-from memtx.training.rates import CompressionRateSampler
 from tests.training.small import SEGMENT, adam, data, trainer
 
 MEAN = partial(CompressedMemory, window=6, compression_rate=2, num_entries=8, compression=MeanPooling)

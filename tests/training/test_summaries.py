@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.summaries import SummaryDataModule
-from memtx.data.summary_form import SummaryPrompt
+from memtx.data.tasks.summaries import SummaryDataModule
+from memtx.data.tasks.summary_prompt import SummaryPrompt
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.predictor import Predictor, is_task_model
 from memtx.inference.summarizer import Summarizer, load_predictor
@@ -21,7 +21,7 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.summaries import SummaryModule
 from tests.tasks import write_lines
-from tests.training.test_tasks import trainer
+from tests.training.test_finetuning import trainer
 
 MODEL = partial(
     MemoryTransformer,

@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from memtx.data.document import SourcePart
-from memtx.data.documents import METADATA_NAME, TEXT_SUFFIXES, open_corpus, read_titles
-from memtx.data.source import SPLITS, CorpusManifest, TextSource
 from memtx.data.sources import tables
-from memtx.data.sources.places import COMPRESSION_BY_SUFFIX, RemoteDocument, RemoteFile, list_files, open_file
+from memtx.data.sources.corpus import METADATA_NAME, TEXT_SUFFIXES, open_corpus, read_titles
+from memtx.data.sources.document import SourcePart
+from memtx.data.sources.manifest import SPLITS, CorpusManifest, TextSource
+from memtx.data.sources.remote_files import COMPRESSION_BY_SUFFIX, RemoteDocument, RemoteFile, list_files, open_file
 from memtx.errors import DataError
 
 JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")

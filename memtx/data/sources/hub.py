@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memtx.data.document import Document, SourcePart
-from memtx.data.source import CorpusManifest, TextSource
+from memtx.data.sources.document import Document, SourcePart
 from memtx.data.sources.files import canonical_split, compute_split_fractions
+from memtx.data.sources.manifest import CorpusManifest, TextSource
 from memtx.data.sources.tables import row_to_document
 from memtx.errors import DataError, MemtxError
 

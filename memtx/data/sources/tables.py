@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from memtx.data.document import READ_SIZE, Document, SourcePart
-from memtx.data.sources.places import RemoteFile, open_file
+from memtx.data.sources.document import READ_SIZE, Document, SourcePart
+from memtx.data.sources.remote_files import RemoteFile, open_file
 from memtx.data.tokenizers import encode_utf8
 from memtx.errors import DataError, MemtxError, closest_match
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memtx.ops.attention import blocks, fused, pattern
+from memtx.ops.attention import blocks, sparse
 from memtx.ops.attention.bias import ScoreBias, bias_requires_grad
-from memtx.ops.attention.fused_blocks import GatheredBlocks, gather_random_blocks
-from memtx.ops.attention.merge import merge_attention
-from memtx.ops.attention.plan import BLOCK_SIZE, build_bands
-from memtx.ops.visibility import Visibility
+from memtx.ops.attention.block_plan import BLOCK_SIZE, build_bands
+from memtx.ops.attention.combine import merge_attention
+from memtx.ops.attention.mask import Visibility
+from memtx.ops.cpu import sdpa_cpu
+from memtx.ops.cpu.gathered_blocks import GatheredBlocks, gather_random_blocks
 
 
 def _attend_key_ranges(
@@ -39,7 +40,7 @@ def _attend_key_ranges(
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     key = ("bands", block_size, dtype, bias)
     plan = visibility.memo(key, lambda: build_bands(visibility, bias, block_size, dtype))
-    return fused.attend(
+    return sdpa_cpu.attend(
         q, k, v, plan, scale, _get_gathered_blocks(q, k, visibility, dtype) if include_random_blocks else None
     )
 
@@ -85,10 +86,8 @@ def attend(
     )
     if random and not joined:
         assert lse is not None
-        out, lse = merge_attention(
-            [(out, lse), pattern.attend_random_blocks(q, k, v, visibility, bias, scale, dropout)]
-        )
+        out, lse = merge_attention([(out, lse), sparse.attend_random_blocks(q, k, v, visibility, bias, scale, dropout)])
     if overlaid:
         assert lse is not None
-        out, lse = pattern.attend_global_queries(q, k, v, visibility, bias, scale, dropout, (out, lse))
+        out, lse = sparse.attend_global_queries(q, k, v, visibility, bias, scale, dropout, (out, lse))
     return out, lse

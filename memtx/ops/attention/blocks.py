@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import ScoreBias, compute_block_bias
-from memtx.ops.attention.plan import create_additive_mask, split_queries
+from memtx.ops.attention.block_plan import create_additive_mask, split_queries
+from memtx.ops.attention.mask import Visibility, create_mask
 from memtx.ops.attention.reference import softmax_attention
-from memtx.ops.visibility import Visibility, create_mask
 
 
 def attend_sdpa(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.ops.attention import native
 from memtx.ops.attention.bias import RelativeBias, ScoreBias, bias_requires_grad
-from memtx.ops.visibility import Visibility
+from memtx.ops.attention.mask import Visibility
+from memtx.ops.cpu import attention
 
 TRITON_HEAD_DIMS = (32, 64, 128)
 """Widths of a head that the Triton kernel is written for."""
@@ -127,17 +127,17 @@ def check_backend(
 
 def supports_cpp_kernel(q: Tensor) -> bool:
     """Return whether the compiled kernel is written for heads such as q's, where they are."""
-    return q.device.type == "cpu" and q.dtype in native.DTYPES and q.shape[-1] <= native.MAX_HEAD_DIM
+    return q.device.type == "cpu" and q.dtype in attention.DTYPES and q.shape[-1] <= attention.MAX_HEAD_DIM
 
 
 def _check_cpp_kernel(q: Tensor) -> None:
     if not supports_cpp_kernel(q):
         raise MemtxError(
             f"The backend 'cpp' got heads of {q.shape[-1]} in {q.dtype} on {q.device.type}, expected a width of "
-            f"{native.MAX_HEAD_DIM} at most in float32 or bfloat16 on the CPU.",
+            f"{attention.MAX_HEAD_DIM} at most in float32 or bfloat16 on the CPU.",
             "Use 'banded' or 'auto'.",
         )
-    if not native.is_available():
+    if not attention.is_available():
         raise MemtxError(
             "The backend 'cpp' could not be compiled on this machine.",
             "Install a C++ compiler (g++ or clang++), or use 'banded' or 'auto'.",

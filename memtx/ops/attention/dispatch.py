@@ -12,9 +12,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from memtx.ops.attention import banded, checks, flex, native, reference
+from memtx.ops.attention import banded, checks, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
-from memtx.ops.visibility import Visibility
+from memtx.ops.attention.mask import Visibility
+from memtx.ops.cpu import attention
 
 AttentionBackend = Literal["auto", "reference", "banded", "cpp", "flex", "triton"]
 
@@ -53,8 +54,8 @@ def _choose_backend(q: Tensor, visibility: Visibility, bias: ScoreBias | None, d
             return "triton", "one kernel of our own that leaves out whole blocks"
         if q.shape[-1] >= 16:
             return "flex", "one compiled kernel that leaves out whole blocks"
-    fits = checks.supports_cpp_kernel(q) and q.shape[2] >= native.MIN_QUERIES
-    if fits and native.is_faster(q.dtype) and native.is_available():
+    fits = checks.supports_cpp_kernel(q) and q.shape[2] >= attention.MIN_QUERIES
+    if fits and attention.is_faster(q.dtype) and attention.is_available():
         return "cpp", "one kernel of our own, compiled for this processor"
     return "banded", "fused calls over views, linear in length"
 
@@ -128,7 +129,7 @@ def segment_attention(
         scale: factor of the scores; 1 / sqrt(head_dim) by default.
         backend: which implementation; "auto" chooses by device and need.
         return_lse: whether to give the log-sum-exp of the scores too, with gradient, so that parts of the keys
-            can be joined by :func:`memtx.ops.attention.merge.merge_attention`.
+            can be joined by :func:`memtx.ops.attention.combine.merge_attention`.
 
     Returns:
         (rows, heads, queries, head_dim), zero where a query sees nothing; on request also the log-sum-exp,
@@ -155,7 +156,7 @@ def segment_attention(
         out, lse = flex.attend(q, k, v, visibility, bias=bias, scale=scale)
     elif chosen == "cpp":
         assert isinstance(bias, AlibiBias | None)
-        out, lse = native.attend(q, k, v, visibility, bias=bias, scale=scale)
+        out, lse = attention.attend(q, k, v, visibility, bias=bias, scale=scale)
     elif chosen == "triton":
         from memtx.ops.attention import triton_window
 

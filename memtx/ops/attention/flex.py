@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memtx.ops.attention.bias import AlibiBias
-from memtx.ops.visibility import KeyRange, Visibility
+from memtx.ops.attention.mask import KeyRange, Visibility
 
 BLOCK_SIZE = 128
 """Queries, and keys, a block: flex_attention's own default."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import ScoreBias, compute_block_bias
-from memtx.ops.visibility import Visibility, compute_key_counts
+from memtx.ops.attention.mask import Visibility, compute_key_counts
 
 
 def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from memtx.ops.visibility import KeyRange, Visibility
+from memtx.ops.attention.mask import KeyRange, Visibility
 
 INT32_MAX = 2**31 - 1
 

@@ -18,8 +18,8 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
+from memtx.ops.attention.mask import Visibility
 from memtx.ops.attention.tables import build_key_bounds, build_query_bounds, get_int32_bounds
-from memtx.ops.visibility import Visibility
 
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether Triton's interpreter runs the kernels, on tensors of any device."""

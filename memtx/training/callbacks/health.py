@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memtx.errors import check_at_least
-from memtx.training.callbacks import moments
+from memtx.training.callbacks import trainer_state
 from memtx.training.carry import get_carry
 
 NUM_CHECKS = 5
@@ -81,7 +81,7 @@ class MemoryNormMonitor(pl.Callback):
     def _warn_once(self, trainer: pl.Trainer, key: tuple[str, str], message: str) -> None:
         if key not in self._warned:
             self._warned.add(key)
-            moments.write_status(trainer, f"Memory: {message}")
+            trainer_state.write_status(trainer, f"Memory: {message}")
 
 
 def sum_squares(tensors: dict[str, Tensor]) -> dict[str, tuple[float, int]]:

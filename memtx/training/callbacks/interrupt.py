@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
-from memtx.training import requeue
-from memtx.training.callbacks import moments
+from memtx.training import slurm
+from memtx.training.callbacks import trainer_state
 
 INTERRUPT_EXIT_CODE = 130
 """The exit code of a process that the trainer forked or spawned, where it was interrupted: 128 and SIGINT's number."""
@@ -69,7 +69,7 @@ class StopOnInterrupt(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and stop, if asked to and no accumulated gradient would be lost."""
-        if not moments.has_stepped(trainer):
+        if not trainer_state.has_stepped(trainer):
             return
         # All processes alike: the signal need not have come to each of them, or not before the same step.
         if not trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False):
@@ -77,7 +77,7 @@ class StopOnInterrupt(pl.Callback):
         kept = trainer.checkpoint_callback
         if isinstance(kept, ModelCheckpoint) and kept.dirpath:
             trainer.save_checkpoint(Path(kept.dirpath) / f"{kept.CHECKPOINT_NAME_LAST}.ckpt")
-        if moments.will_validate(trainer):
+        if trainer_state.will_validate(trainer):
             return  # Its figures would be missing from the run; the next step is the last one.
         if trainer.strategy.reduce_boolean_decision(self._requeue_requested, all=False):
             self._requeue_job(trainer)
@@ -88,10 +88,10 @@ class StopOnInterrupt(pl.Callback):
 
     @staticmethod
     def _requeue_job(trainer: pl.Trainer) -> None:
-        environment, number = getattr(trainer.strategy, "cluster_environment", None), requeue.get_job_id(os.environ)
+        environment, number = getattr(trainer.strategy, "cluster_environment", None), slurm.get_job_id(os.environ)
         asks = not isinstance(environment, SLURMEnvironment) or environment.auto_requeue
         if number is not None and asks and trainer.is_global_zero:
-            requeue.requeue(number)
+            slurm.requeue(number)
             rank_zero_info(f"The checkpoint is written, and SLURM's job {number} is back in the queue.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from memtx.training.callbacks import moments
+from memtx.training.callbacks import trainer_state
 
 _TRAIN_METRICS = (("train_loss", "loss", ".3f"), ("train_bits_per_byte", "bits/byte", ".3f"))
 _VAL_METRICS = (
@@ -67,7 +67,7 @@ class PlainProgress(pl.Callback):
         if trainer.is_global_zero:
             # Looked up now, not when this was made: a test or a caller may have put another one there.
             write = self._write if self._write is not None else sys.stderr.write
-            total = moments.total_steps(trainer)
+            total = trainer_state.total_steps(trainer)
             write(f"step {trainer.global_step}{'' if total is None else f'/{total}'}{text}\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,10 +82,10 @@ class PlainProgress(pl.Callback):
         """Count, and write a line if it is time."""
         self._num_tokens += batch.tokens.numel() * trainer.world_size
         now = self._clock()
-        if now - self._last_time < self._interval_seconds or not moments.has_stepped(trainer):
+        if now - self._last_time < self._interval_seconds or not trainer_state.has_stepped(trainer):
             return
         rate = f"  {self._num_tokens / max(now - self._last_time, 1e-9):.0f} tokens/s"
-        left, total = "", moments.total_steps(trainer)
+        left, total = "", trainer_state.total_steps(trainer)
         if total is not None and (done := trainer.global_step - self._first_step):
             # All that has passed counts: validations and checkpoints will come again.
             left = f"  {format_duration((now - self._start_time) / done * (total - trainer.global_step))} left"
@@ -114,7 +114,7 @@ class StepProgressBar(RichProgressBar):
     def _ensure_bar(self, trainer: pl.Trainer) -> None:
         if self.is_disabled or self.progress is None or self.train_progress_bar_id is not None:
             return
-        total = moments.total_steps(trainer)
+        total = trainer_state.total_steps(trainer)
         # From where a run goes on, so that its speed is not that of a jump.
         self.train_progress_bar_id = self.progress.add_task(
             self._get_train_description(trainer.current_epoch),

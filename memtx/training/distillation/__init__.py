@@ -11,7 +11,7 @@ from memtx.training.distillation.losses import (
     SoftTargets,
     ValueRelations,
 )
-from memtx.training.distillation.own import SelfDistillation
+from memtx.training.distillation.self_distillation import SelfDistillation
 
 __all__ = [
     "AttentionMSE",

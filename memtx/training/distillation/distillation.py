@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtx.checkpoint import pretrained
 from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError
 from memtx.memory.base import Losses
-from memtx.models import folder
-from memtx.training.distillation.cached import LogitCache, LogitTable, top_k_logits
 from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import DistillationLoss, HardLabels, SoftTargets
-from memtx.training.distillation.shown import ModelDims, ModelOutputs
-from memtx.training.distillation.start import init_student
+from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
+from memtx.training.distillation.student_init import init_student
 from memtx.training.distillation.teacher import check_teacher_data, check_teacher_type, load_teacher
+from memtx.training.distillation.teacher_cache import LogitCache, LogitTable, top_k_logits
 
 _WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
@@ -104,7 +104,7 @@ class Distillation(nn.Module):
                 f"The cache holds a teacher's scores, and {', '.join(layers)} asks for its layers.",
                 "Leave out cache_dir, or these losses.",
             )
-        assert isinstance(teacher, folder.PretrainedModel)
+        assert isinstance(teacher, pretrained.PretrainedModel)
         if isinstance(datamodule, BookDataModule):
             store = datamodule.token_store("train")
             both = sha256((teacher.fingerprint + store.fingerprint).encode()).hexdigest()

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memtx.errors import MemtxError, check_at_least, check_positive
-from memtx.ops.linear import Linear
+from memtx.ops.cpu.linear import Linear
 from memtx.training.distillation.layer_map import EveryKthLayer, LastLayer, LayerMap
-from memtx.training.distillation.shown import ModelDims, ModelOutputs
+from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
 
 CHUNK_SIZE = 512
 """Places whose scores exist at a time, of both models."""

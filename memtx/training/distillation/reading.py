@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.task_batches import TaskBatch
+from memtx.data.tasks.batches import TaskBatch
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel, run_encoder
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation.cached import LogitTable, make_key, top_k_logits
 from memtx.training.distillation.losses import CHUNK_SIZE
-from memtx.training.distillation.shown import ModelOutputs, get_backbone, get_blocks
+from memtx.training.distillation.model_outputs import ModelOutputs, get_backbone, get_blocks
+from memtx.training.distillation.teacher_cache import LogitTable, make_key, top_k_logits
 
 
 def forward_task(

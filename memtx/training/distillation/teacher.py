@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from memtx.checkpoint import pretrained
 from memtx.errors import CheckpointError, MemtxError
-from memtx.models import folder
+from memtx.hf.load import from_pretrained
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.published.load import from_pretrained
-from memtx.ops.bf16 import is_bf16_slow
+from memtx.ops.cpu.bf16 import is_bf16_slow
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def load_teacher(path: str | os.PathLike[str], *, bf16: bool = False) -> Teacher
     Raises:
         CheckpointError: missing, damaged or of something else.
     """
-    place = folder.resolve_model_path(path)
+    place = pretrained.resolve_model_path(path)
     model = from_pretrained(place).requires_grad_(False).eval()
     if bf16 and not is_bf16_slow():
         model.to(torch.bfloat16)
-    texts = folder.read_sidecars(place) if place.is_file() else {}
+    texts = pretrained.read_sidecars(place) if place.is_file() else {}
     labels = tuple(json.loads(texts["task"]).get("labels", ())) if "task" in texts else ()
     return Teacher(str(path), model, texts.get("tokenizer"), labels)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from memtx.data.documents import open_corpus
-from memtx.data.source import CorpusManifest
+from memtx.data.sources.corpus import open_corpus
 from memtx.data.sources.files import FileSource
+from memtx.data.sources.manifest import CorpusManifest
 from memtx.errors import DataError
 
 

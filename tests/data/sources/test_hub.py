@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from memtx.data.books import BookDataModule
-from memtx.data.prepared import tokenize_corpus
 from memtx.data.sources.hub import HubDataset
+from memtx.data.tokenized_corpus import tokenize_corpus
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data.document import Document, SourcePart
 from memtx.data.sources import tables
-from memtx.data.sources.places import list_files
+from memtx.data.sources.document import Document, SourcePart
+from memtx.data.sources.remote_files import list_files
 from memtx.errors import DataError
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memtx.errors import MemtxError
-from memtx.ops.attention import banded, blocks, checks, dispatch, flex, plan, reference
+from memtx.ops.attention import banded, block_plan, blocks, checks, dispatch, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias
+from memtx.ops.attention.combine import merge_attention
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
-from memtx.ops.attention.merge import merge_attention
-from memtx.ops.visibility import KeyRange, SparsePattern, Visibility
-from tests.ops.attention.drawn import Problem, problems
+from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
+from tests.ops.attention.strategies import Problem, problems
 
 Answer = tuple[Tensor, ...]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
@@ -406,7 +406,9 @@ def test_cost_is_linear_in_length() -> None:
     def work(queries: int) -> int:
         seen = causal(queries)
         return sum(
-            (stop - start) * (high - low) for start, stop, parts in plan.split_queries(seen, 16) for low, high in parts
+            (stop - start) * (high - low)
+            for start, stop, parts in block_plan.split_queries(seen, 16)
+            for low, high in parts
         )
 
     # Four times the queries; a square would give sixteen times the work.

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.ops.attention import flex
-from memtx.ops.visibility import KeyRange, Visibility, create_mask
-from tests.ops.attention.drawn import Problem, problems
+from memtx.ops.attention.mask import KeyRange, Visibility, create_mask
+from tests.ops.attention.strategies import Problem, problems
 
 
 @given(problems(most=400, biases=("none",)))

@@ -21,8 +21,8 @@ from torch import Tensor
 from memtx.ops.attention import reference
 from memtx.ops.attention.checks import has_triton
 from memtx.ops.attention.dispatch import segment_attention
-from memtx.ops.visibility import KeyRange, Visibility
-from tests.ops.attention.drawn import Problem, problems
+from memtx.ops.attention.mask import KeyRange, Visibility
+from tests.ops.attention.strategies import Problem, problems
 from tests.ops.attention.test_backends import gap, solve
 
 needs_triton = pytest.mark.skipif(not has_triton(), reason="the package triton is not installed")

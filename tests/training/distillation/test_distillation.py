@@ -16,7 +16,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.heads import MemoryTransformerBackbone, TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops import bf16
+from memtx.ops.cpu import bf16
 from memtx.training.distillation import (
     Distillation,
     EmbeddingMSE,
@@ -33,8 +33,8 @@ from memtx.training.pretraining import MaskedModule
 from tests.tasks import body, folder, records, write_lines
 from tests.training import small
 from tests.training.small import SEGMENT, Record, adam, assert_equal, data, trainer
-from tests.training.test_tasks import parts
-from tests.training.test_tasks import trainer as task_trainer
+from tests.training.test_finetuning import parts
+from tests.training.test_finetuning import trainer as task_trainer
 
 ALL = (SoftTargets, HardLabels, HiddenMSE, partial(HiddenCosine, layers=LastLayer()), ValueRelations, EmbeddingMSE)
 

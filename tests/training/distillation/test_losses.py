@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.layers.block_attention import BigBirdAttention
-from memtx.layers.pattern_attention import FullAttention
-from memtx.layers.window_attention import LongformerAttention
+from memtx.layers.bigbird import BigBirdAttention
+from memtx.layers.encoder_attention import FullAttention
+from memtx.layers.longformer import LongformerAttention
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation import losses as kinds
-from memtx.training.distillation.cached import top_k_logits
 from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
+from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, get_blocks
 from memtx.training.distillation.reading import collect_language_outputs
-from memtx.training.distillation.shown import ModelDims, ModelOutputs, get_blocks
+from memtx.training.distillation.teacher_cache import top_k_logits
 
 ROWS, LENGTH, VOCAB = 2, 7, 11
 # float64, sums in another order

@@ -1,0 +1,1 @@
+"""Synthetic memory tasks, one a file."""

@@ -1,0 +1,1 @@
+"""Supervised tasks: examples from JSON lines, their encoding, batches and data modules."""

@@ -1,0 +1,1 @@
+"""Adapters for checkpoints in the layouts of Hugging Face's transformers library."""

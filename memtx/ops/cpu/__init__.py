@@ -1,0 +1,1 @@
+"""Kernels and tuning for CPUs."""

@@ -1,0 +1,116 @@
+"""A sealed file is a zip file like any other, and no byte of it can change unnoticed."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.checkpoint import checksummed_zip
+from memtx.errors import CheckpointError, MemtxError
+
+CONTENT = {"weights": torch.arange(50.0), "step": 3, "text": "störmy"}
+
+
+def write(path: Path, step: int = 3) -> bytes:
+    with checksummed_zip.create(path, step) as handle:
+        torch.save(CONTENT, handle)  # type: ignore[arg-type]
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sealed") / "a.ckpt"
+    write(path)
+    return path
+
+
+def test_any_reader_opens_it(whole: Path) -> None:
+    checksummed_zip.verify(whole)
+    assert checksummed_zip.read_step(whole) == 3
+    for mapped in (False, True):
+        found = torch.load(whole, weights_only=True, mmap=mapped)
+        assert torch.equal(found["weights"], CONTENT["weights"])
+        assert found["text"] == CONTENT["text"]
+    with zipfile.ZipFile(whole) as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"memtx step=")
+
+
+@given(place=st.integers(0), bit=st.integers(0, 7))
+def test_every_bit_counts(whole: Path, place: int, bit: int) -> None:
+    content = bytearray(whole.read_bytes())
+    content[place % len(content)] ^= 1 << bit
+    other = whole.with_name("flipped")
+    other.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        checksummed_zip.verify(other)
+
+
+@given(size=st.integers(0), more=st.binary(max_size=300))
+def test_every_length_but_its_own_is_refused(whole: Path, size: int, more: bytes) -> None:
+    content = whole.read_bytes()
+    other = whole.with_name("cut")
+    changed = content[: size % len(content)] + more
+    if changed == content:
+        return
+    other.write_bytes(changed)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        checksummed_zip.verify(other)
+
+
+@given(content=st.binary(max_size=400))
+def test_no_bytes_are_taken_for_one(whole: Path, content: bytes) -> None:
+    other = whole.with_name("junk")
+    other.write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        checksummed_zip.verify(other)
+
+
+def test_one_without_a_seal_has_the_zips_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "old.ckpt"
+    torch.save(CONTENT, path)
+    checksummed_zip.verify(path)
+    assert checksummed_zip.read_step(path) is None
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(50.0).numpy().tobytes()) + 17] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="data/0"):
+        checksummed_zip.verify(path)
+    # torch itself reads it: why there are seals.
+    assert not torch.equal(torch.load(path, weights_only=True)["weights"], CONTENT["weights"])
+
+
+def test_the_step_is_sealed_too(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    content = write(path, 3)
+    path.write_bytes(content.replace(b"step=%020d" % 3, b"step=%020d" % 4))
+    assert checksummed_zip.read_step(path) == 4
+    with pytest.raises(CheckpointError, match="bytes are not those"):
+        checksummed_zip.verify(path)
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.ckpt"
+    before = write(path)
+
+    class Full(io.FileIO):
+        def write(self, data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    handle = checksummed_zip.ChecksummedZipWriter.__init__
+
+    def begin(self: checksummed_zip.ChecksummedZipWriter, at: Path) -> None:
+        handle(self, at)
+        self._file = Full(at, "w")  # type: ignore[assignment]
+
+    monkeypatch.setattr(checksummed_zip.ChecksummedZipWriter, "__init__", begin)
+    with pytest.raises(MemtxError, match="No space left on device"):
+        write(path)
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == ["a.ckpt"]

@@ -1,0 +1,105 @@
+"""What is kept in one form is the same model in another, and nothing is half-written."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import memtx
+from memtx.checkpoint.convert import convert
+from memtx.data.tokenizers import ByteTokenizer
+from memtx.errors import CheckpointError, MemtxError
+from memtx.inference.loading import load_model_and_tokenizer
+from memtx.inference.predictor import Predictor
+from memtx.memory.compressed import CompressedMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.retrofit import Retrofit
+from tests.hf import plain
+from tests.hf.folders import write
+from tests.inference.test_loading import checkpoint
+from tests.tasks import predictor
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(one.name for one in folder.iterdir())
+
+
+def test_a_checkpoint_becomes_a_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+    path = checkpoint(tmp_path / "a.ckpt", byte_model)
+    made = convert(path, tmp_path / "deep" / "out")
+    assert made.model_class == "MemoryTransformer"
+    assert made.num_parameters == sum(one.numel() for one in byte_model.parameters())
+    assert names(tmp_path / "deep") == ["out"]
+    assert names(tmp_path / "deep" / "out") == ["config.json", "model.safetensors", "tokenizer.json"]
+    model, tokenizer = load_model_and_tokenizer(tmp_path / "deep" / "out")
+    assert model.fingerprint == byte_model.fingerprint
+    assert tokenizer.to_json() == ByteTokenizer().to_json()
+    # A folder of ours is as good a source, and a checkpoint of no text has no tokenizer.
+    assert convert(tmp_path / "deep" / "out", tmp_path / "again").extra_files == ["tokenizer.json"]
+    assert load_model_and_tokenizer(tmp_path / "again")[0].fingerprint == byte_model.fingerprint
+    bare = checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={})
+    assert convert(bare, tmp_path / "bare").extra_files == []
+
+
+def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+    path = checkpoint(tmp_path / "a.ckpt", byte_model)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(MemtxError, match=r"is there already.*--overwrite"):
+        convert(path, tmp_path / "out")
+    with pytest.raises(MemtxError, match="is there already"):
+        convert(path, path)
+    with pytest.raises(MemtxError, match="is what is read"):
+        convert(path, path, overwrite=True)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        convert(path, tmp_path / "out", overwrite=True)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        convert(tmp_path / "none", tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["a.ckpt", "out"]
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    convert(checkpoint(path, byte_model), tmp_path / "out", overwrite=True)
+    assert "mine" not in names(tmp_path / "out")
+
+
+def test_a_published_model_comes_and_goes(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
+    convert(base, tmp_path / "ours")
+    assert "class_path" in json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert memtx.from_pretrained(tmp_path / "ours").fingerprint == memtx.from_pretrained(base).fingerprint
+    convert(tmp_path / "ours", tmp_path / "back", layout=base)
+    assert (tmp_path / "back" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    back, first = (load_file(folder / "model.safetensors") for folder in (tmp_path / "back", base))
+    assert back.keys() == first.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in first.items())
+
+
+def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None:
+    base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
+    model = Retrofit(str(base), [partial(CompressedMemory, window=4, compression_rate=2, num_entries=6)])(40)
+    with torch.no_grad():
+        model.embedding.weight += 1.0
+    made = convert(checkpoint(tmp_path / "a.ckpt", model), tmp_path / "back", layout=base)
+    assert made.dropped_weights
+    assert all(".attention." in name for name in made.dropped_weights)
+    weight = memtx.from_pretrained(tmp_path / "back").embedding.weight
+    assert torch.equal(weight, model.embedding.weight)
+    other = MemoryTransformer(40, dim=16, depth=1, heads=2)
+    with pytest.raises(CheckpointError, match="does not have the layout"):
+        convert(checkpoint(tmp_path / "b.ckpt", other), tmp_path / "wrong", layout=base)
+    with pytest.raises(CheckpointError, match="no published folder"):
+        convert(tmp_path / "a.ckpt", tmp_path / "wrong", layout=tmp_path)
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_tasks_folder_keeps_its_task(tmp_path: Path) -> None:
+    one = predictor("classification")
+    one.save(tmp_path / "task")
+    assert convert(tmp_path / "task", tmp_path / "out").extra_files == ["task.json", "tokenizer.json"]
+    texts = ["the white whale", "a dark storm ."]
+    assert Predictor.load(tmp_path / "out").predict(texts) == one.predict(texts)

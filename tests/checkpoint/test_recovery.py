@@ -1,0 +1,224 @@
+"""A run goes on from the newest checkpoint that is whole, and keeps some for that."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memtx.checkpoint import checksummed_zip, recovery
+from memtx.checkpoint.async_io import MAX_PENDING, AsyncAtomicCheckpointIO, copy_to_cpu
+from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
+from memtx.errors import CheckpointError, MemtxError
+from tests.commands.program import HOME, Program
+from tests.commands.runs import changed
+from tests.training import runs
+from tests.training.small import data, module, trainer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save(path: Path, step: int, **more: Any) -> Path:
+    content = {"global_step": step, "memtx": {"model": {}, **more}, "weights": torch.arange(100.0) + step}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    return path
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+    assert recovery.find_latest_valid(tmp_path) is None
+    save(tmp_path / "last.ckpt", 9)
+    save(tmp_path / "earlier-00000006.ckpt", 6)
+    save(tmp_path / "step-00000004.ckpt", 4)
+    found = recovery.find_latest_valid(tmp_path)
+    assert found is not None
+    assert (found.path.name, found.step, found.damaged, found.describe_damage()) == ("last.ckpt", 9, [], "")
+    flip(tmp_path / "last.ckpt")
+    found = recovery.find_latest_valid(tmp_path)
+    assert found is not None
+    assert (found.path.name, [path.name for path, _ in found.damaged]) == ("earlier-00000006.ckpt", ["last.ckpt"])
+    assert "last.ckpt' is not a whole checkpoint" in found.describe_damage()
+    assert "earlier-00000006.ckpt', of step 6" in found.describe_damage()
+    (tmp_path / "earlier-00000006.ckpt").write_bytes(b"")
+    found = recovery.find_latest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 4
+    flip(tmp_path / "step-00000004.ckpt")
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole: .*last.ckpt"):
+        recovery.find_latest_valid(tmp_path)
+
+
+def test_by_the_step_not_by_the_clock(tmp_path: Path) -> None:
+    for step in (5, 3, 4):
+        save(tmp_path / f"earlier-{step:08d}.ckpt", step)
+    found = recovery.find_latest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 5
+    found = recovery.find_latest_valid(tmp_path, max_step=4)
+    assert found is not None
+    assert found.step == 4
+    assert recovery.find_latest_valid(tmp_path, max_step=2) is None
+
+
+def test_one_from_within_a_step_is_passed_over(tmp_path: Path) -> None:
+    save(tmp_path / "step-00000005.ckpt", 5, has_stepped=False)
+    save(tmp_path / "last.ckpt", 4, has_stepped=True)
+    found = recovery.find_latest_valid(tmp_path)
+    assert found is not None
+    assert found.step == 4
+
+
+def test_exchanged_ones_are_noticed(tmp_path: Path) -> None:
+    save(tmp_path / "earlier-00000005.ckpt", 3)
+    save(tmp_path / "earlier-00000003.ckpt", 5)
+    with pytest.raises(CheckpointError, match="of step 5"):
+        recovery.find_latest_valid(tmp_path)
+
+
+def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small version of scripts/damage_checkpoints.py."""
+    monkeypatch.syspath_prepend(str(HOME / "scripts"))
+    import damage_checkpoints
+
+    older = save(tmp_path / "earlier-00000003.ckpt", 3).read_bytes()
+    newest = save(tmp_path / "earlier-00000005.ckpt", 5)
+    content, drawn = newest.read_bytes(), random.Random(0)
+    for number in range(20 * len(damage_checkpoints.DAMAGES)):
+        kind = damage_checkpoints.DAMAGES[number % len(damage_checkpoints.DAMAGES)]
+        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, drawn))
+        found = recovery.find_latest_valid(tmp_path)
+        assert found is not None
+        assert (found.step, [path for path, _ in found.damaged]) == (3, [newest]), kind.__name__
+
+
+@pytest.mark.parametrize("plugin", [AtomicCheckpointIO, AsyncAtomicCheckpointIO])
+@pytest.mark.parametrize(("keep", "earlier"), [(1, []), (2, [6]), (4, [2, 4, 6])])
+def test_as_many_are_kept(tmp_path: Path, plugin: type[AtomicCheckpointIO], keep: int, earlier: list[int]) -> None:
+    folder = tmp_path / "checkpoints"
+    options = {"every_n_train_steps": 2, "keep_last": keep}
+    run = trainer(
+        tmp_path, BestCheckpoint(str(folder), **options), plugins=[plugin()], max_steps=8, limit_val_batches=0
+    )
+    run.fit(module(), datamodule=data(tmp_path))
+    assert names(folder) == [f"earlier-{step:08d}.ckpt" for step in earlier] + ["last.ckpt"]
+    for path in folder.iterdir():
+        checksummed_zip.verify(path)
+        named = int(path.stem[-8:]) if "-" in path.name else 8
+        assert torch.load(path, weights_only=True)["global_step"] == checksummed_zip.read_step(path) == named
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / ".last.ckpt.0123abcd.tmp").write_bytes(b"half of it")
+    (folder / "mine.tmp").write_bytes(b"")
+    run = trainer(tmp_path, BestCheckpoint(str(folder)), max_steps=1, limit_val_batches=0)
+    run.fit(module(), datamodule=data(tmp_path))
+    assert names(folder) == ["last.ckpt", "mine.tmp"]
+
+
+def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    settings: dict[str, Any] = {"limit_val_batches": 0}
+    for steps in (4, 6):
+        begin = folder / "earlier-00000002.ckpt" if folder.exists() else None
+        keep = BestCheckpoint(str(folder), every_n_train_steps=2)
+        run = trainer(tmp_path, keep, max_steps=steps, **settings)
+        run.fit(module(), datamodule=data(tmp_path), ckpt_path=begin and str(begin))
+        if begin is None:
+            flip(folder / "last.ckpt")
+    # Of step 4 both times, but only the one of the second run is whole.
+    assert names(folder) == ["earlier-00000004.ckpt", "last.ckpt"]
+    checksummed_zip.verify(folder / "earlier-00000004.ckpt")
+
+
+def test_a_copy_is_what_was(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    values = {"a": shared, "b": shared.view(2, 3).t(), "list": [1, {"n": torch.tensor(2)}], "text": "x"}
+    made = copy_to_cpu(values)
+    shared.fill_(0.0)
+    values["list"][1]["n"] = 9  # type: ignore[index]
+    assert made["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert made["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert made["list"] == [1, {"n": torch.tensor(2)}]
+    # Written once where the original is.
+    assert made["a"].untyped_storage().data_ptr() == made["b"].untyped_storage().data_ptr()
+
+
+def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
+    for step in range(4, 4 + count):
+        writes.save_checkpoint({"global_step": step}, folder / f"{step}")
+
+
+def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writes, waits = AsyncAtomicCheckpointIO(), []
+    whole = AtomicCheckpointIO.save_checkpoint
+
+    def slow(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, options: Any = None) -> None:
+        waits.append(path)
+        if checkpoint["global_step"] == 3:
+            raise MemtxError("No space.")
+        whole(self, checkpoint, path, options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
+    done: list[int] = []
+    for step in range(1, 3):
+        writes.save_checkpoint({"global_step": step}, tmp_path / f"{step}")
+        writes.run_after_writes(lambda: done.append(len(waits)))
+    assert writes.load_checkpoint(tmp_path / "2") == {"global_step": 2}
+    assert done == [1, 2]
+    writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
+    # What was to follow is not done: the one before stays.
+    writes.remove_checkpoint(tmp_path / "2")
+    # Said by the next save; where that is quicker than the thread, by one of those that wait for it.
+    with pytest.raises(MemtxError, match="No space"):
+        save_on(writes, tmp_path, 1 + MAX_PENDING)
+    writes.teardown()
+    assert (tmp_path / "2").exists()
+    assert not (tmp_path / "3").exists()
+    writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
+    with pytest.raises(MemtxError, match="No space"):
+        writes.teardown()
+
+
+@pytest.mark.parametrize(
+    "writer",
+    ["training.AtomicCheckpointIO", pytest.param("async_io.AsyncAtomicCheckpointIO", marks=pytest.mark.slow)],
+)
+def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, writer: str) -> None:
+    config = changed(("trainer", "max_steps"), 8)
+    config["trainer"] |= {"plugins": [{"class_path": f"memtx.checkpoint.{writer}"}], "val_check_interval": 3}
+    config["checkpoint"] = {"every_n_train_steps": 2}
+    at = runs.prepare(tmp_path, config)
+    assert runs.fit(program, at, "whole").code == 0
+    assert runs.fit(program, at, "struck", strike=7).code == -9
+    folder = at / "struck" / "checkpoints"
+    last = checksummed_zip.read_step(folder / "last.ckpt")
+    assert last is not None
+    flip(folder / "last.ckpt")
+    shutil.copytree(folder, at / "copy")
+    done = runs.fit(program, at, "struck")
+    assert done.code == 0, done.err
+    (line,) = [line for line in done.err.splitlines() if line.startswith("memtx: ")]
+    assert "last.ckpt' is not a whole checkpoint" in line
+    assert "Going on from 'struck/checkpoints/" in line
+    assert runs.losses(at, "struck") == runs.losses(at, "whole")
+    assert runs.weights(at, "struck") == runs.weights(at, "whole")
+    # With none that is whole, the run does not begin anew by itself.
+    for path in folder.glob("*.ckpt"):
+        path.write_bytes(b"")
+    done = runs.fit(program, at, "struck")
+    assert done.code == 2
+    assert "No checkpoint in 'struck/checkpoints' is whole" in done.err
+    assert "Traceback" not in done.err

@@ -1,0 +1,111 @@
+"""Episodes as batches: what they hold, a function of seed and position alone, and that a run goes on exactly."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.data.synthetic_tasks.base import SyntheticTask
+from memtx.data.synthetic_tasks.copying import SelectiveCopying
+from memtx.data.synthetic_tasks.data_module import SyntheticBatches, SyntheticDataModule, sample_batch
+from memtx.data.synthetic_tasks.overwrite import Overwrite
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.tracking import StateTracking
+from memtx.errors import CheckpointError, DataError
+
+TASKS: list[SyntheticTask] = [AssociativeRecall(), Overwrite(), SelectiveCopying(), StateTracking()]
+
+
+def equal(one: Batch, two: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
+def test_a_batch_is_whole_episodes(task: SyntheticTask) -> None:
+    segments = task.num_write_segments + 2
+    batch = sample_batch(task, 3, segments, (0, 0))
+    assert (
+        batch.tokens.shape == batch.labels.shape == batch.document_starts.shape == (3, segments * task.segment_length)
+    )
+    assert batch.document_starts[:, 0].all()
+    assert not batch.document_starts[:, 1:].any()
+    scored = batch.labels != IGNORE_INDEX
+    # Nothing is asked before all was told, but for a task that goes on telling.
+    assert not scored[:, : task.num_write_segments * task.segment_length].any()
+    assert scored.any(1).all()
+    assert torch.equal(batch.num_words, scored.sum(1))
+    assert torch.equal(batch.num_bytes, scored.sum(1))
+    assert batch.labels[scored].max() < task.vocab_size
+
+
+@given(st.integers(0, 99), st.integers(0, 11), st.integers(0, 3))
+def test_a_position_is_all_there_is_to_it(seed: int, position: int, rank: int) -> None:
+    task = AssociativeRecall(segment_length=8, num_pairs=2)
+    through = SyntheticBatches(task, 2, 3, seed, 4, rank)
+    batches = [batch for _ in range(4) for batch in through]
+    assert len(batches) == through.position == 4 * len(through)
+    later = SyntheticBatches(task, 2, 3, seed, 4, rank)
+    later.position = position
+    rest = list(itertools.islice(later, 4))
+    assert len(rest) == 4 - position % 4
+    assert all(equal(*pair) for pair in zip(rest, batches[position:], strict=False))
+
+
+def test_no_two_draws_are_alike() -> None:
+    task = AssociativeRecall()
+    module = SyntheticDataModule(task, batch_size=2, steps_per_epoch=3, eval_steps=2)
+    drawn = [*module.train_dataloader(), *module.val_dataloader(), *module.test_dataloader()]
+    drawn += [
+        *SyntheticBatches(task, 2, 4, 0, 3, rank=1),
+        *SyntheticDataModule(task, batch_size=2, steps_per_epoch=3, seed=1).val_dataloader(),
+    ]
+    assert not any(equal(*pair) for pair in itertools.combinations(drawn, 2))
+    assert all(equal(*pair) for pair in zip(module.val_dataloader(), module.val_dataloader(), strict=True))
+
+
+def test_a_checkpoint_goes_on_in_the_same_episodes_only() -> None:
+    first = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
+    walk = iter(first.train_dataloader())
+    next(walk)
+    kept = first.state_dict()
+    assert kept["position"] == 1
+    second = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
+    second.load_state_dict(kept)
+    assert equal(next(iter(second.train_dataloader())), next(walk))
+    # Also where it is loaded after the loader was made.
+    third = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
+    loader = third.train_dataloader()
+    third.load_state_dict(kept)
+    assert loader.position == 1
+    for other in (
+        SyntheticDataModule(AssociativeRecall(num_pairs=3), batch_size=2),
+        SyntheticDataModule(AssociativeRecall(), batch_size=3),
+        SyntheticDataModule(AssociativeRecall(), batch_size=2, seed=1),
+        SyntheticDataModule(AssociativeRecall(), batch_size=2, num_segments=5),
+        SyntheticDataModule(SelectiveCopying(), batch_size=2, num_segments=5),
+    ):
+        with pytest.raises(CheckpointError):
+            other.load_state_dict(kept)
+
+
+def test_it_says_what_the_model_is_made_for() -> None:
+    module = SyntheticDataModule(Overwrite(segment_length=30, num_noise_tokens=9), num_segments=6)
+    assert (module.vocab_size, module.segment_length) == (1 + 32 + 32 + 9, 30)
+
+
+def test_numbers_that_cannot_be_are_named() -> None:
+    for wrong in (
+        {"batch_size": 0},
+        {"num_segments": 1},
+        {"seed": -1},
+        {"steps_per_epoch": 0},
+        {"eval_batch_size": 0},
+        {"eval_steps": 0},
+    ):
+        with pytest.raises(DataError, match=next(iter(wrong))):
+            SyntheticDataModule(AssociativeRecall(), **wrong)

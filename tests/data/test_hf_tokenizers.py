@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer, hf_tokenizer_from_json
+from memtx.errors import DataError
+from tests.tasks import texts, tokenizer
+
+OWN = tokenizer()
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_offsets_are_ordered_places_of_the_text(text: str) -> None:
+    (found,) = OWN.encode([text])
+    assert len(found.ids) == len(found.offsets)
+    assert all(0 <= start <= stop <= len(text) for start, stop in found.offsets)
+    starts = found.offsets[:, 0].tolist()
+    assert starts == sorted(starts)
+    assert all(0 <= one < OWN.vocab_size for one in found.ids)
+
+
+def test_a_token_stands_where_it_says() -> None:
+    text = "the white  whale saw Ahab ."
+    (found,) = OWN.encode([text])
+    spelled = [text[start:stop] for start, stop in found.offsets]
+    assert "".join(spelled) == text.replace(" ", "")
+
+
+def test_marks_are_no_text() -> None:
+    (found,) = OWN.encode(["[CLS] whale [SEP] [MASK]"])
+    assert not set(found.ids.tolist()) & {OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id}
+    assert len({OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id, OWN.unk_token_id}) == 5
+
+
+def test_what_is_kept_gives_the_same_ids() -> None:
+    text = texts(1, seed=9)[0]
+    for other in (hf_tokenizer_from_json(OWN.to_json()), pickle.loads(pickle.dumps(OWN)), tokenizer()):
+        assert other.fingerprint == OWN.fingerprint
+        assert other.encode([text])[0].ids.tolist() == OWN.encode([text])[0].ids.tolist()
+        assert (other.cls_token_id, other.mask_token_id, other.vocab_size) == (
+            OWN.cls_token_id,
+            OWN.mask_token_id,
+            OWN.vocab_size,
+        )
+
+
+def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    backend.train_from_iterator(texts(30), trainer=trainer)
+    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    made = HFTokenizer(str(tmp_path / "tokenizer.json"))
+    assert (made.cls_token_id, made.pad_token_id, made.sep_token_id, made.unk_token_id, made.mask_token_id) == (
+        0,
+        1,
+        2,
+        3,
+        4,
+    )
+    text = "the white whale saw Ahab ."
+    (found,) = made.encode([text])
+    # Neither cut nor filled up, and no token begins with the space before its word.
+    assert "".join(text[start:stop] for start, stop in found.offsets) == text.replace(" ", "")
+
+
+def test_mistakes_are_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        HFTokenizer(str(tmp_path / "no.json"))
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match=r"not a tokenizer\.json"):
+        HFTokenizer(str(tmp_path / "bad.json"))
+    with pytest.raises(DataError, match="not trained yet"):
+        WordPieceTokenizer(300).encode(["a"])
+    with pytest.raises(DataError, match="at least 100"):
+        WordPieceTokenizer(10)
+    with pytest.raises(DataError, match="half of a surrogate"):
+        OWN.encode(["\ud800"])
+    for text in ("", "[]", json.dumps({"format": "x", "version": 1, "vocab_size": 1, "model": {}})):
+        with pytest.raises(DataError):
+            hf_tokenizer_from_json(text)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import itertools
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memtx.data.text_chunks import HARD_LIMIT, TextSplitter, WordCounter, decode_utf8, split_text
+from memtx.errors import DataError
+
+# Few letters and long repeats, so that texts reach past the soft and hard limits and cuts fall into runs.
+run = st.tuples(
+    st.sampled_from(["a", "é", " ", "\n", "\n\n", "\r\n", "\r\n\r\n", "ab ", "\t", "日本", "x\n"]),
+    st.integers(1, 3000),
+)
+texts = st.lists(run, max_size=14).map(lambda runs: "".join(part * times for part, times in runs))
+
+
+@settings(deadline=None, max_examples=80)
+@given(texts, st.lists(st.integers(0, 40_000), max_size=12))
+def test_pieces_do_not_depend_on_how_the_text_arrives(text: str, cuts: list[int]) -> None:
+    splitter = TextSplitter()
+    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    pieces: list[str] = []
+    for begin, end in itertools.pairwise(places):
+        pieces += splitter.feed(text[begin:end])
+        assert len(splitter.pending) <= HARD_LIMIT
+    pieces += splitter.flush()
+    assert pieces == split_text(text)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece) <= HARD_LIMIT for piece in pieces)
+
+
+@settings(deadline=None, max_examples=8)
+@given(texts)
+def test_character_by_character(text: str) -> None:
+    text = text[:20_000]
+    splitter = TextSplitter()
+    pieces = [piece for letter in text for piece in splitter.feed(letter)]
+    assert pieces + splitter.flush() == split_text(text)
+
+
+def test_a_piece_ends_after_the_blank_lines_of_a_paragraph() -> None:
+    paragraph = "word " * 300 + "end.\n\n\n"
+    assert split_text(paragraph * 4) == [paragraph] * 4
+
+
+def test_a_piece_ends_before_the_space_of_a_word() -> None:
+    pieces = split_text("word " * 3000)
+    assert all(piece.startswith(" word") and piece.endswith(" word") for piece in pieces[1:-1])
+
+
+def test_one_long_line_takes_linear_time() -> None:
+    def seconds(size: int) -> float:
+        text = "x" * size
+        begin = time.perf_counter()
+        assert len(split_text(text)) == size // HARD_LIMIT
+        return time.perf_counter() - begin
+
+    # Quadratic would be 64 times; 25 leaves room for a busy machine.
+    assert seconds(64 * 100 * HARD_LIMIT) < 25 * max(seconds(8 * 100 * HARD_LIMIT), 0.005)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(), st.integers(1, 7))
+def test_decoding_in_any_portions(text: str, size: int) -> None:
+    raw = text.encode()
+    assert "".join(decode_utf8((raw[i : i + size] for i in range(0, len(raw), size)), "here")) == text
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.text(max_size=30), st.sampled_from([b"\xff", b"\xe9\n", b"\xc3", b"\xed\xa0\x80"]), st.integers(1, 7))
+def test_the_first_bad_byte_is_named(text: str, bad: bytes, size: int) -> None:
+    raw = text.encode() + bad
+    with pytest.raises(DataError, match=rf"'book.txt' is not UTF-8.*byte offset {len(text.encode())} "):
+        list(decode_utf8((raw[i : i + size] for i in range(0, len(raw), size)), "book.txt"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text(st.sampled_from("ab \n\u2003é"), max_size=6)))
+def test_words_are_those_of_the_whole_text(pieces: list[str]) -> None:
+    counter = WordCounter()
+    for piece in pieces:
+        counter.update(piece)
+    whole = "".join(pieces)
+    assert (counter.num_words, counter.num_bytes) == (len(whole.split()), len(whole.encode()))

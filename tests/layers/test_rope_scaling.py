@@ -1,0 +1,77 @@
+"""Rotary positions with scaled frequencies: keys seen from a distance, one base for all, wrong numbers."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.errors import MemtxError
+from memtx.layers.positions.base import NoPositions, Rotary
+from memtx.layers.positions.rope_scaling import LinearScaling, Llama3Scaling, RotaryFrequencies, YarnScaling
+
+MADE: dict[str, Any] = {
+    "plain": RotaryFrequencies,
+    "linear": partial(LinearScaling, scaling_factor=3.0),
+    "llama3": partial(
+        Llama3Scaling, scaling_factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_length=64
+    ),
+    "yarn": partial(YarnScaling, scaling_factor=4.0, original_max_length=64),
+}
+
+
+def alone(key: Any, make: Any) -> Any:
+    return make()
+
+
+@pytest.mark.parametrize("kind", MADE)
+@given(at=st.integers(0, 10**6), distance=st.integers(0, 500))
+def test_keys_seen_from_a_distance_are_those_of_positions_so_far_apart(kind: str, at: int, distance: int) -> None:
+    rotary = Rotary(2, 16, frequencies=MADE[kind])
+    q, k = torch.randn(2, 1, 3, 2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    place = torch.full((1, 3), float(at + distance), dtype=torch.float64)
+    expected = rotary.apply_absolute(q, place, alone) * rotary.apply_absolute(k, place - distance, alone)
+    found = q * rotary.apply_relative(k, torch.full((3,), float(distance), dtype=torch.float64))
+    # An angle of 1e6 in float64 is off by 1e-10; sums of 16 products of a few units each.
+    torch.testing.assert_close(found.sum(-1), expected.sum(-1), rtol=0, atol=1e-7)
+
+
+def test_no_positions_see_keys_as_they_are() -> None:
+    k = torch.randn(1, 3, 2, 16)
+    assert NoPositions(2, 16).apply_relative(k, torch.ones(3, dtype=torch.float64)) is k
+
+
+@pytest.mark.parametrize("kind", [kind for kind in MADE if kind != "plain"])
+def test_slow_pairs_are_slowed_down_and_no_pair_turns_faster(kind: str) -> None:
+    device = torch.device("cpu")
+    plain, scaled = (MADE[one](64, 500000.0).inv_freq(device) for one in ("plain", kind))
+    stretch = MADE[kind].keywords["scaling_factor"]
+    assert (scaled <= plain * (1 + 1e-12)).all()
+    assert scaled[-1].item() == pytest.approx(plain[-1].item() / stretch)
+    if kind != "linear":
+        assert scaled[0] == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (partial(LinearScaling, scaling_factor=0.0), "scaling_factor is 0"),
+        (partial(LinearScaling, scaling_factor=math.nan), "scaling_factor is nan"),
+        (
+            partial(
+                Llama3Scaling, scaling_factor=2.0, low_freq_factor=4.0, high_freq_factor=1.0, original_max_length=8
+            ),
+            "low_freq_factor is 4",
+        ),
+        (partial(YarnScaling, scaling_factor=2.0, original_max_length=0), "original_max_length is 0"),
+        (partial(YarnScaling, scaling_factor=2.0, original_max_length=8, beta_slow=-1.0), "beta_slow is -1"),
+    ],
+)
+def test_refuses(make: Any, says: str) -> None:
+    with pytest.raises(MemtxError, match=says):
+        Rotary(2, 16, frequencies=make)

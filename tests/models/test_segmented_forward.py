@@ -1,0 +1,132 @@
+"""Memory tokens: written from the top once an interval, read from the bottom, and the way of what they carry."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from memtx import FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
+from memtx.memory.memory_tokens import TokenMemory
+from memtx.segment import Segment
+
+# float64: sums of a few dozen terms in another order, through some layers.
+EXACT = 1e-10
+
+WINDOW = 12
+TOKENS = torch.randint(0, 11, (2, 40), generator=torch.Generator().manual_seed(1))
+
+
+def small(interval: int = 5, count: int = 2, window: int = WINDOW, depth: int = 2) -> MemoryTransformer:
+    torch.manual_seed(0)
+    stack = [partial(RecurrentMemory, window=window), partial(TokenMemory, num_tokens=count, interval=interval)]
+    model = MemoryTransformer(11, dim=8, depth=depth, heads=2, memories=[stack], feed_forward=FeedForward).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 30), st.integers(0, 20), st.integers(0, 999))
+def test_cuts_are_where_some_row_s_interval_ends(
+    interval: int, rows: int, length: int, carried: int, seed: int
+) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    starts = torch.rand(rows, length, generator=draw) < 0.1
+    segment = Segment.from_document_starts(torch.randint(0, carried + 1, (rows,), generator=draw), length, starts)
+    ticks = [(row, tick) for row in range(rows) for tick in range(length)]
+    expected = {tick + 1 for row, tick in ticks if (int(segment.position[row, tick]) + 1) % interval == 0}
+    assert segment.split_offsets(interval) == sorted(expected | {length})
+
+
+def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Tensor:
+    """Return a layer's attention of x, the last of the keys, over all keys up to each and over the entries."""
+    attention, length = block.attention, keys.shape[1]
+    q = attention.project(x, "query", frozen=True)
+    k, v = (attention.project(keys, part, frozen=True) for part in ("key", "value"))
+    at = torch.arange(length, dtype=torch.float64)[None]
+    placed = [attention.positions.apply_absolute(part, place, lambda _, make: make()) for part, place in (
+        (q, at[:, length - x.shape[1] :]), (k, at))]  # fmt: skip
+    future = torch.arange(length) > torch.arange(length - x.shape[1], length)[:, None]
+    scores = torch.einsum("rqhd,rkhd->rhqk", *placed).masked_fill(future, float("-inf"))
+    if entries is not None:
+        ek, ev = (attention.project(entries, part, frozen=True) for part in ("key", "value"))
+        scores = torch.cat([scores, torch.einsum("rqhd,rkhd->rhqk", q, ek)], dim=-1)
+        v = torch.cat([v, ev], dim=1)
+    weights = (scores * q.shape[-1] ** -0.5).softmax(-1)
+    out: Tensor = attention.out(torch.einsum("rhqk,rkhd->rqhd", weights, v).flatten(2))
+    return out
+
+
+def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
+    """Read one document, all of it in the window, an interval at a time in plain terms; return the logits."""
+    blocks, length = list(model.blocks), tokens.shape[1]
+    entries = [block.attention.memories[1].initial_tokens[None] for block in blocks]
+    past: list[Tensor] = [torch.zeros(1, 0, 8).double() for _ in blocks]
+
+    def layer(number: int, x: Tensor, before: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        block = blocks[number]
+        own = block.attention_norm(x)
+        keys = torch.cat([before, own], dim=1)
+        x = x + attended(block, own, keys, seen)
+        return x + block.feed_forward(block.feed_forward_norm(x)), keys
+
+    logits = []
+    for begin in range(0, length, interval):
+        x = model.embedding(tokens[:, begin : begin + interval])
+        whole = x.shape[1] == interval
+        for number in range(len(blocks)):
+            x, past[number] = layer(number, x, past[number], entries[number])
+        logits.append(model.head(model.norm(x)))
+        if not whole:
+            break
+        x = model.write_tokens[None]
+        for number in range(len(blocks)):
+            x, _ = layer(number, x, past[number], entries[number])
+        for number, block in enumerate(blocks):
+            entries[number] = block.attention_norm(x)
+            x, _ = layer(number, x, past[number][:, :0], None)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize(("interval", "count"), [(1, 1), (4, 3), (5, 2), (50, 2)])
+def test_it_is_the_recurrence_by_hand(interval: int, count: int) -> None:
+    model = small(interval, count, window=100)
+    with torch.no_grad():
+        found = model(TOKENS[:1, :23]).logits
+        assert (found - by_hand(model, TOKENS[:1, :23], interval)).abs().max() < EXACT
+
+
+def test_they_reach_past_the_window() -> None:
+    """Two layers of a window of 3 reach 4 tokens back, and the tokens as far as there are intervals."""
+    other = TOKENS.clone()
+    other[:, 0] = (other[:, 0] + 1) % 11
+    for interval, reached in ((3, True), (50, False)):
+        model = small(interval, window=3)
+        assert reached == (not torch.equal(model(TOKENS).logits[:, -1], model(other).logits[:, -1]))
+
+
+def test_gradients_go_from_the_last_interval_to_the_first() -> None:
+    """Through the tokens alone: the window is far too short."""
+    model = small(interval=3, window=3)
+    embedded: list[Tensor] = []
+    model.embedding.register_forward_hook(lambda _, __, out: embedded.append(out))
+    last = model(TOKENS).logits[:, -1].sum()
+    (grad,) = torch.autograd.grad(last, embedded)
+    assert float(grad[:, 0].abs().min()) > 0
+
+
+def test_layers_must_agree() -> None:
+    window = partial(RecurrentMemory, window=8)
+    one, other = (partial(TokenMemory, num_tokens=count, interval=4) for count in (2, 3))
+    for memories in ([[window, one], NoMemory], [[window, one], [window, other]], [[window, one, one]]):
+        with pytest.raises(MemtxError, match="all layers"):
+            MemoryTransformer(11, dim=8, depth=2, heads=2, memories=memories)
+    for options, said in (({"num_tokens": 0}, "num_tokens is 0"), ({"interval": 0}, "interval is 0")):
+        with pytest.raises(MemtxError, match=said):
+            TokenMemory(8, **options)

@@ -1,0 +1,96 @@
+"""Parts to data and back, and what a config from elsewhere must not reach."""
+
+from __future__ import annotations
+
+import functools
+import json
+from functools import partial
+from typing import Any
+
+import pytest
+from torch import nn
+
+from memtx.class_config import from_config, to_config
+from memtx.errors import CheckpointError
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.compression import AttentionPooling, StridedConvolution
+from memtx.memory.reconstruction import AutoEncoding
+from memtx.memory.recurrent import RecurrentMemory
+
+NESTED = partial(
+    CompressedMemory,
+    compression_rate=2,
+    compression=partial(AttentionPooling, heads=2),
+    reconstruction=AutoEncoding,
+    compress_per_segment=True,
+)
+
+
+class Foreign(nn.Module):
+    def __init__(self, dim: int, size: int = 1) -> None:
+        super().__init__()
+        self.size = (dim, size)
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, partial) and isinstance(two, partial):
+        return (
+            one.func is two.func
+            and one.keywords.keys() == two.keywords.keys()
+            and all(same(value, two.keywords[key]) for key, value in one.keywords.items())
+        )
+    if isinstance(one, list):
+        return len(one) == len(two) and all(map(same, one, two))
+    return bool(one == two)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [1, 0.5, None, True, "text", [1, [2]], NESTED, RecurrentMemory, [NESTED, nn.Linear], partial(Foreign, size=3)],
+)
+def test_round_trip_through_json(value: Any) -> None:
+    assert same(from_config(json.loads(json.dumps(to_config(value)))), value)
+
+
+def test_built_parts_work() -> None:
+    memory = from_config(to_config(NESTED))(8)
+    assert (memory.dim, memory.compression_rate, memory.compress_per_segment) == (8, 2, True)
+    assert isinstance(memory.compression, AttentionPooling)
+    assert memory.compression.heads == 2
+
+
+def test_what_jsonargparse_hands_over() -> None:
+    """A partial around its instantiator, the class last among the positionals."""
+
+    def instantiator(*args: Any, **options: Any) -> Any:
+        raise AssertionError
+
+    given = functools.partial(instantiator, object(), StridedConvolution)
+    assert to_config(given) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
+
+
+@pytest.mark.parametrize("value", [lambda dim: dim, nn.Linear(1, 1), partial(nn.Linear, 3), object()])
+def test_what_no_file_can_name(value: Any) -> None:
+    with pytest.raises(TypeError):
+        to_config(value)
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "says"),
+    [
+        ("memtx.memory.compression.StridedConvolutoin", {}, "Did you mean 'StridedConvolution'"),
+        ("memtx.nothing.Here", {}, "cannot be imported"),
+        ("memtx.memory.recurrent.RecurrentMemory", {"windw": 3}, "'windw'.*Did you mean 'window'"),
+        ("not_imported_by_anyone.Thing", {}, "was not imported"),
+        ("", {}, "was not imported"),
+        # The standard library is always imported, and files of memtx import it too.
+        ("os.system", {"command": "true"}, "neither a torch module nor a part of memtx"),
+        ("subprocess.Popen", {"args": "true"}, "neither a torch module nor a part of memtx"),
+        ("builtins.eval", {}, "neither a torch module nor a part of memtx"),
+        ("memtx.files.write_text", {"path": "x"}, "neither a torch module nor a part of memtx"),
+        ("memtx.class_config.importlib", {}, "neither a torch module nor a part of memtx"),
+    ],
+)
+def test_refuses(path: str, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        from_config({"class_path": path, "init_args": arguments})

@@ -1,0 +1,147 @@
+"""How far a run is, with a terminal and without."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import rich
+
+from memtx.checkpoint.training import BestCheckpoint
+from memtx.training.callbacks import trainer_state
+from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, format_duration
+from tests.training.small import data, module, trainer
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "0 s"), (59, "59 s"), (60, "1 min"), (3540, "59 min"), (3600, "1 h 00 min"), (100_000, "27 h 47 min")],
+)
+def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+class Clock:
+    """Ten seconds a look."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 10
+        return self.now
+
+
+def lines(tmp_path: Path, seconds: float, **options: Any) -> list[str]:
+    written: list[str] = []
+    plain = PlainProgress(seconds, write=written.append, clock=Clock())
+    settings: dict[str, Any] = {"max_steps": 12, "limit_val_batches": 0}
+    trainer(tmp_path, plain, **(settings | options)).fit(module(), datamodule=data(tmp_path))
+    assert all(line.endswith("\n") and line.count("\n") == 1 for line in written)
+    return [line.rstrip("\n") for line in written]
+
+
+def test_a_line_now_and_then(tmp_path: Path) -> None:
+    found = lines(tmp_path, 30)
+    assert [line.split("  ")[0] for line in found] == ["step 3/12", "step 6/12", "step 9/12", "step 12/12"]
+    # 32 tokens in each of three batches, thirty seconds; nine steps to go at ten seconds.
+    assert re.fullmatch(r"step 3/12  loss \d\.\d{3}  bits/byte \d\.\d{3}  3 tokens/s  2 min left", found[0])
+    assert found[-1].endswith("0 s left")
+
+
+def test_a_line_at_every_validation(tmp_path: Path) -> None:
+    found = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
+    assert len(found) == 2
+    pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  word perplexity \S+"
+    pattern += r"  memory gain -?\d\.\d{{4}}"
+    assert re.fullmatch(pattern.format(5), found[0])
+    assert re.fullmatch(pattern.format(10), found[1])
+
+
+def test_steps_are_the_optimisers(tmp_path: Path) -> None:
+    found = lines(tmp_path, 10, max_steps=3, accumulate_grad_batches=2)
+    assert [line.split("  ")[0] for line in found] == ["step 1/3", "step 2/3", "step 3/3"]
+
+
+def test_what_goes_on_is_not_taken_for_work_done(tmp_path: Path) -> None:
+    keep = BestCheckpoint(str(tmp_path / "checkpoints"))
+    trainer(tmp_path, keep, max_steps=10, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
+    written: list[str] = []
+    plain = PlainProgress(10, write=written.append, clock=Clock())
+    going = trainer(tmp_path, plain, max_steps=16, limit_val_batches=0)
+    going.fit(module(), datamodule=data(tmp_path), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    assert written[0].startswith("step 11/16")
+    assert written[0].endswith("50 s left\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "total"),
+    [
+        ({"max_steps": 3}, 3),
+        ({"max_epochs": 2, "limit_train_batches": 5}, 10),
+        ({"max_epochs": 2, "limit_train_batches": 5, "accumulate_grad_batches": 2}, 6),
+        ({"max_epochs": 2, "limit_train_batches": 5, "max_steps": 7}, 7),
+        ({"max_epochs": 2, "limit_train_batches": 5, "max_steps": 70}, 10),
+    ],
+)
+def test_the_runs_steps_are_known(tmp_path: Path, options: dict[str, Any], total: int) -> None:
+    class Last(pl.Callback):
+        found: list[bool] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+            self.found.append(trainer_state.is_last_step(trainer))
+            assert trainer_state.total_steps(trainer) == total
+
+    last = Last()
+    last.found = []
+    run = trainer(tmp_path, last, limit_val_batches=0, **options)
+    run.fit(module(), datamodule=data(tmp_path))
+    assert run.global_step == total
+    assert last.found[-1]
+    assert not any(last.found[:-1])
+
+
+def test_the_bar_counts_the_runs_steps(tmp_path: Path) -> None:
+    """One bar over all epochs, which goes on where a run does."""
+    screen = io.StringIO()
+    options = {"limit_train_batches": 5, "limit_val_batches": 1, "val_check_interval": 4, "enable_progress_bar": True}
+    keep = BestCheckpoint(str(tmp_path / "checkpoints"))
+    for steps, path in ((7, None), (12, str(tmp_path / "checkpoints" / "last.ckpt"))):
+        bar = StepProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 200})
+        run = trainer(tmp_path, bar, keep, max_steps=steps, **options)
+        try:
+            run.fit(module(), datamodule=data(tmp_path), ckpt_path=path)
+            assert bar.progress is not None
+            assert bar.train_progress_bar_id is not None
+            task = bar.train_progress_bar
+            assert (task.completed, task.total) == (steps, steps)
+            assert task.description.strip() == "Step"
+            shown = bar.get_metrics(run, run.lightning_module)
+            assert shown.keys() == {"loss", "bits/byte", "val bits/byte"}
+        finally:
+            rich.reconfigure()
+    text = screen.getvalue()
+    assert "7/7" in text
+    assert "12/12" in text
+    assert "Epoch" not in text
+
+
+def test_a_bar_without_end_is_drawn(tmp_path: Path) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
+            trainer.should_stop = trainer.global_step == 3
+
+    screen = io.StringIO()
+    bar = StepProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 200})
+    try:
+        run = trainer(tmp_path, bar, Stop(), limit_val_batches=0, enable_progress_bar=True)
+        run.fit(module(), datamodule=data(tmp_path))
+        assert trainer_state.total_steps(run) is None
+        assert math.isinf(float(bar.train_progress_bar.total or 0))
+    finally:
+        rich.reconfigure()
+    assert "3/--" in screen.getvalue()

@@ -1,0 +1,160 @@
+"""A student that begins as its teacher: which weights it has, and which models it cannot begin as."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from memtx.errors import MemtxError
+from memtx.layers.embeddings import TextEmbeddings
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.models.encoder import Encoder
+from memtx.models.heads import TaskModel
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, NoLayers
+from memtx.training.distillation.pca_init import principal_directions
+from memtx.training.distillation.student_init import init_student
+
+VOCAB = 11
+
+
+WINDOW = partial(RecurrentMemory, window=8)
+
+
+def decoder(depth: int, memory: Any = WINDOW, **options: Any) -> MemoryTransformer:
+    return MemoryTransformer(VOCAB, **({"dim": 8, "depth": depth, "heads": 2, "memories": [memory]} | options))
+
+
+def test_layers_are_those_of_the_map_and_memories_stay() -> None:
+    teacher, student = decoder(4), decoder(2, partial(CompressedMemory, window=8, compression_rate=2, num_entries=3))
+    before = {name: one.clone() for name, one in student.state_dict().items()}
+    init_student(student, teacher, EveryKthLayer())
+    memories = student.memory_parameters()
+    assert memories
+    given = teacher.state_dict()
+    for name, one in student.state_dict().items():
+        if name in memories:
+            assert torch.equal(one, before[name])
+            continue
+        source = name.replace("blocks.1.", "blocks.3.").replace("blocks.0.", "blocks.1.")
+        assert torch.equal(one, given[source]), name
+        assert one.data_ptr() != given[source].data_ptr()
+
+
+def test_a_layer_that_the_map_leaves_out_stays() -> None:
+    teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
+    before = {name: one.clone() for name, one in student.state_dict().items()}
+    init_student(student, teacher, ExplicitLayers([(1, 0)]))
+    found = student.state_dict()
+    assert all(torch.equal(found[name], before[name]) for name in found if name.startswith("blocks.0."))
+    name = "blocks.1.attention.query.weight"
+    assert torch.equal(found[name], teacher.state_dict()["blocks.0.attention.query.weight"])
+    assert torch.equal(found["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
+
+
+def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
+    teacher = Encoder(VOCAB, 8, 4, 2)
+    student = TaskModel(VOCAB, 3, partial(Encoder, dim=8, depth=2, heads=2))
+    head = student.head.out.weight.clone()
+    init_student(student, teacher, EveryKthLayer())
+    assert torch.equal(student.backbone.embedding.word_embeddings.weight, teacher.embedding.word_embeddings.weight)
+    assert torch.equal(student.head.out.weight, head)
+    other = TaskModel(VOCAB, 3, partial(Encoder, dim=8, depth=1, heads=2))
+    init_student(other, student, EveryKthLayer())
+    assert torch.equal(other.head.out.weight, head)
+
+
+@pytest.mark.parametrize(
+    ("student", "said"),
+    [
+        (Encoder(VOCAB, 8, 2, 2), "a Encoder, the teacher a MemoryTransformer.* Leave student_init out"),
+        (decoder(2, dim=12), "12 wide and shows 2 layers, the teacher 8 and 4.* give the student dim 8"),
+        (decoder(3), "3 layers, which do not divide"),
+        (decoder(2, kv_heads=1), r"key_value.weight is \(8, 8\), the teacher's \(16, 8\)"),
+        (decoder(2, bias=True), "the teacher has no blocks.0.attention.query.bias"),
+    ],
+)
+def test_models_that_it_cannot_begin_as_are_named(student: Any, said: str) -> None:
+    with pytest.raises(MemtxError, match=said):
+        init_student(student, decoder(4), EveryKthLayer())
+
+
+def test_what_the_teachers_layers_have_besides_is_named() -> None:
+    with pytest.raises(MemtxError, match=r"the student has no blocks.0.attention.key_value.bias"):
+        init_student(decoder(2), decoder(4, bias=True), EveryKthLayer())
+
+
+def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
+    """Return a table of that rank; with means of zero where norms take them off."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, rank, generator=draw, dtype=torch.float64)
+    y = torch.randn(rank, width, generator=draw, dtype=torch.float64)
+    return x @ (y - y.mean(1, keepdim=True) if centred else y)
+
+
+@given(st.integers(2, 9), st.integers(0, 6), st.booleans(), st.integers(0, 99))
+def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int, centred: bool, seed: int) -> None:
+    width, rank = dim + more, dim - 1 if centred else dim
+    x = low(12, width, rank, seed, centred=centred)
+    kept = principal_directions(x, dim, centered=centred)
+    # Float64's rounding, a hundred times over for vectors near zero that norms magnify.
+    close = {"atol": 1e-9, "rtol": 1e-9}
+    assert torch.allclose((x @ kept) @ (x @ kept).T, x @ x.T, **close)
+    norm = F.layer_norm if centred else F.rms_norm
+    assert torch.allclose(
+        norm(x @ kept, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ kept / width**0.5, **close
+    )
+
+
+@pytest.mark.parametrize("task", [False, True])
+def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
+    def made(dim: int) -> Any:
+        body = partial(Encoder, dim=dim, depth=2, heads=2)
+        return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
+
+    teacher, student = made(16), made(8)
+    wide, narrow = (model.backbone if task else model for model in (teacher, student))
+    with torch.no_grad():
+        wide.embedding.word_embeddings.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
+        wide.embedding.position_embeddings.weight[:4] = wide.embedding.word_embeddings.weight[:4]
+    before = {name: one.clone() for name, one in student.state_dict().items()}
+    init_student(student, teacher, NoLayers())
+    tokens, given = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
+    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+    assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
+    changed = {name for name, one in student.state_dict().items() if not torch.equal(one, before[name])}
+    assert {name.removeprefix("backbone.") for name in changed} == {
+        "embedding.word_embeddings.weight",
+        "embedding.position_embeddings.weight",
+    }
+
+
+def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
+    teacher, student = decoder(3, dim=16), decoder(2)
+    with torch.no_grad():
+        teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
+    init_student(student, teacher, NoLayers())
+    tokens, given = student.embedding.weight, teacher.embedding.weight
+    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+
+
+def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
+    teacher, student = decoder(4), decoder(2)
+    before = {name: one.clone() for name, one in student.state_dict().items()}
+    init_student(student, teacher, NoLayers())
+    for name, one in student.state_dict().items():
+        assert torch.equal(one, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
+
+
+def test_tables_that_do_not_fit_a_narrower_student_are_named() -> None:
+    student = Encoder(VOCAB, 8, 2, 2, embeddings=partial(TextEmbeddings, num_positions=32))
+    with pytest.raises(MemtxError, match=r"embedding.position_embeddings has 32 entries, the teacher's 512"):
+        init_student(student, Encoder(VOCAB, 16, 2, 2), NoLayers())

@@ -1,0 +1,120 @@
+"""A run that goes on with other rows or processes: no token lost, the rows that stay keep what they carry."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memtx.checkpoint.pretrained import read_checkpoint
+from memtx.checkpoint.training import BestCheckpoint
+from memtx.errors import CheckpointError
+from memtx.training.elastic_resume import reassign_streams
+from tests.commands.program import Program
+from tests.commands.runs import changed
+from tests.training import runs
+from tests.training.small import Record, data, module, trainer
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
+def test_the_first_rows_carry_on(saved: list[int], rows: int, ranks: int) -> None:
+    whole = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
+    parts: list[dict[str, torch.Tensor]] = [
+        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in whole.split(saved)
+    ]
+    own = [reassign_streams(parts, rows, rank) for rank in range(ranks)]
+    if not sum(saved):
+        assert own == [{}] * ranks
+        return
+    together = torch.cat([one["layers[0].hidden"] for one in own])
+    assert len(together) == rows * ranks
+    stay = min(len(whole), len(together))
+    assert torch.equal(together[:stay], whole[:stay])
+    assert not together[stay:].any()
+    assert torch.equal(together[:, 0], torch.cat([one["position"] for one in own]))
+
+
+def test_other_memories_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="different memories"):
+        reassign_streams([{"position": torch.zeros(2)}, {"other": torch.zeros(2)}], 2, 0)
+    with pytest.raises(CheckpointError, match="different memories"):
+        reassign_streams([{"position": torch.tensor(1)}], 2, 0)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_run_goes_on_with_other_rows(
+    tmp_path: Path, rows: int, accumulate: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
+    folder = str(tmp_path / "checkpoints")
+    first = data(tmp_path, bptt_segments=1)
+    keep, options = BestCheckpoint(folder), {"limit_val_batches": 0, "accumulate_grad_batches": accumulate}
+    trainer(tmp_path, keep, max_steps=7, **options).fit(module(), datamodule=first)
+    assert first._streams is not None
+    epoch, total = len(first._streams), first._streams.store.num_tokens
+    done = 7 * accumulate
+    assert done < epoch
+    second, record = data(tmp_path, bptt_segments=1, batch_size=rows), Record()
+    going = trainer(tmp_path, record, max_epochs=2, **options)
+    taught = module(seed=5)
+    going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    # To within a batch and an accumulation, which the pass's end rounds to.
+    whole = 8 * (2 * done + rows * len(record.losses))
+    assert abs(whole - 2 * total) <= 8 * (2 + rows * (2 + accumulate))
+    assert going.current_epoch == 2
+    assert taught.tokens_seen == whole
+    batches = sorted(record.losses)
+    assert batches == list(range(batches[0], batches[0] + len(batches)))
+
+
+def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
+    folder = str(tmp_path / "checkpoints")
+    options: dict[str, Any] = {"limit_val_batches": 0}
+    trainer(tmp_path, BestCheckpoint(folder), max_steps=3, **options).fit(module(), datamodule=data(tmp_path))
+    last = str(tmp_path / "checkpoints" / "last.ckpt")
+    kept = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
+    for rows in (1, 4):
+        taught = module(seed=5)
+        trainer(tmp_path, max_steps=4, **options).fit(
+            taught, datamodule=data(tmp_path, batch_size=rows), ckpt_path=last
+        )
+        position = taught.carry.state_dict("train")["position"]
+        assert len(position) == rows
+        # A batch of 16 tokens more, unless a document ended within it.
+        for row, before in itertools.product(range(min(2, rows)), [kept]):
+            assert int(position[row]) == int(before[row]) + 16 or int(position[row]) < 16
+        assert (position[2:] <= 16).all()
+
+
+def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
+    """Two processes of one row each and one process of two are the same run, wherever it changes over."""
+    config = changed(("data", "batch_size"), 2)
+    config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0}
+    config["model"]["scheduler"]["init_args"]["total_steps"] = 100
+    # Each process draws by itself.
+    config["model"]["model"]["init_args"]["dropout"] = 0.0
+    at = runs.prepare(tmp_path, config)
+    two = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork", "--data.batch_size", "1")
+    assert runs.fit(program, at, "whole").code == 0
+    for name, parts in (("fewer", (two, ())), ("more", ((), two))):
+        done = runs.fit(program, at, name, "--trainer.max_steps", "3", *parts[0])
+        assert done.code == 0, done.err
+        done = runs.fit(program, at, name, *parts[1])
+        assert done.code == 0, done.err
+        last = [read_checkpoint(at / run / "checkpoints" / "last.ckpt") for run in ("whole", name)]
+        for key, weight in last[0]["state_dict"].items():
+            # float32, six steps of Adam: sums in another order
+            torch.testing.assert_close(last[1]["state_dict"][key], weight, atol=1e-4, rtol=1e-3)
+        own, other = (torch.cat([one["carry"]["position"] for one in content["memtx"]["ranks"]]) for content in last)
+        assert torch.equal(own, other)
+        assert len(last[1]["memtx"]["ranks"]) == (1 if name == "fewer" else 2)
+    # And with other rows than before, which is said.
+    done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")
+    assert done.code == 0, done.err
+    assert "The checkpoint has 2 rows, this run 3" in done.err

@@ -1,0 +1,152 @@
+"""Fine-tuning modules: each learns what can be learned, measures it as it should, and goes on exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from memtx.checkpoint.training import AtomicCheckpointIO
+from memtx.data.tasks.data_module import TaskDataModule
+from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.inference.predictor import Predictor, is_task_model
+from memtx.training.callbacks.freeze import Freeze
+from memtx.training.finetuning import ClassificationModule, QuestionAnsweringModule, TaggingModule, TaskModule
+from tests.tasks import KINDS, body, folder, records, task, write_lines
+
+MODULES: dict[str, type[TaskModule]] = {
+    "classification": ClassificationModule,
+    "matching": ClassificationModule,
+    "tagging": TaggingModule,
+    "questions": QuestionAnsweringModule,
+}
+
+
+def adam(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2)
+
+
+def parts(kind: str, root: Path, **options: Any) -> tuple[TaskModule, TaskDataModule]:
+    pl.seed_everything(0)
+    data = TaskDataModule(task(kind), str(root), batch_size=4)
+    data.tokenizer._vocab_size = 200
+    sizes: dict[str, Any] = {
+        "vocab_size": data.vocab_size,
+        "num_labels": data.num_labels,
+        "mask_token_id": data.mask_token_id,
+    }
+    return MODULES[kind](body(), optimizer=adam, scheduler=None, **sizes, **options), data
+
+
+def trainer(**options: Any) -> pl.Trainer:
+    base: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()],
+    }  # fmt: skip
+    return pl.Trainer(**(base | options))
+
+
+@pytest.mark.parametrize(("kind", "measure"), [("classification", "accuracy"), ("tagging", "f1"), ("questions", "f1")])
+def test_it_learns_what_can_be_read_off(kind: str, measure: str, tmp_path: Path) -> None:
+    module, data = parts(kind, folder(tmp_path, kind, 48))
+    made = trainer(max_epochs=25)
+    made.fit(module, data)
+    # Guessing reaches half of that at most.
+    assert float(made.callback_metrics[f"val_{measure}"]) > 0.8
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_alone_predicts(kind: str, tmp_path: Path) -> None:
+    module, data = parts(kind, folder(tmp_path / "data", kind))
+    made = trainer(max_epochs=1)
+    made.fit(module, data)
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    found = Predictor.load(tmp_path / "a.ckpt")
+    assert is_task_model(tmp_path / "a.ckpt")
+    module.eval()
+    wanted = Predictor(module.model, data.tokenizer, data.task)
+    assert found.predict(records(kind, 5)) == wanted.predict(records(kind, 5))
+
+
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    root = folder(tmp_path / "data", "tagging")
+    losses: list[list[float]] = []
+    for stop in (None, 8):
+        module, data = parts("tagging", root, token_mask_prob=0.3)
+        module.train()
+        if stop is None:
+            made = trainer(max_steps=14)
+            made.fit(module, data)
+        else:
+            made = trainer(max_steps=stop)
+            made.fit(module, data)
+            made.save_checkpoint(tmp_path / "half.ckpt")
+            module, data = parts("tagging", root, token_mask_prob=0.3)
+            pl.seed_everything(99)
+            made = trainer(max_steps=14)
+            made.fit(module, data, ckpt_path=str(tmp_path / "half.ckpt"))
+        losses.append([float(one.detach().sum()) for one in module.model.parameters()])
+    assert losses[0] == losses[1]
+
+
+def test_frozen_parts_keep_their_weights_until_they_thaw(tmp_path: Path) -> None:
+    module, data = parts("classification", folder(tmp_path, "classification"))
+    seen: list[dict[str, float]] = []
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            seen.append({name: float(one.detach().abs().sum()) for name, one in pl_module.model.named_parameters()})
+
+    before = {name: float(one.detach().abs().sum()) for name, one in module.model.named_parameters()}
+    trainer(max_epochs=3, callbacks=[Freeze(["backbone.*"], epochs=2), Watch()]).fit(module, data)
+    names = [name for name in before if name.startswith("backbone.embedding")]
+    assert all(seen[1][name] == before[name] for name in before if name.startswith("backbone."))
+    assert all(seen[0][name] != before[name] for name in ("head.out.weight", "head.out.bias"))
+    assert any(seen[2][name] != before[name] for name in names)
+    with pytest.raises(MemtxError, match="No parameter is named 'bodi"):
+        trainer(max_epochs=1, callbacks=[Freeze(["bodi.*"])]).fit(*parts("classification", tmp_path))
+
+
+def test_a_published_encoder_is_begun_from(parity: Path, tmp_path: Path) -> None:
+    from memtx import from_pretrained
+
+    place = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
+    made: Any = from_pretrained(place)
+    module = ClassificationModule(pretrained=str(place), vocab_size=50, num_labels=3)
+    own = module.model.backbone.state_dict()
+    assert own
+    assert all(torch.equal(own[name], made.state_dict()[name]) for name in own)
+    module.model.save_pretrained(tmp_path)
+    assert type(module.model).from_pretrained(tmp_path).fingerprint == module.model.fingerprint
+    with pytest.raises(MemtxError, match="the tokenizer has 1000000"):
+        ClassificationModule(pretrained=str(place), vocab_size=10**6)
+
+
+def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", "classification")
+    write_lines(root / "validation.jsonl", [{"text": "a", "label": "pos"}, {"text": "a", "label": "poz"}])
+    data = TaskDataModule(task("classification"), str(root))
+    with pytest.raises(DataError, match=r"validation.jsonl', line 2: The label 'poz' was never seen"):
+        data.setup("fit")
+    with pytest.raises(DataError, match="no folder"):
+        TaskDataModule(task("classification"), str(tmp_path / "no")).setup("fit")
+    (root / "train.jsonl").unlink()
+    with pytest.raises(DataError, match=r"no train\.jsonl"):
+        TaskDataModule(task("classification"), str(root)).setup("fit")
+    with pytest.raises(DataError, match="batch_size is 0"):
+        TaskDataModule(task("classification"), str(root), batch_size=0)
+
+
+def test_a_checkpoint_of_another_task_is_refused(tmp_path: Path) -> None:
+    root = folder(tmp_path / "a", "classification")
+    module, data = parts("classification", root)
+    made = trainer(max_steps=1)
+    made.fit(module, data)
+    made.save_checkpoint(tmp_path / "a.ckpt")
+    write_lines(root / "train.jsonl", records("classification", 8, seed=77))
+    with pytest.raises(CheckpointError, match="another tokenizer or task"):
+        trainer(max_steps=2).fit(*parts("classification", root), ckpt_path=str(tmp_path / "a.ckpt"))

@@ -1,0 +1,186 @@
+"""Weights shared out over two processes: the same gradients and the same run, and checkpoints of both."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from memtx import files
+from memtx.checkpoint import pretrained, sharded
+from memtx.errors import CheckpointError
+from memtx.inference.loading import load_model_and_tokenizer
+from tests.commands.program import Program
+from tests.commands.runs import changed
+from tests.training import runs
+
+FSDP2 = ("--trainer.strategy", "fsdp2")
+
+
+def config(rows: int, **trainer: Any) -> dict[str, Any]:
+    content = changed(("data", "batch_size"), rows)
+    content["data"]["bptt_segments"] = 2
+    content["trainer"] |= {"val_check_interval": 3, "max_steps": 6} | trainer
+    content["checkpoint"] = {"every_n_train_steps": 2}
+    content["model"]["model"]["init_args"] |= {"depth": 2, "dropout": 0.0}
+    content["model"]["scheduler"]["init_args"]["total_steps"] = 100
+    return content
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _gloo() -> None:
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+
+
+@pytest.fixture(scope="module")
+def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a whole run of two processes, and one of a single process on the same rows."""
+    at = runs.prepare(tmp_path_factory.mktemp("place"), config(1))
+    done = runs.fit(program, at, "whole", *FSDP2, ranks=2, gradients=True)
+    assert done.code == 0, done.err
+    done = runs.fit(program, at, "one", "--data.batch_size", "2", gradients=True)
+    assert done.code == 0, done.err
+    return at
+
+
+def last(at: Path, run: str) -> Path:
+    return at / run / "checkpoints" / "last.ckpt"
+
+
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], weight, atol=tolerance, rtol=0.0)
+
+
+def test_gradients_and_figures_are_those_of_one_process(place: Path) -> None:
+    one, two = (
+        files.load_tensors(place / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
+        for name in ("one", "whole")
+    )
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        assert float(gradient.abs().max()) > 0, name
+        # float32: sums in another order
+        torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
+    best = [json.loads((place / name / "checkpoints" / "best.json").read_text()) for name in ("one", "whole")]
+    assert best[0]["score"] == pytest.approx(best[1]["score"], rel=1e-3)
+    # six steps of Adam make of such differences more
+    assert_same_weights(*(pretrained.read_checkpoint(last(place, name)) for name in ("one", "whole")), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_goes_on_exactly(program: Program, place: Path, number: signal.Signals) -> None:
+    run = f"struck-{number}"
+    done = runs.fit(program, place, run, *FSDP2, ranks=2, strike=3, signal=int(number), rank=1)
+    assert done.code != 0
+    done = runs.fit(program, place, run, *FSDP2, ranks=2)
+    assert done.code == 0, done.err
+    for rank in (0, 1):
+        assert runs.losses(place, run, rank) == runs.losses(place, "whole", rank)
+        assert runs.weights(place, run, rank) == runs.weights(place, "whole", rank)
+    assert not [one for one in (place / run / "checkpoints").iterdir() if one.name.startswith(".")]
+
+
+def test_the_strategy_may_change(program: Program, place: Path) -> None:
+    """A run goes on from the other kind of checkpoint: weights, optimiser, memory and data."""
+    three = ("--trainer.max_steps", "3")
+    for run, ranks, first, then in (
+        ("apart-then-whole", (2, 0), FSDP2, ("--data.batch_size", "2")),
+        ("whole-then-apart", (0, 2), ("--data.batch_size", "2"), FSDP2),
+    ):
+        done = runs.fit(program, place, run, *three, *first, ranks=ranks[0])
+        assert done.code == 0, done.err
+        done = runs.fit(program, place, run, *then, ranks=ranks[1])
+        assert done.code == 0, done.err
+        assert last(place, run).is_dir() == (ranks[1] == 2)
+        contents = [pretrained.read_checkpoint(last(place, name)) for name in ("whole", run)]
+        assert_same_weights(*contents, tolerance=1e-3)
+        steps = [
+            [float(one["step"]) for one in content["optimizer_states"][0]["state"].values()] for content in contents
+        ]
+        assert set(steps[0]) == set(steps[1]) == {6.0}
+
+
+def test_damage_is_noticed(place: Path, tmp_path: Path) -> None:
+    whole = last(place, "whole")
+    sharded.verify_checksums(whole)
+    for file in sorted(whole.iterdir()):
+        copy = tmp_path / "copy.ckpt"
+        shutil.copytree(whole, copy)
+        content = bytearray((copy / file.name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / file.name).write_bytes(content)
+        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            pretrained.read_checkpoint(copy)
+        (copy / file.name).unlink()
+        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            pretrained.read_checkpoint(copy)
+        shutil.rmtree(copy)
+
+
+class Evil:
+    """Runs when it is unpickled."""
+
+    ran: list[int] = []  # noqa: RUF012
+
+    def __reduce__(self) -> Any:
+        return (Evil.ran.append, (1,))
+
+
+def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.ckpt"
+    shutil.copytree(last(place, "whole"), copy)
+    for name, content in ((sharded.DCP_METADATA_FILE, pickle.dumps(Evil())), (sharded.META_FILE, pickle.dumps(Evil()))):
+        before = (copy / name).read_bytes()
+        (copy / name).write_bytes(content)
+        sharded.write_checksums(
+            copy, {one.name: files.checksum(one) for one in copy.iterdir() if one.name != sharded.CHECKSUMS_FILE}
+        )
+        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+            pretrained.read_checkpoint(copy)
+        (copy / name).write_bytes(before)
+    assert Evil.ran == []
+
+
+def test_it_is_put_together(program: Program, place: Path) -> None:
+    """What two processes wrote is one model: for convert, and for whatever loads a checkpoint."""
+    for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
+        done = program("convert", source, "out", "--overwrite", at=place)
+        assert done.code == 0, done.err
+        assert "a MemoryTransformer of" in done.out
+        assert sorted(one.name for one in (place / "out").iterdir()) == [
+            "config.json", "model.safetensors", "tokenizer.json",
+        ]  # fmt: skip
+        model, tokenizer = load_model_and_tokenizer(place / source)
+        made, read = load_model_and_tokenizer(place / "out")
+        assert made.fingerprint == model.fingerprint
+        assert read.to_json() == tokenizer.to_json()
+    assert not [one for one in place.iterdir() if one.name.startswith(".")]
+    for command in (
+        ("read", "books/test/0.txt", "--checkpoint", "whole"),
+        ("read", "books/test/0.txt", "--checkpoint", "out"),
+        ("test", "--run_dir", "whole", "--trainer.strategy", "auto"),
+    ):
+        done = program(*command, at=place)
+        assert done.code == 0, done.err
+
+
+def test_what_does_not_go_is_said_in_a_line(program: Program, place: Path) -> None:
+    for options, word in (
+        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "does not go with a strategy"),
+        (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
+        (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Give fsdp2"),
+    ):
+        done = runs.fit(program, place, "refused", *FSDP2, *options, ranks=2)
+        assert done.code == 2, done.err
+        assert "Traceback" not in done.err
+        assert word in done.err
+        assert not (place / "refused" / "config.yaml").exists()

@@ -1,0 +1,93 @@
+"""Training begins afresh now and then, so that no model leans on what a memory took up long ago."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from memtx.errors import MemtxError
+from memtx.memory.associative import AssociativeMemory
+from memtx.memory.compressed import CompressedMemory
+from memtx.memory.memory_tokens import TokenMemory
+from memtx.memory.none import NoMemory
+from memtx.memory.recurrent import RecurrentMemory
+from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.sinks import SinkMemory
+from memtx.memory.slots import SlotMemory
+from memtx.memory.top_k import TopKMemory
+from memtx.state import MemoryState
+from memtx.training.language import LanguageModule
+from tests.training.small import Record, data, model, module, sgd, trainer
+
+CACHE = partial(RecurrentMemory, window=6)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "lasting"),
+    [
+        ([NoMemory], False),
+        ([CACHE], False),
+        ([partial(CompressedMemory, window=6, compression_rate=2, num_entries=3)], False),
+        ([CACHE, partial(RetrievalMemory, capacity=12, exclude_recent=6, top_k=2)], False),
+        ([CACHE, AssociativeMemory], True),
+        ([CACHE, partial(SlotMemory, num_slots=2, interval=6)], True),
+        ([CACHE, partial(TokenMemory, num_tokens=2, interval=6)], True),
+        ([CACHE, partial(SinkMemory, num_sinks=2)], True),
+        ([partial(TopKMemory, window=6, compression_rate=1, num_entries=6)], True),
+    ],
+)
+def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any], lasting: bool) -> None:
+    make = partial(model, memories=[kinds])
+    assert LanguageModule(make).state_reset_prob == (0.05 if lasting else 0.0)
+    assert LanguageModule(make, state_reset_prob=0.0).state_reset_prob == 0.0
+    assert LanguageModule(make, state_reset_prob=0.5).state_reset_prob == 0.5
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(MemtxError, match=f"state_reset_prob is {wrong}, expected a share from 0 to 1"):
+            LanguageModule(make, state_reset_prob=wrong)
+
+
+def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: Path) -> None:
+    found = {}
+    for share in (0.0, 1.0):
+        still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=share)
+        record = Record()
+        trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(still, data(tmp_path))
+        found[share] = [float.fromhex(loss) for loss in record.losses.values()]
+    texts = data(tmp_path)
+    texts.setup("fit")
+    for batch, loss in zip(texts.train_dataloader(), found[1.0], strict=False):
+        state, nll, scored = still.model.init_state(2), 0.0, 0
+        for part in (slice(0, 8), slice(8, 16)):
+            out = still.model(
+                batch.tokens[:, part],
+                state,
+                document_starts=batch.document_starts[:, part],
+                labels=batch.labels[:, part],
+            )
+            state, nll = out.state, nll + float(out.nll.sum())
+            scored += int((batch.labels[:, part] != -100).sum())
+        # float32: sums in another order
+        assert loss == pytest.approx(nll / scored, rel=1e-5)
+    assert found[0.0][0] == found[1.0][0]
+    assert found[0.0][1:] != pytest.approx(found[1.0][1:], rel=1e-4)
+
+
+def test_processes_draw_their_rows_of_one_draw() -> None:
+    own = module(state_reset_prob=0.4)
+
+    def drawn(rank: int, ranks: int, rows: int, seen: int) -> list[bool]:
+        own._trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=ranks))
+        own.tokens_seen = seen
+        state = own.model.init_state(rows)
+        begun = MemoryState(torch.full_like(state.position, 5), state.layers)
+        return cast(list[bool], (own._reset_random_streams(begun).position == 0).tolist())
+
+    steps = [drawn(0, 1, 6, 96 * step) for step in range(50)]
+    assert steps == [drawn(0, 2, 3, 96 * step) + drawn(1, 2, 3, 96 * step) for step in range(50)]
+    # 300 draws of 0.4: five deviations are 0.14.
+    assert 0.26 < sum(map(sum, steps)) / 300 < 0.54
