@@ -35,7 +35,7 @@ from memtx.inference.loading import DATA_MODULE_KEY
 from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu import cpu_info
 from memtx.training.callbacks.gates import ClosedGateMonitor
 from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE, StopOnInterrupt
@@ -197,7 +197,7 @@ class MemtxCLI(LightningCLI):
         # Not the config's: it is to begin the same run on another machine.
         kwargs |= get_trainer_kwargs(os.environ)
         asked = str(settings.trainer.precision)
-        if (precision := bf16.choose_precision(asked, str(settings.trainer.accelerator))) != asked:
+        if (precision := cpu_info.choose_precision(asked, str(settings.trainer.accelerator))) != asked:
             kwargs["precision"] = precision
             _print_rank_zero(f"memtx: this CPU is many times slower in bfloat16: {precision} stands in for {asked}.\n")
         plugins = settings.trainer.plugins or []

@@ -16,7 +16,7 @@ from memtx.cli.warning_filters import install_warning_filters
 from memtx.data.books import BookDataModule
 from memtx.data.tokenized_corpus import TokenizedCorpus, is_tokenized_corpus
 from memtx.errors import MemtxError, check_positive
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu import cpu_info
 from memtx.training import cost
 from memtx.training.callbacks.progress import format_duration
 from memtx.training.callbacks.throughput import matmul_dtype
@@ -115,7 +115,7 @@ def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[
     devices = arguments.devices or (trainer.devices if isinstance(trainer.devices, int) else 1)
     model, precision = module.model, str(trainer.precision or "32-true")
     if arguments.peak_tflops is None:  # of this machine
-        precision = bf16.choose_precision(precision, str(trainer.accelerator))
+        precision = cpu_info.choose_precision(precision, str(trainer.accelerator))
     kind = matmul_dtype(precision)
     half = kind.itemsize == 2
     rows, horizon = int(data.batch_size), int(getattr(data, "bptt_segments", getattr(data, "num_segments", 1)))

@@ -17,8 +17,8 @@ from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, to_ring
 from memtx.ops.attention.bias import ScoreBias, slice_bias
+from memtx.ops.attention.combine import append_key_bias
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
-from memtx.ops.attention.key_bias import append_key_bias
 from memtx.ops.attention.mask import Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
@@ -177,7 +177,7 @@ class MemoryAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, need_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return outputs and, where needed, the log-sum-exp, of (rows, heads, n, head_dim or more) tensors."""
-        found = segment_attention(
+        out, lse = segment_attention(
             q,
             k,
             v,
@@ -188,7 +188,6 @@ class MemoryAttention(nn.Module):
             backend=self.backend,
             return_lse=need_lse,
         )
-        out, lse = found if isinstance(found, tuple) else (found, None)
         return out[..., : self.head_dim], lse
 
     def _project_queries(self, x: Tensor) -> Tensor:
@@ -252,7 +251,7 @@ class MemoryAttention(nn.Module):
                 buffer[row, seen.bank_slot] = torch.where(crossing, new.to(buffer.dtype), buffer[row, seen.bank_slot])
         q = self.positions.apply_absolute(self._project_queries(x[:, None]), position, step.memo)
         k, v = ring.key_value.unbind(2)
-        attended = segment_attention(
+        attended, _ = segment_attention(
             q.transpose(1, 2),
             k.transpose(1, 2),
             v.transpose(1, 2),

@@ -16,7 +16,7 @@ from memtx.layers.encoder_attention import EncoderAttention, full_visibility, me
 from memtx.layers.encoder_inputs import EncoderInputs
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
-from memtx.ops.attention.random_blocks import sample_random_blocks
+from memtx.ops.attention.sparse import sample_random_blocks
 
 
 class BigBirdAttention(EncoderAttention):
@@ -32,7 +32,7 @@ class BigBirdAttention(EncoderAttention):
         block_size: tokens a block.
         num_random_blocks: how many each block of queries sees.
         max_length: tokens of the longest text that the model is for (see
-            :func:`memtx.ops.attention.random_blocks.sample_random_blocks`).
+            :func:`memtx.ops.attention.sparse.sample_random_blocks`).
         seed: of the random blocks; the layer's number by default, as published.
         bias: whether queries, keys and values have biases.
         dropout: of attention weights.
@@ -74,14 +74,14 @@ class BigBirdAttention(EncoderAttention):
         q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
         if inputs.length <= (5 + 2 * self.num_random_blocks) * self.block_size:
             seen = full_visibility(inputs, inputs.length)
-            return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+            return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend)[0])
         whole = inputs.memo(("whole blocks", self.block_size), lambda: self._pad_to_blocks(inputs))
         size, length = self.block_size, whole.length
         q, k, v = (F.pad(part, (0, 0, 0, length - inputs.length)) for part in (q, k, v))
         # The two global blocks side by side, before all others.
         q, k, v = (torch.cat([p[:, :, :size], p[:, :, -size:], p[:, :, size:-size]], dim=2) for p in (q, k, v))
         everything = inputs.memo(("ends", self.block_size), lambda: self._end_block_visibility(whole))
-        ends = segment_attention(
+        ends, _ = segment_attention(
             q[:, :, : 2 * size], k, v, everything, dropout=self.dropout, backend=self.backend
         )  # (rows, heads, 2 * size, head_dim)
         settings = (
@@ -96,7 +96,7 @@ class BigBirdAttention(EncoderAttention):
         others = inputs.memo(
             settings, lambda: self._middle_visibility(whole, inputs.random_blocks.get(self.layer_index))
         )
-        middle = segment_attention(q[:, :, 2 * size :], k, v, others, dropout=self.dropout, backend=self.backend)
+        middle, _ = segment_attention(q[:, :, 2 * size :], k, v, others, dropout=self.dropout, backend=self.backend)
         parts = [merge_heads(part) for part in (ends[:, :, :size], middle, ends[:, :, size:])]
         out = torch.cat(parts, dim=1)[:, : inputs.length]
         return out if inputs.attention_mask is None else out.masked_fill(~inputs.attention_mask[..., None], 0.0)

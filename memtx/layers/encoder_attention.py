@@ -111,7 +111,7 @@ class FullAttention(EncoderAttention):
         """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
         q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
         seen = full_visibility(inputs, inputs.length)
-        return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+        return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend)[0])
 
 
 def merge_heads(x: Tensor) -> Tensor:

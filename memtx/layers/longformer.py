@@ -84,7 +84,7 @@ class LongformerAttention(EncoderAttention):
             (self.heads, self.layer_index, self.seed) if self.num_random_tokens else None,
         )
         visibility = inputs.memo(settings, lambda: self._visibility(inputs, x.shape[0]))
-        out = segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)
+        out, _ = segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)
         out = merge_heads(self._unfold_dilation(out)[:, :, : inputs.length])
         if inputs.attention_mask is not None:
             out = out.masked_fill(~inputs.attention_mask[..., None], 0.0)
@@ -107,7 +107,7 @@ class LongformerAttention(EncoderAttention):
         q = self.split_heads(self.global_query(x[rows, global_indices.clamp(min=0)]))
         k, v = (self.split_heads(part(x)) for part in (self.global_key, self.global_value))
         seen = full_visibility(inputs, global_indices.shape[1])
-        seeing = merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+        seeing = merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend)[0])
         return out.index_put((rows[there], global_indices[there]), seeing[there])
 
     def _prepend_global_keys(self, x: Tensor, inputs: EncoderInputs) -> Tensor:

@@ -210,9 +210,9 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
 SLOW = """
 from lightning.pytorch import Callback
 
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu import cpu_info
 
-bf16.is_cpu_bf16_fast = lambda: False
+cpu_info.is_cpu_bf16_fast = lambda: False
 
 
 class Told(Callback):

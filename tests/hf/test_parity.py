@@ -14,7 +14,7 @@ from memtx.hf.load import MODEL_TYPES
 from memtx.models.encoder import Encoder
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
-from memtx.ops.attention.random_blocks import sample_random_blocks
+from memtx.ops.attention.sparse import sample_random_blocks
 
 TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
 READERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")

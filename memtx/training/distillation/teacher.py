@@ -16,7 +16,7 @@ from memtx.hf.load import from_pretrained
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.cpu.bf16 import is_bf16_slow
+from memtx.ops.cpu.cpu_info import is_bf16_slow
 
 
 @dataclass(frozen=True)
