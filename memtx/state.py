@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import torch
 from torch import Tensor
@@ -55,8 +55,7 @@ class MemoryState:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
         """Apply ``function`` to every tensor."""
-        mapped: MemoryState = pytree.tree_map(function, self)
-        return mapped
+        return cast(MemoryState, pytree.tree_map(function, self))
 
     def detach(self) -> MemoryState:
         """Detach every tensor from the graph, as at the end of a truncation horizon."""
@@ -116,8 +115,7 @@ class MemoryState:
         if any(signature != signatures[0] for signature in signatures):
             raise MemtxError("concat got states of different structures.", "Join states of one model only.")
         leaves = [torch.cat(parts) for parts in zip(*(leaves for leaves, _ in flat), strict=True)]
-        joined: MemoryState = pytree.tree_unflatten(leaves, flat[0][1])
-        return joined
+        return cast(MemoryState, pytree.tree_unflatten(leaves, flat[0][1]))
 
     def equals(self, other: MemoryState, atol: float = 0.0) -> bool:
         """Return True if both states have the same structure and no value differs by more than ``atol``."""
@@ -150,26 +148,25 @@ class MemoryState:
             raise CheckpointError(f"The saved state lacks {missing[0]}.", hint)
         if extra := sorted(tensors.keys() - expected.keys()):
             raise CheckpointError(f"The saved state has {extra[0]}, which this model does not have.", hint)
-        batch_sizes = {tensors[name].shape[0] if tensors[name].dim() else -1 for name in expected}
+        batch_sizes = {tensors[name].shape[:1] for name in expected}
         for name, like in expected.items():
             tensor = tensors[name]
-            fits = tensor.shape[1:] == like.shape[1:] and tensor.dtype == like.dtype
-            if not fits or len(batch_sizes) != 1 or -1 in batch_sizes:
+            fits = tensor.shape[1:] == like.shape[1:] and tensor.dtype == like.dtype and tensor.dim() > 0
+            if not fits or len(batch_sizes) != 1:
                 raise CheckpointError(
                     f"The saved state's {name} is {tensor.dtype} {tuple(tensor.shape)}, "
                     f"expected {like.dtype} (batch, {', '.join(map(str, like.shape[1:]))}).",
                     hint,
                 )
         leaves = [tensors[name].to(like.device) for name, like in expected.items()]
-        filled: MemoryState = pytree.tree_unflatten(leaves, pytree.tree_structure(self))
-        return filled
+        return cast(MemoryState, pytree.tree_unflatten(leaves, pytree.tree_structure(self)))
 
     def save(self, path: str | os.PathLike[str], fingerprint: str, **metadata: str) -> None:
         """Write the state to one safetensors file, atomically.
 
         Args:
             path: Path of the file.
-            fingerprint: Fingerprint of the model, so that no other model loads the state.
+            fingerprint: Fingerprint of the model, without which :meth:`load` refuses the file.
             metadata: Additional strings for the header.
         """
         files.save_tensors(

@@ -21,12 +21,7 @@ SELF_MASK_VALUE = -1e5
 def choose_bucket_factors(length: int, chunk_length: int, max_length: int) -> tuple[int, ...]:
     """Choose the number of hash buckets for a text, as one number or as two factors of it.
 
-    About two buckets per chunk, as in the paper, rounded down to a power of two.
-
-    Args:
-        length: Length of the text.
-        chunk_length: Length of a chunk.
-        max_length: Maximum length of the model.
+    About two buckets per chunk, as in the paper, rounded down to a power of two. ``max_length`` is the model's.
     """
     exponent = (2 * (length // chunk_length)).bit_length() - 1
     if 2**exponent > 2 * max(int((max_length // chunk_length) ** 0.5), chunk_length):
@@ -39,13 +34,7 @@ def sample_rotations(
 ) -> Tensor:
     """Sample normal random directions for hashing, ``(heads, head_dim, num_hashes, sum(factors) // 2)``.
 
-    Args:
-        heads: Number of heads.
-        head_dim: Dimension of a head.
-        num_hashes: Number of hash rounds.
-        factors: Factors of the number of buckets.
-        seed: Seed; sampled on the CPU. None uses torch's global generator.
-        like: Tensor that sets device and dtype.
+    A seed samples on the CPU, None uses torch's global generator. ``like`` sets device and dtype.
     """
     shape = (heads, head_dim, num_hashes, sum(factors) // 2)
     if seed is None:
@@ -73,15 +62,9 @@ def hash_vectors(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor
 
 
 def look_adjacent(x: Tensor, num_chunks_before: int, num_chunks_after: int) -> Tensor:
-    """Concatenate each chunk with its neighbors, in order.
+    """Concatenate each chunk of ``(batch, heads, chunks, chunk_length, ...)`` with its neighbors, in order.
 
-    Args:
-        x: ``(batch, heads, chunks, chunk_length, ...)``.
-        num_chunks_before: Number of neighbors before a chunk.
-        num_chunks_after: Number of neighbors after a chunk.
-
-    Returns:
-        ``(batch, heads, chunks, (num_chunks_before + 1 + num_chunks_after) * chunk_length, ...)``.
+    The result has chunks of length ``(num_chunks_before + 1 + num_chunks_after) * chunk_length``.
     """
     if num_chunks_before == num_chunks_after == 0:
         return x

@@ -71,14 +71,10 @@ def attend_sdpa(
         mask = torch.cat([mask for mask, _ in blocks], dim=-1)
         fully_masked = torch.stack([masked for _, masked in blocks]).all(0).transpose(1, 2)[..., None]
         keys, values = (torch.cat([x[:, :, low:high] for low, high in key_ranges], dim=2) for x in (k, v))
+        # Kernels differ on fully masked queries: unmask these, then zero their output.
+        mask = mask.masked_fill(fully_masked, 0.0)
         out = F.scaled_dot_product_attention(
-            q[:, :, start:stop],
-            keys,
-            values,
-            # Kernels differ on fully masked queries: unmask these, then zero their output.
-            attn_mask=mask.masked_fill(fully_masked, 0.0),
-            scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            q[:, :, start:stop], keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
         outputs.append(out.masked_fill(fully_masked, 0.0))
     return torch.cat(outputs, dim=2)

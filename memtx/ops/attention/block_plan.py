@@ -55,12 +55,9 @@ def split_queries(visibility: Visibility, block_size: int) -> list[tuple[int, in
 
 
 def create_additive_mask(
-    visibility: Visibility,
-    bias: ScoreBias | None,
-    query_range: tuple[int, int],
-    key_range: tuple[int, int],
+    visibility: Visibility, bias: ScoreBias | None, query_range: tuple[int, int], key_range: tuple[int, int],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return a block's mask and fully masked queries, with the shapes of :class:`Band`."""
     visible = create_mask(visibility, query_range, key_range)
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]

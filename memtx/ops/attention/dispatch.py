@@ -97,9 +97,7 @@ def segment_attention(
     if name == "reference":
         out, lse = reference.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale)
     elif name == "banded":
-        out, lse = banded.attend(
-            q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, return_lse=return_lse
-        )  # fmt: skip
+        out, lse = banded.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, return_lse=return_lse)
     elif name == "triton":
         from memtx.ops.attention import triton_window
 

@@ -147,22 +147,11 @@ def is_inside(offset: Tensor, start: Tensor, end: Tensor) -> Tensor:
 def create_mask(
     visibility: Visibility, query_range: tuple[int, int] | None = None, key_range: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return the mask of the intervals, ``(batch or 1, queries, keys)`` bool, without the pattern.
-
-    Args:
-        visibility: Visibility of the keys.
-        query_range: Queries [start, stop) of the mask. Defaults to all.
-        key_range: Keys [low, high) of the mask. Defaults to all.
-    """
+    """Return the mask of the intervals, ``(batch or 1, queries, keys)`` bool, for ranges of both or for all."""
     start, stop = query_range if query_range is not None else (0, visibility.num_queries)
     low, high = key_range if key_range is not None else (0, visibility.num_keys)
     offset = torch.arange(start, stop, device=visibility.visible_from.device)[None, :, None]
     return is_inside(offset, visibility.visible_from[:, None, low:high], visibility.visible_until[:, None, low:high])
-
-
-def create_head_mask(visibility: Visibility) -> Tensor:
-    """Return the mask of intervals and pattern, ``(batch or 1, heads or 1, queries, keys)`` bool."""
-    return compute_key_counts(visibility) > 0
 
 
 def compute_key_counts(visibility: Visibility) -> Tensor:
@@ -190,7 +179,7 @@ def compute_key_counts(visibility: Visibility) -> Tensor:
 def num_visible_pairs(visibility: Visibility) -> Tensor:
     """Return the number of visible pairs, ``(batch or 1,)`` int64; the mean over heads with different blocks."""
     if visibility.pattern is not None:
-        mask = create_head_mask(visibility)
+        mask = compute_key_counts(visibility) > 0
         return mask.sum((1, 2, 3)) // mask.shape[1]
     first = visibility.visible_from.clamp(0, visibility.num_queries)
     last = visibility.visible_until.clamp(0, visibility.num_queries)

@@ -206,15 +206,10 @@ def _sample_planned(
     middle = np.arange(1, num_blocks - 1, dtype=np.int32)
     last = MAX_PLANNED_POSITION // block_size - 1 if 2 * block_size < MAX_PLANNED_POSITION else num_blocks - 1
     for block in range(1, num_blocks - 1):
-        start = block - 2
-        if block <= 2:
-            candidates = middle[block + 1 : last]
-        elif block >= num_blocks - 3 or start > last:
+        if block > 2 and (block >= num_blocks - 3 or block - 2 > last):
             candidates = middle[:last]
-        elif block + 1 == last:
-            candidates = middle[:start]
         else:
-            candidates = np.concatenate((middle[:start], middle[block + 1 : last]))
+            candidates = np.concatenate((middle[: max(block - 2, 0)], middle[block + 1 : last]))
         sample = generator.permutation(candidates)[:num_random_blocks]
         if len(sample) not in (1, num_random_blocks):
             raise MemtxError(

@@ -61,24 +61,14 @@ def _int64_array(*values: int) -> Any:
 
 
 def _call_kernel(
-    name: str,
-    tensors: tuple[Tensor | None, ...],
-    key_tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    strided_tensors: tuple[Tensor, ...],
-    scale: float,
-    num_splits: int = 1,
-    split_stride: int = 0,
-) -> None:
-    """Call a function of the source with addresses, sizes and strides.
+    name: str, tensors: tuple[Tensor | None, ...],
+    key_tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], strided_tensors: tuple[Tensor, ...],
+    scale: float, num_splits: int = 1, split_stride: int = 0,
+) -> None:  # fmt: skip
+    """Call a function of the source with addresses, sizes and strides; tensors are in the order of its parameters.
 
-    Args:
-        name: Name of the function.
-        tensors: The function's own tensors, in its order.
-        key_tensors: visible_from, visible_until, key bounds, slopes and offsets of the keys.
-        strided_tensors: The tensors with heads, in the function's order; queries and keys come first.
-        scale: Factor of the scores.
-        num_splits: Number of parts into which the queries are split.
-        split_stride: Elements from the gradients of a part to those of the next.
+    ``key_tensors`` are both ends of the intervals, key bounds, slopes and key offsets, ``strided_tensors`` those with
+    heads, from q and k on. Queries are split into ``num_splits`` parts, whose gradients are ``split_stride`` apart.
     """
     q, k, *_ = strided_tensors
     visible_from, _, key_bounds, _, key_offset = key_tensors

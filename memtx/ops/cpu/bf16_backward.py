@@ -51,17 +51,10 @@ def _estimate_entropy_bits(q: Tensor, k: Tensor, lse: Tensor, bands: list[Band],
 def backward(
     q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad_out: Tensor, bands: list[Band], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k and v, accumulated over the bands in float32.
+    """Compute the gradients of q, k and v (bfloat16), accumulated over bands without bias in float32.
 
-    Args:
-        q: ``(batch, heads, queries, head_dim)`` bfloat16.
-        k: ``(batch, kv_heads, keys, head_dim)``.
-        v: ``(batch, kv_heads, keys, head_dim)``.
-        lse: ``(batch, heads, queries)`` float32, finite.
-        delta: ``(batch, heads, queries)`` float32, subtracted from the gradients of the weights.
-        grad_out: ``(batch, heads, queries, head_dim)``.
-        bands: Bands without bias.
-        scale: Factor of the scores.
+    Shapes are those of :func:`memtx.ops.attention.reference.attend`. ``lse`` (finite) and ``delta``, which is
+    subtracted from the gradients of the weights, are ``(batch, heads, queries)`` float32.
     """
     batch_size, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]

@@ -61,11 +61,7 @@ def _open_build_dir() -> Iterator[Path]:
 
 @cache
 def load_library(source: Path) -> ctypes.CDLL | None:
-    """Load a source's functions, compiled if needed; log the reason and return None if that fails.
-
-    Args:
-        source: C++ file with ``extern "C"`` functions.
-    """
+    """Load the ``extern "C"`` functions of a source, compiled if needed; on failure log the reason and return None."""
     if os.environ.get(COMPILE_ENV_VAR) == "0":
         log.info("%s is not compiled: %s is 0", source.name, COMPILE_ENV_VAR)
         return None

@@ -77,13 +77,7 @@ def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x weight' + bias as ``F.linear``, by the faster library for this CPU.
-
-    Args:
-        x: ``(..., in_features)``.
-        weight: ``(out_features, in_features)``.
-        bias: ``(out_features,)``.
-    """
+    """Compute ``F.linear`` by the faster library for this CPU."""
     if not _should_use_onednn(x, weight):
         return F.linear(x, weight, bias)
     out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]

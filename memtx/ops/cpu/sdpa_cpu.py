@@ -67,12 +67,7 @@ class GatheredBlocks:
         return x.view(*self.mask.shape[:2], -1, width)
 
     def scatter_add_keys(self, grad_keys: Tensor, x: Tensor) -> None:
-        """Add x, shaped as by :meth:`gather_keys`, to the keys it was gathered from.
-
-        Args:
-            grad_keys: ``(batch, kv_heads, keys, width)``, changed in place.
-            x: ``(batch * num_query_blocks, heads, r * block_size, width)``.
-        """
+        """Add x, shaped as by :meth:`gather_keys`, in place to the keys it was gathered from."""
         batch_size, kv_heads, keys, width = grad_keys.shape
         total = x.new_zeros(batch_size * self.num_key_blocks * kv_heads, self.block_size * width)
         total.index_add_(0, self.indices, x.reshape(-1, self.block_size * width))
@@ -204,15 +199,9 @@ def _add_gathered_grads(
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bands: list[Band], scale: float, gathered: GatheredBlocks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention and its log-sum-exp on the CPU, both with gradient.
+    """Compute attention and its log-sum-exp over bands and gathered blocks, both with gradient.
 
-    Args:
-        q: ``(batch, heads, queries, head_dim)``.
-        k: ``(batch, kv_heads, keys, head_dim)``.
-        v: ``(batch, kv_heads, keys, head_dim)``.
-        bands: Fused calls.
-        scale: Factor of the scores.
-        gathered: Additional blocks of keys.
+    Shapes are those of :func:`memtx.ops.attention.reference.attend`.
     """
     out, lse = _BandedSDPA.apply(q, k, v, bands, gathered, scale)  # type: ignore[no-untyped-call]
     return out, lse
