@@ -33,7 +33,7 @@ def test_it_goes_on_as_the_model_does(kind: str, data: st.DataObject) -> None:
     # Rows at different places: some documents begin inside what was read.
     state = case.model.init_state(case.tokens.shape[0])
     if begin:
-        state = case.model(case.tokens[:, :begin], state, document_starts=case.starts[:, :begin]).state
+        state = case.model(case.tokens[:, :begin], state, document_starts=case.document_starts[:, :begin]).state
     before = state.map(torch.Tensor.clone)
     decoder = Decoder(case.model, state)
     assert distance(decoder.state, state) == 0
