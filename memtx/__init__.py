@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from memtx.inference.reader import StreamReader
     from memtx.inference.summarizer import load_predictor
     from memtx.layers.feed_forward import FeedForward, SwiGLU
-    from memtx.layers.positions.base import Alibi, Rotary
+    from memtx.layers.positions.alibi import Alibi
+    from memtx.layers.positions.rotary import Rotary
     from memtx.memory.associative import AssociativeMemory
     from memtx.memory.compressed import CompressedMemory
     from memtx.memory.ernie_doc import ErnieDocMemory
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Alibi": "memtx.layers.positions.base:Alibi",
+    "Alibi": "memtx.layers.positions.alibi:Alibi",
     "AssociativeMemory": "memtx.memory.associative:AssociativeMemory",
     "BookDataModule": "memtx.data.books:BookDataModule",
     "CompressedMemory": "memtx.memory.compressed:CompressedMemory",
@@ -53,7 +54,7 @@ _EXPORTS = {
     "RecurrentMemory": "memtx.memory.recurrent:RecurrentMemory",
     "Reformer": "memtx.models.reformer:Reformer",
     "RetrievalMemory": "memtx.memory.retrieval:RetrievalMemory",
-    "Rotary": "memtx.layers.positions.base:Rotary",
+    "Rotary": "memtx.layers.positions.rotary:Rotary",
     "SinkMemory": "memtx.memory.sinks:SinkMemory",
     "SlotMemory": "memtx.memory.slots:SlotMemory",
     "StreamReader": "memtx.inference.reader:StreamReader",

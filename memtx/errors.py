@@ -56,3 +56,10 @@ def check_positive(**values: float) -> None:
     for name, number in values.items():
         if not number > 0:
             raise MemtxError(f"{name} is {number}.", "Give a number above 0.")
+
+
+def check_divisible(hint: str = "Choose a divisor.", /, **values: int) -> None:
+    """Raise MemtxError unless the first of the two named numbers is a multiple of the second."""
+    (name, number), (divisor_name, divisor) = values.items()
+    if divisor < 1 or number % divisor:
+        raise MemtxError(f"{name} ({number}) must be divisible by {divisor_name} ({divisor}).", hint)

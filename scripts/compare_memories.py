@@ -36,8 +36,8 @@ from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
-from memtx.memory.gates import ReflectingGate
 from memtx.memory.memory_tokens import TokenMemory
+from memtx.memory.parts import ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.slots import SlotMemory

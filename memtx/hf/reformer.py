@@ -11,7 +11,7 @@ from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import Checkpoint
 from memtx.hf.layout import KeyMapping, load_weights
 from memtx.hf.options import HFConfig
-from memtx.layers.positions.axial import AxialPositionEmbeddings, PositionEmbeddings
+from memtx.layers.positions.absolute import AxialPositionEmbeddings, PositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
 

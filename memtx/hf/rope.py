@@ -9,8 +9,8 @@ from typing import Any
 
 from memtx.errors import CheckpointError, closest_match
 from memtx.hf.options import HFConfig
-from memtx.layers.positions.base import Positions, Rotary
-from memtx.layers.positions.rope_scaling import LinearScaling, Llama3Scaling, RotaryFrequencies, YarnScaling
+from memtx.layers.positions.base import Positions
+from memtx.layers.positions.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryFrequencies, YarnScaling
 
 ScalingParser = Callable[[HFConfig, int], dict[str, Any]]
 

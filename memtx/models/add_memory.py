@@ -15,7 +15,7 @@ from memtx import class_config
 from memtx.errors import MemtxError, check_at_least
 from memtx.hf.layout import HFCompatibleModel
 from memtx.layers.block import Block
-from memtx.memory.base import Memory
+from memtx.memory.base import Memory, ReadoutMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
@@ -82,7 +82,7 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:
 
 def _build_stack(dim: int, window: int, num_sinks: int, memories: Sequence[MemoryFactory]) -> MemoryStack:
     added = [make(dim) for make in memories]
-    carrying = [place for place, one in enumerate(added) if not one.has_readout]
+    carrying = [place for place, one in enumerate(added) if not isinstance(one, ReadoutMemory)]
     if len(carrying) > 1:
         raise MemtxError("Two memories would carry the segment itself.", "Give one such as CompressedMemory.")
     makers: list[MemoryFactory] = list(memories)

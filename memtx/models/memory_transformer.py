@@ -21,10 +21,11 @@ from memtx.hf import load
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
-from memtx.layers.positions.base import Positions, Rotary
+from memtx.layers.positions.base import Positions
+from memtx.layers.positions.rotary import Rotary
 from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.kv_ring import DecodeStep, KVRing, from_ring
+from memtx.memory.kv_ring import DecodeStep, KVRing
 from memtx.models.add_memory import MemoryAugmentedModel, MemoryFactory
 from memtx.models.segmented_forward import LayerStates, find_chunk_ends, forward_in_chunks, forward_with_memory_tokens
 from memtx.models.validation import check_inputs, check_valid_length
@@ -336,7 +337,7 @@ class MemoryTransformer(MemoryAugmentedModel):
         """Return the state that rings hold, as a value; position: (rows,) int64, tokens read so far."""
         layers = []
         for block, ring in zip(self._layers(), rings, strict=True):
-            layers.append((block.attention.memory.join_state(*from_ring(ring.layout, ring.hidden, position)),))
+            layers.append(block.attention.close_ring(ring, position))
         return MemoryState(position.clone(), tuple(layers))
 
     def decode_step(self, tokens: Tensor, rings: Sequence[KVRing], step: DecodeStep) -> Tensor:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from memtx.errors import MemtxError, check_at_least
 from memtx.hf.layout import HFCompatibleModel
 from memtx.layers import reversible
-from memtx.layers.positions.axial import AxialPositionEmbeddings, PositionEmbeddings
+from memtx.layers.positions.absolute import AxialPositionEmbeddings, PositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.ops.cpu.linear import Linear
 

@@ -75,7 +75,7 @@ def find_chunk_ends(segment: Segment, blocks: Sequence[Block]) -> list[int]:
         blocks: the layers.
     """
     memories = [memory for block in blocks for memory in block.attention.memories]
-    late = {memory.interval for memory in memories if memory.write_source in ("output", "top")}
+    late = {memory.interval for memory in memories if memory.needs_layer_output or isinstance(memory, TokenMemory)}
     if borders := sorted(
         {tick for interval in late if interval is not None for tick in segment.split_offsets(interval)}
     ):

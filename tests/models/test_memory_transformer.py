@@ -16,8 +16,7 @@ from torch.nn import functional as F
 import memtx
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.errors import CheckpointError
-from memtx.memory.compression import AttentionPooling
-from memtx.memory.reconstruction import AttentionReconstruction, AutoEncoding
+from memtx.memory.compression import AttentionPooling, AttentionReconstruction, AutoEncoding
 from tests.memory_zoo import COMPRESSIONS
 
 
@@ -208,9 +207,9 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dim": 9}, "dim is 9"),
+        ({"dim": 9}, r"dim \(9\) must be divisible by heads \(\d\)"),
         ({"heads": 0}, "heads is 0"),
-        ({"kv_heads": 3, "heads": 4}, "kv_heads"),
+        ({"kv_heads": 3, "heads": 4}, r"heads \(4\) must be divisible by kv_heads \(3\)"),
         ({"memories": [NoMemory] * 3}, "3 memories for 2 layers"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"memories": [partial(CompressedMemory, window=0)]}, "window is 0"),

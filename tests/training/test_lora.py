@@ -19,8 +19,7 @@ from memtx.checkpoint import pretrained
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.compression import MostUsed, StridedConvolution
-from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.memory.compression import AttentionReconstruction, MostUsed, StridedConvolution
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.transformer_xl import TransformerXL
