@@ -113,9 +113,9 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
 
 
 def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
+    from memtx.checkpoint.load import load_model_and_tokenizer
     from memtx.data.sources.corpus import open_corpus
     from memtx.evaluation.compare import REPEATS, TextBatch, compare_language_models
-    from memtx.inference.loading import load_model_and_tokenizer
 
     loaded = [load_model_and_tokenizer(path) for path in paths]
     names, tokenizer = _get_display_names(paths), loaded[0][1]

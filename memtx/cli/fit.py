@@ -21,6 +21,7 @@ from torch.multiprocessing.spawn import ProcessExitedException
 
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
+from memtx.checkpoint.load import DATA_MODULE_KEY
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.cli.config import check_config, find_config_files, format_parser_error, read_config
 from memtx.cli.launcher import get_trainer_kwargs
@@ -31,7 +32,6 @@ from memtx.data.books import BookDataModule
 from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.loading import DATA_MODULE_KEY
 from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer

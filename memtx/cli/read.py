@@ -130,7 +130,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokeni
     place = resolve_device(arguments.device)
     import torch
 
-    from memtx.inference.loading import load_model_and_tokenizer
+    from memtx.checkpoint.load import load_model_and_tokenizer
 
     with suggest_import_option():
         model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)

@@ -40,7 +40,7 @@ def test_answers_that_need_no_torch_do_not_import_it(arguments: list[str]) -> No
 
 def test_reading_does_not_import_lightning() -> None:
     code = (
-        "import sys\nimport memtx.cli.generate, memtx.cli.report, memtx.inference.loading, memtx.inference.generate\n"
+        "import sys\nimport memtx.cli.generate, memtx.cli.report, memtx.checkpoint.load, memtx.inference.generate\n"
         "print('lightning' in sys.modules, 'torchmetrics' in sys.modules, 'matplotlib' in sys.modules)"
     )
     assert python(code).split() == ["False", "False", "False"]

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.inference.generate import generate
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from tests.commands.tiny import BOOK

@@ -14,8 +14,8 @@ import torch
 
 from memtx import files
 from memtx.checkpoint import pretrained, sharded
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.errors import CheckpointError
-from memtx.inference.loading import load_model_and_tokenizer
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
