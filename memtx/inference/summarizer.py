@@ -7,8 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
-from memtx.data.tasks.examples import SummaryExample
-from memtx.data.tasks.summary_prompt import SummaryPrompt
+from memtx.data.tasks.examples import SummaryExample, SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError
 from memtx.inference.base_predictor import BasePredictor, PredictInput
