@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from memtx.cli.options import Parser, check_output_path, progress_bar, run
 from memtx.cli.read import add_device_options, import_modules, resolve_device
-from memtx.data.sources.manifest import SPLITS
+from memtx.data.sources.base import SPLITS
 from memtx.errors import MemtxError
 
 if TYPE_CHECKING:

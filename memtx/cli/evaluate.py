@@ -125,8 +125,7 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     import torch
 
     from memtx.data.synthetic_tasks.copying import SelectiveCopying
-    from memtx.data.synthetic_tasks.overwrite import Overwrite
-    from memtx.data.synthetic_tasks.recall import AssociativeRecall
+    from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
     from memtx.data.synthetic_tasks.tracking import StateTracking
     from memtx.evaluation import task_checkpoint
 
@@ -200,20 +199,20 @@ def _measure_capacities(arguments: argparse.Namespace, num_samples: int) -> tupl
 
 
 def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int], num_samples: int) -> list[EvaluationResult]:
+    from memtx.data.sources.base import SPLITS
     from memtx.data.sources.corpus import open_corpus
-    from memtx.data.sources.manifest import SPLITS
     from memtx.evaluation.babi import evaluate_babi, load_tasks
     from memtx.evaluation.haystack import Haystack
     from memtx.evaluation.needle import evaluate_needle
     from memtx.evaluation.results import average_by_distance
 
     tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
-    splits = open_corpus(arguments.haystack).splits
+    splits = open_corpus(arguments.haystack).split_parts
     if Path(arguments.haystack).is_file():
         documents = [part for name in SPLITS for part in splits.get(name, ())]
     else:
         # Of texts that the model was not trained on, where they say so.
-        documents = next((splits[name] for name in reversed(SPLITS) if splits.get(name)), [])
+        documents = next((list(splits[name]) for name in reversed(SPLITS) if splits.get(name)), [])
     model, tokenizer = load_model(arguments)
     haystack: Haystack = Haystack(documents, tokenizer)
     common = {"num_samples": num_samples, "seed": arguments.seed, "segment_length": arguments.segment_length}

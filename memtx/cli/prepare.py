@@ -15,8 +15,8 @@ from memtx.cli.options import Parser, run
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.data.sources.manifest import TextSource
-    from memtx.data.tokenize import ProgressCallback
+    from memtx.data.shards import ProgressCallback
+    from memtx.data.sources.base import TextSource
     from memtx.data.tokenized_corpus import TokenizedCorpus
     from memtx.data.tokenizers import Tokenizer
 

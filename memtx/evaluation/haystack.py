@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import Document
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 

@@ -15,9 +15,8 @@ from memtx import files
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import TOKENIZER_FILE
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
-from memtx.data.tasks.base import EncodedExample, Logits, Task
+from memtx.data.tasks.base import EncodedExample, Logits, Task, task_from_json, task_to_json
 from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
-from memtx.data.tasks.serialization import task_from_json, task_to_json
 from memtx.errors import CheckpointError, DataError, check_at_least
 from memtx.inference.base_predictor import BasePredictor, PredictInput
 from memtx.models.heads import TaskModel

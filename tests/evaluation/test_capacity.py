@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtx.data.synthetic_tasks.overwrite import Overwrite
-from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.errors import MemtxError
 from memtx.evaluation.capacity import evaluate_capacity, with_num_pairs
 from memtx.evaluation.task_checkpoint import build_task
