@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from memtx.errors import MemtxError
     from memtx.hf.load import from_pretrained
     from memtx.inference.generate import generate
+    from memtx.inference.predictor import load_predictor
     from memtx.inference.reader import StreamReader
-    from memtx.inference.summarizer import load_predictor
     from memtx.layers.feed_forward import FeedForward, SwiGLU
     from memtx.layers.positions.base import Alibi, Rotary
     from memtx.memory.associative import AssociativeMemory
@@ -63,7 +63,7 @@ _EXPORTS = {
     "TokenMemory": "memtx.memory.memory_tokens:TokenMemory",
     "from_pretrained": "memtx.hf.load:from_pretrained",
     "generate": "memtx.inference.generate:generate",
-    "load_predictor": "memtx.inference.summarizer:load_predictor",
+    "load_predictor": "memtx.inference.predictor:load_predictor",
 }
 
 __all__ = [
