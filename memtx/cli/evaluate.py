@@ -22,9 +22,7 @@ from memtx.errors import CheckpointError, MemtxError
 
 if TYPE_CHECKING:
     from memtx.data.synthetic_tasks.base import SyntheticTask
-    from memtx.evaluation.capacity import Capacity
-    from memtx.evaluation.haystack import Haystack
-    from memtx.evaluation.results import EvaluationResult
+    from memtx.evaluation.accuracy import Capacity, EvaluationResult
     from memtx.models.memory_transformer import MemoryTransformer
 
 SYNTHETIC_TASKS = ("recall", "capacity", "overwrite", "copy", "tracking")
@@ -127,7 +125,7 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     from memtx.data.synthetic_tasks.copying import SelectiveCopying
     from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
     from memtx.data.synthetic_tasks.tracking import StateTracking
-    from memtx.evaluation import task_checkpoint
+    from memtx.evaluation.accuracy import build_task, load_model_and_task_options
 
     kinds: dict[str, type[SyntheticTask]] = {
         "recall": AssociativeRecall,
@@ -137,8 +135,8 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
         "tracking": StateTracking,
     }
     with suggest_import_option():
-        model, trained = task_checkpoint.load_model_and_task_options(arguments.checkpoint)
-    task = task_checkpoint.build_task(kinds[arguments.task], trained, _parse_task_args(arguments.task_arg))
+        model, trained = load_model_and_task_options(arguments.checkpoint)
+    task = build_task(kinds[arguments.task], trained, _parse_task_args(arguments.task_arg))
     if task.vocab_size != model.vocab_size:
         raise CheckpointError(
             f"'{arguments.checkpoint}' has a vocabulary of {model.vocab_size}, {arguments.task} of these sizes one of "
@@ -149,33 +147,24 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     return model, task
 
 
-def _accept_any_device(model: MemoryTransformer) -> Any:
-    """Return the model as a function of tokens from anywhere."""
-    device = model.embedding.weight.device
-    return lambda tokens, state=None: model(tokens.to(device), state)
-
-
 def _evaluate_synthetic(
     arguments: argparse.Namespace, distances: list[int], num_samples: int
 ) -> list[EvaluationResult]:
-    from memtx.evaluation.accuracy import evaluate_accuracy
-    from memtx.evaluation.results import EvaluationResult
+    from memtx.evaluation.accuracy import EvaluationResult, evaluate_accuracy
 
     model, task = _load_model_and_task(arguments)
     segments = sorted({max(1, round(distance / task.segment_length)) for distance in distances})
     results = []
     with progress_bar("evaluating", sum(task.num_write_segments + one for one in segments)) as watch:
         for one in segments:
-            share = evaluate_accuracy(
-                _accept_any_device(model), task, one, num_samples=num_samples, seed=arguments.seed, on_progress=watch
-            )
+            share = evaluate_accuracy(model, task, one, num_samples=num_samples, seed=arguments.seed, on_progress=watch)
             results.append(EvaluationResult(arguments.task, one * task.segment_length, share, task.chance_accuracy))
     return results
 
 
 def _measure_capacities(arguments: argparse.Namespace, num_samples: int) -> tuple[list[Capacity], SyntheticTask]:
     from memtx.data.synthetic_tasks.recall import AssociativeRecall
-    from memtx.evaluation.capacity import evaluate_capacity
+    from memtx.evaluation.accuracy import evaluate_capacity
 
     model, task = _load_model_and_task(arguments)
     assert isinstance(task, AssociativeRecall)
@@ -185,7 +174,7 @@ def _measure_capacities(arguments: argparse.Namespace, num_samples: int) -> tupl
     with progress_bar("evaluating", None) as watch:
         found = [
             evaluate_capacity(
-                _accept_any_device(model),
+                model,
                 task,
                 one,
                 state_bytes=size,
@@ -202,9 +191,7 @@ def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int], num_
     from memtx.data.sources.base import SPLITS
     from memtx.data.sources.corpus import open_corpus
     from memtx.evaluation.babi import evaluate_babi, load_tasks
-    from memtx.evaluation.haystack import Haystack
-    from memtx.evaluation.needle import evaluate_needle
-    from memtx.evaluation.results import average_by_distance
+    from memtx.evaluation.haystack import Haystack, evaluate_needle
 
     tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
     splits = open_corpus(arguments.haystack).split_parts
@@ -214,7 +201,7 @@ def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int], num_
         # Of texts that the model was not trained on, where they say so.
         documents = next((list(splits[name]) for name in reversed(SPLITS) if splits.get(name)), [])
     model, tokenizer = load_model(arguments)
-    haystack: Haystack = Haystack(documents, tokenizer)
+    haystack = Haystack(documents, tokenizer)
     common = {"num_samples": num_samples, "seed": arguments.seed, "segment_length": arguments.segment_length}
     with progress_bar("evaluating", (sum(distances) + len(distances)) * max(1, len(tasks))) as watch:
         if arguments.task == "babi":

@@ -14,7 +14,7 @@ from memtx.cli.read import add_checkpoint_option, add_device_options, import_mod
 from memtx.errors import DataError, MemtxError
 
 if TYPE_CHECKING:
-    from memtx.inference.base_predictor import BasePredictor
+    from memtx.inference.predictor import BasePredictor
 
 RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
 """Options that name a run and its data: the documents of its test split are read, as training would read them."""
@@ -55,7 +55,7 @@ def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
     device = resolve_device(arguments.device)
     import torch
 
-    from memtx.inference.summarizer import load_predictor
+    from memtx.inference.predictor import load_predictor
 
     predictor = load_predictor(arguments.checkpoint)
     predictor.model.to(device=device, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)

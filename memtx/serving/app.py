@@ -16,7 +16,7 @@ from fastapi.responses import HTMLResponse
 
 import memtx
 from memtx.errors import MemtxError
-from memtx.inference.base_predictor import BasePredictor
+from memtx.inference.predictor import BasePredictor
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving import completions, errors, predictions, routes, sessions
 from memtx.serving.limits import GuardMiddleware, Limits

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,10 +15,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memtx.inference.engine import Generation
-from memtx.inference.generate import collect_recent_tokens
+from memtx.inference.generate import TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
 from memtx.inference.reader import StreamReader
 from memtx.inference.sessions.pool import SessionPool
-from memtx.inference.token_generator import TextDelta, TokenGenerator, TokenLogprob
 from memtx.serving.errors import APIError
 from memtx.serving.limits import Limits, get_deadline
 from memtx.serving.metrics import PoolMetrics
@@ -113,7 +113,7 @@ class CompletionService:
                 prompt.recent_tokens,
                 [requests[index] for index in part],
                 deadline=deadline,
-                output_queues=[inbox.writer(index) for index in part],
+                on_outputs=[partial(inbox.put, index) for index in part],
             )
         pieces = inbox.stream_outputs(generations, request, deadline)
         texts = [generation.token_generator for generation in generations]

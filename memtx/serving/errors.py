@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from memtx.errors import MemtxError, closest_match
-from memtx.inference.engine import ClosedError, DeadlineExceededError
+from memtx.inference.deadline import ClosedError, DeadlineExceededError
 from memtx.inference.sessions.registry import SessionLimitError, SessionNotFoundError
 from memtx.inference.sessions.store import SessionSaveError
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memtx.data.tokenizers import Tokenizer
+from memtx.inference.generate import TextDelta, TokenLogprob
 from memtx.inference.reader import SegmentResult
-from memtx.inference.token_generator import TextDelta, TokenLogprob
 
 
 def format_token(tokenizer: Tokenizer, token: int) -> str:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from memtx.inference.generate import GenerationConfig
 from memtx.inference.sampling import SamplingParams
-from memtx.inference.token_generator import GenerationConfig
 
 
 def _check_unicode(text: str) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 
 from memtx.inference.engine import Generation
-from memtx.inference.reader import SegmentResult
+from memtx.inference.generate import TokenGenerator
+from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
 from memtx.inference.sessions.pool import SessionPool
-from memtx.inference.token_generator import TokenGenerator
 from memtx.serving.completions import CompletionService, PrefilledPrompt
 from memtx.serving.errors import APIError
 from memtx.serving.limits import get_deadline
@@ -127,7 +126,7 @@ def build_sessions_router(pool: SessionPool, service: CompletionService) -> APIR
             "tokens": count,
             "bytes": size,
             "nll": scored,
-            "bits_per_byte": scored / math.log(2) / size if size else None,
+            "bits_per_byte": nats_to_bits_per_byte(scored, size) if size else None,
             "segments": [segment_to_dict(one) for one in results],
         }
 
