@@ -60,7 +60,7 @@ def test_it_goes_on_where_a_book_was_read(
         (["--prompt", "a", "--tempereture", "1"], "Did you mean '--temperature'?"),
         (["--prompt-file", "/no/such/file"], "'/no/such/file' does not exist"),
         (["--prompt", "a", "--session", "/no/such/session"], "'/no/such/session' does not exist"),
-        ([], "nothing to go on with"),
+        ([], "no text to continue"),
     ],
 )
 def test_mistakes_are_one_line(model: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import memtx
-from memtx.cli import options
+from memtx.cli import errors, options
 from memtx.cli.main import COMMANDS, main
 from memtx.errors import DataError
 
@@ -95,30 +95,30 @@ def raising(error: BaseException) -> int:
         (
             PermissionError(13, "x", "p"),
             2,
-            "memtx: error: 'p' may not be opened (permission denied). Check the path.\n",
+            "memtx: error: 'p' cannot be opened (permission denied). Check the path.\n",
         ),
         (KeyboardInterrupt("saved"), 130, "\nmemtx: interrupted: saved\n"),
     ],
 )
 def test_mistakes_are_one_line(error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert options.run(lambda: raising(error)) == code
+    assert errors.run(lambda: raising(error)) == code
     assert capsys.readouterr().err == said
 
 
 def test_a_traceback_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert options.run(lambda: raising(DataError("bad.")), traceback=True) == 2
+    assert errors.run(lambda: raising(DataError("bad.")), traceback=True) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_our_own_mistakes_are_not_hidden() -> None:
     for error in (RuntimeError("ours"), FileNotFoundError("no path"), ValueError("ours")):
         with pytest.raises(type(error)):
-            options.run(lambda error=error: raising(error))
+            errors.run(lambda error=error: raising(error))
 
 
 def test_a_closed_pipe_is_no_mistake(tmp_path: Path) -> None:
     body = "lambda: [print('x' * 100) for _ in range(9999)] and 0"
-    code = f"import sys\nfrom memtx.cli.options import run\nsys.exit(run({body}))"
+    code = f"import sys\nfrom memtx.cli.errors import run\nsys.exit(run({body}))"
     program = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(HOME)},
@@ -155,13 +155,13 @@ def test_a_closed_pipe_is_no_mistake(tmp_path: Path) -> None:
     ],
 )
 def test_short_message(message: str, keys: list[str], expected: str) -> None:
-    said = options.shorten_message(message, keys)
+    said = errors.shorten_message(message, keys)
     assert said.endswith(expected)
     assert "\n" not in said
 
 
 def test_short_message_is_short() -> None:
-    assert len(options.shorten_message("x" * 5000, [])) < 420
+    assert len(errors.shorten_message("x" * 5000, [])) < 420
 
 
 def test_a_mistyped_option_is_named_before_the_required_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,8 +45,13 @@ def test_a_plan_and_the_run_agree(program: Program, tmp_path: Path) -> None:
 
 def test_mistakes(program: Program, tmp_path: Path) -> None:
     write(tmp_path)
-    refused(program("plan", "--config", "c.yaml", "--devices", "0", at=tmp_path), "devices is 0")
-    refused(program("plan", "--config", "c.yaml", "--peak-tflops", "-1", at=tmp_path), "peak_tflops is -1.0")
+    refused(
+        program("plan", "--config", "c.yaml", "--devices", "0", at=tmp_path), "--devices: must be at least 1, got 0"
+    )
+    refused(
+        program("plan", "--config", "c.yaml", "--peak-tflops", "-1", at=tmp_path),
+        "--peak-tflops: must be above 0, got -1",
+    )
     refused(program("plan", "--config", "none.yaml", at=tmp_path), "'none.yaml' does not exist")
     refused(
         program("plan", "--config", "c.yaml", "--data.batch_sizes", "3", at=tmp_path),

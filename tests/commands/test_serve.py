@@ -10,10 +10,10 @@ from memtx.cli.main import main
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines ask"),
-        (["--host", "example.org"], "lets other machines ask"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 accepts other machines"),
+        (["--host", "example.org"], "--host example.org accepts other machines"),
         (["--api-key", "short"], "at least 16 printable"),
-        (["--port", "70000"], "--port is 70000"),
+        (["--port", "70000"], "--port: must be at most 65535, got 70000"),
         (["--porrt", "1"], "Did you mean '--port'?"),
         (["--max-seconds", "0", "--checkpoint", "/no/such"], "'/no/such' does not exist"),
     ],
