@@ -261,7 +261,7 @@ class MemtxCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def before_fit(self) -> None:
-        """Build optimizer and schedule for a dummy parameter, so that a wrong setting fails before any file is written."""
+        """Build optimizer and schedule for a dummy parameter, so that a wrong setting fails before any work."""
         try:
             optimizer = self.model.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
             if self.model.make_scheduler is not None:

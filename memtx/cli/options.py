@@ -32,13 +32,9 @@ class Parser(argparse.ArgumentParser):
     """Argument parser that reports an error as one line and suggests the closest option for a typo."""
 
     def __init__(self, prog: str, description: str) -> None:
-        # An abbreviation that is unique today becomes ambiguous with the next option.
-        super().__init__(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        # Without abbreviations: one that is unique today becomes ambiguous with the next option.
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
         self._argv: Sequence[str] = ()
         self.add_argument("--traceback", action="store_true", help="print the traceback of an error as well")
 
@@ -86,9 +82,7 @@ class Parser(argparse.ArgumentParser):
     def add_output_options(self, plot: str) -> None:
         """Add ``--plot``, which draws what ``plot`` says, and ``--json``."""
         self.add_argument("--plot", type=output_path, metavar="PNG", help=f"plot {plot}")
-        self.add_argument(
-            "--json", type=output_path, metavar="FILE", help="write JSON to a file, or only JSON to - (stdout)"
-        )
+        self.add_argument("--json", type=output_path, metavar="FILE", help="write JSON to a file; - prints only JSON")
 
 
 def number_range(kind: type[N], minimum: float | None = None, maximum: float = MAX_INT) -> Callable[[str], N]:
@@ -226,38 +220,26 @@ def progress_bar(
 
     Args:
         description: Text before the bar.
-        total: Amount of all work; None if unknown.
+        total: Total amount of work, None if unknown.
         completed: Amount of work done before.
         in_bytes: If True, amounts are bytes and their rate is shown.
     """
     if not sys.stderr.isatty():
         yield lambda amount, note="": None
         return
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
-    amounts = (DownloadColumn(), TransferSpeedColumn()) if in_bytes else (MofNCompleteColumn(),)
-    with Progress(
-        TextColumn(description),
-        BarColumn(),
-        *amounts,
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        # Lines on a terminal go above the bar; lines in a file must not go to the terminal.
-        redirect_stdout=sys.stdout.isatty(),
-    ) as progress:
-        task = progress.add_task("", total=total, completed=completed, note="")
-        yield lambda amount, note="": progress.update(task, advance=amount, note=note)
+    columns: list[progress.ProgressColumn] = [progress.TextColumn(description), progress.BarColumn()]
+    columns += (
+        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
+    )
+    columns += [progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn()]
+    # Printed lines go above the bar on a terminal; with stdout in a file, they stay there.
+    redirect, console = sys.stdout.isatty(), Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
+        task = bar.add_task("", total=total, completed=completed, note="")
+        yield lambda amount, note="": bar.update(task, advance=amount, note=note)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
