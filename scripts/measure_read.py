@@ -82,7 +82,7 @@ class Stream:
 
     def __init__(self, reader: StreamReader, chunks: Iterator[bytes]) -> None:
         self.reader = reader
-        self.report = ReadingReport(10_000, quiet=True, progress=None)
+        self.report = ReadingReport(10_000, quiet=True)
         self._results = (result for portion in chunks for result in reader.feed(portion))
 
     def read_until(self, end: int) -> float:
