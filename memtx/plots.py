@@ -98,7 +98,13 @@ def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None
     axes.plot(position, smooth, color=BLUE, linewidth=1.8, solid_capstyle="round")
     average = float(np.average(mean))
     axes.axhline(average, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED)
-    label = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "color": MUTED_COLOR}
+    label: dict[str, Any] = {
+        "xytext": (5, 0),
+        "textcoords": "offset points",
+        "va": "center",
+        "fontsize": 8,
+        "color": MUTED_COLOR,
+    }
     axes.annotate(f"mean\n{average:.2f}", (1.0, average), xycoords=("axes fraction", "data"), ha="left", **label)
     low, high = np.percentile(smooth - spread, 1), np.percentile(smooth + spread, 99)
     margin = 0.12 * max(high - low, 0.1)
@@ -110,7 +116,7 @@ def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None
 def _draw_loss_by_position(axes: Any, by_position: tuple[ArrayLike, ArrayLike, ArrayLike]) -> None:
     position, mean, error = _as_equal_columns(position=by_position[0], mean=by_position[1], error=by_position[2])
     bars = np.where(np.isfinite(error), error, 0.0)
-    style = {"ecolor": "#f0c8ad", "elinewidth": 2, "linewidth": 1.5, "marker": "o", "markersize": 3.5}
+    style: dict[str, Any] = {"ecolor": "#f0c8ad", "elinewidth": 2, "linewidth": 1.5, "marker": "o", "markersize": 3.5}
     axes.errorbar(position, mean, bars, color=ORANGE, **style)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
@@ -229,7 +235,7 @@ def plot_accuracy(
     axes.set_xticks(np.asarray(max((distances for distances, _ in curves.values()), key=len), dtype=np.float64))
     axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
     axes.xaxis.set_minor_locator(NullLocator())
-    legend = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "handlelength": 3.5}
+    legend: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "handlelength": 3.5}
     axes.legend(frameon=False, fontsize=8, labelcolor=TEXT_COLOR, **legend)
     _save_figure(figure, path)
 
@@ -260,7 +266,13 @@ def plot_model_comparison(
         _style_axes(axes, measure, "", "")
         heights = np.arange(len(model_names))[::-1]
         axes.barh(heights, values, height=0.55, color=[MUTED_COLOR, *[BLUE] * (len(model_names) - 1)], linewidth=0)
-        style = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "color": TEXT_COLOR}
+        style: dict[str, Any] = {
+            "xytext": (4, 0),
+            "textcoords": "offset points",
+            "va": "center",
+            "fontsize": 8,
+            "color": TEXT_COLOR,
+        }
         for height, value in zip(heights, values, strict=True):
             axes.annotate(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", (value, height), **style)
         axes.set_yticks(heights, labels, fontsize=9, color=TEXT_COLOR)
@@ -312,7 +324,12 @@ def plot_seed_comparison(
         axes.scatter(values, np.full(len(values), height), s=16, color=color, zorder=3, linewidth=0)
         text = f"{mean:,.0f}" if abs(mean) >= 10_000 else f"{mean:.4g}"
         text += f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-        style = {"va": "center", "fontsize": 8.5, "fontweight": "bold" if is_best else "normal", "color": TEXT_COLOR}
+        style: dict[str, Any] = {
+            "va": "center",
+            "fontsize": 8.5,
+            "fontweight": "bold" if is_best else "normal",
+            "color": TEXT_COLOR,
+        }
         axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), **style)
     axes.set_yticks(range(len(table)), [name for name, _ in table], fontsize=9, color=TEXT_COLOR)
     axes.set_ylim(-0.6, len(table) - 0.4)

@@ -12,10 +12,12 @@ from torch import nn
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_attention import EncoderAttention, FullAttention
 from memtx.models.encoder import Encoder
+
+EncoderAttentionFactory = Callable[[int, int, int], EncoderAttention]
 
 EMBEDDING_KEY = "embeddings.word_embeddings.weight"
 DECODER_KEY = "cls.predictions.decoder.weight"
@@ -103,7 +105,7 @@ def build_encoder(
     hf_checkpoint: HFCheckpoint,
     mapping: KeyMapping,
     decoder_key: str,
-    attentions: Sequence[Callable[[int, int, int], EncoderAttention]],
+    attentions: Sequence[EncoderAttentionFactory],
     embedding_options: dict[str, Any] | None = None,
     *,
     keys: EncoderConfigKeys | None = None,

@@ -12,11 +12,12 @@ import os
 import pickle
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,36 +48,29 @@ CHUNK_BYTES = 1 << 20
 """Bytes read at a time if they are not read to their destination."""
 
 
-class LazyTensor(Protocol):
-    """A tensor of a checkpoint that can be read in parts."""
+@dataclass(frozen=True)
+class LazyTensor(ABC):
+    """A tensor of a checkpoint that can be read in parts.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype on disk."""
+    Attributes:
+        dtype: Dtype on disk.
+        shape: Shape on disk.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape on disk."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
+    @abstractmethod
     def read_into(self, target: Tensor, start: int = 0) -> None:
         """Read the rows from ``start`` into ``target``, contiguous and of any dtype, as many as it has."""
 
 
 @dataclass(frozen=True)
-class SafetensorsTensor:
-    """A tensor in a safetensors file.
-
-    Attributes:
-        path: The file.
-        byte_offset: Position of its first byte in the file.
-        dtype: Dtype on disk.
-        shape: Shape on disk.
-    """
+class SafetensorsTensor(LazyTensor):
+    """A tensor in a safetensors file, ``byte_offset`` bytes from its beginning."""
 
     path: Path
     byte_offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
     def read_into(self, target: Tensor, start: int = 0) -> None:
         """Read directly into ``target``, or in chunks if it has another dtype."""
@@ -100,23 +94,13 @@ class SafetensorsTensor:
 
 
 @dataclass(frozen=True)
-class LoadedTensor:
+class LoadedTensor(LazyTensor):
     """A tensor in memory, or memory-mapped."""
 
     tensor: Tensor
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype on disk."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape on disk."""
-        return tuple(self.tensor.shape)
-
     def read_into(self, target: Tensor, start: int = 0) -> None:
-        """Copy."""
+        """Copy the rows from ``start`` into ``target``."""
         target.copy_(self.tensor[start : start + target.shape[0]] if target.dim() else self.tensor)
 
 
@@ -250,7 +234,7 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
                 "Convert the checkpoint to bfloat16.",
             )
         offset = 8 + header_length + entry["data_offsets"][0]
-        tensors[name] = SafetensorsTensor(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        tensors[name] = SafetensorsTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), path, offset)
     return tensors
 
 
@@ -269,7 +253,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"'{path}' does not hold tensors by name.", "Give the weights of a model.")
-    return {str(name): LoadedTensor(tensor) for name, tensor in content.items()}
+    return {str(name): LoadedTensor(tensor.dtype, tuple(tensor.shape), tensor) for name, tensor in content.items()}
 
 
 def write_checkpoint(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
@@ -278,6 +262,6 @@ def write_checkpoint(path: str | os.PathLike[str], config_text: str, tensors: Ma
     Raises:
         MemtxError: The folder cannot be written.
     """
-    # transformers refuses a file whose header lacks format "pt", which save_tensors writes.
+    # transformers requires the header's format "pt", which save_tensors writes.
     files.save_tensors(Path(path) / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
     files.write_text(Path(path) / CONFIG_FILE, config_text)

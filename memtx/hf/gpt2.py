@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_window_memories
 from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.positions.absolute import LearnedPositions
 from memtx.layers.positions.base import NoPositions

@@ -12,7 +12,7 @@ from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_rotary, build_window_memories
 from memtx.hf.layout import KeyMapping, WeightEntry, WeightTransform
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.feed_forward import SwiGLU
 from memtx.models.memory_transformer import MemoryTransformer
 

@@ -10,7 +10,7 @@ from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
-from memtx.hf.weights import load_weights
+from memtx.hf.loader import load_weights
 from memtx.layers.positions.absolute import AxialPositionEmbeddings, PositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer

@@ -148,11 +148,8 @@ class Retrofit:
         gated_memory: bool = True,
     ) -> None:
         self.path = path
-        self.memories = memories
-        self.window = window
-        self.num_sinks = num_sinks
-        self.layers = layers
-        self.gated_memory = gated_memory
+        self._options: dict[str, Any] = {"window": window, "num_sinks": num_sinks, "layers": layers}
+        self._options |= {"memories": memories, "gated_memory": gated_memory}
 
     def __call__(self, vocab_size: int) -> MemoryTransformer:
         """Return the model in training mode.
@@ -175,11 +172,4 @@ class Retrofit:
                 f"The tokenizer has {vocab_size} ids, the model in '{self.path}' {model.vocab_size}.",
                 "Use the model's tokenizer: --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
             )
-        return add_memory(
-            model,
-            self.memories,
-            window=self.window,
-            num_sinks=self.num_sinks,
-            layers=self.layers,
-            gated_memory=self.gated_memory,
-        ).train()
+        return add_memory(model, **self._options).train()

@@ -43,17 +43,7 @@ class ReformerOutput:
 
 
 class ReformerBlock(nn.Module):
-    """One reversible layer.
-
-    Args:
-        attention: Attention part.
-        dim: Width of the hidden states.
-        hidden_dim: Hidden width of the feed-forward part.
-        activation: Factory of its activation.
-        feed_forward_chunk_size: Positions that the feed-forward part processes at a time; 0 for all.
-        eps: Epsilon of the norms.
-        dropout: Dropout rate of the residual branches and within the feed-forward part.
-    """
+    """One reversible layer; arguments as in :class:`Reformer`. Dropout also applies within the feed-forward part."""
 
     def __init__(
         self,
@@ -98,8 +88,7 @@ class ReformerBlock(nn.Module):
 
     def _feed_forward_chunk(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.dropout(self.up(self.feed_forward_norm(x))))
-        out: Tensor = self.dropout(self.down(hidden))
-        return out
+        return cast(Tensor, self.dropout(self.down(hidden)))
 
 
 class Reformer(PretrainedModel):
@@ -180,11 +169,7 @@ class Reformer(PretrainedModel):
         return cast(list[ReformerBlock], list(self.blocks))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        output_hidden_states: bool = False,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, output_hidden_states: bool = False
     ) -> ReformerOutput:
         """Read whole texts; the arguments have the names of the ``transformers`` library.
 
@@ -200,9 +185,9 @@ class Reformer(PretrainedModel):
         length = input_ids.shape[1]
         tokens, mask = self._pad_to_chunks(input_ids, attention_mask)
         if tokens.shape[1] > self.positions.max_length:
+            num_positions = self.positions.max_length
             raise MemtxError(
-                f"A text of {length} tokens needs {tokens.shape[1]} positions, "
-                f"the model has {self.positions.max_length}.",
+                f"A text of {length} tokens needs {tokens.shape[1]} positions, the model has {num_positions}.",
                 "Shorten the text, or use a model with more positions.",
             )
         x = self.dropout(self.embedding(tokens)) + self.dropout(self.positions(tokens.shape[1]))
@@ -232,6 +217,5 @@ class Reformer(PretrainedModel):
         if length % multiple == 0 or length <= min(chunk_lengths):
             return tokens, mask
         padding = -length % multiple
-        if mask is None:
-            mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         return F.pad(tokens, (0, padding), value=self.pad_token_id), F.pad(mask, (0, padding))

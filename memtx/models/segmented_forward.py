@@ -55,13 +55,9 @@ class MemoryTokens:
         Raises:
             MemtxError: Not all layers have exactly one TokenMemory of equal settings.
         """
+        stacks = [enumerate(block.attention.memories) for block in blocks]
         per_layer = [
-            [
-                (index, memory)
-                for index, memory in enumerate(block.attention.memories)
-                if isinstance(memory, TokenMemory)
-            ]
-            for block in blocks
+            [(index, memory) for index, memory in stack if isinstance(memory, TokenMemory)] for stack in stacks
         ]
         if not any(per_layer):
             return None
@@ -75,12 +71,7 @@ class MemoryTokens:
 
 
 def find_chunk_ends(segment: Segment, blocks: Sequence[Block]) -> list[int]:
-    """Return the offsets at which the chunks of a call end, or an empty list to read it at once.
-
-    Args:
-        segment: Positions of the call's tokens.
-        blocks: The layers.
-    """
+    """Return the offsets at which the chunks of a call end, or an empty list to read it at once."""
     memories = [memory for block in blocks for memory in block.attention.memories]
     intervals = {memory.interval for memory in memories if memory.needs_layer_output or isinstance(memory, TokenMemory)}
     if offsets := {offset for interval in intervals if interval for offset in segment.split_offsets(interval)}:
@@ -124,9 +115,8 @@ def forward_in_chunks(
     chunks: list[list[Tensor]] = []
     losses: Losses = {}
     for end in chunk_ends:
-        segment = Segment.from_document_starts(
-            position, end - start, None if document_starts is None else document_starts[:, start:end]
-        )
+        starts_in_chunk = None if document_starts is None else document_starts[:, start:end]
+        segment = Segment.from_document_starts(position, end - start, starts_in_chunk)
         hidden, layers, chunk_losses = run_layers(x[:, start:end], layers, segment)
         position = segment.next_position
         if after_chunk is not None:
@@ -151,15 +141,8 @@ def forward_with_memory_tokens(
 ) -> tuple[list[Tensor], LayerStates, Losses]:
     """Read a call up to an interval end at a time, and write the memory tokens there.
 
-    Args:
-        run_layers: As for :func:`forward_in_chunks`, as are chunk_ends, x, state and document_starts.
-        blocks: The layers.
-        memory_tokens: Settings of the memory tokens.
-        write_tokens: Learned inputs whose outputs become the memory tokens, ``(num_tokens, dim)``.
-        chunk_ends: Offsets at which the chunks end, all interval ends among them.
-        x: Embedded tokens, ``(batch, length, dim)``.
-        state: State before the call.
-        document_starts: ``(batch, length)`` bool, or None.
+    The outputs of ``write_tokens``, learned inputs ``(num_tokens, dim)``, become the memory tokens; ``chunk_ends``
+    contains all interval ends. Other arguments and results as in :func:`forward_in_chunks`.
     """
 
     def after_chunk(layers: LayerStates, position: Tensor) -> LayerStates:

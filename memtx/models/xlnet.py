@@ -80,13 +80,8 @@ class XLNet(PretrainedModel):
         Raises:
             MemtxError: Shapes do not fit each other.
         """
-        check_token_ids(
-            "input_ids",
-            input_ids,
-            attention_mask=attention_mask,
-            permutation_rank=permutation_rank,
-            logits_mask=logits_mask,
-        )
+        per_token = {"attention_mask": attention_mask, "permutation_rank": permutation_rank, "logits_mask": logits_mask}
+        check_token_ids("input_ids", input_ids, **per_token)
         content = self.dropout(self.embedding(input_ids))
         length = input_ids.shape[1]
         sinusoids = self.dropout(bidirectional_sinusoids(length, content))
