@@ -6,6 +6,8 @@ Public names are imported on first use, so that ``import memtx`` takes milliseco
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,35 +42,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "checkpoint.load": ["from_pretrained"],
-    "data.books": ["BookDataModule"],
-    "errors": ["MemtxError"],
-    "inference.generate": ["generate"],
-    "inference.reader": ["StreamReader"],
-    "inference.predictor": ["load_predictor"],
-    "layers.feed_forward": ["FeedForward", "SwiGLU"],
-    "layers.positions.alibi": ["Alibi"],
-    "layers.positions.rotary": ["Rotary"],
-    "memory.associative": ["AssociativeMemory"],
-    "memory.compressed": ["CompressedMemory"],
-    "memory.ernie_doc": ["ErnieDocMemory"],
-    "memory.memory_tokens": ["TokenMemory"],
-    "memory.none": ["NoMemory"],
-    "memory.recurrent": ["RecurrentMemory"],
-    "memory.retrieval": ["RetrievalMemory"],
-    "memory.sinks": ["SinkMemory"],
-    "memory.slots": ["SlotMemory"],
-    "memory.top_k": ["TopKMemory"],
-    "models.encoder": ["Encoder"],
-    "models.memory_transformer": ["MemoryTransformer"],
-    "models.recurrent_lm": ["MemoryOutput"],
-    "models.reformer": ["Reformer"],
-    "models.transformer_xl": ["TransformerXL"],
-    "state": ["MemoryState"],
-    "training.language": ["LanguageModule"],
-}
-_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
+# The imports above, which only type checkers execute, are the one list of public names: name -> module.
+_IMPORT = re.compile(r"^    from (memtx\.\S+) import (\w+) as", re.MULTILINE)
+_MODULES = {name: module for module, name in _IMPORT.findall(Path(__file__).read_text(encoding="utf-8"))}
 
 __all__ = sorted([*_MODULES, "hf"])
 
@@ -78,7 +54,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("memtx.hf")
     if name not in _MODULES:
         raise AttributeError(f"module 'memtx' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"memtx.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

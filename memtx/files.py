@@ -58,8 +58,7 @@ def write_failed_error(path: Path, error: OSError) -> MemtxError:
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it is synced and renamed on success, else removed.
 
-    Raises:
-        MemtxError: The folder cannot be written.
+    Raises MemtxError if the folder cannot be written.
     """
     target = Path(path)
     temporary = temporary_path(target)
@@ -94,11 +93,8 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def replace(source: Path, target: Path) -> None:
     """Move a folder to ``target`` in place of an existing folder or file, or a file in place of a folder.
 
-    No single rename does this, so the old content is moved aside for a moment; see :func:`recover`.
-
-    Args:
-        source: Folder or file beside the target, with its files synced.
-        target: Path to replace.
+    ``source`` is beside the target, with its files synced. No single rename does this: the old content is moved aside
+    for a moment; see :func:`recover`.
     """
     backup = _backup_path(target)
     recover(target)
@@ -144,11 +140,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        MemtxError: The file is missing, not UTF-8 or not JSON.
-    """
+    """Read a JSON file; raises MemtxError if the file is missing, not UTF-8 or not JSON."""
     try:
         return json.loads(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError as error:
@@ -168,11 +160,7 @@ def checksum(path: str | os.PathLike[str]) -> str:
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Any], *, kind: str, version: int, **extra_metadata: str
 ) -> None:
-    """Write tensors as a safetensors file with its kind, version and other metadata in the header.
-
-    Raises:
-        MemtxError: The file cannot be written.
-    """
+    """Write a safetensors file with a kind, a version and other metadata; raises MemtxError if it cannot be written."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -193,8 +181,7 @@ def save_tensors(
 def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the tensors (on the CPU) and the header of a file written by :func:`save_tensors`.
 
-    Raises:
-        CheckpointError: The file is missing, damaged, of another kind, or of another version.
+    Raises CheckpointError if the file is missing, damaged, or of another kind or version.
     """
     return _read_tensors(path, kind, version, with_tensors=True)
 

@@ -20,12 +20,21 @@ from torchmetrics import Metric
 from memtx.errors import MemtxError
 
 
-class _NllPerUnit(Metric):
-    """Sum of negative log-likelihoods divided by the number of units of the raw text."""
+class _SumMetric(Metric):
+    """Metric whose states are sums over batches and processes."""
 
     is_differentiable = False
-    higher_is_better = False
     full_state_update = False
+
+    def _add_sums(self, *names: str, dtype: torch.dtype) -> None:
+        for name in names:
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+
+
+class _NllPerUnit(_SumMetric):
+    """Sum of negative log-likelihoods divided by the number of units of the raw text."""
+
+    higher_is_better = False
     unit = "units"
 
     nll: Tensor
@@ -33,8 +42,7 @@ class _NllPerUnit(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("nll", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("units", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self._add_sums("nll", "units", dtype=torch.float64)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> _NllPerUnit:
         """Keep float64, whatever the model's precision."""
@@ -95,16 +103,14 @@ Span = tuple[str, int, int]
 """Type, first index and end index (exclusive)."""
 
 
-class SpanF1(Metric):
+class SpanF1(_SumMetric):
     """F1 of spans over all texts; a span is correct if its type and both ends are.
 
     With the spans of :func:`memtx.data.tasks.tagging.extract_spans` it is the micro average of CoNLL-2000's evaluation,
     as computed by the package seqeval.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
 
     true_positives: Tensor
     num_predictions: Tensor
@@ -112,8 +118,7 @@ class SpanF1(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("true_positives", "num_predictions", "num_targets"):
-            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self._add_sums("true_positives", "num_predictions", "num_targets", dtype=torch.int64)
 
     def update(self, predictions: Sequence[Span], targets: Sequence[Span]) -> None:
         """Add the predicted and the true spans of one text."""
@@ -126,20 +131,18 @@ class SpanF1(Metric):
         return (2 * self.true_positives / (self.num_predictions + self.num_targets).clamp(min=1)).float()
 
 
-class _AnswerScore(Metric, ABC):
+class _AnswerScore(_SumMetric, ABC):
     """Mean over questions of the best score against any true answer."""
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
 
     total_score: Tensor
     num_questions: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total_score", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_questions", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self._add_sums("total_score", dtype=torch.float64)
+        self._add_sums("num_questions", dtype=torch.int64)
 
     def update(self, prediction: str, targets: Sequence[str]) -> None:
         """Add one question: the predicted answer (empty for none) and the true ones (empty if there are none)."""

@@ -1,6 +1,7 @@
 """Arrays drawn as PNG files: surprisal along a book, loss curves, comparisons with seeds and spread.
 
-matplotlib's Figure is used directly, not pyplot: it needs no window, has no global state and is safe in threads.
+Every function writes its file completely or not at all, and raises MemtxError for empty or unequal columns or a file
+that cannot be written. matplotlib's Figure is used without pyplot, whose global state is not safe in threads.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ BLUE = "#2b6cb0"
 ORANGE = "#c05621"
 PALETTE = (BLUE, ORANGE, "#2f855a", "#805ad5", "#b7791f", "#c53030")
 DASHED = (0, (4, 3))
+OFFSET_LABEL: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 8}
 DPI = 150
 
 FloatArray = NDArray[np.float64]
@@ -74,12 +76,7 @@ def _as_equal_columns(**columns: ArrayLike) -> list[FloatArray]:
 
 
 def moving_average(values: ArrayLike, radius: int) -> FloatArray:
-    """Return the mean over up to ``2 * radius + 1`` neighbors, fewer at the ends.
-
-    Args:
-        values: ``(n,)``.
-        radius: Neighbors on each side; 0 changes nothing.
-    """
+    """Return the mean of ``values``, ``(n,)``, over ``radius`` neighbors on each side, fewer at the ends."""
     array = np.asarray(values, dtype=np.float64)
     sums = np.concatenate([[0.0], array.cumsum()])
     index = np.arange(len(array))
@@ -98,14 +95,8 @@ def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None
     axes.plot(position, smooth, color=BLUE, linewidth=1.8, solid_capstyle="round")
     average = float(np.average(mean))
     axes.axhline(average, color=MUTED_COLOR, linewidth=0.9, linestyle=DASHED)
-    label: dict[str, Any] = {
-        "xytext": (5, 0),
-        "textcoords": "offset points",
-        "va": "center",
-        "fontsize": 8,
-        "color": MUTED_COLOR,
-    }
-    axes.annotate(f"mean\n{average:.2f}", (1.0, average), xycoords=("axes fraction", "data"), ha="left", **label)
+    text, coordinates = f"mean\n{average:.2f}", ("axes fraction", "data")
+    axes.annotate(text, (1.0, average), (5, 0), coordinates, ha="left", color=MUTED_COLOR, **OFFSET_LABEL)
     low, high = np.percentile(smooth - spread, 1), np.percentile(smooth + spread, 99)
     margin = 0.12 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - margin), high + margin)
@@ -137,13 +128,10 @@ def plot_surprisal(
     """Draw the surprisal of a book along its length, and the loss by distance from its beginning.
 
     Args:
-        path: PNG file to write, completely or not at all.
+        path: PNG file to write.
         curve: Middle of each chunk (tokens) and its mean surprisal (nats), ``(n,)`` each.
         by_position: Position (from 1), mean surprisal (nats) and standard error, ``(m,)`` each.
         title: Title of the book.
-
-    Raises:
-        MemtxError: Columns have different lengths, or the file cannot be written.
     """
     figure = _create_figure(10, 6.4, title)
     upper, lower = figure.subplots(2, 1, height_ratios=(1.25, 1))
@@ -173,17 +161,9 @@ def plot_loss_curves(
     x_label: str = "step",
     y_label: str = "nats per token",
 ) -> None:
-    """Draw losses over training steps: smoothed curves above pale raw ones.
+    """Draw losses over training steps, smoothed above the pale raw ones.
 
-    Args:
-        path: PNG file to write.
-        curves: Name -> (steps, losses), ``(n,)`` each.
-        title: Title of the picture.
-        x_label: Name of the horizontal axis.
-        y_label: Name of the vertical axis.
-
-    Raises:
-        MemtxError: There is no curve, or columns have different lengths.
+    ``curves`` maps a name to (steps, losses), ``(n,)`` each.
     """
     if not curves:
         raise MemtxError("A loss plot needs at least one curve, got none.")
@@ -209,17 +189,9 @@ def plot_accuracy(
     title: str = "Accuracy",
     x_label: str = "distance (tokens)",
 ) -> None:
-    """Draw accuracy by distance, with the chance level.
+    """Draw accuracy over distance on a logarithmic axis, with the chance level (from 0 to 1).
 
-    Args:
-        path: PNG file to write.
-        curves: Name -> (distances from 1, accuracies from 0 to 1), ``(n,)`` each.
-        chance_level: Accuracy of guessing, from 0 to 1.
-        title: Title of the picture.
-        x_label: Name of the horizontal axis, which is logarithmic.
-
-    Raises:
-        MemtxError: There is no curve, or columns have different lengths.
+    ``curves`` maps a name to (distances from 1, accuracies from 0 to 1), ``(n,)`` each.
     """
     if not curves:
         raise MemtxError("An accuracy plot needs at least one curve, got none.")
@@ -243,16 +215,9 @@ def plot_accuracy(
 def plot_model_comparison(
     path: str | os.PathLike[str], panels: Mapping[str, Sequence[float]], model_names: Sequence[str], *, title: str = ""
 ) -> None:
-    """Draw one panel per measure, with one labeled bar per model.
+    """Draw one panel per measure, with one labeled bar per model, the first on top and in another color.
 
-    Args:
-        path: PNG file to write.
-        panels: Measure -> one value per model, finite and not negative.
-        model_names: Names of the models; the first is on top, in another color.
-        title: Title of the picture.
-
-    Raises:
-        MemtxError: There is no panel or no model, or values are missing or cannot be drawn.
+    ``panels`` maps a measure to one value per model, finite and not negative.
     """
     if not panels or not model_names:
         raise MemtxError("A comparison of models needs a measure and a model.")
@@ -266,15 +231,9 @@ def plot_model_comparison(
         _style_axes(axes, measure, "", "")
         heights = np.arange(len(model_names))[::-1]
         axes.barh(heights, values, height=0.55, color=[MUTED_COLOR, *[BLUE] * (len(model_names) - 1)], linewidth=0)
-        style: dict[str, Any] = {
-            "xytext": (4, 0),
-            "textcoords": "offset points",
-            "va": "center",
-            "fontsize": 8,
-            "color": TEXT_COLOR,
-        }
         for height, value in zip(heights, values, strict=True):
-            axes.annotate(f"{value:,.0f}" if value >= 1000 else f"{value:.3g}", (value, height), **style)
+            text = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            axes.annotate(text, (value, height), (4, 0), color=TEXT_COLOR, **OFFSET_LABEL)
         axes.set_yticks(heights, labels, fontsize=9, color=TEXT_COLOR)
         labels = [""] * len(model_names)
         axes.set_xlim(0, 1.3 * max(*values, 1e-9))
@@ -291,17 +250,9 @@ def plot_seed_comparison(
     unit: str = "",
     lower_is_better: bool = True,
 ) -> None:
-    """Draw one row per variant, the best on top: a dot per seed, a line for the mean, a band for the range.
+    """Draw one row per variant, the best mean on top: a dot per seed, a line for the mean, a band for the range.
 
-    Args:
-        path: PNG file to write.
-        results: Name -> one value per seed, at least one.
-        title: Title of the picture.
-        unit: Unit of the values.
-        lower_is_better: If True, the row with the lowest mean is the best.
-
-    Raises:
-        MemtxError: The table or a row is empty, or a value is not finite.
+    ``results`` maps a name to one value per seed, at least one; ``unit`` is their unit.
     """
     if not results:
         raise MemtxError("A comparison needs at least one row, got none.")
@@ -324,13 +275,10 @@ def plot_seed_comparison(
         axes.scatter(values, np.full(len(values), height), s=16, color=color, zorder=3, linewidth=0)
         text = f"{mean:,.0f}" if abs(mean) >= 10_000 else f"{mean:.4g}"
         text += f" ± {values.std(ddof=1):.2g}" if len(values) > 1 else ""
-        style: dict[str, Any] = {
-            "va": "center",
-            "fontsize": 8.5,
-            "fontweight": "bold" if is_best else "normal",
-            "color": TEXT_COLOR,
-        }
-        axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), **style)
+        weight, coordinates = "bold" if is_best else "normal", ("axes fraction", "data")
+        axes.annotate(
+            text, (1.01, height), None, coordinates, va="center", fontsize=8.5, color=TEXT_COLOR, weight=weight
+        )
     axes.set_yticks(range(len(table)), [name for name, _ in table], fontsize=9, color=TEXT_COLOR)
     axes.set_ylim(-0.6, len(table) - 0.4)
     # Without this, the end of a bar would be the end of the axis and cut off half of a dot.

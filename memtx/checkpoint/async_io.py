@@ -64,11 +64,7 @@ class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Copy ``checkpoint`` and return; it is then written completely, or the previous file stays.
-
-        Raises:
-            MemtxError: An earlier checkpoint could not be written.
-        """
+        """Copy ``checkpoint`` and return; raises MemtxError if an earlier checkpoint could not be written."""
         self._pending_saves = [save for save in self._pending_saves if not save.done()]
         if len(self._pending_saves) == MAX_PENDING:
             self._pending_saves.pop(0).result()
@@ -79,11 +75,7 @@ class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint after all pending writes.
-
-        Raises:
-            CheckpointError: It is missing, damaged, or something else.
-        """
+        """Read a checkpoint after all pending writes."""
         self.teardown()
         return super().load_checkpoint(path, map_location, weights_only)
 
@@ -96,11 +88,7 @@ class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
         self._submit(callback)
 
     def teardown(self) -> None:
-        """Finish all pending writes and end the thread.
-
-        Raises:
-            MemtxError: A checkpoint could not be written.
-        """
+        """Finish all pending writes and end the thread; raises MemtxError if a checkpoint could not be written."""
         if self._executor is not None:
             # Queued operations are skipped before the error is cleared.
             self._executor.shutdown(wait=True)

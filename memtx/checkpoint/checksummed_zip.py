@@ -54,11 +54,7 @@ class ChecksummedZipWriter:
         """Do nothing: closing flushes."""
 
     def finalize(self, step: int) -> None:
-        """Write the comment and close.
-
-        Raises:
-            OSError: This or an earlier write failed.
-        """
+        """Write the comment and close; raises OSError if this or an earlier write failed."""
         if self._write_error is not None:
             raise self._write_error
         assert self._tail.startswith(END_OF_CENTRAL_DIRECTORY)
@@ -80,12 +76,7 @@ class ChecksummedZipWriter:
 def create(path: str | os.PathLike[str], step: int) -> Iterator[ChecksummedZipWriter]:
     """Yield a handle for one zip file, which appears under ``path`` with its checksum, or not at all.
 
-    Args:
-        path: File to write.
-        step: Number stored beside the checksum, at least 0.
-
-    Raises:
-        MemtxError: The file cannot be written.
+    ``step``, at least 0, is stored beside the checksum. Raises MemtxError if the file cannot be written.
     """
     with files.atomic_path(path) as temporary:
         handle = ChecksummedZipWriter(temporary)
@@ -110,9 +101,7 @@ def read_step(path: str | os.PathLike[str]) -> int | None:
 def verify(path: str | os.PathLike[str]) -> None:
     """Compare a file with its checksum, or, if it has none (earlier releases), with the checksums of its entries.
 
-    Raises:
-        CheckpointError: The file is damaged.
-        OSError: The file cannot be read.
+    Raises CheckpointError if the file is damaged, OSError if it cannot be read.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as handle:

@@ -46,11 +46,7 @@ class LoadedCheckpoint:
     metadata: Mapping[str, Any]
 
     def model_as(self, model_class: type[ModelT]) -> ModelT:
-        """Return the model.
-
-        Raises:
-            CheckpointError: It is not of ``model_class``.
-        """
+        """Return the model; raises CheckpointError if it is not of ``model_class``."""
         if not isinstance(self.model, model_class):
             raise CheckpointError(
                 f"'{self.path}' holds a {type(self.model).__name__}, expected {model_class.__name__}.",
@@ -83,9 +79,8 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheck
         )
     if is_folder:
         config = files.read_json(path / pretrained.CONFIG_FILE)
-        weights, _ = files.load_tensors(
-            path / pretrained.WEIGHTS_FILE, kind=pretrained.FORMAT, version=pretrained.FORMAT_VERSION
-        )
+        format_and_version: dict[str, Any] = {"kind": pretrained.FORMAT, "version": pretrained.FORMAT_VERSION}
+        weights, _ = files.load_tensors(path / pretrained.WEIGHTS_FILE, **format_and_version)
         return LoadedCheckpoint(path, _build_model(path, config, weights), pretrained.read_sidecars(path), {})
     checkpoint = pretrained.read_checkpoint(path)
     checkpoint.pop("optimizer_states", None)
@@ -139,15 +134,14 @@ def _build_model(path: Path, description: Any, weights: dict[str, Tensor]) -> Pr
     model = class_config.from_config({key: description[key] for key in ("class_path", "init_args")})()
     if not isinstance(model, PretrainedModel):
         raise CheckpointError(f"'{path}' describes a {type(model).__name__}, not a model.", "Give another folder.")
-    own = model.state_dict()
+    state = model.state_dict()
     # Tied weights are stored under one of their names.
-    aliases = {name: [alias for alias in own if own[alias].data_ptr() == own[name].data_ptr()] for name in own}
+    aliases = {name: [alias for alias in state if state[alias].data_ptr() == state[name].data_ptr()] for name in state}
     weights = {**{alias: tensor for name, tensor in weights.items() for alias in aliases.get(name, ())}, **weights}
-    mismatches = pretrained.describe_mismatches(
-        {name: tuple(tensor.shape) for name, tensor in own.items()},
-        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+    shapes, stored_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, weights)
     )
-    if mismatches:
+    if mismatches := pretrained.describe_mismatches(shapes, stored_shapes):
         raise CheckpointError(
             f"'{path}' {'; '.join(mismatches[:MAX_MISMATCHES])}.", "It was changed after writing; use another copy."
         )

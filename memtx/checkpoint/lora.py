@@ -44,13 +44,7 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def merge_lora(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """Return a model's weights under their names without adapters, with B A added.
-
-    Args:
-        weights: Tensors by name, with the A and B of adapted layers.
-        rank: Rank of the adapters.
-        alpha: Scale of B A, divided by the rank.
-    """
+    """Return the weights under their names without adapters, with alpha / rank B A added to those of adapted layers."""
     merged = {}
     for name, tensor in weights.items():
         if is_lora_parameter(name):

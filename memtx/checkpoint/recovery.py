@@ -44,12 +44,7 @@ class RecoveredCheckpoint:
 def find_latest_valid(checkpoint_dir: Path, max_step: int | None = None) -> RecoveredCheckpoint | None:
     """Return the newest undamaged checkpoint that a run can resume from exactly; None if there is no file.
 
-    Args:
-        checkpoint_dir: Folder of the checkpoints.
-        max_step: Last step allowed. Defaults to any.
-
-    Raises:
-        CheckpointError: There are checkpoints, and all of them are damaged.
+    Checkpoints after ``max_step`` are ignored. Raises CheckpointError if there are checkpoints and all are damaged.
     """
     damaged: list[tuple[Path, str]] = []
     paths = [path for path in checkpoint_dir.glob("*.ckpt") if path.is_file() or sharded.is_sharded(path)]

@@ -54,21 +54,12 @@ def is_sharded(path: str | os.PathLike[str]) -> bool:
 
 
 def write_checksums(path: Path, checksums: Mapping[str, str]) -> None:
-    """Write the checksums of a folder's files, last, so that a folder without them is incomplete.
-
-    Args:
-        path: The folder.
-        checksums: File name -> result of :func:`memtx.files.checksum`.
-    """
+    """Write the checksums (:func:`memtx.files.checksum`) of a folder's files, by name, after all other files."""
     files.write_json(path / CHECKSUMS_FILE, dict(checksums))
 
 
 def verify_checksums(path: str | os.PathLike[str]) -> None:
-    """Compare every file of a folder with its checksum.
-
-    Raises:
-        CheckpointError: A file is missing or changed.
-    """
+    """Compare every file of a folder with its checksum; raises CheckpointError if a file is missing or changed."""
     folder = Path(path)
     try:
         checksums = files.read_json(folder / CHECKSUMS_FILE)
@@ -88,11 +79,7 @@ def verify_checksums(path: str | os.PathLike[str]) -> None:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return everything but the weights and optimizer states.
-
-    Raises:
-        CheckpointError: The folder cannot be read.
-    """
+    """Return everything but the weights and optimizer states; raises CheckpointError if the folder cannot be read."""
     try:
         content = torch.load(Path(path) / META_FILE, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader can fail in any way on a file that is something else
@@ -103,15 +90,10 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_into(path: str | os.PathLike[str], state: dict[str, Any], *, no_dist: bool = False) -> None:
-    """Fill the tensors and values of ``state``, whole or sharded, from a folder.
+    """Fill the tensors (in place) and values of ``state``, which has the saved names and nesting, whole or sharded.
 
-    Args:
-        path: The folder.
-        state: State with the names and nesting that were saved; its tensors are written in place.
-        no_dist: If True, this process reads alone; otherwise all processes read together.
-
-    Raises:
-        CheckpointError: Something is missing, damaged or of another shape.
+    If ``no_dist``, this process reads alone; otherwise all processes read together. Raises CheckpointError if anything
+    is missing, damaged or of another shape.
     """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.planner import ReadItem
@@ -149,11 +131,7 @@ def _create_storage_reader(path: str | os.PathLike[str]) -> Any:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the whole checkpoint as a single process would have written it.
-
-    Raises:
-        CheckpointError: The folder is missing, damaged, or something else.
-    """
+    """Return the whole checkpoint as a single process would have written it; raises as :func:`verify_checksums`."""
     verify_checksums(path)
     content = read_metadata(path)
     try:
@@ -189,14 +167,9 @@ def _optimizer_state_by_index(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def optimizer_state_by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return an optimizer's state with named parameters, as shards store it, instead of numbered ones.
+    """Return an optimizer's state with its parameters named, as shards store it, instead of numbered.
 
-    Args:
-        state: State as a single process stores it.
-        names: Names of the parameters by number.
-
-    Raises:
-        CheckpointError: The state has another number of parameters.
+    Raises CheckpointError if the number of ``names`` is another than the state's.
     """
     groups = state["param_groups"]
     if (count := sum(len(group["params"]) for group in groups)) != len(names):

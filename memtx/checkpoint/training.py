@@ -38,11 +38,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write ``checkpoint`` completely, or leave the previous file.
-
-        Raises:
-            MemtxError: The file cannot be written.
-        """
+        """Write ``checkpoint`` completely, or leave the previous file and raise MemtxError."""
         target = Path(path)
         # A run that resumes from a sharded checkpoint: a file cannot be renamed over a folder.
         written = target.with_name(f".{target.name}.file") if sharded.is_sharded(target) else target
@@ -54,11 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            CheckpointError: It is missing, damaged, or something else.
-        """
+        """Read a checkpoint; raises CheckpointError if it is missing, damaged, or something else."""
         return pretrained.read_checkpoint(path)
 
     def run_after_writes(self, callback: Callable[[], None]) -> None:

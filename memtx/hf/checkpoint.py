@@ -146,11 +146,7 @@ class HFCheckpoint:
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Return the text of a folder's config.json and the parsed object.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or not a JSON object.
-    """
+    """Return the text of a folder's config.json and the object; raises CheckpointError if it is missing or damaged."""
     config_path = Path(path) / CONFIG_FILE
     if not config_path.is_file():
         raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give the folder that holds the whole checkpoint.")
@@ -163,8 +159,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 def open_checkpoint(path: str | os.PathLike[str]) -> HFCheckpoint:
     """Open a folder without reading its tensors; those of a pickle are memory-mapped.
 
-    Raises:
-        CheckpointError: A file is missing, damaged, or holds more than tensors.
+    Raises CheckpointError if a file is missing, damaged, or holds more than tensors.
     """
     config_text, config = read_config(path)
     return HFCheckpoint(Path(path), config_text, config, _open_tensors(Path(path)))
@@ -257,11 +252,7 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
 
 
 def write_checkpoint(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write model.safetensors, then config.json, so that a config never stands without weights.
-
-    Raises:
-        MemtxError: The folder cannot be written.
-    """
+    """Write model.safetensors, then config.json; raises MemtxError if the folder cannot be written."""
     # transformers requires the header's format "pt", which save_tensors writes.
     files.save_tensors(Path(path) / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
     files.write_text(Path(path) / CONFIG_FILE, config_text)

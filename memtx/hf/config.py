@@ -114,10 +114,8 @@ def build_window_memories(
 ) -> list[Any]:
     """Return the memories of a decoder, an exact window in each layer.
 
-    Args:
-        requested_window: Positions seen. Defaults to ``max_length``, at most ``DEFAULT_MAX_WINDOW``.
-        max_length: Positions that the model was trained on.
-        sliding_windows: Window that each layer was trained with; None if it saw all positions.
+    The window defaults to ``max_length``, the trained length, at most ``DEFAULT_MAX_WINDOW``. No layer's window exceeds
+    its sliding window, which is None if it was trained on all positions.
     """
     if requested_window is not None:
         check_at_least(1, window=requested_window)
@@ -175,16 +173,10 @@ ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | N
 
 
 def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int], Positions], int]:
-    """Return the factory of a layer's rotary positions, and the number of positions the model supports.
+    """Return the factory of a layer's rotary positions, and the number of positions that the model supports.
 
-    Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``.
-
-    Args:
-        config: The config.
-        max_length: Number of positions in the config.
-
-    Raises:
-        CheckpointError: The scaling is unknown or lacks a number.
+    Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. ``max_length`` is the number of
+    positions in the config. Raises CheckpointError if the scaling is unknown or lacks a number.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):

@@ -105,14 +105,9 @@ CONFIG_DEFAULTS = {
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Return the decoder of a folder.
+    """Return the decoder of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    Args:
-        hf_checkpoint: The folder.
-        window: Exact positions seen. Defaults to the trained length, at most 4096.
-
-    Raises:
-        CheckpointError: An option or a tensor does not fit.
+    ``window`` is the number of exact positions seen. Defaults to the trained length, at most 4096.
     """
     config = HFConfig(hf_checkpoint.config)
     defaults = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]

@@ -125,12 +125,9 @@ def load_weights(
     """
     tensors = hf_checkpoint.tensors
     names = {mapping.normalize_key(name): name for name in tensors}
-    dtypes = [
-        tensors[name].dtype
-        for key, name in names.items()
-        if tensors[name].dtype.is_floating_point and not mapping.is_extra(key)
-    ]
-    with _skip_init(reduce(torch.promote_types, dtypes) if dtypes else torch.get_default_dtype()):
+    dtypes = [tensors[name].dtype for key, name in names.items() if not mapping.is_extra(key)]
+    float_dtypes = [dtype for dtype in dtypes if dtype.is_floating_point]
+    with _skip_init(reduce(torch.promote_types, float_dtypes) if float_dtypes else torch.get_default_dtype()):
         model = model_factory()
     weights = drop_tied_aliases(model.state_dict())
     entries = (build_entries or mapping.entries)(weights)
@@ -174,19 +171,12 @@ def _match_tensors(
             else:
                 unused.add(name)
     transforms = duplicates | sources
-    extra = {
-        name: tensors[name]
-        for key, name in names.items()
-        if name not in transforms and (name in unused or mapping.is_extra(key))
-    }
+    extra_names = {name for key, name in names.items() if name in unused or mapping.is_extra(key)} - transforms.keys()
+    expected_shapes = {name: transform.checkpoint_shape(weights) for name, transform in sources.items()}
+    ignored = (duplicates.keys() | extra_names) - sources.keys()
     problems = [f"has {name} under two names" for name in sorted(tensors.keys() - set(names.values()))]
     problems += describe_mismatches(
-        {name: transform.checkpoint_shape(weights) for name, transform in sources.items()},
-        {
-            name: tensors[name].shape
-            for name in names.values()
-            if name in sources or (name not in duplicates and name not in extra)
-        },
+        expected_shapes, {name: tensors[name].shape for name in names.values() if name not in ignored}
     )
     problems += [
         f"has {name} as {tensors[name].dtype}, expected floating point"
@@ -194,9 +184,9 @@ def _match_tensors(
         if name in tensors and not tensors[name].dtype.is_floating_point
     ]
     if problems:
-        raise CheckpointError(
-            f"'{hf_checkpoint.path}' {'; '.join(problems)}.", "Its config.json and weights do not belong together."
-        )
+        message = f"'{hf_checkpoint.path}' {'; '.join(problems)}."
+        raise CheckpointError(message, "Its config.json and weights do not belong together.")
+    extra = {name: tensors[name] for name in names.values() if name in extra_names}
     return sources, transforms, extra
 
 
@@ -205,12 +195,7 @@ def has_tied_weights(
 ) -> bool:
     """Return whether a head shares the embedding's weights: the config ties them and the folder does not contradict.
 
-    Args:
-        hf_checkpoint: The folder.
-        mapping: Names of the layout.
-        head: Normalized name of the head's weights.
-        embedding: Normalized name of the embedding's weights.
-        default: Value of a missing ``tie_word_embeddings``.
+    ``head`` and ``embedding`` are normalized names of weights, ``default`` replaces a missing ``tie_word_embeddings``.
     """
     if not HFConfig(hf_checkpoint.config).get_bool("tie_word_embeddings", default):
         return False

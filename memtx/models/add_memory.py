@@ -66,11 +66,7 @@ def add_memory(
 
 
 def remove_memory(model: ModelT, window: int) -> ModelT:
-    """Return a copy of a model, which shares its weights, that sees ``window`` exact positions and nothing else.
-
-    Raises:
-        MemtxError: The window is not positive.
-    """
+    """Return a copy of a model, which shares its weights, that sees ``window`` (at least 1) exact positions alone."""
     factory = partial(RecurrentMemory, window=window)
     adapted = _copy_with_shared_weights(model)
     for block in adapted._layers():

@@ -200,11 +200,7 @@ class MemoryTransformer(PretrainedModel):
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MemoryState:
-        """Return the state of ``batch_size`` fresh streams; dtype and device default to the weights'.
-
-        Raises:
-            MemtxError: ``batch_size`` is not positive.
-        """
+        """Return the state of ``batch_size`` (at least 1) fresh streams; dtype and device default to the weights'."""
         check_at_least(1, batch_size=batch_size)
         weight = self.embedding.weight
         like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)

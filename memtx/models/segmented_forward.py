@@ -50,11 +50,7 @@ class MemoryTokens:
 
     @classmethod
     def from_blocks(cls, blocks: Sequence[Block]) -> MemoryTokens | None:
-        """Return the memory tokens of the layers, or None if they have none.
-
-        Raises:
-            MemtxError: Not all layers have exactly one TokenMemory of equal settings.
-        """
+        """Return the memory tokens of the layers, or None; raises MemtxError unless all layers have the same."""
         stacks = [enumerate(block.attention.memories) for block in blocks]
         per_layer = [
             [(index, memory) for index, memory in stack if isinstance(memory, TokenMemory)] for stack in stacks
