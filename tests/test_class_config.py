@@ -31,16 +31,16 @@ class Foreign(nn.Module):
         self.size = (dim, size)
 
 
-def same(one: Any, two: Any) -> bool:
-    if isinstance(one, partial) and isinstance(two, partial):
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, partial) and isinstance(b, partial):
         return (
-            one.func is two.func
-            and one.keywords.keys() == two.keywords.keys()
-            and all(same(value, two.keywords[key]) for key, value in one.keywords.items())
+            a.func is b.func
+            and a.keywords.keys() == b.keywords.keys()
+            and all(same(value, b.keywords[key]) for key, value in a.keywords.items())
         )
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(same, one, two))
-    return bool(one == two)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +64,8 @@ def test_what_jsonargparse_hands_over() -> None:
     def instantiator(*args: Any, **options: Any) -> Any:
         raise AssertionError
 
-    given = functools.partial(instantiator, object(), StridedConvolution)
-    assert to_config(given) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
+    factory = functools.partial(instantiator, object(), StridedConvolution)
+    assert to_config(factory) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
 
 
 @pytest.mark.parametrize("value", [lambda dim: dim, nn.Linear(1, 1), partial(nn.Linear, 3), object()])

@@ -44,10 +44,10 @@ def test_the_new_content_appears_at_the_end_only(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
-    with files.atomic_open(tmp_path / "a") as one:
-        with files.atomic_open(tmp_path / "a") as two:
-            one.write(b"one")
-            two.write(b"two")
+    with files.atomic_open(tmp_path / "a") as first:
+        with files.atomic_open(tmp_path / "a") as second:
+            first.write(b"one")
+            second.write(b"two")
         assert (tmp_path / "a").read_bytes() == b"two"
     assert (tmp_path / "a").read_bytes() == b"one"
 
@@ -102,12 +102,12 @@ def test_checksum(tmp_path: Path) -> None:
 
 def test_tensors_that_share_memory_or_are_views_come_back(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
-    given = {"base": base, "same": base, "turned": base.T, "part": base[1:], "empty": base[:0]}
-    files.save_tensors(tmp_path / "a", given, kind="k", version=3, note="n")
+    written = {"base": base, "same": base, "turned": base.T, "part": base[1:], "empty": base[:0]}
+    files.save_tensors(tmp_path / "a", written, kind="k", version=3, note="n")
     tensors, header = files.load_tensors(tmp_path / "a", kind="k", version=3)
     assert header["note"] == "n"
-    assert tensors.keys() == given.keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in given.items())
+    assert tensors.keys() == written.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in written.items())
 
 
 def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
@@ -122,45 +122,45 @@ def test_a_folder_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
         (tmp_path / name / "a").write_text(content)
         return tmp_path / name
 
-    place = tmp_path / "place"
-    files.replace(folder("first", "1"), place)
-    files.replace(folder("second", "2"), place)
+    target = tmp_path / "place"
+    files.replace(folder("first", "1"), target)
+    files.replace(folder("second", "2"), target)
     assert names(tmp_path) == ["place"]
-    assert (place / "a").read_text() == "2"
+    assert (target / "a").read_text() == "2"
     # A file in the place of a folder, and a folder in that of a file.
     (tmp_path / "file").write_text("3")
-    files.replace(tmp_path / "file", place)
-    assert place.read_text() == "3"
-    files.replace(folder("third", "4"), place)
-    assert (place / "a").read_text() == "4"
+    files.replace(tmp_path / "file", target)
+    assert target.read_text() == "3"
+    files.replace(folder("third", "4"), target)
+    assert (target / "a").read_text() == "4"
     assert names(tmp_path) == ["place"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_what_was_moved_aside_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """Killed before any of the renames and removals, one of the two folders is whole and in its place again."""
-    place, whole = tmp_path / "place", tmp_path / "whole"
-    for folder in (place, whole):
+    target, whole = tmp_path / "place", tmp_path / "whole"
+    for folder in (target, whole):
         folder.mkdir()
         (folder / "a").write_text(folder.name)
     calls = 0
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def called(*given: object) -> object:
+        def called(*arguments: object) -> object:
             nonlocal calls
             calls += 1
             if calls == stop:
                 raise KeyboardInterrupt
-            return function(*given)
+            return function(*arguments)
 
         return called
 
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     monkeypatch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
     with pytest.raises(KeyboardInterrupt):
-        files.replace(whole, place)
+        files.replace(whole, target)
     monkeypatch.undo()
-    files.recover(place)
-    assert (place / "a").read_text() == ("whole" if stop == 3 else "place")
-    files.recover(place)
-    assert place.exists()
+    files.recover(target)
+    assert (target / "a").read_text() == ("whole" if stop == 3 else "place")
+    files.recover(target)
+    assert target.exists()

@@ -85,7 +85,7 @@ def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted", "exact", "f1"),
+    ("prediction", "targets", "exact", "f1"),
     [
         ("The  Whale!", ["a whale"], 1, 1),
         ("white whale", ["the whale", "a white sea"], 0, 2 / 3),
@@ -96,8 +96,8 @@ def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
         ("", ["the", "whale"], 0, 0),
     ],
 )
-def test_answers_are_scored_as_squad_does(given: str, wanted: list[str], exact: float, f1: float) -> None:
+def test_answers_are_scored_as_squad_does(prediction: str, targets: list[str], exact: float, f1: float) -> None:
     for kind, score in ((AnswerExactMatch, exact), (AnswerF1, f1)):
         metric = kind()
-        metric.update(given, wanted)
+        metric.update(prediction, targets)
         assert float(metric.compute()) == pytest.approx(score)

@@ -144,16 +144,16 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
 
 
 def _build_entries(weights: Mapping[str, Tensor], *, heads: int, kv_heads: int) -> list[WeightEntry]:
-    rows = WeightTransform.from_rows
+    transform = WeightTransform.from_slice
     entries: list[WeightEntry] = []
     for name, tensor in weights.items():
         keys, half = LLAMA.candidate_keys(name), tensor.shape[0] // 2
         if ".attention.key_value." in name or ".feed_forward.gate_up." in name:
             rotary_heads = kv_heads if ".key_value." in name else 0
-            entries += [(rows(name, 0, half, rotary_heads), keys[:1]), (rows(name, half, half), keys[1:])]
+            entries += [(transform(name, 0, half, rotary_heads), keys[:1]), (transform(name, half, half), keys[1:])]
         elif ".attention.query." in name:
-            entries.append((rows(name, rotary_heads=heads), keys))
+            entries.append((transform(name, rotary_heads=heads), keys))
         else:
             is_head_norm = name.endswith((".query_norm.weight", ".key_norm.weight"))
-            entries.append((rows(name, rotary_heads=1 if is_head_norm else 0), keys))
+            entries.append((transform(name, rotary_heads=1 if is_head_norm else 0), keys))
     return entries

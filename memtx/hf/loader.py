@@ -242,7 +242,7 @@ def save(
     tensors = {name: source.export(weights).to(origin.dtypes[name]) for name, source in origin.transforms.items()}
     write_checkpoint(path, origin.config_text, {**origin.extra_tensors, **tensors})
     # By address: tied weights have several names.
-    stored = {weights[rows.name].data_ptr() for source in origin.transforms.values() for rows in source.slices}
+    stored = {weights[part.name].data_ptr() for source in origin.transforms.values() for part in source.slices}
     return sorted(name for name, tensor in weights.items() if tensor.data_ptr() not in stored)
 
 

@@ -34,18 +34,18 @@ def test_any_reader_opens_it(whole: Path) -> None:
     checksummed_zip.verify(whole)
     assert checksummed_zip.read_step(whole) == 3
     for mapped in (False, True):
-        found = torch.load(whole, weights_only=True, mmap=mapped)
-        assert torch.equal(found["weights"], CONTENT["weights"])
-        assert found["text"] == CONTENT["text"]
+        loaded = torch.load(whole, weights_only=True, mmap=mapped)
+        assert torch.equal(loaded["weights"], CONTENT["weights"])
+        assert loaded["text"] == CONTENT["text"]
     with zipfile.ZipFile(whole) as archive:
         assert archive.testzip() is None
         assert archive.comment.startswith(b"memtx step=")
 
 
-@given(place=st.integers(0), bit=st.integers(0, 7))
-def test_every_bit_counts(whole: Path, place: int, bit: int) -> None:
+@given(offset=st.integers(0), bit=st.integers(0, 7))
+def test_every_bit_counts(whole: Path, offset: int, bit: int) -> None:
     content = bytearray(whole.read_bytes())
-    content[place % len(content)] ^= 1 << bit
+    content[offset % len(content)] ^= 1 << bit
     other = whole.with_name("flipped")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
@@ -113,4 +113,4 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MemtxError, match="No space left on device"):
         write(path)
     assert path.read_bytes() == before
-    assert [one.name for one in tmp_path.iterdir()] == ["a.ckpt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

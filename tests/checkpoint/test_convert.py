@@ -26,14 +26,14 @@ from tests.tasks import predictor
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(one.name for one in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_a_checkpoint_becomes_a_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
-    made = convert(path, tmp_path / "deep" / "out")
-    assert made.model_class == "MemoryTransformer"
-    assert made.num_parameters == sum(one.numel() for one in byte_model.parameters())
+    result = convert(path, tmp_path / "deep" / "out")
+    assert result.model_class == "MemoryTransformer"
+    assert result.num_parameters == sum(parameter.numel() for parameter in byte_model.parameters())
     assert names(tmp_path / "deep") == ["out"]
     assert names(tmp_path / "deep" / "out") == ["config.json", "model.safetensors", "tokenizer.json"]
     model, tokenizer = load_model_and_tokenizer(tmp_path / "deep" / "out")
@@ -84,9 +84,9 @@ def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None
     model = Retrofit(str(base), [partial(CompressedMemory, window=4, compression_rate=2, num_entries=6)])(40)
     with torch.no_grad():
         model.embedding.weight += 1.0
-    made = convert(checkpoint(tmp_path / "a.ckpt", model), tmp_path / "back", layout=base)
-    assert made.dropped_weights
-    assert all(".attention." in name for name in made.dropped_weights)
+    result = convert(checkpoint(tmp_path / "a.ckpt", model), tmp_path / "back", layout=base)
+    assert result.dropped_weights
+    assert all(".attention." in name for name in result.dropped_weights)
     weight = memtx.from_pretrained(tmp_path / "back").embedding.weight
     assert torch.equal(weight, model.embedding.weight)
     other = MemoryTransformer(40, dim=16, depth=1, heads=2)
@@ -98,8 +98,8 @@ def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None
 
 
 def test_a_tasks_folder_keeps_its_task(tmp_path: Path) -> None:
-    one = predictor("classification")
-    one.save(tmp_path / "task")
+    original = predictor("classification")
+    original.save(tmp_path / "task")
     assert convert(tmp_path / "task", tmp_path / "out").extra_files == ["task.json", "tokenizer.json"]
     texts = ["the white whale", "a dark storm ."]
-    assert Predictor.load(tmp_path / "out").predict(texts) == one.predict(texts)
+    assert Predictor.load(tmp_path / "out").predict(texts) == original.predict(texts)

@@ -41,19 +41,27 @@ def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
     save(tmp_path / "last.ckpt", 9)
     save(tmp_path / "earlier-00000006.ckpt", 6)
     save(tmp_path / "step-00000004.ckpt", 4)
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert (found.path.name, found.step, found.damaged, found.describe_damage()) == ("last.ckpt", 9, [], "")
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert (recovered.path.name, recovered.step, recovered.damaged, recovered.describe_damage()) == (
+        "last.ckpt",
+        9,
+        [],
+        "",
+    )
     flip(tmp_path / "last.ckpt")
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert (found.path.name, [path.name for path, _ in found.damaged]) == ("earlier-00000006.ckpt", ["last.ckpt"])
-    assert "last.ckpt' is not a whole checkpoint" in found.describe_damage()
-    assert "earlier-00000006.ckpt', of step 6" in found.describe_damage()
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert (recovered.path.name, [path.name for path, _ in recovered.damaged]) == (
+        "earlier-00000006.ckpt",
+        ["last.ckpt"],
+    )
+    assert "last.ckpt' is not a whole checkpoint" in recovered.describe_damage()
+    assert "earlier-00000006.ckpt', of step 6" in recovered.describe_damage()
     (tmp_path / "earlier-00000006.ckpt").write_bytes(b"")
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert found.step == 4
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert recovered.step == 4
     flip(tmp_path / "step-00000004.ckpt")
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole: .*last.ckpt"):
         recovery.find_latest_valid(tmp_path)
@@ -62,21 +70,21 @@ def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
 def test_by_the_step_not_by_the_clock(tmp_path: Path) -> None:
     for step in (5, 3, 4):
         save(tmp_path / f"earlier-{step:08d}.ckpt", step)
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert found.step == 5
-    found = recovery.find_latest_valid(tmp_path, max_step=4)
-    assert found is not None
-    assert found.step == 4
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert recovered.step == 5
+    recovered = recovery.find_latest_valid(tmp_path, max_step=4)
+    assert recovered is not None
+    assert recovered.step == 4
     assert recovery.find_latest_valid(tmp_path, max_step=2) is None
 
 
 def test_one_from_within_a_step_is_passed_over(tmp_path: Path) -> None:
     save(tmp_path / "step-00000005.ckpt", 5, has_stepped=False)
     save(tmp_path / "last.ckpt", 4, has_stepped=True)
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert found.step == 4
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert recovered.step == 4
 
 
 def test_exchanged_ones_are_noticed(tmp_path: Path) -> None:
@@ -93,13 +101,13 @@ def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     older = save(tmp_path / "earlier-00000003.ckpt", 3).read_bytes()
     newest = save(tmp_path / "earlier-00000005.ckpt", 5)
-    content, drawn = newest.read_bytes(), random.Random(0)
+    content, generator = newest.read_bytes(), random.Random(0)
     for number in range(20 * len(damage_checkpoints.DAMAGES)):
         kind = damage_checkpoints.DAMAGES[number % len(damage_checkpoints.DAMAGES)]
-        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, drawn))
-        found = recovery.find_latest_valid(tmp_path)
-        assert found is not None
-        assert (found.step, [path for path, _ in found.damaged]) == (3, [newest]), kind.__name__
+        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, generator))
+        recovered = recovery.find_latest_valid(tmp_path)
+        assert recovered is not None
+        assert (recovered.step, [path for path, _ in recovered.damaged]) == (3, [newest]), kind.__name__
 
 
 @pytest.mark.parametrize("plugin", [AtomicCheckpointIO, AsyncAtomicCheckpointIO])
@@ -146,14 +154,14 @@ def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
 def test_a_copy_is_what_was(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     values = {"a": shared, "b": shared.view(2, 3).t(), "list": [1, {"n": torch.tensor(2)}], "text": "x"}
-    made = copy_to_cpu(values)
+    copied = copy_to_cpu(values)
     shared.fill_(0.0)
     values["list"][1]["n"] = 9  # type: ignore[index]
-    assert made["a"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert made["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert made["list"] == [1, {"n": torch.tensor(2)}]
+    assert copied["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert copied["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert copied["list"] == [1, {"n": torch.tensor(2)}]
     # Written once where the original is.
-    assert made["a"].untyped_storage().data_ptr() == made["b"].untyped_storage().data_ptr()
+    assert copied["a"].untyped_storage().data_ptr() == copied["b"].untyped_storage().data_ptr()
 
 
 def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:

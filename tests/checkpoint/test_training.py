@@ -37,7 +37,7 @@ def test_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="No space left"):
         io.save_checkpoint({"step": torch.arange(10_000), "then": Unpicklable()}, path)
     assert io.load_checkpoint(path)["step"] == 1
-    assert [one.name for one in path.parent.iterdir()] == ["a.ckpt"]
+    assert [file.name for file in path.parent.iterdir()] == ["a.ckpt"]
     io.remove_checkpoint(path)
     assert not path.exists()
 
@@ -77,11 +77,11 @@ class Steps(pl.Callback):
 
     def __init__(self, last: Path) -> None:
         self.last = last
-        self.found: dict[int, int | None] = {}
+        self.steps: dict[int, int | None] = {}
 
     def _look(self, trainer: pl.Trainer) -> None:
         step = torch.load(self.last, weights_only=True)["global_step"] if self.last.exists() else None
-        self.found[trainer.global_step] = step
+        self.steps[trainer.global_step] = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -120,20 +120,23 @@ def test_best_is_the_best(tmp_path: Path) -> None:
     keep = BestCheckpoint(str(folder), every_n_train_steps=1)
     # A rate that is too high from some step on: the best is neither the first nor the last.
     run = trainer(tmp_path, record, keep, max_steps=10, val_check_interval=2)
-    run.fit(module(scheduler=lambda one: torch.optim.lr_scheduler.LambdaLR(one, rise)), datamodule=data(tmp_path))
-    scores = {batch + 1: float.fromhex(found["val_bits_per_byte"]) for batch, found in record.found.items()}
+    run.fit(
+        module(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rise)),
+        datamodule=data(tmp_path),
+    )
+    scores = {batch + 1: float.fromhex(metrics["val_bits_per_byte"]) for batch, metrics in record.found.items()}
     best = min(scores, key=lambda step: scores[step])
     assert best not in (2, 10)
     note = json.loads((folder / "best.json").read_text())
     assert note == {"path": f"step-{best:08d}.ckpt", "monitor": "val_bits_per_byte", "score": scores[best]}
     names = ["best.json", "earlier-00000009.ckpt", "last.ckpt", note["path"]]
-    assert sorted(one.name for one in folder.iterdir()) == names
+    assert sorted(file.name for file in folder.iterdir()) == names
     assert find_checkpoint(tmp_path / "run") == folder / note["path"]
     # The weights are those that were measured.
-    (found,) = trainer(tmp_path).validate(
+    (metrics,) = trainer(tmp_path).validate(
         module(seed=3), datamodule=data(tmp_path), ckpt_path=str(folder / note["path"]), verbose=False
     )
-    assert found["val_bits_per_byte"] == note["score"]
+    assert metrics["val_bits_per_byte"] == note["score"]
     content = torch.load(folder / note["path"], weights_only=True)
     assert content["memtx"]["tokens_seen"] == best * 2 * 16
 
@@ -173,7 +176,7 @@ def test_memory_is_kept_by_stage() -> None:
     assert carry.nbytes("val") == 0
     assert carry.get_state("val", reader, 2).position.tolist() == [0, 0]
     assert carry.get_state("train", reader, 2).position.tolist() == [9, 9]
-    assert carry.nbytes("train") == sum(one.nbytes for one in carry.state_dict("train").values())
+    assert carry.nbytes("train") == sum(tensor.nbytes for tensor in carry.state_dict("train").values())
     other = Carry()
     other.load_state_dict("train", carry.state_dict("train"))
     assert other.state_dict("train").keys() == carry.state_dict("train").keys()
@@ -222,14 +225,14 @@ def test_ctrl_c_saves_and_goes_on(program: Program, tmp_path: Path) -> None:
 
 
 def test_signals_are_put_back(tmp_path: Path) -> None:
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     trainer(tmp_path, StopOnInterrupt(), max_steps=1, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     # Where a process cannot listen, it trains all the same.
     thread = threading.Thread(target=lambda: StopOnInterrupt().on_train_start(trainer(tmp_path), module()), daemon=True)
     thread.start()
     thread.join()
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_speed_and_memory_are_logged(tmp_path: Path) -> None:

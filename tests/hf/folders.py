@@ -30,8 +30,8 @@ BERT: dict[str, Any] = {
 def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
     """Random weights, wide enough that a wrong term shows; norms near 1."""
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-    return {name: x + 1.0 if "norm" in name.lower() and "weight" in name else x for name, x in made.items()}
+    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    return {name: x + 1.0 if "norm" in name.lower() and "weight" in name else x for name, x in tensors.items()}
 
 
 def bert(config: dict[str, Any] = BERT, prefix: str = "bert.", head: bool = True) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ def llama_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Ten
             return out if norm is None else rms(out, norm)
 
         q, k, v = turned(mapped("q")), turned(mapped("k")), mapped("v")
-        k, v = (one.repeat_interleave(groups, dim=0) for one in (k, v))
+        k, v = (tensor.repeat_interleave(groups, dim=0) for tensor in (k, v))
         assert q.shape[0] == heads
         x = x + attended(q, k, v, windowed(layer)) @ weights[f"{at}self_attn.o_proj.weight"].mT
         normed = rms(x, weights[f"{at}post_attention_layernorm.weight"])
@@ -148,7 +148,7 @@ def gpt2_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Tens
     x = weights["wte.weight"][tokens] + weights["wpe.weight"][: len(tokens)]
     for layer in range(config["n_layer"]):
         q, k, v = mapped(normed(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn").chunk(3, dim=-1)
-        by_head = (one.view(len(tokens), config["n_head"], -1).transpose(0, 1) for one in (q, k, v))
+        by_head = (tensor.view(len(tokens), config["n_head"], -1).transpose(0, 1) for tensor in (q, k, v))
         x = x + mapped(attended(*by_head, None), f"h.{layer}.attn.c_proj")
         inner = mapped(normed(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
         inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))

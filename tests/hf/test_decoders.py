@@ -118,7 +118,7 @@ def test_scaled_rotary(tmp_path: Path, scaling: Any, options: dict[str, Any], sp
     config = {**LLAMA, "head_dim": 16}
     tensors = plain.llama(config)
     inverse = unscaled(config)
-    scaled = [one * scaling(i, 32 * one.item() / (2 * math.pi)) for i, one in enumerate(inverse)]
+    scaled = [frequency * scaling(i, 32 * frequency.item() / (2 * math.pi)) for i, frequency in enumerate(inverse)]
     rope = {**options, "factor": 4.0, "original_max_position_embeddings": 32}
     written = {key: value for key, value in config.items() if key != "rope_theta"}
     if spelling == "older":
@@ -231,18 +231,18 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.zeros(12, dtype=torch.int64)
     with pytest.raises(CheckpointError) as error:
         memtx.from_pretrained(write(tmp_path, QWEN2, tensors))
-    for said in (
+    for message in (
         "lacks model.layers.1.self_attn.k_proj.bias",
         "has model.layers.2.mlp.up_proj.weight, unknown",
         "has something.else, unknown",
         "has model.layers.0.self_attn.v_proj.weight of shape (12, 13) instead of (12, 12)",
         "has model.norm.weight as torch.int64",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("config", "change", "said"),
+    ("config", "change", "message"),
     [
         (LLAMA, {"model_type": "lama"}, "lama.*known are.*Did you mean 'llama'"),
         (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "longrope.*known are"),
@@ -255,13 +255,13 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         (QWEN2, {"layer_types": ["full_attention"]}, "layer_types"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        (GPT2, {"n_head": 5}, "5 heads"),
+        (GPT2, {"n_head": 5}, r"dim \(12\) must be divisible by heads \(5\)"),
     ],
 )
 def test_a_config_that_does_not_fit_is_named(
-    tmp_path: Path, config: dict[str, Any], change: dict[str, Any], said: str
+    tmp_path: Path, config: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(MemtxError, match=said):
+    with pytest.raises(MemtxError, match=message):
         memtx.from_pretrained(write(tmp_path, {**config, **change}, tensors_of(config)))
 
 
@@ -312,14 +312,14 @@ def test_the_folders_tokenizer_is_used(tmp_path: Path) -> None:
     from memtx.checkpoint.load import load_model_and_tokenizer
     from memtx.data.tokenizers import BytePairTokenizer
 
-    tokenizer = BytePairTokenizer(vocab_size=300)
-    tokenizer.train(["some words, and some other words. " * 20])
+    trained = BytePairTokenizer(vocab_size=300)
+    trained.train(["some words, and some other words. " * 20])
     config = {**LLAMA, "vocab_size": 320}
     folder = write(tmp_path, config, plain.llama(config))
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         load_model_and_tokenizer(folder)
-    described = json.loads(tokenizer.to_json())["model"]
+    described = json.loads(trained.to_json())["model"]
     (folder / "tokenizer.json").write_text(json.dumps(described))
-    model, found = load_model_and_tokenizer(folder)
+    model, tokenizer = load_model_and_tokenizer(folder)
     assert model.vocab_size == 320
-    assert list(found.encode("some words")) == list(tokenizer.encode("some words"))
+    assert list(tokenizer.encode("some words")) == list(trained.encode("some words"))

@@ -86,10 +86,10 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
             parameter.add_(torch.randn_like(parameter) * 0.3)
     out = model(TOKENS[:, :-1], labels=TOKENS[:, 1:])
     (loss,) = out.aux_losses.values()
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
-    for (parameter, _), gradient in zip(model.named_parameters(), found, strict=True):
-        own = ".compression." in parameter or ".reconstruction." in parameter
-        if own:
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
+    for (parameter, _), gradient in zip(model.named_parameters(), grads, strict=True):
+        has_own_loss = ".compression." in parameter or ".reconstruction." in parameter
+        if has_own_loss:
             assert gradient is not None, parameter
             assert gradient.abs().max() > 0, parameter
         else:
@@ -152,12 +152,12 @@ def test_kept_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_the_fingerprint_tells_models_apart() -> None:
-    one, other = small(), small()
-    assert one.fingerprint == other.fingerprint
+    first, second = small(), small()
+    assert first.fingerprint == second.fingerprint
     with torch.no_grad():
-        other.norm.weight[0] += 1e-3
-    assert one.fingerprint != other.fingerprint
-    assert one.fingerprint != small(positions=Alibi).fingerprint
+        second.norm.weight[0] += 1e-3
+    assert first.fingerprint != second.fingerprint
+    assert first.fingerprint != small(positions=Alibi).fingerprint
 
 
 def _changed(folder: Path, change: Any) -> None:
@@ -167,7 +167,7 @@ def _changed(folder: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda c: c["init_args"].update(dimm=8), "dimm"),
         (lambda c: c["init_args"].update(depth=3), "lacks"),
@@ -179,10 +179,10 @@ def _changed(folder: Path, change: Any) -> None:
         (lambda c: c.clear(), "does not describe"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     small().save_pretrained(tmp_path)
     _changed(tmp_path, change)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         memtx.from_pretrained(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dim": 9}, r"dim \(9\) must be divisible by heads \(\d\)"),
         ({"heads": 0}, "heads is 0"),
@@ -216,8 +216,8 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
         ({"dim": 6, "heads": 2}, "even width"),
     ],
 )
-def test_settings_that_cannot_be_are_named(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_settings_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         small(**options)
 
 
@@ -253,25 +253,25 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -
     )
     model = MemoryTransformer(11, dim=16, depth=4, heads=2, memories=[memory], dropout=dropout)
     tokens, labels = torch.randint(0, 11, (2, 2, 20)).unbind()
-    starts = torch.rand(2, 20) < 0.1
+    document_starts = torch.rand(2, 20) < 0.1
 
-    def run(checkpointing: bool) -> tuple[list[Tensor], int]:
-        model.activation_checkpointing, kept = checkpointing, {}
+    def run(activation_checkpointing: bool) -> tuple[list[Tensor], int]:
+        model.activation_checkpointing, saved_bytes = activation_checkpointing, {}
         torch.manual_seed(1)
         state = model(tokens).state.detach()
 
         def count(x: Tensor) -> Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            saved_bytes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            loss = model(tokens, state, document_starts=starts, labels=labels).loss
+            loss = model(tokens, state, document_starts=document_starts, labels=labels).loss
         assert loss is not None
-        return list(torch.autograd.grad(loss, list(model.parameters()))), sum(kept.values())
+        return list(torch.autograd.grad(loss, list(model.parameters()))), sum(saved_bytes.values())
 
     (plain, all_kept), (again, some_kept) = run(False), run(True)
     # The same operations on the same numbers, dropout's draws included.
-    assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
+    assert all(torch.equal(grad, expected) for grad, expected in zip(again, plain, strict=True))
     # What is left is the layers' inputs and states, and the loss's.
     assert some_kept < all_kept / 3
 

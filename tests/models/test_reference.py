@@ -22,9 +22,9 @@ def entries_seen(
     """Return what position t sees of layer inputs h, oldest first, and where it stands (design: e(t))."""
     edge = rate * max(0, (t - window + 1) // rate)
     blocks = range(max(0, edge // rate - length), edge // rate)
-    made = [compress(h[None, None, b * rate : (b + 1) * rate])[0, 0] for b in blocks]  # type: ignore[operator]
+    entries = [compress(h[None, None, b * rate : (b + 1) * rate])[0, 0] for b in blocks]  # type: ignore[operator]
     at = [b * rate + (rate - 1) / 2 for b in blocks]
-    return torch.stack([*made, *h[edge : t + 1]]), [*at, *range(edge, t + 1)]
+    return torch.stack([*entries, *h[edge : t + 1]]), [*at, *range(edge, t + 1)]
 
 
 def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
@@ -46,23 +46,23 @@ def plain(model: MemoryTransformer, tokens: Tensor, window: int, rate: int, leng
         h, attention = block.attention_norm(x), block.attention
         compress = getattr(attention.memory, "compression", None)
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
-        rows = []
+        outputs = []
         for t in range(len(tokens)):
             e, at = entries_seen(h, t, window, rate, length, compress)
             q = attention.query(h[t]).view(1, heads, size)
             k, v = attention.key_value(e).view(len(e), 2, kv_heads, size).unbind(1)
-            place = torch.tensor(at, dtype=torch.float64)
+            key_position = torch.tensor(at, dtype=torch.float64)
             if isinstance(attention.positions, Rotary):
-                q, k = turned(q, torch.tensor([float(t)], dtype=torch.float64)), turned(k, place)
+                q, k = turned(q, torch.tensor([float(t)], dtype=torch.float64)), turned(k, key_position)
             out = []
             for head in range(heads):
-                own = head // (heads // kv_heads)
-                score = k[:, own] @ q[0, head] / size**0.5
+                kv_head = head // (heads // kv_heads)
+                score = k[:, kv_head] @ q[0, head] / size**0.5
                 if isinstance(attention.positions, Alibi):
-                    score = score - 2.0 ** (-8.0 * (head + 1) / heads) * (t - place)
-                out.append(torch.softmax(score, 0) @ v[:, own])
-            rows.append(attention.out(torch.cat(out)))
-        x = x + torch.stack(rows)
+                    score = score - 2.0 ** (-8.0 * (head + 1) / heads) * (t - key_position)
+                out.append(torch.softmax(score, 0) @ v[:, kv_head])
+            outputs.append(attention.out(torch.cat(out)))
+        x = x + torch.stack(outputs)
         h = block.feed_forward_norm(x)
         if isinstance(block.feed_forward, SwiGLU):
             gate, up = block.feed_forward.gate_up(h).chunk(2, -1)

@@ -58,18 +58,18 @@ def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tens
             factors = part.bucket_factors or choose_bucket_factors(n, chunk, part.max_length)
             directions = sample_rotations(part.heads, width, rounds, factors, part.seed, x)[head]
             order = []
-            for one in range(rounds):
+            for hash_index in range(rounds):
                 buckets = []
                 for t in range(n):
-                    turned, bucket, worth, used = q[t] @ directions[:, one], 0, 1, 0
+                    turned, bucket, scale, used = q[t] @ directions[:, hash_index], 0, 1, 0
                     for factor in factors:
                         piece = turned[used : used + factor // 2]
-                        bucket += worth * int(torch.cat([piece, -piece]).argmax())
-                        used, worth = used + factor // 2, worth * factor
-                    buckets.append(bucket if present[t] else worth)
+                        bucket += scale * int(torch.cat([piece, -piece]).argmax())
+                        used, scale = used + factor // 2, scale * factor
+                    buckets.append(bucket if present[t] else scale)
                 order += sorted(range(n), key=lambda t, buckets=buckets: (buckets[t], t))
         chunks = [order] if n <= chunk else [order[i : i + chunk] for i in range(0, len(order), chunk)]
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n)]
+        results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n)]
         for number, queries in enumerate(chunks):
             keys = []
             for step in range(-part.num_chunks_before, part.num_chunks_after + 1) if len(chunks) > 1 else [0]:
@@ -83,18 +83,18 @@ def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tens
                     if isinstance(part, LSHAttention) and j == t:
                         score = torch.full_like(score, -1e5)
                     scores.append(score)
-                found[t].append(softmaxed(scores, v[keys]))
-        for t, made in enumerate(found):
-            shares = torch.softmax(torch.stack([lse for _, lse in made]), 0)
-            out[t, at] = sum(share * one for share, (one, _) in zip(shares, made, strict=True))
+                results[t].append(softmaxed(scores, v[keys]))
+        for t, chunk_results in enumerate(results):
+            shares = torch.softmax(torch.stack([lse for _, lse in chunk_results]), 0)
+            out[t, at] = sum(share * result for share, (result, _) in zip(shares, chunk_results, strict=True))
     return part.out(out)
 
 
 def plain(model: Reformer, tokens: Tensor, present: Tensor) -> Tensor:
     """Logits of one row whose chunks are whole."""
     weights = model.positions.weights
-    place = torch.arange(len(tokens))
-    x1 = model.embedding.weight[tokens] + torch.cat([weights[0][place // 8, 0], weights[1][0, place % 8]], -1)
+    position = torch.arange(len(tokens))
+    x1 = model.embedding.weight[tokens] + torch.cat([weights[0][position // 8, 0], weights[1][0, position % 8]], -1)
     x2 = x1
     for block in model._layers():
         x1 = x1 + plain_attention(block.attention, block.attention_norm(x2), present)
@@ -129,18 +129,18 @@ def test_logits_and_gradients_are_the_articles(data: st.DataObject) -> None:
     present = torch.rand(2, length) < data.draw(st.sampled_from([0.6, 1.0]))
     out = model(tokens, present.long())
     padded = torch.nn.functional.pad(tokens, (0, whole - length))
-    there = torch.nn.functional.pad(present, (0, whole - length))
-    wanted = torch.stack([plain(model, padded[row], there[row])[:length] for row in range(2)])
+    padded_mask = torch.nn.functional.pad(present, (0, whole - length))
+    expected = torch.stack([plain(model, padded[stream], padded_mask[stream])[:length] for stream in range(2)])
     # float64, but a query that sees nothing has scores of -1e9, of which it keeps seven digits behind the point.
-    assert torch.allclose(out.logits, wanted, rtol=0, atol=1e-5)
-    upstream = torch.randn_like(wanted)
+    assert torch.allclose(out.logits, expected, rtol=0, atol=1e-5)
+    upstream = torch.randn_like(expected)
     parameters = list(model.parameters())
-    own = torch.autograd.grad((out.logits * upstream).sum(), parameters, allow_unused=True)
-    truth = torch.autograd.grad((wanted * upstream).sum(), parameters, allow_unused=True)
-    for one, other in zip(own, truth, strict=True):
+    grads = torch.autograd.grad((out.logits * upstream).sum(), parameters, allow_unused=True)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), parameters, allow_unused=True)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
         # A place that sees itself alone takes no part in its scores.
-        one, other = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (one, other))
-        assert torch.allclose(one, other, rtol=0, atol=1e-4)
+        grad, expected_grad = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (grad, expected_grad))
+        assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-4)
 
 
 LAYERS = [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2)]
@@ -151,13 +151,13 @@ def test_hidden_states_do_not_change_the_rest() -> None:
     model = small(
         [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2, seed=3)]
     )
-    kept = model(TOKENS, output_hidden_states=True)
-    assert [tuple(h.shape) for h in kept.hidden_states] == [(2, 32, 8)] * 3
+    out = model(TOKENS, output_hidden_states=True)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 32, 8)] * 3
     assert model(TOKENS).hidden_states is None
-    assert torch.allclose(model(TOKENS).logits, kept.logits, rtol=0, atol=1e-12)
-    assert kept.last_hidden_state.shape == (2, 32, 16)
+    assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
+    assert out.last_hidden_state.shape == (2, 32, 16)
     with torch.no_grad():
-        assert torch.allclose(model(TOKENS).logits, kept.logits, rtol=0, atol=1e-12)
+        assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
 
 
 def test_what_is_dropped_forward_is_dropped_backward() -> None:
@@ -184,11 +184,11 @@ def test_what_is_dropped_forward_is_dropped_backward() -> None:
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.add_(d, alpha=sign)
-        found = float(loss().detach())
+        moved_loss = float(loss().detach())
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.sub_(d, alpha=sign)
-        return found
+        return moved_loss
 
     slope = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
     assert slope == pytest.approx((moved(1.0) - moved(-1.0)) / 2, rel=1e-4)  # a central difference of a step of 1e-7
@@ -254,7 +254,7 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: LocalAttention(8, 3), r"dim \(8\) must be divisible by heads \(3\)"),
         (lambda: LocalAttention(8, 2, chunk_length=0), "chunk_length is 0"),
@@ -269,6 +269,6 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
         (lambda: small(LAYERS)(TOKENS, TOKENS[:, 1:]), "attention_mask is"),
     ],
 )
-def test_what_cannot_be_is_named(make: Any, said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_what_cannot_be_is_named(make: Any, message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         make()

@@ -34,13 +34,15 @@ def small(interval: int = 5, count: int = 2, window: int = WINDOW, depth: int = 
 
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 30), st.integers(0, 20), st.integers(0, 999))
 def test_cuts_are_where_some_row_s_interval_ends(
-    interval: int, rows: int, length: int, carried: int, seed: int
+    interval: int, batch_size: int, length: int, past_length: int, seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
-    starts = torch.rand(rows, length, generator=draw) < 0.1
-    segment = Segment.from_document_starts(torch.randint(0, carried + 1, (rows,), generator=draw), length, starts)
-    ticks = [(row, tick) for row in range(rows) for tick in range(length)]
-    expected = {tick + 1 for row, tick in ticks if (int(segment.position[row, tick]) + 1) % interval == 0}
+    document_starts = torch.rand(batch_size, length, generator=draw) < 0.1
+    segment = Segment.from_document_starts(
+        torch.randint(0, past_length + 1, (batch_size,), generator=draw), length, document_starts
+    )
+    offsets = [(stream, offset) for stream in range(batch_size) for offset in range(length)]
+    expected = {offset + 1 for stream, offset in offsets if (int(segment.position[stream, offset]) + 1) % interval == 0}
     assert segment.split_offsets(interval) == sorted(expected | {length})
 
 
@@ -50,8 +52,8 @@ def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Ten
     q = attention.project(x, "query", frozen=True)
     k, v = (attention.project(keys, part, frozen=True) for part in ("key", "value"))
     at = torch.arange(length, dtype=torch.float64)[None]
-    placed = [attention.positions.apply_absolute(part, place, lambda _, make: make()) for part, place in (
-        (q, at[:, length - x.shape[1] :]), (k, at))]  # fmt: skip
+    rotate = partial(attention.positions.apply_absolute, memo=lambda _, make: make())
+    placed = [rotate(q, at[:, length - x.shape[1] :]), rotate(k, at)]
     future = torch.arange(length) > torch.arange(length - x.shape[1], length)[:, None]
     scores = torch.einsum("rqhd,rkhd->rhqk", *placed).masked_fill(future, float("-inf"))
     if entries is not None:
@@ -71,9 +73,9 @@ def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
 
     def layer(number: int, x: Tensor, before: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
         block = blocks[number]
-        own = block.attention_norm(x)
-        keys = torch.cat([before, own], dim=1)
-        x = x + attended(block, own, keys, seen)
+        memory_tokens = block.attention_norm(x)
+        keys = torch.cat([before, memory_tokens], dim=1)
+        x = x + attended(block, memory_tokens, keys, seen)
         return x + block.feed_forward(block.feed_forward_norm(x)), keys
 
     logits = []
@@ -98,17 +100,17 @@ def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
 def test_it_is_the_recurrence_by_hand(interval: int, count: int) -> None:
     model = small(interval, count, window=100)
     with torch.no_grad():
-        found = model(TOKENS[:1, :23]).logits
-        assert (found - by_hand(model, TOKENS[:1, :23], interval)).abs().max() < EXACT
+        actual = model(TOKENS[:1, :23]).logits
+        assert (actual - by_hand(model, TOKENS[:1, :23], interval)).abs().max() < EXACT
 
 
 def test_they_reach_past_the_window() -> None:
     """Two layers of a window of 3 reach 4 tokens back, and the tokens as far as there are intervals."""
-    other = TOKENS.clone()
-    other[:, 0] = (other[:, 0] + 1) % 11
+    changed = TOKENS.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 11
     for interval, reached in ((3, True), (50, False)):
         model = small(interval, window=3)
-        assert reached == (not torch.equal(model(TOKENS).logits[:, -1], model(other).logits[:, -1]))
+        assert reached == (not torch.equal(model(TOKENS).logits[:, -1], model(changed).logits[:, -1]))
 
 
 def test_gradients_go_from_the_last_interval_to_the_first() -> None:
@@ -123,10 +125,10 @@ def test_gradients_go_from_the_last_interval_to_the_first() -> None:
 
 def test_layers_must_agree() -> None:
     window = partial(RecurrentMemory, window=8)
-    one, other = (partial(TokenMemory, num_tokens=count, interval=4) for count in (2, 3))
-    for memories in ([[window, one], NoMemory], [[window, one], [window, other]], [[window, one, one]]):
+    first, second = (partial(TokenMemory, num_tokens=count, interval=4) for count in (2, 3))
+    for memories in ([[window, first], NoMemory], [[window, first], [window, second]], [[window, first, first]]):
         with pytest.raises(MemtxError, match="all layers"):
             MemoryTransformer(11, dim=8, depth=2, heads=2, memories=memories)
-    for options, said in (({"num_tokens": 0}, "num_tokens is 0"), ({"interval": 0}, "interval is 0")):
-        with pytest.raises(MemtxError, match=said):
+    for options, message in (({"num_tokens": 0}, "num_tokens is 0"), ({"interval": 0}, "interval is 0")):
+        with pytest.raises(MemtxError, match=message):
             TokenMemory(8, **options)

@@ -45,8 +45,8 @@ def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
     names = set(model(TOKENS).state.named_tensors())
     assert names == {"position", "layers[0][0].hidden", "layers[0][1].total", "layers[0][2].total"}
     first, second = (block.attention.memories for block in model.blocks)
-    assert [type(one) for one in first] == [RecurrentMemory, RunningMean, RunningMean]
-    assert [type(one) for one in second] == [NoMemory]
+    assert [type(memory) for memory in first] == [RecurrentMemory, RunningMean, RunningMean]
+    assert [type(memory) for memory in second] == [NoMemory]
     assert first[1].map.weight is not first[2].map.weight
 
 
@@ -72,10 +72,10 @@ def test_a_stack_is_compiled_as_one_graph(kind: str) -> None:
     model = small(stack)
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
-        plain, found = model(TOKENS), compiled(TOKENS, model.init_state(2))
+        plain, actual = model(TOKENS), compiled(TOKENS, model.init_state(2))
     # float32: what is compiled may lay tensors out otherwise, and products then sum in another order.
-    torch.testing.assert_close(found.logits, plain.logits, atol=1e-5, rtol=1e-4)
-    assert found.state.equals(plain.state, 1e-5)
+    torch.testing.assert_close(actual.logits, plain.logits, atol=1e-5, rtol=1e-4)
+    assert actual.state.equals(plain.state, 1e-5)
 
 
 def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -> None:
@@ -87,7 +87,7 @@ def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -
 
 
 @pytest.mark.parametrize(
-    ("memories", "said"),
+    ("memories", "message"),
     [
         (([RunningMean, WINDOW],), "RunningMean is the first memory"),
         ((RunningMean,), "RunningMean is the first memory"),
@@ -96,6 +96,6 @@ def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -
         ((STACK, STACK, STACK), "3 memories for 2 layers"),
     ],
 )
-def test_stacks_that_cannot_be_are_named(memories: Any, said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_stacks_that_cannot_be_are_named(memories: Any, message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         small(*memories)
