@@ -68,26 +68,20 @@ def _import_target(class_path: str) -> Any:
     if module_name not in sys.modules and not f"{module_name}.".startswith(
         tuple(f"{package}." for package in TRUSTED_PACKAGES)
     ):
-        raise CheckpointError(
-            f"The config names '{class_path}', which is outside memtx and was not imported.",
-            f"If you trust it, import {module_name or class_path} first.",
-        )
+        message = f"The config names '{class_path}', which is outside memtx and was not imported."
+        raise CheckpointError(message, f"If you trust it, import {module_name or class_path} first.")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"The config names '{class_path}', which cannot be imported.", str(error)) from error
     target = getattr(module, name, None)
     if target is None:
-        raise CheckpointError(
-            f"The config names '{class_path}', which does not exist.{closest_match(name, dir(module))}",
-            "Use the release that wrote it.",
-        )
+        message = f"The config names '{class_path}', which does not exist.{closest_match(name, dir(module))}"
+        raise CheckpointError(message, "Use the release that wrote it.")
     if not _is_configurable(target):
         # Every module of the standard library counts as imported: a file must not reach os.system.
-        raise CheckpointError(
-            f"The config names '{class_path}', which is neither a torch module nor a part of memtx.",
-            "Do not load this file unless you know who wrote it.",
-        )
+        message = f"The config names '{class_path}', which is neither a torch module nor a part of memtx."
+        raise CheckpointError(message, "Do not load this file unless you know who wrote it.")
     return target
 
 

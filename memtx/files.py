@@ -205,16 +205,12 @@ def _read_tensors(
             # state must continue bit for bit.
             tensors = {name: handle.get_tensor(name).clone() for name in (handle.keys() if with_tensors else ())}
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"'{path}' is not a whole safetensors file: {error}.", "Restore it from a copy or write it again."
-        ) from error
+        message = f"'{path}' is not a whole safetensors file: {error}."
+        raise CheckpointError(message, "Restore it from a copy or write it again.") from error
     if metadata.get("kind") != kind:
-        raise CheckpointError(
-            f"'{path}' holds '{metadata.get('kind', 'something unnamed')}', expected '{kind}'.", "Check the path."
-        )
+        message = f"'{path}' holds '{metadata.get('kind', 'something unnamed')}', expected '{kind}'."
+        raise CheckpointError(message, "Check the path.")
     if metadata.get("version") != str(version):
-        raise CheckpointError(
-            f"'{path}' has format version {metadata.get('version')}, this release reads {version}.",
-            "Use the release that wrote it, or write it again.",
-        )
+        message = f"'{path}' has format version {metadata.get('version')}, this release reads {version}."
+        raise CheckpointError(message, "Use the release that wrote it, or write it again.")
     return tensors, metadata

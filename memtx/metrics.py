@@ -69,10 +69,8 @@ class _NllPerUnit(_SumMetric):
         unit_sum = torch.as_tensor(units, dtype=torch.float64, device=self.units.device).detach().sum()
         name = type(self).__name__
         if not math.isfinite(nll_sum.item()):
-            raise MemtxError(
-                f"{name} got a negative log-likelihood of {nll_sum.item()}, expected a finite one.",
-                "The loss diverged: lower the learning rate or clip the gradient.",
-            )
+            message = f"{name} got a negative log-likelihood of {nll_sum.item()}, expected a finite one."
+            raise MemtxError(message, "The loss diverged: lower the learning rate or clip the gradient.")
         if not unit_sum.item() >= 0:
             raise MemtxError(f"{name} got {unit_sum.item():g} {self.unit}, expected a count of at least 0.")
         self.nll = self.nll + nll_sum

@@ -36,9 +36,6 @@ CHECKPOINT_PREFIX = "model."
 SIDECAR_FILES = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
 """JSON texts stored with a model, by name, and their files in a pretrained folder."""
 
-_LOADER_MODULE = "memtx.checkpoint.load"
-"""Module behind ``from_pretrained``, imported on first use: it knows layouts that models must not depend on."""
-
 
 class PretrainedModel(nn.Module):
     """A model that knows its configuration, so that it can be saved, loaded and identified.
@@ -94,7 +91,8 @@ class PretrainedModel(nn.Module):
             CheckpointError: The model is missing, damaged or of another class.
             MemtxError: ``window`` is given for a model that is no Hugging Face decoder.
         """
-        return cast(Self, importlib.import_module(_LOADER_MODULE).load(path, window).model_as(cls))
+        # By name: the loader knows layouts that models must not depend on.
+        return cast(Self, importlib.import_module("memtx.checkpoint.load").load(path, window).model_as(cls))
 
 
 def describe_model(model: PretrainedModel) -> dict[str, Any]:

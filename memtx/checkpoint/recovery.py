@@ -63,10 +63,8 @@ def find_latest_valid(checkpoint_dir: Path, max_step: int | None = None) -> Reco
         if content[pretrained.CHECKPOINT_KEY].get("has_stepped", True):
             return RecoveredCheckpoint(path, content, damaged)
     if damaged:
-        raise CheckpointError(
-            f"No checkpoint in '{checkpoint_dir}' is whole: {' '.join(reason for _, reason in damaged)}",
-            "Put a copy there, or start a new run with another --run_dir.",
-        )
+        message = f"No checkpoint in '{checkpoint_dir}' is whole: {' '.join(reason for _, reason in damaged)}"
+        raise CheckpointError(message, "Put a copy there, or start a new run with another --run_dir.")
     return None
 
 

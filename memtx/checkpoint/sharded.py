@@ -173,10 +173,8 @@ def optimizer_state_by_name(state: Mapping[str, Any], names: Sequence[str]) -> d
     """
     groups = state["param_groups"]
     if (count := sum(len(group["params"]) for group in groups)) != len(names):
-        raise CheckpointError(
-            f"The checkpoint's optimizer has {count} parameters, this run's {len(names)}.",
-            "Use the config saved beside the checkpoint.",
-        )
+        message = f"The checkpoint's optimizer has {count} parameters, this run's {len(names)}."
+        raise CheckpointError(message, "Use the config saved beside the checkpoint.")
     return {
         "state": {names[index]: values for index, values in state["state"].items()},
         "param_groups": [{**group, "params": [names[index] for index in group["params"]]} for group in groups],

@@ -177,16 +177,12 @@ def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
                     raise CheckpointError(f"'{folder}' lacks {file_name}, named in its index.", "Download the file.")
                 shard = open_file(path)
                 if missing := sorted(names - shard.keys()):
-                    raise CheckpointError(
-                        f"'{path}' lacks {', '.join(missing)}, which the index lists there.",
-                        "The index belongs to other files; download all of them again.",
-                    )
+                    message = f"'{path}' lacks {', '.join(missing)}, which the index lists there."
+                    raise CheckpointError(message, "The index belongs to other files; download all of them again.")
                 tensors.update(shard)
             return tensors
-    raise CheckpointError(
-        f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either.",
-        "Give the folder that holds the whole checkpoint.",
-    )
+    message = f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either."
+    raise CheckpointError(message, "Give the folder that holds the whole checkpoint.")
 
 
 def _read_index(index_path: Path) -> dict[str, set[str]]:
@@ -199,9 +195,8 @@ def _read_index(index_path: Path) -> dict[str, set[str]]:
     for name, file_name in weight_map.items():
         # A downloaded index must not make us read files outside its folder.
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            raise CheckpointError(
-                f"'{index_path}' puts {name} into {file_name!r}, which is no file beside it.", "Download it again."
-            )
+            message = f"'{index_path}' puts {name} into {file_name!r}, which is no file beside it."
+            raise CheckpointError(message, "Download it again.")
         shards.setdefault(file_name, set()).add(name)
     return shards
 
@@ -224,10 +219,8 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"'{path}' holds {name} as {entry['dtype']}, supported are {', '.join(DTYPES)}.",
-                "Convert the checkpoint to bfloat16.",
-            )
+            message = f"'{path}' holds {name} as {entry['dtype']}, supported are {', '.join(DTYPES)}."
+            raise CheckpointError(message, "Convert the checkpoint to bfloat16.")
         offset = 8 + header_length + entry["data_offsets"][0]
         tensors[name] = SafetensorsTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), path, offset)
     return tensors
@@ -238,14 +231,11 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         # Files from before torch 1.6 are no zip files and cannot be memory-mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{path}' holds more than tensors, and a pickle can execute anything.",
-            f"Convert it to {SAFETENSORS_FILE} if you trust it.",
-        ) from error
+        message = f"'{path}' holds more than tensors, and a pickle can execute anything."
+        raise CheckpointError(message, f"Convert it to {SAFETENSORS_FILE} if you trust it.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"'{path}' is not a whole file ({type(error).__name__}).", "Download it again."
-        ) from error
+        message = f"'{path}' is not a whole file ({type(error).__name__})."
+        raise CheckpointError(message, "Download it again.") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"'{path}' does not hold tensors by name.", "Give the weights of a model.")
     return {str(name): LoadedTensor(tensor.dtype, tuple(tensor.shape), tensor) for name, tensor in content.items()}

@@ -95,10 +95,8 @@ class HFConfig:
         """Raise CheckpointError unless a key is missing, null or ``supported``; ``feature`` names the others."""
         value = self.get(key, supported)
         if value != supported:
-            raise CheckpointError(
-                f"config.json has {key} = {value!r}: {feature} are not supported.",
-                f"Use a model with {key} = {supported!r}.",
-            )
+            message = f"config.json has {key} = {value!r}: {feature} are not supported."
+            raise CheckpointError(message, f"Use a model with {key} = {supported!r}.")
 
 
 def _is_int(value: Any) -> bool:

@@ -80,10 +80,8 @@ def _qwen_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
         layer_types = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(depth)]
     known = {"full_attention", "sliding_attention"}
     if not isinstance(layer_types, list) or len(layer_types) != depth or set(layer_types) - known:
-        raise CheckpointError(
-            f"config.json has layer_types = {layer_types!r}.",
-            f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.",
-        )
+        message = f"config.json has layer_types = {layer_types!r}."
+        raise CheckpointError(message, f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.")
     window = config.get_int("sliding_window", 4096) if config.get_bool("use_sliding_window", False) else None
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 

@@ -227,18 +227,14 @@ def save(
         template = load(layout)
     origin = template.hf_origin
     if not isinstance(origin, HFOrigin):
-        raise MemtxError(
-            f"This {type(model).__name__} was not loaded from a Hugging Face folder.",
-            "Use save_pretrained, or give a layout.",
-        )
+        message = f"This {type(model).__name__} was not loaded from a Hugging Face folder."
+        raise MemtxError(message, "Use save_pretrained, or give a layout.")
     weights = model.merged_state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in template.state_dict().items()}
     actual = {name: tuple(weights[name].shape) for name in expected if name in weights}
     if layout is not None and (problems := describe_mismatches(expected, actual)):
-        raise CheckpointError(
-            f"The model does not have the layout of '{layout}': it {'; it '.join(problems[:3])}.",
-            "Give the folder that training started from.",
-        )
+        message = f"The model does not have the layout of '{layout}': it {'; it '.join(problems[:3])}."
+        raise CheckpointError(message, "Give the folder that training started from.")
     tensors = {name: source.export(weights).to(origin.dtypes[name]) for name, source in origin.transforms.items()}
     write_checkpoint(path, origin.config_text, {**origin.extra_tensors, **tensors})
     # By address: tied weights have several names.

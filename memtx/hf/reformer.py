@@ -87,9 +87,8 @@ def _build_attentions(config: HFConfig) -> list[Callable[[int, int, bool], Refor
     }
     kinds = config.get("attn_layers", ["local", "lsh"] * 3)
     if unknown := [kind for kind in kinds if kind not in factories]:
-        raise CheckpointError(
-            f"config.json has attn_layers = {unknown[0]!r}, known are 'local', 'lsh'.", "Restore config.json."
-        )
+        message = f"config.json has attn_layers = {unknown[0]!r}, known are 'local', 'lsh'."
+        raise CheckpointError(message, "Restore config.json.")
     return [factories[kind] for kind in kinds]
 
 

@@ -53,9 +53,8 @@ def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder:
     depth = config.get_int("num_hidden_layers", 12)
     windows = config.get_ints("attention_window", depth, 512, min_value=2)
     if odd_windows := [window for window in windows if window % 2]:
-        raise CheckpointError(
-            f"config.json has attention_window = {odd_windows[0]}, expected even numbers.", "Restore config.json."
-        )
+        message = f"config.json has attention_window = {odd_windows[0]}, expected even numbers."
+        raise CheckpointError(message, "Restore config.json.")
     # Written by the authors' code; transformers has no dilated windows.
     dilations = config.get_ints("attention_dilation", depth, 1)
     dropout = config.get_float("attention_probs_dropout_prob", 0.1)
@@ -103,10 +102,8 @@ def _build_bigbird_attention(config: HFConfig) -> EncoderAttentionFactory:
     if attention_type == "original_full":
         return partial(FullAttention, bias=bias, dropout=dropout)
     if attention_type != "block_sparse":
-        raise CheckpointError(
-            f"config.json has attention_type = {attention_type!r}, expected 'block_sparse' or 'original_full'.",
-            "Restore config.json.",
-        )
+        message = f"config.json has attention_type = {attention_type!r}, expected 'block_sparse' or 'original_full'."
+        raise CheckpointError(message, "Restore config.json.")
     return partial(
         BigBirdAttention,
         block_size=config.get_int("block_size", 64),

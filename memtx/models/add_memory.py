@@ -92,10 +92,8 @@ def _build_stack(
     present = block.attention.memory
     present_window = getattr(present, "window", None)
     if not isinstance(present, RecurrentMemory | CompressedMemory) or present_window is None:
-        raise MemtxError(
-            f"Layer {layer} has {type(present).__name__}, which has no window to replace.",
-            "Add memory to a model with RecurrentMemory or CompressedMemory.",
-        )
+        message = f"Layer {layer} has {type(present).__name__}, which has no window to replace."
+        raise MemtxError(message, "Add memory to a model with RecurrentMemory or CompressedMemory.")
     window = present_window if window is None else min(present_window, window)
     stack = [(factory, factory(present.dim)) for factory in factories]
     exact = [entry for entry in stack if not isinstance(entry[1], ReadoutMemory)]

@@ -25,7 +25,7 @@ class EncoderOutput:
     """Output of one call.
 
     Attributes:
-        last_hidden_state: ``(batch, length, dim)``.
+        last_hidden_state: ``(batch, length, dim)``; twice as wide for a Reformer.
         hidden_states: If requested, outputs of the embedding and of every layer, each ``(batch, length, dim)``.
         logits: ``(batch, length, vocab)``, or ``(n, vocab)`` for n selected positions; None without a head.
         pooler_output: ``(batch, dim)``, computed from the first token; None without a pooler.
@@ -108,9 +108,8 @@ class Encoder(PretrainedModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(attentions) not in (1, depth):
-            raise MemtxError(
-                f"There are {len(attentions)} attentions for {depth} layers.", f"Give one for all layers, or {depth}."
-            )
+            message = f"There are {len(attentions)} attentions for {depth} layers."
+            raise MemtxError(message, f"Give one for all layers, or {depth}.")
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.embedding = embeddings(vocab_size, dim)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,25 +20,9 @@ from memtx.errors import MemtxError, check_at_least
 from memtx.layers import reversible
 from memtx.layers.positions.absolute import AxialPositionEmbeddings, PositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
-from memtx.models.encoder import init_normal
+from memtx.models.encoder import EncoderOutput, init_normal
 from memtx.models.validation import check_token_ids
 from memtx.ops.cpu.linear import Linear
-
-
-@dataclass(frozen=True)
-class ReformerOutput:
-    """Output of one call.
-
-    Attributes:
-        last_hidden_state: ``(batch, length, 2 dim)``, both streams concatenated and normalized.
-        hidden_states: If requested, the embedding's output and every layer's second stream, each
-            ``(batch, length, dim)``.
-        logits: ``(batch, length, vocab)``; None without a head.
-    """
-
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    logits: Tensor | None = None
 
 
 class ReformerBlock(nn.Module):
@@ -170,13 +153,17 @@ class Reformer(PretrainedModel):
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, output_hidden_states: bool = False
-    ) -> ReformerOutput:
+    ) -> EncoderOutput:
         """Read whole texts; the arguments have the names of the ``transformers`` library.
 
         Args:
             input_ids: ``(batch, length)`` int64, padded to whole chunks internally.
             attention_mask: ``(batch, length)``, 1 for a token and 0 for padding; None for no padding.
             output_hidden_states: If True, return the hidden states; the backward pass then stores all of them.
+
+        Returns:
+            Output whose last hidden state is ``(batch, length, 2 dim)``, both streams concatenated and normalized; the
+            hidden states are the embedding's output and every layer's second stream.
 
         Raises:
             MemtxError: Shapes do not fit each other, or a text is too long.
@@ -186,10 +173,8 @@ class Reformer(PretrainedModel):
         tokens, mask = self._pad_to_chunks(input_ids, attention_mask)
         if tokens.shape[1] > self.positions.max_length:
             num_positions = self.positions.max_length
-            raise MemtxError(
-                f"A text of {length} tokens needs {tokens.shape[1]} positions, the model has {num_positions}.",
-                "Shorten the text, or use a model with more positions.",
-            )
+            message = f"A text of {length} tokens needs {tokens.shape[1]} positions, the model has {num_positions}."
+            raise MemtxError(message, "Shorten the text, or use a model with more positions.")
         x = self.dropout(self.embedding(tokens)) + self.dropout(self.positions(tokens.shape[1]))
         x1, x2, hidden = x, x, [x]
         if output_hidden_states or not torch.is_grad_enabled():
@@ -201,7 +186,7 @@ class Reformer(PretrainedModel):
         else:
             x1, x2 = reversible.reversible_forward(x1, x2, self._layers(), mask)
         x = self.dropout(self.norm(torch.cat([x1, x2], dim=-1)))[:, :length]
-        return ReformerOutput(
+        return EncoderOutput(
             x,
             tuple(state[:, :length] for state in hidden) if output_hidden_states else None,
             self.head(x) if self.head is not None else None,

@@ -59,10 +59,8 @@ class MemoryTokens:
             return None
         settings = {(memory.num_tokens, memory.interval) for layer in per_layer for _, memory in layer}
         if any(len(layer) != 1 for layer in per_layer) or len(settings) != 1:
-            raise MemtxError(
-                "Memory tokens go through all layers, but not all layers have one TokenMemory of equal settings.",
-                "Give one list of memories for all layers.",
-            )
+            message = "Memory tokens go through all layers, but not all layers have one TokenMemory of equal settings."
+            raise MemtxError(message, "Give one list of memories for all layers.")
         return cls(tuple(layer[0][0] for layer in per_layer), *settings.pop())
 
 

@@ -121,10 +121,8 @@ class TransformerXL(PretrainedModel):
         clusters = VocabClusters(vocab_size, cutoffs, embed_dim if embed_dim is not None else dim, div_value)
         ties = [cluster > 0 for cluster in range(len(clusters.bounds))] if tie_projections is None else tie_projections
         if len(ties) != len(clusters.bounds):
-            raise MemtxError(
-                f"tie_projections has {len(ties)} entries for {len(clusters.bounds)} clusters of the vocabulary.",
-                "Give one per cluster.",
-            )
+            message = f"tie_projections has {len(ties)} entries for {len(clusters.bounds)} clusters of the vocabulary."
+            raise MemtxError(message, "Give one per cluster.")
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.memory_length, self.same_length, self.clamp_length = memory_length, same_length, clamp_length

@@ -28,10 +28,8 @@ def check_segment(tokens: Tensor, state: MemoryState | None, **per_token: Tensor
     """Raise MemtxError unless a segment, its state (None for fresh streams) and its per-token arguments fit."""
     check_token_ids("tokens", tokens, **per_token)
     if state is not None and state.batch_size != tokens.shape[0]:
-        raise MemtxError(
-            f"tokens has batch size {tokens.shape[0]}, the state {state.batch_size}.",
-            "Select or concatenate streams of the state to match.",
-        )
+        message = f"tokens has batch size {tokens.shape[0]}, the state {state.batch_size}."
+        raise MemtxError(message, "Select or concatenate streams of the state to match.")
 
 
 def check_valid_length(tokens: Tensor, valid_length: Tensor) -> None:

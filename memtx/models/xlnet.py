@@ -47,9 +47,8 @@ class XLNet(PretrainedModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if dim % 2 or dim % heads:
-            raise MemtxError(
-                f"dim ({dim}) must be even and divisible by heads ({heads}).", "Choose another dim or heads."
-            )
+            message = f"dim ({dim}) must be even and divisible by heads ({heads})."
+            raise MemtxError(message, "Choose another dim or heads.")
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.embedding = nn.Embedding(vocab_size, dim)
