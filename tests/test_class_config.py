@@ -51,14 +51,14 @@ def test_round_trip_through_json(value: Any) -> None:
     assert same(from_config(json.loads(json.dumps(to_config(value)))), value)
 
 
-def test_built_parts_work() -> None:
+def test_built_factories_work() -> None:
     memory = from_config(to_config(NESTED))(8)
     assert (memory.dim, memory.compression_rate, memory.compress_per_segment) == (8, 2, True)
     assert isinstance(memory.compression, AttentionPooling)
     assert memory.compression.heads == 2
 
 
-def test_what_jsonargparse_hands_over() -> None:
+def test_partial_of_a_jsonargparse_instantiator() -> None:
     """A partial around its instantiator, the class last among the positionals."""
 
     def instantiator(*args: Any, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def test_what_jsonargparse_hands_over() -> None:
 
 
 @pytest.mark.parametrize("value", [lambda dim: dim, nn.Linear(1, 1), partial(nn.Linear, 3), object()])
-def test_what_no_file_can_name(value: Any) -> None:
+def test_objects_without_class_path_are_refused(value: Any) -> None:
     with pytest.raises(TypeError):
         to_config(value)
 

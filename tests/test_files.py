@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert names(tmp_path) == ["a"]
 
 
-def test_the_new_content_appears_at_the_end_only(tmp_path: Path) -> None:
+def test_new_content_appears_only_on_success(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a"
     with files.atomic_open(path) as handle:
         handle.write(b"new")
@@ -60,7 +60,7 @@ def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
     ],
     ids=["text", "tensors"],
 )
-def test_a_folder_that_cannot_be_written(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "a"  # a file stands where a folder should
     with pytest.raises(MemtxError, match="could not be written"):
@@ -116,7 +116,7 @@ def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
         files.load_tensors(tmp_path / "a.pt", kind="k", version=1)
 
 
-def test_a_folder_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
     def folder(name: str, content: str) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(content)
@@ -137,7 +137,7 @@ def test_a_folder_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_what_was_moved_aside_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+def test_interrupted_replace_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """Killed before any of the renames and removals, one of the two folders is whole and in its place again."""
     target, whole = tmp_path / "place", tmp_path / "whole"
     for folder in (target, whole):

@@ -30,7 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_any_reader_opens_it(whole: Path) -> None:
+def test_any_zip_reader_opens_the_file(whole: Path) -> None:
     checksummed_zip.verify(whole)
     assert checksummed_zip.read_step(whole) == 3
     for mapped in (False, True):
@@ -43,7 +43,7 @@ def test_any_reader_opens_it(whole: Path) -> None:
 
 
 @given(offset=st.integers(0), bit=st.integers(0, 7))
-def test_every_bit_counts(whole: Path, offset: int, bit: int) -> None:
+def test_every_flipped_bit_is_detected(whole: Path, offset: int, bit: int) -> None:
     content = bytearray(whole.read_bytes())
     content[offset % len(content)] ^= 1 << bit
     other = whole.with_name("flipped")
@@ -53,7 +53,7 @@ def test_every_bit_counts(whole: Path, offset: int, bit: int) -> None:
 
 
 @given(size=st.integers(0), more=st.binary(max_size=300))
-def test_every_length_but_its_own_is_refused(whole: Path, size: int, more: bytes) -> None:
+def test_any_other_length_is_refused(whole: Path, size: int, more: bytes) -> None:
     content = whole.read_bytes()
     other = whole.with_name("cut")
     changed = content[: size % len(content)] + more
@@ -65,14 +65,14 @@ def test_every_length_but_its_own_is_refused(whole: Path, size: int, more: bytes
 
 
 @given(content=st.binary(max_size=400))
-def test_no_bytes_are_taken_for_one(whole: Path, content: bytes) -> None:
+def test_arbitrary_bytes_are_no_checkpoint(whole: Path, content: bytes) -> None:
     other = whole.with_name("junk")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         checksummed_zip.verify(other)
 
 
-def test_one_without_a_seal_has_the_zips_checksums(tmp_path: Path) -> None:
+def test_file_without_comment_uses_zip_checksums(tmp_path: Path) -> None:
     path = tmp_path / "old.ckpt"
     torch.save(CONTENT, path)
     checksummed_zip.verify(path)
@@ -86,7 +86,7 @@ def test_one_without_a_seal_has_the_zips_checksums(tmp_path: Path) -> None:
     assert not torch.equal(torch.load(path, weights_only=True)["weights"], CONTENT["weights"])
 
 
-def test_the_step_is_sealed_too(tmp_path: Path) -> None:
+def test_step_is_covered_by_the_checksum(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     content = write(path, 3)
     path.write_bytes(content.replace(b"step=%020d" % 3, b"step=%020d" % 4))
@@ -95,7 +95,7 @@ def test_the_step_is_sealed_too(tmp_path: Path) -> None:
         checksummed_zip.verify(path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.ckpt"
     before = write(path)
 

@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_becomes_a_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+def test_checkpoint_converts_to_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     result = convert(path, tmp_path / "deep" / "out")
     assert result.model_class == "MemoryTransformer"
@@ -46,7 +46,7 @@ def test_a_checkpoint_becomes_a_folder(tmp_path: Path, byte_model: MemoryTransfo
     assert convert(bare, tmp_path / "bare").extra_files == []
 
 
-def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+def test_existing_target_is_kept(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
@@ -67,7 +67,7 @@ def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> N
     assert "mine" not in names(tmp_path / "out")
 
 
-def test_a_published_model_comes_and_goes(tmp_path: Path) -> None:
+def test_hf_model_converts_both_ways(tmp_path: Path) -> None:
     base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
     convert(base, tmp_path / "ours")
     assert "class_path" in json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -79,7 +79,7 @@ def test_a_published_model_comes_and_goes(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], tensor) for name, tensor in first.items())
 
 
-def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None:
+def test_conversion_to_hf_drops_added_memories(tmp_path: Path) -> None:
     base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
     model = Retrofit(str(base), [partial(CompressedMemory, window=4, compression_rate=2, num_entries=6)])(40)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_tasks_folder_keeps_its_task(tmp_path: Path) -> None:
+def test_conversion_keeps_the_task(tmp_path: Path) -> None:
     original = predictor("classification")
     original.save(tmp_path / "task")
     assert convert(tmp_path / "task", tmp_path / "out").extra_files == ["task.json", "tokenizer.json"]

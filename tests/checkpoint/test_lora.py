@@ -7,7 +7,7 @@ import torch
 from memtx.checkpoint.lora import merge_lora
 
 
-def test_adapted_maps_get_what_adapts_them_and_the_rest_stays() -> None:
+def test_adapters_are_merged_and_other_weights_unchanged() -> None:
     draw = torch.Generator().manual_seed(0)
     down, up, weight, bias = (torch.randn(size, generator=draw) for size in ((2, 5), (4, 2), (4, 5), (4,)))
     weights = {
@@ -26,7 +26,7 @@ def test_adapted_maps_get_what_adapts_them_and_the_rest_stays() -> None:
     assert all(torch.equal(weights[name], tensor) for name, tensor in copies.items())
 
 
-def test_in_half_precision_the_sum_alone_is_rounded() -> None:
+def test_half_precision_merge_rounds_once() -> None:
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 64, generator=draw).bfloat16()
     down, up = torch.randn(4, 64, generator=draw), torch.randn(64, 4, generator=draw)

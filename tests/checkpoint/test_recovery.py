@@ -36,7 +36,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+def test_newest_undamaged_checkpoint_is_found(tmp_path: Path) -> None:
     assert recovery.find_latest_valid(tmp_path) is None
     save(tmp_path / "last.ckpt", 9)
     save(tmp_path / "earlier-00000006.ckpt", 6)
@@ -67,7 +67,7 @@ def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
         recovery.find_latest_valid(tmp_path)
 
 
-def test_by_the_step_not_by_the_clock(tmp_path: Path) -> None:
+def test_newest_is_chosen_by_step_not_time(tmp_path: Path) -> None:
     for step in (5, 3, 4):
         save(tmp_path / f"earlier-{step:08d}.ckpt", step)
     recovered = recovery.find_latest_valid(tmp_path)
@@ -79,7 +79,7 @@ def test_by_the_step_not_by_the_clock(tmp_path: Path) -> None:
     assert recovery.find_latest_valid(tmp_path, max_step=2) is None
 
 
-def test_one_from_within_a_step_is_passed_over(tmp_path: Path) -> None:
+def test_checkpoint_within_a_step_is_skipped(tmp_path: Path) -> None:
     save(tmp_path / "step-00000005.ckpt", 5, has_stepped=False)
     save(tmp_path / "last.ckpt", 4, has_stepped=True)
     recovered = recovery.find_latest_valid(tmp_path)
@@ -87,14 +87,14 @@ def test_one_from_within_a_step_is_passed_over(tmp_path: Path) -> None:
     assert recovered.step == 4
 
 
-def test_exchanged_ones_are_noticed(tmp_path: Path) -> None:
+def test_exchanged_checkpoints_are_detected(tmp_path: Path) -> None:
     save(tmp_path / "earlier-00000005.ckpt", 3)
     save(tmp_path / "earlier-00000003.ckpt", 5)
     with pytest.raises(CheckpointError, match="of step 5"):
         recovery.find_latest_valid(tmp_path)
 
 
-def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_damage_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small version of scripts/damage_checkpoints.py."""
     monkeypatch.syspath_prepend(str(HOME / "scripts"))
     import damage_checkpoints
@@ -112,7 +112,9 @@ def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("plugin", [AtomicCheckpointIO, AsyncAtomicCheckpointIO])
 @pytest.mark.parametrize(("keep", "earlier"), [(1, []), (2, [6]), (4, [2, 4, 6])])
-def test_as_many_are_kept(tmp_path: Path, plugin: type[AtomicCheckpointIO], keep: int, earlier: list[int]) -> None:
+def test_keep_last_checkpoints_are_kept(
+    tmp_path: Path, plugin: type[AtomicCheckpointIO], keep: int, earlier: list[int]
+) -> None:
     folder = tmp_path / "checkpoints"
     options = {"every_n_train_steps": 2, "keep_last": keep}
     run = trainer(
@@ -126,7 +128,7 @@ def test_as_many_are_kept(tmp_path: Path, plugin: type[AtomicCheckpointIO], keep
         assert torch.load(path, weights_only=True)["global_step"] == checksummed_zip.read_step(path) == named
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / ".last.ckpt.0123abcd.tmp").write_bytes(b"half of it")
@@ -136,7 +138,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert names(folder) == ["last.ckpt", "mine.tmp"]
 
 
-def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
+def test_damaged_last_checkpoint_is_not_kept_as_earlier(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     settings: dict[str, Any] = {"limit_val_batches": 0}
     for steps in (4, 6):
@@ -151,7 +153,7 @@ def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
     checksummed_zip.verify(folder / "earlier-00000004.ckpt")
 
 
-def test_a_copy_is_what_was(tmp_path: Path) -> None:
+def test_copy_is_independent_and_shares_storage(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     values = {"a": shared, "b": shared.view(2, 3).t(), "list": [1, {"n": torch.tensor(2)}], "text": "x"}
     copied = copy_to_cpu(values)
@@ -169,7 +171,7 @@ def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
         writes.save_checkpoint({"global_step": step}, folder / f"{step}")
 
 
-def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_async_writes_happen_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes, waits = AsyncAtomicCheckpointIO(), []
     whole = AtomicCheckpointIO.save_checkpoint
 
@@ -204,7 +206,7 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     "writer",
     ["training.AtomicCheckpointIO", pytest.param("async_io.AsyncAtomicCheckpointIO", marks=pytest.mark.slow)],
 )
-def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, writer: str) -> None:
+def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 8)
     config["trainer"] |= {"plugins": [{"class_path": f"memtx.checkpoint.{writer}"}], "val_check_interval": 3}
     config["checkpoint"] = {"every_n_train_steps": 2}

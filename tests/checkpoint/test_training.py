@@ -31,7 +31,7 @@ class Unpicklable:
         raise OSError(28, "No space left on device")
 
 
-def test_whole_or_not_there(tmp_path: Path) -> None:
+def test_save_is_atomic(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "folder" / "a.ckpt"
     io.save_checkpoint({"step": torch.tensor(1)}, path)
     with pytest.raises(MemtxError, match="No space left"):
@@ -42,7 +42,7 @@ def test_whole_or_not_there(tmp_path: Path) -> None:
     assert not path.exists()
 
 
-def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "a.ckpt"
     with pytest.raises(CheckpointError, match="does not exist"):
         io.load_checkpoint(path)
@@ -63,7 +63,7 @@ class Evil:
         return (Evil.ran.append, (1,))
 
 
-def test_nothing_in_it_is_run(tmp_path: Path) -> None:
+def test_loading_executes_nothing(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "a.ckpt"
     torch.save({"weights": Evil()}, path)
     # Also where the caller would have trusted it.
@@ -105,7 +105,7 @@ class Steps(pl.Callback):
         (None, {"max_steps": 4, "val_check_interval": 3, "accumulate_grad_batches": 2}, [None, None, 2, 3, 4]),
     ],
 )
-def test_last_is_the_last(
+def test_last_checkpoint_is_from_the_last_step(
     tmp_path: Path, every: int | None, options: dict[str, Any], expected: list[int | None]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -115,7 +115,7 @@ def test_last_is_the_last(
     assert [steps.found[step] for step in sorted(steps.found)] == expected
 
 
-def test_best_is_the_best(tmp_path: Path) -> None:
+def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
     folder, record = tmp_path / "run" / "checkpoints", Record()
     keep = BestCheckpoint(str(folder), every_n_train_steps=1)
     # A rate that is too high from some step on: the best is neither the first nor the last.
@@ -145,7 +145,7 @@ def rise(step: int) -> float:
     return 1.0 if step < 5 else 300.0
 
 
-def test_settings_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="every_n_train_steps is 0"):
         BestCheckpoint(every_n_train_steps=0)
 
@@ -166,7 +166,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         module().on_load_checkpoint(old)
 
 
-def test_memory_is_kept_by_stage() -> None:
+def test_state_is_kept_per_stage() -> None:
     reader, carry = model(), Carry()
     state = carry.get_state("train", reader, 2)
     tokens = torch.randint(0, 257, (2, 9))
@@ -191,7 +191,7 @@ def test_memory_is_kept_by_stage() -> None:
         other.get_state("train", model(memories=(memory(window=9),)), 2)
 
 
-def test_random_numbers_go_on(tmp_path: Path) -> None:
+def test_random_numbers_continue_after_restore(tmp_path: Path) -> None:
     import random
 
     import numpy
@@ -208,7 +208,7 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     assert draw() == first
 
 
-def test_ctrl_c_saves_and_goes_on(program: Program, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_run_resumes(program: Program, tmp_path: Path) -> None:
     config = changed(("trainer", "max_steps"), 6)
     config["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 5}
     at = runs.prepare(tmp_path, config)
@@ -224,7 +224,7 @@ def test_ctrl_c_saves_and_goes_on(program: Program, tmp_path: Path) -> None:
     assert runs.weights(at, "struck") == runs.weights(at, "whole")
 
 
-def test_signals_are_put_back(tmp_path: Path) -> None:
+def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     trainer(tmp_path, StopOnInterrupt(), max_steps=1, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

@@ -67,7 +67,7 @@ def test_any_segmentation_gives_the_reference(tmp_path: Path, kind: str, lengths
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_recorded_folders_streamed(parity: Path, kind: str) -> None:
+def test_recorded_folders_match_in_streams(parity: Path, kind: str) -> None:
     for folder in folders(parity, kind):
         io = load_file(folder / "io.safetensors")
         model = MemoryTransformer.from_pretrained(folder)
@@ -177,7 +177,7 @@ def test_every_form_on_disk_gives_one_model(tmp_path: Path, form: Any) -> None:
     assert torch.equal(read(folder)(TOKENS).logits, expected)
 
 
-def test_a_body_alone_with_old_tables_and_a_tied_head_that_is_written(tmp_path: Path) -> None:
+def test_backbone_with_legacy_tables_and_stored_tied_head(tmp_path: Path) -> None:
     tensors = {name.removeprefix("transformer."): x for name, x in plain.gpt2().items()}
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "lm_head.weight": tensors["wte.weight"] + 0}
     folder = write(tmp_path / "read", GPT2, tensors)
@@ -187,7 +187,7 @@ def test_a_body_alone_with_old_tables_and_a_tied_head_that_is_written(tmp_path: 
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
-def test_numbers_of_several_types_are_held_in_the_widest_and_written_as_they_were(tmp_path: Path) -> None:
+def test_mixed_dtypes_load_in_the_widest_and_save_unchanged(tmp_path: Path) -> None:
     tensors = tensors_of(LLAMA)
     mixed = {name: x if "norm" in name else x.bfloat16() for name, x in tensors.items()}
     folder = write(tmp_path / "read", LLAMA, mixed)
@@ -197,7 +197,7 @@ def test_numbers_of_several_types_are_held_in_the_widest_and_written_as_they_wer
     assert_kept(tmp_path / "written", mixed, (folder / "config.json").read_text())
 
 
-def test_the_window_is_the_models_own_or_as_asked(tmp_path: Path) -> None:
+def test_window_defaults_to_the_models_or_is_set(tmp_path: Path) -> None:
     def seen(folder: Path, **options: Any) -> list[int]:
         return [block.attention.memory.window for block in read(folder, **options).blocks]
 
@@ -214,7 +214,7 @@ def test_the_window_is_the_models_own_or_as_asked(tmp_path: Path) -> None:
         MemoryTransformer.from_pretrained(tmp_path / "own", window=9)
 
 
-def test_a_gpt2_reads_on_past_its_last_position(tmp_path: Path) -> None:
+def test_gpt2_reads_past_its_last_position(tmp_path: Path) -> None:
     model = read(write(tmp_path, GPT2, tensors_of(GPT2)))
     tokens = TOKENS.repeat(1, 6)
     whole = streamed(model, [tokens.shape[1]], tokens)
@@ -258,7 +258,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         (GPT2, {"n_head": 5}, r"dim \(12\) must be divisible by heads \(5\)"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(
+def test_error_names_the_config_key(
     tmp_path: Path, config: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(MemtxError, match=message):
@@ -308,7 +308,7 @@ def test_loading_holds_the_weights_and_little_more(tmp_path: Path, kind: str) ->
     assert grown < 1.1 * weights, f"{grown / weights:.3f} of the weights"
 
 
-def test_the_folders_tokenizer_is_used(tmp_path: Path) -> None:
+def test_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
     from memtx.checkpoint.load import load_model_and_tokenizer
     from memtx.data.tokenizers import BytePairTokenizer
 

@@ -44,7 +44,7 @@ def test_read_and_written_back_byte_for_byte(tmp_path: Path, dtype: torch.dtype)
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
-def test_what_the_layout_holds_beside_the_model_is_kept(tmp_path: Path) -> None:
+def test_extra_tensors_of_the_layout_are_kept(tmp_path: Path) -> None:
     tensors = bert()
     embedding = tensors["bert.embeddings.word_embeddings.weight"]
     tensors |= {
@@ -71,7 +71,7 @@ def test_what_the_layout_holds_beside_the_model_is_kept(tmp_path: Path) -> None:
         assert torch.equal(trained[name], embedding + 1.0)
 
 
-def test_a_decoder_with_numbers_of_its_own_is_not_the_embedding(tmp_path: Path) -> None:
+def test_decoder_with_other_values_is_untied(tmp_path: Path) -> None:
     tensors = bert()
     tensors["cls.predictions.decoder.weight"] = torch.randn(20, 8)
     folder = write(tmp_path / "read", BERT, tensors)
@@ -152,7 +152,7 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "lacks bert.encoder.layer.2"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, object], message: str) -> None:
+def test_error_names_the_config_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         memtx.from_pretrained(write(tmp_path, {**BERT, **change}, bert()))
 
@@ -198,7 +198,7 @@ def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         memtx.from_pretrained(folder)
 
 
-def test_a_model_of_our_own_has_no_layout_to_go_back_to(tmp_path: Path) -> None:
+def test_own_model_has_no_hf_layout(tmp_path: Path) -> None:
     model = Encoder(20, dim=8, depth=1, heads=2).eval()
     with pytest.raises(MemtxError, match="save_pretrained"):
         memtx.hf.save(model, tmp_path)

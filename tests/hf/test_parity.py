@@ -87,7 +87,7 @@ def test_every_segment_of_transformer_xl_and_its_state(parity: Path) -> None:
                 assert gap.abs().max() < TOLERANCE, f"{folder.name}: memory {layer} after segment {segment}"
 
 
-def test_random_blocks_are_those_recorded_and_can_be_given(parity: Path) -> None:
+def test_random_blocks_match_recorded_ones_and_can_be_passed(parity: Path) -> None:
     for folder in folders(parity, "big_bird"):
         io = load_file(folder / "io.safetensors")
         recorded = {

@@ -76,9 +76,7 @@ def opened(model: MemoryTransformer) -> MemoryTransformer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"positions": Alibi, "kv_heads": 2}], ids=["rotary", "alibi"])
-def test_within_the_window_nothing_changes_and_beyond_it_nothing_but_the_window(
-    kind: str, options: dict[str, Any]
-) -> None:
+def test_closed_gates_change_nothing_but_the_window(kind: str, options: dict[str, Any]) -> None:
     model = base(**options)
     adapted = model.with_memory(KINDS[kind], window=WINDOW, num_sinks=0)
     torch.testing.assert_close(logits(adapted)[:, :WINDOW], logits(model)[:, :WINDOW], rtol=0, atol=EXACT)
@@ -91,7 +89,7 @@ def test_within_the_window_nothing_changes_and_beyond_it_nothing_but_the_window(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_how_a_stream_is_cut_does_not_matter(kind: str) -> None:
+def test_segmentation_invariance(kind: str) -> None:
     adapted = opened(base().with_memory(KINDS[kind], window=WINDOW, num_sinks=2))
     whole = logits(adapted)
     torch.testing.assert_close(logits(adapted, TOKENS, 3, 1, 20, 26), whole, rtol=0, atol=EXACT)
@@ -101,7 +99,7 @@ def test_how_a_stream_is_cut_does_not_matter(kind: str) -> None:
     torch.testing.assert_close(steps, whole[:, 30:], rtol=0, atol=EXACT)
 
 
-def test_a_gate_of_one_is_one_softmax_with_the_bank() -> None:
+def test_gate_of_one_equals_a_joint_softmax() -> None:
     memory = partial(CompressedMemory, window=WINDOW, compression_rate=2, num_entries=6, compression=MeanPooling)
     adapted = base().with_memory([memory], num_sinks=0)
     with torch.no_grad():
@@ -112,7 +110,7 @@ def test_a_gate_of_one_is_one_softmax_with_the_bank() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]])
-def test_gates_learn_at_once_and_what_they_hold_back_from_then_on(kind: str) -> None:
+def test_gates_learn_first_and_memories_once_gates_open(kind: str) -> None:
     adapted = base().with_memory(KINDS[kind], window=WINDOW, num_sinks=1).train()
     memory = adapted.memory_parameters()
     adapted(TOKENS, labels=TOKENS).loss.backward()
@@ -123,7 +121,7 @@ def test_gates_learn_at_once_and_what_they_hold_back_from_then_on(kind: str) -> 
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in memory.values())
 
 
-def test_the_weights_are_shared_and_the_chosen_layers_alone_get_it() -> None:
+def test_weights_are_shared_and_only_chosen_layers_change() -> None:
     model = base()
     adapted = model.with_memory([partial(AssociativeMemory, heads=2)], window=WINDOW, layers=[-1])
     assert [len(block.attention.extra_memories) for block in adapted.blocks] == [1, 1, 2]
@@ -138,7 +136,7 @@ def test_the_weights_are_shared_and_the_chosen_layers_alone_get_it() -> None:
     assert model.blocks[0].attention.memory.window == 64
 
 
-def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     adapted = opened(base().with_memory(KINDS["several"], window=WINDOW, layers=[0, 2]))
     adapted.save_pretrained(tmp_path)
     again = MemoryTransformer.from_pretrained(tmp_path)
@@ -146,14 +144,14 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
     assert again.fingerprint == adapted.fingerprint
 
 
-def test_a_narrower_window_of_a_layers_own_is_kept() -> None:
+def test_narrower_layer_window_is_kept() -> None:
     model = base(memories=[partial(RecurrentMemory, window=window) for window in (64, 5, 64)])
     adapted = model.with_memory(window=WINDOW)
     assert [block.attention.memory.window for block in adapted.blocks] == [8, 5, 8]
     assert [block.attention.extra_memories[0].exclude_recent for block in adapted.blocks] == [8, 5, 8]
 
 
-def test_a_published_folder_gets_one_in_one_call(tmp_path: Path) -> None:
+def test_retrofit_adds_memory_to_an_hf_folder(tmp_path: Path) -> None:
     folder = write(tmp_path, plain.QWEN3, plain.llama(plain.QWEN3))
     memory = partial(CompressedMemory, window=WINDOW, compression_rate=2, num_entries=6)
     adapted = Retrofit(str(folder), [memory])(40).eval()
@@ -166,7 +164,7 @@ def test_a_published_folder_gets_one_in_one_call(tmp_path: Path) -> None:
         Retrofit(str(folder))(41)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model = base()
     with pytest.raises(MemtxError, match="layers names 3"):
         model.with_memory(layers=[3])

@@ -22,7 +22,7 @@ def create_model(device: str) -> MemoryTransformer:
     return MemoryTransformer(50, dim=128, depth=2, heads=2, memories=[memory]).to(device)
 
 
-def test_two_segments_and_their_gradients_equal_the_cpu_s() -> None:
+def test_two_segments_and_gradients_match_cpu() -> None:
     tokens = torch.randint(0, 50, (3, 101), generator=torch.Generator().manual_seed(1))
     losses, grads = [], []
     for device in ("cpu", "cuda"):
@@ -52,7 +52,7 @@ def test_replayed_steps_equal_eager_ones(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["graph", "compiled"])
-def test_replayed_steps_equal_eager_ones_while_rows_come_and_go(how: str) -> None:
+def test_replayed_steps_equal_eager_ones_while_streams_change(how: str) -> None:
     model = create_model("cuda")
     tokens = torch.randint(0, 50, (60, 5), device="cuda")
     state = model(tokens[:30].T).state

@@ -56,7 +56,7 @@ def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = N
 
 
 @pytest.mark.parametrize("types", [0, 2])
-def test_everyone_sees_every_token_and_no_padding(types: int) -> None:
+def test_full_attention_ignores_padding(types: int) -> None:
     embeddings = partial(TextEmbeddings, num_positions=20, type_vocab_size=types, pad_token_id=0)
     model = widened(Encoder(20, 8, 2, 2, embeddings=embeddings))
     token_types = (TOKENS > 9).long() if types else None
@@ -74,7 +74,7 @@ def test_everyone_sees_every_token_and_no_padding(types: int) -> None:
         assert torch.allclose(actual_grad, expected_grad, rtol=1e-9, atol=1e-9)
 
 
-def test_what_cannot_be_is_named() -> None:
+def test_invalid_settings_are_refused() -> None:
     embeddings = partial(TextEmbeddings, num_positions=15, pad_token_id=0)
     model = Encoder(20, 8, 1, 2, embeddings=embeddings)
     with pytest.raises(MemtxError, match=r"20 tokens needs 20 positions, the model has 15"):

@@ -69,7 +69,7 @@ def test_every_parameter_learns(body: str) -> None:
     assert [name for name, parameter in task_model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_document_is_scored_alike_however_it_is_cut() -> None:
+def test_document_score_is_independent_of_segment_length() -> None:
     tokens = torch.randint(0, 50, (2, 37))
     results = []
     for segment in (5, 8, 64):
@@ -94,7 +94,7 @@ def test_a_document_is_scored_alike_however_it_is_cut() -> None:
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_it_is_kept_and_read_again(body: str, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(body: str, tmp_path: Path) -> None:
     task_model = model(body, "first").float()
     task_model.save_pretrained(tmp_path)
     again = TaskModel.from_pretrained(tmp_path)
@@ -108,7 +108,7 @@ def test_pooling() -> None:
     torch.testing.assert_close(MeanPooling(8)(x, present), torch.stack([x[0, :2].mean(0), x[1].mean(0)]))
 
 
-def test_what_cannot_be_a_body_is_refused() -> None:
+def test_invalid_backbones_are_refused() -> None:
     with pytest.raises(MemtxError, match="backbone is a Reformer"):
         TaskModel(50, 2, Reformer)
     with pytest.raises(MemtxError, match="num_labels is 0"):

@@ -38,7 +38,7 @@ def _widest(model: MemoryTransformer, tokens: torch.Tensor, document_starts: tor
     return max(seen)
 
 
-def test_parts_are_the_whole() -> None:
+def test_chunked_call_equals_whole_call() -> None:
     model, tokens = _model(per_call=False), _tokens(2)
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     document_starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
@@ -56,5 +56,5 @@ def test_parts_are_the_whole() -> None:
         assert (state.bank - parts_state.bank).abs().max() < ROUNDING
 
 
-def test_a_schedule_by_calls_is_not_cut() -> None:
+def test_per_segment_schedule_is_not_chunked() -> None:
     assert _widest(_model(per_call=True), _tokens(1), None) == LENGTH

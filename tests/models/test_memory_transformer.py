@@ -45,14 +45,14 @@ def test_output_fields() -> None:
     assert (scored.nll[:, -1] == 0).all()
 
 
-def test_labels_that_are_all_ignored_cost_nothing() -> None:
+def test_all_labels_ignored_gives_zero_loss() -> None:
     out = small()(TOKENS, labels=torch.full_like(TOKENS, -100))
     assert out.loss == 0.0
     out.loss.backward()
 
 
 @pytest.mark.parametrize("name", sorted(COMPRESSIONS.keys() - {"mean", "max", "most_used"}))
-def test_a_learned_compression_learns_from_the_language_model_at_horizon_one(name: str) -> None:
+def test_learned_compression_learns_from_language_loss_with_one_segment(name: str) -> None:
     memory = partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, compression=COMPRESSIONS[name])
     model = small(memories=[memory])
     state = model(TOKENS[:, :8]).state.detach()
@@ -105,14 +105,14 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
     assert all(tensor.grad.abs().max() > 0 for name, tensor in model.named_parameters() if "key_value" in name)
 
 
-def test_reconstruction_is_for_training_alone() -> None:
+def test_reconstruction_runs_in_training_only() -> None:
     model = small(
         memories=[partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)]
     )
     assert model.eval()(TOKENS[:, :-1], labels=TOKENS[:, 1:]).aux_losses == {}
 
 
-def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
+def test_every_parameter_has_a_gradient_without_compressed_blocks() -> None:
     memory = partial(CompressedMemory, window=50, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)
     model = small(memories=[memory])
     model(TOKENS[:, :2], labels=TOKENS[:, 1:3]).loss.backward()
@@ -134,7 +134,7 @@ def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
         {"memories": [partial(CompressedMemory, compression=partial(AttentionPooling, heads=2))]},
     ],
 )
-def test_kept_on_disk_and_read_back(options: dict[str, Any], tmp_path: Path) -> None:
+def test_save_and_load_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
     model = small(**options).eval()
     model.save_pretrained(tmp_path / "model")
     for loaded in (memtx.from_pretrained(tmp_path / "model"), MemoryTransformer.from_pretrained(tmp_path / "model")):
@@ -145,7 +145,7 @@ def test_kept_on_disk_and_read_back(options: dict[str, Any], tmp_path: Path) -> 
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_kept_in_half_precision(tmp_path: Path) -> None:
+def test_half_precision_round_trip(tmp_path: Path) -> None:
     model = small().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert MemoryTransformer.from_pretrained(tmp_path).embedding.weight.dtype == torch.bfloat16
@@ -179,7 +179,7 @@ def _changed(folder: Path, change: Any) -> None:
         (lambda c: c.clear(), "does not describe"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+def test_mismatched_folder_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     small().save_pretrained(tmp_path)
     _changed(tmp_path, change)
     with pytest.raises(CheckpointError, match=message):
@@ -216,12 +216,12 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
         ({"dim": 6, "heads": 2}, "even width"),
     ],
 )
-def test_settings_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         small(**options)
 
 
-def test_calls_that_cannot_be_are_named() -> None:
+def test_invalid_calls_are_refused() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])
@@ -246,7 +246,7 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> Non
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -> None:
+def test_activation_checkpointing_gives_equal_gradients_and_stores_less(dropout: float) -> None:
     torch.manual_seed(0)
     memory = partial(
         CompressedMemory, window=8, compression_rate=2, num_entries=4, reconstruction=AttentionReconstruction
@@ -276,7 +276,7 @@ def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -
     assert some_kept < all_kept / 3
 
 
-def test_a_compiled_model_is_made_once_however_full_its_memory() -> None:
+def test_compiles_once_at_any_memory_fill() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     model = small()

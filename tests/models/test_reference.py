@@ -103,7 +103,7 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
         assert ((a if a is not None else 0.0) - b).abs().max() < 1e-9
 
 
-def test_a_window_that_holds_all_is_the_plain_causal_transformer() -> None:
+def test_full_window_equals_plain_causal_transformer() -> None:
     torch.manual_seed(0)
     model = MemoryTransformer(7, dim=8, depth=2, heads=2, memories=[partial(RecurrentMemory, window=64)]).double()
     tokens = torch.randint(0, 7, (30,))

@@ -104,7 +104,7 @@ def plain(model: Reformer, tokens: Tensor, present: Tensor) -> Tensor:
 
 @given(data=st.data())
 @settings(max_examples=8)
-def test_logits_and_gradients_are_the_articles(data: st.DataObject) -> None:
+def test_logits_and_gradients_match_plain_reformer(data: st.DataObject) -> None:
     causal = data.draw(st.booleans())
     chunk = data.draw(st.sampled_from([2, 4]))
 
@@ -147,7 +147,7 @@ LAYERS = [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_l
 TOKENS = torch.randint(1, 20, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-def test_hidden_states_do_not_change_the_rest() -> None:
+def test_requesting_hidden_states_changes_nothing_else() -> None:
     model = small(
         [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2, seed=3)]
     )
@@ -160,7 +160,7 @@ def test_hidden_states_do_not_change_the_rest() -> None:
         assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
 
 
-def test_what_is_dropped_forward_is_dropped_backward() -> None:
+def test_dropout_is_equal_in_forward_and_backward() -> None:
     attentions = [
         partial(LocalAttention, chunk_length=4, dropout=0.3),
         partial(LSHAttention, chunk_length=4, dropout=0.3, seed=1),
@@ -236,7 +236,7 @@ def test_the_memory_of_a_step_does_not_grow_with_depth() -> None:
     assert peak(16, keep=True) > 2 * few
 
 
-def test_ever_new_directions_without_a_seed() -> None:
+def test_rotations_are_random_without_a_seed() -> None:
     model = small([partial(LSHAttention, chunk_length=4, num_buckets=8)])
     with torch.no_grad():
         assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
@@ -245,7 +245,7 @@ def test_ever_new_directions_without_a_seed() -> None:
         assert torch.equal(seeded(TOKENS).logits, seeded(TOKENS).logits)
 
 
-def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     model = small([partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, seed=1)]).float()
     model.save_pretrained(tmp_path)
     again = memtx.from_pretrained(tmp_path)
@@ -269,6 +269,6 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
         (lambda: small(LAYERS)(TOKENS, TOKENS[:, 1:]), "attention_mask is"),
     ],
 )
-def test_what_cannot_be_is_named(make: Any, message: str) -> None:
+def test_invalid_settings_are_refused(make: Any, message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         make()

@@ -33,7 +33,7 @@ def small(interval: int = 5, count: int = 2, window: int = WINDOW, depth: int = 
 
 
 @given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 30), st.integers(0, 20), st.integers(0, 999))
-def test_cuts_are_where_some_row_s_interval_ends(
+def test_chunk_ends_are_interval_ends_of_any_stream(
     interval: int, batch_size: int, length: int, past_length: int, seed: int
 ) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -97,14 +97,14 @@ def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("interval", "count"), [(1, 1), (4, 3), (5, 2), (50, 2)])
-def test_it_is_the_recurrence_by_hand(interval: int, count: int) -> None:
+def test_matches_hand_written_recurrence(interval: int, count: int) -> None:
     model = small(interval, count, window=100)
     with torch.no_grad():
         actual = model(TOKENS[:1, :23]).logits
         assert (actual - by_hand(model, TOKENS[:1, :23], interval)).abs().max() < EXACT
 
 
-def test_they_reach_past_the_window() -> None:
+def test_memory_tokens_reach_past_the_window() -> None:
     """Two layers of a window of 3 reach 4 tokens back, and the tokens as far as there are intervals."""
     changed = TOKENS.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 11
@@ -113,7 +113,7 @@ def test_they_reach_past_the_window() -> None:
         assert reached == (not torch.equal(model(TOKENS).logits[:, -1], model(changed).logits[:, -1]))
 
 
-def test_gradients_go_from_the_last_interval_to_the_first() -> None:
+def test_gradients_flow_from_last_interval_to_first() -> None:
     """Through the tokens alone: the window is far too short."""
     model = small(interval=3, window=3)
     embedded: list[Tensor] = []
@@ -123,7 +123,7 @@ def test_gradients_go_from_the_last_interval_to_the_first() -> None:
     assert float(grad[:, 0].abs().min()) > 0
 
 
-def test_layers_must_agree() -> None:
+def test_layers_must_have_equal_memory_tokens() -> None:
     window = partial(RecurrentMemory, window=8)
     first, second = (partial(TokenMemory, num_tokens=count, interval=4) for count in (2, 3))
     for memories in ([[window, first], NoMemory], [[window, first], [window, second]], [[window, first, first]]):

@@ -26,7 +26,7 @@ def small(*memories: Any, depth: int = 2) -> MemoryTransformer:
 
 
 @pytest.mark.parametrize("memories", [(STACK,), (STACK, NoMemory), (WINDOW, [NoMemory, RunningMean])])
-def test_kept_on_disk_and_read_back(memories: Any, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(memories: Any, tmp_path: Path) -> None:
     model = small(*memories)
     model.save_pretrained(tmp_path / "model")
     loaded = memtx.from_pretrained(tmp_path / "model")
@@ -50,7 +50,7 @@ def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
     assert first[1].map.weight is not first[2].map.weight
 
 
-def test_a_layer_with_one_memory_is_what_it_was() -> None:
+def test_single_memory_layer_is_unchanged() -> None:
     """Names of weights and states, and the config, are those of files written before there were stacks."""
     model = small(partial(CompressedMemory, window=4, compression_rate=2, num_entries=3), depth=1)
     assert not any("extra_memories" in name for name in model.state_dict())
@@ -78,7 +78,7 @@ def test_a_stack_is_compiled_as_one_graph(kind: str) -> None:
     assert actual.state.equals(plain.state, 1e-5)
 
 
-def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -> None:
+def test_extra_memory_reaches_past_window_unless_gate_is_zero() -> None:
     other = TOKENS.clone()
     other[:, 0] = (other[:, 0] + 1) % 11
     near, far = small([WINDOW, RunningMean], depth=1), small([WINDOW, partial(RunningMean, gain=0.0)], depth=1)
@@ -96,6 +96,6 @@ def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -
         ((STACK, STACK, STACK), "3 memories for 2 layers"),
     ],
 )
-def test_stacks_that_cannot_be_are_named(memories: Any, message: str) -> None:
+def test_invalid_stacks_are_refused(memories: Any, message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         small(*memories)

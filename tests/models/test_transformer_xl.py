@@ -118,7 +118,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_segment_is_the_articles(options: dict[str, Any]) -> None:
+def test_every_segment_matches_plain_transformer_xl(options: dict[str, Any]) -> None:
     model = small(**options)
     state, memory = None, [torch.zeros(6, 8, dtype=torch.float64)] * 2
     for part in (TOKENS[:1, :5], TOKENS[:1, 5:6], TOKENS[:1, 6:16]):
@@ -143,7 +143,7 @@ def test_every_segment_is_the_articles(options: dict[str, Any]) -> None:
 
 
 @given(cuts=st.lists(st.integers(1, 25), max_size=4))
-def test_how_a_stream_is_cut_does_not_matter_where_every_query_sees_as_many(cuts: list[int]) -> None:
+def test_same_length_is_invariant_to_segmentation(cuts: list[int]) -> None:
     model = small(same_length=True)
     document_starts = torch.zeros(3, 26, dtype=torch.bool)
     document_starts[1, 9], document_starts[2, 0], document_starts[2, 20] = True, True, True
@@ -159,7 +159,7 @@ def test_how_a_stream_is_cut_does_not_matter_where_every_query_sees_as_many(cuts
     assert state.equals(whole.state, 1e-10)
 
 
-def test_rows_and_documents_are_alone_and_the_old_state_stays() -> None:
+def test_streams_and_documents_are_independent_and_state_is_unchanged() -> None:
     model = small(same_length=True)
     before = model(TOKENS).state
     copy = before.map(torch.clone)
@@ -177,7 +177,7 @@ def test_rows_and_documents_are_alone_and_the_old_state_stays() -> None:
     assert torch.equal(fresh.logits, model(TOKENS[:, :4]).logits)
 
 
-def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     model = small(**OPTIONS[4]).float()
     model.save_pretrained(tmp_path)
     again = memtx.from_pretrained(tmp_path)
@@ -199,12 +199,12 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
         ({"depth": 0}, "depth is 0"),
     ],
 )
-def test_settings_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         small(**options)
 
 
-def test_calls_that_cannot_be_are_named() -> None:
+def test_invalid_calls_are_refused() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])

@@ -24,7 +24,7 @@ def model(depth: int = 3) -> XLNet:
 
 
 @given(st.integers(1, 9))
-def test_scores_by_place_are_those_of_the_distance(n: int) -> None:
+def test_relative_shift_selects_the_distance(n: int) -> None:
     scores = torch.randn(2, n, 2 * n - 1)
     actual = bidirectional_relative_shift(scores)
     for query in range(n):
@@ -33,7 +33,7 @@ def test_scores_by_place_are_those_of_the_distance(n: int) -> None:
             assert torch.equal(actual[:, query, key], scores[:, query, n - 1 - query + key])
 
 
-def test_attention_is_its_definition() -> None:
+def test_two_stream_attention_matches_definition() -> None:
     torch.manual_seed(0)
     layer = TwoStreamAttention(8, 2).double()
     torch.nn.init.normal_(layer.content_bias)
@@ -63,7 +63,7 @@ def test_attention_is_its_definition() -> None:
         torch.testing.assert_close(actual[0, query], layer.out(parts.flatten()), atol=1e-12, rtol=0)
 
 
-def test_a_guess_sees_what_was_read_before_it_and_not_itself() -> None:
+def test_prediction_sees_earlier_ranks_but_not_itself() -> None:
     xlnet, n = model(), 9
     tokens = torch.randint(0, 40, (1, n))
     rank = torch.randperm(n)[None]
@@ -75,7 +75,7 @@ def test_a_guess_sees_what_was_read_before_it_and_not_itself() -> None:
         assert torch.equal(changed, rank[0] > rank[0, index])
 
 
-def test_the_same_words_elsewhere_are_guessed_otherwise() -> None:
+def test_prediction_depends_on_position() -> None:
     # The query knows where it stands.
     xlnet = model()
     tokens = torch.tensor([[5, 6, 7, 8]])
@@ -84,7 +84,7 @@ def test_the_same_words_elsewhere_are_guessed_otherwise() -> None:
     assert (logits[0, 3] - other[0, 3]).abs().max() > 1e-3
 
 
-def test_read_both_ways_it_is_an_encoder_for_tasks(tmp_path: Path) -> None:
+def test_bidirectional_xlnet_works_as_task_backbone(tmp_path: Path) -> None:
     xlnet = model()
     tokens = torch.randint(0, 40, (2, 7))
     alone = xlnet(tokens).last_hidden_state
@@ -97,7 +97,7 @@ def test_read_both_ways_it_is_an_encoder_for_tasks(tmp_path: Path) -> None:
     assert XLNet.from_pretrained(tmp_path).fingerprint == xlnet.fingerprint
 
 
-def test_only_what_is_scored_is_spelled() -> None:
+def test_logits_mask_selects_positions() -> None:
     xlnet = model()
     tokens, rank = torch.randint(0, 40, (2, 7)), torch.randperm(7).expand(2, -1)
     scored = torch.rand(2, 7) < 0.5
