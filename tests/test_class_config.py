@@ -1,4 +1,4 @@
-"""Parts to data and back, and what a config from elsewhere must not reach."""
+"""Factories as data and back, and classes that a config must not reach."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_built_factories_work() -> None:
 
 
 def test_partial_of_a_jsonargparse_instantiator() -> None:
-    """A partial around its instantiator, the class last among the positionals."""
+    """jsonargparse passes a partial of its instantiator, with the class as the last positional argument."""
 
     def instantiator(*args: Any, **options: Any) -> Any:
         raise AssertionError
@@ -82,7 +82,7 @@ def test_objects_without_class_path_are_refused(value: Any) -> None:
         ("memtx.memory.recurrent.RecurrentMemory", {"windw": 3}, "'windw'.*Did you mean 'window'"),
         ("not_imported_by_anyone.Thing", {}, "was not imported"),
         ("", {}, "was not imported"),
-        # The standard library is always imported, and files of memtx import it too.
+        # Modules of the standard library are always imported, also by memtx.
         ("os.system", {"command": "true"}, "neither a torch module nor a part of memtx"),
         ("subprocess.Popen", {"args": "true"}, "neither a torch module nor a part of memtx"),
         ("builtins.eval", {}, "neither a torch module nor a part of memtx"),

@@ -1,4 +1,4 @@
-"""Files are whole or not there, and what cannot be read says why."""
+"""Atomic files, and errors that name the reason."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
 )
 def test_unwritable_folder_is_reported(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "a"  # a file stands where a folder should
+    path = tmp_path / "file" / "a"  # a file in the place of its folder
     with pytest.raises(MemtxError, match="could not be written"):
         write(path)
 
@@ -127,7 +127,7 @@ def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
     files.replace(folder("second", "2"), target)
     assert names(tmp_path) == ["place"]
     assert (target / "a").read_text() == "2"
-    # A file in the place of a folder, and a folder in that of a file.
+    # A file replaces a folder, and a folder replaces a file.
     (tmp_path / "file").write_text("3")
     files.replace(tmp_path / "file", target)
     assert target.read_text() == "3"
@@ -138,7 +138,7 @@ def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_replace_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Killed before any of the renames and removals, one of the two folders is whole and in its place again."""
+    """Interrupted before any rename or removal, recover restores one of the two folders completely."""
     target, whole = tmp_path / "place", tmp_path / "whole"
     for folder in (target, whole):
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""A sealed file is a zip file like any other, and no byte of it can change unnoticed."""
+"""Zip files with a checksum: readable by any zip reader, and every changed byte is detected."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_file_without_comment_uses_zip_checksums(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="data/0"):
         checksummed_zip.verify(path)
-    # torch itself reads it: why there are seals.
+    # torch reads the damaged file, hence the checksum.
     assert not torch.equal(torch.load(path, weights_only=True)["weights"], CONTENT["weights"])
 
 

@@ -1,4 +1,4 @@
-"""What is kept in one form is the same model in another, and nothing is half-written."""
+"""Conversion keeps the model in every format and never leaves a partial folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_checkpoint_converts_to_folder(tmp_path: Path, byte_model: MemoryTransfo
     model, tokenizer = load_model_and_tokenizer(tmp_path / "deep" / "out")
     assert model.fingerprint == byte_model.fingerprint
     assert tokenizer.to_json() == ByteTokenizer().to_json()
-    # A folder of ours is as good a source, and a checkpoint of no text has no tokenizer.
+    # A pretrained folder is also a source; a checkpoint without text has no tokenizer.
     assert convert(tmp_path / "deep" / "out", tmp_path / "again").extra_files == ["tokenizer.json"]
     assert load_model_and_tokenizer(tmp_path / "again")[0].fingerprint == byte_model.fingerprint
     bare = checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={})

@@ -1,4 +1,4 @@
-"""Adapted weights by name: what is left is the names without adapters, and W + (alpha / rank) B A."""
+"""Merged adapters: names without adapters, and W + (alpha / rank) B A."""
 
 from __future__ import annotations
 

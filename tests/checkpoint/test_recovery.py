@@ -1,4 +1,4 @@
-"""A run goes on from the newest checkpoint that is whole, and keeps some for that."""
+"""Runs keep earlier checkpoints and resume from the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_damaged_last_checkpoint_is_not_kept_as_earlier(tmp_path: Path) -> None:
         run.fit(module(), datamodule=data(tmp_path), ckpt_path=begin and str(begin))
         if begin is None:
             flip(folder / "last.ckpt")
-    # Of step 4 both times, but only the one of the second run is whole.
+    # Both runs write one of step 4, but only the second run's is undamaged.
     assert names(folder) == ["earlier-00000004.ckpt", "last.ckpt"]
     checksummed_zip.verify(folder / "earlier-00000004.ckpt")
 
@@ -162,7 +162,7 @@ def test_copy_is_independent_and_shares_storage(tmp_path: Path) -> None:
     assert copied["a"].tolist() == [0, 1, 2, 3, 4, 5]
     assert copied["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert copied["list"] == [1, {"n": torch.tensor(2)}]
-    # Written once where the original is.
+    # Shared memory stays shared.
     assert copied["a"].untyped_storage().data_ptr() == copied["b"].untyped_storage().data_ptr()
 
 
@@ -189,9 +189,9 @@ def test_async_writes_happen_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     assert writes.load_checkpoint(tmp_path / "2") == {"global_step": 2}
     assert done == [1, 2]
     writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
-    # What was to follow is not done: the one before stays.
+    # Operations after a failed write are skipped: the previous checkpoint stays.
     writes.remove_checkpoint(tmp_path / "2")
-    # Said by the next save; where that is quicker than the thread, by one of those that wait for it.
+    # Raised by the next save or, if that is faster than the thread, by one that waits for it.
     with pytest.raises(MemtxError, match="No space"):
         save_on(writes, tmp_path, 1 + MAX_PENDING)
     writes.teardown()
@@ -225,7 +225,7 @@ def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path:
     assert "Going on from 'struck/checkpoints/" in line
     assert runs.losses(at, "struck") == runs.losses(at, "whole")
     assert runs.weights(at, "struck") == runs.weights(at, "whole")
-    # With none that is whole, the run does not begin anew by itself.
+    # Without an undamaged checkpoint, the run does not start again by itself.
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
     done = runs.fit(program, at, "struck")

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, named for what they are, and read without running anything."""
+"""Training checkpoints: atomic, named by their step, and read without executing anything."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Runs when it is unpickled."""
+    """Executes code when it is unpickled."""
 
     ran: list[int] = []  # noqa: RUF012
 
@@ -66,14 +66,14 @@ class Evil:
 def test_loading_executes_nothing(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "a.ckpt"
     torch.save({"weights": Evil()}, path)
-    # Also where the caller would have trusted it.
+    # Also if the caller asks for weights_only=False.
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         io.load_checkpoint(path, weights_only=False)
     assert Evil.ran == []
 
 
 class Steps(pl.Callback):
-    """Which step last.ckpt is of, after each batch and its validation."""
+    """Records the step of last.ckpt after each batch and its validation."""
 
     def __init__(self, last: Path) -> None:
         self.last = last
@@ -95,13 +95,13 @@ class Steps(pl.Callback):
 @pytest.mark.parametrize(
     ("every", "options", "expected"),
     [
-        # With no validation yet there is one all the same; the last step is kept whatever the rhythm.
+        # There is one before the first validation, and the last step is always saved.
         (2, {"max_steps": 7, "val_check_interval": 6}, [None, None, 2, 2, 4, 4, 6, 7]),
         (None, {"max_steps": 7, "val_check_interval": 3}, [None, None, None, 3, 3, 3, 6, 7]),
         (None, {"max_steps": 5, "limit_val_batches": 0}, [None] * 5 + [5]),
         (3, {"max_steps": 5, "limit_val_batches": 0}, [None, None, None, 3, 3, 5]),
         (None, {"max_steps": 5, "limit_val_batches": 0, "limit_train_batches": 2}, [None, None, 2, 2, 4, 5]),
-        # After two batches and a half, the step before is not written again: its successor is.
+        # A validation within an accumulation saves the following step, not the previous one again.
         (None, {"max_steps": 4, "val_check_interval": 3, "accumulate_grad_batches": 2}, [None, None, 2, 3, 4]),
     ],
 )
@@ -118,7 +118,7 @@ def test_last_checkpoint_is_from_the_last_step(
 def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
     folder, record = tmp_path / "run" / "checkpoints", Record()
     keep = BestCheckpoint(str(folder), every_n_train_steps=1)
-    # A rate that is too high from some step on: the best is neither the first nor the last.
+    # The learning rate becomes too high, so the best step is neither the first nor the last.
     run = trainer(tmp_path, record, keep, max_steps=10, val_check_interval=2)
     run.fit(
         module(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rise)),
@@ -132,7 +132,7 @@ def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
     names = ["best.json", "earlier-00000009.ckpt", "last.ckpt", note["path"]]
     assert sorted(file.name for file in folder.iterdir()) == names
     assert find_checkpoint(tmp_path / "run") == folder / note["path"]
-    # The weights are those that were measured.
+    # The weights are the validated ones.
     (metrics,) = trainer(tmp_path).validate(
         module(seed=3), datamodule=data(tmp_path), ckpt_path=str(folder / note["path"]), verbose=False
     )
@@ -217,7 +217,7 @@ def test_ctrl_c_saves_and_run_resumes(program: Program, tmp_path: Path) -> None:
         done = runs.fit(program, at, "struck", strike=strike, signal=int(number))
         assert done.code == EXIT_INTERRUPTED, done
         assert "Traceback" not in done.err
-        # To the end of the optimiser's step, so that nothing accumulated is lost.
+        # The optimizer step is finished, so that no accumulated gradient is lost.
         assert max(runs.losses(at, "struck")) == last
     assert runs.fit(program, at, "struck").code == 0
     assert runs.losses(at, "struck") == runs.losses(at, "whole")
@@ -228,7 +228,7 @@ def test_signal_handlers_are_restored(tmp_path: Path) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     trainer(tmp_path, StopOnInterrupt(), max_steps=1, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-    # Where a process cannot listen, it trains all the same.
+    # A process that cannot handle signals still trains.
     thread = threading.Thread(target=lambda: StopOnInterrupt().on_train_start(trainer(tmp_path), module()), daemon=True)
     thread.start()
     thread.join()

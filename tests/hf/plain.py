@@ -1,4 +1,4 @@
-"""Decoders of the published layouts written out in float64, with no part of the library: what a folder means."""
+"""Plain float64 reference decoders of the Hugging Face layouts, without any part of memtx."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GPT2: dict[str, Any] = {
 
 
 def llama(config: dict[str, Any]) -> dict[str, Tensor]:
-    """Random tensors of a config of Llama's family."""
+    """Return random tensors for a config of Llama's family."""
     dim, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     wide, narrow = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     kind = config["model_type"]
@@ -65,7 +65,7 @@ def llama(config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def gpt2(config: dict[str, Any] = GPT2) -> dict[str, Tensor]:
-    """Random tensors of a GPT-2."""
+    """Return random tensors for a GPT-2."""
     dim = config["n_embd"]
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (config["vocab_size"], dim),
@@ -83,12 +83,12 @@ def gpt2(config: dict[str, Any] = GPT2) -> dict[str, Tensor]:
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
-    """Divide by the root of the mean square."""
+    """Return x divided by its root mean square."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of (heads, n, width), of the newest ``window`` positions, side by side by head."""
+    """Return causal attention over the newest ``window`` positions, heads ``(heads, n, width)`` concatenated."""
     n = q.shape[1]
     age = torch.arange(n)[:, None] - torch.arange(n)
     seen = (age >= 0) & (age < (window if window is not None else n))
@@ -97,7 +97,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def llama_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Tensor, inverse: Tensor) -> Tensor:
-    """Return (n, vocab) of tokens (n,); ``inverse`` is how far each pair turns a position."""
+    """Return logits ``(n, vocab)`` of tokens ``(n,)``; ``inverse`` has each pair's angle per position."""
     weights = {name: x.double() for name, x in tensors.items()}
     heads, groups = config["num_attention_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
     angle = torch.arange(len(tokens)).double()[:, None] * inverse.double()
@@ -136,7 +136,7 @@ def llama_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Ten
 
 
 def gpt2_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """Return (n, vocab) of tokens (n,)."""
+    """Return logits ``(n, vocab)`` of tokens ``(n,)``."""
     weights = {name.removeprefix("transformer."): x.double() for name, x in tensors.items()}
 
     def normed(x: Tensor, name: str) -> Tensor:

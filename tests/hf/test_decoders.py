@@ -1,4 +1,4 @@
-"""Published decoders: a plain float64 reference, streams cut anywhere, what is written back, what is refused."""
+"""Hugging Face decoders: equal to a plain float64 reference, in segments, saved unchanged, invalid folders refused."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_recorded_folders_match_in_streams(parity: Path, kind: str) -> None:
                     out = model(part, state)
                 state = out.state
                 parts.append(out.logits)
-            # float32, sums in another order; the project's own promise.
+            # float32, sums in another order
             assert (torch.cat(parts, dim=1) - io["logits"]).abs().max() < 1e-4, f"{folder.name}: {lengths}"
 
 
@@ -97,7 +97,7 @@ def llama3(pair: float, turns: float) -> float:
 
 
 def yarn(pair: float, turns: float) -> float:
-    def at(turns: float) -> float:  # the pair that turns so often in 32 positions
+    def at(turns: float) -> float:  # the pair with that many turns in 32 positions
         return 16 * math.log(32 / (2 * math.pi * turns)) / (2 * math.log(100.0))
 
     low, high = max(math.floor(at(3.0)), 0), min(math.ceil(at(0.5)), 15)
@@ -162,7 +162,7 @@ def test_written_back_byte_for_byte(tmp_path: Path, kind: str, dtype: torch.dtyp
     assert {p.dtype for p in model.parameters()} == {dtype}
     memtx.hf.save(model, tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
-    # In our own format it needs the folder no more.
+    # Our own format does not need the folder.
     model.save_pretrained(tmp_path / "own")
     again = MemoryTransformer.from_pretrained(tmp_path / "own")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)

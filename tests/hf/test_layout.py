@@ -1,4 +1,4 @@
-"""Reading and writing the published layout: all forms on disk, byte-equal round trips, every misfit named."""
+"""Hugging Face folders: all formats on disk, byte-equal round trips, every mismatch named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_kept(folder: Path, original: dict[str, Tensor], config: str) -> None:
         assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
     assert (folder / "config.json").read_text() == config
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
-        assert handle.metadata()["format"] == "pt"  # the library refuses a file without it
+        assert handle.metadata()["format"] == "pt"  # transformers refuses a file without it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -53,7 +53,7 @@ def test_extra_tensors_of_the_layout_are_kept(tmp_path: Path) -> None:
         "cls.seq_relationship.bias": torch.randn(2),
         "bert.pooler.dense.weight": torch.randn(8, 8),
         "bert.pooler.dense.bias": torch.randn(8),
-        # One weight under two names, as files without sharing hold it.
+        # One weight under two names, as in files that do not share tensors.
         "cls.predictions.decoder.weight": embedding.clone(),
         "cls.predictions.decoder.bias": tensors["cls.predictions.bias"].clone(),
     }

@@ -1,4 +1,4 @@
-"""The published models give the numbers of the library they come from, on every reference folder at hand."""
+"""Models loaded from Hugging Face folders match recorded outputs of transformers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
 from memtx.ops.attention.sparse import sample_random_blocks
 
-TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
+TOLERANCE = 1e-4  # float32, sums in another order
 READERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "global_attention_mask")
 
 
 def folders(parity: Path, *kinds: str) -> list[Path]:
-    """The reference folders of these kinds, or skip."""
+    """Return the reference folders of these model types, or skip."""
     paths = [
         config.parent
         for config in sorted(parity.glob("*/config.json"))
@@ -64,7 +64,7 @@ def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
             else:
                 continue
             compared += 1
-            # The library hands out the hidden states of Big Bird and Reformer with the padding it adds within.
+            # transformers returns the hidden states of Big Bird and Reformer with their internal padding.
             assert (actual - wanted[:, : actual.shape[1]]).abs().max() < TOLERANCE, f"{folder.name}: {name}"
         assert compared, f"{folder.name} records nothing to compare"
 

@@ -1,4 +1,4 @@
-"""Memory added to a trained model: nothing changes within the window, nor beyond it before the memory has learned."""
+"""Memory added to a trained model changes nothing within the window, and nothing beyond it before training."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def base(**options: Any) -> MemoryTransformer:
     model = MemoryTransformer(40, **arguments).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from even
+            parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from uniform
     return model
 
 
@@ -66,7 +66,7 @@ def logits(model: MemoryTransformer, tokens: torch.Tensor = TOKENS, *lengths: in
 
 
 def opened(model: MemoryTransformer) -> MemoryTransformer:
-    """Open all gates, as training may."""
+    """Open all gates, as training could."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("attention.gate"):
@@ -83,7 +83,7 @@ def test_closed_gates_change_nothing_but_the_window(kind: str, options: dict[str
     alone = model.with_memory(window=WINDOW, num_sinks=0)
     if not any(memory.func is CompressedMemory for memory in KINDS[kind]):  # which sees up to a block more exactly
         torch.testing.assert_close(logits(adapted), logits(alone), rtol=0, atol=EXACT)
-    # The gates are what holds it back.
+    # Only the gates hide the memory.
     if KINDS[kind]:
         assert (logits(opened(adapted)) - logits(alone)).abs().max() > 1e-3
 
@@ -131,7 +131,7 @@ def test_weights_are_shared_and_only_chosen_layers_change() -> None:
     for name, parameter in model.named_parameters():
         assert parameters[name] is parameter
     assert len(list(parameters)) == len(list(model.parameters())) + len(adapted.memory_parameters())
-    # The one it was made of is as it was.
+    # The original is unchanged.
     assert len(model.blocks[2].attention.extra_memories) == 0
     assert model.blocks[0].attention.memory.window == 64
 

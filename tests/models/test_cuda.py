@@ -1,4 +1,4 @@
-"""On a GPU: the whole model computes what it computes on the CPU, and graphs replay what eager steps do."""
+"""The whole model on a GPU: equal to the CPU, and CUDA graphs equal eager steps."""
 
 from __future__ import annotations
 

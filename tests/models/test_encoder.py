@@ -1,4 +1,4 @@
-"""Encoders against plain float64 ones, and what they refuse."""
+"""Encoders compared with plain float64 ones, and their errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRESENT[2, :2] = 0
 
 
 def widened(model: Encoder) -> Encoder:
-    """The model in float64 with weights wide enough that a wrong term shows."""
+    """Return the model in float64 with weights large enough that a wrong term shows."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +29,7 @@ def widened(model: Encoder) -> Encoder:
 
 
 def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """Hidden states and logits as the paper writes them; seen: (rows, length, length) bool."""
+    """Return hidden states and logits by the paper's formulas; seen: ``(batch, length, length)`` bool."""
     batch_size, length = tokens.shape
     embed = model.embedding
     x = embed.word_embeddings.weight[tokens] + embed.position_embeddings.weight[:length]

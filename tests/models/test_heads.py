@@ -1,4 +1,4 @@
-"""The model of a task: what its scores depend on, that it is kept, and that a document may be read by segments."""
+"""Task models: independence of padding and segments, gradients, saving and loading."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Long calls without a gradient are read in parts: the same function, and a published schedule stays whole."""
+"""Long calls without gradient are read in chunks with equal results, except with a per-segment schedule."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _tokens(batch_size: int) -> torch.Tensor:
 
 
 def _widest(model: MemoryTransformer, tokens: torch.Tensor, document_starts: torch.Tensor | None) -> int:
-    """Return the longest part that a layer is given."""
+    """Return the length of the longest chunk that a layer receives."""
     seen: list[int] = []
     hook = model.get_submodule("blocks.0.feed_forward").register_forward_hook(
         lambda _, inputs, out: seen.append(inputs[0].shape[1])

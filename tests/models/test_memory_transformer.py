@@ -1,4 +1,4 @@
-"""The model's promises to a person who imports it: outputs, options, training, keeping on disk, errors."""
+"""MemoryTransformer's outputs, options, training, saving and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_learned_compression_learns_from_language_loss_with_one_segment(name: st
     memory = partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, compression=COMPRESSIONS[name])
     model = small(memories=[memory])
     state = model(TOKENS[:, :8]).state.detach()
-    # One step first: a map that begins at zero passes no gradient to what is before it.
+    # One step first: a layer initialized to zero passes no gradient on.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for part in (slice(8, 20), slice(20, 39)):
         model.zero_grad()
@@ -94,7 +94,7 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
             assert gradient.abs().max() > 0, parameter
         else:
             assert gradient is None or gradient.abs().max() == 0, parameter
-    # And the model's own loss still reaches everything: nothing was detached in place.
+    # The language loss still reaches everything: nothing was detached in place.
     out.loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     for parameter, tensor in model.named_parameters():
@@ -241,7 +241,7 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> Non
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(TOKENS)
     assert rough.state.layers[0][0].hidden.dtype == torch.float32
-    # bf16 keeps 8 bits: a hundredth of the logits' size.
+    # bf16 has 8 bits of precision: a hundredth of the logits.
     assert (exact.logits - rough.logits).abs().max() < 0.02 * max(1.0, exact.logits.abs().max())
 
 
@@ -270,9 +270,9 @@ def test_activation_checkpointing_gives_equal_gradients_and_stores_less(dropout:
         return list(torch.autograd.grad(loss, list(model.parameters()))), sum(saved_bytes.values())
 
     (plain, all_kept), (again, some_kept) = run(False), run(True)
-    # The same operations on the same numbers, dropout's draws included.
+    # The same operations on the same numbers, including dropout masks.
     assert all(torch.equal(grad, expected) for grad, expected in zip(again, plain, strict=True))
-    # What is left is the layers' inputs and states, and the loss's.
+    # The inputs and states of the layers and the loss remain.
     assert some_kept < all_kept / 3
 
 

@@ -1,4 +1,4 @@
-"""Every recurrent language model takes the calls of the protocol."""
+"""Recurrent language models implement the protocol."""
 
 from __future__ import annotations
 

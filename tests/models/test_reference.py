@@ -1,4 +1,4 @@
-"""The whole model against a plain float64 one that reads like the papers: one position at a time, one document."""
+"""The whole model compared with a plain float64 one: one position at a time, one document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memtx.memory.compression import MaxPooling, MeanPooling, StridedConvolution
 def entries_seen(
     h: Tensor, t: int, window: int, rate: int, length: int, compress: object
 ) -> tuple[Tensor, list[float]]:
-    """Return what position t sees of layer inputs h, oldest first, and where it stands (design: e(t))."""
+    """Return the entries of layer inputs h that position t sees, oldest first, and their positions."""
     edge = rate * max(0, (t - window + 1) // rate)
     blocks = range(max(0, edge // rate - length), edge // rate)
     entries = [compress(h[None, None, b * rate : (b + 1) * rate])[0, 0] for b in blocks]  # type: ignore[operator]
@@ -28,7 +28,7 @@ def entries_seen(
 
 
 def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotate (entries, heads, head_dim) by their positions, pair by pair."""
+    """Rotate ``(entries, heads, head_dim)`` by their positions, pair by pair."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
     for i in range(half):
@@ -40,7 +40,7 @@ def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
 
 
 def plain(model: MemoryTransformer, tokens: Tensor, window: int, rate: int, length: int) -> Tensor:
-    """Return the logits of one document (n,) by loops."""
+    """Return the logits of one document ``(n,)``, computed in loops."""
     x = model.embedding.weight[tokens]
     for block in model._layers():
         h, attention = block.attention_norm(x), block.attention
@@ -99,7 +99,7 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
     got = torch.autograd.grad(out.loss, list(model.parameters()))
     assert abs(out.loss - truth) < 1e-10  # float64, sums in another order
     for a, b in zip(wanted, got, strict=True):
-        # Where the plain model never compressed, ours has a gradient of zeros.
+        # Without compression, the plain model has no gradient and ours is zero.
         assert ((a if a is not None else 0.0) - b).abs().max() < 1e-9
 
 

@@ -1,4 +1,4 @@
-"""Reformer against a plain float64 one, its gradients without kept states, and its memory by depth."""
+"""Reformer compared with a plain float64 one, its reversible gradients, and its memory use by depth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memtx.ops.lsh import choose_bucket_factors, sample_rotations
 
 
 def small(attentions: list[Any], **options: Any) -> Reformer:
-    """A model in float64 with weights wide enough that a wrong term shows."""
+    """Return a model in float64 with weights large enough that a wrong term shows."""
     torch.manual_seed(1)
     settings: dict[str, Any] = {"positions": partial(AxialPositionEmbeddings, shape=[8, 8], axis_dims=[3, 5])}
     model = Reformer(20, 8, 2, attentions, 12, **{**settings, **options})
@@ -40,7 +40,7 @@ def softmaxed(scores: list[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tensor:
-    """One row (n, dim), one query at a time."""
+    """Return the attention of one text ``(n, dim)``, one query at a time."""
     n, width, chunk = len(x), part.head_dim, part.chunk_length
     out = torch.zeros(n, part.heads * width, dtype=x.dtype)
     for head in range(part.heads):
@@ -91,7 +91,7 @@ def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tens
 
 
 def plain(model: Reformer, tokens: Tensor, present: Tensor) -> Tensor:
-    """Logits of one row whose chunks are whole."""
+    """Return the logits of one text of whole chunks."""
     weights = model.positions.weights
     position = torch.arange(len(tokens))
     x1 = model.embedding.weight[tokens] + torch.cat([weights[0][position // 8, 0], weights[1][0, position % 8]], -1)
@@ -131,14 +131,14 @@ def test_logits_and_gradients_match_plain_reformer(data: st.DataObject) -> None:
     padded = torch.nn.functional.pad(tokens, (0, whole - length))
     padded_mask = torch.nn.functional.pad(present, (0, whole - length))
     expected = torch.stack([plain(model, padded[stream], padded_mask[stream])[:length] for stream in range(2)])
-    # float64, but a query that sees nothing has scores of -1e9, of which it keeps seven digits behind the point.
+    # float64, but a query without visible keys has scores of -1e9, with seven decimals left.
     assert torch.allclose(out.logits, expected, rtol=0, atol=1e-5)
     upstream = torch.randn_like(expected)
     parameters = list(model.parameters())
     grads = torch.autograd.grad((out.logits * upstream).sum(), parameters, allow_unused=True)
     expected_grads = torch.autograd.grad((expected * upstream).sum(), parameters, allow_unused=True)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        # A place that sees itself alone takes no part in its scores.
+        # A query that sees only itself has no gradient through its scores.
         grad, expected_grad = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (grad, expected_grad))
         assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-4)
 
@@ -175,9 +175,9 @@ def test_dropout_is_equal_in_forward_and_backward() -> None:
     value = loss()
     state = torch.get_rng_state()
     grads = torch.autograd.grad(value, parameters)
-    assert torch.equal(torch.get_rng_state(), state)  # the way back leaves the generator alone
+    assert torch.equal(torch.get_rng_state(), state)  # the backward pass does not change the generator
     torch.manual_seed(2)
-    # The same places fall into the same buckets under so small a step.
+    # Such a small step leaves all hash buckets unchanged.
     direction = [torch.randn_like(p) * 1e-7 for p in parameters]
 
     def moved(sign: float) -> float:
@@ -191,11 +191,11 @@ def test_dropout_is_equal_in_forward_and_backward() -> None:
         return moved_loss
 
     slope = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
-    assert slope == pytest.approx((moved(1.0) - moved(-1.0)) / 2, rel=1e-4)  # a central difference of a step of 1e-7
+    assert slope == pytest.approx((moved(1.0) - moved(-1.0)) / 2, rel=1e-4)  # central difference with a step of 1e-7
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made under it that are alive."""
+    """Counts the bytes of live storages created within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,12 +227,12 @@ def test_the_memory_of_a_step_does_not_grow_with_depth() -> None:
         live = Live()
         with live:
             model(tokens, output_hidden_states=keep).logits.square().mean().backward()
-        # Gradients are of the weights' size, and are held once by the layers and once by the sum.
+        # Gradients have the weights' size and exist twice: in the layers and in the sum.
         return live.most - 2 * weights
 
     few, many = peak(4), peak(16)
     assert many < 1.1 * few
-    # The measure sees what is kept where hidden states are asked for, and layers run as they do elsewhere.
+    # With hidden states requested, the same measure sees the stored activations.
     assert peak(16, keep=True) > 2 * few
 
 

@@ -1,4 +1,4 @@
-"""Memory tokens: written from the top once an interval, read from the bottom, and the way of what they carry."""
+"""Memory tokens: written at the top of the stack once per interval, read at the bottom, and their reach."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memtx import FeedForward, MemoryTransformer, MemtxError, NoMemory, Recurren
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.segment import Segment
 
-# float64: sums of a few dozen terms in another order, through some layers.
+# float64: sums of a few dozen terms in another order, through several layers.
 EXACT = 1e-10
 
 WINDOW = 12
@@ -47,7 +47,7 @@ def test_chunk_ends_are_interval_ends_of_any_stream(
 
 
 def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Tensor:
-    """Return a layer's attention of x, the last of the keys, over all keys up to each and over the entries."""
+    """Return a layer's attention of x, the last of the keys, over the keys up to each query and the entries."""
     attention, length = block.attention, keys.shape[1]
     q = attention.project(x, "query", frozen=True)
     k, v = (attention.project(keys, part, frozen=True) for part in ("key", "value"))
@@ -66,7 +66,7 @@ def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Ten
 
 
 def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
-    """Read one document, all of it in the window, an interval at a time in plain terms; return the logits."""
+    """Return the logits of one document within the window, read interval by interval by plain formulas."""
     blocks, length = list(model.blocks), tokens.shape[1]
     entries = [block.attention.memories[1].initial_tokens[None] for block in blocks]
     past: list[Tensor] = [torch.zeros(1, 0, 8).double() for _ in blocks]
@@ -105,7 +105,7 @@ def test_matches_hand_written_recurrence(interval: int, count: int) -> None:
 
 
 def test_memory_tokens_reach_past_the_window() -> None:
-    """Two layers of a window of 3 reach 4 tokens back, and the tokens as far as there are intervals."""
+    """Two layers with a window of 3 reach 4 tokens back, memory tokens any number of intervals."""
     changed = TOKENS.clone()
     changed[:, 0] = (changed[:, 0] + 1) % 11
     for interval, reached in ((3, True), (50, False)):
@@ -114,7 +114,7 @@ def test_memory_tokens_reach_past_the_window() -> None:
 
 
 def test_gradients_flow_from_last_interval_to_first() -> None:
-    """Through the tokens alone: the window is far too short."""
+    """The gradient can flow only through the tokens: the window is far too short."""
     model = small(interval=3, window=3)
     embedded: list[Tensor] = []
     model.embedding.register_forward_hook(lambda _, __, out: embedded.append(out))

@@ -1,4 +1,4 @@
-"""A layer may have several memories: one exact, others beside it; kept, configured and refused as one would expect."""
+"""Layers with several memories: state, saving, configuration and errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
 
 
 def test_single_memory_layer_is_unchanged() -> None:
-    """Names of weights and states, and the config, are those of files written before there were stacks."""
+    """Names of weights and states and the config equal those of files written without stacks."""
     model = small(partial(CompressedMemory, window=4, compression_rate=2, num_entries=3), depth=1)
     assert not any("extra_memories" in name for name in model.state_dict())
     assert "blocks.0.attention.memory.compression.proj.weight" in model.state_dict()
@@ -66,14 +66,14 @@ def test_single_memory_layer_is_unchanged() -> None:
 
 @pytest.mark.parametrize("kind", ["associative-gated", "associative-infini", "slots", "retrieval", "sinks"])
 def test_a_stack_is_compiled_as_one_graph(kind: str) -> None:
-    """Memory tokens alone are not: how a call is cut for them depends on where its rows stand."""
+    """Except with memory tokens, whose chunk ends depend on the streams' positions."""
     torch._dynamo.reset()
     stack: Stack = KINDS[kind](6, 3, 4)
     model = small(stack)
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
         plain, actual = model(TOKENS), compiled(TOKENS, model.init_state(2))
-    # float32: what is compiled may lay tensors out otherwise, and products then sum in another order.
+    # float32: compiled code may change the memory layout, so products sum in another order.
     torch.testing.assert_close(actual.logits, plain.logits, atol=1e-5, rtol=1e-4)
     assert actual.state.equals(plain.state, 1e-5)
 

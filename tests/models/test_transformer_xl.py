@@ -1,4 +1,4 @@
-"""Transformer-XL against a plain float64 one that reads like the article, and the promises of everything recurrent."""
+"""Transformer-XL compared with a plain float64 one, and the properties of every recurrent model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = torch.randint(0, 30, (3, 26), generator=torch.Generator().manual_seed(0
 
 
 def small(**options: Any) -> TransformerXL:
-    """A model in float64 with weights wide enough that a wrong term shows."""
+    """Return a model in float64 with weights large enough that a wrong term shows."""
     torch.manual_seed(1)
     settings: dict[str, Any] = {
         "dim": 8,
@@ -40,7 +40,7 @@ def small(**options: Any) -> TransformerXL:
 
 
 def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities of one row's segment (n,), and the layers' inputs; memory: (places, dim) a layer."""
+    """Return log-probabilities of a segment ``(n,)`` and the layers' inputs; memory: ``(length, dim)`` per layer."""
     clusters, n = model.embedding.clusters, len(tokens)
     x = torch.zeros(n, model.dim, dtype=torch.float64)
     for t, token in enumerate(tokens.tolist()):

@@ -1,4 +1,4 @@
-"""Two streams: what is guessed depends on nothing that is read later, and on the place but not the token itself."""
+"""XLNet: a prediction depends on the position and earlier tokens of the order, not on later ones or its own token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model(depth: int = 3) -> XLNet:
     torch.manual_seed(0)
     xlnet = XLNet(40, dim=16, depth=depth, heads=2).double().eval()
     for part in xlnet.parameters():
-        torch.nn.init.normal_(part, std=0.3)  # far from the start, where every place would say the same
+        torch.nn.init.normal_(part, std=0.3)  # far from the initial values, at which all positions would be equal
     return xlnet
 
 
@@ -76,7 +76,7 @@ def test_prediction_sees_earlier_ranks_but_not_itself() -> None:
 
 
 def test_prediction_depends_on_position() -> None:
-    # The query knows where it stands.
+    # The query knows its position.
     xlnet = model()
     tokens = torch.tensor([[5, 6, 7, 8]])
     logits = xlnet(tokens, permutation_rank=torch.tensor([[0, 1, 2, 3]])).logits
