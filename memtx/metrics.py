@@ -45,7 +45,7 @@ class _NllPerUnit(_SumMetric):
         self._add_sums("nll", "units", dtype=torch.float64)
 
     def set_dtype(self, dst_type: str | torch.dtype) -> _NllPerUnit:
-        """Keep float64, whatever the model's precision."""
+        """Keep float64 at any precision of the model."""
         return self
 
     def _apply(self, fn: object, *arguments: object, **options: object) -> _NllPerUnit:

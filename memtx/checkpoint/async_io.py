@@ -50,7 +50,7 @@ class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
 
     def _submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
         if self._executor is None:
-            # The interpreter joins the executor's thread, whatever ends the run.
+            # The interpreter joins the executor's thread however the run ends.
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         return self._executor.submit(self._run, function, *arguments)
 

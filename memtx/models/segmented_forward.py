@@ -31,7 +31,7 @@ MAX_CHUNK_TOKENS = 4096
 """Tokens of all streams read at once on the CPU without gradient: a layer's activations then stay in the cache."""
 
 MIN_CHUNK_LENGTH = 1024
-"""Minimum tokens per stream of such a chunk: every chunk projects the layers' whole caches anew."""
+"""Minimum tokens per stream of such a chunk: every chunk projects the layers' caches again."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def forward_with_memory_tokens(
         return _update_memory_tokens(blocks, memory_tokens, write_tokens, layers, position)
 
     hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, after_chunk)
-    # What was written may be read in no call of this horizon; DDP still needs a gradient, which is zero then.
+    # No later call of the backward pass may read the written tokens; DDP still needs a gradient, which is then zero.
     hidden[-1] = hidden[-1] + 0.0 * write_tokens.sum()
     return hidden, layers, losses
 
