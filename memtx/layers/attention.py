@@ -16,8 +16,7 @@ from memtx.layers.combine import apply_gate, combine_readouts
 from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, to_ring
-from memtx.ops.attention.bias import ScoreBias, slice_bias
-from memtx.ops.attention.combine import append_key_bias
+from memtx.ops.attention.bias import ScoreBias, append_key_bias, slice_bias
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.attention.mask import Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear

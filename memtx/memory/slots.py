@@ -22,8 +22,7 @@ from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory
 from memtx.memory.gates import Gate
 from memtx.memory.intervals import IntervalPlan, attend_by_chunk
 from memtx.memory.shift import TokenShift
-from memtx.ops.attention.combine import merge_attention
-from memtx.ops.attention.reference import softmax_attention
+from memtx.ops.attention.reference import merge_attention, softmax_attention
 from memtx.ops.cpu.linear import Linear
 from memtx.segment import Segment
 from memtx.state import state_dataclass

@@ -24,11 +24,9 @@ AttentionBackend = Literal["auto", "reference", "banded", "cpp", "flex", "triton
 AttentionHook = Callable[[Tensor, Visibility], None]
 """Called with the queries of an attention call, ``(batch, heads, queries, head_dim)``, and their visibility."""
 
+# Arguments that the Triton kernel supports.
 TRITON_HEAD_DIMS = (32, 64, 128)
-"""Head dimensions that the Triton kernel supports."""
-
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the Triton kernel supports."""
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +44,10 @@ def use_attention_hook(hook: AttentionHook) -> Iterator[None]:
 
 
 def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    *,
-    bias: ScoreBias | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: AttentionBackend = "auto",
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility,
+    *, bias: ScoreBias | None = None, dropout: float = 0.0, scale: float | None = None,
+    backend: AttentionBackend = "auto", return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute softmax(scale * q k' + bias) v over the keys that each query sees.
 
     Args:
@@ -69,7 +60,7 @@ def segment_attention(
         scale: Factor of the scores. Defaults to 1 / sqrt(head_dim).
         backend: Implementation. "auto" chooses by device and arguments.
         return_lse: If True, return the log-sum-exp of the scores, with gradient, for
-            :func:`memtx.ops.attention.combine.merge_attention`.
+            :func:`memtx.ops.attention.reference.merge_attention`.
 
     Returns:
         The output, ``(batch, heads, queries, head_dim)``, zero for fully masked queries, and the log-sum-exp,

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import AlibiBias
-from memtx.ops.attention.block_plan import build_key_bounds, get_int32_bounds
-from memtx.ops.attention.mask import KeyRange, Visibility
+from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, get_int32_bounds
 from memtx.ops.cpu import cpp_extension
 
 SOURCE_PATH = Path(__file__).parent / "attention.cpp"
@@ -52,10 +51,6 @@ def is_available() -> bool:
     return cpp_extension.load_library(SOURCE_PATH) is not None
 
 
-def _data_ptr(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
-
-
 def _int64_array(*values: int) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 
@@ -82,7 +77,8 @@ def _call_kernel(
     strides = _int64_array(*(stride for x in strided_tensors for stride in x.stride()[:3]))
     library = cpp_extension.load_library(SOURCE_PATH)
     assert library is not None, "dispatch checks is_available()"
-    getattr(library, name)(*map(_data_ptr, (*tensors, *key_tensors)), sizes, strides, ctypes.c_float(scale))
+    addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*tensors, *key_tensors))
+    getattr(library, name)(*addresses, sizes, strides, ctypes.c_float(scale))
 
 
 def _unflatten_key_bounds(flat_key_ranges: list[int], num_queries: int) -> Tensor:
@@ -186,8 +182,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and its log-sum-exp, both with gradient.
 
-    Arguments are those of :func:`memtx.ops.attention.reference.attend`, in a dtype of DTYPES, with a head dimension up
-    to MAX_HEAD_DIM, without a pattern and without gradient of the bias.
+    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, in a dtype of DTYPES, with a head
+    dimension up to MAX_HEAD_DIM, without a pattern and without gradient of the bias.
     """
     assert visibility.pattern is None, "dispatch sends patterns to 'banded'"
     head_dim, dtype = q.shape[-1], q.dtype

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memtx.errors import MemtxError
-from memtx.ops.attention import banded, block_plan, dispatch, flex, reference
+from memtx.ops.attention import banded, dispatch, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias
-from memtx.ops.attention.combine import merge_attention
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
+from memtx.ops.attention.reference import merge_attention
 from tests.ops.attention.strategies import Problem, problems
 
 Solution = tuple[Tensor, ...]
@@ -410,7 +410,7 @@ def test_cost_is_linear_in_length() -> None:
     """Pairs of the fused calls grow with the number of queries, not with its square."""
 
     def count_pairs(queries: int) -> int:
-        blocks = block_plan.split_queries(causal_window(queries), 16)
+        blocks = banded.split_queries(causal_window(queries), 16)
         return sum((stop - start) * (high - low) for start, stop, key_ranges in blocks for low, high in key_ranges)
 
     # Four times the queries; quadratic cost would be sixteen times as much.
