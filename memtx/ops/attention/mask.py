@@ -132,12 +132,10 @@ def split_bank(visibility: Visibility) -> tuple[Visibility, Visibility]:
 
     def split() -> tuple[Visibility, Visibility]:
         assert visibility.pattern is None, "a pattern covers all keys"
-        first, *others = visibility.key_ranges
-        start, end, n = visibility.visible_from, visibility.visible_until, first.num_keys
-        return (
-            Visibility(start[:, :n], end[:, :n], visibility.num_queries, (first,)),
-            Visibility(start[:, n:], end[:, n:], visibility.num_queries, tuple(others)),
-        )
+        key_ranges, queries = visibility.key_ranges, visibility.num_queries
+        start, end, n = visibility.visible_from, visibility.visible_until, key_ranges[0].num_keys
+        bank = Visibility(start[:, :n], end[:, :n], queries, key_ranges[:1])
+        return bank, Visibility(start[:, n:], end[:, n:], queries, key_ranges[1:])
 
     return visibility.memo("split_bank", split)
 
@@ -199,8 +197,8 @@ def build_key_bounds(
     key_ranges: tuple[KeyRange, ...], num_queries: int, block_size: int, device: torch.device
 ) -> Tensor:
     """Return ``(query blocks, key ranges, 2)`` int32: the keys [low, high) that each block of queries may see."""
-    starts = range(0, num_queries, block_size)
-    table = [find_key_bounds(key_ranges, start, min(start + block_size, num_queries)) for start in starts]
+    block_starts = range(0, num_queries, block_size)
+    table = [find_key_bounds(key_ranges, start, min(start + block_size, num_queries)) for start in block_starts]
     return torch.tensor(table, dtype=torch.int32).view(-1, len(key_ranges), 2).to(device)
 
 
@@ -225,5 +223,5 @@ def get_int32_bounds(visibility: Visibility) -> tuple[Tensor, Tensor]:
     def convert(bound: Tensor) -> Tensor:
         return bound.clamp(-INT32_MAX, INT32_MAX).to(torch.int32).contiguous()
 
-    bounds = visibility.visible_from, visibility.visible_until
-    return visibility.memo("int32_bounds", lambda: (convert(bounds[0]), convert(bounds[1])))
+    start, end = visibility.visible_from, visibility.visible_until
+    return visibility.memo("int32_bounds", lambda: (convert(start), convert(end)))

@@ -209,10 +209,8 @@ def _sample_planned(
             candidates = np.concatenate((middle[: max(block - 2, 0)], middle[block + 1 : last]))
         sample = generator.permutation(candidates)[:num_random_blocks]
         if len(sample) not in (1, num_random_blocks):
-            message = f"{len(sample)} candidates for {num_random_blocks} random blocks."
-            raise MemtxError(
-                f"Big Bird's block {block} of {num_blocks} has {message}",
-                "Use smaller blocks, fewer random blocks, or pass random_blocks.",
-            )
+            message = f"Big Bird's block {block} of {num_blocks} has {len(sample)} candidates"
+            hint = "Use smaller blocks, fewer random blocks, or pass random_blocks."
+            raise MemtxError(f"{message} for {num_random_blocks} random blocks.", hint)
         # A single candidate is repeated.
         yield np.broadcast_to(sample, (num_random_blocks,))

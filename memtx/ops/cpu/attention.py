@@ -22,17 +22,12 @@ from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, get
 from memtx.ops.cpu import cpp_extension
 
 SOURCE_PATH = Path(__file__).parent / "attention.cpp"
-BLOCK_SIZE = 32
-"""Queries per block, as in the source."""
+DTYPES = (torch.float32, torch.bfloat16)
+BLOCK_SIZE, MAX_HEAD_DIM = 32, 256
+"""Queries per block and maximum head dimension, as in the source."""
 
 MIN_QUERIES = 16
 """Minimum number of queries for the backend "auto": a block costs the same however few queries it has."""
-
-MAX_HEAD_DIM = 256
-"""Maximum head dimension, as in the source."""
-
-DTYPES = (torch.float32, torch.bfloat16)
-"""Supported dtypes."""
 
 HEAD_DIM_MULTIPLE = 16
 """Head dimensions are padded to a multiple of this."""

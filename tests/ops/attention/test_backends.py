@@ -76,9 +76,9 @@ def naive_attention(problem: Problem) -> tuple[Tensor, Tensor]:
         if problem.bias is not None:
             biases = [bias_of_pair(problem.bias, batch, head, query, key) for key in keys]
             scores = [score + bias for score, bias in zip(scores, biases, strict=True)]
-        row = torch.tensor(scores, dtype=torch.float64)
-        lse[batch, head, query] = row.logsumexp(0)
-        out[batch, head, query] = torch.softmax(row, 0) @ v[batch, head // group, keys]
+        key_scores = torch.tensor(scores, dtype=torch.float64)
+        lse[batch, head, query] = key_scores.logsumexp(0)
+        out[batch, head, query] = torch.softmax(key_scores, 0) @ v[batch, head // group, keys]
     return out, lse
 
 
