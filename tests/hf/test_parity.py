@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import memtx
-from memtx.hf.load import MODEL_TYPES
+from memtx.hf.loader import MODEL_TYPES
 from memtx.models.encoder import Encoder
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
@@ -36,7 +36,7 @@ def folders(parity: Path, *kinds: str) -> list[Path]:
 @pytest.mark.parametrize("kind", sorted(MODEL_TYPES))
 def test_written_back_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> None:
     for folder in folders(parity, kind):
-        memtx.from_pretrained(folder).export_hf(tmp_path / folder.name)
+        memtx.hf.save(memtx.from_pretrained(folder), tmp_path / folder.name)
         own = load_file(tmp_path / folder.name / "model.safetensors")
         original = load_file(folder / "model.safetensors")
         assert own.keys() == original.keys()

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_divisible
 from memtx.ops.attention import banded, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
 from memtx.ops.attention.mask import SparsePattern, Visibility
@@ -190,9 +190,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
     if not q.dtype == k.dtype == v.dtype:
         raise MemtxError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}.", "Cast them to one dtype.")
     (batch_size, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
-    if heads % kv_heads:
-        message = f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})."
-        raise MemtxError(message, "Choose a divisor of heads.")
+    check_divisible("Choose a divisor of heads.", heads=heads, kv_heads=kv_heads)
     hint = "Create it for these tensors."
     num_queries, num_keys = visibility.num_queries, visibility.num_keys
     if (queries, keys) != (num_queries, num_keys):

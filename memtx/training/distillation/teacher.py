@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import from_pretrained
 from memtx.errors import CheckpointError, MemtxError
-from memtx.hf.load import from_pretrained
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
