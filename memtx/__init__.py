@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memtx.inference.reader import StreamReader
     from memtx.inference.summarizer import load_predictor
     from memtx.layers.feed_forward import FeedForward, SwiGLU
-    from memtx.layers.positions.alibi import Alibi
+    from memtx.layers.positions.base import Alibi
     from memtx.layers.positions.rotary import Rotary
     from memtx.memory.associative import AssociativeMemory
     from memtx.memory.compressed import CompressedMemory
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "Alibi": "memtx.layers.positions.alibi:Alibi",
+    "Alibi": "memtx.layers.positions.base:Alibi",
     "AssociativeMemory": "memtx.memory.associative:AssociativeMemory",
     "BookDataModule": "memtx.data.books:BookDataModule",
     "CompressedMemory": "memtx.memory.compressed:CompressedMemory",

@@ -43,7 +43,7 @@ class VocabClusters:
             )
         if div_value < 1 or embed_dim // div_value ** len(cutoffs) < 1:
             raise MemtxError(
-                f"embed_dim ({embed_dim}) vanishes when divided by div_value ({div_value}) for each of {len(cutoffs)} clusters.",
+                f"embed_dim ({embed_dim}) vanishes when divided by div_value ({div_value}) {len(cutoffs)} times.",
                 "Lower div_value or give fewer cutoffs.",
             )
         self.bounds = list(itertools.pairwise(bounds))

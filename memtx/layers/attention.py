@@ -144,13 +144,7 @@ class MemoryAttention(nn.Module):
         return readouts
 
     def _attend_and_combine(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        visibility: Visibility,
-        bias: ScoreBias | None,
-        readouts: list[Readout],
+        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, readouts: list[Readout]
     ) -> Tensor:
         """Attend to the exact memory's entries, its bank through the gate if there is one, and combine the readouts."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -255,7 +249,7 @@ class MemoryAttention(nn.Module):
         if block is not None:
             recent = ring.hidden[stream[:, None], plan.recent_slots]
             entry = cast("RingDecodable", self.memory).compress_block(block.to(x.dtype), recent.to(x.dtype), self)
-            key_value = self._positioned_keys_values(entry[:, None], plan.entry_position, step.memo)[:, 0]
+            key_value = self._positioned_keys_values(entry[:, None], plan.entry_position, plan.visibility.memo)[:, 0]
             # Streams that evict no block keep the contents of the slot.
             for buffer, update in ((ring.hidden, entry), (ring.key_value, key_value)):
                 evicts = plan.evicts_block.view(-1, *(1,) * (update.dim() - 1))
@@ -263,7 +257,7 @@ class MemoryAttention(nn.Module):
                 buffer[stream, plan.bank_slot] = torch.where(evicts, update.to(buffer.dtype), current)
         q = self.positions.apply_absolute(self._project_queries(x[:, None]), position, step.memo)
         k, v = ring.key_value.unbind(2)
-        bias = self.positions.score_bias(plan.offset, step.memo)
+        bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         attended, _ = self._attend(q, k, v, plan.visibility, bias, return_lse=False)
         out: Tensor = self.out(attended.flatten(1))

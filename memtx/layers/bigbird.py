@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.layers.encoder_attention import EncoderAttention, full_visibility, merge_heads
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, full_visibility
+from memtx.memory.parts import merge_heads
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from memtx.ops.attention.random_blocks import sample_random_blocks

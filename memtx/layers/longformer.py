@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.layers.encoder_attention import EncoderAttention, full_visibility, merge_heads
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, full_visibility
+from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from memtx.ops.cpu.linear import Linear
@@ -99,8 +99,8 @@ class LongformerAttention(EncoderAttention):
         """Return out with the outputs of global tokens replaced by their global attention."""
         exists = global_indices >= 0
         stream = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(global_indices)
-        q = self.split_heads(self.global_query(x[stream, global_indices.clamp(min=0)]))
-        k, v = self.split_heads(self.global_key(x)), self.split_heads(self.global_value(x))
+        q = split_heads(self.global_query(x[stream, global_indices.clamp(min=0)]), self.heads)
+        k, v = (split_heads(proj(x), self.heads) for proj in (self.global_key, self.global_value))
         attended = merge_heads(self.attend_visible(q, k, v, full_visibility(inputs, global_indices.shape[1])))
         return out.index_put((stream[exists], global_indices[exists]), attended[exists])
 

@@ -133,14 +133,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         if self.decay_gate is not None and self.log_decay_rate is not None:
             log_decay = -self.log_decay_rate.to(dtype).exp()[:, None] * self.decay_gate(shifted).mT.to(dtype)
         out, matrix = chunk_gated_delta_rule(
-            q,
-            k,
-            v,
-            strength,
-            log_decay,
-            state.matrix.to(dtype),
-            segment.position == 0,
-            delta_rule=self.delta_rule,
+            q, k, v, strength, log_decay, state.matrix.to(dtype), segment.position == 0, delta_rule=self.delta_rule
         )
         if self.is_normalized:
             # Reads as zero where nothing was written.

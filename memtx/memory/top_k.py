@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, View
-from memtx.memory.compressed import BankPlan, CompressedBlocks, CompressedMemory, CompressedState
+from memtx.memory.compressed import BankContext, BankPlan, CompressedMemory, CompressedState, EvictedBlocks
 from memtx.memory.compression import Compression, Reconstruction, StridedConvolution
 from memtx.memory.recurrent import update_cache
-from memtx.memory.window_boundary import EvictedBlocks
 from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.ops.cpu.linear import Linear
 from memtx.segment import INFINITE_OFFSET, Segment
@@ -45,9 +44,7 @@ class TopKState(CompressedState):
 
 
 @dataclass(frozen=True)
-class _ReadContext:
-    compressed: CompressedBlocks
-    plan: BankPlan
+class _TopKContext(BankContext):
     age: Tensor
 
 
@@ -95,19 +92,19 @@ class TopKMemory(CompressedMemory):
         assert isinstance(state, TopKState)
         evicted = self._evicted_blocks(segment)
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
-        compressed = self._compress(cache, x, evicted, attention)
-        scores: Tensor = self.score(torch.cat([bank, compressed.entries], dim=1))[..., 0]
+        blocks, usage, entries = self._compress(cache, x, evicted, attention)
+        scores: Tensor = self.score(torch.cat([bank, entries], dim=1))[..., 0]
         # Equal states must score equally in any batch, so rounding errors must not tell them apart.
         rounded = (scores.detach().double() / SCORE_RESOLUTION).round()
         plan, age = self._select_entries(segment, evicted, state.age, rounded)
-        context = _ReadContext(compressed, plan, age)
-        return View((bank, compressed.entries, cache, x), plan.entry_positions, context, key_bias=scores)
+        context = _TopKContext(plan, blocks, usage, age)
+        return View((bank, entries, cache, x), plan.entry_positions, context, key_bias=scores)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[TopKState, Losses]:
         """Keep the newest states and the highest-scoring entries of the open document."""
-        context: _ReadContext = view.context
+        context: _TopKContext = view.context
         bank, entries, cache, x = view.parts
-        losses = self._auxiliary_losses(context.compressed, segment, activations)
+        losses = self._auxiliary_losses(context, segment, activations)
         return TopKState(update_cache(cache, x, segment), context.plan.next_bank(bank, entries), context.age), losses
 
     def ring_layout(self) -> None:
@@ -117,14 +114,7 @@ class TopKMemory(CompressedMemory):
     def _select_entries(
         self, segment: Segment, evicted: EvictedBlocks, age: Tensor, scores: Tensor
     ) -> tuple[BankPlan, Tensor]:
-        """Return the plan of [bank | blocks] and the ages of the next bank's entries.
-
-        Args:
-            segment: Positions of the call's tokens.
-            evicted: Blocks evicted in it.
-            age: Ages of the bank's entries, ``(batch, num_entries)`` int64.
-            scores: Rounded scores of [bank | blocks], ``(batch, entries)``.
-        """
+        """Return the plan for the rounded scores of [bank | blocks], ``(batch, entries)``, and the next bank's ages."""
         num_candidates = scores.shape[1]
         exists = torch.cat([age > 0, evicted.valid], dim=1)
         document = torch.cat([torch.zeros_like(age), evicted.document_id], dim=1)

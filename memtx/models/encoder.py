@@ -13,8 +13,7 @@ from memtx.errors import MemtxError, check_at_least
 from memtx.hf.layout import HFCompatibleModel
 from memtx.layers.block import EncoderBlock
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.encoder_attention import EncoderAttention, FullAttention
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, FullAttention
 from memtx.layers.feed_forward import FeedForward
 from memtx.models.masked_head import MaskedLMHead
 from memtx.ops.cpu.linear import Linear

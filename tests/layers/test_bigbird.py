@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 from memtx.layers.bigbird import BigBirdAttention
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderInputs
 
 
 def plain(layer: BigBirdAttention, x: Tensor, present: Tensor, table: Tensor | None) -> Tensor:

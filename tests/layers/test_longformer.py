@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderInputs
 from memtx.layers.longformer import LongformerAttention
 
 

@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from memtx import MemoryTransformer
 from memtx.errors import MemtxError
-from memtx.memory import knn_index
-from memtx.memory.knn_index import ExactIndex, FaissIndex, KnnIndex
+from memtx.memory import retrieval
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.retrieval import ExactIndex, FaissIndex, KnnIndex, RetrievalMemory
 
 WIDTH = 8
 
@@ -46,7 +45,7 @@ def scores(found: KnnIndex, queries: Tensor, keys: Tensor, seen: Tensor, count: 
     begin=st.integers(0, 12),
     count=st.integers(1, 6),
     least=st.sampled_from([1, 5, 100]),
-    step=st.sampled_from([1, 40, knn_index.MAX_SCORES]),
+    step=st.sampled_from([1, 40, retrieval.MAX_SCORES]),
 )
 def test_a_flat_index_finds_what_every_product_finds(
     seed: int, n: int, width: int, reach: int, begin: int, count: int, least: int, step: int
@@ -59,7 +58,7 @@ def test_a_flat_index_finds_what_every_product_finds(
     after = torch.where(at >= begin, place >= begin + reach // 2, place < begin + reach // 2)
     seen = torch.stack([seen, seen & after])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn_index, "MAX_SCORES", step)
+        patch.setattr(retrieval, "MAX_SCORES", step)
         expected = scores(ExactIndex(), queries, keys, seen, count)
         # faiss compares in float32: it may swap keys whose products differ by less.
         found = scores(FaissIndex("Flat", min_keys=least), queries, keys, seen, count)

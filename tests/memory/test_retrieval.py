@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.memory import knn_index
+from memtx.memory import retrieval
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.segment import Segment
 
@@ -75,7 +75,7 @@ def by_hand(memory: RetrievalMemory, x: Tensor) -> Tensor:
     skip=st.integers(1, 6),
     n=st.integers(1, 30),
     begin=st.integers(1, 29),
-    step=st.sampled_from([1, 40, knn_index.MAX_SCORES]),
+    step=st.sampled_from([1, 40, retrieval.MAX_SCORES]),
     shift=st.booleans(),
 )
 def test_it_is_its_equations(
@@ -85,7 +85,7 @@ def test_it_is_its_equations(
     memory = made(seed, capacity=capacity, top_k=nearest, exclude_recent=skip, token_shift=shift)
     x = torch.randn(1, n, DIM, dtype=torch.float64)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(knn_index, "MAX_SCORES", step)
+        patch.setattr(retrieval, "MAX_SCORES", step)
         out, gate, _ = run(memory, x, torch.arange(n)[None] == begin)
         for low, high in ((0, min(begin, n)), (begin, n)):
             if low < high:

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError, check_at_least, check_positive
 from memtx.layers.positions.base import Memoize, Positions
-from memtx.memory.base import EntryPositions
-from memtx.ops.attention.bias import AlibiBias
 from memtx.ops.rotary import apply_rotary_emb, rotary_angles
-from memtx.segment import Segment
 
 
 class RotaryFrequencies:
@@ -199,24 +196,11 @@ class Rotary(Positions):
         """Return the base."""
         return f"base={self.base}"
 
-    def forward(
-        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
-    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
-        """Rotate both by their offsets."""
-        dtype = _angle_dtype(q)
-        settings = (Rotary, self.frequencies.cache_key, dtype)
-
-        def query_angles() -> Tensor:
-            return self._angles(torch.arange(segment.length, device=q.device)[None], dtype)
-
-        key_angles = entry_positions.visibility.memo(settings, lambda: self._angles(entry_positions.offset, dtype))
-        return apply_rotary_emb(q, segment.memo(settings, query_angles)), apply_rotary_emb(k, key_angles), None
-
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Rotate by the position; angles are computed in float64, so they are exact in streams of any length."""
         dtype = _angle_dtype(x)
-        key = (Rotary, self.frequencies.cache_key, dtype, id(position))
-        return apply_rotary_emb(x, memo(key, lambda: self._angles(position, dtype)))
+        angles = memo((Rotary, self.frequencies.cache_key, dtype), lambda: self._angles(position, dtype))
+        return apply_rotary_emb(x, angles)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Rotate back by the distance, with the attention factor of the query, which is not rotated."""
