@@ -21,20 +21,14 @@ from memtx.segment import INFINITE_OFFSET
 
 
 class LongformerAttention(EncoderAttention):
-    """Sliding windows and global tokens.
+    """Sliding windows and global tokens; arguments not listed are those of :class:`EncoderAttention`.
 
     Args:
-        dim: Width of the hidden states.
-        heads: Number of heads.
-        layer_index: Index of the layer, from 0.
         window: Neighbors visible besides the token itself, half of them on each side; even.
         dilation: Distance between neighbors.
         num_random_tokens: Random tokens that each token sees in addition, per head (BigBird, Zaheer et al. 2020,
             section 2). They depend only on ``seed``, the layer and the length.
         seed: Seed of the random tokens.
-        bias: If True, the query, key and value projections have biases.
-        dropout: Dropout rate of the attention weights.
-        backend: Attention backend.
 
     Raises:
         MemtxError: window is not even and positive, another number is out of range, or random tokens are combined with

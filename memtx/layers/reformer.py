@@ -125,19 +125,13 @@ class LocalAttention(ReformerAttention):
 class LSHAttention(ReformerAttention):
     """Attention within chunks of tokens with similar hashes, in several rounds; queries and keys are shared.
 
+    Arguments not listed are those of :class:`ReformerAttention`.
+
     Args:
-        dim: Width of the hidden states.
-        heads: Number of heads.
-        causal: If True, tokens do not see later ones.
-        head_dim: Width of a head. Defaults to dim / heads.
-        chunk_length: Tokens per chunk.
-        num_chunks_before: Previous chunks that a token sees.
-        num_chunks_after: Following chunks that a token sees.
         num_hashes: Hash rounds.
         num_buckets: Number of buckets, even, or its even factors. Defaults to about two per chunk of the text.
         max_length: Longest text that the model is for, in tokens; used only if ``num_buckets`` is None.
         seed: Seed of the random rotations, which are then the same in every layer and call. None draws new ones.
-        dropout: Dropout rate of the attention weights.
 
     Raises:
         MemtxError: A number is out of range, or dim is not divisible by heads.

@@ -51,13 +51,10 @@ class _TopKContext(BankContext):
 class TopKMemory(CompressedMemory):
     """An exact window and a bank of the highest-scoring entries.
 
+    Arguments not listed are those of :class:`memtx.memory.compressed.CompressedMemory`.
+
     Args:
-        dim: Width of the hidden states.
-        window: Exact positions visible, at least; up to window + compression_rate - 1, since blocks leave it whole.
         compression_rate: Positions per entry; 1 for a bank of exact states.
-        num_entries: Entries kept.
-        compression: Factory of the compression from ``(dim, compression_rate)``.
-        reconstruction: Factory of an auxiliary loss from ``(dim, compression_rate)``. None disables it.
 
     Raises:
         MemtxError: A number is out of range.

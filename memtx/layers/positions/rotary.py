@@ -147,15 +147,14 @@ class YarnScaling(RotaryFrequencies):
         )
         self.truncate = truncate
 
-    def _correction_dim(self, num_rotations: float) -> float:
-        """Return the index of the pair with ``num_rotations`` periods in the trained length."""
-        frequency = self.original_max_length / (2 * math.pi * num_rotations)
-        return self.head_dim * math.log(frequency) / (2 * math.log(self.base))
-
     def inv_freq(self, device: torch.device) -> Tensor:
         """Return frequencies interpolated by a ramp over the pairs."""
         unscaled = super().inv_freq(device)
-        first, last = self._correction_dim(self.beta_fast), self._correction_dim(self.beta_slow)
+        # The indices of the pairs with these numbers of periods in the trained length.
+        first, last = (
+            self.head_dim * math.log(self.original_max_length / (2 * math.pi * periods)) / (2 * math.log(self.base))
+            for periods in (self.beta_fast, self.beta_slow)
+        )
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, self.head_dim - 1)
@@ -198,18 +197,14 @@ class Rotary(Positions):
 
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Rotate by the position; angles are computed in float64, so they are exact in streams of any length."""
-        dtype = _angle_dtype(x)
+        dtype = torch.promote_types(x.dtype, torch.float32)
         angles = memo((Rotary, self.frequencies.cache_key, dtype), lambda: self._angles(position, dtype))
         return apply_rotary_emb(x, angles)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Rotate back by the distance, with the attention factor of the query, which is not rotated."""
-        angles = self._angles(-distance[None], _angle_dtype(keys))
+        angles = self._angles(-distance[None], torch.promote_types(keys.dtype, torch.float32))
         return apply_rotary_emb(keys, angles * self.frequencies.attention_factor)
 
     def _angles(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
         return rotary_angles(offset, self.frequencies.inv_freq(offset.device), dtype, self.frequencies.attention_factor)
-
-
-def _angle_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
