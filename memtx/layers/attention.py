@@ -17,8 +17,8 @@ from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
 from memtx.ops.attention.bias import ScoreBias, slice_bias
+from memtx.ops.attention.combine import append_key_bias
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
-from memtx.ops.attention.key_bias import append_key_bias
 from memtx.ops.attention.mask import Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
@@ -164,7 +164,7 @@ class MemoryAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, *, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the outputs, ``(batch, heads, length, head_dim)``, and their log-sum-exp if requested."""
-        result = segment_attention(
+        out, lse = segment_attention(
             q,
             k,
             v,
@@ -175,7 +175,6 @@ class MemoryAttention(nn.Module):
             backend=self.backend,
             return_lse=return_lse,
         )
-        out, lse = result if isinstance(result, tuple) else (result, None)
         # A key bias adds a column to the heads.
         return out if out.shape[-1] == self.head_dim else out[..., : self.head_dim], lse
 

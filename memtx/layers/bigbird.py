@@ -16,7 +16,7 @@ from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, full
 from memtx.memory.parts import merge_heads
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
-from memtx.ops.attention.random_blocks import sample_random_blocks
+from memtx.ops.attention.sparse import sample_random_blocks
 
 
 class BigBirdAttention(EncoderAttention):
@@ -29,7 +29,7 @@ class BigBirdAttention(EncoderAttention):
         block_size: Tokens per block.
         num_random_blocks: Random blocks that each block of queries sees.
         max_length: Longest text that the model is for, in tokens (see
-            :func:`memtx.ops.attention.random_blocks.sample_random_blocks`).
+            :func:`memtx.ops.attention.sparse.sample_random_blocks`).
         seed: Seed of the random blocks. Defaults to the layer's index, as published.
 
     Raises:

@@ -144,8 +144,7 @@ class EncoderAttention(nn.Module, ABC):
 
     def attend_visible(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
         """Attend to the visible keys; q, k, v and the result are ``(batch, heads, n, head_dim)``."""
-        result = segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)
-        return result[0] if isinstance(result, tuple) else result
+        return segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)[0]
 
 
 class FullAttention(EncoderAttention):

@@ -225,7 +225,7 @@ def test_calls_that_cannot_be_are_named() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])
-    with pytest.raises(MemtxError, match="3 rows, the state 2"):
+    with pytest.raises(MemtxError, match="batch size 3, the state 2"):
         model(TOKENS, model.init_state(2))
     with pytest.raises(MemtxError, match="labels is"):
         model(TOKENS, labels=TOKENS[:, 1:])

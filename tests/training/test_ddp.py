@@ -12,7 +12,7 @@ import torch
 
 from memtx import files
 from memtx.checkpoint.pretrained import read_checkpoint
-from memtx.cli.options import EXIT_INTERRUPTED
+from memtx.cli.errors import EXIT_INTERRUPTED
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs

@@ -152,7 +152,7 @@ def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, 
         assert (logits(plain) - expected).abs().max() > 0.1
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
         torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
-        adapted.export_hf(tmp_path / place.name)
+        memtx.hf.save(adapted, tmp_path / place.name)
         own, original = (load_file(one / "model.safetensors") for one in (tmp_path / place.name, place))
         assert own.keys() == original.keys()
         for name, tensor in original.items():
