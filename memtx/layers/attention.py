@@ -115,7 +115,7 @@ class MemoryAttention(nn.Module):
             Output ``(batch, length, dim)``, the next states, and auxiliary losses by name.
         """
         memories = self.memories[: len(state)]
-        views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
+        views = [memory.read(part, x, segment, self) for memory, part in zip(memories, state, strict=True)]
         q = self._project_queries(x)
         k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in views[0].parts], dim=1))
         readouts = self._readouts(views, q)
@@ -130,7 +130,7 @@ class MemoryAttention(nn.Module):
     def on_layer_output(self, state: tuple[Any, ...], outputs: Tensor, segment: Segment) -> tuple[Any, ...]:
         """Pass the layer's outputs, ``(batch, length, dim)``, normalized like its inputs, to the memories."""
         pairs = zip(self.memories[: len(state)], state, strict=True)
-        return tuple(memory.on_layer_output(own, outputs, segment) for memory, own in pairs)
+        return tuple(memory.on_layer_output(part, outputs, segment) for memory, part in pairs)
 
     def _readouts(self, views: Sequence[View], q: Tensor) -> list[Readout]:
         """Return the readouts of all memories but the first, gated if the layer is."""
@@ -151,11 +151,10 @@ class MemoryAttention(nn.Module):
         if self.gate is not None and self.memory.has_bank:
             bank, exact = split_bank(visibility)
             split = bank.num_keys
-            out, lse = self._attend(
-                q, k[:, :, :split], v[:, :, :split], bank, slice_bias(bias, 0, split), return_lse=True
-            )
+            (bank_k, k), (bank_v, v) = (part.tensor_split([split], dim=2) for part in (k, v))
+            out, lse = self._attend(q, bank_k, bank_v, bank, slice_bias(bias, 0, split), return_lse=True)
             readouts = [*readouts, apply_gate(Readout(out, lse=lse), self.gate[0].tanh())]
-            k, v, visibility, bias = k[:, :, split:], v[:, :, split:], exact, slice_bias(bias, split, None)
+            visibility, bias = exact, slice_bias(bias, split, None)
         return_lse = any(readout.lse is not None for readout in readouts)
         out, lse = self._attend(q, k, v, visibility, bias, return_lse=return_lse)
         return combine_readouts(out, lse, readouts)
@@ -164,16 +163,9 @@ class MemoryAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, *, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the outputs, ``(batch, heads, length, head_dim)``, and their log-sum-exp if requested."""
+        dropout, scale = self.dropout if self.training else 0.0, self.head_dim**-0.5
         out, lse = segment_attention(
-            q,
-            k,
-            v,
-            visibility,
-            bias=bias,
-            dropout=self.dropout if self.training else 0.0,
-            scale=self.head_dim**-0.5,
-            backend=self.backend,
-            return_lse=return_lse,
+            q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, backend=self.backend, return_lse=return_lse
         )
         # A key bias adds a column to the heads.
         return out if out.shape[-1] == self.head_dim else out[..., : self.head_dim], lse

@@ -103,17 +103,12 @@ class EncoderAttention(nn.Module, ABC):
         check_divisible(dim=dim, heads=heads)
         self.heads = heads
         self.layer_index = layer_index
-        self.dropout_rate = dropout
+        self.dropout = dropout
         self.backend: AttentionBackend = backend
         self.query = Linear(dim, dim, bias=bias)
         self.key = Linear(dim, dim, bias=bias)
         self.value = Linear(dim, dim, bias=bias)
         self.out = Linear(dim, dim)
-
-    @property
-    def dropout(self) -> float:
-        """Current dropout rate: 0 in eval mode."""
-        return self.dropout_rate if self.training else 0.0
 
     def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Attend from each token of ``(batch, length, dim)`` to the tokens of its text; returns the same shape."""
@@ -144,7 +139,8 @@ class EncoderAttention(nn.Module, ABC):
 
     def attend_visible(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
         """Attend to the visible keys; q, k, v and the result are ``(batch, heads, n, head_dim)``."""
-        return segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)[0]
+        dropout = self.dropout if self.training else 0.0
+        return segment_attention(q, k, v, visibility, dropout=dropout, backend=self.backend)[0]
 
 
 class FullAttention(EncoderAttention):

@@ -1,13 +1,11 @@
 """The compressed memory of the Compressive Transformer (Rae et al. 2020) with a fixed boundary to the exact window.
 
-A position sees the newest states exactly, and before them ``num_entries`` blocks of ``compression_rate`` positions
-through one entry each. The boundary is a function of the position, aligned to blocks: the oldest exact position for the
-query at t is rate * max(0, floor((t - window + 1) / rate)). So a past token is either exact or in exactly one entry. A
-block is compressed when it leaves the window, inside the segment whose later queries read the entry. The compression
-therefore learns from the language model itself, even with truncated backpropagation over a single segment.
-
-Shapes are static: of any ``compression_rate`` consecutive tokens at most one evicts a block, so a call of n tokens has
-room for ceil(n / rate) blocks; unused ones are never visible.
+The query at t sees positions from rate * max(0, floor((t - window + 1) / rate)) on exactly, and before them
+``num_entries`` blocks of ``compression_rate`` positions through one entry each, so a past token is either exact or in
+exactly one entry. A block is compressed when it leaves the window, inside the segment whose later queries read the
+entry: the compression learns from the language model even with truncated backpropagation over a single segment. Of any
+``compression_rate`` consecutive tokens at most one evicts a block, so a call of n tokens has room for ceil(n / rate),
+the unused ones of which are never visible.
 """
 
 from __future__ import annotations

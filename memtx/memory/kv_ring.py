@@ -1,9 +1,8 @@
 """Decoding token by token with keys and values in ring buffers that are written in place.
 
-A state is a value of hidden states, so a call projects everything it carries to keys and values again. A stream that
-continues one token at a time keeps the projections instead: position p is in slot p modulo the number of exact slots,
-block b in slot b modulo the number of bank entries, and each token overwrites one slot. Visibility is the same, so a
-ring can be opened from a state and closed to one at any token.
+A call projects every carried state to keys and values again; a stream that continues one token at a time keeps the
+projections. Position p is in slot p modulo the number of exact slots, block b in slot b modulo the number of bank
+entries. Visibility is the same, so a ring can be opened from a state and closed to one at any token.
 """
 
 from __future__ import annotations

@@ -16,11 +16,7 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class RecurrentState:
-    """The cache.
-
-    Attributes:
-        hidden: Newest layer inputs of the open document, newest last, ``(batch, cache_length, dim)``.
-    """
+    """The newest layer inputs of the open document, newest last, ``(batch, cache_length, dim)``."""
 
     hidden: Tensor
 

@@ -28,9 +28,6 @@ from memtx.ops.cpu.linear import Linear
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
 
-INITIAL_SCALE = 10.0
-"""Initial factor of the products of unit-length keys and queries."""
-
 MAX_SCORES = 1 << 22
 """Most scores computed at a time (16 MiB in float32), unless a single query needs more."""
 
@@ -55,7 +52,7 @@ class KnnIndex(ABC):
             top_k: Number of keys to find, at most the number of keys.
 
         Returns:
-            Indices of keys, best first, ``(batch, heads, queries, top_k)`` int64, and whether each was found, bool.
+            Indices of keys, best first, ``(batch, heads, queries, top_k)`` int64, and a mask of those found, bool.
         """
 
     def query_chunk_size(self, scores_per_query: int) -> int:
@@ -124,11 +121,11 @@ class FaissIndex(KnnIndex):
     def search(self, queries: Tensor, keys: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """Find near keys; candidates are compared by their exact products."""
         results = [self._search_stream(*stream, top_k) for stream in zip(queries, keys, mask, strict=True)]
-        index, found = (torch.stack(tensors) for tensors in zip(*results, strict=True))
-        return index, found
+        index, is_match = (torch.stack(tensors) for tensors in zip(*results, strict=True))
+        return index, is_match
 
     def _search_stream(self, queries: Tensor, keys: Tensor, mask: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        """Return indices, ``(heads, queries, top_k)``, and whether each was found."""
+        """Return the indices of one stream, ``(heads, queries, top_k)``, and a mask of those found."""
         in_index = mask.all(0)
         if int(in_index.sum()) < self.min_keys:
             in_index = torch.zeros_like(in_index)
@@ -233,7 +230,8 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.heads = heads
         self.cache_length = capacity + exclude_recent - 1
         self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
-        self.log_scale = nn.Parameter(torch.full((heads,), math.log(INITIAL_SCALE)))
+        # Products of unit-length keys and queries are initially multiplied by 10.
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(10.0)))
         self.mix_gate = nn.Parameter(torch.zeros(heads))
         self.token_shift = TokenShift(dim) if token_shift else None
 
@@ -259,14 +257,14 @@ class RetrievalMemory(Memory[RetrievalState]):
         return View.readout_only(segment, _ReadContext(queries, keys, values, last_input, visibility))
 
     def readout(self, view: View, q: Tensor) -> Readout:
-        """Return the values found by the memory's own queries, split into the layer's heads."""
+        """Return the values retrieved by the memory's own queries, split into the layer's heads."""
         context: _ReadContext = view.context
         (batch_size, length, _), heads = context.queries.shape, q.shape[2]
         scores_per_query = batch_size * self.heads * (self.cache_length + min(length, self.cache_length))
         step = self.knn_index.query_chunk_size(scores_per_query)
         chunks = [self._retrieve(context, start, min(start + step, length)) for start in range(0, length, step)]
         out, has_match = (torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True))
-        # Attention keeps everything where nothing was found.
+        # Attention keeps its full share where nothing was retrieved.
         gate = torch.sigmoid(self.mix_gate).repeat_interleave(self.dim // self.heads) * has_match
         return Readout(split_heads(out, heads), gate=split_heads(gate, heads))
 
@@ -289,11 +287,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         return Visibility(offset + self.exclude_recent, visible_until, segment.length, (key_range,))
 
     def _retrieve(self, context: _ReadContext, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Retrieve for the queries [start, stop).
-
-        Returns:
-            Retrieved values ``(batch, queries, dim)``, and whether a query found any key, ``(batch, queries, 1)`` bool.
-        """
+        """Return the values ``(batch, queries, dim)`` for queries [start, stop), and True for those with any key."""
         low, high = context.visibility.key_ranges[0].find_visible_keys(start, stop)
         if high == low:
             # Search a key that nobody sees, so that every parameter takes part in every batch.
@@ -302,8 +296,8 @@ class RetrievalMemory(Memory[RetrievalState]):
         q = split_heads(context.queries[:, start:stop], self.heads)
         k, v = (split_heads(x[:, low:high], self.heads) for x in (context.keys, context.values))
         with torch.no_grad():
-            index, found = self.knn_index.search(q, k, mask, min(self.top_k, high - low))
+            index, is_match = self.knn_index.search(q, k, mask, min(self.top_k, high - low))
         k, v = (gather_entries(x.flatten(0, 1), index.flatten(0, 1)).view(*index.shape, -1) for x in (k, v))
         scale = self.log_scale.exp()[:, None, None].to(q.dtype)
-        out, _ = softmax_attention((q[..., None, :] @ k.mT) * scale[..., None], found[..., None, :], v)
-        return merge_heads(out[..., 0, :]), found[:, 0].any(-1, keepdim=True)
+        out, _ = softmax_attention((q[..., None, :] @ k.mT) * scale[..., None], is_match[..., None, :], v)
+        return merge_heads(out[..., 0, :]), is_match[:, 0].any(-1, keepdim=True)

@@ -1,10 +1,9 @@
 """The slots of Memformer (Wu et al. 2020): vectors read by cross-attention and written once per interval of tokens.
 
-Memformer writes once per segment. Here an interval is a number of tokens of the document, so writes depend on positions
-and not on segmentation. Slots are constant within an interval, so their attention to it is accumulated token by token:
-of an open interval only the attention output so far and its log-sum-exp are carried. A write uses the layer's inputs
-alone. A call of many intervals, with documents starting anywhere, is therefore computed at once, and only the slots
-themselves are updated in sequence, with one small attention per interval.
+Memformer writes once per segment; here an interval is a number of tokens of the document, so results do not depend on
+segmentation. Slots are constant within an interval, so of an open one only their attention to it so far and its
+log-sum-exp are carried. A write uses the layer's inputs alone, so a call of many intervals, with documents starting
+anywhere, is computed at once, and only the slots are updated in sequence, with one small attention per interval.
 """
 
 from __future__ import annotations

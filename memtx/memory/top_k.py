@@ -1,13 +1,10 @@
 """A bank that keeps the highest-scoring entries instead of the newest.
 
-A bank of the newest entries is a cliff: older ones are gone at once. Here a learned score decides which entries stay.
-The choice has no gradient, but the same score is also the entry's log-weight in attention, through which it learns.
-With ``compression_rate=1`` and no real compression this is a store of exact states; next to a fast-weight memory (a
-list in ``memories``) the two are HOLA's pair (2026) of a delta state and a small exact bank, which is scored there by
-the fast weights' own error.
-
-An entry is visible from its eviction until ``num_entries`` entries with higher scores have been evicted in its
-document. That is a function of the entries alone, so results do not depend on segmentation.
+A learned score decides which entries stay. The choice has no gradient, but the score is also the entry's log-weight in
+attention, through which it learns. An entry is visible from its eviction until ``num_entries`` entries with higher
+scores have been evicted in its document, a function of the entries alone, so results do not depend on segmentation.
+With ``compression_rate=1``, next to a fast-weight memory, this is HOLA's pair (2026) of a delta state and a small exact
+bank, which is scored there by the fast weights' own error.
 """
 
 from __future__ import annotations
@@ -33,11 +30,9 @@ SCORE_RESOLUTION = 2.0**-10
 
 @state_dataclass
 class TopKState(CompressedState):
-    """The cache and a bank in order of eviction, newest last.
+    """The cache, a bank in order of eviction, and the ages of its entries, ``(batch, num_entries)`` int64.
 
-    Attributes:
-        age: Tokens read since each entry was evicted, including that token, ``(batch, num_entries)`` int64; 0 in empty
-            slots.
+    An age is the number of tokens read since the eviction, including the evicting token; 0 in empty slots.
     """
 
     age: Tensor
