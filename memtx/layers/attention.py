@@ -88,7 +88,7 @@ class MemoryAttention(nn.Module):
         _check_memories(memory, extra_memories, self.heads, self.head_dim)
         self.memory = memory
         self.extra_memories = nn.ModuleList(extra_memories)
-        # One row for the exact memory's bank, then one for each of the other gated memories, in order.
+        # Gates of the exact memory's bank, then of each other gated memory, in order.
         num_gates = memory.has_bank + sum(extra.needs_gate for extra in extra_memories) if gated_memory else 0
         self.gate = nn.Parameter(torch.zeros(num_gates, self.heads)) if num_gates else None
 
@@ -135,11 +135,11 @@ class MemoryAttention(nn.Module):
     def _readouts(self, views: Sequence[View], q: Tensor) -> list[Readout]:
         """Return the readouts of all memories but the first, gated if the layer is."""
         readouts = []
-        row = int(self.memory.has_bank)
+        index = int(self.memory.has_bank)
         for memory, view in zip(self.memories[1 : len(views)], views[1:], strict=True):
             readout = cast("ReadoutMemory", memory).readout(view, q)
             if self.gate is not None and memory.needs_gate:
-                readout, row = apply_gate(readout, self.gate[row].tanh()), row + 1
+                readout, index = apply_gate(readout, self.gate[index].tanh()), index + 1
             readouts.append(readout)
         return readouts
 

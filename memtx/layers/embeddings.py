@@ -74,7 +74,7 @@ class TextEmbeddings(nn.Module):
         if self.scale != 1.0:
             x = x * self.scale
         if self.token_type_embeddings is not None:
-            # Adding a single row avoids a lookup, whose gradient would be as large as the batch.
+            # Adding a single vector avoids a lookup, whose gradient would be as large as the batch.
             table, has_types = self.token_type_embeddings, token_type_ids is not None
             x = x + (table(token_type_ids) if has_types else table.weight[0])
         elif token_type_ids is not None:

@@ -124,7 +124,7 @@ class LongformerAttention(EncoderAttention):
     def _visibility(self, inputs: EncoderInputs, batch_size: int) -> Visibility:
         """Return the visibility of [global tokens | text] in each dilated sequence."""
         length, half = inputs.length, self.window // 2
-        # Without dilation one row serves all texts; each dilated sequence ends at its own offset.
+        # Without dilation one mask serves all texts; each dilated sequence ends at its own offset.
         in_window = torch.ones(1 if self.dilation == 1 else batch_size, length, dtype=torch.bool, device=inputs.device)
         if inputs.attention_mask is not None:
             in_window = inputs.attention_mask

@@ -2,7 +2,7 @@
 
 ``read`` joins the old state with the new segment and says from when to when each entry is visible. Attention runs over
 these entries, and ``write`` trims them to the next state. A block compressed inside a segment therefore serves that
-segment's later queries, and an entry dropped by the trim still serves its earlier ones. What a position sees is a
+segment's later queries, and an entry dropped by the trim still serves its earlier ones. Visibility is a
 function of positions alone, so results do not depend on how a stream is cut into segments.
 """
 

@@ -4,8 +4,8 @@ The query at t sees positions from rate * max(0, floor((t - window + 1) / rate))
 ``num_entries`` blocks of ``compression_rate`` positions through one entry each, so a past token is either exact or in
 exactly one entry. A block is compressed when it leaves the window, inside the segment whose later queries read the
 entry: the compression learns from the language model even with truncated backpropagation over a single segment. Of any
-``compression_rate`` consecutive tokens at most one evicts a block, so a call of n tokens has room for ceil(n / rate),
-the unused ones of which are never visible.
+``compression_rate`` consecutive tokens at most one evicts a block, so a call of n tokens has room for ceil(n / rate);
+unused ones are never visible.
 """
 
 from __future__ import annotations

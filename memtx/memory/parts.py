@@ -17,8 +17,8 @@ from memtx.segment import Segment
 class Gate(nn.Module):
     """A stretched sigmoid clamped to [0, 1] (hard concrete without its noise, Louizos et al. 2018).
 
-    A plain sigmoid never closes, and what it leaks at every token drowns a memory in a long stream. This one reaches
-    exactly 0 and exactly 1 at finite inputs.
+    A plain sigmoid never closes, and its leak at every token drowns a memory in a long stream. This gate reaches 0
+    and 1 exactly at finite inputs.
 
     Args:
         dim: Input width.

@@ -1,7 +1,7 @@
 """The slots of Memformer (Wu et al. 2020): vectors read by cross-attention and written once per interval of tokens.
 
 Memformer writes once per segment; here an interval is a number of tokens of the document, so results do not depend on
-segmentation. Slots are constant within an interval, so of an open one only their attention to it so far and its
+segmentation. Slots are constant within an interval, so only their attention to the open one so far and its
 log-sum-exp are carried. A write uses the layer's inputs alone, so a call of many intervals, with documents starting
 anywhere, is computed at once, and only the slots are updated in sequence, with one small attention per interval.
 """
@@ -35,7 +35,7 @@ class SlotState:
             that.
         partial_output: Output of the slots' attention to the open interval, ``(batch, num_slots, dim)``, float32 or
             wider; zero if an interval has just ended.
-        partial_lse: Log-sum-exp of that attention, ``(batch, num_slots, heads)``, likewise.
+        partial_lse: Log-sum-exp of that attention, ``(batch, num_slots, heads)``, same dtype; zero in the same case.
         last_input: Last layer input, for the token shift, ``(batch, dim)``; ``(batch, 0)`` without one.
     """
 
