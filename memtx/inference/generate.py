@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,9 +33,6 @@ FINISH_CANCELLED: FinishReason = "cancelled"
 class StopFilter:
     """Passes text up to the first stop string, and holds back text that may begin one.
 
-    Args:
-        stop_strings: Strings that end the text; they are not part of it.
-
     Raises:
         MemtxError: A stop string is empty.
     """
@@ -55,10 +53,8 @@ class StopFilter:
             return visible
         num_held = 0
         for stop in self.stop_strings:
-            for length in range(min(len(stop) - 1, len(self._buffer)), num_held, -1):
-                if self._buffer.endswith(stop[:length]):
-                    num_held = length
-                    break
+            lengths = range(min(len(stop) - 1, len(self._buffer)), num_held, -1)
+            num_held = next((length for length in lengths if self._buffer.endswith(stop[:length])), num_held)
         end = len(self._buffer) - num_held
         visible, self._buffer = self._buffer[:end], self._buffer[end:]
         return visible
@@ -75,7 +71,7 @@ class TokenLogprob:
 
     Attributes:
         token: Token id.
-        logprob: Log-probability in nats under the model, before temperature and filters.
+        logprob: Log-probability in nats, before temperature and filters.
         top_logprobs: Ids and log-probabilities of the most likely tokens at its position, in descending order.
         text_offset: Number of complete characters before it.
     """
@@ -88,12 +84,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Next part of a generated text.
-
-    Attributes:
-        text: Complete characters.
-        token_logprobs: Log-probabilities of the tokens that begin in the text so far; empty if not requested.
-    """
+    """Complete characters of a generated text, and log-probabilities of the tokens that begin in it, if requested."""
 
     text: str = ""
     token_logprobs: tuple[TokenLogprob, ...] = ()
@@ -147,10 +138,8 @@ class TokenGenerator:
     def __init__(
         self, tokenizer: Tokenizer, last_token: int, recent_tokens: Sequence[int], config: GenerationConfig
     ) -> None:
-        self.tokenizer = tokenizer
-        self.config = config
-        self.next_token = last_token
-        self.num_generated = 0
+        self.tokenizer, self.config = tokenizer, config
+        self.next_token, self.num_generated = last_token, 0
         self.finish_reason: FinishReason | None = None if config.max_tokens else FINISH_LENGTH
         self._recent_tokens: deque[int] = deque(recent_tokens, maxlen=REPETITION_WINDOW)
         self._stop_filter = StopFilter(config.stop)
@@ -160,10 +149,7 @@ class TokenGenerator:
         self._pending_logprobs: deque[TokenLogprob] = deque()
 
     def advance(self, logits: Tensor) -> TextDelta:
-        """Choose the next token and return the text that is now complete, which may be empty.
-
-        Args:
-            logits: ``(vocab,)`` logits after ``next_token``.
+        """Choose the next token from the ``(vocab,)`` logits after ``next_token`` and return the text completed by it.
 
         Raises:
             MemtxError: The logits are not finite.
@@ -187,9 +173,8 @@ class TokenGenerator:
         log_norm = logits.logsumexp(0)
         values, tokens = allowed.topk(min(num_logprobs, int((allowed > NEG_INF).sum())))
         top_logprobs = zip(tokens.tolist(), (values - log_norm).tolist(), strict=True)
-        return TokenLogprob(
-            self.next_token, float(logits[self.next_token] - log_norm), tuple(top_logprobs), self._num_decoded_chars
-        )
+        logprob = float(logits[self.next_token] - log_norm)
+        return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), self._num_decoded_chars)
 
     def _to_delta(self, token_bytes: bytes) -> TextDelta:
         decoded = self._utf8_decoder.decode(token_bytes)
@@ -203,10 +188,9 @@ class TokenGenerator:
             self.finish_reason = FINISH_STOP if self._stop_filter.is_stopped else FINISH_LENGTH
         self._num_emitted_chars += len(text)
         # A token appears with its first character; one that only completes a character, with the tokens before it.
+        end = math.inf if self.finish_reason == FINISH_LENGTH else self._num_emitted_chars
         logprobs = []
-        while self._pending_logprobs and (
-            self._pending_logprobs[0].text_offset < self._num_emitted_chars or self.finish_reason == FINISH_LENGTH
-        ):
+        while self._pending_logprobs and self._pending_logprobs[0].text_offset < end:
             logprobs.append(self._pending_logprobs.popleft())
         return TextDelta(text, tuple(logprobs))
 
@@ -244,14 +228,12 @@ def generate(
     """
     # Checked here and not in the generator function, which runs only at the first next().
     config = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
-    return _generate(
-        reader.fork() if reader is not None else StreamReader(model, tokenizer, segment_length), prompt, config
-    )
+    return _generate(reader.fork() if reader else StreamReader(model, tokenizer, segment_length), prompt, config)
 
 
 def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
     """Return the last tokens of a text, for the repetition penalty."""
-    recent_tokens: deque[int] = deque(maxlen=REPETITION_WINDOW)
+    recent_tokens = deque[int](maxlen=REPETITION_WINDOW)
     for result in results:
         recent_tokens.extend(result.tokens[-REPETITION_WINDOW:].tolist())
     return list(recent_tokens)

@@ -1,4 +1,4 @@
-"""Predictors: raw texts or examples in; labels, tags, answers or summaries out."""
+"""Predictors: turn raw texts or examples into labels, tags, answers or summaries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -54,9 +54,8 @@ class BasePredictor(ABC):
     model: nn.Module
 
     def __init__(self) -> None:
-        self.num_tokens_read = 0
+        self.num_tokens_read, self._closed = 0, False
         self._lock = threading.Lock()
-        self._closed = False
 
     def close(self) -> None:
         """Stop: running and later calls raise ClosedError before their next call of the model."""
@@ -64,11 +63,7 @@ class BasePredictor(ABC):
 
     @abstractmethod
     def to_example(self, raw_input: PredictInput) -> Any:
-        """Return an input as an example without labels.
-
-        Raises:
-            DataError: The input does not fit the task.
-        """
+        """Return an input as an example without labels; raises DataError if it does not fit the task."""
 
     @abstractmethod
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
@@ -123,9 +118,8 @@ class Predictor(BasePredictor):
         check_at_least(1, max_batch_tokens=max_batch_tokens)
         if tokenizer.vocab_size > model.vocab_size or task.num_labels != model.num_labels:
             raise CheckpointError(
-                f"Model, tokenizer and task do not belong together: the model has {model.vocab_size} tokens and "
-                f"{model.num_labels} labels, the tokenizer {tokenizer.vocab_size} tokens, the task {task.num_labels} "
-                "labels.",
+                f"Model ({model.vocab_size} tokens, {model.num_labels} labels), tokenizer ({tokenizer.vocab_size} tokens) "
+                f"and task ({task.num_labels} labels) do not belong together.",
                 "Use the tokenizer and the task that the model was trained with.",
             )
         self.model, self.tokenizer, self.task, self.max_batch_tokens = model.eval(), tokenizer, task, max_batch_tokens
@@ -153,7 +147,7 @@ class Predictor(BasePredictor):
         self.model.save_pretrained(path)
 
     def to_example(self, raw_input: PredictInput) -> Any:
-        """Return a raw text, or the fields of an example, as an example without labels; raises DataError."""
+        """Return a raw text, or the fields of an example, as an example of the task."""
         if not isinstance(raw_input, str):
             return self.task.parse(raw_input, False)
         if not raw_input.strip():
@@ -162,40 +156,39 @@ class Predictor(BasePredictor):
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
         """Return the task's ``postprocess`` of each input."""
-        examples = self._map_inputs(inputs, self._encode_input)
+
+        def encode(raw_input: PredictInput) -> PreparedExample:
+            # Labels are ignored, so they need not be valid.
+            return encode_examples([drop_labels(self.to_example(raw_input))], self.task, self.tokenizer)[0]
+
+        examples = self._map_inputs(inputs, encode)
         windows = [window for example in examples for window in example.windows]
         with acquire_before(deadline, self._lock):
-            logits = self._compute_scores(windows, deadline)
+            logits = self._compute_logits(windows, deadline)
         return BatchExamples(self.task, examples).postprocess(logits)
 
-    def _encode_input(self, raw_input: PredictInput) -> PreparedExample:
-        # Labels are ignored, so they need not be valid.
-        return encode_examples([drop_labels(self.to_example(raw_input))], self.task, self.tokenizer)[0]
-
-    def _compute_scores(self, encoded_examples: Sequence[EncodedExample], deadline: float | None) -> list[Logits]:
-        logits: list[Logits] = [np.zeros(0, dtype=np.float32)] * len(encoded_examples)
+    def _compute_logits(self, windows: Sequence[EncodedExample], deadline: float | None) -> list[Logits]:
+        logits: list[Logits] = [np.zeros(0, dtype=np.float32)] * len(windows)
         device = next(self.model.parameters()).device
-        for indices in self._batch_indices(encoded_examples):
+        for indices in self._batch_indices(windows):
             self._check_active(deadline)
-            batch = collate([encoded_examples[index] for index in indices], self.tokenizer.pad_token_id)
+            batch = collate([windows[index] for index in indices], self.tokenizer.pad_token_id)
             inputs = (batch.tokens, batch.attention_mask, batch.token_type_ids, batch.global_attention_mask)
             with torch.inference_mode():
                 batch_logits = self.model(*(tensor.to(device) for tensor in inputs)).float().cpu().numpy()
-            for index, example_logits in zip(indices, batch_logits, strict=True):
-                logits[index] = example_logits
+            for index, window_logits in zip(indices, batch_logits, strict=True):
+                logits[index] = window_logits
             self.num_tokens_read += int(batch.attention_mask.sum())
         return logits
 
-    def _batch_indices(self, encoded_examples: Sequence[EncodedExample]) -> Iterator[list[int]]:
-        """Yield the indices of each batch, sorted by length."""
-        batch: list[int] = []
-        for index in sorted(range(len(encoded_examples)), key=lambda index: len(encoded_examples[index].ids)):
-            if batch and (len(batch) + 1) * len(encoded_examples[index].ids) > self.max_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+    def _batch_indices(self, windows: Sequence[EncodedExample]) -> list[list[int]]:
+        """Return the indices of each batch, sorted by length."""
+        batches: list[list[int]] = [[]]
+        for index in sorted(range(len(windows)), key=lambda index: len(windows[index].ids)):
+            if batches[-1] and (len(batches[-1]) + 1) * len(windows[index].ids) > self.max_batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        return batches if windows else []
 
 
 class Summarizer(BasePredictor):
@@ -233,7 +226,7 @@ class Summarizer(BasePredictor):
         return cls(*load_model_and_tokenizer(path), summary_prompt)
 
     def to_example(self, raw_input: PredictInput) -> SummaryExample:
-        """Return a raw text, or ``{"text": ...}``, as an example without a summary; raises DataError."""
+        """Return a raw text, or ``{"text": ...}``, as an example."""
         return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
@@ -269,18 +262,17 @@ def drop_labels(example: Any) -> Any:
 
 
 def is_task_model(path: str | os.PathLike[str]) -> bool:
-    """Return whether the model at ``path`` was trained on a task.
-
-    Raises:
-        CheckpointError: The checkpoint is missing, damaged or not of memtx.
-    """
+    """Return whether the model at ``path`` was trained on a task; raises CheckpointError if there is no model."""
     return bool(read_task_metadata(path))
 
 
 def read_task_metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Return the ``tokenizer`` and the ``task`` or ``summary`` of a checkpoint or folder as JSON texts.
 
-    Empty if the model was not trained on a task; raises what :func:`is_task_model` raises.
+    Empty if the model was not trained on a task.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged or not of memtx.
     """
     sidecars = pretrained.read_sidecars(pretrained.resolve_model_path(path))
     return sidecars if sidecars.keys() & {"task", "summary"} else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -13,15 +14,7 @@ from typing import Any
 from memtx import files
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.reader import StreamReader, Totals
-from memtx.inference.sessions.file import (
-    KIND,
-    VERSION,
-    Fingerprints,
-    check_fingerprints,
-    load_session,
-    parse_header,
-    save_session,
-)
+from memtx.inference.sessions.file import Fingerprints, load_header, load_session, save_session
 
 SUFFIX = ".session"
 SESSION_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
@@ -51,16 +44,14 @@ class SessionStore:
             # Sessions hold private text: only their owner may read them.
             self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise MemtxError(
-                f"The folder '{self.folder}' cannot be used: {error.strerror}.", "Check its permissions."
-            ) from error
+            message = f"The folder '{self.folder}' cannot be used: {error.strerror}."
+            raise MemtxError(message, "Check its permissions.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise MemtxError(
-                f"The folder '{self.folder}' is used by another server.", "Give each server its own folder."
-            ) from error
+            message = f"The folder '{self.folder}' is used by another server."
+            raise MemtxError(message, "Give each server its own folder.") from error
         for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
             leftover.unlink(missing_ok=True)  # From a process that was killed while it wrote.
 
@@ -78,12 +69,8 @@ class SessionStore:
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             session_id = path.name.removesuffix(SUFFIX)
             if SESSION_ID_PATTERN.fullmatch(session_id) and path.is_file() and not path.is_symlink():
-                try:
-                    header = files.load_header(path, kind=KIND, version=VERSION)
-                    check_fingerprints(path, header, self.fingerprints)
-                    yield session_id, *parse_header(header)
-                except (CheckpointError, KeyError, TypeError, ValueError, RecursionError):
-                    continue
+                with contextlib.suppress(CheckpointError):
+                    yield session_id, *load_header(path, self.fingerprints)
 
     def save(self, session_id: str, reader: StreamReader, metadata: dict[str, Any]) -> None:
         """Write a session; once this returns, it survives a power failure.
@@ -98,11 +85,7 @@ class SessionStore:
             raise SessionSaveError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def load(self, session_id: str, reader: StreamReader) -> None:
-        """Restore a reader from a session.
-
-        Raises:
-            CheckpointError: The file is missing or damaged.
-        """
+        """Restore a reader from a session; raises CheckpointError if its file is missing or damaged."""
         self._load(self.path(session_id), reader)
 
     def import_session(self, data: bytes, reader: StreamReader) -> None:

@@ -140,10 +140,7 @@ def test_texts_generated_at_once_equal_each_alone(pool: SessionPool, byte_model:
         (first, second) = pool.generate(
             session_id,
             "",
-            [
-                GenerationConfig(30 + seed, params, seed=seed),
-                GenerationConfig(5, params, stop=("e",), seed=seed),
-            ],
+            [GenerationConfig(30 + seed, params, seed=seed), GenerationConfig(5, params, stop=("e",), seed=seed)],
         )
         list(second)
         return "".join(delta.text for delta in first)
