@@ -65,12 +65,12 @@ def evaluate_accuracy(
     segments_per_call: int = 32,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Return the fraction of questions answered exactly, ``distance`` segments after the last written one.
+    """Return the fraction of questions answered exactly, ``distance`` (at least 1) segments after the last written one.
 
     Args:
         model: Model in eval mode. If its output depends on the segmentation, ``segments_per_call`` must be 1.
         task: Synthetic task.
-        distance: Segments from the written segments to the questions, at least 1.
+        distance: Segments from the written segments to the questions.
         num_samples: Number of episodes.
         seed: Seed of the episodes.
         segments_per_call: Segments per call of the model.
@@ -81,8 +81,8 @@ def evaluate_accuracy(
     pending: list[Tensor] = []
     num_segments = task.num_write_segments + distance
     segments = task.iter_segments(num_samples, num_segments, generator, query_mode="last")
-    num_correct = num_questions = 0
-    for number, (tokens, labels) in enumerate(segments, 1):
+    for number, segment in enumerate(segments, 1):
+        tokens, labels = segment
         pending.append(tokens)
         if len(pending) < segments_per_call and number < num_segments:
             continue
@@ -90,12 +90,11 @@ def evaluate_accuracy(
         if on_progress is not None:
             on_progress(len(pending))
         state, pending = output.state, []
-        if number == num_segments:
-            assert output.logits is not None
-            is_question = labels != IGNORE_INDEX
-            predictions = output.logits[:, -task.segment_length :].argmax(-1).cpu()
-            num_correct, num_questions = int((predictions == labels)[is_question].sum()), int(is_question.sum())
-    return num_correct / num_questions
+    # Only the last segment asks.
+    assert output.logits is not None
+    is_question = labels != IGNORE_INDEX
+    predictions = output.logits[:, -task.segment_length :].argmax(-1).cpu()
+    return int((predictions == labels)[is_question].sum()) / int(is_question.sum())
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def evaluate_capacity(
     Assumes that the accuracy falls with the number of pairs, which may exceed that of the training.
 
     Args:
-        model: Model in eval mode; see :func:`evaluate_accuracy`.
+        model: As in :func:`evaluate_accuracy`.
         task: Task with keys, values and segment length; pairs that do not fit into a segment get a longer one.
         distance: Distance in segments of the task, at least 1; about as many tokens for longer segments.
         state_bytes: Size of the state of one stream.
@@ -204,8 +203,7 @@ def build_task(task_class: type[T], trained_options: Mapping[str, Any], override
 
     Args:
         task_class: Class of the task.
-        trained_options: Options of the run's task, possibly of another class; those unknown to ``task_class`` are
-            ignored.
+        trained_options: Options of the run's task; those unknown to ``task_class`` are ignored.
         overrides: Values by option name, as text: an integer, or true or false.
 
     Raises:
@@ -215,10 +213,8 @@ def build_task(task_class: type[T], trained_options: Mapping[str, Any], override
     options = {name: value for name, value in trained_options.items() if name in types}
     for name, text in overrides.items():
         if name not in types:
-            raise MemtxError(
-                f"{task_class.__name__} has no option '{name}'.{closest_match(name, types)}",
-                f"Its options are {', '.join(types)}.",
-            )
+            message = f"{task_class.__name__} has no option '{name}'.{closest_match(name, types)}"
+            raise MemtxError(message, f"Its options are {', '.join(types)}.")
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if types[name] is bool else int(text)
         except (KeyError, ValueError) as error:

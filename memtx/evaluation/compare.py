@@ -1,7 +1,4 @@
-"""Comparison of models on the same texts: size, latency and score.
-
-Calls of the models alternate on the same input, so that other load on the machine affects all of them alike.
-"""
+"""Comparison of models on the same texts: size, latency and score."""
 
 from __future__ import annotations
 
@@ -36,14 +33,9 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Figures of one model.
+    """Figures of one model: latency in milliseconds (see :func:`time_calls`), and score under ``metric``.
 
-    Attributes:
-        name: Name given by the user.
-        num_parameters: Number of parameters.
-        latency_ms: Duration of a call in milliseconds (see :func:`time_calls`).
-        score: Value of the metric.
-        metric: ``accuracy``, ``f1`` or ``bits_per_byte``.
+    ``metric`` is ``accuracy``, ``f1`` or ``bits_per_byte``.
     """
 
     name: str
@@ -85,10 +77,7 @@ def time_calls(
 ) -> list[float]:
     """Return the latency of each function in milliseconds: the median over inputs of the fastest of ``REPEATS`` calls.
 
-    Args:
-        functions: Functions to time, called in turn with the index of an input.
-        num_inputs: Number of inputs.
-        on_progress: Called after each call.
+    The functions are called in turn with the index of an input, so that other load on the machine affects all alike.
 
     Raises:
         MemtxError: ``num_inputs`` is not positive.
@@ -111,13 +100,7 @@ def metric_name(task: Task) -> str:
 
 
 def compute_task_score(task: Task, examples: Sequence[Any], predictions: Iterable[dict[str, Any]]) -> float:
-    """Return the accuracy, the F1 of spans (as seqeval) or the F1 of answers (as SQuAD) of predictions.
-
-    Args:
-        task: Task of the examples.
-        examples: Labeled examples.
-        predictions: Prediction of a model for each example.
-    """
+    """Return the accuracy, the F1 of spans (as seqeval) or the F1 of answers (as SQuAD) for labeled examples."""
     pairs = zip(examples, predictions, strict=True)
     if isinstance(task, Tagging):
         span_f1 = SpanF1()
@@ -147,14 +130,7 @@ def compare_task_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Compare models of one task; a call reads one example.
-
-    Args:
-        predictors: Names and models.
-        examples: Labeled examples.
-        num_timed: Number of examples to time.
-        on_progress: Called after each example of each model, timed or scored.
-    """
+    """Compare models of one task on labeled examples, of which ``num_timed`` are timed; a call reads one example."""
 
     def predict_fn(predictor: Predictor) -> Callable[[int], list[dict[str, Any]]]:
         return lambda index: predictor.predict([examples[index].record])
@@ -222,23 +198,13 @@ def bits_per_byte(
     min_position: int = 0,
     on_progress: ProgressCallback = lambda: None,
 ) -> float:
-    """Return the bits per byte of the tokens at ``min_position`` or later in their documents.
-
-    Args:
-        model: Model in eval mode.
-        batch: Texts.
-        segment_length: Tokens per call.
-        min_position: First position that counts.
-        on_progress: Called after each call.
-    """
+    """Return the bits per byte of the tokens at ``min_position`` or later in their documents."""
     state = model.init_state(len(batch.tokens))
     device = state.position.device
     metric = BitsPerByte().to(device)
-    for start in range(0, batch.tokens.shape[1], segment_length):
-        tokens, labels, label_bytes = (
-            tensor[:, start : start + segment_length].to(device)
-            for tensor in (batch.tokens, batch.labels, batch.label_bytes)
-        )
+    splits = [torch.split(tensor, segment_length, 1) for tensor in (batch.tokens, batch.labels, batch.label_bytes)]
+    for segments in zip(*splits, strict=True):
+        tokens, labels, label_bytes = (tensor.to(device) for tensor in segments)
         position = Segment.from_document_starts(state.position, tokens.shape[1]).position
         output = model(tokens, state, labels=labels)
         state = output.state
@@ -258,13 +224,13 @@ def compare_language_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Compare language models; a call reads one segment of the first text, starting over at its end.
+    """Compare language models in eval mode; a timed call reads one segment of the first text, from its end the first.
 
     Args:
-        models: Names and models, in eval mode.
+        models: Names and models.
         batch: Texts.
         segment_length: Tokens per call.
-        min_position: First position that counts for the score.
+        min_position: First position in a document that counts for the score.
         num_timed: Number of segments to time.
         on_progress: Called after each call of each model, timed or scored.
     """

@@ -1,4 +1,4 @@
-"""Chapters of a book, found in its tokens by headings such as "CHAPTER IV" or "Chapter 12. The Return"."""
+"""Chapters of a book, recognized by headings such as "CHAPTER IV" or "Chapter 12. The Return"."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import numpy as np
 from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
 
 MAX_HEADING_CHARS = 80
-"""Maximum characters of a heading line."""
 
 MAX_LINE_BYTES = 4 * MAX_HEADING_CHARS + 4
 """Bytes of a line that are stored: more than any heading has."""
@@ -62,20 +61,14 @@ class Section:
 
     def with_tokens(self, result: SegmentResult, start: int, end: int) -> Section:
         """Return the section extended by the tokens of a segment from ``start`` up to ``end``."""
-        nll, num_bytes = (
-            float(result.nll[start:end].sum(dtype=np.float64)),
-            sum(map(len, result.token_bytes[start:end])),
-        )
+        nll = float(result.nll[start:end].sum(dtype=np.float64))
+        num_bytes = sum(map(len, result.token_bytes[start:end]))
         first = self.start if self.num_tokens else result.start + start
         return replace(self, start=first) + Section("", 0, end - start, num_bytes, nll)
 
     def __add__(self, other: Section) -> Section:
-        return replace(
-            self,
-            num_tokens=self.num_tokens + other.num_tokens,
-            num_bytes=self.num_bytes + other.num_bytes,
-            nll=self.nll + other.nll,
-        )
+        num_tokens, num_bytes = self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes
+        return replace(self, num_tokens=num_tokens, num_bytes=num_bytes, nll=self.nll + other.nll)
 
 
 class ChapterSplitter:
@@ -123,11 +116,8 @@ class ChapterSplitter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the text, JSON-serializable."""
-        return {
-            "chapter": asdict(self.chapter),
-            "line": self._line_bytes.decode("latin-1"),
-            "line_section": asdict(self._line_section),
-        }
+        line = self._line_bytes.decode("latin-1")
+        return {"chapter": asdict(self.chapter), "line": line, "line_section": asdict(self._line_section)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the position of a :meth:`state_dict`."""

@@ -117,11 +117,11 @@ class Predictor(BasePredictor):
         super().__init__()
         check_at_least(1, max_batch_tokens=max_batch_tokens)
         if tokenizer.vocab_size > model.vocab_size or task.num_labels != model.num_labels:
-            raise CheckpointError(
-                f"Model ({model.vocab_size} tokens, {model.num_labels} labels), tokenizer ({tokenizer.vocab_size} tokens) "
-                f"and task ({task.num_labels} labels) do not belong together.",
-                "Use the tokenizer and the task that the model was trained with.",
+            sizes = (
+                f"Model ({model.vocab_size} tokens, {model.num_labels} labels), "
+                f"tokenizer ({tokenizer.vocab_size} tokens) and task ({task.num_labels} labels)"
             )
+            raise CheckpointError(f"{sizes} do not belong together.", "Use those that the model was trained with.")
         self.model, self.tokenizer, self.task, self.max_batch_tokens = model.eval(), tokenizer, task, max_batch_tokens
         self.task_name = task.kind
 
