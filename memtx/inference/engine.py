@@ -51,14 +51,7 @@ OutputFn = Callable[[QueueItem], object]
 class Generation:
     """A text being generated: an iterator over its parts, for one thread; ``token_generator`` chooses the tokens."""
 
-    def __init__(
-        self,
-        state: MemoryState,
-        token_generator: TokenGenerator,
-        deadline: float | None,
-        on_output: OutputFn | None = None,
-    ) -> None:
-        self.state: MemoryState | None = state
+    def __init__(self, token_generator: TokenGenerator, deadline: float | None, on_output: OutputFn | None) -> None:
         self.token_generator, self.deadline = token_generator, deadline
         self.is_cancelled = False
         self._queue: queue.SimpleQueue[QueueItem] = queue.SimpleQueue()
@@ -105,16 +98,13 @@ class PendingSegment:
 
 
 class Engine:
-    """Runs a model for many streams at once.
+    """Runs a model for many streams at once; ``counters`` are calls of each kind, and the segments and tokens in them.
 
     Args:
         model: Model in eval mode; nothing else may use it while the engine runs.
         max_batch_size: Maximum number of texts generated at once; more wait.
         max_batch_tokens: Maximum number of tokens scored in one call, unless a single segment is longer. Defaults to a
             value for the model's device.
-
-    Attributes:
-        counters: Number of calls of each kind, and the segments and tokens in them.
     """
 
     def __init__(
@@ -128,7 +118,7 @@ class Engine:
         self.counters = dict.fromkeys(counters, 0)
         self._condition = threading.Condition()
         self._pending_segments: list[PendingSegment] = []
-        self._waiting: deque[Generation] = deque()
+        self._waiting: deque[tuple[Generation, MemoryState]] = deque()
         self._running: list[Generation] = []
         self._decoder: Decoder | None = None
         self._last_batch_size = 1
@@ -149,33 +139,22 @@ class Engine:
         return len(self._running)
 
     def make_score_fn(self, deadline: float | None = None) -> Callable[[ScoreRequest], ScoreOutput]:
-        """Return a function that scores the segments of one text in order; it raises what :meth:`score` raises."""
+        """Return a blocking function that scores segments of one text in order, batched with those of other streams.
+
+        It raises DeadlineExceededError after ``deadline``, a time of ``time.monotonic``, and ClosedError.
+        """
         arrival_time: float | None = None
 
         def score_next(request: ScoreRequest) -> ScoreOutput:
             nonlocal arrival_time
             now = time.monotonic()
             arrival_time = now if arrival_time is None else now - WAIT_CREDIT * (now - arrival_time)
-            return self.score(request, deadline, arrival_time)
+            return self._score(request, deadline, arrival_time)
 
         return score_next
 
-    def score(
-        self, request: ScoreRequest, deadline: float | None = None, arrival_time: float | None = None
-    ) -> ScoreOutput:
-        """Score one segment, batched with those of other streams; blocks.
-
-        Args:
-            request: Segment to score.
-            deadline: Deadline as a time of ``time.monotonic``. None disables it.
-            arrival_time: Time of ``time.monotonic`` that determines the place in the queue. Defaults to now.
-
-        Raises:
-            DeadlineExceededError: The deadline passed before the segment was scored.
-            ClosedError: The engine is closed.
-        """
-        pending = PendingSegment(request, time.monotonic() if arrival_time is None else arrival_time)
-        timeout = remaining_seconds(deadline)
+    def _score(self, request: ScoreRequest, deadline: float | None, arrival_time: float) -> ScoreOutput:
+        pending, timeout = PendingSegment(request, arrival_time), remaining_seconds(deadline)
         with self._condition:
             self._check_open()
             self._pending_segments.append(pending)
@@ -193,22 +172,18 @@ class Engine:
         deadline: float | None = None,
         on_output: OutputFn | None = None,
     ) -> Generation:
-        """Start to generate a text; returns at once.
+        """Start to generate a text from a state of batch size 1; returns at once.
 
-        Args:
-            state: State of the stream, batch size 1; ``token_generator.next_token`` is read next.
-            token_generator: Chooses the tokens.
-            deadline: Time of ``time.monotonic`` at which the generation is cancelled. None disables it.
-            on_output: Receives the output instead of the generation's own iterator.
+        ``on_output`` receives the output instead of the generation's own iterator, which ends at ``deadline``.
 
         Raises:
             ClosedError: The engine is closed.
         """
-        generation = Generation(state, token_generator, deadline, on_output)
+        generation = Generation(token_generator, deadline, on_output)
         with self._condition:
             self._check_open()
             if token_generator.finish_reason is None:
-                self._waiting.append(generation)
+                self._waiting.append((generation, state))
                 self._condition.notify()
             else:
                 generation.on_output(None)
@@ -251,7 +226,7 @@ class Engine:
         for pending in self._pending_segments:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(error)
-        for generation in (*self._running, *self._waiting):
+        for generation in (*self._running, *(generation for generation, _ in self._waiting)):
             generation.on_output(error)
 
     def _next_batch(self) -> list[PendingSegment]:
@@ -313,12 +288,10 @@ class Engine:
             self._running = [self._running[index] for index in indices]
         new_states: list[MemoryState] = []
         while self._waiting and len(self._running) < self.max_batch_size:
-            generation = self._waiting.popleft()
-            state, generation.state = generation.state, None
+            generation, state = self._waiting.popleft()
             if generation.is_cancelled:
                 generation.finish_cancelled()
                 continue
-            assert state is not None
             new_states.append(state)
             self._running.append(generation)
         if new_states and self._decoder is not None:

@@ -92,13 +92,9 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Options of one generated text.
+    """Options of one generated text; those not listed are as in :func:`generate`.
 
     Attributes:
-        max_tokens: Maximum number of tokens.
-        sampling_params: Sampling options.
-        stop: Strings that end the text; they are not part of it.
-        seed: Seed of the sampling.
         logprobs: Number of most likely tokens to return with each token. None disables log-probabilities.
 
     Raises:
@@ -123,14 +119,8 @@ class GenerationConfig:
 class TokenGenerator:
     """Turns the logits of one stream into tokens and text; it does not call the model.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        last_token: Newest token of the text, which the model has not read yet.
-        recent_tokens: Newest tokens of the text, for the repetition penalty.
-        config: Generation options.
-
     Attributes:
-        next_token: Token for the model to read next.
+        next_token: Token for the model to read next; at first ``last_token``, the newest of the text.
         num_generated: Number of tokens so far.
         finish_reason: Reason why the text ended; None while it continues.
     """
@@ -207,7 +197,7 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Generate a continuation of a text.
+    """Generate a continuation of a text, in non-empty parts of complete characters.
 
     Args:
         model: Language model; a module is put into eval mode.
@@ -219,9 +209,6 @@ def generate(
         sampling_params: Sampling options. Defaults to plain sampling.
         stop: Strings that end the text; they are not part of it.
         seed: Seed; equal seeds give equal texts on the same machine and version of torch.
-
-    Returns:
-        Iterator over the text as it is generated, in non-empty parts of complete characters.
 
     Raises:
         MemtxError: ``max_tokens`` is negative, a stop string is empty, or the logits are not finite.

@@ -42,13 +42,7 @@ MAX_BATCH_TOKENS = 1 << 14
 
 
 class BasePredictor(ABC):
-    """A model that answers inputs; threads that share it take turns.
-
-    Attributes:
-        task_name: Name of the task.
-        model: Model in eval mode, on any device.
-        num_tokens_read: Number of tokens read so far.
-    """
+    """A model that answers inputs; threads that share it take turns. ``num_tokens_read`` counts its input."""
 
     task_name: str
     model: nn.Module
@@ -69,13 +63,9 @@ class BasePredictor(ABC):
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
         """Return a JSON-serializable prediction per input.
 
-        Args:
-            inputs: Raw texts or fields of examples.
-            deadline: Deadline as a time of ``time.monotonic``. None disables it.
-
         Raises:
             DataError: An input does not fit the task or is too long; the message holds its index.
-            DeadlineExceededError: The deadline has passed.
+            DeadlineExceededError: The deadline, a time of ``time.monotonic``, has passed.
             ClosedError: The predictor was closed.
         """
 
@@ -97,13 +87,9 @@ class BasePredictor(ABC):
 
 
 class Predictor(BasePredictor):
-    """Answers inputs of one task with a task model.
+    """Answers inputs of one task with a task model, which is put into eval mode.
 
-    Args:
-        model: Task model; put into eval mode.
-        tokenizer: Tokenizer of the model.
-        task: Task that the model was trained on.
-        max_batch_tokens: Maximum number of tokens in a batch, with padding; results are equal up to rounding.
+    ``max_batch_tokens`` limits the tokens in a batch, with padding; results are equal up to rounding.
 
     Raises:
         MemtxError: ``max_batch_tokens`` is not positive, or model, tokenizer and task do not fit together.
@@ -192,14 +178,7 @@ class Predictor(BasePredictor):
 
 
 class Summarizer(BasePredictor):
-    """Writes summaries of texts of any length with a decoder trained on texts and summaries.
-
-    Args:
-        model: Decoder; put into eval mode.
-        tokenizer: Tokenizer of the model.
-        summary_prompt: Prompt and stop sequence.
-        max_tokens: Maximum number of tokens per summary.
-    """
+    """Writes summaries, of at most ``max_tokens``, of texts of any length; the model is put into eval mode."""
 
     task_name = "summary"
     model: MemoryTransformer

@@ -97,12 +97,10 @@ class ReaderSnapshot:
     """Position of a reader in its text; restoring it is exact.
 
     Attributes:
-        state: State of the model, batch size 1.
-        last_token: Newest scored token; the model has read all tokens before it.
+        state: State of the model, batch size 1, after all tokens before ``last_token``, the newest scored token.
         pending_tokens: ``(length,)`` int64, tokens that do not fill a segment yet.
         pending_text: Text that is not encoded yet.
         pending_bytes: First bytes of an incomplete character.
-        totals: Sums so far.
     """
 
     state: MemoryState

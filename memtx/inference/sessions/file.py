@@ -63,7 +63,7 @@ def save_session(
     """Write the position of a reader.
 
     Args:
-        path: File to write; an existing file is replaced, whole or not at all.
+        path: File to write or replace.
         reader: Reader to save; it can continue afterwards.
         metadata: Further JSON-serializable entries.
         extra_tensors: Further tensors.
@@ -95,15 +95,9 @@ def save_session(
 def load_session(
     path: str | os.PathLike[str], reader: StreamReader, *, fingerprints: Fingerprints | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore a reader from a saved session; on an error it is left unchanged.
+    """Restore a reader of the same model and tokenizer from a saved session; on an error it is left unchanged.
 
-    Args:
-        path: Session file.
-        reader: Reader of the same model and tokenizer.
-        fingerprints: Fingerprints of the reader's model and tokenizer. Defaults to computing them.
-
-    Returns:
-        The metadata and the extra tensors of the session.
+    Returns the metadata and the extra tensors of the session. If ``fingerprints`` is None, they are computed.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another format or version, or of another model or tokenizer.

@@ -24,9 +24,9 @@ class SessionPool:
     Results equal those of a reader alone, up to rounding; so equal seeds give equal texts, except where a draw falls
     within float32 rounding of the border between two tokens.
 
-    Methods can be called from any thread and block; requests to one session run one after the other. In all methods,
-    ``deadline`` is a time of ``time.monotonic`` after which DeadlineExceededError is raised, and an unknown
-    ``session_id`` raises SessionNotFoundError.
+    Methods can be called from any thread and block; requests to one session run one after the other. An unknown
+    ``session_id`` raises SessionNotFoundError; DeadlineExceededError is raised after ``deadline``, a time of
+    ``time.monotonic``. With ``save``, a session is written to disk before the method returns.
 
     Args:
         model: Language model; a module is put into eval mode. Only the pool's thread may use it.
@@ -95,12 +95,7 @@ class SessionPool:
     ) -> list[SegmentResult]:
         """Read more text, split anywhere (bytes are UTF-8), in a session; on an error the session is left unchanged.
 
-        Args:
-            session_id: Id of the session.
-            text: Text to read.
-            end_of_text: If True, the text ends here, and pending text is read too.
-            save: If True, write the session to disk before returning.
-            deadline: Deadline for reading.
+        With ``end_of_text``, the text ends here, and pending text is read too.
 
         Raises:
             DataError: The text is not UTF-8.
@@ -122,8 +117,7 @@ class SessionPool:
     ) -> tuple[Totals, list[SegmentResult]]:
         """Score a continuation of a session, which is left unchanged.
 
-        Returns:
-            The session's totals, and the results of its pending text and of ``text``.
+        Returns the session's totals, and the results of its pending text and of ``text``.
         """
         fork = self.fork_reader(session_id, deadline=deadline)
         fork.num_logprobs, fork.return_hidden_states = num_logprobs, return_hidden_states
@@ -152,15 +146,8 @@ class SessionPool:
     ) -> Iterator[TextDelta]:
         """Generate a continuation of a session and append prompt and continuation to it.
 
-        The session is held until the iterator ends; if iteration stops early, it is left unchanged.
-
-        Args:
-            session_id: Id of the session.
-            prompt: Text to read first.
-            config: Generation options.
-            save: If True, write the session to disk at the end.
-            deadline: Deadline for the whole request.
-            on_start: Called with the generation before the first part of the text.
+        The session is held until the iterator ends; if iteration stops early, it is left unchanged. ``on_start`` is
+        called with the generation before the first part of the text.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
             (generation,) = self._generate_from_prompt(self._fork(reader, deadline), prompt, [config], deadline)
@@ -184,14 +171,10 @@ class SessionPool:
         deadline: float | None = None,
         on_outputs: Iterable[OutputFn] | None = None,
     ) -> list[Generation]:
-        """Start to generate continuations from the position of a reader; returns at once.
+        """Start to generate a continuation per config from the position of a reader at the end of its text.
 
-        Args:
-            reader: Reader at the end of its text; it is left unchanged.
-            recent_tokens: Newest tokens of the text, for the repetition penalty.
-            configs: Generation options, one per continuation.
-            deadline: Deadline for all of them.
-            on_outputs: Receivers of the output, one per continuation, instead of the generations' own iterators.
+        Returns at once and leaves the reader unchanged. ``recent_tokens`` are subject to the repetition penalty;
+        ``on_outputs`` receive the output of each continuation instead of the generations' own iterators.
         """
         generators = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, config) for config in configs]
         if on_outputs is None:
@@ -204,11 +187,7 @@ class SessionPool:
         return self.registry.add(self.fork_reader(session_id, deadline=deadline))
 
     def save(self, session_id: str, *, deadline: float | None = None) -> None:
-        """Write a session to disk; once this returns, it survives the end of the process.
-
-        Raises:
-            MemtxError: The pool has no folder, or the file cannot be written.
-        """
+        """Write a session to disk; raises MemtxError if there is no folder, or the file cannot be written."""
         with self.registry.acquire(session_id, deadline) as (session, reader):
             self.registry.update(session, reader, save=True)
 
@@ -219,11 +198,10 @@ class SessionPool:
             return self.registry.store.path(session_id).read_bytes()
 
     def import_session(self, data: bytes) -> str:
-        """Create a session from the content of :meth:`export_session` and return its id.
+        """Create a session from the content of :meth:`export_session` and return its id; raises SessionLimitError.
 
         Raises:
             CheckpointError: The content is damaged, or of another model or tokenizer.
-            SessionLimitError: The maximum number of sessions is reached.
         """
         self.registry.check_limit()
         reader = self.new_reader()

@@ -33,12 +33,8 @@ class SessionLimitError(MemtxError):
 class SessionInfo:
     """Description of a session, as of its last request.
 
-    Attributes:
-        session_id: 32 hexadecimal digits.
-        created: Time of creation in seconds since 1970.
-        totals: Sums over the text.
-        in_memory: If True, the state is in memory.
-        is_saved: If True, the file holds the current session.
+    ``session_id`` has 32 hexadecimal digits, ``created`` is in seconds since 1970, and ``is_saved`` is True if the file
+    holds the current session.
     """
 
     session_id: str
@@ -59,13 +55,9 @@ class Session:
 
 
 class SessionRegistry:
-    """All sessions of a pool.
+    """All sessions of a pool: at most ``max_sessions``, with at most ``max_in_memory`` in memory if there is a store.
 
-    Args:
-        reader_factory: Creates a reader at the beginning of a text.
-        store: Store of saved sessions. None keeps all sessions in memory.
-        max_in_memory: Maximum number of sessions in memory, if there is a store.
-        max_sessions: Maximum number of sessions.
+    ``reader_factory`` creates a reader at the beginning of a text.
     """
 
     def __init__(

@@ -26,11 +26,7 @@ class SessionSaveError(MemtxError):
 
 
 class SessionStore:
-    """Sessions on disk.
-
-    Args:
-        folder: Folder of the sessions; created if it does not exist.
-        fingerprints: Fingerprints of the model and the tokenizer.
+    """Sessions on disk, in a folder that is created if it does not exist.
 
     Raises:
         MemtxError: The folder cannot be used, or another pool uses it.
@@ -73,11 +69,7 @@ class SessionStore:
                     yield session_id, *load_header(path, self.fingerprints)
 
     def save(self, session_id: str, reader: StreamReader, metadata: dict[str, Any]) -> None:
-        """Write a session; once this returns, it survives a power failure.
-
-        Raises:
-            SessionSaveError: The file cannot be written.
-        """
+        """Write a session, which then survives a power failure; raises SessionSaveError."""
         path = self.path(session_id)
         try:
             save_session(path, reader, metadata=metadata, fingerprints=self.fingerprints)
@@ -109,7 +101,7 @@ class SessionStore:
             raise CheckpointError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def delete(self, session_id: str) -> None:
-        """Remove the file of a session, if it exists; once this returns, it stays removed after a power failure."""
+        """Remove the file of a session, if it exists, even if the power fails afterwards."""
         try:
             self.path(session_id).unlink()
         except FileNotFoundError:
