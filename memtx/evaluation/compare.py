@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import Document
 from memtx.data.tasks.base import Task
 from memtx.data.tasks.question_answering import QuestionAnswering
 from memtx.data.tasks.tagging import Tagging, extract_spans

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memtx.data.synthetic_tasks.overwrite import Overwrite
-from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.errors import MemtxError
 from memtx.evaluation.accuracy import build_task, evaluate_capacity, with_num_pairs
 from memtx.state import MemoryState

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import Document
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError, MemtxError
 from memtx.evaluation.haystack import (

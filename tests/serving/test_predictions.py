@@ -95,7 +95,7 @@ def test_limits_and_key_hold() -> None:
         good = {"Authorization": f"Bearer {'k' * 16}"}
         assert web.post("/v1/predict", json={"input": "x"}, headers=good).status_code == 200
     with client(limits=Limits(max_inputs=2, max_body_bytes=1000)) as web:
-        assert "at most 2" in error(web.post("/v1/predict", json={"input": ["x"] * 3}), 400)
+        assert "(3) must be at most 2" in error(web.post("/v1/predict", json={"input": ["x"] * 3}), 400)
         error(web.post("/v1/predict", json={"input": "x" * 1000}), 413)
         error(web.post("/v1/predict", json={"input": "x"}, headers={"Origin": "http://evil.example"}), 403)
 

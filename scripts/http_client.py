@@ -1,4 +1,4 @@
-"""What the scripts that ask a running server share: an address of this machine, and a connection that is kept."""
+"""A client of a running server on this machine."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 
 def local_url(text: str) -> str:
-    """Read a server's address, for argparse: one of this machine, since other people's are not to be tried out."""
+    """Parse a server's address for argparse; only this machine may be tested."""
     if urlsplit(text).hostname not in LOCAL_HOSTS:
         raise argparse.ArgumentTypeError("the server must be on this machine")
     return text
 
 
 class Connection:
-    """One connection; shows the key in ``MEMTX_API_KEY``, if there is one.
+    """A persistent connection that sends the key in ``MEMTX_API_KEY``, if set.
 
     Args:
-        url: the server's address.
-        timeout: that an answer may take.
+        url: Address of the server.
+        timeout: Seconds that a response may take. Defaults to 60.
     """
 
     def __init__(self, url: str, timeout: float = 60.0) -> None:
@@ -31,13 +31,13 @@ class Connection:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
     def request(self, method: str, path: str, body: bytes | str | None = None) -> tuple[int, bytes]:
-        """Return an answer's status and content."""
+        """Return status and content of a response."""
         self._connection.request(method, path, body, self._headers)
         response = self._connection.getresponse()
         return response.status, response.read()
 
     def get_metric(self, name: str) -> float:
-        """Return one of the server's counters; NaN where it has none of the name."""
-        self._connection.close()  # The server ends what was idle for long.
+        """Return one of the server's metrics; NaN if it has none of that name."""
+        self._connection.close()  # The server closes idle connections.
         lines = self.request("GET", "/metrics")[1].decode().splitlines()
         return next((float(line.split()[1]) for line in lines if line.startswith(f"{name} ")), float("nan"))

@@ -1,4 +1,4 @@
-"""What the benches share: timings with their spread, the machine's matrix peak, peak memory, and where results go."""
+"""Shared parts of the benchmarks: timings with their spread, peak memory, the machine, options and output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -28,10 +28,12 @@ from memtx import files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 2**20
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing: their median, least and greatest."""
+    """Median, minimum and maximum of repeated measurements."""
 
     median: float
     min: float
@@ -39,27 +41,27 @@ class Spread:
 
     @classmethod
     def from_values(cls, values: Sequence[float]) -> Spread:
-        """Summarise at least one value."""
+        """Summarize at least one value."""
         return cls(statistics.median(values), min(values), max(values))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> float:
-    """Return how long one call takes, the device's work included."""
+    """Return the seconds of one call, the device's work included."""
     synchronize(device)
-    began = time.perf_counter()
+    start = time.perf_counter()
     function()
     synchronize(device)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """Return bf16 autocast for "bf16", a context that does nothing for "fp32"."""
+    """Return bf16 autocast for "bf16" and a context without effect for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
@@ -72,7 +74,7 @@ def _read_proc_status(field: str) -> int | None:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Begin to watch for the peak anew; False where the system cannot."""
+    """Reset the peak memory counter; return False where the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -84,22 +86,31 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Return the most memory held: of the GPU, else of this process; None where the system does not say.
+    """Return the peak memory of the GPU or else of this process; None if the system does not report it.
 
-    Not ``ru_maxrss``: Linux hands a parent's peak on to the program that its child executes.
+    Not ``ru_maxrss``: on Linux, a program starts with the peak of the process that executed it.
     """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _read_proc_status("VmHWM")
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """Return the memory held now, by the same count as :func:`peak_memory_bytes`."""
+    """Return the memory in use, counted like :func:`peak_memory_bytes`."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _read_proc_status("VmRSS")
 
 
-class TensorMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes that tensors made under it hold, and their most at once: exact, where a process' size is not.
+def call_with_peak(function: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
+    """Return the result of a call and the bytes it took at its peak; None if the system does not report them."""
+    is_reset, before = reset_peak_memory(device), memory_bytes(device)
+    result = function()
+    synchronize(device)
+    peak = peak_memory_bytes(device)
+    return result, max(peak - before, 0) if is_reset and peak is not None and before is not None else None
 
-    The system's figure keeps what the allocator has not handed back, and the pieces between what is in use.
+
+class TensorMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all tensors created inside it, and their peak.
+
+    Exact, unlike the size of the process, which includes freed and fragmented memory of the allocator.
     """
 
     def __init__(self) -> None:
@@ -113,14 +124,14 @@ class TensorMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # A view of what was there before, such as a weight, is nothing new.
-        leaves = pytree.tree_leaves((args, kwargs))
-        given = {leaf.untyped_storage()._cdata for leaf in leaves if isinstance(leaf, Tensor)}
+        # A view of an existing tensor, such as a weight, allocates nothing.
+        inputs = pytree.tree_leaves((args, kwargs))
+        input_storages = {leaf.untyped_storage()._cdata for leaf in inputs if isinstance(leaf, Tensor)}
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
-                if key not in self.tracked and key not in given:
+                if key not in self.tracked and key not in input_storages:
                     self.tracked.add(key)
                     self.current += size
                     weakref.finalize(storage, self._release, key, size)
@@ -129,14 +140,14 @@ class TensorMemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def format_mib(num_bytes: float | None) -> str:
-    """Return bytes as text in MiB."""
-    return (
-        "-" if num_bytes is None else f"{num_bytes / MIB:,.0f}" if num_bytes >= 10 * MIB else f"{num_bytes / MIB:.2f}"
-    )
+    """Format bytes in MiB."""
+    if num_bytes is None:
+        return "-"
+    return f"{num_bytes / MIB:,.0f}" if num_bytes >= 10 * MIB else f"{num_bytes / MIB:.2f}"
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
-    """Say what the figures were measured on."""
+    """Describe the machine that runs the benchmark."""
     cpu = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -155,35 +166,69 @@ def machine_info(device: torch.device) -> dict[str, Any]:
 
 
 def format_machine(info: dict[str, Any]) -> str:
-    """Return one line that says what the figures were measured on."""
+    """Format :func:`machine_info` as one line."""
     return f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {info['when'][:10]}"
 
 
+def count_parameters(model: torch.nn.Module) -> int:
+    """Return the number of parameters of a model."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def positive_int(text: str) -> int:
-    """Read a whole number of at least 1, for argparse."""
+    """Parse an integer of at least 1 for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"is {number}; give at least 1")
     return number
 
 
+def add_size_options(parser: argparse.ArgumentParser, **defaults: int) -> None:
+    """Add options for integers of at least 1, such as ``--batch-size`` for ``batch_size=4``."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=positive_int, default=default)
+
+
+def add_data_option(parser: argparse.ArgumentParser, flag: str, *parts: str, text: str, required: bool = True) -> None:
+    """Add an option for a data folder that defaults to ``MEMTX_DATA/parts``.
+
+    Args:
+        parser: Parser of the script.
+        flag: Option, such as ``--root``.
+        *parts: Path below ``MEMTX_DATA``.
+        text: Help text.
+        required: If True, the option must be given where ``MEMTX_DATA`` is not set.
+    """
+    root = os.environ.get("MEMTX_DATA")
+    parser.add_argument(
+        flag, type=Path, default=Path(root, *parts) if root else None, required=required and not root, metavar="FOLDER",
+        help=f"{text}; by default {'/'.join(('MEMTX_DATA', *parts))}",
+    )  # fmt: skip
+
+
+def add_output_options(parser: argparse.ArgumentParser, *, plot: bool = False) -> None:
+    """Add ``--json``, ``--markdown`` and optionally ``--plot``."""
+    parser.add_argument("--json", metavar="FILE", help="write all figures; - prints them instead of the table")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table")
+    if plot:
+        parser.add_argument("--plot", metavar="PNG", help="write a picture")
+
+
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every bench takes."""
+    """Add the options of every benchmark of a model."""
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--num-threads", type=int, help="of torch on the CPU; by default torch's own choice")
-    parser.add_argument("--peak-size", type=int, help="of the matrices that the peak is measured with")
-    parser.add_argument("--json", metavar="FILE", help="all figures; - for standard output, instead of the table")
-    parser.add_argument("--plot", metavar="PNG")
-    parser.add_argument("--markdown", metavar="FILE", help="the table")
+    parser.add_argument("--num-threads", type=int, help="torch's CPU threads; by default torch's own choice")
+    parser.add_argument("--peak-size", type=int, help="size of the matrices that measure the matrix peak")
+    add_output_options(parser, plot=True)
 
 
 def apply_benchmark_options(arguments: argparse.Namespace) -> None:
-    """Set threads and the peak's size, and refuse a device that is not there."""
+    """Set the threads and the size of the peak's matrices; exit if the device is not available."""
     if arguments.device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU here. Use --device cpu, or install a CUDA build of torch.")
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
-    # 2048 keeps a CPU busy for a tenth of a second; a GPU needs more work to show its peak.
+    # 2048 keeps a CPU busy for a tenth of a second; a GPU needs more work to reach its peak.
     arguments.peak_size = arguments.peak_size or (8192 if arguments.device.type == "cuda" else 2048)
 
 
@@ -194,7 +239,7 @@ def progress_bar() -> Progress:
 
 
 def write_results(arguments: argparse.Namespace, results: dict[str, Any], lines: Sequence[str]) -> None:
-    """Write what was asked for, and print the table or the JSON."""
+    """Write the files of :func:`add_output_options`, and print the table or the JSON."""
     text = "\n".join(lines) + "\n"
     if arguments.markdown:
         files.write_text(arguments.markdown, text)
