@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import load
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.recall import AssociativeRecall
@@ -179,32 +179,23 @@ def evaluate_capacity(
 
 
 def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
-    """Load a model (in eval mode, on the CPU) and the options of the synthetic task that it was trained on.
-
-    Args:
-        path: Training checkpoint or run folder; or pretrained folder, which has no task options.
+    """Load a model (in eval mode, on the CPU) and the options of the synthetic task of its run, if it has one.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or not of memtx.
     """
-    model_path = pretrained.resolve_model_path(path)
-    model = MemoryTransformer.from_pretrained(model_path).eval()
-    if (model_path / pretrained.CONFIG_FILE).is_file():
-        return model, {}
-    for entry in pretrained.read_metadata(model_path).values():
-        task = entry.get("task") if isinstance(entry, Mapping) else None
-        if isinstance(task, Mapping) and isinstance(task.get("init_args"), Mapping):
-            return model, dict(task["init_args"])
-    return model, {}
+    checkpoint = load(path)
+    entries = [entry.get("task") for entry in checkpoint.metadata.values() if isinstance(entry, Mapping)]
+    options = (task.get("init_args") for task in entries if isinstance(task, Mapping))
+    trained_options = next((dict(entry) for entry in options if isinstance(entry, Mapping)), {})
+    return checkpoint.model_as(MemoryTransformer), trained_options
 
 
 def build_task(task_class: type[T], trained_options: Mapping[str, Any], overrides: Mapping[str, str]) -> T:
     """Build a task from ``overrides``, then the options of a run, then the defaults of its class.
 
-    Args:
-        task_class: Class of the task.
-        trained_options: Options of the run's task; those unknown to ``task_class`` are ignored.
-        overrides: Values by option name, as text: an integer, or true or false.
+    Options of the run that are unknown to ``task_class`` are ignored; ``overrides`` are given as text: an integer, or
+    true or false.
 
     Raises:
         MemtxError: An option is unknown, or its value is invalid.

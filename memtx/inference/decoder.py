@@ -50,9 +50,9 @@ class Decoder:
             model.eval()
         self.model = model
         self._rings: list[KVRing] = []
-        self._ring_model: MemoryTransformer | None = None
-        # None if the rings hold its content.
+        # Exactly one of them is None: the content is in the state or in the rings of the model.
         self._state: MemoryState | None = state
+        self._ring_model: MemoryTransformer | None = None
         with torch.inference_mode():
             self._position = state.position.clone()
             if isinstance(model, MemoryTransformer) and (rings := model.to_rings(state)) is not None:
@@ -155,6 +155,7 @@ class Decoder:
         if self._use_cuda_graph or self._torch_compile:
             # A step is captured or compiled for each batch size: few sizes, so powers of two.
             padded_size = min(1 << (batch_size - 1).bit_length(), self._capacity)
+        if padded_size > batch_size:
             tokens = nn.functional.pad(tokens, (0, padded_size - batch_size))
         if (evicting, padded_size) not in self._step_fns:
             self._step_fns[evicting, padded_size] = self._build_step(evicting, tokens)

@@ -28,7 +28,7 @@ from memtx.inference.batching import (
 )
 from memtx.inference.deadline import ClosedError, DeadlineExceededError, remaining_seconds
 from memtx.inference.decoder import Decoder
-from memtx.inference.generate import FINISH_CANCELLED, TextDelta, TokenGenerator
+from memtx.inference.generate import TextDelta, TokenGenerator
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
@@ -63,7 +63,7 @@ class Generation:
 
     def finish_cancelled(self, error: BaseException | None = None) -> None:
         """Report the end of the text without its completion; called by the engine."""
-        self.token_generator.finish_reason = FINISH_CANCELLED
+        self.token_generator.finish_reason = "cancelled"
         self.on_output(error)
 
     def __iter__(self) -> Iterator[TextDelta]:

@@ -18,16 +18,14 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.inference.reader import SegmentResult, StreamReader
-from memtx.inference.sampling import NEG_INF, SamplingParams, sample_token
+from memtx.inference.sampling import SamplingParams, sample_token
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
 REPETITION_WINDOW = 256
 """Newest tokens subject to the repetition penalty; fixed, so that the cost of a token is constant."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-FINISH_STOP: FinishReason = "stop"
-FINISH_LENGTH: FinishReason = "length"
-FINISH_CANCELLED: FinishReason = "cancelled"
+"""Stop string, maximum number of tokens, or cancelled."""
 
 
 class StopFilter:
@@ -130,7 +128,7 @@ class TokenGenerator:
     ) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.next_token, self.num_generated = last_token, 0
-        self.finish_reason: FinishReason | None = None if config.max_tokens else FINISH_LENGTH
+        self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
         self._recent_tokens: deque[int] = deque(recent_tokens, maxlen=REPETITION_WINDOW)
         self._stop_filter = StopFilter(config.stop)
         self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -146,9 +144,9 @@ class TokenGenerator:
         """
         logits = logits.detach().float().cpu()
         allowed = logits.clone()
-        allowed[self.tokenizer.bos_token_id] = NEG_INF
+        allowed[self.tokenizer.bos_token_id] = -math.inf
         # The model's vocabulary may be padded beyond the tokenizer's.
-        allowed[self.tokenizer.vocab_size :] = NEG_INF
+        allowed[self.tokenizer.vocab_size :] = -math.inf
         params = self.config.sampling_params
         recent = np.unique(np.asarray(self._recent_tokens if params.repetition_penalty != 1 else (), dtype=np.int64))
         self.next_token = sample_token(allowed, params, torch.from_numpy(recent), self._generator)
@@ -161,7 +159,7 @@ class TokenGenerator:
     def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
         # Normalized over the whole vocabulary, as when a text is scored.
         log_norm = logits.logsumexp(0)
-        values, tokens = allowed.topk(min(num_logprobs, int((allowed > NEG_INF).sum())))
+        values, tokens = allowed.topk(min(num_logprobs, int((allowed > -math.inf).sum())))
         top_logprobs = zip(tokens.tolist(), (values - log_norm).tolist(), strict=True)
         logprob = float(logits[self.next_token] - log_norm)
         return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), self._num_decoded_chars)
@@ -171,14 +169,14 @@ class TokenGenerator:
         self._num_decoded_chars += len(decoded)
         text = self._stop_filter.feed(decoded)
         if self._stop_filter.is_stopped:
-            self.finish_reason = FINISH_STOP
+            self.finish_reason = "stop"
         elif self.num_generated == self.config.max_tokens:
             text += self._stop_filter.feed(self._utf8_decoder.decode(b"", True))
             text += "" if self._stop_filter.is_stopped else self._stop_filter.finish()
-            self.finish_reason = FINISH_STOP if self._stop_filter.is_stopped else FINISH_LENGTH
+            self.finish_reason = "stop" if self._stop_filter.is_stopped else "length"
         self._num_emitted_chars += len(text)
         # A token appears with its first character; one that only completes a character, with the tokens before it.
-        end = math.inf if self.finish_reason == FINISH_LENGTH else self._num_emitted_chars
+        end = math.inf if self.finish_reason == "length" else self._num_emitted_chars
         logprobs = []
         while self._pending_logprobs and self._pending_logprobs[0].text_offset < end:
             logprobs.append(self._pending_logprobs.popleft())

@@ -17,7 +17,7 @@ from torch import nn
 
 from memtx import files
 from memtx.checkpoint import pretrained
-from memtx.checkpoint.load import load_model_and_tokenizer
+from memtx.checkpoint.load import load, load_model_and_tokenizer
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
 from memtx.data.tasks.base import EncodedExample, Logits, Task, task_from_json, task_to_json
 from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
@@ -116,13 +116,11 @@ class Predictor(BasePredictor):
         Raises:
             CheckpointError: The checkpoint is missing, damaged, or not of a task model.
         """
-        model_path = pretrained.resolve_model_path(path)
-        sidecars = read_task_metadata(model_path)
-        tokenizer, task = sidecars.get("tokenizer"), sidecars.get("task")
-        if not isinstance(tokenizer, str) or not isinstance(task, str):
-            raise CheckpointError(f"'{model_path}' has no tokenizer or no task.", "Give a run on examples.")
-        model = TaskModel.from_pretrained(model_path)
-        return cls(model, hf_tokenizer_from_json(tokenizer), task_from_json(task))
+        checkpoint = load(path)
+        tokenizer, task = checkpoint.sidecars.get("tokenizer"), checkpoint.sidecars.get("task")
+        if tokenizer is None or task is None:
+            raise CheckpointError(f"'{checkpoint.path}' has no tokenizer or no task.", "Give a run on examples.")
+        return cls(checkpoint.model_as(TaskModel), hf_tokenizer_from_json(tokenizer), task_from_json(task))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write model, tokenizer and task into the folder ``path``; the files contain no code."""
@@ -142,8 +140,10 @@ class Predictor(BasePredictor):
         """Return the task's ``postprocess`` of each input."""
 
         def encode(raw_input: PredictInput) -> PreparedExample:
+            example = self.to_example(raw_input)
             # Labels are ignored, so they need not be valid.
-            return encode_examples([drop_labels(self.to_example(raw_input))], self.task, self.tokenizer)[0]
+            labels = {field.name for field in fields(example)} & {"label", "tags", "answers"}
+            return encode_examples([replace(example, **dict.fromkeys(labels))], self.task, self.tokenizer)[0]
 
         examples = self._map_inputs(inputs, encode)
         windows = [window for example in examples for window in example.windows]
@@ -195,7 +195,7 @@ class Summarizer(BasePredictor):
         Raises:
             CheckpointError: The checkpoint is missing, damaged, or not trained on summaries.
         """
-        options = read_task_metadata(path).get("summary")
+        options = _read_sidecars(path).get("summary")
         try:
             summary_prompt = SummaryPrompt(**json.loads(str(options)))
         except (ValueError, TypeError) as error:
@@ -229,27 +229,17 @@ class Summarizer(BasePredictor):
 
 def load_predictor(path: str | os.PathLike[str]) -> Predictor | Summarizer:
     """Load the predictor for the model at ``path``; raises what its ``load`` raises."""
-    return Summarizer.load(path) if "summary" in read_task_metadata(path) else Predictor.load(path)
-
-
-def drop_labels(example: Any) -> Any:
-    """Return an example with its labels set to None."""
-    names = {field.name for field in fields(example)} & {"label", "tags", "answers"}
-    return replace(example, **dict.fromkeys(names))
+    return Summarizer.load(path) if "summary" in _read_sidecars(path) else Predictor.load(path)
 
 
 def is_task_model(path: str | os.PathLike[str]) -> bool:
-    """Return whether the model at ``path`` was trained on a task; raises CheckpointError if there is no model."""
-    return bool(read_task_metadata(path))
-
-
-def read_task_metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the ``tokenizer`` and the ``task`` or ``summary`` of a checkpoint or folder as JSON texts.
-
-    Empty if the model was not trained on a task.
+    """Return whether the model at ``path`` was trained on a task or on summaries.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged or not of memtx.
     """
-    sidecars = pretrained.read_sidecars(pretrained.resolve_model_path(path))
-    return sidecars if sidecars.keys() & {"task", "summary"} else {}
+    return not {"task", "summary"}.isdisjoint(_read_sidecars(path))
+
+
+def _read_sidecars(path: str | os.PathLike[str]) -> Mapping[str, str]:
+    return pretrained.read_sidecars(pretrained.resolve_model_path(path))

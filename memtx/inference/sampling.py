@@ -10,8 +10,6 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 
-NEG_INF = float("-inf")
-
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -64,7 +62,7 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     if k == 0 or k >= logits.shape[0]:
         return logits
     top = logits.sort(descending=True, stable=True).indices[:k]
-    return torch.full_like(logits, NEG_INF).scatter(0, top, logits[top])
+    return torch.full_like(logits, -math.inf).scatter(0, top, logits[top])
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
@@ -74,7 +72,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
     sorted_logits, order = logits.sort(descending=True, stable=True)
     probs = sorted_logits.softmax(0)
     # A token stays while the sum before it is below p, so the first token always stays.
-    sorted_logits = sorted_logits.masked_fill(probs.cumsum(0) - probs >= p, NEG_INF)
+    sorted_logits = sorted_logits.masked_fill(probs.cumsum(0) - probs >= p, -math.inf)
     sorted_logits[0] = logits[order[0]]
     return torch.empty_like(logits).scatter(0, order, sorted_logits)
 
@@ -83,7 +81,7 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     """Keep logits whose probability is at least ``min_p`` times the highest (Nguyen et al. 2024, section 3)."""
     if min_p == 0:
         return logits
-    return logits.masked_fill(logits < logits.max() + math.log(min_p), NEG_INF)
+    return logits.masked_fill(logits < logits.max() + math.log(min_p), -math.inf)
 
 
 def sample_token(

@@ -20,7 +20,7 @@ from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.batching import score_segments
 from memtx.inference.deadline import DeadlineExceededError
-from memtx.inference.generate import FINISH_CANCELLED, GenerationConfig, generate
+from memtx.inference.generate import GenerationConfig, generate
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.inference.sessions.pool import SessionPool
@@ -170,14 +170,14 @@ def test_a_generation_can_be_cancelled(pool: SessionPool) -> None:
     endless.cancel()
     assert len(list(other)) > 0
     list(deltas)
-    assert endless.token_generator.finish_reason == FINISH_CANCELLED
+    assert endless.token_generator.finish_reason == "cancelled"
     # Closing the iterator cancels too.
     (dropped,) = pool.generate(session_id, "", [GenerationConfig(10**9)])
     deltas = iter(dropped)
     next(deltas)
     deltas.close()  # type: ignore[attr-defined]
     assert "".join(delta.text for delta in pool.generate(session_id, "", [GenerationConfig(3)])[0])
-    assert dropped.token_generator.finish_reason == FINISH_CANCELLED
+    assert dropped.token_generator.finish_reason == "cancelled"
 
 
 def test_requests_end_at_their_deadline(pool: SessionPool) -> None:
