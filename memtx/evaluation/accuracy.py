@@ -27,11 +27,9 @@ ACCURACY_THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Accuracy under one condition.
+    """Accuracy under one condition, such as a task or a depth, at a distance in tokens.
 
     Attributes:
-        name: Name of the condition, such as a task or a depth.
-        distance: Distance in tokens.
         accuracy: Fraction of correct answers; None if there was nothing to ask.
         chance: Accuracy of guessing, or of always giving the most frequent answer if the answers are not balanced.
     """
@@ -65,12 +63,12 @@ def evaluate_accuracy(
     segments_per_call: int = 32,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Return the fraction of questions answered exactly, ``distance`` (at least 1) segments after the last written one.
+    """Return the fraction of questions answered exactly.
 
     Args:
         model: Model in eval mode. If its output depends on the segmentation, ``segments_per_call`` must be 1.
         task: Synthetic task.
-        distance: Segments from the written segments to the questions.
+        distance: Segments from the last written segment to the questions, at least 1.
         num_samples: Number of episodes.
         seed: Seed of the episodes.
         segments_per_call: Segments per call of the model.
@@ -143,7 +141,7 @@ def evaluate_capacity(
     Assumes that the accuracy falls with the number of pairs, which may exceed that of the training.
 
     Args:
-        model: As in :func:`evaluate_accuracy`.
+        model: Model in eval mode; see :func:`evaluate_accuracy`.
         task: Task with keys, values and segment length; pairs that do not fit into a segment get a longer one.
         distance: Distance in segments of the task, at least 1; about as many tokens for longer segments.
         state_bytes: Size of the state of one stream.

@@ -32,11 +32,7 @@ class Story:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """Return the questions in a file: lines are numbered from 1 in each story; a tab separates question and answer.
-
-    Raises:
-        DataError: The file is not UTF-8, a line is malformed, or there is no question.
-    """
+    """Return the questions in a file: lines are numbered from 1 in each story; a tab separates question and answer."""
     stories: list[Story] = []
     facts: list[str] = []
     try:
@@ -64,7 +60,7 @@ def load_tasks(folder: str) -> dict[int, list[Story]]:
     """Return the stories of each task with a test file in the folder, by the number of the task.
 
     Raises:
-        DataError: The folder does not exist, or has no test file or an invalid one.
+        DataError: The folder does not exist, has no test file, or one is malformed, not UTF-8 or without questions.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():

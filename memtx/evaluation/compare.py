@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -132,8 +133,8 @@ def compare_task_models(
 ) -> list[ModelComparison]:
     """Compare models of one task on labeled examples, of which ``num_timed`` are timed; a call reads one example."""
 
-    def predict_fn(predictor: Predictor) -> Callable[[int], list[dict[str, Any]]]:
-        return lambda index: predictor.predict([examples[index].record])
+    def predict(predictor: Predictor, index: int) -> None:
+        predictor.predict([examples[index].record])
 
     scores = []
     for _, predictor in predictors:
@@ -142,7 +143,7 @@ def compare_task_models(
             predictions += predictor.predict([parsed.record])
             on_progress()
         scores.append(compute_task_score(predictor.task, [parsed.example for parsed in examples], predictions))
-    functions = [predict_fn(predictor) for _, predictor in predictors]
+    functions = [partial(predict, predictor) for _, predictor in predictors]
     latencies = time_calls(functions, min(num_timed, len(examples)), on_progress)
     return [
         ModelComparison(name, num_parameters(predictor.model), latency, score, metric_name(predictor.task))
@@ -166,11 +167,7 @@ class TextBatch:
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> TextBatch:
-        """Build a batch from the first ``max_length`` tokens of each document.
-
-        Raises:
-            DataError: All documents are empty.
-        """
+        """Build a batch from the first ``max_length`` tokens of each document; raises DataError if all are empty."""
         sequences = []
         for document in documents:
             ids = [tokenizer.bos_token_id]
@@ -224,15 +221,9 @@ def compare_language_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Compare language models in eval mode; a timed call reads one segment of the first text, from its end the first.
+    """Compare language models in eval mode, by the score of :func:`bits_per_byte`.
 
-    Args:
-        models: Names and models.
-        batch: Texts.
-        segment_length: Tokens per call.
-        min_position: First position in a document that counts for the score.
-        num_timed: Number of segments to time.
-        on_progress: Called after each call of each model, timed or scored.
+    ``num_timed`` calls are timed; each reads one segment of the first text, which starts over at its end.
     """
     num_segments = max(1, batch.tokens.shape[1] // segment_length)
 

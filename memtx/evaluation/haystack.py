@@ -45,11 +45,7 @@ def encode_ids(tokenizer: Tokenizer, text: str) -> TokenIds:
 
 
 class Haystack:
-    """Sentences of documents, in order and repeated, as tokens.
-
-    Raises:
-        DataError: The documents have no sentence.
-    """
+    """Sentences of documents, in order and repeated, as tokens; raises DataError if there are none."""
 
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -163,8 +159,7 @@ def evaluate_needle(
         tokenizer: Tokenizer of the model.
         haystack: Text to hide the needles in.
         lengths: Lengths of a context in tokens, needles included.
-        num_depths: Needles per context, evenly spaced from its beginning to its end, and answers to choose from; 2 to
-            10.
+        num_depths: Needles per context, evenly spaced, and answers to choose from; from 2 to 10.
         num_samples: Contexts per length.
         seed: Seed for the choice of text, locations and passwords.
         segment_length: Tokens per call.

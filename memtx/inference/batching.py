@@ -71,15 +71,10 @@ def accepts_padding(model: RecurrentLanguageModel) -> bool:
 
 @torch.inference_mode()
 def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreRequest]) -> list[ScoreOutput]:
-    """Score one segment of each of several streams in one call.
+    """Score one segment of each of several streams in one call of a model in eval mode.
 
-    Args:
-        model: Model in eval mode.
-        requests: At least one request; all have the same output options. If the model does not support padding, only
-            segments with ``discard_state`` may be shorter than the longest.
-
-    Returns:
-        One output per request, equal to that of a call with this request alone, up to rounding.
+    Outputs equal those of a call for each request alone, up to rounding. All requests have the same output options. If
+    the model does not support padding, only segments with ``discard_state`` may be shorter than the longest.
     """
     first, lengths = requests[0], [len(request.tokens) for request in requests]
     device = first.state.position.device

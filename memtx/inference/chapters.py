@@ -17,7 +17,7 @@ MAX_LINE_BYTES = 4 * MAX_HEADING_CHARS + 4
 """Bytes of a line that are stored: more than any heading has."""
 
 MIN_CHAPTER_TOKENS = 200
-"""A heading within fewer tokens after another one is its subtitle, or part of a table of contents."""
+"""A heading within fewer tokens after another is its subtitle, or part of a table of contents."""
 
 _NUMBER_WORDS = (
     "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second|third|fourth|fifth|sixth|seventh|"
@@ -38,15 +38,7 @@ def is_heading(line: str) -> bool:
 
 @dataclass(frozen=True)
 class Section:
-    """Scores of one part of a book.
-
-    Attributes:
-        title: Heading, or empty.
-        start: Position of the first token.
-        num_tokens: Number of tokens.
-        num_bytes: Bytes of the text.
-        nll: Negative log-likelihood in nats.
-    """
+    """Scores of one part of a book: its heading, if any, the position of its first token, and sums (nll in nats)."""
 
     title: str = ""
     start: int = 0

@@ -17,9 +17,6 @@ from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
-WARMUP_STEPS = 3
-"""Steps on a side stream before a graph is captured, as CUDA requires."""
-
 
 class Decoder:
     """Decodes a batch of streams one token at a time; equals calls of the model with one token, up to rounding.
@@ -191,7 +188,7 @@ def _capture_graph(
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
-        for _ in range(WARMUP_STEPS):
+        for _ in range(3):  # Required by CUDA before a capture.
             step_fn(static_tokens)
     torch.cuda.current_stream().wait_stream(side_stream)
     with torch.cuda.graph(graph):

@@ -29,11 +29,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 
 
 class StopFilter:
-    """Passes text up to the first stop string, and holds back text that may begin one.
-
-    Raises:
-        MemtxError: A stop string is empty.
-    """
+    """Passes text up to the first stop string, of which none may be empty, and holds back text that may begin one."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         if "" in stop_strings:
@@ -68,7 +64,6 @@ class TokenLogprob:
     """Log-probability of one token of a text.
 
     Attributes:
-        token: Token id.
         logprob: Log-probability in nats, before temperature and filters.
         top_logprobs: Ids and log-probabilities of the most likely tokens at its position, in descending order.
         text_offset: Number of complete characters before it.
@@ -137,11 +132,7 @@ class TokenGenerator:
         self._pending_logprobs: deque[TokenLogprob] = deque()
 
     def advance(self, logits: Tensor) -> TextDelta:
-        """Choose the next token from the ``(vocab,)`` logits after ``next_token`` and return the text completed by it.
-
-        Raises:
-            MemtxError: The logits are not finite.
-        """
+        """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that is then complete."""
         logits = logits.detach().float().cpu()
         allowed = logits.clone()
         allowed[self.tokenizer.bos_token_id] = -math.inf

@@ -17,7 +17,7 @@ CHUNK_SIZE = 1 << 16
 
 
 class IncrementalTokenizer:
-    """Tokenizes one text that arrives in chunks cut anywhere, even inside a character.
+    """Tokenizes one text that arrives in chunks split anywhere, even inside a character.
 
     Text whose tokens still depend on what follows is pending; its size is bounded, however long a line is.
 

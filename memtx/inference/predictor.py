@@ -190,11 +190,7 @@ class Summarizer(BasePredictor):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Load a training checkpoint, or the best checkpoint of a run folder.
-
-        Raises:
-            CheckpointError: The checkpoint is missing, damaged, or not trained on summaries.
-        """
+        """Load a checkpoint or run folder; raises CheckpointError if it is not trained on summaries, or damaged."""
         options = _read_sidecars(path).get("summary")
         try:
             summary_prompt = SummaryPrompt(**json.loads(str(options)))

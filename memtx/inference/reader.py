@@ -99,8 +99,7 @@ class ReaderSnapshot:
     Attributes:
         state: State of the model, batch size 1, after all tokens before ``last_token``, the newest scored token.
         pending_tokens: ``(length,)`` int64, tokens that do not fill a segment yet.
-        pending_text: Text that is not encoded yet.
-        pending_bytes: First bytes of an incomplete character.
+        pending_text, pending_bytes: Text that is not encoded yet, and first bytes of an incomplete character.
     """
 
     state: MemoryState
@@ -122,8 +121,7 @@ class StreamReader:
         tokenizer: Tokenizer of the model.
         segment_length: Tokens per segment. Longer segments are faster; results are equal up to rounding.
         score_fn: Function that scores a segment. Defaults to a call of the model for this stream alone.
-        num_logprobs: Number of most likely tokens to return per position.
-        return_hidden_states: If True, return the hidden states.
+        num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
 
     Raises:
         MemtxError: ``segment_length`` is not positive.

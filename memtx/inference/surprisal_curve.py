@@ -14,24 +14,17 @@ FloatArray = NDArray[np.float64]
 
 
 class SurprisalCurve:
-    """Mean surprisal in at most ``num_bins`` equal bins of a stream of any length.
+    """Mean surprisal in at most ``num_bins`` (an even number) equal bins of a stream of any length.
 
-    A bin begins as one token; when all are full, pairs of bins are merged. So sums are exact and memory is constant.
-
-    Attributes:
-        bin_width: Tokens per bin.
-        num_tokens: Number of tokens added.
-
-    Raises:
-        ValueError: ``num_bins`` is not an even number of at least 2.
+    A bin begins as one token (``bin_width``); when all are full, pairs of bins are merged. So sums are exact and memory
+    is constant.
     """
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
         if num_bins < 2 or num_bins % 2:
             raise ValueError(f"num_bins is {num_bins}, expected an even number of at least 2.")
         self.sums = np.zeros((2, num_bins))
-        self.bin_width = 1
-        self.num_tokens = 0
+        self.bin_width, self.num_tokens = 1, 0
 
     def add(self, nll: NDArray[np.float32]) -> None:
         """Add the surprisal of the next tokens, ``(length,)`` in nats."""

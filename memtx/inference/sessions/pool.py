@@ -15,8 +15,6 @@ from memtx.inference.sessions.registry import SessionInfo, SessionRegistry
 from memtx.inference.sessions.store import SessionStore
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
-GB = 10**9
-
 
 class SessionPool:
     """Sessions of one model; every session has a state of the same fixed size.
@@ -64,7 +62,7 @@ class SessionPool:
     @property
     def sessions_per_gb(self) -> int:
         """Number of session states in 10^9 bytes, in memory or on disk, not counting pending text."""
-        return GB // max(self.session_bytes, 1)
+        return 10**9 // max(self.session_bytes, 1)
 
     def new_reader(self, *, num_logprobs: int = 0, deadline: float | None = None) -> StreamReader:
         """Return a reader at the beginning of a text that is scored by the pool's engine; it is no session."""

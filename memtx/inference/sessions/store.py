@@ -18,7 +18,6 @@ from memtx.inference.sessions.file import Fingerprints, load_header, load_sessio
 
 SUFFIX = ".session"
 SESSION_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
-LOCK_FILE = ".lock"
 
 
 class SessionSaveError(MemtxError):
@@ -38,7 +37,7 @@ class SessionStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Sessions hold private text: only their owner may read them.
-            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             message = f"The folder '{self.folder}' cannot be used: {error.strerror}."
             raise MemtxError(message, "Check its permissions.") from error
@@ -81,11 +80,7 @@ class SessionStore:
         self._load(self.path(session_id), reader)
 
     def import_session(self, data: bytes, reader: StreamReader) -> None:
-        """Restore a reader from the content of a session file.
-
-        Raises:
-            CheckpointError: The content is damaged, or of another model or tokenizer.
-        """
+        """Restore a reader from the content of a session file; raises what ``load_session`` raises."""
         path = self.folder / f".{secrets.token_hex(16)}{SUFFIX}.in.tmp"
         try:
             path.write_bytes(data)
