@@ -34,7 +34,7 @@ def test_decoding_equals_calls_of_the_model(kind: str, data: st.DataObject) -> N
     # The rows are at different positions: some documents begin inside the tokens read so far.
     state = case.model.init_state(case.tokens.shape[0])
     if start:
-        state = case.model(case.tokens[:, :start], state, document_starts=case.starts[:, :start]).state
+        state = case.model(case.tokens[:, :start], state, document_starts=case.document_starts[:, :start]).state
     before = state.map(torch.Tensor.clone)
     decoder = Decoder(case.model, state)
     assert distance(decoder.state, state) == 0
