@@ -141,19 +141,16 @@ def select_batch(
     first, selected = requests[0], [0]
     if first.num_logprobs:
         return selected  # The logits are large: score these segments one by one.
-    first_length = shortest = longest = len(first.tokens)
-
-    def is_compatible(request: ScoreRequest) -> bool:
-        return not request.num_logprobs and request.return_hidden_states == first.return_hidden_states
-
-    compatible = [index for index, request in enumerate(requests) if is_compatible(request)]
+    first_length = min_length = max_length = len(first.tokens)
     # Segments of the most similar length first: they need the least padding.
-    for index in sorted(compatible[1:], key=lambda index: abs(len(requests[index].tokens) - first_length)):
-        length = len(requests[index].tokens)
-        low, high = min(shortest, length), max(longest, length)
-        can_pad = supports_padding or (requests[index].discard_state and length < first_length)
-        may_pad = can_pad or length == first_length
-        if may_pad and high - low <= max_padding and (len(selected) + 1) * high <= max_tokens:
+    for index in sorted(range(1, len(requests)), key=lambda index: abs(len(requests[index].tokens) - first_length)):
+        request, length = requests[index], len(requests[index].tokens)
+        if request.num_logprobs or request.return_hidden_states != first.return_hidden_states:
+            continue
+        low, high = min(min_length, length), max(max_length, length)
+        can_pad = supports_padding or (request.discard_state and length < first_length)
+        is_allowed = (can_pad or length == first_length) and high - low <= max_padding
+        if is_allowed and (len(selected) + 1) * high <= max_tokens:
             selected.append(index)
-            shortest, longest = low, high
+            min_length, max_length = low, high
     return sorted(selected)

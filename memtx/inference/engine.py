@@ -38,7 +38,7 @@ Far shorter than a call of a useful model."""
 
 WAIT_CREDIT = 0.8
 """Fraction of a segment's waiting time by which the next segment of the text is advanced in the queue. At 0 a text
-would queue anew for every segment; at 1 new requests would wait for all long texts being read. At 0.8 they wait for at
+would queue again for every segment; at 1 new requests would wait for all long texts being read. At 0.8 they wait for at
 most 1 / (1 - 0.8) segments of each."""
 
 QueueItem = TextDelta | BaseException | None

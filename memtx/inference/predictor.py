@@ -35,9 +35,6 @@ T = TypeVar("T")
 PredictInput = str | Mapping[str, Any]
 """A raw text, or the fields of an example; labels are optional."""
 
-MAX_BATCH_TOKENS = 1 << 14
-"""Maximum number of tokens in a batch, with padding; a longer window is read alone."""
-
 
 class BasePredictor(ABC):
     """A model that answers inputs; threads that share it take turns. ``num_tokens_read`` counts its input."""
@@ -87,7 +84,7 @@ class BasePredictor(ABC):
 class Predictor(BasePredictor):
     """Answers inputs of one task with a task model, which is put into eval mode.
 
-    ``max_batch_tokens`` limits the tokens in a batch, with padding; results are equal up to rounding.
+    ``max_batch_tokens`` limits the tokens in a batch, with padding; a longer window is read alone.
 
     Raises:
         MemtxError: ``max_batch_tokens`` is not positive, or model, tokenizer and task do not fit together.
@@ -96,7 +93,7 @@ class Predictor(BasePredictor):
     model: TaskModel
 
     def __init__(
-        self, model: TaskModel, tokenizer: HFTokenizer, task: Task, *, max_batch_tokens: int = MAX_BATCH_TOKENS
+        self, model: TaskModel, tokenizer: HFTokenizer, task: Task, *, max_batch_tokens: int = 1 << 14
     ) -> None:
         super().__init__()
         check_at_least(1, max_batch_tokens=max_batch_tokens)

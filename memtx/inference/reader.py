@@ -140,10 +140,8 @@ class StreamReader:
     ) -> None:
         check_at_least(1, segment_length=segment_length)
         if tokenizer.vocab_size > model.vocab_size:
-            raise CheckpointError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}.",
-                "Use the tokenizer that the model was trained with.",
-            )
+            message = f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}."
+            raise CheckpointError(message, "Use the tokenizer that the model was trained with.")
         if isinstance(model, nn.Module):
             model.eval()
         self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length

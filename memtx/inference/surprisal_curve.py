@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_BINS = 1024
 BINS_PER_OCTAVE = 3
 MIN_POSITION = 16
 """Positions below this share one bin: the means of single tokens would be noise."""
@@ -20,7 +19,7 @@ class SurprisalCurve:
     is constant.
     """
 
-    def __init__(self, num_bins: int = NUM_BINS) -> None:
+    def __init__(self, num_bins: int = 1024) -> None:
         if num_bins < 2 or num_bins % 2:
             raise ValueError(f"num_bins is {num_bins}, expected an even number of at least 2.")
         self.sums = np.zeros((2, num_bins))
@@ -70,6 +69,6 @@ class PositionSurprisalCurve:
 
 
 def _add_powers(sums: FloatArray, bins: NDArray[np.int64], values: FloatArray) -> None:
-    """Add counts, sums and, with a third row, sums of squares of ``values`` to their bins."""
-    for power, row in enumerate(sums):
-        row += np.bincount(bins, weights=values**power, minlength=len(row))
+    """Add the powers of ``values`` (counts, values, squares), one per entry of ``sums``, to their bins."""
+    for power, power_sums in enumerate(sums):
+        power_sums += np.bincount(bins, weights=values**power, minlength=len(power_sums))

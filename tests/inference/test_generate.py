@@ -66,7 +66,7 @@ def test_an_empty_prompt_begins_a_document(byte_model: MemoryTransformer, byte_t
 
 
 class Spelling(MemoryTransformer):
-    """Generates ``content`` whatever it reads; the begin token always has a higher logit."""
+    """Generates ``content`` after any text; the begin token always has a higher logit."""
 
     content = b""
 
@@ -111,9 +111,9 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 30)),
 )
-def test_stop_filter_equals_a_search_in_the_whole_text(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_stop_filter_equals_a_search_in_the_whole_text(text: str, stops: list[str], offsets: list[int]) -> None:
     stop_filter, visible = StopFilter(stops), ""
-    borders = sorted({cut % (len(text) + 1) for cut in cuts} | set(range(len(text) + 1)))
+    borders = sorted({offset % (len(text) + 1) for offset in offsets} | set(range(len(text) + 1)))
     for start, end in itertools.pairwise(borders):
         visible += stop_filter.feed(text[start:end])
         if stop_filter.is_stopped:

@@ -36,8 +36,6 @@ DIGEST_KEY = "digest"
 DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata")
 """Header entries covered by the digest, beside the tensors; format, kind and version are compared."""
 
-MAX_CHARACTER_BYTES = 4
-
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
@@ -119,7 +117,8 @@ def load_session(
     tokens_fit = 0 <= last_token < vocab_size and pending_tokens.dtype == np.int64 and pending_tokens.ndim == 1
     if not tokens_fit or not ((pending_tokens >= 0) & (pending_tokens < vocab_size)).all():
         raise CheckpointError(f"'{path}' holds tokens outside the tokenizer's vocabulary.", "Restore a copy.")
-    if len(pending_bytes) >= MAX_CHARACTER_BYTES or TextSplitter().feed(pending_text):
+    # A character has at most 4 bytes in UTF-8.
+    if len(pending_bytes) >= 4 or TextSplitter().feed(pending_text):
         raise CheckpointError(f"'{path}' holds pending text that should have been read.", "Restore a copy.")
     state = reader.state.with_named_tensors(_with_prefix(tensors, STATE_PREFIX))
     if state.batch_size != 1:

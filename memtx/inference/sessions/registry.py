@@ -33,8 +33,7 @@ class SessionLimitError(MemtxError):
 class SessionInfo:
     """Description of a session, as of its last request.
 
-    ``session_id`` has 32 hexadecimal digits, ``created`` is in seconds since 1970, and ``is_saved`` is True if the file
-    holds the current session.
+    ``session_id`` has 32 hexadecimal digits; ``created`` is in seconds since 1970; ``is_saved`` if its file is current.
     """
 
     session_id: str

@@ -68,15 +68,15 @@ def test_sessions_fed_at_once_equal_readers_alone(data: st.DataObject, exact_mod
     """Sessions are fed at once, in any chunks, by one thread each."""
     count = data.draw(st.integers(2, 6))
     texts = [data.draw(st.text(st.sampled_from("abé🙂 \n"), min_size=1, max_size=300)) for _ in range(count)]
-    cuts = [data.draw(st.integers(0, len(text))) for text in texts]
+    offsets = [data.draw(st.integers(0, len(text))) for text in texts]
     pool = SessionPool(exact_model, ByteTokenizer(), segment_length=data.draw(st.sampled_from([1, 8, 32])))
     session_ids = [pool.create() for _ in texts]
 
-    def read(session_id: str, text: str, cut: int) -> list[SegmentResult]:
-        return pool.feed(session_id, text[:cut]) + pool.feed(session_id, text[cut:], end_of_text=True)
+    def read(session_id: str, text: str, offset: int) -> list[SegmentResult]:
+        return pool.feed(session_id, text[:offset]) + pool.feed(session_id, text[offset:], end_of_text=True)
 
     with ThreadPoolExecutor(count) as threads:
-        all_results = list(threads.map(read, session_ids, texts, cuts))
+        all_results = list(threads.map(read, session_ids, texts, offsets))
     for session_id, text, results in zip(session_ids, texts, all_results, strict=True):
         expected, reader = read_alone(exact_model, text, pool.segment_length)
         assert np.abs(all_nll(results) - expected).max() < ROUNDING
@@ -89,7 +89,7 @@ def test_sessions_fed_at_once_equal_readers_alone(data: st.DataObject, exact_mod
 @pytest.mark.parametrize("memory", ["compressed", "none"])
 def test_segments_scored_in_one_call_equal_each_alone(memory: str, exact_model: MemoryTransformer) -> None:
     # The engine is blocked until all segments are pending, so that they share calls. A model without memory shows that
-    # no segment was cut: its results would change.
+    # no segment was split: its results would change.
     model = exact_model
     if memory == "none":
         torch.manual_seed(0)
