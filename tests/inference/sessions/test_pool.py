@@ -25,6 +25,7 @@ from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.inference.sessions.pool import SessionPool
 from memtx.inference.sessions.registry import SessionLimitError, SessionNotFoundError
+from memtx.inference.sessions.store import SessionSaveError
 from memtx.memory.none import NoMemory
 from tests.inference.conftest import TEXT, tiny_model
 from tests.invariants.strategies import distance
@@ -256,6 +257,28 @@ def test_a_session_can_append_its_generated_text(pool: SessionPool, byte_model: 
     next(deltas)
     deltas.close()  # type: ignore[attr-defined]
     assert pool.info(session_id) == before
+
+
+def test_a_session_that_cannot_be_saved_stays_as_it_was(
+    byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = SessionPool(byte_model, byte_tokenizer, tmp_path, segment_length=32)
+    session_id = pool.create()
+    pool.feed(session_id, TEXT[:100], save=True)
+    before = pool.info(session_id)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemtxError("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("memtx.inference.sessions.store.save_session", fail)
+        with pytest.raises(SessionSaveError, match="disk is full"):
+            pool.feed(session_id, TEXT[100:150], save=True)
+    assert pool.info(session_id) == before
+    results = pool.feed(session_id, TEXT[100:150], end_of_text=True)
+    expected = read_alone(byte_model, TEXT[:150])[0][before.totals.num_tokens :]
+    assert np.abs(all_nll(results) - expected).max() < ROUNDING
+    pool.close()
 
 
 def test_idle_sessions_are_evicted_to_disk_and_restored(
