@@ -20,29 +20,6 @@ if TYPE_CHECKING:
 ACTIONS = ("report",)
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx distil",
-        "Compare students with their teacher: parameters, milliseconds per call, and the score of a task or the bits "
-        "per byte of texts. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
-        "tinybert-general, tinybert-task or long-to-memory.",
-    )
-    add = parser.add_argument
-    add("action", choices=ACTIONS, help="action")
-    add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
-    add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
-    add("--data", required=True, metavar="FOLDER", help="examples of the task, or a folder of texts")
-    add("--split", default="test", choices=SPLITS, help="split to read")
-    add("--limit", type=options.positive_int, default=1000, help="maximum number of examples")
-    add("--max-length", type=options.number_range(int, 2), default=16384, help="maximum tokens per text")
-    parser.add_segment_length_option(256)
-    add("--min-position", type=options.non_negative_int, default=0, help="first scored position of a text")
-    add("--num-timed", type=options.positive_int, default=20, help="inputs to time each model on")
-    parser.add_output_options("the comparison")
-    parser.add_device_options()
-    return parser
-
-
 def _get_display_names(paths: list[str]) -> list[str]:
     """Return the last part of each path, or the full paths if two of these are equal."""
     names = [Path(path).resolve().name for path in paths]
@@ -154,4 +131,23 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx distil``."""
-    return _build_parser().run(argv, _report)
+    parser = options.Parser(
+        "memtx distil",
+        "Compare students with their teacher: parameters, milliseconds per call, and the score of a task or the bits "
+        "per byte of texts. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
+        "tinybert-general, tinybert-task or long-to-memory.",
+    )
+    add = parser.add_argument
+    add("action", choices=ACTIONS, help="action")
+    add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
+    add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
+    add("--data", required=True, metavar="FOLDER", help="examples of the task, or a folder of texts")
+    add("--split", default="test", choices=SPLITS, help="split to read")
+    add("--limit", type=options.positive_int, default=1000, help="maximum number of examples")
+    add("--max-length", type=options.number_range(int, 2), default=16384, help="maximum tokens per text")
+    parser.add_segment_length_option(256)
+    add("--min-position", type=options.non_negative_int, default=0, help="first scored position of a text")
+    add("--num-timed", type=options.positive_int, default=20, help="inputs to time each model on")
+    parser.add_output_options("the comparison")
+    parser.add_device_options()
+    return parser.run(argv, _report)

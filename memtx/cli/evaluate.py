@@ -29,40 +29,6 @@ MAX_DISTANCE = 10**9
 _UNIT_FACTORS = {"": 1, "k": 10**3, "m": 10**6}
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx evaluate",
-        "Measure the accuracy of a memory by distance. recall, capacity, overwrite, copy and tracking are synthetic "
-        "tasks for models trained on them (configs/recall.yaml); needle and babi hide sentences in a book and are for "
-        "language models.",
-    )
-    add = parser.add_argument
-    parser.add_checkpoint_option()
-    add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
-    add(
-        "--distances",
-        metavar="N,...",
-        help="tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
-        f"babi the tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)",
-    )
-    add(
-        "--task-arg",
-        action="append",
-        default=[],
-        metavar="NAME=N",
-        help="size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable",
-    )
-    add("--num-samples", type=options.positive_int, help="samples per distance (default: 32; needle: 8; babi: 16)")
-    add("--seed", type=options.non_negative_int, default=0, help="random seed of the questions")
-    parser.add_output_options("accuracy by distance")
-    add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
-    add("--num-depths", type=int, default=8, help="needles per context")
-    add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
-    parser.add_segment_length_option()
-    parser.add_device_options()
-    return parser
-
-
 def parse_distances(text: str) -> list[int]:
     """Parse distances such as ``1k,8k,64k`` into sorted numbers of tokens without duplicates.
 
@@ -124,12 +90,7 @@ def _evaluate_synthetic(arguments: argparse.Namespace, distances: list[int]) -> 
     with options.progress_bar("evaluating", sum(task.num_write_segments + count for count in segments)) as advance:
         for count in segments:
             accuracy = evaluate_accuracy(
-                model,
-                task,
-                count,
-                num_samples=arguments.num_samples,
-                seed=arguments.seed,
-                on_progress=advance,
+                model, task, count, num_samples=arguments.num_samples, seed=arguments.seed, on_progress=advance
             )
             distance = count * task.segment_length
             results.append(EvaluationResult(arguments.task, distance, accuracy, task.chance_accuracy))
@@ -263,4 +224,34 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx evaluate``."""
-    return _build_parser().run(argv, _evaluate)
+    parser = options.Parser(
+        "memtx evaluate",
+        "Measure the accuracy of a memory by distance. recall, capacity, overwrite, copy and tracking are synthetic "
+        "tasks for models trained on them (configs/recall.yaml); needle and babi hide sentences in a book and are for "
+        "language models.",
+    )
+    add = parser.add_argument
+    parser.add_checkpoint_option()
+    add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
+    add(
+        "--distances",
+        metavar="N,...",
+        help="tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
+        f"babi the tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)",
+    )
+    add(
+        "--task-arg",
+        action="append",
+        default=[],
+        metavar="NAME=N",
+        help="size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable",
+    )
+    add("--num-samples", type=options.positive_int, help="samples per distance (default: 32; needle: 8; babi: 16)")
+    add("--seed", type=options.non_negative_int, default=0, help="random seed of the questions")
+    parser.add_output_options("accuracy by distance")
+    add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
+    add("--num-depths", type=int, default=8, help="needles per context")
+    add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
+    parser.add_segment_length_option()
+    parser.add_device_options()
+    return parser.run(argv, _evaluate)

@@ -10,28 +10,6 @@ from memtx.cli import options
 from memtx.errors import MemtxError
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
-    add = parser.add_argument
-    parser.add_checkpoint_option()
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")
-    add("--session", metavar="FILE", help="session to continue from; the file does not change")
-    add("--max-tokens", type=int, default=256, help="maximum number of new tokens")
-    add("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy")
-    add("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0 disables it")
-    add("--top-p", type=float, default=1.0, help="sample from the most likely tokens that sum to p")
-    add("--min-p", type=float, default=0.0, help="drop tokens less likely than p times the most likely one")
-    add("--repetition-penalty", type=float, default=1.0, help="values above 1 make recent tokens less likely")
-    add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
-    add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")
-    add("--greedy", action="store_true", help="always take the most likely token")
-    parser.add_segment_length_option()
-    parser.add_device_options()
-    return parser
-
-
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None and arguments.prompt_file is None and arguments.session is None:
         raise MemtxError("There is no text to continue.", "Give --prompt, --prompt-file or --session.")
@@ -73,4 +51,22 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx generate``."""
-    return _build_parser().run(argv, _generate)
+    parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
+    add = parser.add_argument
+    parser.add_checkpoint_option()
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")
+    add("--session", metavar="FILE", help="session to continue from; the file does not change")
+    add("--max-tokens", type=int, default=256, help="maximum number of new tokens")
+    add("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy")
+    add("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0 disables it")
+    add("--top-p", type=float, default=1.0, help="sample from the most likely tokens that sum to p")
+    add("--min-p", type=float, default=0.0, help="drop tokens less likely than p times the most likely one")
+    add("--repetition-penalty", type=float, default=1.0, help="values above 1 make recent tokens less likely")
+    add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
+    add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")
+    add("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_segment_length_option()
+    parser.add_device_options()
+    return parser.run(argv, _generate)

@@ -184,7 +184,7 @@ class MemtxCLI(LightningCLI):
                     f"'{name}' has no class_path, but the other of model and data has.",
                     "Set both class paths, or neither.",
                 )
-        if _get_data_options(config).get("root", "") is not None:
+        if get_data_options(config).get("root", "") is not None:
             return
         from memtx.data.tasks.data_module import ExampleDataModule
         from memtx.data.tasks.examples import LAYOUT_HINT
@@ -201,7 +201,7 @@ class MemtxCLI(LightningCLI):
 
     def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
         """Use tokenizer and task of the checkpoint, because its model was trained with them."""
-        options, sidecars = _get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
+        options, sidecars = get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
         if "task" in sidecars and "task" in options:
             from memtx.data.hf_tokenizers import hf_tokenizer_from_json
             from memtx.data.tasks.base import task_from_json
@@ -324,7 +324,8 @@ def _get_attribute(name: str, data: Any) -> Any:
     return getattr(data, name, None)
 
 
-def _get_data_options(config: Any) -> Any:
+def get_data_options(config: Any) -> Any:
+    """Return the options of the data module, with or without a class path."""
     return config.data.get("init_args", config.data)
 
 

@@ -25,23 +25,6 @@ Input = tuple[str, str | dict[str, Any]]
 """The location of an input for messages, and a raw text or the fields of an example."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx predict",
-        "Print the predictions of a task model as JSON lines with label, tags and spans, or answer. With --run_dir or "
-        "--ckpt_path of a language model, read the test texts of that run and write the surprisal of every token to "
-        "the run folder.",
-    )
-    add = parser.add_argument
-    add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
-    parser.add_checkpoint_option()
-    add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
-    add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
-    add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
-    parser.add_device_options()
-    return parser
-
-
 def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
     """Load the task model from ``--checkpoint`` with the device and dtype of the arguments.
 
@@ -119,11 +102,24 @@ def main(argv: list[str]) -> int:
     """Run ``memtx predict``."""
     names = [argument.partition("=")[0] for argument in argv]
     run_option = next((name for name in names if name in RUN_OPTIONS), None)
-    if run_option is None:
-        return _build_parser().run(argv, _predict)
-    if "--checkpoint" in names:
+    if run_option is not None and "--checkpoint" in names:
         print_error(f"--checkpoint is for raw texts, {run_option} for the test texts of a run. Give one of them.")
         return EXIT_USAGE_ERROR
-    from memtx.cli.fit import main as fit
+    if run_option is not None:
+        from memtx.cli.fit import main as fit
 
-    return fit(["predict", *argv])
+        return fit(["predict", *argv])
+    parser = options.Parser(
+        "memtx predict",
+        "Print the predictions of a task model as JSON lines with label, tags and spans, or answer. With --run_dir or "
+        "--ckpt_path of a language model, read the test texts of that run and write the surprisal of every token to "
+        "the run folder.",
+    )
+    add = parser.add_argument
+    add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
+    parser.add_checkpoint_option()
+    add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
+    add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
+    add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
+    parser.add_device_options()
+    return parser.run(argv, _predict)

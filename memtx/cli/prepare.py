@@ -24,33 +24,6 @@ PROGRESS_INTERVAL = 30.0
 """Seconds between progress lines without a terminal."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx prepare",
-        "Tokenize texts into a folder for training. After an interruption, the same command resumes. The source does "
-        "not change.",
-    )
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="+",
-        metavar="SOURCE",
-        help="folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed",
-    )
-    add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
-    add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
-    add("--text-column", default="text", help="column of the texts in tables")
-    add("--id-column", metavar="COLUMN", help="column of the document ids in tables")
-    for split in ("validation", "test"):
-        text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
-        add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
-    add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
-    add("--hf-dataset", action="store_true", help="SOURCE is a name or folder of a dataset of the `datasets` library")
-    add("--dataset-config", metavar="NAME", help="configuration of the dataset")
-    add("--json", action="store_true", help="print the summary as JSON")
-    return parser
-
-
 def _build_text_source(arguments: argparse.Namespace) -> TextSource:
     names = ("text_column", "id_column", "validation_fraction", "test_fraction")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
@@ -144,4 +117,27 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx prepare``."""
-    return _build_parser().run(argv, _prepare)
+    parser = options.Parser(
+        "memtx prepare",
+        "Tokenize texts into a folder for training. After an interruption, the same command resumes. The source does "
+        "not change.",
+    )
+    add = parser.add_argument
+    add(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed",
+    )
+    add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
+    add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
+    add("--text-column", default="text", help="column of the texts in tables")
+    add("--id-column", metavar="COLUMN", help="column of the document ids in tables")
+    for split in ("validation", "test"):
+        text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
+        add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
+    add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
+    add("--hf-dataset", action="store_true", help="SOURCE is a name or folder of a dataset of the `datasets` library")
+    add("--dataset-config", metavar="NAME", help="configuration of the dataset")
+    add("--json", action="store_true", help="print the summary as JSON")
+    return parser.run(argv, _prepare)

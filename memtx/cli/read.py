@@ -24,20 +24,6 @@ CHUNK_BYTES = 1 << 14
 """Bytes per read of the file; small, because Ctrl-C waits until the reader has taken in one chunk."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
-    add = parser.add_argument
-    add("book", help="UTF-8 text file, or - for standard input")
-    parser.add_checkpoint_option()
-    parser.add_segment_length_option()
-    add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
-    add("--json", action="store_true", help="print one JSON object instead of the report")
-    add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
-    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
-    parser.add_device_options()
-    return parser
-
-
 class _Book:
     """The bytes of the text, and their digest so far, which ties a session to its text."""
 
@@ -197,4 +183,14 @@ def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book
 
 def main(argv: list[str]) -> int:
     """Run ``memtx read``."""
-    return _build_parser().run(argv, _read)
+    parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
+    add = parser.add_argument
+    add("book", help="UTF-8 text file, or - for standard input")
+    parser.add_checkpoint_option()
+    parser.add_segment_length_option()
+    add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
+    add("--json", action="store_true", help="print one JSON object instead of the report")
+    add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
+    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
+    parser.add_device_options()
+    return parser.run(argv, _read)

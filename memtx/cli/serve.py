@@ -20,31 +20,6 @@ API_KEY_VARIABLE = "MEMTX_API_KEY"
 MIN_API_KEY_LENGTH = 16
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx serve",
-        "Serve a language model with OpenAI completions, persistent sessions and a page at /, or a task model with "
-        "/v1/predict.",
-    )
-    add = parser.add_argument
-    parser.add_checkpoint_option()
-    add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
-    add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any")
-    add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")
-    add("--api-key", metavar="KEY", help=f"key that clients must send; better set {API_KEY_VARIABLE}")
-    add("--session-dir", metavar="FOLDER", default="sessions", help="folder of saved sessions")
-    add("--max-in-memory", type=int, default=256, help="maximum sessions in memory; others go to disk")
-    add("--max-sessions", type=int, default=4096, help="maximum number of sessions")
-    add("--max-concurrent-requests", type=int, default=128, help="maximum concurrent requests; more are refused")
-    add("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES", help="maximum size of a request")
-    add("--max-tokens", type=int, default=4096, help="maximum tokens generated per text")
-    add("--max-seconds", type=float, default=300.0, help="maximum seconds per request")
-    add("--max-batch-size", type=int, default=64, help="maximum texts generated at once; others wait")
-    parser.add_segment_length_option()
-    parser.add_device_options()
-    return parser
-
-
 def _get_api_key(arguments: argparse.Namespace) -> str | None:
     key: str | None = arguments.api_key if arguments.api_key is not None else os.environ.get(API_KEY_VARIABLE)
     if key is not None and (len(key) < MIN_API_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key):
@@ -121,4 +96,25 @@ def _create_pool(arguments: argparse.Namespace) -> SessionPool:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx serve``."""
-    return _build_parser().run(argv, _serve)
+    parser = options.Parser(
+        "memtx serve",
+        "Serve a language model with OpenAI completions, persistent sessions and a page at /, or a task model with "
+        "/v1/predict.",
+    )
+    add = parser.add_argument
+    parser.add_checkpoint_option()
+    add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
+    add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any")
+    add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")
+    add("--api-key", metavar="KEY", help=f"key that clients must send; better set {API_KEY_VARIABLE}")
+    add("--session-dir", metavar="FOLDER", default="sessions", help="folder of saved sessions")
+    add("--max-in-memory", type=int, default=256, help="maximum sessions in memory; others go to disk")
+    add("--max-sessions", type=int, default=4096, help="maximum number of sessions")
+    add("--max-concurrent-requests", type=int, default=128, help="maximum concurrent requests; more are refused")
+    add("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES", help="maximum size of a request")
+    add("--max-tokens", type=int, default=4096, help="maximum tokens generated per text")
+    add("--max-seconds", type=float, default=300.0, help="maximum seconds per request")
+    add("--max-batch-size", type=int, default=64, help="maximum texts generated at once; others wait")
+    parser.add_segment_length_option()
+    parser.add_device_options()
+    return parser.run(argv, _serve)

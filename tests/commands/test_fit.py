@@ -191,8 +191,7 @@ def test_other_texts_are_read_with_the_checkpoints_tokenizer(program: Program, p
 def test_a_class_of_ones_own(program: Program, place: Path) -> None:
     (place / "theirs.py").write_text(THEIRS)
     own = changed(
-        ("model", "model", "init_args", "memories"),
-        [{"class_path": "theirs.Theirs", "init_args": {"strength": 2.5}}],
+        ("model", "model", "init_args", "memories"), [{"class_path": "theirs.Theirs", "init_args": {"strength": 2.5}}]
     )
     write(place, own, "own.yaml")
     succeeded(program("fit", "--config", "own.yaml", "--run_dir", "own", at=place))

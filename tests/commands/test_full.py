@@ -38,8 +38,7 @@ def fill(disk: Path, remaining: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "writer",
-    [pytest.param("training.AtomicCheckpointIO", marks=pytest.mark.slow), "async_io.AsyncAtomicCheckpointIO"],
+    "writer", [pytest.param("training.AtomicCheckpointIO", marks=pytest.mark.slow), "async_io.AsyncAtomicCheckpointIO"]
 )
 def test_a_full_disk_keeps_the_last_checkpoint(program: Program, tmp_path: Path, disk: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 6)

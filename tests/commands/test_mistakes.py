@@ -50,12 +50,7 @@ def place(tmp_path: Path) -> Path:
         (("model", "model", "class_path"), "class_pth", "model.model.class_pth", "class_path"),
         (("model", "model", "init_args"), "init_arg", "model.model.init_arg", "init_args"),
         ((*INIT, "depth"), "deph", "model.model.init_args.deph", "depth"),
-        (
-            (*MEMORY, "init_args", "window"),
-            "windw",
-            "model.model.init_args.memories.0.init_args.windw",
-            "window",
-        ),
+        ((*MEMORY, "init_args", "window"), "windw", "model.model.init_args.memories.0.init_args.windw", "window"),
         (("model", "optimizer", "init_args", "lr"), "lrr", "model.optimizer.init_args.lrr", "lr"),
         (
             ("model", "scheduler", "init_args", "warmup_steps"),
