@@ -29,9 +29,6 @@ CLASS_CONFIG_KEYS = ("class_path", "init_args", "dict_kwargs")
 LINKED_KEYS = {"model.segment_length": "data.segment_length", "model.vocab_size": "data.tokenizer"}
 """Keys whose value comes from another key."""
 
-MAX_VALUE_LENGTH = 80
-"""Characters of a value in a message."""
-
 
 def find_config_files(argv: list[str]) -> list[str]:
     """Return the values of ``--config`` and ``-c``."""
@@ -47,10 +44,7 @@ def _get_option(argv: list[str], option: str) -> str | None:
 
 
 def add_run_config(argv: list[str]) -> list[str]:
-    """Add the config of the run to the arguments of a command that evaluates it, if they name no config.
-
-    The run is that of ``--run_dir``, else of ``--ckpt_path``.
-    """
+    """Add the config of the run (``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
     if argv[0] == "fit" or find_config_files(argv) or "--help" in argv or "-h" in argv:
         return argv
     run_dir, checkpoint = _get_option(argv, "--run_dir"), _get_option(argv, "--ckpt_path")
@@ -72,19 +66,12 @@ def uses_class_paths(argv: list[str]) -> bool:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read one config.
-
-    Raises:
-        MemtxError: The file is missing, not UTF-8, not YAML, or not a mapping.
-    """
+    """Read one config; raises MemtxError if it is missing, not UTF-8, not YAML, or not a mapping."""
     try:
         text = decode_utf8(Path(path).read_bytes(), f"The config '{path}'")
     except FileNotFoundError as error:
-        folder = Path(path).parent
-        others = sorted(str(file) for file in folder.glob("*.y*ml")) if folder.is_dir() else []
-        raise MemtxError(
-            f"The config '{path}' does not exist.{closest_match(path, others)}", "Check --config."
-        ) from error
+        hint = closest_match(path, sorted(map(str, Path(path).parent.glob("*.y*ml"))))
+        raise MemtxError(f"The config '{path}' does not exist.{hint}", "Check --config.") from error
     except OSError as error:
         raise MemtxError(f"The config '{path}' cannot be read: {error.strerror}.", "Check --config.") from error
     try:
@@ -92,10 +79,8 @@ def read_config(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error)
-        raise MemtxError(
-            f"'{path}'{location}: not YAML: {reason}.", "Check that line and the line before it."
-        ) from error
+        message = f"'{path}'{location}: not YAML: {getattr(error, 'problem', None) or error}."
+        raise MemtxError(message, "Check that line and the line before it.") from error
     if not isinstance(config, dict):
         kind = "nothing" if config is None else f"a {type(config).__name__}"
         raise MemtxError(f"The config '{path}' holds {kind}, expected keys such as data, model and trainer.")
@@ -103,15 +88,12 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def check_config(path: str, config: Mapping[str, Any], known_keys: Iterable[str]) -> None:
-    """Raise for keys that do not exist and classes that cannot be found.
+    """Raise MemtxError with file, key and closest key for a key that does not exist or a class that is not found.
 
     Args:
         path: File name for messages.
         config: Result of :func:`read_config`.
         known_keys: All dotted keys of the parser.
-
-    Raises:
-        MemtxError: Names file, key and closest key.
     """
     keys = {key for key in known_keys if key.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
     _check_keys(f"'{path}'", config, "", sorted(keys))
@@ -129,9 +111,8 @@ def _check_keys(location: str, config: Mapping[str, Any], prefix: str, known_key
         elif key in known_keys:
             _check_class_config(location, value, key)
         else:
-            siblings = {
-                known.removeprefix(prefix).partition(".")[0] for known in known_keys if known.startswith(prefix)
-            }
+            nested = [known.removeprefix(prefix) for known in known_keys if known.startswith(prefix)]
+            siblings = {known.partition(".")[0] for known in nested}
             raise MemtxError(f"{location}: there is no key '{key}'.{_suggest_key(str(name), siblings, known_keys)}")
 
 
@@ -155,10 +136,9 @@ def _check_class_config(location: str, value: Any, key: str) -> None:
         return
     for name in value:
         if name not in CLASS_CONFIG_KEYS:
-            raise MemtxError(
-                f"{location}: there is no key '{key}.{name}'.{closest_match(str(name), CLASS_CONFIG_KEYS)}",
-                "Only init_args goes with class_path.",
-            )
+            hint = closest_match(str(name), CLASS_CONFIG_KEYS)
+            message = f"{location}: there is no key '{key}.{name}'.{hint}"
+            raise MemtxError(message, "Only init_args goes with class_path.")
     # The parser resolves a short name (LearningRateMonitor), because it knows the expected type.
     target = _resolve_class(location, class_path, f"{key}.class_path") if "." in class_path else None
     init_args = value.get("init_args")
@@ -181,11 +161,7 @@ def _resolve_class(location: str, class_path: str, key: str) -> Any:
 
 
 def find_class(class_path: str) -> Any:
-    """Import the class or function of a class path.
-
-    Returns:
-        The class or function. If there is none, the end of a sentence that gives the reason (a str).
-    """
+    """Return the class or function of a class path; if there is none, the end of a sentence with the reason."""
     builtin = "belongs to Python itself and cannot be part of a model."
     module_name, _, name = class_path.rpartition(".")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
@@ -221,7 +197,7 @@ def _get_parameter_names(target: Any) -> tuple[set[str], bool]:
     return names, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _truncate(value: object, max_length: int = MAX_VALUE_LENGTH) -> str:
+def _truncate(value: object, max_length: int = 80) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= max_length else text[: max_length - 4] + " ..."
 
@@ -244,11 +220,11 @@ _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 
 
 def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], known_keys: Iterable[str]) -> str:
-    """Rewrite a message of jsonargparse as one line with the full key, its value and the expected type.
+    """Rewrite a message of jsonargparse as one line with file, full key, its value and the expected type.
 
     Args:
         message: Text with any number of lines.
-        configs: Contents of the config files by name, to find the file of the key.
+        configs: Contents of the config files by name.
         known_keys: Valid keys, to suggest the closest one.
     """
     if match := _UNKNOWN_OPTION.search(message):
@@ -257,13 +233,13 @@ def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], 
         return f"{location}there is no key '{key}'. {hint}".strip()
     if not (match := _PARSER_KEY.search(message)):
         return shorten_message(message, known_keys)
-    name, body = match[1], match[2]
+    name, body = match.groups()
     actual = _ACTUAL_VALUE.search(body)
     location, key, value = _locate_key(name, actual[1] if actual else None, configs)
     if missing := _MISSING_MODULE.search(body):
         class_path = f"{missing[1]}.{missing[2]}" if missing[1] else missing[3]
-        reason = find_class(class_path) if "." in class_path else "does not exist."
-        reason = reason if isinstance(reason, str) else "cannot be used there."
+        target = find_class(class_path) if "." in class_path else "does not exist."
+        reason = target if isinstance(target, str) else "cannot be used there."
         return f"{location}'{key}' names '{class_path}', which {reason}"
     types = _SUBTYPES.search(body)
     expected = _format_types(types[1]) if types else " or ".join(map(_format_types, _EXPECTED_TYPE.findall(body)))

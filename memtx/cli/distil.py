@@ -17,8 +17,6 @@ from memtx.errors import MemtxError
 if TYPE_CHECKING:
     from memtx.evaluation.compare import ModelComparison
 
-ACTIONS = ("report",)
-
 
 def _get_display_names(paths: list[str]) -> list[str]:
     """Return the last part of each path, or the full paths if two of these are equal."""
@@ -35,9 +33,8 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
     task = predictors[0][1].task
     for name, predictor in predictors[1:]:
         if (predictor.task.kind, predictor.task.labels) != (task.kind, task.labels):
-            raise MemtxError(
-                f"'{name}' has another task or other labels than its teacher.", "Give runs on the same examples."
-            )
+            message = f"'{name}' has another task or other labels than its teacher."
+            raise MemtxError(message, "Give runs on the same examples.")
 
     def parse_example(record: Any, labelled: bool) -> ParsedRecord:
         return ParsedRecord(dict(record), task.parse(record, labelled))
@@ -61,23 +58,16 @@ def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) ->
     teacher_tokenizer = loaded[0][1]
     for name, (_, tokenizer) in zip(names, loaded, strict=True):
         if tokenizer.to_json() != teacher_tokenizer.to_json():
-            raise MemtxError(
-                f"'{name}' has another tokenizer than its teacher.", "Give runs on the same texts and tokenizer."
-            )
+            message = f"'{name}' has another tokenizer than its teacher."
+            raise MemtxError(message, "Give runs on the same texts and tokenizer.")
     documents = open_corpus(arguments.data).get_split(arguments.split)[: arguments.limit]
     texts = TextBatch.from_documents(documents, teacher_tokenizer, arguments.max_length)
     placement = options.get_placement(arguments)
     models = [(name, model.to(**placement)) for name, (model, _) in zip(names, loaded, strict=True)]
     total = len(models) * (-(-texts.tokens.shape[1] // arguments.segment_length) + REPEATS * arguments.num_timed)
+    settings = {name: getattr(arguments, name) for name in ("segment_length", "min_position", "num_timed")}
     with options.progress_bar("measuring", total) as advance:
-        return compare_language_models(
-            models,
-            texts,
-            segment_length=arguments.segment_length,
-            min_position=arguments.min_position,
-            num_timed=arguments.num_timed,
-            on_progress=partial(advance, 1),
-        )
+        return compare_language_models(models, texts, on_progress=partial(advance, 1), **settings)
 
 
 def _compute_ratios(student: ModelComparison, teacher: ModelComparison) -> dict[str, float]:
@@ -89,21 +79,19 @@ def _compute_ratios(student: ModelComparison, teacher: ModelComparison) -> dict[
 
 
 def _print_comparisons(comparisons: list[ModelComparison], metric: str) -> None:
-    teacher, rows = comparisons[0], []
+    teacher, cells = comparisons[0], []
     for model in comparisons:
         ratios = _compute_ratios(model, teacher).values()
         smaller, faster, retained = ("" if model is teacher else f"{ratio:.1%}" for ratio in ratios)
         size, latency = f"{model.num_parameters:,}", f"{model.latency_ms:.2f}"
-        rows.append([model.name, size, smaller, latency, faster, f"{model.score:.4f}", retained])
-    options.print_table(["", "parameters", "smaller", "ms per call", "faster", metric, "retained"], rows)
+        cells.append([model.name, size, smaller, latency, faster, f"{model.score:.4f}", retained])
+    options.print_table(["", "parameters", "smaller", "ms per call", "faster", metric, "retained"], cells)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     if arguments.min_position >= arguments.max_length:
-        raise MemtxError(
-            f"--min-position ({arguments.min_position}) must be below --max-length ({arguments.max_length}).",
-            "Lower --min-position or raise --max-length.",
-        )
+        message = f"--min-position ({arguments.min_position}) must be below --max-length ({arguments.max_length})."
+        raise MemtxError(message, "Lower --min-position or raise --max-length.")
     with options.user_modules(arguments.modules):
         from memtx.inference.predictor import is_task_model
 
@@ -138,7 +126,7 @@ def main(argv: list[str]) -> int:
         "tinybert-general, tinybert-task or long-to-memory.",
     )
     add = parser.add_argument
-    add("action", choices=ACTIONS, help="action")
+    add("action", choices=("report",), help="action")
     add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
     add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
     add("--data", required=True, metavar="FOLDER", help="examples of the task, or a folder of texts")

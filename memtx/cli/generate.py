@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from dataclasses import fields
 
 from memtx.cli import options
 from memtx.errors import MemtxError
@@ -15,33 +16,18 @@ def _generate(arguments: argparse.Namespace) -> None:
         raise MemtxError("There is no text to continue.", "Give --prompt, --prompt-file or --session.")
     prompt = arguments.prompt or ""
     if arguments.prompt_file is not None:
-        prompt = options.decode_utf8(
-            options.read_input(arguments.prompt_file), options.input_name(arguments.prompt_file)
-        )
+        prompt = options.decode_utf8(*options.read_input(arguments.prompt_file))
     from memtx.inference.generate import generate
     from memtx.inference.sampling import SamplingParams
     from memtx.inference.sessions.file import load_session
 
-    sampling_params = SamplingParams(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        greedy=arguments.greedy,
-    )
+    sampling_params = SamplingParams(**{field.name: getattr(arguments, field.name) for field in fields(SamplingParams)})
     reader = options.load_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
+    settings = {name: getattr(arguments, name) for name in ("max_tokens", "stop", "seed")}
     chunks = generate(
-        reader.model,
-        reader.tokenizer,
-        prompt,
-        reader=reader,
-        max_tokens=arguments.max_tokens,
-        sampling_params=sampling_params,
-        stop=arguments.stop,
-        seed=arguments.seed,
+        reader.model, reader.tokenizer, prompt, reader=reader, sampling_params=sampling_params, **settings
     )
     for chunk in itertools.chain(chunks, ["\n"]):
         # As bytes, because the encoding of a terminal may not cover the text.

@@ -17,6 +17,7 @@ from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
     from memtx.data.tokenizers import Tokenizer
+    from memtx.inference.predictor import BasePredictor
     from memtx.inference.reader import StreamReader
     from memtx.models.memory_transformer import MemoryTransformer
 
@@ -120,17 +121,13 @@ def input_name(path: str) -> str:
     return "standard input" if path == "-" else f"'{path}'"
 
 
-def read_input(path: str) -> bytes:
-    """Read a file, or standard input for ``-``."""
-    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+def read_input(path: str) -> tuple[bytes, str]:
+    """Return the content of a file, or of standard input for ``-``, and its name for messages."""
+    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), input_name(path)
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """Decode a text.
-
-    Raises:
-        DataError: The content is not UTF-8.
-    """
+    """Decode a text, or raise DataError if it is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -204,6 +201,17 @@ def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokeni
     return model.to(**placement), tokenizer
 
 
+def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
+    """Load the task model from ``--checkpoint``, as :func:`load_model` does."""
+    placement = get_placement(arguments)
+    from memtx.inference.predictor import load_predictor
+
+    with user_modules(arguments.modules):
+        predictor = load_predictor(arguments.checkpoint)
+    predictor.model.to(**placement)
+    return predictor
+
+
 def load_reader(arguments: argparse.Namespace) -> StreamReader:
     """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
     model, tokenizer = load_model(arguments)
@@ -242,7 +250,7 @@ def progress_bar(
         yield lambda amount, note="": bar.update(task, advance=amount, note=note)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     """Print a table, its first column aligned to the left and the others to the right."""
     from rich.console import Console
     from rich.table import Table
@@ -250,8 +258,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
+    for cells in lines:
+        table.add_row(*cells)
     Console().print(table)
 
 

@@ -49,9 +49,8 @@ def _build_tokenizer(name: str) -> Tokenizer:
         return BytePairTokenizer(int(name))
     path = Path(name)
     if not path.exists():
-        raise DataError(
-            f"The tokenizer '{name}' does not exist.", "Give byte, a vocabulary size, or the path of a tokenizer."
-        )
+        hint = "Give byte, a vocabulary size, or the path of a tokenizer."
+        raise DataError(f"The tokenizer '{name}' does not exist.", hint)
     return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
 
 
@@ -102,13 +101,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from memtx.data.tokenized_corpus import tokenize_corpus
 
     try:
+        folder, num_workers = Path(arguments.output_dir).expanduser(), arguments.num_workers
         corpus = tokenize_corpus(
-            Path(arguments.output_dir).expanduser(),
-            source,
-            tokenizer,
-            num_workers=arguments.num_workers,
-            verify=True,
-            progress=show_progress,
+            folder, source, tokenizer, num_workers=num_workers, verify=True, progress=show_progress
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept; run the same command to resume") from None
@@ -123,12 +118,8 @@ def main(argv: list[str]) -> int:
         "not change.",
     )
     add = parser.add_argument
-    add(
-        "source",
-        nargs="+",
-        metavar="SOURCE",
-        help="folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed",
-    )
+    text = "folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed"
+    add("source", nargs="+", metavar="SOURCE", help=text)
     add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
     add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
     add("--text-column", default="text", help="column of the texts in tables")

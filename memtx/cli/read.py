@@ -8,6 +8,7 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,50 +28,36 @@ CHUNK_BYTES = 1 << 14
 class _Book:
     """The bytes of the text, and their digest so far, which ties a session to its text."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, stack: contextlib.ExitStack) -> None:
         self.name = options.input_name(path)
-        self.size: int | None = None
-        self.bytes_read = 0
-        self.digest = hashlib.sha256()
-        self._file: IO[bytes] | None = None
-
-    def open(self, stack: contextlib.ExitStack) -> None:
-        if self.path == "-":
-            self._file = sys.stdin.buffer
-            return
-        self._file = stack.enter_context(Path(self.path).open("rb"))  # noqa: SIM115 (the stack closes it)
-        if Path(self.path).is_file():
-            self.size = os.fstat(self._file.fileno()).st_size
-            if not self.size:
-                raise self.empty_error()
+        self.bytes_read, self.digest = 0, hashlib.sha256()
+        self._file: IO[bytes] = sys.stdin.buffer
+        if path != "-":
+            self._file = stack.enter_context(Path(path).open("rb"))  # noqa: SIM115 (the stack closes it)
+        is_file = path != "-" and Path(path).is_file()
+        self.size = os.fstat(self._file.fileno()).st_size if is_file else None
+        if self.size == 0:
+            raise self.empty_error()
 
     def empty_error(self) -> DataError:
         return DataError(f"{self.name[:1].upper()}{self.name[1:]} is empty.", "Give a text.")
 
-    def chunks(self, max_bytes: int | None = None) -> Iterator[bytes]:
+    def chunks(self, max_bytes: int = sys.maxsize) -> Iterator[bytes]:
         """Yield the next chunks, of at most ``max_bytes`` in total."""
-        assert self._file is not None
-        remaining = max_bytes
-        while chunk := self._file.read(CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining)):
+        while chunk := self._file.read(min(CHUNK_BYTES, max_bytes)):
             self.bytes_read += len(chunk)
             self.digest.update(chunk)
-            remaining = None if remaining is None else remaining - len(chunk)
+            max_bytes -= len(chunk)
             yield chunk
 
     def skip(self, num_bytes: int, digest: str, session: str) -> None:
-        """Skip the bytes that a session has read.
-
-        Raises:
-            DataError: They differ from the bytes that the session has read.
-        """
+        """Skip the bytes that a session has read; raise DataError if they differ."""
         for _ in self.chunks(num_bytes):
             pass
         if self.bytes_read != num_bytes or self.digest.hexdigest() != digest:
+            reason = f"{self.name} does not start with the {num_bytes} bytes it has read"
             raise DataError(
-                f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes it has "
-                "read.",
-                "Give that text, or another session file.",
+                f"'{session}' belongs to another text: {reason}.", "Give that text, or another session file."
             )
 
 
@@ -84,21 +71,18 @@ def _defer_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         interrupts.append(number)
 
-    try:
-        previous = signal.signal(signal.SIGINT, on_sigint)
-    except ValueError:  # not the main thread, which alone may handle signals
-        yield interrupts
-        return
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
+    previous = signal.signal(signal.SIGINT, on_sigint) if is_main else None
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if is_main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _read(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
-        book = _Book(arguments.book)
-        book.open(stack)  # before torch and the model are loaded, so that a wrong path fails at once
+        book = _Book(arguments.book, stack)  # before torch and the model are loaded: a wrong path fails at once
         from memtx.cli.report import ReadingReport, print_totals
 
         reader, session = options.load_reader(arguments), arguments.session
@@ -114,11 +98,8 @@ def _read(arguments: argparse.Namespace) -> None:
             # Saved before the end of the text is flushed, because the text may go on in the next call.
             _save_session(session, reader, report, book)
         if interrupts:
-            raise KeyboardInterrupt(
-                f"saved in '{session}' after {book.bytes_read:,} bytes; run the same command to resume"
-                if session
-                else "nothing was saved; --session FILE saves the state"
-            )
+            saved = f"saved in '{session}' after {book.bytes_read:,} bytes; run the same command to resume"
+            raise KeyboardInterrupt(saved if session else "nothing was saved; --session FILE saves the state")
         start = time.perf_counter()
         for result in reader.finish():
             report.add(result)
@@ -144,8 +125,7 @@ def _read_book(book: _Book, reader: StreamReader, report: ReadingReport, interru
                 rate = (result.end - first_token) / max(time.perf_counter() - start, 1e-9)
                 advance(reader.totals.num_bytes - num_bytes, f"{rate:>7,.0f} tokens/s")
                 num_bytes = reader.totals.num_bytes
-                if interrupts:
-                    # The reader holds the rest of the chunk, which goes into the session.
+                if interrupts:  # the reader holds the rest of the chunk, which goes into the session
                     break
             if interrupts:
                 break

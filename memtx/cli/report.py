@@ -26,12 +26,9 @@ class ReadingReport:
     """
 
     def __init__(self, interval: int, quiet: bool) -> None:
-        self.interval = interval
-        self.quiet = quiet
-        self.surprisal_curve = SurprisalCurve()
-        self.position_curve = PositionSurprisalCurve()
-        self.chapters = ChapterSplitter()
-        self.current_section = Section()
+        self.interval, self.quiet = interval, quiet
+        self.surprisal_curve, self.position_curve = SurprisalCurve(), PositionSurprisalCurve()
+        self.chapters, self.current_section = ChapterSplitter(), Section()
         self.header_printed = False
 
     def add(self, result: SegmentResult) -> None:
@@ -51,8 +48,7 @@ class ReadingReport:
 
     def finish(self) -> None:
         """Print the line of the last chapter, if there are chapters."""
-        chapter = self.chapters.finish()
-        if chapter.title:
+        if (chapter := self.chapters.finish()).title:
             self._print_section(chapter.title, chapter)
 
     def _print_section(self, title: str, section: Section) -> None:

@@ -7,14 +7,9 @@ import ipaddress
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from memtx.cli import options
-from memtx.cli.predict import load_task_predictor
 from memtx.errors import MemtxError, missing_package_error
-
-if TYPE_CHECKING:
-    from memtx.inference.sessions.pool import SessionPool
 
 API_KEY_VARIABLE = "MEMTX_API_KEY"
 MIN_API_KEY_LENGTH = 16
@@ -52,46 +47,28 @@ def _serve(arguments: argparse.Namespace) -> None:
     from memtx.serving.app import create_app, create_task_app, serve
     from memtx.serving.limits import Limits
 
-    is_task = is_task_model(arguments.checkpoint)
     name = arguments.served_model_name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
-    limits = Limits(
-        max_body_bytes=arguments.max_body_bytes,
-        max_tokens=arguments.max_tokens,
-        max_seconds=arguments.max_seconds,
-        max_concurrent_requests=arguments.max_concurrent_requests,
-    )
-    if is_task:
-        predictor = load_task_predictor(arguments)
+    names = ("max_body_bytes", "max_tokens", "max_seconds", "max_concurrent_requests")
+    limits = Limits(**{name: getattr(arguments, name) for name in names})
+    if is_task_model(arguments.checkpoint):
+        predictor = options.load_task_predictor(arguments)
         app = create_task_app(predictor, model_name=name, limits=limits, api_key=api_key)
         description = f"{predictor.task_name}, POST /v1/predict"
     else:
-        pool = _create_pool(arguments)
+        from memtx.inference.sessions.pool import SessionPool
+
+        names = ("segment_length", "max_in_memory", "max_sessions", "max_batch_size")
+        settings = {name: getattr(arguments, name) for name in names}
+        pool = SessionPool(*options.load_model(arguments), arguments.session_dir, **settings)
         app = create_app(pool, model_name=name, limits=limits, api_key=api_key)
-        description = (
-            f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', saved on exit, {pool.session_bytes:,} "
-            f"bytes each, {pool.sessions_per_gb:,} per GB"
-        )
+        description = f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', saved on exit, "
+        description += f"{pool.session_bytes:,} bytes each, {pool.sessions_per_gb:,} per GB"
 
     def announce(address: str) -> None:
         sys.stderr.write(f"memtx: serving '{name}' at {address} ({description}); Ctrl-C stops\n")
         sys.stderr.flush()
 
     serve(app, host=arguments.host, port=arguments.port, on_ready=announce)
-
-
-def _create_pool(arguments: argparse.Namespace) -> SessionPool:
-    reader = options.load_reader(arguments)
-    from memtx.inference.sessions.pool import SessionPool
-
-    return SessionPool(
-        reader.model,
-        reader.tokenizer,
-        arguments.session_dir,
-        segment_length=arguments.segment_length,
-        max_in_memory=arguments.max_in_memory,
-        max_sessions=arguments.max_sessions,
-        max_batch_size=arguments.max_batch_size,
-    )
 
 
 def main(argv: list[str]) -> int:
