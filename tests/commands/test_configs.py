@@ -66,7 +66,7 @@ def test_it_is_complete_and_commented(path: Path) -> None:
 def test_the_parser_takes_it_and_the_model_has_the_size_it_claims(program: Program, tmp_path: Path, path: Path) -> None:
     # Without the data its own message; the config itself is whole.
     texts = () if path.stem in DRAWN else ("--data.root", "embedded")
-    done = program("fit", "--config", str(path), *texts, "--print_config", at=tmp_path)
+    done = program("fit", "--config", str(path), *texts, "--print_config", cwd=tmp_path)
     assert done.code == 0, done.err
     content: dict[str, Any] = yaml.safe_load(done.out)
     tokenizer = settings(content["data"]).get("tokenizer") or {}
@@ -94,7 +94,7 @@ def test_the_parser_takes_it_and_the_model_has_the_size_it_claims(program: Progr
 
 @pytest.mark.parametrize("name", ["pg19.yaml", "enwik8.yaml", "pg19-mini.yaml"])
 def test_without_its_data_it_says_where_to_get_them(program: Program, tmp_path: Path, name: str) -> None:
-    done = program("fit", "--config", str(HOME / "configs" / name), at=tmp_path)
+    done = program("fit", "--config", str(HOME / "configs" / name), cwd=tmp_path)
     assert done.code == 2
     assert done.err.count("\n") == 1
     for part in (
@@ -137,16 +137,16 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     folder, text = published(tmp_path)
     # As it is: a window, and nothing beyond it.
     session = str(tmp_path / "session")
-    done = program("read", str(text), "--checkpoint", str(folder), "--session", session, at=tmp_path)
+    done = program("read", str(text), "--checkpoint", str(folder), "--session", session, cwd=tmp_path)
     assert done.code == 0, done.err
-    done = program("generate", "--checkpoint", str(folder), "--session", session, "--max-tokens", "8", at=tmp_path)
+    done = program("generate", "--checkpoint", str(folder), "--session", session, "--max-tokens", "8", cwd=tmp_path)
     assert done.code == 0, done.err
     config_file = str(HOME / "configs" / "retrofit.yaml")
-    done = program("fit", "--config", config_file, "--data.root", "embedded", at=tmp_path)
+    done = program("fit", "--config", config_file, "--data.root", "embedded", cwd=tmp_path)
     assert done.code == 2
     assert "--model.model.init_args.path FOLDER" in done.err
     own = "--model.distillation=memtx.training.distillation.SelfDistillation"
-    done = program(*retrofitting(folder, tmp_path), own, at=tmp_path)
+    done = program(*retrofitting(folder, tmp_path), own, cwd=tmp_path)
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "retrofit"
     assert "train_soft_targets" in (run / "metrics.csv").read_text()
@@ -155,7 +155,7 @@ def test_a_published_folder_is_retrofitted_read_and_measured(program: Program, t
     assert all(torch.equal(tensor, kept[name]) for name, tensor in before.state_dict().items())
     # The run needs the folder no more.
     shutil.rmtree(folder)
-    done = program("read", str(text), "--checkpoint", str(run), at=tmp_path)
+    done = program("read", str(text), "--checkpoint", str(run), cwd=tmp_path)
     assert done.code == 0, done.err
 
 
@@ -163,29 +163,29 @@ def test_a_published_folder_is_adapted_too(program: Program, tmp_path: Path) -> 
     pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
     folder, text = published(tmp_path)
     asked = retrofitting(folder, tmp_path)
-    done = program(*asked, "--model.lora.target_modules=[attention.kye_value]", at=tmp_path)
+    done = program(*asked, "--model.lora.target_modules=[attention.kye_value]", cwd=tmp_path)
     assert done.code == 2
     assert done.err.count("\n") == 1
     assert "Did you mean 'attention.key_value'?" in done.err
     asked += ["--model.lora.rank=4", "--model.lora.dropout=0.1"]
-    done = program(*asked, at=tmp_path)
+    done = program(*asked, cwd=tmp_path)
     assert done.code == 0, done.err
     run = tmp_path / "runs" / "retrofit"
     before, after = (MemoryTransformer.from_pretrained(place).state_dict() for place in (folder, find_checkpoint(run)))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]) == (".query." not in name and ".key_value." not in name), name
-    done = program(*asked, "--ckpt_path=last", "--trainer.max_steps=3", at=tmp_path)
+    done = program(*asked, "--ckpt_path=last", "--trainer.max_steps=3", cwd=tmp_path)
     assert done.code == 0, done.err
-    done = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
+    done = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", cwd=tmp_path)
     assert done.code == 0, done.err
     shutil.rmtree(folder)
     session = str(tmp_path / "session")
-    done = program("read", str(text), "--checkpoint", str(run), "--session", session, at=tmp_path)
+    done = program("read", str(text), "--checkpoint", str(run), "--session", session, cwd=tmp_path)
     assert done.code == 0, done.err
-    done = program("generate", "--checkpoint", str(run), "--session", session, "--max-tokens", "8", at=tmp_path)
+    done = program("generate", "--checkpoint", str(run), "--session", session, "--max-tokens", "8", cwd=tmp_path)
     assert done.code == 0, done.err
     few = ["--distances", "1k", "--num-samples", "1", "--num-depths", "2"]
-    done = program("evaluate", "--checkpoint", str(run), "--task", "needle", *few, at=tmp_path)
+    done = program("evaluate", "--checkpoint", str(run), "--task", "needle", *few, cwd=tmp_path)
     assert done.code == 0, done.err
 
 
@@ -193,7 +193,7 @@ def test_the_quickstart_takes_a_step(program: Program, tmp_path: Path) -> None:
     done = program(
         "fit", "--config", str(HOME / "configs" / "quickstart.yaml"), "--data.cache_dir", str(tmp_path / "cache"),
         "--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2",
-        "--trainer.num_sanity_val_steps=0", at=tmp_path,
+        "--trainer.num_sanity_val_steps=0", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert (tmp_path / "runs" / "quickstart" / "checkpoints" / "last.ckpt").is_file()
@@ -241,13 +241,13 @@ def test_a_shrunken_one_trains(program: Program, tmp_path: Path, name: str) -> N
         "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", "embedded", "--data.cache_dir",
         str(tmp_path / "cache"), "--data.num_workers=1", *options, "--trainer.max_steps=2",
         "--trainer.val_check_interval=2", "--trainer.limit_val_batches=2", "--trainer.accumulate_grad_batches=1",
-        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", at=tmp_path,
+        "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     run = tmp_path / "runs" / name
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert "val_loss" in (run / "metrics.csv").read_text().partition("\n")[0]
-    measured = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", at=tmp_path)
+    measured = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", cwd=tmp_path)
     assert measured.code == 0, measured.err
     assert "test_loss" in measured.out
 
@@ -259,16 +259,16 @@ def test_a_tasks_run_is_all_that_prediction_needs(program: Program, tmp_path: Pa
     done = program(
         "fit", "--config", str(HOME / "configs" / f"{name}.yaml"), "--data.root", str(root), "--trainer.max_steps=2",
         "--trainer.max_epochs=-1", "--model.backbone.init_args.dim=16", "--model.backbone.init_args.depth=1",
-        "--model.backbone.init_args.heads=2", "--trainer.accelerator=cpu", at=tmp_path,
+        "--model.backbone.init_args.heads=2", "--trainer.accelerator=cpu", cwd=tmp_path,
     )  # fmt: skip
     assert done.code == 0, done.err
     run = str(tmp_path / "runs" / name)
-    measured = program("test", "--run_dir", run, at=tmp_path)
+    measured = program("test", "--run_dir", run, cwd=tmp_path)
     assert measured.code == 0, measured.err
     shutil.rmtree(root)
     given = records(kind, 3)
     write_lines(tmp_path / "in.jsonl", given)
-    said = program("predict", "--checkpoint", run, "--input", "in.jsonl", at=tmp_path)
+    said = program("predict", "--checkpoint", run, "--input", "in.jsonl", cwd=tmp_path)
     assert said.code == 0, said.err
     lines = [json.loads(line) for line in said.out.splitlines()]
     wanted = {"classification": "label", "matching": "label", "tagging": "spans", "questions": "answer"}[kind]
@@ -278,7 +278,7 @@ def test_a_tasks_run_is_all_that_prediction_needs(program: Program, tmp_path: Pa
 
 @pytest.mark.parametrize("name", [*sorted(BODIES), "summaries"])
 def test_a_task_without_its_data_says_where_to_get_them(program: Program, tmp_path: Path, name: str) -> None:
-    done = program("fit", "--config", str(HOME / "configs" / f"{name}.yaml"), at=tmp_path)
+    done = program("fit", "--config", str(HOME / "configs" / f"{name}.yaml"), cwd=tmp_path)
     assert done.code == 2
     assert done.err.count("\n") == 1
     for part in ("data.root", f"see the first lines of '{HOME / 'configs' / name}.yaml'", "train.jsonl"):

@@ -24,7 +24,7 @@ TEACHER = "--model.distillation.init_args.teacher=teacher"
 
 
 def fit(program: Program, at: Path, config: str, run: str, *options: str) -> str:
-    done = program("fit", "--config", str(HOME / "configs" / config), "--run_dir", run, *SHORT, *options, at=at)
+    done = program("fit", "--config", str(HOME / "configs" / config), "--run_dir", run, *SHORT, *options, cwd=at)
     assert done.code == 0, done.err
     return (at / run / "metrics.csv").read_text().partition("\n")[0]
 
@@ -67,7 +67,7 @@ def test_a_long_teacher_teaches_a_memory(program: Program, tmp_path: Path) -> No
         "--min-position=16",
         "--plot=a.png",
         "--json=a.json",
-        at=tmp_path,
+        cwd=tmp_path,
     )
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "a.json").read_text())
@@ -78,7 +78,7 @@ def test_a_long_teacher_teaches_a_memory(program: Program, tmp_path: Path) -> No
     assert f"{student['num_parameters']:,}" in done.out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     # The student is a run like any other.
-    read = program("read", "books/test/0.txt", "--checkpoint", "student", "--json", at=tmp_path)
+    read = program("read", "books/test/0.txt", "--checkpoint", "student", "--json", cwd=tmp_path)
     assert read.code == 0, read.err
 
 
@@ -91,12 +91,12 @@ def test_a_tasks_teacher_teaches_a_tiny_student(program: Program, tmp_path: Path
         named.split(",")
     )
     asked = ["distil", "report", "--teacher", "teacher", "--student", "student", "--data", "data", "--json", "-"]
-    done = program(*asked, "--num-timed=2", at=tmp_path)
+    done = program(*asked, "--num-timed=2", cwd=tmp_path)
     assert done.code == 0, done.err
     found = json.loads(done.out)
     assert found["teacher"]["metric"] == "f1"
     assert found["students"][0]["num_parameters"] < found["teacher"]["num_parameters"]
-    said = program("predict", "--checkpoint", "student", "--text", "captain Ahab swims", at=tmp_path)
+    said = program("predict", "--checkpoint", "student", "--text", "captain Ahab swims", cwd=tmp_path)
     assert said.code == 0, said.err
 
 
@@ -131,7 +131,7 @@ def test_without_a_teacher_it_says_how_to_name_one(program: Program, tmp_path: P
     small = [] if config == "tinybert-task" else ["--data.cache_dir=cache", "--data.num_workers=1"]
     if config in ("distilbert", "tinybert-general"):
         small += ["--model.model.init_args.dim=24", "--data.tokenizer.init_args.vocab_size=300"]
-    done = program(*asked, *small, "--trainer.accelerator=cpu", at=tmp_path)
+    done = program(*asked, *small, "--trainer.accelerator=cpu", cwd=tmp_path)
     assert done.code == 2
     assert "No teacher is given to be distilled. Add --model.distillation.init_args.teacher RUN" in done.err
     assert not (tmp_path / "runs" / config).exists()
@@ -140,7 +140,7 @@ def test_without_a_teacher_it_says_how_to_name_one(program: Program, tmp_path: P
 def test_mistakes_are_one_line(program: Program, tmp_path: Path) -> None:
     books(tmp_path)
     runs.write(tmp_path)
-    assert program("fit", "--config", "c.yaml", at=tmp_path).code == 0
+    assert program("fit", "--config", "c.yaml", cwd=tmp_path).code == 0
     asked = ["distil", "report", "--teacher", "run", "--student", "run", "--data"]
     for given, said in (
         (["books", "--num-timed=0"], "--num-timed: must be at least 1, got 0"),
@@ -148,9 +148,9 @@ def test_mistakes_are_one_line(program: Program, tmp_path: Path) -> None:
         (["books", "--plot=no/a.png"], "/no' does not exist"),
         (["nowhere"], "nowhere"),
     ):
-        done = program(*asked, *given, at=tmp_path)
+        done = program(*asked, *given, cwd=tmp_path)
         assert (done.code, done.err.count("\n")) == (2, 1), done.err
         assert said in done.err
-    done = program("distil", "report", "--teacher", "run", "--student", "none", "--data", "books", at=tmp_path)
+    done = program("distil", "report", "--teacher", "run", "--student", "none", "--data", "books", cwd=tmp_path)
     assert done.code == 2
     assert "'none' does not exist" in done.err

@@ -140,26 +140,26 @@ def test_a_run_is_asked_what_it_was_trained_on(program: Program, tmp_path: Path)
     content["data"]["init_args"]["batch_size"] = 2
     content["trainer"].update(max_steps=3, val_check_interval=2)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
-    done = program("fit", "--config", "c.yaml", "--run_dir", "run", at=tmp_path)
+    done = program("fit", "--config", "c.yaml", "--run_dir", "run", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "val_accuracy" in (tmp_path / "run" / "metrics.csv").read_text().partition("\n")[0]
     asked = ("evaluate", "--checkpoint", "run", "--num-samples", "2", "--distances", "36", "--json", "-")
-    done = program(*asked, "--task", "recall", at=tmp_path)
+    done = program(*asked, "--task", "recall", cwd=tmp_path)
     assert done.code == 0, done.err
     (only,) = json.loads(done.out)["results"]
     model = MemoryTransformer.from_pretrained(find_checkpoint(tmp_path / "run"))
     assert only["accuracy"] == evaluate_accuracy(model, AssociativeRecall(**task), 3, num_samples=2)
     assert (only["distance"], only["chance"]) == (36, 1 / 7)
     # The same sizes serve a task with more of them.
-    assert program(*asked, "--task", "overwrite", at=tmp_path).code == 0
-    done = program(*asked, "--task", "needle", at=tmp_path)
+    assert program(*asked, "--task", "overwrite", cwd=tmp_path).code == 0
+    done = program(*asked, "--task", "needle", cwd=tmp_path)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "no tokenizer" in done.err
-    done = program("test", "--run_dir", "run", at=tmp_path)
+    done = program("test", "--run_dir", "run", cwd=tmp_path)
     assert done.code == 0, done.err
     assert "test_accuracy" in done.out
     more = ("--ckpt_path", "last", "--trainer.max_steps", "5")
-    done = program("fit", "--config", "c.yaml", "--run_dir", "run", *more, at=tmp_path)
+    done = program("fit", "--config", "c.yaml", "--run_dir", "run", *more, cwd=tmp_path)
     assert done.code == 0, done.err
 
 

@@ -64,7 +64,7 @@ def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("place")
     write_books(path / "books")
     write(path)
-    succeeded(program("fit", "--config", "c.yaml", at=path))
+    succeeded(program("fit", "--config", "c.yaml", cwd=path))
     return path
 
 
@@ -83,7 +83,7 @@ def test_a_run_is_one_folder(place: Path) -> None:
 
 
 def test_the_saved_config_gives_the_same_run(program: Program, place: Path) -> None:
-    succeeded(program("fit", "--config", "run/config.yaml", "--run_dir", "again", at=place))
+    succeeded(program("fit", "--config", "run/config.yaml", "--run_dir", "again", cwd=place))
     assert losses(place / "again") == losses(place / "run")
     # As text: what was saved is all there is to say about a run but its folder.
     one, other = ((place / run / "config.yaml").read_text() for run in ("run", "again"))
@@ -91,7 +91,7 @@ def test_the_saved_config_gives_the_same_run(program: Program, place: Path) -> N
 
 
 def test_print_config_is_complete(program: Program, place: Path) -> None:
-    printed = succeeded(program("fit", "--config", "c.yaml", "--print_config", at=place)).out
+    printed = succeeded(program("fit", "--config", "c.yaml", "--print_config", cwd=place)).out
     content = yaml.safe_load(printed)
     for section, settings in CONFIG.items():
         if isinstance(settings, dict):
@@ -99,16 +99,16 @@ def test_print_config_is_complete(program: Program, place: Path) -> None:
     memory = content["model"]["model"]["init_args"]["memories"][0]
     assert memory["init_args"].keys() >= {"window", "compression_rate", "num_entries", "compression", "reconstruction"}
     (place / "printed.yaml").write_text(printed)
-    assert succeeded(program("fit", "--config", "printed.yaml", "--print_config", at=place)).out == printed
+    assert succeeded(program("fit", "--config", "printed.yaml", "--print_config", cwd=place)).out == printed
 
 
 def test_going_on_keeps_what_was_logged(program: Program, place: Path) -> None:
     fit = ("fit", "--config", "c.yaml", "--ckpt_path", "last", "--run_dir")
-    succeeded(program(*fit, "short", "--trainer.max_steps=2", at=place))
+    succeeded(program(*fit, "short", "--trainer.max_steps=2", cwd=place))
     # As a killed run leaves it: a step was logged that is in no checkpoint.
     with (place / "short" / "metrics.csv").open("a") as file:
         csv.DictWriter(file, rows(place / "run" / "metrics.csv")[0]).writerow({"step": 2, "train_loss": 99.0})
-    succeeded(program(*fit, "short", at=place))
+    succeeded(program(*fit, "short", cwd=place))
     assert losses(place / "short") == losses(place / "run")
     validated = [row["step"] for row in rows(place / "short" / "metrics.csv") if row.get("val_loss")]
     assert validated == [row["step"] for row in rows(place / "run" / "metrics.csv") if row.get("val_loss")]
@@ -118,7 +118,7 @@ def test_going_on_keeps_what_was_logged(program: Program, place: Path) -> None:
 
 def test_a_run_is_measured_without_its_config(program: Program, place: Path) -> None:
     before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
-    whole = table(succeeded(program("validate", "--run_dir", "run", at=place)))
+    whole = table(succeeded(program("validate", "--run_dir", "run", cwd=place)))
     best = json.loads((place / "run" / "checkpoints" / "best.json").read_text())
     # The same checkpoint on the same texts; printed in full precision.
     assert whole["val_bits_per_byte"] == pytest.approx(best["score"], abs=1e-6)
@@ -128,10 +128,10 @@ def test_a_run_is_measured_without_its_config(program: Program, place: Path) -> 
         "val_word_perplexity",
     }
     for checkpoint in ("run", "run/checkpoints", "best"):
-        found = succeeded(program("validate", "--config", "c.yaml", "--ckpt_path", checkpoint, at=place))
+        found = succeeded(program("validate", "--config", "c.yaml", "--ckpt_path", checkpoint, cwd=place))
         assert table(found) == whole
-    test = table(succeeded(program("test", "--ckpt_path", "run/checkpoints/last.ckpt", at=place)))
-    assert test == table(succeeded(program("test", "--run_dir=run", "--ckpt_path=last", at=place)))
+    test = table(succeeded(program("test", "--ckpt_path", "run/checkpoints/last.ckpt", cwd=place)))
+    assert test == table(succeeded(program("test", "--run_dir=run", "--ckpt_path=last", cwd=place)))
     assert test.keys() == {"test_bits_per_byte", "test_loss", "test_word_perplexity"}
     after = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
     assert after == before
@@ -141,7 +141,7 @@ def test_predictions_are_every_document_and_token(program: Program, place: Path)
     for target in ("predict-a", "predict-b"):
         (place / target).mkdir()
     base = ("predict", "--config", "c.yaml", "--ckpt_path", "run")
-    done = succeeded(program(*base, "--run_dir", "predict-a", at=place))
+    done = succeeded(program(*base, "--run_dir", "predict-a", cwd=place))
     assert "predict-a/predictions" in done.out
     lines = (place / "predict-a" / "predictions" / predictions.DOCUMENTS_FILE).read_text().splitlines()
     found: dict[str, dict[str, Any]] = {line["id"]: line for line in map(json.loads, lines)}
@@ -164,11 +164,11 @@ def test_predictions_are_every_document_and_token(program: Program, place: Path)
         assert facts["nll"] == pytest.approx(float(nll.double().sum()), rel=1e-5)
         assert facts["bits_per_byte"] == pytest.approx(facts["nll"] / math.log(2) / len(content))
     total = sum(facts["nll"] for facts in found.values())
-    measured = table(succeeded(program("test", "--run_dir", "run", at=place)))
+    measured = table(succeeded(program("test", "--run_dir", "run", cwd=place)))
     size = sum(facts["bytes"] for facts in found.values())
     assert total / math.log(2) / size == pytest.approx(measured["test_bits_per_byte"], rel=1e-5)
     # Cut short, a document's text is not what was scored.
-    succeeded(program(*base, "--run_dir", "predict-b", "--trainer.limit_predict_batches=2", at=place))
+    succeeded(program(*base, "--run_dir", "predict-b", "--trainer.limit_predict_batches=2", cwd=place))
     lines = (place / "predict-b" / "predictions" / predictions.DOCUMENTS_FILE).read_text().splitlines()
     assert {json.loads(line)["bits_per_byte"] for line in lines} == {None}
     assert {json.loads(line)["tokens"] for line in lines} == {32}
@@ -180,11 +180,11 @@ def test_other_texts_are_read_with_the_checkpoints_tokenizer(program: Program, p
         {"class_path": "memtx.data.tokenizers.BytePairTokenizer", "init_args": {"vocab_size": 270}},
     )
     write(place, trained, "pairs.yaml")
-    succeeded(program("fit", "--config", "pairs.yaml", "--run_dir", "pairs", at=place))
+    succeeded(program("fit", "--config", "pairs.yaml", "--run_dir", "pairs", cwd=place))
     # Only what is measured is there: no training texts to train a tokenizer on.
     write_books(place / "other", ("test",))
-    here = table(succeeded(program("test", "--run_dir", "pairs", at=place)))
-    there = table(succeeded(program("test", "--run_dir", "pairs", "--data.root", "other", at=place)))
+    here = table(succeeded(program("test", "--run_dir", "pairs", cwd=place)))
+    there = table(succeeded(program("test", "--run_dir", "pairs", "--data.root", "other", cwd=place)))
     assert here == there
 
 
@@ -194,16 +194,16 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
         ("model", "model", "init_args", "memories"), [{"class_path": "theirs.Theirs", "init_args": {"strength": 2.5}}]
     )
     write(place, own, "own.yaml")
-    succeeded(program("fit", "--config", "own.yaml", "--run_dir", "own", at=place))
-    assert table(succeeded(program("test", "--run_dir", "own", at=place))).keys() >= {"test_loss"}
+    succeeded(program("fit", "--config", "own.yaml", "--run_dir", "own", cwd=place))
+    assert table(succeeded(program("test", "--run_dir", "own", cwd=place))).keys() >= {"test_loss"}
     book = str(place / "books" / "test" / "0.txt")
-    refused = program("read", book, "--checkpoint", "own", at=place)
+    refused = program("read", book, "--checkpoint", "own", cwd=place)
     assert refused.code == 2
     assert "theirs.Theirs" in refused.err
     assert "--import" in refused.err
-    read = succeeded(program("read", book, "--checkpoint", "own", "--import", "theirs", "--json", at=place))
+    read = succeeded(program("read", book, "--checkpoint", "own", "--import", "theirs", "--json", cwd=place))
     assert json.loads(read.out)["tokens"] == len(Path(book).read_bytes())
-    assert "no_such_module" in program("read", book, "--checkpoint", "own", "--import", "no_such_module", at=place).err
+    assert "no_such_module" in program("read", book, "--checkpoint", "own", "--import", "no_such_module", cwd=place).err
 
 
 SLOW = """
@@ -225,7 +225,7 @@ def test_float32_stands_in_for_a_slow_bfloat16(program: Program, place: Path) ->
     config = changed(("trainer", "callbacks"), [{"class_path": "slow.Told"}])
     config["trainer"]["precision"] = "bf16-mixed"
     write(place, config)
-    done = program("fit", "--config", "c.yaml", "--run_dir", "slow", at=place)
+    done = program("fit", "--config", "c.yaml", "--run_dir", "slow", cwd=place)
     assert done.code == 0, done.err
     assert "trains in 32-true" in done.out
     assert done.err.count("slower in bfloat16: using 32-true instead of bf16-mixed") == 1

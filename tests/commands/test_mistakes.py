@@ -69,7 +69,7 @@ def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
         config["model"]["model"]["class_path"] = CONFIG["model"]["model"]["class_path"]
     write(place, config)
     before = files(place)
-    refused(program("fit", "--config", "c.yaml", at=place), "'c.yaml'", f"'{key}'", f"Did you mean '{meant}'?")
+    refused(program("fit", "--config", "c.yaml", cwd=place), "'c.yaml'", f"'{key}'", f"Did you mean '{meant}'?")
     assert files(place) == before
 
 
@@ -116,7 +116,7 @@ def test_a_wrong_value_is_one_line(
 ) -> None:
     write(place, changed(path, value))
     before = files(place)
-    refused(program("fit", "--config", "c.yaml", at=place), said)
+    refused(program("fit", "--config", "c.yaml", cwd=place), said)
     assert files(place) == before
 
 
@@ -132,14 +132,14 @@ def test_a_wrong_value_is_one_line(
 )
 def test_a_config_that_is_no_config(program: Program, place: Path, content: bytes, said: str) -> None:
     (place / "c.yaml").write_bytes(content)
-    refused(program("fit", "--config", "c.yaml", at=place), "c.yaml'", said)
+    refused(program("fit", "--config", "c.yaml", cwd=place), "c.yaml'", said)
 
 
 def test_a_config_that_is_not_there(program: Program, place: Path) -> None:
     write(place)
-    refused(program("fit", "--config", "cc.yaml", at=place), "'cc.yaml' does not exist", "Did you mean 'c.yaml'?")
-    refused(program("fit", "--config=books", at=place), "'books' cannot be read")
-    refused(program("fit", "--config", at=place), "--config")
+    refused(program("fit", "--config", "cc.yaml", cwd=place), "'cc.yaml' does not exist", "Did you mean 'c.yaml'?")
+    refused(program("fit", "--config=books", cwd=place), "'books' cannot be read")
+    refused(program("fit", "--config", cwd=place), "--config")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_config_that_is_not_there(program: Program, place: Path) -> None:
 def test_a_wrong_argument_is_one_line(program: Program, place: Path, argument: str, said: str) -> None:
     write(place)
     before = files(place)
-    refused(program("fit", "--config", "c.yaml", argument, at=place), said)
+    refused(program("fit", "--config", "c.yaml", argument, cwd=place), said)
     assert files(place) == before
 
 
@@ -165,40 +165,40 @@ def test_books_that_cannot_be_read(program: Program, place: Path) -> None:
     write(place)
     fit = ("fit", "--config", "c.yaml", "--data.root", "given")
     (place / "given").mkdir()
-    refused(program(*fit, at=place), "'given' holds no text", "PG-19", "--data.root")
+    refused(program(*fit, cwd=place), "'given' holds no text", "PG-19", "--data.root")
     (place / "given" / "train").mkdir()
-    refused(program(*fit, at=place), "given")
+    refused(program(*fit, cwd=place), "given")
     book = place / "given" / "train" / "a.txt"
     book.write_bytes(b"")
-    refused(program(*fit, at=place), "a.txt' is empty")
+    refused(program(*fit, cwd=place), "a.txt' is empty")
     book.write_bytes(b"abc" * 50 + b"\xff and more")
-    refused(program(*fit, at=place), "a.txt' is not UTF-8", "150")
+    refused(program(*fit, cwd=place), "a.txt' is not UTF-8", "150")
     assert not (place / "run").exists()
 
 
 def test_tokens_that_no_tokenizer_makes_leave_no_run(program: Program, place: Path) -> None:
     """They are noticed when they are read: training has begun, and no step is done."""
     write(place)
-    assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", at=place).code == 0
+    assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", cwd=place).code == 0
     for shard in (place / "tokens" / "train").glob("*.bin"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
     before = files(place)
     fit = ("fit", "--config", "c.yaml", "--data.root", "tokens", "--trainer.limit_val_batches", "1")
-    refused(program(*fit, at=place), "is damaged: it holds token 65535 of 257", "Prepare the data again")
+    refused(program(*fit, cwd=place), "is damaged: it holds token 65535 of 257", "Prepare the data again")
     assert files(place) == before
 
 
 def test_one_line_of_megabytes_is_a_book(program: Program, place: Path) -> None:
     (place / "line.txt").write_bytes(b"word " * 1_000_000)
     write(place)
-    done = program("fit", "--config", "c.yaml", "--data.root", "line.txt", "--trainer.limit_val_batches=1", at=place)
+    done = program("fit", "--config", "c.yaml", "--data.root", "line.txt", "--trainer.limit_val_batches=1", cwd=place)
     assert done.code == 0, done.err
     assert (place / "run" / "checkpoints" / "last.ckpt").exists()
 
 
 def test_a_checkpoint_that_cannot_be_used(program: Program, place: Path) -> None:
     write(place)
-    assert program("fit", "--config", "c.yaml", at=place).code == 0
+    assert program("fit", "--config", "c.yaml", cwd=place).code == 0
     last = place / "run" / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
     (place / "cut.ckpt").write_bytes(content[: len(content) // 2])
@@ -208,16 +208,16 @@ def test_a_checkpoint_that_cannot_be_used(program: Program, place: Path) -> None
     before = files(place)
     for command, run in (("fit", "new"), ("test", "run")):
         base = (command, "--config", "c.yaml", "--run_dir", run, "--ckpt_path")
-        refused(program(*base, "cut.ckpt", at=place), "'cut.ckpt' is not a whole checkpoint")
-        refused(program(*base, "foreign.ckpt", at=place), "'foreign.ckpt'", "something else")
+        refused(program(*base, "cut.ckpt", cwd=place), "'cut.ckpt' is not a whole checkpoint")
+        refused(program(*base, "foreign.ckpt", cwd=place), "'foreign.ckpt'", "something else")
         other = (command, "--config", "other.yaml", "--run_dir", run, "--ckpt_path", str(last))
-        refused(program(*other, at=place), "last.ckpt'", "another model", "dim")
+        refused(program(*other, cwd=place), "last.ckpt'", "another model", "dim")
     refused(
-        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", at=place), "'empty.ckpt' is not a whole"
+        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=place), "'empty.ckpt' is not a whole"
     )
-    refused(program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", at=place), "'none.ckpt' does not exist")
-    refused(program("fit", "--config", "c.yaml", at=place), "'run' already holds a run", "--ckpt_path last")
-    refused(program("test", "--run_dir", "nothing", at=place), "'nothing' holds no checkpoint")
+    refused(program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", cwd=place), "'none.ckpt' does not exist")
+    refused(program("fit", "--config", "c.yaml", cwd=place), "'run' already holds a run", "--ckpt_path last")
+    refused(program("test", "--run_dir", "nothing", cwd=place), "'nothing' holds no checkpoint")
     assert files(place) == before
 
 
@@ -231,7 +231,7 @@ def test_the_installed_script_says_the_same(place: Path) -> None:
 
 def test_a_traceback_can_be_asked_for(program: Program, place: Path) -> None:
     write(place, changed(("data", "batch_size"), 0))
-    done = program("fit", "--config", "c.yaml", "--traceback", at=place)
+    done = program("fit", "--config", "c.yaml", "--traceback", cwd=place)
     assert done.code == 2
     assert "Traceback" in done.err
     assert done.err.splitlines()[-1].startswith("memtx: error: batch_size is 0")

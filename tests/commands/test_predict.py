@@ -147,7 +147,7 @@ def test_a_run_is_served(place: Path) -> None:
 def test_a_tasks_config_with_a_mistake(program: Program, tmp_path: Path, changes: list[str], said: str) -> None:
     root = str(folder(tmp_path / "data", "tagging", 8))
     config = str(HOME / "configs" / "conll2000.yaml")
-    done = program("fit", "--config", config, "--data.root", root, *changes, at=tmp_path)
+    done = program("fit", "--config", config, "--data.root", root, *changes, cwd=tmp_path)
     assert done.code == 2
     assert said in done.err
     assert done.err.count("\n") == 1
@@ -159,7 +159,7 @@ def test_a_broken_line_stops_a_run_before_it_is_one(program: Program, tmp_path: 
     with (root / "validation.jsonl").open("a") as handle:
         handle.write('{"tokens": ["a"], "tags": ["B-NEW"]}\n')
     config = str(HOME / "configs" / "conll2000.yaml")
-    done = program("fit", "--config", config, "--data.root", str(root), at=tmp_path)
+    done = program("fit", "--config", config, "--data.root", str(root), cwd=tmp_path)
     assert done.code == 2
     assert "validation.jsonl', line 9: The label 'B-NEW' was never seen in training" in done.err
     assert not (tmp_path / "runs" / "conll2000").exists()
@@ -167,7 +167,7 @@ def test_a_broken_line_stops_a_run_before_it_is_one(program: Program, tmp_path: 
 
 def test_half_a_config_of_parts_is_refused(program: Program, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.finetuning.TaggingModule}\n")
-    done = program("fit", "--config", "c.yaml", at=tmp_path)
+    done = program("fit", "--config", "c.yaml", cwd=tmp_path)
     assert done.code == 2
     assert "'data' has no class_path" in done.err
     assert done.err.count("\n") == 1

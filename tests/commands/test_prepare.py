@@ -27,18 +27,18 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_folder_is_prepared_and_trained_on(program: Program, tmp_path: Path) -> None:
     write_books(tmp_path / "books")
     done = program(
-        "prepare", "books", "--output-dir", "tokens", "--tokenizer", "300", "--num-workers", "1", at=tmp_path
+        "prepare", "books", "--output-dir", "tokens", "--tokenizer", "300", "--num-workers", "1", cwd=tmp_path
     )
     assert done.code == 0, done.err
     assert done.out.splitlines()[1].split()[:2] == ["train", "3"]
     assert "memtx fit --data.root tokens" in done.out
     write(tmp_path, changed(("data", "root"), "tokens"))
     (tmp_path / "books").rename(tmp_path / "elsewhere")
-    done = program("fit", "--config", "c.yaml", at=tmp_path)
+    done = program("fit", "--config", "c.yaml", cwd=tmp_path)
     assert done.code == 0, done.err
     assert not (tmp_path / "cache").exists()
-    assert program("test", "--run_dir", "run", at=tmp_path).code == 0
-    again = program("prepare", "elsewhere", "--output-dir", "other", "--json", at=tmp_path)
+    assert program("test", "--run_dir", "run", cwd=tmp_path).code == 0
+    again = program("prepare", "elsewhere", "--output-dir", "other", "--json", cwd=tmp_path)
     assert json.loads(again.out)["splits"]["test"]["documents"] == 3
 
 
@@ -58,9 +58,9 @@ def test_mistakes(program: Program, tmp_path: Path) -> None:
         (("books", "--output-dir", "full"), "'full' exists and is no prepared folder"),
         (("books", "--output-dir", "full/x/o"), "cannot be written to"),
     ):
-        refused(program("prepare", *arguments, at=tmp_path), said)
+        refused(program("prepare", *arguments, cwd=tmp_path), said)
         assert {name for name in files(tmp_path) if not name.endswith(".lock")} == set(before), arguments
-    done = program("prepare", "books", "--output-dri", "o", at=tmp_path)
+    done = program("prepare", "books", "--output-dri", "o", cwd=tmp_path)
     assert (done.code, done.err.count("\n")) == (2, 1)
     assert "Did you mean '--output-dir'?" in done.err
 
