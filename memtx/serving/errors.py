@@ -17,10 +17,11 @@ from memtx.inference.sessions.store import SessionSaveError
 
 logger = logging.getLogger("memtx.serving")
 
-RETRY_AFTER = "5"
-"""Seconds after which clients of a full server may retry."""
-
-# By status code: the type in the body, and the default error code.
+# By status code: headers of the response, the type in its body, and the default error code. A full server asks clients
+# to retry after 5 seconds; after a timeout, OpenAI clients would retry a request that would take as long again.
+_RETRY_HEADERS = {"Retry-After": "5"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"x-should-retry": "false"}}
+_HEADERS |= {429: _RETRY_HEADERS, 503: _RETRY_HEADERS}
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _DEFAULT_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 
@@ -48,9 +49,15 @@ class APIError(MemtxError):
         self, status_code: int, message: str, hint: str = "", *, code: str = "", param: str | None = None
     ) -> None:
         super().__init__(message, hint)
-        self.status_code = status_code
+        self.status_code, self.param = status_code, param
         self.code = code or _DEFAULT_CODES.get(status_code, "invalid_request")
-        self.param = param
+
+
+def check_model(requested: str, model_name: str) -> None:
+    """Raise unless a request names the model that is served."""
+    if requested != model_name:
+        message = f"There is no model '{requested[:80]}', only '{model_name}'."
+        raise APIError(404, message, "GET /v1/models lists it.", param="model")
 
 
 def to_api_error(error: BaseException) -> APIError:
@@ -70,28 +77,13 @@ def to_api_error(error: BaseException) -> APIError:
 def error_body(error: APIError) -> dict[str, Any]:
     """Return the JSON of an error in the format of OpenAI clients."""
     default_type = "invalid_request_error" if error.status_code < 500 else "server_error"
-    fields = {
-        "message": str(error),
-        "type": _ERROR_TYPES.get(error.status_code, default_type),
-        "param": error.param,
-        "code": error.code,
-        "detail": error.message,
-        "hint": error.hint,
-    }
-    return {"error": fields}
+    fields = {"message": str(error), "type": _ERROR_TYPES.get(error.status_code, default_type), "param": error.param}
+    return {"error": fields | {"code": error.code, "detail": error.message, "hint": error.hint}}
 
 
 def error_response(error: APIError) -> JSONResponse:
     """Return the response for an error."""
-    headers = {}
-    if error.status_code in (429, 503):
-        headers["Retry-After"] = RETRY_AFTER
-    if error.status_code == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.status_code == 408:
-        # OpenAI clients would retry the same request, which would take as long again.
-        headers["x-should-retry"] = "false"
-    return JSONResponse(error_body(error), error.status_code, headers)
+    return JSONResponse(error_body(error), error.status_code, _HEADERS.get(error.status_code))
 
 
 def _from_validation_error(error: RequestValidationError) -> APIError:

@@ -100,15 +100,6 @@ class CompletionFormatter:
         }
 
 
-def format_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the numbers of tokens read and generated."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
 class TokenQueue:
     """Queue from the engine's thread to one event loop, for the pieces of several texts."""
 
@@ -129,9 +120,7 @@ class TokenQueue:
         """Yield the pieces of all texts as they come.
 
         Raises:
-            DeadlineExceededError: The deadline has passed.
-            MemtxError: A text could not be generated.
-            APIError: The client has disconnected.
+            MemtxError: A text could not be generated, the deadline has passed, or the client has disconnected.
         """
         num_open, last_poll = len(generations), time.monotonic()
         try:
