@@ -28,11 +28,7 @@ _UNIT_FACTORS = {"": 1, "k": 10**3, "m": 10**6}
 
 
 def parse_distances(text: str) -> list[int]:
-    """Parse distances such as ``1k,8k,64k`` into sorted numbers of tokens without duplicates.
-
-    Raises:
-        MemtxError: An entry is not a number, or out of range.
-    """
+    """Parse distances such as ``1k,8k,64k`` into sorted numbers of tokens without duplicates, or raise MemtxError."""
     distances = set()
     for entry in map(str.strip, text.split(",")):
         match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)([kKmM]?)", entry)

@@ -45,13 +45,10 @@ def _format_help(program: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
+    """Run one command and return the exit code: 0 for success, 2 for a user error, 130 for Ctrl-C.
 
     Args:
         argv: Arguments after the program's name. Defaults to those of this process.
-
-    Returns:
-        The exit code: 0 for success, 2 for a user error, 130 for Ctrl-C.
     """
     program = program_name(sys.argv[0])
     arguments = list(sys.argv[1:] if argv is None else argv)

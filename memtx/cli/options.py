@@ -147,10 +147,7 @@ def name_in_errors(name: str) -> Iterator[None]:
 def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the device and dtype of the arguments as keywords of ``nn.Module.to``.
 
-    Call it before a checkpoint is loaded, so that a wrong device costs no time.
-
-    Raises:
-        MemtxError: The device cannot be used.
+    Raises MemtxError if the device cannot be used; call it before a checkpoint is loaded, so that this costs no time.
     """
     import torch
 
@@ -165,12 +162,9 @@ def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def user_modules(names: Sequence[str]) -> Iterator[None]:
-    """Import the modules of ``--import``, and name that option if the block misses a class.
+    """Import the modules of ``--import``, or raise MemtxError; name that option if the block misses a class.
 
     A checkpoint never causes an import by itself.
-
-    Raises:
-        MemtxError: A module cannot be imported.
     """
     if names and (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # last, so that it hides no other module
@@ -188,11 +182,7 @@ def user_modules(names: Sequence[str]) -> Iterator[None]:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load model and tokenizer from ``--checkpoint`` with the device and dtype of the arguments.
-
-    Raises:
-        MemtxError: The checkpoint or the device cannot be used.
-    """
+    """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError."""
     placement = get_placement(arguments)
     from memtx.checkpoint.load import load_model_and_tokenizer
 
@@ -228,8 +218,8 @@ def progress_bar(
 
     Args:
         description: Text before the bar.
-        total: Total amount of work, None if unknown.
-        completed: Amount of work done before.
+        total: Amount of work. None if unknown.
+        completed: Part of it that was done before.
         in_bytes: If True, amounts are bytes and their rate is shown.
     """
     if not sys.stderr.isatty():

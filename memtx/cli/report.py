@@ -18,11 +18,9 @@ TITLE_WIDTH = 44
 
 
 class ReadingReport:
-    """Report while reading: one line every ``interval`` tokens, one per chapter, and the curves of the plot.
+    """Report while reading: one line per chapter and per ``interval`` tokens (0 for none), and the curves of the plot.
 
-    Args:
-        interval: Tokens per line. 0 disables these lines.
-        quiet: If True, print nothing.
+    If ``quiet`` is True, it prints nothing.
     """
 
     def __init__(self, interval: int, quiet: bool) -> None:
@@ -58,10 +56,8 @@ class ReadingReport:
             sys.stdout.write(f"{'part':<{TITLE_WIDTH}}  {'tokens':>10}  {'bits/byte':>9}  {'nats/token':>10}\n")
         self.header_printed = True
         title = title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + "…"
-        sys.stdout.write(
-            f"{title:<{TITLE_WIDTH}}  {section.num_tokens:>10,}  {section.bits_per_byte:>9.3f}  "
-            f"{section.nll / max(1, section.num_tokens):>10.3f}\n"
-        )
+        figures = f"{section.bits_per_byte:>9.3f}  {section.nll / max(1, section.num_tokens):>10.3f}"
+        sys.stdout.write(f"{title:<{TITLE_WIDTH}}  {section.num_tokens:>10,}  {figures}\n")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values, without its arrays, which :meth:`state_tensors` returns."""
@@ -74,10 +70,8 @@ class ReadingReport:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the sums of the curves."""
-        return {
-            "surprisal_curve": torch.from_numpy(self.surprisal_curve.sums),
-            "position_curve": torch.from_numpy(self.position_curve.sums),
-        }
+        sums = {"surprisal_curve": self.surprisal_curve.sums, "position_curve": self.position_curve.sums}
+        return {name: torch.from_numpy(array) for name, array in sums.items()}
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Restore the state from :meth:`state_dict` and :meth:`state_tensors`."""

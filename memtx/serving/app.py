@@ -98,14 +98,10 @@ def create_app(
         api_key: Key that clients must send. None disables it and restricts access to this machine.
     """
     limits, metrics = limits or Limits(), PoolMetrics(pool)
-    app = _create_base_app(
-        model_name,
-        limits,
-        metrics,
-        api_key,
-        stop=pool.engine.close,
-        close=pool.close,
-        max_import_bytes=pool.session_bytes + SESSION_FILE_OVERHEAD,
+    app = _create_base_app(model_name, limits, metrics, stop=pool.engine.close, close=pool.close)
+    max_import_bytes = pool.session_bytes + SESSION_FILE_OVERHEAD
+    app.add_middleware(
+        GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_import_bytes
     )
     app.state.service = completions.CompletionService(pool, model_name, limits, metrics)
     app.include_router(completions.router)
@@ -125,10 +121,9 @@ def create_task_app(
     predictor: BasePredictor, *, model_name: str, limits: Limits | None = None, api_key: str | None = None
 ) -> FastAPI:
     """Return the application of a task model; the options are those of :func:`create_app`."""
-    metrics = Metrics(lambda: predictor.num_tokens_read)
-    app = _create_base_app(
-        model_name, limits or Limits(), metrics, api_key, stop=predictor.close, close=predictor.close
-    )
+    limits, metrics = limits or Limits(), Metrics(lambda: predictor.num_tokens_read)
+    app = _create_base_app(model_name, limits, metrics, stop=predictor.close, close=predictor.close)
+    app.add_middleware(GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key)
     app.state.predictor = predictor
     app.include_router(predict_router)
     paths = ("/v1/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
@@ -137,16 +132,9 @@ def create_task_app(
 
 
 def _create_base_app(
-    model_name: str,
-    limits: Limits,
-    metrics: Metrics,
-    api_key: str | None,
-    *,
-    stop: Callable[[], None],
-    close: Callable[[], None],
-    max_import_bytes: int = 0,
+    model_name: str, limits: Limits, metrics: Metrics, stop: Callable[[], None], close: Callable[[], None]
 ) -> FastAPI:
-    """Return the part of all applications: limits, errors, ``/health``, ``/metrics`` and ``/v1/models``.
+    """Return the part of all applications: errors, ``/health``, ``/metrics`` and ``/v1/models``.
 
     The server calls ``stop`` before it waits for its responses to finish, and ``close`` after that.
     """
@@ -162,9 +150,6 @@ def _create_base_app(
     app = FastAPI(title="memtx", version=memtx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.stop, app.state.model_name, app.state.limits = stop, model_name, limits
     add_exception_handlers(app)
-    app.add_middleware(
-        GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_import_bytes
-    )
     app.include_router(models_router)
 
     @app.get("/health")

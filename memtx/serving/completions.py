@@ -99,8 +99,7 @@ class CompletionService:
         """Return the settings of all texts of a request, prompt by prompt.
 
         Raises:
-            APIError: The request exceeds a limit.
-            MemtxError: A number is out of range.
+            MemtxError: A number is out of range, or exceeds a limit (APIError).
         """
         num_texts, limits = (body.n or 1) * num_prompts, self.limits
         values = (("max_tokens", body.max_tokens or 0, limits.max_tokens), ("n", num_texts, limits.max_choices))
