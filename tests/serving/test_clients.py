@@ -171,4 +171,4 @@ def test_a_stream_ends_with_an_error_when_the_server_stops(workdir: Path) -> Non
     assert server.process.stderr is not None
     assert server.process.stderr.read() == ""
     server.process.stderr.close()
-    assert (place / "ended" / f"{session}.session").exists()
+    assert (workdir / "ended" / f"{session}.session").exists()
