@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
         "language models.",
     )
     add = parser.add_argument
-    parser.add_checkpoint_option()
+    parser.add_model_options()
     add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
     text = (
         "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and babi "
@@ -223,6 +223,4 @@ def main(argv: list[str]) -> int:
     add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
     add("--num-depths", type=int, default=8, help="needles per context")
     add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
-    parser.add_segment_length_option()
-    parser.add_device_options()
     return parser.run(argv, _evaluate)

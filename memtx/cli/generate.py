@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     """Run ``memtx generate``."""
     parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
     add = parser.add_argument
-    parser.add_checkpoint_option()
+    parser.add_model_options()
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")
@@ -53,6 +53,4 @@ def main(argv: list[str]) -> int:
     add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
     add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")
     add("--greedy", action="store_true", help="always take the most likely token")
-    parser.add_segment_length_option()
-    parser.add_device_options()
     return parser.run(argv, _generate)

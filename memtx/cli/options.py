@@ -60,17 +60,14 @@ class Parser(argparse.ArgumentParser):
         print_error(shorten_message(message, options))
         raise SystemExit(EXIT_USAGE_ERROR)
 
-    def add_checkpoint_option(self) -> None:
-        """Add ``--checkpoint``."""
-        text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
-        self.add_argument("--checkpoint", required=True, help=text)
-
-    def add_segment_length_option(self, default: int = 512) -> None:
-        """Add ``--segment-length``."""
-        self.add_argument("--segment-length", type=positive_int, default=default, help="tokens per model call")
-
-    def add_device_options(self) -> None:
-        """Add ``--device``, ``--dtype`` and ``--import``."""
+    def add_model_options(self, *, checkpoint: bool = True, segment_length: int | None = 512) -> None:
+        """Add ``--checkpoint``, ``--segment-length`` with its default, ``--device``, ``--dtype`` and ``--import``."""
+        if checkpoint:
+            text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
+            self.add_argument("--checkpoint", required=True, help=text)
+        if segment_length is not None:
+            text = "tokens per model call"
+            self.add_argument("--segment-length", type=positive_int, default=segment_length, help=text)
         self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()

@@ -99,9 +99,8 @@ def main(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
-    parser.add_checkpoint_option()
+    parser.add_model_options(segment_length=None)
     add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
     add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
     add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
-    parser.add_device_options()
     return parser.run(argv, _predict)

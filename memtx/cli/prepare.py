@@ -85,10 +85,8 @@ def _print_summary(corpus: TokenizedCorpus, seconds: float, as_json: bool) -> No
         return
     sys.stdout.write(f"{'split':<12} {'documents':>11} {'tokens':>15} {'bytes of text':>15} {'bytes/token':>11}\n")
     for split, counts in corpus.splits.items():
-        sys.stdout.write(
-            f"{split:<12} {counts['documents']:>11,} {counts['tokens']:>15,} {counts['bytes']:>15,} "
-            f"{counts['bytes'] / counts['tokens']:>11.2f}\n"
-        )
+        documents, tokens, num_bytes = (counts[name] for name in ("documents", "tokens", "bytes"))
+        sys.stdout.write(f"{split:<12} {documents:>11,} {tokens:>15,} {num_bytes:>15,} {num_bytes / tokens:>11.2f}\n")
     if num_skipped := sum(counts["num_skipped"] for counts in corpus.splits.values()):
         sys.stdout.write(f"Skipped {num_skipped:,} documents without words.\n")
     sys.stdout.write(f"Train on it with: memtx fit --data.root {corpus.folder}\n")
@@ -101,10 +99,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from memtx.data.tokenized_corpus import tokenize_corpus
 
     try:
-        folder, num_workers = Path(arguments.output_dir).expanduser(), arguments.num_workers
-        corpus = tokenize_corpus(
-            folder, source, tokenizer, num_workers=num_workers, verify=True, progress=show_progress
-        )
+        folder = Path(arguments.output_dir).expanduser()
+        settings: dict[str, Any] = {"num_workers": arguments.num_workers, "verify": True, "progress": show_progress}
+        corpus = tokenize_corpus(folder, source, tokenizer, **settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept; run the same command to resume") from None
     _print_summary(corpus, time.monotonic() - start, arguments.json)

@@ -55,10 +55,10 @@ class _Book:
         for _ in self.chunks(num_bytes):
             pass
         if self.bytes_read != num_bytes or self.digest.hexdigest() != digest:
-            reason = f"{self.name} does not start with the {num_bytes} bytes it has read"
-            raise DataError(
-                f"'{session}' belongs to another text: {reason}.", "Give that text, or another session file."
+            message = (
+                f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes read."
             )
+            raise DataError(message, "Give that text, or another session file.")
 
 
 @contextlib.contextmanager
@@ -119,15 +119,12 @@ def _read_book(book: _Book, reader: StreamReader, report: ReadingReport, interru
     start, first_token, num_bytes = time.perf_counter(), reader.totals.num_tokens, reader.totals.num_bytes
     bar = options.progress_bar("reading", book.size, completed=book.bytes_read, in_bytes=True)
     with options.name_in_errors(book.name), bar as advance:
-        for chunk in book.chunks():
-            for result in reader.feed(chunk):
-                report.add(result)
-                rate = (result.end - first_token) / max(time.perf_counter() - start, 1e-9)
-                advance(reader.totals.num_bytes - num_bytes, f"{rate:>7,.0f} tokens/s")
-                num_bytes = reader.totals.num_bytes
-                if interrupts:  # the reader holds the rest of the chunk, which goes into the session
-                    break
-            if interrupts:
+        for result in (result for chunk in book.chunks() for result in reader.feed(chunk)):
+            report.add(result)
+            rate = (result.end - first_token) / max(time.perf_counter() - start, 1e-9)
+            advance(reader.totals.num_bytes - num_bytes, f"{rate:>7,.0f} tokens/s")
+            num_bytes = reader.totals.num_bytes
+            if interrupts:  # the reader holds the rest of the chunk, which goes into the session
                 break
     return time.perf_counter() - start
 
@@ -166,11 +163,9 @@ def main(argv: list[str]) -> int:
     parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
     add = parser.add_argument
     add("book", help="UTF-8 text file, or - for standard input")
-    parser.add_checkpoint_option()
-    parser.add_segment_length_option()
+    parser.add_model_options()
     add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
     add("--json", action="store_true", help="print one JSON object instead of the report")
     add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
     add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
-    parser.add_device_options()
     return parser.run(argv, _read)

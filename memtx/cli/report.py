@@ -91,18 +91,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB on Linux
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # infinity is not JSON
-
-
 def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) -> None:
     """Print the totals of the text."""
     totals, state_bytes, peak = reader.totals, reader.state.nbytes, peak_memory_bytes(reader.device)
     if as_json:
         figures = {
             "nll": totals.nll,
-            "bits_per_byte": _finite_or_none(totals.bits_per_byte),
-            "word_perplexity": _finite_or_none(totals.word_perplexity),
+            "bits_per_byte": totals.bits_per_byte,
+            "word_perplexity": totals.word_perplexity,
             "tokens": totals.num_tokens,
             "words": totals.num_words,
             "bytes": totals.num_bytes,
@@ -110,7 +106,9 @@ def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) 
             "state_bytes": state_bytes,
             "peak_memory_bytes": peak,
         }
-        sys.stdout.write(json.dumps(figures) + "\n")
+        # JSON has no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        sys.stdout.write(json.dumps(finite) + "\n")
         return
     perplexity = totals.word_perplexity
     sys.stdout.write(

@@ -47,10 +47,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     from memtx.serving.app import create_app, create_task_app, serve
     from memtx.serving.limits import Limits
 
+    is_task = is_task_model(arguments.checkpoint)
     name = arguments.served_model_name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
     names = ("max_body_bytes", "max_tokens", "max_seconds", "max_concurrent_requests")
     limits = Limits(**{name: getattr(arguments, name) for name in names})
-    if is_task_model(arguments.checkpoint):
+    if is_task:
         predictor = options.load_task_predictor(arguments)
         app = create_task_app(predictor, model_name=name, limits=limits, api_key=api_key)
         description = f"{predictor.task_name}, POST /v1/predict"
@@ -79,7 +80,7 @@ def main(argv: list[str]) -> int:
         "/v1/predict.",
     )
     add = parser.add_argument
-    parser.add_checkpoint_option()
+    parser.add_model_options()
     add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
     add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any")
     add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")
@@ -92,6 +93,4 @@ def main(argv: list[str]) -> int:
     add("--max-tokens", type=int, default=4096, help="maximum tokens generated per text")
     add("--max-seconds", type=float, default=300.0, help="maximum seconds per request")
     add("--max-batch-size", type=int, default=64, help="maximum texts generated at once; others wait")
-    parser.add_segment_length_option()
-    parser.add_device_options()
     return parser.run(argv, _serve)
