@@ -30,24 +30,19 @@ LINKED_KEYS = {"model.segment_length": "data.segment_length", "model.vocab_size"
 """Keys whose value comes from another key."""
 
 
-def find_config_files(argv: list[str]) -> list[str]:
-    """Return the values of ``--config`` and ``-c``."""
-    paths = [value for name, value in itertools.pairwise(argv) if name in ("--config", "-c")]
-    return paths + [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
-
-
-def _get_option(argv: list[str], option: str) -> str | None:
-    for argument, value in itertools.zip_longest(argv, argv[1:]):
-        if argument == option or argument.startswith(f"{option}="):
-            return argument.partition("=")[2] if "=" in argument else value
-    return None
+def get_option_values(argv: list[str], option: str = "--config", short: str = "-c") -> list[str]:
+    """Return the values of an option, by default those of ``--config`` and ``-c``."""
+    values = [value for name, value in itertools.pairwise(argv) if name in (option, short)]
+    return values + [argument.partition("=")[2] for argument in argv if argument.startswith(f"{option}=")]
 
 
 def add_run_config(argv: list[str]) -> list[str]:
     """Add the config of the run (``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
-    if argv[0] == "fit" or find_config_files(argv) or "--help" in argv or "-h" in argv:
+    if argv[0] == "fit" or get_option_values(argv) or "--help" in argv or "-h" in argv:
         return argv
-    run_dir, checkpoint = _get_option(argv, "--run_dir"), _get_option(argv, "--ckpt_path")
+    run_dir, checkpoint = (
+        next(iter(get_option_values(argv, option, option)), None) for option in ("--run_dir", "--ckpt_path")
+    )
     folders = [Path(DEFAULT_RUN_DIR if run_dir is None else run_dir)]
     if run_dir is None and checkpoint not in (None, "best", "last"):
         path = Path(str(checkpoint))
@@ -61,7 +56,7 @@ def add_run_config(argv: list[str]) -> list[str]:
 
 def uses_class_paths(argv: list[str]) -> bool:
     """Return True if a config names its module or data by class path, as the configs of tasks do."""
-    parts = [read_config(path).get(key) for path in find_config_files(argv) for key in ("model", "data")]
+    parts = [read_config(path).get(key) for path in get_option_values(argv) for key in ("model", "data")]
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
 
 

@@ -28,8 +28,8 @@ from memtx.cli.config import (
     DEFAULT_RUN_DIR,
     check_config,
     find_class,
-    find_config_files,
     format_parser_error,
+    get_option_values,
     read_config,
     uses_class_paths,
 )
@@ -63,7 +63,7 @@ class OneLineParser(LightningArgumentParser):
         """Check the config files, then parse."""
         if isinstance(args, list) and args and (parsers := self._subcommand_parsers()):
             self.configs.clear()
-            for path in find_config_files(args) if args[0] in parsers else ():
+            for path in get_option_values(args) if args[0] in parsers else ():
                 self.configs[path] = read_config(path)
                 check_config(path, self.configs[path], [action.dest for action in parsers[args[0]]._actions])
         return super().parse_args(args, *positional, **keywords)

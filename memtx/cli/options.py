@@ -225,11 +225,10 @@ def progress_bar(
     from rich import progress
     from rich.console import Console
 
-    columns: list[progress.ProgressColumn] = [progress.TextColumn(description), progress.BarColumn()]
-    columns += (
-        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
-    )
-    columns += [progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn()]
+    bytes_columns = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    amount_columns = bytes_columns if in_bytes else (progress.MofNCompleteColumn(),)
+    columns = (progress.TextColumn(description), progress.BarColumn(), *amount_columns)
+    columns += (progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn())
     # Printed lines go above the bar on a terminal; with stdout in a file, they stay there.
     redirect, console = sys.stdout.isatty(), Console(stderr=True)
     with progress.Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
