@@ -60,6 +60,18 @@ def check_model(requested: str, model_name: str) -> None:
         raise APIError(404, message, "GET /v1/models lists it.", param="model")
 
 
+def _from_validation_error(error: RequestValidationError) -> APIError:
+    details = error.errors()[0]
+    location = [str(part) for part in details["loc"] if part != "body"]
+    if details["type"] == "extra_forbidden":
+        name, fields = str(details["ctx"]["name"]), details["ctx"]["known"]
+        message = f"'{name}' is not a field of this request.{closest_match(name, fields)}"
+        return APIError(400, message, f"Remove it; the fields are {', '.join(fields)}.", param=name)
+    message = f"{'.'.join(location) or 'The body'}: {str(details['msg']).removeprefix('Value error, ')}."
+    # For a field with several types, pydantic adds the type to the location.
+    return APIError(400, message, "See /openapi.json.", param=location[0] if location else None)
+
+
 def to_api_error(error: BaseException) -> APIError:
     """Return the APIError for any error; an internal error is logged and its text is not shown to the client."""
     if isinstance(error, APIError):
@@ -69,6 +81,12 @@ def to_api_error(error: BaseException) -> APIError:
             if isinstance(error, error_class):
                 return APIError(status, error.message, error.hint, code=code)
         return APIError(400, error.message, error.hint)
+    if isinstance(error, RequestValidationError):
+        return _from_validation_error(error)
+    if isinstance(error, HTTPException):
+        messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
+        message = messages.get(error.status_code, str(error.detail))
+        return APIError(error.status_code, message, "See /openapi.json.")
     logger.error("a request failed", exc_info=error)
     hint = "See the server's log for the cause; sessions are unchanged."
     return APIError(500, "Internal server error.", hint, code="server_error")
@@ -86,37 +104,13 @@ def error_response(error: APIError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status_code, _HEADERS.get(error.status_code))
 
 
-def _from_validation_error(error: RequestValidationError) -> APIError:
-    details = error.errors()[0]
-    location = [str(part) for part in details["loc"] if part != "body"]
-    if details["type"] == "extra_forbidden":
-        name, fields = str(details["ctx"]["name"]), details["ctx"]["known"]
-        message = f"'{name}' is not a field of this request.{closest_match(name, fields)}"
-        return APIError(400, message, f"Remove it; the fields are {', '.join(fields)}.", param=name)
-    message = f"{'.'.join(location) or 'The body'}: {str(details['msg']).removeprefix('Value error, ')}."
-    # For a field with several types, pydantic adds the type to the location.
-    return APIError(400, message, "See /openapi.json.", param=location[0] if location else None)
-
-
 def add_exception_handlers(app: FastAPI) -> None:
     """Return all errors of an application in one format."""
 
     async def handle_error(_: Request, error: Exception) -> JSONResponse:
-        return error_response(to_api_error(error))
-
-    async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_from_validation_error(error))
-
-    async def handle_http_exception(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
-        message = messages.get(error.status_code, str(error.detail))
-        response = error_response(APIError(error.status_code, message, "See /openapi.json."))
-        response.headers.update(error.headers or {})
+        response = error_response(to_api_error(error))
+        response.headers.update(getattr(error, "headers", None) or {})
         return response
 
-    app.add_exception_handler(MemtxError, handle_error)
-    app.add_exception_handler(RequestValidationError, handle_validation_error)
-    app.add_exception_handler(HTTPException, handle_http_exception)
-    app.add_exception_handler(Exception, handle_error)
+    for error_class in (MemtxError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(error_class, handle_error)
