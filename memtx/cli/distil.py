@@ -71,11 +71,8 @@ def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) ->
 
 
 def _compute_ratios(student: ModelComparison, teacher: ModelComparison) -> dict[str, float]:
-    return {
-        "size_reduction": student.size_reduction(teacher),
-        "speed_gain": student.speed_gain(teacher),
-        "score_retention": student.score_retention(teacher),
-    }
+    names = ("size_reduction", "speed_gain", "score_retention")
+    return {name: getattr(student, name)(teacher) for name in names}
 
 
 def _print_comparisons(comparisons: list[ModelComparison], metric: str) -> None:
@@ -107,11 +104,9 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         from memtx.plots import plot_model_comparison
 
-        panels = {
-            "parameters": [float(model.num_parameters) for model in comparisons],
-            "ms per call": [model.latency_ms for model in comparisons],
-            metric: [model.score for model in comparisons],
-        }
+        panels = {"parameters": [float(model.num_parameters) for model in comparisons]}
+        panels["ms per call"] = [model.latency_ms for model in comparisons]
+        panels[metric] = [model.score for model in comparisons]
         plot_model_comparison(arguments.plot, panels, [model.name for model in comparisons])
     students = [{**vars(student), **_compute_ratios(student, teacher)} for student in comparisons[1:]]
     options.write_json_output(arguments.json, {"teacher": vars(teacher), "students": students})

@@ -41,14 +41,10 @@ def _format_os_error(error: OSError) -> str | None:
 
 
 def run(body: Callable[[], int | None], *, traceback: bool = False) -> int:
-    """Call the body of a command and turn user errors into one line on stderr.
+    """Call the body of a command, print a user error as one line on stderr, and return the exit code.
 
-    Args:
-        body: Function that returns an exit code, or None for 0.
-        traceback: If True, print the traceback of a user error as well.
-
-    Returns:
-        The exit code: that of the body, 2 for a user error, 130 for Ctrl-C, 141 for a closed pipe.
+    It is that of the body (None is 0), 2 for a user error, 130 for Ctrl-C or 141 for a closed pipe. If ``traceback`` is
+    True, the traceback of a user error is printed as well.
     """
     try:
         code = body() or 0

@@ -64,11 +64,10 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
         model, trained_options = load_model_and_task_options(arguments.checkpoint)
     task = build_task(task_class, trained_options, _parse_task_args(arguments.task_arg))
     if task.vocab_size != model.vocab_size:
-        raise CheckpointError(
-            f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from that of {arguments.task} "
-            f"with these sizes ({task.vocab_size}).",
-            "Give a model trained on this task (configs/recall.yaml), or its sizes with --task-arg.",
-        )
+        other = f"that of {arguments.task} with these sizes ({task.vocab_size})"
+        message = f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from {other}."
+        hint = "Give a model trained on this task (configs/recall.yaml), or its sizes with --task-arg."
+        raise CheckpointError(message, hint)
     return model.to(**placement), task
 
 

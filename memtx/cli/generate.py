@@ -26,9 +26,8 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.session is not None:
         load_session(arguments.session, reader)
     settings = {name: getattr(arguments, name) for name in ("max_tokens", "stop", "seed")}
-    chunks = generate(
-        reader.model, reader.tokenizer, prompt, reader=reader, sampling_params=sampling_params, **settings
-    )
+    model, tokenizer = reader.model, reader.tokenizer
+    chunks = generate(model, tokenizer, prompt, reader=reader, sampling_params=sampling_params, **settings)
     for chunk in itertools.chain(chunks, ["\n"]):
         # As bytes, because the encoding of a terminal may not cover the text.
         sys.stdout.buffer.write(chunk.encode("utf-8", "replace"))

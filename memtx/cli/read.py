@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from memtx.cli import options
 from memtx.errors import CheckpointError, DataError
@@ -95,8 +95,12 @@ def _read(arguments: argparse.Namespace) -> None:
         if not interrupts:
             _check_complete(reader, book)
         if session:
+            from memtx.inference.sessions.file import save_session
+
             # Saved before the end of the text is flushed, because the text may go on in the next call.
-            _save_session(session, reader, report, book)
+            metadata: dict[str, Any] = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest()}
+            metadata["report"] = report.state_dict()
+            save_session(session, reader, metadata=metadata, extra_tensors=report.state_tensors())
         if interrupts:
             saved = f"saved in '{session}' after {book.bytes_read:,} bytes; run the same command to resume"
             raise KeyboardInterrupt(saved if session else "nothing was saved; --session FILE saves the state")
@@ -137,13 +141,6 @@ def _check_complete(reader: StreamReader, book: _Book) -> None:
                 pass
     if not reader.totals.num_bytes:
         raise book.empty_error()
-
-
-def _save_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
-    from memtx.inference.sessions.file import save_session
-
-    metadata = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest(), "report": report.state_dict()}
-    save_session(path, reader, metadata=metadata, extra_tensors=report.state_tensors())
 
 
 def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:

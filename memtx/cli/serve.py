@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import sys
@@ -16,27 +17,21 @@ MIN_API_KEY_LENGTH = 16
 
 
 def _get_api_key(arguments: argparse.Namespace) -> str | None:
+    """Return the API key, or raise if it is too weak, or missing on an address that other machines can reach."""
     key: str | None = arguments.api_key if arguments.api_key is not None else os.environ.get(API_KEY_VARIABLE)
     if key is not None and (len(key) < MIN_API_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key):
-        raise MemtxError(
-            f"The API key must be at least {MIN_API_KEY_LENGTH} printable ASCII characters without spaces.",
-            "Create one with python -c 'import secrets; print(secrets.token_urlsafe())'.",
-        )
-    return key
-
-
-def _check_host(host: str, api_key: str | None) -> None:
-    try:
-        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_local = False
-    if not is_local and api_key is None:
+        message = f"The API key must be at least {MIN_API_KEY_LENGTH} printable ASCII characters without spaces."
+        raise MemtxError(message, "Create one with python -c 'import secrets; print(secrets.token_urlsafe())'.")
+    host, is_local = arguments.host, arguments.host == "localhost"
+    with contextlib.suppress(ValueError):
+        is_local = is_local or ipaddress.ip_address(host).is_loopback
+    if not is_local and key is None:
         raise MemtxError(f"--host {host} accepts other machines and needs an API key.", f"Set {API_KEY_VARIABLE}.")
+    return key
 
 
 def _serve(arguments: argparse.Namespace) -> None:
     api_key = _get_api_key(arguments)
-    _check_host(arguments.host, api_key)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401

@@ -21,7 +21,6 @@ from memtx.serving.metrics import Metrics
 PUBLIC_PATHS = ("/health", "/", "/openapi.json", "/favicon.ico")
 """Paths without an API key, which show nothing of any text."""
 
-IMPORT_PATH = "/v1/sessions/import"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "testserver")
 
 
@@ -52,7 +51,7 @@ class Limits:
 
 
 class GuardMiddleware:
-    """Middleware that checks every request and applies the limits.
+    """Middleware that checks every request, applies the limits and counts the responses.
 
     Args:
         app: Next application.
@@ -132,7 +131,7 @@ class GuardMiddleware:
         return None
 
     def _max_body_bytes(self, scope: Scope) -> int:
-        return max(self.limits.max_body_bytes, self.max_import_bytes if scope["path"] == IMPORT_PATH else 0)
+        return max(self.limits.max_body_bytes, self.max_import_bytes if scope["path"] == "/v1/sessions/import" else 0)
 
     def _body_too_large(self, scope: Scope) -> APIError:
         message = f"The body has more than {self._max_body_bytes(scope)} bytes."
