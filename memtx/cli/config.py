@@ -23,6 +23,7 @@ from memtx.cli.options import decode_utf8
 from memtx.errors import MemtxError, closest_match
 
 CONFIG_FILE = "config.yaml"
+CONFIG_OPTIONS = ("--config", "-c")
 DEFAULT_RUN_DIR = "runs/memtx"
 CLASS_CONFIG_KEYS = ("class_path", "init_args", "dict_kwargs")
 
@@ -30,19 +31,19 @@ LINKED_KEYS = {"model.segment_length": "data.segment_length", "model.vocab_size"
 """Keys whose value comes from another key."""
 
 
-def get_option_values(argv: list[str], option: str = "--config", short: str = "-c") -> list[str]:
-    """Return the values of an option, by default those of ``--config`` and ``-c``."""
-    values = [value for name, value in itertools.pairwise(argv) if name in (option, short)]
-    return values + [argument.partition("=")[2] for argument in argv if argument.startswith(f"{option}=")]
+def get_option_values(argv: list[str], *options: str) -> list[str]:
+    """Return the values of options such as ``--config`` and ``-c``."""
+    values = [value for name, value in itertools.pairwise(argv) if name in options]
+    parts = (argument.partition("=") for argument in argv)
+    return values + [value for name, separator, value in parts if separator and name in options]
 
 
 def add_run_config(argv: list[str]) -> list[str]:
     """Add the config of the run (``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
-    if argv[0] == "fit" or get_option_values(argv) or "--help" in argv or "-h" in argv:
+    if argv[0] == "fit" or get_option_values(argv, *CONFIG_OPTIONS) or "--help" in argv or "-h" in argv:
         return argv
-    run_dir, checkpoint = (
-        next(iter(get_option_values(argv, option, option)), None) for option in ("--run_dir", "--ckpt_path")
-    )
+    options = ("--run_dir", "--ckpt_path")
+    run_dir, checkpoint = (next(iter(get_option_values(argv, option)), None) for option in options)
     folders = [Path(DEFAULT_RUN_DIR if run_dir is None else run_dir)]
     if run_dir is None and checkpoint not in (None, "best", "last"):
         path = Path(str(checkpoint))
@@ -56,7 +57,9 @@ def add_run_config(argv: list[str]) -> list[str]:
 
 def uses_class_paths(argv: list[str]) -> bool:
     """Return True if a config names its module or data by class path, as the configs of tasks do."""
-    parts = [read_config(path).get(key) for path in get_option_values(argv) for key in ("model", "data")]
+    parts = [
+        read_config(path).get(key) for path in get_option_values(argv, *CONFIG_OPTIONS) for key in ("model", "data")
+    ]
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
 
 

@@ -25,6 +25,7 @@ from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.cli.config import (
     CONFIG_FILE,
+    CONFIG_OPTIONS,
     DEFAULT_RUN_DIR,
     check_config,
     find_class,
@@ -63,7 +64,7 @@ class OneLineParser(LightningArgumentParser):
         """Check the config files, then parse."""
         if isinstance(args, list) and args and (parsers := self._subcommand_parsers()):
             self.configs.clear()
-            for path in get_option_values(args) if args[0] in parsers else ():
+            for path in get_option_values(args, *CONFIG_OPTIONS) if args[0] in parsers else ():
                 self.configs[path] = read_config(path)
                 check_config(path, self.configs[path], [action.dest for action in parsers[args[0]]._actions])
         return super().parse_args(args, *positional, **keywords)

@@ -239,11 +239,9 @@ def progress_bar(
 def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     """Print a table, its first column aligned to the left and the others to the right."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+    table = Table(*(Column(column, justify="right" if index else "left") for index, column in enumerate(columns)))
     for cells in lines:
         table.add_row(*cells)
     Console().print(table)
