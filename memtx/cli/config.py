@@ -57,9 +57,8 @@ def add_run_config(argv: list[str]) -> list[str]:
 
 def uses_class_paths(argv: list[str]) -> bool:
     """Return True if a config names its module or data by class path, as the configs of tasks do."""
-    parts = [
-        read_config(path).get(key) for path in get_option_values(argv, *CONFIG_OPTIONS) for key in ("model", "data")
-    ]
+    configs = map(read_config, get_option_values(argv, *CONFIG_OPTIONS))
+    parts = [config.get(key) for config in configs for key in ("model", "data")]
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
 
 
