@@ -1,8 +1,4 @@
-"""YAML configs of runs: finding, reading and checking them before the parser does.
-
-The parser alone names only the last part of a mistyped key, and for a union of types only the last type that it tried.
-The errors here name the file, the full key and the closest valid key.
-"""
+"""YAML configs of runs, checked before the parser, whose errors name neither the file nor the full key."""
 
 from __future__ import annotations
 
@@ -85,13 +81,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def check_config(path: str, config: Mapping[str, Any], known_keys: Iterable[str]) -> None:
-    """Raise MemtxError with file, key and closest key for a key that does not exist or a class that is not found.
-
-    Args:
-        path: File name for messages.
-        config: Result of :func:`read_config`.
-        known_keys: All dotted keys of the parser.
-    """
+    """Raise MemtxError for a key that is not in ``known_keys``, or a class not found; ``path`` is for messages."""
     keys = {key for key in known_keys if key.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
     _check_keys(f"'{path}'", config, "", sorted(keys))
 
@@ -217,13 +207,7 @@ _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 
 
 def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], known_keys: Iterable[str]) -> str:
-    """Rewrite a message of jsonargparse as one line with file, full key, its value and the expected type.
-
-    Args:
-        message: Text with any number of lines.
-        configs: Contents of the config files by name.
-        known_keys: Valid keys, to suggest the closest one.
-    """
+    """Rewrite a message of jsonargparse as one line with file (from ``configs``), full key, value and expected type."""
     if match := _UNKNOWN_OPTION.search(message):
         location, key, _ = _locate_key(match[1], None, configs)
         hint = shorten_message(message, known_keys).partition("is not accepted")[2].lstrip(". ")

@@ -1,7 +1,4 @@
-"""``memtx distil report``: compare students with their teacher in size, speed and quality, as a table and a plot.
-
-Distillation itself is training: ``memtx fit`` with a module whose ``distillation`` names the teacher.
-"""
+"""``memtx distil report``: compare students with their teacher; distillation itself is training (``memtx fit``)."""
 
 from __future__ import annotations
 

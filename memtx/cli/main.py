@@ -1,7 +1,4 @@
-"""The program ``memtx`` (also installed as ``lightning``): find the command, then import it.
-
-Only ``sys`` is imported at the top: torch takes seconds to load, which ``--help`` and a mistyped command should not.
-"""
+"""Program ``memtx`` (or ``lightning``): find the command, then import it, because torch takes seconds to load."""
 
 from __future__ import annotations
 

@@ -93,12 +93,7 @@ def _estimate_speed(arguments: argparse.Namespace, setup: dict[str, Any], flops_
 
 
 def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[str, Any]:
-    """Return all figures of the plan.
-
-    Args:
-        arguments: Options of ``memtx plan``.
-        fit_arguments: Further options, those of ``memtx fit``.
-    """
+    """Return all figures of the plan from the options of ``memtx plan`` and those of ``memtx fit``."""
     configs = [argument for path in arguments.config for argument in ("--config", path)]
     with torch.device("meta"):
         cli = _PlanCLI.from_arguments(["fit", *configs, *fit_arguments], "memtx plan", save_config_callback=None)

@@ -39,15 +39,7 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True)
 class PrefilledPrompt:
-    """Prompt that has been read.
-
-    Attributes:
-        text: Echoed text; empty without echo.
-        logprobs: Echoed log-probabilities; empty without echo.
-        num_tokens: Number of tokens.
-        reader: Reader at the end of the prompt.
-        recent_tokens: Last tokens of the prompt.
-    """
+    """Prompt that has been read: text and log-probabilities to echo, empty without echo, and the reader at its end."""
 
     text: str
     logprobs: list[TokenLogprob]
@@ -58,13 +50,7 @@ class PrefilledPrompt:
 
 @dataclass
 class Choice:
-    """One text of a response.
-
-    Attributes:
-        token_generator: Generator of its tokens.
-        text: Echoed prompt, followed by the generated text.
-        logprobs: Log-probabilities of the tokens in ``text``.
-    """
+    """One text of a response: its generator, and the echoed prompt and generated text with their log-probabilities."""
 
     token_generator: TokenGenerator
     text: str = ""
@@ -81,14 +67,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class CompletionService:
-    """Generation of texts for requests.
-
-    Attributes:
-        pool: Pool that reads and generates.
-        model_name: Name of the model in requests.
-        limits: Limits of the requests.
-        metrics: Metrics that count the tokens.
-    """
+    """Generation of texts for requests, within the limits."""
 
     pool: SessionPool
     model_name: str

@@ -53,12 +53,8 @@ class Limits:
 class GuardMiddleware:
     """Middleware that checks every request, applies the limits and counts the responses.
 
-    Args:
-        app: Next application.
-        limits: Limits of the requests.
-        metrics: Metrics that count the responses.
-        api_key: Key that clients must send. None disables it and restricts access to this machine.
-        max_import_bytes: Bytes of an imported session, if larger than ``limits.max_body_bytes``.
+    Without ``api_key``, only this machine has access. ``max_import_bytes`` limits an imported session, if it is larger
+    than ``limits.max_body_bytes``.
     """
 
     def __init__(

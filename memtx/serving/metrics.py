@@ -13,11 +13,7 @@ LATENCY_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300)
 
 
 class Metrics:
-    """Metrics of one server, in a registry of its own, so that a process may hold several.
-
-    Args:
-        num_tokens_read: Returns the number of tokens read so far.
-    """
+    """Metrics of one server, in their own registry; ``num_tokens_read`` returns the number of tokens read so far."""
 
     def __init__(self, num_tokens_read: Callable[[], float]) -> None:
         self.registry = registry = CollectorRegistry()

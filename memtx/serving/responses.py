@@ -52,13 +52,7 @@ def get_prompt_logprobs(results: Iterable[SegmentResult]) -> list[TokenLogprob]:
 
 @dataclass
 class CompletionFormatter:
-    """Formatter of the response to one request, whole or in chunks.
-
-    Attributes:
-        model: Model name.
-        tokenizer: Tokenizer that decodes tokens.
-        include_logprobs: If True, include log-probabilities.
-    """
+    """Formatter of the response to one request, whole or in chunks, with log-probabilities if they were requested."""
 
     model: str
     tokenizer: Tokenizer
