@@ -80,7 +80,7 @@ def build_attention(
     if dense.get(name, 0) > max_bytes:
         return f"a number for each pair takes too much memory ({dense[name] / 2**30:,.1f} GiB at {shape})"
     if name in MEMTX_BACKENDS:
-        return partial(segment_attention, visibility=visibility, backend=name)  # type: ignore[call-overload]
+        return lambda q, k, v: segment_attention(q, k, v, visibility, backend=name)[0]  # type: ignore[arg-type]
     if name == "sdpa-dense":
         return partial(F.scaled_dot_product_attention, attn_mask=create_mask(visibility)[:, None])
     if name == "flash-attn":

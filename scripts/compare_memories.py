@@ -34,8 +34,7 @@ from training_runs import last_value, run_fit, train_on_episodes
 from memtx import class_config, files, plots
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.copying import SelectiveCopying
-from memtx.data.synthetic_tasks.overwrite import Overwrite
-from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.evaluation.accuracy import evaluate_accuracy
 from memtx.layers.feed_forward import FeedForward, SwiGLU

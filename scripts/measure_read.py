@@ -29,10 +29,10 @@ from benchmarking import MIB, add_data_option, add_size_options
 from numpy.typing import NDArray
 
 from memtx import files
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.cli.read import CHUNK_BYTES
 from memtx.cli.report import ReadingReport, peak_memory_bytes
 from memtx.data.tokenizers import ByteTokenizer
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.reader import StreamReader
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.memory.compression import AttentionReconstruction
 from memtx.models.memory_transformer import MemoryTransformer
 
 
