@@ -27,6 +27,7 @@ from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.top_k import TopKMemory
+from tests.readme_memory import AverageMemory
 from tests.third_party_memory import RunningMean
 
 Make = Callable[[int], Memory[Any]]
@@ -127,6 +128,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "tokens": beside(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
     "same-layer": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
     "theirs": beside(lambda window, rate, length: RunningMean),
+    "readme": beside(lambda window, rate, length: AverageMemory),
 }
 """Kinds for which how a stream is cut does not matter."""
 

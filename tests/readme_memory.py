@@ -15,4 +15,4 @@ def memory_source() -> str:
 
 
 exec(compile(memory_source(), str(README), "exec", dont_inherit=True))
-MeanMemory: Any = globals()["MeanMemory"]
+AverageMemory: Any = globals()["AverageMemory"]
