@@ -27,12 +27,7 @@ from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
-_SPLITS_BY_STAGE: dict[str, tuple[str, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("test",),
-}
+_SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
 
 
 class BookDataModule(LightningDataModule):
@@ -136,8 +131,7 @@ class BookDataModule(LightningDataModule):
     def token_store(self, split: str) -> TokenStore:
         """Return the tokens of a split, encoding it first if that was not done.
 
-        Raises:
-            DataError: There is no such split, or a text cannot be used.
+        Raises DataError if there is no such split, or a text cannot be used.
         """
         if split not in self._token_stores:
             if (tokenized := self._open_tokenized_corpus()) is not None:
@@ -157,10 +151,9 @@ class BookDataModule(LightningDataModule):
                 self.token_store(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what the stage needs; a fit begins at the start of the data unless a checkpoint is restored.
+        """Open what the stage needs (None: all).
 
-        Args:
-            stage: fit, validate, test or predict. None for all.
+        A fit begins at the start of the data unless a checkpoint is restored.
         """
         # Opening is all that is left after prepare_data, which ran on one process only.
         self._train_tokenizer()
@@ -171,18 +164,15 @@ class BookDataModule(LightningDataModule):
     def train_dataloader(self) -> DocumentStreams:
         """Return this rank's streams, batches of ``(batch, segment_length * bptt_segments)`` from the position on.
 
-        Raises:
-            CheckpointError: The restored position is in other data.
+        Raises CheckpointError if a restored position is in other data.
         """
-        steps_per_epoch = None
+        store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
+        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
         if self.trainer is not None:
             # Lightning's own limit would leave a short rest at the end of each pass, and a partial accumulation.
             limit = getattr(self.trainer, "overfit_batches", 0) or self.trainer.limit_train_batches
-            steps_per_epoch = limit if isinstance(limit, int) and limit > 0 else None
-        store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
-        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
-        if steps_per_epoch is not None:
-            streams.steps_per_epoch = min(steps_per_epoch, len(streams))
+            if isinstance(limit, int) and limit > 0:
+                streams.steps_per_epoch = min(limit, len(streams))
         if self._streams is not None:  # called again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored_position is not None:
@@ -215,22 +205,19 @@ class BookDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what identifies its data, and the tokenizer as JSON text."""
+        position = self._restored_position or {"position": 0, "seed": self.seed}
         if self._streams is not None:
             position = self._streams.state_dict()
-        else:
-            position = self._restored_position or {"position": 0, "seed": self.seed}
         return {**position, "tokenizer": self.tokenizer.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position, which is checked when the training data is opened, and its tokenizer.
 
-        In evaluation the checkpoint's tokenizer encodes the texts: the model knows no other.
-
-        Raises:
-            CheckpointError: In training, the tokenizer is another one.
+        In evaluation the checkpoint's tokenizer encodes the texts: the model knows no other. In training, another
+        tokenizer
+        raises CheckpointError.
         """
-        if not self.tokenizer.is_trained:
-            self._train_tokenizer()
+        self._train_tokenizer()
         text = state_dict.get("tokenizer")
         if text != self.tokenizer.to_json():
             self._restore_tokenizer(text)

@@ -6,7 +6,6 @@ checkpoint come from its ``tokenizer.json``; WordPiece (Schuster and Nakajima 20
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -56,6 +55,7 @@ class HFTokenizer(BackendTokenizer):
         "mask": ("[MASK]", "<mask>"),
         "unk": ("[UNK]", "<unk>"),
     }
+    JSON_HEADER = {"format": HF_FORMAT, "version": HF_FORMAT_VERSION}  # noqa: RUF012
 
     def __init__(self, path: str | None = None) -> None:
         if path is None:
@@ -93,11 +93,7 @@ class HFTokenizer(BackendTokenizer):
         return self._special_token_id("unk")
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
-        """Return the tokens of whole texts, without special tokens.
-
-        Raises:
-            DataError: A text holds half of a surrogate pair.
-        """
+        """Return the tokens of whole texts, without special tokens; raises DataError for a lone surrogate."""
         for text in texts:
             encode_utf8(text)
         encodings = self._require_backend().encode_batch(list(texts), add_special_tokens=False)
@@ -107,12 +103,6 @@ class HFTokenizer(BackendTokenizer):
         """Return the text of ids, without special tokens, as the library spells it."""
         text: str = self._require_backend().decode([int(token_id) for token_id in ids], skip_special_tokens=True)
         return text
-
-    def to_json(self) -> str:
-        """Return the vocabulary size and the library's JSON as one JSON text."""
-        model = json.loads(self._require_backend().to_str())
-        header = {"format": HF_FORMAT, "version": HF_FORMAT_VERSION, "vocab_size": self._vocab_size}
-        return json.dumps({**header, "model": model}, ensure_ascii=False)
 
 
 class WordPieceTokenizer(HFTokenizer):
@@ -140,10 +130,8 @@ class WordPieceTokenizer(HFTokenizer):
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-        normalizer, word_splitter = (
-            normalizers.BertNormalizer(lowercase=self.lowercase),
-            pre_tokenizers.BertPreTokenizer(),
-        )
+        normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
+        word_splitter = pre_tokenizers.BertPreTokenizer()
         words: Counter[str] = Counter()
         for text in texts:
             words.update(word for word, _ in word_splitter.pre_tokenize_str(normalizer.normalize_str(text)))
@@ -191,11 +179,7 @@ def _most_frequent(counts: Counter[str], limit: int) -> list[str]:
 
 
 def hf_tokenizer_from_json(text: str) -> HFTokenizer:
-    """Return the tokenizer that :meth:`HFTokenizer.to_json` wrote; nothing in the text is executed.
-
-    Raises:
-        DataError: The text is not such a description, or of a version that this release does not read.
-    """
+    """Return the tokenizer that ``to_json`` wrote; raises as :func:`tokenizer_from_json`, or for another kind."""
     tokenizer = tokenizer_from_json(text)
     if not isinstance(tokenizer, HFTokenizer):
         raise DataError(

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 
 class StreamPlan:
-    """The documents of each stream, in order.
-
-    An offset counts the tokens of a stream before a position.
+    """The documents of each stream, in order. An offset counts the tokens of a stream before a position.
 
     Attributes:
         start_offsets: Per stream, the ascending offsets at which its documents start.
@@ -50,12 +48,8 @@ class StreamPlan:
 class EndlessStreamPlan(StreamPlan):
     """The plan of training: a free stream takes the next document of a shuffled pass, and passes follow one another.
 
-    Every pass holds each document once, over all streams; its order is a function of seed and pass.
-
-    Args:
-        lengths: ``(documents,)`` tokens of each document.
-        num_streams: Number of streams of all ranks together.
-        seed: Seed of the shuffles.
+    Every pass holds each document once, over the streams of all ranks; its order is a function of seed and pass.
+    ``lengths`` is ``(documents,)``, the tokens of each document.
     """
 
     def __init__(self, lengths: NDArray[np.int64], num_streams: int, seed: int) -> None:
@@ -80,12 +74,10 @@ class EndlessStreamPlan(StreamPlan):
     def reassign(self, num_streams: int, offset: int) -> EndlessStreamPlan:
         """Return a plan that assigns what is left from an offset on to another number of streams.
 
-        Every token is in one of the two plans. The first streams continue where they are. A new stream takes the next
-        document. Documents that removed streams have not finished come next, before those that nobody began.
-
-        Args:
-            num_streams: Number of streams of all ranks together.
-            offset: Offset up to which this plan was read; the new plan's offsets continue from it.
+        Every token is in one of the two plans, and offsets continue. The first streams continue where they are. A new
+        stream
+        takes the next document. Documents that removed streams have not finished come next, before those that nobody
+        began.
         """
         self.extend_to(offset)
         plan = EndlessStreamPlan(self._lengths, num_streams, self._seed)

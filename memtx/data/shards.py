@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from array import array
@@ -24,8 +25,7 @@ FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 REBUILD_HINT = "Prepare the data again; whole shards are kept."
 
-ProgressCallback = Callable[[int], None]
-"""Called with the bytes of the source read since the last call."""
+ProgressCallback = Callable[[int], None]  # called with the bytes of the source read since the last call
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -61,8 +61,7 @@ class ShardWriter:
     def write_document(self, document: Document, on_progress: ProgressCallback) -> None:
         """Append ``bos_token_id`` and the tokens of a document; skip a table row without words.
 
-        Raises:
-            DataError: The text is not UTF-8 or has no words.
+        Raises DataError if the text is not UTF-8 or has no words.
         """
         if document.is_table_row and not document.text.strip():
             self._num_skipped += 1
@@ -70,7 +69,16 @@ class ShardWriter:
         if self._file is None:
             self._file = self._stack.enter_context(files.atomic_open(self.path))
         counter, length = WordCounter(), 0
-        for ids in self._encode(document, counter, on_progress):
+
+        def read_text() -> Iterator[str]:
+            for text in document.iter_text():
+                before = counter.num_bytes
+                counter.update(text)
+                yield text
+                on_progress(counter.num_bytes - before)
+
+        bos = np.array([self._tokenizer.bos_token_id])
+        for ids in itertools.chain([bos], self._tokenizer.encode_stream(read_text())):
             raw = np.asarray(ids).astype(self._dtype).tobytes()
             self._file.write(raw)
             self._digest.update(raw)
@@ -84,23 +92,8 @@ class ShardWriter:
         for column, value in zip(self._columns.values(), (length, counter.num_words, counter.num_bytes), strict=True):
             column.append(value)
 
-    def _encode(self, document: Document, counter: WordCounter, on_progress: ProgressCallback) -> Iterator[Any]:
-        def read_text() -> Iterator[str]:
-            for text in document.iter_text():
-                before = counter.num_bytes
-                counter.update(text)
-                yield text
-                on_progress(counter.num_bytes - before)
-
-        yield np.array([self._tokenizer.bos_token_id])
-        yield from self._tokenizer.encode_stream(read_text())
-
     def write_metadata(self, input_fingerprint: str) -> None:
-        """Write the metadata of a complete shard.
-
-        Args:
-            input_fingerprint: SHA-256 of what the shard is made of.
-        """
+        """Write the metadata of a complete shard, with the SHA-256 of what it is made of."""
         metadata = {
             "file": self.path.name,
             "size": sum(self._columns["lengths"]) * self._dtype.itemsize,
@@ -200,8 +193,7 @@ class TokenStore:
     def slice_tokens(self, index: int, start: int, stop: int) -> TokenIds:
         """Return tokens ``start`` to ``stop`` of a document (at most to its end), ``(tokens,)``, a read-only view.
 
-        Raises:
-            DataError: The shard is damaged: it holds an id that the tokenizer does not have.
+        Raises DataError if the shard is damaged: it holds an id that the tokenizer does not have.
         """
         shard, offset = int(self._shard_indices[index]), int(self._shard_offsets[index])
         path = self.folder / self._shards[shard]["file"]
@@ -217,11 +209,7 @@ class TokenStore:
         return tokens
 
     def verify(self) -> None:
-        """Read every shard and compare its SHA-256 with the index.
-
-        Raises:
-            DataError: A shard is damaged; names it.
-        """
+        """Read every shard and compare its SHA-256 with the index; raises DataError with the damaged one."""
         for shard in self._shards:
             path = self.folder / shard["file"]
             if files.checksum(path) != shard["sha256"]:
@@ -229,15 +217,9 @@ class TokenStore:
 
 
 def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Close a store over the shards in this order.
+    """Close a store over the shards in this order, without those that have no documents.
 
-    Args:
-        folder: Folder of the shards.
-        shards: Shards with metadata; those without documents are left out.
-        tokenizer: Tokenizer of the shards.
-
-    Returns:
-        Numbers of documents, tokens, words and bytes of text and of skipped rows, and the fingerprint.
+    Returns the numbers of documents, tokens, words and bytes of text and of skipped rows, and the fingerprint.
     """
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     entries: list[dict[str, Any]] = []
@@ -278,8 +260,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"'{folder}' has format version {version}, this release reads {FORMAT_VERSION}.", REBUILD_HINT)
     if checksum != _index_checksum(index):
         raise DataError(f"The index of the token store '{folder}' is damaged.", REBUILD_HINT)
-    assert isinstance(index, dict)
-    return index
+    return dict(index)
 
 
 def _index_checksum(index: dict[str, Any]) -> str:
@@ -294,8 +275,7 @@ def _read_metadata(shard: Path, sha256: str) -> dict[str, Any]:
         raise DataError(f"The metadata '{path}' cannot be read: {error.strerror}.", REBUILD_HINT) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(f"The metadata '{path}' is damaged.", REBUILD_HINT)
-    metadata: dict[str, Any] = json.loads(raw)
-    return metadata
+    return dict(json.loads(raw))
 
 
 def _concatenate(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memtx.data.batch import IGNORE_INDEX, Batch, ResumableBatches
+from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, ResumableBatches
 from memtx.data.packing import EndlessStreamPlan, StreamPlan, pack_documents
 from memtx.data.shards import TokenStore
 from memtx.errors import CheckpointError, DataError
@@ -23,18 +23,11 @@ from memtx.errors import CheckpointError, DataError
 def read_batch(
     store: TokenStore, plan: StreamPlan, streams: Sequence[int], start: int, stop: int, end_offset: int
 ) -> Batch:
-    """Return offsets ``start`` to ``stop`` of some streams of a plan.
+    """Return offsets ``start`` to ``stop`` of some streams of a plan, in this order.
 
     Positions past the end of a stream, or from ``end_offset`` on, are padding: each is ``bos_token_id`` with a document
-    start of its own and no label, so it changes nothing before it and is counted nowhere.
-
-    Args:
-        store: Tokens of the documents.
-        plan: Plan that reaches ``stop``, unless it is finite.
-        streams: Streams of the plan, in the order of the batch.
-        start: First offset.
-        stop: Offset after the last one.
-        end_offset: Offset from which nothing is read.
+    start of its own and no label, so it changes nothing before it and is counted nowhere. An endless plan must reach
+    ``stop``.
     """
     shape = len(streams), stop - start
     tokens, labels = np.full(shape, store.bos_token_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
@@ -58,21 +51,13 @@ def read_batch(
 
 
 class _Span(NamedTuple):
-    """Tokens of one document in a stream's part of a batch.
+    """Tokens of one document in a stream's part of a batch."""
 
-    Attributes:
-        document: Index of the document.
-        position: Position in the batch of the first token.
-        first: Index in the document of the first token.
-        end: Index in the document after the last token.
-        is_start: True if the stream starts the document here.
-    """
-
-    document: int
-    position: int
-    first: int
-    end: int
-    is_start: bool
+    document: int  # index
+    position: int  # in the batch, of the first token
+    first: int  # token of the document
+    end: int  # token after the last
+    is_start: bool  # True if the stream starts the document here
 
 
 def _iter_spans(store: TokenStore, plan: StreamPlan, stream: int, start: int, stop: int) -> Iterator[_Span]:
@@ -89,6 +74,10 @@ def _iter_spans(store: TokenStore, plan: StreamPlan, stream: int, start: int, st
 def _prorate(amount: int, start: int, stop: int, count: int) -> int:
     """Return the share of ``amount``, spread over ``count`` tokens, in tokens ``start`` to ``stop``; sums are exact."""
     return amount * stop // count - amount * start // count if count else 0
+
+
+def _rank_streams(batch_size: int, rank: int) -> range:
+    return range(rank * batch_size, (rank + 1) * batch_size)
 
 
 def _check_arguments(batch_size: int, length: int, rank: int, world_size: int) -> None:
@@ -139,7 +128,7 @@ class DocumentStreams(ResumableBatches):
             raise DataError(f"steps_per_epoch is {steps_per_epoch}, expected at least 1.")
         super().__init__(steps_per_epoch)
         self.store, self.batch_size, self.length, self.seed = store, batch_size, length, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self._streams = rank, world_size, _rank_streams(batch_size, rank)
         self._plan = EndlessStreamPlan(store.lengths, batch_size * world_size, seed)
         self.resume_message = ""
         # Earlier numbers of streams, each with the offset up to which it was read.
@@ -149,7 +138,7 @@ class DocumentStreams(ResumableBatches):
     def get_batch(self, step: int) -> Batch:
         """Return the batch of a step, ``(batch, length)``: a function of the arguments and the step only."""
         start, stop = self._extend_to(step)
-        return read_batch(self.store, self._plan, self._rank_streams(), start, stop, stop)
+        return read_batch(self.store, self._plan, self._streams, start, stop, stop)
 
     def _offset_at(self, step: int) -> int:
         return self._resume_offset + (step - self._resume_step) * self.length
@@ -160,17 +149,14 @@ class DocumentStreams(ResumableBatches):
         self._plan.extend_to(stop)
         return start, stop
 
-    def _rank_streams(self) -> range:
-        return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-
     def token_indices(self, step: int) -> Tensor:
         """Return the index in the store of each token of a step, ``(batch, length)`` int64.
 
-        Documents follow one another in the store.
+        Documents follow one another in it.
         """
         start, stop = self._extend_to(step)
         indices = np.zeros((self.batch_size, self.length), dtype=np.int64)
-        for row, stream in enumerate(self._rank_streams()):
+        for row, stream in enumerate(self._streams):
             for document, position, first, end, _ in _iter_spans(self.store, self._plan, stream, start, stop):
                 span_indices = self.store.token_offsets[document] + np.arange(first, end)
                 indices[row, position : position + end - first] = span_indices
@@ -193,12 +179,8 @@ class DocumentStreams(ResumableBatches):
         """Go to a saved position.
 
         With other streams or another length, the rest of the epoch has another number of batches, and the position
-        counts these.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-            accumulate_grad_batches: Batches of an optimizer step. A position in other batches than the saved ones is
-                rounded up to a multiple.
+        counts
+        these, rounded up to a multiple of ``accumulate_grad_batches``, the batches of an optimizer step.
 
         Raises:
             CheckpointError: The position is in other data: another corpus or tokenizer, or another seed.
@@ -267,7 +249,7 @@ def _abbreviate(value: object) -> str:
     return value[:12] if isinstance(value, str) else str(value)
 
 
-class EvaluationStreams:
+class EvaluationStreams(FixedBatches[Batch]):
     """Every document once, in streams of whole documents with a padded end; sums over the batches are exact.
 
     The summed negative log-likelihood over the summed words is PG-19's word perplexity exactly, for any number of
@@ -299,21 +281,11 @@ class EvaluationStreams:
             raise DataError(f"limit_tokens is {limit_tokens}, expected at least 1.", "Use null for all tokens.")
         self.store, self.batch_size, self.length = store, batch_size, length
         self.rank, self.world_size = rank, world_size
-        self._plan = pack_documents(store.lengths, batch_size * world_size)
-        self._end_offset = max(self._plan.end_offsets)
+        plan, streams = pack_documents(store.lengths, batch_size * world_size), _rank_streams(batch_size, rank)
+        self._plan, end = plan, max(plan.end_offsets)
         if limit_tokens is not None:
-            self._end_offset = min(self._end_offset, math.ceil(limit_tokens / (batch_size * world_size)))
-
-    def __len__(self) -> int:
-        """Return the number of batches, equal on all ranks."""
-        return math.ceil(self._end_offset / self.length)
-
-    def get_batch(self, step: int) -> Batch:
-        """Return the batch of a step, ``(batch, length)``."""
-        streams = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        start = step * self.length
-        return read_batch(self.store, self._plan, streams, start, start + self.length, self._end_offset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(len(self)):
-            yield self.get_batch(step)
+            end = min(end, math.ceil(limit_tokens / (batch_size * world_size)))
+        num_batches = math.ceil(end / length)
+        super().__init__(
+            num_batches, lambda step: read_batch(store, plan, streams, step * length, (step + 1) * length, end)
+        )

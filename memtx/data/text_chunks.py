@@ -82,14 +82,9 @@ def split_text(text: str) -> list[str]:
 
 
 def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode UTF-8 that is cut anywhere, even inside a character.
+    """Decode UTF-8 bytes in any portions, even cut inside a character.
 
-    Args:
-        blocks: Bytes in any portions.
-        name: Name of the source, for the message.
-
-    Raises:
-        DataError: The bytes are not UTF-8; names the source and the offset of the first bad byte.
+    Raises DataError with the ``name`` of the source and the offset of the first byte that is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     offset = 0
@@ -114,11 +109,7 @@ def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def encode_utf8(text: str) -> bytes:
-    """Return the UTF-8 bytes of a text.
-
-    Raises:
-        DataError: The text holds half of a surrogate pair.
-    """
+    """Return the UTF-8 bytes of a text; raises DataError for half of a surrogate pair."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -46,9 +46,6 @@ log = logging.getLogger(__name__)
 class TokenizedCorpus:
     """A folder that :func:`tokenize_corpus` wrote.
 
-    Args:
-        folder: Path of the folder.
-
     Attributes:
         name: Name of the source.
         splits: Of each split the numbers of documents, tokens, words, bytes of text and skipped rows, and the
@@ -79,21 +76,16 @@ class TokenizedCorpus:
             )
 
     def read_tokenizer(self) -> Tokenizer:
-        """Read the tokenizer.
-
-        Raises:
-            DataError: It is missing or damaged.
-        """
+        """Read the tokenizer; raises DataError if it is missing or damaged."""
         tokenizer = load_tokenizer(self.folder / TOKENIZER_NAME)
         if tokenizer.fingerprint != self._tokenizer_fingerprint:
             raise DataError(f"The tokenizer '{self.folder / TOKENIZER_NAME}' was changed.", REBUILD_HINT)
         return tokenizer
 
     def resolve_tokenizer(self, requested: Tokenizer | None) -> Tokenizer:
-        """Return the folder's tokenizer, which must match the requested one or be trained as requested.
+        """Return the folder's tokenizer.
 
-        Raises:
-            DataError: The folder has another tokenizer.
+        Raises DataError if it is not the requested one, or one trained as requested.
         """
         tokenizer = self.read_tokenizer()
         if requested is None:
@@ -111,11 +103,7 @@ class TokenizedCorpus:
         return tokenizer
 
     def open_split(self, split: str) -> TokenStore:
-        """Open the tokens of a split.
-
-        Raises:
-            DataError: There is no such split, or it is damaged.
-        """
+        """Open the tokens of a split; raises DataError if there is no such split, or it is damaged."""
         if split not in self.splits:
             raise DataError(
                 f"'{self.folder}' has no split '{split}', it has {', '.join(self.splits)}.",
@@ -153,13 +141,14 @@ def open_store(
     num_workers: int | None = None,
     verify: bool = False,
 ) -> TokenStore:
-    """Open the tokens of documents in a cache, encoding them first if they are not there.
+    """Open the tokens of at least one document in a cache, encoding them first if they are not there.
 
-    A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the tokenizer, so
-    changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole shards.
+    A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the trained
+    tokenizer, so changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole
+    shards.
 
     Args:
-        documents: At least one document.
+        documents: Documents of the split.
         tokenizer: Trained tokenizer.
         cache_dir: Folder of all stores. None uses ``~/.cache/memtx``.
         split: Name of the split.
@@ -299,15 +288,10 @@ def _prune(building: Path, shards: Mapping[str, Sequence[Path]]) -> None:
 
 
 def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path) -> Tokenizer:
-    """Return the tokenizer, trained on the texts of "train" if it is not trained.
+    """Return the tokenizer, trained in place on the texts of "train" if it is not trained.
 
-    Args:
-        tokenizer: Tokenizer, which is trained in place.
-        manifest: Source of the texts.
-        folder: Folder where a trained tokenizer is saved, and found by the next run on the same texts.
-
-    Raises:
-        DataError: There are no texts to train on, or a text cannot be used.
+    A trained one is saved in ``folder``, where the next run on the same texts finds it. Raises DataError if there are
+    no texts to train on, or a text cannot be used.
     """
     if tokenizer.is_trained:
         return tokenizer
@@ -350,8 +334,7 @@ def _sample_texts(manifest: CorpusManifest) -> Iterator[str]:
 def file_lock(path: Path) -> Iterator[None]:
     """Let one process at a time write ``path``. The lock ends with its process, its empty file stays beside ``path``.
 
-    Raises:
-        MemtxError: The folder of ``path`` cannot be written to.
+    Raises MemtxError if the folder of ``path`` cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

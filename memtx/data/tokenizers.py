@@ -44,18 +44,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_chunk(self, chunk: str) -> TokenIds:
-        """Return the ids of one chunk of text, ``(tokens,)`` of an integer dtype.
-
-        Raises:
-            DataError: The text holds a lone surrogate, which UTF-8 cannot encode.
-        """
+        """Return the ids of one chunk, ``(tokens,)`` of an integer dtype; raises DataError for a lone surrogate."""
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes of a token (maybe part of a character); empty for ``bos_token_id``.
 
-        Raises:
-            DataError: The id is not below ``vocab_size``.
+        Raises DataError if the id is not below ``vocab_size``.
         """
 
     @abstractmethod
@@ -147,13 +142,13 @@ class BackendTokenizer(Tokenizer):
     Args:
         vocab_size: Number of ids to train, or 0 to take that of the file.
         path: A ``tokenizer.json`` of the library (any Hugging Face one), whose ids are kept. None to train one.
-
-    Raises:
-        DataError: The file is missing or is not a tokenizer.
     """
 
     SPECIAL_TOKENS: ClassVar[Mapping[str, tuple[str, ...]]]
     """Usual spellings of each special token; the first one is added if none is there."""
+
+    JSON_HEADER: ClassVar[Mapping[str, str | int]]
+    """Format, version and kind in the JSON text."""
 
     def __init__(self, vocab_size: int, path: str | None = None) -> None:
         self._backend: Any = None
@@ -225,6 +220,11 @@ class BackendTokenizer(Tokenizer):
         self._check_token_id(token_id)
         return self._id_to_bytes.get(token_id, b"")
 
+    def to_json(self) -> str:
+        """Return the vocabulary size and the library's JSON as one JSON text."""
+        model = json.loads(self._require_backend().to_str())
+        return json.dumps({**self.JSON_HEADER, "vocab_size": self._vocab_size, "model": model}, ensure_ascii=False)
+
     def _require_backend(self) -> Any:
         if self._backend is None:
             raise DataError(
@@ -259,6 +259,8 @@ class BytePairTokenizer(BackendTokenizer):
     """
 
     SPECIAL_TOKENS = {"bos": (BOS_TOKEN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")}  # noqa: RUF012
+    JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
+    JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
 
     def __init__(self, vocab_size: int = 8192, path: str | None = None) -> None:
         if path is None and vocab_size < 257:
@@ -274,11 +276,7 @@ class BytePairTokenizer(BackendTokenizer):
         return self._special_token_id("bos") if self.is_trained else 0
 
     def train(self, texts: Iterable[str]) -> None:
-        """Train on texts; does nothing if the tokenizer is trained.
-
-        Args:
-            texts: Texts in any portions; each is split into chunks by itself.
-        """
+        """Train on texts in any portions, each split into chunks; does nothing if the tokenizer is trained."""
         if self.is_trained:
             return
         from tokenizers import Tokenizer as Backend
@@ -296,18 +294,11 @@ class BytePairTokenizer(BackendTokenizer):
         backend.train_from_iterator((chunk for text in texts for chunk in split_text(text)), trainer=trainer)
         self._set_backend(backend)
 
-    def to_json(self) -> str:
-        """Return the vocabulary size and the library's JSON as one JSON text."""
-        model = json.loads(self._require_backend().to_str())
-        header = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe", "vocab_size": self._vocab_size}
-        return json.dumps({**header, "model": model}, ensure_ascii=False)
-
 
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer that :meth:`Tokenizer.to_json` wrote; nothing in the text is executed.
 
-    Raises:
-        DataError: The text is not such a description, or of a version that this release does not read.
+    Raises DataError if the text is not such a description, or of a version that this release does not read.
     """
     try:
         value = json.loads(text)
@@ -340,8 +331,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer that :meth:`Tokenizer.save` wrote, or any library's ``tokenizer.json``.
 
-    Raises:
-        DataError: The file is missing or is not a tokenizer.
+    Raises DataError if the file is missing or is not a tokenizer.
     """
     text = _read_tokenizer_file(path)
     try:

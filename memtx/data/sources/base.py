@@ -11,13 +11,9 @@ from pathlib import Path
 from memtx.data.text_chunks import decode_utf8
 from memtx.errors import DataError, closest_match
 
-READ_SIZE = 1 << 20
-"""Bytes of a file read at once."""
-
+READ_SIZE = 1 << 20  # bytes of a file read at once
 SPLITS = ("train", "validation", "test")
-
 SPLIT_ALIASES = {**{name: name for name in SPLITS}, "valid": "validation", "val": "validation", "dev": "validation"}
-"""Our name of a split by the names that others use."""
 
 
 class SourcePart(ABC):
@@ -45,8 +41,7 @@ class SourcePart(ABC):
     def iter_documents(self) -> Iterator[Document]:
         """Yield whole documents in a fixed order; read each before asking for the next.
 
-        Raises:
-            DataError: The part cannot be read; names it and the position in it.
+        Raises DataError with the name of a part that cannot be read, and the position in it.
         """
 
 
@@ -86,8 +81,7 @@ class Document(SourcePart):
     def iter_text(self) -> Iterator[str]:
         """Yield the text in portions of about 1 MB.
 
-        Raises:
-            DataError: The file cannot be read or is not UTF-8; names it and the byte.
+        Raises DataError with the file that cannot be read, or the byte that is not UTF-8.
         """
         if self.path is None:
             yield self.text
@@ -149,11 +143,7 @@ class Corpus(CorpusManifest):
     split_parts: Mapping[str, Sequence[Document]] = field(default_factory=dict)
 
     def get_split(self, split: str) -> Sequence[Document]:
-        """Return the documents of a split.
-
-        Raises:
-            DataError: There is no such split.
-        """
+        """Return the documents of a split; raises DataError if there is no such split."""
         if split not in self.splits:
             raise DataError(
                 f"'{self.name}' has no split '{split}', it has {', '.join(self.splits) or 'none'}."
@@ -182,8 +172,4 @@ class TextSource(ABC):
 
     @abstractmethod
     def scan(self) -> CorpusManifest:
-        """List the parts.
-
-        Raises:
-            DataError: Nothing is there, or it cannot be read.
-        """
+        """List the parts; raises DataError if nothing is there, or it cannot be read."""

@@ -11,8 +11,7 @@ from memtx.data.sources.remote_files import describe_error
 from memtx.data.sources.tables import TableColumns, TableSource
 from memtx.errors import DataError, MemtxError
 
-DEFAULT_SHARD_BYTES = 64 << 20
-"""Assumed bytes of a shard of a dataset, if the dataset does not say."""
+DEFAULT_SHARD_BYTES = 64 << 20  # assumed bytes of a shard, if the dataset does not say
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
@@ -24,11 +23,8 @@ class HubShard(SourcePart):
     Attributes:
         load_kwargs: Arguments of ``datasets.load_dataset``.
         split: The dataset's name of the split.
-        shard_index: Index of the shard.
-        num_shards: Number of shards of the split.
         size: Bytes, as far as they are known.
         version: Text that changes when the dataset does.
-        columns: Columns of the table.
     """
 
     load_kwargs: dict[str, Any]
@@ -122,10 +118,8 @@ class HubDataset(TableSource):
         size = max(1, num_bytes // stream.num_shards) if num_bytes else DEFAULT_SHARD_BYTES
         files = (builder.config.data_files or {}).get(split)
         version = f"{builder.hash}:{getattr(files, 'origin_metadata', '')}"
-        return [
-            HubShard(self.load_kwargs, split, index, stream.num_shards, size, version, self.columns)
-            for index in range(stream.num_shards)
-        ]
+        count = stream.num_shards
+        return [HubShard(self.load_kwargs, split, i, count, size, version, self.columns) for i in range(count)]
 
 
 def _import_datasets() -> Any:

@@ -11,9 +11,7 @@ from typing import IO, Any
 from memtx.data.sources.base import READ_SIZE, Document
 from memtx.errors import DataError, MemtxError
 
-COMPRESSION_BY_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-"""fsspec's names of the compressions that are undone while reading, by file suffix."""
-
+COMPRESSION_BY_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
 ACCESS_HINT = "Check it, and the access to it."
 
 
@@ -45,11 +43,7 @@ class RemoteFile:
 
 @contextlib.contextmanager
 def open_file(url: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed.
-
-    Raises:
-        DataError: Its file system or its compression raised any error in opening or reading.
-    """
+    """Open a file for reading, decompressed; raises DataError for any error of its file system or compression."""
     import fsspec
 
     try:
@@ -64,10 +58,9 @@ def open_file(url: str) -> Iterator[IO[bytes]]:
 def list_files(path_or_url: str) -> list[RemoteFile]:
     """List the files of a path, a pattern with ``*``, or a URL of fsspec, sorted by path.
 
-    A folder stands for all files below it except hidden ones, ``x.zip`` for its content.
-
-    Raises:
-        DataError: There is no file, or the file system cannot be read.
+    A folder stands for all files below it except hidden ones, ``x.zip`` for its content. Raises DataError if there is
+    no
+    file, or the file system cannot be read.
     """
     import fsspec
 
@@ -83,11 +76,8 @@ def list_files(path_or_url: str) -> list[RemoteFile]:
             infos, base = {path: filesystem.info(path)}, path.rstrip("/").rpartition("/")[0]
         else:
             infos, base = {}, path
-        files = [
-            _make_remote_file(filesystem, url, base, file, info)
-            for file, info in sorted(infos.items())
-            if info.get("type", "file") == "file"
-        ]
+        infos = {file: info for file, info in sorted(infos.items()) if info.get("type", "file") == "file"}
+        files = [_make_remote_file(filesystem, url, base, file, info) for file, info in infos.items()]
     except Exception as error:  # as above; the package of a protocol may be missing as well
         raise DataError(f"'{path_or_url}' could not be listed: {describe_error(error)}.", ACCESS_HINT) from error
     files = [file for file in files if not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
@@ -123,12 +113,7 @@ def describe_error(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class RemoteDocument(Document):
-    """A text that is a whole file anywhere; ``size`` is its stored size.
-
-    Attributes:
-        version: Text that changes when the file is written anew.
-        is_process_local: True if only this process can read it.
-    """
+    """A text that is a whole file anywhere; ``size`` is its stored size, ``version`` changes with the file."""
 
     version: str = ""
     is_process_local: bool = False

@@ -22,12 +22,7 @@ LabelledSegment = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SyntheticTask(ABC):
-    """Sizes of a task, and its generator of episodes. Token 0 is the query.
-
-    Attributes:
-        segment_length: Tokens of a segment.
-        num_noise_tokens: Number of different noise tokens, the last ones of the vocabulary.
-    """
+    """Sizes of a task, and its generator of episodes. Token 0 is the query, noise is last in the vocabulary."""
 
     segment_length: int = 24
     num_noise_tokens: int = 16
@@ -55,16 +50,11 @@ class SyntheticTask(ABC):
     def iter_segments(
         self, batch_size: int, num_segments: int, generator: torch.Generator, *, query_mode: QueryMode = "later"
     ) -> Iterator[LabelledSegment]:
-        """Yield an episode segment by segment, so its length costs no memory.
+        """Yield a batch of episodes segment by segment, so their length costs no memory.
 
-        Args:
-            batch_size: Number of episodes.
-            num_segments: Segments of an episode, more than ``num_write_segments``; the distance is the difference.
-            generator: Random generator.
-            query_mode: Segments with queries.
-
-        Raises:
-            MemtxError: There are too few segments, or the query mode is unknown.
+        ``num_segments`` must be more than ``num_write_segments``: the difference is the distance. Raises MemtxError for
+        too
+        few segments, or an unknown query mode.
         """
         if num_segments <= self.num_write_segments or query_mode not in ("later", "last"):
             raise MemtxError(

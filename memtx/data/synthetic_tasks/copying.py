@@ -17,15 +17,10 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class SelectiveCopying(SyntheticTask):
-    """Tokens: the query for the next symbol, symbols, noise.
+    """Copying of ``num_copied`` symbols from the first ``spread`` segments. Tokens: the query for the next, symbols,
+    noise.
 
-    Attributes:
-        num_copied: Number of symbols to copy.
-        num_symbols: Number of different symbols.
-        spread: Number of segments with symbols.
-
-    Raises:
-        MemtxError: The symbols do not fit.
+    Raises MemtxError if the symbols do not fit.
     """
 
     num_copied: int = 16

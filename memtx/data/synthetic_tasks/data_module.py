@@ -32,19 +32,10 @@ def task_to_config(task: SyntheticTask) -> dict[str, Any]:
 
 
 def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: tuple[int, ...]) -> Batch:
-    """Return whole episodes, a function of the arguments only.
+    """Return whole episodes, ``(batch, num_segments * segment_length)``; each begins a document.
 
-    A label is at the query token and is its answer, not the next token. A query counts as one word and one byte, so
-    bits per byte are bits per answer.
-
-    Args:
-        task: Task to generate.
-        batch_size: Number of episodes; each begins a document.
-        num_segments: Segments of an episode.
-        seed: Non-negative numbers.
-
-    Returns:
-        A batch of ``(batch, num_segments * task.segment_length)``.
+    A function of the arguments only; the seed is non-negative numbers. A label is at the query token and is its answer,
+    not the next token. A query counts as one word and one byte, so bits per byte are bits per answer.
     """
     # Hashed, so that neighboring numbers give unrelated episodes.
     hashed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -57,16 +48,7 @@ def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: 
 
 
 class SyntheticBatches(ResumableBatches):
-    """Batches of new episodes for training, with a position that can be set.
-
-    Args:
-        task: Task to generate.
-        batch_size: Episodes of a batch.
-        num_segments: Segments of an episode.
-        seed: Seed of the episodes. At least 0.
-        steps_per_epoch: Batches of an epoch.
-        rank: Rank of this process, which has episodes of its own.
-    """
+    """Batches of new episodes for training, with a position that can be set; each rank has its own episodes."""
 
     def __init__(
         self, task: SyntheticTask, batch_size: int, num_segments: int, seed: int, steps_per_epoch: int, rank: int = 0
@@ -169,20 +151,13 @@ class SyntheticDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what identifies the episodes."""
-        return {"position": self._current_position, **self._identity()}
-
-    def _identity(self) -> dict[str, Any]:
-        names = ("batch_size", "num_segments", "seed")
-        return {"task": task_to_config(self.task), **{name: getattr(self, name) for name in names}}
+        identity = {name: getattr(self, name) for name in ("batch_size", "num_segments", "seed")}
+        return {"position": self._current_position, "task": task_to_config(self.task), **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position.
-
-        Raises:
-            CheckpointError: The position is in other episodes.
-        """
-        for name, value in self._identity().items():
-            if (saved := state_dict.get(name)) != value:
+        """Restore a checkpoint's position; raises CheckpointError if it is in other episodes."""
+        for name, value in self.state_dict().items():
+            if (saved := state_dict.get(name)) != value and name != "position":
                 raise CheckpointError(
                     f"The checkpoint's episodes have {name} {saved}, this run's {value}.",
                     "Use the config saved beside the checkpoint.",

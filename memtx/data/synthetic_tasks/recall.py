@@ -23,13 +23,9 @@ from memtx.errors import MemtxError
 class KeyValueTask(SyntheticTask):
     """Base of tasks of keys and values. Tokens: the query, keys, values, noise.
 
-    Attributes:
-        num_pairs: Pairs to remember, and queries in a segment with queries.
-        num_keys: Number of different keys.
-        num_values: Number of different values.
-
-    Raises:
-        MemtxError: The pairs do not fit.
+    ``num_pairs`` counts the pairs to remember, and the queries in a segment with queries. Raises MemtxError if the
+    pairs do
+    not fit.
     """
 
     num_pairs: int = 4
@@ -68,11 +64,7 @@ class KeyValueTask(SyntheticTask):
     ) -> Tensor:
         """Return noise with the pairs of ``(batch, num_pairs)`` tokens in it, each at an even index.
 
-        Args:
-            first: First token of each pair.
-            second: Second token of each pair.
-            generator: Random generator.
-            mask: ``(batch, num_pairs)`` bool, True for the pairs to write. None writes all.
+        With a mask, ``(batch, num_pairs)`` bool, only the pairs where it is True.
         """
         batch_size = first.shape[0]
         index = 2 * sample_distinct(batch_size, self.segment_length // 2, self.num_pairs, generator)
@@ -129,15 +121,13 @@ class Overwrite(KeyValueTask):
     """T3, overwriting: keys get new values in later segments; queries ask for the newest value, or the first.
 
     It separates a memory that erases from one that adds up, and from a bank that keeps all values. Every key has a
-    value in segment 0 and gets another one in ``num_overwrites`` of the segments after it.
+    value in
+    segment 0 and gets another one in ``num_overwrites`` of the segments after it.
 
     Attributes:
         num_overwrites: Number of times that a key gets a new value, each in another segment.
         spread: Number of segments with content, including the first.
         query_first: If True, ask for the first value, else for the newest.
-
-    Raises:
-        MemtxError: The pairs or the overwrites do not fit.
     """
 
     num_overwrites: int = 1

@@ -31,14 +31,8 @@ R = TypeVar("R", bound=HasWindows)
 class ExampleDataModule(LightningDataModule, Generic[R, B]):
     """Base of data modules over ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` in a folder.
 
-    Args:
-        root: Folder of the files.
-        batch_size: Windows of a batch on each device. At least 1.
-        seed: Seed of the order of examples.
-        **counts: Further options by name, each at least 1 or None.
-
-    Raises:
-        DataError: A number is out of range.
+    ``**counts`` are further options by name; as ``batch_size``, each must be at least 1 or None, or DataError is
+    raised.
     """
 
     def __init__(self, root: str | None, batch_size: int, seed: int, **counts: int | None) -> None:
@@ -48,8 +42,6 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         self._encoded_examples: dict[str, list[R]] = {}
         self._batches: TrainingBatches[B] | None = None
         self._restored_position: dict[str, Any] | None = None
-
-    # Implemented by subclasses
 
     @abstractmethod
     def _encode_split(self, split: str) -> list[R]:
@@ -67,13 +59,10 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     def _checkpoint_texts(self) -> dict[str, str]:
         """Return what a checkpoint holds beside the position, as texts, fitted to the training examples if needed."""
 
-    # Called by Lightning and by training
-
     def encoded_examples(self, split: str) -> list[R]:
         """Return the encoded examples of a split, read once.
 
-        Raises:
-            DataError: An example cannot be used; names file and line.
+        Raises DataError with the file and line of an example that cannot be used.
         """
         if split not in self._encoded_examples:
             self._encoded_examples[split] = self._encode_split(split)
@@ -130,15 +119,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         return {**position, **self._checkpoint_texts()}
 
     def _restore(self, state_dict: dict[str, Any], required: Sequence[str]) -> None:
-        """Restore a checkpoint's position.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-            required: Names of the texts that must equal this module's.
-
-        Raises:
-            CheckpointError: One of them differs.
-        """
+        """Restore a checkpoint's position; raises CheckpointError if one of the ``required`` texts differs."""
         texts = self._checkpoint_texts()
         if any(state_dict.get(name) != texts[name] for name in required):
             raise CheckpointError(
@@ -235,10 +216,6 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         return {"tokenizer": self.tokenizer.to_json(), "task": task_to_json(self.task)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position.
-
-        Raises:
-            CheckpointError: Its tokenizer or task is another one.
-        """
+        """Restore a checkpoint's position; raises CheckpointError if its tokenizer or task is another one."""
         self._fit_to_training_examples()
         self._restore(state_dict, ("tokenizer", "task"))

@@ -18,9 +18,7 @@ from memtx.errors import DataError, closest_match
 
 E = TypeVar("E")
 
-MAX_PREVIEW_LENGTH = 60
-"""Maximum characters of a value in a message."""
-
+MAX_PREVIEW_LENGTH = 60  # characters of a value in a message
 LAYOUT_HINT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
 
 
@@ -136,14 +134,9 @@ class SummaryExample:
 
 @dataclass(frozen=True)
 class SummaryPrompt:
-    """The strings around a text and its summary, in training and generation alike.
+    """The strings around a text and its summary, in training and generation; no summary contains ``stop_sequence``.
 
-    Attributes:
-        prompt: String between text and summary.
-        stop_sequence: String after the summary; no summary contains it.
-
-    Raises:
-        DataError: One of them is empty.
+    Raises DataError if one of them is empty.
     """
 
     prompt: str = "\nSummary: "
@@ -159,11 +152,7 @@ class SummaryPrompt:
         return text + self.prompt
 
     def format_completion(self, summary: str) -> str:
-        """Return the text to generate.
-
-        Raises:
-            DataError: The summary contains the stop sequence.
-        """
+        """Return the text to generate; raises DataError if the summary contains the stop sequence."""
         if self.stop_sequence in summary:
             raise DataError(
                 f"The summary holds the stop sequence {self.stop_sequence!r}.", "Change --data.stop_sequence."
@@ -210,11 +199,7 @@ def iter_examples(
 
 
 def split_path(root: str | None, split: str) -> Path:
-    """Return the file of a split in a folder of examples.
-
-    Raises:
-        DataError: There is no such file.
-    """
+    """Return the file of a split in a folder of examples; raises DataError if there is no such file."""
     if root is None:
         raise DataError("data.root is not set, expected a folder of examples.", LAYOUT_HINT)
     folder = Path(root).expanduser()

@@ -148,8 +148,7 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position; in evaluation its tokenizer is already this module's.
 
-        Raises:
-            CheckpointError: Its tokenizer is another one.
+        Raises CheckpointError if its tokenizer is another one.
         """
         self._train_tokenizer()
         self._restore(state_dict, ("tokenizer",))
