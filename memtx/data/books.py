@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2
 class BookDataModule(LightningDataModule):
     """Long documents as endless streams, tokenized once; the checkpoint holds the position in them.
 
+    Raises DataError if a number is out of range, or a prepared folder is damaged or has another tokenizer.
+
     Args:
         root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder that ``memtx prepare``
             wrote, a folder in the PG-19 layout (train/ validation/ test/ of <id>.txt), any other folder of text files,
@@ -50,9 +53,6 @@ class BookDataModule(LightningDataModule):
         seed: Seed of the order of documents.
         cache_dir: Folder of token stores and trained tokenizers. None uses ~/.cache/memtx.
         num_workers: Processes that tokenize. None uses one per core.
-
-    Raises:
-        DataError: A number is out of range, or a prepared folder is damaged or has another tokenizer.
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class BookDataModule(LightningDataModule):
         self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
         self.eval_batch_size, self.eval_tokens = eval_batch_size or batch_size, eval_tokens
         self.cache_dir, self.num_workers = cache_dir, num_workers
-        self._corpus: Corpus | None = None
         self._tokenized_corpus: TokenizedCorpus | None = None
         if source is None and is_tokenized_corpus(root):
             self._tokenized_corpus = TokenizedCorpus(Path(root).expanduser())
@@ -98,12 +97,10 @@ class BookDataModule(LightningDataModule):
         """Tokens of a stream in a batch: segment_length * bptt_segments."""
         return self.segment_length * self.bptt_segments
 
-    @property
+    @cached_property
     def corpus(self) -> Corpus:
         """Documents of every split of ``root``, listed on first use."""
-        if self._corpus is None:
-            self._corpus = open_corpus(self.root)
-        return self._corpus
+        return open_corpus(self.root)
 
     @property
     def _cache_path(self) -> Path:

@@ -21,15 +21,10 @@ from memtx.errors import DataError
 
 @dataclass(frozen=True)
 class Encoding:
-    """Tokens of a text.
+    """Tokens of a text."""
 
-    Attributes:
-        ids: ``(tokens,)`` int64.
-        offsets: ``(tokens, 2)`` int64. First character of each token, and the one after its last.
-    """
-
-    ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
+    ids: NDArray[np.int64]  # (tokens,)
+    offsets: NDArray[np.int64]  # (tokens, 2) first character of each token, and the one after its last
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -39,13 +34,11 @@ class HFTokenizer(BackendTokenizer):
     """Any ``tokenizer.json`` of the ``tokenizers`` library, WordPiece or byte-pair, with its ids.
 
     The special tokens are found by their usual names (``[CLS]`` or ``<s>``, ``[SEP]`` or ``</s>``, ``[PAD]``,
-    ``[MASK]``, ``[UNK]``); a missing one gets a new last id.
+    ``[MASK]``, ``[UNK]``); a missing one gets a new last id. Raises DataError if the file is missing or is not a
+    tokenizer.
 
     Args:
         path: The file. None for a tokenizer that is trained (:class:`WordPieceTokenizer`).
-
-    Raises:
-        DataError: The file is missing or is not a tokenizer.
     """
 
     SPECIAL_TOKENS = {  # noqa: RUF012
@@ -108,13 +101,12 @@ class HFTokenizer(BackendTokenizer):
 class WordPieceTokenizer(HFTokenizer):
     """WordPiece with BERT's word splitting (Devlin et al. 2019, section 3), trained on the texts of the task.
 
+    Raises DataError if ``vocab_size`` is below 100.
+
     Args:
         vocab_size: Number of ids to train, with five special tokens; small texts may yield fewer, the vocabulary size
             stays as requested.
         lowercase: If True, drop case and accents.
-
-    Raises:
-        DataError: ``vocab_size`` is below 100.
     """
 
     def __init__(self, vocab_size: int = 8192, lowercase: bool = True) -> None:

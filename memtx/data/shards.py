@@ -41,10 +41,7 @@ def metadata_path(shard: Path) -> Path:
 class ShardWriter:
     """Writes one shard; its file appears with the first document, so an empty split has none.
 
-    Args:
-        path: Path of the shard.
-        tokenizer: Tokenizer of the texts.
-        stack: Closes the file, which becomes visible when it is complete.
+    ``stack`` closes the file, which becomes visible when it is complete.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> None:
@@ -122,8 +119,8 @@ def is_complete_shard(path: Path, input_fingerprint: str) -> bool:
 class TokenStore:
     """The tokens of one split, memory-mapped: document i is ``[bos_token_id, text tokens...]``.
 
-    Args:
-        folder: Folder that :func:`write_index` closed.
+    Raises DataError if the folder (which :func:`write_index` closed) holds no store or one of another version, its
+    index or metadata is damaged, or a shard is missing or cut short.
 
     Attributes:
         ids: Id of each document.
@@ -136,10 +133,6 @@ class TokenStore:
         vocab_size: Vocabulary size; all ids are below it.
         tokenizer_fingerprint: Fingerprint of the tokenizer.
         fingerprint: SHA-256 of the tokens and the tokenizer, equal only for equal data.
-
-    Raises:
-        DataError: The folder holds no store or one of another version, its index or metadata is damaged, or a shard is
-            missing or cut short.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -12,12 +12,9 @@ from collections.abc import Iterable, Iterator
 
 from memtx.errors import DataError
 
-PARAGRAPH_LIMIT = 1024
-"""Characters after which a chunk ends at the next paragraph end."""
-SOFT_LIMIT = 4096
-"""Characters after which a chunk also ends at the next line or word end."""
-HARD_LIMIT = 8192
-"""Characters at which a chunk ends in any case."""
+PARAGRAPH_LIMIT = 1024  # characters after which a chunk ends at the next paragraph end
+SOFT_LIMIT = 4096  # characters after which a chunk also ends at the next line or word end
+HARD_LIMIT = 8192  # characters at which a chunk ends in any case
 
 # Blank lines belong to the paragraph before them; whether they are over is known one character later.
 _PARAGRAPH_END = re.compile(r"\n\r?\n(?=[^\r\n])")

@@ -26,25 +26,18 @@ from memtx.data.sources.base import CorpusManifest, SourcePart, assign_split
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError, MemtxError
 
-MAX_SHARD_BYTES = 64 << 20
-"""Maximum text bytes of a shard, so at most as many tokens; one longer document is a shard of its own."""
-MIN_SHARD_BYTES = 1 << 20
-"""Text bytes below which a shard is not worth a job."""
+MAX_SHARD_BYTES = 64 << 20  # of text, so at most as many tokens; one longer document is a shard of its own
+MIN_SHARD_BYTES = 1 << 20  # of text; a smaller shard is not worth a job
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """Independent work of one process: parts of a source, read in this order, written to one shard in each split.
+    """Work of one process: parts of a source, read in this order, written to one shard in each split."""
 
-    Attributes:
-        folder: Folder of the splits' folders.
-        split_fractions: Fraction of the documents for each split.
-    """
-
-    folder: Path
+    folder: Path  # of the splits' folders
     shard_index: int
     parts: Sequence[SourcePart]
-    split_fractions: Mapping[str, float]
+    split_fractions: Mapping[str, float]  # of the documents
     tokenizer_fingerprint: str
 
     def shard_path(self, split: str) -> Path:

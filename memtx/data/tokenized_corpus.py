@@ -29,16 +29,12 @@ from memtx.data.tokenize import plan_jobs, write_jobs
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
 
-FORMAT = "memtx.tokenized_corpus"
-FORMAT_VERSION = 2
-INFO_NAME = "prepared.json"
-TOKENIZER_NAME = "tokenizer.json"
+FORMAT, FORMAT_VERSION = "memtx.tokenized_corpus", 2
+INFO_NAME, TOKENIZER_NAME = "prepared.json", "tokenizer.json"
+MAX_TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on; merges hardly change with more
 
-MAX_TRAINING_BYTES = 256 << 20
-"""Maximum text bytes that a tokenizer is trained on; merges hardly change with more."""
-
+# Makes a progress callback from a description, the total bytes and those already done.
 ProgressFactory = Callable[[str, int, int], AbstractContextManager[ProgressCallback]]
-"""Makes a progress callback from a description, the total bytes and those already done."""
 
 log = logging.getLogger(__name__)
 
@@ -46,14 +42,13 @@ log = logging.getLogger(__name__)
 class TokenizedCorpus:
     """A folder that :func:`tokenize_corpus` wrote.
 
+    Raises DataError if the folder is no such folder, or of another version.
+
     Attributes:
         name: Name of the source.
         splits: Of each split the numbers of documents, tokens, words, bytes of text and skipped rows, and the
             fingerprint.
         input_fingerprint: SHA-256 of the texts and the tokenizer.
-
-    Raises:
-        DataError: The folder is no such folder, or of another version.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -145,7 +140,7 @@ def open_store(
 
     A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the trained
     tokenizer, so changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole
-    shards.
+    shards. Raises DataError if a text is not UTF-8 or empty, and MemtxError if the cache cannot be written to.
 
     Args:
         documents: Documents of the split.
@@ -154,10 +149,6 @@ def open_store(
         split: Name of the split.
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksum of every shard, not only its size.
-
-    Raises:
-        DataError: A text is not UTF-8 or empty.
-        MemtxError: The cache cannot be written to.
     """
     manifest = Corpus(split, {split: documents})
     cache = Path(cache_dir).expanduser() if cache_dir is not None else files.default_cache_dir()
@@ -177,7 +168,9 @@ def tokenize_corpus(
     """Encode a source into a folder, or open the folder if that was done.
 
     A run that was killed at any moment continues with its whole shards, and the result is the same to the byte. Memory
-    holds a portion of one text a process, and the ids and lengths of the documents of one shard.
+    holds a portion of one text a process, and the ids and lengths of the documents of one shard. Raises DataError if
+    there is nothing to encode, a text cannot be used, or the folder holds something else, and MemtxError if it cannot
+    be written to.
 
     Args:
         folder: Folder to write. A damaged one is rebuilt from its whole shards.
@@ -186,10 +179,6 @@ def tokenize_corpus(
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksums of existing shards, not only their sizes.
         progress: Shows the progress. Defaults to a bar on a terminal.
-
-    Raises:
-        DataError: There is nothing to encode, a text cannot be used, or the folder holds something else.
-        MemtxError: The folder cannot be written to.
     """
     path = Path(folder)
     if not manifest.splits:

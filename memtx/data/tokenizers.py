@@ -247,15 +247,14 @@ class BackendTokenizer(Tokenizer):
 class BytePairTokenizer(BackendTokenizer):
     """Byte-level byte-pair encoding, trained on the corpus, or any ``tokenizer.json``.
 
+    Raises DataError if ``vocab_size`` is below 257, or the file is missing or is not a tokenizer.
+
     Args:
         vocab_size: Number of ids to train, with the 256 bytes and ``<|begin|>``; at least 257. A small corpus may yield
             fewer, the vocabulary size stays as requested. Not used with ``path``.
         path: A ``tokenizer.json`` of the ``tokenizers`` library (any Hugging Face one), whose ids are kept. The begin
             token is ``<|begin|>``, ``<|begin_of_text|>``, ``<|endoftext|>``, ``<s>``, ``<bos>`` or ``[CLS]``, whichever
             it has, or ``<|begin|>`` as a new last id.
-
-    Raises:
-        DataError: ``vocab_size`` is below 257, or the file is missing or is not a tokenizer.
     """
 
     SPECIAL_TOKENS = {"bos": (BOS_TOKEN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")}  # noqa: RUF012

@@ -33,12 +33,11 @@ MIN_TOPIC_LENGTH = 8000  # characters from which a help topic is a document; sho
 def open_corpus(root: str | os.PathLike[str]) -> Corpus:
     """List the documents under a root.
 
+    Raises DataError if the root does not exist, holds no text, or a file is empty.
+
     Args:
         root: ``embedded`` (Python's help topics), ``embedded+sources`` (with the sources of the standard library), a
             folder in the PG-19 layout, any other folder of text files, or one file.
-
-    Raises:
-        DataError: The root does not exist, holds no text, or a file is empty.
     """
     name = str(root)
     if name in BUILTIN_ROOTS:

@@ -6,9 +6,18 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from memtx.data.sources.base import SPLIT_ALIASES, SPLITS, CorpusManifest, SourcePart
+from memtx.data.sources.base import (
+    COMPRESSION_BY_SUFFIX,
+    SPLIT_ALIASES,
+    SPLITS,
+    CorpusManifest,
+    RemoteDocument,
+    RemoteFile,
+    SourcePart,
+    list_files,
+    open_file,
+)
 from memtx.data.sources.corpus import BUILTIN_ROOTS, METADATA_NAME, TEXT_SUFFIXES, open_corpus, read_titles
-from memtx.data.sources.remote_files import COMPRESSION_BY_SUFFIX, RemoteDocument, RemoteFile, list_files, open_file
 from memtx.data.sources.tables import TableColumns, TableSource, json_lines_parts, parquet_parts
 from memtx.errors import DataError
 
@@ -22,7 +31,7 @@ class FileSource(TableSource):
 
     Splits follow the layout: folders ``train``, ``validation`` and ``test``, or tables named so (``train-0.parquet``).
     Without such a layout, or if a fraction is given, documents are assigned to splits by their ids. Text files beside
-    tables (a README) are ignored.
+    tables (a README) are ignored. Raises DataError if a fraction is out of range.
 
     Args:
         paths: Paths, patterns with ``*`` or URLs. ``x.zip`` stands for its content; ``.gz``, ``.bz2``, ``.xz`` and
@@ -32,9 +41,6 @@ class FileSource(TableSource):
         validation_fraction: Fraction of the documents, chosen by their ids. None keeps the layout, or takes 0.05 if
             there is none.
         test_fraction: The same for the test split.
-
-    Raises:
-        DataError: A fraction is out of range.
     """
 
     def __init__(

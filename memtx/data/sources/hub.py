@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart
-from memtx.data.sources.remote_files import describe_error
+from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart, describe_error
 from memtx.data.sources.tables import TableColumns, TableSource
 from memtx.errors import DataError, MemtxError
 
@@ -18,21 +17,14 @@ DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 @dataclass(frozen=True)
 class HubShard(SourcePart):
-    """One of the shards that a split of a dataset is stored in.
+    """One of the shards that a split of a dataset is stored in."""
 
-    Attributes:
-        load_kwargs: Arguments of ``datasets.load_dataset``.
-        split: The dataset's name of the split.
-        size: Bytes, as far as they are known.
-        version: Text that changes when the dataset does.
-    """
-
-    load_kwargs: dict[str, Any]
-    split: str
+    load_kwargs: dict[str, Any]  # of `datasets.load_dataset`
+    split: str  # as the dataset names it
     shard_index: int
     num_shards: int
-    size: int
-    version: str
+    size: int  # bytes, as far as they are known
+    version: str  # text that changes when the dataset does
     columns: TableColumns
 
     @property
@@ -59,7 +51,7 @@ class HubDataset(TableSource):
     """A dataset of the ``datasets`` library: a name on the hub, a folder, or a builder such as ``json`` with files.
 
     Its splits are kept if it has train, validation and test. Otherwise, or if a fraction is given, the documents of
-    "train" are assigned to splits by their ids.
+    "train" are assigned to splits by their ids. Raises DataError if a fraction is out of range.
 
     Args:
         path: As ``datasets.load_dataset`` takes it; no code of the dataset is run.
@@ -71,9 +63,6 @@ class HubDataset(TableSource):
         validation_fraction: Fraction of the documents, chosen by their ids. None keeps the dataset's splits, or takes
             0.05 if there are none.
         test_fraction: The same for the test split.
-
-    Raises:
-        DataError: A fraction is out of range.
     """
 
     def __init__(

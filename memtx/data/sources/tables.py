@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from memtx.data.sources.base import READ_SIZE, Document, SourcePart, TextSource
-from memtx.data.sources.remote_files import RemoteFile, open_file
+from memtx.data.sources.base import READ_SIZE, Document, RemoteFile, SourcePart, TextSource, open_file
 from memtx.data.text_chunks import encode_utf8
 from memtx.errors import DataError, MemtxError, closest_match
 

@@ -22,7 +22,12 @@ LabelledSegment = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class SyntheticTask(ABC):
-    """Sizes of a task, and its generator of episodes. Token 0 is the query, noise is last in the vocabulary."""
+    """Sizes of a task, and its generator of episodes. Token 0 is the query.
+
+    Attributes:
+        segment_length: Tokens of a segment.
+        num_noise_tokens: Number of different noise tokens, the last ones of the vocabulary.
+    """
 
     segment_length: int = 24
     num_noise_tokens: int = 16

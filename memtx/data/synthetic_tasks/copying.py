@@ -17,10 +17,12 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class SelectiveCopying(SyntheticTask):
-    """Copying of ``num_copied`` symbols from the first ``spread`` segments. Tokens: the query for the next, symbols,
-    noise.
+    """Tokens: the query for the next symbol, symbols, noise. Raises MemtxError if the symbols do not fit.
 
-    Raises MemtxError if the symbols do not fit.
+    Attributes:
+        num_copied: Number of symbols to copy.
+        num_symbols: Number of different symbols.
+        spread: Number of segments with symbols.
     """
 
     num_copied: int = 16

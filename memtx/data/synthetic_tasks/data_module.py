@@ -64,6 +64,8 @@ class SyntheticBatches(ResumableBatches):
 class SyntheticDataModule(LightningDataModule):
     """Episodes of a synthetic task, whole in every batch, so that one gradient goes through all of an episode.
 
+    Raises DataError if a number is out of range.
+
     Args:
         task: Task such as ``AssociativeRecall``, which sets the model's vocabulary size and segment length.
         batch_size: Episodes of a batch on each device. At least 1.
@@ -72,9 +74,6 @@ class SyntheticDataModule(LightningDataModule):
         steps_per_epoch: Batches of an epoch; each epoch has new episodes.
         eval_batch_size: Episodes of a batch in evaluation. None uses ``batch_size``.
         eval_steps: Batches of validation and of test. At least 1.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     def __init__(
@@ -158,10 +157,8 @@ class SyntheticDataModule(LightningDataModule):
         """Restore a checkpoint's position; raises CheckpointError if it is in other episodes."""
         for name, value in self.state_dict().items():
             if (saved := state_dict.get(name)) != value and name != "position":
-                raise CheckpointError(
-                    f"The checkpoint's episodes have {name} {saved}, this run's {value}.",
-                    "Use the config saved beside the checkpoint.",
-                )
+                message = f"The checkpoint's episodes have {name} {saved}, this run's {value}."
+                raise CheckpointError(message, "Use the config saved beside the checkpoint.")
         self._position = int(state_dict["position"])
         if self._batches is not None:
             self._batches.position = self._position

@@ -21,11 +21,12 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class KeyValueTask(SyntheticTask):
-    """Base of tasks of keys and values. Tokens: the query, keys, values, noise.
+    """Base of tasks of keys and values. Tokens: the query, keys, values, noise. MemtxError if the pairs do not fit.
 
-    ``num_pairs`` counts the pairs to remember, and the queries in a segment with queries. Raises MemtxError if the
-    pairs do
-    not fit.
+    Attributes:
+        num_pairs: Pairs to remember, and queries in a segment with queries.
+        num_keys: Number of different keys.
+        num_values: Number of different values.
     """
 
     num_pairs: int = 4

@@ -23,15 +23,18 @@ class StateTracking(SyntheticTask):
     """Tokens: a query for each position, the elements that answer, a swap for each two positions, noise.
 
     Segment 0 begins with the initial state, a pair of query and answer for each position. A segment with queries has
-    one for
-    each position, after its swaps: at most ``max_swaps``, a quarter of them on average. With two elements the task is
-    parity. Raises MemtxError if the swaps and queries do not fit.
+    one
+    for each position, after its swaps. With two elements the task is parity. Raises MemtxError if they do not fit.
 
     The initial state is random, so without it every answer is equally likely, however few swaps there were. Each swap
     takes place at random: a known number of swaps would give away the permutation's sign, which for two elements is the
     whole answer. The probability of a swap is drawn for each episode, from 0 to 1/2, so that in quiet episodes recall
     of the initial state can be learned before swaps are. Ignoring swaps is right a little more often than by chance:
     for two elements with n possible swaps, 1 / (2n + 2) more.
+
+    Attributes:
+        num_elements: Number of elements.
+        max_swaps: Maximum swaps of a segment; a quarter of them on average.
     """
 
     num_elements: int = 5

@@ -19,8 +19,7 @@ from memtx.data.batch import IGNORE_INDEX
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
 from memtx.errors import DataError, closest_match
 
-FORMAT = "memtx.task"
-FORMAT_VERSION = 2
+FORMAT, FORMAT_VERSION = "memtx.task", 2
 
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
@@ -32,37 +31,24 @@ _TASKS_BY_KIND: dict[str, type[Task]] = {}
 
 @dataclass(eq=False)
 class EncodedExample:
-    """A window: an example, or a part of one that is longer than the model's input.
+    """A window: an example, or a part of one that is longer than the model's input."""
 
-    Attributes:
-        ids: ``(length,)`` tokens with special tokens.
-        token_type_ids: ``(length,)`` 0 for the first text and 1 for the second.
-        global_attention_mask: ``(length,)`` bool, True for global tokens.
-        input_start: Index in the window of the first token of the part.
-        text_start: Index in the text that may be split of that token.
-        text_stop: Index in the text after the part's last token.
-        target: Labels to learn; meaningless if the example has none.
-    """
-
-    ids: IntArray
-    token_type_ids: IntArray
-    global_attention_mask: NDArray[np.bool_]
-    input_start: int
-    text_start: int
-    text_stop: int
-    target: IntArray | None = None
+    ids: IntArray  # (length,) tokens with special tokens
+    token_type_ids: IntArray  # (length,) 0 for the first text and 1 for the second
+    global_attention_mask: NDArray[np.bool_]  # (length,) True for global tokens
+    input_start: int  # index in the window of the first token of the part
+    text_start: int  # index of that token in the text that may be split
+    text_stop: int  # index in that text after the part's last token
+    target: IntArray | None = None  # labels to learn; meaningless if the example has none
 
 
 class Task(ABC):
-    """Base of all tasks.
+    """Base of all tasks. Raises DataError if a number is out of range, or labels repeat.
 
     Args:
         labels: Labels in order. None takes those of the training examples.
         max_length: Maximum tokens of a window, with special tokens.
         stride: Tokens from the start of one window to the next in a longer text. None rejects a longer text.
-
-    Raises:
-        DataError: A number is out of range, or labels repeat.
     """
 
     kind: ClassVar[str]

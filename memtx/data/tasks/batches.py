@@ -44,9 +44,8 @@ class BatchExamples:
         predictions, start = [], 0
         for prepared in self.examples:
             stop = start + len(prepared.windows)
-            predictions.append(
-                self.task.postprocess(prepared.example, prepared.encodings, prepared.windows, logits[start:stop])
-            )
+            example, encodings, windows = prepared.example, prepared.encodings, prepared.windows
+            predictions.append(self.task.postprocess(example, encodings, windows, logits[start:stop]))
             start = stop
         return predictions
 
@@ -203,10 +202,8 @@ class TrainingBatches(Generic[B]):
         saved = {**(current := self.state_dict()), **state_dict}
         for key in ("seed", "num_windows"):
             if saved[key] != current[key]:
-                raise CheckpointError(
-                    f"The checkpoint's data position belongs to {key} {saved[key]}, this run has {current[key]}.",
-                    "Resume with the config saved beside the checkpoint and its data.",
-                )
+                message = f"The checkpoint's data position belongs to {key} {saved[key]}, this run has {current[key]}."
+                raise CheckpointError(message, "Resume with the config saved beside the checkpoint and its data.")
         self.epoch, self.position = int(saved["epoch"]), int(saved["position"])
         self._assignments = [tuple(assignment) for assignment in saved["assignments"]]
         if (saved["batch_size"], saved["world_size"]) != (self.batch_size, self.world_size):

@@ -135,7 +135,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
     """Examples of a task in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
 
-    Labels and a trained tokenizer come from the training examples, and are in the checkpoint with the task.
+    Labels and a trained tokenizer come from the training examples, and are in the checkpoint with the task. Raises
+    DataError if a number is out of range.
 
     Args:
         root: Folder of the files.
@@ -145,9 +146,6 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         batch_size: Windows of a batch on each device. At least 1.
         eval_batch_size: Windows of a batch in evaluation. None uses ``batch_size``.
         seed: Seed of the order of examples.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     def __init__(

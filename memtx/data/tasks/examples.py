@@ -165,13 +165,12 @@ def read_examples(
 ) -> list[tuple[int, E]]:
     """Read a file of examples, each with its line number (from 1).
 
+    Raises DataError if the file is missing or empty, or a line is broken; it names file and line.
+
     Args:
         path: File with one JSON object a line, in UTF-8; blank lines are skipped.
         parse: ``parse`` of an example class or a task.
         labelled: If True, every line must have its labels.
-
-    Raises:
-        DataError: The file is missing or empty, or a line is broken; names file and line.
     """
     try:
         with open(path, "rb") as file:

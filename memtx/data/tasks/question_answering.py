@@ -20,16 +20,13 @@ class QuestionAnswering(Task):
     """``{"context", "question", "answers", "is_impossible"}``. ``[CLS]`` and the question are global.
 
     The target of a question without an answer, and of a window without the answer, is ``[CLS]`` (Devlin et al. 2019,
-    section 4.3).
+    section 4.3). Raises DataError if a number is out of range.
 
     Args:
         max_length: Maximum tokens of a window, with special tokens and the question.
         stride: Tokens from the start of one window to the next in a longer context. None rejects a longer one.
         max_answer_length: Maximum tokens of an answer.
         answer_threshold: Difference by which the best span's score must exceed that of ``[CLS]``.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     kind = "questions"

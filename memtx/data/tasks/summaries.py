@@ -25,19 +25,12 @@ from memtx.errors import DataError
 
 @dataclass
 class EncodedSummary:
-    """A text and its summary as tokens.
+    """A text and its summary as tokens."""
 
-    Attributes:
-        ids: ``(length,)`` begin token, text, prompt, summary and stop sequence.
-        summary_start: Index of the summary's first token.
-        num_words: Words of the summary.
-        num_bytes: UTF-8 bytes of the summary with the stop sequence.
-    """
-
-    ids: IntArray
-    summary_start: int
-    num_words: int
-    num_bytes: int
+    ids: IntArray  # (length,) begin token, text, prompt, summary and stop sequence
+    summary_start: int  # index of the summary's first token
+    num_words: int  # of the summary
+    num_bytes: int  # UTF-8 bytes of the summary with the stop sequence
 
     @property
     def windows(self) -> list[EncodedSummary]:
@@ -64,6 +57,8 @@ def collate_summaries(examples: Sequence[EncodedSummary], pad_token_id: int) -> 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     """Texts and summaries in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
 
+    Raises DataError if a number is out of range, or prompt or stop_sequence is empty.
+
     Args:
         root: Folder of the files.
         tokenizer: Tokenizer, such as ``BytePairTokenizer``, which is trained on the training examples. Defaults to
@@ -74,9 +69,6 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         segment_length: Tokens of an example in one call of the model. At least 1.
         max_length: Maximum tokens of an example. None for no limit, since a memory reads texts of any length.
         seed: Seed of the order of examples.
-
-    Raises:
-        DataError: A number is out of range, or prompt or stop_sequence is empty.
     """
 
     def __init__(

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.data.sources import tables
-from memtx.data.sources.base import Document, SourcePart
-from memtx.data.sources.remote_files import list_files
+from memtx.data.sources.base import Document, SourcePart, list_files
 from memtx.data.sources.tables import TableColumns
 from memtx.errors import DataError
 
