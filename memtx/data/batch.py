@@ -12,8 +12,7 @@ from memtx.errors import DataError
 
 B = TypeVar("B")
 
-IGNORE_INDEX = -100
-"""Label of a position that is not scored; the default ``ignore_index`` of PyTorch's cross entropy."""
+IGNORE_INDEX = -100  # label of a position that is not scored; the default of PyTorch's cross entropy
 
 
 class Batch(NamedTuple):

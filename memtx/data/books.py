@@ -211,8 +211,7 @@ class BookDataModule(LightningDataModule):
         """Restore a checkpoint's position, which is checked when the training data is opened, and its tokenizer.
 
         In evaluation the checkpoint's tokenizer encodes the texts: the model knows no other. In training, another
-        tokenizer
-        raises CheckpointError.
+        tokenizer raises CheckpointError.
         """
         self._train_tokenizer()
         text = state_dict.get("tokenizer")
@@ -232,9 +231,8 @@ class BookDataModule(LightningDataModule):
         try:
             saved = tokenizer_from_json(text)
         except (TypeError, MemtxError) as error:
-            raise CheckpointError(
-                f"The checkpoint's data part has no whole tokenizer ({error}).", "Restore it from a copy."
-            ) from error
+            message = f"The checkpoint's data part has no whole tokenizer ({error})."
+            raise CheckpointError(message, "Restore it from a copy.") from error
         if self._trainer_fn in ("fit", None):
             raise CheckpointError(
                 f"The checkpoint was trained with another tokenizer ({saved.fingerprint[:12]} of "

@@ -1,7 +1,6 @@
-"""Tokenizers for tasks: every token knows its characters, and special tokens frame a text.
+"""Tokenizers for tasks, whose answers are parts of a text: tokens know their characters, special tokens frame a text.
 
-A task's answer is a part of its text, so tokens must be found again by their characters. The ids of a published
-checkpoint come from its ``tokenizer.json``; WordPiece (Schuster and Nakajima 2012) is trained here.
+Ids of a published checkpoint come from its ``tokenizer.json``; WordPiece (Schuster and Nakajima 2012) is trained here.
 """
 
 from __future__ import annotations
@@ -174,9 +173,8 @@ def hf_tokenizer_from_json(text: str) -> HFTokenizer:
     """Return the tokenizer that ``to_json`` wrote; raises as :func:`tokenizer_from_json`, or for another kind."""
     tokenizer = tokenizer_from_json(text)
     if not isinstance(tokenizer, HFTokenizer):
-        raise DataError(
-            f"The text describes a {type(tokenizer).__name__}, expected an HFTokenizer.", "Use the tokenizer of a task."
-        )
+        message = f"The text describes a {type(tokenizer).__name__}, expected an HFTokenizer."
+        raise DataError(message, "Use the tokenizer of a task.")
     return tokenizer
 
 

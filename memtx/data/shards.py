@@ -81,9 +81,8 @@ class ShardWriter:
             self._digest.update(raw)
             length += len(ids)
         if counter.num_words == 0:
-            raise DataError(
-                f"'{document.path or document.id}' has no words, expected a text.", "Remove it or restore its text."
-            )
+            message = f"'{document.path or document.id}' has no words, expected a text."
+            raise DataError(message, "Remove it or restore its text.")
         self._ids.append(document.id)
         self._titles.append(document.title)
         for column, value in zip(self._columns.values(), (length, counter.num_words, counter.num_bytes), strict=True):
@@ -123,15 +122,10 @@ class TokenStore:
     index or metadata is damaged, or a shard is missing or cut short.
 
     Attributes:
-        ids: Id of each document.
-        titles: Title of each document.
+        ids: Id of each document, and ``titles`` its title.
         lengths: ``(documents,)`` int64. Tokens of each document with ``bos_token_id``.
         token_offsets: ``(documents,)`` int64. Tokens of all documents before each.
-        num_words: ``(documents,)`` int64. Whitespace-separated words of each document's text.
-        num_bytes: ``(documents,)`` int64. UTF-8 bytes of each document's text.
-        bos_token_id: Id that begins a document.
-        vocab_size: Vocabulary size; all ids are below it.
-        tokenizer_fingerprint: Fingerprint of the tokenizer.
+        num_words: ``(documents,)`` int64. Whitespace-separated words of each text, and ``num_bytes`` its UTF-8 bytes.
         fingerprint: SHA-256 of the tokens and the tokenizer, equal only for equal data.
     """
 
@@ -152,9 +146,8 @@ class TokenStore:
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else -1
             if size != shard["size"]:
-                raise DataError(
-                    f"The token shard '{path}' has {max(size, 0)} bytes, expected {shard['size']}.", REBUILD_HINT
-                )
+                message = f"The token shard '{path}' has {max(size, 0)} bytes, expected {shard['size']}."
+                raise DataError(message, REBUILD_HINT)
             metadata = _read_metadata(path, shard["metadata_sha256"])
             self.ids += metadata["ids"]
             self.titles += metadata["titles"] or metadata["ids"]
@@ -196,9 +189,8 @@ class TokenStore:
         tokens = self._memmaps[shard][offset + start : offset + stop]
         # It would index past the model's embeddings.
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
-            raise DataError(
-                f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}.", REBUILD_HINT
-            )
+            message = f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}."
+            raise DataError(message, REBUILD_HINT)
         return tokens
 
     def verify(self) -> None:

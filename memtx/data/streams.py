@@ -24,20 +24,15 @@ from memtx.errors import CheckpointError, DataError
 
 
 class StreamPlan:
-    """The documents of each stream, in order. An offset counts the tokens of a stream before a position.
-
-    Attributes:
-        start_offsets: Per stream, the ascending offsets at which its documents start.
-        document_indices: Per stream, the index of each of its documents.
-        first_tokens: Per stream, the first token that it reads of each document: 0 unless another stream began it.
-        end_offsets: ``(streams,)`` list. Offset at which the last document of each stream ends so far.
-    """
+    """The documents of each stream, in order. An offset counts the tokens of a stream before a position."""
 
     def __init__(self, num_streams: int) -> None:
+        # Of each stream's documents: the ascending offset of the start, the index, and the first token that the stream
+        # reads, 0 unless another stream began the document.
         self.start_offsets: list[list[int]] = [[] for _ in range(num_streams)]
         self.document_indices: list[list[int]] = [[] for _ in range(num_streams)]
         self.first_tokens: list[list[int]] = [[] for _ in range(num_streams)]
-        self.end_offsets = [0] * num_streams
+        self.end_offsets = [0] * num_streams  # at which the last document of each stream ends so far
 
     def append(self, stream: int, document: int, length: int, first_token: int = 0) -> None:
         """Append a document to a stream, from token ``first_token`` on."""
@@ -85,9 +80,8 @@ class EndlessStreamPlan(StreamPlan):
         """Return a plan that assigns what is left from an offset on to another number of streams.
 
         Every token is in one of the two plans, and offsets continue. The first streams continue where they are. A new
-        stream
-        takes the next document. Documents that removed streams have not finished come next, before those that nobody
-        began.
+        stream takes the next document. Documents that removed streams have not finished come next, before those that
+        nobody began.
         """
         self.extend_to(offset)
         plan = EndlessStreamPlan(self._lengths, num_streams, self._seed)

@@ -1,8 +1,4 @@
-"""Splitting of text into chunks whose borders depend on the text alone.
-
-A book arrives as one string, as blocks of a file or as keystrokes; its tokens must not depend on which. So the text is
-split where only the text decides, and each chunk is encoded by itself.
-"""
+"""Splitting of text into chunks by the text alone, so that its tokens do not depend on how it arrives."""
 
 from __future__ import annotations
 
@@ -26,8 +22,8 @@ class TextSplitter:
     """Splits a text that arrives in any portions into chunks that depend on the whole text only.
 
     A chunk ends at the first paragraph end (a run of blank lines) from 1024 characters on, at the first line or word
-    end past 4096, and at 8192 characters at the latest. So memory is bounded and time linear, even for one line of
-    50 MB. The chunks joined are the text.
+    end past 4096, and at 8192 characters at the latest. So memory is bounded and time linear, even for one line of 50
+    MB. The chunks joined are the text.
     """
 
     def __init__(self) -> None:
@@ -92,10 +88,8 @@ def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
             return decoder.decode(block, final)
         except UnicodeDecodeError as error:
             bad_byte = f"byte 0x{error.object[error.start]:02x} at byte offset {offset - pending + error.start}"
-            raise DataError(
-                f"'{name}' is not UTF-8: {bad_byte} ({error.reason}).",
-                "Convert it, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW.",
-            ) from error
+            message = f"'{name}' is not UTF-8: {bad_byte} ({error.reason})."
+            raise DataError(message, "Convert it, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW.") from error
 
     for block in blocks:
         if text := decode(block, False):
@@ -110,10 +104,8 @@ def encode_utf8(text: str) -> bytes:
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character.",
-            "Remove it, or decode the source as UTF-16.",
-        ) from error
+        message = f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character."
+        raise DataError(message, "Remove it, or decode the source as UTF-16.") from error
 
 
 class WordCounter:

@@ -131,8 +131,8 @@ def _capped_progress(size: int, on_progress: ProgressCallback) -> Iterator[Progr
 def write_jobs(jobs: Sequence[ShardJob], tokenizer: Tokenizer, num_workers: int, on_progress: ProgressCallback) -> None:
     """Do independent jobs in ``num_workers`` processes (1: in this one); an interrupt keeps complete shards.
 
-    A tokenizer from outside memtx is used in this process only. ``on_progress`` may be called from any thread.
-    Raises DataError if a job fails as in :func:`write_job`, which ends the others.
+    A tokenizer from outside memtx is used in this process only. ``on_progress`` may be called from any thread. Raises
+    DataError if a job fails as in :func:`write_job`, which ends the others.
     """
     num_workers = min(num_workers, len(jobs))
     needs_this_process = not type(tokenizer).__module__.startswith("memtx.") or any(

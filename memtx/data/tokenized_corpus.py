@@ -100,16 +100,13 @@ class TokenizedCorpus:
     def open_split(self, split: str) -> TokenStore:
         """Open the tokens of a split; raises DataError if there is no such split, or it is damaged."""
         if split not in self.splits:
-            raise DataError(
-                f"'{self.folder}' has no split '{split}', it has {', '.join(self.splits)}.",
-                "Prepare the texts with a share for it.",
-            )
+            message = f"'{self.folder}' has no split '{split}', it has {', '.join(self.splits)}."
+            raise DataError(message, "Prepare the texts with a share for it.")
         store = TokenStore(self.folder / split)
         expected = self._tokenizer_fingerprint, self.splits[split].get("fingerprint")
         if (store.tokenizer_fingerprint, store.fingerprint) != expected:
-            raise DataError(
-                f"The token store '{store.folder}' belongs to other texts or another tokenizer.", REBUILD_HINT
-            )
+            message = f"The token store '{store.folder}' belongs to other texts or another tokenizer."
+            raise DataError(message, REBUILD_HINT)
         return store
 
 
@@ -207,10 +204,8 @@ def _open_existing(path: Path, fingerprint: str, verify: bool) -> TokenizedCorpu
     except DataError as error:
         log.warning("%s Encoding it again.", error.message)
         return None
-    raise DataError(
-        f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer.",
-        "Give another name, or remove it.",
-    )
+    message = f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer."
+    raise DataError(message, "Give another name, or remove it.")
 
 
 def _build(

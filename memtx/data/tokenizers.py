@@ -97,10 +97,8 @@ class Tokenizer(ABC):
 
     def _check_token_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
-            raise DataError(
-                f"Token {token_id} is not in the vocabulary, expected 0 to {self.vocab_size - 1}.",
-                "Use the tokenizer that made it.",
-            )
+            message = f"Token {token_id} is not in the vocabulary, expected 0 to {self.vocab_size - 1}."
+            raise DataError(message, "Use the tokenizer that made it.")
 
 
 class ByteTokenizer(Tokenizer):
@@ -263,10 +261,8 @@ class BytePairTokenizer(BackendTokenizer):
 
     def __init__(self, vocab_size: int = 8192, path: str | None = None) -> None:
         if path is None and vocab_size < 257:
-            raise DataError(
-                f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BOS_TOKEN}).",
-                "Give a larger one, for example 8192.",
-            )
+            message = f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BOS_TOKEN})."
+            raise DataError(message, "Give a larger one, for example 8192.")
         super().__init__(vocab_size if path is None else 0, path)
 
     @property
@@ -303,14 +299,11 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         value = json.loads(text)
         version, expected = value["version"], _FORMAT_VERSIONS[value["format"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            "The text describes no memtx tokenizer.", "For another library's file use BytePairTokenizer(path=...)."
-        ) from error
+        message = "The text describes no memtx tokenizer."
+        raise DataError(message, "For another library's file use BytePairTokenizer(path=...).") from error
     if version != expected:
-        raise DataError(
-            f"The tokenizer has format version {version}, this release reads {expected}.",
-            "Use the release that wrote it.",
-        )
+        message = f"The tokenizer has format version {version}, this release reads {expected}."
+        raise DataError(message, "Use the release that wrote it.")
     if (kind := value.get("kind")) == "byte":
         return ByteTokenizer()
     tokenizer_class: type[BackendTokenizer] = BytePairTokenizer
@@ -319,9 +312,8 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
         tokenizer_class = HFTokenizer
     elif kind != "bpe":
-        raise DataError(
-            f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'.", "Use the release that wrote it."
-        )
+        message = f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'."
+        raise DataError(message, "Use the release that wrote it.")
     if not isinstance(vocab_size := value.get("vocab_size"), int):
         raise DataError(f"The tokenizer's vocab_size is {vocab_size}, expected a number.", "Restore it from a copy.")
     return tokenizer_class.from_backend_json(json.dumps(value.get("model")), vocab_size)
@@ -359,9 +351,8 @@ def _parse_backend(text: str, name: str) -> Any:
     try:
         return Backend.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            f"'{name}' is not a tokenizer.json: {error}.", "Give a file of the tokenizers library."
-        ) from error
+        message = f"'{name}' is not a tokenizer.json: {error}."
+        raise DataError(message, "Give a file of the tokenizers library.") from error
 
 
 def _build_id_to_bytes(backend: Any, vocabulary: dict[str, int]) -> dict[int, bytes]:

@@ -24,12 +24,9 @@ class SourcePart(ABC):
     """A part of a source that one process reads: a file, a byte range of lines, some rows of a table.
 
     Subclasses are frozen dataclasses of plain values, so that a worker process can be sent one.
-
-    Attributes:
-        size: Bytes in the source (compressed bytes of a compressed one), for planning and progress.
     """
 
-    size: int
+    size: int  # bytes in the source (compressed bytes of a compressed one), for planning and progress
 
     @property
     def is_process_local(self) -> bool:
@@ -199,8 +196,7 @@ def list_files(path_or_url: str) -> list[RemoteFile]:
     """List the files of a path, a pattern with ``*``, or a URL of fsspec, sorted by path.
 
     A folder stands for all files below it except hidden ones, ``x.zip`` for its content. Raises DataError if there is
-    no
-    file, or the file system cannot be read.
+    no file, or the file system cannot be read.
     """
     import fsspec
 

@@ -130,9 +130,8 @@ def _builtin_splits(*, include_stdlib: bool) -> dict[str, list[Document]]:
     top-level source files of the standard library are added, about 10 MB.
     """
     if importlib.util.find_spec("pydoc_data") is None:
-        raise DataError(
-            "This Python has no pydoc_data, the source of the embedded corpus.", "Give texts with --data.root PATH."
-        )
+        message = "This Python has no pydoc_data, the source of the embedded corpus."
+        raise DataError(message, "Give texts with --data.root PATH.")
     from pydoc_data.topics import topics
 
     documents: list[Document] = []

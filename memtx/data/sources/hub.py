@@ -92,9 +92,8 @@ class HubDataset(TableSource):
         shards = {str(split): self._make_parts(builder, str(split), stream) for split, stream in streams.items()}
         split_parts = {SPLIT_ALIASES[split]: parts for split, parts in shards.items() if split in SPLIT_ALIASES}
         if "train" not in split_parts:
-            raise DataError(
-                f"The dataset '{self.path}' has no split 'train', it has {', '.join(shards)}.", "Use another dataset."
-            )
+            message = f"The dataset '{self.path}' has no split 'train', it has {', '.join(shards)}."
+            raise DataError(message, "Use another dataset.")
         if self.has_explicit_fractions or len(split_parts) == 1:
             return CorpusManifest(self.path, unsplit_parts=split_parts["train"], split_fractions=self.split_fractions)
         return CorpusManifest(self.path, split_parts)

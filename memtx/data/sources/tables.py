@@ -34,10 +34,8 @@ class TableColumns:
         for name, option in zip(self.names, ("--text-column", "--id-column"), strict=False):
             if name not in available:
                 match = closest_match(name, available)
-                raise DataError(
-                    f"{table} has no column '{name}', it has {', '.join(available[:20])}.{match}",
-                    f"Name another column with {option}.",
-                )
+                message = f"{table} has no column '{name}', it has {', '.join(available[:20])}.{match}"
+                raise DataError(message, f"Name another column with {option}.")
 
     def to_document(self, location: str, record: Mapping[str, Any], default_id: str) -> Document:
         """Return the document of a row; messages name its ``location``, and ``default_id`` is for tables without ids.
@@ -72,15 +70,12 @@ class TableSource(TextSource):
         fractions = {split: DEFAULT_EVAL_FRACTION if value is None else value for split, value in requested.items()}
         for split, fraction in fractions.items():
             if not 0 <= fraction < 1:
-                raise DataError(
-                    f"{split}_fraction is {fraction}, expected a share from 0 up to 1.", "Give for example 0.01."
-                )
+                message = f"{split}_fraction is {fraction}, expected a share from 0 up to 1."
+                raise DataError(message, "Give for example 0.01.")
         fractions["train"] = 1 - sum(fractions.values())
         if fractions["train"] <= 0:
-            raise DataError(
-                f"The shares validation_fraction and test_fraction add up to {1 - fractions['train']}.",
-                "Give smaller ones, so that some documents are left to train on.",
-            )
+            message = f"The shares validation_fraction and test_fraction add up to {1 - fractions['train']}."
+            raise DataError(message, "Give smaller ones, so that some documents are left to train on.")
         self.split_fractions = {split: fraction for split, fraction in fractions.items() if fraction > 0}
 
 
@@ -164,9 +159,8 @@ def _iter_lines(file: IO[bytes], path: str, start: int, stop: int | None) -> Ite
         searched = len(buffer)
         if len(buffer) > MAX_LINE_BYTES:
             if not in_previous_line:
-                raise DataError(
-                    f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes.", "Split the text."
-                )
+                message = f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes."
+                raise DataError(message, "Split the text.")
             # The part in which the line begins raises the error.
             buffer, searched, offset = b"", 0, offset + len(buffer)
             if stop is not None and offset >= stop:
@@ -233,7 +227,6 @@ def _import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            "Parquet is read with pyarrow, which is not installed.", "pip install 'memtx[data]'."
-        ) from error
+        message = "Parquet is read with pyarrow, which is not installed."
+        raise DataError(message, "pip install 'memtx[data]'.") from error
     return pyarrow.parquet

@@ -13,11 +13,9 @@ from torch import Tensor
 from memtx.data.batch import IGNORE_INDEX
 from memtx.errors import MemtxError, check_at_least
 
-QueryMode = Literal["later", "last"]
-"""Segments with queries: every one after the content, as for training, or the last one alone."""
-
+QueryMode = Literal["later", "last"]  # segments with queries: every one after the content, or the last one alone
+# Tokens and labels of one segment, each (batch, segment_length) int64; a label is -100 where nothing is asked.
 LabelledSegment = tuple[Tensor, Tensor]
-"""Tokens and labels of one segment, each ``(batch, segment_length)`` int64; a label is -100 where nothing is asked."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,11 @@ class SyntheticTask(ABC):
         """Yield a batch of episodes segment by segment, so their length costs no memory.
 
         ``num_segments`` must be more than ``num_write_segments``: the difference is the distance. Raises MemtxError for
-        too
-        few segments, or an unknown query mode.
+        too few segments, or an unknown query mode.
         """
         if num_segments <= self.num_write_segments or query_mode not in ("later", "last"):
-            raise MemtxError(
-                f"Got {num_segments} segments and query_mode {query_mode!r}.",
-                f"Give at least {self.num_write_segments + 1} segments, and 'later' or 'last'.",
-            )
+            message = f"Got {num_segments} segments and query_mode {query_mode!r}."
+            raise MemtxError(message, f"Give at least {self.num_write_segments + 1} segments, and 'later' or 'last'.")
         return self._iter_segments(batch_size, num_segments, generator, query_mode)
 
     @abstractmethod

@@ -21,8 +21,7 @@ from memtx.data.batch import (
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
-TRAINING, VALIDATION, TEST = 0, 1, 2
-"""Purposes of a batch; each has episodes of its own, whatever the seed."""
+TRAINING, VALIDATION, TEST = 0, 1, 2  # purposes of a batch; each has its own episodes, whatever the seed
 
 
 def task_to_config(task: SyntheticTask) -> dict[str, Any]:
@@ -91,10 +90,8 @@ class SyntheticDataModule(LightningDataModule):
         check_counts(eval_batch_size=eval_batch_size, eval_steps=eval_steps)
         check_seed(seed)
         if num_segments <= task.num_write_segments:
-            raise DataError(
-                f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}.",
-                f"Change --data.num_segments to at least {task.num_write_segments + 1}.",
-            )
+            message = f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}."
+            raise DataError(message, f"Change --data.num_segments to at least {task.num_write_segments + 1}.")
         self.task, self.batch_size, self.num_segments, self.seed = task, batch_size, num_segments, seed
         self.steps_per_epoch = steps_per_epoch
         self.eval_batch_size, self.eval_steps = eval_batch_size or batch_size, eval_steps
@@ -120,7 +117,7 @@ class SyntheticDataModule(LightningDataModule):
         """Return this rank's batches from the position on."""
         rank, _ = rank_and_world_size(self.trainer)
         batches = SyntheticBatches(self.task, self.batch_size, self.num_segments, self.seed, self.steps_per_epoch, rank)
-        batches.position = self._current_position
+        batches.position = self._position if self._batches is None else self._batches.position
         self._batches = batches
         return batches
 
@@ -144,14 +141,11 @@ class SyntheticDataModule(LightningDataModule):
 
         return FixedBatches(self.eval_steps, get_batch)
 
-    @property
-    def _current_position(self) -> int:
-        return self._position if self._batches is None else self._batches.position
-
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what identifies the episodes."""
         identity = {name: getattr(self, name) for name in ("batch_size", "num_segments", "seed")}
-        return {"position": self._current_position, "task": task_to_config(self.task), **identity}
+        position = self._position if self._batches is None else self._batches.position
+        return {"position": position, "task": task_to_config(self.task), **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position; raises CheckpointError if it is in other episodes."""

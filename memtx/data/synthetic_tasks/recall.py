@@ -1,8 +1,6 @@
-"""Recall across segments: key-value pairs, long noise, then queries for the values of keys.
+"""Recall across segments: key-value pairs among noise, long noise, then queries for the values of keys.
 
-A window alone cannot solve these tasks beyond its reach, so they measure whether a memory remembers and for how long.
-The first segments hold the pairs at random positions among noise; later ones hold noise, and queries. The answer is
-never repeated, so it can only come from the first segments.
+The answer is never repeated, so beyond its window a model answers only if its memory remembers the first segments.
 """
 
 from __future__ import annotations
@@ -105,8 +103,8 @@ class KeyValueTask(SyntheticTask):
 class AssociativeRecall(KeyValueTask):
     """T1, associative recall: queries for the pairs of the first segment.
 
-    With more pairs it measures how much a memory holds (T2; multi-query associative recall, Arora et al. 2024,
-    section 3).
+    With more pairs it measures how much a memory holds (T2; multi-query associative recall, Arora et al. 2024, section
+    3).
     """
 
     def _iter_segments(
@@ -122,8 +120,7 @@ class Overwrite(KeyValueTask):
     """T3, overwriting: keys get new values in later segments; queries ask for the newest value, or the first.
 
     It separates a memory that erases from one that adds up, and from a bank that keeps all values. Every key has a
-    value in
-    segment 0 and gets another one in ``num_overwrites`` of the segments after it.
+    value in segment 0 and gets another one in ``num_overwrites`` of the segments after it.
 
     Attributes:
         num_overwrites: Number of times that a key gets a new value, each in another segment.

@@ -23,8 +23,7 @@ class StateTracking(SyntheticTask):
     """Tokens: a query for each position, the elements that answer, a swap for each two positions, noise.
 
     Segment 0 begins with the initial state, a pair of query and answer for each position. A segment with queries has
-    one
-    for each position, after its swaps. With two elements the task is parity. Raises MemtxError if they do not fit.
+    one for each position, after its swaps. With two elements the task is parity. Raises MemtxError if they do not fit.
 
     The initial state is random, so without it every answer is equally likely, however few swaps there were. Each swap
     takes place at random: a known number of swaps would give away the permutation's sign, which for two elements is the
@@ -43,9 +42,8 @@ class StateTracking(SyntheticTask):
     def __post_init__(self) -> None:
         self._check_sizes(max_swaps=self.max_swaps)
         if self.num_elements < 2:
-            raise MemtxError(
-                f"num_elements is {self.num_elements}, expected at least 2.", "Give at least 2 elements to swap."
-            )
+            message = f"num_elements is {self.num_elements}, expected at least 2."
+            raise MemtxError(message, "Give at least 2 elements to swap.")
         if self.max_swaps + 2 * self.num_elements > self.segment_length:
             raise MemtxError(
                 f"{self.max_swaps} swaps after {self.num_elements} pairs do not fit into segment_length "

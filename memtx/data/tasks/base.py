@@ -1,7 +1,6 @@
-"""A task for a model: examples encoded as token windows, and logits decoded as predictions.
+"""Base of tasks: examples encoded as token windows, and logits decoded as predictions.
 
-Each task type (classification, tagging, question answering) decides how its examples are laid out in a window, which
-tokens are global (Longformer, Beltagy et al. 2020, section 3.1), and how the model's logits are read.
+Each task sets which tokens are global (Longformer, Beltagy et al. 2020, section 3.1).
 """
 
 from __future__ import annotations
@@ -127,8 +126,7 @@ class Task(ABC):
         """Return the first and last (exclusive) tokens of each window of a text.
 
         ``num_reserved`` tokens of a window are not of the text. Raises DataError if the text does not fit and there is
-        no
-        stride, or no token would fit.
+        no stride, or no token would fit.
         """
         room = self.max_length - num_reserved
         if num_tokens <= room:

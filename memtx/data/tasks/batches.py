@@ -51,24 +51,15 @@ class BatchExamples:
 
 
 class TaskBatch(NamedTuple):
-    """Windows of a task.
+    """Windows of a task; integers are int64."""
 
-    Attributes:
-        tokens: ``(batch, length)`` int64.
-        attention_mask: ``(batch, length)`` int64, 1 for a token and 0 for padding.
-        token_type_ids: ``(batch, length)`` int64, 1 for tokens of a second text.
-        global_attention_mask: ``(batch, length)`` int64, 1 for global tokens.
-        labels: ``(batch,)`` classes, ``(batch, length)`` tags, or ``(batch, 2)`` first and last position of an answer;
-            ``IGNORE_INDEX`` where there is no label.
-        batch_examples: Whole examples in evaluation; None in training.
-    """
-
-    tokens: Tensor
-    attention_mask: Tensor
-    token_type_ids: Tensor
-    global_attention_mask: Tensor
+    tokens: Tensor  # (batch, length)
+    attention_mask: Tensor  # (batch, length) 1 for a token and 0 for padding
+    token_type_ids: Tensor  # (batch, length) 1 for tokens of a second text
+    global_attention_mask: Tensor  # (batch, length) 1 for global tokens
+    # (batch,) classes, (batch, length) tags, or (batch, 2) first and last position of an answer; IGNORE_INDEX for none
     labels: Tensor
-    batch_examples: BatchExamples | None
+    batch_examples: BatchExamples | None  # whole examples in evaluation; None in training
 
 
 def encode_examples(examples: Sequence[Any], task: Task, tokenizer: HFTokenizer) -> list[PreparedExample]:
@@ -118,8 +109,7 @@ class TrainingBatches(Generic[B]):
     """Endless passes over all windows, windows of similar length together; the position is a few integers.
 
     Resumed with another batch size or world size, what is left of the pass is assigned to these. Windows that do not
-    make a
-    batch for each rank are left out at the end of a pass, so each rank gets the same number of batches.
+    make a batch for each rank are left out at the end of a pass, so each rank gets the same number of batches.
     ``collate_fn`` makes a batch from windows and the padding id.
     """
 

@@ -122,10 +122,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         """Restore a checkpoint's position; raises CheckpointError if one of the ``required`` texts differs."""
         texts = self._checkpoint_texts()
         if any(state_dict.get(name) != texts[name] for name in required):
-            raise CheckpointError(
-                f"The checkpoint was trained with another {' or '.join(required)}.",
-                "Use the config saved beside the checkpoint and its data.",
-            )
+            message = f"The checkpoint was trained with another {' or '.join(required)}."
+            raise CheckpointError(message, "Use the config saved beside the checkpoint and its data.")
         self._restored_position = {key: value for key, value in state_dict.items() if key not in texts} or None
         if self._batches is not None and self._restored_position is not None:
             self._batches.load_state_dict(self._restored_position)

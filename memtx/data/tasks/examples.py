@@ -1,8 +1,8 @@
 """Examples of tasks: one JSON object a line, checked as it is read; errors name file and line.
 
-The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``,
-``{"tokens", "tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}``, and
-``{"text", "summary"}``. Further fields are ignored.
+The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``, ``{"tokens",
+"tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}`` and ``{"text",
+"summary"}``. Further fields are ignored.
 """
 
 from __future__ import annotations
@@ -112,9 +112,8 @@ class QuestionExample:
         if impossible and answers:
             raise DataError(f"The question is impossible and has {len(answers)} answers.", "Change one of the two.")
         if not impossible and not answers:
-            raise DataError(
-                "'answers' is empty and 'is_impossible' is not true.", "Give an answer, or set is_impossible to true."
-            )
+            message = "'answers' is empty and 'is_impossible' is not true."
+            raise DataError(message, "Give an answer, or set is_impossible to true.")
         return cls(context, question, answers, example_id, title)
 
 
@@ -154,9 +153,8 @@ class SummaryPrompt:
     def format_completion(self, summary: str) -> str:
         """Return the text to generate; raises DataError if the summary contains the stop sequence."""
         if self.stop_sequence in summary:
-            raise DataError(
-                f"The summary holds the stop sequence {self.stop_sequence!r}.", "Change --data.stop_sequence."
-            )
+            message = f"The summary holds the stop sequence {self.stop_sequence!r}."
+            raise DataError(message, "Change --data.stop_sequence.")
         return summary + self.stop_sequence
 
 
@@ -282,8 +280,6 @@ def _parse_answer(value: Any, index: int, context: str) -> Answer:
             "answer_start counts characters from 0.",
         )
     if (actual := context[start : start + len(text)]) != text:
-        raise DataError(
-            f"answers[{index}] is {_preview(text)}, the context has {_preview(actual)} at {start}.",
-            "answer_start counts characters (not bytes) from 0.",
-        )
+        message = f"answers[{index}] is {_preview(text)}, the context has {_preview(actual)} at {start}."
+        raise DataError(message, "answer_start counts characters (not bytes) from 0.")
     return Answer(text, start)

@@ -12,8 +12,7 @@ from memtx.data.tasks.base import EncodedExample, IntArray, Logits, Task, build_
 from memtx.data.tasks.examples import QuestionExample
 from memtx.errors import DataError
 
-START, END = 0, 1
-"""Indices of a token's two logits: the answer starts with it, the answer ends with it."""
+START, END = 0, 1  # a token's two logits: the answer starts with it, the answer ends with it
 
 
 class QuestionAnswering(Task):
@@ -41,10 +40,8 @@ class QuestionAnswering(Task):
     ) -> None:
         super().__init__((), max_length, stride)
         if max_answer_length < 1:
-            raise DataError(
-                f"max_answer_length is {max_answer_length}, expected at least 1 token.",
-                "Change --data.task.max_answer_length.",
-            )
+            message = f"max_answer_length is {max_answer_length}, expected at least 1 token."
+            raise DataError(message, "Change --data.task.max_answer_length.")
         self.max_answer_length, self.answer_threshold = max_answer_length, answer_threshold
 
     @property
@@ -54,9 +51,8 @@ class QuestionAnswering(Task):
 
     def from_text(self, text: str) -> QuestionExample:
         """Raise DataError: a text alone is no question."""
-        raise DataError(
-            "This model answers a question about a context.", 'Give {"context": ..., "question": ...} as JSON.'
-        )
+        message = "This model answers a question about a context."
+        raise DataError(message, 'Give {"context": ..., "question": ...} as JSON.')
 
     def get_texts(self, example: QuestionExample) -> tuple[str, ...]:
         """Return question and context."""

@@ -1,8 +1,6 @@
-"""Texts and what follows them, as sequences for a decoder that is trained on the completion alone.
+"""Texts and completions, such as summaries, replies or translations, for a decoder that is trained on the completion.
 
-A sequence is the text, a prompt, the summary and a stop sequence; the trained model is asked with text and prompt, and
-generates up to the stop sequence. The fields are ``{"text", "summary"}``, whatever the completion is: a summary, a
-reply, a translation.
+A sequence is the text, a prompt, the completion and a stop sequence, up to which the trained model generates.
 """
 
 from __future__ import annotations
@@ -109,9 +107,8 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
         ids = np.concatenate([[self.tokenizer.bos_token_id], prompt_ids, completion_ids])
         if self.max_length is not None and len(ids) > self.max_length:
-            raise DataError(
-                f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}.", "Raise --data.max_length."
-            )
+            message = f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}."
+            raise DataError(message, "Raise --data.max_length.")
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
         return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
 
