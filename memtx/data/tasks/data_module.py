@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
@@ -22,6 +22,7 @@ from memtx.data.tasks.batches import (
     encode_examples,
 )
 from memtx.data.tasks.examples import read_examples, split_path
+from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError
 
 B = TypeVar("B")
@@ -35,6 +36,11 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     raised.
     """
 
+    REQUIRED_TEXTS: ClassVar[tuple[str, ...]] = (
+        "tokenizer",
+    )  # texts of a checkpoint that must be those of this module
+    tokenizer: Tokenizer
+
     def __init__(self, root: str | None, batch_size: int, seed: int, **counts: int | None) -> None:
         super().__init__()
         check_counts(batch_size=batch_size, **counts)
@@ -43,9 +49,22 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         self._batches: TrainingBatches[B] | None = None
         self._restored_position: dict[str, Any] | None = None
 
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary size; known before any text is read."""
+        return self.tokenizer.vocab_size
+
     @abstractmethod
-    def _encode_split(self, split: str) -> list[R]:
-        """Read and encode a split; raises DataError with file and line."""
+    def _read_split(self, split: str) -> list[tuple[int, Any]]:
+        """Return line numbers and examples; raises DataError with file and line."""
+
+    @abstractmethod
+    def _get_texts(self, example: Any) -> tuple[str, ...]:
+        """Return the texts to train a tokenizer on."""
+
+    @abstractmethod
+    def _encode_example(self, example: Any) -> list[R]:
+        """Encode an example; raises DataError if it cannot be used."""
 
     @abstractmethod
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], B]]:
@@ -65,21 +84,22 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         Raises DataError with the file and line of an example that cannot be used.
         """
         if split not in self._encoded_examples:
-            self._encoded_examples[split] = self._encode_split(split)
+            self._fit_to_training_examples()
+            encoded: list[R] = []
+            for line, example in self._read_split(split):
+                try:
+                    encoded += self._encode_example(example)
+                except DataError as error:
+                    location = f"'{split_path(self.root, split)}', line {line}"
+                    raise DataError(f"{location}: {error.message}", error.hint) from error
+            self._encoded_examples[split] = encoded
         return self._encoded_examples[split]
 
-    def _encode_lines(
-        self, split: str, examples: Sequence[tuple[int, Any]], encode: Callable[[Any], list[R]]
-    ) -> list[R]:
-        """Encode examples with line numbers; errors name file and line."""
-        encoded: list[R] = []
-        for line, example in examples:
-            try:
-                encoded += encode(example)
-            except DataError as error:
-                location = f"'{split_path(self.root, split)}', line {line}"
-                raise DataError(f"{location}: {error.message}", error.hint) from error
-        return encoded
+    def _fit_to_training_examples(self) -> None:
+        """Train the tokenizer on the training examples, if it is not trained."""
+        if not self.tokenizer.is_trained:
+            examples = self._read_split("train")
+            self.tokenizer.train(text for _, example in examples for text in self._get_texts(example))
 
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs; a fit begins at the start of the data unless a checkpoint is restored."""
@@ -118,11 +138,12 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         position = self._batches.state_dict() if self._batches is not None else self._restored_position or {}
         return {**position, **self._checkpoint_texts()}
 
-    def _restore(self, state_dict: dict[str, Any], required: Sequence[str]) -> None:
-        """Restore a checkpoint's position; raises CheckpointError if one of the ``required`` texts differs."""
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a checkpoint's position; raises CheckpointError if its tokenizer or task is another one."""
+        self._fit_to_training_examples()
         texts = self._checkpoint_texts()
-        if any(state_dict.get(name) != texts[name] for name in required):
-            message = f"The checkpoint was trained with another {' or '.join(required)}."
+        if any(state_dict.get(name) != texts[name] for name in self.REQUIRED_TEXTS):
+            message = f"The checkpoint was trained with another {' or '.join(self.REQUIRED_TEXTS)}."
             raise CheckpointError(message, "Use the config saved beside the checkpoint and its data.")
         self._restored_position = {key: value for key, value in state_dict.items() if key not in texts} or None
         if self._batches is not None and self._restored_position is not None:
@@ -146,6 +167,9 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         seed: Seed of the order of examples.
     """
 
+    REQUIRED_TEXTS = ("tokenizer", "task")
+    tokenizer: HFTokenizer
+
     def __init__(
         self,
         task: Task,
@@ -161,11 +185,6 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         self._examples: dict[str, list[tuple[int, Any]]] = {}
 
     @property
-    def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
-        return self.tokenizer.vocab_size
-
-    @property
     def mask_token_id(self) -> int:
         """Id of a masked token."""
         self._fit_to_training_examples()
@@ -177,28 +196,23 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         self._fit_labels()
         return self.task.num_labels
 
-    def load_examples(self, split: str) -> list[Any]:
-        """Return the examples of a split; raises DataError with file and line."""
+    def _read_split(self, split: str) -> list[tuple[int, Any]]:
         if split not in self._examples:
             self._examples[split] = read_examples(split_path(self.root, split), self.task.parse)
-        return [example for _, example in self._examples[split]]
+        return self._examples[split]
 
-    def _encode_split(self, split: str) -> list[PreparedExample]:
-        self._fit_to_training_examples()
-        self.load_examples(split)
-        return self._encode_lines(
-            split, self._examples[split], lambda example: encode_examples([example], self.task, self.tokenizer)
-        )
+    def _get_texts(self, example: Any) -> tuple[str, ...]:
+        return self.task.get_texts(example)
+
+    def _encode_example(self, example: Any) -> list[PreparedExample]:
+        return encode_examples([example], self.task, self.tokenizer)
 
     def _fit_labels(self) -> None:
         if not self.task.num_labels:
-            self.task.fit_labels(self.load_examples("train"))
+            self.task.fit_labels(example for _, example in self._read_split("train"))
 
     def _fit_to_training_examples(self) -> None:
-        """Learn tokens and labels from the training examples, where there are none yet."""
-        if not self.tokenizer.is_trained:
-            examples = self.load_examples("train")
-            self.tokenizer.train(text for example in examples for text in self.task.get_texts(example))
+        super()._fit_to_training_examples()
         self._fit_labels()
 
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], TaskBatch]]:
@@ -210,8 +224,3 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "task": task_to_json(self.task)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position; raises CheckpointError if its tokenizer or task is another one."""
-        self._fit_to_training_examples()
-        self._restore(state_dict, ("tokenizer", "task"))

@@ -83,39 +83,25 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         super().__init__(root, batch_size, seed, segment_length=segment_length, max_length=max_length)
         self.summary_prompt = SummaryPrompt(prompt, stop_sequence)
         self.segment_length, self.max_length = segment_length, max_length
-        self.tokenizer: Tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
-
-    @property
-    def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
-        return self.tokenizer.vocab_size
+        self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
 
     def _read_split(self, split: str) -> list[tuple[int, SummaryExample]]:
         return read_examples(split_path(self.root, split), SummaryExample.parse)
 
-    def _encode_split(self, split: str) -> list[EncodedSummary]:
-        self._train_tokenizer()
-        return self._encode_lines(split, self._read_split(split), lambda example: [self._encode_example(example)])
-
-    def _prompt_and_completion(self, example: SummaryExample) -> tuple[str, str]:
+    def _get_texts(self, example: SummaryExample) -> tuple[str, str]:
         prompt = self.summary_prompt.format_prompt(example.text)
         return prompt, self.summary_prompt.format_completion(example.summary or "")
 
-    def _encode_example(self, example: SummaryExample) -> EncodedSummary:
+    def _encode_example(self, example: SummaryExample) -> list[EncodedSummary]:
         assert example.summary is not None
-        prompt, completion = self._prompt_and_completion(example)
+        prompt, completion = self._get_texts(example)
         prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
         ids = np.concatenate([[self.tokenizer.bos_token_id], prompt_ids, completion_ids])
         if self.max_length is not None and len(ids) > self.max_length:
             message = f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}."
             raise DataError(message, "Raise --data.max_length.")
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
-        return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
-
-    def _train_tokenizer(self) -> None:
-        if not self.tokenizer.is_trained:
-            examples = self._read_split("train")
-            self.tokenizer.train(text for _, example in examples for text in self._prompt_and_completion(example))
+        return [EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)]
 
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], Batch]]:
         return self.tokenizer.bos_token_id, collate_summaries
@@ -133,11 +119,3 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position; in evaluation its tokenizer is already this module's.
-
-        Raises CheckpointError if its tokenizer is another one.
-        """
-        self._train_tokenizer()
-        self._restore(state_dict, ("tokenizer",))
