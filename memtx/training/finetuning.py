@@ -17,13 +17,12 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from memtx import class_config
 from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import from_pretrained
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.batches import BatchExamples, TaskBatch
 from memtx.data.tasks.examples import QuestionExample, TaggedExample
 from memtx.data.tasks.tagging import extract_spans
 from memtx.errors import MemtxError
-from memtx.hf.layout import HFCompatibleModel
-from memtx.hf.load import from_pretrained
 from memtx.metrics import AnswerExactMatch, AnswerF1, SpanF1
 from memtx.models.encoder import Encoder
 from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClassificationHead
@@ -242,7 +241,7 @@ def _without_key(arguments: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _load_encoder(path: str, vocab_size: int) -> Encoder:
     made = from_pretrained(pretrained.resolve_model_path(path))
-    if not isinstance(made, Encoder) or not isinstance(made, HFCompatibleModel):
+    if not isinstance(made, Encoder):
         raise MemtxError(f"'{path}' holds a {type(made).__name__}, expected an encoder.", "Change model.pretrained.")
     if made.vocab_size < vocab_size:
         raise MemtxError(

@@ -23,7 +23,7 @@ class LoRA:
     """Puts low-rank matrices beside maps of a model's layers: W x becomes W x + (alpha / rank) B A x.
 
     A is drawn and B begins at 0, so that the model computes what it computed. What is kept of it for reading, by
-    ``save_pretrained``, ``export_hf`` or ``from_pretrained`` of a run's checkpoint, has B A added to W.
+    ``save_pretrained``, :func:`memtx.hf.save` or ``from_pretrained`` of a run's checkpoint, has B A added to W.
 
     Args:
         rank: width between A, (rank, into), and B, (out, rank).

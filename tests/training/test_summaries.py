@@ -15,8 +15,7 @@ from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.examples import SummaryPrompt
 from memtx.data.tasks.summaries import SummaryDataModule
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.predictor import Predictor, is_task_model
-from memtx.inference.summarizer import Summarizer, load_predictor
+from memtx.inference.predictor import Predictor, Summarizer, is_task_model, load_predictor
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.summaries import SummaryModule

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from memtx.memory.gates import Gate
+from memtx.memory.parts import Gate
 
 
 class ClosedGateMonitor(pl.Callback):

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from memtx.checkpoint.async_io import AsyncAtomicCheckpointIO
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.training import nonfinite_trace
 from memtx.training.callbacks import health
 from memtx.training.callbacks.health import MemoryNormMonitor

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memtx.memory.associative import AssociativeMemory
-from memtx.memory.gates import Gate
+from memtx.memory.parts import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.training.callbacks.gates import ClosedGateMonitor
 from memtx.training.language import LanguageModule
