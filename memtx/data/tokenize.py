@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -175,7 +174,9 @@ class _Worker:
             # Else Hugging Face's `datasets` imports PyTorch: 5 s and 200 MB a process.
             "USE_TORCH": "0",
         }
-        code = "from memtx.data.tokenize import run_worker; run_worker()"
+        # Ctrl-C reaches the whole process group, even before the imports; the parent decides when workers end.
+        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        code += "from memtx.data.tokenize import run_worker; run_worker()"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
@@ -203,14 +204,13 @@ class _Worker:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        with contextlib.suppress(OSError), self._process:  # which waits; the pipe may hold unsent bytes of a message
+        self._process.wait()
+        with contextlib.suppress(OSError), self._process:  # closes the pipes, maybe with unsent bytes of a message
             pass
 
 
 def run_worker() -> None:
     """Serve as a worker: read the tokenizer and then jobs from stdin, write progress, an error or None to stdout."""
-    # Ctrl-C reaches the whole process group; the parent decides when workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def send(reply: Any) -> None:
         pickle.dump(reply, sys.stdout.buffer)
