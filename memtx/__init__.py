@@ -68,7 +68,7 @@ _EXPORTS = {
     "state": ["MemoryState"],
     "training.language": ["LanguageModule"],
 }
-_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
+_MODULES = {name: f"memtx.{module}" for module, names in _EXPORTS.items() for name in names}
 
 __all__ = sorted([*_MODULES, "hf"])
 
