@@ -144,8 +144,8 @@ class Task(ABC):
                 "Lower --data.task.stride, or raise --data.task.max_length.",
             )
         # The last window is as long as the others, so the end of a text has context before it.
-        starts = [*range(0, num_tokens - room, self.stride), num_tokens - room]
-        return [(start, start + room) for start in starts]
+        window_starts = [*range(0, num_tokens - room, self.stride), num_tokens - room]
+        return [(start, start + room) for start in window_starts]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and the constructor's arguments as JSON values."""

@@ -121,9 +121,9 @@ def _answer_token_range(example: QuestionExample, context: Encoding) -> tuple[in
     if not example.answers:
         return None
     answer = example.answers[0]
-    starts: IntArray = context.offsets[:, 0]
-    stops: IntArray = context.offsets[:, 1]
-    indices = np.flatnonzero((stops > answer.start) & (starts < answer.start + len(answer.text)))
+    first_characters: IntArray = context.offsets[:, 0]
+    end_characters: IntArray = context.offsets[:, 1]
+    indices = np.flatnonzero((end_characters > answer.start) & (first_characters < answer.start + len(answer.text)))
     return (int(indices[0]), int(indices[-1])) if len(indices) else None
 
 

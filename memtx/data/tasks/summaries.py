@@ -109,13 +109,13 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
         rank, world_size = rank_and_world_size(self.trainer)
         examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
-        starts = range(0, len(examples), self.batch_size)
+        batch_starts = range(0, len(examples), self.batch_size)
 
         def get_batch(index: int) -> Batch:
-            start = starts[index]
+            start = batch_starts[index]
             return collate_summaries(examples[start : start + self.batch_size], self.tokenizer.bos_token_id)
 
-        return FixedBatches(len(starts), get_batch)
+        return FixedBatches(len(batch_starts), get_batch)
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}
