@@ -6,6 +6,8 @@ Public names are imported on first use, so that ``import memtx`` takes milliseco
 from __future__ import annotations
 
 import importlib
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
