@@ -129,16 +129,11 @@ def measure(root: Path, num_bytes: int, arguments: argparse.Namespace, tokenizer
     undisturbed = start("undisturbed").finish()
     splits = undisturbed["splits"].values()
     result = {
-        "tokenizer": tokenizer,
-        "source_bytes": source_bytes,
-        "documents": num_documents,
+        "tokenizer": tokenizer, "source_bytes": source_bytes, "documents": num_documents,
         "documents_prepared": sum(split["documents"] for split in splits),
-        "tokens": sum(split["tokens"] for split in splits),
-        "seconds": undisturbed["seconds"],
-        "bytes_per_second": source_bytes / undisturbed["seconds"],
-        "peak_bytes": undisturbed["peak_bytes"],
-        "kills": 0,
-    }
+        "tokens": sum(split["tokens"] for split in splits), "seconds": undisturbed["seconds"],
+        "bytes_per_second": source_bytes / undisturbed["seconds"], "peak_bytes": undisturbed["peak_bytes"], "kills": 0,
+    }  # fmt: skip
     assert result["documents_prepared"] == num_documents
     rng = random.Random(arguments.seed)
     if kills:

@@ -1,6 +1,6 @@
 """A run that goes on with other rows or processes: whose memory goes where, and how much is left of the epoch.
 
-Who reads which document is the data's to say (:meth:`memtx.data.packing.EndlessStreamPlan.reassign`): there the rows of
+Who reads which document is the data's to say (:meth:`memtx.data.streams.EndlessStreamPlan.reassign`): there the rows of
 all processes are numbered through, and the first ones go on where they were. So does here what they carry.
 """
 
