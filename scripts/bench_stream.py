@@ -63,10 +63,10 @@ def measure_decoding(
         times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
 
         def decode(method: str, position: int) -> None:
-            carried = states[position]
+            state = states[position]
             for index in range(arguments.decode_tokens):
                 if method == "calls":
-                    carried = model(tokens[:, index : index + 1], carried).state
+                    state = model(tokens[:, index : index + 1], state).state
                 else:
                     decoders[position].step(tokens[:, index])
 

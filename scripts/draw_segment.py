@@ -54,7 +54,7 @@ def read_segment(num_segments: int = 3) -> list[list[Column]]:
         view = memory.read(state, inputs, segment, attention)
         state, _ = memory.write(view, segment, LayerActivations(inputs, inputs, attention))
         position = segment.next_position
-    kept = {*state.bank.flatten().tolist(), *state.hidden.flatten().tolist()}
+    remaining = {*state.bank.flatten().tolist(), *state.hidden.flatten().tolist()}
     visible = create_mask(view.entry_positions.visibility)[0].T.tolist()
     parts: list[list[Column]] = []
     for part, (entries, color) in enumerate(zip(view.parts, PARTS.values(), strict=True)):
@@ -63,7 +63,7 @@ def read_segment(num_segments: int = 3) -> list[list[Column]]:
         columns = []
         for index, value in enumerate(values, start):
             label = format_positions(value)
-            columns.append(Column(index + GAP * part, color, label, visible[index], value in kept))
+            columns.append(Column(index + GAP * part, color, label, visible[index], value in remaining))
         parts.append(columns)
     return parts
 
@@ -91,8 +91,8 @@ def draw(axes: Axes, parts: list[list[Column]]) -> None:
         label = f"token {first_position + query} sees"
         axes.text(-0.4, query + CELL / 2, label, ha="right", va="center", fontsize=8.5, color=TEXT_COLOR)
     for label, columns in (("next bank", parts[0] + parts[1]), ("next cache", parts[2] + parts[3])):
-        kept = [column.x for column in columns if column.is_kept]
-        middle = (kept[0] + kept[-1] + CELL) / 2
+        remaining = [column.x for column in columns if column.is_kept]
+        middle = (remaining[0] + remaining[-1] + CELL) / 2
         axes.text(middle, LENGTH + 1.05, label, ha="center", va="center", fontsize=8.5, color=TEXT_COLOR)
     axes.text(-0.4, LENGTH + 1.05, "next state keeps", ha="right", va="center", fontsize=8.5, color=TEXT_COLOR)
     axes.set_xlim(-4.6, parts[-1][-1].x + 1.2)

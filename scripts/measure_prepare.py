@@ -89,11 +89,11 @@ class PrepareProcess:
         """Watch memory until the process ends or ``timeout`` seconds have passed; return True if it ended."""
         parent = psutil.Process(self.process.pid)
         while self.process.poll() is None:
-            resident = 0
+            resident_bytes = 0
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in [parent, *parent.children(recursive=True)]:
-                    resident += process.memory_info().rss
-            self.peak_bytes = max(self.peak_bytes, resident)
+                    resident_bytes += process.memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, resident_bytes)
             if time.perf_counter() - self.start_time > timeout:
                 return False
             time.sleep(0.02)

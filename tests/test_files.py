@@ -139,8 +139,8 @@ def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_replace_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
     """Interrupted before any rename or removal, recover restores one of the two folders completely."""
-    target, whole = tmp_path / "place", tmp_path / "whole"
-    for folder in (target, whole):
+    target, source = tmp_path / "place", tmp_path / "source"
+    for folder in (target, source):
         folder.mkdir()
         (folder / "a").write_text(folder.name)
     calls = 0
@@ -158,9 +158,9 @@ def test_interrupted_replace_is_recovered(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     monkeypatch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
     with pytest.raises(KeyboardInterrupt):
-        files.replace(whole, target)
+        files.replace(source, target)
     monkeypatch.undo()
     files.recover(target)
-    assert (target / "a").read_text() == ("whole" if stop == 3 else "place")
+    assert (target / "a").read_text() == ("source" if stop == 3 else "place")
     files.recover(target)
     assert target.exists()

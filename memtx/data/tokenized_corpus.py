@@ -46,7 +46,7 @@ class TokenizedCorpus:
 
     Attributes:
         name: Name of the source.
-        splits: Of each split the numbers of documents, tokens, words, bytes of text and skipped rows, and the
+        splits: Per split, the numbers of documents, tokens, words, bytes of text and skipped rows, and the
             fingerprint.
         input_fingerprint: SHA-256 of the texts and the tokenizer.
     """

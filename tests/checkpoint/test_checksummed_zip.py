@@ -24,38 +24,38 @@ def write(path: Path, step: int = 3) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sealed") / "a.ckpt"
     write(path)
     return path
 
 
-def test_any_zip_reader_opens_the_file(whole: Path) -> None:
-    checksummed_zip.verify(whole)
-    assert checksummed_zip.read_step(whole) == 3
+def test_any_zip_reader_opens_the_file(intact_file: Path) -> None:
+    checksummed_zip.verify(intact_file)
+    assert checksummed_zip.read_step(intact_file) == 3
     for mapped in (False, True):
-        loaded = torch.load(whole, weights_only=True, mmap=mapped)
+        loaded = torch.load(intact_file, weights_only=True, mmap=mapped)
         assert torch.equal(loaded["weights"], CONTENT["weights"])
         assert loaded["text"] == CONTENT["text"]
-    with zipfile.ZipFile(whole) as archive:
+    with zipfile.ZipFile(intact_file) as archive:
         assert archive.testzip() is None
         assert archive.comment.startswith(b"memtx step=")
 
 
 @given(offset=st.integers(0), bit=st.integers(0, 7))
-def test_every_flipped_bit_is_detected(whole: Path, offset: int, bit: int) -> None:
-    content = bytearray(whole.read_bytes())
+def test_every_flipped_bit_is_detected(intact_file: Path, offset: int, bit: int) -> None:
+    content = bytearray(intact_file.read_bytes())
     content[offset % len(content)] ^= 1 << bit
-    other = whole.with_name("flipped")
+    other = intact_file.with_name("flipped")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         checksummed_zip.verify(other)
 
 
 @given(size=st.integers(0), more=st.binary(max_size=300))
-def test_any_other_length_is_refused(whole: Path, size: int, more: bytes) -> None:
-    content = whole.read_bytes()
-    other = whole.with_name("cut")
+def test_any_other_length_is_refused(intact_file: Path, size: int, more: bytes) -> None:
+    content = intact_file.read_bytes()
+    other = intact_file.with_name("cut")
     changed = content[: size % len(content)] + more
     if changed == content:
         return
@@ -65,8 +65,8 @@ def test_any_other_length_is_refused(whole: Path, size: int, more: bytes) -> Non
 
 
 @given(content=st.binary(max_size=400))
-def test_arbitrary_bytes_are_no_checkpoint(whole: Path, content: bytes) -> None:
-    other = whole.with_name("junk")
+def test_arbitrary_bytes_are_no_checkpoint(intact_file: Path, content: bytes) -> None:
+    other = intact_file.with_name("junk")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         checksummed_zip.verify(other)

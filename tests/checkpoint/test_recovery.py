@@ -173,13 +173,13 @@ def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
 
 def test_async_writes_happen_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes, waits = AsyncAtomicCheckpointIO(), []
-    whole = AtomicCheckpointIO.save_checkpoint
+    save_checkpoint = AtomicCheckpointIO.save_checkpoint
 
     def slow(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, options: Any = None) -> None:
         waits.append(path)
         if checkpoint["global_step"] == 3:
             raise MemtxError("No space.")
-        whole(self, checkpoint, path, options)
+        save_checkpoint(self, checkpoint, path, options)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
     done: list[int] = []

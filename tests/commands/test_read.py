@@ -52,14 +52,14 @@ def test_json_adds_up(model: str, book: Path, capsys: pytest.CaptureFixture[str]
 def test_the_totals_do_not_depend_on_chunks_and_segments(
     model: str, book: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read_json(capsys, str(book), "--checkpoint", model)
+    complete = read_json(capsys, str(book), "--checkpoint", model)
     # Chunks of 7 bytes cut characters.
     monkeypatch.setattr(command, "CHUNK_BYTES", 7)
     chunked = read_json(capsys, str(book), "--checkpoint", model)
-    assert [whole[name] for name in SAME] == [chunked[name] for name in SAME]
+    assert [complete[name] for name in SAME] == [chunked[name] for name in SAME]
     other = read_json(capsys, str(book), "--checkpoint", model, "--segment-length", "100")
     # Only the order of float32 sums differs.
-    assert other["nll"] == pytest.approx(whole["nll"], rel=1e-5)
+    assert other["nll"] == pytest.approx(complete["nll"], rel=1e-5)
 
 
 def test_the_report_has_a_line_per_chapter(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,8 +104,8 @@ def test_a_session_continues_with_a_book_that_grew(
     read_json(capsys, str(book), "--checkpoint", model, "--session", session)
     book.write_bytes(BOOK.encode())
     grown = read_json(capsys, str(book), "--checkpoint", model, "--session", session)
-    whole = read_json(capsys, str(book), "--checkpoint", model)
-    assert [grown[name] for name in SAME] == [whole[name] for name in SAME]
+    complete = read_json(capsys, str(book), "--checkpoint", model)
+    assert [grown[name] for name in SAME] == [complete[name] for name in SAME]
 
 
 @pytest.mark.parametrize("chunk", [301, command.CHUNK_BYTES])
@@ -120,7 +120,7 @@ def test_an_interrupted_and_resumed_reading_equals_a_whole_one(
     session, plots = tmp_path / "s", (tmp_path / "a.png", tmp_path / "b.png")
     base = ["read", str(book), "--checkpoint", model, "--segment-length", "64", "--report-every", "500"]
     assert main([*base, "--plot", str(plots[0])]) == 0
-    whole = capsys.readouterr().out
+    complete = capsys.readouterr().out
     monkeypatch.setattr(command, "CHUNK_BYTES", chunk)
     score = StreamReader._score
 
@@ -141,7 +141,7 @@ def test_an_interrupted_and_resumed_reading_equals_a_whole_one(
     def lines(text: str) -> list[str]:
         return [line for line in text.splitlines() if not line.startswith(("part", "  speed", "  state"))]
 
-    assert lines(first.out) + lines(rest) == lines(whole)
+    assert lines(first.out) + lines(rest) == lines(complete)
     assert plots[0].read_bytes() == plots[1].read_bytes()
 
 

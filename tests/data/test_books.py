@@ -89,11 +89,11 @@ def test_a_resumed_run_sees_the_very_same_batches(
     root: Path, cache: str, tmp_path: Path, accumulate: int, epochs: int, rest: int, options: dict[str, Any]
 ) -> None:
     options = {"accumulate_grad_batches": accumulate, "max_epochs": 3, **options}
-    whole = Recorder()
+    recorder = Recorder()
     module = data(root, cache)
-    trainer(tmp_path, enable_checkpointing=False, **options).fit(whole, datamodule=module)
+    trainer(tmp_path, enable_checkpointing=False, **options).fit(recorder, datamodule=module)
     per_epoch = len(module.train_dataloader())
-    assert len(whole.seen) == 3 * per_epoch
+    assert len(recorder.seen) == 3 * per_epoch
     # The last accumulation of an epoch is a step, complete or not.
     steps = epochs * -(-per_epoch // accumulate) + rest
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=steps, save_top_k=-1, filename="{step}")
@@ -104,7 +104,7 @@ def test_a_resumed_run_sees_the_very_same_batches(
         second, datamodule=data(root, cache), ckpt_path=str(tmp_path / f"step={steps}.ckpt"), weights_only=True
     )
     assert second.seen
-    assert second.seen == whole.seen[epochs * per_epoch + rest * accumulate :]
+    assert second.seen == recorder.seen[epochs * per_epoch + rest * accumulate :]
 
 
 def test_a_second_fit_begins_at_the_start(root: Path, cache: str, tmp_path: Path) -> None:

@@ -114,9 +114,9 @@ def test_streams_that_remain_continue(lengths: list[int], before: int, after: in
 @pytest.mark.parametrize(("batch_size", "ranks"), [(4, 1), (2, 2), (1, 4)])
 def test_the_number_of_ranks_does_not_matter(batch_size: int, ranks: int) -> None:
     store = numbered([20, 30, 7, 12, 40])
-    (whole,) = resumed(store, 2, 1, 5, None)
-    whole.position = 7
-    state = whole.state_dict()
+    (uninterrupted,) = resumed(store, 2, 1, 5, None)
+    uninterrupted.position = 7
+    state = uninterrupted.state_dict()
     (single,) = resumed(store, 4, 1, 5, state)
     parts = resumed(store, batch_size, ranks, 5, state)
     for step in range(single.position, single.position + 20):

@@ -107,17 +107,17 @@ def test_damage_is_found_and_only_the_damaged_shard_is_rebuilt(tmp_path: Path) -
     store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     fingerprint = store.fingerprint
     bad, good = store.folder / "shard-00001.bin", store.folder / "shard-00000.bin"
-    whole, inode = bad.read_bytes(), good.stat().st_ino
-    bad.write_bytes(whole[:-2])
-    with pytest.raises(DataError, match=rf"shard-00001.bin' has {len(whole) - 2} bytes, expected {len(whole)}"):
+    content, inode = bad.read_bytes(), good.stat().st_ino
+    bad.write_bytes(content[:-2])
+    with pytest.raises(DataError, match=rf"shard-00001.bin' has {len(content) - 2} bytes, expected {len(content)}"):
         TokenStore(store.folder)
     assert open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1).fingerprint == fingerprint
-    assert bad.read_bytes() == whole
-    bad.write_bytes(whole[:-2] + b"\x01\x00")
+    assert bad.read_bytes() == content
+    bad.write_bytes(content[:-2] + b"\x01\x00")
     with pytest.raises(DataError, match=r"shard-00001\.bin' is damaged"):
         TokenStore(store.folder).verify()
     open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1, verify=True).verify()
-    assert bad.read_bytes() == whole
+    assert bad.read_bytes() == content
     assert good.stat().st_ino == inode
     (store.folder / "index.json").write_text("{")
     assert open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1).fingerprint == fingerprint

@@ -67,9 +67,9 @@ def test_a_pass_reads_every_document_once_over_all_ranks(
         streams = DocumentStreams(store, batch_size, length, seed, rank, world_size)
         batches = [streams.get_batch(step) for step in range(-(-num_tokens // length))]
         for index, row in enumerate(read_streams(store, batches)):
-            whole = split_documents(row)[:-1]  # the last one may continue
+            expected = split_documents(row)[:-1]  # the last one may continue
             offset = 0
-            for tokens in whole:
+            for tokens in expected:
                 document = next(
                     index for index in range(len(store)) if tuple(store.document_tokens(index).tolist()) == tokens
                 )
@@ -203,10 +203,10 @@ def test_a_limit_is_shared_by_the_streams(make: Make) -> None:
 
 def test_word_counts_are_prorated_without_loss(make: Make) -> None:
     store = make([83])
-    whole = np.array([int(batch.num_words.sum()) for batch in EvaluationStreams(store, 1, 7)])
-    assert whole.sum() == store.num_words[0]
+    expected = np.array([int(batch.num_words.sum()) for batch in EvaluationStreams(store, 1, 7)])
+    assert expected.sum() == store.num_words[0]
     # 83 bytes hold 21 words, so 7 tokens hold 1.77: one or two, never none.
-    assert set(whole[:-1]) == {1, 2}
+    assert set(expected[:-1]) == {1, 2}
 
 
 def test_numbers_out_of_range_are_rejected(make: Make) -> None:
@@ -237,8 +237,8 @@ def test_token_indices_match_the_store(
     make: Make, sizes: list[int], batch_size: int, world_size: int, length: int, seed: int
 ) -> None:
     store = make(sizes)
-    whole = np.concatenate([store.document_tokens(number) for number in range(len(store))])
+    expected = np.concatenate([store.document_tokens(number) for number in range(len(store))])
     for rank in range(world_size):
         streams = DocumentStreams(store, batch_size, length, seed, rank, world_size)
         for step in range(4):
-            assert whole[streams.token_indices(step).numpy()].tolist() == streams.get_batch(step).tokens.tolist()
+            assert expected[streams.token_indices(step).numpy()].tolist() == streams.get_batch(step).tokens.tolist()

@@ -84,5 +84,5 @@ def test_word_counts_are_those_of_the_whole_text(pieces: list[str]) -> None:
     counter = WordCounter()
     for piece in pieces:
         counter.update(piece)
-    whole = "".join(pieces)
-    assert (counter.num_words, counter.num_bytes) == (len(whole.split()), len(whole.encode()))
+    text = "".join(pieces)
+    assert (counter.num_words, counter.num_bytes) == (len(text.split()), len(text.encode()))

@@ -108,7 +108,7 @@ def test_damage_is_reported_and_repaired(
 ) -> None:
     out = tmp_path / "out"
     tokenize_corpus(out, source, ByteTokenizer(), num_workers=1)
-    whole = files(out)
+    content = files(out)
     inode = (out / "train" / "shard-00002.bin").stat().st_ino
     for name, message in (
         ("train/shard-00001.bin", "is damaged"),
@@ -117,7 +117,7 @@ def test_damage_is_reported_and_repaired(
         ("tokenizer.json", "was changed|describes no"),
         ("prepared.json", "no whole prepared folder"),
     ):
-        raw = bytearray(whole[name])
+        raw = bytearray(content[name])
         # In the middle of the file; prepared.json has no checksum, so damage a key that is read.
         raw[raw.find(b"splits") if name == "prepared.json" else len(raw) // 2] ^= 1
         (out / name).write_bytes(raw)
@@ -125,7 +125,7 @@ def test_damage_is_reported_and_repaired(
         with caplog.at_level(logging.WARNING):
             tokenize_corpus(out, source, ByteTokenizer(), num_workers=1, verify=True)
         assert re.search(message, caplog.text), caplog.text
-        assert files(out) == whole, name
+        assert files(out) == content, name
     assert (out / "train" / "shard-00002.bin").stat().st_ino == inode
 
 

@@ -38,7 +38,7 @@ def unscaled(config: dict[str, Any]) -> Tensor:
     return torch.tensor([config["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
 
 
-def wanted(config: dict[str, Any], inverse: Tensor | None = None) -> Tensor:
+def expected_logits(config: dict[str, Any], inverse: Tensor | None = None) -> Tensor:
     if config["model_type"] == "gpt2":
         return plain.gpt2_logits(config, tensors_of(config), TOKENS[0])
     inverse = unscaled(config) if inverse is None else inverse
@@ -63,7 +63,7 @@ def streamed(model: MemoryTransformer, lengths: list[int], tokens: Tensor = TOKE
 @pytest.mark.parametrize("lengths", [[31], [1] * 31, [3, 17, 1, 10]])
 def test_any_segmentation_gives_the_reference(tmp_path: Path, kind: str, lengths: list[int]) -> None:
     model = read(write(tmp_path, CONFIGS[kind], tensors_of(CONFIGS[kind])))
-    torch.testing.assert_close(streamed(model, lengths), wanted(CONFIGS[kind]), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(streamed(model, lengths), expected_logits(CONFIGS[kind]), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
@@ -129,7 +129,7 @@ def test_scaled_rotary(tmp_path: Path, scaling: Any, options: dict[str, Any], sp
     model = read(write(tmp_path, written, tensors))
     expected = plain.llama_logits(config, tensors, TOKENS[0], torch.stack(scaled))
     torch.testing.assert_close(streamed(model, [5, 26]), expected, rtol=0, atol=TOLERANCE)
-    assert not torch.allclose(expected, wanted(config), atol=1e-3)
+    assert not torch.allclose(expected, expected_logits(config), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -139,11 +139,11 @@ def test_decoding_in_place_gives_the_reference(tmp_path: Path, kind: str) -> Non
         rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.3}
         config = {**config, "rope_scaling": rope}
     model = read(write(tmp_path, config, tensors_of(config)))
-    whole = streamed(model, [31])
+    expected = streamed(model, [31])
     with torch.no_grad():
         decoder = Decoder(model, model(TOKENS[:, :12]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at])[0] for at in range(12, 31)])
-    torch.testing.assert_close(steps, whole[12:], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(steps, expected[12:], rtol=0, atol=TOLERANCE)
 
 
 def test_yarn_sharpens_scores(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_backbone_with_legacy_tables_and_stored_tied_head(tmp_path: Path) -> Non
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "lm_head.weight": tensors["wte.weight"] + 0}
     folder = write(tmp_path / "read", GPT2, tensors)
     model = read(folder)
-    torch.testing.assert_close(streamed(model, [31]), wanted(GPT2), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(streamed(model, [31]), expected_logits(GPT2), rtol=0, atol=TOLERANCE)
     memtx.hf.save(MemoryTransformer.from_pretrained(folder), tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
@@ -217,9 +217,9 @@ def test_window_defaults_to_the_models_or_is_set(tmp_path: Path) -> None:
 def test_gpt2_reads_past_its_last_position(tmp_path: Path) -> None:
     model = read(write(tmp_path, GPT2, tensors_of(GPT2)))
     tokens = TOKENS.repeat(1, 6)
-    whole = streamed(model, [tokens.shape[1]], tokens)
-    assert whole.isfinite().all()
-    torch.testing.assert_close(streamed(model, [50, 30, 106], tokens), whole, rtol=0, atol=TOLERANCE)
+    expected = streamed(model, [tokens.shape[1]], tokens)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(streamed(model, [50, 30, 106], tokens), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -268,8 +268,8 @@ def test_error_names_the_config_key(
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, LLAMA, tensors_of(LLAMA))
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-5])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5])
     with pytest.raises(CheckpointError, match="not a whole safetensors"):
         memtx.from_pretrained(folder)
     save_file({"a": torch.zeros(1).to(torch.float8_e4m3fn)}, weights)

@@ -113,10 +113,10 @@ def old_norms(folder: Path, tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("form", [in_parts, pickled, without_prefix, old_norms])
 def test_every_form_on_disk_gives_one_model(tmp_path: Path, form: Callable[[Path, dict[str, Tensor]], None]) -> None:
     tensors = bert()
-    wanted = memtx.from_pretrained(write(tmp_path / "one", BERT, tensors))(TOKENS).logits
+    expected = memtx.from_pretrained(write(tmp_path / "one", BERT, tensors))(TOKENS).logits
     folder = write(tmp_path / "other", BERT, tensors)
     form(folder, tensors)
-    assert torch.equal(memtx.from_pretrained(folder)(TOKENS).logits, wanted)
+    assert torch.equal(memtx.from_pretrained(folder)(TOKENS).logits, expected)
 
 
 def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -165,8 +165,8 @@ class Evil:
 def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "x", BERT, bert())
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-5])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5])
     with pytest.raises(CheckpointError, match="not a whole safetensors"):
         memtx.from_pretrained(folder)
     weights.unlink()

@@ -55,7 +55,7 @@ def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
         with torch.no_grad():
             out = model(**{name: io[name] for name in ARGUMENTS if name in io}, output_hidden_states=True)
         compared = 0
-        for name, wanted in io.items():
+        for name, expected in io.items():
             part, _, layer = name.partition(".")
             if part == "hidden_states":
                 actual = out.hidden_states[int(layer)]
@@ -65,7 +65,7 @@ def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
                 continue
             compared += 1
             # transformers returns the hidden states of Big Bird and Reformer with their internal padding.
-            assert (actual - wanted[:, : actual.shape[1]]).abs().max() < TOLERANCE, f"{folder.name}: {name}"
+            assert (actual - expected[:, : actual.shape[1]]).abs().max() < TOLERANCE, f"{folder.name}: {name}"
         assert compared, f"{folder.name} records nothing to compare"
 
 
@@ -76,12 +76,12 @@ def test_every_segment_of_transformer_xl_and_its_state(parity: Path) -> None:
         assert isinstance(model, TransformerXL)
         state, read = None, 0
         for segment in range(sum(name.startswith("log_probs.") for name in io)):
-            wanted = io[f"log_probs.{segment}"]
+            expected = io[f"log_probs.{segment}"]
             with torch.no_grad():
-                out = model(io["input_ids"][:, read : read + wanted.shape[1]], state)
-            state, read = out.state, read + wanted.shape[1]
+                out = model(io["input_ids"][:, read : read + expected.shape[1]], state)
+            state, read = out.state, read + expected.shape[1]
             assert out.logits is not None
-            assert (out.logits - wanted).abs().max() < TOLERANCE, f"{folder.name}: segment {segment}"
+            assert (out.logits - expected).abs().max() < TOLERANCE, f"{folder.name}: segment {segment}"
             for layer, (actual,) in enumerate(state.layers):
                 gap = actual.hidden.transpose(0, 1) - io[f"mems.{segment}.{layer}"]
                 assert gap.abs().max() < TOLERANCE, f"{folder.name}: memory {layer} after segment {segment}"

@@ -91,12 +91,12 @@ def test_closed_gates_change_nothing_but_the_window(kind: str, options: dict[str
 @pytest.mark.parametrize("kind", KINDS)
 def test_segmentation_invariance(kind: str) -> None:
     adapted = opened(base().with_memory(KINDS[kind], window=WINDOW, num_sinks=2))
-    whole = logits(adapted)
-    torch.testing.assert_close(logits(adapted, TOKENS, 3, 1, 20, 26), whole, rtol=0, atol=EXACT)
+    expected = logits(adapted)
+    torch.testing.assert_close(logits(adapted, TOKENS, 3, 1, 20, 26), expected, rtol=0, atol=EXACT)
     with torch.no_grad():
         decoder = Decoder(adapted, adapted(TOKENS[:, :30]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(30, 50)], dim=1)
-    torch.testing.assert_close(steps, whole[:, 30:], rtol=0, atol=EXACT)
+    torch.testing.assert_close(steps, expected[:, 30:], rtol=0, atol=EXACT)
 
 
 def test_gate_of_one_equals_a_joint_softmax() -> None:

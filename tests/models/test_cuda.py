@@ -26,9 +26,9 @@ def test_two_segments_and_gradients_match_cpu() -> None:
     tokens = torch.randint(0, 50, (3, 101), generator=torch.Generator().manual_seed(1))
     losses, grads = [], []
     for device in ("cpu", "cuda"):
-        model, here = create_model(device), tokens.to(device)
-        state = model(here[:, :50]).state
-        loss = model(here[:, 50:-1], state, document_starts=here[:, 50:-1] == 3, labels=here[:, 51:]).loss
+        model, inputs = create_model(device), tokens.to(device)
+        state = model(inputs[:, :50]).state
+        loss = model(inputs[:, 50:-1], state, document_starts=inputs[:, 50:-1] == 3, labels=inputs[:, 51:]).loss
         assert loss is not None
         loss.backward()
         losses.append(loss.item())

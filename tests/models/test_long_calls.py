@@ -43,15 +43,15 @@ def test_chunked_call_equals_whole_call() -> None:
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     document_starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
     document_starts[1, MIN_CHUNK_LENGTH + 5] = True
-    whole = model(tokens, document_starts=document_starts, return_hidden_states=True)
+    expected = model(tokens, document_starts=document_starts, return_hidden_states=True)
     assert _widest(model, tokens, document_starts) == MAX_CHUNK_TOKENS // 2
     with torch.no_grad():
         parts = model(tokens, document_starts=document_starts, return_hidden_states=True)
-    assert (whole.logits - parts.logits).abs().max() < ROUNDING
-    pairs = zip(whole.hidden_states, parts.hidden_states, strict=True)
+    assert (expected.logits - parts.logits).abs().max() < ROUNDING
+    pairs = zip(expected.hidden_states, parts.hidden_states, strict=True)
     assert max((whole_hidden - parts_hidden).abs().max() for whole_hidden, parts_hidden in pairs) < ROUNDING
-    assert torch.equal(whole.state.position, parts.state.position)
-    for (state,), (parts_state,) in zip(whole.state.layers, parts.state.layers, strict=True):
+    assert torch.equal(expected.state.position, parts.state.position)
+    for (state,), (parts_state,) in zip(expected.state.layers, parts.state.layers, strict=True):
         assert (state.hidden - parts_state.hidden).abs().max() < ROUNDING
         assert (state.bank - parts_state.bank).abs().max() < ROUNDING
 

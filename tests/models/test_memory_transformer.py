@@ -39,9 +39,9 @@ def test_output_fields() -> None:
     labels[:, -1] = -100
     scored = model(TOKENS, labels=labels)
     assert scored.logits is None
-    wanted = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
-    assert torch.allclose(scored.nll, wanted, atol=1e-5)  # float32
-    assert torch.allclose(scored.loss, wanted[:, :-1].mean(), atol=1e-5)
+    expected = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
+    assert torch.allclose(scored.nll, expected, atol=1e-5)  # float32
+    assert torch.allclose(scored.loss, expected[:, :-1].mean(), atol=1e-5)
     assert (scored.nll[:, -1] == 0).all()
 
 

@@ -94,11 +94,11 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
             parameter.add_(torch.randn_like(parameter) * 0.3)
     tokens = torch.randint(0, 7, (data.draw(st.integers(2, 24)),))
     truth = F.cross_entropy(plain(model, tokens[:-1], window, rate, length), tokens[1:])
-    wanted = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
+    expected_grads = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
     out = model(tokens[None, :-1], labels=tokens[None, 1:])
     got = torch.autograd.grad(out.loss, list(model.parameters()))
     assert abs(out.loss - truth) < 1e-10  # float64, sums in another order
-    for a, b in zip(wanted, got, strict=True):
+    for a, b in zip(expected_grads, got, strict=True):
         # Without compression, the plain model has no gradient and ours is zero.
         assert ((a if a is not None else 0.0) - b).abs().max() < 1e-9
 

@@ -123,13 +123,13 @@ def test_logits_and_gradients_match_plain_reformer(data: st.DataObject) -> None:
     ]
     model = small(attentions, causal=causal, feed_forward_chunk_size=data.draw(st.sampled_from([0, 3])))
     length = data.draw(st.integers(1, 12))
-    whole = length if length <= chunk else -(-length // chunk) * chunk
+    padded_length = length if length <= chunk else -(-length // chunk) * chunk
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     tokens = torch.randint(1, 20, (2, length))
     present = torch.rand(2, length) < data.draw(st.sampled_from([0.6, 1.0]))
     out = model(tokens, present.long())
-    padded = torch.nn.functional.pad(tokens, (0, whole - length))
-    padded_mask = torch.nn.functional.pad(present, (0, whole - length))
+    padded = torch.nn.functional.pad(tokens, (0, padded_length - length))
+    padded_mask = torch.nn.functional.pad(present, (0, padded_length - length))
     expected = torch.stack([plain(model, padded[stream], padded_mask[stream])[:length] for stream in range(2)])
     # float64, but a query without visible keys has scores of -1e9, with seven decimals left.
     assert torch.allclose(out.logits, expected, rtol=0, atol=1e-5)

@@ -81,11 +81,11 @@ def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
     logits = []
     for begin in range(0, length, interval):
         x = model.embedding(tokens[:, begin : begin + interval])
-        whole = x.shape[1] == interval
+        is_interval = x.shape[1] == interval
         for number in range(len(blocks)):
             x, past[number] = layer(number, x, past[number], entries[number])
         logits.append(model.head(model.norm(x)))
-        if not whole:
+        if not is_interval:
             break
         x = model.write_tokens[None]
         for number in range(len(blocks)):

@@ -147,7 +147,7 @@ def test_same_length_is_invariant_to_segmentation(cuts: list[int]) -> None:
     model = small(same_length=True)
     document_starts = torch.zeros(3, 26, dtype=torch.bool)
     document_starts[1, 9], document_starts[2, 0], document_starts[2, 20] = True, True, True
-    whole = model(TOKENS, document_starts=document_starts)
+    expected = model(TOKENS, document_starts=document_starts)
     state, logits = None, []
     bounds = sorted({0, 26, *cuts})
     for low, high in itertools.pairwise(bounds):
@@ -155,8 +155,8 @@ def test_same_length_is_invariant_to_segmentation(cuts: list[int]) -> None:
         state = out.state
         logits.append(out.logits)
     assert state is not None
-    assert torch.allclose(torch.cat(logits, 1), whole.logits, rtol=0, atol=1e-10)
-    assert state.equals(whole.state, 1e-10)
+    assert torch.allclose(torch.cat(logits, 1), expected.logits, rtol=0, atol=1e-10)
+    assert state.equals(expected.state, 1e-10)
 
 
 def test_streams_and_documents_are_independent_and_state_is_unchanged() -> None:

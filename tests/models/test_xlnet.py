@@ -101,8 +101,8 @@ def test_logits_mask_selects_positions() -> None:
     xlnet = model()
     tokens, rank = torch.randint(0, 40, (2, 7)), torch.randperm(7).expand(2, -1)
     scored = torch.rand(2, 7) < 0.5
-    whole = xlnet(tokens, permutation_rank=rank).logits
-    torch.testing.assert_close(xlnet(tokens, permutation_rank=rank, logits_mask=scored).logits, whole[scored])
+    expected = xlnet(tokens, permutation_rank=rank).logits
+    torch.testing.assert_close(xlnet(tokens, permutation_rank=rank, logits_mask=scored).logits, expected[scored])
     with pytest.raises(MemtxError, match="rank is"):
         xlnet(tokens, permutation_rank=rank[:, :3])
     with pytest.raises(MemtxError, match=r"dim \(16\) must be even and divisible by heads \(3\)"):

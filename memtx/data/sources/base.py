@@ -168,7 +168,7 @@ class RemoteFile:
     url: str  # path or URL that opens it
     name: str  # path below the requested folder, without the suffix of a compression
     size: int  # bytes as they are stored
-    version: str  # text that changes when the file is written anew
+    version: str  # text that changes when the file is rewritten
     is_seekable: bool  # True if reading can start at any byte at no cost
     is_process_local: bool  # True if only this process can read it
 

@@ -66,8 +66,8 @@ def test_the_same_books_from_anywhere(root: Path, tmp_path: Path) -> None:
     ):
         source = FileSource([path]).scan()
         assert texts(source) == expected, path
-        here = {part.is_process_local for part, _ in source.iter_parts()}
-        assert here == {path.startswith("memory")}, path
+        is_process_local = {part.is_process_local for part, _ in source.iter_parts()}
+        assert is_process_local == {path.startswith("memory")}, path
     (book,) = [
         part for part in FileSource([f"file://{root}"]).scan().split_parts["train"] if part.cache_key.startswith("1:")
     ]

@@ -127,7 +127,7 @@ def test_queries_ask_for_the_tracked_elements(task: StateTracking, distance: int
 @pytest.mark.parametrize("elements", [2, 3, 5])
 @pytest.mark.parametrize("distance", [1, 2])
 def test_tracking_needs_the_first_segment(elements: int, distance: int) -> None:
-    """Who follows every exchange but has not read segment 0 knows nothing: each answer is as likely as any other."""
+    """After every exchange but without segment 0, each answer is as likely as any other."""
     task, batch_size = StateTracking(num_elements=elements), 4000
     parts = list(task.iter_segments(batch_size, 1 + distance, torch.Generator().manual_seed(0), query_mode="last"))
     tokens, labels = (torch.cat(part, 1)[:, task.segment_length :] for part in zip(*parts, strict=True))

@@ -132,8 +132,8 @@ def test_spans_follow_seqeval() -> None:
         ("O O", []),
         ("B-A-B I-A-B", [("A-B", 0, 2)]),
     ]
-    for tags, wanted in cases:
-        assert extract_spans(tags.split()) == wanted, tags
+    for tags, expected in cases:
+        assert extract_spans(tags.split()) == expected, tags
 
 
 @given(st.lists(st.sampled_from(["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B"]), max_size=12))
@@ -163,8 +163,8 @@ def test_a_pass_holds_every_window_once_and_the_next_has_another_order() -> None
 
 def test_training_resumes_at_a_position() -> None:
     examples = encoded_examples("tagging", 21)
-    whole = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
-    wanted = [batch.tokens.tolist() for _ in range(3) for batch in whole]
+    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+    expected = [batch.tokens.tolist() for _ in range(3) for batch in batches]
     for stop in (0, 1, 5, 6, 7, 13):
         first, taken = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate), []
         while len(taken) < stop:
@@ -174,9 +174,9 @@ def test_training_resumes_at_a_position() -> None:
                     break
         second = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
         second.load_state_dict(first.state_dict())
-        while len(taken) < len(wanted):
+        while len(taken) < len(expected):
             taken += [batch.tokens.tolist() for batch in second]
-        assert taken == wanted
+        assert taken == expected
     with pytest.raises(CheckpointError, match="belongs to seed 4"):
         second.load_state_dict(first.state_dict() | {"seed": 4})
 
