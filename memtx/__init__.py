@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from memtx.memory.slots import SlotMemory
     from memtx.memory.top_k import TopKMemory
     from memtx.models.encoder import Encoder
-    from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
+    from memtx.models.memory_transformer import MemoryTransformer
+    from memtx.models.recurrent_lm import MemoryOutput
     from memtx.models.reformer import Reformer
     from memtx.models.transformer_xl import TransformerXL
     from memtx.state import MemoryState
@@ -45,7 +46,7 @@ _EXPORTS = {
     "ErnieDocMemory": "memtx.memory.ernie_doc:ErnieDocMemory",
     "FeedForward": "memtx.layers.feed_forward:FeedForward",
     "LanguageModule": "memtx.training.language:LanguageModule",
-    "MemoryOutput": "memtx.models.memory_transformer:MemoryOutput",
+    "MemoryOutput": "memtx.models.recurrent_lm:MemoryOutput",
     "MemoryState": "memtx.state:MemoryState",
     "MemoryTransformer": "memtx.models.memory_transformer:MemoryTransformer",
     "MemtxError": "memtx.errors:MemtxError",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
@@ -26,6 +25,7 @@ from memtx.memory.base import Losses
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.kv_ring import DecodeStep, KVRing, from_ring
 from memtx.models.add_memory import MemoryAugmentedModel, MemoryFactory
+from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.segmented_forward import LayerStates, find_chunk_ends, forward_in_chunks, forward_with_memory_tokens
 from memtx.models.validation import check_inputs, check_valid_length
 from memtx.ops.attention.dispatch import AttentionBackend
@@ -33,31 +33,6 @@ from memtx.ops.cpu.linear import Linear
 from memtx.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from memtx.segment import Segment
 from memtx.state import MemoryState
-
-
-@dataclass(frozen=True)
-class MemoryOutput:
-    """What one call gives.
-
-    Attributes:
-        logits: (rows, segment, vocab); None when labels were given, so that they never exist whole.
-        hidden_states: where asked for, the embedding's output and every layer's, each (rows, segment, dim).
-        state: to be given to the next call.
-        loss: where labels were given, the mean negative log-likelihood of the scored ones (nats; 0 where
-            there is none) plus the auxiliary losses: what to call ``backward`` on.
-        language_loss: where labels were given, ``loss`` without the auxiliary losses.
-        nll: where labels were given, (rows, segment) float32 (float64 in a float64 model), each label's
-            negative log-likelihood in nats, 0 where it is not scored; for measuring, no gradient flows.
-        aux_losses: the memories' auxiliary losses by name, weighted, averaged over layers; only in training.
-    """
-
-    logits: Tensor | None
-    hidden_states: tuple[Tensor, ...] | None
-    state: MemoryState
-    loss: Tensor | None
-    language_loss: Tensor | None
-    nll: Tensor | None
-    aux_losses: Losses
 
 
 class MemoryTransformer(MemoryAugmentedModel):

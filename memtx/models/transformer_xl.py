@@ -18,7 +18,7 @@ from memtx.layers.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, Vo
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.transformer_xl import RelativeAttention, distance_embeddings
 from memtx.memory.recurrent import RecurrentState, update_cache
-from memtx.models.memory_transformer import MemoryOutput
+from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.validation import check_inputs
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment

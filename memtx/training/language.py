@@ -14,7 +14,8 @@ from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.data.books import BookDataModule
 from memtx.errors import CheckpointError, MemtxError, check_at_least
 from memtx.memory.base import Losses, Memory
-from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import MemoryOutput
 from memtx.models.retrofit import Retrofit
 from memtx.models.transformer_xl import TransformerXL
 from memtx.segment import Segment

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtx.memory.base import Losses
-from memtx.models.memory_transformer import MemoryOutput, MemoryTransformer
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import MemoryOutput
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.state import MemoryState
 
