@@ -1,4 +1,4 @@
-"""What is made once a call: layers of equal settings share lifetimes, masks and angles."""
+"""Caching of derived values: layers with equal settings share the masks and angles of one call."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Memo:
-    """A value that carries what was made of it."""
+    """Base class of values that cache what is computed from them."""
 
     _values: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     def memo(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Return ``compute()``, computed the first time the key is asked for."""
+        """Return ``compute()``, called only the first time that ``key`` is used."""
         if key not in self._values:
             self._values[key] = compute()
         return cast(T, self._values[key])

@@ -1,8 +1,8 @@
-"""Where the tokens of one call stand: ticks within the call, positions within their documents.
+"""Positions of the tokens of one call.
 
-A *tick* counts tokens of the call and runs on through document starts: the first token given has tick 0,
-the newest cached one tick -1. A *position* counts tokens of one document. Everything that decides who
-sees whom is a function of positions, shifted to ticks so that it can be compared across a call.
+An *offset* counts the tokens of the call and runs on across document starts: the first token has offset 0, the newest
+cached token -1. A *position* counts the tokens of one document. Visibility is a function of positions, shifted to
+offsets so that all tokens of a call can be compared.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from memtx.errors import MemtxError
 from memtx.memo import Memo
 
 INFINITE_OFFSET = 1 << 40
-"""A tick no stream reaches: "never" for a birth, "not within this call" for an end."""
+"""An offset that no stream reaches: "never" as a start, "not within this call" as an end."""
 
 
 @dataclass(frozen=True)
 class Segment(Memo):
-    """The places of one call's tokens.
+    """Positions and documents of one call's tokens.
 
     Attributes:
-        position: (rows, segment) int64, position of each token within its document.
-        document_id: (rows, segment) int64, 0 for the document carried in, then 1, 2, ... for those begun here.
-        document_end: (rows, segment) int64, the tick at which the token's document ends; INFINITE_OFFSET if it is still
-            open.
-        past_length: (rows,) int64, tokens of the carried document that were read before this call.
-        past_document_end: (rows,) int64, the tick at which the carried document ends; INFINITE_OFFSET if it is still
-            open.
-        valid_length: (rows,) int64, how many of each row's tokens are of the text; what stands behind them is padding,
-            which no token of the text sees and nothing is carried of. None where all are.
+        position: ``(batch, length)`` int64, position of each token within its document.
+        document_id: ``(batch, length)`` int64, 0 for the document that was open before the call, then 1, 2, ...
+        document_end: ``(batch, length)`` int64, offset at which the token's document ends; INFINITE_OFFSET if it is
+            still open.
+        past_length: ``(batch,)`` int64, number of tokens of the open document that were read before the call.
+        past_document_end: ``(batch,)`` int64, offset at which that document ends; INFINITE_OFFSET if it is still open.
+        valid_length: ``(batch,)`` int64, number of tokens before the padding. No token sees padding and none of it is
+            carried over. None if there is no padding.
     """
 
     position: Tensor
@@ -44,12 +43,12 @@ class Segment(Memo):
 
     @property
     def length(self) -> int:
-        """Tokens in the call."""
+        """Number of tokens in the call."""
         return self.position.shape[1]
 
     @property
     def next_position(self) -> Tensor:
-        """(rows,) int64: the position that the next token will have if no document begins there."""
+        """``(batch,)`` int64, position of the next token if it does not start a document."""
         if self.valid_length is None:
             return self.position[:, -1] + 1
         last = self.position.gather(1, (self.valid_length - 1).clamp(min=0)[:, None])[:, 0]
@@ -57,7 +56,7 @@ class Segment(Memo):
 
     @property
     def last_document_id(self) -> Tensor:
-        """(rows, 1) int64: the document of each row's last token."""
+        """``(batch, 1)`` int64, document of the last token."""
         if self.valid_length is None:
             return self.document_id[:, -1:]
         last = self.document_id.gather(1, (self.valid_length - 1).clamp(min=0)[:, None])
@@ -67,45 +66,47 @@ class Segment(Memo):
     def from_document_starts(
         cls, past_length: Tensor, length: int, document_starts: Tensor | None = None, valid_length: Tensor | None = None
     ) -> Segment:
-        """Place ``length`` tokens after ``past_length`` ones.
+        """Compute the positions of ``length`` tokens that follow ``past_length`` others.
 
         Args:
-            past_length: (rows,) int64, tokens of each row's document read so far.
-            length: tokens in the call, at least 1.
-            document_starts: (rows, segment) bool, where a document begins; None for nowhere.
-            valid_length: (rows,) int64 from 0 to ``length``, tokens of each row before its padding; None for all.
+            past_length: ``(batch,)`` int64, number of tokens read so far of each open document.
+            length: Number of tokens in the call, at least 1.
+            document_starts: ``(batch, length)`` bool, True for the first token of a document. None if no document
+                starts in the call.
+            valid_length: ``(batch,)`` int64 from 0 to ``length``, number of tokens before the padding. None if there
+                is no padding.
 
         Raises:
-            MemtxError: no token is given, or ``document_starts`` is not of this shape and type.
+            MemtxError: If ``length`` is 0, or ``document_starts`` has another shape or dtype.
         """
         if length < 1:
-            raise MemtxError(f"A segment of {length} tokens was given.", "Give at least 1.")
-        tick = torch.arange(length, device=past_length.device)
+            raise MemtxError(f"The segment has {length} tokens.", "Pass at least 1.")
+        offset = torch.arange(length, device=past_length.device)
         if document_starts is None:
             open_end = torch.full_like(past_length, INFINITE_OFFSET)
-            position = past_length[:, None] + tick
-            end = open_end[:, None].expand_as(position)
-            return cls(position, torch.zeros_like(position), end, past_length, open_end, valid_length)
+            position = past_length[:, None] + offset
+            document_end = open_end[:, None].expand_as(position)
+            return cls(position, torch.zeros_like(position), document_end, past_length, open_end, valid_length)
         if document_starts.dtype != torch.bool or document_starts.shape != (past_length.shape[0], length):
             raise MemtxError(
                 f"document_starts is {document_starts.dtype} {tuple(document_starts.shape)}, "
                 f"expected bool ({past_length.shape[0]}, {length}).",
-                "Mark with True the tokens that begin a document.",
+                "Mark the first token of each document with True.",
             )
-        document = document_starts.cumsum(1)
-        begun = torch.where(document_starts, tick, -1).cummax(1).values
-        position = torch.where(document > 0, tick - begun, past_length[:, None] + tick)
-        # The next start at or after each tick; a document ends where the start after it stands.
-        following = torch.where(document_starts, tick, INFINITE_OFFSET).flip(1).cummin(1).values.flip(1)
-        end = torch.cat([following[:, 1:], torch.full_like(following[:, :1], INFINITE_OFFSET)], dim=1)
-        return cls(position, document, end, past_length, following[:, 0], valid_length)
+        document_id = document_starts.cumsum(1)
+        start = torch.where(document_starts, offset, -1).cummax(1).values
+        position = torch.where(document_id > 0, offset - start, past_length[:, None] + offset)
+        # The first start at or after each offset; a token's document ends at the first start after the token.
+        next_start = torch.where(document_starts, offset, INFINITE_OFFSET).flip(1).cummin(1).values.flip(1)
+        document_end = torch.cat([next_start[:, 1:], torch.full_like(next_start[:, :1], INFINITE_OFFSET)], dim=1)
+        return cls(position, document_id, document_end, past_length, next_start[:, 0], valid_length)
 
     def split_offsets(self, interval: int) -> list[int]:
-        """Return the ticks at which some row's interval has just ended, in order, the call's end the last.
+        """Return the offsets at which an interval has just ended for any batch entry, in order, then the length.
 
         Args:
-            interval: tokens of a document, counted from its beginning.
+            interval: Tokens per interval, counted from the start of each document.
         """
-        ended = ((self.position + 1) % interval == 0).any(0)
-        ticks: list[int] = (ended.nonzero().flatten() + 1).tolist()
-        return ticks if ticks and ticks[-1] == self.length else [*ticks, self.length]
+        is_end = ((self.position + 1) % interval == 0).any(0)
+        offsets: list[int] = (is_end.nonzero().flatten() + 1).tolist()
+        return offsets if offsets and offsets[-1] == self.length else [*offsets, self.length]

@@ -1,13 +1,13 @@
-"""One training step and one segment of reading: memtx beside its peers, one job for all.
+"""Benchmark one training step and one segment of reading: memtx and its peers on the same job.
 
     python scripts/bench_step.py [--json FILE] [--plot PNG] [--markdown FILE]
 
-Training: forward, backward, fused AdamW, one segment a step, what is carried cut from the graph. Reading: the next
-tokens' loss in inference mode, the state carried. Each measurement is a process of its own (so peak memory is its
-own, imports included; those are said apart), warmed up until the memory is full. Rounds go through all systems, so
-that the machine's drift hits all alike, and ratios are taken within a round. Useful FLOPs are counted from who sees
-whom and the weights, and set beside the matrix peak measured in the same round. Peers that are not installed are
-named, with how to get them.
+Training: forward, backward and fused AdamW on one segment a step, with the carried state detached. Reading: the loss of
+the next tokens in inference mode, with the state carried. Each measurement runs in a process of its own, so that its
+peak memory is its own (imports included; they are reported apart), and warms up until the memory is full. Rounds
+alternate between the systems, so that a drift of the machine affects all alike, and ratios are taken within a round.
+Useful FLOPs are counted from the visible pairs and the weights, and compared with the matrix peak measured in the same
+round. Peers that are not installed are listed with the command that installs them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import measuring
+import benchmarking
 import torch
-from measuring import Spread, format_mib
+from benchmarking import Spread, count_parameters, format_mib
 from peers import BASELINE, OPTIONAL_SYSTEMS, SYSTEMS, Job
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -38,26 +38,26 @@ MODES = ("train", "read")
 
 
 def useful_flops(model: MemoryTransformer, job: Job, mode: str) -> float:
-    """Return the operations that one step must do once the memory is full; a multiply-add counts twice.
+    """Return the FLOPs that one step needs once the memory is full; a multiply-add counts twice.
 
-    Backward counts twice the forward pass, once where carried states get no gradient; recomputation is not counted.
+    Backward costs twice the forward pass, once for carried states, which get no gradient; recomputation does not count.
     """
-    found = cost.count_flops(model, job.segment_length)
-    return job.batch_size * job.segment_length * (found.training if mode == "train" else found.forward)
+    flops = cost.count_flops(model, job.segment_length)
+    return job.batch_size * job.segment_length * (flops.training if mode == "train" else flops.forward)
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Do one process's part: the matrix peaks, or one system in one mode and type."""
+    """Measure the matrix peaks, or one system in one mode and dtype, in this process."""
     device, job = torch.device(task["device"]), Job(**task["job"])
     if task["num_threads"]:
         torch.set_num_threads(task["num_threads"])
     if task["system"] == MATRIX_PEAK:
-        kinds = {name: measuring.DTYPES[name] for name in task["dtypes"]}
-        found = {name: cost.measure_peak_flops(device, kind, task["peak_size"]) for name, kind in kinds.items()}
-        return {"peaks": found, "machine": measuring.machine_info(device)}
+        dtypes = benchmarking.DTYPES.items()
+        peaks = {name: cost.measure_peak_flops(device, dtype, task["peak_size"]) for name, dtype in dtypes}
+        return {"peaks": peaks, "machine": benchmarking.machine_info(device)}
     system = SYSTEMS[task["system"]]
     __import__(system.module)
-    imports = measuring.memory_bytes(device) if device.type == "cpu" else None
+    imports = benchmarking.memory_bytes(device) if device.type == "cpu" else None
     torch.manual_seed(0)
     model, forward = system.build(job)
     model.to(device).train(task["mode"] == "train")
@@ -68,7 +68,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     def step(tokens: Tensor) -> None:
         nonlocal state
         with torch.inference_mode(optimizer is None):
-            with measuring.autocast(device, task["dtype"]):
+            with benchmarking.autocast(device, task["dtype"]):
                 loss, state = forward(tokens, state)
             state = pytree.tree_map_only(Tensor, Tensor.detach, state)
             if optimizer is not None:
@@ -76,74 +76,72 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-    for number in range(max(job.warmup_segments, 2)):
-        step(texts[number % 4])
-    times = [measuring.time_call(partial(step, texts[number % 4]), device) for number in range(task["steps"])]
-    peak = measuring.peak_memory_bytes(device)
-    carried = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+    for index in range(max(job.warmup_segments, 2)):
+        step(texts[index % 4])
+    times = [benchmarking.time_call(partial(step, texts[index % 4]), device) for index in range(task["steps"])]
+    peak = benchmarking.peak_memory_bytes(device)
+    leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
     return {
         "seconds": times,
         "peak_bytes": peak,
         "imports_bytes": imports,
-        "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in carried),
-        "parameters": sum(weight.numel() for weight in model.parameters()),
+        "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
+        "parameters": count_parameters(model),
         "useful_flops": useful_flops(model, job, task["mode"]) if isinstance(model, MemoryTransformer) else None,
     }
 
 
 def measure_in_subprocess(task: dict[str, Any]) -> dict[str, Any]:
-    """Return what :func:`measure` gives in a fresh process.
+    """Return the result of :func:`measure` in a fresh process.
 
     Raises:
-        RuntimeError: it failed; its last line of complaint.
+        RuntimeError: The process failed; the message is its last error line.
     """
     command = [sys.executable, __file__, "--task", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
-    # A library may print what it likes before.
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    process = subprocess.run(command, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError((process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1])
+    # Libraries may print lines before the result.
+    return dict(json.loads(process.stdout.strip().splitlines()[-1]))
 
 
 def summarize(
     rounds: list[dict[str, Any]], references: list[tuple[float, float]], tokens_per_step: int
 ) -> dict[str, Any]:
-    """Return one row's figures from its rounds.
+    """Return a system's figures over all rounds.
 
     Args:
-        rounds: what :func:`measure` gave in each.
-        references: in each, the baseline's tokens per second (0 where there is none) and the matrix peak in FLOP/s.
-        tokens_per_step: a step.
+        rounds: Result of :func:`measure` in each round.
+        references: The baseline's tokens per second (0 without a baseline) and the matrix peak in FLOP/s, each round.
+        tokens_per_step: Tokens per step.
     """
-    rates = [tokens_per_step / statistics.median(one["seconds"]) for one in rounds]
+    rates = [tokens_per_step / statistics.median(result["seconds"]) for result in rounds]
     ratios = [rate / base for rate, (base, _) in zip(rates, references, strict=True) if base]
     flops = rounds[0]["useful_flops"]
-    shares = (
-        [flops * rate / tokens_per_step / peak for rate, (_, peak) in zip(rates, references, strict=True)]
-        if flops
-        else []
-    )
+    fractions = [
+        (flops or 0.0) * rate / tokens_per_step / peak for rate, (_, peak) in zip(rates, references, strict=True)
+    ]
     return {
         "tokens_per_second": dataclasses.asdict(Spread.from_values(rates)),
         "tokens_per_second_by_round": rates,
         "ratio_to_baseline": dataclasses.asdict(Spread.from_values(ratios)) if ratios else None,
         "useful_flops_per_step": flops,
-        "fraction_of_matrix_peak": dataclasses.asdict(Spread.from_values(shares)) if shares else None,
-        "peak_bytes": max((one["peak_bytes"] for one in rounds if one["peak_bytes"]), default=None),
+        "fraction_of_matrix_peak": dataclasses.asdict(Spread.from_values(fractions)) if flops else None,
+        "peak_bytes": max((result["peak_bytes"] for result in rounds if result["peak_bytes"]), default=None),
         **{name: rounds[0][name] for name in ("imports_bytes", "state_bytes", "parameters")},
     }
 
 
 def format_table(results: dict[str, Any]) -> list[str]:
-    """Return Markdown: a table a mode, the fastest first."""
+    """Format the results as Markdown: a table for each mode, the fastest system first."""
     job, peaks = results["job"], results["matrix_peak_flops"]
-    said = ", ".join(f"{name} {spread['median'] / 1e9:,.0f} GFLOP/s" for name, spread in peaks.items())
+    peak_text = ", ".join(f"{name} {spread['median'] / 1e9:,.0f} GFLOP/s" for name, spread in peaks.items())
     lines = [
-        f"{measuring.format_machine(results['machine'])}; matrix peak {said}. dim {job['dim']}, {job['depth']} layers, "
-        f"{job['heads']} heads, vocabulary {job['vocab_size']}, {job['batch_size']} rows of {job['segment_length']}, "
-        f"cache {job['cache_length']}, memory {job['memory_length']}. Medians of {results['rounds']} interleaved "
-        f"rounds, least to greatest in brackets; ratios within a round, to {BASELINE} in "
-        f"{results['baseline_dtype']}. Peak memory includes imports."
+        f"{benchmarking.format_machine(results['machine'])}; matrix peak {peak_text}. dim {job['dim']}, "
+        f"{job['depth']} layers, {job['heads']} heads, vocabulary {job['vocab_size']}, batch {job['batch_size']} x "
+        f"{job['segment_length']}, cache {job['cache_length']}, memory {job['memory_length']}. Medians of "
+        f"{results['rounds']} interleaved rounds, minimum to maximum in brackets; ratios within a round, to "
+        f"{BASELINE} in {results['baseline_dtype']}. Peak memory includes imports."
     ]
     for mode in MODES:
         rows = [row for row in results["rows"] if row["mode"] == mode]
@@ -152,24 +150,24 @@ def format_table(results: dict[str, Any]) -> list[str]:
         lines += ["", f"| {mode} | tokens/s | ratio | of matrix peak | peak MiB | state MiB | parameters |"]
         lines.append("|---|---|---|---|---|---|---|")
         for row in sorted(rows, key=lambda row: -float(row["tokens_per_second"]["median"])):
-            rate, ratio, share = row["tokens_per_second"], row["ratio_to_baseline"], row["fraction_of_matrix_peak"]
+            rate, ratio, fraction = row["tokens_per_second"], row["ratio_to_baseline"], row["fraction_of_matrix_peak"]
             cells = [
                 f"{row['system']} {row['dtype']}",
                 f"{rate['median']:,.0f} ({rate['min']:,.0f}-{rate['max']:,.0f})",
                 f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})" if ratio else "-",
-                f"{share['median']:.0%}" if share else "-",
+                f"{fraction['median']:.0%}" if fraction else "-",
                 f"{format_mib(row['peak_bytes'])} (imports {format_mib(row['imports_bytes'])})",
                 format_mib(row["state_bytes"]),
                 f"{row['parameters'] / 1e6:.1f} M",
             ]
             lines.append(f"| {' | '.join(cells)} |")
-    lines += [f"\nNot installed: {name} (`{how}`)." for name, how in results["absent"].items()]
-    lines += [f"\nFailed: {name}: {why}" for name, why in results["failed"].items()]
+    lines += [f"\nNot installed: {name} (`{command}`)." for name, command in results["absent"].items()]
+    lines += [f"\nFailed: {name}: {error}" for name, error in results["failed"].items()]
     return lines
 
 
 def plot_results(path: str, results: dict[str, Any], modes: list[str]) -> None:
-    """Draw a picture a mode; the mode is put into the name where there are two."""
+    """Plot one picture for each mode; with two modes, the file names end in them."""
     from memtx import plots
 
     for mode in modes:
@@ -191,21 +189,21 @@ def parse_arguments() -> argparse.Namespace:
     default = [name for name in SYSTEMS if name not in OPTIONAL_SYSTEMS]
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=default, metavar="NAME")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--dtypes", nargs="+", choices=list(measuring.DTYPES), default=list(measuring.DTYPES))
-    parser.add_argument("--peer-dtypes", nargs="+", choices=list(measuring.DTYPES), default=["fp32"])
-    parser.add_argument("--rounds", type=measuring.positive_int, default=5)
+    parser.add_argument("--dtypes", nargs="+", choices=list(benchmarking.DTYPES), default=list(benchmarking.DTYPES))
+    parser.add_argument("--peer-dtypes", nargs="+", choices=list(benchmarking.DTYPES), default=["fp32"])
     parser.add_argument(
-        "--steps", type=measuring.positive_int, default=3, help="timed steps a round, of which the median counts"
+        "--steps", type=benchmarking.positive_int, default=3, help="timed steps in each round; their median counts"
     )
     for field in dataclasses.fields(Job):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    measuring.add_benchmark_options(parser)
+    benchmarking.add_size_options(parser, rounds=5)
+    benchmarking.add_benchmark_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    measuring.apply_benchmark_options(arguments)
+    benchmarking.apply_benchmark_options(arguments)
     job = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Job)}
     absent = {name: SYSTEMS[name].install for name in arguments.systems if find_spec(SYSTEMS[name].module) is None}
     cases = [
@@ -221,53 +219,54 @@ def main() -> None:
         "job": job,
         "steps": arguments.steps,
     }
-    asked = {"system": MATRIX_PEAK, "dtypes": list(measuring.DTYPES), "peak_size": arguments.peak_size}
-    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    peak_task = {**common, "system": MATRIX_PEAK, "peak_size": arguments.peak_size}
+    results_by_case: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     failed: dict[str, str] = {}
     peaks: list[dict[str, float]] = []
-    with measuring.progress_bar() as bar:
+    with benchmarking.progress_bar() as bar:
         task = bar.add_task("", total=arguments.rounds * (len(cases) + 1))
         for _ in range(arguments.rounds):
             bar.update(task, description=MATRIX_PEAK, advance=1)
-            said = measure_in_subprocess({**common, **asked})
-            peaks.append(said["peaks"])
+            peak_result = measure_in_subprocess(peak_task)
+            peaks.append(peak_result["peaks"])
             for case in cases:
                 bar.update(task, description=" ".join(case), advance=1)
                 if " ".join(case) in failed:
                     continue
+                mode, name, dtype = case
                 try:
-                    mode, name, dtype = case
-                    found[case].append(measure_in_subprocess({**common, "mode": mode, "system": name, "dtype": dtype}))
+                    result = measure_in_subprocess({**common, "mode": mode, "system": name, "dtype": dtype})
+                    results_by_case[case].append(result)
                 except RuntimeError as error:
                     failed[" ".join(case)] = str(error)
     tokens = arguments.batch_size * arguments.segment_length
     baseline_dtype = arguments.peer_dtypes[0]
     rows = []
-    for (mode, name, dtype), rounds in found.items():
+    for (mode, name, dtype), rounds in results_by_case.items():
         if len(rounds) < arguments.rounds:
             continue
-        base = found.get((mode, BASELINE, baseline_dtype), [])
-        rates = [tokens / statistics.median(one["seconds"]) for one in base]
+        baseline = results_by_case.get((mode, BASELINE, baseline_dtype), [])
+        rates = [tokens / statistics.median(result["seconds"]) for result in baseline]
         rates = rates if len(rates) == arguments.rounds else [0.0] * arguments.rounds
-        paired = list(zip(rates, (one[dtype] for one in peaks), strict=True))
-        rows.append({"system": name, "mode": mode, "dtype": dtype, **summarize(rounds, paired, tokens)})
+        references = list(zip(rates, (peak[dtype] for peak in peaks), strict=True))
+        rows.append({"system": name, "mode": mode, "dtype": dtype, **summarize(rounds, references, tokens)})
     results = {
-        "machine": said["machine"],
+        "machine": peak_result["machine"],
         "job": job,
         "rounds": arguments.rounds,
         "steps": arguments.steps,
         "baseline": BASELINE,
         "baseline_dtype": baseline_dtype,
         "matrix_peak_flops": {
-            name: dataclasses.asdict(Spread.from_values([one[name] for one in peaks])) for name in measuring.DTYPES
+            name: dataclasses.asdict(Spread.from_values([peak[name] for peak in peaks])) for name in benchmarking.DTYPES
         },
         "rows": rows,
-        "absent": {name: f"pip install --no-deps {how}" for name, how in absent.items()},
+        "absent": {name: f"pip install --no-deps {packages}" for name, packages in absent.items()},
         "failed": failed,
     }
     if arguments.plot and rows:
         plot_results(arguments.plot, results, arguments.modes)
-    measuring.write_results(arguments, results, format_table(results))
+    benchmarking.write_results(arguments, results, format_table(results))
 
 
 if __name__ == "__main__":

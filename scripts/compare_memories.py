@@ -1,12 +1,16 @@
-"""Every memory at equal parameters and equal tokens, on the drawn tasks T1-T5 and on real books, three seeds.
+"""Compare the memories at equal parameters and equal tokens, on the synthetic tasks T1-T5 and on books, three seeds.
 
-    python scripts/compare_memories.py [--tasks NAME ...] [--memories NAME ...] [--seeds 0 1 2] [--books PATH/pg19-mini]
+    python scripts/compare_memories.py [--tasks NAME ...] [--memories NAME ...] [--seeds 0 1 2]
+        [--books small shipped] [--root PATH/pg19-mini]
 
-Drawn tasks: two layers, a window of one segment beside every memory, one gradient through a whole episode, the loss on
-answers alone; accuracy at distances far beyond the trained one. Books (with --books): configs/pg19-mini.yaml with each
-memory at three layers of 128, --book-steps steps of 16 rows x 2 segments x 64 bytes, validation bits per byte. What a
-memory's own maps take is taken from the feed-forward parts. Each figure is kept in --output-dir as it is found, so the
-script can be stopped and started, and the tables are of all that is there. Seconds are the process' own on one thread.
+Synthetic tasks: two layers, a window of one segment in every stack, back-propagation through whole episodes, the loss
+on answers alone; accuracy at distances far beyond the trained ones. --books small: configs/pg19-mini.yaml with each
+memory in three layers of 128, 600 steps of a batch of 16 with 2 segments of 64 bytes; validation bits per byte.
+Parameters of a memory are taken from the feed-forward layers. --books shipped: the config as it is, with the exact
+cache alone, with nothing carried and with a convolution that compresses.
+
+Figures are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the
+tables show all that are there. Seconds are CPU seconds on one thread.
 """
 
 from __future__ import annotations
@@ -16,35 +20,25 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import measuring
+import benchmarking
 import torch
-from learning import last_value, run_fit, train_on_episodes
+from benchmarking import count_parameters
+from memory_stacks import MemoryFactory, comparison_stacks
+from training_runs import last_value, run_fit, train_on_episodes
 
 from memtx import class_config, files, plots
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.copying import SelectiveCopying
-from memtx.data.synthetic_tasks.overwrite import Overwrite
-from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.evaluation.accuracy import evaluate_accuracy
 from memtx.layers.feed_forward import FeedForward, SwiGLU
-from memtx.memory.associative import AssociativeMemory
-from memtx.memory.base import Memory
-from memtx.memory.compressed import CompressedMemory
-from memtx.memory.compression import MeanPooling
-from memtx.memory.gates import ReflectingGate
-from memtx.memory.memory_tokens import TokenMemory
-from memtx.memory.recurrent import RecurrentMemory
-from memtx.memory.retrieval import RetrievalMemory
-from memtx.memory.slots import SlotMemory
-from memtx.memory.top_k import TopKMemory
 from memtx.models.memory_transformer import MemoryTransformer
-
-MemoryFactory = Callable[[int], Memory[Any]]
 
 TASKS: dict[str, SyntheticTask] = {
     "T1 recall": AssociativeRecall(),
@@ -53,215 +47,278 @@ TASKS: dict[str, SyntheticTask] = {
     "T4 copying": SelectiveCopying(),
     "T5 tracking": StateTracking(num_elements=2),
 }
-DISTANCES = {"T1 recall": [3, 100, 1000], **{name: [1, 3, 32] for name in list(TASKS)[1:]}}
+DISTANCES = {name: [3, 100, 1000] if name == "T1 recall" else [1, 3, 32] for name in TASKS}
 TRAINING_SEGMENTS = 3
-"""Segments behind the written ones in training."""
+"""Segments after the written ones in training."""
 
+ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
+"""Stacks that run only if --memories names them."""
 
-def memory_stacks(window: int) -> dict[str, list[MemoryFactory]]:
-    """Return every kind's stack for a window of one segment."""
-    exact: MemoryFactory = partial(RecurrentMemory, window=window)
-    quarter = max(window // 4, 1)
-    keeping: Any = partial(AssociativeMemory, heads=2, decay_gate=None)
-    delta = partial(keeping, write_penalty=0.1)
-    return {
-        "window": [exact],
-        "recurrent, 2.5 windows": [partial(RecurrentMemory, window=5 * window // 2)],
-        "compressed 4:1": [
-            partial(
-                CompressedMemory,
-                window=window,
-                compression_rate=4,
-                num_entries=3 * window // 2,
-                compression=MeanPooling,
-            )
-        ],
-        "scored, exact": [partial(TopKMemory, window=window, compression_rate=1, num_entries=3 * window // 2)],
-        "associative": [exact, delta],
-        "associative, reflecting": [exact, partial(keeping, write_gate=ReflectingGate)],
-        "associative, no price": [exact, keeping],
-        "associative, forgetting": [exact, partial(AssociativeMemory, heads=2)],
-        "dual": [partial(TopKMemory, window=window, compression_rate=1, num_entries=2 * quarter), delta],
-        "slots": [exact, partial(SlotMemory, num_slots=8, interval=window, heads=4)],
-        "tokens": [exact, partial(TokenMemory, num_tokens=8, interval=window)],
-        "retrieval": [exact, partial(RetrievalMemory, capacity=16 * window, top_k=8, exclude_recent=window, heads=2)],
-    }
+SMALL_STEPS = 600
+MODEL_ARGS = "--model.model.init_args"
+NOTHING_CARRIED = "nothing carried"
+SHIPPED_VARIANTS: dict[str, list[str]] = {
+    "compressed memory": [],
+    "exact cache alone": [
+        f'{MODEL_ARGS}.memories=[{{"class_path":"memtx.RecurrentMemory","init_args":{{"window":100}}}}]'
+    ],
+    NOTHING_CARRIED: [f'{MODEL_ARGS}.memories=[{{"class_path":"memtx.NoMemory"}}]'],
+    "compressed by a convolution": [
+        f'{MODEL_ARGS}.memories=[{{"class_path":"memtx.CompressedMemory","init_args":{{"window":64,'
+        '"compression_rate":4,"num_entries":32,"compression":"memtx.memory.compression.StridedConvolution"}}]',
+        # 768 - 256: three maps of 192 x 256 weights less, one of (4 x 192) x 192 more.
+        f"{MODEL_ARGS}.feed_forward.init_args.hidden_dim=512",
+    ],
+}
+
+Figures = dict[str, dict[str, Any]]
 
 
 def match_hidden_dim(build_model: Callable[[int], MemoryTransformer], num_parameters: int) -> int:
-    """Return the feed-forward width at which a model's parameters come nearest to ``num_parameters``."""
+    """Return the feed-forward width that brings a model closest to ``num_parameters``."""
 
     def count(hidden_dim: int) -> int:
         with torch.device("meta"):
-            return sum(parameter.numel() for parameter in build_model(hidden_dim).parameters())
+            return count_parameters(build_model(hidden_dim))
 
     low, high = count(8), count(16)
     return max(8, round(8 + 8 * (num_parameters - low) / (high - low)))
 
 
-def train_on_task(name: str, kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train a kind on a task and return its figures."""
-    task, stack = TASKS[name], memory_stacks(TASKS[name].segment_length)[kind]
-    dim, rows = arguments.dim, arguments.batch_size
+def train_on_task(name: str, memory: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a stack on a synthetic task and return its figures."""
+    task, dim = TASKS[name], arguments.dim
+    stacks = comparison_stacks(task.segment_length)
 
-    def build_model(hidden_dim: int, memories: Sequence[MemoryFactory] = stack) -> MemoryTransformer:
+    def build_model(hidden_dim: int, memories: Sequence[MemoryFactory] = stacks[memory]) -> MemoryTransformer:
         return MemoryTransformer(
             task.vocab_size, dim, 2, 2, memories=[memories], feed_forward=partial(FeedForward, hidden_dim=hidden_dim)
         )
 
-    # What the widest kind has with a feed-forward part of 2 dim.
-    widest = max(
-        sum(one.numel() for one in build_model(2 * dim, other).parameters())
-        for other in memory_stacks(task.segment_length).values()
-    )
+    # All have as many parameters as the largest stack with a feed-forward width of 2 dim.
+    largest = max(count_parameters(build_model(2 * dim, stack)) for stack in stacks.values())
     torch.manual_seed(seed)
-    model = build_model(match_hidden_dim(build_model, widest))
-    segments = task.num_write_segments + TRAINING_SEGMENTS
-    spent = train_on_episodes(
-        model,
-        task,
-        seed=seed,
-        steps=arguments.steps,
-        batch_size=rows,
-        num_segments=segments,
-        learning_rate=arguments.learning_rate,
-    )
-    distances = [distance for distance in DISTANCES[name] if distance <= arguments.max_distance]
-    shares = {distance: evaluate_accuracy(model, task, distance, seed=1000 + seed) for distance in distances}
+    model = build_model(arguments.hidden_dim or match_hidden_dim(build_model, largest))
+    seconds = train_on_episodes(
+        model, task, seed=seed, steps=arguments.steps, batch_size=arguments.batch_size,
+        num_segments=task.num_write_segments + TRAINING_SEGMENTS, learning_rate=arguments.learning_rate,
+    )  # fmt: skip
+    evaluate = partial(evaluate_accuracy, model, task, num_samples=arguments.num_samples, seed=1000 + seed)
     return {
-        "accuracy": shares,
-        "seconds": spent,
+        "accuracy": {distance: evaluate(distance) for distance in arguments.distances or DISTANCES[name]},
+        "seconds": seconds,
         "steps": arguments.steps,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "state_bytes": model.init_state(1).nbytes,
     }
 
 
-def train_on_books(kind: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train a kind on the books and return its figures."""
-    dim, depth, heads, window, stack = 128, 3, 4, 64, memory_stacks(64)[kind]
+def train_on_books(memory: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a stack in a small model on the books and return its figures."""
+    dim, depth, heads, window, stack = 128, 3, 4, 64, comparison_stacks(64)[memory]
 
     def build_model(hidden_dim: int, memories: Sequence[MemoryFactory] = stack) -> MemoryTransformer:
         return MemoryTransformer(
             257, dim, depth, heads, memories=[memories], feed_forward=partial(SwiGLU, hidden_dim=hidden_dim)
         )
 
-    plain = sum(
-        parameter.numel() for parameter in build_model(384, [partial(RecurrentMemory, window=window)]).parameters()
-    )
-    run = arguments.output_dir / f"books-{kind.replace(' ', '-')}-{seed}"
-    model = "--model.model.init_args"
-    settings = [
-        f"{model}.dim={dim}", f"{model}.depth={depth}", f"{model}.heads={heads}",
-        f"{model}.memories={json.dumps([class_config.to_config(stack)])}",
-        f"{model}.feed_forward.init_args.hidden_dim={match_hidden_dim(build_model, plain)}",
-        # Learned writing needs a horizon of two segments at least; the bytes of a step stay.
+    num_parameters = count_parameters(build_model(384, comparison_stacks(window)["window"]))
+    steps = arguments.book_steps or SMALL_STEPS
+    options = [
+        f"{MODEL_ARGS}.dim={dim}", f"{MODEL_ARGS}.depth={depth}", f"{MODEL_ARGS}.heads={heads}",
+        f"{MODEL_ARGS}.memories={json.dumps([class_config.to_config(stack)])}",
+        f"{MODEL_ARGS}.feed_forward.init_args.hidden_dim={match_hidden_dim(build_model, num_parameters)}",
+        # A learned write needs at least two segments per backward pass; the bytes of a step stay the same.
         "--data.bptt_segments=2", "--data.batch_size=16", "--data.eval_tokens=100000",
-        f"--trainer.max_steps={arguments.book_steps}", f"--trainer.val_check_interval={arguments.book_steps}",
+        f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}",
     ]  # fmt: skip
     before = os.times()
-    lines = run_fit(run, "configs/pg19-mini.yaml", arguments.books, seed, settings)
+    run_dir = arguments.output_dir / f"books-{memory.replace(' ', '-')}-{seed}"
+    rows = run_fit(run_dir, "pg19-mini", arguments.root, seed, options)
     after = os.times()
-    spent = after.children_user - before.children_user + after.children_system - before.children_system
     return {
-        "bits_per_byte": last_value(lines, "val_bits_per_byte"),
-        # Nothing is carried, nothing is gained.
-        "memory_gain": last_value(lines, "val_memory_gain") if "val_memory_gain" in lines[0] else float("nan"),
-        "seconds": spent,
-        "steps": arguments.book_steps,
+        "bits_per_byte": last_value(rows, "val_bits_per_byte"),
+        # Not logged where nothing is carried.
+        "memory_gain": last_value(rows, "val_memory_gain") if "val_memory_gain" in rows[0] else float("nan"),
+        "seconds": after.children_user - before.children_user + after.children_system - before.children_system,
+        "steps": steps,
     }
 
 
-def format_tables(figures: dict[str, dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
-    """Return a Markdown table a task, a row a kind: every seed's figure at every distance."""
-    lines: list[str] = []
-    for task, distances in DISTANCES.items():
-        rows = []
-        for kind in memory_stacks(TASKS[task].segment_length):
-            runs = [figures[key] for seed in range(100) if (key := f"{task}/{kind}/{seed}") in figures]
-            if not runs:
-                continue
-            cells = [
-                ", ".join(f"{run['accuracy'].get(str(distance), float('nan')):.2f}" for run in runs)
-                for distance in distances
-            ]
-            spent = statistics.median(run["seconds"] for run in runs)
-            rows.append(f"| {kind} | {' | '.join(cells)} | {spent:.0f} | {runs[0]['state_bytes']:,} |")
-        if rows:
-            head = " | ".join(f"{distance:,} segments" for distance in distances)
-            chance = f"{task} (chance {TASKS[task].chance_accuracy:.2f})"
-            lines += [f"| {chance} | {head} | s | state bytes |", "|---" * (len(distances) + 3) + "|", *rows, ""]
-    rows = []
-    for kind in memory_stacks(64):
-        runs = [figures[key] for seed in range(100) if (key := f"books/{kind}/{seed}") in figures]
-        if runs:
-            scores = [", ".join(f"{run[name]:.4f}" for run in runs) for name in ("bits_per_byte", "memory_gain")]
-            rows.append(f"| {kind} | {scores[0]} | {scores[1]} | {statistics.median(r['seconds'] for r in runs):.0f} |")
-    if rows:
-        lines += [f"| books, {arguments.book_steps} steps | bits per byte | worse with it cleared | s |"]
-        lines += ["|---|---|---|---|", *rows, ""]
-    return lines
+def train_shipped_config(variant: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train the shipped config with other memories and return its figures."""
+    options, steps = list(SHIPPED_VARIANTS[variant]), arguments.book_steps
+    if steps:
+        options += [f"--trainer.max_steps={steps}", f"--trainer.val_check_interval={steps}"]
+    threads = max(1, (os.cpu_count() or 1) // arguments.num_parallel)
+    run_dir = arguments.output_dir / f"shipped-{variant.replace(' ', '-')}-{seed}"
+    rows = run_fit(run_dir, "pg19-mini", arguments.root, seed, options, threads)
+    rates = [float(row["tokens_per_second"]) for row in rows if row.get("tokens_per_second")]
+    return {
+        "bits_per_byte": last_value(rows, "val_bits_per_byte"),
+        "word_perplexity": last_value(rows, "val_word_perplexity"),
+        "tokens_per_second": statistics.median(rates),
+    }
 
 
-def plot_recall(figures: dict[str, dict[str, Any]], path: str) -> None:
-    """Draw T1's mean accuracy by distance, a line a kind."""
-    distances = DISTANCES["T1 recall"]
-    curves = {}
-    for kind in memory_stacks(24):
-        runs = [figures[key] for seed in range(100) if (key := f"T1 recall/{kind}/{seed}") in figures]
-        if runs:
-            asked = [distance for distance in distances if str(distance) in runs[0]["accuracy"]]
-            curves[kind] = (
-                asked,
-                [statistics.mean(run["accuracy"][str(distance)] for run in runs) for distance in asked],
+def runs_of(figures: Figures, group: str, name: str) -> dict[int, dict[str, Any]]:
+    """Return the figures of a memory in a group by seed."""
+    return {seed: figures[key] for seed in range(100) if (key := f"{group}/{name}/{seed}") in figures}
+
+
+def format_task_table(figures: Figures, task: str) -> list[str]:
+    """Format a synthetic task: a line for each memory, every seed's accuracy at every distance."""
+    runs_by_memory = {memory: runs_of(figures, task, memory) for memory in comparison_stacks(1)}
+    runs_by_memory = {memory: runs for memory, runs in runs_by_memory.items() if runs}
+    distances = {int(key) for runs in runs_by_memory.values() for run in runs.values() for key in run["accuracy"]}
+    lines = [
+        f"| {task} (chance {TASKS[task].chance_accuracy:.2f}) | "
+        + " | ".join(f"{distance:,} segments" for distance in sorted(distances))
+        + " | s | state bytes |",
+        "|---" * (len(distances) + 3) + "|",
+    ]
+    for memory, runs in runs_by_memory.items():
+        cells = [
+            ", ".join(f"{run['accuracy'].get(str(distance), float('nan')):.2f}" for run in runs.values())
+            for distance in sorted(distances)
+        ]
+        seconds = statistics.median(run["seconds"] for run in runs.values())
+        lines.append(
+            f"| {memory} | {' | '.join(cells)} | {seconds:.0f} | {next(iter(runs.values()))['state_bytes']:,} |"
+        )
+    return [*lines, ""] if runs_by_memory else []
+
+
+def format_books_table(figures: Figures) -> list[str]:
+    """Format the small models: every seed's bits per byte and memory gain."""
+    lines = ["| books | bits per byte | increase if cleared at every segment | s |", "|---|---|---|---|"]
+    for memory in comparison_stacks(1):
+        if runs := runs_of(figures, "books", memory):
+            bits, gain = (
+                ", ".join(f"{run[name]:.4f}" for run in runs.values()) for name in ("bits_per_byte", "memory_gain")
             )
-    title, axis = "Recall (T1), means of seeds", "segments since the pairs"
-    plots.plot_accuracy(path, curves, chance_level=TASKS["T1 recall"].chance_accuracy, title=title, x_label=axis)
+            seconds = statistics.median(run["seconds"] for run in runs.values())
+            lines.append(f"| {memory} | {bits} | {gain} | {seconds:.0f} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def shipped_gains(figures: Figures) -> dict[str, list[float]]:
+    """Return every variant's bits per byte less those with nothing carried, within each seed.
+
+    A seed decides which books are read, which matters far more than the memory.
+    """
+    base = runs_of(figures, "shipped", NOTHING_CARRIED)
+    return {
+        variant: [run["bits_per_byte"] - base[seed]["bits_per_byte"] for seed, run in runs.items() if seed in base]
+        for variant in SHIPPED_VARIANTS
+        if (runs := runs_of(figures, "shipped", variant))
+    }
+
+
+def format_shipped_table(figures: Figures) -> list[str]:
+    """Format the shipped config: every seed's bits per byte, their mean, and the gains within each seed."""
+    lines = ["| shipped config | bits per byte | mean | against nothing carried, by seed |", "|---|---|---|---|"]
+    for variant, gains in shipped_gains(figures).items():
+        bits = [run["bits_per_byte"] for run in runs_of(figures, "shipped", variant).values()]
+        cells = ", ".join(f"{value:.4f}" for value in bits)
+        paired = ", ".join(f"{gain:+.4f}" for gain in gains) if variant != NOTHING_CARRIED else ""
+        lines.append(f"| {variant} | {cells} | {statistics.mean(bits):.4f} | {paired} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def plot_results(figures: Figures, path: Path) -> None:
+    """Plot the mean accuracy on T1 by distance, and the gains of the shipped config into a second picture."""
+    curves = {}
+    for memory in comparison_stacks(1):
+        if runs := runs_of(figures, "T1 recall", memory):
+            distances = sorted(map(int, next(iter(runs.values()))["accuracy"]))
+            means = [statistics.mean(run["accuracy"][str(key)] for run in runs.values()) for key in distances]
+            curves[memory] = (distances, means)
+    if curves:
+        plots.plot_accuracy(
+            path, curves, chance_level=TASKS["T1 recall"].chance_accuracy, title="Recall (T1), means of seeds",
+            x_label="segments since the pairs",
+        )  # fmt: skip
+    gains = {variant: gain for variant, gain in shipped_gains(figures).items() if gain and variant != NOTHING_CARRIED}
+    if gains:
+        plots.plot_seed_comparison(
+            path.with_stem(f"{path.stem}-books"), gains, unit="bits per byte against nothing carried",
+            title="Gain from memory on pg19-mini's validation books, seed by seed",
+        )  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benchmarking.add_benchmark_options(parser)
+    names = list(comparison_stacks(1))
+    default = [name for name in names if name not in ABLATIONS]
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-memories"), help="folder of the figures")
+    parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")
+    parser.add_argument("--memories", nargs="+", choices=names, default=default, metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--books", nargs="+", choices=("small", "shipped"), default=[], help="also train on books")
+    benchmarking.add_data_option(parser, "--root", "pg19-mini", text="books in the PG-19 layout", required=False)
+    parser.add_argument("--distances", nargs="+", type=benchmarking.positive_int, help="segments up to the questions")
+    parser.add_argument("--hidden-dim", type=benchmarking.positive_int, help="one feed-forward width for all stacks")
+    parser.add_argument("--book-steps", type=benchmarking.positive_int, help="training steps on books")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="learning rate of the synthetic tasks")
+    benchmarking.add_size_options(parser, steps=750, batch_size=32, dim=64, num_samples=32, num_parallel=1)
+    arguments = parser.parse_args()
+    if arguments.books and arguments.root is None:
+        parser.error("--books needs --root FOLDER, or MEMTX_DATA.")
+    return arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    measuring.add_benchmark_options(parser)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/compare-memories"), help="where figures are kept")
-    parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS), metavar="TASK")
-    parser.add_argument(
-        "--memories", nargs="+", choices=list(memory_stacks(1)), default=list(memory_stacks(1)), metavar="NAME"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--books", type=Path, help="a folder of books in PG-19's layout")
-    for name, default in (("steps", 750), ("batch-size", 32), ("dim", 64), ("book-steps", 600)):
-        parser.add_argument(f"--{name}", type=measuring.positive_int, default=default)
-    parser.add_argument(
-        "--max-distance", type=measuring.positive_int, default=1000, help="segments asked across, at most"
-    )
-    parser.add_argument("--learning-rate", type=float, default=2e-3, help="the learning rate of the drawn tasks")
-    arguments = parser.parse_args()
-    measuring.apply_benchmark_options(arguments)
+    arguments = parse_arguments()
+    benchmarking.apply_benchmark_options(arguments)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    kept = arguments.output_dir / "figures.json"
-    found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else {}
-    jobs = [
-        (f"{task}/{kind}/{seed}", partial(train_on_task, task, kind, seed, arguments))
+    path = arguments.output_dir / "figures.json"
+    figures: Figures = json.loads(path.read_text()) if path.exists() else {}
+    # Seed by seed, so that an interrupted comparison has whole seeds.
+    jobs: dict[str, Callable[[], dict[str, Any]]] = {
+        f"{task}/{memory}/{seed}": partial(train_on_task, task, memory, seed, arguments)
         for task in arguments.tasks
-        for seed in arguments.seeds  # seed by seed, so that a stopped comparison has whole seeds
-        for kind in arguments.memories
-    ]
-    if arguments.books is not None:
-        jobs += [
-            (f"books/{kind}/{seed}", partial(train_on_books, kind, seed, arguments))
+        for seed in arguments.seeds
+        for memory in arguments.memories
+    }
+    groups: dict[str, tuple[Callable[..., dict[str, Any]], Sequence[str]]] = {
+        "small": (train_on_books, arguments.memories), "shipped": (train_shipped_config, list(SHIPPED_VARIANTS))
+    }  # fmt: skip
+    for group in arguments.books:
+        train, names = groups[group]
+        prefix = "books" if group == "small" else group
+        jobs |= {
+            f"{prefix}/{name}/{seed}": partial(train, name, seed, arguments)
             for seed in arguments.seeds
-            for kind in arguments.memories
-        ]
-    with measuring.progress_bar() as bar:
-        for name, job in bar.track([one for one in jobs if one[0] not in found], description="memories"):
-            # Through JSON, so that what was found now reads as what was kept.
-            found[name] = json.loads(json.dumps(job()))
-            files.write_text(kept, json.dumps(found, indent=1))
-    machine = measuring.machine_info(arguments.device)
+            for name in names
+        }
+    missing = {key: job for key, job in jobs.items() if key not in figures}
+    # CPU seconds of several trainings at once would not be told apart: only the shipped config runs in parallel.
+    shipped = {key: job for key, job in missing.items() if key.startswith("shipped/")}
+
+    def save(key: str, result: dict[str, Any]) -> None:
+        figures[key] = json.loads(json.dumps(result))  # as a restarted script would read them
+        files.write_text(path, json.dumps(figures, indent=1))
+
+    with benchmarking.progress_bar() as bar, ThreadPoolExecutor(arguments.num_parallel) as pool:
+        advance = partial(bar.advance, bar.add_task("memories", total=len(missing)))
+        for key, job in missing.items():
+            if key not in shipped:
+                save(key, job())
+                advance()
+        futures = {pool.submit(job): key for key, job in shipped.items()}
+        for future in as_completed(futures):
+            save(futures[future], future.result())
+            advance()
+    machine = benchmarking.machine_info(arguments.device)
     if arguments.plot:
-        plot_recall(found, arguments.plot)
-    lines = [f"{measuring.format_machine(machine)}.", "", *format_tables(found, arguments)]
-    measuring.write_results(arguments, {"figures": found, "machine": machine}, lines)
+        plot_results(figures, Path(arguments.plot))
+    lines = [f"{benchmarking.format_machine(machine)}.", ""]
+    for task in TASKS:
+        lines += format_task_table(figures, task)
+    lines += format_books_table(figures) + format_shipped_table(figures)
+    benchmarking.write_results(arguments, {"figures": figures, "machine": machine}, lines)
 
 
 if __name__ == "__main__":

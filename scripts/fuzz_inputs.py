@@ -1,11 +1,11 @@
-"""Inputs that nobody means, given to the program as files: each is used, or refused in one line with exit code 2.
+"""Run the program on random and damaged input files: each is used, or refused in one line with exit code 2.
 
     python scripts/fuzz_inputs.py [--count 10000] [--seed 0] [--kinds text jsonl shards checkpoints configs]
 
-Texts of any bytes, lines of JSON, prepared folders and checkpoints that were cut or changed, and configs with other
-keys and values are drawn by hypothesis. The program's own entry is called in this process, its output caught; one in a
-hundred of what was refused is given to a process of its own as well. What is not as promised is told: a traceback,
-another exit code, more than one line, or a file that was left behind.
+hypothesis generates texts of arbitrary bytes, lines of JSON, damaged prepared folders and checkpoints, and configs with
+replaced keys and values. The program's entry point is called in this process with its output captured; one in a hundred
+refused inputs also runs in a process of its own. Reported as failures: a traceback, another exit code, more than one
+line, and a file that a refused input wrote.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import copy
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,9 +26,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import corruption
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
@@ -67,11 +70,12 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every_n_train_steps": None},
     "trainer": {"max_epochs": -1, "limit_val_batches": 1, "num_sanity_val_steps": 0, "accelerator": "cpu"},
 }
-# Whatever a config says, one step on one device is all that is made of it.
+# Whatever a config asks for, it trains for one step on one device.
 FIT = ("fit", "--config", "c.yaml", "--trainer.max_steps=1", "--trainer.devices=1", "--trainer.num_nodes=1")
+PREPARE_OPTIONS = ("--output-dir", "out", "--num-workers", "1")
 KIND_FRACTIONS = {"text": 0.34, "jsonl": 0.26, "checkpoints": 0.26, "shards": 0.08, "configs": 0.06}
 
-PRESERVED = ("books", "tokens", "cache", ".kept")
+PRESERVED = ("books", "tokens", "cache", ".originals")
 
 SCALARS = st.one_of(
     st.none(),
@@ -84,9 +88,19 @@ SCALARS = st.one_of(
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
 
 
+DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "truncate": corruption.truncate,
+    "flip": corruption.flip_bit,
+    "noise": corruption.overwrite_with_noise,
+    "append": corruption.append_bytes,
+    "replace": lambda content, rng: rng.randbytes(rng.randrange(1, 60)),
+}
+DAMAGE = st.tuples(st.sampled_from(sorted(DAMAGES)), st.integers(0, 2**32))
+
+
 @dataclass
 class Tally:
-    """What became of the inputs."""
+    """Outcomes of the inputs."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
@@ -94,25 +108,25 @@ class Tally:
 
 
 def run_program(argv: tuple[str, ...]) -> tuple[int, str, str]:
-    """Return exit code, what was said on stderr, and the traceback, if any, of a call in this process."""
-    before = sys.stdout, sys.stderr
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    sys.stdout, sys.stderr = out, err
+    """Run the program in this process; return its exit code, its standard error and a traceback or ""."""
+    streams = sys.stdout, sys.stderr
+    output, errors = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    sys.stdout, sys.stderr = output, errors
     trace, code = "", 1
     try:
         code = program(list(argv))
-    except SystemExit as stopped:
-        code = stopped.code if isinstance(stopped.code, int) else 0 if stopped.code is None else 1
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
     except BaseException:
         trace = traceback.format_exc()
     finally:
-        sys.stdout, sys.stderr = before
-    said = err.buffer.getvalue()  # type: ignore[attr-defined]
-    return code, said.decode("utf-8", "replace"), trace
+        sys.stdout, sys.stderr = streams
+    content: bytes = errors.buffer.getvalue()  # type: ignore[attr-defined]
+    return code, content.decode("utf-8", "replace"), trace
 
 
 def list_files() -> set[str]:
-    """Return the files here, but for caches and what waits to be gone on with, which are no results."""
+    """Return the files of the working folder, except caches and hidden files, which hold unfinished work."""
     return {
         path.as_posix()
         for path in Path().rglob("*")
@@ -121,30 +135,29 @@ def list_files() -> set[str]:
 
 
 def check_outcome(tally: Tally, argv: tuple[str, ...], input_kind: str, outputs: tuple[str, ...]) -> None:
-    """Call the program and note what became of it; ``outputs`` names what a success may leave."""
+    """Run the program and record the outcome; ``outputs`` names the folders that a success may write."""
     before = list_files()
-    code, said, trace = run_program(argv)
-    kind = f"{input_kind}: {'used' if code == 0 else 'refused' if code == 2 else f'code {code}'}"
-    tally.outcomes[kind] += 1
-    lines = [line for line in said.splitlines() if line.startswith("memtx")]
+    code, errors, trace = run_program(argv)
+    outcome = f"{input_kind}: {'used' if code == 0 else 'refused' if code == 2 else f'code {code}'}"
+    tally.outcomes[outcome] += 1
+    lines = [line for line in errors.splitlines() if line.startswith("memtx")]
     problem = ""
-    if trace or "Traceback" in said:
-        problem = "a traceback: " + (trace or said).strip().splitlines()[-1][:300]
+    if trace or "Traceback" in errors:
+        problem = "a traceback: " + (trace or errors).strip().splitlines()[-1][:300]
     elif code not in (0, 2):
-        problem = f"exit code {code}: {said[-200:]!r}"
+        problem = f"exit code {code}: {errors[-200:]!r}"
     elif code == 2 and len(lines) != 1:
-        problem = f"{len(lines)} lines: {said[-300:]!r}"
-    elif code == 2 and (left := list_files() - before):
-        problem = f"left behind {sorted(left)[:3]}"
-    if not problem and code == 2 and tally.outcomes[kind] % 100 == 1:
+        problem = f"{len(lines)} lines: {errors[-300:]!r}"
+    elif code == 2 and (new_files := list_files() - before):
+        problem = f"wrote {sorted(new_files)[:3]}"
+    if not problem and code == 2 and tally.outcomes[outcome] % 100 == 1:
         command = [sys.executable, "-m", "memtx", *argv]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        process = subprocess.run(command, capture_output=True, text=True, errors="replace")
         tally.subprocess_runs += 1
-        if done.returncode != 2 or done.stderr.count("\n") != 1 or "Traceback" in done.stderr:
-            problem = f"in a process of its own: {done.returncode} {done.stderr[-300:]!r}"
+        if process.returncode != 2 or process.stderr.count("\n") != 1 or "Traceback" in process.stderr:
+            problem = f"in a process of its own: {process.returncode} {process.stderr[-300:]!r}"
     if problem:
-        shown = trace.strip().splitlines()[-4:-1] if trace else []
-        tally.failures.append(f"{input_kind}: {problem} {' '.join(shown)}")
+        tally.failures.append(f"{input_kind}: {problem} {' '.join(trace.strip().splitlines()[-4:-1])}")
         if tally.failures.count(tally.failures[-1]) == 1:
             print(tally.failures[-1], file=sys.stderr, flush=True)
     for name in outputs:
@@ -153,25 +166,16 @@ def check_outcome(tally: Tally, argv: tuple[str, ...], input_kind: str, outputs:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def damage_content(content: bytes, position: float, kind: str, noise: bytes) -> bytes:
-    """Return content that was cut, changed by a bit, filled, or replaced."""
-    at = min(int(position * len(content)), len(content) - 1)
-    if kind == "cut":
-        return content[:at]
-    if kind == "flip":
-        return content[:at] + bytes([content[at] ^ (1 << (len(noise) % 8))]) + content[at + 1 :]
-    if kind == "fill":
-        return content[:at] + noise + content[at + len(noise) :]
-    return noise if kind == "other" else content + noise
+def damage_file(source: Path, target: Path, damage: tuple[str, int]) -> None:
+    """Write a damaged copy of a file; ``damage`` is its kind and its seed."""
+    kind, random_seed = damage
+    target.write_bytes(DAMAGES[kind](source.read_bytes(), random.Random(random_seed)))
 
 
-DAMAGE = st.tuples(
-    st.floats(0, 1), st.sampled_from(["cut", "flip", "fill", "other", "grow"]), st.binary(min_size=1, max_size=60)
-)
 TEXT = st.one_of(
     st.binary(max_size=300),
     st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")),
-    st.tuples(st.binary(min_size=1, max_size=4), st.integers(1, 200_000)).map(lambda one: one[0] * one[1]),
+    st.tuples(st.binary(min_size=1, max_size=4), st.integers(1, 200_000)).map(lambda pair: pair[0] * pair[1]),
     st.text(max_size=100).map(lambda text: text.encode("utf-16")),
 )
 ROW = st.one_of(
@@ -183,83 +187,84 @@ ROW = st.one_of(
 
 
 def fuzz_text(tally: Tally, content: bytes) -> None:
-    """A text of any bytes is encoded."""
-    Path("given.txt").write_bytes(content)
-    check_outcome(tally, ("prepare", "given.txt", "--output-dir", "out", "--num-workers", "1"), "text", ("out",))
+    """Prepare a text of arbitrary bytes."""
+    Path("input.txt").write_bytes(content)
+    check_outcome(tally, ("prepare", "input.txt", *PREPARE_OPTIONS), "text", ("out",))
 
 
 def fuzz_jsonl(tally: Tally, lines: list[bytes]) -> None:
-    """Lines that may be JSON are encoded."""
-    Path("given.jsonl").write_bytes(b"\n".join(lines))
+    """Prepare lines that may be JSON."""
+    Path("input.jsonl").write_bytes(b"\n".join(lines))
     options = ("--id-column", "id") if len(lines) % 2 else ()
-    check_outcome(
-        tally, ("prepare", "given.jsonl", "--output-dir", "out", "--num-workers", "1", *options), "jsonl", ("out",)
-    )
+    check_outcome(tally, ("prepare", "input.jsonl", *PREPARE_OPTIONS, *options), "jsonl", ("out",))
 
 
-def fuzz_checkpoint(tally: Tally, damage: tuple[float, str, bytes]) -> None:
-    """A checkpoint that was damaged reads a text."""
-    whole = Path(".kept/whole.ckpt").read_bytes()
-    Path("given.ckpt").write_bytes(damage_content(whole, *damage))
-    check_outcome(tally, ("read", "short.txt", "--checkpoint", "given.ckpt", "--device", "cpu"), "checkpoint", ())
+def fuzz_checkpoint(tally: Tally, damage: tuple[str, int]) -> None:
+    """Read a text with a damaged checkpoint."""
+    damage_file(Path(".originals/valid.ckpt"), Path("input.ckpt"), damage)
+    check_outcome(tally, ("read", "short.txt", "--checkpoint", "input.ckpt", "--device", "cpu"), "checkpoint", ())
 
 
-def fuzz_shard(tally: Tally, name: str, damage: tuple[float, str, bytes]) -> None:
-    """A prepared folder with a damaged file trains."""
-    shutil.copytree(".kept/tokens", "tokens", dirs_exist_ok=True)
-    Path(name).write_bytes(damage_content(Path(name).read_bytes(), *damage))
+def fuzz_shard(tally: Tally, name: str, damage: tuple[str, int]) -> None:
+    """Train on a prepared folder with a damaged file."""
+    shutil.copytree(".originals/tokens", "tokens", dirs_exist_ok=True)
+    damage_file(Path(name), Path(name), damage)
     Path("c.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {**CONFIG["data"], "root": "tokens"}}))
     check_outcome(tally, FIT, "shards", ("run",))
 
 
 def fuzz_config(tally: Tally, position: float, key: str | None, value: Any) -> None:
-    """A config with another key or another value trains."""
+    """Train with a config in which a key or a value was replaced."""
     config = copy.deepcopy(CONFIG)
-    places: list[tuple[Any, Any]] = []
+    items: list[tuple[Any, Any]] = []
 
-    def walk(inner: Any) -> None:
-        for name in inner if isinstance(inner, dict) else range(len(inner)):
-            places.append((inner, name))
-            if isinstance(inner[name], dict | list):
-                walk(inner[name])
+    def collect(container: Any) -> None:
+        for name in container if isinstance(container, dict) else range(len(container)):
+            items.append((container, name))
+            if isinstance(container[name], dict | list):
+                collect(container[name])
 
-    walk(config)
-    inner, name = places[min(int(position * len(places)), len(places) - 1)]
-    if key is not None and isinstance(inner, dict):
-        inner[key] = inner.pop(name)
+    collect(config)
+    container, name = items[min(int(position * len(items)), len(items) - 1)]
+    if key is not None and isinstance(container, dict):
+        container[key] = container.pop(name)
     else:
-        inner[name] = value
+        container[name] = value
     Path("c.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     check_outcome(tally, FIT, "config", ())
-    # A run may have been asked for under any name.
+    # The config may name any run_dir.
     for path in Path().iterdir():
         if path.is_dir() and path.name not in PRESERVED:
             shutil.rmtree(path)
 
 
 def set_up() -> list[str]:
-    """Write books, a prepared folder and a checkpoint that are whole, and return the folder's files."""
+    """Write valid books, a prepared folder and a checkpoint; return the files of the prepared folder."""
     for split in ("train", "validation", "test"):
         (Path("books") / split).mkdir(parents=True)
-        for number in range(3):
-            (Path("books") / split / f"{number}.txt").write_text(f"Of the {split}, night {number} was dark.\n" * 9)
+        for index in range(3):
+            (Path("books") / split / f"{index}.txt").write_text(f"Of the {split}, night {index} was dark.\n" * 9)
     Path("short.txt").write_text("It was dark.\n" * 3)
     Path("c.yaml").write_text(yaml.safe_dump(CONFIG))
     for argv in (("prepare", "books", "--output-dir", "tokens", "--num-workers", "1"), FIT):
-        code, said, trace = run_program(argv)
+        code, errors, trace = run_program(argv)
         if code:
-            sys.exit(f"{argv} failed: {said}{trace}")
-    Path(".kept").mkdir()
-    shutil.copy("run/checkpoints/last.ckpt", ".kept/whole.ckpt")
+            sys.exit(f"{argv} failed: {errors}{trace}")
+    Path(".originals").mkdir()
+    shutil.copy("run/checkpoints/last.ckpt", ".originals/valid.ckpt")
     shutil.rmtree("run")
-    shutil.copytree("tokens", ".kept/tokens")
+    shutil.copytree("tokens", ".originals/tokens")
     return sorted(path.as_posix() for path in Path("tokens").rglob("*") if path.is_file())
 
 
 def run_examples(
     function: Callable[..., None], count: int, random_seed: int, *strategies: st.SearchStrategy[Any]
 ) -> None:
-    """Call a function with ``count`` drawn inputs."""
+    """Call a function with ``count`` random inputs."""
+
+    def run(arguments: tuple[Any, ...]) -> None:
+        function(*arguments)
+
     if count:
         options = settings(
             max_examples=count,
@@ -268,63 +273,49 @@ def run_examples(
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
-        options(seed(random_seed)(given(*strategies)(function)))()
+        options(seed(random_seed)(given(st.tuples(*strategies))(run)))()
 
 
 def fuzz(counts: dict[str, int], random_seed: int) -> Tally:
-    """Give so many inputs of each kind to the program, in the working folder, and return what became of them."""
+    """Run the program in the working folder on ``counts`` random inputs of each kind."""
     tally, names = Tally(), set_up()
     keys = st.none() | st.text(max_size=8) | st.sampled_from(["batch_sizes", "class_path", "init_args", "dim", "lr"])
-    run_examples(lambda content: fuzz_text(tally, content), counts.get("text", 0), random_seed, TEXT)
-    run_examples(
-        lambda lines: fuzz_jsonl(tally, lines),
-        counts.get("jsonl", 0),
-        random_seed,
-        st.lists(ROW, min_size=1, max_size=5),
-    )
-    run_examples(lambda damage: fuzz_checkpoint(tally, damage), counts.get("checkpoints", 0), random_seed, DAMAGE)
-    run_examples(
-        lambda name, damage: fuzz_shard(tally, name, damage),
-        counts.get("shards", 0),
-        random_seed,
-        st.sampled_from(names),
-        DAMAGE,
-    )
-    run_examples(
-        lambda place, key, value: fuzz_config(tally, place, key, value),
-        counts.get("configs", 0),
-        random_seed,
-        st.floats(0, 1),
-        keys,
-        VALUES,
-    )
+    kinds: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], ...]]] = {
+        "text": (fuzz_text, (TEXT,)),
+        "jsonl": (fuzz_jsonl, (st.lists(ROW, min_size=1, max_size=5),)),
+        "checkpoints": (fuzz_checkpoint, (DAMAGE,)),
+        "shards": (fuzz_shard, (st.sampled_from(names), DAMAGE)),
+        "configs": (fuzz_config, (st.floats(0, 1), keys, VALUES)),
+    }
+    for kind, (function, strategies) in kinds.items():
+        run_examples(partial(function, tally), counts.get(kind, 0), random_seed, *strategies)
     return tally
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000)
+    parser.add_argument("--count", type=int, default=10_000, help="number of inputs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(KIND_FRACTIONS), default=list(KIND_FRACTIONS))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    whole = sum(KIND_FRACTIONS[kind] for kind in arguments.kinds)
-    counts = {kind: round(arguments.count * KIND_FRACTIONS[kind] / whole) for kind in arguments.kinds}
-    began, before = time.monotonic(), Path.cwd()
+    total = sum(KIND_FRACTIONS[kind] for kind in arguments.kinds)
+    counts = {kind: round(arguments.count * KIND_FRACTIONS[kind] / total) for kind in arguments.kinds}
+    start, cwd = time.monotonic(), Path.cwd()
     with tempfile.TemporaryDirectory() as root:
         os.chdir(root)
         try:
             tally = fuzz(counts, arguments.seed)
         finally:
-            os.chdir(before)
+            os.chdir(cwd)
     figures = {
-        "inputs": sum(tally.outcomes.values()),
+        "inputs": tally.outcomes.total(),
         "outcomes": dict(tally.outcomes),
         "failures": len(tally.failures),
+        "subprocess_runs": tally.subprocess_runs,
+        "seconds": round(time.monotonic() - start, 1),
     }
-    print(
-        json.dumps({**figures, "subprocess_runs": tally.subprocess_runs, "seconds": round(time.monotonic() - began, 1)})
-    )
+    print(json.dumps(figures))
     return 1 if tally.failures else 0
 
 

@@ -1,21 +1,21 @@
-"""Kills a run again and again, at random moments and within checkpoint writes: what it ends with must not change.
+"""Kill a run again and again, at random times and within checkpoint writes: its final state must not change.
 
-    python scripts/kill_runs.py [--kills 50] [--seed 0] [--json FILE] [--markdown FILE]
+    python scripts/kill_runs.py [--kills 50] [--steps 90] [--seed 0] [--json FILE] [--markdown FILE]
 
-A small run on the texts that come with Python is trained undisturbed. Then the same run is started, killed by SIGKILL
-and started again by `--ckpt_path last`, half of the kills with checkpoints written in place and half with a thread that
-writes them. A kill comes after a random time, or within a write: at a random byte, before the sync, before the rename
-or after it. Whenever the run comes to its end before all kills are used, another begins from nothing. Counted: after
-each kill, whether the newest checkpoint is whole; at each end, whether weights and the optimiser's state are equal to
-the undisturbed run's, bit for bit, and so is every row of the log. A step's row may be missing: Lightning logs it after
-the callbacks that save, and a kill between the two leaves a checkpoint that goes on behind it. Ctrl-C ends it with what
-was found so far.
+A small run on the texts that come with Python is trained undisturbed. The same run is then started, killed by SIGKILL
+and resumed by `--ckpt_path last`, half of the kills with checkpoints written in place and half with checkpoints written
+by a thread. A kill comes after a random time or within a write: at a random byte, before the sync, before the rename or
+after it. If the run finishes before all kills are used, another one starts from the beginning. After each kill, the
+newest checkpoint must be valid; at each end, weights, optimizer states and all logged rows must equal the undisturbed
+run's, bit for bit. A row may be missing: Lightning logs a step after the callbacks that save, so a kill between the two
+leaves the checkpoint of a step that was not logged. Ctrl-C ends the script with the results so far.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import random
 import signal
@@ -30,10 +30,11 @@ from typing import Any
 
 import torch
 import yaml
-from measuring import format_machine, machine_info, positive_int, progress_bar, write_results
+from benchmarking import add_output_options, add_size_options, format_machine, machine_info, progress_bar, write_results
 from torch.utils import _pytree as pytree
 
-from memtx.checkpoint import checksummed_zip, recovery
+from memtx.checkpoint import recovery
+from memtx.checkpoint.checksummed_zip import ChecksummedZipWriter
 from memtx.checkpoint.pretrained import read_checkpoint
 from memtx.cli.main import main as memtx
 
@@ -46,6 +47,7 @@ COMPARED_COLUMNS = ("step", "train_loss", "val_loss", "val_bits_per_byte", "grad
 
 
 def make_config(steps: int, cache: Path, writer: str) -> dict[str, Any]:
+    """Return the config of a small run."""
     memory = {
         "class_path": "memtx.CompressedMemory",
         "init_args": {"window": 32, "compression_rate": 4, "num_entries": 8},
@@ -66,50 +68,51 @@ def make_config(steps: int, cache: Path, writer: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def kill_self(*_: Any, **options: Any) -> Any:
+def kill_self() -> Any:
+    """Kill this process by SIGKILL."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm_kill(kill_point: str, write_index: int, fraction: float, checkpoint_bytes: int) -> None:
-    """Have this process die within its checkpoint write of a number, from 1."""
-    began = Counter[str]()
-    written = [0]
-    write, replace, fsync = checksummed_zip.ChecksummedZipWriter.write, os.replace, os.fsync
-    seal, init = checksummed_zip.ChecksummedZipWriter.finalize, checksummed_zip.ChecksummedZipWriter.__init__
+    """Make this process kill itself within its checkpoint write number ``write_index``, counted from 1."""
+    num_writes = num_bytes = 0
+    init, write, finalize = ChecksummedZipWriter.__init__, ChecksummedZipWriter.write, ChecksummedZipWriter.finalize
+    replace, fsync = os.replace, os.fsync
 
-    def init_and_count(self: checksummed_zip.ChecksummedZipWriter, path: Path) -> None:
-        began["writes"] += 1
-        written[0] = 0
+    def init_and_count(self: ChecksummedZipWriter, path: Path) -> None:
+        nonlocal num_writes, num_bytes
+        num_writes, num_bytes = num_writes + 1, 0
         init(self, path)
 
-    def write_until_byte(self: checksummed_zip.ChecksummedZipWriter, data: Any) -> int:
-        written[0] += memoryview(data).nbytes
-        if began["writes"] == write_index and written[0] >= fraction * checkpoint_bytes:
-            part = memoryview(data).cast("B")
-            write(self, part[: int(fraction * len(part))])
+    def write_until_byte(self: ChecksummedZipWriter, data: Any) -> int:
+        nonlocal num_bytes
+        num_bytes += memoryview(data).nbytes
+        if num_writes == write_index and num_bytes >= fraction * checkpoint_bytes:
+            chunk = memoryview(data).cast("B")
+            write(self, chunk[: int(fraction * len(chunk))])
             self._file.flush()
             kill_self()
         return write(self, data)
 
     def fsync_or_die(handle: Any) -> None:
-        if began["writes"] == write_index:
+        if num_writes == write_index:
             kill_self()
         fsync(handle)
 
     def replace_or_die(source: Any, target: Any) -> None:
-        mine = began["writes"] == write_index and str(target).endswith(".ckpt")
-        if mine and kill_point == "before the rename":
+        is_target = num_writes == write_index and str(target).endswith(".ckpt")
+        if is_target and kill_point == "before the rename":
             kill_self()
         replace(source, target)
-        if mine:
+        if is_target:
             kill_self()
 
-    checksummed_zip.ChecksummedZipWriter.__init__ = init_and_count  # type: ignore[method-assign]
+    ChecksummedZipWriter.__init__ = init_and_count  # type: ignore[method-assign]
     if kill_point == "a byte":
-        checksummed_zip.ChecksummedZipWriter.write = write_until_byte  # type: ignore[method-assign]
-        # The file may be shorter than the one that its size was taken from.
-        checksummed_zip.ChecksummedZipWriter.finalize = lambda self, step: (  # type: ignore[method-assign]
-            kill_self() if began["writes"] == write_index else seal(self, step)
+        ChecksummedZipWriter.write = write_until_byte  # type: ignore[method-assign]
+        # The file may be shorter than the undisturbed run's.
+        ChecksummedZipWriter.finalize = lambda self, step: (  # type: ignore[method-assign]
+            kill_self() if num_writes == write_index else finalize(self, step)
         )
     elif kill_point == "before the sync":
         os.fsync = fsync_or_die  # type: ignore[assignment]
@@ -118,7 +121,7 @@ def arm_kill(kill_point: str, write_index: int, fraction: float, checkpoint_byte
 
 
 def start_run(folder: Path, run: str, setup: Callable[[], None] | None = None) -> int:
-    """Fork a process that trains ``run`` from where it is; return its id."""
+    """Fork a process that starts or resumes ``run``; return its id."""
     if child := os.fork():
         return child
     code = 1
@@ -136,12 +139,12 @@ def start_run(folder: Path, run: str, setup: Callable[[], None] | None = None) -
 
 
 def wait_for_exit(pid: int) -> int:
-    """Return the exit code of a process, negative where a signal ended it."""
+    """Return the exit code of a process, negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def final_state(run_dir: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """Return the last checkpoint's weights and optimiser states, and what was logged of each step but its speed."""
+    """Return weights and optimizer states of the last checkpoint, and the logged rows without speeds."""
     content = read_checkpoint(run_dir / "checkpoints" / "last.ckpt")
     with (run_dir / "metrics.csv").open() as file:
         rows = [tuple(row.get(name) or "" for name in COMPARED_COLUMNS) for row in csv.DictReader(file)]
@@ -149,17 +152,18 @@ def final_state(run_dir: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
 
 
 def trees_equal(actual: Any, expected: Any) -> bool:
-    """Return whether two trees are equal to the bit."""
-    mine, shape = pytree.tree_flatten(actual)
-    theirs, other_shape = pytree.tree_flatten(expected)
-    return shape == other_shape and all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(mine, theirs, strict=True)
+    """Return True if two trees are equal, bit for bit."""
+    leaves, structure = pytree.tree_flatten(actual)
+    expected_leaves, expected_structure = pytree.tree_flatten(expected)
+    return structure == expected_structure and all(
+        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        for a, b in zip(leaves, expected_leaves, strict=True)
     )
 
 
 @dataclass
 class Tally:
-    """What was found with one way of writing."""
+    """Results of one way of writing."""
 
     kills: Counter[str] = field(default_factory=Counter)
     intact: Counter[str] = field(default_factory=Counter)
@@ -170,12 +174,12 @@ class Tally:
 
 
 class Killer:
-    """Runs, kills and compares.
+    """Starts, kills and compares runs.
 
     Args:
-        folder: folder of configs, runs and logs.
-        steps: of a run.
-        seed: of the moments.
+        folder: Folder of configs, runs and logs.
+        steps: Optimizer steps of a run.
+        seed: Seed of the kill points.
     """
 
     def __init__(self, folder: Path, steps: int, seed: int) -> None:
@@ -183,89 +187,88 @@ class Killer:
         self.rng = random.Random(seed)
         self.tallies = {writer: Tally() for writer in WRITERS}
         self.write_config("undisturbed", "in place")
-        began = time.monotonic()
+        start = time.monotonic()
         if code := wait_for_exit(start_run(folder, "undisturbed")):
-            sys.exit(f"The undisturbed run ended with {code}:\n{(folder / 'undisturbed.log').read_text()}")
-        self.run_seconds = time.monotonic() - began
+            sys.exit(f"The undisturbed run exited with code {code}:\n{(folder / 'undisturbed.log').read_text()}")
+        self.run_seconds = time.monotonic() - start
         self.expected = final_state(folder / "undisturbed")
         self.checkpoint_bytes = (folder / "undisturbed" / "checkpoints" / "last.ckpt").stat().st_size
 
     def write_config(self, run: str, writer: str) -> None:
-        """Write what a run is started with."""
+        """Write the config of a run."""
         text = yaml.safe_dump(make_config(self.steps, self.folder / "cache", writer))
         (self.folder / f"{run}.yaml").write_text(text, encoding="utf-8")
 
     def kill(self, writer: str, run: str) -> bool:
-        """Start a run and kill it; return whether it came to its end first."""
+        """Start a run and kill it; return True if it finished first."""
         tally = self.tallies[writer]
-        moment = self.rng.choice(KILL_POINTS[1:]) if self.rng.random() < 0.6 else KILL_POINTS[0]
-        if moment == KILL_POINTS[0]:
+        kill_point = self.rng.choice(KILL_POINTS[1:]) if self.rng.random() < 0.6 else KILL_POINTS[0]
+        if kill_point == KILL_POINTS[0]:
             child = start_run(self.folder, run)
             time.sleep(self.rng.uniform(0.0, self.run_seconds))
-            os.kill(child, signal.SIGKILL)  # nothing where it ended already: it is waited for below
+            os.kill(child, signal.SIGKILL)  # without effect on a finished run, which is waited for below
         else:
-            number, share = self.rng.randint(1, max(2, self.steps // 12)), self.rng.random()
-            child = start_run(self.folder, run, lambda: arm_kill(moment, number, share, self.checkpoint_bytes))
+            index, fraction = self.rng.randint(1, max(2, self.steps // 12)), self.rng.random()
+            child = start_run(self.folder, run, lambda: arm_kill(kill_point, index, fraction, self.checkpoint_bytes))
         code = wait_for_exit(child)
         if code == 0:
             return True
         if code != -signal.SIGKILL:
-            tally.failures.append(f"{run}: ended with {code}: {(self.folder / f'{run}.log').read_text()[-300:]}")
+            tally.failures.append(f"{run}: exit code {code}: {(self.folder / f'{run}.log').read_text()[-300:]}")
             return False
-        tally.kills[moment] += 1
+        tally.kills[kill_point] += 1
         try:
-            found = recovery.find_latest_valid(self.folder / run / "checkpoints")
-            tally.intact[moment] += found is None or not found.damaged
+            latest = recovery.find_latest_valid(self.folder / run / "checkpoints")
+            tally.intact[kill_point] += latest is None or not latest.damaged
         except Exception as error:
-            tally.failures.append(f"{run}, {moment}: {error}")
+            tally.failures.append(f"{run}, {kill_point}: {error}")
         return False
 
     def compare(self, writer: str, run: str) -> None:
-        """Count a run that came to its end."""
+        """Compare a finished run with the undisturbed one."""
         tally = self.tallies[writer]
         tally.finished += 1
-        (weights, rows), (wanted, logged) = final_state(self.folder / run), self.expected
-        if trees_equal(weights, wanted):
+        (state, rows), (expected_state, expected_rows) = final_state(self.folder / run), self.expected
+        if trees_equal(state, expected_state):
             tally.identical += 1
         else:
-            tally.failures.append(f"{run}: ended with other weights than the undisturbed run")
-        if strange := [row for row in rows if row not in logged]:
-            tally.failures.append(f"{run}: logged {strange[0]}, unlike the undisturbed run")
-        tally.missing_rows += len(logged) - len(rows)
+            tally.failures.append(f"{run}: weights or optimizer state differ from the undisturbed run")
+        if unexpected := [row for row in rows if row not in expected_rows]:
+            tally.failures.append(f"{run}: logged {unexpected[0]}, unlike the undisturbed run")
+        tally.missing_rows += len(expected_rows) - len(rows)
 
     def kill_repeatedly(self, writer: str, kills: int, advance: Callable[[], None]) -> None:
-        """Kill runs so often, and let the last of them come to its end."""
-        number = 0
-        while True:
-            run = f"{'plain' if writer == 'in place' else 'thread'}-{number}"
+        """Kill runs ``kills`` times in all, and let the last of them finish."""
+        tally = self.tallies[writer]
+        for index in itertools.count():
+            run = f"{'plain' if writer == 'in place' else 'thread'}-{index}"
             self.write_config(run, writer)
-            finished = False
-            while not finished and (done := sum(self.tallies[writer].kills.values())) < kills:
-                finished = self.kill(writer, run)
-                if sum(self.tallies[writer].kills.values()) > done:
+            is_finished = False
+            while not is_finished and (num_kills := tally.kills.total()) < kills:
+                is_finished = self.kill(writer, run)
+                if tally.kills.total() > num_kills:
                     advance()
-                if self.tallies[writer].failures:
+                if tally.failures:
                     return
-            if not finished and (code := wait_for_exit(start_run(self.folder, run))):
-                self.tallies[writer].failures.append(f"{run}: ended with {code}")
+            if not is_finished and (code := wait_for_exit(start_run(self.folder, run))):
+                tally.failures.append(f"{run}: exit code {code}")
                 return
             self.compare(writer, run)
-            if not finished:
+            if not is_finished:
                 return
-            number += 1
 
 
 def format_tables(killer: Killer) -> list[str]:
-    """Return the lines of both tables, in Markdown."""
-    lines = ["", "| checkpoints written | killed at | kills | newest checkpoint whole |", "|---|---|---|---|"]
+    """Format the kills and the finished runs as two Markdown tables."""
+    lines = ["", "| checkpoints written | killed at | kills | newest checkpoint intact |", "|---|---|---|---|"]
     for writer, tally in killer.tallies.items():
-        lines += [f"| {writer} | {one} | {tally.kills[one]} | {tally.intact[one]} |" for one in KILL_POINTS]
+        lines += [f"| {writer} | {point} | {tally.kills[point]} | {tally.intact[point]} |" for point in KILL_POINTS]
         lines.append(f"| {writer} | all | {tally.kills.total()} | {tally.intact.total()} |")
     lines += [
         "",
-        "| checkpoints written | runs ended | weights, optimiser equal, bit for bit | rows missing in the log |",
+        "| checkpoints written | runs finished | weights and optimizer equal, bit for bit | rows missing in the log |",
+        "|---|---|---|---|",
     ]
-    lines += ["|---|---|---|---|"]
     for writer, tally in killer.tallies.items():
         rows = tally.finished * len(killer.expected[1])
         lines.append(f"| {writer} | {tally.finished} | {tally.identical} | {tally.missing_rows} of {rows} |")
@@ -274,43 +277,40 @@ def format_tables(killer: Killer) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=positive_int, default=50)
-    parser.add_argument("--steps", type=positive_int, default=90, help="optimiser steps of a run")
+    add_size_options(parser, kills=50, steps=90)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", metavar="FILE", help="all counts; - for standard output, instead of the table")
-    parser.add_argument("--markdown", metavar="FILE", help="the table")
+    add_output_options(parser)
     arguments = parser.parse_args()
-    import memtx.cli.fit  # noqa: F401  once, before the forks
+    import memtx.cli.fit  # noqa: F401  Once, before the forks.
 
     with tempfile.TemporaryDirectory() as folder, progress_bar() as bar:
         task = bar.add_task("the undisturbed run", total=arguments.kills)
         killer = Killer(Path(folder), arguments.steps, arguments.seed)
         bar.update(task, description="kills")
         half = arguments.kills // 2
-        stopped = False
+        is_interrupted = False
         try:
             for writer, kills in zip(WRITERS, (arguments.kills - half, half), strict=True):
                 killer.kill_repeatedly(writer, kills, lambda: bar.advance(task))
         except KeyboardInterrupt:
-            stopped = True
-    where = machine_info(torch.device("cpu"))
-    head = (
-        f"{format_machine(where)}; {arguments.steps} steps, seed {arguments.seed}{', stopped early' if stopped else ''}"
-    )
-    wrong = [one for tally in killer.tallies.values() for one in tally.failures]
+            is_interrupted = True
+    machine = machine_info(torch.device("cpu"))
+    title = f"{format_machine(machine)}; {arguments.steps} steps, seed {arguments.seed}"
+    title += ", interrupted" if is_interrupted else ""
+    failures = [failure for tally in killer.tallies.values() for failure in tally.failures]
     results = {
-        "machine": where,
+        "machine": machine,
         "seed": arguments.seed,
         "steps": arguments.steps,
         "writers": {writer: {**vars(tally)} for writer, tally in killer.tallies.items()},
-        "failures": wrong,
+        "failures": failures,
     }
-    write_results(arguments, results, [head, *format_tables(killer)])
-    for one in wrong[:10]:
-        print(one, file=sys.stderr)
-    whole = all(tally.kills == tally.intact for tally in killer.tallies.values())
-    same = all(tally.finished == tally.identical for tally in killer.tallies.values())
-    return 0 if whole and same and not wrong else 1
+    write_results(arguments, results, [title, *format_tables(killer)])
+    for failure in failures[:10]:
+        print(failure, file=sys.stderr)
+    tallies = killer.tallies.values()
+    passed = all(tally.kills == tally.intact and tally.finished == tally.identical for tally in tallies)
+    return 0 if passed and not failures else 1
 
 
 if __name__ == "__main__":

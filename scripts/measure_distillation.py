@@ -1,60 +1,56 @@
-"""What a teacher is worth: students beside their teachers, and beside themselves trained without one, seed by seed.
+"""Measure distillation: students against their teachers, and against themselves trained without one, seed by seed.
 
-    python scripts/measure_distillation.py --data FOLDER [--output-dir runs/distillation] [--seeds 0 1 2]
+    python scripts/measure_distillation.py [--data FOLDER] [--output-dir runs/distillation] [--seeds 0 1 2]
         [--experiments NAME ...]
 
-FOLDER holds movie-reviews, conll2000 and pg19-mini. Of each part a teacher is trained, then every student twice for
-equally many steps on the same batches: with the teacher, and by labels alone. `memtx distil report` measures all of
-them side by side on the test examples, or the test texts. Runs and figures that are there are not made again, so the
-script can be stopped and started. Writes results.json, table.md and a picture a part.
+FOLDER holds movie-reviews, conll2000 and pg19-mini. Each experiment trains a teacher, then every student twice for
+equally many steps on the same batches: with the teacher, and with labels alone. `memtx distil report` compares all of
+them on the test examples or texts. Finished runs and figures are not repeated, so the script can be interrupted and
+restarted. Writes results.json, table.md and a picture for each experiment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import measuring
+import benchmarking
 import torch
-from learning import run_fit
+from training_runs import run_fit, run_memtx
 
 from memtx import plots
 
-REPO_ROOT = Path(__file__).resolve().parent.parent
 LOSSES_MODULE = "memtx.training.distillation"
 
 
 def format_losses(**weights: dict[str, Any]) -> str:
-    """Return losses of these classes and settings as an option's text."""
+    """Format losses, given by class name and settings, as the text of an option."""
     return json.dumps(
-        [{"class_path": f"{LOSSES_MODULE}.{name}", "init_args": given} for name, given in weights.items()]
+        [{"class_path": f"{LOSSES_MODULE}.{name}", "init_args": settings} for name, settings in weights.items()]
     )
 
 
 def distillation_options(teacher: Path | None, losses: str) -> list[str]:
-    """Return the options of a student's run: with a teacher, or by labels.
+    """Return the options of a student's run with a teacher, or with labels alone.
 
-    With losses of its own it begins with the embeddings of its teacher, else as its config says.
+    Custom losses come with the teacher's embeddings as initialization; without them, the config decides both.
     """
     if teacher is None:
         return ["--model.distillation", "null"]
-    own = [
+    custom = [
         "--model.distillation", f"{LOSSES_MODULE}.Distillation", "--model.distillation.losses", losses,
         "--model.distillation.init_args.student_init", f"{LOSSES_MODULE}.NoLayers",
     ]  # fmt: skip
-    return [*(own if losses else []), "--model.distillation.init_args.teacher", str(teacher)]
+    return [*(custom if losses else []), "--model.distillation.init_args.teacher", str(teacher)]
 
 
 @dataclass(frozen=True)
 class Student:
-    """One student: its config, what of it is changed, and what it learns of the teacher."""
+    """A student: its config, options that change it, and its distillation losses."""
 
     config: str
     options: list[str] = field(default_factory=list)
@@ -63,7 +59,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A teacher, its students, and how they are measured."""
+    """A teacher, its students, and the options of the report that measures them."""
 
     data: str
     config: str
@@ -79,7 +75,7 @@ def encoder_options(dim: int, depth: int, heads: int, hidden_dim: int) -> list[s
 
 
 def decoder_options(dim: int, hidden_dim: int) -> list[str]:
-    """Return the options of a language model's sizes, on batches of 8 rows."""
+    """Return the options of a language model's sizes, with a batch size of 8."""
     model = "--model.model.init_args"
     return [
         f"{model}.dim={dim}",
@@ -90,7 +86,7 @@ def decoder_options(dim: int, hidden_dim: int) -> list[str]:
 
 
 def step_options(count: int) -> list[str]:
-    """Return the options of a run's length, validated at its end."""
+    """Return the options of a run of ``count`` steps, validated at its end."""
     return [f"--trainer.max_steps={count}", f"--trainer.val_check_interval={count}"]
 
 
@@ -101,7 +97,8 @@ DISTILBERT_LOSSES = format_losses(
     EmbeddingMSE={},
 )
 TINYBERT_LOSSES = format_losses(
-    # Light, and beside the answers from the start: with weight 1 so narrow a student stayed at chance for 1,000 steps.
+    # Small weights, together with the targets from the start: with weight 1, so narrow a student stayed at chance for
+    # 1,000 steps.
     EmbeddingMSE={"weight": 0.1, "end": 0.3},
     AttentionMSE={"weight": 0.1, "end": 0.3},
     HiddenMSE={"weight": 0.1, "end": 0.3, "layers": {"class_path": f"{LOSSES_MODULE}.LastLayer"}},
@@ -111,7 +108,7 @@ TINYBERT_LOSSES = format_losses(
 
 
 def schedule_options(epochs: int, learning_rate: float) -> list[str]:
-    """Return fewer passes than the teacher's, and a rate for a narrow model; with a teacher and without one alike."""
+    """Return options for fewer epochs and a learning rate of a narrow model, with and without a teacher alike."""
     return [f"--trainer.max_epochs={epochs}", f"--model.optimizer.init_args.lr={learning_rate}"]
 
 
@@ -151,7 +148,7 @@ EXPERIMENTS = {
             *step_options(800),
         ],
         {"long-to-memory": Student("long-to-memory", [*decoder_options(96, 256), *step_options(500)])},
-        # The student's window is 64 positions: beyond it there is its memory alone.
+        # Beyond its window of 64 positions, the student has only its memory.
         ["--max-length=8192", "--min-position=64", "--limit=16"],
     ),
 }
@@ -160,116 +157,108 @@ EXPERIMENTS = {
 def run_report(
     teacher: Path, students: list[Path], data: Path, experiment: Experiment, output_path: Path
 ) -> dict[str, Any]:
-    """Return what `memtx distil report` measures of runs."""
+    """Return the figures of `memtx distil report`, which are saved in ``output_path``."""
     if not output_path.exists():
-        command = [
-            sys.executable, "-m", "memtx", "distil", "report", "--teacher", str(teacher), "--data", str(data),
-            *(one for path in students for one in ("--student", str(path))), "--json", str(output_path),
-            *experiment.report_options,
-        ]  # fmt: skip
-        environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    found: dict[str, Any] = json.loads(output_path.read_text())
-    return found
+        run_memtx(
+            "distil", "report", "--teacher", str(teacher), "--data", str(data), "--json", str(output_path),
+            *(option for path in students for option in ("--student", str(path))), *experiment.report_options,
+            num_threads=1,
+        )  # fmt: skip
+    report: dict[str, Any] = json.loads(output_path.read_text())
+    return report
 
 
 def run_experiment(name: str, seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train and measure one part with one seed; return a row a model."""
-    part, data = EXPERIMENTS[name], arguments.data / EXPERIMENTS[name].data
+    """Train and measure an experiment with one seed; return a row for each model."""
+    experiment, data = EXPERIMENTS[name], arguments.data / EXPERIMENTS[name].data
     teacher = arguments.output_dir / f"{name}-teacher-{seed}"
-    done = arguments.output_dir / f"{name}-{seed}.json"
+    report_path = arguments.output_dir / f"{name}-{seed}.json"
     runs = {}
-    for student in part.students:
-        for how in ("distilled", "alone"):
-            called = student.replace("'", "").replace(" ", "-").lower()
-            runs[student, how] = arguments.output_dir / f"{name}-{called}-{how}-{seed}"
-    if not done.exists():
-        short = [f"--trainer.max_steps={arguments.steps}", "--trainer.max_epochs=-1"] if arguments.steps else []
-        train(teacher, part.config, data, seed, [*part.options, *short])
-        for (student, how), run in runs.items():
-            one = part.students[student]
-            learns = distillation_options(teacher if how == "distilled" else None, one.losses)
-            train(run, one.config, data, seed, [*one.options, *learns, *short])
-    found = run_report(teacher, list(runs.values()), data, part, done)
-    rows = [{"experiment": name, "seed": seed, "model": "teacher", "training": "", **found["teacher"]}]
-    for (student, how), figures in zip(runs, found["students"], strict=True):
-        rows.append({"experiment": name, "seed": seed, "model": student, "training": how, **figures})
+    for model in experiment.students:
+        for training in ("distilled", "alone"):
+            slug = model.replace("'", "").replace(" ", "-").lower()
+            runs[model, training] = arguments.output_dir / f"{name}-{slug}-{training}-{seed}"
+    if not report_path.exists():
+        limit = [f"--trainer.max_steps={arguments.steps}", "--trainer.max_epochs=-1"] if arguments.steps else []
+        train(teacher, experiment.config, data, seed, [*experiment.options, *limit])
+        for (model, training), run_dir in runs.items():
+            student = experiment.students[model]
+            options = distillation_options(teacher if training == "distilled" else None, student.losses)
+            train(run_dir, student.config, data, seed, [*student.options, *options, *limit])
+    report = run_report(teacher, list(runs.values()), data, experiment, report_path)
+    rows = [{"experiment": name, "seed": seed, "model": "teacher", "training": "", **report["teacher"]}]
+    for (model, training), figures in zip(runs, report["students"], strict=True):
+        rows.append({"experiment": name, "seed": seed, "model": model, "training": training, **figures})
     return rows
 
 
 def train(run_dir: Path, config: str, data: Path, seed: int, options: list[str]) -> None:
-    """Train a run, unless it is done."""
-    done = run_dir / "done"
-    if not done.exists():
-        run_fit(run_dir, str(REPO_ROOT / "configs" / f"{config}.yaml"), data, seed, options)
-        done.touch()
+    """Train a run, unless it is finished."""
+    marker = run_dir / "done"
+    if not marker.exists():
+        run_fit(run_dir, config, data, seed, options)
+        marker.touch()
+
+
+def rows_by_model(rows: list[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Group the rows by experiment, model and training, in the order of their seeds."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        groups.setdefault((row["experiment"], row["model"], row["training"]), []).append(row)
+    return groups
 
 
 def format_table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the figures as Markdown, a row a model, seeds side by side."""
-    lines = ["| part | model | parameters | smaller | faster | score, seed by seed | kept | against alone |"]
+    """Format the figures as Markdown, a line for each model, seeds side by side."""
+    lines = ["| experiment | model | parameters | smaller | faster | score by seed | retained | against alone |"]
     lines.append("|---" * 8 + "|")
-    for part in dict.fromkeys(row["experiment"] for row in rows):
-        own = [row for row in rows if row["experiment"] == part]
-        for model, how in dict.fromkeys((row["model"], row["training"]) for row in own):
-            of = sorted(
-                (row for row in own if (row["model"], row["training"]) == (model, how)), key=lambda row: row["seed"]
-            )
-            scores = ", ".join(f"{row['score']:.3f}" for row in of)
-            shares = ["", "", ""]
-            gains = ""
+    groups = rows_by_model(rows)
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        for (_, model, training), runs in ((key, runs) for key, runs in groups.items() if key[0] == experiment):
+            scores = ", ".join(f"{row['score']:.3f}" for row in runs)
+            ratios, gains = ["", "", ""], ""
             if model != "teacher":
-                shares = [
-                    f"{statistics.mean(row[key] for row in of):.0%}"
-                    for key in ("size_reduction", "speed_gain", "score_retention")
-                ]
-            if how == "distilled":
-                alone = {
-                    row["seed"]: row["score"] for row in own if (row["model"], row["training"]) == (model, "alone")
-                }
-                gains = ", ".join(f"{row['score'] - alone[row['seed']]:+.3f}" for row in of)
-            called = f"{model}, {how}" if how else model
+                keys = ("size_reduction", "speed_gain", "score_retention")
+                ratios = [f"{statistics.mean(row[key] for row in runs):.0%}" for key in keys]
+            if training == "distilled":
+                alone = {row["seed"]: row["score"] for row in groups[experiment, model, "alone"]}
+                gains = ", ".join(f"{row['score'] - alone[row['seed']]:+.3f}" for row in runs)
+            name = f"{model}, {training}" if training else model
             lines.append(
-                f"| {part}, {of[0]['metric'].replace('_', ' ')} | {called} | {of[0]['num_parameters']:,} | "
-                f"{shares[0]} | {shares[1]} | {scores} | {shares[2]} | {gains} |"
+                f"| {experiment}, {runs[0]['metric'].replace('_', ' ')} | {name} | {runs[0]['num_parameters']:,} | "
+                f"{ratios[0]} | {ratios[1]} | {scores} | {ratios[2]} | {gains} |"
             )
     return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="holds a folder for each part")
+    benchmarking.add_data_option(parser, "--data", text="a folder of data for each experiment")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=0, help="instead of the configs'")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; by default the configs' own")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    with measuring.progress_bar() as bar:
-        # Seed by seed, so that a comparison that is stopped has whole seeds.
-        jobs = [(part, seed) for seed in arguments.seeds for part in arguments.experiments]
-        for part, seed in bar.track(jobs, description="teachers and students"):
-            rows += run_experiment(part, seed, arguments)
-            lines = format_table(rows)
-            (arguments.output_dir / "table.md").write_text("\n".join(lines) + "\n")
-            found = {"machine": measuring.machine_info(torch.device("cpu")), "rows": rows}
-            (arguments.output_dir / "results.json").write_text(json.dumps(found, indent=2))
-    for part in arguments.experiments:
-        own = [row for row in rows if row["experiment"] == part]
-        scores: dict[str, list[float]] = {}
-        for row in own:
-            scores.setdefault(f"{row['model']}, {row['training']}" if row["training"] else row["model"], []).append(
-                row["score"]
-            )
-        measure = own[0]["metric"]
+    with benchmarking.progress_bar() as bar:
+        # Seed by seed, so that an interrupted comparison has whole seeds.
+        jobs = [(name, seed) for seed in arguments.seeds for name in arguments.experiments]
+        for name, seed in bar.track(jobs, description="teachers and students"):
+            rows += run_experiment(name, seed, arguments)
+            (arguments.output_dir / "table.md").write_text("\n".join(format_table(rows)) + "\n")
+            results = {"machine": benchmarking.machine_info(torch.device("cpu")), "rows": rows}
+            (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=2))
+    for name in arguments.experiments:
+        scores = {}
+        for (experiment, model, training), runs in rows_by_model(rows).items():
+            if experiment == name:
+                scores[f"{model}, {training}" if training else model] = [row["score"] for row in runs]
+                metric = runs[0]["metric"]
         plots.plot_seed_comparison(
-            arguments.output_dir / f"{part}.png",
-            scores,
-            title=f"{part}: students with and without their teacher",
-            unit=measure.replace("_", " "),
-            lower_is_better=measure == "bits_per_byte",
-        )
+            arguments.output_dir / f"{name}.png", scores, title=f"{name}: students with and without their teacher",
+            unit=metric.replace("_", " "), lower_is_better=metric == "bits_per_byte",
+        )  # fmt: skip
     print("\n".join(format_table(rows)))
 
 

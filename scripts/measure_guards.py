@@ -1,10 +1,10 @@
-"""What guards and checkpoints cost a training step: the time spent in each guard, and that training waits for a save.
+"""Measure the cost of guards and checkpoints in training: time in each guard, and time that training waits for a save.
 
     python scripts/measure_guards.py [--steps 100] [--dim 192] [--depth 4] [--json FILE] [--markdown FILE]
 
-A model is trained on the texts that come with Python, with all guards; every call of theirs is timed, and so is every
-save, first with checkpoints written in place, then by a thread. A step is the time between a batch's beginning and its
-end without saves; the first ten are not counted.
+A model is trained on the texts that come with Python with all guards; their calls and all saves are timed, first with
+checkpoints written in place, then with a writer thread. A step lasts from the start to the end of a batch, without
+saves; the first ten do not count.
 """
 
 from __future__ import annotations
@@ -20,15 +20,24 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from measuring import Spread, format_machine, machine_info, positive_int, write_results
+from benchmarking import (
+    MIB,
+    Spread,
+    add_output_options,
+    add_size_options,
+    count_parameters,
+    format_machine,
+    machine_info,
+    write_results,
+)
 
 from memtx.checkpoint.async_io import AsyncAtomicCheckpointIO
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.data.books import BookDataModule
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.loss_spikes import RewindOnSpike
+from memtx.training.callbacks.memory_monitor import MemoryNormMonitor
 from memtx.training.callbacks.oom import OutOfMemoryHint
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.language import LanguageModule
@@ -38,41 +47,41 @@ GUARDS: tuple[type[pl.Callback], ...] = (SkipNonFinite, MemoryNormMonitor, Rewin
 
 
 class StepTimer(pl.Callback):
-    """Times batches."""
+    """Times training batches."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self._began = 0.0
+        self._start = 0.0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin."""
-        self._began = time.perf_counter()
+        """Start the timer."""
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End; callbacks that save come later."""
-        self.seconds.append(time.perf_counter() - self._began)
+        """Stop the timer; the callbacks that save come later."""
+        self.seconds.append(time.perf_counter() - self._start)
 
 
 def time_method(owner: Any, name: str, seconds: list[float]) -> None:
-    """Have calls of a method timed."""
+    """Append the duration of each call of a method to ``seconds``."""
     method: Callable[..., Any] = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:
-        began = time.perf_counter()
+        start = time.perf_counter()
         try:
             return method(*arguments, **options)
         finally:
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
 
     setattr(owner, name, call)
 
 
 def time_hooks(guard: pl.Callback) -> list[float]:
-    """Have a guard's own hooks timed; return where the times are collected."""
+    """Time a guard's own hooks; return the list of their durations."""
     seconds: list[float] = []
     for name in vars(type(guard)):
         if name.startswith("on_"):
@@ -81,61 +90,58 @@ def time_hooks(guard: pl.Callback) -> list[float]:
 
 
 def measure(arguments: argparse.Namespace, checkpoint_io: AtomicCheckpointIO, folder: Path) -> dict[str, Any]:
-    """Train with all guards and return what took how long."""
+    """Train with all guards and return the times of steps, guards and saves."""
     memory = partial(CompressedMemory, window=128, compression_rate=4, num_entries=64)
-    make = partial(MemoryTransformer, dim=arguments.dim, depth=arguments.depth, heads=4, memories=[memory])
-    module = LanguageModule(make, segment_length=128, measure_memory_gain=False)
+    build_model = partial(MemoryTransformer, dim=arguments.dim, depth=arguments.depth, heads=4, memories=[memory])
+    module = LanguageModule(build_model, segment_length=128, measure_memory_gain=False)
     books = BookDataModule("embedded", batch_size=8, segment_length=128, cache_dir=str(folder / "cache"), num_workers=1)
-    guards, steps = [kind() for kind in GUARDS], StepTimer()
-    spent = {type(guard).__name__: time_hooks(guard) for guard in guards}
+    guards, timer = [guard() for guard in GUARDS], StepTimer()
+    guard_seconds = {type(guard).__name__: time_hooks(guard) for guard in guards}
     saves: list[float] = []
     time_method(checkpoint_io, "save_checkpoint", saves)
-    keep = BestCheckpoint(str(folder / type(checkpoint_io).__name__), every_n_train_steps=10)
+    checkpoints = folder / type(checkpoint_io).__name__
+    save = BestCheckpoint(str(checkpoints), every_n_train_steps=10)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=arguments.steps, max_epochs=-1, limit_val_batches=0, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, gradient_clip_val=1.0,
-        plugins=[checkpoint_io], callbacks=[*guards, steps, keep], use_distributed_sampler=False,
+        plugins=[checkpoint_io], callbacks=[*guards, timer, save], use_distributed_sampler=False,
     )  # fmt: skip
     trainer.fit(module, datamodule=books)
-    counted = steps.seconds[WARMUP_STEPS:]
     return {
-        "parameters": sum(one.numel() for one in module.parameters()),
-        "checkpoint_bytes": (folder / type(checkpoint_io).__name__ / "last.ckpt").stat().st_size,
-        "step_seconds": vars(Spread.from_values(counted)),
-        "guard_seconds": {name: sum(found) / len(steps.seconds) for name, found in spent.items()},
+        "parameters": count_parameters(module),
+        "checkpoint_bytes": (checkpoints / "last.ckpt").stat().st_size,
+        "step_seconds": vars(Spread.from_values(timer.seconds[WARMUP_STEPS:])),
+        "guard_seconds": {name: sum(times) / len(timer.seconds) for name, times in guard_seconds.items()},
         "save_seconds": vars(Spread.from_values(saves)),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=positive_int, default=100)
-    parser.add_argument("--dim", type=positive_int, default=192)
-    parser.add_argument("--depth", type=positive_int, default=4)
-    parser.add_argument("--json", metavar="FILE", help="all figures; - for standard output, instead of the table")
-    parser.add_argument("--markdown", metavar="FILE", help="the table")
+    add_size_options(parser, steps=100, dim=192, depth=4)
+    add_output_options(parser)
     arguments = parser.parse_args()
     arguments.steps += WARMUP_STEPS
-    with tempfile.TemporaryDirectory() as at:
-        kinds = (AtomicCheckpointIO, AsyncAtomicCheckpointIO)
-        found = {kind.__name__: measure(arguments, kind(), Path(at)) for kind in kinds}
-    where, first = machine_info(torch.device("cpu")), found["AtomicCheckpointIO"]
+    with tempfile.TemporaryDirectory() as folder:
+        writers = (AtomicCheckpointIO, AsyncAtomicCheckpointIO)
+        results = {writer.__name__: measure(arguments, writer(), Path(folder)) for writer in writers}
+    machine, first = machine_info(torch.device("cpu")), results["AtomicCheckpointIO"]
     step = first["step_seconds"]["median"]
     lines = [
-        f"{format_machine(where)}; {first['parameters']:,} parameters, "
-        f"a step of 8 x 128 tokens takes {1000 * step:.0f} ms",
+        f"{format_machine(machine)}; {first['parameters']:,} parameters, "
+        f"{1000 * step:.0f} ms per step of 8 x 128 tokens",
         "",
-        "| guard | ms a step | of the step |",
+        "| guard | ms per step | of the step |",
         "|---|---|---|",
     ]
     for name, seconds in first["guard_seconds"].items():
         lines.append(f"| {name} | {1000 * seconds:.2f} | {100 * seconds / step:.2f}% |")
-    lines += ["", "| checkpoints | ms that training waits for a save, median (least to most) |", "|---|---|"]
-    for name, one in found.items():
-        wait = {key: 1000 * value for key, value in one["save_seconds"].items()}
+    lines += ["", "| checkpoints | ms that training waits for a save, median (minimum to maximum) |", "|---|---|"]
+    for name, result in results.items():
+        wait = {key: 1000 * value for key, value in result["save_seconds"].items()}
         lines.append(f"| {name} | {wait['median']:.0f} ({wait['min']:.0f} to {wait['max']:.0f}) |")
-    lines.append(f"\nA checkpoint is {first['checkpoint_bytes'] / 2**20:.1f} MiB.")
-    write_results(arguments, {"machine": where, "writers": found}, lines)
+    lines.append(f"\nA checkpoint takes {first['checkpoint_bytes'] / MIB:.1f} MiB.")
+    write_results(arguments, {"machine": machine, "writers": results}, lines)
     return 0
 
 

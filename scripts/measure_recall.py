@@ -26,7 +26,7 @@ from memtx.layers.feed_forward import FeedForward
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.gates import Gate
+from memtx.memory.parts import Gate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.slots import SlotMemory

@@ -1,7 +1,7 @@
-"""The systems that bench_step.py compares, each behind one function from a segment and what it carries to a loss.
+"""The systems that bench_step.py compares, each as a function from a segment and a carried state to a loss.
 
-Every peer is used as its own README does, with its defaults where the job does not say otherwise. What it carries is
-whatever it hands back; bench_step.py cuts it from the graph.
+Every peer is used as in its own README, with its defaults for everything that the job does not set. Its state is
+whatever it returns; bench_step.py detaches it.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.memory.compression import AttentionReconstruction
 from memtx.models.memory_transformer import MemoryTransformer
 
 
 @dataclass(frozen=True)
 class Job:
-    """One size for all systems.
+    """The sizes that all systems share.
 
     Attributes:
-        batch_size: streams in the batch.
-        segment_length: tokens a call.
-        dim: width of the hidden states.
-        depth: layers.
-        heads: attention heads a layer.
-        vocab_size: tokens there are.
-        cache_length: exact positions carried.
-        memory_length: compressed entries, slots or memory tokens carried.
-        compression_rate: positions a compressed entry stands for.
+        batch_size: Batch size.
+        segment_length: Tokens per call.
+        dim: Width of the hidden states.
+        depth: Number of layers.
+        heads: Attention heads per layer.
+        vocab_size: Vocabulary size.
+        cache_length: Exact positions carried.
+        memory_length: Compressed entries, slots or memory tokens carried.
+        compression_rate: Positions per compressed entry.
     """
 
     batch_size: int = 4
@@ -49,25 +49,25 @@ class Job:
 
     @property
     def warmup_segments(self) -> int:
-        """Segments until the memory is full, and one more."""
+        """Number of segments that fill the memory, plus one."""
         return -(-(self.cache_length + self.memory_length * self.compression_rate) // self.segment_length) + 1
 
 
 Forward = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""From (rows, segment + 1) int64 tokens and what was carried to the loss of the next tokens and what is carried on."""
+"""Maps tokens (batch, length + 1) int64 and the carried state to the loss of the next tokens and the next state."""
 
 ModelAndForward = tuple[nn.Module, Forward]
 
 
 @dataclass(frozen=True)
 class System:
-    """One row of the comparison.
+    """A system of the comparison.
 
     Attributes:
-        build: makes the model and its function.
-        module: what it imports.
-        install: what pip is to install, without dependencies, where that is missing.
-        note: what the row stands for.
+        build: Builds the model and its function.
+        module: Imported module.
+        install: Packages for ``pip install --no-deps`` if the module is missing.
+        note: Description of the system.
     """
 
     build: Callable[[Job], ModelAndForward]
@@ -77,12 +77,12 @@ class System:
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean loss of logits (rows, segment, vocab) for tokens (rows, segment + 1)."""
+    """Return the mean loss of logits (batch, length, vocab_size) for tokens (batch, length + 1)."""
     return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def build_memtx(job: Job, *, reconstruction: bool = False, compiled: bool = False) -> ModelAndForward:
-    """Build this package's model: cache and compressed memory in every layer."""
+    """Build memtx's model: cache and compressed memory in every layer."""
     memory = partial(
         CompressedMemory,
         window=job.cache_length,
@@ -103,7 +103,7 @@ def build_memtx(job: Job, *, reconstruction: bool = False, compiled: bool = Fals
 
 
 def build_x_transformers(job: Job, *, cache_length: int, flash: bool = False) -> ModelAndForward:
-    """Build a decoder with Transformer-XL's cache and rotary positions."""
+    """Build x-transformers' decoder with Transformer-XL's cache and rotary positions."""
     library: Any = importlib.import_module("x_transformers")
     layers = library.Decoder(
         dim=job.dim,
@@ -129,7 +129,7 @@ def build_x_transformers(job: Job, *, cache_length: int, flash: bool = False) ->
 
 
 def build_compressive_transformer(job: Job) -> ModelAndForward:
-    """Build it with memories in all layers, as ours; its auxiliary loss is always on."""
+    """Build it with memories in all layers, like memtx; its auxiliary loss is always on."""
     library: Any = importlib.import_module("compressive_transformer_pytorch")
     model = library.CompressiveTransformer(
         num_tokens=job.vocab_size,
@@ -150,7 +150,7 @@ def build_compressive_transformer(job: Job) -> ModelAndForward:
 
 
 def build_recurrent_memory_transformer(job: Job) -> ModelAndForward:
-    """Build it with its cache of one segment and as many memory tokens as ours has compressed entries."""
+    """Build it with a cache of one segment and ``memory_length`` memory tokens."""
     library: Any = importlib.import_module("recurrent_memory_transformer_pytorch")
     model = library.RecurrentMemoryTransformer(
         dim=job.dim,
@@ -172,7 +172,7 @@ def build_recurrent_memory_transformer(job: Job) -> ModelAndForward:
 
 
 def build_block_recurrent_transformer(job: Job) -> ModelAndForward:
-    """Build it with its cache of one block and as many state vectors as ours has compressed entries."""
+    """Build it with a cache of one block and ``memory_length`` state vectors."""
     library: Any = importlib.import_module("block_recurrent_transformer_pytorch")
     model = library.BlockRecurrentTransformer(
         num_tokens=job.vocab_size,
@@ -194,7 +194,7 @@ def build_block_recurrent_transformer(job: Job) -> ModelAndForward:
 
 
 def build_memformer(job: Job) -> ModelAndForward:
-    """Build half the layers as encoder of the previous segment, which feeds the slots, half as decoder of this one."""
+    """Build it with half the layers as encoder of the previous segment, which feeds the slots, half as decoder."""
     library: Any = importlib.import_module("memformer")
     half = max(1, job.depth // 2)
     model = library.Memformer(
@@ -220,7 +220,7 @@ def build_memformer(job: Job) -> ModelAndForward:
 
 
 def build_infini_transformer(job: Job) -> ModelAndForward:
-    """Build it with the delta rule, as its README does: attention within the segment, the past in fast weights."""
+    """Build it with the delta rule, as in its README: attention within the segment, the past in fast weights."""
     library: Any = importlib.import_module("infini_transformer_pytorch")
     model = library.InfiniTransformer(
         num_tokens=job.vocab_size,
@@ -243,7 +243,7 @@ _X_TRANSFORMERS_PACKAGES = ("x_transformers", "x-transformers einx loguru torch-
 SYSTEMS: dict[str, System] = {
     "memtx": System(build_memtx, note="cache and compressed memory"),
     "memtx-reconstruction": System(partial(build_memtx, reconstruction=True), note="with the auxiliary loss"),
-    "memtx-compiled": System(partial(build_memtx, compiled=True), note="through torch.compile; its warm-up compiles"),
+    "memtx-compiled": System(partial(build_memtx, compiled=True), note="compiled by torch.compile during warm-up"),
     "x-transformers-640": System(
         partial(build_x_transformers, cache_length=640), *_X_TRANSFORMERS_PACKAGES, "XL cache of 640, rotary"
     ),
@@ -284,4 +284,4 @@ SYSTEMS: dict[str, System] = {
 
 BASELINE = "x-transformers-640"
 OPTIONAL_SYSTEMS = ("memtx-reconstruction", "memtx-compiled")
-"""Rows to be asked for by name."""
+"""Systems that run only if --systems names them."""

@@ -20,9 +20,8 @@ from memtx.memory.compression import (
     StridedConvolution,
 )
 from memtx.memory.ernie_doc import ErnieDocMemory
-from memtx.memory.features import DPFPFeatureMap, EluFeatureMap
-from memtx.memory.gates import Gate, ReflectingGate
 from memtx.memory.memory_tokens import TokenMemory
+from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.sinks import SinkMemory

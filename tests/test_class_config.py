@@ -13,8 +13,7 @@ from torch import nn
 from memtx.class_config import from_config, to_config
 from memtx.errors import CheckpointError
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.compression import AttentionPooling, StridedConvolution
-from memtx.memory.reconstruction import AutoEncoding
+from memtx.memory.compression import AttentionPooling, AutoEncoding, StridedConvolution
 from memtx.memory.recurrent import RecurrentMemory
 
 NESTED = partial(

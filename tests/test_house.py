@@ -43,6 +43,7 @@ LIGHTNING = (
     "data/tasks/example_files.py",
     "data/synthetic_tasks/data_module.py",
     "cli/fit.py",
+    "cli/lightning_cli.py",
 )
 LONGEST = 400
 

@@ -1,4 +1,4 @@
-"""The state as a value: every operation gives a new one, files give back what was saved or say why not."""
+"""The state as a value: operations return a new state, and files return what was saved or raise."""
 
 from __future__ import annotations
 
@@ -19,50 +19,52 @@ from memtx.state import MemoryState
 NAMES = ["position", "layers[0][0].hidden", "layers[0][0].bank", "layers[1][0].hidden"]
 
 
-def drawn(rows: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, bank: int = 5) -> MemoryState:
+def random_state(
+    batch_size: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, num_entries: int = 5
+) -> MemoryState:
     generator = torch.Generator().manual_seed(seed)
 
-    def numbers(*shape: int) -> Tensor:
-        return torch.randn(rows, *shape, generator=generator).to(dtype)
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(batch_size, *shape, generator=generator).to(dtype)
 
-    compressed = CompressedState(numbers(4, 2), numbers(bank, 2))
-    position = torch.randint(1, 1 << 40, (rows,), generator=generator)
-    return MemoryState(position, ((compressed, NoState()), (RecurrentState(numbers(3, 2)),)))
+    compressed = CompressedState(randn(4, 2), randn(num_entries, 2))
+    position = torch.randint(1, 1 << 40, (batch_size,), generator=generator)
+    return MemoryState(position, ((compressed, NoState()), (RecurrentState(randn(3, 2)),)))
 
 
-def test_is_a_tree_with_names() -> None:
-    state = drawn()
+def test_state_is_a_pytree_with_named_leaves() -> None:
+    state = random_state()
     assert list(state.named_tensors()) == NAMES
     leaves, spec = pytree.tree_flatten(state)
-    again = pytree.tree_unflatten(leaves, spec)
-    assert isinstance(again.layers[0][0], CompressedState)
-    assert again.layers[0][0].bank is state.layers[0][0].bank
-    assert again.equals(state)
+    rebuilt = pytree.tree_unflatten(leaves, spec)
+    assert isinstance(rebuilt.layers[0][0], CompressedState)
+    assert rebuilt.layers[0][0].bank is state.layers[0][0].bank
+    assert rebuilt.equals(state)
 
 
-def test_is_frozen() -> None:
+def test_state_is_frozen() -> None:
     with pytest.raises(AttributeError):
-        drawn().position = torch.zeros(3)  # type: ignore[misc]
+        random_state().position = torch.zeros(3)  # type: ignore[misc]
     with pytest.raises(AttributeError):
-        drawn().layers[0][0].bank = torch.zeros(3)
+        random_state().layers[0][0].bank = torch.zeros(3)
 
 
-def test_nbytes_and_rows() -> None:
-    state = drawn(rows=2)
+def test_nbytes_and_batch_size() -> None:
+    state = random_state(batch_size=2)
     assert state.batch_size == 2
     assert state.nbytes == 2 * (8 + 4 * (4 * 2 + 5 * 2 + 3 * 2))
 
 
-def test_detach_cuts_the_graph_and_leaves_the_old() -> None:
-    state = drawn().map(lambda leaf: leaf.requires_grad_() * 2 if leaf.is_floating_point() else leaf)
-    cut = state.detach()
-    assert cut.equals(state)
-    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(cut))
+def test_detach_leaves_the_original_attached() -> None:
+    state = random_state().map(lambda leaf: leaf.requires_grad_() * 2 if leaf.is_floating_point() else leaf)
+    detached = state.detach()
+    assert detached.equals(state)
+    assert not any(leaf.requires_grad for leaf in pytree.tree_leaves(detached))
     assert state.layers[0][0].hidden.requires_grad
 
 
-def test_reset_is_zero_for_the_marked_rows_only() -> None:
-    state = drawn()
+def test_reset_zeros_the_marked_streams_only() -> None:
+    state = random_state()
     before = state.map(torch.clone)
     reset = state.reset(torch.tensor([False, True, False]))
     assert all(not leaf[1].any() for leaf in pytree.tree_leaves(reset))
@@ -70,23 +72,23 @@ def test_reset_is_zero_for_the_marked_rows_only() -> None:
     assert state.equals(before)
 
 
-def test_reset_forgets_even_what_is_not_a_number() -> None:
-    state = drawn().map(lambda leaf: leaf * float("nan") if leaf.is_floating_point() else leaf)
+def test_reset_clears_nan() -> None:
+    state = random_state().map(lambda leaf: leaf * float("nan") if leaf.is_floating_point() else leaf)
     reset = state.reset(torch.ones(3, dtype=torch.bool))
     assert all(not leaf.any() for leaf in pytree.tree_leaves(reset))
 
 
 def test_select_and_concat_are_inverse() -> None:
-    state = drawn()
+    state = random_state()
     parts = [state.select([i]) for i in range(3)]
     assert MemoryState.concat(parts).equals(state)
-    twice = state.select(torch.tensor([2, 2, 0]))
-    assert twice.select([0]).equals(twice.select([1]))
-    assert twice.select([2]).equals(parts[0])
+    repeated = state.select(torch.tensor([2, 2, 0]))
+    assert repeated.select([0]).equals(repeated.select([1]))
+    assert repeated.select([2]).equals(parts[0])
 
 
-def test_equals_sees_every_difference() -> None:
-    state = drawn()
+def test_equals_detects_every_difference() -> None:
+    state = random_state()
     for name, tensor in state.named_tensors().items():
         changed = tensor.clone()
         changed[1] += 1
@@ -98,73 +100,74 @@ def test_equals_sees_every_difference() -> None:
     assert not state.equals(state.select([0]))
 
 
-def test_to_moves_numbers_but_not_positions() -> None:
-    moved = drawn().to("cpu", torch.bfloat16)
-    assert [leaf.dtype for leaf in moved.named_tensors().values()] == [torch.int64, *[torch.bfloat16] * 3]
+def test_to_casts_floating_point_tensors_only() -> None:
+    cast = random_state().to("cpu", torch.bfloat16)
+    assert [leaf.dtype for leaf in cast.named_tensors().values()] == [torch.int64, *[torch.bfloat16] * 3]
 
 
 @pytest.mark.parametrize(
-    "rows", [torch.tensor([True, False]), torch.tensor([0, 1, 0]), torch.zeros(3, 1, dtype=torch.bool)]
+    "mask", [torch.tensor([True, False]), torch.tensor([0, 1, 0]), torch.zeros(3, 1, dtype=torch.bool)]
 )
-def test_reset_refuses(rows: Tensor) -> None:
+def test_reset_rejects_a_bad_mask(mask: Tensor) -> None:
     with pytest.raises(MemtxError, match=r"expected a bool tensor of shape \(3,\)"):
-        drawn().reset(rows)
+        random_state().reset(mask)
 
 
-@pytest.mark.parametrize("rows", [[3], [-1], [True, False, True], torch.tensor(1), [0.5]])
-def test_select_refuses(rows: list[int]) -> None:
+@pytest.mark.parametrize("indices", [[3], [-1], [True, False, True], torch.tensor(1), [0.5]])
+def test_select_rejects_bad_indices(indices: list[int]) -> None:
     with pytest.raises(MemtxError, match="select got"):
-        drawn().select(rows)
+        random_state().select(indices)
 
 
 @pytest.mark.parametrize(
     "states",
     [
         [],
-        [drawn(), drawn(bank=6)],
-        [drawn(), drawn(dtype=torch.float64)],
-        [drawn(), MemoryState(torch.zeros(1, dtype=torch.int64), ())],
+        [random_state(), random_state(num_entries=6)],
+        [random_state(), random_state(dtype=torch.float64)],
+        [random_state(), MemoryState(torch.zeros(1, dtype=torch.int64), ())],
     ],
 )
-def test_concat_refuses(states: list[MemoryState]) -> None:
+def test_concat_rejects_different_structures(states: list[MemoryState]) -> None:
     with pytest.raises(MemtxError, match="concat got"):
         MemoryState.concat(states)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_saved_and_loaded_is_equal(tmp_path: Path, dtype: torch.dtype) -> None:
-    state = drawn(dtype=dtype)
+def test_loaded_state_equals_the_saved_state(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = random_state(dtype=dtype)
     state.save(tmp_path / "a.safetensors", "print", tokens="12")
-    loaded = MemoryState.load(tmp_path / "a.safetensors", like=drawn(1, 7, dtype), fingerprint="print")
+    loaded = MemoryState.load(tmp_path / "a.safetensors", like=random_state(1, 7, dtype), fingerprint="print")
     assert loaded.equals(state)
     assert files.load_tensors(tmp_path / "a.safetensors", kind="memtx.state", version=2)[1]["tokens"] == "12"
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_load_refuses_what_is_not_its_own(tmp_path: Path) -> None:
-    path, state = tmp_path / "a.safetensors", drawn()
+def test_load_rejects_damaged_and_foreign_files(tmp_path: Path) -> None:
+    path, state = tmp_path / "a.safetensors", random_state()
 
-    def refused(says: str, like: MemoryState = state, fingerprint: str = "print") -> None:
-        with pytest.raises(CheckpointError, match=says):
+    def check_rejected(message: str, like: MemoryState = state, fingerprint: str = "print") -> None:
+        with pytest.raises(CheckpointError, match=message):
             MemoryState.load(path, like=like, fingerprint=fingerprint)
 
-    refused("does not exist")
+    check_rejected("does not exist")
     state.save(path, "print")
-    whole = path.read_bytes()
-    refused("another model", fingerprint="other")
-    refused(
-        "layers\\[0\\]\\[0\\].bank is torch.float32 \\(3, 5, 2\\), expected torch.float32 \\(rows, 6", drawn(bank=6)
+    content = path.read_bytes()
+    check_rejected("another model", fingerprint="other")
+    check_rejected(
+        "layers\\[0\\]\\[0\\].bank is torch.float32 \\(3, 5, 2\\), expected torch.float32 \\(batch, 6",
+        random_state(num_entries=6),
     )
-    refused("expected torch.float64", drawn(dtype=torch.float64))
-    refused("has layers", MemoryState(state.position, ()))
-    refused("lacks layers\\[2\\]", MemoryState(state.position, (*state.layers, state.layers[1])))
-    for size in (0, 5, 40, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        refused("not a whole safetensors file")
+    check_rejected("expected torch.float64", random_state(dtype=torch.float64))
+    check_rejected("has layers", MemoryState(state.position, ()))
+    check_rejected("lacks layers\\[2\\]", MemoryState(state.position, (*state.layers, state.layers[1])))
+    for size in (0, 5, 40, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        check_rejected("not a whole safetensors file")
     files.save_tensors(path, state.named_tensors(), kind="memtx.other", version=1, fingerprint="print")
-    refused("holds 'memtx.other', expected 'memtx.state'")
+    check_rejected("holds 'memtx.other', expected 'memtx.state'")
     files.save_tensors(path, state.named_tensors(), kind="memtx.state", version=1, fingerprint="print")
-    refused("format version 1, this release reads 2")
+    check_rejected("format version 1, this release reads 2")
     uneven = {**state.named_tensors(), "position": torch.zeros(2, dtype=torch.int64)}
     files.save_tensors(path, uneven, kind="memtx.state", version=2, fingerprint="print")
-    refused("is torch.int64 \\(2,\\)")
+    check_rejected("is torch.int64 \\(2,\\)")

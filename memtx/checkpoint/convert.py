@@ -1,4 +1,4 @@
-"""One kept form of a model made another: a checkpoint, of one process or many, a folder of ours, a published one."""
+"""Conversion of a stored model to a pretrained folder, of our format or in a Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -7,25 +7,22 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
-
-from memtx import files
+from memtx import files, hf
 from memtx.checkpoint import pretrained
-from memtx.errors import CheckpointError, MemtxError
-from memtx.hf import load
-from memtx.hf.layout import HFCompatibleModel
+from memtx.checkpoint.load import load
+from memtx.errors import MemtxError
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What was made.
+    """Summary of a conversion.
 
     Attributes:
-        source: the checkpoint or folder that was read.
-        model_class: its class's name.
-        num_parameters: how many numbers the model has.
-        extra_files: names of the files beside the model's own.
-        dropped_weights: names of the weights that the target's layout has no place for.
+        source: Checkpoint or folder that was read.
+        model_class: Name of the model's class.
+        num_parameters: Number of parameters.
+        extra_files: Names of the files beside the model's own.
+        dropped_weights: Names of the weights that the layout cannot hold.
     """
 
     source: Path
@@ -42,63 +39,39 @@ def convert(
     layout: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
 ) -> ConversionResult:
-    """Write what is kept at ``source`` as a pretrained folder, whole or not at all.
+    """Write a stored model as a pretrained folder, completely or not at all.
 
     Args:
-        source: a training checkpoint (a file, or a folder of several processes), a run's folder (its best), a folder
-            of ours, or a published one.
-        target: the folder to be made.
-        layout: a published folder: the model is written as that one is, with that config.json; weights that it does
-            not have, such as those of memories that were added, are left out. None for our own format.
-        overwrite: whether a folder or file that is there is replaced.
+        source: Anything that :func:`memtx.checkpoint.load.load` takes.
+        target: Folder to write.
+        layout: Hugging Face folder whose layout and config.json are used; weights that it cannot hold, such as those of
+            added memories, are dropped. Defaults to our own format.
+        overwrite: If True, replace an existing target.
 
     Raises:
-        CheckpointError: the source cannot be read, or its model is not the layout's.
-        MemtxError: something is at ``target``, or it cannot be written.
+        CheckpointError: The source cannot be loaded, or its model does not have the layout.
+        MemtxError: The target exists, or cannot be written.
     """
-    place, end = pretrained.resolve_model_path(source), Path(target)
-    if end.exists() and not overwrite and not (end.is_dir() and not any(end.iterdir())):
-        raise MemtxError(f"'{end}' is there already.", "Give another folder, or add --overwrite.")
-    if place.resolve() == end.resolve():
-        raise MemtxError(f"'{end}' is what is read.", "Give another folder.")
-    model, kept = load.from_pretrained(place), pretrained.read_sidecars(place)
-    texts = {pretrained.SIDECAR_FILES[name]: text for name, text in kept.items()}
-    assert isinstance(model, pretrained.PretrainedModel)
-    left_out: list[str] = []
-    written = files.temporary_path(end)
+    source, target = pretrained.resolve_model_path(source), Path(target)
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise MemtxError(f"'{target}' exists already.", "Give another folder, or add --overwrite.")
+    if source.resolve() == target.resolve():
+        raise MemtxError(f"'{target}' is the source.", "Give another folder.")
+    checkpoint = load(source)
+    texts = {pretrained.SIDECAR_FILES[name]: text for name, text in checkpoint.sidecars.items()}
+    dropped_weights: list[str] = []
+    temporary = files.temporary_path(target)
     try:
         if layout is None:
-            model.save_pretrained(written)
+            checkpoint.model.save_pretrained(temporary)
         else:
-            published, left_out = _to_hf_layout(model, layout)
-            published.export_hf(written)
+            dropped_weights = hf.save(checkpoint.model, temporary, layout=layout)
         for name, text in texts.items():
-            files.write_text(written / name, text)
-        files.replace(written, end)
+            files.write_text(temporary / name, text)
+        files.replace(temporary, target)
     except OSError as error:
-        raise files.write_failed_error(end, error) from error
+        raise files.write_failed_error(target, error) from error
     finally:
-        shutil.rmtree(written, ignore_errors=True)
-    count = sum(parameter.numel() for parameter in model.parameters())
-    return ConversionResult(place, type(model).__name__, count, sorted(texts), left_out)
-
-
-def _to_hf_layout(model: nn.Module, layout: str | os.PathLike[str]) -> tuple[HFCompatibleModel, list[str]]:
-    """Return the layout's model with the numbers of ``model``, and the names that it has no place for."""
-    if not load.is_hf_checkpoint(layout):
-        raise CheckpointError(f"'{layout}' is no published folder.", "Give the one that the training began with.")
-    published = load.from_pretrained(layout)
-    assert isinstance(published, HFCompatibleModel)
-    own, weights = published.state_dict(), model.state_dict()
-    wrong = [
-        f"{name} is {tuple(weights[name].shape) if name in weights else 'missing'} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name not in weights or weights[name].shape != own[name].shape
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"The model does not have the layout of '{layout}': {'; '.join(wrong[:3])}.",
-            "Give the folder that the training began with.",
-        )
-    published.load_state_dict({name: weights[name] for name in own})
-    return published, sorted(weights.keys() - own.keys())
+        shutil.rmtree(temporary, ignore_errors=True)
+    num_parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    return ConversionResult(source, type(checkpoint.model).__name__, num_parameters, sorted(texts), dropped_weights)

@@ -1,8 +1,12 @@
-"""Models on disk: config.json beside model.safetensors, or the same two inside a training checkpoint."""
+"""Models that can be saved, and the parts of a run folder or checkpoint that hold one.
+
+A pretrained folder is config.json beside model.safetensors; a training checkpoint holds the same two as entries.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Mapping
@@ -17,44 +21,49 @@ from memtx.checkpoint import checksummed_zip, sharded
 from memtx.checkpoint.lora import LoRAConfig, merge_lora
 from memtx.errors import CheckpointError, corrupt_checkpoint_error
 
+FORMAT = "memtx.model"
 FORMAT_VERSION = 2
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 CHECKPOINT_KEY = "memtx"
-"""Where a training checkpoint keeps what :func:`describe_model` returns."""
+"""Key of a training checkpoint for the result of :func:`describe_model`."""
 
 CHECKPOINT_PREFIX = "model."
-"""What the names of the model's weights begin with in a training checkpoint."""
-
+"""Prefix of the names of the model's weights in a training checkpoint."""
 
 SIDECAR_FILES = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
-"""What is kept as JSON text beside a model, and the files that hold it in a folder."""
+"""JSON texts stored with a model, by name, and their files in a pretrained folder."""
+
+_LOADER_MODULE = "memtx.checkpoint.load"
+"""Module behind ``from_pretrained``, imported on first use: it knows layouts that models must not depend on."""
 
 
 class PretrainedModel(nn.Module):
-    """A model that knows how it was made, so that it can be kept on disk and told from others.
+    """A model that knows its configuration, so that it can be saved, loaded and identified.
 
     Attributes:
-        config: what makes it anew, as numbers, texts, lists and dicts.
-        adapter_config: how its weights are adapted; None where they are not.
+        config: Class path and constructor arguments, as JSON values.
+        adapter_config: LoRA configuration; None without adapters.
+        hf_origin: Hugging Face folder that the model was loaded from, for :func:`memtx.hf.save`; None otherwise.
     """
 
     config: dict[str, Any]
     adapter_config: LoRAConfig | None = None
+    hf_origin: object | None = None
 
     def save_init_args(self, arguments: Mapping[str, Any]) -> None:
-        """Take down the constructor's arguments, given as its ``locals()``."""
-        given = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
+        """Record the constructor's arguments, given as its ``locals()``."""
+        init_args = {name: value for name, value in arguments.items() if name not in ("self", "__class__")}
         self.config = {
             "class_path": class_config.to_config(type(self))["class_path"],
-            "init_args": class_config.to_config(given),
+            "init_args": class_config.to_config(init_args),
         }
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over configuration and weights: states belong to the model of equal fingerprint."""
+        """SHA-256 of configuration and weights; a state belongs to the model of equal fingerprint."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, tensor in sorted(self.merged_state_dict().items()):
             digest.update(name.encode())
@@ -62,82 +71,63 @@ class PretrainedModel(nn.Module):
         return digest.hexdigest()
 
     def merged_state_dict(self) -> dict[str, Tensor]:
-        """Return what is kept for reading: every tensor by its name, with what adapts it merged in."""
+        """Return the weights for inference: the state dict with LoRA adapters merged into it."""
         weights = dict(self.state_dict())
-        own = self.adapter_config
-        return weights if own is None else merge_lora(weights, own.rank, own.alpha)
+        adapters = self.adapter_config
+        return weights if adapters is None else merge_lora(weights, adapters.rank, adapters.alpha)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors of our own format into the folder ``path``."""
-        save(self, path)
+        """Write config.json and model.safetensors into the folder ``path``.
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
-        """Build the model kept in a folder of :meth:`save_pretrained`, or in a training checkpoint.
+        The weights are written first, so that a config never stands without them.
 
         Raises:
-            CheckpointError: missing, damaged, or of another class.
+            MemtxError: The folder cannot be written.
         """
-        return cast(Self, load(path, cls))
+        weights = drop_tied_aliases(self.merged_state_dict())
+        files.save_tensors(Path(path) / WEIGHTS_FILE, weights, kind=FORMAT, version=FORMAT_VERSION)
+        files.write_json(Path(path) / CONFIG_FILE, describe_model(self))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], window: int | None = None) -> Self:
+        """Load a model in eval mode on the CPU; see :func:`memtx.from_pretrained`.
+
+        Args:
+            path: Pretrained folder, training checkpoint, run folder, or Hugging Face folder.
+            window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length, at most 4096.
+
+        Raises:
+            CheckpointError: The model is missing, damaged or of another class.
+            MemtxError: ``window`` is given for a model that is no Hugging Face decoder.
+        """
+        loader = importlib.import_module(_LOADER_MODULE)
+        return cast(Self, loader.load(path, window).model_as(cls))
 
 
 def describe_model(model: PretrainedModel) -> dict[str, Any]:
-    """Return what rebuilds ``model`` without its weights, as numbers, texts, lists and dicts."""
-    return {"format": "memtx.model", "version": FORMAT_VERSION, **model.config}
-
-
-def save(model: PretrainedModel, path: str | os.PathLike[str]) -> None:
-    """Write a model into the folder ``path``, weights first, so that a config never stands without them."""
-    weights = model.merged_state_dict()
-    # Tied weights are kept once, under the first of their names.
-    seen: dict[int, str] = {}
-    for name, tensor in list(weights.items()):
-        if seen.setdefault(tensor.data_ptr(), name) != name and tensor.numel():
-            del weights[name]
-    files.save_tensors(Path(path) / WEIGHTS_FILE, weights, kind="memtx.model", version=FORMAT_VERSION)
-    files.write_json(Path(path) / CONFIG_FILE, describe_model(model))
-
-
-def load(path: str | os.PathLike[str], expected_class: type[nn.Module] | None = None) -> nn.Module:
-    """Build the model kept at ``path``.
-
-    Args:
-        path: a folder of :func:`save`, or a training checkpoint, of one process or several.
-        expected_class: the class it must be of.
-
-    Raises:
-        CheckpointError: missing, damaged, untrusted, or of another class.
-    """
-    place = Path(path)
-    if place.is_dir() and not sharded.is_sharded(place):
-        if not (place / CONFIG_FILE).is_file():
-            raise CheckpointError(f"'{place}' has no {CONFIG_FILE}.", "Give a folder written by save_pretrained.")
-        description = files.read_json(place / CONFIG_FILE)
-        weights, _ = files.load_tensors(place / WEIGHTS_FILE, kind="memtx.model", version=FORMAT_VERSION)
-    else:
-        description, weights = extract_model(read_checkpoint(place), place)
-    return _build_model(place, description, weights, expected_class)
+    """Return the content of config.json, which rebuilds ``model`` without its weights."""
+    return {"format": FORMAT, "version": FORMAT_VERSION, **model.config}
 
 
 def resolve_model_path(path: str | os.PathLike[str]) -> Path:
-    """Return the file or the pretrained folder that ``path`` means: of a run's folder, its checkpoint.
+    """Return the checkpoint or pretrained folder that ``path`` stands for: for a run folder, its best checkpoint.
 
     Raises:
-        CheckpointError: missing, or a folder that holds neither.
+        CheckpointError: The path is missing, or a folder that holds neither.
     """
-    place = Path(path)
-    if not place.exists():
-        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a run's folder or a pretrained folder.")
-    if place.is_dir() and not (place / CONFIG_FILE).is_file():
-        return find_checkpoint(place)
-    return place
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"'{path}' does not exist.", "Give a checkpoint, a run folder or a pretrained folder.")
+    return find_checkpoint(path) if path.is_dir() and not (path / CONFIG_FILE).is_file() else path
 
 
 def find_checkpoint(run_dir: Path) -> Path:
-    """Return a run's best checkpoint, named in ``checkpoints/best.json``, else its newest; itself, if it is one.
+    """Return the best checkpoint of a run, named in ``checkpoints/best.json``, or else the newest one.
+
+    A sharded checkpoint, which is a folder, is returned itself.
 
     Raises:
-        CheckpointError: the folder holds no checkpoint.
+        CheckpointError: The folder holds no checkpoint.
     """
     if sharded.is_sharded(run_dir):
         return run_dir
@@ -145,84 +135,84 @@ def find_checkpoint(run_dir: Path) -> Path:
     best = checkpoints / "best.json"
     if best.is_file():
         content = files.read_json(best)
-        named = content.get("path") if isinstance(content, dict) else None
-        if isinstance(named, str):
-            # A run's folder may have been moved: its own file of that name comes first.
-            for candidate in (checkpoints / Path(named).name, checkpoints / named, run_dir / named):
+        name = content.get("path") if isinstance(content, dict) else None
+        if isinstance(name, str):
+            # The run folder may have been moved: its own file of that name comes first.
+            for candidate in (checkpoints / Path(name).name, checkpoints / name, run_dir / name):
                 if candidate.exists():
                     return candidate
-    found = sorted(checkpoints.glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
-    if not found:
+    paths = sorted(checkpoints.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    if not paths:
         raise CheckpointError(
             f"'{run_dir}' holds no checkpoint and no {CONFIG_FILE}.",
-            "Give a checkpoint, a run's folder (with checkpoints/*.ckpt) or a pretrained folder.",
+            "Give a checkpoint, a run folder (with checkpoints/*.ckpt) or a pretrained folder.",
         )
-    return found[-1]
+    return paths[-1]
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint, every byte of it checked, without running anything that stands in it.
+    """Read a training checkpoint, verify every byte and execute nothing in it.
 
     Args:
-        path: a file, or a folder that several processes wrote; of such a folder the shares are put together.
+        path: File, or folder of a sharded checkpoint, whose shards are put together.
 
     Raises:
-        CheckpointError: missing, damaged, or no such file or folder.
+        CheckpointError: The checkpoint is missing, damaged, or something else.
     """
-    place = Path(path)
-    if sharded.is_sharded(place):
-        return sharded.read(place)
-    if not place.exists():
-        raise CheckpointError(f"'{place}' does not exist.", "Give a checkpoint, a pretrained folder or a run's folder.")
+    path = Path(path)
+    if sharded.is_sharded(path):
+        return sharded.read(path)
+    if not path.exists():
+        raise CheckpointError(f"'{path}' does not exist.", "Give a checkpoint, a run folder or a pretrained folder.")
     try:
-        checksummed_zip.verify(place)
-        content = torch.load(place, map_location="cpu", weights_only=True)
+        checksummed_zip.verify(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # A file of somebody else's can make the reader stumble over anything.
-        raise corrupt_checkpoint_error(place, f" ({type(error).__name__})") from error
+    except Exception as error:  # the reader can fail in any way on a file that is something else
+        raise corrupt_checkpoint_error(path, f" ({type(error).__name__})") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"'{place}' holds a {type(content).__name__}, not a checkpoint.", "Give another file.")
+        raise CheckpointError(f"'{path}' holds a {type(content).__name__}, not a checkpoint.", "Give another file.")
     return content
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint; of a folder that several processes wrote, all but weights and optimiser.
+    """Read a training checkpoint; for a sharded one, everything but weights and optimizer states.
 
     Raises:
-        CheckpointError: missing, damaged, or no such file or folder.
+        CheckpointError: The checkpoint is missing, damaged, or something else.
     """
     return sharded.read_metadata(path) if sharded.is_sharded(path) else read_checkpoint(path)
 
 
 def sidecars_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    """Return the texts that a checkpoint keeps beside its model, by the names of ``SIDECAR_FILES``."""
-    # Lightning names the part after the data's class, which may be somebody's subclass.
-    parts = (part for part in checkpoint.values() if isinstance(part, Mapping))
-    part = next((part for part in parts if isinstance(part.get("tokenizer"), str)), {})
-    return {name: part[name] for name in SIDECAR_FILES if isinstance(part.get(name), str)}
+    """Return the texts that a checkpoint stores with its model, by the names in ``SIDECAR_FILES``."""
+    # Lightning names the entry after the data module's class, which may be a user's subclass.
+    entries = (entry for entry in checkpoint.values() if isinstance(entry, Mapping))
+    entry = next((entry for entry in entries if isinstance(entry.get("tokenizer"), str)), {})
+    return {name: entry[name] for name in SIDECAR_FILES if isinstance(entry.get(name), str)}
 
 
-def read_sidecars(model_path: Path) -> dict[str, str]:
-    """Return the texts beside a model, by the names of ``SIDECAR_FILES``.
+def read_sidecars(path: Path) -> dict[str, str]:
+    """Return the texts stored with a model, by the names in ``SIDECAR_FILES``.
 
     Args:
-        model_path: as :func:`resolve_model_path` returned it.
+        path: Checkpoint or pretrained folder, from :func:`resolve_model_path`.
 
     Raises:
-        CheckpointError: it is a checkpoint, and missing or damaged.
+        CheckpointError: The path is a checkpoint, and missing or damaged.
     """
-    if not (model_path / CONFIG_FILE).is_file():
-        return sidecars_from_checkpoint(read_metadata(model_path))
-    found = {name: model_path / file for name, file in SIDECAR_FILES.items()}
-    return {name: path.read_bytes().decode("utf-8", "replace") for name, path in found.items() if path.is_file()}
+    if not (path / CONFIG_FILE).is_file():
+        return sidecars_from_checkpoint(read_metadata(path))
+    paths = {name: path / file for name, file in SIDECAR_FILES.items()}
+    return {name: path.read_bytes().decode("utf-8", "replace") for name, path in paths.items() if path.is_file()}
 
 
-def extract_model(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a checkpoint's description of its model, and the model's weights, with what adapts them merged in.
+def extract_model(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
+    """Return a checkpoint's description of its model and the weights, with LoRA adapters merged.
 
     Raises:
-        CheckpointError: it is not a checkpoint of memtx.
+        CheckpointError: The checkpoint is not one of memtx.
     """
     if CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
@@ -231,43 +221,30 @@ def extract_model(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> t
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(CHECKPOINT_PREFIX)
     }
-    kept = checkpoint[CHECKPOINT_KEY]
-    if (adapters := kept.get("lora")) is not None:
+    content = checkpoint[CHECKPOINT_KEY]
+    if (adapters := content.get("lora")) is not None:
         weights = merge_lora(weights, adapters["rank"], adapters["alpha"])
-    return kept["model"], weights
+    return content["model"], weights
 
 
-def _build_model(
-    path: Path, description: Any, weights: dict[str, Tensor], expected_class: type[nn.Module] | None
-) -> nn.Module:
-    if not isinstance(description, dict) or description.get("format") != "memtx.model":
-        raise CheckpointError(f"'{path}' does not describe a memtx model.", "Give one that memtx wrote.")
-    if description.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{path}' has format version {description.get('version')}, this release reads {FORMAT_VERSION}.",
-            "Use the release that wrote it.",
-        )
-    made = class_config.from_config({key: description[key] for key in ("class_path", "init_args")})()
-    if not isinstance(made, nn.Module) or (expected_class is not None and not isinstance(made, expected_class)):
-        raise CheckpointError(
-            f"'{path}' holds a {type(made).__name__}, "
-            f"expected {expected_class.__name__ if expected_class else 'a model'}.",
-            "memtx.from_pretrained picks the class by itself.",
-        )
-    own = made.state_dict()
-    aliases = {name: [other for other in own if own[other].data_ptr() == own[name].data_ptr()] for name in own}
-    weights = {**{alias: tensor for name, tensor in weights.items() for alias in aliases.get(name, ())}, **weights}
-    wrong = [f"lacks {name}" for name in own if name not in weights]
-    wrong += [f"has {name}, unknown to the model" for name in weights if name not in own]
-    wrong += [
-        f"has {name} of shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
+def drop_tied_aliases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights with tied ones under the first of their names alone."""
+    names: dict[int, str] = {}
+    return {
+        name: tensor
+        for name, tensor in weights.items()
+        if names.setdefault(tensor.data_ptr(), name) == name or not tensor.numel()
+    }
+
+
+def describe_mismatches(expected: Mapping[str, tuple[int, ...]], actual: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return one phrase for each tensor that is missing, unknown or of another shape than expected, by name."""
+    return [
+        *(f"lacks {name}" for name in expected if name not in actual),
+        *(f"has {name}, unknown to the model" for name in actual if name not in expected),
+        *(
+            f"has {name} of shape {actual[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if name in actual and actual[name] != shape
+        ),
     ]
-    if wrong:
-        raise CheckpointError(f"'{path}' {'; '.join(wrong[:5])}.", "It was changed after it was written; take a copy.")
-    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
-    if len(dtypes) == 1:
-        made.to(dtypes.pop())
-    made.load_state_dict(weights)
-    return made.eval()

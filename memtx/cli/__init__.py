@@ -1,1 +1,1 @@
-"""The command line: what `memtx` and `lightning` do, a file a command."""
+"""Command line of ``memtx`` and ``lightning``, one file per command."""

@@ -9,9 +9,9 @@ from memtx.cli.fit import MemtxCLI, format_config_hint
 from memtx.data.books import BookDataModule
 from memtx.data.hf_tokenizers import hf_tokenizer_from_json
 from memtx.data.sources.corpus import PG19_HINT
+from memtx.data.tasks.base import task_from_json
 from memtx.data.tasks.data_module import TaskDataModule
 from memtx.data.tasks.examples import LAYOUT_HINT
-from memtx.data.tasks.serialization import task_from_json
 from memtx.data.tasks.summaries import SummaryDataModule
 from memtx.data.tokenizers import tokenizer_from_json
 from memtx.errors import DataError, MemtxError

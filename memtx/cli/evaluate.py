@@ -1,29 +1,20 @@
-"""``memtx evaluate``: what a memory keeps, as accuracy by distance beside that of guessing."""
+"""``memtx evaluate``: accuracy of a memory by distance, compared with chance, and its capacity."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memtx.cli.options import Parser, check_output_path, progress_bar, run
-from memtx.cli.read import (
-    add_checkpoint_option,
-    add_device_options,
-    import_modules,
-    load_model,
-    resolve_device,
-    suggest_import_option,
-)
+from memtx.cli import options
 from memtx.errors import CheckpointError, MemtxError
 
 if TYPE_CHECKING:
     from memtx.data.synthetic_tasks.base import SyntheticTask
-    from memtx.evaluation.capacity import Capacity
-    from memtx.evaluation.haystack import Haystack
     from memtx.evaluation.results import EvaluationResult
     from memtx.models.memory_transformer import MemoryTransformer
 
@@ -31,307 +22,250 @@ SYNTHETIC_TASKS = ("recall", "capacity", "overwrite", "copy", "tracking")
 HAYSTACK_TASKS = ("needle", "babi")
 DEFAULT_DISTANCES = "1k,4k,16k"
 DEFAULT_CAPACITY_SEGMENTS = (3, 32)
-"""Where a capacity is measured when no distance is given."""
+"""Distances of the capacity task without ``--distances``."""
 DEFAULT_NUM_SAMPLES = {"needle": 8, "babi": 16}
 MAX_DISTANCE = 10**9
 
 _UNIT_FACTORS = {"": 1, "k": 10**3, "m": 10**6}
 
 
-def _build_parser() -> Parser:
-    parser = Parser(
+def _build_parser() -> options.Parser:
+    parser = options.Parser(
         "memtx evaluate",
-        "Measure what a memory keeps. recall, capacity, overwrite, copy and tracking are drawn tasks, for models that "
-        "were trained on them (configs/recall.yaml); needle and babi hide sentences in a book, for language models.",
+        "Measure the accuracy of a memory by distance. recall, capacity, overwrite, copy and tracking are synthetic "
+        "tasks for models trained on them (configs/recall.yaml); needle and babi hide sentences in a book and are for "
+        "language models.",
     )
-    add_checkpoint_option(parser)
-    parser.add_argument("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="what is asked")
-    parser.add_argument(
+    add = parser.add_argument
+    parser.add_checkpoint_option()
+    add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
+    add(
         "--distances",
         metavar="N,...",
-        help="tokens (k = 1,000, M = 1,000,000) from what is asked about to the question, rounded to segments; for "
-        f"needle and babi tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)",
+        help="tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
+        f"babi the tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)",
     )
-    parser.add_argument(
+    add(
         "--task-arg",
         action="append",
         default=[],
         metavar="NAME=N",
-        help="a size of a drawn task, such as num_pairs=8; those the run was trained with by default; repeatable",
+        help="size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable",
     )
-    parser.add_argument(
-        "--num-samples", type=int, help="episodes or contexts of a distance (default: 32; needle 8, babi 16)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds ask the same")
-    parser.add_argument("--plot", metavar="PNG", help="draw accuracy by distance")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, or - to print them instead")
-    parser.add_argument(
-        "--haystack", default="embedded", help="where sentences are hidden: a file, or a folder's test texts"
-    )
-    parser.add_argument("--num-depths", type=int, default=8, help="needles in a context")
-    parser.add_argument("--babi-dir", metavar="FOLDER", help="bAbI's tasks, files such as qa1_..._test.txt")
-    parser.add_argument("--segment-length", type=int, default=512, help="tokens read at once by needle and babi")
-    add_device_options(parser)
+    add("--num-samples", type=options.positive_int, help="samples per distance (default: 32; needle: 8; babi: 16)")
+    add("--seed", type=options.non_negative_int, default=0, help="random seed of the questions")
+    parser.add_output_options("accuracy by distance")
+    add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
+    add("--num-depths", type=int, default=8, help="needles per context")
+    add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
+    parser.add_segment_length_option()
+    parser.add_device_options()
     return parser
 
 
 def parse_distances(text: str) -> list[int]:
-    """Return the numbers of tokens that ``1k,8k,64k`` names, ascending, each once.
+    """Parse distances such as ``1k,8k,64k`` into sorted numbers of tokens without duplicates.
 
     Raises:
-        MemtxError: one that is no number, or below 1.
+        MemtxError: An entry is not a number, or out of range.
     """
-    found = set()
-    for one in text.split(","):
-        parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)([kKmM]?)\s*", one)
-        value = round(float(parts[1]) * _UNIT_FACTORS[parts[2].lower()]) if parts else 0
+    distances = set()
+    for entry in text.split(","):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)([kKmM]?)\s*", entry)
+        value = round(float(match[1]) * _UNIT_FACTORS[match[2].lower()]) if match else 0
         if not 1 <= value <= MAX_DISTANCE:
             raise MemtxError(
-                f"--distances has '{one.strip()}', expected tokens from 1 to {MAX_DISTANCE:,}.",
-                "Such as 1k,8k,64k or 1M.",
+                f"--distances has '{entry.strip()}', expected tokens from 1 to {MAX_DISTANCE:,}.",
+                "Give a list such as 1k,8k,64k or 1M.",
             )
-        found.add(value)
-    return sorted(found)
+        distances.add(value)
+    return sorted(distances)
 
 
 def _parse_task_args(assignments: list[str]) -> dict[str, str]:
-    for one in assignments:
-        if "=" not in one:
-            raise MemtxError(f"--task-arg {one} names no number.", "Such as --task-arg num_pairs=8.")
-    return {name.strip(): value.strip() for name, _, value in (one.partition("=") for one in assignments)}
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
-    """Refuse what can be seen to be wrong before anything is loaded."""
-    for name, least in (("num_samples", 1), ("segment_length", 1), ("seed", 0)):
-        value = getattr(arguments, name)
-        if value is not None and not least <= value < 2**63:
-            raise MemtxError(f"--{name.replace('_', '-')} is {value}, expected at least {least}.")
-    for option in ("plot", "json"):
-        target = getattr(arguments, option)
-        if target is None or (option == "json" and target == "-"):
-            continue
-        check_output_path(option, target)
-    if arguments.task_arg and arguments.task in HAYSTACK_TASKS:
-        raise MemtxError(f"--task-arg is of drawn tasks, and {arguments.task} is none.", "Leave it out.")
-    if arguments.task == "babi" and arguments.babi_dir is None:
-        raise MemtxError("--babi-dir is not given, expected the folder of bAbI's tasks.", "Add --babi-dir FOLDER.")
+    for assignment in assignments:
+        if "=" not in assignment:
+            raise MemtxError(f"--task-arg {assignment} has no value.", "Write it as --task-arg num_pairs=8.")
+    pairs = (assignment.partition("=") for assignment in assignments)
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransformer, SyntheticTask]:
-    """Return the model and the task it is to be asked."""
-    import_modules(arguments.modules)
-    device = resolve_device(arguments.device)
-    import torch
-
+    placement = options.get_placement(arguments)
     from memtx.data.synthetic_tasks.copying import SelectiveCopying
-    from memtx.data.synthetic_tasks.overwrite import Overwrite
-    from memtx.data.synthetic_tasks.recall import AssociativeRecall
+    from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
     from memtx.data.synthetic_tasks.tracking import StateTracking
-    from memtx.evaluation import task_checkpoint
+    from memtx.evaluation.accuracy import build_task, load_model_and_task_options
 
-    kinds: dict[str, type[SyntheticTask]] = {
-        "recall": AssociativeRecall,
-        "capacity": AssociativeRecall,
+    task_classes: dict[str, type[SyntheticTask]] = {
         "overwrite": Overwrite,
         "copy": SelectiveCopying,
         "tracking": StateTracking,
     }
-    with suggest_import_option():
-        model, trained = task_checkpoint.load_model_and_task_options(arguments.checkpoint)
-    task = task_checkpoint.build_task(kinds[arguments.task], trained, _parse_task_args(arguments.task_arg))
+    task_class = task_classes.get(arguments.task, AssociativeRecall)  # for recall and capacity
+    with options.user_modules(arguments.modules):
+        model, trained_options = task_checkpoint.load_model_and_task_options(arguments.checkpoint)
+    task = task_checkpoint.build_task(task_class, trained_options, _parse_task_args(arguments.task_arg))
     if task.vocab_size != model.vocab_size:
         raise CheckpointError(
-            f"'{arguments.checkpoint}' has a vocabulary of {model.vocab_size}, {arguments.task} of these sizes one of "
-            f"{task.vocab_size}.",
-            "Give a model trained on it (configs/recall.yaml), or its task's sizes by --task-arg.",
+            f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from that of {arguments.task} "
+            f"with these sizes ({task.vocab_size}).",
+            "Give a model trained on this task (configs/recall.yaml), or its sizes with --task-arg.",
         )
-    model.to(device=device, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
-    return model, task
+    return model.to(**placement), task
 
 
 def _accept_any_device(model: MemoryTransformer) -> Any:
-    """Return the model as a function of tokens from anywhere."""
+    """Return the model as a function of tokens on any device."""
     device = model.embedding.weight.device
     return lambda tokens, state=None: model(tokens.to(device), state)
 
 
-def _evaluate_synthetic(
-    arguments: argparse.Namespace, distances: list[int], num_samples: int
-) -> list[EvaluationResult]:
+def _evaluate_synthetic(arguments: argparse.Namespace, distances: list[int]) -> list[EvaluationResult]:
     from memtx.evaluation.accuracy import evaluate_accuracy
     from memtx.evaluation.results import EvaluationResult
 
     model, task = _load_model_and_task(arguments)
-    segments = sorted({max(1, round(distance / task.segment_length)) for distance in distances})
+    segments = _to_segments(distances, task)
     results = []
-    with progress_bar("evaluating", sum(task.num_write_segments + one for one in segments)) as watch:
-        for one in segments:
-            share = evaluate_accuracy(
-                _accept_any_device(model), task, one, num_samples=num_samples, seed=arguments.seed, on_progress=watch
+    with options.progress_bar("evaluating", sum(task.num_write_segments + count for count in segments)) as advance:
+        for count in segments:
+            accuracy = evaluate_accuracy(
+                _accept_any_device(model),
+                task,
+                count,
+                num_samples=arguments.num_samples,
+                seed=arguments.seed,
+                on_progress=advance,
             )
-            results.append(EvaluationResult(arguments.task, one * task.segment_length, share, task.chance_accuracy))
+            distance = count * task.segment_length
+            results.append(EvaluationResult(arguments.task, distance, accuracy, task.chance_accuracy))
     return results
 
 
-def _measure_capacities(arguments: argparse.Namespace, num_samples: int) -> tuple[list[Capacity], SyntheticTask]:
+def _to_segments(distances: Iterable[int], task: SyntheticTask) -> list[int]:
+    return sorted({max(1, round(distance / task.segment_length)) for distance in distances})
+
+
+def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> list[EvaluationResult]:
+    from memtx.data.sources.corpus import open_corpus
+    from memtx.evaluation.babi import evaluate_babi, load_tasks
+    from memtx.evaluation.haystack import Haystack, evaluate_needle
+
+    tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
+    splits = open_corpus(arguments.haystack).split_parts
+    if Path(arguments.haystack).is_file():
+        documents = [document for split in SPLITS for document in splits.get(split, ())]
+    else:
+        # The test texts if there are any, because the model was not trained on them.
+        documents = next((splits[split] for split in reversed(SPLITS) if splits.get(split)), [])
+    model, tokenizer = options.load_model(arguments)
+    haystack: Haystack = Haystack(documents, tokenizer)
+    settings = {name: getattr(arguments, name) for name in ("num_samples", "seed", "segment_length")}
+    num_calls = (sum(distances) + len(distances)) * max(1, len(tasks))
+    with options.progress_bar("evaluating", num_calls) as advance:
+        settings["on_progress"] = advance
+        if arguments.task == "babi":
+            results = evaluate_babi(model, tokenizer, haystack, tasks, distances, **settings)
+        else:
+            settings["num_depths"] = arguments.num_depths
+            results = evaluate_needle(model, tokenizer, haystack, distances, **settings)
+    return [*results, *average_by_distance("all", results)]
+
+
+@dataclass
+class _Report:
+    """Results as a table, as curves ``name -> (x values, accuracies)`` and as JSON fields."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    curves: dict[str, tuple[list[int], list[float]]]
+    chance: float
+    x_label: str
+    fields: dict[str, Any]
+
+
+def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
+    """Return one row per distance for a single condition, else one row per condition and one column per distance."""
+    names = dict.fromkeys(result.name for result in results)
+    groups = {name: [result for result in results if result.name == name] for name in names}
+    texts = {result: "too long" if result.accuracy is None else f"{result.accuracy:.3f}" for result in results}
+    if len(groups) == 1:
+        title, columns = "accuracy by distance", ["tokens", "accuracy", "chance"]
+        rows = [[f"{result.distance:,}", texts[result], f"{result.chance:.3f}"] for result in results]
+    else:
+        title = "accuracy by length of the context in tokens"
+        columns = ["", *(f"{result.distance:,}" for result in next(iter(groups.values()))), "chance"]
+        rows = [[name, *map(texts.__getitem__, group), f"{group[0].chance:.3f}"] for name, group in groups.items()]
+    curves = {}
+    for name, group in groups.items():
+        points = [(result.distance, result.accuracy) for result in group if result.accuracy is not None]
+        if points:
+            curves[name] = ([distance for distance, _ in points], [accuracy for _, accuracy in points])
+    chance = sum(result.chance for result in results) / len(results)
+    x_label = "context length (tokens)" if task in HAYSTACK_TASKS else "distance (tokens)"
+    return _Report(title, columns, rows, curves, chance, x_label, {"results": [vars(result) for result in results]})
+
+
+def _evaluate_capacity(arguments: argparse.Namespace, distances: list[int]) -> _Report:
     from memtx.data.synthetic_tasks.recall import AssociativeRecall
-    from memtx.evaluation.capacity import evaluate_capacity
+    from memtx.evaluation.capacity import ACCURACY_THRESHOLD, evaluate_capacity
 
     model, task = _load_model_and_task(arguments)
     assert isinstance(task, AssociativeRecall)
-    asked = parse_distances(arguments.distances) if arguments.distances is not None else []
-    segments = sorted({max(1, round(one / task.segment_length)) for one in asked}) or list(DEFAULT_CAPACITY_SEGMENTS)
-    size = model.init_state(1).nbytes
-    with progress_bar("evaluating", None) as watch:
-        found = [
-            evaluate_capacity(
+    state_bytes = model.init_state(1).nbytes
+    rows, curves, results = [], {}, []
+    with options.progress_bar("evaluating", None) as advance:
+        for segments in _to_segments(distances, task) or DEFAULT_CAPACITY_SEGMENTS:
+            capacity = evaluate_capacity(
                 _accept_any_device(model),
                 task,
-                one,
-                state_bytes=size,
-                num_samples=num_samples,
+                segments,
+                state_bytes=state_bytes,
+                num_samples=arguments.num_samples,
                 seed=arguments.seed,
-                on_progress=lambda _: watch(1),
+                on_progress=lambda _: advance(1),
             )
-            for one in segments
-        ]
-    return found, task
-
-
-def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int], num_samples: int) -> list[EvaluationResult]:
-    from memtx.data.sources.corpus import open_corpus
-    from memtx.data.sources.manifest import SPLITS
-    from memtx.evaluation.babi import evaluate_babi, load_tasks
-    from memtx.evaluation.haystack import Haystack
-    from memtx.evaluation.needle import evaluate_needle
-    from memtx.evaluation.results import average_by_distance
-
-    tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
-    splits = open_corpus(arguments.haystack).splits
-    if Path(arguments.haystack).is_file():
-        documents = [part for name in SPLITS for part in splits.get(name, ())]
-    else:
-        # Of texts that the model was not trained on, where they say so.
-        documents = next((splits[name] for name in reversed(SPLITS) if splits.get(name)), [])
-    model, tokenizer = load_model(arguments)
-    haystack: Haystack = Haystack(documents, tokenizer)
-    common = {"num_samples": num_samples, "seed": arguments.seed, "segment_length": arguments.segment_length}
-    with progress_bar("evaluating", (sum(distances) + len(distances)) * max(1, len(tasks))) as watch:
-        if arguments.task == "babi":
-            found = evaluate_babi(model, tokenizer, haystack, tasks, distances, on_progress=watch, **common)
-        else:
-            found = evaluate_needle(
-                model, tokenizer, haystack, distances, num_depths=arguments.num_depths, on_progress=watch, **common
-            )
-    return [*found, *average_by_distance("all", found)]
-
-
-def _print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if not number else "right")
-    for line in rows:
-        table.add_row(*line)
-    # Not as the table's title, which is wrapped to its width.
-    sys.stdout.write(f"{title}\n")
-    Console().print(table)
-
-
-def _format_accuracy(value: float | None) -> str:
-    return "too long" if value is None else f"{value:.3f}"
-
-
-def _print_results(task: str, results: list[EvaluationResult]) -> None:
-    """Print a row a distance where there is one condition, else a row a condition and a column a distance."""
-    names = list(dict.fromkeys(one.name for one in results))
-    if len(names) == 1:
-        lines = [[f"{one.distance:,}", _format_accuracy(one.accuracy), f"{one.chance:.3f}"] for one in results]
-        _print_table(f"{task}: accuracy by distance", ["tokens", "accuracy", "chance"], lines)
-        return
-    asked = list(dict.fromkeys(one.distance for one in results))
-    lines = []
-    for name in names:
-        own = [one for one in results if one.name == name]
-        lines.append([name, *(_format_accuracy(one.accuracy) for one in own), f"{own[0].chance:.3f}"])
-    _print_table(f"{task}: accuracy by tokens of the context", ["", *(f"{one:,}" for one in asked), "chance"], lines)
-
-
-def _plot(path: str, task: str, results: list[EvaluationResult]) -> None:
-    from memtx import plots
-
-    curves: dict[str, tuple[list[int], list[float]]] = {}
-    for one in results:
-        if one.accuracy is not None:
-            places, shares = curves.setdefault(one.name, ([], []))
-            places.append(one.distance)
-            shares.append(one.accuracy)
-    chance = sum(one.chance for one in results) / len(results)
-    axis = "tokens of the context" if task in HAYSTACK_TASKS else "distance (tokens)"
-    plots.plot_accuracy(path, curves, chance_level=chance, title=task, x_label=axis)
-
-
-def _write_json(path: str | None, results: dict[str, Any]) -> None:
-    if path == "-":
-        sys.stdout.write(json.dumps(results) + "\n")
-    elif path is not None:
-        from memtx import files
-
-        files.write_json(path, results)
+            num_pairs = f"{'at least ' * capacity.is_lower_bound}{capacity.num_pairs}"
+            distance, state_kib = f"{segments * task.segment_length:,}", f"{state_bytes / 1024:,.1f}"
+            rows.append([f"{segments:,}", distance, num_pairs, state_kib, f"{capacity.pairs_per_kib:.3f}"])
+            accuracies = capacity.accuracy_by_pairs
+            curves[f"{segments} segments"] = (list(accuracies), list(accuracies.values()))
+            results.append({**vars(capacity), "pairs_per_kib": capacity.pairs_per_kib})
+    title = f"pairs recalled with an accuracy of {ACCURACY_THRESHOLD}"
+    columns = ["segments", "tokens", "pairs", "state KiB", "pairs per KiB"]
+    fields = {"chance": task.chance_accuracy, "results": results}
+    return _Report(title, columns, rows, curves, task.chance_accuracy, "pairs", fields)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    _check_arguments(arguments)
-    asked = parse_distances(arguments.distances if arguments.distances is not None else DEFAULT_DISTANCES)
-    rows = arguments.num_samples if arguments.num_samples is not None else DEFAULT_NUM_SAMPLES.get(arguments.task, 32)
-    facts = {"task": arguments.task, "checkpoint": arguments.checkpoint, "num_samples": rows, "seed": arguments.seed}
-    if arguments.task == "capacity":
-        _evaluate_capacity(arguments, facts)
-        return
-    results = (_evaluate_haystack if arguments.task in HAYSTACK_TASKS else _evaluate_synthetic)(arguments, asked, rows)
+    task: str = arguments.task
+    if arguments.task_arg and task in HAYSTACK_TASKS:
+        raise MemtxError(f"--task-arg does not apply to {task}.", "Remove --task-arg.")
+    if task == "babi" and arguments.babi_dir is None:
+        raise MemtxError("--babi-dir is not set, expected the folder of the bAbI tasks.", "Add --babi-dir FOLDER.")
+    if arguments.num_samples is None:
+        arguments.num_samples = DEFAULT_NUM_SAMPLES.get(task, 32)
+    distances = parse_distances(DEFAULT_DISTANCES if arguments.distances is None else arguments.distances)
+    if task == "capacity":
+        report = _evaluate_capacity(arguments, distances if arguments.distances is not None else [])
+    else:
+        evaluate = _evaluate_haystack if task in HAYSTACK_TASKS else _evaluate_synthetic
+        report = _report_accuracies(task, evaluate(arguments, distances))
     if arguments.json != "-":
-        _print_results(arguments.task, results)
-    if arguments.plot:
-        _plot(arguments.plot, arguments.task, results)
-    _write_json(arguments.json, {**facts, "results": [vars(one) for one in results]})
-
-
-def _evaluate_capacity(arguments: argparse.Namespace, metadata: dict[str, Any]) -> None:
-    found, task = _measure_capacities(arguments, metadata["num_samples"])
-    if arguments.json != "-":
-        lines = [
-            [
-                f"{one.distance:,}",
-                f"{one.distance * task.segment_length:,}",
-                f"{'at least ' * one.is_lower_bound}{one.num_pairs}",
-                f"{one.state_bytes / 1024:,.1f}",
-                f"{one.pairs_per_kib:.3f}",
-            ]
-            for one in found
-        ]
-        _print_table(
-            "capacity: pairs recalled with an accuracy of 0.9",
-            ["segments", "tokens", "pairs", "state KiB", "pairs per KiB"],
-            lines,
-        )
+        sys.stdout.write(f"{task}: {report.title}\n")  # not as the title of the table, where it would be wrapped
+        options.print_table(report.columns, report.rows)
     if arguments.plot:
         from memtx import plots
 
-        curves = {
-            f"{one.distance} segments": (list(one.accuracy_by_pairs), list(one.accuracy_by_pairs.values()))
-            for one in found
-        }
         plots.plot_accuracy(
-            arguments.plot, curves, chance_level=task.chance_accuracy, title="capacity", x_label="pairs"
+            arguments.plot, report.curves, chance_level=report.chance, title=task, x_label=report.x_label
         )
-    results = [{**vars(one), "pairs_per_kib": one.pairs_per_kib} for one in found]
-    _write_json(arguments.json, {**metadata, "chance": task.chance_accuracy, "results": results})
+    settings = {name: getattr(arguments, name) for name in ("task", "checkpoint", "num_samples", "seed")}
+    options.write_json_output(arguments.json, {**settings, **report.fields})
 
 
 def main(argv: list[str]) -> int:
-    """Run ``memtx evaluate`` with its arguments and return the exit code."""
-    arguments = _build_parser().parse(argv)
-    return run(lambda: _evaluate(arguments), traceback=arguments.traceback)
+    """Run ``memtx evaluate``."""
+    return _build_parser().run(argv, _evaluate)

@@ -1,62 +1,50 @@
-"""``memtx generate``: go on with a prompt, or with a book that ``memtx read --session`` has read."""
+"""``memtx generate``: continue a prompt, or a text that ``memtx read --session`` has read."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from pathlib import Path
 
-from memtx.cli.options import Parser, run
-from memtx.cli.read import add_checkpoint_option, add_device_options, load_reader
-from memtx.errors import DataError, MemtxError
+from memtx.cli import options
+from memtx.errors import MemtxError
 
 
-def _build_parser() -> Parser:
-    parser = Parser("memtx generate", "Go on with a prompt, or with a book that `memtx read --session` has read.")
-    add_checkpoint_option(parser)
+def _build_parser() -> options.Parser:
+    parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
+    add = parser.add_argument
+    parser.add_checkpoint_option()
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to go on with, of any length")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a UTF-8 file with that text, or - for standard input")
-    parser.add_argument("--session", metavar="FILE", help="go on where this session stands; the file stays as it is")
-    parser.add_argument("--max-tokens", type=int, default=256, help="tokens made at most")
-    parser.add_argument("--temperature", type=float, default=1.0, help="below 1 is safer, above 1 wilder, 0 is greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among the k likeliest tokens; 0 for all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="choose among the likeliest that reach p together")
-    parser.add_argument("--min-p", type=float, default=0.0, help="leave out what is less than p times the likeliest")
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes recent tokens rarer")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument("--segment-length", type=int, default=512, help="tokens of the prompt read at once")
-    add_device_options(parser)
+    prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")
+    add("--session", metavar="FILE", help="session to continue from; the file does not change")
+    add("--max-tokens", type=int, default=256, help="maximum number of new tokens")
+    add("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy")
+    add("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0 disables it")
+    add("--top-p", type=float, default=1.0, help="sample from the most likely tokens that sum to p")
+    add("--min-p", type=float, default=0.0, help="drop tokens less likely than p times the most likely one")
+    add("--repetition-penalty", type=float, default=1.0, help="values above 1 make recent tokens less likely")
+    add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
+    add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")
+    add("--greedy", action="store_true", help="always take the most likely token")
+    parser.add_segment_length_option()
+    parser.add_device_options()
     return parser
 
 
-def _read_prompt(arguments: argparse.Namespace) -> str:
-    if arguments.prompt_file is None:
-        return arguments.prompt or ""
-    name: str = arguments.prompt_file
-    content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"'{name}': The text is not UTF-8: {error.reason} at byte {error.start}.",
-            "Convert it, for example with iconv.",
-        ) from error
-
-
-def _generate(arguments: argparse.Namespace) -> int:
-    if not -(2**63) <= arguments.seed < 2**64:
-        raise MemtxError(f"--seed is {arguments.seed}, expected a number of 64 bits.")
+def _generate(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None and arguments.prompt_file is None and arguments.session is None:
-        raise MemtxError("There is nothing to go on with.", "Give --prompt, --prompt-file or --session.")
-    prompt = _read_prompt(arguments)
+        raise MemtxError("There is no text to continue.", "Give --prompt, --prompt-file or --session.")
+    prompt = arguments.prompt or ""
+    if arguments.prompt_file is not None:
+        prompt = options.decode_utf8(
+            options.read_input(arguments.prompt_file), options.input_name(arguments.prompt_file)
+        )
     from memtx.inference.generate import generate
     from memtx.inference.sampling import SamplingParams
     from memtx.inference.sessions.file import load_session
 
-    sampling = SamplingParams(
+    sampling_params = SamplingParams(
         temperature=arguments.temperature,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
@@ -64,29 +52,25 @@ def _generate(arguments: argparse.Namespace) -> int:
         repetition_penalty=arguments.repetition_penalty,
         greedy=arguments.greedy,
     )
-    reader = load_reader(arguments)
+    reader = options.load_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
-    pieces = generate(
+    chunks = generate(
         reader.model,
         reader.tokenizer,
         prompt,
         reader=reader,
         max_tokens=arguments.max_tokens,
-        sampling_params=sampling,
+        sampling_params=sampling_params,
         stop=arguments.stop,
         seed=arguments.seed,
     )
-    for piece in pieces:
-        # Bytes, so that a terminal's encoding cannot stop it.
-        sys.stdout.buffer.write(piece.encode("utf-8", "replace"))
+    for chunk in itertools.chain(chunks, ["\n"]):
+        # As bytes, because the encoding of a terminal may not cover the text.
+        sys.stdout.buffer.write(chunk.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
-    sys.stdout.buffer.write(b"\n")
-    sys.stdout.buffer.flush()
-    return 0
 
 
 def main(argv: list[str]) -> int:
-    """Run ``memtx generate`` with its arguments and return the exit code."""
-    arguments = _build_parser().parse(argv)
-    return run(lambda: _generate(arguments), traceback=arguments.traceback)
+    """Run ``memtx generate``."""
+    return _build_parser().run(argv, _generate)

@@ -1,4 +1,4 @@
-"""How many processes a run has where something else started them: torchrun, or SLURM's srun."""
+"""Number of processes of a run that torchrun or SLURM's srun started."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 
 def get_trainer_kwargs(environment: Mapping[str, str]) -> dict[str, int]:
-    """Return the trainer's ``devices`` (of a node) and ``num_nodes`` as the launcher tells them; nothing without one.
+    """Return the trainer's ``devices`` (per node) and ``num_nodes`` under a launcher, else nothing.
 
-    Lightning takes ranks and addresses from the launcher by itself, but wants these two numbers said once more.
+    Lightning reads ranks and addresses from the launcher by itself, but not these two numbers.
 
     Args:
-        environment: the process's.
+        environment: Environment of the process.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
-        local = _read_int(environment, "LOCAL_WORLD_SIZE")
-        return {"devices": local, "num_nodes": max(1, _read_int(environment, "WORLD_SIZE") // local)}
-    # As Lightning does, which takes these two names for a shell that was asked for, not for a job.
+        devices = _read_int(environment, "LOCAL_WORLD_SIZE")
+        return {"devices": devices, "num_nodes": max(1, _read_int(environment, "WORLD_SIZE") // devices)}
+    # As in Lightning, where these two job names stand for an interactive shell.
     if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         nodes = _read_int(environment, "SLURM_NNODES")
         return {"devices": max(1, _read_int(environment, "SLURM_NTASKS") // nodes), "num_nodes": nodes}

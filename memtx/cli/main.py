@@ -1,7 +1,6 @@
-"""The program ``memtx`` (also installed as ``lightning``): finds the command, then imports it.
+"""The program ``memtx`` (also installed as ``lightning``): find the command, then import it.
 
-Only ``sys`` is imported up here: torch takes seconds to load, and ``--help`` or a mistyped command should not
-wait for it.
+Only ``sys`` is imported at the top: torch takes seconds to load, which ``--help`` and a mistyped command should not.
 """
 
 from __future__ import annotations
@@ -9,46 +8,39 @@ from __future__ import annotations
 import sys
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "prepare": ("memtx.cli.prepare:main", "encode texts from anywhere into a folder to train on"),
-    "plan": ("memtx.cli.plan:main", "say what a config's training takes, before any of it"),
-    "fit": ("memtx.cli.fit:main", "train a model, from the start or from a checkpoint"),
-    "validate": ("memtx.cli.fit:main", "measure a checkpoint on the validation texts"),
-    "test": ("memtx.cli.fit:main", "measure a checkpoint on the test texts"),
-    "predict": ("memtx.cli.predict:main", "say labels, tags or answers of raw texts, as lines of JSON"),
-    "read": ("memtx.cli.read:main", "read a book of any length and report how surprising it was"),
-    "evaluate": ("memtx.cli.evaluate:main", "measure what a memory keeps: accuracy by distance, capacity"),
-    "distil": ("memtx.cli.distil:main", "put a student beside its teacher: size, speed and quality"),
-    "serve": ("memtx.cli.serve:main", "serve a model over HTTP: completions, sessions and a page"),
-    "convert": ("memtx.cli.convert:main", "make a pretrained folder of a checkpoint, also of one of many processes"),
-    "generate": ("memtx.cli.generate:main", "continue a prompt, or a book that was read"),
+    "prepare": ("memtx.cli.prepare:main", "tokenize texts from any source into a folder to train on"),
+    "plan": ("memtx.cli.plan:main", "estimate memory, speed and duration of a training run"),
+    "fit": ("memtx.cli.fit:main", "train a model, from scratch or from a checkpoint"),
+    "validate": ("memtx.cli.fit:main", "evaluate a checkpoint on the validation texts"),
+    "test": ("memtx.cli.fit:main", "evaluate a checkpoint on the test texts"),
+    "predict": ("memtx.cli.predict:main", "print labels, tags or answers for raw texts as JSON lines"),
+    "read": ("memtx.cli.read:main", "read a text of any length and report its surprisal"),
+    "evaluate": ("memtx.cli.evaluate:main", "measure a memory's accuracy by distance, and its capacity"),
+    "distil": ("memtx.cli.distil:main", "compare a student with its teacher in size, speed and quality"),
+    "serve": ("memtx.cli.serve:main", "serve a model over HTTP: completions, sessions and a web page"),
+    "convert": ("memtx.cli.convert:main", "convert a checkpoint, sharded or not, to a model folder"),
+    "generate": ("memtx.cli.generate:main", "continue a prompt, or a text that was read"),
 }
-"""Command -> (module:function, one-line help). A function takes argv and returns the exit code."""
+"""Command -> (module:function, one-line help). The function takes the arguments and returns the exit code."""
 
 LIGHTNING_ENTRY_POINT = "memtx.cli.fit:main"
-"""LightningCLI parses the subcommand itself, so its function gets it too."""
+"""Function that takes the subcommand as well, because LightningCLI parses it."""
 
 
 def program_name(argv0: str) -> str:
-    """Return what the program was called as, from ``sys.argv[0]``."""
+    """Return the name that the program was called by, from ``sys.argv[0]``."""
     name = argv0.replace("\\", "/").rpartition("/")[2]
     return "memtx" if name in {"", "__main__.py", "-c"} else name.removesuffix(".exe")
 
 
 def _format_help(program: str) -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {program} COMMAND [arguments]",
-            "",
-            "Train memory-augmented recurrent transformers, and read texts of any length with them.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            f"`{program} COMMAND --help` explains one; `{program} --version` says which release this is.",
-            "",
-        ]
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        f"usage: {program} COMMAND [arguments]\n\n"
+        "Train memory-augmented recurrent transformers, and read texts of any length with them.\n\n"
+        f"commands:\n{commands}\n\n"
+        f"`{program} COMMAND --help` explains a command; `{program} --version` prints the version.\n"
     )
 
 
@@ -56,10 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments after the program's name; None for those of this process.
+        argv: Arguments after the program's name. Defaults to those of this process.
 
     Returns:
-        The exit code: 0 done, 2 a mistake in what was given, 130 interrupted.
+        The exit code: 0 for success, 2 for a user error, 130 for Ctrl-C.
     """
     program = program_name(sys.argv[0])
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -92,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         command = getattr(import_module(module), function)
         code: int = command(arguments if target == LIGHTNING_ENTRY_POINT else arguments[1:])
     except KeyboardInterrupt:
-        # While torch was being imported: a command handles its own.
+        # During the imports; a running command handles its own.
         sys.stderr.write(f"\n{program}: interrupted\n")
         return 130
     return code

@@ -1,202 +1,263 @@
-"""What every command shares: mistakes become one line and exit code 2, and the nearest valid name is offered."""
+"""Options that commands share, and what they do: parsing, checkpoint loading, progress and output."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import re
+import importlib
+import json
 import sys
-import traceback as tracebacks
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from memtx import files
-from memtx.errors import MemtxError, closest_match
+from memtx.cli.errors import EXIT_USAGE_ERROR, print_error, run, shorten_message
+from memtx.errors import CheckpointError, DataError, MemtxError
 
-EXIT_USAGE_ERROR = 2
-EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
-"""128 + SIGPIPE, what a shell reports where `| head` has seen enough."""
+if TYPE_CHECKING:
+    from memtx.data.tokenizers import Tokenizer
+    from memtx.inference.reader import StreamReader
+    from memtx.models.memory_transformer import MemoryTransformer
 
-MAX_MESSAGE_LENGTH = 400
+N = TypeVar("N", int, float)
+ProgressUpdate = Callable[..., None]
+"""``advance(amount, note="")`` of :func:`progress_bar`."""
 
-
-def _format_path_error(error: OSError) -> str:
-    reason = {
-        FileNotFoundError: "does not exist",
-        PermissionError: "may not be opened (permission denied)",
-        IsADirectoryError: "is a folder, expected a file",
-        NotADirectoryError: "leads through a file, expected a folder there",
-    }.get(type(error), error.strerror or "could not be used")
-    return f"'{error.filename}' {reason}. Check the path."
-
-
-def print_error(message: str) -> None:
-    """Write one ``memtx: error: ...`` line on stderr, line breaks in the message made spaces."""
-    sys.stderr.write(f"memtx: error: {' '.join(message.split())}\n")
-
-
-def run(function: Callable[[], int | None], *, traceback: bool = False) -> int:
-    """Call a command's body and turn a user's mistake into one line on stderr.
-
-    Args:
-        function: the body; returns its exit code, or None for 0.
-        traceback: show where a mistake was raised as well.
-
-    Returns:
-        The exit code: the body's, 2 for a mistake, 130 for Ctrl-C, 141 for a closed output.
-    """
-    try:
-        code = function() or 0
-        # A closed pipe may show only when the buffer is written out: here it can still be answered.
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt as error:
-        said = str(error)
-        sys.stderr.write(f"\nmemtx: interrupted{': ' + said if said else ''}\n")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes stdout once more at exit; that must not fail as well.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
-    except MemtxError as error:
-        if traceback:
-            tracebacks.print_exc()
-        print_error(str(error))
-        return EXIT_USAGE_ERROR
-    except OSError as error:
-        kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-        if not files.is_disk_full(error) and (not isinstance(error, kinds) or error.filename is None):
-            raise  # Not of a path that someone gave.
-        if traceback:
-            tracebacks.print_exc()
-        where = f" '{error.filename}' could not be written." if error.filename else ""
-        print_error(
-            f"The disk is full.{where} {files.DISK_FULL_HINT}"
-            if files.is_disk_full(error)
-            else _format_path_error(error)
-        )
-        return EXIT_USAGE_ERROR
+MAX_INT = 2**63 - 1
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with the nearest option where a name is mistyped."""
+    """Argument parser that reports an error as one line and suggests the closest option for a typo."""
 
     def __init__(self, prog: str, description: str) -> None:
-        # An abbreviation that works today is an ambiguity after the next option.
-        super().__init__(
-            prog=prog,
-            description=description,
-            allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        self._argv: list[str] = []
-        self.add_argument("--traceback", action="store_true", help="show where in the program a mistake was noticed")
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        # Without abbreviations: one that is unique today becomes ambiguous with the next option.
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
+        self._argv: Sequence[str] = ()
+        self.add_argument("--traceback", action="store_true", help="print the traceback of an error as well")
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
-        """Return the arguments, or exit with code 2 after one line on stderr."""
+        """Parse the arguments, or exit with code 2 after one line on stderr."""
         self._argv = argv
         return self.parse_args(argv)
 
-    def parse_known(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Return the arguments and those that are another parser's, or exit as :meth:`parse` does."""
-        self._argv = []
-        return self.parse_known_args(argv)
+    def run(self, argv: list[str], body: Callable[[argparse.Namespace], int | None]) -> int:
+        """Parse the arguments, call ``body`` with them and return the exit code of :func:`run`."""
+        arguments = self.parse(argv)
+        return run(lambda: body(arguments), traceback=arguments.traceback)
 
     def error(self, message: str) -> NoReturn:
         """Write one line on stderr and exit with code 2."""
-        options = [name for action in self._actions for name in action.option_strings]
-        # argparse misses a required option before it looks at the mistyped one that was meant.
-        given = [one.partition("=")[0] for one in self._argv]
-        unknown = [one for one in given if one.startswith("--") and one != "--" and one not in options]
+        options = [option for action in self._actions for option in action.option_strings]
+        # argparse reports a missing required option before the typo that explains it.
+        names = [argument.partition("=")[0] for argument in self._argv]
+        unknown = [name for name in names if name.startswith("--") and name != "--" and name not in options]
         if unknown and "are required" in message:
             message = f"unrecognized arguments: {unknown[0]}"
-        sys.stderr.write(f"{self.prog}: error: {shorten_message(message, options)}\n")
+        print_error(shorten_message(message, options))
         raise SystemExit(EXIT_USAGE_ERROR)
 
+    def add_checkpoint_option(self) -> None:
+        """Add ``--checkpoint``."""
+        text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
+        self.add_argument("--checkpoint", required=True, help=text)
 
-# The unknown name in argparse's and jsonargparse's messages.
-_UNKNOWN_KEY_PATTERNS = (
-    re.compile(r"[Uu]nrecognized arguments:\s+(--[^\s=]+)"),
-    re.compile(r"[Oo]ption '([^']+)' is not accepted"),
-    re.compile(r"[Kk]ey '([^']+)' is not expected"),
-    re.compile(r"[Nn]ot a valid (?:key|subclass|choice)[^'\"]*['\"]([^'\"]+)['\"]"),
-    re.compile(r"No action for key [\"']([^\"']+)[\"']"),
-)
-# Lines that only repeat what was tried; the reason stands elsewhere.
-_NOISE_PATTERN = re.compile(
-    r"^(Does not validate against any of the Union|Subtypes:|Errors:|Given value type:|Given value:|usage:|tip:)"
-)
+    def add_segment_length_option(self, default: int = 512) -> None:
+        """Add ``--segment-length``."""
+        self.add_argument("--segment-length", type=positive_int, default=default, help="tokens per model call")
 
+    def add_device_options(self) -> None:
+        """Add ``--device``, ``--dtype`` and ``--import``."""
+        self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
+        self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
+        self.add_import_option()
 
-def _find_unknown_key(message: str) -> str:
-    for pattern in _UNKNOWN_KEY_PATTERNS:
-        if found := pattern.search(message):
-            return found[1].split("=")[0]
-    return ""
+    def add_import_option(self) -> None:
+        """Add ``--import``."""
+        text = "module of your own classes in the checkpoint, from this folder or PYTHONPATH; repeatable"
+        self.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
-
-def _suggest_option(name: str, known_keys: Iterable[str]) -> str:
-    """Return the hint for the nearest key: the whole dotted name first, then its last part."""
-    dashes = "--" if name.startswith("--") else ""
-    # A parser may know its options by their keys, as they stand in a config.
-    keys = [key if not dashes or key.startswith("-") else dashes + key for key in known_keys]
-    if hint := closest_match(name, keys):
-        return hint
-    last = name.lstrip("-").rpartition(".")[2]
-    by_last = {key.lstrip("-").rpartition(".")[2]: key for key in keys}
-    close = closest_match(last, by_last)
-    if found := re.search(r"'([^']+)'", close):
-        return f" Did you mean '{by_last[found[1]]}'?"
-    return ""
+    def add_output_options(self, plot: str) -> None:
+        """Add ``--plot``, which draws what ``plot`` says, and ``--json``."""
+        self.add_argument("--plot", type=output_path, metavar="PNG", help=f"plot {plot}")
+        self.add_argument("--json", type=output_path, metavar="FILE", help="write JSON to a file; - prints only JSON")
 
 
-def shorten_message(message: str, known_keys: Iterable[str]) -> str:
-    """Make one line of a parser's message and offer the nearest key to a mistyped one.
+def number_range(kind: type[N], minimum: float | None = None, maximum: float = MAX_INT) -> Callable[[str], N]:
+    """Return an argparse type for numbers from ``minimum`` to ``maximum``; without ``minimum``, above 0."""
 
-    Args:
-        message: what argparse or jsonargparse wrote, of any number of lines.
-        known_keys: the keys or options that are valid here.
+    def parse(text: str) -> N:
+        value = kind(text)
+        if minimum is None and not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        if minimum is not None and value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {text}")
+        if value > maximum:
+            raise argparse.ArgumentTypeError(f"must be at most {maximum}, got {text}")
+        return value
 
-    Returns:
-        One line of at most about 400 characters: where (the first line, if it names the part) and why (the
-        line that names an unknown key, else the last line that says something).
+    parse.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return parse
+
+
+positive_int, non_negative_int, positive_float = number_range(int, 1), number_range(int, 0), number_range(float)
+
+
+def output_path(text: str) -> str:
+    """Accept ``-`` or a file in an existing folder as an argparse type, so that no work is lost on a typo."""
+    if text != "-":
+        if not (folder := Path(text).absolute().parent).is_dir():
+            raise argparse.ArgumentTypeError(f"the folder '{folder}' does not exist")
+        if Path(text).is_dir():
+            raise argparse.ArgumentTypeError(f"'{text}' is a folder, expected a file")
+    return text
+
+
+def input_name(path: str) -> str:
+    """Return the name of an input file for messages."""
+    return "standard input" if path == "-" else f"'{path}'"
+
+
+def read_input(path: str) -> bytes:
+    """Read a file, or standard input for ``-``."""
+    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+
+
+def decode_utf8(content: bytes, name: str) -> str:
+    """Decode a text.
+
+    Raises:
+        DataError: The content is not UTF-8.
     """
-    lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
-    lines = [line for line in lines if line and not _NOISE_PATTERN.match(line)]
-    if not lines:
-        return "the arguments could not be understood"
-    name = _find_unknown_key(message)
-    reasons = [line for line in lines if name and name in line and _find_unknown_key(line)]
-    reason = reasons[-1] if reasons else lines[-1]
-    text = reason if reason == lines[0] or lines[0] in reason else f"{lines[0].rstrip(':')}: {reason}"
-    if len(text) > MAX_MESSAGE_LENGTH:
-        text = text[: MAX_MESSAGE_LENGTH // 2] + " ... " + text[-MAX_MESSAGE_LENGTH // 2 :]
-    hint = _suggest_option(name, known_keys) if name and "Did you mean" not in text else ""
-    return f"{text.rstrip()}{'.' if hint and not text.rstrip().endswith('.') else ''}{hint}"
-
-
-def check_output_path(option: str, path: str) -> None:
-    """Raise unless the file that an option names can be written, as far as can be seen before any work."""
-    if not Path(path).absolute().parent.is_dir():
-        raise MemtxError(f"--{option} {path}: the folder does not exist.", "Make it first.")
-    if Path(path).is_dir():
-        raise MemtxError(f"--{option} {path} is a folder, expected a file.")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        reason = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{name} is not UTF-8: {reason}.", "Convert it, for example with iconv.") from error
 
 
 @contextlib.contextmanager
-def progress_bar(description: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Yield what advances a bar on stderr by an amount; nothing is drawn where that is no terminal."""
-    if not sys.stderr.isatty():
-        yield lambda amount: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def name_in_errors(name: str) -> Iterator[None]:
+    """Put the name of an input before the message of a DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{name}: {error.message}" if name else error.message, error.hint) from error
 
-    columns = TextColumn(description), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda amount: bar.advance(task, amount)
+
+def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the device and dtype of the arguments as keywords of ``nn.Module.to``.
+
+    Call it before a checkpoint is loaded, so that a wrong device costs no time.
+
+    Raises:
+        MemtxError: The device cannot be used.
+    """
+    import torch
+
+    try:
+        device = torch.device(arguments.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise MemtxError(f"--device {arguments.device} cannot be used: {reason}", "Try cpu.") from error
+    return {"device": device, "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None}
+
+
+@contextlib.contextmanager
+def user_modules(names: Sequence[str]) -> Iterator[None]:
+    """Import the modules of ``--import``, and name that option if the block misses a class.
+
+    A checkpoint never causes an import by itself.
+
+    Raises:
+        MemtxError: A module cannot be imported.
+    """
+    if names and (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)  # last, so that it hides no other module
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (ImportError, ValueError) as error:
+            raise MemtxError(f"--import {name} failed: {error}.", "Check that its folder is in PYTHONPATH.") from error
+    try:
+        yield
+    except CheckpointError as error:
+        if "was not imported" not in error.message:
+            raise
+        raise CheckpointError(error.message, "If you trust it, add --import and the module's name.") from error
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
+    """Load model and tokenizer from ``--checkpoint`` with the device and dtype of the arguments.
+
+    Raises:
+        MemtxError: The checkpoint or the device cannot be used.
+    """
+    placement = get_placement(arguments)
+    from memtx.inference.loading import load_model_and_tokenizer
+
+    with user_modules(arguments.modules):
+        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)
+    return model.to(**placement), tokenizer
+
+
+def load_reader(arguments: argparse.Namespace) -> StreamReader:
+    """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
+    model, tokenizer = load_model(arguments)
+    from memtx.inference.reader import StreamReader
+
+    return StreamReader(model, tokenizer, arguments.segment_length)
+
+
+@contextlib.contextmanager
+def progress_bar(
+    description: str, total: int | None, *, completed: int = 0, in_bytes: bool = False
+) -> Iterator[ProgressUpdate]:
+    """Show a progress bar on stderr if it is a terminal, and yield the function ``advance(amount, note="")``.
+
+    Args:
+        description: Text before the bar.
+        total: Total amount of work, None if unknown.
+        completed: Amount of work done before.
+        in_bytes: If True, amounts are bytes and their rate is shown.
+    """
+    if not sys.stderr.isatty():
+        yield lambda amount, note="": None
+        return
+    from rich import progress
+    from rich.console import Console
+
+    columns: list[progress.ProgressColumn] = [progress.TextColumn(description), progress.BarColumn()]
+    columns += (
+        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
+    )
+    columns += [progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn()]
+    # Printed lines go above the bar on a terminal; with stdout in a file, they stay there.
+    redirect, console = sys.stdout.isatty(), Console(stderr=True)
+    with progress.Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
+        task = bar.add_task("", total=total, completed=completed, note="")
+        yield lambda amount, note="": bar.update(task, advance=amount, note=note)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table, its first column aligned to the left and the others to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def write_json_output(path: str | None, value: Any) -> None:
+    """Write the value of ``--json``: to a file, to stdout for ``-``, or not at all for None."""
+    if path == "-":
+        sys.stdout.write(json.dumps(value) + "\n")
+    elif path is not None:
+        files.write_json(path, value)

@@ -1,11 +1,10 @@
-"""``memtx read``: read a book of any length at constant memory and report how surprising it was."""
+"""``memtx read``: read a text of any length with constant memory and report its surprisal."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import hashlib
-import importlib
 import os
 import signal
 import sys
@@ -14,147 +13,37 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from memtx.cli.options import Parser, check_output_path, run
-from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.cli import options
+from memtx.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
-    import torch
-    from rich.progress import Progress
-
     from memtx.cli.report import ReadingReport
-    from memtx.data.tokenizers import Tokenizer
     from memtx.inference.reader import StreamReader
-    from memtx.models.memory_transformer import MemoryTransformer
 
 CHUNK_BYTES = 1 << 14
-"""Bytes read at a time; at most what a reader takes in at once, so that Ctrl-C need not wait for all of it."""
-
-DTYPES = ("float32", "bfloat16", "float64")
+"""Bytes per read of the file; small, because Ctrl-C waits until the reader has taken in one chunk."""
 
 
-def _build_parser() -> Parser:
-    parser = Parser("memtx read", "Read a book of any length at constant memory and report how surprising it was.")
-    parser.add_argument("book", help="a UTF-8 text file, or - for standard input")
-    add_checkpoint_option(parser)
-    parser.add_argument("--segment-length", type=int, default=512, help="tokens read at once")
-    parser.add_argument(
-        "--report-every", type=int, default=10_000, help="tokens between two lines of the report; 0 for none"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the report")
-    parser.add_argument("--plot", metavar="PNG", help="draw surprisal along the book and loss by position")
-    parser.add_argument(
-        "--session", metavar="FILE", help="go on from this file if it exists, and save there where reading ended"
-    )
-    add_device_options(parser)
+def _build_parser() -> options.Parser:
+    parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
+    add = parser.add_argument
+    add("book", help="UTF-8 text file, or - for standard input")
+    parser.add_checkpoint_option()
+    parser.add_segment_length_option()
+    add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
+    add("--json", action="store_true", help="print one JSON object instead of the report")
+    add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
+    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
+    parser.add_device_options()
     return parser
 
 
-def add_checkpoint_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for what is loaded."""
-    parser.add_argument(
-        "--checkpoint", required=True, help="a .ckpt file, a run's folder (its best is taken) or a pretrained folder"
-    )
-
-
-def add_device_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options for where and how precisely to compute."""
-    parser.add_argument("--device", default="cpu", help="where to compute, such as cpu, cuda or cuda:1")
-    parser.add_argument("--dtype", choices=DTYPES, help="precision of weights and state; the checkpoint's by default")
-    add_import_option(parser)
-
-
-def add_import_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option for classes of one's own."""
-    parser.add_argument(
-        "--import",
-        dest="modules",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module with classes of your own that the checkpoint names, from here or PYTHONPATH; repeatable",
-    )
-
-
-def import_modules(module_names: list[str]) -> None:
-    """Import what a checkpoint's own classes are in: they are never imported because a file asks for it.
-
-    Raises:
-        MemtxError: there is no such module.
-    """
-    if module_names and (here := str(Path.cwd())) not in sys.path:
-        # Last, so that it hides nothing.
-        sys.path.append(here)
-    for name in module_names:
-        try:
-            importlib.import_module(name)
-        except (ImportError, ValueError) as error:
-            raise MemtxError(f"--import {name} failed: {error}.", "Is its folder in PYTHONPATH?") from error
-
-
-def resolve_device(name: str) -> torch.device:
-    """Return the device of that name.
-
-    Raises:
-        MemtxError: it cannot be used.
-    """
-    import torch
-
-    try:
-        place = torch.device(name)
-        torch.empty(1, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise MemtxError(f"--device {name} cannot be used: {str(error).splitlines()[0]}", "Try cpu.") from error
-    return place
-
-
-@contextlib.contextmanager
-def suggest_import_option() -> Iterator[None]:
-    """Add to the complaint about a class of one's own what loads it."""
-    try:
-        yield
-    except CheckpointError as error:
-        if "was not imported" not in error.message:
-            raise
-        raise CheckpointError(error.message, "If you trust it, add --import and the module's name.") from error
-
-
-def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load the checkpoint that the arguments name, onto their device and in their precision.
-
-    Raises:
-        MemtxError: the checkpoint cannot be used, or there is no such device.
-    """
-    if arguments.segment_length < 1:
-        raise MemtxError(f"--segment-length is {arguments.segment_length}, expected at least 1.")
-    import_modules(arguments.modules)
-    place = resolve_device(arguments.device)
-    import torch
-
-    from memtx.inference.loading import load_model_and_tokenizer
-
-    with suggest_import_option():
-        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)
-    model.to(device=place, dtype=getattr(torch, arguments.dtype) if arguments.dtype else None)
-    return model, tokenizer
-
-
-def load_reader(arguments: argparse.Namespace) -> StreamReader:
-    """Load the checkpoint that the arguments name and return a reader at the beginning of a text.
-
-    Raises:
-        MemtxError: the checkpoint cannot be used, or there is no such device.
-    """
-    model, tokenizer = load_model(arguments)
-    from memtx.inference.reader import StreamReader
-
-    return StreamReader(model, tokenizer, arguments.segment_length)
-
-
 class _Book:
-    """The book's bytes, and a digest of those taken, by which a session knows its book again."""
+    """The bytes of the text, and their digest so far, which ties a session to its text."""
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.name = options.input_name(path)
         self.size: int | None = None
         self.bytes_read = 0
         self.digest = hashlib.sha256()
@@ -171,142 +60,116 @@ class _Book:
                 raise self.empty_error()
 
     def empty_error(self) -> DataError:
-        name = "Standard input" if self.path == "-" else f"'{self.path}'"
-        return DataError(f"{name} is empty.", "Give a text.")
+        return DataError(f"{self.name[:1].upper()}{self.name[1:]} is empty.", "Give a text.")
 
     def chunks(self, max_bytes: int | None = None) -> Iterator[bytes]:
-        """Yield the bytes that follow, at most ``max_bytes``; a chunk counts as taken once the next is asked for."""
+        """Yield the next chunks, of at most ``max_bytes`` in total."""
         assert self._file is not None
-        left = max_bytes
-        while chunk := self._file.read(CHUNK_BYTES if left is None else min(CHUNK_BYTES, left)):
-            yield chunk
+        remaining = max_bytes
+        while chunk := self._file.read(CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining)):
             self.bytes_read += len(chunk)
             self.digest.update(chunk)
-            left = None if left is None else left - len(chunk)
+            remaining = None if remaining is None else remaining - len(chunk)
+            yield chunk
 
     def skip(self, num_bytes: int, digest: str, session: str) -> None:
-        """Pass over what a session has read.
+        """Skip the bytes that a session has read.
 
         Raises:
-            DataError: the book begins otherwise.
+            DataError: They differ from the bytes that the session has read.
         """
         for _ in self.chunks(num_bytes):
             pass
         if self.bytes_read != num_bytes or self.digest.hexdigest() != digest:
             raise DataError(
-                f"'{session}' is a session of another text: it has read {num_bytes} bytes that '{self.path}' does not "
-                "begin with.",
+                f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes it has "
+                "read.",
                 "Give that text, or another session file.",
             )
 
 
 @contextlib.contextmanager
 def _defer_interrupt() -> Iterator[list[int]]:
-    """Collect Ctrl-C instead of raising: a segment is read whole or not at all, so that a session can be saved."""
-    asked: list[int] = []
+    """Collect Ctrl-C instead of raising it, so that reading stops between segments and the session can be saved."""
+    interrupts: list[int] = []
 
     def on_sigint(number: int, _: object) -> None:
-        if asked:  # Asked twice: at once.
+        if interrupts:  # the second one stops at once
             raise KeyboardInterrupt
-        asked.append(number)
+        interrupts.append(number)
 
     try:
-        before = signal.signal(signal.SIGINT, on_sigint)
-    except ValueError:  # Not the main thread: signals are someone else's.
-        yield asked
+        previous = signal.signal(signal.SIGINT, on_sigint)
+    except ValueError:  # not the main thread, which alone may handle signals
+        yield interrupts
         return
     try:
-        yield asked
+        yield interrupts
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
-def _read(arguments: argparse.Namespace) -> int:
-    if arguments.report_every < 0:
-        raise MemtxError(f"--report-every is {arguments.report_every}, expected at least 0 (0 for no lines).")
-    for option in ("plot", "session"):
-        target = getattr(arguments, option)
-        if target:
-            check_output_path(option, target)
+def _read(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         book = _Book(arguments.book)
-        book.open(stack)  # Before torch and the model are loaded: a mistyped name should not cost seconds.
-        from memtx.cli.report import ReadingReport, print_totals, progress_bar
+        book.open(stack)  # before torch and the model are loaded, so that a wrong path fails at once
+        from memtx.cli.report import ReadingReport, print_totals
 
-        reader = load_reader(arguments)
-        bar = progress_bar()
-        report = ReadingReport(arguments.report_every, arguments.json, bar)
-        if arguments.session and Path(arguments.session).exists():
-            _resume_session(arguments.session, reader, report, book)
-        asked = stack.enter_context(_defer_interrupt())
-        if bar is not None:
-            stack.enter_context(bar)
-        seconds, read = _read_book(book, reader, report, bar, asked)
-        if not asked:
+        reader, session = options.load_reader(arguments), arguments.session
+        report = ReadingReport(arguments.report_every, arguments.json)
+        if session and Path(session).exists():
+            _resume_session(session, reader, report, book)
+        interrupts = stack.enter_context(_defer_interrupt())
+        first_token = reader.totals.num_tokens
+        seconds = _read_book(book, reader, report, interrupts)
+        if not interrupts:
             _check_complete(reader, book)
-        if arguments.session:
-            # Before the end is read out: the text may go on, in this file or in what is generated.
-            _save_session(arguments.session, reader, report, book)
-        if asked:
+        if session:
+            # Saved before the end of the text is flushed, because the text may go on in the next call.
+            _save_session(session, reader, report, book)
+        if interrupts:
             raise KeyboardInterrupt(
-                f"saved in '{arguments.session}' after {book.bytes_read:,} bytes; the same command goes on from there"
-                if arguments.session
-                else "nothing was saved (--session FILE would have)"
+                f"saved in '{session}' after {book.bytes_read:,} bytes; run the same command to resume"
+                if session
+                else "nothing was saved; --session FILE saves the state"
             )
-        started = time.perf_counter()
-        before = reader.totals.num_tokens
+        start = time.perf_counter()
         for result in reader.finish():
             report.add(result)
-        seconds += time.perf_counter() - started
-        read += reader.totals.num_tokens - before
+        seconds += time.perf_counter() - start
     report.finish()
-    print_totals(arguments.json, reader, read / seconds if seconds else 0.0)
+    tokens = reader.totals.num_tokens - first_token
+    print_totals(arguments.json, reader, tokens / seconds if seconds else 0.0)
     if arguments.plot:
         from memtx.plots import plot_surprisal
 
-        title = Path(arguments.book).stem if arguments.book != "-" else "standard input"
+        title = Path(arguments.book).stem if arguments.book != "-" else book.name
         plot_surprisal(arguments.plot, report.surprisal_curve.points(), report.position_curve.points(), title=title)
-    return 0
 
 
-@contextlib.contextmanager
-def _add_path_to_errors(path: str) -> Iterator[None]:
-    """Name the book in what its text's decoder found wrong."""
-    try:
-        yield
-    except DataError as error:
-        source = "standard input" if path == "-" else f"'{path}'"
-        raise DataError(f"{source}: {error.message}", error.hint) from error
-
-
-def _read_book(
-    book: _Book, reader: StreamReader, report: ReadingReport, progress: Progress | None, interrupts: list[int]
-) -> tuple[float, int]:
-    """Read the book up to its end or Ctrl-C; return the seconds it took and the tokens read."""
-    task = progress.add_task("", total=book.size, completed=book.bytes_read, rate=0.0) if progress is not None else None
-    started, first = time.perf_counter(), reader.totals.num_tokens
-    with _add_path_to_errors(book.path):
+def _read_book(book: _Book, reader: StreamReader, report: ReadingReport, interrupts: list[int]) -> float:
+    """Read the text up to its end or Ctrl-C and return the seconds that it took."""
+    start, first_token, num_bytes = time.perf_counter(), reader.totals.num_tokens, reader.totals.num_bytes
+    bar = options.progress_bar("reading", book.size, completed=book.bytes_read, in_bytes=True)
+    with options.name_in_errors(book.name), bar as advance:
         for chunk in book.chunks():
             for result in reader.feed(chunk):
                 report.add(result)
-                if progress is not None and task is not None:
-                    rate = (result.end - first) / max(time.perf_counter() - started, 1e-9)
-                    progress.update(task, completed=reader.totals.num_bytes, rate=rate)
+                rate = (result.end - first_token) / max(time.perf_counter() - start, 1e-9)
+                advance(reader.totals.num_bytes - num_bytes, f"{rate:>7,.0f} tokens/s")
+                num_bytes = reader.totals.num_bytes
                 if interrupts:
-                    # The rest of the chunk was taken in and waits in the reader, so it goes into the session.
+                    # The reader holds the rest of the chunk, which goes into the session.
                     break
             if interrupts:
-                # Chunks count once the next is asked for, which does not happen here.
-                book.bytes_read += len(chunk)
-                book.digest.update(chunk)
                 break
-    return time.perf_counter() - started, reader.totals.num_tokens - first
+    return time.perf_counter() - start
 
 
 def _check_complete(reader: StreamReader, book: _Book) -> None:
-    """Refuse a text that is empty or ends inside a character, before anything is written."""
+    """Raise if the text is empty or ends inside a character, before anything is written."""
     if reader.snapshot().pending_bytes:
-        with _add_path_to_errors(book.path):
+        with options.name_in_errors(book.name):
             for _ in reader.fork().finish():
                 pass
     if not reader.totals.num_bytes:
@@ -316,23 +179,22 @@ def _check_complete(reader: StreamReader, book: _Book) -> None:
 def _save_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
     from memtx.inference.sessions.file import save_session
 
-    facts = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest(), "report": report.state_dict()}
-    save_session(path, reader, metadata=facts, extra_tensors=report.state_tensors())
+    metadata = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest(), "report": report.state_dict()}
+    save_session(path, reader, metadata=metadata, extra_tensors=report.state_tensors())
 
 
 def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
     from memtx.inference.sessions.file import load_session
 
-    facts, extras = load_session(path, reader)
+    metadata, tensors = load_session(path, reader)
     try:
-        taken, digest = int(facts["bytes_read"]), str(facts["text_sha256"])
-        report.load_state(facts["report"], extras)
+        bytes_read, digest = int(metadata["bytes_read"]), str(metadata["text_sha256"])
+        report.load_state(metadata["report"], tensors)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is a session of something other than memtx read.", "Give another.") from error
-    book.skip(taken, digest, path)
+        raise CheckpointError(f"'{path}' is not a session of memtx read.", "Give another file.") from error
+    book.skip(bytes_read, digest, path)
 
 
 def main(argv: list[str]) -> int:
-    """Run ``memtx read`` with its arguments and return the exit code."""
-    arguments = _build_parser().parse(argv)
-    return run(lambda: _read(arguments), traceback=arguments.traceback)
+    """Run ``memtx read``."""
+    return _build_parser().run(argv, _read)

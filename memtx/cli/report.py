@@ -1,4 +1,4 @@
-"""What ``memtx read`` shows: a bar while it reads, a line a part, and what the whole came to."""
+"""Report of ``memtx read``: one line per section and chapter, then the totals."""
 
 from __future__ import annotations
 
@@ -9,38 +9,25 @@ import sys
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from memtx.inference.chapters import ChapterSplitter, Section
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.surprisal_curve import PositionSurprisalCurve, SurprisalCurve
 
-
-def progress_bar() -> Progress | None:
-    """Return a bar on stderr for bytes, rate and time left; None where stderr is no terminal."""
-    if not sys.stderr.isatty():
-        return None
-    return Progress(
-        TextColumn("reading"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[rate]:>7,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        # Or lines meant for a file would land on the terminal.
-        redirect_stdout=False,
-    )
+TITLE_WIDTH = 44
 
 
 class ReadingReport:
-    """The lines printed while reading: one every so many tokens, one a chapter, and the sums for the plot."""
+    """Report while reading: one line every ``interval`` tokens, one per chapter, and the curves of the plot.
 
-    def __init__(self, interval: int, quiet: bool, progress: Progress | None) -> None:
+    Args:
+        interval: Tokens per line. 0 disables these lines.
+        quiet: If True, print nothing.
+    """
+
+    def __init__(self, interval: int, quiet: bool) -> None:
         self.interval = interval
         self.quiet = quiet
-        self.progress = progress
         self.surprisal_curve = SurprisalCurve()
         self.position_curve = PositionSurprisalCurve()
         self.chapters = ChapterSplitter()
@@ -48,48 +35,40 @@ class ReadingReport:
         self.header_printed = False
 
     def add(self, result: SegmentResult) -> None:
-        """Count a segment and print the lines that it completes."""
+        """Add a segment and print the lines that it completes."""
         self.surprisal_curve.add(result.nll)
         self.position_curve.add(result.nll)
         for chapter in self.chapters.feed(result):
             self._print_section(chapter.title or "(before the first chapter)", chapter)
-        if not self.interval:
-            return
-        first = 0
-        while first < len(result.tokens):
-            stop = min(len(result.tokens), first + self.interval - self.current_section.num_tokens)
-            self.current_section, first = self.current_section.with_tokens(result, first, stop), stop
-            if self.current_section.num_tokens == self.interval:
-                self._print_section(
-                    f"tokens {self.current_section.start:,}-{self.current_section.start + self.interval:,}",
-                    self.current_section,
-                )
-                self.current_section = Section()
+        start = 0
+        while self.interval and start < len(result.tokens):
+            end = min(len(result.tokens), start + self.interval - self.current_section.num_tokens)
+            section, start = self.current_section.with_tokens(result, start, end), end
+            if section.num_tokens == self.interval:
+                self._print_section(f"tokens {section.start:,}-{section.start + self.interval:,}", section)
+                section = Section()
+            self.current_section = section
 
     def finish(self) -> None:
-        """Print the last chapter's line, where there are chapters."""
-        last = self.chapters.finish()
-        if last.title:
-            self._print_section(last.title, last)
+        """Print the line of the last chapter, if there are chapters."""
+        chapter = self.chapters.finish()
+        if chapter.title:
+            self._print_section(chapter.title, chapter)
 
     def _print_section(self, title: str, section: Section) -> None:
         if self.quiet:
             return
-        head = "" if self.header_printed else f"{'part':<44}  {'tokens':>10}  {'bits/byte':>9}  {'nats/token':>10}\n"
+        if not self.header_printed:
+            sys.stdout.write(f"{'part':<{TITLE_WIDTH}}  {'tokens':>10}  {'bits/byte':>9}  {'nats/token':>10}\n")
         self.header_printed = True
-        title = title if len(title) <= 44 else title[:43] + "…"
-        text = (
-            f"{head}{title:<44}  {section.num_tokens:>10,}  {section.bits_per_byte:>9.3f}  "
+        title = title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + "…"
+        sys.stdout.write(
+            f"{title:<{TITLE_WIDTH}}  {section.num_tokens:>10,}  {section.bits_per_byte:>9.3f}  "
             f"{section.nll / max(1, section.num_tokens):>10.3f}\n"
         )
-        if self.progress is not None and sys.stdout.isatty():
-            # Through the progress bar, which would otherwise be drawn over it.
-            self.progress.console.print(text, end="", markup=False, highlight=False)
-        else:
-            sys.stdout.write(text)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands, as JSON can hold it; its arrays are :meth:`state_tensors`."""
+        """Return the state as JSON values, without its arrays, which :meth:`state_tensors` returns."""
         return {
             "chapters": self.chapters.state_dict(),
             "current_section": vars(self.current_section) | {},
@@ -98,14 +77,14 @@ class ReadingReport:
         }
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Return the sums for the plot."""
+        """Return the sums of the curves."""
         return {
             "surprisal_curve": torch.from_numpy(self.surprisal_curve.sums),
             "position_curve": torch.from_numpy(self.position_curve.sums),
         }
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
-        """Go on from :meth:`state_dict` and :meth:`state_tensors`."""
+        """Restore the state from :meth:`state_dict` and :meth:`state_tensors`."""
         self.chapters.load_state_dict(state["chapters"])
         self.current_section = Section(**state["current_section"])
         self.surprisal_curve.bin_width = int(state["bin_width"])
@@ -115,25 +94,23 @@ class ReadingReport:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most bytes this process has held: on the device if it has its own memory, else resident."""
+    """Return the peak memory in bytes: allocated on a CUDA device, else resident in this process."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kilobytes on Linux, bytes on macOS.
-    return int(peak if sys.platform == "darwin" else peak * 1024)
+    return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB on Linux
 
 
 def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else None  # infinity is not JSON
 
 
 def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) -> None:
-    """Print what the whole book came to, ``tokens_per_second`` in tokens per second."""
+    """Print the totals of the text."""
     totals, state_bytes, peak = reader.totals, reader.state.nbytes, peak_memory_bytes(reader.device)
     if as_json:
-        measured = {
+        figures = {
             "nll": totals.nll,
-            # Infinity is not JSON.
             "bits_per_byte": _finite_or_none(totals.bits_per_byte),
             "word_perplexity": _finite_or_none(totals.word_perplexity),
             "tokens": totals.num_tokens,
@@ -143,11 +120,11 @@ def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) 
             "state_bytes": state_bytes,
             "peak_memory_bytes": peak,
         }
-        sys.stdout.write(json.dumps(measured) + "\n")
+        sys.stdout.write(json.dumps(figures) + "\n")
         return
     perplexity = totals.word_perplexity
     sys.stdout.write(
-        f"whole: {totals.num_tokens:,} tokens, {totals.num_words:,} words, {totals.num_bytes:,} bytes\n"
+        f"total: {totals.num_tokens:,} tokens, {totals.num_words:,} words, {totals.num_bytes:,} bytes\n"
         f"  bits per byte      {totals.bits_per_byte:.4f}\n"
         f"  word perplexity    {f'{perplexity:,.2f}' if math.isfinite(perplexity) else 'too large for a float'}\n"
         f"  nats               {totals.nll:,.1f} ({totals.nll / max(1, totals.num_tokens):.4f} per token)\n"

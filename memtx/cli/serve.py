@@ -1,4 +1,4 @@
-"""``memtx serve``: a model behind HTTP: OpenAI's completions, sessions and a page, or a task's answers."""
+"""``memtx serve``: serve a model over HTTP: OpenAI completions, sessions and a web page, or task predictions."""
 
 from __future__ import annotations
 
@@ -9,46 +9,39 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memtx.cli.options import Parser, run
+from memtx.cli import options
 from memtx.cli.predict import load_task_predictor
-from memtx.cli.read import add_checkpoint_option, add_device_options, load_reader
 from memtx.errors import MemtxError, missing_package_error
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
-    from memtx.serving.limits import Limits
+    from memtx.inference.sessions.pool import SessionPool
 
 API_KEY_VARIABLE = "MEMTX_API_KEY"
 MIN_API_KEY_LENGTH = 16
 
 
-def _build_parser() -> Parser:
-    parser = Parser(
+def _build_parser() -> options.Parser:
+    parser = options.Parser(
         "memtx serve",
-        "Serve a model: OpenAI's completions, sessions that are kept, and a page at /; of a task's run, /v1/predict.",
+        "Serve a language model with OpenAI completions, persistent sessions and a page at /, or a task model with "
+        "/v1/predict.",
     )
-    add_checkpoint_option(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond this machine it needs a key")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen on")
-    parser.add_argument("--served-model-name", help="what clients call the model; the checkpoint's name by default")
-    parser.add_argument(
-        "--api-key",
-        metavar="KEY",
-        help=f"key that clients must show; better in {API_KEY_VARIABLE}, where no process list shows it",
-    )
-    parser.add_argument("--session-dir", metavar="FOLDER", default="sessions", help="where sessions are saved")
-    parser.add_argument("--max-in-memory", type=int, default=256, help="sessions in memory; the others wait on disk")
-    parser.add_argument("--max-sessions", type=int, default=4096, help="sessions at most")
-    parser.add_argument(
-        "--max-concurrent-requests", type=int, default=128, help="requests worked on at once; more are sent away"
-    )
-    parser.add_argument("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES", help="of a request")
-    parser.add_argument("--max-tokens", type=int, default=4096, help="of a text that is made")
-    parser.add_argument("--max-seconds", type=float, default=300.0, help="for one request")
-    parser.add_argument("--max-batch-size", type=int, default=64, help="texts made at once; more wait")
-    parser.add_argument("--segment-length", type=int, default=512, help="tokens read at once")
-    add_device_options(parser)
+    add = parser.add_argument
+    parser.add_checkpoint_option()
+    add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
+    add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any")
+    add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")
+    add("--api-key", metavar="KEY", help=f"key that clients must send; better set {API_KEY_VARIABLE}")
+    add("--session-dir", metavar="FOLDER", default="sessions", help="folder of saved sessions")
+    add("--max-in-memory", type=int, default=256, help="maximum sessions in memory; others go to disk")
+    add("--max-sessions", type=int, default=4096, help="maximum number of sessions")
+    add("--max-concurrent-requests", type=int, default=128, help="maximum concurrent requests; more are refused")
+    add("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES", help="maximum size of a request")
+    add("--max-tokens", type=int, default=4096, help="maximum tokens generated per text")
+    add("--max-seconds", type=float, default=300.0, help="maximum seconds per request")
+    add("--max-batch-size", type=int, default=64, help="maximum texts generated at once; others wait")
+    parser.add_segment_length_option()
+    parser.add_device_options()
     return parser
 
 
@@ -57,25 +50,23 @@ def _get_api_key(arguments: argparse.Namespace) -> str | None:
     if key is not None and (len(key) < MIN_API_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key):
         raise MemtxError(
             f"The API key must be at least {MIN_API_KEY_LENGTH} printable ASCII characters without spaces.",
-            "Make one: python -c 'import secrets; print(secrets.token_urlsafe())'.",
+            "Create one with python -c 'import secrets; print(secrets.token_urlsafe())'.",
         )
     return key
 
 
 def _check_host(host: str, api_key: str | None) -> None:
     try:
-        own = host == "localhost" or ipaddress.ip_address(host).is_loopback
+        is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        own = False
-    if not own and api_key is None:
-        raise MemtxError(f"--host {host} lets other machines ask, and there is no API key.", f"Set {API_KEY_VARIABLE}.")
+        is_local = False
+    if not is_local and api_key is None:
+        raise MemtxError(f"--host {host} accepts other machines and needs an API key.", f"Set {API_KEY_VARIABLE}.")
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    key = _get_api_key(arguments)
-    _check_host(arguments.host, key)
-    if not 0 <= arguments.port < 1 << 16:
-        raise MemtxError(f"--port is {arguments.port}, expected 0 to 65535.")
+    api_key = _get_api_key(arguments)
+    _check_host(arguments.host, api_key)
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -83,35 +74,41 @@ def _serve(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise missing_package_error("memtx serve", error, "serve") from error
     from memtx.inference.predictor import is_task_model
-    from memtx.serving.app import serve
+    from memtx.serving.app import create_app, create_task_app, serve
     from memtx.serving.limits import Limits
 
-    made = _create_task_app if is_task_model(arguments.checkpoint) else _create_language_model_app
+    is_task = is_task_model(arguments.checkpoint)
+    name = arguments.served_model_name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
     limits = Limits(
         max_body_bytes=arguments.max_body_bytes,
         max_tokens=arguments.max_tokens,
         max_seconds=arguments.max_seconds,
         max_concurrent_requests=arguments.max_concurrent_requests,
     )
-    name = arguments.served_model_name or Path(arguments.checkpoint).resolve().name.removesuffix(".ckpt")
-    app, what = made(arguments, name, limits, key)
+    if is_task:
+        predictor = load_task_predictor(arguments)
+        app = create_task_app(predictor, model_name=name, limits=limits, api_key=api_key)
+        description = f"{predictor.task_name}, POST /v1/predict"
+    else:
+        pool = _create_pool(arguments)
+        app = create_app(pool, model_name=name, limits=limits, api_key=api_key)
+        description = (
+            f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', saved on exit, {pool.session_bytes:,} "
+            f"bytes each, {pool.sessions_per_gb:,} per GB"
+        )
 
     def announce(address: str) -> None:
-        sys.stderr.write(f"memtx: serving '{name}' at {address} ({what}\n")
+        sys.stderr.write(f"memtx: serving '{name}' at {address} ({description}); Ctrl-C stops\n")
         sys.stderr.flush()
 
     serve(app, host=arguments.host, port=arguments.port, on_ready=announce)
 
 
-def _create_language_model_app(
-    arguments: argparse.Namespace, model_name: str, limits: Limits, api_key: str | None
-) -> tuple[FastAPI, str]:
-    """Return the application of a language model, and what there is to say of it."""
-    reader = load_reader(arguments)
+def _create_pool(arguments: argparse.Namespace) -> SessionPool:
+    reader = options.load_reader(arguments)
     from memtx.inference.sessions.pool import SessionPool
-    from memtx.serving.app import create_app
 
-    pool = SessionPool(
+    return SessionPool(
         reader.model,
         reader.tokenizer,
         arguments.session_dir,
@@ -120,26 +117,8 @@ def _create_language_model_app(
         max_sessions=arguments.max_sessions,
         max_batch_size=arguments.max_batch_size,
     )
-    what = (
-        f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', {pool.session_bytes:,} bytes each, "
-        f"{pool.sessions_per_gb:,} a GB); Ctrl-C saves and ends"
-    )
-    return create_app(pool, model_name=model_name, limits=limits, api_key=api_key), what
-
-
-def _create_task_app(
-    arguments: argparse.Namespace, model_name: str, limits: Limits, api_key: str | None
-) -> tuple[FastAPI, str]:
-    """Return the application of a task's model, and what there is to say of it."""
-    predictor = load_task_predictor(arguments)
-    from memtx.serving.app import create_task_app
-
-    return create_task_app(
-        predictor, model_name=model_name, limits=limits, api_key=api_key
-    ), f"{predictor.task_name}, POST /v1/predict); Ctrl-C ends"
 
 
 def main(argv: list[str]) -> int:
-    """Run ``memtx serve`` with its arguments and return the exit code."""
-    arguments = _build_parser().parse(argv)
-    return run(lambda: _serve(arguments), traceback=arguments.traceback)
+    """Run ``memtx serve``."""
+    return _build_parser().run(argv, _serve)

@@ -1,29 +1,35 @@
-"""What a loader hands out: tokens, what to predict, where documents begin, and how much raw text that is."""
+"""Batches of token streams, and what all data loaders share: resumable iteration, option checks, ranks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from torch import Tensor
 
+from memtx.errors import DataError
+
+B = TypeVar("B")
+
 IGNORE_INDEX = -100
-"""The label of a place that is not scored; torch's own default for cross entropy."""
+"""Label of a position that is not scored; the default ``ignore_index`` of PyTorch's cross entropy."""
 
 
 class Batch(NamedTuple):
-    """Rows of text that go on where the previous batch of the same stream ended.
+    """Token streams that continue where the previous batch ended.
 
-    A plain tuple type, because Lightning moves its tensors to the device and refuses frozen dataclasses here.
+    A plain tuple type, because Lightning moves its tensors to the device and rejects frozen dataclasses here.
 
     Attributes:
-        tokens: (batch, length) int64.
-        labels: (batch, length) int64, the token that follows, also across the batch's end; ``IGNORE_INDEX`` where the
-            next one begins another document or nothing follows. The begin token is never a label.
-        document_starts: (batch, length) bool, True where a token begins a document.
-        num_words: (batch,) int64, whitespace-separated words of raw text that the stream's scored labels cover. A
-            document's words are spread evenly over its text tokens and rounded down cumulatively, so that sums over
-            a whole document are exact.
-        num_bytes: (batch,) int64, UTF-8 bytes of raw text, in the same way.
+        tokens: ``(batch, length)`` int64.
+        labels: ``(batch, length)`` int64. The next token, also across the end of the batch; ``IGNORE_INDEX`` where
+            another document begins or nothing follows. The begin token is never a label.
+        document_starts: ``(batch, length)`` bool, True where a document begins.
+        num_words: ``(batch,)`` int64. Whitespace-separated words of raw text that the scored labels cover. The words of
+            a document are spread evenly over its text tokens and rounded down cumulatively, so sums over a whole
+            document are exact.
+        num_bytes: ``(batch,)`` int64. UTF-8 bytes of raw text, counted in the same way.
     """
 
     tokens: Tensor
@@ -31,3 +37,78 @@ class Batch(NamedTuple):
     document_starts: Tensor
     num_words: Tensor
     num_bytes: Tensor
+
+
+class ResumableBatches(ABC):
+    """Endless training batches, each a function of its step alone, with a position that can be set.
+
+    Iterating continues from the position to the end of the epoch, the next multiple of ``len``.
+
+    Args:
+        steps_per_epoch: Batches of an epoch.
+
+    Attributes:
+        position: Batches handed out so far, counted when they are handed out; equal on all ranks.
+    """
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.position = 0
+
+    @abstractmethod
+    def get_batch(self, step: int) -> Batch:
+        """Return the batch of a step, ``(batch, length)``.
+
+        Args:
+            step: Index of the batch, counted from the start of the first epoch.
+        """
+
+    def __len__(self) -> int:
+        """Return the batches of an epoch; constant, because Lightning asks once."""
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        stop = (self.position // self.steps_per_epoch + 1) * self.steps_per_epoch
+        while self.position < stop:
+            batch = self.get_batch(self.position)
+            # Before the yield: a checkpoint written in this batch's step must not read the batch again.
+            self.position += 1
+            yield batch
+
+
+class FixedBatches(Generic[B]):
+    """The same batches in every iteration, made when they are read.
+
+    No list, which Lightning takes for several data loaders.
+
+    Args:
+        num_batches: Number of batches.
+        get_batch: Function that returns the batch of an index.
+    """
+
+    def __init__(self, num_batches: int, get_batch: Callable[[int], B]) -> None:
+        self._num_batches, self._get_batch = num_batches, get_batch
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> Iterator[B]:
+        return map(self._get_batch, range(self._num_batches))
+
+
+def check_counts(**options: int | None) -> None:
+    """Raise DataError for the first data option that is below 1; None passes."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise DataError(f"{name} is {value}, expected at least 1.", f"Change --data.{name}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise DataError for a negative seed."""
+    if seed < 0:
+        raise DataError(f"seed is {seed}, expected at least 0.", "Change --data.seed.")
+
+
+def rank_and_world_size(trainer: Any) -> tuple[int, int]:
+    """Return a Lightning trainer's rank and number of processes; (0, 1) without a trainer."""
+    return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)

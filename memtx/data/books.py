@@ -1,4 +1,4 @@
-"""Books for training and evaluation: texts, tokenizer, token stores and streams behind Lightning's data hooks."""
+"""Long texts for training and evaluation: source, tokenizer, token stores and streams as a Lightning data module."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from memtx.data.batch import check_counts, check_seed, rank_and_world_size
 from memtx.data.shards import TokenStore
-from memtx.data.sources.corpus import Corpus, open_corpus
-from memtx.data.sources.manifest import SPLITS, CorpusManifest, TextSource
+from memtx.data.sources.base import SPLITS, Corpus, TextSource
+from memtx.data.sources.corpus import open_corpus
 from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenized_corpus import (
     TokenizedCorpus,
@@ -20,10 +21,10 @@ from memtx.data.tokenized_corpus import (
     is_tokenized_corpus,
     open_store,
     tokenize_corpus,
+    train_tokenizer,
 )
-from memtx.data.tokenizer_training import train_tokenizer
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
-from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
 _SPLITS_BY_STAGE: dict[str, tuple[str, ...]] = {
@@ -35,28 +36,28 @@ _SPLITS_BY_STAGE: dict[str, tuple[str, ...]] = {
 
 
 class BookDataModule(LightningDataModule):
-    """Long documents as endless streams, tokenised once; the position in them is in the checkpoint.
+    """Long documents as endless streams, tokenized once; the checkpoint holds the position in them.
 
     Args:
         root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder that ``memtx prepare``
-            made, a folder in the PG-19 layout (train/ validation/ test/ of <id>.txt), any other folder of text files,
+            wrote, a folder in the PG-19 layout (train/ validation/ test/ of <id>.txt), any other folder of text files,
             or one text file.
-        tokenizer: a ByteTokenizer (the default), or for example ``BytePairTokenizer`` with ``vocab_size``, trained on
-            the training split and kept in the cache. A prepared folder has its own.
-        source: where texts come from instead of ``root``, such as ``memtx.data.sources.hub.HubDataset``; all of them
-            are encoded into the cache first.
-        batch_size: streams read side by side on each device, at least 1.
-        segment_length: tokens a stream gives the model in one call, at least 1.
-        bptt_segments: segments of a batch, so of one truncated backward pass, at least 1.
-        eval_batch_size: streams in evaluation; null for as many as in training. No effect on the figures.
-        eval_tokens: validate on about this many tokens only, an equal share of every stream; null for all. Tests always
-            read all.
-        seed: of the order of documents.
-        cache_dir: folder of token stores and trained tokenizers; null for ~/.cache/memtx.
-        num_workers: processes that tokenise; null for one a core.
+        tokenizer: Tokenizer, such as ``BytePairTokenizer`` with ``vocab_size``, which is trained on the training split
+            and kept in the cache. Defaults to ByteTokenizer, or to that of a prepared folder.
+        source: Source of the texts instead of ``root``, such as ``memtx.data.sources.hub.HubDataset``; all splits are
+            encoded into the cache first.
+        batch_size: Streams per device. At least 1.
+        segment_length: Tokens per stream in one call of the model. At least 1.
+        bptt_segments: Segments per batch, so per truncated backward pass. At least 1.
+        eval_batch_size: Streams per device in evaluation; no effect on the results. None uses ``batch_size``.
+        eval_tokens: Number of tokens to validate on, about, in equal shares of every stream. None uses all. Tests
+            always read all.
+        seed: Seed of the order of documents.
+        cache_dir: Folder of token stores and trained tokenizers. None uses ~/.cache/memtx.
+        num_workers: Processes that tokenize. None uses one per core.
 
     Raises:
-        DataError: a number is out of its range, or a prepared folder is damaged or has another tokenizer.
+        DataError: A number is out of range, or a prepared folder is damaged or has another tokenizer.
     """
 
     def __init__(
@@ -74,27 +75,13 @@ class BookDataModule(LightningDataModule):
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
-        numbers = {
-            "batch_size": batch_size,
-            "segment_length": segment_length,
-            "bptt_segments": bptt_segments,
-            "eval_batch_size": eval_batch_size,
-        }
-        numbers |= {"eval_tokens": eval_tokens, "num_workers": num_workers}
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise DataError(f"{name} is {value}, expected at least 1.", f"Change --data.{name}.")
-        if seed < 0:
-            raise DataError(f"seed is {seed}, expected at least 0.", "Change --data.seed.")
-        self.root, self.batch_size, self.segment_length, self.bptt_segments = (
-            root,
-            batch_size,
-            segment_length,
-            bptt_segments,
-        )
+        check_counts(batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
+        check_counts(eval_batch_size=eval_batch_size, eval_tokens=eval_tokens, num_workers=num_workers)
+        check_seed(seed)
+        self.root, self.source, self.seed = root, source, seed
+        self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
         self.eval_batch_size, self.eval_tokens = eval_batch_size or batch_size, eval_tokens
-        self.seed, self.cache_dir, self.num_workers = seed, cache_dir, num_workers
-        self.source = source
+        self.cache_dir, self.num_workers = cache_dir, num_workers
         self._corpus: Corpus | None = None
         self._tokenized_corpus: TokenizedCorpus | None = None
         if source is None and is_tokenized_corpus(root):
@@ -108,7 +95,7 @@ class BookDataModule(LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Rows the model's embedding needs; known before any text was read."""
+        """Vocabulary size; known before any text is read."""
         return self.tokenizer.vocab_size
 
     @property
@@ -118,57 +105,62 @@ class BookDataModule(LightningDataModule):
 
     @property
     def corpus(self) -> Corpus:
-        """The documents of every split, listed when first asked for; of texts that are not prepared."""
+        """Documents of every split of ``root``, listed on first use."""
         if self._corpus is None:
             self._corpus = open_corpus(self.root)
         return self._corpus
-
-    def _open_tokenized_corpus(self) -> TokenizedCorpus | None:
-        """Return the folder that holds every split; None where each is encoded when it is needed."""
-        if self._tokenized_corpus is None and self.source is not None:
-            source = self.source.scan()
-            self.tokenizer = train_tokenizer(self.tokenizer, source, self._cache_path)
-            place = self._cache_path / f"texts-{compute_fingerprint(source, self.tokenizer)[:16]}"
-            self._tokenized_corpus = tokenize_corpus(place, source, self.tokenizer, num_workers=self.num_workers)
-        return self._tokenized_corpus
 
     @property
     def _cache_path(self) -> Path:
         return Path(self.cache_dir).expanduser() if self.cache_dir is not None else default_cache_dir()
 
+    def _open_tokenized_corpus(self) -> TokenizedCorpus | None:
+        """Return the folder that holds every split, or None if each split is encoded when it is needed."""
+        if self._tokenized_corpus is None and self.source is not None:
+            manifest = self.source.scan()
+            self.tokenizer = train_tokenizer(self.tokenizer, manifest, self._cache_path)
+            folder = self._cache_path / f"texts-{compute_fingerprint(manifest, self.tokenizer)[:16]}"
+            self._tokenized_corpus = tokenize_corpus(folder, manifest, self.tokenizer, num_workers=self.num_workers)
+        return self._tokenized_corpus
+
+    def _train_tokenizer(self) -> None:
+        """Train the tokenizer on the training split, or read the one that an earlier run trained on it."""
+        if not self.tokenizer.is_trained and self._open_tokenized_corpus() is None:
+            training_texts = Corpus(self.root, {"train": self.corpus.get_split("train")})
+            self.tokenizer = train_tokenizer(self.tokenizer, training_texts, self._cache_path)
+
     def has_split(self, split: str) -> bool:
-        """Return whether there are documents for a split."""
-        whole = self._open_tokenized_corpus()
-        return bool(self.corpus.splits.get(split)) if whole is None else split in whole.splits
+        """Return whether there are documents in a split."""
+        return split in (self._open_tokenized_corpus() or self.corpus).splits
 
     def token_store(self, split: str) -> TokenStore:
-        """Return the tokens of a split, encoding it where that was not done yet.
+        """Return the tokens of a split, encoding it first if that was not done.
 
         Raises:
-            DataError: no such split, or a text that cannot be used.
+            DataError: There is no such split, or a text cannot be used.
         """
-        if split not in self._token_stores and (whole := self._open_tokenized_corpus()) is not None:
-            self._token_stores[split] = whole.open_split(split)
-        elif split not in self._token_stores:
-            documents = self.corpus.get_split(split)
-            self._train_tokenizer()
-            self._token_stores[split] = open_store(
-                documents, self.tokenizer, cache_dir=self.cache_dir, split=split, num_workers=self.num_workers
-            )
+        if split not in self._token_stores:
+            if (tokenized := self._open_tokenized_corpus()) is not None:
+                self._token_stores[split] = tokenized.open_split(split)
+            else:
+                documents = self.corpus.get_split(split)
+                self._train_tokenizer()
+                self._token_stores[split] = open_store(
+                    documents, self.tokenizer, cache_dir=self.cache_dir, split=split, num_workers=self.num_workers
+                )
         return self._token_stores[split]
 
     def prepare_data(self) -> None:
         """Train the tokenizer and encode the splits that the run needs (all, without a trainer), each once."""
-        names = _SPLITS_BY_STAGE.get(self._trainer_fn or "", SPLITS)
-        for name in names:
-            if self.has_split(name):
-                self.token_store(name)
+        for split in _SPLITS_BY_STAGE.get(self._trainer_fn or "", SPLITS):
+            if self.has_split(split):
+                self.token_store(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what the stage needs; a fit begins at the start of the data unless a checkpoint says otherwise.
+        """Open what the stage needs; a fit begins at the start of the data unless a checkpoint is restored.
 
         Args:
-            stage: fit, validate, test, predict; None for all.
+            stage: fit, validate, test or predict. None for all.
         """
         # Opening is all that is left after prepare_data, which ran on one process only.
         self._train_tokenizer()
@@ -177,22 +169,21 @@ class BookDataModule(LightningDataModule):
             self._restored_position = None
 
     def train_dataloader(self) -> DocumentStreams:
-        """Return this rank's streams: batches of (batch, segment_length * bptt_segments), going on from the position.
+        """Return this rank's streams, batches of ``(batch, segment_length * bptt_segments)`` from the position on.
 
         Raises:
-            CheckpointError: the restored position is one in other data.
+            CheckpointError: The restored position is in other data.
         """
-        rank, world_size, steps = 0, 1, None
+        steps_per_epoch = None
         if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-            # Lightning's own limit would leave a short rest at the end of each pass, and a half accumulation with it.
+            # Lightning's own limit would leave a short rest at the end of each pass, and a partial accumulation.
             limit = getattr(self.trainer, "overfit_batches", 0) or self.trainer.limit_train_batches
-            steps = limit if isinstance(limit, int) and limit > 0 else None
-        store = self.token_store("train")
-        if steps is not None:
-            steps = min(steps, len(DocumentStreams(store, self.batch_size, self.length, self.seed, rank, world_size)))
-        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, rank, world_size, steps)
-        if self._streams is not None:  # asked again within a run
+            steps_per_epoch = limit if isinstance(limit, int) and limit > 0 else None
+        store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
+        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
+        if steps_per_epoch is not None:
+            streams.steps_per_epoch = min(steps_per_epoch, len(streams))
+        if self._streams is not None:  # called again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored_position is not None:
             self._resume(streams, self._restored_position)
@@ -200,12 +191,12 @@ class BookDataModule(LightningDataModule):
         return streams
 
     def token_indices(self) -> Tensor:
-        """Return (batch, length) int64, which token of the training store each of the newest batch is."""
+        """Return the index in the training store of each token of the newest batch, ``(batch, length)`` int64."""
         assert self._streams is not None
         return self._streams.token_indices(self._streams.position - 1)
 
     def val_dataloader(self) -> EvaluationStreams | list[Any]:
-        """Return the validation split in streams; an empty list where training data has none."""
+        """Return the validation split in streams; an empty list for training data without one."""
         if self._trainer_fn == "fit" and not self.has_split("validation"):
             return []
         return self._evaluation_streams("validation", self.eval_tokens)
@@ -218,8 +209,12 @@ class BookDataModule(LightningDataModule):
         """Return the whole test split in streams."""
         return self._evaluation_streams("test", None)
 
+    def _evaluation_streams(self, split: str, limit_tokens: int | None) -> EvaluationStreams:
+        store, ranks = self.token_store(split), rank_and_world_size(self.trainer)
+        return EvaluationStreams(store, self.eval_batch_size, self.length, *ranks, limit_tokens)
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, what it is a position in, and the tokenizer as JSON text."""
+        """Return the position, what identifies its data, and the tokenizer as JSON text."""
         if self._streams is not None:
             position = self._streams.state_dict()
         else:
@@ -227,12 +222,12 @@ class BookDataModule(LightningDataModule):
         return {**position, "tokenizer": self.tokenizer.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a checkpoint's position (checked when training data is opened) and its tokenizer.
+        """Restore a checkpoint's position, which is checked when the training data is opened, and its tokenizer.
 
-        In evaluation the checkpoint's tokenizer is used whatever text is read: the model knows no other.
+        In evaluation the checkpoint's tokenizer encodes the texts: the model knows no other.
 
         Raises:
-            CheckpointError: in training, the tokenizer is another one.
+            CheckpointError: In training, the tokenizer is another one.
         """
         if not self.tokenizer.is_trained:
             self._train_tokenizer()
@@ -245,8 +240,7 @@ class BookDataModule(LightningDataModule):
             self._restored_position = None
 
     def _resume(self, streams: DocumentStreams, position: dict[str, Any]) -> None:
-        stride = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-        streams.load_state_dict(position, stride)
+        streams.load_state_dict(position, self.trainer.accumulate_grad_batches if self.trainer is not None else 1)
         if streams.resume_message:
             rank_zero_info(streams.resume_message)
 
@@ -264,31 +258,13 @@ class BookDataModule(LightningDataModule):
                 f"{self.tokenizer.vocab_size}).",
                 "Give its tokenizer and its texts by --data.tokenizer and --data.root.",
             )
-        self.tokenizer = (
-            saved
-            if self.source is not None or self._tokenized_corpus is None
-            else self._tokenized_corpus.resolve_tokenizer(saved)
-        )
         self._token_stores.clear()
         if self.source is not None:
             self._tokenized_corpus = None
+        self.tokenizer = saved if self._tokenized_corpus is None else self._tokenized_corpus.resolve_tokenizer(saved)
 
     @property
     def _trainer_fn(self) -> str | None:
-        """What the trainer was called for; None without one."""
+        """Function that the trainer runs (fit, test, ...); None without a trainer."""
         function = self.trainer.state.fn if self.trainer is not None else None
         return function.value if isinstance(function, TrainerFn) else None
-
-    def _evaluation_streams(self, split: str, limit_tokens: int | None) -> EvaluationStreams:
-        rank, world_size = 0, 1
-        if self.trainer is not None:
-            rank, world_size = self.trainer.global_rank, self.trainer.world_size
-        return EvaluationStreams(
-            self.token_store(split), self.eval_batch_size, self.length, rank, world_size, limit_tokens
-        )
-
-    def _train_tokenizer(self) -> None:
-        """Train the tokenizer on the training split, or read the one that an earlier run trained on it."""
-        if not self.tokenizer.is_trained and self._open_tokenized_corpus() is None:
-            source = CorpusManifest(self.root, {"train": self.corpus.get_split("train")})
-            self.tokenizer = train_tokenizer(self.tokenizer, source, self._cache_path)

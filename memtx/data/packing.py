@@ -1,6 +1,6 @@
-"""Which stream reads which document when: pure functions of seed, lengths and number of streams.
+"""Assignment of documents to streams: pure functions of seed, document lengths and number of streams.
 
-Every rank computes the same plan of all ranks' streams, so no document is read twice and none of it is communicated.
+Every rank computes the same plan of all ranks' streams, so no document is read twice and no plan is communicated.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 
 
 class StreamPlan:
-    """What each stream reads, document after document.
+    """The documents of each stream, in order.
+
+    An offset counts the tokens of a stream before a position.
 
     Attributes:
-        start_offsets: per stream, the offset (tokens of the stream before it) at which it takes each of its documents,
-            ascending.
-        document_indices: per stream, the index of each of its documents.
-        first_tokens: per stream, the token from which on it reads each of them: 0 but where another stream began it.
-        end_offsets: (streams,) list, the offset at which each stream's last document ends so far.
+        start_offsets: Per stream, the ascending offsets at which its documents start.
+        document_indices: Per stream, the index of each of its documents.
+        first_tokens: Per stream, the first token that it reads of each document: 0 unless another stream began it.
+        end_offsets: ``(streams,)`` list. Offset at which the last document of each stream ends so far.
     """
 
     def __init__(self, num_streams: int) -> None:
@@ -31,92 +32,87 @@ class StreamPlan:
         self.end_offsets = [0] * num_streams
 
     def append(self, stream: int, document: int, length: int, first_token: int = 0) -> None:
-        """Let a stream read a document after what it has, from token ``first_token`` on."""
+        """Append a document to a stream, from token ``first_token`` on."""
         self.start_offsets[stream].append(self.end_offsets[stream])
         self.document_indices[stream].append(document)
         self.first_tokens[stream].append(first_token)
         self.end_offsets[stream] += length - first_token
 
     def iter_documents(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield the documents of a stream that reach into offsets ``start`` to ``stop``.
-
-        Each with the offset at which the stream takes it, and the token from which on the stream reads it.
-        """
-        begins = self.start_offsets[stream]
-        for place in range(max(0, bisect.bisect_right(begins, start) - 1), len(begins)):
-            if begins[place] >= stop:
+        """Yield the documents of a stream within offsets ``start`` to ``stop``: index, start offset, first token."""
+        start_offsets = self.start_offsets[stream]
+        for position in range(max(0, bisect.bisect_right(start_offsets, start) - 1), len(start_offsets)):
+            if start_offsets[position] >= stop:
                 return
-            yield self.document_indices[stream][place], begins[place], self.first_tokens[stream][place]
+            yield self.document_indices[stream][position], start_offsets[position], self.first_tokens[stream][position]
 
 
 class EndlessStreamPlan(StreamPlan):
-    """Training's plan: a stream that is free takes the next document of a shuffled pass, and passes follow one another.
+    """The plan of training: a free stream takes the next document of a shuffled pass, and passes follow one another.
 
     Every pass holds each document once, over all streams; its order is a function of seed and pass.
 
     Args:
-        lengths: (documents,) tokens of each.
-        num_streams: streams of all ranks together.
-        seed: of the shuffles.
+        lengths: ``(documents,)`` tokens of each document.
+        num_streams: Number of streams of all ranks together.
+        seed: Seed of the shuffles.
     """
 
     def __init__(self, lengths: NDArray[np.int64], num_streams: int, seed: int) -> None:
         super().__init__(num_streams)
         self._lengths, self._seed = lengths, seed
         self._pass_index = 0
-        self._remaining: list[tuple[int, int]] = []  # document and first token not dealt, the next one last
-        self._stream_heap = [(0, row) for row in range(num_streams)]
+        self._remaining: list[tuple[int, int]] = []  # unassigned documents and their first tokens, the next one last
+        self._stream_heap = [(0, stream) for stream in range(num_streams)]
 
     def extend_to(self, offset: int) -> None:
-        """Extend the plan until every stream has documents up to an offset; what was planned stays."""
+        """Extend the plan until every stream has documents up to an offset; earlier assignments stay."""
         while self._stream_heap[0][0] < offset:
             if not self._remaining:
                 order = np.random.default_rng([self._seed, self._pass_index]).permutation(len(self._lengths))
                 self._remaining = [(document, 0) for document in order[::-1].tolist()]
                 self._pass_index += 1
-            document, first = self._remaining.pop()
-            _, row = self._stream_heap[0]
-            self.append(row, document, int(self._lengths[document]), first)
-            heapq.heapreplace(self._stream_heap, (self.end_offsets[row], row))
+            document, first_token = self._remaining.pop()
+            _, stream = self._stream_heap[0]
+            self.append(stream, document, int(self._lengths[document]), first_token)
+            heapq.heapreplace(self._stream_heap, (self.end_offsets[stream], stream))
 
     def reassign(self, num_streams: int, offset: int) -> EndlessStreamPlan:
-        """Return what is left from an offset on, dealt to other streams; every token stands in one of both plans.
+        """Return a plan that assigns what is left from an offset on to another number of streams.
 
-        The first streams go on where they are. A stream that is new takes the next document; what a stream that is no
-        more had left of its document comes next, before documents that nobody began.
+        Every token is in one of the two plans. The first streams continue where they are. A new stream takes the next
+        document. Documents that removed streams have not finished come next, before those that nobody began.
 
         Args:
-            num_streams: of all ranks together.
-            offset: this plan must not reach further yet; the new plan's offsets run on from it.
+            num_streams: Number of streams of all ranks together.
+            offset: Offset up to which this plan was read; the new plan's offsets continue from it.
         """
         self.extend_to(offset)
-        made = EndlessStreamPlan(self._lengths, num_streams, self._seed)
-        made._pass_index, made._remaining = self._pass_index, list(self._remaining)
-        for row in range(num_streams):
-            made.end_offsets[row] = offset
-            if row < len(self.end_offsets) and self.end_offsets[row] > offset:
-                made.start_offsets[row], made.document_indices[row] = (
-                    self.start_offsets[row][-1:],
-                    self.document_indices[row][-1:],
-                )
-                made.first_tokens[row], made.end_offsets[row] = self.first_tokens[row][-1:], self.end_offsets[row]
-        # From the last on, since the next to be dealt stands last.
-        for row in reversed(range(num_streams, len(self.end_offsets))):
-            if self.end_offsets[row] > offset:
-                made._remaining.append(
-                    (self.document_indices[row][-1], offset - self.start_offsets[row][-1] + self.first_tokens[row][-1])
-                )
-        made._stream_heap = [(end, row) for row, end in enumerate(made.end_offsets)]
-        heapq.heapify(made._stream_heap)
-        return made
+        plan = EndlessStreamPlan(self._lengths, num_streams, self._seed)
+        plan._pass_index, plan._remaining = self._pass_index, list(self._remaining)
+        for stream in range(num_streams):
+            plan.end_offsets[stream] = offset
+            if stream < len(self.end_offsets) and self.end_offsets[stream] > offset:
+                plan.start_offsets[stream] = self.start_offsets[stream][-1:]
+                plan.document_indices[stream] = self.document_indices[stream][-1:]
+                plan.first_tokens[stream] = self.first_tokens[stream][-1:]
+                plan.end_offsets[stream] = self.end_offsets[stream]
+        # In reverse, since the next document is last.
+        for stream in reversed(range(num_streams, len(self.end_offsets))):
+            if self.end_offsets[stream] > offset:
+                first_token = offset - self.start_offsets[stream][-1] + self.first_tokens[stream][-1]
+                plan._remaining.append((self.document_indices[stream][-1], first_token))
+        plan._stream_heap = [(end, stream) for stream, end in enumerate(plan.end_offsets)]
+        heapq.heapify(plan._stream_heap)
+        return plan
 
 
 def pack_documents(lengths: NDArray[np.int64], num_streams: int) -> StreamPlan:
-    """Return a plan that reads each document once: the longest first, each to the stream that ends earliest."""
+    """Return a plan that reads each document once: longest first, each in the stream that ends earliest."""
     plan = StreamPlan(num_streams)
-    free = [(0, row) for row in range(num_streams)]
+    heap = [(0, stream) for stream in range(num_streams)]
     for document in np.argsort(-lengths, kind="stable").tolist():
-        _, row = free[0]
-        plan.append(row, document, int(lengths[document]))
-        heapq.heapreplace(free, (plan.end_offsets[row], row))
+        _, stream = heap[0]
+        plan.append(stream, document, int(lengths[document]))
+        heapq.heapreplace(heap, (plan.end_offsets[stream], stream))
     return plan

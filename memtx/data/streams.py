@@ -1,6 +1,6 @@
 """Streams of whole documents as batches: a batch is a pure function of a plan and the step.
 
-So a position in the data is a few integers, equal on all ranks, and resuming is setting them.
+So a position in the data is a few integers, equal on all ranks, and resuming sets them.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.data.batch import IGNORE_INDEX, Batch, ResumableBatches
 from memtx.data.packing import EndlessStreamPlan, StreamPlan, pack_documents
 from memtx.data.shards import TokenStore
 from memtx.errors import CheckpointError, DataError
@@ -25,52 +25,69 @@ def read_batch(
 ) -> Batch:
     """Return offsets ``start`` to ``stop`` of some streams of a plan.
 
-    Places past a stream's end, or from offset ``end_offset`` on, are padding: each is ``bos_token_id`` with a start of
-    its own and no label, so it disturbs nothing before it and is counted nowhere.
+    Positions past the end of a stream, or from ``end_offset`` on, are padding: each is ``bos_token_id`` with a document
+    start of its own and no label, so it changes nothing before it and is counted nowhere.
 
     Args:
-        store: the tokens.
-        plan: must reach ``stop`` unless it is finite.
-        streams: numbers of the plan's streams, in the batch's order.
-        start: first offset.
-        stop: offset after the last one.
-        end_offset: offset from which on nothing is read.
+        store: Tokens of the documents.
+        plan: Plan that reaches ``stop``, unless it is finite.
+        streams: Streams of the plan, in the order of the batch.
+        start: First offset.
+        stop: Offset after the last one.
+        end_offset: Offset from which nothing is read.
     """
-    shape = (len(streams), stop - start)
+    shape = len(streams), stop - start
     tokens, labels = np.full(shape, store.bos_token_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
-    starts = np.ones(shape, dtype=np.bool_)
-    words, size = np.zeros(len(streams), dtype=np.int64), np.zeros(len(streams), dtype=np.int64)
-    end = min(stop, end_offset)
-    for index, row in enumerate(streams):
-        for document, place, first, past, begun in _iter_token_ranges(store, plan, row, start, end):
-            # One token more than is read: the label of the last one, where the document goes on.
-            text, length = store.slice_tokens(document, first, past + 1), int(store.lengths[document])
-            count, scored = past - first, len(text) - 1
-            if past == length:
-                scored = count - 1
-            tokens[index, place : place + count] = text[:count]
-            labels[index, place : place + scored] = text[1 : 1 + scored]
-            starts[index, place : place + count] = False
-            starts[index, place] = begun
-            words[index] += _prorate(int(store.num_words[document]), first, first + scored, length - 1)
-            size[index] += _prorate(int(store.num_bytes[document]), first, first + scored, length - 1)
-    return Batch(*map(torch.from_numpy, (tokens, labels, starts, words, size)))
+    document_starts = np.ones(shape, dtype=np.bool_)
+    num_words, num_bytes = np.zeros(len(streams), dtype=np.int64), np.zeros(len(streams), dtype=np.int64)
+    for row, stream in enumerate(streams):
+        for span in _iter_spans(store, plan, stream, start, min(stop, end_offset)):
+            # One token more than is read: the last label, if the document continues.
+            text = store.slice_tokens(span.document, span.first, span.end + 1)
+            num_tokens = int(store.lengths[span.document])
+            count = span.end - span.first
+            num_labels = count - 1 if span.end == num_tokens else len(text) - 1
+            tokens[row, span.position : span.position + count] = text[:count]
+            labels[row, span.position : span.position + num_labels] = text[1 : 1 + num_labels]
+            document_starts[row, span.position : span.position + count] = False
+            document_starts[row, span.position] = span.is_start
+            label_range = span.first, span.first + num_labels, num_tokens - 1
+            num_words[row] += _prorate(int(store.num_words[span.document]), *label_range)
+            num_bytes[row] += _prorate(int(store.num_bytes[span.document]), *label_range)
+    return Batch(*map(torch.from_numpy, (tokens, labels, document_starts, num_words, num_bytes)))
 
 
-def _iter_token_ranges(
-    store: TokenStore, plan: StreamPlan, stream: int, start: int, stop: int
-) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Yield what a stream reads between two offsets: document, place, first token, the one past it, begun there."""
-    for document, tick, taken in plan.iter_documents(stream, start, stop):
-        # Where the document's token 0 would stand, were it the stream's from there on.
-        begin = tick - taken
-        first, past = max(start - begin, taken), min(stop - begin, int(store.lengths[document]))
-        if first < past:
-            yield document, begin + first - start, first, past, first == taken
+class _Span(NamedTuple):
+    """Tokens of one document in a stream's part of a batch.
+
+    Attributes:
+        document: Index of the document.
+        position: Position in the batch of the first token.
+        first: Index in the document of the first token.
+        end: Index in the document after the last token.
+        is_start: True if the stream starts the document here.
+    """
+
+    document: int
+    position: int
+    first: int
+    end: int
+    is_start: bool
+
+
+def _iter_spans(store: TokenStore, plan: StreamPlan, stream: int, start: int, stop: int) -> Iterator[_Span]:
+    """Yield the spans that a stream reads between two offsets."""
+    for document, start_offset, first_token in plan.iter_documents(stream, start, stop):
+        # Offset of the document's token 0, if the stream had read it from there.
+        zero_offset = start_offset - first_token
+        first = max(start - zero_offset, first_token)
+        end = min(stop - zero_offset, int(store.lengths[document]))
+        if first < end:
+            yield _Span(document, zero_offset + first - start, first, end, first == first_token)
 
 
 def _prorate(amount: int, start: int, stop: int, count: int) -> int:
-    """Return what of ``amount``, spread over ``count`` tokens, falls to ``start`` to ``stop``; sums are exact."""
+    """Return the share of ``amount``, spread over ``count`` tokens, in tokens ``start`` to ``stop``; sums are exact."""
     return amount * stop // count - amount * start // count if count else 0
 
 
@@ -82,29 +99,27 @@ def _check_arguments(batch_size: int, length: int, rank: int, world_size: int) -
         raise DataError(f"rank is {rank}, expected 0 to {world_size - 1}.")
 
 
-class DocumentStreams:
+class DocumentStreams(ResumableBatches):
     """Endless streams of whole documents for training, with a position that can be set.
 
-    Iterating goes on from the position to the end of the epoch, the next multiple of ``len``. Streams read on across
-    batches, epochs and passes; no token is dropped and none is padding. Resumed with another number of streams, on
-    however many ranks, it deals what is left to these: every token is still read once a pass
-    (:meth:`memtx.data.packing.EndlessStreamPlan.reassign`).
+    Streams continue across batches, epochs and passes; no token is dropped and none is padding. Resumed with another
+    number of streams, on any number of ranks, what is left is assigned to these, and every token is still read once a
+    pass (:meth:`memtx.data.packing.EndlessStreamPlan.reassign`).
 
     Args:
-        store: the tokens.
-        batch_size: streams of this rank's batches.
-        length: tokens of a stream in a batch.
-        seed: of the shuffles.
-        rank: this process, whose streams are ``rank * batch_size`` and on.
-        world_size: processes; all together read each document once a pass.
-        steps_per_epoch: batches of an epoch; None for the corpus once, total tokens // (all streams * length).
+        store: Tokens of the documents.
+        batch_size: Number of streams of this rank.
+        length: Tokens of a stream in a batch.
+        seed: Seed of the shuffles.
+        rank: Rank of this process, whose streams are ``rank * batch_size`` and on.
+        world_size: Number of processes, which together read each document once a pass.
+        steps_per_epoch: Batches of an epoch. None takes one pass: total tokens // (all streams * length).
 
     Attributes:
-        position: batches handed out so far, counted when they are handed out; equal on all ranks.
-        resume_message: what a resume with other streams means, as a sentence; empty where they are the same.
+        resume_message: Sentence on what a resume with other streams means; empty if they are the same.
 
     Raises:
-        DataError: a number is out of its range.
+        DataError: A number is out of range.
     """
 
     def __init__(
@@ -118,158 +133,132 @@ class DocumentStreams:
         steps_per_epoch: int | None = None,
     ) -> None:
         _check_arguments(batch_size, length, rank, world_size)
+        if steps_per_epoch is None:
+            steps_per_epoch = max(1, store.num_tokens // (batch_size * world_size * length))
+        elif steps_per_epoch < 1:
+            raise DataError(f"steps_per_epoch is {steps_per_epoch}, expected at least 1.")
+        super().__init__(steps_per_epoch)
         self.store, self.batch_size, self.length, self.seed = store, batch_size, length, seed
         self.rank, self.world_size = rank, world_size
-        self.position = 0
-        self._steps_per_epoch = (
-            steps_per_epoch
-            if steps_per_epoch is not None
-            else max(1, store.num_tokens // (batch_size * world_size * length))
-        )
-        if self._steps_per_epoch < 1:
-            raise DataError(f"steps_per_epoch is {steps_per_epoch}, expected at least 1.")
         self._plan = EndlessStreamPlan(store.lengths, batch_size * world_size, seed)
         self.resume_message = ""
-        self._assignments: list[
-            tuple[int, int]
-        ] = []  # earlier numbers of streams, each with the offset it was read up to
-        self._resume_step, self._resume_offset = 0, 0  # a batch, and the offset at which it begins
-
-    def __len__(self) -> int:
-        """Batches of an epoch; constant, because Lightning asks once."""
-        return self._steps_per_epoch
+        # Earlier numbers of streams, each with the offset up to which it was read.
+        self._assignments: list[tuple[int, int]] = []
+        self._resume_step, self._resume_offset = 0, 0  # a batch, and the offset at which it starts
 
     def get_batch(self, step: int) -> Batch:
-        """Return the batch of a step, (batch, length): a function of arguments and step only.
-
-        Args:
-            step: 0 for the first batch of the first epoch, running on through epochs.
-        """
-        start, stop = self._offset_at(step), self._offset_at(step + 1)
-        self._plan.extend_to(stop)
+        """Return the batch of a step, ``(batch, length)``: a function of the arguments and the step only."""
+        start, stop = self._extend_to(step)
         return read_batch(self.store, self._plan, self._rank_streams(), start, stop, stop)
 
     def _offset_at(self, step: int) -> int:
         return self._resume_offset + (step - self._resume_step) * self.length
 
+    def _extend_to(self, step: int) -> tuple[int, int]:
+        """Extend the plan to the end of a step and return the step's first offset and the one after its last."""
+        start, stop = self._offset_at(step), self._offset_at(step + 1)
+        self._plan.extend_to(stop)
+        return start, stop
+
     def _rank_streams(self) -> range:
         return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
 
-    def document_ids(self, step: int) -> list[list[str]]:
-        """Return the ids of the documents that each stream of this rank reads in a step."""
-        start, stop = self._offset_at(step), self._offset_at(step + 1)
-        self._plan.extend_to(stop)
-        within = (self._plan.iter_documents(row, start, stop) for row in self._rank_streams())
-        return [[self.store.ids[document] for document, _, _ in row] for row in within]
-
     def token_indices(self, step: int) -> Tensor:
-        """Return (batch, length) int64, which token of the store each of a step's is, documents one after another."""
-        start, stop = self._offset_at(step), self._offset_at(step + 1)
-        self._plan.extend_to(stop)
-        found = np.zeros((self.batch_size, self.length), dtype=np.int64)
-        for index, row in enumerate(self._rank_streams()):
-            for document, place, first, past, _ in _iter_token_ranges(self.store, self._plan, row, start, stop):
-                found[index, place : place + past - first] = self.store.token_offsets[document] + np.arange(first, past)
-        return torch.from_numpy(found)
+        """Return the index in the store of each token of a step, ``(batch, length)`` int64.
 
-    def __iter__(self) -> Iterator[Batch]:
-        stop = (self.position // self._steps_per_epoch + 1) * self._steps_per_epoch
-        while self.position < stop:
-            batch = self.get_batch(self.position)
-            # Before the yield: a checkpoint of this batch's step must not read the batch again.
-            self.position += 1
-            yield batch
+        Documents follow one another in the store.
+        """
+        start, stop = self._extend_to(step)
+        indices = np.zeros((self.batch_size, self.length), dtype=np.int64)
+        for row, stream in enumerate(self._rank_streams()):
+            for document, position, first, end, _ in _iter_spans(self.store, self._plan, stream, start, stop):
+                span_indices = self.store.token_offsets[document] + np.arange(first, end)
+                indices[row, position : position + end - first] = span_indices
+        return torch.from_numpy(indices)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it is a position in."""
+        """Return the position and what identifies the data."""
         return {
             "position": self.position,
-            "steps_per_epoch": self._steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
             "offset": self._offset_at(self.position),
             "seed": self.seed,
             "global_batch_size": self.batch_size * self.world_size,
             "length": self.length,
-            "assignments": [list(one) for one in self._assignments],
+            "assignments": [list(assignment) for assignment in self._assignments],
             "corpus": self.store.fingerprint,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], accumulate_grad_batches: int = 1) -> None:
         """Go to a saved position.
 
-        With other streams or another length the epoch's rest has another number of batches, and the position counts
-        them.
+        With other streams or another length, the rest of the epoch has another number of batches, and the position
+        counts these.
 
         Args:
-            state_dict: as :meth:`state_dict` returned it.
-            accumulate_grad_batches: batches of an optimiser step; a position that counts other batches than it did is a
-                multiple.
+            state_dict: What :meth:`state_dict` returned.
+            accumulate_grad_batches: Batches of an optimizer step. A position in other batches than the saved ones is
+                rounded up to a multiple.
 
         Raises:
-            CheckpointError: the position is one in other data: another corpus or tokenizer, or another seed.
+            CheckpointError: The position is in other data: another corpus or tokenizer, or another seed.
         """
-        own = self.state_dict()
-        cures = {
+        current = self.state_dict()
+        hints = {
             "corpus": "Give the texts and the tokenizer the checkpoint was trained on, or start a new run from its "
             "weights.",
             "seed": "Resume with the checkpoint's seed.",
         }
-        for key, cure in cures.items():
-            if state_dict.get(key, own[key]) != own[key]:
+        for key, hint in hints.items():
+            if state_dict.get(key, current[key]) != current[key]:
                 raise CheckpointError(
                     f"The checkpoint's data position belongs to {key} {_abbreviate(state_dict[key])}, "
-                    f"this run has {_abbreviate(own[key])}.",
-                    cure,
+                    f"this run has {_abbreviate(current[key])}.",
+                    hint,
                 )
-        saved = {**own, **state_dict}
-        rows, ticks = saved["global_batch_size"], state_dict.get("offset", saved["position"] * saved["length"])
-        self._assignments = [(before, until) for before, until in saved["assignments"]]
-        plan = self._build_plan([*self._assignments, (rows, ticks)])
-        if rows == own["global_batch_size"]:
-            self._plan, self.resume_message = plan, ""
-        else:
-            self._assignments.append((rows, ticks))
-            self._plan, self.resume_message = (
-                plan.reassign(own["global_batch_size"], ticks),
-                _describe_reassignment(plan, own["global_batch_size"], ticks),
-            )
-        self.position = _convert_position(saved, own, accumulate_grad_batches)
-        self._resume_step, self._resume_offset = self.position, ticks
+        saved = {**current, **state_dict}
+        offset = state_dict.get("offset", saved["position"] * saved["length"])
+        self._assignments = [(num_streams, until) for num_streams, until in saved["assignments"]]
+        plan = self._build_plan([*self._assignments, (saved["global_batch_size"], offset)])
+        self.resume_message = ""
+        if saved["global_batch_size"] != (num_streams := current["global_batch_size"]):
+            self._assignments.append((saved["global_batch_size"], offset))
+            self.resume_message = _describe_reassignment(plan, num_streams, offset)
+            plan = plan.reassign(num_streams, offset)
+        self._plan = plan
+        self.position = _convert_position(saved, current, accumulate_grad_batches)
+        self._resume_step, self._resume_offset = self.position, offset
 
     def _build_plan(self, assignments: Sequence[tuple[int, int]]) -> EndlessStreamPlan:
-        """Return the plan that numbers of streams, each up to an offset, leave; of the last number, not read yet."""
+        """Return the plan after these numbers of streams, each read up to its offset; the last one is not read yet."""
         plan = EndlessStreamPlan(self.store.lengths, assignments[0][0], self.seed)
-        for (_, until), (rows, _) in itertools.pairwise(assignments):
-            plan = plan.reassign(rows, until)
+        for (_, until), (num_streams, _) in itertools.pairwise(assignments):
+            plan = plan.reassign(num_streams, until)
         return plan
 
 
 def _convert_position(saved: Mapping[str, Any], current: Mapping[str, Any], accumulate_grad_batches: int) -> int:
-    """Return a saved position in batches of our own; an epoch that was not over stays so."""
+    """Return a saved position in the current batches; an unfinished epoch stays unfinished."""
     if saved["steps_per_epoch"] == current["steps_per_epoch"]:
         return int(saved["position"])
-    epochs, done = divmod(int(saved["position"]), int(saved["steps_per_epoch"]))
-    batches = -(
-        -done * saved["global_batch_size"] * saved["length"] // (current["global_batch_size"] * current["length"])
-    )
-    return int(
-        epochs * current["steps_per_epoch"]
-        + min(
-            -(-batches // accumulate_grad_batches) * accumulate_grad_batches,
-            current["steps_per_epoch"] - 1 if done else 0,
-        )
-    )
+    epochs, steps = divmod(int(saved["position"]), int(saved["steps_per_epoch"]))
+    tokens = steps * saved["global_batch_size"] * saved["length"]
+    batches = -(-tokens // (current["global_batch_size"] * current["length"]))
+    batches = -(-batches // accumulate_grad_batches) * accumulate_grad_batches
+    steps_per_epoch = int(current["steps_per_epoch"])
+    return epochs * steps_per_epoch + min(int(batches), steps_per_epoch - 1 if steps else 0)
 
 
 def _describe_reassignment(plan: EndlessStreamPlan, num_streams: int, offset: int) -> str:
-    """Return what dealing a plan that was read up to an offset to other streams means for its documents."""
+    """Return what a change to another number of streams at an offset means for the documents."""
     before = len(plan.end_offsets)
     plan.extend_to(offset)
-    begun = sum(end > offset for end in plan.end_offsets[num_streams:])
+    unfinished = sum(end > offset for end in plan.end_offsets[num_streams:])
     return (
-        f"The checkpoint has {before} rows, this run {num_streams}: {min(before, num_streams)} go on with their "
+        f"The checkpoint has {before} streams, this run {num_streams}: {min(before, num_streams)} continue with their "
         "document and memory"
-        + (f", {num_streams - before} begin with a document that is next" if num_streams > before else "")
-        + (f", and what is left of {begun} documents is read next, with a fresh memory" if begun else "")
+        + (f", {num_streams - before} start with the next document" if num_streams > before else "")
+        + (f", and the rest of {unfinished} documents is read next, with a fresh memory" if unfinished else "")
         + ". No token of the pass is left out or read twice."
     )
 
@@ -279,21 +268,21 @@ def _abbreviate(value: object) -> str:
 
 
 class EvaluationStreams:
-    """Every document once, in streams of whole documents, the tail padded: sums over batches are exact figures.
+    """Every document once, in streams of whole documents with a padded end; sums over the batches are exact.
 
-    The summed negative log-likelihood over the summed words is PG-19's word perplexity exactly, whatever the streams
-    and ranks. Every rank has equally many batches.
+    The summed negative log-likelihood over the summed words is PG-19's word perplexity exactly, for any number of
+    streams and ranks. Every rank has the same number of batches.
 
     Args:
-        store: the tokens.
-        batch_size: streams of this rank's batches.
-        length: tokens of a stream in a batch.
-        rank: this process.
-        world_size: processes.
-        limit_tokens: read about this many tokens only, an equal share of every stream; None for all.
+        store: Tokens of the documents.
+        batch_size: Number of streams of this rank.
+        length: Tokens of a stream in a batch.
+        rank: Rank of this process.
+        world_size: Number of processes.
+        limit_tokens: Number of tokens to read, about, in equal shares of every stream. None reads all.
 
     Raises:
-        DataError: a number is out of its range.
+        DataError: A number is out of range.
     """
 
     def __init__(
@@ -316,14 +305,14 @@ class EvaluationStreams:
             self._end_offset = min(self._end_offset, math.ceil(limit_tokens / (batch_size * world_size)))
 
     def __len__(self) -> int:
-        """Batches, equal on all ranks."""
+        """Return the number of batches, equal on all ranks."""
         return math.ceil(self._end_offset / self.length)
 
     def get_batch(self, step: int) -> Batch:
-        """Return the batch of a step, (batch, length)."""
-        rows = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        """Return the batch of a step, ``(batch, length)``."""
+        streams = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         start = step * self.length
-        return read_batch(self.store, self._plan, rows, start, start + self.length, self._end_offset)
+        return read_batch(self.store, self._plan, streams, start, start + self.length, self._end_offset)
 
     def __iter__(self) -> Iterator[Batch]:
         for step in range(len(self)):

@@ -1,7 +1,7 @@
-"""Text in any pieces -> the same pieces always: where a tokenizer may cut is a function of the text alone.
+"""Splitting of text into chunks whose borders depend on the text alone.
 
-A book arrives as one string, as chunks of a file or as keystrokes; its tokens must not depend on which. So the
-text is cut at places found by looking at the text only, and each piece is encoded by itself.
+A book arrives as one string, as blocks of a file or as keystrokes; its tokens must not depend on which. So the text is
+split where only the text decides, and each chunk is encoded by itself.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from collections.abc import Iterable, Iterator
 from memtx.errors import DataError
 
 PARAGRAPH_LIMIT = 1024
-"""Characters from which on a piece ends at the first paragraph end."""
+"""Characters after which a chunk ends at the next paragraph end."""
 SOFT_LIMIT = 4096
-"""Characters from which on a piece ends at the first line or word end as well."""
+"""Characters after which a chunk also ends at the next line or word end."""
 HARD_LIMIT = 8192
-"""Characters at which a piece ends whatever stands there."""
+"""Characters at which a chunk ends in any case."""
 
-# A run of blank lines belongs to the paragraph before it; whether it is over is known one character later.
+# Blank lines belong to the paragraph before them; whether they are over is known one character later.
 _PARAGRAPH_END = re.compile(r"\n\r?\n(?=[^\r\n])")
 # A line end stays with its line, a space goes with the word after it: byte-level BPE joins them so.
 _SOFT_END = re.compile(r"\n(?=[^\r\n])|\S(?= )")
 
 
 class TextSplitter:
-    """Cuts a text that arrives in any portions into pieces that depend on the whole text only.
+    """Splits a text that arrives in any portions into chunks that depend on the whole text only.
 
-    A piece ends at the first paragraph end (a run of blank lines) from 1024 characters on, at the first line or
-    word end past 4096, and at 8192 characters at the latest. So memory is bounded and time linear, even for one
-    line of 50 MB. The pieces joined are the text.
+    A chunk ends at the first paragraph end (a run of blank lines) from 1024 characters on, at the first line or word
+    end past 4096, and at 8192 characters at the latest. So memory is bounded and time linear, even for one line of
+    50 MB. The chunks joined are the text.
     """
 
     def __init__(self) -> None:
@@ -39,84 +39,97 @@ class TextSplitter:
 
     @property
     def pending(self) -> str:
-        """The text held back: what was fed and is in no piece yet, at most 8192 characters."""
+        """Text that was fed and is in no chunk yet, at most 8192 characters."""
         return self._buffer
 
     def feed(self, text: str) -> list[str]:
-        """Take the next portion of the text and return the pieces that are now complete."""
-        buffer, begin, searched = self._buffer + text, 0, self._searched
-        pieces: list[str] = []
-        while (end := _find_chunk_end(buffer, begin, searched)) is not None:
-            pieces.append(buffer[begin:end])
-            begin, searched = end, end
-        self._buffer = buffer[begin:]
+        """Take the next portion of the text and return the chunks that are now complete."""
+        buffer, start, searched = self._buffer + text, 0, self._searched
+        chunks: list[str] = []
+        while (end := _find_chunk_end(buffer, start, searched)) is not None:
+            chunks.append(buffer[start:end])
+            start, searched = end, end
+        self._buffer = buffer[start:]
         self._searched = len(self._buffer)
-        return pieces
+        return chunks
 
     def flush(self) -> list[str]:
-        """End the text: return what was held back as the last piece (none if empty); the splitter is fresh again."""
-        pieces = [self._buffer] if self._buffer else []
+        """End the text: return the pending text as the last chunk (none if empty) and start afresh."""
+        chunks = [self._buffer] if self._buffer else []
         self._buffer, self._searched = "", 0
-        return pieces
+        return chunks
 
 
 def _find_chunk_end(buffer: str, start: int, searched: int) -> int | None:
-    """Return where the piece at ``start`` ends, None if that is not known yet; no end lies before ``searched``."""
+    """Return the end of the chunk at ``start``, None if it is not known yet; no end lies before ``searched``."""
     stop = min(len(buffer), start + HARD_LIMIT)
-    # A match ending at a given place starts at most three characters before it.
-    found = _PARAGRAPH_END.search(buffer, max(start + PARAGRAPH_LIMIT - 3, searched - 3), stop)
-    while found and found.end() < start + PARAGRAPH_LIMIT:
-        found = _PARAGRAPH_END.search(buffer, found.end(), stop)
-    if found and found.end() <= start + SOFT_LIMIT:
-        return found.end()
+    # A match that ends at some index starts at most three characters before it.
+    paragraph = _PARAGRAPH_END.search(buffer, max(start + PARAGRAPH_LIMIT - 3, searched - 3), stop)
+    while paragraph and paragraph.end() < start + PARAGRAPH_LIMIT:
+        paragraph = _PARAGRAPH_END.search(buffer, paragraph.end(), stop)
+    if paragraph and paragraph.end() <= start + SOFT_LIMIT:
+        return paragraph.end()
     soft = _SOFT_END.search(buffer, max(start + SOFT_LIMIT, searched - 3), stop)
-    ends = [match.end() for match in (found, soft) if match]
-    if ends:
+    if ends := [match.end() for match in (paragraph, soft) if match]:
         return min(ends)
     return start + HARD_LIMIT if len(buffer) >= start + HARD_LIMIT else None
 
 
 def split_text(text: str) -> list[str]:
-    """Return the pieces of a whole text."""
+    """Return the chunks of a whole text."""
     splitter = TextSplitter()
     return splitter.feed(text) + splitter.flush()
 
 
-def decode_utf8(chunks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode UTF-8 that arrives cut anywhere, even inside a character.
+def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
+    """Decode UTF-8 that is cut anywhere, even inside a character.
 
     Args:
-        chunks: the bytes, in any portions.
-        name: where they come from, for the message.
+        blocks: Bytes in any portions.
+        name: Name of the source, for the message.
 
     Raises:
-        DataError: the bytes are not UTF-8; names the source and the offset of the first bad byte.
+        DataError: The bytes are not UTF-8; names the source and the offset of the first bad byte.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     offset = 0
 
-    def decode(chunk: bytes, final: bool) -> str:
-        held = len(decoder.getstate()[0])
+    def decode(block: bytes, final: bool) -> str:
+        pending = len(decoder.getstate()[0])
         try:
-            return decoder.decode(chunk, final)
+            return decoder.decode(block, final)
         except UnicodeDecodeError as error:
-            place = offset - held + error.start
-            bad = f"byte 0x{error.object[error.start]:02x}"
+            bad_byte = f"byte 0x{error.object[error.start]:02x} at byte offset {offset - pending + error.start}"
             raise DataError(
-                f"'{name}' is not UTF-8: {bad} at byte offset {place} ({error.reason}).",
-                "Convert it, for example: iconv -f LATIN1 -t UTF-8 FILE > NEW.",
+                f"'{name}' is not UTF-8: {bad_byte} ({error.reason}).",
+                "Convert it, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW.",
             ) from error
 
-    for chunk in chunks:
-        if text := decode(chunk, False):
+    for block in blocks:
+        if text := decode(block, False):
             yield text
-        offset += len(chunk)
+        offset += len(block)
     if text := decode(b"", True):
         yield text
 
 
+def encode_utf8(text: str) -> bytes:
+    """Return the UTF-8 bytes of a text.
+
+    Raises:
+        DataError: The text holds half of a surrogate pair.
+    """
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character.",
+            "Remove it, or decode the source as UTF-16.",
+        ) from error
+
+
 class WordCounter:
-    """Counts whitespace-separated words and UTF-8 bytes of a text given in pieces: ``len(text.split())`` exactly."""
+    """Counts whitespace-separated words, exactly ``len(text.split())``, and UTF-8 bytes of a text given in portions."""
 
     def __init__(self) -> None:
         self.num_words = 0
@@ -124,7 +137,7 @@ class WordCounter:
         self._in_word = False
 
     def update(self, text: str) -> None:
-        """Count the next piece; a word cut by the border of two pieces is one word."""
+        """Count the next portion; a word that is cut between two portions is one word."""
         if not text:
             return
         self.num_words += len(text.split()) - (self._in_word and not text[0].isspace())

@@ -1,13 +1,13 @@
-"""Texts prepared once: a folder with a tokenizer and a token store for each split, to train on anywhere.
+"""Tokenized corpora: a folder with a tokenizer and a token store for each split, to train on anywhere.
 
     FOLDER/prepared.json                  what it was made of and what is in it; written last
     FOLDER/tokenizer.json
-    FOLDER/train/index.json               closes and seals the split (see memtx.data.shards)
+    FOLDER/train/index.json               closes the split (see memtx.data.shards)
     FOLDER/train/shard-00000.bin          tokens
-    FOLDER/train/shard-00000.bin.json     its documents
+    FOLDER/train/shard-00000.bin.json     metadata of its documents
 
-The folder appears under its name when it is whole. Until then its shards wait in ``.FOLDER.building`` beside it, each
-whole or absent, so that a run that was killed goes on with what it had.
+The folder appears under its name when it is complete. Until then its shards are in ``.FOLDER.building`` beside it, each
+written atomically, so a run that was killed continues with what it had.
 """
 
 from __future__ import annotations
@@ -23,61 +23,58 @@ from pathlib import Path
 from typing import Any
 
 from memtx import files
-from memtx.data.shards import INDEX_NAME, REBUILD_HINT, TokenStore, write_index
-from memtx.data.sources.document import Document, SourcePart
-from memtx.data.sources.manifest import SPLITS, CorpusManifest
-from memtx.data.tokenize import ProgressCallback, ShardJob, metadata_path, write_jobs
-from memtx.data.tokenizer_training import file_lock, train_tokenizer
+from memtx.data.shards import INDEX_NAME, REBUILD_HINT, ProgressCallback, TokenStore, metadata_path, write_index
+from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, Document, assign_split
+from memtx.data.tokenize import plan_jobs, write_jobs
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
-from memtx.files import default_cache_dir
 
 FORMAT = "memtx.tokenized_corpus"
 FORMAT_VERSION = 2
 INFO_NAME = "prepared.json"
 TOKENIZER_NAME = "tokenizer.json"
 
-MAX_SHARD_BYTES = 64 << 20
-"""Text bytes of a shard, so at most as many tokens; one longer document is a shard of its own."""
-MIN_SHARD_BYTES = 1 << 20
-"""Text bytes below which a shard is not worth a process."""
+MAX_TRAINING_BYTES = 256 << 20
+"""Maximum text bytes that a tokenizer is trained on; merges hardly change with more."""
 
 ProgressFactory = Callable[[str, int, int], AbstractContextManager[ProgressCallback]]
-"""Makes from a description, the bytes in all and those done what is to be told of further ones."""
+"""Makes a progress callback from a description, the total bytes and those already done."""
 
 log = logging.getLogger(__name__)
 
 
 class TokenizedCorpus:
-    """A folder that :func:`tokenize_corpus` made.
+    """A folder that :func:`tokenize_corpus` wrote.
 
     Args:
-        folder: where it is.
+        folder: Path of the folder.
 
     Attributes:
-        name: what the texts were called.
-        splits: of each split its documents, tokens, words, bytes of text, documents left out, and fingerprint.
-        input_fingerprint: what tells the texts and the tokenizer apart from others.
+        name: Name of the source.
+        splits: Of each split the numbers of documents, tokens, words, bytes of text and skipped rows, and the
+            fingerprint.
+        input_fingerprint: SHA-256 of the texts and the tokenizer.
 
     Raises:
-        DataError: it is none, or of another version.
+        DataError: The folder is no such folder, or of another version.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         try:
-            note = files.read_json(self.folder / INFO_NAME)
-            found = note["format"], note["version"]
-            if found == (FORMAT, FORMAT_VERSION):
-                self.name, self.input_fingerprint = str(note["name"]), str(note["input_fingerprint"])
-                found_splits = sorted(note["splits"].items(), key=lambda one: (*SPLITS, one[0]).index(one[0]))
-                self.splits: dict[str, dict[str, Any]] = {split: dict(facts) for split, facts in found_splits}
-                self._tokenizer_fingerprint = str(note["tokenizer"])
+            info = files.read_json(self.folder / INFO_NAME)
+            version = info["format"], info["version"]
+            if version == (FORMAT, FORMAT_VERSION):
+                self.name, self.input_fingerprint = str(info["name"]), str(info["input_fingerprint"])
+                order = (*SPLITS, *info["splits"])
+                splits = sorted(info["splits"].items(), key=lambda item: order.index(item[0]))
+                self.splits: dict[str, dict[str, Any]] = {split: dict(totals) for split, totals in splits}
+                self._tokenizer_fingerprint = str(info["tokenizer"])
         except (MemtxError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"'{folder}' is no whole prepared folder ({error}).", REBUILD_HINT) from error
-        if found != (FORMAT, FORMAT_VERSION):
+        if version != (FORMAT, FORMAT_VERSION):
             raise DataError(
-                f"'{folder}' is {found[0]} of version {found[1]}, this release reads {FORMAT} of {FORMAT_VERSION}.",
+                f"'{folder}' is {version[0]} of version {version[1]}, this release reads {FORMAT} of {FORMAT_VERSION}.",
                 REBUILD_HINT,
             )
 
@@ -85,7 +82,7 @@ class TokenizedCorpus:
         """Read the tokenizer.
 
         Raises:
-            DataError: it is missing or damaged.
+            DataError: It is missing or damaged.
         """
         tokenizer = load_tokenizer(self.folder / TOKENIZER_NAME)
         if tokenizer.fingerprint != self._tokenizer_fingerprint:
@@ -93,27 +90,31 @@ class TokenizedCorpus:
         return tokenizer
 
     def resolve_tokenizer(self, requested: Tokenizer | None) -> Tokenizer:
-        """Return the folder's tokenizer, which must be the one asked for, or one trained as asked.
+        """Return the folder's tokenizer, which must match the requested one or be trained as requested.
 
         Raises:
-            DataError: it is another one.
+            DataError: The folder has another tokenizer.
         """
-        own = self.read_tokenizer()
-        if requested is None or (requested.is_trained and requested.fingerprint == own.fingerprint):
-            return own
-        if not requested.is_trained and type(requested) is type(own) and requested.vocab_size == own.vocab_size:
-            return own
-        raise DataError(
-            f"'{self.folder}' was prepared with a {type(own).__name__} of {own.vocab_size} tokens, which is not the "
-            f"{type(requested).__name__} of {requested.vocab_size} asked for.",
-            "Leave the tokenizer out, or prepare the texts with the other one.",
-        )
+        tokenizer = self.read_tokenizer()
+        if requested is None:
+            return tokenizer
+        if requested.is_trained:
+            matches = requested.fingerprint == tokenizer.fingerprint
+        else:
+            matches = type(requested) is type(tokenizer) and requested.vocab_size == tokenizer.vocab_size
+        if not matches:
+            raise DataError(
+                f"'{self.folder}' was prepared with a {type(tokenizer).__name__} of {tokenizer.vocab_size} tokens, "
+                f"which is not the {type(requested).__name__} of {requested.vocab_size} requested.",
+                "Remove the option tokenizer, or prepare the texts with the other one.",
+            )
+        return tokenizer
 
     def open_split(self, split: str) -> TokenStore:
         """Open the tokens of a split.
 
         Raises:
-            DataError: there is no such split, or it is damaged.
+            DataError: There is no such split, or it is damaged.
         """
         if split not in self.splits:
             raise DataError(
@@ -121,10 +122,8 @@ class TokenizedCorpus:
                 "Prepare the texts with a share for it.",
             )
         store = TokenStore(self.folder / split)
-        if (store.tokenizer_fingerprint, store.fingerprint) != (
-            self._tokenizer_fingerprint,
-            self.splits[split].get("fingerprint"),
-        ):
+        expected = self._tokenizer_fingerprint, self.splits[split].get("fingerprint")
+        if (store.tokenizer_fingerprint, store.fingerprint) != expected:
             raise DataError(
                 f"The token store '{store.folder}' belongs to other texts or another tokenizer.", REBUILD_HINT
             )
@@ -132,17 +131,16 @@ class TokenizedCorpus:
 
 
 def is_tokenized_corpus(folder: str | os.PathLike[str]) -> bool:
-    """Return whether there is a prepared folder, whole or not."""
+    """Return whether a folder is a tokenized corpus, whole or damaged."""
     return (Path(folder).expanduser() / INFO_NAME).is_file()
 
 
 def compute_fingerprint(manifest: CorpusManifest, tokenizer: Tokenizer) -> str:
-    """Return the SHA-256 of what a folder is made of: each part's cache key and the tokenizer, or how it is trained."""
-    kind = type(tokenizer)
-    asked = tokenizer.fingerprint if tokenizer.is_trained else f"{kind.__qualname__} {tokenizer.vocab_size}"
-    digest = hashlib.sha256(f"{FORMAT_VERSION}\n{asked}\n".encode())
-    for part, shares in manifest.iter_parts():
-        digest.update(f"{part.cache_key} {dict(shares)}\n".encode("utf-8", "surrogatepass"))
+    """Return the SHA-256 of the parts' cache keys and of the tokenizer, or of how it is to be trained."""
+    name = tokenizer.fingerprint if tokenizer.is_trained else f"{type(tokenizer).__qualname__} {tokenizer.vocab_size}"
+    digest = hashlib.sha256(f"{FORMAT_VERSION}\n{name}\n".encode())
+    for part, split_fractions in manifest.iter_parts():
+        digest.update(f"{part.cache_key} {dict(split_fractions)}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
@@ -155,27 +153,27 @@ def open_store(
     num_workers: int | None = None,
     verify: bool = False,
 ) -> TokenStore:
-    """Open the tokens of documents in a cache, encoding them first where that was not done yet.
+    """Open the tokens of documents in a cache, encoding them first if they are not there.
 
-    A store is found again by the names, sizes and times of the files (the hash of embedded texts) and the tokenizer, so
-    changed text or another tokenizer is another store. A damaged one is made again, its good shards kept.
+    A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the tokenizer, so
+    changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole shards.
 
     Args:
-        documents: at least one.
-        tokenizer: gives the ids; must be trained.
-        cache_dir: folder of all stores; None for ``~/.cache/memtx``.
-        split: the split.
-        num_workers: processes; None for one a core.
-        verify: compare every shard's checksum, not its size only.
+        documents: At least one document.
+        tokenizer: Trained tokenizer.
+        cache_dir: Folder of all stores. None uses ``~/.cache/memtx``.
+        split: Name of the split.
+        num_workers: Number of processes. None uses one per core.
+        verify: If True, compare the checksum of every shard, not only its size.
 
     Raises:
-        DataError: a text is not UTF-8 or empty.
-        MemtxError: the cache cannot be written to.
+        DataError: A text is not UTF-8 or empty.
+        MemtxError: The cache cannot be written to.
     """
-    source = CorpusManifest(split, {split: documents})
-    folder = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
-    place = folder / f"{split}-{compute_fingerprint(source, tokenizer)[:16]}"
-    return tokenize_corpus(place, source, tokenizer, num_workers=num_workers, verify=verify).open_split(split)
+    manifest = Corpus(split, {split: documents})
+    cache = Path(cache_dir).expanduser() if cache_dir is not None else files.default_cache_dir()
+    folder = cache / f"{split}-{compute_fingerprint(manifest, tokenizer)[:16]}"
+    return tokenize_corpus(folder, manifest, tokenizer, num_workers=num_workers, verify=verify).open_split(split)
 
 
 def tokenize_corpus(
@@ -187,99 +185,54 @@ def tokenize_corpus(
     verify: bool = False,
     progress: ProgressFactory | None = None,
 ) -> TokenizedCorpus:
-    """Encode a source into a folder, or open the folder where that was done.
+    """Encode a source into a folder, or open the folder if that was done.
 
-    Killed at any moment and called again, it goes on with the shards that are whole, and what comes out is the same to
-    the byte. Memory holds a piece of one text a process, and the names and lengths of one shard's documents.
+    A run that was killed at any moment continues with its whole shards, and the result is the same to the byte. Memory
+    holds a portion of one text a process, and the ids and lengths of the documents of one shard.
 
     Args:
-        folder: what to make; a damaged one is made again, its good shards kept.
-        manifest: at least one part.
-        tokenizer: gives the ids; trained on the texts of "train" first, where it is of a kind that learns.
-        num_workers: processes; None for one a core.
-        verify: compare the checksums of shards that are there, not their sizes only.
-        progress: shows how far it is; a bar on a terminal by default.
+        folder: Folder to write. A damaged one is rebuilt from its whole shards.
+        manifest: Source with at least one part.
+        tokenizer: Tokenizer of the texts; trained on those of "train" first if it is not trained.
+        num_workers: Number of processes. None uses one per core.
+        verify: If True, compare the checksums of existing shards, not only their sizes.
+        progress: Shows the progress. Defaults to a bar on a terminal.
 
     Raises:
-        DataError: there is nothing to encode, a text cannot be used, or the folder holds something else.
-        MemtxError: it cannot be written to.
+        DataError: There is nothing to encode, a text cannot be used, or the folder holds something else.
+        MemtxError: The folder cannot be written to.
     """
-    place = Path(folder)
+    path = Path(folder)
     if not manifest.splits:
         raise DataError("There are no documents to encode, expected at least one.", "Check the source of texts.")
-    asked = compute_fingerprint(manifest, tokenizer)
-    with file_lock(place):
-        if place.exists():
-            found = _open_existing(place, asked, verify)
-            if found is not None:
-                return found
-        _build(place, manifest, tokenizer, asked, num_workers or os.cpu_count() or 1, progress or progress_bar)
-    return TokenizedCorpus(place)
+    fingerprint = compute_fingerprint(manifest, tokenizer)
+    with file_lock(path):
+        if path.exists() and (corpus := _open_existing(path, fingerprint, verify)) is not None:
+            return corpus
+        _build(path, manifest, tokenizer, fingerprint, num_workers or os.cpu_count() or 1, progress or progress_bar)
+    return TokenizedCorpus(path)
 
 
 def _open_existing(path: Path, fingerprint: str, verify: bool) -> TokenizedCorpus | None:
-    """Return what is there already; None if it is to be made again.
-
-    Raises:
-        DataError: it is something else, which is not ours to overwrite.
-    """
+    """Return the corpus at a path, or None if it must be built; raises DataError if it is not ours to overwrite."""
     if not path.is_dir() or (not is_tokenized_corpus(path) and any(path.iterdir())):
         raise DataError(f"'{path}' exists and is no prepared folder.", "Give another name, or remove it.")
     try:
-        found = TokenizedCorpus(path)
+        corpus = TokenizedCorpus(path)
+        if corpus.input_fingerprint == fingerprint:
+            corpus.read_tokenizer()
+            for split in corpus.splits:
+                store = corpus.open_split(split)
+                if verify:
+                    store.verify()
+            return corpus
     except DataError as error:
         log.warning("%s Encoding it again.", error.message)
         return None
-    if found.input_fingerprint != fingerprint:
-        raise DataError(
-            f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer.",
-            "Give another name, or remove it.",
-        )
-    try:
-        found.read_tokenizer()
-        for split in found.splits:
-            store = found.open_split(split)
-            if verify:
-                store.verify()
-    except DataError as error:
-        log.warning("%s Encoding it again.", error.message)
-        return None
-    return found
-
-
-def plan_shards(sizes: Sequence[int]) -> list[range]:
-    """Return which parts each shard holds: about 32 shards, each of 1 to 64 MB of text, in order.
-
-    A function of the sizes alone, so that an interrupted run finds its shards again whatever its workers.
-    """
-    target = min(MAX_SHARD_BYTES, max(MIN_SHARD_BYTES, sum(sizes) // 32))
-    shards: list[range] = []
-    start, held = 0, 0
-    for place, size in enumerate(sizes):
-        if place > start and held + size > target:
-            shards.append(range(start, place))
-            start, held = place, 0
-        held += size
-    return [*shards, range(start, len(sizes))]
-
-
-def plan_jobs(folder: Path, manifest: CorpusManifest, tokenizer: Tokenizer) -> list[ShardJob]:
-    """Return what is to be done, whatever is done already."""
-    jobs: list[ShardJob] = []
-
-    def add_jobs(parts: Sequence[SourcePart], split_fractions: Mapping[str, float], first_index: int) -> None:
-        for number, places in enumerate(plan_shards([part.size for part in parts]), first_index):
-            jobs.append(
-                ShardJob(folder, number, [parts[place] for place in places], split_fractions, tokenizer.fingerprint)
-            )
-
-    for split, parts in manifest.split_parts.items():
-        if parts:
-            add_jobs(parts, {split: 1.0}, 0)
-    if manifest.unsplit_parts:
-        # Numbers that no split has given away yet.
-        add_jobs(manifest.unsplit_parts, manifest.split_fractions, len(jobs))
-    return jobs
+    raise DataError(
+        f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer.",
+        "Give another name, or remove it.",
+    )
 
 
 def _build(
@@ -296,32 +249,33 @@ def _build(
         os.replace(path, building)
         (building / INFO_NAME).unlink(missing_ok=True)
     building.mkdir(parents=True, exist_ok=True)
-    for left in building.rglob(".*.tmp"):  # of a run that was killed
-        left.unlink(missing_ok=True)
+    for temporary in building.rglob(".*.tmp"):  # left by a run that was killed
+        temporary.unlink(missing_ok=True)
     tokenizer = train_tokenizer(tokenizer, manifest, building)
     jobs = plan_jobs(building, manifest, tokenizer)
-    todo = [job for job in jobs if not job.is_complete]
-    total, left_over = (sum(part.size for job in some for part in job.parts) for some in (jobs, todo))
-    with progress(f"Encoding {manifest.name}", total, total - left_over) as advance:
-        write_jobs(todo, tokenizer, num_workers, advance)
+    remaining = [job for job in jobs if not job.is_complete]
+    total, todo = (sum(part.size for job in group for part in job.parts) for group in (jobs, remaining))
+    with progress(f"Encoding {manifest.name}", total, total - todo) as on_progress:
+        write_jobs(remaining, tokenizer, num_workers, on_progress)
     shards = {
         split: [job.shard_path(split) for job in jobs if split in job.split_fractions] for split in manifest.splits
     }
     splits = {split: write_index(building / split, paths, tokenizer) for split, paths in shards.items()}
-    splits = {split: facts for split, facts in splits.items() if facts["documents"]}
+    splits = {split: totals for split, totals in splits.items() if totals["documents"]}
     if not splits:
         raise DataError(f"'{manifest.name}' holds no document with a word in it.", "Check the source of texts.")
     files.write_text(building / TOKENIZER_NAME, tokenizer.to_json())
     _prune(building, {split: shards[split] for split in splits})
-    note = {
+    info = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "name": manifest.name,
         "input_fingerprint": fingerprint,
         "splits": splits,
+        "tokenizer": tokenizer.fingerprint,
     }
-    files.write_json(building / INFO_NAME, {**note, "tokenizer": tokenizer.fingerprint})
-    if path.exists():  # an empty folder that was made for it
+    files.write_json(building / INFO_NAME, info)
+    if path.exists():  # an empty folder
         path.rmdir()
     os.replace(building, path)
     files.fsync_directory(path.parent)
@@ -329,29 +283,102 @@ def _build(
 
 def _prune(building: Path, shards: Mapping[str, Sequence[Path]]) -> None:
     """Remove what an earlier plan left, such as that of a source that has changed since."""
-    kept = {building / TOKENIZER_NAME}
+    needed = {building / TOKENIZER_NAME}
     for split, paths in shards.items():
-        kept.add(building / split / INDEX_NAME)
+        needed.add(building / split / INDEX_NAME)
         for path in paths:
-            kept.add(metadata_path(path))
+            needed.add(metadata_path(path))
             if files.read_json(metadata_path(path))["size"]:
-                kept.add(path)
+                needed.add(path)
     for path in sorted(building.rglob("*"), reverse=True):
         if path.is_dir():
             with contextlib.suppress(OSError):  # not empty
                 path.rmdir()
-        elif path not in kept:
+        elif path not in needed:
             path.unlink()
 
 
+def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path) -> Tokenizer:
+    """Return the tokenizer, trained on the texts of "train" if it is not trained.
+
+    Args:
+        tokenizer: Tokenizer, which is trained in place.
+        manifest: Source of the texts.
+        folder: Folder where a trained tokenizer is saved, and found by the next run on the same texts.
+
+    Raises:
+        DataError: There are no texts to train on, or a text cannot be used.
+    """
+    if tokenizer.is_trained:
+        return tokenizer
+    kind = type(tokenizer)
+    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {tokenizer.vocab_size}\n".encode())
+    for part, split_fractions in manifest.iter_parts():
+        if split_fractions.get("train"):
+            digest.update(part.cache_key.encode("utf-8", "surrogatepass") + b"\n")
+    if "train" not in manifest.splits:
+        raise DataError(f"'{manifest.name}' has no split 'train' to train a tokenizer on.", "Give a trained tokenizer.")
+    path = folder / f"tokenizer-{digest.hexdigest()[:16]}.json"
+    with file_lock(path):
+        if path.exists():
+            try:
+                return load_tokenizer(path)
+            except DataError:
+                path.unlink()  # damaged; training gives the same again
+        tokenizer.train(_sample_texts(manifest))
+        tokenizer.save(path)
+    return tokenizer
+
+
+def _sample_texts(manifest: CorpusManifest) -> Iterator[str]:
+    """Yield whole training texts spread evenly over the parts, up to ``MAX_TRAINING_BYTES``."""
+    parts = [(part, fractions) for part, fractions in manifest.iter_parts() if fractions.get("train")]
+    stride = -(-sum(part.size for part, _ in parts) // MAX_TRAINING_BYTES)
+    remaining = MAX_TRAINING_BYTES
+    for part, split_fractions in parts[:: max(1, stride)]:
+        for document in part.iter_documents():
+            if assign_split(document.id, split_fractions) != "train":
+                continue
+            for text in document.iter_text():
+                yield text
+                remaining -= len(text)
+                if remaining <= 0:
+                    return
+
+
 @contextlib.contextmanager
-def progress_bar(description: str, total: int, done: int) -> Iterator[ProgressCallback]:
+def file_lock(path: Path) -> Iterator[None]:
+    """Let one process at a time write ``path``. The lock ends with its process, its empty file stays beside ``path``.
+
+    Raises:
+        MemtxError: The folder of ``path`` cannot be written to.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path.with_name(f".{path.name}.lock"), "ab")  # noqa: SIM115
+    except OSError as error:
+        raise MemtxError(
+            f"The folder '{path.parent}' cannot be written to: {error.strerror}.",
+            "Give another folder; that of the cache is set with --data.cache_dir PATH.",
+        ) from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # Windows: a second process repeats the work, and the last rename wins
+            yield
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int, completed: int) -> Iterator[ProgressCallback]:
     """Show bytes, rate and time left on a terminal; nothing elsewhere."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as shown:
-        task = shown.add_task(description, total=total, completed=done)
-        yield lambda count: shown.advance(task, count)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, completed=completed)
+        yield lambda count: bar.advance(task, count)

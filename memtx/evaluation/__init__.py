@@ -1,1 +1,1 @@
-"""What a memory is worth: tasks written here and seeded, and accuracy by distance."""
+"""Evaluation of what a memory retains: accuracy by distance, capacity, needles, bAbI, and comparisons of models."""

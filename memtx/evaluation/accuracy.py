@@ -1,29 +1,62 @@
-"""How often a model answers exactly, by how far back the answer lies."""
+"""Accuracy on synthetic tasks by distance, and capacity: how many pairs a memory holds, and per KiB of its state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from memtx.checkpoint import pretrained
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.synthetic_tasks.base import SyntheticTask
-from memtx.state import MemoryState
+from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.errors import MemtxError, check_at_least, closest_match
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
+
+T = TypeVar("T", bound=SyntheticTask)
+
+ACCURACY_THRESHOLD = 0.9
+"""Accuracy from which a number of pairs counts as held."""
 
 
-class StatefulModel(Protocol):
-    """What reads a stream with a state, such as :class:`memtx.MemoryTransformer`."""
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Accuracy under one condition.
 
-    def __call__(self, tokens: Tensor, state: MemoryState | None = None) -> Any:
-        """Read (batch, length); ``logits`` and ``state`` of what it returns are used."""
-        ...
+    Attributes:
+        name: Name of the condition, such as a task or a depth.
+        distance: Distance in tokens.
+        accuracy: Fraction of correct answers; None if there was nothing to ask.
+        chance: Accuracy of guessing, or of always giving the most frequent answer if the answers are not balanced.
+    """
+
+    name: str
+    distance: int
+    accuracy: float | None
+    chance: float
+
+
+def average_by_distance(name: str, results: list[EvaluationResult]) -> list[EvaluationResult]:
+    """Return the mean over conditions at each distance, without conditions that have no accuracy."""
+    averages = []
+    for distance in dict.fromkeys(result.distance for result in results):
+        group = [result for result in results if result.distance == distance]
+        accuracies = [result.accuracy for result in group if result.accuracy is not None]
+        chances = [result.chance for result in group if result.accuracy is not None or not accuracies]
+        mean = sum(accuracies) / len(accuracies) if accuracies else None
+        averages.append(EvaluationResult(name, distance, mean, sum(chances) / len(chances)))
+    return averages
 
 
 @torch.no_grad()
 def evaluate_accuracy(
-    model: StatefulModel,
+    model: RecurrentLanguageModel,
     task: SyntheticTask,
     distance: int,
     *,
@@ -32,34 +65,163 @@ def evaluate_accuracy(
     segments_per_call: int = 32,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Return the share of questions answered exactly, ``distance`` segments after the last one that is asked about.
+    """Return the fraction of questions answered exactly, ``distance`` segments after the last written one.
 
     Args:
-        model: in eval mode, on the CPU or wherever its state puts it; how a stream is cut must not matter to it,
-            or ``segments_per_call`` must be 1.
-        task: the task.
-        distance: segments from what is asked about to the questions, at least 1.
-        num_samples: episodes.
-        seed: of the episodes.
-        segments_per_call: segments a call.
-        on_progress: is told after every call how many segments it read.
+        model: Model in eval mode. If its output depends on the segmentation, ``segments_per_call`` must be 1.
+        task: Synthetic task.
+        distance: Segments from the written segments to the questions, at least 1.
+        num_samples: Number of episodes.
+        seed: Seed of the episodes.
+        segments_per_call: Segments per call of the model.
+        on_progress: Called after every call with the number of segments read.
     """
     generator = torch.Generator().manual_seed(seed)
-    state: MemoryState | None = None
-    waiting: list[Tensor] = []
-    right = asked = 0
-    last = task.num_write_segments + distance - 1
-    for number, (tokens, labels) in enumerate(task.iter_segments(num_samples, last + 1, generator, query_mode="last")):
-        waiting.append(tokens)
-        if len(waiting) < segments_per_call and number < last:
+    state = model.init_state(num_samples)
+    pending: list[Tensor] = []
+    num_segments = task.num_write_segments + distance
+    segments = task.iter_segments(num_samples, num_segments, generator, query_mode="last")
+    num_correct = num_questions = 0
+    for number, (tokens, labels) in enumerate(segments, 1):
+        pending.append(tokens)
+        if len(pending) < segments_per_call and number < num_segments:
             continue
-        device = state.position.device if state is not None else None
-        found = model(torch.cat(waiting, dim=1).to(device), state)
+        output = model(torch.cat(pending, dim=1).to(state.position.device), state)
         if on_progress is not None:
-            on_progress(len(waiting))
-        state, waiting = found.state, []
-        if number == last:
-            scored = labels != IGNORE_INDEX
-            told = found.logits[:, -task.segment_length :].argmax(-1).cpu()
-            right, asked = int((told == labels)[scored].sum()), int(scored.sum())
-    return right / asked
+            on_progress(len(pending))
+        state, pending = output.state, []
+        if number == num_segments:
+            assert output.logits is not None
+            is_question = labels != IGNORE_INDEX
+            predictions = output.logits[:, -task.segment_length :].argmax(-1).cpu()
+            num_correct, num_questions = int((predictions == labels)[is_question].sum()), int(is_question.sum())
+    return num_correct / num_questions
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Capacity of a memory (task T2; Arora et al. 2024, section 3).
+
+    Attributes:
+        distance: Distance in segments of the task.
+        num_pairs: Largest number of pairs held; 0 if none.
+        is_lower_bound: If True, all keys of the task were held, so the capacity may be larger.
+        accuracy_by_pairs: Accuracy for each number of pairs tried.
+        state_bytes: Size of the state of one stream.
+    """
+
+    distance: int
+    num_pairs: int
+    is_lower_bound: bool
+    accuracy_by_pairs: dict[int, float]
+    state_bytes: int
+
+    @property
+    def pairs_per_kib(self) -> float:
+        """Pairs per 1,024 bytes of state."""
+        return self.num_pairs * 1024 / self.state_bytes
+
+
+def with_num_pairs(task: AssociativeRecall, num_pairs: int) -> AssociativeRecall:
+    """Return the task with another number of pairs; its segment is a multiple of the original that they fit into."""
+    factor = -(-2 * num_pairs // task.segment_length)
+    return dataclasses.replace(task, num_pairs=num_pairs, segment_length=task.segment_length * factor)
+
+
+def evaluate_capacity(
+    model: RecurrentLanguageModel,
+    task: AssociativeRecall,
+    distance: int,
+    *,
+    state_bytes: int,
+    threshold: float = ACCURACY_THRESHOLD,
+    num_samples: int = 32,
+    seed: int = 0,
+    on_progress: Callable[[int], None] | None = None,
+) -> Capacity:
+    """Return the largest number of pairs recalled, found by doubling and then by bisection.
+
+    Assumes that the accuracy falls with the number of pairs, which may exceed that of the training.
+
+    Args:
+        model: Model in eval mode; see :func:`evaluate_accuracy`.
+        task: Task with keys, values and segment length; pairs that do not fit into a segment get a longer one.
+        distance: Distance in segments of the task, at least 1; about as many tokens for longer segments.
+        state_bytes: Size of the state of one stream.
+        threshold: Accuracy from which a number of pairs counts as held.
+        num_samples: Number of episodes.
+        seed: Seed of the episodes.
+        on_progress: Called with each number of pairs before it is tried.
+
+    Raises:
+        MemtxError: ``distance`` or ``state_bytes`` is not positive.
+    """
+    check_at_least(1, distance=distance, state_bytes=state_bytes)
+    accuracies: dict[int, float] = {}
+
+    def holds(num_pairs: int) -> bool:
+        if on_progress is not None:
+            on_progress(num_pairs)
+        longer_task = with_num_pairs(task, num_pairs)
+        num_segments = max(1, round(distance * task.segment_length / longer_task.segment_length))
+        accuracies[num_pairs] = evaluate_accuracy(model, longer_task, num_segments, num_samples=num_samples, seed=seed)
+        return accuracies[num_pairs] >= threshold
+
+    low, high, step = 0, task.num_keys + 1, 1
+    while low < step < high:
+        if holds(step):
+            low, step = step, min(2 * step, task.num_keys)
+        else:
+            high = step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return Capacity(distance, low, low == task.num_keys, dict(sorted(accuracies.items())), state_bytes)
+
+
+def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
+    """Load a model (in eval mode, on the CPU) and the options of the synthetic task that it was trained on.
+
+    Args:
+        path: Training checkpoint or run folder; or pretrained folder, which has no task options.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged, or not of memtx.
+    """
+    model_path = pretrained.resolve_model_path(path)
+    model = MemoryTransformer.from_pretrained(model_path).eval()
+    if (model_path / pretrained.CONFIG_FILE).is_file():
+        return model, {}
+    for entry in pretrained.read_metadata(model_path).values():
+        task = entry.get("task") if isinstance(entry, Mapping) else None
+        if isinstance(task, Mapping) and isinstance(task.get("init_args"), Mapping):
+            return model, dict(task["init_args"])
+    return model, {}
+
+
+def build_task(task_class: type[T], trained_options: Mapping[str, Any], overrides: Mapping[str, str]) -> T:
+    """Build a task from ``overrides``, then the options of a run, then the defaults of its class.
+
+    Args:
+        task_class: Class of the task.
+        trained_options: Options of the run's task, possibly of another class; those unknown to ``task_class`` are
+            ignored.
+        overrides: Values by option name, as text: an integer, or true or false.
+
+    Raises:
+        MemtxError: An option is unknown, or its value is invalid.
+    """
+    types: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(task_class)}
+    options = {name: value for name, value in trained_options.items() if name in types}
+    for name, text in overrides.items():
+        if name not in types:
+            raise MemtxError(
+                f"{task_class.__name__} has no option '{name}'.{closest_match(name, types)}",
+                f"Its options are {', '.join(types)}.",
+            )
+        try:
+            options[name] = {"true": True, "false": False}[text.lower()] if types[name] is bool else int(text)
+        except (KeyError, ValueError) as error:
+            expected = "true or false" if types[name] is bool else "a whole number"
+            raise MemtxError(f"{name} is '{text}', expected {expected}.") from error
+    return task_class(**options)

@@ -1,7 +1,7 @@
-"""bAbI stories hidden in book text, as BABILong does (Weston et al. 2015; Kuratov et al. 2024, section 2).
+"""bAbI stories hidden in book text, as in BABILong (Weston et al. 2015; Kuratov et al. 2024, section 2).
 
-The sentences of a story stand in their order at random places among the sentences of a book, the question at the end;
-the answer is chosen among all that the task's questions have, by likelihood.
+The sentences of a story are hidden in order at random places in a book, and the question follows at the end. The answer
+is chosen by likelihood among all answers of the task.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ import torch
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
-from memtx.evaluation.haystack import Haystack, TokenIds, encode_ids
-from memtx.evaluation.likelihood import choose_answer, read_contexts
-from memtx.evaluation.results import EvaluationResult
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.evaluation.accuracy import EvaluationResult
+from memtx.evaluation.haystack import Haystack, TokenIds, choose_answer, encode_ids, read_contexts
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 
-FORMAT_HINT = "It holds files such as qa1_single-supporting-fact_test.txt, of numbered lines."
+FORMAT_HINT = "Give a folder with files such as qa1_single-supporting-fact_test.txt, with numbered lines."
 
 _FILE_PATTERN = re.compile(r"qa(\d+)_.*_test\.txt")
 _LINE_PATTERN = re.compile(r"(\d+) (.+)")
@@ -29,13 +28,7 @@ _LINE_PATTERN = re.compile(r"(\d+) (.+)")
 
 @dataclass(frozen=True)
 class Story:
-    """A question and all that was told before it.
-
-    Attributes:
-        facts: the sentences, in order.
-        question: what is asked.
-        answer: to it.
-    """
+    """A question and the facts before it, in order."""
 
     facts: tuple[str, ...]
     question: str
@@ -43,51 +36,51 @@ class Story:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """Return the questions of a file: lines are numbered from 1 in each story, a question has its answer behind a tab.
+    """Return the questions in a file: lines are numbered from 1 in each story, and a tab separates question and answer.
 
     Raises:
-        DataError: a line is of another form, or there is no question; names file and line.
+        DataError: The file is not UTF-8, a line is malformed, or there is no question.
     """
-    found: list[Story] = []
+    stories: list[Story] = []
     facts: list[str] = []
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
         raise DataError(f"'{path}' is not UTF-8: {error.reason} at byte {error.start}.", "Convert it.") from error
-    for place, line in enumerate(lines, 1):
+    for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if (parts := _LINE_PATTERN.fullmatch(line.rstrip())) is None:
-            raise DataError(f"'{path}', line {place}: there is no number and sentence.", FORMAT_HINT)
-        if parts[1] == "1":
+        if (match := _LINE_PATTERN.fullmatch(line.rstrip())) is None:
+            raise DataError(f"'{path}', line {line_number}: not a number and a sentence.", FORMAT_HINT)
+        if match[1] == "1":
             facts = []
-        text, *behind = parts[2].split("\t")
-        if behind:
-            found.append(Story(tuple(facts), text.strip(), behind[0].strip()))
+        text, *answer = match[2].split("\t")
+        if answer:
+            stories.append(Story(tuple(facts), text.strip(), answer[0].strip()))
         else:
             facts.append(text.strip())
-    if not found:
-        raise DataError(f"'{path}' holds no question.", FORMAT_HINT)
-    return found
+    if not stories:
+        raise DataError(f"'{path}' has no question.", FORMAT_HINT)
+    return stories
 
 
 def load_tasks(folder: str) -> dict[int, list[Story]]:
-    """Return the stories of each task whose test file is in the folder, by its number.
+    """Return the stories of each task with a test file in the folder, by the number of the task.
 
     Raises:
-        DataError: no such folder or file, or one that cannot be used.
+        DataError: The folder does not exist, or has no test file or an invalid one.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"'{folder}' is no folder, expected one of bAbI's tasks.", FORMAT_HINT)
-    named = {int(parts[1]): path for path in root.iterdir() if (parts := _FILE_PATTERN.fullmatch(path.name))}
-    if not named:
-        raise DataError(f"'{folder}' holds no task of bAbI.", FORMAT_HINT)
-    return {number: read_stories(named[number]) for number in sorted(named)}
+        raise DataError(f"'{folder}' is no folder.", FORMAT_HINT)
+    paths = {int(match[1]): path for path in root.iterdir() if (match := _FILE_PATTERN.fullmatch(path.name))}
+    if not paths:
+        raise DataError(f"'{folder}' has no bAbI task.", FORMAT_HINT)
+    return {number: read_stories(paths[number]) for number in sorted(paths)}
 
 
 def evaluate_babi(
-    model: MemoryTransformer,
+    model: RecurrentLanguageModel,
     tokenizer: Tokenizer,
     haystack: Haystack,
     tasks: dict[int, list[Story]],
@@ -98,45 +91,47 @@ def evaluate_babi(
     segment_length: int = 512,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[EvaluationResult]:
-    """Return the accuracy of every task at every length, beside the share of its most frequent answer.
+    """Return the accuracy on every task at every length; chance is the frequency of the most common answer.
 
     Args:
-        model: in eval mode, of this tokenizer.
-        tokenizer: the model's.
-        haystack: the text.
-        tasks: stories by the task's number.
-        lengths: tokens of a context, the story included; a task none of whose stories is so short has no accuracy.
-        num_samples: questions of a task and length at most.
-        seed: of the choice of stories, places and text.
-        segment_length: tokens a call.
-        on_progress: is told how many tokens of a row were read.
+        model: Model in eval mode.
+        tokenizer: Tokenizer of the model.
+        haystack: Text to hide the stories in.
+        tasks: Stories by the number of the task.
+        lengths: Lengths of a context in tokens, story included; the accuracy is None if no story of a task fits.
+        num_samples: Maximum number of questions per task and length.
+        seed: Seed for the choice of stories, places and text.
+        segment_length: Tokens per call.
+        on_progress: Called after every call with the number of tokens read per context.
     """
     generator = torch.Generator().manual_seed(seed)
     results = []
-    for number, told in tasks.items():
-        words = sorted({story.answer for story in told})
+    for number, stories in tasks.items():
+        counts = Counter(story.answer for story in stories)
+        words = sorted(counts)
         answers = [encode_ids(tokenizer, f" {word}") for word in words]
-        usual = Counter(story.answer for story in told).most_common(1)[0][1] / len(told)
+        chance = counts.most_common(1)[0][1] / len(stories)
         for length in lengths:
             contexts: list[TokenIds] = []
-            chosen: list[Story] = []
-            for one in torch.randperm(len(told), generator=generator).tolist():
-                if len(chosen) == num_samples:
+            samples: list[Story] = []
+            for index in torch.randperm(len(stories), generator=generator).tolist():
+                if len(samples) == num_samples:
                     break
-                facts = [encode_ids(tokenizer, f" {fact}") for fact in told[one].facts]
-                places = torch.rand(len(facts), generator=generator).sort().values.tolist()
-                if (context := haystack.hide(facts, places, length, generator)) is not None:
+                facts = [encode_ids(tokenizer, f" {fact}") for fact in stories[index].facts]
+                depths = torch.rand(len(facts), generator=generator).sort().values.tolist()
+                if (context := haystack.hide(facts, depths, length, generator)) is not None:
                     contexts.append(context)
-                    chosen.append(told[one])
-            share = None
-            if chosen:
+                    samples.append(stories[index])
+            accuracy = None
+            if samples:
                 state = read_contexts(
                     model, contexts, tokenizer.bos_token_id, segment_length=segment_length, on_progress=on_progress
                 )
-                right = 0
-                for row, story in enumerate(chosen):
-                    question = encode_ids(tokenizer, f" {story.question}")
-                    right += words[choose_answer(model, state.select([row]), question, answers)] == story.answer
-                share = right / len(chosen)
-            results.append(EvaluationResult(f"qa{number}", length, share, usual))
+                questions = [encode_ids(tokenizer, f" {story.question}") for story in samples]
+                num_correct = sum(
+                    words[choose_answer(model, state.select([index]), question, answers)] == story.answer
+                    for index, (story, question) in enumerate(zip(samples, questions, strict=True))
+                )
+                accuracy = num_correct / len(samples)
+            results.append(EvaluationResult(f"qa{number}", length, accuracy, chance))
     return results

@@ -1,21 +1,22 @@
-"""Models beside one another on the same texts: how large they are, how long a call takes, and how well they do.
+"""Comparison of models on the same texts: size, latency and score.
 
-Calls are timed in turn, one of each model on the same input, so that what else the machine does falls on all alike.
+Calls of the models alternate on the same input, so that other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import Document
 from memtx.data.tasks.base import Task
 from memtx.data.tasks.question_answering import QuestionAnswering
 from memtx.data.tasks.tagging import Tagging, extract_spans
@@ -23,27 +24,26 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError, check_at_least
 from memtx.inference.predictor import Predictor
 from memtx.metrics import AnswerF1, BitsPerByte, SpanF1
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.segment import Segment
 
 ProgressCallback = Callable[[], None]
 """Called after each call of a model."""
 
-
 REPEATS = 5
-"""Calls of one input, of which the fastest counts: whatever else the machine does makes a call slower, never faster."""
+"""Calls per input, of which the fastest counts: other load makes a call slower, never faster."""
 
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """One model among others.
+    """Figures of one model.
 
     Attributes:
-        name: as the user knows it.
-        num_parameters: how many.
-        latency_ms: of a call (see :func:`time_calls`).
-        score: of the metric.
-        metric: what is measured: accuracy, f1, or bits_per_byte.
+        name: Name given by the user.
+        num_parameters: Number of parameters.
+        latency_ms: Duration of a call in milliseconds (see :func:`time_calls`).
+        score: Value of the metric.
+        metric: ``accuracy``, ``f1`` or ``bits_per_byte``.
     """
 
     name: str
@@ -53,80 +53,88 @@ class ModelComparison:
     metric: str
 
     def size_reduction(self, teacher: ModelComparison) -> float:
-        """Return the share of the teacher's parameters that it does without."""
+        """Return the fraction of the teacher's parameters that this model saves."""
         return 1.0 - self.num_parameters / teacher.num_parameters
 
     def speed_gain(self, teacher: ModelComparison) -> float:
-        """Return how much more it reads in the same time, as a share of what the teacher reads."""
+        """Return the gain in throughput over the teacher, as a fraction of the teacher's."""
         return teacher.latency_ms / self.latency_ms - 1.0
 
     def score_retention(self, teacher: ModelComparison) -> float:
-        """Return the share of the teacher's quality that it has; bits count inversely."""
+        """Return the fraction of the teacher's score that this model reaches; the inverse for bits per byte."""
         if self.metric == "bits_per_byte":
             return teacher.score / self.score
         return self.score / teacher.score if teacher.score else float("nan")
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Return how many numbers a model has learned; tied ones count once."""
-    return sum(one.numel() for one in model.parameters())
+class ParameterizedLanguageModel(RecurrentLanguageModel, Protocol):
+    """A language model whose parameters can be counted."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the parameters, tied ones once."""
+        ...
+
+
+def num_parameters(model: nn.Module | ParameterizedLanguageModel) -> int:
+    """Return the number of parameters of a model; tied parameters count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def time_calls(
     functions: Sequence[Callable[[int], object]], num_inputs: int, on_progress: ProgressCallback = lambda: None
 ) -> list[float]:
-    """Return the milliseconds of each of the calls, which take turns: the median over inputs of the fastest of each.
+    """Return the latency of each function in milliseconds: the median over inputs of the fastest of ``REPEATS`` calls.
 
     Args:
-        functions: each is given the number of an input, from 0.
-        num_inputs: how many there are.
-        on_progress: called after each call.
+        functions: Functions to time, called in turn with the index of an input.
+        num_inputs: Number of inputs.
+        on_progress: Called after each call.
+
+    Raises:
+        MemtxError: ``num_inputs`` is not positive.
     """
     check_at_least(1, num_inputs=num_inputs)
-    found: list[list[float]] = [[] for _ in functions]
-    for number in range(num_inputs):
-        best = [float("inf")] * len(functions)
+    latencies: list[list[float]] = [[float("inf")] * num_inputs for _ in functions]
+    for index in range(num_inputs):
         for _ in range(REPEATS):
-            for place, call in enumerate(functions):
-                began = time.perf_counter()
-                call(number)
-                best[place] = min(best[place], 1000.0 * (time.perf_counter() - began))
+            for function, fastest in zip(functions, latencies, strict=True):
+                start = time.perf_counter()
+                function(index)
+                fastest[index] = min(fastest[index], 1000.0 * (time.perf_counter() - start))
                 on_progress()
-        for times, one in zip(found, best, strict=True):
-            times.append(one)
-    return [statistics.median(times) for times in found]
+    return [statistics.median(fastest) for fastest in latencies]
 
 
 def metric_name(task: Task) -> str:
-    """Return what a task is measured by."""
+    """Return the name of a task's metric."""
     return "f1" if isinstance(task, Tagging | QuestionAnswering) else "accuracy"
 
 
 def compute_task_score(task: Task, examples: Sequence[Any], predictions: Iterable[dict[str, Any]]) -> float:
-    """Return the measure of answers to labelled examples: accuracy, F1 of spans (seqeval's) or of answers (SQuAD's).
+    """Return the accuracy, the F1 of spans (as seqeval) or the F1 of answers (as SQuAD) of predictions.
 
     Args:
-        task: of both.
-        examples: with labels.
-        predictions: what a model said of each, in order.
+        task: Task of the examples.
+        examples: Labeled examples.
+        predictions: Prediction of a model for each example.
     """
+    pairs = zip(examples, predictions, strict=True)
     if isinstance(task, Tagging):
-        spans = SpanF1()
-        for one, said in zip(examples, predictions, strict=True):
-            spans.update(extract_spans(said["tags"]), extract_spans(one.tags))
-        return float(spans.compute())
+        span_f1 = SpanF1()
+        for example, prediction in pairs:
+            span_f1.update(extract_spans(prediction["tags"]), extract_spans(example.tags))
+        return float(span_f1.compute())
     if isinstance(task, QuestionAnswering):
-        words = AnswerF1()
-        for one, said in zip(examples, predictions, strict=True):
-            words.update(said["answer"], [answer.text for answer in one.answers])
-        return float(words.compute())
-    right = [said["label"] == one.label for one, said in zip(examples, predictions, strict=True)]
-    return float(sum(right) / len(right))
+        answer_f1 = AnswerF1()
+        for example, prediction in pairs:
+            answer_f1.update(prediction["answer"], [answer.text for answer in example.answers])
+        return float(answer_f1.compute())
+    return statistics.mean(float(prediction["label"] == example.label) for example, prediction in pairs)
 
 
 @dataclass(frozen=True)
 class ParsedRecord:
-    """An example as a file has it, and as it was understood."""
+    """Fields of an example in a file, and the example parsed from them."""
 
     record: dict[str, Any]
     example: Any
@@ -139,41 +147,41 @@ def compare_task_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Put models of one task beside one another; a call is one example.
+    """Compare models of one task; a call reads one example.
 
     Args:
-        predictors: models by name.
-        examples: with labels.
-        num_timed: examples that are timed, the first ones, each several times.
-        on_progress: called after each example of each model, timed or scored.
+        predictors: Names and models.
+        examples: Labeled examples.
+        num_timed: Number of examples to time.
+        on_progress: Called after each example of each model, timed or scored.
     """
+
+    def predict_fn(predictor: Predictor) -> Callable[[int], list[dict[str, Any]]]:
+        return lambda index: predictor.predict([examples[index].record])
+
     scores = []
     for _, predictor in predictors:
-        said = []
-        for one in examples:
-            said += predictor.predict([one.record])
+        predictions = []
+        for parsed in examples:
+            predictions += predictor.predict([parsed.record])
             on_progress()
-        scores.append(compute_task_score(predictor.task, [one.example for one in examples], said))
-    asked = [
-        lambda number, own=predictor: own.predict([examples[number].record])  # type: ignore[misc]
-        for _, predictor in predictors
-    ]
-    spent = time_calls(asked, min(num_timed, len(examples)), on_progress)
-    measure = metric_name(predictors[0][1].task)
+        scores.append(compute_task_score(predictor.task, [parsed.example for parsed in examples], predictions))
+    functions = [predict_fn(predictor) for _, predictor in predictors]
+    latencies = time_calls(functions, min(num_timed, len(examples)), on_progress)
     return [
-        ModelComparison(name, num_parameters(predictor.model), taken, score, measure)
-        for (name, predictor), taken, score in zip(predictors, spent, scores, strict=True)
+        ModelComparison(name, num_parameters(predictor.model), latency, score, metric_name(predictor.task))
+        for (name, predictor), latency, score in zip(predictors, latencies, scores, strict=True)
     ]
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """Beginnings of documents, side by side.
+    """Beginnings of documents as a batch.
 
     Attributes:
-        tokens: (batch, length) int64.
-        labels: (batch, length) int64, the token that follows; -100 behind a document's end.
-        label_bytes: (batch, length) int64, those that a label stands for.
+        tokens: ``(batch, length)`` int64.
+        labels: ``(batch, length)`` int64, next token; -100 after the end of a document.
+        label_bytes: ``(batch, length)`` int64, bytes of each label.
     """
 
     tokens: Tensor
@@ -182,68 +190,67 @@ class TextBatch:
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> TextBatch:
-        """Take so many tokens of each document.
+        """Build a batch from the first ``max_length`` tokens of each document.
 
         Raises:
-            DataError: there is no document with two tokens.
+            DataError: All documents are empty.
         """
-        rows = []
+        sequences = []
         for document in documents:
-            found = [tokenizer.bos_token_id]
-            for part in tokenizer.encode_stream(document.iter_text()):
-                found += part.tolist()
-                if len(found) > max_length:
+            ids = [tokenizer.bos_token_id]
+            for chunk in tokenizer.encode_stream(document.iter_text()):
+                ids += chunk.tolist()
+                if len(ids) > max_length:
                     break
-            if len(found) > 1:
-                rows.append(found[: max_length + 1])
-        if not rows:
-            raise DataError("There is no text to be measured on.", "Give a folder with texts in that split.")
-        longest = max(map(len, rows))
-        whole = torch.full((len(rows), longest), IGNORE_INDEX)
-        for place, row in enumerate(rows):
-            whole[place, : len(row)] = torch.tensor(row)
-        size = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
-        labels = whole[:, 1:]
-        tokens = torch.where(whole[:, :-1] == IGNORE_INDEX, tokenizer.bos_token_id, whole[:, :-1])
-        return cls(tokens, labels, torch.where(labels == IGNORE_INDEX, 0, size[labels.clamp(min=0)]))
+            if len(ids) > 1:
+                sequences.append(torch.tensor(ids[: max_length + 1]))
+        if not sequences:
+            raise DataError("There is no text to evaluate on.", "Give a folder with texts in that split.")
+        ids_batch = pad_sequence(sequences, batch_first=True, padding_value=IGNORE_INDEX)
+        sizes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
+        tokens, labels = ids_batch[:, :-1], ids_batch[:, 1:]
+        tokens = torch.where(tokens == IGNORE_INDEX, tokenizer.bos_token_id, tokens)
+        return cls(tokens, labels, torch.where(labels == IGNORE_INDEX, 0, sizes[labels.clamp(min=0)]))
 
 
 @torch.inference_mode()
 def bits_per_byte(
-    model: MemoryTransformer,
+    model: RecurrentLanguageModel,
     batch: TextBatch,
     *,
     segment_length: int,
     min_position: int = 0,
     on_progress: ProgressCallback = lambda: None,
 ) -> float:
-    """Return the bits per byte of tokens whose position in their document is ``min_position`` or more.
+    """Return the bits per byte of the tokens at ``min_position`` or later in their documents.
 
     Args:
-        model: in eval mode.
-        batch: what is read.
-        segment_length: tokens a call.
-        min_position: first position that counts.
-        on_progress: called after each call.
+        model: Model in eval mode.
+        batch: Texts.
+        segment_length: Tokens per call.
+        min_position: First position that counts.
+        on_progress: Called after each call.
     """
-    device = model.embedding.weight.device
-    metric, state = BitsPerByte().to(device), model.init_state(len(batch.tokens))
-    for at in range(0, batch.tokens.shape[1], segment_length):
-        tokens, labels, size = (
-            part[:, at : at + segment_length].to(device) for part in (batch.tokens, batch.labels, batch.label_bytes)
+    state = model.init_state(len(batch.tokens))
+    device = state.position.device
+    metric = BitsPerByte().to(device)
+    for start in range(0, batch.tokens.shape[1], segment_length):
+        tokens, labels, label_bytes = (
+            tensor[:, start : start + segment_length].to(device)
+            for tensor in (batch.tokens, batch.labels, batch.label_bytes)
         )
         position = Segment.from_document_starts(state.position, tokens.shape[1]).position
-        out = model(tokens, state, labels=labels)
-        state = out.state
-        assert out.nll is not None
-        counted = position >= min_position
-        metric.update(out.nll.double() * counted, size * counted)
+        output = model(tokens, state, labels=labels)
+        state = output.state
+        assert output.nll is not None
+        is_counted = position >= min_position
+        metric.update(output.nll.double() * is_counted, label_bytes * is_counted)
         on_progress()
     return float(metric.compute())
 
 
 def compare_language_models(
-    models: Sequence[tuple[str, MemoryTransformer]],
+    models: Sequence[tuple[str, ParameterizedLanguageModel]],
     batch: TextBatch,
     *,
     segment_length: int,
@@ -251,26 +258,27 @@ def compare_language_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Put language models beside one another; a call is a segment of the first text, read on and on.
+    """Compare language models; a call reads one segment of the first text, starting over at its end.
 
     Args:
-        models: models by name, in eval mode.
-        batch: what is read.
-        segment_length: tokens a call.
-        min_position: first position that counts for the score.
-        num_timed: segments that are timed, each several times.
-        on_progress: called after each call of each model, timed or scored.
+        models: Names and models, in eval mode.
+        batch: Texts.
+        segment_length: Tokens per call.
+        min_position: First position that counts for the score.
+        num_timed: Number of segments to time.
+        on_progress: Called after each call of each model, timed or scored.
     """
-    whole = max(1, batch.tokens.shape[1] // segment_length)
+    num_segments = max(1, batch.tokens.shape[1] // segment_length)
 
-    def reader(model: MemoryTransformer) -> Callable[[int], object]:
-        states = [model.init_state(1)]
-        row = batch.tokens[:1].to(model.embedding.weight.device)
+    def read_fn(model: RecurrentLanguageModel) -> Callable[[int], None]:
+        state = model.init_state(1)
+        tokens = batch.tokens[:1].to(state.position.device)
 
         @torch.inference_mode()
-        def read(number: int) -> None:
-            at = number % whole * segment_length
-            states[0] = model(row[:, at : at + segment_length], states[0]).state
+        def read(index: int) -> None:
+            nonlocal state
+            start = index % num_segments * segment_length
+            state = model(tokens[:, start : start + segment_length], state).state
 
         return read
 
@@ -278,8 +286,8 @@ def compare_language_models(
         bits_per_byte(model, batch, segment_length=segment_length, min_position=min_position, on_progress=on_progress)
         for _, model in models
     ]
-    spent = time_calls([reader(model) for _, model in models], num_timed, on_progress)
+    latencies = time_calls([read_fn(model) for _, model in models], num_timed, on_progress)
     return [
-        ModelComparison(name, num_parameters(model), taken, score, "bits_per_byte")
-        for (name, model), taken, score in zip(models, spent, scores, strict=True)
+        ModelComparison(name, num_parameters(model), latency, score, "bits_per_byte")
+        for (name, model), latency, score in zip(models, latencies, scores, strict=True)
     ]

@@ -1,58 +1,70 @@
-"""Sentences hidden among the sentences of a text, at given places and to a given length in tokens."""
+"""Haystack evaluation: sentences hidden in a text, questions about them, and answers chosen by likelihood.
+
+The needle test follows Kamradt (2023), with answers chosen by likelihood, so that it applies to any language model. All
+possible answers are hidden, each for another place, so knowing that an odd word occurred gives chance accuracy.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 
+from memtx.data.batch import IGNORE_INDEX
 from memtx.data.sources.document import Document
 from memtx.data.tokenizers import Tokenizer
-from memtx.errors import DataError
+from memtx.errors import DataError, MemtxError
+from memtx.evaluation.accuracy import EvaluationResult
+from memtx.models.recurrent_lm import RecurrentLanguageModel
+from memtx.state import MemoryState
 
 TokenIds = NDArray[np.int64]
 
 MAX_SENTENCE_CHARS = 600
-"""Characters of a sentence at most: tables and lists know no full stop."""
+"""Maximum characters of a sentence: tables and lists have no full stops."""
 
-# Behind a full stop, and a quotation mark or bracket that closes there.
+LOCATIONS = ("harbour", "mill", "tower", "bakery", "stable", "library", "chapel", "garden", "market", "bridge")
+PASSWORDS = ("copper", "winter", "violet", "seven", "thunder", "paper", "river", "candle", "marble", "orange")
+
+# After a full stop and a closing quotation mark or bracket.
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]\u201d\u2019])\s+|\n\s*\n")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return a text's sentences, about: cut behind full stops and at blank lines, each on one line."""
-    found = []
+    """Split a text into approximate sentences, after full stops and at blank lines, each on one line."""
+    sentences = []
     for part in _SENTENCE_END.split(text):
         line = " ".join(part.split())
-        found += [line[at : at + MAX_SENTENCE_CHARS] for at in range(0, len(line), MAX_SENTENCE_CHARS)]
-    return [one for one in found if one]
+        sentences += [line[start : start + MAX_SENTENCE_CHARS] for start in range(0, len(line), MAX_SENTENCE_CHARS)]
+    return sentences
 
 
 def encode_ids(tokenizer: Tokenizer, text: str) -> TokenIds:
-    """Return the ids of a text, (tokens,)."""
+    """Return the ids of a text, ``(length,)`` int64."""
     return np.asarray(tokenizer.encode(text), dtype=np.int64)
 
 
 class Haystack:
-    """The sentences of documents, in order, as tokens.
+    """Sentences of documents, in order, as tokens.
 
     Args:
-        documents: what is read; the last sentence is followed by the first.
-        tokenizer: the model's.
+        documents: Documents to read; the first sentence follows the last.
+        tokenizer: Tokenizer of the model.
 
     Raises:
-        DataError: there is no sentence in them.
+        DataError: The documents have no sentence.
     """
 
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self._sentences = [one for document in documents for one in split_sentences(document.read())]
+        self._sentences = [sentence for document in documents for sentence in split_sentences(document.read())]
         self._token_ids: dict[int, TokenIds] = {}
         if not self._sentences:
-            raise DataError("There is no sentence in the texts.", "Give texts that have some.")
+            raise DataError("The texts have no sentences.", "Give texts that have some.")
 
     def _encode_sentence(self, index: int) -> TokenIds:
         index %= len(self._sentences)
@@ -61,41 +73,165 @@ class Haystack:
         return self._token_ids[index]
 
     def sample_filler(self, length: int, generator: torch.Generator) -> list[TokenIds]:
-        """Return neighbouring sentences from a random one on, ``length`` tokens together; the first is cut to fit."""
-        number = int(torch.randint(len(self._sentences), (), generator=generator))
-        taken: list[TokenIds] = []
-        held = 0
-        while held < length:
-            taken.append(self._encode_sentence(number))
-            held += len(taken[-1])
-            number += 1
-        while taken and held - length >= len(taken[0]):
-            held -= len(taken.pop(0))
-        if taken:
-            taken[0] = taken[0][held - length :]
-        return taken
+        """Return consecutive sentences from a random one on, ``length`` tokens in total; the first is cut to fit."""
+        index = int(torch.randint(len(self._sentences), (), generator=generator))
+        sentences: list[TokenIds] = []
+        total = 0
+        while total < length:
+            sentences.append(self._encode_sentence(index))
+            total += len(sentences[-1])
+            index += 1
+        while sentences and total - length >= len(sentences[0]):
+            total -= len(sentences.pop(0))
+        if sentences:
+            sentences[0] = sentences[0][total - length :]
+        return sentences
 
     def hide(
         self, facts: Sequence[TokenIds], depths: Sequence[float], length: int, generator: torch.Generator
     ) -> TokenIds | None:
-        """Return (length,) tokens of sentences with facts among them; None where the facts alone are longer.
+        """Return ``(length,)`` tokens of sentences with facts among them; None if the facts alone are longer.
 
         Args:
-            facts: each as tokens, in order.
-            depths: of each the share of the other text that stands before it, ascending from 0 to 1; it is moved to
-                the nearest end of a sentence.
-            length: tokens of all.
-            generator: of the choice of sentences.
+            facts: Tokens of each fact, in order.
+            depths: Fraction of the other text before each fact, ascending from 0 to 1; moved to the nearest end of a
+                sentence.
+            length: Total number of tokens.
+            generator: Generator for the choice of sentences.
         """
-        rest = length - sum(map(len, facts))
-        if rest < 0:
+        filler_length = length - sum(map(len, facts))
+        if filler_length < 0:
             return None
-        filler = self.sample_filler(rest, generator)
-        borders = np.cumsum([0, *map(len, filler)])
-        before = [int(np.abs(borders - place * rest).argmin()) for place in depths]
+        filler = self.sample_filler(filler_length, generator)
+        boundaries = np.cumsum([0, *map(len, filler)])
         parts: list[TokenIds] = [np.zeros(0, dtype=np.int64)]
-        at = 0
-        for fact, stop in zip(facts, before, strict=True):
-            parts += [*filler[at:stop], fact]
-            at = stop
-        return np.concatenate([*parts, *filler[at:]])
+        start = 0
+        for fact, depth in zip(facts, depths, strict=True):
+            end = int(np.abs(boundaries - depth * filler_length).argmin())
+            parts += [*filler[start:end], fact]
+            start = end
+        return np.concatenate([*parts, *filler[start:]])
+
+
+@torch.inference_mode()
+def read_contexts(
+    model: RecurrentLanguageModel,
+    contexts: Sequence[TokenIds],
+    bos_token_id: int,
+    *,
+    segment_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> MemoryState:
+    """Return the state after contexts of equal length, read as one batch.
+
+    Args:
+        model: Model in eval mode.
+        contexts: Tokens of each context, ``(length,)``.
+        bos_token_id: Token before each context.
+        segment_length: Tokens per call.
+        on_progress: Called after every call with the number of tokens read per context.
+    """
+    tokens = np.pad(np.stack(contexts), ((0, 0), (1, 0)), constant_values=bos_token_id)
+    state = model.init_state(len(tokens))
+    for start in range(0, tokens.shape[1], segment_length):
+        segment = torch.from_numpy(tokens[:, start : start + segment_length]).to(state.position.device)
+        # With labels no logits are computed; none of them is scored.
+        state = model(segment, state, labels=torch.full_like(segment, IGNORE_INDEX)).state
+        if on_progress is not None:
+            on_progress(segment.shape[1])
+    return state
+
+
+@torch.inference_mode()
+def choose_answer(
+    model: RecurrentLanguageModel, state: MemoryState, question: TokenIds, answers: Sequence[TokenIds]
+) -> int:
+    """Return the index of the answer with the highest likelihood.
+
+    Args:
+        model: Model in eval mode.
+        state: State after the context, batch size 1; it is left unchanged.
+        question: Tokens of the question, at least one.
+        answers: Tokens of each answer.
+    """
+    device = state.position.device
+    tokens = [torch.from_numpy(np.concatenate([question, answer])) for answer in answers]
+    labels = [sequence.roll(-1) for sequence in tokens]
+    for sequence in labels:
+        sequence[: len(question) - 1] = sequence[-1] = IGNORE_INDEX
+    nll = model(
+        pad_sequence(tokens, batch_first=True).to(device),
+        state.select([0] * len(answers)),
+        labels=pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX).to(device),
+    ).nll
+    assert nll is not None
+    return int(nll.double().sum(1).argmin())
+
+
+def evaluate_needle(
+    model: RecurrentLanguageModel,
+    tokenizer: Tokenizer,
+    haystack: Haystack,
+    lengths: Sequence[int],
+    *,
+    num_depths: int = 8,
+    num_samples: int = 8,
+    seed: int = 0,
+    segment_length: int = 512,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[EvaluationResult]:
+    """Return the accuracy at every length and depth.
+
+    Args:
+        model: Model in eval mode.
+        tokenizer: Tokenizer of the model.
+        haystack: Text to hide the needles in.
+        lengths: Lengths of a context in tokens, needles included.
+        num_depths: Needles per context, from 2 to 10, evenly spaced from its beginning to its end; also the number of
+            answers to choose from.
+        num_samples: Contexts per length.
+        seed: Seed for the choice of text, places and passwords.
+        segment_length: Tokens per call.
+        on_progress: Called after every call with the number of tokens read per context.
+
+    Raises:
+        MemtxError: ``num_depths`` is out of range, or the needles do not fit into a length.
+    """
+    if not 2 <= num_depths <= len(PASSWORDS):
+        raise MemtxError(f"num_depths is {num_depths}.", f"Give 2 to {len(PASSWORDS)}.")
+    generator = torch.Generator().manual_seed(seed)
+    depths = [index / (num_depths - 1) for index in range(num_depths)]
+
+    def sample_words(words: Sequence[str]) -> list[str]:
+        return [words[index] for index in torch.randperm(len(words), generator=generator)[:num_depths]]
+
+    results = []
+    for length in lengths:
+        contexts, samples = [], []
+        for _ in range(num_samples):
+            locations, passwords = sample_words(LOCATIONS), sample_words(PASSWORDS)
+            needles = [
+                encode_ids(tokenizer, f" The password of the {location} is {password}.")
+                for location, password in zip(locations, passwords, strict=True)
+            ]
+            context = haystack.hide(needles, depths, length, generator)
+            if context is None:
+                raise MemtxError(
+                    f"{num_depths} needles do not fit into {length} tokens.", f"Give at least {sum(map(len, needles))}."
+                )
+            contexts.append(context)
+            samples.append((locations, [encode_ids(tokenizer, f" {password}.") for password in passwords]))
+        state = read_contexts(
+            model, contexts, tokenizer.bos_token_id, segment_length=segment_length, on_progress=on_progress
+        )
+        num_correct = np.zeros(num_depths)
+        for index, (locations, answers) in enumerate(samples):
+            sample_state = state.select([index])
+            for depth, location in enumerate(locations):
+                question = encode_ids(tokenizer, f" The password of the {location} is")
+                num_correct[depth] += choose_answer(model, sample_state, question, answers) == depth
+        results += [
+            EvaluationResult(f"depth {depth:.0%}", length, float(accuracy), 1 / num_depths)
+            for depth, accuracy in zip(depths, num_correct / num_samples, strict=True)
+        ]
+    return results

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
-from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import load
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import MemtxError, closest_match
 from memtx.models.memory_transformer import MemoryTransformer
@@ -25,15 +24,12 @@ def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTra
     Raises:
         CheckpointError: missing, damaged, or of something else.
     """
-    place = pretrained.resolve_model_path(path)
-    model = MemoryTransformer.from_pretrained(place)
-    sizes = {} if (place / pretrained.CONFIG_FILE).is_file() else _read_task_options(place)
-    return model.eval(), sizes
+    checkpoint = load(path)
+    return checkpoint.model_as(MemoryTransformer), _find_task_options(checkpoint.metadata)
 
 
-def _read_task_options(path: Path) -> dict[str, Any]:
-    content = pretrained.read_metadata(path)
-    for part in content.values():
+def _find_task_options(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    for part in metadata.values():
         task = part.get("task") if isinstance(part, Mapping) else None
         if isinstance(task, Mapping) and isinstance(task.get("init_args"), Mapping):
             return dict(task["init_args"])

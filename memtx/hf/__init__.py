@@ -1,1 +1,6 @@
-"""Adapters for checkpoints in the layouts of Hugging Face's transformers library."""
+"""Checkpoints in the layouts of the Hugging Face ``transformers`` library; models do not import this package."""
+
+from memtx.hf.loader import is_hf_folder, load
+from memtx.hf.weights import save
+
+__all__ = ["is_hf_folder", "load", "save"]

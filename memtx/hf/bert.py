@@ -1,21 +1,27 @@
-"""BERT's layout (Devlin et al. 2019): options from its config.json and the map of names."""
+"""Layouts of BERT (Devlin et al. 2019) and DistilBERT (Sanh et al. 2019), and the parts that other encoders share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
-from memtx.hf.checkpoint import Checkpoint
-from memtx.hf.layout import KeyMapping, has_tied_weights, load_weights
-from memtx.hf.options import HFConfig
+from torch import nn
+
+from memtx.hf.checkpoint import HFCheckpoint
+from memtx.hf.config import HFConfig
+from memtx.hf.layout import KeyMapping
+from memtx.hf.weights import has_tied_weights, load_weights
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.encoder_attention import FullAttention
+from memtx.layers.encoder_attention import EncoderAttention, FullAttention
 from memtx.models.encoder import Encoder
 
 EMBEDDING_KEY = "embeddings.word_embeddings.weight"
 DECODER_KEY = "cls.predictions.decoder.weight"
 
 BACKBONE_KEYS = {
-    # The decoder's weights are these where the two are tied.
+    # The MLM head's decoder is the embedding if the two are tied.
     "embedding.word_embeddings.weight": [EMBEDDING_KEY, DECODER_KEY],
     "embedding.position_embeddings": ["embeddings.position_embeddings"],
     "embedding.token_type_embeddings": ["embeddings.token_type_embeddings"],
@@ -29,7 +35,7 @@ BACKBONE_KEYS = {
     "blocks.{}.feed_forward.out": ["encoder.layer.{}.output.dense"],
     "blocks.{}.feed_forward_norm": ["encoder.layer.{}.output.LayerNorm"],
 }
-"""The body, which Longformer's and Big Bird's layouts share."""
+"""Keys of the backbone, shared by Longformer and Big Bird."""
 
 MLM_HEAD_KEYS = {
     "head.transform": ["cls.predictions.transform.dense"],
@@ -37,57 +43,137 @@ MLM_HEAD_KEYS = {
     "head.weight": [DECODER_KEY],
     "head.bias": ["cls.predictions.decoder.bias", "cls.predictions.bias"],
 }
-"""The head for masked tokens, which Big Bird's layout shares."""
+"""Keys of the MLM head, shared by Big Bird."""
 
+# Tables of indices, and the head for next-sentence prediction.
 EXTRA_PATTERNS = (r"embeddings\.position_ids", r"embeddings\.token_type_ids", r"cls\.seq_relationship\.(weight|bias)")
-"""Tables of numbers, and the head that tells whether two texts follow each other."""
 
-LEGACY_NORM_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+LEGACY_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
-KEY_MAPPING = KeyMapping(
-    hf_keys={
-        **BACKBONE_KEYS,
-        **MLM_HEAD_KEYS,
-        "pooler": ["pooler.dense"],
-    },
+BERT = KeyMapping(
+    hf_keys={**BACKBONE_KEYS, **MLM_HEAD_KEYS, "pooler": ["pooler.dense"]},
     prefix="bert.",
     head_prefixes=("cls.",),
     extra_patterns=EXTRA_PATTERNS,
-    legacy_suffixes=LEGACY_NORM_SUFFIXES,
+    legacy_suffixes=LEGACY_SUFFIXES,
+)
+
+DISTILBERT_DECODER_KEY = "vocab_projector.weight"
+
+DISTILBERT = KeyMapping(
+    hf_keys={
+        "embedding.word_embeddings.weight": [EMBEDDING_KEY, DISTILBERT_DECODER_KEY],
+        "embedding.position_embeddings": ["embeddings.position_embeddings"],
+        "embedding.norm": ["embeddings.LayerNorm"],
+        "blocks.{}.attention.query": ["transformer.layer.{}.attention.q_lin"],
+        "blocks.{}.attention.key": ["transformer.layer.{}.attention.k_lin"],
+        "blocks.{}.attention.value": ["transformer.layer.{}.attention.v_lin"],
+        "blocks.{}.attention.out": ["transformer.layer.{}.attention.out_lin"],
+        "blocks.{}.attention_norm": ["transformer.layer.{}.sa_layer_norm"],
+        "blocks.{}.feed_forward.up": ["transformer.layer.{}.ffn.lin1"],
+        "blocks.{}.feed_forward.out": ["transformer.layer.{}.ffn.lin2"],
+        "blocks.{}.feed_forward_norm": ["transformer.layer.{}.output_layer_norm"],
+        "head.transform": ["vocab_transform"],
+        "head.norm": ["vocab_layer_norm"],
+        "head.weight": [DISTILBERT_DECODER_KEY],
+        "head.bias": ["vocab_projector.bias"],
+    },
+    prefix="distilbert.",
+    head_prefixes=("vocab_",),
+    extra_patterns=(r"embeddings\.position_ids",),
+    legacy_suffixes=LEGACY_SUFFIXES,
 )
 
 
-def build(hf_checkpoint: Checkpoint) -> Encoder:
-    """Return the model of a folder.
+@dataclass(frozen=True)
+class EncoderConfigKeys:
+    """Names of an encoder's options in config.json; None for an option that the layout lacks."""
+
+    dim: str = "hidden_size"
+    depth: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    hidden_dim: str = "intermediate_size"
+    activation: str = "hidden_act"
+    dropout: str = "hidden_dropout_prob"
+    type_vocab_size: str | None = "type_vocab_size"
+    eps: str | None = "layer_norm_eps"
+
+
+def build_encoder(
+    hf_checkpoint: HFCheckpoint,
+    mapping: KeyMapping,
+    decoder_key: str,
+    attentions: Sequence[Callable[[int, int, int], EncoderAttention]],
+    embedding_options: dict[str, Any] | None = None,
+    *,
+    keys: EncoderConfigKeys | None = None,
+    vocab_size: int = 30522,
+    depth: int = 12,
+    max_length: int = 512,
+    activation: str = "gelu",
+    mlm_head_activation: Callable[[], nn.Module] | None = None,
+) -> Encoder:
+    """Return the encoder of a folder.
+
+    Args:
+        hf_checkpoint: The folder.
+        mapping: Names of the layout.
+        decoder_key: Name of the MLM head's last weights, which may be tied to the embeddings.
+        attentions: Attention factories, one for all layers or one per layer.
+        embedding_options: Options of the embeddings that not all layouts share.
+        keys: Names of the options. Defaults to BERT's.
+        vocab_size: Default of the config, as are depth, max_length and activation.
+        depth: Default number of layers.
+        max_length: Default number of positions.
+        activation: Name of the default activation.
+        mlm_head_activation: Activation factory of the MLM head. Defaults to the feed-forward activation.
 
     Raises:
-        CheckpointError: an option or a tensor is not as it must be.
+        CheckpointError: An option or a tensor does not fit.
     """
-    options = HFConfig(hf_checkpoint.config)
-    options.require("is_decoder", False, "a decoder of this layout is not read")
-    options.require("position_embedding_type", "absolute", "other positions are not read")
-    modern = {KEY_MAPPING.normalize_key(name) for name in hf_checkpoint.tensors}
-    model = Encoder(
-        options.get_int("vocab_size", 30522),
-        options.get_int("hidden_size", 768),
-        options.get_int("num_hidden_layers", 12),
-        options.get_int("num_attention_heads", 12),
-        options.get_int("intermediate_size", 3072),
-        [partial(FullAttention, dropout=options.get_float("attention_probs_dropout_prob", 0.1))],
-        partial(
-            TextEmbeddings,
-            num_positions=options.get_int("max_position_embeddings", 512),
-            type_vocab_size=options.get_int("type_vocab_size", 2),
-            pad_token_id=options.get("pad_token_id", 0),
-            eps=options.get_float("layer_norm_eps", 1e-12),
-            dropout=options.get_float("hidden_dropout_prob", 0.1),
-        ),
-        options.get_activation("hidden_act", "gelu"),
-        add_mlm_head=any(name.startswith("cls.predictions.") for name in modern),
-        tie_embeddings=has_tied_weights(hf_checkpoint, KEY_MAPPING, DECODER_KEY, EMBEDDING_KEY),
-        add_pooling_layer=any(name.startswith("pooler.") for name in modern),
-        eps=options.get_float("layer_norm_eps", 1e-12),
-        dropout=options.get_float("hidden_dropout_prob", 0.1),
+    config, keys = HFConfig(hf_checkpoint.config), keys or EncoderConfigKeys()
+    eps = config.get_float(keys.eps, 1e-12) if keys.eps is not None else 1e-12
+    dropout = config.get_float(keys.dropout, 0.1)
+    embeddings = partial(
+        TextEmbeddings,
+        num_positions=config.get_int("max_position_embeddings", max_length),
+        type_vocab_size=config.get_int(keys.type_vocab_size, 2) if keys.type_vocab_size is not None else 0,
+        eps=eps,
+        dropout=dropout,
+        **{"pad_token_id": config.get("pad_token_id", 0), **(embedding_options or {})},
     )
-    load_weights(model, hf_checkpoint, KEY_MAPPING)
-    return model
+    model_factory = partial(
+        Encoder,
+        config.get_int("vocab_size", vocab_size),
+        config.get_int(keys.dim, 768),
+        config.get_int(keys.depth, depth),
+        config.get_int(keys.heads, 12),
+        config.get_int(keys.hidden_dim, 3072),
+        attentions,
+        embeddings,
+        config.get_activation(keys.activation, activation),
+        add_mlm_head=mapping.has_any(hf_checkpoint.tensors, *mapping.hf_keys["head.transform"]),
+        mlm_head_activation=mlm_head_activation,
+        tie_embeddings=has_tied_weights(hf_checkpoint, mapping, decoder_key, EMBEDDING_KEY),
+        add_pooling_layer="pooler" in mapping.hf_keys and mapping.has_any(hf_checkpoint.tensors, "pooler."),
+        eps=eps,
+        dropout=dropout,
+    )
+    return load_weights(model_factory, hf_checkpoint, mapping)
+
+
+def build_bert(hf_checkpoint: HFCheckpoint) -> Encoder:
+    """Return the BERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    config = HFConfig(hf_checkpoint.config)
+    config.require("is_decoder", False, "decoders of this layout")
+    config.require("position_embedding_type", "absolute", "other positions")
+    attention = partial(FullAttention, dropout=config.get_float("attention_probs_dropout_prob", 0.1))
+    return build_encoder(hf_checkpoint, BERT, DECODER_KEY, [attention])
+
+
+def build_distilbert(hf_checkpoint: HFCheckpoint) -> Encoder:
+    """Return the DistilBERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    attention = partial(FullAttention, dropout=HFConfig(hf_checkpoint.config).get_float("attention_dropout", 0.1))
+    # Sinusoidal positions are stored as a table, as learned ones are.
+    keys = EncoderConfigKeys("dim", "n_layers", "n_heads", "hidden_dim", "activation", "dropout", None, None)
+    return build_encoder(hf_checkpoint, DISTILBERT, DISTILBERT_DECODER_KEY, [attention], keys=keys, depth=6)

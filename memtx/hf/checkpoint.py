@@ -1,73 +1,158 @@
-"""A folder in the layout of the ``transformers`` library as it lies on disk: config.json and tensors by name.
+"""A Hugging Face folder on disk: config.json, and tensors that stay on disk until they are read to their place.
 
-The tensors are in model.safetensors, in several such files with an index, or in pytorch_model.bin, which is a pickle
-and is therefore read for its tensors alone.
+The tensors are in model.safetensors, in several such files with an index, or in pytorch_model.bin, a pickle that is
+read for its tensors alone. A memory-mapped file counts as memory of the process once it was touched, so the weights
+would be held twice while they are copied; here the bytes of a tensor are read directly to their destination.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from memtx import files
 from memtx.errors import CheckpointError
-from memtx.hf.lazy_tensors import LazyTensor, LoadedTensor, open_safetensors
 
 CONFIG_FILE = "config.json"
 SAFETENSORS_FILE = "model.safetensors"
 PICKLE_FILE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
 
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Supported dtypes, by their names in a safetensors file."""
+
+CHUNK_BYTES = 1 << 20
+"""Bytes read at a time if they are not read to their destination."""
+
+
+class LazyTensor(Protocol):
+    """A tensor of a checkpoint that can be read in parts."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype on disk."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape on disk."""
+
+    def read_into(self, target: Tensor, start: int = 0) -> None:
+        """Read the rows from ``start`` into ``target``, contiguous and of any dtype, as many as it has."""
+
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """What a folder holds.
+class SafetensorsTensor:
+    """A tensor in a safetensors file.
 
     Attributes:
-        path: the folder.
-        config_text: config.json, word for word.
-        config: the same, read.
-        tensors: every tensor by its name in the layout, on the CPU.
+        path: The file.
+        byte_offset: Position of its first byte in the file.
+        dtype: Dtype on disk.
+        shape: Shape on disk.
     """
 
     path: Path
-    config_text: str
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
+    byte_offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
+    def read_into(self, target: Tensor, start: int = 0) -> None:
+        """Read directly into ``target``, or in chunks if it has another dtype."""
+        row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
+        with open(self.path, "rb") as handle:
+            handle.seek(self.byte_offset + start * row_bytes)
+            if target.dtype == self.dtype:
+                self._read_exact(handle, target)
+                return
+            num_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
+            buffer = torch.empty((num_rows, *self.shape[1:]), dtype=self.dtype)
+            for part in torch.split(target, num_rows) if target.dim() else (target,):
+                chunk = buffer[: part.shape[0]] if part.dim() else buffer[0]
+                self._read_exact(handle, chunk)
+                part.copy_(chunk)
 
-def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Return a folder's config.json, word for word and read.
-
-    Raises:
-        CheckpointError: missing, damaged, or not a JSON object.
-    """
-    place = Path(path) / CONFIG_FILE
-    if not place.is_file():
-        raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give the folder that holds the whole checkpoint.")
-    config = files.read_json(place)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{place}' holds a {type(config).__name__}, not a JSON object.", "Restore it.")
-    return place.read_bytes().decode("utf-8"), config
+    def _read_exact(self, handle: Any, target: Tensor) -> None:
+        array = target.detach().reshape(-1).view(torch.uint8).numpy()
+        if array.nbytes and handle.readinto(array) != array.nbytes:
+            raise CheckpointError(f"'{self.path}' ends too early.", "Download it again.")
 
 
 @dataclass(frozen=True)
-class LazyCheckpoint:
-    """What a folder holds, its tensors still on disk.
+class LoadedTensor:
+    """A tensor in memory, or memory-mapped."""
+
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype on disk."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape on disk."""
+        return tuple(self.tensor.shape)
+
+    def read_into(self, target: Tensor, start: int = 0) -> None:
+        """Copy."""
+        target.copy_(self.tensor[start : start + target.shape[0]] if target.dim() else self.tensor)
+
+
+def materialize(tensor: LazyTensor) -> Tensor:
+    """Return the whole tensor."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    tensor.read_into(out)
+    return out
+
+
+def tensors_equal(a: LazyTensor, b: LazyTensor) -> bool:
+    """Return whether two tensors have the same dtype and values, compared in chunks."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return all(torch.equal(chunk, other) for chunk, other in zip(iter_chunks(a), iter_chunks(b), strict=True))
+
+
+def iter_chunks(tensor: LazyTensor) -> Iterator[Tensor]:
+    """Yield consecutive rows of a tensor, each time in the same buffer."""
+    num_rows = min(max(1, CHUNK_BYTES // max(1, prod(tensor.shape[1:]) * tensor.dtype.itemsize)), tensor.shape[0])
+    buffer = torch.empty((num_rows, *tensor.shape[1:]), dtype=tensor.dtype)
+    for start in range(0, tensor.shape[0], max(num_rows, 1)):
+        chunk = buffer[: tensor.shape[0] - start]
+        tensor.read_into(chunk, start)
+        yield chunk
+
+
+@dataclass(frozen=True)
+class HFCheckpoint:
+    """Content of a folder.
 
     Attributes:
-        path: the folder.
-        config_text: config.json, word for word.
-        config: the same, read.
-        tensors: every tensor by its name in the layout.
+        path: The folder.
+        config_text: Text of config.json.
+        config: The parsed config.json.
+        tensors: Tensors by name, still on disk.
     """
 
     path: Path
@@ -76,53 +161,48 @@ class LazyCheckpoint:
     tensors: Mapping[str, LazyTensor]
 
 
-def read(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a folder.
+def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
+    """Return the text of a folder's config.json and the parsed object.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or holds more than tensors.
+        CheckpointError: The file is missing, damaged, or not a JSON object.
     """
-    place = Path(path)
-    text, config = read_config(place)
-    return Checkpoint(place, text, config, _read_tensors(place, _load_safetensors, _load_pickle))
+    config_path = Path(path) / CONFIG_FILE
+    if not config_path.is_file():
+        raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give the folder that holds the whole checkpoint.")
+    config = files.read_json(config_path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"'{config_path}' holds a {type(config).__name__}, not a JSON object.", "Restore it.")
+    return config_path.read_bytes().decode("utf-8"), config
 
 
-def open_lazy(path: str | os.PathLike[str]) -> LazyCheckpoint:
-    """Look into a folder without reading its tensors; those of a pickle are mapped.
+def open_checkpoint(path: str | os.PathLike[str]) -> HFCheckpoint:
+    """Open a folder without reading its tensors; those of a pickle are memory-mapped.
 
     Raises:
-        CheckpointError: as :func:`read`.
+        CheckpointError: A file is missing, damaged, or holds more than tensors.
     """
-    place = Path(path)
-    text, config = read_config(place)
-
-    def mapped(path: Path) -> Mapping[str, LazyTensor]:
-        return {name: LoadedTensor(tensor) for name, tensor in _load_pickle(path, mmap=True).items()}
-
-    return LazyCheckpoint(place, text, config, _read_tensors(place, open_safetensors, mapped))
+    config_text, config = read_config(path)
+    return HFCheckpoint(Path(path), config_text, config, _open_tensors(Path(path)))
 
 
-T = TypeVar("T")
-Reader = Callable[[Path], Mapping[str, T]]
-
-
-def _read_tensors(folder: Path, read_safetensors: Reader[T], read_pickle: Reader[T]) -> dict[str, T]:
-    """Return what the readers find in the folder's files."""
-    for name, reader in ((SAFETENSORS_FILE, read_safetensors), (PICKLE_FILE, read_pickle)):
+def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
+    for name, open_file in ((SAFETENSORS_FILE, _open_safetensors), (PICKLE_FILE, _open_pickle)):
         if (folder / name).is_file():
-            return dict(reader(folder / name))
+            return open_file(folder / name)
         if (folder / (name + INDEX_SUFFIX)).is_file():
-            tensors: dict[str, T] = {}
-            for part, named in _shard_index(folder / (name + INDEX_SUFFIX)).items():
-                if not (folder / part).is_file():
-                    raise CheckpointError(f"'{folder}' lacks {part}, which its index names.", "Fetch the missing file.")
-                found = reader(folder / part)
-                if missing := sorted(named - found.keys()):
+            tensors: dict[str, LazyTensor] = {}
+            for file_name, names in _read_index(folder / (name + INDEX_SUFFIX)).items():
+                path = folder / file_name
+                if not path.is_file():
+                    raise CheckpointError(f"'{folder}' lacks {file_name}, named in its index.", "Download the file.")
+                shard = open_file(path)
+                if missing := sorted(names - shard.keys()):
                     raise CheckpointError(
-                        f"'{folder / part}' lacks {', '.join(missing)}, which the index puts there.",
-                        "Index and files do not belong together; fetch both again.",
+                        f"'{path}' lacks {', '.join(missing)}, which the index lists there.",
+                        "The index belongs to other files; download all of them again.",
                     )
-                tensors.update(found)
+                tensors.update(shard)
             return tensors
     raise CheckpointError(
         f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either.",
@@ -130,56 +210,74 @@ def _read_tensors(folder: Path, read_safetensors: Reader[T], read_pickle: Reader
     )
 
 
-def _shard_index(index_path: Path) -> dict[str, set[str]]:
+def _read_index(index_path: Path) -> dict[str, set[str]]:
     """Return the names of the tensors in each file of an index."""
     content = files.read_json(index_path)
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"'{index_path}' has no weight_map.", "Fetch it again.")
-    parts: dict[str, set[str]] = {}
-    for name, part in places.items():
-        # A file of the folder itself: an index from elsewhere is not to make us read other places.
-        if not isinstance(part, str) or Path(part).name != part:
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"'{index_path}' has no weight_map.", "Download it again.")
+    shards: dict[str, set[str]] = {}
+    for name, file_name in weight_map.items():
+        # A downloaded index must not make us read files outside its folder.
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
             raise CheckpointError(
-                f"'{index_path}' puts {name} into {part!r}, which is no file beside it.", "Fetch it again."
+                f"'{index_path}' puts {name} into {file_name!r}, which is no file beside it.", "Download it again."
             )
-        parts.setdefault(part, set()).add(name)
-    return parts
+        shards.setdefault(file_name, set()).add(name)
+    return shards
 
 
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
+def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
+    """Return the tensors of a safetensors file, after reading its header alone."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(str(path), framework="pt") as handle:
-            # Copied to memory of torch's own alignment, as in files.load_tensors.
-            return {name: handle.get_tensor(name).clone() for name in handle.keys()}  # noqa: SIM118
+        # Checks that the file is complete and its tensors do not overlap.
+        with safe_open(str(path), framework="pt"):
+            pass
+        with open(path, "rb") as handle:
+            (header_length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(header_length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}.", "Fetch it again.") from error
+        raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}.", "Download it again.") from error
+    tensors: dict[str, LazyTensor] = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"'{path}' holds {name} as {entry['dtype']}, supported are {', '.join(DTYPES)}.",
+                "Convert the checkpoint to bfloat16.",
+            )
+        offset = 8 + header_length + entry["data_offsets"][0]
+        tensors[name] = SafetensorsTensor(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return tensors
 
 
-def _load_pickle(path: Path, mmap: bool = False) -> dict[str, Tensor]:
+def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap or None)
+        # Files from before torch 1.6 are no zip files and cannot be memory-mapped.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"'{path}' holds more than tensors, and a pickle can run anything.",
-            f"Convert it to {SAFETENSORS_FILE} where you trust it.",
+            f"'{path}' holds more than tensors, and a pickle can execute anything.",
+            f"Convert it to {SAFETENSORS_FILE} if you trust it.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"'{path}' is not a whole file ({type(error).__name__}).", "Fetch it again.") from error
+        raise CheckpointError(
+            f"'{path}' is not a whole file ({type(error).__name__}).", "Download it again."
+        ) from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise CheckpointError(f"'{path}' is no table of tensors by name.", "Give the weights of a model.")
-    return {str(name): tensor if mmap else tensor.clone() for name, tensor in content.items()}
+        raise CheckpointError(f"'{path}' does not hold tensors by name.", "Give the weights of a model.")
+    return {str(name): LoadedTensor(tensor) for name, tensor in content.items()}
 
 
-def write(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors, weights first, so that a config never stands without them.
+def write_checkpoint(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write model.safetensors, then config.json, so that a config never stands without weights.
 
     Raises:
-        MemtxError: the folder cannot be written to.
+        MemtxError: The folder cannot be written.
     """
-    place = Path(path)
-    # As the library marks its own files: it refuses one whose header does not say "pt".
-    files.save_tensors(place / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
-    files.write_text(place / CONFIG_FILE, config_text)
+    # transformers refuses a file whose header lacks format "pt", which save_tensors writes.
+    files.save_tensors(Path(path) / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
+    files.write_text(Path(path) / CONFIG_FILE, config_text)

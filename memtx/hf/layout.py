@@ -1,12 +1,10 @@
-"""Tensors by name: from a checkpoint's names to a model's own, every misfit named and nothing half-loaded; and back.
+"""Correspondence of a checkpoint's tensors to a model's: names, and rows that are joined, transposed or permuted.
 
-A layout says for each of the model's parts where the checkpoint keeps it. What the checkpoint holds beside the model,
-such as a table of positions that is no weight, is kept as it is, so that what is written equals what was read.
+Rows are only moved, so writing a loaded model gives the same bytes.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,171 +12,153 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from memtx.checkpoint import pretrained
-from memtx.errors import CheckpointError, MemtxError
-from memtx.hf import checkpoint
-from memtx.hf.checkpoint import Checkpoint
-from memtx.hf.weight_transforms import WeightTransform
+from memtx.hf.checkpoint import LazyTensor, iter_chunks
+
+
+@dataclass(frozen=True)
+class RowSlice:
+    """Consecutive rows of a tensor of the model.
+
+    Attributes:
+        name: Name of the tensor.
+        start: First row.
+        num_rows: Number of rows; None for all that follow.
+        rotary_heads: Number of heads whose rotary pairs are (i, i + head_dim / 2) in the checkpoint and (2i, 2i + 1) in
+            the model; 0 if the rows have the same order.
+    """
+
+    name: str
+    start: int = 0
+    num_rows: int | None = None
+    rotary_heads: int = 0
+
+    def select(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows in the order of the model."""
+        return weights[self.name][self.start : None if self.num_rows is None else self.start + self.num_rows]
+
+
+@dataclass(frozen=True)
+class WeightTransform:
+    """A tensor of the checkpoint in terms of the model's tensors.
+
+    Attributes:
+        slices: Its rows in the model, in order.
+        transposed: If True, the checkpoint stores ``(in, out)`` and the model ``(out, in)``.
+    """
+
+    slices: tuple[RowSlice, ...]
+    transposed: bool = False
+
+    @classmethod
+    def from_rows(
+        cls, name: str, start: int = 0, num_rows: int | None = None, rotary_heads: int = 0
+    ) -> WeightTransform:
+        """Return the transform of one slice; arguments as in :class:`RowSlice`."""
+        return cls((RowSlice(name, start, num_rows, rotary_heads),))
+
+    def checkpoint_shape(self, weights: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Return the shape in the checkpoint."""
+        parts = [rows.select(weights) for rows in self.slices]
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        return shape[::-1] if self.transposed else shape
+
+    def export(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Return the tensor as the checkpoint stores it."""
+        if self.slices == (RowSlice(self.slices[0].name),):
+            out = weights[self.slices[0].name]  # of any dimension
+        else:
+            out = torch.cat([_deinterleave_rotary(rows.select(weights), rows.rotary_heads) for rows in self.slices])
+        return out.mT if self.transposed else out
+
+    def load_into(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
+        """Read the checkpoint's tensor into the model's."""
+        if self.transposed:
+            self._load_transposed(weights, tensor)
+            return
+        start = 0
+        for rows in self.slices:
+            target = rows.select(weights)
+            tensor.read_into(target, start)
+            if rows.rotary_heads:
+                # One head at a time, so that the copies stay small.
+                for head in target.chunk(rows.rotary_heads):
+                    head.copy_(_interleave_rotary(head))
+            start += target.shape[0]
+
+    def _load_transposed(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
+        column = 0
+        for chunk in iter_chunks(tensor):
+            row, end = 0, column + chunk.shape[0]
+            for rows in self.slices:
+                target = rows.select(weights)
+                target[:, column:end] = chunk[:, row : row + target.shape[0]].mT
+                row += target.shape[0]
+            column = end
+
+
+def _interleave_rotary(head: Tensor) -> Tensor:
+    """Return ``(head_dim, ...)`` in pairs instead of halves."""
+    return torch.stack(head.chunk(2), dim=1).flatten(0, 1)
+
+
+def _deinterleave_rotary(x: Tensor, heads: int) -> Tensor:
+    """Return ``(heads * head_dim, ...)`` in halves instead of pairs; unchanged if heads is 0."""
+    if not heads:
+        return x
+    return x.view(heads, -1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
+
+
+WeightEntry = tuple[WeightTransform, Sequence[str]]
+"""A tensor of the checkpoint and the names it may have there, the preferred one first."""
 
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """Where a checkpoint keeps a model's weights.
+    """Names of a layout.
 
     Attributes:
-        hf_keys: a part of the model -> the names it may have in the checkpoint, the one that counts first; ``{}``
-            stands for a number such as a layer's, and a part is a module's path or a whole parameter's name.
-        prefix: what the body's names begin with when the checkpoint holds a head too; ``hf_keys`` has them without it.
-        head_prefixes: what the names of heads begin with, which never bear the prefix.
-        extra_patterns: patterns of names (without prefix) that belong to the layout but to no part of the model.
-        legacy_suffixes: older ends of names and what they are called now.
+        hf_keys: Parameter or module of the model -> names it may have in the checkpoint, the preferred one first,
+            without the prefix. ``{}`` stands for an index, such as a layer's.
+        prefix: Prefix of the backbone's names in a checkpoint that also holds a head.
+        head_prefixes: Prefixes of the names of heads, which never carry ``prefix``.
+        extra_patterns: Patterns of names (without prefix) of the layout that belong to no part of the model.
+        legacy_suffixes: Older endings of names and their present form.
     """
 
-    hf_keys: Mapping[str, Sequence[str]]
+    hf_keys: Mapping[str, Sequence[str]] = field(default_factory=dict)
     prefix: str = ""
     head_prefixes: tuple[str, ...] = ()
     extra_patterns: Sequence[str] = ()
     legacy_suffixes: Mapping[str, str] = field(default_factory=dict)
 
     def normalize_key(self, key: str) -> str:
-        """Return the name that ``hf_keys`` knows a tensor of the checkpoint by."""
+        """Return the name in ``hf_keys`` of a tensor in the checkpoint."""
         key = key.removeprefix(self.prefix)
         for old, new in self.legacy_suffixes.items():
             if key.endswith(old):
                 return key.removesuffix(old) + new
         return key
 
+    def is_extra(self, key: str) -> bool:
+        """Return whether a normalized name belongs to no part of the model."""
+        return any(re.fullmatch(pattern, key) for pattern in self.extra_patterns)
+
+    def has_any(self, names: Iterable[str], *prefixes: str) -> bool:
+        """Return whether a tensor in the checkpoint has a normalized name with one of these prefixes."""
+        return any(self.normalize_key(name).startswith(prefixes) for name in names)
+
     def candidate_keys(self, parameter_name: str) -> list[str]:
-        """Return the names that the model's tensor ``parameter_name`` may have in the checkpoint."""
+        """Return the normalized names that a parameter of the model may have in the checkpoint."""
+        indices = re.findall(r"(?<=\.)\d+(?=\.|$)", parameter_name)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", parameter_name)
+        module, _, leaf = pattern.rpartition(".")
         if parameter_name in self.hf_keys:
             return list(self.hf_keys[parameter_name])
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", parameter_name)
-        general = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", parameter_name)
-        stem, _, last = general.rpartition(".")
-        if general in self.hf_keys:
-            return [name.format(*numbers) for name in self.hf_keys[general]]
-        assert stem in self.hf_keys, f"the layout does not say where {parameter_name} is kept"
-        return [f"{name.format(*numbers)}.{last}" for name in self.hf_keys[stem]]
+        if pattern in self.hf_keys:
+            return [key.format(*indices) for key in self.hf_keys[pattern]]
+        assert module in self.hf_keys, f"the layout does not say where {parameter_name} is stored"
+        return [f"{key.format(*indices)}.{leaf}" for key in self.hf_keys[module]]
 
-
-@dataclass(frozen=True)
-class HFOrigin:
-    """What a model was read from, so that it can be written back.
-
-    Attributes:
-        config_text: config.json, word for word.
-        transforms: name in the checkpoint -> what of the model is kept under it.
-        dtypes: name in the checkpoint -> type on disk.
-        extra_tensors: what belongs to no part of the model, by name.
-    """
-
-    config_text: str
-    transforms: Mapping[str, WeightTransform]
-    dtypes: Mapping[str, torch.dtype]
-    extra_tensors: Mapping[str, Tensor]
-
-
-class HFCompatibleModel(pretrained.PretrainedModel):
-    """A model that may have been read from the layout of the ``transformers`` library."""
-
-    hf_origin: HFOrigin | None = None
-
-    def export_hf(self, path: str | os.PathLike[str]) -> None:
-        """Write the weights as they are now in the layout the model was read from, config.json word for word.
-
-        Args:
-            path: a folder; config.json and model.safetensors in it are replaced.
-
-        Raises:
-            MemtxError: the model was not read from such a folder, or this one cannot be written to.
-        """
-        origin = self.hf_origin
-        if origin is None:
-            raise MemtxError(
-                f"This {type(self).__name__} was not read from a published checkpoint.",
-                "save_pretrained writes a model of our own.",
-            )
-        weights = self.merged_state_dict()
-        tensors = {name: piece.export(weights).to(origin.dtypes[name]) for name, piece in origin.transforms.items()}
-        checkpoint.write(path, origin.config_text, {**origin.extra_tensors, **tensors})
-
-
-def has_tied_weights(hf_checkpoint: Checkpoint, mapping: KeyMapping, head: str, embedding: str) -> bool:
-    """Return whether a head's weights are the embedding's: the config allows it, and no other numbers are there."""
-    if hf_checkpoint.config.get("tie_word_embeddings") is False:
-        return False
-    tensors = {mapping.normalize_key(name): tensor for name, tensor in hf_checkpoint.tensors.items()}
-    return head not in tensors or (embedding in tensors and _tensors_equal(tensors[head], tensors[embedding]))
-
-
-def _tensors_equal(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-
-
-def load_weights(model: HFCompatibleModel, hf_checkpoint: Checkpoint, mapping: KeyMapping) -> None:
-    """Fill the model with the checkpoint's tensors, all or none, in the type they are kept in.
-
-    Raises:
-        CheckpointError: tensors are missing, unknown or of another shape; all of them are named.
-    """
-    own = model.state_dict()
-    by_modern = {mapping.normalize_key(name): name for name in hf_checkpoint.tensors}
-    twice = sorted(set(hf_checkpoint.tensors) - set(by_modern.values()))
-    names: dict[str, WeightTransform] = {}
-    kept: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    wrong = [f"has {name} under two names" for name in twice]
-    known: set[str] = set()
-    for part, tensor in own.items():
-        places = mapping.candidate_keys(part)
-        known.update(places)
-        present = [by_modern[place] for place in places if place in by_modern]
-        if not present:
-            whole = _has_prefix(hf_checkpoint, mapping) and not places[0].startswith(mapping.head_prefixes)
-            wrong.append(f"lacks {mapping.prefix if whole else ''}{places[0]}")
-            continue
-        given = hf_checkpoint.tensors[present[0]]
-        if given.shape != tensor.shape:
-            wrong.append(f"has {present[0]} of shape {tuple(given.shape)} instead of {tuple(tensor.shape)}")
-            continue
-        weights[part] = given
-        for name in present:
-            # The same numbers under two names are one weight; other numbers are something that the model does not use.
-            if name in present[:1] or _tensors_equal(hf_checkpoint.tensors[name], given):
-                names[name] = WeightTransform.from_rows(part)
-            else:
-                kept[name] = hf_checkpoint.tensors[name]
-    for modern, name in by_modern.items():
-        if modern in known:
-            continue
-        if any(re.fullmatch(pattern, modern) for pattern in mapping.extra_patterns):
-            kept[name] = hf_checkpoint.tensors[name]
-        else:
-            wrong.append(f"has {name}, unknown to the model")
-    if wrong:
-        raise CheckpointError(
-            f"'{hf_checkpoint.path}' {'; '.join(wrong)}.",
-            "config.json and weights do not belong together, or one was changed.",
-        )
-    dtypes = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point()]
-    if dtypes:
-        model.to(promote_dtypes(dtypes))
-    model.load_state_dict(weights)
-    # A name may be one part's second choice and another's first.
-    kept = {name: tensor for name, tensor in kept.items() if name not in names}
-    model.hf_origin = HFOrigin(
-        hf_checkpoint.config_text, names, {name: hf_checkpoint.tensors[name].dtype for name in names}, kept
-    )
-    model.eval()
-
-
-def _has_prefix(hf_checkpoint: Checkpoint, mapping: KeyMapping) -> bool:
-    return any(name.startswith(mapping.prefix) for name in hf_checkpoint.tensors)
-
-
-def promote_dtypes(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """Return the type that holds numbers of all these types."""
-    widest, *others = dtypes
-    for dtype in others:
-        widest = torch.promote_types(widest, dtype)
-    return widest
+    def entries(self, parameter_names: Iterable[str]) -> list[WeightEntry]:
+        """Return one entry for each parameter of the model."""
+        return [(WeightTransform.from_rows(name), self.candidate_keys(name)) for name in parameter_names]

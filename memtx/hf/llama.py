@@ -1,40 +1,59 @@
-"""The layout of Llama (Touvron et al. 2023) and of Mistral, Qwen 2 and Qwen 3, which differ in options alone."""
+"""Layout of Llama (Touvron et al. 2023), and of Mistral, Qwen 2 and Qwen 3, which differ in options alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from memtx.errors import CheckpointError
-from memtx.hf import decoder
-from memtx.hf.checkpoint import LazyCheckpoint
-from memtx.hf.options import HFConfig
-from memtx.hf.rope import build_rotary
-from memtx.hf.weight_transforms import WeightTransform
+from memtx.hf.checkpoint import HFCheckpoint
+from memtx.hf.config import HFConfig, build_rotary, build_window_memories
+from memtx.hf.layout import KeyMapping, WeightEntry, WeightTransform
+from memtx.hf.weights import has_tied_weights, load_weights
 from memtx.layers.feed_forward import SwiGLU
 from memtx.models.memory_transformer import MemoryTransformer
 
-PREFIX = "model."
-EMBEDDING_KEY = "embed_tokens.weight"
-EXTRA_PATTERNS = (r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
+EMBEDDING_KEY, LM_HEAD_KEY = "embed_tokens.weight", "lm_head.weight"
+
+LLAMA = KeyMapping(
+    hf_keys={
+        "embedding.weight": [EMBEDDING_KEY, LM_HEAD_KEY],
+        "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
+        "blocks.{}.attention.query": ["layers.{}.self_attn.q_proj"],
+        # Two keys: each has half of the rows.
+        "blocks.{}.attention.key_value": ["layers.{}.self_attn.k_proj", "layers.{}.self_attn.v_proj"],
+        "blocks.{}.attention.out": ["layers.{}.self_attn.o_proj"],
+        "blocks.{}.attention.query_norm": ["layers.{}.self_attn.q_norm"],
+        "blocks.{}.attention.key_norm": ["layers.{}.self_attn.k_norm"],
+        "blocks.{}.feed_forward_norm": ["layers.{}.post_attention_layernorm"],
+        "blocks.{}.feed_forward.gate_up": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
+        "blocks.{}.feed_forward.out": ["layers.{}.mlp.down_proj"],
+        "norm": ["norm"],
+        "head.weight": [LM_HEAD_KEY],
+    },
+    prefix="model.",
+    head_prefixes=("lm_head.",),
+    extra_patterns=(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",),
+)
 
 
 @dataclass(frozen=True)
 class ConfigDefaults:
-    """What a config.json of the kind leaves out.
+    """Values of options that a config.json omits, and differences between the models.
 
     Attributes:
-        vocab_size: of the vocabulary.
-        intermediate_size: of the feed-forward part.
-        max_position_embeddings: positions known.
-        kv_heads: None for as many as query heads.
-        head_dim: None for dim / heads.
-        sliding_windows: from which each layer's window follows, or None.
-        qkv_bias: of the projections to queries, keys and values; None where the config says it of these and the last.
-        qk_norm: whether queries and keys are normed by head.
+        vocab_size: Vocabulary size.
+        intermediate_size: Hidden width of the feed-forward part.
+        max_position_embeddings: Number of positions.
+        kv_heads: Key-value heads; None for as many as query heads.
+        head_dim: Head width; None for dim / heads.
+        sliding_windows: Returns each layer's window, or None for full attention, from the config and depth.
+        qkv_bias: If True, queries, keys and values have biases; None for ``attention_bias`` of the config, which then
+            holds for the output projection too.
+        qk_norm: If True, queries and keys are normalized per head.
     """
 
     vocab_size: int = 32000
@@ -48,26 +67,25 @@ class ConfigDefaults:
 
 
 def _mistral_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
-    # null is said there, and means that nothing slides; only a missing key has the default.
+    # null disables the window; only a missing key has the default.
     if "sliding_window" in config.values and config.values["sliding_window"] is None:
         return [None] * depth
     return [config.get_int("sliding_window", 4096)] * depth
 
 
 def _qwen_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
-    kinds = config.get("layer_types")
-    first = config.get_int("max_window_layers", 28, min_value=0)
-    if kinds is None:
-        kinds = ["full_attention" if layer < first else "sliding_attention" for layer in range(depth)]
-    if not isinstance(kinds, list) or len(kinds) != depth or set(kinds) - {"full_attention", "sliding_attention"}:
+    layer_types = config.get("layer_types")
+    first_sliding = config.get_int("max_window_layers", 28, min_value=0)
+    if layer_types is None:
+        layer_types = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(depth)]
+    known = {"full_attention", "sliding_attention"}
+    if not isinstance(layer_types, list) or len(layer_types) != depth or set(layer_types) - known:
         raise CheckpointError(
-            f"config.json has layer_types = {kinds!r}.",
+            f"config.json has layer_types = {layer_types!r}.",
             f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.",
         )
-    window = None
-    if config.get_bool("use_sliding_window", False):
-        window = config.get_int("sliding_window", 4096)
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    window = config.get_int("sliding_window", 4096) if config.get_bool("use_sliding_window", False) else None
+    return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
 
 CONFIG_DEFAULTS = {
@@ -86,101 +104,61 @@ CONFIG_DEFAULTS = {
 }
 
 
-def build(hf_checkpoint: LazyCheckpoint, window: int | None) -> MemoryTransformer:
-    """Return the model of a folder.
+def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
+    """Return the decoder of a folder.
 
     Args:
-        hf_checkpoint: the folder.
-        window: exact positions seen; None for as many as the model knows.
+        hf_checkpoint: The folder.
+        window: Exact positions seen. Defaults to the trained length, at most 4096.
 
     Raises:
-        CheckpointError: an option or a tensor is not as it must be.
+        CheckpointError: An option or a tensor does not fit.
     """
-    options = HFConfig(hf_checkpoint.config)
-    family = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]
-    dim, depth = options.get_int("hidden_size", 4096), options.get_int("num_hidden_layers", 32)
-    heads = options.get_int("num_attention_heads", 32)
-    kv_heads = options.get_int("num_key_value_heads", family.kv_heads or heads)
-    head_dim = options.get_int("head_dim", family.head_dim or dim // heads)
-    inner = options.get_int("intermediate_size", family.intermediate_size)
-    bias = options.get_bool("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
-    out_bias = bias if family.qkv_bias is None else False
-    wide = options.get_bool("mlp_bias", False)
-    positions, longest = build_rotary(
-        options, options.get_int("max_position_embeddings", family.max_position_embeddings)
-    )
-    norm = partial(nn.RMSNorm, eps=options.get_float("rms_norm_eps", 1e-6))
-    make = partial(
+    config = HFConfig(hf_checkpoint.config)
+    defaults = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]
+    dim, depth = config.get_int("hidden_size", 4096), config.get_int("num_hidden_layers", 32)
+    heads = config.get_int("num_attention_heads", 32)
+    kv_heads = config.get_int("num_key_value_heads", defaults.kv_heads or heads)
+    head_dim = config.get_int("head_dim", defaults.head_dim or dim // heads)
+    hidden_dim = config.get_int("intermediate_size", defaults.intermediate_size)
+    bias = config.get_bool("attention_bias", False) if defaults.qkv_bias is None else defaults.qkv_bias
+    out_bias = bias and defaults.qkv_bias is None
+    mlp_bias = config.get_bool("mlp_bias", False)
+    max_length = config.get_int("max_position_embeddings", defaults.max_position_embeddings)
+    positions, max_length = build_rotary(config, max_length)
+    norm = partial(nn.RMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))
+    model_factory = partial(
         MemoryTransformer,
-        options.get_int("vocab_size", family.vocab_size),
+        config.get_int("vocab_size", defaults.vocab_size),
         dim,
         depth,
         heads,
         kv_heads,
-        decoder.build_window_memories(window, longest, family.sliding_windows(options, depth)),
+        build_window_memories(window, max_length, defaults.sliding_windows(config, depth)),
         norm,
-        partial(SwiGLU, hidden_dim=inner, bias=wide, activation=options.get_activation("hidden_act", "silu")),
+        partial(SwiGLU, hidden_dim=hidden_dim, bias=mlp_bias, activation=config.get_activation("hidden_act", "silu")),
         positions,
         bias=bias,
         out_bias=out_bias,
         head_dim=head_dim,
-        qk_norm=norm if family.qk_norm else None,
-        attention_dropout=options.get_float("attention_dropout", 0.0),
-        tie_embeddings=decoder.has_tied_embeddings(hf_checkpoint, False, EMBEDDING_KEY, PREFIX),
+        qk_norm=norm if defaults.qk_norm else None,
+        attention_dropout=config.get_float("attention_dropout", 0.0),
+        tie_embeddings=has_tied_weights(hf_checkpoint, LLAMA, LM_HEAD_KEY, EMBEDDING_KEY, default=False),
     )
-    pieces = {PREFIX + EMBEDDING_KEY: WeightTransform.from_rows("embedding.weight")}
-    for layer in range(depth):
-        pieces |= _layer_transforms(layer, heads, kv_heads, head_dim, inner, bias, out_bias, wide, family.qk_norm)
-    pieces |= {
-        PREFIX + "norm.weight": WeightTransform.from_rows("norm.weight"),
-        decoder.LM_HEAD_KEY: WeightTransform.from_rows("head.weight"),
-    }
-    return decoder.build(hf_checkpoint, make, pieces, PREFIX, EXTRA_PATTERNS)
+    return load_weights(model_factory, hf_checkpoint, LLAMA, partial(_build_entries, heads=heads, kv_heads=kv_heads))
 
 
-def _layer_transforms(
-    layer: int,
-    heads: int,
-    kv_heads: int,
-    head_dim: int,
-    intermediate_size: int,
-    qkv_bias: bool,
-    out_bias: bool,
-    mlp_bias: bool,
-    qk_norm: bool,
-) -> dict[str, WeightTransform]:
-    """Return the pieces of a layer."""
-    own, theirs = f"blocks.{layer}.", f"{PREFIX}layers.{layer}."
-    attention, keys = f"{own}attention.", kv_heads * head_dim
-    pieces = {
-        f"{theirs}input_layernorm.weight": WeightTransform.from_rows(f"{own}attention_norm.weight"),
-        f"{theirs}post_attention_layernorm.weight": WeightTransform.from_rows(f"{own}feed_forward_norm.weight"),
-    }
-    for end in ["weight"] + ["bias"] * qkv_bias:
-        pieces |= {
-            f"{theirs}self_attn.q_proj.{end}": WeightTransform.from_rows(f"{attention}query.{end}", rotary_heads=heads),
-            f"{theirs}self_attn.k_proj.{end}": WeightTransform.from_rows(
-                f"{attention}key_value.{end}", 0, keys, rotary_heads=kv_heads
-            ),
-            f"{theirs}self_attn.v_proj.{end}": WeightTransform.from_rows(f"{attention}key_value.{end}", keys, keys),
-        }
-    for end in ["weight"] + ["bias"] * out_bias:
-        pieces[f"{theirs}self_attn.o_proj.{end}"] = WeightTransform.from_rows(f"{attention}out.{end}")
-    if qk_norm:
-        pieces |= {
-            f"{theirs}self_attn.{part[0]}_norm.weight": WeightTransform.from_rows(
-                f"{attention}{part}_norm.weight", rotary_heads=1
-            )
-            for part in ("query", "key")
-        }
-    for end in ["weight"] + ["bias"] * mlp_bias:
-        pieces |= {
-            f"{theirs}mlp.gate_proj.{end}": WeightTransform.from_rows(
-                f"{own}feed_forward.gate_up.{end}", 0, intermediate_size
-            ),
-            f"{theirs}mlp.up_proj.{end}": WeightTransform.from_rows(
-                f"{own}feed_forward.gate_up.{end}", intermediate_size, intermediate_size
-            ),
-            f"{theirs}mlp.down_proj.{end}": WeightTransform.from_rows(f"{own}feed_forward.out.{end}"),
-        }
-    return pieces
+def _build_entries(weights: Mapping[str, Tensor], *, heads: int, kv_heads: int) -> list[WeightEntry]:
+    rows = WeightTransform.from_rows
+    entries: list[WeightEntry] = []
+    for name, tensor in weights.items():
+        keys, half = LLAMA.candidate_keys(name), tensor.shape[0] // 2
+        if ".attention.key_value." in name or ".feed_forward.gate_up." in name:
+            rotary_heads = kv_heads if ".key_value." in name else 0
+            entries += [(rows(name, 0, half, rotary_heads), keys[:1]), (rows(name, half, half), keys[1:])]
+        elif ".attention.query." in name:
+            entries.append((rows(name, rotary_heads=heads), keys))
+        else:
+            is_head_norm = name.endswith((".query_norm.weight", ".key_norm.weight"))
+            entries.append((rows(name, rotary_heads=1 if is_head_norm else 0), keys))
+    return entries

@@ -1,57 +1,175 @@
-"""Which of the segments that wait are read in one call: the oldest, and those that it costs least to read beside it."""
+"""Scoring segments of several streams in one call, and the choice of segments that share a call."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from memtx.inference.scoring import ScoreRequest
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
+
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
+from memtx.ops.cross_entropy import IGNORE_INDEX
+from memtx.state import MemoryState
 
 CPU_CALL_COST_TOKENS = 32
-"""Tokens of a row that cost about as much as a call by itself does on a CPU: filling up a row by more to save one does
-not pay. Measured at a model of 2.4 M parameters, one thread: a call costs 2 to 3 ms, a token 0.06 ms."""
+"""Number of tokens whose compute costs as much as the overhead of a call on a CPU; padding a segment by more than this
+to save a call does not pay. Measured at 2.4 M parameters with one thread: 2 to 3 ms per call, 0.06 ms per token."""
 
 MAX_PADDING_RATIO = 0.5
-"""On an accelerator, where a call costs more than its tokens, the share of the oldest's that may be filled up."""
+"""Largest padding on an accelerator, as a fraction of the oldest segment: there a call costs more than its tokens."""
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """The next segment of one stream.
+
+    Attributes:
+        state: State of the stream, batch size 1.
+        tokens: ``(length,)`` int64, the input tokens.
+        labels: ``(length,)`` int64, the token after each input token.
+        num_logprobs: Number of most likely tokens to return per position.
+        return_hidden_states: If True, return the hidden states.
+        discard_state: If True, the stream ends here and its next state is not needed.
+    """
+
+    state: MemoryState
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    num_logprobs: int = 0
+    return_hidden_states: bool = False
+    discard_state: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """The model's output for one request.
+
+    Attributes:
+        state: Next state of the stream; the request's own state if it was to be discarded.
+        nll: ``(length,)`` float32, negative log-likelihood of each label in nats.
+        top_tokens: ``(length, num_logprobs)`` int64, most likely tokens per position, in descending order. None if not
+            requested.
+        top_logprobs: ``(length, num_logprobs)`` float32, their log-probabilities in nats. None if not requested.
+        hidden_states: ``(length, dim)`` float32, output of the last layer from which each label was predicted; it does
+            not depend on the label. None if not requested.
+    """
+
+    state: MemoryState
+    nll: NDArray[np.float32]
+    top_tokens: NDArray[np.int64] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
+    hidden_states: NDArray[np.float32] | None = None
+
+
+def accepts_padding(model: RecurrentLanguageModel) -> bool:
+    """Return whether the model reads segments of different lengths in one call (``valid_length``)."""
+    return isinstance(model, MemoryTransformer) and model.supports_padding
+
+
+@torch.inference_mode()
+def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreRequest]) -> list[ScoreOutput]:
+    """Score one segment of each of several streams in one call.
+
+    Args:
+        model: Model in eval mode.
+        requests: At least one request; all have the same output options. If the model does not support padding, only
+            segments with ``discard_state`` may be shorter than the longest.
+
+    Returns:
+        One output per request, equal to that of a call with this request alone, up to rounding.
+    """
+    first = requests[0]
+    lengths = [len(request.tokens) for request in requests]
+    device = first.state.position.device
+    tokens = pad_sequence([torch.from_numpy(request.tokens) for request in requests], batch_first=True)
+    labels = pad_sequence(
+        [torch.from_numpy(request.labels) for request in requests], batch_first=True, padding_value=IGNORE_INDEX
+    ).to(device)
+    padding: dict[str, Any] = {}
+    if any(len(request.tokens) < max(lengths) and not request.discard_state for request in requests):
+        assert accepts_padding(model), "the padding of a shorter segment would enter its state"
+        padding = {"valid_length": torch.tensor(lengths, device=device)}
+    output = model(
+        tokens.to(device),
+        first.state if len(requests) == 1 else MemoryState.concat([request.state for request in requests]),
+        # With labels the model never materializes the logits.
+        labels=None if first.num_logprobs else labels,
+        return_hidden_states=first.return_hidden_states,
+        **padding,
+    )
+    top_tokens = top_logprobs = None
+    if output.logits is not None:
+        logprobs = output.logits.float().log_softmax(-1)
+        nll = -logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        top = logprobs.topk(min(first.num_logprobs, logprobs.shape[-1]), dim=-1)
+        top_logprobs, top_tokens = top.values.cpu().numpy(), top.indices.cpu().numpy()
+    else:
+        assert output.nll is not None
+        nll = output.nll
+    hidden = output.hidden_states[-1].float().cpu().numpy() if output.hidden_states is not None else None
+    batch_nll = nll.float().cpu().numpy()
+
+    def next_state(row: int) -> MemoryState:
+        if requests[row].discard_state:
+            return requests[row].state
+        # Copied: a view would keep the whole batch in memory while the stream waits.
+        return output.state if len(requests) == 1 else output.state.select([row])
+
+    return [
+        ScoreOutput(
+            next_state(row),
+            batch_nll[row, :length],
+            top_tokens[row, :length] if top_tokens is not None else None,
+            top_logprobs[row, :length] if top_logprobs is not None else None,
+            hidden[row, :length].copy() if hidden is not None else None,
+        )
+        for row, length in enumerate(lengths)
+    ]
 
 
 def default_batch_tokens(is_cpu: bool) -> int:
-    """Return how many tokens to read in one call: on a CPU more cost as much each, and what waits would wait longer."""
+    """Return the default limit of tokens per call; on a CPU larger calls only add latency."""
     return 1024 if is_cpu else 4096
 
 
 def padding_limit(length: int, is_cpu: bool) -> int:
-    """Return by how many tokens rows may differ that are read together; length: tokens of the oldest."""
+    """Return how much the lengths in one call may differ, in tokens; ``length`` is that of the oldest segment."""
     return CPU_CALL_COST_TOKENS if is_cpu else int(MAX_PADDING_RATIO * length)
 
 
 def select_batch(
     requests: Sequence[ScoreRequest], *, max_tokens: int, max_padding: int, supports_padding: bool
 ) -> list[int]:
-    """Return the places of those that are read together, in order.
+    """Return the ascending indices of the requests to score in one call.
 
     Args:
-        requests: at least one, the oldest first; it is always taken, so that none waits for ever.
-        max_tokens: of all rows, filled up, at most, where that is more than the oldest.
-        max_padding: tokens by which rows may differ.
-        supports_padding: whether the model reads rows of different lengths. Otherwise rows may only be filled up at
-            whose end nothing goes on.
+        requests: At least one request, the oldest first; the oldest is always selected, so that none starves.
+        max_tokens: Limit of tokens in the padded batch; a single longer segment is still allowed.
+        max_padding: Limit of the difference in length, in tokens.
+        supports_padding: If False, only segments with ``discard_state`` may be padded.
     """
-    first, taken = requests[0], [0]
-    width = low = high = len(first.tokens)
-    # Whole logits are large: segments that ask for them are read one by one.
-    alike = [
-        place
-        for place, one in enumerate(requests)
-        if not one.num_logprobs and one.return_hidden_states == first.return_hidden_states
-    ]
+    first, selected = requests[0], [0]
     if first.num_logprobs:
-        return taken
-    # The nearest in length go first: they are filled up least.
-    for place in sorted(alike[1:], key=lambda place: abs(len(requests[place].tokens) - width)):
-        own = len(requests[place].tokens)
-        lower, higher = min(low, own), max(high, own)
-        fits = supports_padding or own == width or (requests[place].discard_state and own < width)
-        if fits and higher - lower <= max_padding and (len(taken) + 1) * higher <= max_tokens:
-            taken.append(place)
-            low, high = lower, higher
-    return sorted(taken)
+        return selected  # The logits are large: score these segments one by one.
+    first_length = shortest = longest = len(first.tokens)
+    compatible = [
+        index
+        for index, request in enumerate(requests)
+        if not request.num_logprobs and request.return_hidden_states == first.return_hidden_states
+    ]
+    # Segments of the most similar length first: they need the least padding.
+    for index in sorted(compatible[1:], key=lambda index: abs(len(requests[index].tokens) - first_length)):
+        length = len(requests[index].tokens)
+        low, high = min(shortest, length), max(longest, length)
+        may_pad = (
+            supports_padding or length == first_length or (requests[index].discard_state and length < first_length)
+        )
+        if may_pad and high - low <= max_padding and (len(selected) + 1) * high <= max_tokens:
+            selected.append(index)
+            shortest, longest = low, high
+    return sorted(selected)

@@ -1,31 +1,30 @@
-"""Chapters of a book, found in its tokens: lines such as "CHAPTER IV" or "Chapter 12. The Return"."""
+"""Chapters of a book, found in its tokens by headings such as "CHAPTER IV" or "Chapter 12. The Return"."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from memtx.inference.reader import SegmentResult
+from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
 
 MAX_HEADING_CHARS = 80
-"""Characters of a line that may be a heading."""
+"""Maximum characters of a heading line."""
 
 MAX_LINE_BYTES = 4 * MAX_HEADING_CHARS + 4
-"""Bytes of a line that are kept: more than any heading has."""
+"""Bytes of a line that are stored: more than any heading has."""
 
 MIN_CHAPTER_TOKENS = 200
-"""Tokens; a heading sooner than that after another is its subtitle or a table of contents."""
+"""A heading within fewer tokens after another one is its subtitle, or part of a table of contents."""
 
 _NUMBER_WORDS = (
     "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second|third|fourth|fifth|sixth|seventh|"
     "eighth|ninth|tenth|last|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twenty|thirty|forty|fifty)(?:-[a-z]+)?"
 )
-# What follows the number must not go on as a sentence does: "Part I have kept" is no heading.
+# The text after the number must not continue as a sentence: "Part I have kept" is no heading.
 _HEADING = re.compile(
     r"(?:CHAPTER|Chapter|BOOK|Book|PART|Part|CANTO|Canto|LETTER|Letter|STAVE|Stave|ACT|Act|VOLUME|Volume)\s+"
     rf"(?:[IVXLCDM]+|\d{{1,3}}|(?i:the\s+)?(?i:{_NUMBER_WORDS}))"
@@ -34,20 +33,20 @@ _HEADING = re.compile(
 
 
 def is_heading(line: str) -> bool:
-    """Say whether a line heads a chapter: a word such as CHAPTER, then a number."""
+    """Return whether a line is the heading of a chapter: a word such as CHAPTER, then a number."""
     return len(line) <= MAX_HEADING_CHARS and _HEADING.fullmatch(line.strip(" _*\r\t")) is not None
 
 
 @dataclass(frozen=True)
 class Section:
-    """What one part of a book said.
+    """Scores of one part of a book.
 
     Attributes:
-        title: its heading, or empty.
-        start: position of its first token.
-        num_tokens: how many it has.
-        num_bytes: of its text.
-        nll: nats.
+        title: Heading, or empty.
+        start: Position of the first token.
+        num_tokens: Number of tokens.
+        num_bytes: Bytes of the text.
+        nll: Negative log-likelihood in nats.
     """
 
     title: str = ""
@@ -58,18 +57,17 @@ class Section:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the section; NaN where it is empty."""
-        return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+        """Bits per byte of the section; NaN if it is empty."""
+        return nats_to_bits_per_byte(self.nll, self.num_bytes)
 
     def with_tokens(self, result: SegmentResult, start: int, end: int) -> Section:
-        """Return the section with a segment's tokens from ``start`` up to ``end`` as well."""
-        return Section(
-            self.title,
-            self.start if self.num_tokens else result.start + start,
-            self.num_tokens + end - start,
-            self.num_bytes + sum(map(len, result.token_bytes[start:end])),
-            self.nll + float(result.nll[start:end].sum(dtype=np.float64)),
+        """Return the section extended by the tokens of a segment from ``start`` up to ``end``."""
+        nll, num_bytes = (
+            float(result.nll[start:end].sum(dtype=np.float64)),
+            sum(map(len, result.token_bytes[start:end])),
         )
+        first = self.start if self.num_tokens else result.start + start
+        return replace(self, start=first) + Section("", 0, end - start, num_bytes, nll)
 
     def __add__(self, other: Section) -> Section:
         return replace(
@@ -81,9 +79,9 @@ class Section:
 
 
 class ChapterSplitter:
-    """Cuts results into chapters, as they come.
+    """Splits the results of a reader into chapters as they arrive.
 
-    A heading's own line belongs to the chapter that it opens, and so does the token that holds its line break.
+    The line of a heading, and the token with its line break, belong to the chapter that it begins.
     """
 
     def __init__(self) -> None:
@@ -92,18 +90,18 @@ class ChapterSplitter:
         self._line_section = Section()
 
     def feed(self, result: SegmentResult) -> Iterator[Section]:
-        """Take a segment and yield the chapters that it ended."""
-        parts, first = result.token_bytes, 0
-        breaks = [place for place, part in enumerate(parts) if b"\n" in part]
-        for stop in (*breaks, len(parts)):
-            self._line_section = self._line_section.with_tokens(result, first, min(stop + 1, len(parts)))
-            ending, newline, rest = b"".join(parts[first : stop + 1]).partition(b"\n")
-            # More than a heading's length is enough to know that it is none: a line of any length costs nothing.
-            self._line_bytes = (self._line_bytes + ending)[:MAX_LINE_BYTES]
+        """Add a segment and yield the chapters that it completes."""
+        token_bytes, start = result.token_bytes, 0
+        breaks = [index for index, content in enumerate(token_bytes) if b"\n" in content]
+        for end in (*breaks, len(token_bytes)):
+            self._line_section = self._line_section.with_tokens(result, start, min(end + 1, len(token_bytes)))
+            head, newline, tail = b"".join(token_bytes[start : end + 1]).partition(b"\n")
+            # Longer lines are no headings, so a line of any length takes constant memory.
+            self._line_bytes = (self._line_bytes + head)[:MAX_LINE_BYTES]
             if newline:
                 yield from self._end_line()
-                self._line_bytes = rest.rpartition(b"\n")[2][:MAX_LINE_BYTES]
-            first = stop + 1
+                self._line_bytes = tail.rpartition(b"\n")[2][:MAX_LINE_BYTES]
+            start = end + 1
 
     def _end_line(self) -> Iterator[Section]:
         text = self._line_bytes.decode("utf-8", "replace")
@@ -118,20 +116,20 @@ class ChapterSplitter:
             self.chapter = replace(line, title=" ".join(text.split()))
 
     def finish(self) -> Section:
-        """Return the last chapter, which ends with the book."""
-        last, self._line_section, self._line_bytes = self.chapter + self._line_section, Section(), b""
-        self.chapter = Section()
-        return last
+        """Return the last chapter."""
+        chapter = self.chapter + self._line_section
+        self.chapter, self._line_section, self._line_bytes = Section(), Section(), b""
+        return chapter
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where it stands, as JSON can hold it."""
+        """Return the position in the text, JSON-serializable."""
         return {
-            "chapter": vars(self.chapter) | {},
+            "chapter": asdict(self.chapter),
             "line": self._line_bytes.decode("latin-1"),
-            "line_section": vars(self._line_section) | {},
+            "line_section": asdict(self._line_section),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Continue from the position of a :meth:`state_dict`."""
         self.chapter, self._line_section = Section(**state_dict["chapter"]), Section(**state_dict["line_section"])
         self._line_bytes = str(state_dict["line"]).encode("latin-1")

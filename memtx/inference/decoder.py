@@ -1,8 +1,8 @@
-"""Going on token by token, with keys and values kept: opened from a state, closed to one.
+"""Token-by-token decoding in place: opens a state into key-value buffers and closes them into a state.
 
-The decoder owns buffers that it writes in place, which a state, a value, must not have. On a GPU a step is captured
-as a graph and replayed; shapes are fixed, so nothing is made twice as memory fills. Rows come and go while the others
-go on: a row that joins is written behind the last one, into buffers that double when they are full.
+A state is a value, so the decoder copies it into buffers of its own, which it overwrites. Their shapes are fixed; on a
+GPU a step is captured as a CUDA graph and replayed. New streams are appended after the last one, and full buffers
+double.
 """
 
 from __future__ import annotations
@@ -14,210 +14,214 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError
-from memtx.memory.kv_ring import DecodeStep, RingLayout
+from memtx.memory.kv_ring import DecodeStep, KVRing, RingLayout
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
 WARMUP_STEPS = 3
-"""Steps on a side stream before a graph is captured, as CUDA asks for."""
+"""Steps on a side stream before a graph is captured, as CUDA requires."""
 
 
 class Decoder:
-    """Reads one token a row at a time; results equal the model's calls of one token, up to rounding.
+    """Decodes a batch of streams one token at a time; equals calls of the model with one token, up to rounding.
 
-    Rows stand at positions of their own, and may join and leave between steps. A model with a memory that has no such
-    form is called as it is.
+    The streams may be at different positions, and may join and leave between steps. A model without rings is called
+    instead.
 
     Args:
-        model: put into eval mode.
-        state: where to begin; stays as it is.
-        torch_compile: whether to run a step through ``torch.compile``, or by which of its backends; it is compiled once
-            for the steps at which a block is compressed and once for the others.
-        use_cuda_graph: whether to capture a step as a CUDA graph; by default on a GPU, unless compiled.
+        model: Language model; a module is put into eval mode.
+        state: State to start from; it is left unchanged.
+        torch_compile: If True, or a backend of ``torch.compile``, compile the step: once for steps that compress a
+            block and once for the others.
+        use_cuda_graph: If True, capture the step as a CUDA graph. Defaults to True on a GPU, unless compiled.
+
+    Raises:
+        MemtxError: A CUDA graph is requested without a GPU.
     """
 
     def __init__(
         self,
-        model: MemoryTransformer,
+        model: RecurrentLanguageModel,
         state: MemoryState,
         *,
         torch_compile: bool | Callable[..., Any] = False,
         use_cuda_graph: bool | None = None,
     ) -> None:
-        self.model = model.eval()
+        if isinstance(model, nn.Module):
+            model.eval()
+        self.model = model
+        self._rings: list[KVRing] = []
+        self._ring_model: MemoryTransformer | None = None
+        # None if the rings hold its content.
+        self._state: MemoryState | None = state
         with torch.inference_mode():
-            self._rings = model.to_rings(state)
             self._position = state.position.clone()
-        # Needed where the model is called as it is; rings hold what it held.
-        self._state = state if self._rings is None else None
+            if isinstance(model, MemoryTransformer) and (rings := model.to_rings(state)) is not None:
+                self._ring_model, self._rings, self._state = model, rings, None
         self._capacity = state.batch_size
-        # The host counts along, so that no step asks the device where it stands.
+        # Mirrored on the host, so that no step waits for the device.
         self._host_positions: list[int] = state.position.tolist()
-        self._layouts: list[RingLayout] = list(dict.fromkeys(ring.layout for ring in self._rings or ()))
+        self._layouts: list[RingLayout] = list(dict.fromkeys(ring.layout for ring in self._rings))
         self._torch_compile = torch_compile
         self._step_fns: dict[tuple[frozenset[RingLayout], int], Callable[[Tensor], Tensor]] = {}
-        cuda = state.position.device.type == "cuda"
-        self._use_cuda_graph = cuda and not torch_compile if use_cuda_graph is None else use_cuda_graph
-        if self._use_cuda_graph and not cuda:
+        is_cuda = state.position.device.type == "cuda"
+        self._use_cuda_graph = is_cuda and not torch_compile if use_cuda_graph is None else use_cuda_graph
+        if self._use_cuda_graph and not is_cuda:
             raise MemtxError(
-                f"use_cuda_graph=True on {state.position.device}.", "CUDA graphs need a GPU; leave it out."
+                f"use_cuda_graph=True needs a GPU; the state is on {state.position.device}.", "Remove use_cuda_graph."
             )
 
     @property
     def batch_size(self) -> int:
-        """Streams that go on now."""
+        """Number of streams."""
         return len(self._host_positions)
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the state."""
         return self._position.device
 
     @property
     def state(self) -> MemoryState:
-        """Where the streams stand, as a value."""
+        """State of the streams, as a value."""
         if self._state is not None:
             return self._state
-        assert self._rings is not None
+        assert self._ring_model is not None
         with torch.inference_mode():
-            return self.model.from_rings(
-                [ring.narrow(self.batch_size) for ring in self._rings], self._position[: self.batch_size]
-            )
+            rings = [ring.narrow(self.batch_size) for ring in self._rings]
+            return self._ring_model.from_rings(rings, self._position[: self.batch_size])
 
     @torch.inference_mode()
     def append(self, state: MemoryState) -> None:
-        """Add the rows of a state behind the others.
+        """Add streams after the others.
 
         Args:
-            state: of the same model, at any positions; stays as it is.
+            state: Their state, of the same model; it is left unchanged.
         """
-        held, needed = self.batch_size, self.batch_size + state.batch_size
-        if self._state is not None:
-            self._state = MemoryState.concat([self._state, state])
+        if self._ring_model is None:
+            self._state = MemoryState.concat([self.state, state])
         else:
-            assert self._rings is not None
-            opened = self.model.to_rings(state)
-            assert opened is not None
-            if needed > self._capacity:
-                self._grow(max(needed, 2 * self._capacity))
-            for ring, new in zip(self._rings, opened, strict=True):
-                ring.copy_from(held, new)
-            self._position[held:needed] = state.position
+            start, end = self.batch_size, self.batch_size + state.batch_size
+            new_rings = self._ring_model.to_rings(state)
+            assert new_rings is not None
+            if end > self._capacity:
+                self._grow(max(end, 2 * self._capacity))
+            for ring, new_ring in zip(self._rings, new_rings, strict=True):
+                ring.copy_from(start, new_ring)
+            self._position[start:end] = state.position
         self._host_positions += state.position.tolist()
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:
-        """Keep the given rows, in the given order; a row that keeps its place costs nothing.
+        """Keep the given streams in the given order; a stream that keeps its index is not copied.
 
         Args:
-            indices: numbers from 0, each at most once; none leaves a decoder that rows can join.
+            indices: Distinct indices; may be empty.
 
         Raises:
-            MemtxError: a number is out of range or stands twice.
+            MemtxError: An index is out of range or occurs twice.
         """
-        if len(set(indices)) != len(indices) or not all(0 <= row < self.batch_size for row in indices):
+        if len(set(indices)) != len(indices) or not all(0 <= index < self.batch_size for index in indices):
             raise MemtxError(
-                f"select got {list(indices)} of {self.batch_size} rows.", "Give each row number at most once."
+                f"select got {list(indices)} for {self.batch_size} streams.", "Give each index at most once."
             )
         if self._state is not None:
             self._state = self._state.select(torch.tensor(indices, dtype=torch.int64))
-        elif moved := [(row, at) for at, row in enumerate(indices) if row != at]:
-            sources, targets = torch.tensor(moved, device=self._position.device).unbind(1)
-            for ring in self._rings or ():
+        elif moves := [(source, target) for target, source in enumerate(indices) if source != target]:
+            sources, targets = torch.tensor(moves, device=self.device).unbind(1)
+            for ring in self._rings:
                 ring.compact(sources, targets)
             self._position[targets] = self._position[sources]
-        self._host_positions = [self._host_positions[row] for row in indices]
+        self._host_positions = [self._host_positions[index] for index in indices]
 
     def _grow(self, capacity: int) -> None:
-        assert self._rings is not None
         self._rings = [ring.resized(capacity) for ring in self._rings]
         position = self._position.new_zeros(capacity)
         position[: self.batch_size] = self._position[: self.batch_size]
         self._position, self._capacity = position, capacity
-        # What was captured writes into the old buffers.
+        # Captured steps write into the old buffers.
         self._step_fns.clear()
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token of every row.
+        """Read one token of every stream.
 
         Args:
-            tokens: (batch,) int64.
+            tokens: ``(batch,)`` int64.
 
         Returns:
-            (batch, vocab) logits of the next ones.
+            ``(batch, vocab)`` logits of the next tokens.
 
         Raises:
-            MemtxError: not one token a row.
+            MemtxError: ``tokens`` has another shape.
         """
-        if tokens.shape != (len(self._host_positions),):
+        batch_size = self.batch_size
+        if tokens.shape != (batch_size,):
             raise MemtxError(
-                f"tokens is {tuple(tokens.shape)}, expected ({len(self._host_positions)},).",
-                "Give one token for every row.",
+                f"tokens is {tuple(tokens.shape)}, expected ({batch_size},).", "Give one token per stream."
             )
-        if not self._host_positions:
+        if not batch_size:
             return torch.empty(0, self.model.vocab_size, device=tokens.device)
         if self._state is not None:
             output = self.model(tokens[:, None], self._state)
             self._state = output.state
             assert output.logits is not None
-            last: Tensor = output.logits[:, 0]
-            return last
-        rows, width = self.batch_size, self._padded_batch_size()
-        crossing = frozenset(
-            one for one in self._layouts if any(one.evicts_block(read) for read in self._host_positions)
-        )
-        if width > rows:
-            tokens = nn.functional.pad(tokens, (0, width - rows))
-        if (crossing, width) not in self._step_fns:
-            self._step_fns[crossing, width] = self._build_step(crossing, tokens)
-        logits = self._step_fns[crossing, width](tokens)
-        self._host_positions = [read + 1 for read in self._host_positions]
-        return logits[:rows]
+            return output.logits[:, 0]
+        evicting = frozenset(layout for layout in self._layouts if any(map(layout.evicts_block, self._host_positions)))
+        padded_size = self._padded_batch_size()
+        if padded_size > batch_size:
+            tokens = nn.functional.pad(tokens, (0, padded_size - batch_size))
+        if (evicting, padded_size) not in self._step_fns:
+            self._step_fns[evicting, padded_size] = self._build_step(evicting, tokens)
+        logits = self._step_fns[evicting, padded_size](tokens)
+        self._host_positions = [position + 1 for position in self._host_positions]
+        return logits[:batch_size]
 
     def _padded_batch_size(self) -> int:
-        """Return how many rows a step computes: where one is made for each width, only powers of two."""
+        """Return the batch size of a step: a power of two if a step is captured or compiled for each size."""
         if not (self._use_cuda_graph or self._torch_compile):
             return self.batch_size
         return min(1 << (self.batch_size - 1).bit_length(), self._capacity)
 
-    def _build_step(self, crossing_layouts: frozenset[RingLayout], tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return a step in which blocks cross the edge in these layouts."""
-        assert self._rings is not None
+    def _build_step(self, evicting_layouts: frozenset[RingLayout], tokens: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return a step in which rings of these layouts evict a block."""
+        model = self._ring_model
+        assert model is not None
         rings, position = [ring.narrow(len(tokens)) for ring in self._rings], self._position[: len(tokens)]
 
-        def run(tokens: Tensor) -> Tensor:
-            logits = self.model.decode_step(tokens, rings, DecodeStep(position, crossing_layouts))
+        def step_fn(tokens: Tensor) -> Tensor:
+            logits = model.decode_step(tokens, rings, DecodeStep(position, evicting_layouts))
             position.add_(1)
             return logits
 
         if self._torch_compile:
             backend = "inductor" if self._torch_compile is True else self._torch_compile
-            compiled: Callable[[Tensor], Tensor] = torch.compile(run, backend=backend, dynamic=False)
+            compiled: Callable[[Tensor], Tensor] = torch.compile(step_fn, backend=backend, dynamic=False)
             return compiled
         buffers = [position, *(buffer for ring in rings for buffer in (ring.hidden, ring.key_value))]
-        return _capture_graph(run, tokens, buffers) if self._use_cuda_graph else run
+        return _capture_graph(step_fn, tokens, buffers) if self._use_cuda_graph else step_fn
 
 
 def _capture_graph(
     step_fn: Callable[[Tensor], Tensor], tokens: Tensor, buffers: list[Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """Return a step as a graph's replay. It is run some times before, so what it writes is put back."""
-    before = [buffer.clone() for buffer in buffers]
-    given, graph = tokens.clone(), torch.cuda.CUDAGraph()
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """Capture a step as a CUDA graph; the buffers, which the warmup overwrites, are restored."""
+    saved = [buffer.clone() for buffer in buffers]
+    static_tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
+    side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         for _ in range(WARMUP_STEPS):
-            step_fn(given)
-    torch.cuda.current_stream().wait_stream(side)
+            step_fn(static_tokens)
+    torch.cuda.current_stream().wait_stream(side_stream)
     with torch.cuda.graph(graph):
-        logits = step_fn(given)
-    for buffer, kept in zip(buffers, before, strict=True):
-        buffer.copy_(kept)
+        logits = step_fn(static_tokens)
+    for buffer, content in zip(buffers, saved, strict=True):
+        buffer.copy_(content)
 
     def replay(tokens: Tensor) -> Tensor:
-        given.copy_(tokens)
+        static_tokens.copy_(tokens)
         graph.replay()
         return logits.clone()
 

@@ -1,9 +1,8 @@
-"""One thread that runs the model for many: segments that wait are read in one call, texts that go on in one step.
+"""Engine: one thread that runs the model for many streams, with continuous batching.
 
-Whoever asks blocks, and so do its neighbours: while one call runs the next batch gathers by itself. A call's rows are
-streams, which come and go between calls (continuous batching, Yu et al. 2022, section 3). No segment is cut for the
-sake of a batch, so each stream reads what it would read alone; where rows may end before the call does, those of
-other lengths are filled up.
+Pending segments are scored in one call, and running generations advance in one decoding step; meanwhile the next batch
+gathers. Streams come and go between calls (continuous batching, Yu et al. 2022, section 3). A segment is never cut to
+fit a batch, so each stream is read as it would be alone; shorter segments are padded if the model allows it.
 """
 
 from __future__ import annotations
@@ -15,71 +14,46 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
-from memtx.errors import MemtxError, check_at_least
-from memtx.inference.batching import default_batch_tokens, padding_limit, select_batch
+from memtx.errors import check_at_least
+from memtx.inference.batching import (
+    ScoreOutput,
+    ScoreRequest,
+    accepts_padding,
+    default_batch_tokens,
+    padding_limit,
+    score_segments,
+    select_batch,
+)
+from memtx.inference.deadline import ClosedError, DeadlineExceededError, remaining_seconds
 from memtx.inference.decoder import Decoder
-from memtx.inference.scoring import ScoreOutput, ScoreRequest, score_segments
-from memtx.inference.token_generator import TextDelta, TokenGenerator
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.inference.generate import FINISH_CANCELLED, TextDelta, TokenGenerator
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
-FINISH_CANCELLED = "cancelled"
-
 BATCH_WAIT_SECONDS = 0.002
-"""Seconds that streams just served have to ask again before a call is made without them: without it, the first to
-wake would be read alone and the others after it. Far less than a call of a model of any use takes."""
+"""Time for the streams of the last call to submit their next segments. Without it the first one to wake would be scored
+alone, and the others after it. Far shorter than a call of a useful model."""
 
 WAIT_CREDIT = 0.8
-"""Of the time that a request has waited for its segment, the share by which its next one goes before those that come
-now. At 0 a text of several segments would line up anew with each, and its time would be as uncertain as all its turns
-together; at 1 those who come while long texts are read would wait for all of these. So they wait for 1 / (1 - 0.8)
-segments of each at most."""
-
-
-class DeadlineExceededError(MemtxError):
-    """A request took longer than it may."""
-
-
-class ClosedError(MemtxError):
-    """The engine was closed while a request was waiting."""
-
-
-def remaining_seconds(deadline: float | None) -> float | None:
-    """Return the seconds until ``deadline``, a time of ``time.monotonic``; None for no end.
-
-    Raises:
-        DeadlineExceededError: it has passed.
-    """
-    if deadline is None:
-        return None
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise DeadlineExceededError("The request took longer than it may.", "Ask for less at once.")
-    return left
-
+"""Fraction of the time that a request waited for a segment by which its next segment is advanced in the queue. At 0 a
+text of several segments would queue anew for each, and its latency would vary with every turn; at 1 new requests would
+wait for all long texts being read. So a new request waits for at most 1 / (1 - 0.8) segments of each."""
 
 QueueItem = TextDelta | BaseException | None
-"""A piece; an error, after which nothing comes; or None for the end."""
+"""Output of a generation: text, an error, which is the last item, or None at the end."""
 
-
-class OutputQueue(Protocol):
-    """Where the engine's thread puts what it made; must not block."""
-
-    def put(self, item: QueueItem) -> None:
-        """Take a piece, an error or the end."""
-        ...
+OutputFn = Callable[[QueueItem], object]
+"""Receives the output of a generation in the engine's thread; must not block."""
 
 
 class Generation:
-    """A text that is being made: an iterator over its pieces, for one thread; the engine's thread fills it.
+    """A text being generated: an iterator over its parts, for one thread.
 
     Attributes:
-        token_generator: what decides about tokens; its ``finish_reason`` says why it ended, its ``num_generated`` how
-            many tokens there are.
+        token_generator: Chooses the tokens; has ``finish_reason`` and ``num_generated``.
     """
 
     def __init__(
@@ -87,44 +61,49 @@ class Generation:
         state: MemoryState,
         token_generator: TokenGenerator,
         deadline: float | None,
-        output_queue: OutputQueue | None = None,
+        on_output: OutputFn | None = None,
     ) -> None:
         self.state: MemoryState | None = state
         self.token_generator = token_generator
         self.deadline = deadline
         self.is_cancelled = False
         self._queue: queue.SimpleQueue[QueueItem] = queue.SimpleQueue()
-        self.output_queue: OutputQueue = output_queue if output_queue is not None else self._queue
+        self.on_output: OutputFn = on_output or self._queue.put
 
     def cancel(self) -> None:
-        """End it before the next token; may be called from any thread, at any time."""
+        """End the text before its next token; can be called from any thread."""
         self.is_cancelled = True
 
+    def finish_cancelled(self, error: BaseException | None = None) -> None:
+        """Report the end of the text without its completion; called by the engine."""
+        self.token_generator.finish_reason = FINISH_CANCELLED
+        self.on_output(error)
+
     def __iter__(self) -> Iterator[TextDelta]:
-        """Yield the pieces, as they come.
+        """Yield the parts of the text as they are generated.
 
         Raises:
-            DeadlineExceededError: its deadline passed; it is cancelled.
-            MemtxError: the model's logits were not finite, or the engine was closed.
+            DeadlineExceededError: The deadline has passed; the generation is cancelled.
+            MemtxError: The logits were not finite, or the engine was closed.
         """
         try:
             while True:
                 try:
-                    piece = self._queue.get(timeout=remaining_seconds(self.deadline))
+                    item = self._queue.get(timeout=remaining_seconds(self.deadline))
                 except queue.Empty:
-                    continue  # The next look at the clock raises.
-                if piece is None:
+                    continue  # remaining_seconds raises next.
+                if item is None:
                     return
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
         finally:
             self.cancel()
 
 
 @dataclass(frozen=True)
 class PendingSegment:
-    """A segment that waits; the one of the earliest ``arrival_time``, a time of ``time.monotonic``, is read next."""
+    """A segment waiting to be scored; the one with the earliest ``arrival_time`` (``time.monotonic``) is next."""
 
     request: ScoreRequest
     arrival_time: float
@@ -135,38 +114,34 @@ class Engine:
     """Runs a model for many streams at once.
 
     Args:
-        model: in eval mode; nothing else may use it while a compiled or captured step runs.
-        max_batch_size: texts that go on at once; more wait.
-        max_batch_tokens: tokens read in one call at most, where that is more than one segment; by default what suits
-            the model's device.
+        model: Model in eval mode; nothing else may use it while the engine runs.
+        max_batch_size: Maximum number of texts generated at once; more wait.
+        max_batch_tokens: Maximum number of tokens scored in one call, unless a single segment is longer. Defaults to a
+            value for the model's device.
 
     Attributes:
-        counters: how many calls of each kind there were, and how many rows and tokens they had together.
+        counters: Number of calls of each kind, and the segments and tokens in them.
     """
 
     def __init__(
-        self, model: MemoryTransformer, *, max_batch_size: int = 64, max_batch_tokens: int | None = None
+        self, model: RecurrentLanguageModel, *, max_batch_size: int = 64, max_batch_tokens: int | None = None
     ) -> None:
-        self._is_cpu = model.embedding.weight.device.type == "cpu"
+        self._is_cpu = model.init_state(1).position.device.type == "cpu"
         max_batch_tokens = default_batch_tokens(self._is_cpu) if max_batch_tokens is None else max_batch_tokens
         check_at_least(1, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
         self.model = model
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
-        self.counters = {
-            "score_calls": 0,
-            "score_segments": 0,
-            "score_tokens": 0,
-            "decode_calls": 0,
-            "decode_tokens": 0,
-        }
+        self.counters = dict.fromkeys(
+            ("score_calls", "score_segments", "score_tokens", "decode_calls", "decode_tokens"), 0
+        )
         self._condition = threading.Condition()
         self._pending_segments: list[PendingSegment] = []
         self._waiting: deque[Generation] = deque()
         self._running: list[Generation] = []
         self._decoder: Decoder | None = None
         self._last_batch_size = 1
-        # Seconds that those who are read have had beyond their share.
+        # Compute time that scoring took beyond its share.
         self._scoring_excess_seconds = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="memtx-engine", daemon=True)
@@ -174,79 +149,82 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Segments and texts that wait for a call."""
+        """Number of segments and generations waiting for a call."""
         return len(self._pending_segments) + len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Texts that go on now."""
+        """Number of texts being generated."""
         return len(self._running)
 
     def make_score_fn(self, deadline: float | None = None) -> Callable[[ScoreRequest], ScoreOutput]:
-        """Return what reads one request's segments, one after the other; raises what :meth:`score` does."""
-        turn: float | None = None
+        """Return a function that scores the segments of one text in order; it raises what :meth:`score` raises."""
+        arrival_time: float | None = None
 
-        def score_next(reading: ScoreRequest) -> ScoreOutput:
-            nonlocal turn
+        def score_next(request: ScoreRequest) -> ScoreOutput:
+            nonlocal arrival_time
             now = time.monotonic()
-            turn = now if turn is None else now - WAIT_CREDIT * (now - turn)
-            return self.score(reading, deadline, turn)
+            arrival_time = now if arrival_time is None else now - WAIT_CREDIT * (now - arrival_time)
+            return self.score(request, deadline, arrival_time)
 
         return score_next
 
     def score(
         self, request: ScoreRequest, deadline: float | None = None, arrival_time: float | None = None
     ) -> ScoreOutput:
-        """Read one segment, together with those that others wait for.
+        """Score one segment, batched with those of other streams; blocks.
 
         Args:
-            request: the segment.
-            deadline: a time of ``time.monotonic``.
-            arrival_time: likewise, as of when it waits; by default from now on.
+            request: Segment to score.
+            deadline: Deadline as a time of ``time.monotonic``. None disables it.
+            arrival_time: Position in the queue, as a time of ``time.monotonic``. Defaults to now.
 
         Raises:
-            DeadlineExceededError: the deadline passed first; the segment is not read.
-            ClosedError: the engine was closed.
+            DeadlineExceededError: The deadline passed before the segment was scored.
+            ClosedError: The engine is closed.
         """
-        waiting = PendingSegment(request, time.monotonic() if arrival_time is None else arrival_time)
-        left = remaining_seconds(deadline)
+        pending = PendingSegment(request, time.monotonic() if arrival_time is None else arrival_time)
+        timeout = remaining_seconds(deadline)
         with self._condition:
             self._check_open()
-            self._pending_segments.append(waiting)
+            self._pending_segments.append(pending)
             self._condition.notify()
         try:
-            return waiting.future.result(timeout=left)
+            return pending.future.result(timeout)
         except TimeoutError:
-            waiting.future.cancel()
-            raise DeadlineExceededError("The request took longer than it may.", "Ask for less at once.") from None
+            pending.future.cancel()
+            raise DeadlineExceededError from None
 
     def generate(
         self,
         state: MemoryState,
         token_generator: TokenGenerator,
         deadline: float | None = None,
-        output_queue: OutputQueue | None = None,
+        on_output: OutputFn | None = None,
     ) -> Generation:
-        """Begin to make a text; returns at once.
+        """Start to generate a text; returns at once.
 
         Args:
-            state: where the stream stands, one row; ``token_generator.next_token`` is read next.
-            token_generator: what decides about tokens.
-            deadline: a time of ``time.monotonic`` at which it is cancelled.
-            output_queue: where pieces go instead of the generation's own iterator, which then has none.
+            state: State of the stream, batch size 1; ``token_generator.next_token`` is read next.
+            token_generator: Chooses the tokens.
+            deadline: Deadline as a time of ``time.monotonic``, at which the generation is cancelled. None disables it.
+            on_output: Receives the output instead of the generation's own iterator.
+
+        Raises:
+            ClosedError: The engine is closed.
         """
-        generation = Generation(state, token_generator, deadline, output_queue)
+        generation = Generation(state, token_generator, deadline, on_output)
         with self._condition:
             self._check_open()
             if token_generator.finish_reason is None:
                 self._waiting.append(generation)
                 self._condition.notify()
             else:
-                generation.output_queue.put(None)
+                generation.on_output(None)
         return generation
 
     def close(self) -> None:
-        """Stop after the call that runs now; what waits fails."""
+        """Stop after the current call; all pending requests fail with ClosedError."""
         with self._condition:
             self._closed = True
             self._condition.notify()
@@ -254,7 +232,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ClosedError("The engine is closed.", "Make a new one.")
+            raise ClosedError("The engine is closed.", "Create a new one.")
 
     def _run(self) -> None:
         while True:
@@ -268,58 +246,57 @@ class Engine:
                     )
                 if self._closed:
                     break
-                readings, texts = len(self._pending_segments), len(self._waiting) + len(self._running)
-                batch = self._next_batch() if self._scoring_excess_seconds <= 0 or not texts else []
-            began = time.perf_counter()
-            # All that wait have the same claim to the time, whether a segment or a text is what they wait for.
-            claim = texts / max(readings + texts, 1)
+                num_segments, num_texts = len(self._pending_segments), len(self._waiting) + len(self._running)
+                batch = self._next_batch() if self._scoring_excess_seconds <= 0 or not num_texts else []
+            start = time.perf_counter()
+            # Every pending segment and every text has the same claim to compute time.
+            text_share = num_texts / max(num_segments + num_texts, 1)
             if batch:
                 self._last_batch_size = len(batch)
                 self._score_batch(batch)
-                self._scoring_excess_seconds += claim * (time.perf_counter() - began)
-            elif texts:
+                self._scoring_excess_seconds += text_share * (time.perf_counter() - start)
+            elif num_texts:
                 self._decode_step()
-                self._scoring_excess_seconds -= (1 - claim) * (time.perf_counter() - began)
-        error = ClosedError("The engine was closed.", "Ask again when it is back.")
-        for one in self._pending_segments:
-            if one.future.set_running_or_notify_cancel():
-                one.future.set_exception(error)
-        for text in (*self._running, *self._waiting):
-            text.output_queue.put(error)
+                self._scoring_excess_seconds -= (1 - text_share) * (time.perf_counter() - start)
+        error = ClosedError("The engine was closed.", "Retry when the server is back.")
+        for pending in self._pending_segments:
+            if pending.future.set_running_or_notify_cancel():
+                pending.future.set_exception(error)
+        for generation in (*self._running, *self._waiting):
+            generation.on_output(error)
 
     def _next_batch(self) -> list[PendingSegment]:
-        """Take out the segment whose turn it is and those that go with it."""
-        waiting = sorted(
-            (one for one in self._pending_segments if not one.future.cancelled()), key=lambda one: one.arrival_time
+        """Remove and return the oldest pending segment and those scored with it."""
+        pending = sorted(
+            (segment for segment in self._pending_segments if not segment.future.cancelled()),
+            key=lambda segment: segment.arrival_time,
         )
-        places: set[int] = set()
-        if waiting:
-            readings = [one.request for one in waiting]
-            spared = padding_limit(len(readings[0].tokens), self._is_cpu)
-            places = set(
-                select_batch(
-                    readings,
-                    max_tokens=self.max_batch_tokens,
-                    max_padding=spared,
-                    supports_padding=self.model.supports_padding,
-                )
+        selected: set[int] = set()
+        if pending:
+            requests = [segment.request for segment in pending]
+            indices = select_batch(
+                requests,
+                max_tokens=self.max_batch_tokens,
+                max_padding=padding_limit(len(requests[0].tokens), self._is_cpu),
+                supports_padding=accepts_padding(self.model),
             )
-        self._pending_segments = [one for place, one in enumerate(waiting) if place not in places]
-        taken = (one for place, one in enumerate(waiting) if place in places)
-        return [one for one in taken if one.future.set_running_or_notify_cancel()]
+            selected.update(indices)
+        self._pending_segments = [segment for index, segment in enumerate(pending) if index not in selected]
+        batch = [segment for index, segment in enumerate(pending) if index in selected]
+        return [segment for segment in batch if segment.future.set_running_or_notify_cancel()]
 
     def _score_batch(self, batch: list[PendingSegment]) -> None:
         try:
-            results = score_segments(self.model, [one.request for one in batch])
-        except Exception as error:  # A caller's problem, never the thread's end.
-            for one in batch:
-                one.future.set_exception(error)
+            outputs = score_segments(self.model, [segment.request for segment in batch])
+        except Exception as error:  # Raised in the callers; the thread goes on.
+            for segment in batch:
+                segment.future.set_exception(error)
             return
-        for one, result in zip(batch, results, strict=True):
-            one.future.set_result(result)
+        for segment, output in zip(batch, outputs, strict=True):
+            segment.future.set_result(output)
         self.counters["score_calls"] += 1
         self.counters["score_segments"] += len(batch)
-        self.counters["score_tokens"] += sum(len(one.request.tokens) for one in batch)
+        self.counters["score_tokens"] += sum(len(segment.request.tokens) for segment in batch)
 
     def _decode_step(self) -> None:
         try:
@@ -327,66 +304,62 @@ class Engine:
             if not self._running:
                 return
             assert self._decoder is not None
-            device = self._decoder.device
-            tokens = torch.tensor([text.token_generator.next_token for text in self._running], device=device)
-            logits = self._decoder.step(tokens).float().cpu()
+            next_tokens = [generation.token_generator.next_token for generation in self._running]
+            logits = self._decoder.step(torch.tensor(next_tokens, device=self._decoder.device)).float().cpu()
             self.counters["decode_calls"] += 1
             self.counters["decode_tokens"] += len(self._running)
         except Exception as error:
-            for text in self._running:
-                text.output_queue.put(error)
+            for generation in self._running:
+                generation.on_output(error)
             self._running, self._decoder = [], None
             return
-        for text, row in zip(self._running, logits, strict=True):
-            self._advance(text, row)
+        for generation, token_logits in zip(self._running, logits, strict=True):
+            self._advance(generation, token_logits)
 
     def _update_running(self) -> None:
-        """Let rows go whose texts have ended, and those in that wait."""
-        kept = [
-            row
-            for row, text in enumerate(self._running)
-            if text.token_generator.finish_reason is None and not text.is_cancelled
-        ]
-        for text in self._running:
-            if text.is_cancelled and text.token_generator.finish_reason is None:
-                text.token_generator.finish_reason = FINISH_CANCELLED
-                text.output_queue.put(None)
-        if len(kept) < len(self._running):
+        """Remove the streams of finished and cancelled texts, and add those of waiting ones."""
+        indices = []
+        for index, generation in enumerate(self._running):
+            if generation.token_generator.finish_reason is None:
+                if generation.is_cancelled:
+                    generation.finish_cancelled()
+                else:
+                    indices.append(index)
+        if len(indices) < len(self._running):
             assert self._decoder is not None
-            kept = _compact_order(kept)
-            self._decoder.select(kept)
-            self._running = [self._running[row] for row in kept]
-        joining: list[MemoryState] = []
+            indices = _compact_order(indices)
+            self._decoder.select(indices)
+            self._running = [self._running[index] for index in indices]
+        new_states: list[MemoryState] = []
         while self._waiting and len(self._running) < self.max_batch_size:
-            text = self._waiting.popleft()
-            state, text.state = text.state, None
-            if text.is_cancelled:
-                text.token_generator.finish_reason = FINISH_CANCELLED
-                text.output_queue.put(None)
+            generation = self._waiting.popleft()
+            state, generation.state = generation.state, None
+            if generation.is_cancelled:
+                generation.finish_cancelled()
                 continue
             assert state is not None
-            joining.append(state)
-            self._running.append(text)
-        if joining:
+            new_states.append(state)
+            self._running.append(generation)
+        if new_states:
             if self._decoder is None:
-                self._decoder = Decoder(self.model, MemoryState.concat(joining))
+                self._decoder = Decoder(self.model, MemoryState.concat(new_states))
             else:
-                self._decoder.append(MemoryState.concat(joining))
+                self._decoder.append(MemoryState.concat(new_states))
 
     def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
         try:
-            piece = generation.token_generator.advance(logits)
-        except Exception as error:  # This row's problem, not its neighbours'.
-            generation.token_generator.finish_reason = FINISH_CANCELLED
-            generation.output_queue.put(error)
+            delta = generation.token_generator.advance(logits)
+        except Exception as error:  # Fails this text alone.
+            generation.finish_cancelled(error)
             return
-        if piece.text or piece.token_logprobs:
-            generation.output_queue.put(piece)
+        if delta.text or delta.token_logprobs:
+            generation.on_output(delta)
         if generation.token_generator.finish_reason is not None:
-            generation.output_queue.put(None)
+            generation.on_output(None)
 
 
 def _compact_order(indices: list[int]) -> list[int]:
-    """Return the kept rows in an order that moves few: what stands behind fills the holes."""
-    stay, behind = set(indices), iter([row for row in indices if row >= len(indices)])
-    return [row if row in stay else next(behind) for row in range(len(indices))]
+    """Return the ascending indices in an order that moves few streams: those at the end fill the gaps."""
+    remaining = set(indices)
+    moved = iter([index for index in indices if index >= len(indices)])
+    return [index if index in remaining else next(moved) for index in range(len(indices))]

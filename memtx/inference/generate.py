@@ -1,23 +1,218 @@
-"""Going on with a text: one token after the other from a state, so a book that was read is not read again."""
+"""Text generation: continues a text from a reader's state, so that a text is never read twice."""
 
 from __future__ import annotations
 
+import codecs
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
+from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from memtx.data.tokenizers import Tokenizer
+from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.inference.reader import SegmentResult, StreamReader
-from memtx.inference.sampling import SamplingParams
-from memtx.inference.token_generator import REPETITION_WINDOW, GenerationConfig, TokenGenerator
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.inference.sampling import NEG_INF, SamplingParams, sample_token
+from memtx.models.recurrent_lm import RecurrentLanguageModel
+
+REPETITION_WINDOW = 256
+"""Newest tokens subject to the repetition penalty; fixed, so that the cost of a token is constant."""
+
+FinishReason = Literal["stop", "length", "cancelled"]
+FINISH_STOP: FinishReason = "stop"
+FINISH_LENGTH: FinishReason = "length"
+FINISH_CANCELLED: FinishReason = "cancelled"
+
+
+class StopFilter:
+    """Passes text up to the first stop string, and holds back text that may begin one.
+
+    Args:
+        stop_strings: Strings that end the text; they are not part of it.
+
+    Raises:
+        MemtxError: A stop string is empty.
+    """
+
+    def __init__(self, stop_strings: Sequence[str]) -> None:
+        if "" in stop_strings:
+            raise MemtxError("A stop string is empty.", "Remove it from the stop strings.")
+        self.stop_strings = tuple(stop_strings)
+        self.is_stopped = False
+        self._buffer = ""
+
+    def feed(self, text: str) -> str:
+        """Return the text that is safe to show after ``text``; set ``is_stopped`` at a complete stop string."""
+        self._buffer += text
+        stops = [index for stop in self.stop_strings if (index := self._buffer.find(stop)) >= 0]
+        if stops:
+            visible, self._buffer, self.is_stopped = self._buffer[: min(stops)], "", True
+            return visible
+        num_held = 0
+        for stop in self.stop_strings:
+            for length in range(min(len(stop) - 1, len(self._buffer)), num_held, -1):
+                if self._buffer.endswith(stop[:length]):
+                    num_held = length
+                    break
+        end = len(self._buffer) - num_held
+        visible, self._buffer = self._buffer[:end], self._buffer[end:]
+        return visible
+
+    def finish(self) -> str:
+        """Return the text held back: no stop string can follow."""
+        visible, self._buffer = self._buffer, ""
+        return visible
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of one token of a text.
+
+    Attributes:
+        token: Token id.
+        logprob: Log-probability in nats under the model, before temperature and filters.
+        top_logprobs: Ids and log-probabilities of the most likely tokens at its position, in descending order.
+        text_offset: Number of complete characters before it.
+    """
+
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...]
+    text_offset: int
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Next part of a generated text.
+
+    Attributes:
+        text: Complete characters.
+        token_logprobs: Log-probabilities of the tokens that begin in the text so far; empty if not requested.
+    """
+
+    text: str = ""
+    token_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """Options of one generated text.
+
+    Attributes:
+        max_tokens: Maximum number of tokens.
+        sampling_params: Sampling options.
+        stop: Strings that end the text; they are not part of it.
+        seed: Seed of the sampling.
+        logprobs: Number of most likely tokens to return with each token. None disables log-probabilities.
+
+    Raises:
+        MemtxError: A number is negative, the seed does not fit into 64 bits, or a stop string is empty.
+    """
+
+    max_tokens: int = 256
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_tokens", self.max_tokens), ("logprobs", self.logprobs)):
+            if value is not None and value < 0:
+                raise MemtxError(f"{name} is {value}, expected at least 0.")
+        if not -(2**63) <= self.seed < 2**64:
+            raise MemtxError(f"seed is {self.seed}, expected a number of 64 bits.")
+        StopFilter(self.stop)
+
+
+class TokenGenerator:
+    """Turns the logits of one stream into tokens and text; it does not call the model.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        last_token: Newest token of the text, which the model has not read yet.
+        recent_tokens: Newest tokens of the text, for the repetition penalty.
+        config: Generation options.
+
+    Attributes:
+        next_token: Token for the model to read next.
+        num_generated: Number of tokens so far.
+        finish_reason: Reason why the text ended; None while it continues.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, last_token: int, recent_tokens: Sequence[int], config: GenerationConfig
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.next_token = last_token
+        self.num_generated = 0
+        self.finish_reason: FinishReason | None = None if config.max_tokens else FINISH_LENGTH
+        self._recent_tokens: deque[int] = deque(recent_tokens, maxlen=REPETITION_WINDOW)
+        self._stop_filter = StopFilter(config.stop)
+        self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._num_decoded_chars = self._num_emitted_chars = 0
+        self._pending_logprobs: deque[TokenLogprob] = deque()
+
+    def advance(self, logits: Tensor) -> TextDelta:
+        """Choose the next token and return the text that is now complete, which may be empty.
+
+        Args:
+            logits: ``(vocab,)`` logits after ``next_token``.
+
+        Raises:
+            MemtxError: The logits are not finite.
+        """
+        logits = logits.detach().float().cpu()
+        allowed = logits.clone()
+        allowed[self.tokenizer.bos_token_id] = NEG_INF
+        # The model's vocabulary may be padded beyond the tokenizer's.
+        allowed[self.tokenizer.vocab_size :] = NEG_INF
+        params = self.config.sampling_params
+        recent = np.unique(np.asarray(self._recent_tokens if params.repetition_penalty != 1 else (), dtype=np.int64))
+        self.next_token = sample_token(allowed, params, torch.from_numpy(recent), self._generator)
+        self._recent_tokens.append(self.next_token)
+        self.num_generated += 1
+        if self.config.logprobs is not None:
+            self._pending_logprobs.append(self._token_logprob(logits, allowed, self.config.logprobs))
+        return self._to_delta(self.tokenizer.token_bytes(self.next_token))
+
+    def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
+        # Normalized over the whole vocabulary, as when a text is scored.
+        log_norm = logits.logsumexp(0)
+        values, tokens = allowed.topk(min(num_logprobs, int((allowed > NEG_INF).sum())))
+        top_logprobs = zip(tokens.tolist(), (values - log_norm).tolist(), strict=True)
+        return TokenLogprob(
+            self.next_token, float(logits[self.next_token] - log_norm), tuple(top_logprobs), self._num_decoded_chars
+        )
+
+    def _to_delta(self, token_bytes: bytes) -> TextDelta:
+        decoded = self._utf8_decoder.decode(token_bytes)
+        self._num_decoded_chars += len(decoded)
+        text = self._stop_filter.feed(decoded)
+        if self._stop_filter.is_stopped:
+            self.finish_reason = FINISH_STOP
+        elif self.num_generated == self.config.max_tokens:
+            text += self._stop_filter.feed(self._utf8_decoder.decode(b"", True))
+            text += "" if self._stop_filter.is_stopped else self._stop_filter.finish()
+            self.finish_reason = FINISH_STOP if self._stop_filter.is_stopped else FINISH_LENGTH
+        self._num_emitted_chars += len(text)
+        # A token appears with its first character; one that only completes a character, with the tokens before it.
+        logprobs = []
+        while self._pending_logprobs and (
+            self._pending_logprobs[0].text_offset < self._num_emitted_chars or self.finish_reason == FINISH_LENGTH
+        ):
+            logprobs.append(self._pending_logprobs.popleft())
+        return TextDelta(text, tuple(logprobs))
 
 
 def generate(
-    model: MemoryTransformer,
+    model: RecurrentLanguageModel,
     tokenizer: Tokenizer,
     prompt: str = "",
     *,
@@ -28,44 +223,45 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Yield the continuation of a text, piece by piece, as soon as its characters are whole.
+    """Generate a continuation of a text.
 
     Args:
-        model: put into eval mode.
-        tokenizer: the one the model was trained with.
-        prompt: of any length; read in segments. It goes on where ``reader`` stands, if one is given.
-        reader: a stream that was read; stays as it is.
-        segment_length: tokens a segment while the prompt is read, without ``reader``.
-        max_tokens: tokens made at most.
-        sampling_params: how each token is chosen; plain sampling by default.
-        stop: texts that end it; they are not shown.
-        seed: equal seeds give equal texts (on one machine and build of torch).
+        model: Language model; a module is put into eval mode.
+        tokenizer: Tokenizer of the model.
+        prompt: Text of any length, read in segments.
+        reader: Reader whose text the prompt continues; it is left unchanged. Defaults to a fresh document.
+        segment_length: Tokens per segment of the prompt; unused with ``reader``.
+        max_tokens: Maximum number of generated tokens.
+        sampling_params: Sampling options. Defaults to plain sampling.
+        stop: Strings that end the text; they are not part of it.
+        seed: Seed; equal seeds give equal texts on the same machine and version of torch.
 
     Returns:
-        An iterator over pieces of text, none of them empty.
+        Iterator over the text as it is generated, in non-empty parts of complete characters.
 
     Raises:
-        MemtxError: a negative ``max_tokens``, an empty stop string, or logits that are not finite.
+        MemtxError: ``max_tokens`` is negative, a stop string is empty, or the logits are not finite.
     """
-    # Checked here and not in the generator, which runs only when the first piece is asked for.
-    request = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
-    stream = reader.fork() if reader is not None else StreamReader(model, tokenizer, segment_length)
-    return _generate(stream, prompt, request)
+    # Checked here and not in the generator function, which runs only at the first next().
+    config = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
+    return _generate(
+        reader.fork() if reader is not None else StreamReader(model, tokenizer, segment_length), prompt, config
+    )
 
 
 def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
-    """Return the last tokens of what was read, as many as the repetition penalty looks back at."""
-    recent: deque[int] = deque(maxlen=REPETITION_WINDOW)
+    """Return the last tokens of a text, for the repetition penalty."""
+    recent_tokens: deque[int] = deque(maxlen=REPETITION_WINDOW)
     for result in results:
-        recent.extend(result.tokens[-REPETITION_WINDOW:].tolist())
-    return list(recent)
+        recent_tokens.extend(result.tokens[-REPETITION_WINDOW:].tolist())
+    return list(recent_tokens)
 
 
 def _generate(reader: StreamReader, prompt: str, config: GenerationConfig) -> Iterator[str]:
-    recent = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
-    text = TokenGenerator(reader.tokenizer, reader.last_token, recent, config)
+    recent_tokens = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
+    token_generator = TokenGenerator(reader.tokenizer, reader.last_token, recent_tokens, config)
     decoder = Decoder(reader.model, reader.state)
-    while text.finish_reason is None:
-        piece = text.advance(decoder.step(torch.tensor([text.next_token], device=reader.device))[0])
-        if piece.text:
-            yield piece.text
+    while token_generator.finish_reason is None:
+        logits = decoder.step(torch.tensor([token_generator.next_token], device=reader.device))[0]
+        if text := token_generator.advance(logits).text:
+            yield text

@@ -1,8 +1,4 @@
-"""Text that arrives in any pieces -> tokens that do not depend on how it was cut.
-
-Bytes may be cut inside a character, and text inside a word: what cannot be settled yet waits. What waits is
-bounded, however long a line is.
-"""
+"""Incremental tokenization: the tokens of a text do not depend on the chunks in which it arrives."""
 
 from __future__ import annotations
 
@@ -17,17 +13,19 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 
 CHUNK_SIZE = 1 << 16
-"""Characters or bytes taken at a time, so that one huge piece is worked off without being copied whole."""
+"""Characters or bytes processed at a time, so that a huge input is not copied whole."""
 
 
 class IncrementalTokenizer:
-    """Tokens of one text.
+    """Tokenizes one text that arrives in chunks cut anywhere, even inside a character.
+
+    Text whose tokens still depend on what follows is pending; its size is bounded, however long a line is.
 
     Args:
-        tokenizer: encodes what the splitter lets through.
-        pending_text: text of another IncrementalTokenizer that waits to be encoded, to go on from there.
-        pending_bytes: its incomplete character, likewise.
-        bytes_consumed: bytes it had taken, so that an error names the place in the whole.
+        tokenizer: Tokenizer of the text.
+        pending_text: Pending text of the tokenizer to continue from.
+        pending_bytes: Its incomplete character.
+        bytes_consumed: Number of bytes it consumed; errors report offsets in the whole text.
     """
 
     def __init__(
@@ -38,47 +36,47 @@ class IncrementalTokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._decoder.setstate((pending_bytes, 0))
         self._splitter = TextSplitter()
-        # Where a piece ends depends on its text alone, so a new splitter holds back just what the old one did.
+        # Splits depend on the text alone, so a new splitter holds back exactly this text again.
         complete = self._splitter.feed(pending_text)
-        assert not complete, "text that waits is no whole piece"
+        assert not complete, "pending text holds a complete chunk"
 
     @property
     def pending_text(self) -> str:
-        """Text taken but not encoded yet."""
+        """Text consumed but not encoded yet."""
         return self._splitter.pending
 
     @property
     def pending_bytes(self) -> bytes:
-        """The bytes of a character whose rest has not come, at most 3."""
+        """First bytes of an incomplete character, at most 3."""
         return self._decoder.getstate()[0]
 
     def _encode(self, chunks: list[str]) -> NDArray[np.int64]:
-        parts = [np.asarray(self.tokenizer.encode_chunk(piece), dtype=np.int64) for piece in chunks]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+        encoded = [np.asarray(self.tokenizer.encode_chunk(chunk), dtype=np.int64) for chunk in chunks]
+        return np.concatenate(encoded) if encoded else np.empty(0, dtype=np.int64)
 
     def _decode(self, data: bytes, final: bool = False) -> str:
-        kept = len(self.pending_bytes)
+        start = self.bytes_consumed - len(self.pending_bytes)
         try:
             text = self._decoder.decode(data, final)
         except UnicodeDecodeError as error:
-            offset = self.bytes_consumed - kept + error.start
             raise DataError(
-                f"The text is not UTF-8: {error.reason} at byte {offset}.", "Convert it, for example with iconv."
+                f"The text is not UTF-8: {error.reason} at byte {start + error.start}.",
+                "Convert it, for example with iconv.",
             ) from error
         self.bytes_consumed += len(data)
         return text
 
     def feed(self, text: str | bytes) -> Iterator[tuple[str, NDArray[np.int64]]]:
-        """Take more of the text.
+        """Consume more of the text.
 
         Args:
-            text: any amount, cut anywhere; bytes are UTF-8.
+            text: Any amount; bytes are UTF-8.
 
         Yields:
-            Parts of the text as taken (decoded), each with the tokens that became certain by it: (n,) int64.
+            Each part of the text, decoded, with the tokens that it completes, ``(length,)`` int64.
 
         Raises:
-            DataError: not UTF-8; names the offset of the first bad byte.
+            DataError: The bytes are not UTF-8; the message holds the offset of the first invalid byte.
         """
         for start in range(0, len(text), CHUNK_SIZE):
             part = text[start : start + CHUNK_SIZE]
@@ -87,7 +85,7 @@ class IncrementalTokenizer:
             else:
                 if self.pending_bytes:
                     raise DataError(
-                        f"The text goes on after an incomplete character at byte {self.bytes_consumed}.",
+                        f"Text follows an incomplete character at byte {self.bytes_consumed}.",
                         "Feed the rest of its bytes first.",
                     )
                 decoded = part
@@ -95,20 +93,11 @@ class IncrementalTokenizer:
             yield decoded, self._encode(self._splitter.feed(decoded))
 
     def finish(self) -> NDArray[np.int64]:
-        """Return the tokens of what waits, (n,) int64: the text ends here.
+        """End the text and return the tokens of the pending text, ``(length,)`` int64.
 
         Raises:
-            DataError: it ends inside a character.
+            DataError: The text ends inside a character.
         """
         if self.pending_bytes:
             self._decode(b"", final=True)
         return self._encode(self._splitter.flush())
-
-    def fork(self) -> IncrementalTokenizer:
-        """Return an independent copy that goes on from the same place."""
-        return IncrementalTokenizer(
-            self.tokenizer,
-            pending_text=self.pending_text,
-            pending_bytes=self.pending_bytes,
-            bytes_consumed=self.bytes_consumed,
-        )

@@ -1,7 +1,7 @@
-"""Reading a stream: text in any pieces goes in, how surprising every token was comes out.
+"""Streaming reader: takes a text in chunks of any size and returns the negative log-likelihood of every token.
 
-The first token is scored too: a document is fed as [begin, tokens...]. Memory and the cost of a token stay the
-same however much was read.
+A document is fed as ``[bos, tokens...]``, so its first token is scored too. Memory and the cost of a token do not grow
+with the length of the text.
 """
 
 from __future__ import annotations
@@ -14,28 +14,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.errors import CheckpointError, DataError, check_at_least
+from memtx.inference.batching import ScoreOutput, ScoreRequest, score_segments
 from memtx.inference.incremental_tokenizer import IncrementalTokenizer
-from memtx.inference.scoring import ScoreOutput, ScoreRequest, score_segments
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """What one segment said.
+    """Scores of the tokens of one segment.
 
     Attributes:
-        tokens: (n,) int64.
-        nll: (n,) float32, the surprise of each token: its negative log-likelihood in nats, given all before it.
-        token_bytes: what each token stands for in the text, n of them.
-        start: position in the text of the first token, counted in tokens from 0.
-        top_tokens: where asked for, (n, num_logprobs) int64, the likeliest tokens at each place, likeliest first.
-        top_logprobs: likewise their log-probabilities, (n, num_logprobs) float32, in nats.
-        hidden_states: where asked for, (n, dim) float32, the last layer's output that each token was predicted from: it
-            knows all before the token, not the token.
+        tokens: ``(length,)`` int64.
+        nll: ``(length,)`` float32, negative log-likelihood of each token in nats, given all tokens before it.
+        token_bytes: Bytes of the text that each token stands for.
+        start: Position of the first token in the text.
+        top_tokens, top_logprobs, hidden_states: As in :class:`~memtx.inference.batching.ScoreOutput`.
     """
 
     tokens: NDArray[np.int64]
@@ -52,16 +50,21 @@ class SegmentResult:
         return self.start + len(self.tokens)
 
 
+def nats_to_bits_per_byte(nll: float, num_bytes: int) -> float:
+    """Return the bits per byte of a text with a total negative log-likelihood of ``nll`` nats; NaN if it is empty."""
+    return nll / math.log(2) / num_bytes if num_bytes else math.nan
+
+
 @dataclass(frozen=True)
 class Totals:
-    """Sums over all that was scored; ``num_words`` and ``num_bytes`` count the raw text that was fed.
+    """Sums over a stream.
 
     Attributes:
-        nll: nats.
-        num_tokens: scored tokens.
-        num_bytes: bytes of the text in UTF-8.
-        num_words: runs of anything but white space, as ``len(text.split())``.
-        in_word: the text fed so far ends inside a word, so its next part may go on with it.
+        nll: Negative log-likelihood of the scored tokens in nats.
+        num_tokens: Number of scored tokens.
+        num_bytes: UTF-8 bytes of the text fed so far, scored or not.
+        num_words: Words of the text fed so far, as ``len(text.split())``.
+        in_word: If True, the text ends inside a word, which its next part may continue.
     """
 
     nll: float = 0.0
@@ -72,16 +75,14 @@ class Totals:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the text; NaN for no text."""
-        return self.nll / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+        """Bits per byte of the text; NaN if it is empty."""
+        return nats_to_bits_per_byte(self.nll, self.num_bytes)
 
     @property
     def word_perplexity(self) -> float:
-        """``exp(nll / num_words)`` as for PG-19 (Rae et al. 2019, section 4.1); inf past the largest float."""
-        if not self.num_words:
-            return math.nan
+        """``exp(nll / num_words)``, as for PG-19 (Rae et al. 2019, section 4.1); inf on overflow, NaN without words."""
         try:
-            return math.exp(self.nll / self.num_words)
+            return math.exp(self.nll / self.num_words) if self.num_words else math.nan
         except OverflowError:
             return math.inf
 
@@ -89,26 +90,26 @@ class Totals:
         """Return the sums after ``text`` was fed."""
         if not text:
             return self
-        joined = self.in_word and not text[0].isspace()
+        continues_word = self.in_word and not text[0].isspace()
         return replace(
             self,
             num_bytes=self.num_bytes + len(text.encode("utf-8", "surrogatepass")),
-            num_words=self.num_words + len(text.split()) - joined,
+            num_words=self.num_words + len(text.split()) - continues_word,
             in_word=not text[-1].isspace(),
         )
 
 
 @dataclass(frozen=True)
 class ReaderSnapshot:
-    """Where a stream stands: a value, so taking one costs nothing and going back to it is exact.
+    """Position of a reader in its text; taking a snapshot copies nothing, and restoring it is exact.
 
     Attributes:
-        state: the model's, one row.
-        last_token: the newest token that was scored; the model has seen all before it.
-        pending_tokens: (n,) int64, tokens that wait for their segment to fill.
-        pending_text: text that is not encoded yet.
-        pending_bytes: the beginning of a character whose rest has not come.
-        totals: sums so far.
+        state: State of the model, batch size 1.
+        last_token: Newest scored token; the model has read all tokens before it.
+        pending_tokens: ``(length,)`` int64, tokens that do not fill a segment yet.
+        pending_text: Text that is not encoded yet.
+        pending_bytes: First bytes of an incomplete character.
+        totals: Sums so far.
     """
 
     state: MemoryState
@@ -122,25 +123,24 @@ class ReaderSnapshot:
 class StreamReader:
     """Reads one text of any length with constant memory.
 
-    How the text is cut does not matter: segments fill up to ``segment_length`` tokens whatever arrives, so equal
-    texts give equal numbers, bit for bit.
+    Segments always hold ``segment_length`` tokens, however the text arrives, so equal texts give bit-identical results.
 
     Args:
-        model: put into eval mode here.
-        tokenizer: the one the model was trained with.
-        segment_length: tokens a segment; more is faster, and all give the same numbers up to rounding.
-        score_fn: what reads a segment; by default the model itself, for this stream alone.
-        num_logprobs: how many of the likeliest tokens to name at every place.
-        return_hidden_states: whether to hand out hidden states.
+        model: Language model; a module is put into eval mode.
+        tokenizer: Tokenizer of the model.
+        segment_length: Tokens per segment. Longer segments are faster; results are equal up to rounding.
+        score_fn: Function that scores a segment. Defaults to a call of the model for this stream alone.
+        num_logprobs: Number of most likely tokens to return per position.
+        return_hidden_states: If True, return the hidden states.
 
     Raises:
         MemtxError: ``segment_length`` is not positive.
-        CheckpointError: the tokenizer has ids that the model does not know.
+        CheckpointError: The tokenizer has ids that the model does not know.
     """
 
     def __init__(
         self,
-        model: MemoryTransformer,
+        model: RecurrentLanguageModel,
         tokenizer: Tokenizer,
         segment_length: int = 512,
         *,
@@ -148,17 +148,18 @@ class StreamReader:
         num_logprobs: int = 0,
         return_hidden_states: bool = False,
     ) -> None:
-        if segment_length < 1:
-            raise MemtxError(f"The segment is {segment_length} tokens, expected at least 1.")
+        check_at_least(1, segment_length=segment_length)
         if tokenizer.vocab_size > model.vocab_size:
             raise CheckpointError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens, the model knows {model.vocab_size}.",
+                f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}.",
                 "Use the tokenizer that the model was trained with.",
             )
-        self.model = model.eval()
+        if isinstance(model, nn.Module):
+            model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.segment_length = segment_length
-        self.score_fn = score_fn or (lambda reading: score_segments(model, [reading])[0])
+        self.score_fn = score_fn or (lambda request: score_segments(model, [request])[0])
         self.num_logprobs = num_logprobs
         self.return_hidden_states = return_hidden_states
         self.state = model.init_state(1)
@@ -169,28 +170,28 @@ class StreamReader:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """Device of the state."""
         return self.state.position.device
 
     def _score(self, tokens: NDArray[np.int64], discard_state: bool = False) -> SegmentResult:
         inputs = np.concatenate([np.asarray([self.last_token], dtype=np.int64), tokens[:-1]])
-        scored = self.score_fn(
+        output = self.score_fn(
             ScoreRequest(self.state, inputs, tokens, self.num_logprobs, self.return_hidden_states, discard_state)
         )
-        self.state = scored.state
         result = SegmentResult(
             tokens,
-            scored.nll,
+            output.nll,
             [self.tokenizer.token_bytes(int(token)) for token in tokens],
             self.totals.num_tokens,
-            scored.top_tokens,
-            scored.top_logprobs,
-            scored.hidden_states,
+            output.top_tokens,
+            output.top_logprobs,
+            output.hidden_states,
         )
+        self.state = output.state
         self.last_token = int(tokens[-1])
         self.totals = replace(
             self.totals,
-            nll=self.totals.nll + float(scored.nll.sum(dtype=np.float64)),
+            nll=self.totals.nll + float(output.nll.sum(dtype=np.float64)),
             num_tokens=self.totals.num_tokens + len(tokens),
         )
         return result
@@ -198,68 +199,63 @@ class StreamReader:
     def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
         self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
         while len(self._pending_tokens) >= self.segment_length:
-            # Taken out before it is scored, and scored before it is shown: whoever stops listening loses nothing.
-            tokens, self._pending_tokens = (
-                self._pending_tokens[: self.segment_length],
-                self._pending_tokens[self.segment_length :],
-            )
-            yield self._score(tokens)
+            # Removed before it is scored, scored before it is yielded: a caller that stops iterating loses nothing.
+            segment, self._pending_tokens = np.split(self._pending_tokens, [self.segment_length])
+            yield self._score(segment)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
-        """Take more of the text and yield the segments that it fills.
+        """Consume more of the text and yield the segments that it fills.
 
-        An iterator: the text is read as the results are taken, so take them all. Of a text of at most
-        ``pieces.CHUNK_SIZE`` characters or bytes, what was not taken waits for the next call, or for :meth:`finish`.
+        The text is read as the iterator advances, so exhaust it. If ``text`` has at most
+        :data:`~memtx.inference.incremental_tokenizer.CHUNK_SIZE` characters or bytes, the part that was not reached is
+        read by the next call or by :meth:`finish`.
 
         Args:
-            text: any amount, cut anywhere; bytes are UTF-8.
+            text: Any amount, cut anywhere; bytes are UTF-8.
 
         Raises:
-            DataError: bytes that are not UTF-8.
+            DataError: The bytes are not UTF-8.
         """
         for decoded, tokens in self._incremental_tokenizer.feed(text):
             self.totals = self.totals.with_text(decoded)
             yield from self._score_full_segments(tokens)
 
     def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
-        """Take text as tokens; like :meth:`feed` in all else.
+        """Consume text as token ids; otherwise like :meth:`feed`.
 
         Raises:
-            DataError: an id that is not of the tokenizer's or that stands for no text; or text that was fed before
-                still waits for its rest.
+            DataError: An id is not in the vocabulary or begins a document, or text fed before is still pending.
         """
         ids = np.asarray(tokens, dtype=np.int64)
-        if unknown := [int(one) for one in ids if not 0 <= one < self.tokenizer.vocab_size]:
-            raise DataError(
-                f"Token {unknown[0]} is not in the vocabulary of {self.tokenizer.vocab_size}.", "Check the tokenizer."
-            )
-        if (ids == self.tokenizer.bos_token_id).any():
-            raise DataError(f"Token {self.tokenizer.bos_token_id} begins a document and is no text.", "Leave it out.")
+        bos_token_id, vocab_size = self.tokenizer.bos_token_id, self.tokenizer.vocab_size
+        if (unknown := ids[(ids < 0) | (ids >= vocab_size)]).size:
+            raise DataError(f"Token {unknown[0]} is not in the vocabulary of {vocab_size}.", "Check the tokenizer.")
+        if (ids == bos_token_id).any():
+            raise DataError(f"Token {bos_token_id} begins a document and is no text.", "Remove it from the tokens.")
         if self._incremental_tokenizer.pending_text or self._incremental_tokenizer.pending_bytes:
-            raise DataError("Tokens follow a text that was not ended.", "Finish it first, or give text.")
+            raise DataError("Tokens follow text that is still pending.", "Call finish() first, or feed text.")
         content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
-        # A character may be cut by the end of the tokens, so what it decodes to has other bytes.
-        counted = self.totals.with_text(content.decode("utf-8", "replace"))
-        self.totals = replace(counted, num_bytes=self.totals.num_bytes + len(content))
+        # The tokens may end inside a character, whose replacement has another number of bytes.
+        totals = self.totals.with_text(content.decode("utf-8", "replace"))
+        self.totals = replace(totals, num_bytes=self.totals.num_bytes + len(content))
         yield from self._score_full_segments(ids)
 
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
-        """End the text: yield what waited, the last segment shorter than the others.
+        """End the text and yield the pending segments; the last may be shorter than ``segment_length``.
 
         Args:
-            discard_state: nothing will be read or generated from here, so the state need not be kept up; the reader is
-                of no further use.
+            discard_state: If True, the state is not updated and the reader cannot be used afterwards.
 
         Raises:
-            DataError: the text ends inside a character.
+            DataError: The text ends inside a character.
         """
         yield from self._score_full_segments(self._incremental_tokenizer.finish())
         if len(self._pending_tokens):
-            tokens, self._pending_tokens = self._pending_tokens, self._pending_tokens[:0]
-            yield self._score(tokens, discard_state)
+            segment, self._pending_tokens = self._pending_tokens, self._pending_tokens[:0]
+            yield self._score(segment, discard_state)
 
     def snapshot(self) -> ReaderSnapshot:
-        """Return where the stream stands, to :meth:`restore` it; nothing is copied."""
+        """Return the current position, for :meth:`restore`; nothing is copied."""
         return ReaderSnapshot(
             self.state,
             self.last_token,
@@ -270,7 +266,7 @@ class StreamReader:
         )
 
     def restore(self, snapshot: ReaderSnapshot) -> None:
-        """Go to where a snapshot of this model and tokenizer was taken."""
+        """Return to a snapshot of a reader of the same model and tokenizer."""
         self.state = snapshot.state
         self.last_token = snapshot.last_token
         self.totals = snapshot.totals
@@ -279,12 +275,12 @@ class StreamReader:
             self.tokenizer,
             pending_text=snapshot.pending_text,
             pending_bytes=snapshot.pending_bytes,
-            # A character's bytes are taken before they count as text.
+            # The totals do not count the bytes of an incomplete character.
             bytes_consumed=snapshot.totals.num_bytes + len(snapshot.pending_bytes),
         )
 
     def fork(self) -> StreamReader:
-        """Return a second reader that goes on from here by itself; the weights are shared."""
-        other = copy.copy(self)
-        other.restore(self.snapshot())
-        return other
+        """Return an independent reader that continues from here; the weights are shared."""
+        fork = copy.copy(self)
+        fork.restore(self.snapshot())
+        return fork

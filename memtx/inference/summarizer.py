@@ -7,13 +7,13 @@ import os
 from collections.abc import Sequence
 from typing import Any, Self
 
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tasks.examples import SummaryExample
 from memtx.data.tasks.summary_prompt import SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError
 from memtx.inference.base_predictor import BasePredictor, PredictInput
 from memtx.inference.generate import generate
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.predictor import Predictor, read_task_metadata
 from memtx.inference.sampling import SamplingParams
 from memtx.models.memory_transformer import MemoryTransformer

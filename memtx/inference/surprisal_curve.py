@@ -1,4 +1,4 @@
-"""Where a book was surprising, in constant memory: along the book, and by distance from its beginning."""
+"""Mean surprisal of a book in constant memory: along the book, and by distance from its beginning."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from numpy.typing import NDArray
 NUM_BINS = 1024
 BINS_PER_OCTAVE = 3
 MIN_POSITION = 16
-"""Positions below this are one stretch: single tokens would be noise."""
+"""Positions below this share one bin: the means of single tokens would be noise."""
 
 FloatArray = NDArray[np.float64]
 
 
 class SurprisalCurve:
-    """Mean surprise over at most ``num_bins`` equal stretches of a stream of any length.
+    """Mean surprisal in at most ``num_bins`` equal bins of a stream of any length.
 
-    A stretch begins as one token; when all are full, neighbours are joined and the stretches are twice as long.
-    So it is exact sums throughout, and its memory is fixed.
+    A bin begins as one token; when all are full, pairs of bins are merged. So sums are exact and memory is constant.
 
     Attributes:
-        bin_width: tokens a stretch.
-        num_tokens: tokens counted.
+        bin_width: Tokens per bin.
+        num_tokens: Number of tokens added.
+
+    Raises:
+        ValueError: ``num_bins`` is not an even number of at least 2.
     """
 
     def __init__(self, num_bins: int = NUM_BINS) -> None:
@@ -32,48 +34,49 @@ class SurprisalCurve:
         self.num_tokens = 0
 
     def add(self, nll: NDArray[np.float32]) -> None:
-        """Count the next tokens' surprise, (n,) in nats."""
-        bins = self.sums.shape[1]
+        """Add the surprisal of the next tokens, ``(length,)`` in nats."""
+        num_bins = self.sums.shape[1]
         values = nll.astype(np.float64)
         while len(values):
-            if self.num_tokens == bins * self.bin_width:
-                joined = self.sums.reshape(2, bins // 2, 2).sum(axis=2)
-                self.sums = np.concatenate([joined, np.zeros_like(joined)], axis=1)
+            if self.num_tokens == num_bins * self.bin_width:
+                merged = self.sums.reshape(2, num_bins // 2, 2).sum(axis=2)
+                self.sums = np.concatenate([merged, np.zeros_like(merged)], axis=1)
                 self.bin_width *= 2
-            now, values = np.split(values, [min(len(values), bins * self.bin_width - self.num_tokens)])
-            place = (self.num_tokens + np.arange(len(now))) // self.bin_width
-            for row, weights in enumerate((np.ones_like(now), now)):
-                self.sums[row] += np.bincount(place, weights=weights, minlength=bins)
-            self.num_tokens += len(now)
+            fitting, values = np.split(values, [min(len(values), num_bins * self.bin_width - self.num_tokens)])
+            _add_powers(self.sums, (self.num_tokens + np.arange(len(fitting))) // self.bin_width, fitting)
+            self.num_tokens += len(fitting)
 
     def points(self) -> tuple[FloatArray, FloatArray]:
-        """Return the middle of each stretch (in tokens) and its mean surprise (nats), (n,) each."""
-        middle = (np.arange(self.sums.shape[1], dtype=np.float64) + 0.5) * self.bin_width
-        full = self.sums[0] > 0
-        return middle[full], self.sums[1][full] / self.sums[0][full]
+        """Return the center of each bin (in tokens) and its mean surprisal (in nats), ``(bins,)`` each."""
+        centers = (np.arange(self.sums.shape[1], dtype=np.float64) + 0.5) * self.bin_width
+        filled = self.sums[0] > 0
+        return centers[filled], self.sums[1][filled] / self.sums[0][filled]
 
 
 class PositionSurprisalCurve:
-    """Mean surprise by position in the text, in stretches of equal length on a logarithmic axis."""
+    """Mean surprisal by position in the text, in bins of equal width on a logarithmic axis."""
 
     def __init__(self) -> None:
         self.sums = np.zeros((3, 64 * BINS_PER_OCTAVE))
         self.num_tokens = 0
 
     def add(self, nll: NDArray[np.float32]) -> None:
-        """Count the next tokens' surprise, (n,) in nats."""
-        values = nll.astype(np.float64)
-        position = np.maximum(self.num_tokens + 1.0 + np.arange(len(values)), MIN_POSITION)
-        place = np.floor(np.log2(position) * BINS_PER_OCTAVE).astype(np.int64)
-        for row, weights in enumerate((np.ones_like(values), values, values * values)):
-            self.sums[row] += np.bincount(place, weights=weights, minlength=self.sums.shape[1])
-        self.num_tokens += len(values)
+        """Add the surprisal of the next tokens, ``(length,)`` in nats."""
+        positions = np.maximum(self.num_tokens + 1.0 + np.arange(len(nll)), MIN_POSITION)
+        _add_powers(self.sums, np.floor(np.log2(positions) * BINS_PER_OCTAVE).astype(np.int64), nll.astype(np.float64))
+        self.num_tokens += len(nll)
 
     def points(self) -> tuple[FloatArray, FloatArray, FloatArray]:
-        """Return each stretch's position (counted from 1), mean surprise and its standard error, (n,) each."""
-        full = self.sums[0] > 0
-        count, total, squares = self.sums[:, full]
+        """Return the position of each bin (from 1), its mean surprisal and standard error, ``(bins,)`` each."""
+        filled = self.sums[0] > 0
+        count, total, squares = self.sums[:, filled]
         mean = total / count
-        middle = 2 ** ((np.arange(len(full), dtype=np.float64) + 0.5) / BINS_PER_OCTAVE)
-        middle[np.flatnonzero(full)[:1]] = MIN_POSITION / 2  # The first stretch is all before it as well.
-        return middle[full], mean, np.sqrt(np.maximum(squares / count - mean**2, 0) / count)
+        centers = 2 ** ((np.arange(len(filled), dtype=np.float64) + 0.5) / BINS_PER_OCTAVE)
+        centers[np.flatnonzero(filled)[:1]] = MIN_POSITION / 2  # The first bin also holds all positions before it.
+        return centers[filled], mean, np.sqrt(np.maximum(squares / count - mean**2, 0) / count)
+
+
+def _add_powers(sums: FloatArray, bins: NDArray[np.int64], values: FloatArray) -> None:
+    """Add counts, sums and, with a third row, sums of squares of ``values`` to their bins."""
+    for power, row in enumerate(sums):
+        row += np.bincount(bins, weights=values**power, minlength=len(row))

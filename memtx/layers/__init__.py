@@ -1,1 +1,1 @@
-"""Neural network modules without recurrent state."""
+"""Layers and their parts."""

@@ -1,6 +1,6 @@
-"""Attention of a segment over what its memories opened: one fused call over [memory | cache | segment].
+"""Attention of a segment over the entries of its memories: one fused call over [memory | cache | segment].
 
-What memories answer by themselves is joined with it before the last projection.
+Memories that answer by themselves are combined with its output before the last projection.
 """
 
 from __future__ import annotations
@@ -11,42 +11,42 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_divisible
 from memtx.layers.combine import apply_gate, combine_readouts
 from memtx.layers.positions.base import Memoize, Positions
-from memtx.memory.base import LayerActivations, Losses, Memory, Readout, View
-from memtx.memory.kv_ring import DecodeStep, KVRing, to_ring
+from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
+from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
 from memtx.ops.attention.bias import ScoreBias, slice_bias
+from memtx.ops.attention.combine import append_key_bias
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
-from memtx.ops.attention.key_bias import append_key_bias
 from memtx.ops.attention.mask import Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
 from memtx.segment import Segment
 
 
 class MemoryAttention(nn.Module):
-    """Queries from the segment; keys and values from all that the exact memory opens.
+    """Attention with queries from the segment and keys and values from the entries of the exact memory.
 
     Args:
-        dim: width of the hidden states.
-        heads: query heads.
-        kv_heads: key and value heads; each serves ``heads / kv_heads`` query heads (grouped-query attention,
+        dim: Width of the hidden states.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads; each serves ``heads / kv_heads`` query heads (grouped-query attention,
             Ainslie et al. 2023).
-        memory: what is carried between segments and attended to; the exact one.
-        positions: how scores learn distances.
-        bias: whether the projections have biases.
-        out_bias: whether the last one has; as the others by default.
-        head_dim: width of a head; dim / heads by default.
-        qk_norm: makes a normalisation of every head's queries, and one of its keys, from head_dim, applied before
-            positions are (Dehghani et al. 2023, section 2); None for none.
-        dropout: of attention weights.
-        backend: of the attention operation.
-        extra_memories: memories that answer by themselves.
-        gated_memory: whether what memories show beyond the exact window enters by a learned gate a head, which begins
-            at 0: the layer of a model that was trained without them computes what it computed.
+        memory: The exact memory: what attention sees besides the segment.
+        positions: Position encoding.
+        bias: If True, the projections have biases.
+        out_bias: If True, the output projection has a bias. Defaults to ``bias``.
+        head_dim: Width of a head. Defaults to dim / heads.
+        qk_norm: Factory of a norm of each head's queries, and one of its keys, from head_dim, applied before positions
+            (Dehghani et al. 2023, section 2). None disables it.
+        dropout: Dropout rate of the attention weights.
+        backend: Attention backend.
+        extra_memories: Memories that answer by themselves.
+        gated_memory: If True, everything from beyond the exact window passes a learned gate per head that starts at 0,
+            so that a layer trained without memory is unchanged at first.
 
     Raises:
-        MemtxError: the numbers of heads do not divide as they must, or a memory stands where it cannot.
+        MemtxError: dim is not divisible by heads, heads not by kv_heads, or a memory cannot be in its place.
     """
 
     def __init__(
@@ -67,10 +67,9 @@ class MemoryAttention(nn.Module):
         gated_memory: bool = False,
     ) -> None:
         super().__init__()
-        if head_dim is None and dim % heads:
-            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor, or give head_dim.")
-        if heads % kv_heads:
-            raise MemtxError(f"heads is {heads}, which {kv_heads} kv_heads do not divide.", "Choose a divisor.")
+        if head_dim is None:
+            check_divisible("Choose a divisor, or give head_dim.", dim=dim, heads=heads)
+        check_divisible(heads=heads, kv_heads=kv_heads)
         self.heads = heads
         self.kv_heads = kv_heads
         self.head_dim = head_dim if head_dim is not None else dim // heads
@@ -85,99 +84,93 @@ class MemoryAttention(nn.Module):
         self.key_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
 
     def set_memories(self, memory: Memory[Any], extra_memories: Sequence[Memory[Any]], *, gated_memory: bool) -> None:
-        """Put memories in the place of those that the layer has; arguments as in the class."""
-        _check_memory_order(memory, extra_memories)
-        if self.heads * self.head_dim != memory.dim:
-            _check_readout_width(memory.dim, self.heads, self.head_dim, extra_memories)
+        """Replace the layer's memories; arguments as in the constructor."""
+        _check_memories(memory, extra_memories, self.heads, self.head_dim)
         self.memory = memory
         self.extra_memories = nn.ModuleList(extra_memories)
-        sources = memory.has_bank + sum(one.needs_gate for one in extra_memories) if gated_memory else 0
-        # A row for what lies beyond the window of the exact memory, then one for each of the others, in order.
-        self.gate = nn.Parameter(torch.zeros(sources, self.heads)) if sources else None
+        # One row for the exact memory's bank, then one for each of the other gated memories, in order.
+        num_gates = memory.has_bank + sum(extra.needs_gate for extra in extra_memories) if gated_memory else 0
+        self.gate = nn.Parameter(torch.zeros(num_gates, self.heads)) if num_gates else None
 
     @property
     def memories(self) -> tuple[Memory[Any], ...]:
         """The exact memory, then those that answer by themselves."""
-        # The type as text: the compiler cannot build generic ones.
+        # torch.compile cannot evaluate generic types, so the type is a string.
         return (self.memory, *cast("list[Memory[Any]]", list(self.extra_memories)))
-
-    def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
-        """Attend, and hand the memories what they need to close.
-
-        Args:
-            x: (rows, segment, dim), normed layer inputs.
-            state: one a memory; of the first ones alone, the others are left out.
-            segment: where the tokens stand.
-
-        Returns:
-            (rows, segment, dim), the next states, and named auxiliary losses.
-        """
-        memories = self.memories[: len(state)]
-        views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
-        view = views[0]
-        q = self._project_queries(x)
-        k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in view.parts], dim=1))
-        readouts = self._readouts(memories, views, q)
-        q, k, bias = self.positions(q, k, view.entry_positions, segment)
-        split = memories[0].has_bank and self.gate is not None
-        need_lse = split or any(one.lse is not None for one in readouts)
-        if view.key_bias is not None:
-            q, k, v = append_key_bias(q, k, v, view.key_bias, self.head_dim**-0.5)
-        q, k, v = (one.transpose(1, 2) for one in (q, k, v))
-        if split:
-            bank, exact = split_bank(view.entry_positions.visibility)
-            out, lse = self._attend(
-                q, k[:, :, : bank.num_keys], v[:, :, : bank.num_keys], bank, slice_bias(bias, 0, bank.num_keys), True
-            )
-            readouts.append(apply_gate(Readout(out, lse=lse), cast(Tensor, self.gate)[0].tanh()))
-            attended, lse = self._attend(
-                q,
-                k[:, :, bank.num_keys :],
-                v[:, :, bank.num_keys :],
-                exact,
-                slice_bias(bias, bank.num_keys, None),
-                True,
-            )
-        else:
-            attended, lse = self._attend(q, k, v, view.entry_positions.visibility, bias, need_lse)
-        out = self.out(combine_readouts(attended, lse, readouts).transpose(1, 2).flatten(2))
-        losses: Losses = {}
-        after, trace = [], LayerActivations(x, out, self)
-        for memory, own in zip(memories, views, strict=True):
-            next_state, found_losses = memory.write(own, segment, trace)
-            after.append(next_state)
-            for name, value in found_losses.items():
-                losses[name] = losses[name] + value if name in losses else value
-        return out, tuple(after), losses
 
     @property
     def needs_layer_output(self) -> bool:
-        """Whether a memory waits for the layer's outputs."""
-        return any(memory.write_source == "output" for memory in self.memories)
+        """True if a memory waits for the layer's output."""
+        return any(memory.needs_layer_output for memory in self.memories)
+
+    def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
+        """Attend to the memories and write them.
+
+        Args:
+            x: Normalized layer inputs, ``(batch, length, dim)``.
+            state: One state per memory. If there are fewer, the last memories are ignored.
+            segment: Positions of the tokens.
+
+        Returns:
+            Output ``(batch, length, dim)``, the next states, and auxiliary losses by name.
+        """
+        memories = self.memories[: len(state)]
+        views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
+        q = self._project_queries(x)
+        k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in views[0].parts], dim=1))
+        readouts = self._readouts(views, q)
+        q, k, bias = self.positions(q, k, views[0].entry_positions, segment)
+        if views[0].key_bias is not None:
+            q, k, v = append_key_bias(q, k, v, views[0].key_bias, self.head_dim**-0.5)
+        attended = self._attend_and_combine(q, k, v, views[0].entry_positions.visibility, bias, readouts)
+        out = self.out(attended.transpose(1, 2).flatten(2))
+        next_state, losses = self._write(memories, views, segment, LayerActivations(x, out, self))
+        return out, next_state, losses
 
     def on_layer_output(self, state: tuple[Any, ...], outputs: Tensor, segment: Segment) -> tuple[Any, ...]:
-        """Give the memories the layer's outputs, (rows, segment, dim), normed as its inputs are."""
+        """Pass the layer's outputs, ``(batch, length, dim)``, normalized like its inputs, to the memories."""
         pairs = zip(self.memories[: len(state)], state, strict=True)
         return tuple(memory.on_layer_output(own, outputs, segment) for memory, own in pairs)
 
-    def _readouts(self, memories: Sequence[Memory[Any]], views: Sequence[View], q: Tensor) -> list[Readout]:
-        """Return what the memories answer to queries q, gated where the layer is."""
-        found = []
-        row = int(memories[0].has_bank)
-        for memory, view in zip(memories, views, strict=True):
-            one = memory.readout(view, q)
-            if one is None:
-                continue
+    def _readouts(self, views: Sequence[View], q: Tensor) -> list[Readout]:
+        """Return the readouts of all memories but the first, gated if the layer is."""
+        readouts = []
+        row = int(self.memory.has_bank)
+        for memory, view in zip(self.memories[1 : len(views)], views[1:], strict=True):
+            readout = cast("ReadoutMemory", memory).readout(view, q)
             if self.gate is not None and memory.needs_gate:
-                one, row = apply_gate(one, self.gate[row].tanh()), row + 1
-            found.append(one)
-        return found
+                readout, row = apply_gate(readout, self.gate[row].tanh()), row + 1
+            readouts.append(readout)
+        return readouts
+
+    def _attend_and_combine(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        bias: ScoreBias | None,
+        readouts: list[Readout],
+    ) -> Tensor:
+        """Attend to the exact memory's entries, its bank through the gate if there is one, and combine the readouts."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.gate is not None and self.memory.has_bank:
+            bank, exact = split_bank(visibility)
+            split = bank.num_keys
+            out, lse = self._attend(
+                q, k[:, :, :split], v[:, :, :split], bank, slice_bias(bias, 0, split), return_lse=True
+            )
+            readouts = [*readouts, apply_gate(Readout(out, lse=lse), self.gate[0].tanh())]
+            k, v, visibility, bias = k[:, :, split:], v[:, :, split:], exact, slice_bias(bias, split, None)
+        return_lse = any(readout.lse is not None for readout in readouts)
+        out, lse = self._attend(q, k, v, visibility, bias, return_lse=return_lse)
+        return combine_readouts(out, lse, readouts)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, need_lse: bool
+        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, *, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Return outputs and, where needed, the log-sum-exp, of (rows, heads, n, head_dim or more) tensors."""
-        found = segment_attention(
+        """Return the outputs, ``(batch, heads, length, head_dim)``, and their log-sum-exp if requested."""
+        out, lse = segment_attention(
             q,
             k,
             v,
@@ -186,140 +179,148 @@ class MemoryAttention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             scale=self.head_dim**-0.5,
             backend=self.backend,
-            return_lse=need_lse,
+            return_lse=return_lse,
         )
-        out, lse = found if isinstance(found, tuple) else (found, None)
-        return out[..., : self.head_dim], lse
+        # A key bias adds a column to the heads.
+        return out if out.shape[-1] == self.head_dim else out[..., : self.head_dim], lse
+
+    def _write(
+        self, memories: Sequence[Memory[Any]], views: Sequence[View], segment: Segment, activations: LayerActivations
+    ) -> tuple[tuple[Any, ...], Losses]:
+        """Return the next states of the memories and their losses, summed by name."""
+        states: list[Any] = []
+        total: Losses = {}
+        for memory, view in zip(memories, views, strict=True):
+            state, losses = memory.write(view, segment, activations)
+            states.append(state)
+            for name, loss in losses.items():
+                total[name] = total[name] + loss if name in total else loss
+        return tuple(states), total
 
     def _project_queries(self, x: Tensor) -> Tensor:
-        """Return (rows, segment, heads, head_dim), without positions."""
-        out: Tensor = self.query_norm(self.query(x).unflatten(-1, (self.heads, self.head_dim)))
-        return out
+        """Return the queries without positions, ``(batch, length, heads, head_dim)``."""
+        q: Tensor = self.query_norm(self.query(x).unflatten(-1, (self.heads, self.head_dim)))
+        return q
 
     def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """Return both (rows, entries, kv_heads, head_dim), without positions."""
+        """Return keys without positions and values, each ``(batch, entries, kv_heads, head_dim)``."""
         k, v = projected.view(*projected.shape[:-1], 2, self.kv_heads, self.head_dim).unbind(-3)
         return self.key_norm(k), v
 
-    def open_ring(self, state: tuple[Any, ...], position: Tensor) -> KVRing | None:
-        """Open a layer's state for decoding in place; None where its memories are decoded by whole calls.
-
-        Args:
-            state: one a memory; a layer with several has no such form.
-            position: (rows,) int64, tokens of each row's document read so far.
-        """
-        layout = self.memory.ring_layout()
-        if layout is None or self.extra_memories or self.gate is not None:
-            return None
-        cache, bank = self.memory.split_state(state[0])
-        hidden = to_ring(layout, cache, bank, position)
-        blocks, positions = layout.slot_contents(position - 1)
-        at = torch.cat(
-            [blocks.double() * layout.compression_rate + (layout.compression_rate - 1) / 2, positions.double()], dim=1
-        )
-        return KVRing(layout, hidden, self._positioned_keys_values(hidden, at, lambda _, make: make()))
-
     def _positioned_keys_values(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
-        """Return keys, placed, and values (rows, entries, 2, kv_heads, head_dim) of x (rows, entries, dim)."""
+        """Return the keys with positions and the values of x ``(batch, entries, dim)``, stacked in dimension -3."""
         k, v = self._split_keys_values(self.key_value(x))
         return torch.stack([self.positions.apply_absolute(k, position, memo), v], dim=-3)
 
-    def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
-        """Attend for one token a row, which is written into the ring.
+    def open_ring(self, state: tuple[Any, ...], past_length: Tensor) -> KVRing | None:
+        """Open the layer's state for decoding in place, or return None if its memories cannot be decoded that way.
 
         Args:
-            x: (rows, dim), normed layer inputs.
-            ring: the layer's, changed in place.
-            step: where the tokens stand.
+            state: One state per memory; only a layer with a single memory can be decoded in place.
+            past_length: Tokens of each stream's document read so far, ``(batch,)`` int64.
+        """
+        layout = self.memory.ring_layout() if isinstance(self.memory, RingDecodable) else None
+        if layout is None or self.extra_memories or self.gate is not None:
+            return None
+        cache, bank = cast("RingDecodable", self.memory).split_state(state[0])
+        hidden = to_ring(layout, cache, bank, past_length)
+        block, position = layout.slot_contents(past_length - 1)
+        position = torch.cat([layout.block_center(block), position.double()], dim=1)
+        return KVRing(layout, hidden, self._positioned_keys_values(hidden, position, lambda _, compute: compute()))
+
+    def close_ring(self, ring: KVRing, past_length: Tensor) -> tuple[Any, ...]:
+        """Return the layer's state from its ring: the inverse of :meth:`open_ring`."""
+        memory = cast("RingDecodable", self.memory)
+        return (memory.join_state(*from_ring(ring.layout, ring.hidden, past_length)),)
+
+    def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
+        """Attend for one token per stream and write it into the ring.
+
+        Args:
+            x: Normalized layer inputs, ``(batch, dim)``.
+            ring: The layer's ring, changed in place.
+            step: Positions of the tokens.
 
         Returns:
-            (rows, dim).
+            ``(batch, dim)``.
         """
-        seen = step.plan(ring.layout)
-        row = step.memo("rows", lambda: torch.arange(x.shape[0], device=x.device))
+        plan = step.plan(ring.layout)
+        stream = step.memo("stream", lambda: torch.arange(x.shape[0], device=x.device))
         position = step.memo("position", lambda: step.position[:, None].double())
-        # Taken out first: the token's slot is that of the block's oldest state.
-        block = ring.hidden[row[:, None], seen.block_slots] if seen.block_slots is not None else None
-        ring.hidden[row, seen.slot] = x.to(ring.hidden.dtype)
-        ring.key_value[row, seen.slot] = self._positioned_keys_values(x[:, None], position, step.memo)[:, 0]
+        # Read before the token is written: its slot holds the oldest state of the evicted block.
+        block = ring.hidden[stream[:, None], plan.block_slots] if plan.block_slots is not None else None
+        ring.hidden[stream, plan.slot] = x.to(ring.hidden.dtype)
+        ring.key_value[stream, plan.slot] = self._positioned_keys_values(x[:, None], position, step.memo)[:, 0]
         if block is not None:
-            probe = ring.hidden[row[:, None], seen.recent_slots]
-            entry = self.memory.compress_block(block.to(x.dtype), probe.to(x.dtype), self)
-            kept = self._positioned_keys_values(entry[:, None], seen.entry_position, step.memo)[:, 0]
-            # Rows whose block does not cross keep what stands there.
-            for buffer, new in ((ring.hidden, entry), (ring.key_value, kept)):
-                crossing = seen.evicts_block.view(-1, *(1,) * (new.dim() - 1))
-                buffer[row, seen.bank_slot] = torch.where(crossing, new.to(buffer.dtype), buffer[row, seen.bank_slot])
+            recent = ring.hidden[stream[:, None], plan.recent_slots]
+            entry = cast("RingDecodable", self.memory).compress_block(block.to(x.dtype), recent.to(x.dtype), self)
+            key_value = self._positioned_keys_values(entry[:, None], plan.entry_position, step.memo)[:, 0]
+            # Streams that evict no block keep the contents of the slot.
+            for buffer, update in ((ring.hidden, entry), (ring.key_value, key_value)):
+                evicts = plan.evicts_block.view(-1, *(1,) * (update.dim() - 1))
+                current = buffer[stream, plan.bank_slot]
+                buffer[stream, plan.bank_slot] = torch.where(evicts, update.to(buffer.dtype), current)
         q = self.positions.apply_absolute(self._project_queries(x[:, None]), position, step.memo)
         k, v = ring.key_value.unbind(2)
-        attended = segment_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            seen.visibility,
-            bias=self.positions.score_bias(seen.offset, step.memo),
-            backend=self.backend,
-        )
+        bias = self.positions.score_bias(plan.offset, step.memo)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        attended, _ = self._attend(q, k, v, plan.visibility, bias, return_lse=False)
         out: Tensor = self.out(attended.flatten(1))
         return out
 
     def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
-        """Project to queries, keys or values without positions (see :class:`memtx.memory.base.ContentAttention`)."""
-        half = int(projection == "value")
-        layer = self.query if projection == "query" else self.key_value
+        """Project x without positions (see :class:`memtx.memory.base.ContentAttention`)."""
+        is_query, half = projection == "query", int(projection == "value")
+        layer = self.query if is_query else self.key_value
         if isinstance(layer, nn.Linear):
-            weights = [one if projection == "query" else one.chunk(2)[half] for one in layer.parameters()]
-            out = linear(x, *(one.detach() if frozen else one for one in weights))
+            weights = [weight if is_query else weight.chunk(2)[half] for weight in layer.parameters()]
+            out = linear(x, *(weight.detach() if frozen else weight for weight in weights))
         else:
-            # A module that adapts the map stands in its place, and gives keys and values together.
+            # A module that adapts the projection has replaced it and returns keys and values together.
             out = _apply_module(layer, x, frozen)
-            out = out if projection == "query" else out.chunk(2, dim=-1)[half]
+            out = out if is_query else out.chunk(2, dim=-1)[half]
         out = out.view(*out.shape[:-1], -1, self.head_dim)
-        if projection == "query":
+        if is_query:
             return _apply_module(self.query_norm, out, frozen)
         out = _apply_module(self.key_norm, out, frozen) if projection == "key" else out
         return out.repeat_interleave(self.heads // self.kv_heads, dim=-2)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
-        """Return keys as a query without positions sees them (see :class:`memtx.memory.base.ContentAttention`)."""
+        """Apply positions to keys seen from a distance (see :class:`memtx.memory.base.ContentAttention`)."""
         return self.positions.apply_relative(keys, distance)
 
     def reset_parameters(self, std: float, residual_std: float) -> None:
-        """Draw the projections; the memory's own parameters keep the values it gave them."""
+        """Initialize the projections; the memories' own parameters stay as their constructors set them."""
         with torch.no_grad():
-            for layer, width in ((self.query, std), (self.key_value, std), (self.out, residual_std)):
-                nn.init.normal_(layer.weight, std=width)
+            for layer, layer_std in ((self.query, std), (self.key_value, std), (self.out, residual_std)):
+                nn.init.normal_(layer.weight, std=layer_std)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
 
 
 def _apply_module(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:
-    """Return what a module makes of x, without letting its weights learn where frozen."""
-    weights = {name: one.detach() for name, one in module.named_parameters()} if frozen else {}
+    """Apply a module to x, without gradients for its weights if ``frozen``."""
+    weights = {name: weight.detach() for name, weight in module.named_parameters()} if frozen else {}
     out: Tensor = torch.func.functional_call(module, weights, (x,)) if frozen else module(x)
     return out
 
 
-def _check_memory_order(memory: Memory[Any], extra_memories: Sequence[Memory[Any]]) -> None:
-    """Raise unless the first memory of a layer, and it alone, carries the segment."""
-    if memory.has_readout:
+def _check_memories(memory: Memory[Any], extra_memories: Sequence[Memory[Any]], heads: int, head_dim: int) -> None:
+    """Raise unless the first memory is exact, the others answer by themselves, and their readouts fit the heads."""
+    if isinstance(memory, ReadoutMemory):
         raise MemtxError(
-            f"{type(memory).__name__} stands first in a layer, but it does not carry the segment itself.",
+            f"{type(memory).__name__} is the first memory of a layer but does not carry the segment itself.",
             "Put an exact memory before it: RecurrentMemory, CompressedMemory or NoMemory.",
         )
-    for one in extra_memories:
-        if not one.has_readout:
+    for extra in extra_memories:
+        name = type(extra).__name__
+        if not isinstance(extra, ReadoutMemory):
             raise MemtxError(
-                f"{type(one).__name__} stands behind another memory of its layer, but only the first is exact.",
-                "Give it a layer of its own, or take it out.",
+                f"{name} follows another memory of its layer, but only the first can be exact.",
+                f"Give {name} a layer of its own, or remove it.",
             )
-
-
-def _check_readout_width(dim: int, heads: int, head_dim: int, extra_memories: Sequence[Memory[Any]]) -> None:
-    """Raise where a memory's answers, dim wide over all heads, do not fit heads of another width."""
-    for one in extra_memories:
-        if not one.uses_layer_projections:
+        if heads * head_dim != memory.dim and not extra.uses_layer_projections:
             raise MemtxError(
-                f"{type(one).__name__} answers {dim} wide, {heads} heads of {head_dim} are {heads * head_dim} wide.",
-                "Use CompressedMemory, SinkMemory or TokenMemory, which read by the layer's own projections.",
+                f"{name} answers {memory.dim} wide, but {heads} heads of {head_dim} are {heads * head_dim} wide.",
+                "Use CompressedMemory, SinkMemory or TokenMemory, which read with the layer's own projections.",
             )

@@ -1,7 +1,7 @@
-"""Big Bird's attention: blocks see their neighbours, the text's first and last block, and some at random.
+"""BigBird's block-sparse attention: neighboring blocks, the first and last block, and random blocks.
 
-Zaheer et al. 2020, section 2 and appendix A: block-wise windows, global blocks of the text itself, random blocks. The
-first and the last block see everything. A block that is drawn though it is seen already counts twice, as in the
+Zaheer et al. 2020, section 2 and appendix A: sliding windows of blocks, two global blocks of the text itself, and
+random blocks. The first and last block see everything. A random block that is visible already counts twice, as in the
 published models.
 """
 
@@ -11,35 +11,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_at_least
 from memtx.layers.encoder_attention import EncoderAttention, full_visibility, merge_heads
 from memtx.layers.encoder_inputs import EncoderInputs
-from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
-from memtx.ops.attention.random_blocks import sample_random_blocks
+from memtx.ops.attention.sparse import sample_random_blocks
 
 
 class BigBirdAttention(EncoderAttention):
-    """Windows of three blocks, two global blocks, and random blocks.
+    """Windows of three blocks, two global blocks and random blocks.
 
-    Texts of at most ``(5 + 2 * num_random_blocks) * block_size`` tokens are read with everyone seeing everyone, as
-    published.
+    Texts of at most ``(5 + 2 * num_random_blocks) * block_size`` tokens get full attention, as published.
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        layer_index: the layer's number, from 0.
-        block_size: tokens a block.
-        num_random_blocks: how many each block of queries sees.
-        max_length: tokens of the longest text that the model is for (see
-            :func:`memtx.ops.attention.random_blocks.sample_random_blocks`).
-        seed: of the random blocks; the layer's number by default, as published.
-        bias: whether queries, keys and values have biases.
-        dropout: of attention weights.
-        backend: of the attention operation.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        layer_index: Index of the layer, from 0.
+        block_size: Tokens per block.
+        num_random_blocks: Random blocks that each block of queries sees.
+        max_length: Longest text that the model is for, in tokens (see
+            :func:`memtx.ops.attention.sparse.sample_random_blocks`).
+        seed: Seed of the random blocks. Defaults to the layer's index, as published.
+        bias: If True, the query, key and value projections have biases.
+        dropout: Dropout rate of the attention weights.
+        backend: Attention backend.
 
     Raises:
-        MemtxError: a number is out of range.
+        MemtxError: A number is out of range.
     """
 
     supports_random_blocks = True
@@ -59,92 +58,78 @@ class BigBirdAttention(EncoderAttention):
         backend: AttentionBackend = "auto",
     ) -> None:
         super().__init__(dim, heads, layer_index, bias=bias, dropout=dropout, backend=backend)
-        if block_size < 1 or num_random_blocks < 0:
-            raise MemtxError(
-                f"Blocks are of {block_size} tokens and {num_random_blocks} are drawn.",
-                "Give at least 1 and at least 0.",
-            )
+        check_at_least(1, block_size=block_size)
+        check_at_least(0, num_random_blocks=num_random_blocks)
         self.block_size = block_size
         self.num_random_blocks = num_random_blocks
         self.max_length = max_length
         self.seed = layer_index if seed is None else seed
 
     def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Return the heads' results side by side, (rows, length, dim), zero at padding, of x (rows, length, dim)."""
-        q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
-        if inputs.length <= (5 + 2 * self.num_random_blocks) * self.block_size:
-            seen = full_visibility(inputs, inputs.length)
-            return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
-        whole = inputs.memo(("whole blocks", self.block_size), lambda: self._pad_to_blocks(inputs))
-        size, length = self.block_size, whole.length
-        q, k, v = (F.pad(part, (0, 0, 0, length - inputs.length)) for part in (q, k, v))
-        # The two global blocks side by side, before all others.
-        q, k, v = (torch.cat([p[:, :, :size], p[:, :, -size:], p[:, :, size:-size]], dim=2) for p in (q, k, v))
-        everything = inputs.memo(("ends", self.block_size), lambda: self._end_block_visibility(whole))
-        ends = segment_attention(
-            q[:, :, : 2 * size], k, v, everything, dropout=self.dropout, backend=self.backend
-        )  # (rows, heads, 2 * size, head_dim)
-        settings = (
-            "blocks",
-            self.block_size,
-            self.heads,
-            self.layer_index,
-            self.seed,
-            self.num_random_blocks,
-            self.max_length,
+        """Return the attention outputs of x ``(batch, length, dim)``, all heads concatenated; zero at padding."""
+        q, k, v = self.project(x)
+        size = self.block_size
+        if inputs.length <= (5 + 2 * self.num_random_blocks) * size:
+            return merge_heads(self.attend_visible(q, k, v, full_visibility(inputs, inputs.length)))
+        padded = inputs.memo(("padded to blocks", size), lambda: self._pad_to_blocks(inputs))
+        q, k, v = (
+            self._global_blocks_first(F.pad(part, (0, 0, 0, padded.length - inputs.length))) for part in (q, k, v)
         )
-        others = inputs.memo(
-            settings, lambda: self._middle_visibility(whole, inputs.random_blocks.get(self.layer_index))
+        ends = self.attend_visible(q[:, :, : 2 * size], k, v, full_visibility(padded, 2 * size))
+        random_settings = (self.heads, self.layer_index, self.seed, self.num_random_blocks, self.max_length)
+        middle_visibility = inputs.memo(
+            ("middle blocks", size, *random_settings),
+            lambda: self._middle_visibility(padded, inputs.random_blocks.get(self.layer_index)),
         )
-        middle = segment_attention(q[:, :, 2 * size :], k, v, others, dropout=self.dropout, backend=self.backend)
+        middle = self.attend_visible(q[:, :, 2 * size :], k, v, middle_visibility)
         parts = [merge_heads(part) for part in (ends[:, :, :size], middle, ends[:, :, size:])]
         out = torch.cat(parts, dim=1)[:, : inputs.length]
         return out if inputs.attention_mask is None else out.masked_fill(~inputs.attention_mask[..., None], 0.0)
 
-    def _pad_to_blocks(self, inputs: EncoderInputs) -> EncoderInputs:
-        """Return the reading of whole blocks: padded, global blocks first."""
-        more = -inputs.length % self.block_size
-        present = inputs.attention_mask
-        if present is None and more == 0:
-            return inputs
-        if present is None:
-            present = torch.ones(1, inputs.length, dtype=torch.bool, device=inputs.device)
-        present = F.pad(present, (0, more))
+    def _global_blocks_first(self, x: Tensor) -> Tensor:
+        """Move the last block of x ``(..., length, width)`` behind the first."""
         size = self.block_size
-        present = torch.cat([present[:, :size], present[:, -size:], present[:, size:-size]], dim=1)
-        return EncoderInputs(inputs.length + more, inputs.device, present)
+        return torch.cat([x[..., :size, :], x[..., -size:, :], x[..., size:-size, :]], dim=-2)
 
-    def _end_block_visibility(self, padded: EncoderInputs) -> Visibility:
-        return full_visibility(padded, 2 * self.block_size)
+    def _pad_to_blocks(self, inputs: EncoderInputs) -> EncoderInputs:
+        """Return the inputs padded to whole blocks, global blocks first."""
+        padding = -inputs.length % self.block_size
+        mask = inputs.attention_mask
+        if mask is None and padding == 0:
+            return inputs
+        if mask is None:
+            mask = torch.ones(1, inputs.length, dtype=torch.bool, device=inputs.device)
+        mask = self._global_blocks_first(F.pad(mask, (0, padding))[..., None])[..., 0]
+        return EncoderInputs(inputs.length + padding, inputs.device, mask)
 
     def _middle_visibility(self, padded: EncoderInputs, random_blocks: Tensor | None) -> Visibility:
-        """Return what the blocks between the ends see of [first | last | those between]."""
-        size, queries = self.block_size, padded.length - 2 * self.block_size
-        there = padded.attention_mask
-        if there is None:
-            there = torch.ones(1, padded.length, dtype=torch.bool, device=padded.device)
-        block = torch.arange(queries, device=padded.device) // size
+        """Return the visibility of [first | last | middle blocks] for the middle blocks."""
+        size, num_queries = self.block_size, padded.length - 2 * self.block_size
+        mask = padded.attention_mask
+        if mask is None:
+            mask = torch.ones(1, padded.length, dtype=torch.bool, device=padded.device)
+        block = torch.arange(num_queries, device=padded.device) // size
         ends = torch.zeros(2 * size, dtype=torch.int64, device=padded.device)
-        born = torch.cat([ends, (block - 1) * size]).expand_as(there)
-        expires = torch.cat([ends + queries, (block + 2) * size]).expand_as(there)
-        # An end of life before its beginning is never seen.
-        expires = torch.where(there, expires, -queries)
-        sections = (KeyRange(2 * size), KeyRange(queries, -size, size, 2 * size + 1, group_size=size))
+        visible_from = torch.cat([ends, (block - 1) * size]).expand_as(mask)
+        visible_until = torch.cat([ends + num_queries, (block + 2) * size]).expand_as(mask)
+        # A key whose visibility ends before it starts is never seen.
+        visible_until = torch.where(mask, visible_until, -num_queries)
+        key_ranges = (KeyRange(2 * size), KeyRange(num_queries, -size, size, 2 * size + 1, group_size=size))
         blocks = self._random_block_table(padded, random_blocks)
-        if blocks.shape[-1] == 0:
-            return Visibility(born, expires, queries, sections)
-        pattern = SparsePattern(
-            torch.zeros_like(expires),
-            torch.where(there, queries, 0),
-            random_blocks=blocks,
-            block_size=size,
-            count_duplicates=True,
-        )
-        return Visibility(born, expires, queries, sections, pattern)
+        pattern = None
+        if blocks.shape[-1]:
+            pattern = SparsePattern(
+                torch.zeros_like(visible_until),
+                torch.where(mask, num_queries, 0),
+                random_blocks=blocks,
+                block_size=size,
+                count_duplicates=True,
+            )
+        return Visibility(visible_from, visible_until, num_queries, key_ranges, pattern)
 
     def _random_block_table(self, padded: EncoderInputs, random_blocks: Tensor | None) -> Tensor:
-        """Return the table of random blocks, numbered as the keys lie."""
-        blocks = padded.length // self.block_size
+        """Return the random blocks of each query block, numbered with the global blocks first."""
+        num_blocks = padded.length // self.block_size
         table = random_blocks
         if table is None:
             table = sample_random_blocks(
@@ -155,16 +140,13 @@ class BigBirdAttention(EncoderAttention):
                 max_length=self.max_length,
                 seed=self.seed,
             )
-        if table.dim() != 3 or table.shape[0] not in (1, self.heads) or table.shape[1] != blocks - 2:
+        name = f"random_blocks of layer {self.layer_index}"
+        if table.dim() != 3 or table.shape[0] not in (1, self.heads) or table.shape[1] != num_blocks - 2:
             raise MemtxError(
-                f"random_blocks of layer {self.layer_index} is {tuple(table.shape)}, expected "
-                f"({self.heads}, {blocks - 2}, any).",
-                "Give the blocks that each block of queries but the first and the last sees.",
+                f"{name} has shape {tuple(table.shape)}, expected ({self.heads}, {num_blocks - 2}, any).",
+                "Give the blocks that each block of queries except the first and the last sees.",
             )
-        if table.is_floating_point() or (table.numel() and not 0 <= int(table.min()) <= int(table.max()) < blocks):
-            raise MemtxError(
-                f"random_blocks of layer {self.layer_index} names blocks that are not there.",
-                f"Give 0 to {blocks - 1}.",
-            )
+        if table.is_floating_point() or (table.numel() and not 0 <= int(table.min()) <= int(table.max()) < num_blocks):
+            raise MemtxError(f"{name} contains blocks that do not exist.", f"Give integers from 0 to {num_blocks - 1}.")
         table = table.to(padded.device, torch.int64)
-        return torch.where(table == 0, 0, torch.where(table == blocks - 1, 1, table + 1))
+        return torch.where(table == 0, 0, torch.where(table == num_blocks - 1, 1, table + 1))

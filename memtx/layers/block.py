@@ -1,4 +1,4 @@
-"""One layer: attention over its memories, then feed-forward, each normed first and added to the stream."""
+"""Layers: attention and a feed-forward part, each with a norm and a residual connection."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
+from memtx.layers.encoder_attention import EncoderAttention
+from memtx.layers.encoder_inputs import EncoderInputs
 from memtx.memory.base import Losses
 from memtx.memory.kv_ring import DecodeStep, KVRing
 from memtx.segment import Segment
 
 
 class Block(nn.Module):
-    """A pre-norm layer (Xiong et al. 2020, figure 1b).
+    """A pre-norm decoder layer (Xiong et al. 2020, figure 1b).
 
     Args:
-        attention: the attention part.
-        feed_forward: the position-wise part.
-        attention_norm: before attention; what the memory carries are its outputs.
-        feed_forward_norm: before the feed-forward part.
-        dropout: of what each part adds to the residual stream.
+        attention: Attention part.
+        feed_forward: Position-wise part.
+        attention_norm: Norm before attention; the memories carry its outputs.
+        feed_forward_norm: Norm before the feed-forward part.
+        dropout: Dropout rate of the residual branches.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
-        """Return the layer's output (rows, segment, dim), its memories' next states and losses."""
+        """Return the layer's output ``(batch, length, dim)``, and its memories' next states and losses."""
         attended, state, losses = self.attention(self.attention_norm(x), state, segment)
         x = x + self.dropout(attended)
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
@@ -48,11 +50,44 @@ class Block(nn.Module):
         return x, state, losses
 
     def project_values(self, x: Tensor) -> Tensor:
-        """Return the heads' values side by side, (rows, segment, heads * head_dim), of the layer's input x."""
+        """Return the values of the layer's input x, all heads concatenated, ``(batch, length, heads * head_dim)``."""
         return self.attention.project(self.attention_norm(x), "value", frozen=False).flatten(2)
 
     def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
-        """Return the layer's output (rows, dim) for one token a row; the ring is written in place."""
+        """Return the layer's output ``(batch, dim)`` for one token per stream; the ring is written in place."""
         x = x + self.attention.step(self.attention_norm(x), ring, step)
         out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return out
+
+
+class EncoderBlock(nn.Module):
+    """A post-norm encoder layer (Vaswani et al. 2017, section 3.1).
+
+    Args:
+        attention: Attention part.
+        feed_forward: Position-wise part.
+        dim: Width of the hidden states.
+        eps: Epsilon of the norms.
+        dropout: Dropout rate of the residual branches.
+    """
+
+    def __init__(
+        self, attention: EncoderAttention, feed_forward: nn.Module, dim: int, eps: float, dropout: float
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_norm = nn.LayerNorm(dim, eps=eps)
+        self.feed_forward = feed_forward
+        self.feed_forward_norm = nn.LayerNorm(dim, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
+        """Return the layer's output ``(batch, length, dim)``."""
+        x = self.attention_norm(x + self.dropout(self.attention(x, inputs)))
+        out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
+        return out
+
+    def project_values(self, x: Tensor) -> Tensor:
+        """Return the values of the layer's input x, all heads concatenated, ``(batch, length, dim)``."""
+        out: Tensor = self.attention.value(x)
         return out

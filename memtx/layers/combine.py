@@ -1,4 +1,4 @@
-"""Attention's outputs and what memories answered by themselves, made one."""
+"""Combination of attention outputs with the readouts of memories."""
 
 from __future__ import annotations
 
@@ -13,42 +13,46 @@ from memtx.ops.attention.combine import merge_attention
 
 
 def combine_readouts(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) -> Tensor:
-    """Return attention's outputs with all answers in them.
+    """Return the attention outputs combined with all readouts.
 
-    First those that bring a log-sum-exp alone, in one softmax with attention and so in no order; then, in their
-    order, those that take a share or are added.
+    Readouts that have a log-sum-exp and no gate come first, in one softmax with the attention and so in any order. The
+    others follow in their order, mixed in by their gate or added.
 
     Args:
-        attended: (rows, heads, segment, head_dim).
-        lse: (rows, heads, segment), attention's; needed where an answer brings one.
-        readouts: the answers.
+        attended: Attention outputs, ``(batch, heads, length, head_dim)``.
+        lse: Their log-sum-exp, ``(batch, heads, length)``; required if a readout has one.
+        readouts: Readouts of the layer's memories.
     """
-    parts = [(one.out.to(attended.dtype), one.lse) for one in readouts if one.lse is not None and one.gate is None]
+    parts = [
+        (readout.out.to(attended.dtype), readout.lse)
+        for readout in readouts
+        if readout.lse is not None and readout.gate is None
+    ]
     if parts:
         assert lse is not None
         attended, lse = merge_attention([(attended, lse), *parts])
-    for one in readouts:
-        if one.gate is not None:
-            share = one.gate
-            if one.lse is not None:
+    for readout in readouts:
+        if readout.gate is not None:
+            share = readout.gate
+            if readout.lse is not None:
                 assert lse is not None
-                share = share * torch.sigmoid(one.lse - lse)[..., None]
-            attended = attended + (share * (one.out - attended)).to(attended.dtype)
-        elif one.lse is None:
-            attended = attended + one.out.to(attended.dtype)
+                share = share * torch.sigmoid(readout.lse - lse)[..., None]
+            attended = attended + (share * (readout.out - attended)).to(attended.dtype)
+        elif readout.lse is None:
+            attended = attended + readout.out.to(attended.dtype)
     return attended
 
 
 def apply_gate(readout: Readout, gate: Tensor) -> Readout:
-    """Return an answer that a gate lets through in part: at 0 the layer gives what it gives without.
+    """Return a readout scaled by a gate; at 0 the layer's output is as without it.
 
-    A learned gate a head that begins at 0, as in Flamingo (Alayrac et al. 2022, section 2.2): the answer itself has
-    then no gradient, but the gate has, so both learn from the second step on. What stands in one softmax with the
-    attention is let through in proportion to its share there, so that a gate of 1 is that softmax.
+    The gate is learned per head and starts at 0, as in Flamingo (Alayrac et al. 2022, section 2.2). The readout then
+    has no gradient at first but the gate does, so both learn from the second step on. A readout with a log-sum-exp is
+    scaled in proportion to its share in the joint softmax, so a gate of 1 gives that softmax.
 
     Args:
-        readout: what a memory answered.
-        gate: (heads,), from -1 to 1.
+        readout: Readout of a memory.
+        gate: Gate of each head, ``(heads,)``, from -1 to 1.
     """
     gate = gate[:, None, None]
     if readout.gate is None and readout.lse is None:

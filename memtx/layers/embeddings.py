@@ -1,4 +1,4 @@
-"""What an encoder makes of token numbers: token, position and text embeddings, added up and normed."""
+"""Input embeddings of an encoder: token, position and type embeddings."""
 
 from __future__ import annotations
 
@@ -9,20 +9,23 @@ from memtx.errors import MemtxError
 
 
 class TextEmbeddings(nn.Module):
-    """The sum of three learned tables, normed (BERT, Devlin et al. 2019, figure 2).
+    """The normalized sum of token, position and type embeddings (BERT, Devlin et al. 2019, figure 2).
 
     Args:
-        vocab_size: token ids are 0 .. vocab_size - 1.
-        dim: width of the hidden states.
-        num_positions: entries of the table of positions: no text may be longer.
-        type_vocab_size: kinds of text that tokens may be marked with (question and context, say); 0 for no such table.
-        pad_token_id: the token that fills up rows; None for none. Its embedding does not learn.
-        roberta_positions: count positions as RoBERTa does (Liu et al. 2019): only tokens other than padding count,
-            from ``pad_token_id + 1`` on, and padding takes entry ``pad_token_id``.
-        rescale_embeddings: multiply token embeddings by the square root of dim.
-        eps: of the norm.
-        dropout: of the result.
-        dropout_before_norm: drop before the norm, as Big Bird does, instead of after it.
+        vocab_size: Vocabulary size.
+        dim: Width of the hidden states.
+        num_positions: Number of position embeddings; no text may be longer.
+        type_vocab_size: Number of token types (such as question and context); 0 for no type embeddings.
+        pad_token_id: Id of the padding token, whose embedding is not trained. None if there is none.
+        roberta_positions: If True, count positions as RoBERTa does (Liu et al. 2019): only tokens other than padding
+            count, from ``pad_token_id + 1`` on, and padding is at position ``pad_token_id``.
+        rescale_embeddings: If True, multiply token embeddings by the square root of dim.
+        eps: Epsilon of the norm.
+        dropout: Dropout rate of the result.
+        dropout_before_norm: If True, apply dropout before the norm, as BigBird does, instead of after it.
+
+    Raises:
+        MemtxError: pad_token_id is outside the vocabulary, or missing with ``roberta_positions``.
     """
 
     def __init__(
@@ -42,10 +45,11 @@ class TextEmbeddings(nn.Module):
         super().__init__()
         if pad_token_id is not None and not 0 <= pad_token_id < vocab_size:
             raise MemtxError(
-                f"The padding token is {pad_token_id}, the vocabulary has {vocab_size}.", f"Give 0 to {vocab_size - 1}."
+                f"pad_token_id is {pad_token_id}, but the vocabulary has {vocab_size} tokens.",
+                f"Give 0 to {vocab_size - 1}.",
             )
         if roberta_positions and pad_token_id is None:
-            raise MemtxError("Positions are to be counted by tokens, but there is no padding token.", "Name one.")
+            raise MemtxError("roberta_positions counts tokens other than padding.", "Give pad_token_id.")
         self.pad_token_id = pad_token_id
         self.roberta_positions = roberta_positions
         self.scale = dim**0.5 if rescale_embeddings else 1.0
@@ -57,27 +61,30 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Return (rows, length, dim).
+        """Embed tokens.
 
         Args:
-            tokens: (rows, length) int64.
-            token_type_ids: (rows, length) int64; zeros by default.
+            tokens: Token ids, ``(batch, length)`` int64.
+            token_type_ids: Token types, ``(batch, length)`` int64. Defaults to zeros.
+
+        Returns:
+            ``(batch, length, dim)``.
 
         Raises:
-            MemtxError: the text is longer than the table of positions, or types are given where there are none.
+            MemtxError: The text has more positions than there are embeddings, or types are given but not supported.
         """
         x: Tensor = self.word_embeddings(tokens)
         if self.scale != 1.0:
             x = x * self.scale
         if self.token_type_embeddings is not None:
-            # One text's row is added everywhere: a look-up would have a gradient for each place.
+            # Adding a single row avoids a lookup, whose gradient would be as large as the batch.
             x = x + (
                 self.token_type_embeddings.weight[0]
                 if token_type_ids is None
                 else self.token_type_embeddings(token_type_ids)
             )
         elif token_type_ids is not None:
-            raise MemtxError("token_type_ids was given to a model that has no types of texts.", "Leave it out.")
+            raise MemtxError("token_type_ids was given, but the model has no token types.", "Remove token_type_ids.")
         x = x + self.position_embeddings(self._position_ids(tokens))
         if self.dropout_before_norm:
             x = self.dropout(x)
@@ -85,20 +92,20 @@ class TextEmbeddings(nn.Module):
         return x if self.dropout_before_norm else self.dropout(x)
 
     def _position_ids(self, tokens: Tensor) -> Tensor:
-        """Return the entry of each place in the table of positions, (rows or 1, length) int64."""
-        numbers: Tensor
+        """Return the index of each token's position embedding, ``(batch or 1, length)`` int64."""
+        position_ids: Tensor
         if self.roberta_positions:
             assert self.pad_token_id is not None
-            counted = tokens.ne(self.pad_token_id)
-            numbers = counted.cumsum(1).masked_fill(~counted, 0) + self.pad_token_id
-            most = int(numbers.max()) + 1
+            is_token = tokens.ne(self.pad_token_id)
+            position_ids = is_token.cumsum(1).masked_fill(~is_token, 0) + self.pad_token_id
+            num_positions = int(position_ids.max()) + 1
         else:
-            numbers = torch.arange(tokens.shape[1], device=tokens.device)[None]
-            most = tokens.shape[1]
-        if most > self.position_embeddings.num_embeddings:
+            position_ids = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            num_positions = tokens.shape[1]
+        if num_positions > self.position_embeddings.num_embeddings:
             raise MemtxError(
-                f"A text of {tokens.shape[1]} tokens needs {most} positions, the model has "
+                f"A text of {tokens.shape[1]} tokens needs {num_positions} positions, the model has "
                 f"{self.position_embeddings.num_embeddings}.",
                 "Cut the text, or use a model with more positions.",
             )
-        return numbers
+        return position_ids

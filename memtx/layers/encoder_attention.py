@@ -1,6 +1,6 @@
-"""Attention over a whole text, both ways: projections, and who sees whom as a pattern; here, everyone sees everyone.
+"""Bidirectional attention over whole texts: the shared base of the encoders' attentions, and full attention.
 
-The windows of Longformer and the blocks of Big Bird are in files of their own.
+The patterns of Longformer and BigBird are in files of their own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError
+from memtx.errors import check_divisible
 from memtx.layers.encoder_inputs import EncoderInputs
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.attention.mask import KeyRange, Visibility
@@ -18,25 +18,25 @@ from memtx.ops.cpu.linear import Linear
 
 
 class EncoderAttention(nn.Module, ABC):
-    """Self-attention of a text's tokens (Vaswani et al. 2017, section 3.2.2).
+    """Self-attention over the tokens of a text (Vaswani et al. 2017, section 3.2.2).
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        layer_index: the layer's number, from 0.
-        bias: whether queries, keys and values have biases; the map after them always has.
-        dropout: of attention weights.
-        backend: of the attention operation.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        layer_index: Index of the layer, from 0.
+        bias: If True, the query, key and value projections have biases; the output projection always has one.
+        dropout: Dropout rate of the attention weights.
+        backend: Attention backend.
 
     Raises:
-        MemtxError: heads do not divide dim.
+        MemtxError: dim is not divisible by heads.
     """
 
     supports_global_attention = False
-    """Whether global tokens can be marked."""
+    """If True, tokens can be marked as global."""
 
     supports_random_blocks = False
-    """Whether random blocks can be given."""
+    """If True, random blocks can be given."""
 
     def __init__(
         self,
@@ -49,8 +49,7 @@ class EncoderAttention(nn.Module, ABC):
         backend: AttentionBackend = "auto",
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor.")
+        check_divisible(dim=dim, heads=heads)
         self.heads = heads
         self.layer_index = layer_index
         self.dropout_rate = dropout
@@ -62,72 +61,82 @@ class EncoderAttention(nn.Module, ABC):
 
     @property
     def dropout(self) -> float:
-        """The probability with which a weight is dropped now."""
+        """Current dropout rate: 0 in eval mode."""
         return self.dropout_rate if self.training else 0.0
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(rows, n, dim) -> (rows, heads, n, head_dim)."""
-        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
-
     def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Return what each place attends to, (rows, length, dim).
+        """Attend to the text.
 
         Args:
-            x: (rows, length, dim).
-            inputs: what is read.
+            x: Hidden states, ``(batch, length, dim)``.
+            inputs: Masks of the batch.
+
+        Returns:
+            ``(batch, length, dim)``.
         """
         out: Tensor = self.out(self.attend(x, inputs))
         return out
 
+    @abstractmethod
+    def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
+        """Return the attention outputs of x ``(batch, length, dim)``, all heads concatenated, in the same shape."""
+
     def attention_scores(self, x: Tensor, queries: slice, keys: slice) -> Tensor:
-        """Return (rows, heads, queries, keys) scaled products of some places of x, whoever sees whom."""
+        """Return the scaled scores between slices of x, ``(batch, heads, queries, keys)``, without any mask."""
         q, k = self.split_heads(self.query(x[:, queries])), self.split_heads(self.key(x[:, keys]))
         out: Tensor = q @ k.mT * q.shape[-1] ** -0.5
         return out
 
     def within_window(self, distance: Tensor) -> Tensor | None:
-        """Return whether places see each other by their distance alone, bool; None where it does not decide.
-
-        Global tokens apart.
+        """Return True where tokens at a distance see each other, global tokens aside.
 
         Args:
-            distance: int64, of any shape, the key's place less the query's.
+            distance: Position of the key minus that of the query, int64 of any shape.
+
+        Returns:
+            bool of that shape, or None if visibility is not a function of distance.
         """
         return None
 
-    @abstractmethod
-    def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Reshape ``(batch, n, dim)`` to ``(batch, heads, n, head_dim)``."""
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries, keys and values of x, each ``(batch, heads, length, head_dim)``."""
+        return self.split_heads(self.query(x)), self.split_heads(self.key(x)), self.split_heads(self.value(x))
+
+    def attend_visible(self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility) -> Tensor:
+        """Attend to the visible keys; q, k, v and the result are ``(batch, heads, n, head_dim)``."""
+        return segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)[0]
 
 
 class FullAttention(EncoderAttention):
-    """Every place sees every token (BERT, Devlin et al. 2019)."""
+    """Attention in which every token sees every other (BERT, Devlin et al. 2019)."""
 
     def within_window(self, distance: Tensor) -> Tensor:
-        """Return that they do."""
+        """Return True everywhere."""
         return torch.ones_like(distance, dtype=torch.bool)
 
     def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Return the heads' results side by side, (rows, length, dim), of x (rows, length, dim)."""
-        q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
-        seen = full_visibility(inputs, inputs.length)
-        return merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
+        """Return the attention outputs of x ``(batch, length, dim)``, all heads concatenated, in the same shape."""
+        return merge_heads(self.attend_visible(*self.project(x), full_visibility(inputs, inputs.length)))
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """(rows, heads, n, head_dim) -> (rows, n, dim)."""
+    """Reshape ``(batch, heads, n, head_dim)`` to ``(batch, n, dim)``."""
     return x.transpose(1, 2).flatten(2)
 
 
 def full_visibility(inputs: EncoderInputs, num_queries: int) -> Visibility:
     """Return the visibility of ``num_queries`` queries that see every token of the text."""
 
-    def make() -> Visibility:
-        born = torch.zeros(1, inputs.length, dtype=torch.int64, device=inputs.device)
-        expires = born + num_queries
+    def compute() -> Visibility:
+        visible_from = torch.zeros(1, inputs.length, dtype=torch.int64, device=inputs.device)
+        visible_until = visible_from + num_queries
         if inputs.attention_mask is not None:
-            expires = torch.where(inputs.attention_mask, expires, 0)
-            born = born.expand_as(expires)
-        return Visibility(born, expires, num_queries, (KeyRange(inputs.length),))
+            visible_until = torch.where(inputs.attention_mask, visible_until, 0)
+            visible_from = visible_from.expand_as(visible_until)
+        return Visibility(visible_from, visible_until, num_queries, (KeyRange(inputs.length),))
 
-    return inputs.memo(("all", num_queries), make)
+    return inputs.memo(("full", num_queries), compute)

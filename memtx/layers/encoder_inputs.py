@@ -1,4 +1,4 @@
-"""What an encoder's layers know of the texts they read: which places hold a token, and which tokens are global."""
+"""Inputs of an encoder's layers: the masks of a batch of whole texts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from memtx.memo import Memo
 
 @dataclass(frozen=True)
 class EncoderInputs(Memo):
-    """One call of an encoder: whole texts, read both ways.
+    """The masks of one call of an encoder.
 
     Attributes:
-        length: places a row.
-        device: of the tensors.
-        attention_mask: (rows, length) bool, where a token is and no padding; None for everywhere.
-        global_indices: (rows, n) int64, places of global tokens, which see all and are seen by all; -1 fills a row that
-            has fewer. None where no row has any.
-        random_blocks: layer -> (1 or heads, query blocks, r) int64, in place of blocks that a layer would draw.
+        length: Length of the batch.
+        device: Device of the tensors.
+        attention_mask: True for tokens, False for padding, ``(batch, length)`` bool. None if there is no padding.
+        global_indices: Positions of global tokens, which see all tokens and are seen by all, ``(batch, n)`` int64; -1
+            fills up shorter rows. None if there are none.
+        random_blocks: Random blocks by layer index, (1 or heads, query blocks, r) int64, used instead of sampled ones.
     """
 
     length: int
@@ -38,28 +38,26 @@ class EncoderInputs(Memo):
         global_attention_mask: Tensor | None = None,
         random_blocks: Mapping[int, Tensor] | None = None,
     ) -> EncoderInputs:
-        """Return the reading of masks as the ``transformers`` library takes them.
+        """Create the inputs from masks in the conventions of the ``transformers`` library.
 
         Args:
-            tokens: (rows, length).
-            attention_mask: (rows, length), 0 for padding, 1 for a token, 2 for a global one.
-            global_attention_mask: (rows, length), 1 for a global token; padding is never global.
-            random_blocks: as in the class.
+            tokens: Token ids, ``(batch, length)``.
+            attention_mask: 0 for padding, 1 for a token, 2 for a global token, ``(batch, length)``.
+            global_attention_mask: 1 for a global token, ``(batch, length)``; padding is never global.
+            random_blocks: As in the class.
         """
-        present, asked = None, None
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
-            present = attention_mask > 0
-        marked = None if attention_mask is None else attention_mask > 1
+        present = is_global = global_indices = None
+        if attention_mask is not None:
+            present, is_global = attention_mask > 0, attention_mask > 1
         if global_attention_mask is not None:
-            given = global_attention_mask > 0
-            marked = given if marked is None else marked | given
-        if marked is not None:
-            marked = marked if present is None else marked & present
-            if most := int(marked.sum(1).max()):
-                place = torch.arange(tokens.shape[1], device=tokens.device)
-                # Places of marked tokens first, in order; a stable sort of what is not marked.
-                first = torch.argsort(~marked, dim=1, stable=True)[:, :most]
-                asked = torch.where(marked.gather(1, first), place[first], -1)
+            marked = global_attention_mask > 0
+            is_global = marked if is_global is None else is_global | marked
         if present is not None and bool(present.all()):
             present = None
-        return cls(tokens.shape[1], tokens.device, present, asked, random_blocks or {})
+        if is_global is not None:
+            is_global = is_global if present is None else is_global & present
+            if most := int(is_global.sum(1).max()):
+                # A stable sort puts the positions of global tokens first, in order.
+                first = torch.argsort(~is_global, dim=1, stable=True)[:, :most]
+                global_indices = torch.where(is_global.gather(1, first), first, -1)
+        return cls(tokens.shape[1], tokens.device, present, global_indices, random_blocks or {})

@@ -1,4 +1,4 @@
-"""The position-wise feed-forward part of a block."""
+"""Position-wise feed-forward parts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from memtx.ops.cpu.linear import Linear
 
 
 class SwiGLU(nn.Module):
-    """Gated by a SiLU, or another non-linearity (GLU variants, Shazeer 2020).
+    """A feed-forward part gated by a SiLU or another activation (GLU variants, Shazeer 2020).
 
     Args:
-        dim: width of the hidden states.
-        hidden_dim: inner width; by default 8/3 dim, rounded up to a multiple of 64, so that the parameters are
-            about those of the classic one.
-        dropout: on the inner states.
-        bias: whether the maps have biases.
-        activation: makes the gate's non-linearity.
+        dim: Width of the hidden states.
+        hidden_dim: Inner width. Defaults to 8/3 dim, rounded up to a multiple of 64, which gives about as many
+            parameters as :class:`FeedForward` has.
+        dropout: Dropout rate of the inner states.
+        bias: If True, the projections have biases.
+        activation: Factory of the gate's activation.
     """
 
     def __init__(
@@ -38,20 +38,22 @@ class SwiGLU(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (rows, segment, dim) to the same shape."""
+        """Map ``(batch, length, dim)`` to the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         out: Tensor = self.out(self.dropout(self.activation(gate) * up))
         return out
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with a GELU between (Vaswani et al. 2017, section 3.3; Hendrycks and Gimpel 2016).
+    """Two projections with an activation between them (Vaswani et al. 2017, section 3.3).
+
+    The default activation is GELU (Hendrycks and Gimpel 2016).
 
     Args:
-        dim: width of the hidden states.
-        hidden_dim: inner width, 4 dim by default.
-        dropout: on the inner states.
-        activation: makes what stands between the maps.
+        dim: Width of the hidden states.
+        hidden_dim: Inner width. Defaults to 4 * dim.
+        dropout: Dropout rate of the inner states.
+        activation: Factory of the activation.
     """
 
     def __init__(
@@ -69,18 +71,18 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (rows, segment, dim) to the same shape."""
+        """Map ``(batch, length, dim)`` to the same shape."""
         out: Tensor = self.out(self.dropout(self.activation(self.up(x))))
         return out
 
 
 def reset_linear(module: nn.Module, std: float, residual_std: float) -> None:
-    """Draw the weights of a feed-forward part: normal, its last map (named ``out``) narrower.
+    """Initialize the linear layers of a feed-forward part: normal weights, zero biases.
 
     Args:
-        module: any module; linear maps within it are drawn, biases zeroed.
-        std: of all maps but the last.
-        residual_std: of the map that adds to the residual stream.
+        module: Any module.
+        std: Standard deviation of the weights.
+        residual_std: Standard deviation of the layers named ``out``, which add to the residual stream.
     """
     with torch.no_grad():
         for name, part in module.named_modules():

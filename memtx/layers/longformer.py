@@ -1,43 +1,44 @@
-"""Longformer's attention: each token sees a window of its neighbours, global tokens see all and are seen by all.
+"""Longformer's attention: a sliding window for all tokens, and global tokens that see all and are seen by all.
 
-Beltagy, Peters and Cohan 2020, section 3.1. Global tokens ask with projections of their own, of the asking and of
-what they see; tokens that are not global see them as they see any other. A dilated window keeps every d-th
-neighbour, so the tokens fall into d texts that do not see each other, and each is a text with a plain window.
+Beltagy, Peters and Cohan 2020, section 3.1. Global tokens have query, key and value projections of their own for what
+they see; other tokens see them like any other token. A dilated window keeps every d-th neighbor, so the tokens fall
+into d sequences that do not see each other, each with a plain window.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_at_least
 from memtx.layers.encoder_attention import EncoderAttention, full_visibility, merge_heads
 from memtx.layers.encoder_inputs import EncoderInputs
-from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
+from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from memtx.ops.cpu.linear import Linear
 from memtx.segment import INFINITE_OFFSET
 
 
 class LongformerAttention(EncoderAttention):
-    """Windows and global tokens.
+    """Sliding windows and global tokens.
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        layer_index: the layer's number, from 0.
-        window: neighbours seen, half of them before the token and half after it, besides the token itself; even.
-        dilation: distance from one neighbour to the next.
-        num_random_tokens: random tokens that each head of each token sees as well (Big Bird's article, Zaheer et al.
-            2020, section 2); they depend on ``seed``, the layer and the text's length alone.
-        seed: of the random links.
-        bias: whether queries, keys and values have biases.
-        dropout: of attention weights.
-        backend: of the attention operation.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        layer_index: Index of the layer, from 0.
+        window: Neighbors visible besides the token itself, half of them on each side; even.
+        dilation: Distance between neighbors.
+        num_random_tokens: Random tokens that each token sees in addition, per head (BigBird, Zaheer et al. 2020,
+            section 2). They depend only on ``seed``, the layer and the length.
+        seed: Seed of the random tokens.
+        bias: If True, the query, key and value projections have biases.
+        dropout: Dropout rate of the attention weights.
+        backend: Attention backend.
 
     Raises:
-        MemtxError: the window is not even and positive, another number is out of range, or random links are asked
-            for beside a dilated window.
+        MemtxError: window is not even and positive, another number is out of range, or random tokens are combined with
+            a dilated window.
     """
 
     supports_global_attention = True
@@ -58,13 +59,14 @@ class LongformerAttention(EncoderAttention):
     ) -> None:
         super().__init__(dim, heads, layer_index, bias=bias, dropout=dropout, backend=backend)
         if window < 2 or window % 2:
-            raise MemtxError(f"window is {window}, expected an even number from 2 on.", "Half of it is on each side.")
-        if dilation < 1 or num_random_tokens < 0:
-            raise MemtxError(
-                f"dilation is {dilation}, num_random_tokens is {num_random_tokens}.", "Give at least 1 and at least 0."
-            )
+            raise MemtxError(f"window is {window}.", "Give an even number of at least 2, half of it for each side.")
+        check_at_least(1, dilation=dilation)
+        check_at_least(0, num_random_tokens=num_random_tokens)
         if num_random_tokens and dilation > 1:
-            raise MemtxError("Random links are not drawn beside a dilated window.", "Choose one of the two.")
+            raise MemtxError(
+                f"num_random_tokens ({num_random_tokens}) cannot be combined with dilation ({dilation}).",
+                "Set num_random_tokens to 0 or dilation to 1.",
+            )
         self.window = window
         self.dilation = dilation
         self.num_random_tokens = num_random_tokens
@@ -74,44 +76,36 @@ class LongformerAttention(EncoderAttention):
         self.global_value = Linear(dim, dim, bias=bias)
 
     def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Return the heads' results side by side, (rows, length, dim), zero at padding, of x (rows, length, dim)."""
-        q, k, v = (self.split_heads(part(x)) for part in (self.query, self.key, self.value))
+        """Return the attention outputs of x ``(batch, length, dim)``, all heads concatenated; zero at padding."""
+        q, k, v = self.project(x)
         q, k, v = self._fold_dilation(q), self._prepend_global_keys(k, inputs), self._prepend_global_keys(v, inputs)
-        settings = (
-            "window",
-            self.window,
-            self.dilation,
-            (self.heads, self.layer_index, self.seed) if self.num_random_tokens else None,
-        )
+        random_settings = (self.heads, self.layer_index, self.seed) if self.num_random_tokens else None
+        settings = ("window", self.window, self.dilation, random_settings)
         visibility = inputs.memo(settings, lambda: self._visibility(inputs, x.shape[0]))
-        out = segment_attention(q, k, v, visibility, dropout=self.dropout, backend=self.backend)
-        out = merge_heads(self._unfold_dilation(out)[:, :, : inputs.length])
+        out = merge_heads(self._unfold_dilation(self.attend_visible(q, k, v, visibility))[:, :, : inputs.length])
         if inputs.attention_mask is not None:
             out = out.masked_fill(~inputs.attention_mask[..., None], 0.0)
-        return (
-            out
-            if inputs.global_indices is None
-            else self._apply_global_attention(out, x, inputs, inputs.global_indices)
-        )
+        if inputs.global_indices is None:
+            return out
+        return self._apply_global_attention(out, x, inputs, inputs.global_indices)
 
     def within_window(self, distance: Tensor) -> Tensor | None:
-        """Return whether a window holds both; None where random links are seen as well."""
+        """Return True within the window; None if there are random tokens."""
         if self.num_random_tokens:
             return None
         return (distance.abs() <= self.window // 2 * self.dilation) & (distance % self.dilation == 0)
 
     def _apply_global_attention(self, out: Tensor, x: Tensor, inputs: EncoderInputs, global_indices: Tensor) -> Tensor:
-        """Return out with what global tokens see in their places."""
-        there = global_indices >= 0
-        rows = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(global_indices)
-        q = self.split_heads(self.global_query(x[rows, global_indices.clamp(min=0)]))
-        k, v = (self.split_heads(part(x)) for part in (self.global_key, self.global_value))
-        seen = full_visibility(inputs, global_indices.shape[1])
-        seeing = merge_heads(segment_attention(q, k, v, seen, dropout=self.dropout, backend=self.backend))
-        return out.index_put((rows[there], global_indices[there]), seeing[there])
+        """Return out with the outputs of global tokens replaced by their global attention."""
+        exists = global_indices >= 0
+        stream = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(global_indices)
+        q = self.split_heads(self.global_query(x[stream, global_indices.clamp(min=0)]))
+        k, v = self.split_heads(self.global_key(x)), self.split_heads(self.global_value(x))
+        attended = merge_heads(self.attend_visible(q, k, v, full_visibility(inputs, global_indices.shape[1])))
+        return out.index_put((stream[exists], global_indices[exists]), attended[exists])
 
     def _prepend_global_keys(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
-        """Return the keys of each dilated text, those of the global tokens first."""
+        """Return the keys (or values) of each dilated sequence, preceded by those of the global tokens."""
         folded = self._fold_dilation(x)
         if inputs.global_indices is None:
             return folded
@@ -119,59 +113,59 @@ class LongformerAttention(EncoderAttention):
         return torch.cat([x.gather(2, index).repeat_interleave(self.dilation, dim=0), folded], dim=2)
 
     def _fold_dilation(self, x: Tensor) -> Tensor:
-        """(rows, heads, n, width) -> (rows * dilation, heads, n / dilation rounded up, width)."""
+        """Reshape ``(batch, heads, n, width)`` to (batch * dilation, heads, ceil(n / dilation), width)."""
         if self.dilation == 1:
             return x
-        x = nn.functional.pad(x, (0, 0, 0, -x.shape[2] % self.dilation))
-        x = x.view(*x.shape[:2], -1, self.dilation, x.shape[3])  # (rows, heads, places, dilation, width)
+        x = F.pad(x, (0, 0, 0, -x.shape[2] % self.dilation))
+        x = x.view(*x.shape[:2], -1, self.dilation, x.shape[3])  # (batch, heads, n, dilation, width)
         return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
     def _unfold_dilation(self, x: Tensor) -> Tensor:
+        """Undo :meth:`_fold_dilation`, up to its padding."""
         if self.dilation == 1:
             return x
-        x = x.view(-1, self.dilation, *x.shape[1:])  # (rows, dilation, heads, places, width)
+        x = x.view(-1, self.dilation, *x.shape[1:])  # (batch, dilation, heads, n, width)
         return x.permute(0, 2, 3, 1, 4).flatten(2, 3)
 
     def _visibility(self, inputs: EncoderInputs, batch_size: int) -> Visibility:
-        """Return who sees whom among [global tokens | the text], of each dilated text."""
-        length = inputs.length
-        # One for all texts where nothing is dilated; each dilated text of the batch has its own end.
-        shared = 1 if self.dilation == 1 else batch_size
-        windowed = torch.ones(shared, length, dtype=torch.bool, device=inputs.device)
+        """Return the visibility of [global tokens | text] in each dilated sequence."""
+        length, half = inputs.length, self.window // 2
+        # Without dilation one row serves all texts; each dilated sequence ends at its own offset.
+        in_window = torch.ones(1 if self.dilation == 1 else batch_size, length, dtype=torch.bool, device=inputs.device)
         if inputs.attention_mask is not None:
-            windowed = inputs.attention_mask
+            in_window = inputs.attention_mask
         if inputs.global_indices is not None:
-            # A global token stands before the text's keys, and is to be seen once.
-            windowed = nn.functional.pad(windowed.expand(batch_size, -1), (0, 1))
-            place = torch.where(inputs.global_indices < 0, length, inputs.global_indices)
-            windowed = windowed.scatter(1, place, False)[:, :length]
-        windowed = self._fold_dilation(windowed[:, None, :, None])[:, 0, :, 0]
-        tick = torch.arange(windowed.shape[1], device=inputs.device).expand_as(windowed)
-        half = self.window // 2
-        born, expires = tick - half, torch.where(windowed, tick + half + 1, -INFINITE_OFFSET)
-        section = KeyRange(windowed.shape[1], -half, 1, 2 * half + 1)
-        if inputs.global_indices is None:
-            return Visibility(born, expires, windowed.shape[1], (section,), self._random_pattern(inputs, windowed, 0))
-        there = (inputs.global_indices >= 0).repeat_interleave(self.dilation, dim=0)
-        ends = torch.where(there, windowed.shape[1], 0)
-        born = torch.cat([torch.zeros_like(ends), born], dim=1)
-        expires = torch.cat([ends, expires], dim=1)
-        sections = (KeyRange(ends.shape[1]), section)
-        return Visibility(
-            born, expires, windowed.shape[1], sections, self._random_pattern(inputs, windowed, ends.shape[1])
-        )
+            # Global tokens precede the text's keys and must be seen only once.
+            in_window = F.pad(in_window.expand(batch_size, -1), (0, 1))
+            index = torch.where(inputs.global_indices < 0, length, inputs.global_indices)
+            in_window = in_window.scatter(1, index, False)[:, :length]
+        in_window = self._fold_dilation(in_window[:, None, :, None])[:, 0, :, 0]
+        num_queries = in_window.shape[1]
+        offset = torch.arange(num_queries, device=inputs.device).expand_as(in_window)
+        visible_from = offset - half
+        visible_until = torch.where(in_window, offset + half + 1, -INFINITE_OFFSET)
+        key_ranges: tuple[KeyRange, ...] = (KeyRange(num_queries, -half, 1, 2 * half + 1),)
+        num_global = 0
+        if inputs.global_indices is not None:
+            exists = (inputs.global_indices >= 0).repeat_interleave(self.dilation, dim=0)
+            num_global = exists.shape[1]
+            global_until = torch.where(exists, num_queries, 0)
+            visible_from = torch.cat([torch.zeros_like(global_until), visible_from], dim=1)
+            visible_until = torch.cat([global_until, visible_until], dim=1)
+            key_ranges = (KeyRange(num_global), *key_ranges)
+        pattern = self._random_pattern(inputs, in_window, num_global)
+        return Visibility(visible_from, visible_until, num_queries, key_ranges, pattern)
 
     def _random_pattern(self, inputs: EncoderInputs, window_mask: Tensor, num_global_keys: int) -> SparsePattern | None:
-        """Return the random links as blocks of one key; global tokens and padding are none of them."""
+        """Return the random tokens as random blocks of one key, without global tokens and padding."""
         if not self.num_random_tokens:
             return None
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.layer_index)
         blocks = torch.randint(inputs.length, (self.heads, inputs.length, self.num_random_tokens), generator=generator)
-        ends = torch.where(window_mask, inputs.length, 0)
-        ends = torch.cat([ends.new_zeros(ends.shape[0], num_global_keys), ends], dim=1)
+        visible_until = F.pad(torch.where(window_mask, inputs.length, 0), (num_global_keys, 0))
         return SparsePattern(
-            torch.zeros_like(ends),
-            ends,
+            torch.zeros_like(visible_until),
+            visible_until,
             random_blocks=blocks.to(inputs.device),
             block_size=1,
             first_key=num_global_keys,

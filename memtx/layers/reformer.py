@@ -1,4 +1,4 @@
-"""Reformer's two kinds of attention: within chunks of the text, and within chunks of what hashes alike.
+"""Reformer's attention: local attention within chunks of the text, and LSH attention within chunks of similar tokens.
 
 Kitaev, Kaiser and Levskaya 2020, section 2.
 """
@@ -12,26 +12,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_at_least, check_divisible
+from memtx.layers.encoder_attention import merge_heads
 from memtx.ops.cpu.linear import Linear
 from memtx.ops.lsh import attend_chunks, choose_bucket_factors, hash_vectors, look_adjacent, sample_rotations
 
 
 class ReformerAttention(nn.Module, ABC):
-    """Attention of a text's places within chunks.
+    """Attention within chunks.
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        causal: whether places behind a query are unseen.
-        head_dim: width of a head; dim / heads by default.
-        chunk_length: places of a chunk; a text of no more is read with everyone seeing everyone.
-        num_chunks_before: chunks before its own that a place sees.
-        num_chunks_after: chunks after its own that it sees.
-        dropout: of attention weights.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        causal: If True, tokens do not see later ones.
+        head_dim: Width of a head. Defaults to dim / heads.
+        chunk_length: Tokens per chunk; texts of at most one chunk get full attention.
+        num_chunks_before: Previous chunks that a token sees.
+        num_chunks_after: Following chunks that a token sees.
+        dropout: Dropout rate of the attention weights.
 
     Raises:
-        MemtxError: a number is out of range, or heads do not divide dim.
+        MemtxError: A number is out of range, or dim is not divisible by heads.
     """
 
     def __init__(
@@ -46,17 +47,13 @@ class ReformerAttention(nn.Module, ABC):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if head_dim is None and (heads < 1 or dim % heads):
-            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor, or give head_dim.")
-        if chunk_length < 1 or num_chunks_before < 0 or num_chunks_after < 0:
-            raise MemtxError(
-                f"Chunks are of {chunk_length} places, "
-                f"{num_chunks_before} before and {num_chunks_after} after are seen.",
-                "Give at least 1, 0 and 0.",
-            )
+        if head_dim is None:
+            check_divisible("Choose a divisor, or give head_dim.", dim=dim, heads=heads)
+        check_at_least(1, chunk_length=chunk_length)
+        check_at_least(0, num_chunks_before=num_chunks_before, num_chunks_after=num_chunks_after)
         if causal and num_chunks_after:
             raise MemtxError(
-                f"num_chunks_after is {num_chunks_after} where places behind a query are unseen.", "Give 0."
+                f"num_chunks_after is {num_chunks_after}, but causal attention sees no later tokens.", "Give 0."
             )
         self.heads = heads
         self.head_dim = head_dim if head_dim is not None else dim // heads
@@ -67,92 +64,91 @@ class ReformerAttention(nn.Module, ABC):
         self.dropout_rate = dropout
         self.value = Linear(dim, heads * self.head_dim, bias=False)
         self.out = Linear(heads * self.head_dim, dim, bias=False)
+        self._add_projections(dim, heads * self.head_dim)
 
-    @property
-    def dropout(self) -> float:
-        """The probability with which a weight is dropped now."""
-        return self.dropout_rate if self.training else 0.0
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """(rows, n, heads * head_dim) -> (rows, heads, n, head_dim)."""
-        return x.view(*x.shape[:-1], self.heads, self.head_dim).transpose(1, 2)
-
-    def split_chunks(self, x: Tensor) -> Tensor:
-        """(rows, heads, n, ...) -> (rows, heads, chunks, chunk_length, ...); a short text is one chunk."""
-        n = x.shape[2]
-        return x.reshape(*x.shape[:2], -1, min(self.chunk_length, n), *x.shape[3:])
-
-    def with_neighbors(self, x: Tensor) -> Tensor:
-        """Return chunks with their neighbours; a short text has none."""
-        return x if x.shape[2] == 1 else look_adjacent(x, self.num_chunks_before, self.num_chunks_after)
+    @abstractmethod
+    def _add_projections(self, dim: int, inner_dim: int) -> None:
+        """Create the query and key projections."""
 
     @abstractmethod
     def forward(self, x: Tensor, attention_mask: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (rows, n, dim), and the buckets that places fell into.
+        """Return the output, ``(batch, n, dim)``, and the hash buckets of the tokens, if any.
 
         Args:
-            x: (rows, n, dim); n is at most a chunk or a multiple of it.
-            attention_mask: (rows, n) bool, False for padding; None for none.
-            buckets: as returned before, to make the same result again; None for a first time.
+            x: Hidden states, ``(batch, n, dim)``; n is at most one chunk or a multiple of it.
+            attention_mask: False for padding, ``(batch, n)`` bool. None if there is no padding.
+            buckets: Buckets of an earlier call, to reproduce its result. None computes them.
         """
+
+    @property
+    def dropout(self) -> float:
+        """Current dropout rate: 0 in eval mode."""
+        return self.dropout_rate if self.training else 0.0
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """Reshape ``(batch, n, heads * head_dim)`` to ``(batch, heads, n, head_dim)``."""
+        return x.view(*x.shape[:-1], self.heads, self.head_dim).transpose(1, 2)
+
+    def split_chunks(self, x: Tensor) -> Tensor:
+        """Reshape ``(batch, heads, n, ...)`` to ``(batch, heads, chunks, chunk_length, ...)``.
+
+        A short text is one chunk.
+        """
+        n = x.shape[2]
+        return x.reshape(*x.shape[:2], -1, min(self.chunk_length, n), *x.shape[3:])
+
+    def chunks_with_neighbors(self, x: Tensor) -> Tensor:
+        """Split x into chunks as :meth:`split_chunks` does and join each with its neighbors."""
+        chunks = self.split_chunks(x)
+        return chunks if chunks.shape[2] == 1 else look_adjacent(chunks, self.num_chunks_before, self.num_chunks_after)
 
 
 class LocalAttention(ReformerAttention):
-    """Chunks of the text."""
+    """Attention within chunks of the text."""
 
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        causal: bool = True,
-        head_dim: int | None = None,
-        chunk_length: int = 64,
-        num_chunks_before: int = 1,
-        num_chunks_after: int = 0,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(dim, heads, causal, head_dim, chunk_length, num_chunks_before, num_chunks_after, dropout)
-        self.query = Linear(dim, heads * self.head_dim, bias=False)
-        self.key = Linear(dim, heads * self.head_dim, bias=False)
+    def _add_projections(self, dim: int, inner_dim: int) -> None:
+        """Create the query and key projections."""
+        self.query = Linear(dim, inner_dim, bias=False)
+        self.key = Linear(dim, inner_dim, bias=False)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (rows, n, dim) and None."""
-        q, k, v = (self.split_chunks(self.split_heads(part(x))) for part in (self.query, self.key, self.value))
-        place = self.split_chunks(torch.arange(x.shape[1], device=x.device)[None, None])
+        """Return the output, ``(batch, n, dim)``, and None."""
+        q, k, v = (self.split_heads(proj(x)) for proj in (self.query, self.key, self.value))
+        position = torch.arange(x.shape[1], device=x.device)[None, None]
         out, _ = attend_chunks(
-            q,
-            self.with_neighbors(k) * self.head_dim**-0.5,
-            self.with_neighbors(v),
-            place,
-            self.with_neighbors(place),
-            None if attention_mask is None else self.with_neighbors(self.split_chunks(attention_mask[:, None])),
+            self.split_chunks(q),
+            self.chunks_with_neighbors(k) * self.head_dim**-0.5,
+            self.chunks_with_neighbors(v),
+            self.split_chunks(position),
+            self.chunks_with_neighbors(position),
+            None if attention_mask is None else self.chunks_with_neighbors(attention_mask[:, None]),
             causal=self.causal,
             mask_self=False,
             dropout=self.dropout,
         )
-        made: Tensor = self.out(out.flatten(2, 3).transpose(1, 2).flatten(2))
-        return made, None
+        projected: Tensor = self.out(merge_heads(out.flatten(2, 3)))
+        return projected, None
 
 
 class LSHAttention(ReformerAttention):
-    """Chunks of places that hash alike, in several rounds; queries are the keys, of length one.
+    """Attention within chunks of tokens with similar hashes, in several rounds; queries and keys are shared.
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        causal: whether places behind a query are unseen.
-        head_dim: width of a head; dim / heads by default.
-        chunk_length: places of a chunk.
-        num_chunks_before: chunks before its own that a place sees.
-        num_chunks_after: chunks after its own that it sees.
-        num_hashes: of hashing.
-        num_buckets: how many, even, or even factors of their number; by default about two for each chunk of the text.
-        max_length: places of the longest text that the model is for; used where ``num_buckets`` is left open.
-        seed: of the random directions, which then are the same in every layer and call; None for ever new ones.
-        dropout: of attention weights.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        causal: If True, tokens do not see later ones.
+        head_dim: Width of a head. Defaults to dim / heads.
+        chunk_length: Tokens per chunk.
+        num_chunks_before: Previous chunks that a token sees.
+        num_chunks_after: Following chunks that a token sees.
+        num_hashes: Hash rounds.
+        num_buckets: Number of buckets, even, or its even factors. Defaults to about two per chunk of the text.
+        max_length: Longest text that the model is for, in tokens; used only if ``num_buckets`` is None.
+        seed: Seed of the random rotations, which are then the same in every layer and call. None draws new ones.
+        dropout: Dropout rate of the attention weights.
 
     Raises:
-        MemtxError: a number is out of range.
+        MemtxError: A number is out of range, or dim is not divisible by heads.
     """
 
     def __init__(
@@ -171,82 +167,80 @@ class LSHAttention(ReformerAttention):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(dim, heads, causal, head_dim, chunk_length, num_chunks_before, num_chunks_after, dropout)
-        factors = (
-            None if num_buckets is None else (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
-        )
-        if num_hashes < 1 or (factors is not None and (not factors or any(n < 2 or n % 2 for n in factors))):
-            raise MemtxError(
-                f"num_hashes is {num_hashes}, num_buckets {num_buckets}.", "Give at least 1 round and even numbers."
-            )
+        check_at_least(1, num_hashes=num_hashes)
+        self.bucket_factors: tuple[int, ...] | None = None
+        if num_buckets is not None:
+            factors = (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
+            if not factors or any(factor < 2 or factor % 2 for factor in factors):
+                raise MemtxError(f"num_buckets is {num_buckets}.", "Give even numbers of at least 2.")
+            self.bucket_factors = factors
         self.num_hashes = num_hashes
-        self.bucket_factors = factors
         self.max_length = max_length
         self.seed = seed
-        self.query_key = Linear(dim, heads * self.head_dim, bias=False)
+
+    def _add_projections(self, dim: int, inner_dim: int) -> None:
+        """Create the shared projection of queries and keys."""
+        self.query_key = Linear(dim, inner_dim, bias=False)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return (rows, n, dim) and the buckets (rows, heads, num_hashes, n), in as few bytes as hold them."""
+        """Return the output, ``(batch, n, dim)``, and the buckets, ``(batch, heads, num_hashes, n)``."""
         q, v = self.split_heads(self.query_key(x)), self.split_heads(self.value(x))
-        rows, n = x.shape[:2]
+        n = x.shape[1]
         if n <= self.chunk_length:
-            order = torch.arange(n, device=x.device)[None, None]
-            out, _ = self._attend_sorted(q, v, order, attention_mask)
+            position = torch.arange(n, device=x.device)[None, None]
+            out, _ = self._attend_sorted(q, v, position, attention_mask)
         else:
             buckets = self._hash_buckets(q, attention_mask) if buckets is None else buckets
-            # Rounds stand one after another, within a round buckets, within a bucket places as in the text.
-            most = int(buckets.max()) + 1
-            rounds = torch.arange(self.num_hashes, device=x.device)[:, None] * most
-            order = (buckets + rounds).flatten(2).argsort(dim=-1, stable=True)  # (rows, heads, num_hashes * n)
-            place = order % n
-            index = place[..., None].expand(-1, -1, -1, self.head_dim)
-            out, lse = self._attend_sorted(q.gather(2, index), v.gather(2, index), place, attention_mask)
-            back = torch.empty_like(order).scatter_(
-                2, order, torch.arange(order.shape[2], device=x.device).expand_as(order)
-            )
-            out = out.gather(2, back[..., None].expand_as(out)).view(rows, self.heads, self.num_hashes, n, -1)
-            lse = lse.gather(2, back).view(rows, self.heads, self.num_hashes, n)
-            # As the published models do it, to the rounding: where a place sees itself alone in two rounds, both are
-            # near -1e5, and float32 keeps their sum's logarithm to 0.004. A softmax would be nearer to the truth.
-            shares = torch.exp(lse - torch.logsumexp(lse, dim=2, keepdim=True))
-            out = (out * shares[..., None].to(out.dtype)).sum(2)
-        made: Tensor = self.out(out.transpose(1, 2).flatten(2))
-        return made, buckets
+            # Sort by round, then by bucket, then by position in the text.
+            num_buckets = int(buckets.max()) + 1
+            hash_round = torch.arange(self.num_hashes, device=x.device)[:, None]
+            order = (buckets + hash_round * num_buckets).flatten(2).argsort(dim=-1, stable=True)
+            position = order % n
+            index = position[..., None].expand(-1, -1, -1, self.head_dim)
+            out, lse = self._attend_sorted(q.gather(2, index), v.gather(2, index), position, attention_mask)
+            rank = torch.arange(order.shape[2], device=x.device).expand_as(order)
+            inverse = torch.empty_like(order).scatter_(2, order, rank)
+            by_round = (x.shape[0], self.heads, self.num_hashes, n)
+            out = out.gather(2, inverse[..., None].expand_as(out)).view(*by_round, -1)
+            lse = lse.gather(2, inverse).view(by_round)
+            # As in the published models, including rounding: where a token sees only itself in two rounds, both lse are
+            # near -1e5, and float32 keeps the logarithm of their sum to 0.004. A softmax would be more accurate.
+            weights = torch.exp(lse - torch.logsumexp(lse, dim=2, keepdim=True))
+            out = (out * weights[..., None].to(out.dtype)).sum(2)
+        projected: Tensor = self.out(merge_heads(out))
+        return projected, buckets
 
     def _hash_buckets(self, q: Tensor, attention_mask: Tensor | None) -> Tensor:
-        n = q.shape[2]
-        factors = (
-            self.bucket_factors
-            if self.bucket_factors is not None
-            else choose_bucket_factors(n, self.chunk_length, self.max_length)
-        )
-        found = q.detach()
-        directions = sample_rotations(self.heads, self.head_dim, self.num_hashes, factors, self.seed, found)
-        buckets = hash_vectors(found, directions, factors)
-        count = math.prod(factors)
+        """Return the buckets of q, in the smallest integer type that holds them."""
+        factors = self.bucket_factors
+        if factors is None:
+            factors = choose_bucket_factors(q.shape[2], self.chunk_length, self.max_length)
+        vectors = q.detach()
+        rotations = sample_rotations(self.heads, self.head_dim, self.num_hashes, factors, self.seed, vectors)
+        buckets = hash_vectors(vectors, rotations, factors)
+        num_buckets = math.prod(factors)
         if attention_mask is not None:
-            # Padding has a bucket of its own, behind all others.
-            buckets = torch.where(attention_mask[:, None, None], buckets, count)
-        return buckets.to(torch.uint8 if count < 256 else torch.int16 if count < 1 << 15 else torch.int64)
+            # Padding has a bucket of its own after all others.
+            buckets = torch.where(attention_mask[:, None, None], buckets, num_buckets)
+        return buckets.to(torch.uint8 if num_buckets < 256 else torch.int16 if num_buckets < 1 << 15 else torch.int64)
 
     def _attend_sorted(
         self, q: Tensor, v: Tensor, position: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return out (rows, heads, m, head_dim) and lse (rows, heads, m) of places in their order, (.., m)."""
-        # Keys of length one: their mean square is one, up to what keeps a zero from being divided by.
+        """Return the output, ``(batch, heads, m, head_dim)``, and its log-sum-exp of sorted tokens at ``position``."""
+        # Keys are queries normalized to a mean square of 1; the epsilon protects zero vectors.
         k = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * self.head_dim**-0.5
-        asking = self.split_chunks(position)
-        there = None
+        mask = None
         if attention_mask is not None:
-            there = attention_mask[:, None].expand(-1, position.shape[1], -1)
-            there = there.gather(2, position.expand(attention_mask.shape[0], -1, -1))
-            there = self.with_neighbors(self.split_chunks(there))
+            mask = attention_mask[:, None].expand(-1, position.shape[1], -1)
+            mask = self.chunks_with_neighbors(mask.gather(2, position.expand(attention_mask.shape[0], -1, -1)))
         out, lse = attend_chunks(
             self.split_chunks(q),
-            self.with_neighbors(self.split_chunks(k)),
-            self.with_neighbors(self.split_chunks(v)),
-            asking,
-            self.with_neighbors(asking),
-            there,
+            self.chunks_with_neighbors(k),
+            self.chunks_with_neighbors(v),
+            self.split_chunks(position),
+            self.chunks_with_neighbors(position),
+            mask,
             causal=self.causal,
             mask_self=True,
             dropout=self.dropout,

@@ -1,9 +1,8 @@
-"""Two streams of attention: what a place holds, and what can be guessed of it without seeing it.
+"""XLNet's two-stream attention: a content stream, and a query stream that predicts each token without seeing it.
 
-XLNet, Yang et al. 2019, section 2.3. A text is read in some order. The content stream of a place sees the places read
-up to it, itself among them; the query stream sees those read before it, and knows where it stands but not what is
-there. Both have the same weights. Distances apart are scored as in Transformer-XL (Dai et al. 2019, section 3.3), to
-both sides.
+Yang et al. 2019, section 2.3. A text is read in some order. The content stream of a token sees all tokens up to it in
+that order, itself included; the query stream sees those before it, and knows its position but not its content. Both
+share all weights. Distances are scored as in Transformer-XL (Dai et al. 2019, section 3.3), in both directions.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from memtx.ops.cpu.linear import Linear
 
 
 def bidirectional_relative_shift(scores: Tensor) -> Tensor:
-    """Return scores by key (..., n, n) of scores by distance (..., n, 2 n - 1): column p is distance n - 1 - p."""
+    """Convert scores by distance ``(..., n, 2n - 1)``, whose column p is distance n - 1 - p, to scores by key."""
     n = scores.shape[-2]
-    # Row i begins n - 1 - i columns in: in one line, one step less than a row's length from one to the next.
+    # Row i starts at column n - 1 - i: in the flattened scores, rows start one less than a row's length apart.
     flat = scores.flatten(-2)[..., n - 1 : n - 1 + n * (2 * n - 2)]
     return flat.reshape(*scores.shape[:-1], 2 * n - 2)[..., :n] if n > 1 else scores
 
 
 class TwoStreamAttention(nn.Module):
-    """Attention that serves both streams.
+    """Attention shared by both streams.
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        dropout: of attention weights.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        dropout: Dropout rate of the attention weights.
     """
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
@@ -45,22 +44,25 @@ class TwoStreamAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, content: Tensor, sinusoids: Tensor, mask: Tensor) -> Tensor:
-        """Return what is seen, (rows, n, dim); zero where a place sees nothing.
+        """Attend from one stream to the content.
 
         Args:
-            queries: (rows, n, dim), the stream that asks.
-            content: (rows, n, dim), what is seen.
-            sinusoids: (2 n - 1, dim), sinusoids of n - 1, ..., 0, ..., 1 - n.
-            mask: (rows or 1, n, n) bool, by asking place and place asked.
+            queries: Either stream, ``(batch, n, dim)``.
+            content: Content stream, ``(batch, n, dim)``.
+            sinusoids: Embeddings of the distances n - 1, ..., 0, ..., 1 - n, (2n - 1, dim).
+            mask: True where a query (second dimension) sees a key (third), ``(batch or 1, n, n)`` bool.
+
+        Returns:
+            ``(batch, n, dim)``; zero before the output projection where a query sees nothing.
         """
-        q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (rows, heads, n, head_dim)
+        q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, n, head_dim)
         k, v = self.key_value(content).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        r = self.distance(sinusoids).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, 2 n - 1, head_dim)
-        near = (q + self.content_bias[:, None]) @ k.transpose(-1, -2)
-        far = bidirectional_relative_shift((q + self.position_bias[:, None]) @ r.transpose(-1, -2))
-        scores = (near + far) * self.head_dim**-0.5
+        r = self.distance(sinusoids).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, 2n - 1, head_dim)
+        content_scores = (q + self.content_bias[:, None]) @ k.transpose(-1, -2)
+        distance_scores = bidirectional_relative_shift((q + self.position_bias[:, None]) @ r.transpose(-1, -2))
+        scores = (content_scores + distance_scores) * self.head_dim**-0.5
         weights = torch.softmax(scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
-        # Who sees nothing would see all alike.
+        # A query without visible keys would see all of them equally.
         weights = self.dropout(weights.masked_fill(~mask[:, None], 0.0))
         out: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
         return out
@@ -70,11 +72,11 @@ class TwoStreamBlock(nn.Module):
     """A post-norm layer for both streams.
 
     Args:
-        dim: width of the hidden states.
-        heads: how many.
-        hidden_dim: inner width of the feed-forward part; 4 dim by default.
-        eps: of the norms.
-        dropout: of what each part adds.
+        dim: Width of the hidden states.
+        heads: Number of heads.
+        hidden_dim: Inner width of the feed-forward part. None gives 4 * dim.
+        eps: Epsilon of the norms.
+        dropout: Dropout rate of the residual branches.
     """
 
     def __init__(self, dim: int, heads: int, hidden_dim: int | None, eps: float, dropout: float) -> None:
@@ -86,13 +88,13 @@ class TwoStreamBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, content: Tensor, sinusoids: Tensor, mask: Tensor) -> Tensor:
-        """Return the next layer's stream of those who ask, (rows, n, dim); arguments as in the attention."""
+        """Return the next layer's input of the querying stream, ``(batch, n, dim)``; arguments as in the attention."""
         x = self.attention_norm(queries + self.dropout(self.attention(queries, content, sinusoids, mask)))
         out: Tensor = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
         return out
 
 
 def bidirectional_sinusoids(length: int, like: Tensor) -> Tensor:
-    """Return the sinusoids of the distances n - 1, ..., 0, ..., 1 - n: (2 n - 1, width) for like (..., width)."""
+    """Return the embeddings of the distances length - 1, ..., 1 - length, ``(2 * length - 1, dim)``."""
     distance = torch.arange(length - 1, -length, -1, device=like.device)
     return sinusoidal_embedding(distance, like.shape[-1], like)

@@ -1,1 +1,1 @@
-"""What is carried between segments, one kind a file."""
+"""Memories: what a layer carries from segment to segment."""

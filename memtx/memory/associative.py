@@ -1,14 +1,13 @@
-"""An associative memory of fixed size: a matrix a head that keys write values into and queries read them from.
+"""An associative memory of fixed size: one matrix per head, written by keys and values and read by queries.
 
-By the delta rule what a key held is taken out as its new value goes in (Schlag et al. 2021, section 4.2), with decay
-it is the gated delta rule (Yang et al. 2024). Both are recurrences over tokens, computed by chunks, so how a stream
-is cut does not matter. Settings lead to published memories, with ``decay_gate=None``:
+The delta rule removes the old value of a key as its new value is written (Schlag et al. 2021, section 4.2); with decay
+it is the gated delta rule (Yang et al. 2024). Both are recurrences over tokens, computed in chunks, so results do not
+depend on segmentation. With ``decay_gate=None`` some settings match published memories:
 
-- Infini-attention (Munkhdalai et al. 2024, section 3.1): ``feature_map=EluFeatureMap, mix_gate=True``,
-  ``delta_rule`` for its delta variant. There the memory is written once a segment; here at every token, as if
-  segments had one.
-- ARMT (Rodkin et al. 2024, section 3): ``feature_map=DPFPFeatureMap``, there written by memory tokens alone, here by
-  all that the write gate lets through.
+- Infini-attention (Munkhdalai et al. 2024, section 3.1): ``feature_map=EluFeatureMap, mix_gate=True``, and
+  ``delta_rule`` for its delta variant. The paper writes once per segment, this memory at every token.
+- ARMT (Rodkin et al. 2024, section 3): ``feature_map=DPFPFeatureMap``. The paper writes only memory tokens, this memory
+  every token that the write gate lets through.
 """
 
 from __future__ import annotations
@@ -18,15 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError, check_at_least
+from memtx.errors import check_at_least, check_divisible
 from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
-from memtx.memory.features import FeatureMap, NormalizedFeatureMap
-from memtx.memory.gates import Gate
-from memtx.memory.shift import TokenShift
+from memtx.memory.parts import FeatureMap, Gate, NormalizedFeatureMap, TokenShift, merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
 from memtx.ops.delta_rule import chunk_gated_delta_rule
 from memtx.segment import Segment
@@ -35,11 +31,12 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class AssociativeState:
-    """The matrices.
+    """The matrices and the last input.
 
     Attributes:
-        matrix: (rows, heads, feature width, value width), float32 at least: small writes must add up.
-        last_input: (rows, dim), the newest layer input of the row's document, for the token shift.
+        matrix: Memory of each head, ``(batch, heads, feature_dim, value_dim)``, float32 or wider so that small writes
+            add up.
+        last_input: Last layer input of the open document, for the token shift, ``(batch, dim)``.
     """
 
     matrix: Tensor
@@ -54,30 +51,30 @@ class _ReadContext:
 
 
 class AssociativeMemory(Memory[AssociativeState]):
-    """Fast weights beside an exact memory, with projections of their own.
+    """Fast weights with projections of their own, next to an exact memory.
 
-    A token of the document so far is stored with the one before it in view: keys, values, queries and gates are made
-    of inputs shifted by one token in part, so that "what came after this" can be stored at once.
+    Keys, values, queries and gates are made from token-shifted inputs, so that "this came after that" is stored in one
+    write.
 
     Args:
-        dim: width of the hidden states.
-        heads: matrices.
-        key_dim: width of a head's keys; dim / heads by default.
-        delta_rule: the delta rule; False for linear attention, whose reads are means where the feature is positive.
-        feature_map: makes the feature map of keys and queries from key_dim.
-        write_gate: makes the write gate from (dim, heads); ``ReflectingGate`` for what must be kept track of in order,
-            beside no decay.
-        decay_gate: makes the gate of forgetting from (dim, heads); None for keeping all, which what is asked for from
-            far away needs and running text does not (scripts/compare_memories.py). Heads begin to forget at rates from
-            what the gate says down to a thousandth of it, as retention does at several scales (Sun et al. 2023, section
-            2.2), so that some keep long from the first step on.
-        mix_gate: False: what is read is added to the attention. True: by a learned share a head that attention loses.
-        write_penalty: weight of the mean write gate as a loss, a price on writing. Gates that are open a little
-            wherever nothing is to be learned do no harm at the trained lengths and drown the memory in a stream a
-            hundred times longer: a tenth of what an answer weighs closed them (scripts/measure_recall.py).
+        dim: Width of the hidden states.
+        heads: Number of matrices.
+        key_dim: Key width per head. Defaults to dim / heads.
+        delta_rule: If False, linear attention, whose reads are weighted means if the features are nonnegative.
+        feature_map: Factory of the feature map of keys and queries from key_dim.
+        write_gate: Factory of the write gate from ``(dim, heads)``; ``ReflectingGate`` without decay tracks ordered
+            state.
+        decay_gate: Factory of the decay gate from ``(dim, heads)``. None disables decay, which distant recall needs and
+            running text does not (scripts/compare_memories.py). The heads' decay rates start between the gate's value
+            and a thousandth of it, as in multi-scale retention (Sun et al. 2023, section 2.2), so that some heads
+            remember long from the first step on.
+        mix_gate: If True, reads replace a learned share per head of the attention output instead of being added.
+        write_penalty: Weight of the mean write gate as a loss. Gates left slightly open where nothing needs to be
+            learned do no harm at trained lengths but drown the memory in a stream a hundred times longer; a tenth of an
+            answer's loss weight closed them (scripts/measure_recall.py).
 
     Raises:
-        MemtxError: numbers do not divide as they must, or are out of range.
+        MemtxError: dim is not divisible by heads, or a number is out of range.
     """
 
     def __init__(
@@ -93,8 +90,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         write_penalty: float = 0.0,
     ) -> None:
         super().__init__(dim)
-        if heads < 1 or dim % heads:
-            raise MemtxError(f"dim is {dim}, which {heads} heads of the memory do not divide.", "Choose a divisor.")
+        check_divisible("Choose a divisor for AssociativeMemory's heads.", dim=dim, heads=heads)
         key_dim = key_dim if key_dim is not None else dim // heads
         check_at_least(1, key_dim=key_dim)
         check_at_least(0, write_penalty=write_penalty)
@@ -113,69 +109,58 @@ class AssociativeMemory(Memory[AssociativeState]):
         self.log_decay_rate = nn.Parameter(torch.linspace(0.0, slowest, heads)) if decay_gate is not None else None
         self.mix_gate = nn.Parameter(torch.zeros(heads)) if mix_gate else None
 
-    def extra_repr(self) -> str:
-        """Say the settings."""
-        return f"heads={self.heads}, delta_rule={self.delta_rule}, write_penalty={self.write_penalty}"
-
     @property
     def is_normalized(self) -> bool:
-        """Whether a read is divided by the weights that it was summed with."""
+        """If True, reads are divided by the sum of their weights."""
         return self.feature_map.is_nonnegative and not self.delta_rule
 
     def init_state(self, batch_size: int, *, like: Tensor) -> AssociativeState:
         """Return empty matrices."""
         shape = (batch_size, self.heads, self.feature_map.feature_dim, self.value_dim + self.is_normalized)
-        kind = torch.promote_types(like.dtype, torch.float32)
-        return AssociativeState(like.new_zeros(shape, dtype=kind), like.new_zeros(batch_size, self.dim))
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        return AssociativeState(like.new_zeros(shape, dtype=dtype), like.new_zeros(batch_size, self.dim))
 
     def read(self, state: AssociativeState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Write and read every token in order."""
-        mixed = self.token_shift(x, state.last_input, segment)
-        kind = torch.promote_types(x.dtype, torch.float32)
-        q, k = (self.feature_map(self._split_heads(part(mixed), kind)) for part in (self.query, self.key))
-        v = self._split_heads(self.value(mixed), kind)
+        shifted = self.token_shift(x, state.last_input, segment)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        q, k = (self.feature_map(split_heads(proj(shifted), self.heads).to(dtype)) for proj in (self.query, self.key))
+        v = split_heads(self.value(shifted), self.heads).to(dtype)
         if self.is_normalized:
             v = F.pad(v, (0, 1), value=1.0)
-        strength = self._split_heads(self.write_gate(mixed), kind)[..., 0]
+        strength = self.write_gate(shifted).mT.to(dtype)
         log_decay = None
         if self.decay_gate is not None and self.log_decay_rate is not None:
-            forgets = self._split_heads(self.decay_gate(mixed), kind)[..., 0]
-            log_decay = -self.log_decay_rate.to(kind).exp()[:, None] * forgets
-        starts = segment.position == 0
+            log_decay = -self.log_decay_rate.to(dtype).exp()[:, None] * self.decay_gate(shifted).mT.to(dtype)
         out, matrix = chunk_gated_delta_rule(
-            q, k, v, strength, log_decay, state.matrix.to(kind), starts, delta_rule=self.delta_rule
+            q,
+            k,
+            v,
+            strength,
+            log_decay,
+            state.matrix.to(dtype),
+            segment.position == 0,
+            delta_rule=self.delta_rule,
         )
         if self.is_normalized:
-            # Nothing was written: nothing is read.
-            out = out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(kind).eps)
-        return View.readout_only(
-            segment, _ReadContext(out, strength, AssociativeState(matrix, TokenShift.last_input(x)))
-        )
-
-    def _split_heads(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(rows, segment, heads * width) -> (rows, heads, segment, width)."""
-        return rearrange(x, "r n (h d) -> r h n d", h=self.heads).to(dtype)
+            # Reads as zero where nothing was written.
+            out = out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(dtype).eps)
+        next_state = AssociativeState(matrix, TokenShift.last_input(x))
+        return View.readout_only(segment, _ReadContext(out, strength, next_state))
 
     def readout(self, view: View, q: Tensor) -> Readout:
-        """Give what its own queries found, laid out over the layer's heads."""
-        kept: _ReadContext = view.context
-        heads = q.shape[2]
-
-        def laid(x: Tensor) -> Tensor:
-            """(rows, memory's heads, segment, width) -> (rows, heads, segment, width), by channels in order."""
-            return rearrange(rearrange(x, "r m n d -> r n (m d)"), "r n (h d) -> r h n d", h=heads)
-
+        """Return the values read by the memory's own queries, split into the layer's heads."""
+        context: _ReadContext = view.context
+        out = split_heads(merge_heads(context.out), q.shape[2])
         if self.mix_gate is None:
-            return Readout(laid(kept.out))
-        share = torch.sigmoid(self.mix_gate)[None, :, None, None].expand(1, -1, 1, self.value_dim)
-        return Readout(laid(kept.out), gate=laid(share))
+            return Readout(out)
+        gate = torch.sigmoid(self.mix_gate).repeat_interleave(self.value_dim)
+        return Readout(out, gate=split_heads(gate[None, None], q.shape[2]))
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[AssociativeState, Losses]:
         """Keep the matrices."""
-        kept: _ReadContext = view.context
-        losses = (
-            {"write_penalty": self.write_penalty * kept.write_strength.mean()}
-            if self.write_penalty and self.training
-            else {}
-        )
-        return kept.next_state, losses
+        context: _ReadContext = view.context
+        losses: Losses = {}
+        if self.write_penalty and self.training:
+            losses["write_penalty"] = self.write_penalty * context.write_strength.mean()
+        return context.next_state, losses

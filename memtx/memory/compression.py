@@ -1,7 +1,10 @@
-"""Functions that turn a block of hidden states into one entry (Compressive Transformer, Rae et al. 2020, section 3.1).
+"""Functions that compress a block of hidden states to one entry, and auxiliary losses that train them.
 
-Each is a function of the block alone, so an entry depends on positions and not on how the stream was cut.
-The learned ones begin as mean pooling, the best compression that has nothing to learn.
+The functions are those of the Compressive Transformer (Rae et al. 2020, section 3.1). Each depends on the block alone,
+so entries do not depend on segmentation. The learned ones start as mean pooling, the best compression without weights.
+
+The losses (section 3.2) detach their inputs and use the layer's projections frozen, so they train only the compression
+and an auto-encoder's decoder. Nothing is detached in place: all weights keep learning from the language model.
 """
 
 from __future__ import annotations
@@ -13,23 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from memtx.errors import MemtxError
+from memtx.errors import check_divisible
+from memtx.memory.base import ContentAttention
 from memtx.ops.cpu.linear import Linear
 
 
 class Compression(nn.Module, ABC):
-    """From ``compression_rate`` hidden states to one.
+    """A map from ``compression_rate`` hidden states to one.
 
     Args:
-        dim: width of the hidden states.
-        compression_rate: states in a block.
+        dim: Width of the hidden states.
+        compression_rate: States per block.
     """
 
     needs_usage = False
-    """Whether ``forward`` is to be given how much attention each state of the block receives."""
+    """If True, ``forward`` needs the attention that each state of a block receives."""
 
     supports_any_rate = False
-    """Whether blocks of any number of states can be given, whatever the rate it was made for."""
+    """If True, blocks of any length are accepted, not just those of ``compression_rate`` states."""
 
     def __init__(self, dim: int, compression_rate: int) -> None:
         super().__init__()
@@ -38,36 +42,36 @@ class Compression(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
-        """Compress (rows, blocks, compression_rate, dim) to (rows, blocks, dim).
+        """Compress ``(batch, blocks, compression_rate, dim)`` to ``(batch, blocks, dim)``.
 
         Args:
-            blocks: hidden states.
-            usage: (rows, blocks, compression_rate), where ``needs_usage``.
+            blocks: Hidden states.
+            usage: Attention to each state, ``(batch, blocks, compression_rate)``, if ``needs_usage``.
         """
 
 
 class MeanPooling(Compression):
-    """The block's mean."""
+    """The mean of the block."""
 
     supports_any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
-        """Average."""
+        """Return the mean."""
         return blocks.mean(dim=2)
 
 
 class MaxPooling(Compression):
-    """The block's greatest value, channel by channel."""
+    """The maximum of the block, channel by channel."""
 
     supports_any_rate = True
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
-        """Take the maximum."""
+        """Return the maximum."""
         return blocks.amax(dim=2)
 
 
 class StridedConvolution(Compression):
-    """A convolution whose kernel and stride are the rate: one linear map of the whole block."""
+    """A convolution with kernel and stride equal to the rate: one linear map of the whole block."""
 
     def __init__(self, dim: int, compression_rate: int) -> None:
         super().__init__(dim, compression_rate)
@@ -75,24 +79,24 @@ class StridedConvolution(Compression):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin as mean pooling."""
+        """Initialize as mean pooling."""
         with torch.no_grad():
-            one = torch.eye(self.dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
-            self.proj.weight.copy_(one.repeat(1, self.compression_rate) / self.compression_rate)
+            identity = torch.eye(self.dim, dtype=self.proj.weight.dtype, device=self.proj.weight.device)
+            self.proj.weight.copy_(identity.repeat(1, self.compression_rate) / self.compression_rate)
             self.proj.bias.zero_()
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
-        """Map the block's states, side by side."""
+        """Project the concatenated states."""
         out: Tensor = self.proj(blocks.flatten(2))
         return out
 
 
 class DilatedConvolution(Compression):
-    """Convolutions of dilation 1, 2, 4, ... until all of the block is in reach, added to its mean."""
+    """The block's mean plus convolutions of dilation 1, 2, 4, ... that reach the whole block."""
 
     def __init__(self, dim: int, compression_rate: int, kernel_size: int = 3) -> None:
         super().__init__(dim, compression_rate)
-        # Layer i reaches kernel_size // 2 * 2^i to each side; together they are to reach the whole block.
+        # Layer i reaches kernel_size // 2 * 2^i states to each side; together they must reach the whole block.
         depth = max(1, math.ceil(math.log2(compression_rate))) if compression_rate > 1 else 1
         self.layers = nn.ModuleList(
             nn.Conv1d(dim, dim, kernel_size, padding=(kernel_size // 2) * 2**i, dilation=2**i) for i in range(depth)
@@ -101,26 +105,25 @@ class DilatedConvolution(Compression):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin as mean pooling: what is added to the mean begins at zero."""
+        """Initialize as mean pooling: the term added to the mean is zero."""
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Convolve within each block."""
-        rows, count, rate, dim = blocks.shape
-        x = blocks.reshape(rows * count, rate, dim).transpose(1, 2)
+        x = blocks.flatten(0, 1).transpose(1, 2)
         for layer in self.layers:
             x = x + F.gelu(layer(x))
-        out: Tensor = blocks.mean(dim=2) + self.out(x.mean(dim=2).view(rows, count, dim))
+        out: Tensor = blocks.mean(dim=2) + self.out(x.mean(dim=2).view(*blocks.shape[:2], -1))
         return out
 
 
 class MostUsed(Compression):
-    """The one state of the block that gets the most attention.
+    """The state of the block that gets the most attention.
 
-    The paper ranks by attention received so far, which depends on every earlier compression. Here usage is
-    what the layer's own queries of the newest ``compression_rate`` positions give to the block's states as it leaves
-    the window, so that it is a function of positions and all blocks are ranked at once.
+    The paper ranks by attention received so far, which depends on every earlier compression. Here a state's usage is
+    the attention from the layer's queries of the newest ``compression_rate`` positions when the block is evicted. That
+    is a function of positions, and all blocks are ranked at once.
     """
 
     needs_usage = True
@@ -129,26 +132,25 @@ class MostUsed(Compression):
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Select the most used state."""
         assert usage is not None
-        best = usage.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, self.dim)
-        return blocks.gather(2, best).squeeze(2)
+        index = usage.argmax(dim=-1)[..., None, None].expand(-1, -1, 1, self.dim)
+        return blocks.gather(2, index).squeeze(2)
 
 
 class AttentionPooling(Compression):
-    """Cross attention from learned queries, one a head, to the block's states.
+    """Attention pooling of the block's states by one learned query per head.
 
     Args:
-        dim: width of the hidden states.
-        compression_rate: states in a block.
-        heads: parts of the width that are weighted apart.
+        dim: Width of the hidden states.
+        compression_rate: States per block.
+        heads: Number of heads.
 
     Raises:
-        MemtxError: the heads do not divide the width.
+        MemtxError: dim is not divisible by heads.
     """
 
     def __init__(self, dim: int, compression_rate: int, heads: int = 4) -> None:
         super().__init__(dim, compression_rate)
-        if dim % heads:
-            raise MemtxError(f"{heads} heads do not divide a width of {dim}.", "Choose a divisor.")
+        check_divisible("Choose a divisor for AttentionPooling's heads.", dim=dim, heads=heads)
         self.heads = heads
         self.query = nn.Parameter(torch.zeros(heads, dim // heads))
         self.key = Linear(dim, dim, bias=False)
@@ -157,14 +159,97 @@ class AttentionPooling(Compression):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Begin as mean pooling: queries of zero weigh all states alike, values pass unchanged."""
+        """Initialize as mean pooling: zero queries weigh all states equally and values pass unchanged."""
         nn.init.zeros_(self.query)
         nn.init.zeros_(self.position_bias)
         nn.init.eye_(self.value.weight)
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
-        """Attend to each block."""
-        key, value = (part(blocks).unflatten(-1, (self.heads, -1)) for part in (self.key, self.value))
-        score = torch.einsum("rbchd,hd->rbhc", key, self.query.to(key.dtype)) * key.shape[-1] ** -0.5
-        weight = torch.softmax(score + self.position_bias.to(score.dtype), dim=-1)
-        return torch.einsum("rbhc,rbchd->rbhd", weight, value).flatten(2)
+        """Attend to the states of each block."""
+        key, value = (proj(blocks).unflatten(-1, (self.heads, -1)) for proj in (self.key, self.value))
+        scores = torch.einsum("bnchd,hd->bnhc", key, self.query.to(key.dtype)) * key.shape[-1] ** -0.5
+        weights = torch.softmax(scores + self.position_bias.to(scores.dtype), dim=-1)
+        return torch.einsum("bnhc,bnchd->bnhd", weights, value).flatten(2)
+
+
+class Reconstruction(nn.Module, ABC):
+    """A loss between blocks and their compressed entries.
+
+    Args:
+        dim: Width of the hidden states.
+        compression_rate: States per block.
+        weight: Weight of the loss.
+
+    Attributes:
+        name: Key of the loss among the auxiliary losses.
+    """
+
+    name: str
+
+    def __init__(self, dim: int, compression_rate: int, weight: float = 1.0) -> None:
+        super().__init__()
+        self.dim = dim
+        self.compression_rate = compression_rate
+        self.weight = weight
+
+    @abstractmethod
+    def forward(
+        self, blocks: Tensor, entries: Tensor, valid: Tensor, queries: Tensor, attention: ContentAttention
+    ) -> Tensor:
+        """Return the weighted loss, 0 if no block is valid.
+
+        Args:
+            blocks: Blocks of states, detached, ``(batch, blocks, compression_rate, dim)``.
+            entries: Entries compressed from ``blocks``, ``(batch, blocks, dim)``.
+            valid: Blocks that were evicted in this call, ``(batch, blocks)`` bool.
+            queries: Attention inputs of the segment, detached, ``(batch, length, dim)``.
+            attention: The layer's projections.
+        """
+
+
+class AutoEncoding(Reconstruction):
+    """The mean squared error of a block decoded linearly from its entry."""
+
+    name = "auto_encoding"
+
+    def __init__(self, dim: int, compression_rate: int, weight: float = 1.0) -> None:
+        super().__init__(dim, compression_rate, weight)
+        self.decoder = Linear(dim, compression_rate * dim)
+
+    def forward(
+        self, blocks: Tensor, entries: Tensor, valid: Tensor, queries: Tensor, attention: ContentAttention
+    ) -> Tensor:
+        """Decode the entries and compare them with the blocks."""
+        decoded = self.decoder(entries).unflatten(-1, (self.compression_rate, self.dim))
+        error = (decoded - blocks).square().mean(dim=(2, 3))
+        loss: Tensor = self.weight * (error * valid).sum() / valid.sum().clamp(min=1)
+        return loss
+
+
+class AttentionReconstruction(Reconstruction):
+    """The mean squared difference between the segment's attention to the blocks and to their entries.
+
+    The attention is by content, without positions, as in the paper's algorithm 2.
+    """
+
+    name = "attention_reconstruction"
+
+    def forward(
+        self, blocks: Tensor, entries: Tensor, valid: Tensor, queries: Tensor, attention: ContentAttention
+    ) -> Tensor:
+        """Attend to the blocks and to the entries and compare."""
+        q = attention.project(queries, "query", frozen=True)
+        exact = _attend(q, blocks.flatten(1, 2), valid.repeat_interleave(self.compression_rate, dim=1), attention)
+        compressed = _attend(q, entries, valid, attention)
+        has_valid = valid.any(dim=1)
+        error = (exact - compressed).square().mean(dim=(1, 2, 3))
+        return self.weight * (error * has_valid).sum() / has_valid.sum().clamp(min=1)
+
+
+def _attend(q: Tensor, entries: Tensor, valid: Tensor, attention: ContentAttention) -> Tensor:
+    k, v = (attention.project(entries, projection, frozen=True) for projection in ("key", "value"))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    # A softmax over no valid entry would be NaN; such a sequence sees all of them and its error is not counted.
+    hidden = ~(valid | ~valid.any(dim=1, keepdim=True))
+    weights = torch.softmax(scores.masked_fill(hidden[:, None, None], float("-inf")), dim=-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)

@@ -1,20 +1,21 @@
-"""Same-layer recurrence: past states of a layer are its outputs, not its inputs (ERNIE-Doc, Ding et al. 2021, 3.3).
+"""Same-layer recurrence: the cache holds the layer's own outputs (ERNIE-Doc, Ding et al. 2021, section 3.3).
 
-In Transformer-XL's cache a layer sees what the layer below made of the past, so what reaches a position goes down a
-layer with every window and ends after as many windows as there are layers. Here a layer sees what it made itself, and
-there is no such end. An output exists only once the layer has run, so within an interval of tokens inputs are seen, as
-ever, and where it ends the interval's outputs take their places. There an interval is a segment; here it is counted in
-tokens of the document, so how input arrives does not matter, and the model reads a call up to the next border of any
-row at a time.
+In Transformer-XL's cache a layer sees past outputs of the layer below, so information descends one layer per window and
+is lost after as many windows as there are layers. A layer that sees its own past outputs has no such limit. An output
+exists only after the layer has run, so inputs are visible within an interval, and outputs replace them where it ends.
+In the paper an interval is a segment; here it is a number of tokens of the document, so results do not depend on
+segmentation, and the model reads a call up to the next end of an interval in any stream at a time.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from memtx.errors import check_at_least
-from memtx.memory.base import LayerActivations, Losses, View
+from memtx.memory.base import ContentAttention, LayerActivations, Losses, View
 from memtx.memory.recurrent import RecurrentMemory, RecurrentState, update_cache
 from memtx.segment import Segment
 from memtx.state import state_dataclass
@@ -22,28 +23,27 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class ErnieDocState(RecurrentState):
-    """The cache, in which intervals that have ended stand by their outputs.
+    """The cache, in which finished intervals are represented by their outputs.
 
     Attributes:
-        outputs: (rows, at most interval, dim), the layer's newest outputs, newest last.
+        outputs: Newest layer outputs, newest last, (batch, min(interval, cache_length), dim).
     """
 
     outputs: Tensor
 
 
 class ErnieDocMemory(RecurrentMemory):
-    """Every position sees itself and the ``window - 1`` before it, past intervals by the layer's outputs.
+    """A cache of the ``window - 1`` previous positions in which finished intervals are replaced by layer outputs.
 
     Args:
-        dim: width of the hidden states.
-        window: exact positions seen.
-        interval: tokens of a document after which their outputs take the places of their inputs.
+        dim: Width of the hidden states.
+        window: Exact positions visible.
+        interval: Tokens of a document after which outputs replace inputs.
 
     Raises:
-        MemtxError: a number is not positive.
+        MemtxError: A number is not positive.
     """
 
-    write_source = "output"
     supports_padding = False
 
     def __init__(self, dim: int, window: int = 512, interval: int = 128) -> None:
@@ -51,36 +51,29 @@ class ErnieDocMemory(RecurrentMemory):
         check_at_least(1, interval=interval)
         self.interval: int = interval
 
-    def extra_repr(self) -> str:
-        """Say the settings."""
-        return f"window={self.window}, interval={self.interval}"
-
     def init_state(self, batch_size: int, *, like: Tensor) -> ErnieDocState:
         """Return an empty cache."""
         hidden = super().init_state(batch_size, like=like).hidden
         return ErnieDocState(hidden, like.new_zeros(batch_size, min(self.interval, self.cache_length), self.dim))
 
-    def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: object) -> View:
+    def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment]."""
         assert isinstance(state, ErnieDocState)
-        settings = (RecurrentMemory, self.window, True)
-        places = segment.memo(settings, lambda: self._entry_positions(segment))
-        return View((state.hidden.to(x.dtype), x), places, state.outputs)
+        return replace(super().read(state, x, segment, attention), context=state.outputs)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[ErnieDocState, Losses]:
-        """Keep the newest inputs; outputs come by :meth:`on_layer_output`."""
+        """Keep the newest inputs; :meth:`on_layer_output` adds the outputs."""
         cache, x = view.parts
         return ErnieDocState(update_cache(cache, x, segment), view.context), {}
 
     def on_layer_output(self, state: RecurrentState, outputs: Tensor, segment: Segment) -> ErnieDocState:
-        """Take the layer's outputs, and put them into the cache in the rows whose interval has just ended."""
+        """Keep the newest outputs, and put them into the cache of streams whose interval ends with this segment."""
         assert isinstance(state, ErnieDocState)
-        kept = update_cache(state.outputs.to(outputs.dtype), outputs, segment)
-        count = kept.shape[1]
+        newest = update_cache(state.outputs.to(outputs.dtype), outputs, segment)
         ended = (segment.next_position % self.interval == 0)[:, None, None]
-        head, tail = state.hidden[:, : self.cache_length - count], state.hidden[:, self.cache_length - count :]
-        return ErnieDocState(torch.cat([head, torch.where(ended, kept.to(tail.dtype), tail)], dim=1), kept)
+        head, tail = state.hidden.tensor_split([self.cache_length - newest.shape[1]], dim=1)
+        return ErnieDocState(torch.cat([head, torch.where(ended, newest.to(tail.dtype), tail)], dim=1), newest)
 
     def ring_layout(self) -> None:
-        """Return None: the cache changes at borders, so a stream is decoded by calls of one token."""
+        """Return None: the cache changes at the end of intervals, so decoding runs one call per token."""
         return None

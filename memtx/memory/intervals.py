@@ -1,9 +1,9 @@
-"""Where the intervals of a document end within a call, for memories that write once an interval of tokens.
+"""Intervals of a document within a call, for memories that write once per interval.
 
-An interval is counted from the document's beginning, and documents begin anywhere, so every row has its own ends. In
-any ``interval`` ticks of a row at most one interval ends, so a call of n tokens has room for ceil(n / interval)
-versions of what is written, and the queries of one stretch of ``interval`` ticks meet three: the version that the
-stretch found, the one written in it, and the initial one where a document is younger than an interval.
+Intervals are counted from the start of the document, and documents start anywhere, so every stream has its own ends. Of
+any ``interval`` consecutive tokens at most one ends an interval. A call is therefore cut into chunks of ``interval``
+tokens, each with room for one version of the written content, and a chunk's queries meet three versions: the previous
+one, the one written in the chunk, and the initial one while a document is younger than an interval.
 """
 
 from __future__ import annotations
@@ -22,43 +22,47 @@ from memtx.segment import Segment
 
 
 def split_into_chunks(x: Tensor, num_chunks: int, chunk_length: int, fill: int) -> Tensor:
-    """Cut (rows, segment) into (rows, stretches, ticks); ticks behind the last token get ``fill``."""
+    """Reshape ``(batch, length)`` to ``(batch, chunks, chunk_length)``, padded at the end with ``fill``."""
     return F.pad(x, (0, num_chunks * chunk_length - x.shape[1]), value=fill).view(-1, num_chunks, chunk_length)
 
 
 def attend_by_chunk(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Readout:
-    """Attend from a layer's queries to the entries of their own stretch.
+    """Attend from a layer's queries to the entries of their chunk.
 
     Args:
-        q: (rows, segment, heads, head_dim).
-        k: (rows, stretches, heads, entries, head_dim).
-        v: likewise.
-        mask: (rows, stretches, 1, ticks, entries) bool.
+        q: Queries, ``(batch, length, heads, head_dim)``.
+        k: Keys, ``(batch, chunks, heads, entries, head_dim)``.
+        v: Values, ``(batch, chunks, heads, entries, head_dim)``.
+        mask: True for visible entries, ``(batch, chunks, 1, chunk_length, entries)`` bool.
     """
-    n, stretches, ticks = q.shape[1], mask.shape[1], mask.shape[3]
-    asked = F.pad(q, (0, 0, 0, 0, 0, stretches * ticks - n))
-    asked = rearrange(asked, "r (b t) h d -> r b h t d", b=stretches)
-    out, lse = softmax_attention((asked @ k.mT) * q.shape[-1] ** -0.5, mask, v)
-    out, lse = rearrange(out, "r b h t d -> r h (b t) d"), rearrange(lse, "r b h t -> r h (b t)")
-    return Readout(out[:, :, :n], lse=lse[:, :, :n])
+    length, num_chunks, chunk_length = q.shape[1], mask.shape[1], mask.shape[3]
+    q = F.pad(q, (0, 0, 0, 0, 0, num_chunks * chunk_length - length))
+    q = rearrange(q, "b (c t) h d -> b c h t d", c=num_chunks)
+    out, lse = softmax_attention((q @ k.mT) * q.shape[-1] ** -0.5, mask, v)
+    out, lse = rearrange(out, "b c h t d -> b h (c t) d"), rearrange(lse, "b c h t -> b h (c t)")
+    return Readout(out[:, :, :length], lse=lse[:, :, :length])
 
 
 @dataclass(frozen=True)
 class IntervalPlan:
-    """The intervals that may end in a call, one a stretch of ``interval`` ticks; shared by layers of equal settings.
+    """The intervals that may end in a call, one per chunk; shared by layers of equal settings.
 
     Attributes:
-        input_indices: (rows * stretches * ticks,) int64, where their inputs stand in the segment, rows flattened.
-        input_mask: (rows, stretches, 1, 1, ticks) bool, which of these are the interval's.
-        first_continues: (rows,) bool, whether the first one began before the call.
-        is_first: (rows, stretches) bool, which are their document's first, so that they find the initial slots.
-        has_end: (rows, stretches) bool, which end in the call at all.
-        version_mask: (rows, stretches, 1, ticks, 3) bool, which version a query meets: initial, found, written.
-        final_version: (rows,) int64, which of [found | written in each stretch] is the next state.
-        is_unwritten: (rows,) bool, whether there is none.
-        open_mask: (rows, 1, 1, ticks) bool, which of the last tokens are of the interval open at the end.
-        open_continues: (rows,) bool, whether that one began before the call.
-        open_is_empty: (rows,) bool, whether it has no token yet.
+        input_indices: Indices of each interval's inputs in the segment, over the flattened batch, (batch * chunks *
+            chunk_length,) int64.
+        input_mask: Inputs that belong to the interval, ``(batch, chunks, 1, 1, chunk_length)`` bool.
+        first_continues: Streams whose first interval started before the call, ``(batch,)`` bool.
+        is_first: Intervals that are the first of their document and start from the initial content, ``(batch, chunks)``
+            bool.
+        has_end: Chunks in which an interval ends, ``(batch, chunks)`` bool.
+        version_mask: Version that each query sees (initial, previous, written), ``(batch, chunks, 1, chunk_length, 3)``
+            bool.
+        final_version: Index in [previous | written in each chunk] of the next state, ``(batch,)`` int64.
+        is_unwritten: Streams whose document has no finished interval yet, ``(batch,)`` bool.
+        open_mask: The last tokens that belong to the interval still open at the end, ``(batch, 1, 1, chunk_length)``
+            bool.
+        open_continues: Streams whose open interval started before the call, ``(batch,)`` bool.
+        open_is_empty: Streams whose open interval has no token yet, ``(batch,)`` bool.
     """
 
     input_indices: Tensor
@@ -75,40 +79,36 @@ class IntervalPlan:
 
     @classmethod
     def from_segment(cls, segment: Segment, interval: int) -> IntervalPlan:
-        """Place the intervals of ``interval`` tokens in a call."""
-        n, position = segment.length, segment.position
-        rows, stretches = position.shape[0], -(-n // interval)
-        ticks = min(interval, n)
-        device = position.device
-        tick = torch.arange(n, device=device)
-        offset = torch.arange(ticks, device=device)
+        """Locate the intervals of ``interval`` tokens in a call."""
+        length, position, device = segment.length, segment.position, segment.position.device
+        batch_size, num_chunks, chunk_length = position.shape[0], -(-length // interval), min(interval, length)
+        offset = torch.arange(length, device=device)
+        index = torch.arange(chunk_length, device=device)
+        chunk_start = torch.arange(num_chunks, device=device) * chunk_length
+        split = partial(split_into_chunks, num_chunks=num_chunks, chunk_length=chunk_length)
 
-        cut = partial(split_into_chunks, num_chunks=stretches, chunk_length=ticks)
-        ending = cut(((position + 1) % interval == 0).int(), fill=0)
-        at = ending.argmax(-1) + torch.arange(stretches, device=device) * ticks
-        at = at.clamp(max=n - 1)
-        # The interval that ends at tick i began at tick i - interval + 1.
-        where = at[..., None] - ticks + 1 + offset
-        source = torch.arange(rows, device=device)[:, None, None] * n + where.clamp(min=0)
-        # The version a query meets was written at the tick before its own interval began.
-        written = cut(tick - position % interval - 1, fill=-1)
-        young = cut((position < interval).int(), fill=0).bool()
-        begin = torch.arange(stretches, device=device)[:, None] * ticks
-        own = ~young & (written >= begin)
-        seen = torch.stack([young, ~young & ~own, own], dim=-1)[:, :, None]
-        waiting = segment.next_position % interval
-        newest_written = n - waiting - 1
-        last = torch.where(newest_written < 0, 0, newest_written.clamp(min=0) // interval + 1)
+        is_end = split(((position + 1) % interval == 0).int(), fill=0)
+        end = (is_end.argmax(-1) + chunk_start).clamp(max=length - 1)
+        # An interval that ends at offset i starts at offset i - interval + 1.
+        inputs = end[..., None] - chunk_length + 1 + index
+        stream_start = torch.arange(batch_size, device=device)[:, None, None] * length
+        # A query sees the version written at the offset before its own interval started.
+        written_at = split(offset - position % interval - 1, fill=-1)
+        sees_initial = split((position < interval).int(), fill=0).bool()
+        sees_written = ~sees_initial & (written_at >= chunk_start[:, None])
+        versions = torch.stack([sees_initial, ~sees_initial & ~sees_written, sees_written], dim=-1)
+        open_length = segment.next_position % interval
+        last_written_at = length - open_length - 1
         return cls(
-            source.flatten(),
-            (where >= 0)[:, :, None, None],
-            at[:, 0] < interval - 1,
-            position.gather(1, at) < interval,
-            ending.any(-1),
-            seen,
-            last,
-            segment.next_position < interval,
-            (ticks - offset <= waiting[:, None])[:, None, None],
-            waiting > n,
-            waiting == 0,
+            input_indices=(stream_start + inputs.clamp(min=0)).flatten(),
+            input_mask=(inputs >= 0)[:, :, None, None],
+            first_continues=end[:, 0] < interval - 1,
+            is_first=position.gather(1, end) < interval,
+            has_end=is_end.any(-1),
+            version_mask=versions[:, :, None],
+            final_version=torch.where(last_written_at < 0, 0, last_written_at.clamp(min=0) // interval + 1),
+            is_unwritten=segment.next_position < interval,
+            open_mask=(chunk_length - index <= open_length[:, None])[:, None, None],
+            open_continues=open_length > length,
+            open_is_empty=open_length == 0,
         )

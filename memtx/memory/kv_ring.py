@@ -1,31 +1,33 @@
-"""Decoding token by token: a layer's keys and values in buffers that are written in place, each place used again.
+"""Decoding token by token with keys and values in ring buffers that are written in place.
 
-A state is a value and holds hidden states, so a call projects all that it carries to keys and values anew. A stream
-that goes on one token at a time keeps them instead: position p stands in slot p modulo the exact slots, block b in
-slot b modulo the memory's length, and a token writes one slot. What a position sees is the same, so a ring can be
-opened from a state and closed to one at any token.
+A state is a value of hidden states, so a call projects everything it carries to keys and values again. A stream that
+continues one token at a time keeps the projections instead: position p is in slot p modulo the number of exact slots,
+block b in slot b modulo the number of bank entries, and each token overwrites one slot. Visibility is the same, so a
+ring can be opened from a state and closed to one at any token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from memtx.memo import Memo
+from memtx.memory.base import ContentAttention
 from memtx.ops.attention.mask import KeyRange, Visibility
 
 
 @dataclass(frozen=True)
 class RingLayout:
-    """What a token sees: the exact slots, and before them the bank's.
+    """The slots that a token sees: the bank's, then the exact ones.
 
     Attributes:
-        window: exact positions seen at least.
-        compression_rate: positions a compressed entry stands for; 1 where nothing is compressed.
-        num_entries: compressed entries kept.
-        cache_length: of the cache in the memory's state.
+        window: Exact positions visible, at least.
+        compression_rate: Positions per compressed entry; 1 if nothing is compressed.
+        num_entries: Compressed entries kept.
+        cache_length: Length of the cache in the memory's state.
     """
 
     window: int
@@ -35,44 +37,84 @@ class RingLayout:
 
     @property
     def num_exact_slots(self) -> int:
-        """Slots of exact positions."""
+        """Number of slots for exact positions."""
         return self.window + self.compression_rate - 1
 
     @property
     def num_slots(self) -> int:
-        """All slots, the bank's first."""
+        """Number of all slots."""
         return self.num_entries + self.num_exact_slots
 
     def num_evicted_blocks(self, position: Tensor) -> Tensor:
-        """Return how many blocks have crossed the edge when the token at ``position`` is read."""
+        """Return the number of blocks that have left the window when the token at ``position`` is read."""
         return ((position - self.window + 1).clamp(min=-1) // self.compression_rate).clamp(min=0)
 
     def evicts_block(self, position: int) -> bool:
-        """Return whether the token at ``position`` brings a block across the edge."""
+        """Return True if a block leaves the window when the token at ``position`` is read."""
         age = position - self.window + 1
         return self.num_entries > 0 and age >= self.compression_rate and age % self.compression_rate == 0
 
+    def block_center(self, block: Tensor) -> Tensor:
+        """Return the position of a block's compressed entry, float64."""
+        return block.double() * self.compression_rate + (self.compression_rate - 1) / 2
+
     def slot_contents(self, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Return which (block, position) every slot holds once the token at ``position`` (rows,) is written.
+        """Return the contents of every slot once the token at ``position`` ``(batch,)`` is written.
 
         Returns:
-            (rows, num_entries) and (rows, num_exact_slots) int64, negative where nothing was written yet.
+            Blocks ``(batch, num_entries)`` and positions ``(batch, num_exact_slots)``, int64, negative in unwritten
+            slots.
         """
         newest = self.num_evicted_blocks(position)[:, None] - 1
-        bank = torch.arange(self.num_entries, device=position.device)
-        slot = torch.arange(self.num_exact_slots, device=position.device)
-        of_bank = newest - (newest - bank) % self.num_entries if self.num_entries else newest.expand(-1, 0)
-        return of_bank, position[:, None] - (position[:, None] - slot) % self.num_exact_slots
+        bank_slot = torch.arange(self.num_entries, device=position.device)
+        exact_slot = torch.arange(self.num_exact_slots, device=position.device)
+        block = newest - (newest - bank_slot) % self.num_entries if self.num_entries else newest.expand(-1, 0)
+        return block, position[:, None] - (position[:, None] - exact_slot) % self.num_exact_slots
+
+
+@runtime_checkable
+class RingDecodable(Protocol):
+    """A memory whose state can be kept in a ring buffer and decoded in place."""
+
+    def ring_layout(self) -> RingLayout | None:
+        """Return the slots that decoding needs, or None if these settings cannot be decoded in place."""
+        ...
+
+    def split_state(self, state: Any) -> tuple[Tensor, Tensor]:
+        """Return the exact inputs and the compressed entries.
+
+        Returns:
+            ``(batch, cache_length, dim)`` and ``(batch, num_entries, dim)``.
+        """
+        ...
+
+    def join_state(self, cache: Tensor, bank: Tensor) -> Any:
+        """Return the state that :meth:`split_state` splits into ``cache`` and ``bank``."""
+        ...
+
+    def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
+        """Compress one block per stream.
+
+        Args:
+            block: Inputs that leave the window, ``(batch, compression_rate, dim)``.
+            recent: Newest inputs, ``(batch, compression_rate, dim)``.
+            attention: The layer's projections.
+
+        Returns:
+            ``(batch, dim)``.
+        """
+        ...
 
 
 @dataclass
 class KVRing:
-    """One layer's buffers.
+    """The ring buffers of one layer.
 
     Attributes:
-        layout: of the slots.
-        hidden: (rows, slots, dim), attention inputs and compressed entries, to be compressed or handed back.
-        key_value: (rows, slots, 2, kv_heads, head_dim), keys placed by their positions, and values.
+        layout: Layout of the slots.
+        hidden: Attention inputs and compressed entries, to be compressed or returned to a state,
+            ``(batch, slots, dim)``.
+        key_value: Keys with positions applied, and values, ``(batch, slots, 2, kv_heads, head_dim)``.
     """
 
     layout: RingLayout
@@ -80,44 +122,41 @@ class KVRing:
     key_value: Tensor
 
     def narrow(self, batch_size: int) -> KVRing:
-        """Return the first rows as a ring that writes into this one."""
+        """Return a view of the first ``batch_size`` streams that writes into this ring."""
         return KVRing(self.layout, self.hidden[:batch_size], self.key_value[:batch_size])
 
     def resized(self, batch_size: int) -> KVRing:
-        """Return a ring of so many rows that begins with this one's; the rest is zero."""
-        larger = KVRing(
-            self.layout,
-            self.hidden.new_zeros(batch_size, *self.hidden.shape[1:]),
-            self.key_value.new_zeros(batch_size, *self.key_value.shape[1:]),
-        )
+        """Return a copy with room for ``batch_size`` streams; new ones are zero."""
+        buffers = (buffer.new_zeros(batch_size, *buffer.shape[1:]) for buffer in (self.hidden, self.key_value))
+        larger = KVRing(self.layout, *buffers)
         larger.copy_from(0, self)
         return larger
 
     def copy_from(self, index: int, source: KVRing) -> None:
-        """Write another ring's rows over this one's from ``index`` on."""
-        for own, new in ((self.hidden, source.hidden), (self.key_value, source.key_value)):
-            own[index : index + new.shape[0]] = new
+        """Overwrite the streams from ``index`` on with those of another ring."""
+        for target, update in ((self.hidden, source.hidden), (self.key_value, source.key_value)):
+            target[index : index + update.shape[0]] = update
 
     def compact(self, sources: Tensor, targets: Tensor) -> None:
-        """Write the rows ``sources`` (n,) over the rows ``targets`` (n,), all at once."""
-        for own in (self.hidden, self.key_value):
-            own[targets] = own[sources]
+        """Overwrite the streams ``targets`` ``(n,)`` with the streams ``sources`` ``(n,)``, all at once."""
+        for buffer in (self.hidden, self.key_value):
+            buffer[targets] = buffer[sources]
 
 
 @dataclass(frozen=True)
 class DecodePlan:
-    """What the current token means to layers of one layout.
+    """The slots that the current token reads and writes in layers of one layout.
 
     Attributes:
-        slot: (rows,) int64, the exact slot to be written.
-        visibility: of the slots, for one query.
-        offset: (rows, slots) float64, where each slot's entry stands, the query being at 0.
-        block_slots: (rows, compression_rate) int64, the slots of the block that crosses the edge; None where no row's
-            does.
-        recent_slots: likewise the slots of the newest positions.
-        bank_slot: (rows,) int64, the bank's slot for its entry.
-        evicts_block: (rows,) bool, the rows whose block crosses.
-        entry_position: (rows, 1) float64, the position of its entry.
+        slot: Exact slot to write, ``(batch,)`` int64.
+        visibility: Visibility of the slots for one query.
+        offset: Offset of each slot's entry from the query, ``(batch, slots)`` float64.
+        block_slots: Slots of the block that leaves the window, ``(batch, compression_rate)`` int64; None if no stream
+            evicts one.
+        recent_slots: Slots of the newest positions, in the same form.
+        bank_slot: Bank slot of the evicted block's entry, ``(batch,)`` int64.
+        evicts_block: Streams that evict a block, ``(batch,)`` bool.
+        entry_position: Position of the evicted block's entry, ``(batch, 1)`` float64.
     """
 
     slot: Tensor
@@ -132,88 +171,80 @@ class DecodePlan:
 
 @dataclass(frozen=True)
 class DecodeStep(Memo):
-    """One token a row.
+    """One decoding step: one token per stream.
 
     Attributes:
-        position: (rows,) int64, of the token within its document.
-        evicting_layouts: layouts in which a block of some row crosses the edge now: known to the host, so that the
-            other steps need not compress.
+        position: Position of each token within its document, ``(batch,)`` int64.
+        evicting_layouts: Layouts in which some stream evicts a block now. Known on the host, so that other steps skip
+            the compression.
     """
 
     position: Tensor
     evicting_layouts: frozenset[RingLayout]
 
     def plan(self, layout: RingLayout) -> DecodePlan:
-        """Return what the token means to layers of a layout."""
+        """Return the plan for layers of ``layout``."""
         return self.memo(layout, lambda: self._build_plan(layout))
 
     def _build_plan(self, layout: RingLayout) -> DecodePlan:
-        at, rate, exact = self.position[:, None], layout.compression_rate, layout.num_exact_slots
+        current, rate, num_exact = self.position[:, None], layout.compression_rate, layout.num_exact_slots
         block, position = layout.slot_contents(self.position)
-        edge = layout.num_evicted_blocks(self.position)[:, None] * rate
-        visible = torch.cat([block >= 0, (position >= edge) & (position >= 0)], dim=1)
-        centre = block.double() * rate + (rate - 1) / 2
-        tick = torch.cat([centre, position.double()], dim=1) - at
-        born = torch.where(visible, 0, 1)
-        crossing = (self.position >= layout.window + rate - 1) & ((self.position - layout.window + 1) % rate == 0)
-        newest = layout.num_evicted_blocks(self.position) - 1
-        source = probe = None
+        num_evicted = layout.num_evicted_blocks(self.position)
+        first_exact = num_evicted[:, None] * rate
+        visible = torch.cat([block >= 0, (position >= first_exact) & (position >= 0)], dim=1)
+        offset = torch.cat([layout.block_center(block), position.double()], dim=1) - current
+        visible_from = torch.where(visible, 0, 1)
+        age = self.position - layout.window + 1
+        block_slots = recent_slots = None
         if layout in self.evicting_layouts:
-            offset = torch.arange(rate, device=at.device)
-            source = layout.num_entries + (at - exact + offset) % exact
-            probe = layout.num_entries + (at - rate + 1 + offset) % exact
+            index = torch.arange(rate, device=current.device)
+            block_slots = layout.num_entries + (current - num_exact + index) % num_exact
+            recent_slots = layout.num_entries + (current - rate + 1 + index) % num_exact
         return DecodePlan(
-            layout.num_entries + self.position % exact,
-            Visibility(born, torch.ones_like(born), 1, (KeyRange(layout.num_slots),)),
-            tick,
-            source,
-            probe,
-            newest.clamp(min=0) % max(layout.num_entries, 1),
-            crossing,
-            newest[:, None].double() * rate + (rate - 1) / 2,
+            slot=layout.num_entries + self.position % num_exact,
+            visibility=Visibility(visible_from, torch.ones_like(visible_from), 1, (KeyRange(layout.num_slots),)),
+            offset=offset,
+            block_slots=block_slots,
+            recent_slots=recent_slots,
+            bank_slot=(num_evicted - 1).clamp(min=0) % max(layout.num_entries, 1),
+            evicts_block=(age >= rate) & (age % rate == 0),
+            entry_position=layout.block_center(num_evicted[:, None] - 1),
         )
 
 
 def to_ring(layout: RingLayout, cache: Tensor, bank: Tensor, past_length: Tensor) -> Tensor:
-    """Put what a state holds into slots.
+    """Arrange the contents of a state in slots.
 
     Args:
-        layout: of the slots.
-        cache: (rows, cache_length, dim), newest last.
-        bank: (rows, num_entries, dim), newest last.
-        past_length: (rows,) int64, positions read.
+        layout: Layout of the slots.
+        cache: Exact inputs, newest last, ``(batch, cache_length, dim)``.
+        bank: Compressed entries, newest last, ``(batch, num_entries, dim)``.
+        past_length: Tokens read so far, ``(batch,)`` int64.
 
     Returns:
-        (rows, slots, dim), zero where nothing stands.
+        ``(batch, slots, dim)``, zero in unwritten slots.
     """
     block, position = layout.slot_contents(past_length - 1)
     first_block = layout.num_evicted_blocks(past_length - 1)[:, None] - layout.num_entries
+    first_position = past_length[:, None] - layout.cache_length
     entries = _gather_or_zero(bank, torch.where(block >= 0, block - first_block, -1))
-    states = _gather_or_zero(
-        cache, torch.where(position >= 0, position - past_length[:, None] + layout.cache_length, -1)
-    )
+    states = _gather_or_zero(cache, torch.where(position >= 0, position - first_position, -1))
     return torch.cat([entries, states], dim=1)
 
 
 def from_ring(layout: RingLayout, hidden: Tensor, past_length: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cache and bank of a state from slots: the inverse of :func:`to_ring`."""
-    device = hidden.device
-    number = (
-        layout.num_evicted_blocks(past_length - 1)[:, None]
-        - layout.num_entries
-        + torch.arange(layout.num_entries, device=device)
-    )
-    position = past_length[:, None] - layout.cache_length + torch.arange(layout.cache_length, device=device)
-    bank = _gather_or_zero(hidden, torch.where(number >= 0, number % max(layout.num_entries, 1), -1))
-    cache = _gather_or_zero(
-        hidden, torch.where(position >= 0, layout.num_entries + position % layout.num_exact_slots, -1)
-    )
-    return cache, bank
+    """Return the cache and bank of a state from its slots: the inverse of :func:`to_ring`."""
+    first_block = layout.num_evicted_blocks(past_length - 1)[:, None] - layout.num_entries
+    block = first_block + torch.arange(layout.num_entries, device=hidden.device)
+    position = past_length[:, None] - layout.cache_length + torch.arange(layout.cache_length, device=hidden.device)
+    exact_slot = layout.num_entries + position % layout.num_exact_slots
+    bank = _gather_or_zero(hidden, torch.where(block >= 0, block % max(layout.num_entries, 1), -1))
+    return _gather_or_zero(hidden, torch.where(position >= 0, exact_slot, -1)), bank
 
 
-def _gather_or_zero(source: Tensor, index: Tensor) -> Tensor:
-    """Return source (rows, n, dim) at index (rows, m), zero where it is negative."""
-    if source.shape[1] == 0:
-        return source.new_zeros(*index.shape, source.shape[2])
-    taken = source.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, source.shape[2]))
-    return taken.masked_fill((index < 0)[..., None], 0.0)
+def _gather_or_zero(x: Tensor, index: Tensor) -> Tensor:
+    """Return x ``(batch, n, dim)`` at index ``(batch, m)``, zero where the index is negative."""
+    if x.shape[1] == 0:
+        return x.new_zeros(*index.shape, x.shape[2])
+    entries = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
+    return entries.masked_fill((index < 0)[..., None], 0.0)

@@ -1,10 +1,12 @@
-"""Memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022, section 3), a layer's part of them.
+"""A layer's part of memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022, section 3).
 
-After every interval some tokens of the model's own ask through all layers what to remember; what leaves the top enters
-the bottom as the tokens that the next interval reads. In a layer these are entries that every query sees. There an
-interval is a segment; here it is counted in tokens of the document, so how input arrives does not matter, and the
-model reads a call up to the next border of any row at a time (:mod:`memtx.models.segmented_forward`). There the
-asking tokens are the read ones repeated; here they are learned, and read those like every other token.
+After every interval the model's own write tokens pass through all layers; the top layer's outputs enter the bottom
+layer as the memory tokens that the next interval reads. Within a layer these are entries that every query sees.
+
+Two things differ from the paper. An interval is a number of tokens of the document and not a segment, so results do not
+depend on segmentation; the model reads a call up to the next end of an interval in any stream at a time
+(:mod:`memtx.models.segmented_forward`). And the write tokens are learned and see the memory tokens like any other
+token, where the paper repeats the memory tokens.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class TokenState:
-    """What the layer's attention reads of the memory tokens.
+    """The memory tokens at the layer's input.
 
     Attributes:
-        hidden: (rows, num_tokens, dim), their layer inputs.
+        hidden: Their layer inputs, ``(batch, num_tokens, dim)``.
     """
 
     hidden: Tensor
@@ -41,20 +43,19 @@ class _ReadContext:
 
 
 class TokenMemory(Memory[TokenState]):
-    """Memory tokens beside an exact memory whose window holds an interval and the tokens after it.
+    """Memory tokens next to an exact memory whose window holds an interval and the write tokens after it.
 
-    All layers of a model have them, with equal settings.
+    All layers of a model have one, with equal settings.
 
     Args:
-        dim: width of the hidden states.
-        num_tokens: memory tokens.
-        interval: tokens of a document after which they are written once.
+        dim: Width of the hidden states.
+        num_tokens: Number of memory tokens.
+        interval: Tokens of a document between two writes.
 
     Raises:
-        MemtxError: a number is out of range.
+        MemtxError: A number is out of range.
     """
 
-    write_source = "top"
     uses_layer_projections = True
 
     def __init__(self, dim: int, num_tokens: int = 8, interval: int = 128) -> None:
@@ -62,37 +63,33 @@ class TokenMemory(Memory[TokenState]):
         check_at_least(1, num_tokens=num_tokens, interval=interval)
         self.num_tokens = num_tokens
         self.interval: int = interval
-        # A document's first interval reads learned entries, layer by layer, of the size of normed inputs.
+        # Read during a document's first interval; initialized on the scale of normalized inputs.
         self.initial_tokens = nn.Parameter(torch.randn(num_tokens, dim))
 
-    def extra_repr(self) -> str:
-        """Say the settings."""
-        return f"num_tokens={self.num_tokens}, interval={self.interval}"
-
     def init_state(self, batch_size: int, *, like: Tensor) -> TokenState:
-        """Return no entries."""
+        """Return zeros: no tokens written."""
         return TokenState(like.new_zeros(batch_size, self.num_tokens, self.dim))
 
     def read(self, state: TokenState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
-        """Open the document's entries: learned ones in its first interval."""
-        young = segment.position < self.interval
+        """Open the document's memory tokens, which are the learned ones in its first interval."""
+        in_first_interval = segment.position < self.interval
         hidden = state.hidden.to(x.dtype)
         initial = self.initial_tokens.to(x.dtype).expand_as(hidden)
-        after = TokenState(torch.where(young[:, -1:, None], initial, hidden))
-        return View.readout_only(segment, _ReadContext(torch.cat([initial, hidden], dim=1), young, after, attention))
+        next_state = TokenState(torch.where(in_first_interval[:, -1:, None], initial, hidden))
+        entries = torch.cat([initial, hidden], dim=1)
+        return View.readout_only(segment, _ReadContext(entries, in_first_interval, next_state, attention))
 
     def readout(self, view: View, q: Tensor) -> Readout:
-        """Attend to the entries by the layer's own keys and values, without positions."""
-        kept: _ReadContext = view.context
-        k, v = (kept.attention.project(kept.entries, part, frozen=False).transpose(1, 2) for part in ("key", "value"))
-        # (rows, 1, segment, 2 num_tokens): the learned ones, or the carried ones.
-        seen = torch.stack([kept.in_first_interval, ~kept.in_first_interval], dim=-1).repeat_interleave(
-            self.num_tokens, dim=-1
-        )[:, None]
-        out, lse = softmax_attention(q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5, seen, v)
+        """Attend to the memory tokens with the layer's own keys and values, without positions."""
+        context: _ReadContext = view.context
+        project, entries, sees_initial = context.attention.project, context.entries, context.in_first_interval
+        k, v = (project(entries, projection, frozen=False).transpose(1, 2) for projection in ("key", "value"))
+        # (batch, 1, length, 2 * num_tokens)
+        mask = torch.stack([sees_initial, ~sees_initial], dim=-1).repeat_interleave(self.num_tokens, dim=-1)[:, None]
+        out, lse = softmax_attention(q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5, mask, v)
         return Readout(out, lse=lse)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[TokenState, Losses]:
-        """Keep the entries; the model puts new ones in their place where an interval ends."""
-        kept: _ReadContext = view.context
-        return kept.next_state, {}
+        """Keep the memory tokens; the model replaces them where an interval ends."""
+        context: _ReadContext = view.context
+        return context.next_state, {}

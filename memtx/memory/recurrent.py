@@ -1,4 +1,4 @@
-"""The recurrent cache of Transformer-XL (Dai et al. 2019, section 3.2): the newest layer inputs, exactly."""
+"""The recurrent cache of Transformer-XL (Dai et al. 2019, section 3.2): the newest layer inputs, kept exactly."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from memtx.errors import check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
 from memtx.memory.kv_ring import RingLayout
+from memtx.memory.parts import gather_entries
 from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
@@ -18,24 +19,24 @@ class RecurrentState:
     """The cache.
 
     Attributes:
-        hidden: (rows, cache_length, dim), the newest layer inputs of the row's document, newest last.
+        hidden: Newest layer inputs of the open document, newest last, ``(batch, cache_length, dim)``.
     """
 
     hidden: Tensor
 
 
 class RecurrentMemory(Memory[RecurrentState]):
-    """Every position sees itself and the ``window - 1`` before it.
+    """A cache through which every position sees itself and the ``window - 1`` positions before it.
 
     Args:
-        dim: width of the hidden states.
-        window: exact positions seen.
-        same_length: True: every query sees as many positions, so cutting a stream does not matter (the
-            setting Transformer-XL evaluates with). False: what was cached at the beginning of a call is
-            seen by all of it, as Transformer-XL trains, and results depend on how long the calls are.
+        dim: Width of the hidden states.
+        window: Number of exact positions visible.
+        same_length: If True, every query sees equally many positions, so that results do not depend on segmentation;
+            Transformer-XL is evaluated this way. If False, the whole cache is visible to the whole call, as
+            Transformer-XL is trained, and results depend on the lengths of the calls.
 
     Raises:
-        MemtxError: the window is not positive.
+        MemtxError: window is not positive.
     """
 
     supports_padding = True
@@ -48,13 +49,9 @@ class RecurrentMemory(Memory[RecurrentState]):
         self.same_length = same_length
         self.cache_length = window - 1 if same_length else window
 
-    def extra_repr(self) -> str:
-        """Say the settings."""
-        return f"window={self.window}, same_length={self.same_length}"
-
     @property
     def depends_on_segmentation(self) -> bool:
-        """Whether calls decide what is seen."""
+        """True unless ``same_length``."""
         return not self.same_length
 
     def init_state(self, batch_size: int, *, like: Tensor) -> RecurrentState:
@@ -67,70 +64,71 @@ class RecurrentMemory(Memory[RecurrentState]):
         return View((state.hidden.to(x.dtype), x), segment.memo(settings, lambda: self._entry_positions(segment)), None)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[RecurrentState, Losses]:
-        """Keep the newest."""
+        """Keep the newest inputs."""
         cache, x = view.parts
         return RecurrentState(update_cache(cache, x, segment)), {}
 
     def ring_layout(self) -> RingLayout | None:
-        """Return a slot for every position of the window; none where calls decide what is seen."""
+        """Return one slot per position of the window, or None if visibility depends on segmentation."""
         return RingLayout(self.window, 1, 0, self.cache_length) if self.same_length else None
 
     def split_state(self, state: RecurrentState) -> tuple[Tensor, Tensor]:
-        """Return the cache, and nothing compressed."""
+        """Return the cache and an empty bank."""
         return state.hidden, state.hidden[:, :0]
 
     def join_state(self, cache: Tensor, bank: Tensor) -> RecurrentState:
-        """Return the cache as a state."""
+        """Return the state of a cache."""
         return RecurrentState(cache)
 
+    def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
+        """Return the only state of each block, uncompressed."""
+        return block[:, 0]
+
     def _entry_positions(self, segment: Segment) -> EntryPositions:
-        tick, position, end = locate_entries(segment, self.cache_length)
-        if self.same_length:
-            expires, span = torch.minimum(tick + self.window, end), self.window
-        else:
-            expires, span = end, None
-        expires = torch.where(position >= 0, expires, -INFINITE_OFFSET)
-        section = KeyRange(tick.shape[1], -self.cache_length, 1, span)
-        return EntryPositions(tick[:1].double(), Visibility(tick, expires, segment.length, (section,)))
+        offset, position, document_end = locate_entries(segment, self.cache_length)
+        visible_until = torch.minimum(offset + self.window, document_end) if self.same_length else document_end
+        visible_until = torch.where(position >= 0, visible_until, -INFINITE_OFFSET)
+        key_range = KeyRange(offset.shape[1], -self.cache_length, 1, self.window if self.same_length else None)
+        return EntryPositions(offset[:1].double(), Visibility(offset, visible_until, segment.length, (key_range,)))
 
 
 def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tick, position (negative where nothing is cached) and document end of [cache | segment].
+    """Return the offsets, positions (negative where nothing is cached) and document ends of [cache | segment].
 
     Args:
-        segment: where the call's tokens stand.
-        cache_length: of the cache.
+        segment: Positions of the call's tokens.
+        cache_length: Length of the cache.
 
     Returns:
-        three (rows, cache_length + segment) int64.
+        Three ``(batch, cache_length + length)`` int64 tensors.
     """
-    rows = segment.position.shape[0]
-    tick = torch.arange(-cache_length, segment.length, device=segment.position.device).expand(rows, -1)
-    position = torch.cat([segment.past_length[:, None] + tick[:, :cache_length], segment.position], dim=1)
-    end = torch.cat([segment.past_document_end[:, None].expand(-1, cache_length), segment.document_end], dim=1)
-    return tick, position, end
+    batch_size = segment.position.shape[0]
+    offset = torch.arange(-cache_length, segment.length, device=segment.position.device).expand(batch_size, -1)
+    position = torch.cat([segment.past_length[:, None] + offset[:, :cache_length], segment.position], dim=1)
+    past_end = segment.past_document_end[:, None].expand(-1, cache_length)
+    return offset, position, torch.cat([past_end, segment.document_end], dim=1)
 
 
 def update_cache(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
-    """Return the next cache: the newest entries of [cache | segment], zero where another document's stood.
+    """Return the next cache: the newest entries of [cache | segment], with zeros in place of other documents' entries.
 
     Args:
-        cache: (rows, cache_length, dim).
-        x: (rows, segment, dim).
-        segment: where the call's tokens stand.
+        cache: Cached entries, ``(batch, cache_length, dim)``.
+        x: Entries of the segment, ``(batch, length, dim)``.
+        segment: Positions of the call's tokens.
     """
-    places, n = cache.shape[1], x.shape[1]
+    cache_length, length = cache.shape[1], x.shape[1]
 
-    def foreign() -> Tensor:
-        # Of the newest document, next_position tokens have been read; they stand at the end.
-        age = torch.arange(places, 0, -1, device=x.device)
+    def other_document() -> Tensor:
+        # The newest document has next_position tokens so far; they are the last ones.
+        age = torch.arange(cache_length, 0, -1, device=x.device)
         return (age > segment.next_position[:, None])[..., None]
 
     if segment.valid_length is not None:
-        # By index_select over flattened rows: on CPU many times faster than gather by an expanded index.
-        first = segment.valid_length + torch.arange(x.shape[0], device=x.device) * (places + n)
-        index = first[:, None] + torch.arange(places, device=x.device)
-        kept = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, index.flatten()).view(cache.shape)
+        index = segment.valid_length[:, None] + torch.arange(cache_length, device=x.device)
+        newest = gather_entries(torch.cat([cache, x], dim=1), index)
+    elif length >= cache_length:
+        newest = x[:, length - cache_length :]
     else:
-        kept = x[:, n - places :] if n >= places else torch.cat([cache[:, n:], x], dim=1)
-    return kept.masked_fill(segment.memo(("newest", places), foreign), 0.0)
+        newest = torch.cat([cache[:, length:], x], dim=1)
+    return newest.masked_fill(segment.memo(("other document", cache_length), other_document), 0.0)

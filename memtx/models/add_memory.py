@@ -1,74 +1,83 @@
-"""Memories put into the layers of a model that was trained without: a window, sinks, and what is added to some."""
+"""Memories for the layers of a model that was trained without: an exact window, sinks, and others in chosen layers."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from memtx import class_config
 from memtx.errors import MemtxError, check_at_least
-from memtx.hf.layout import HFCompatibleModel
 from memtx.layers.block import Block
-from memtx.memory.base import Memory
+from memtx.memory.base import Memory, ReadoutMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.sinks import SinkMemory
-from memtx.models.segmented_forward import MemoryTokens
+from memtx.models.memory_transformer import MemoryFactory, MemoryTransformer
 
-MemoryFactory = Callable[[int], Memory[Any]]
-"""Makes a layer's memory from the width of the hidden states.
-
-In a union it stands behind its sequence: jsonargparse tries in order, and would take a list for a callable.
-"""
+ModelT = TypeVar("ModelT", bound=MemoryTransformer)
 
 
-@dataclass(frozen=True)
-class MemoryStack:
-    """A layer's memories.
+def add_memory(
+    model: ModelT,
+    memories: Sequence[MemoryFactory] | MemoryFactory = (),
+    *,
+    window: int | None = None,
+    num_sinks: int = 4,
+    layers: Sequence[int] | None = None,
+    gated_memory: bool = True,
+) -> ModelT:
+    """Return a copy of a model, which shares its weights, with an exact window, sinks and other memories.
 
-    Attributes:
-        factories: what makes them, the exact one first.
-        memories: made.
-    """
-
-    factories: list[MemoryFactory]
-    memories: list[Memory[Any]]
-
-
-def build_stacks(
-    blocks: Sequence[Block],
-    memories: Sequence[MemoryFactory],
-    window: int | None,
-    num_sinks: int,
-    layers: Sequence[int] | None,
-) -> list[MemoryStack]:
-    """Return each layer's new memories; arguments as of ``MemoryTransformer.with_memory``.
+    Args:
+        model: The model.
+        memories: Factories of the memories of the chosen layers, given dim. One that carries the segment itself, such
+            as ``CompressedMemory``, replaces the window there.
+        window: Exact positions seen, at most as many as now. Defaults to each layer's present window.
+        num_sinks: Number of first tokens of a document that every layer always sees.
+        layers: Layers that get the memories, from 0, negative from the end. Defaults to all.
+        gated_memory: If True, memories enter through gates that begin at 0, so that outputs change only with training.
 
     Raises:
-        MemtxError: a number is out of range, or more than one memory would carry the segment itself.
+        MemtxError: A number is out of range, or a memory does not fit its layer.
     """
     check_at_least(0, num_sinks=num_sinks)
     if window is not None:
         check_at_least(1, window=window)
-    chosen = _resolve_layers(layers, len(blocks))
-    stacks = []
-    for layer, block in enumerate(blocks):
-        exact = block.attention.memory
-        own = getattr(exact, "window", None)
-        if not isinstance(exact, RecurrentMemory | CompressedMemory) or own is None:
-            raise MemtxError(
-                f"Layer {layer} has {type(exact).__name__}, which has no window to be replaced.",
-                "Add memory to a model of RecurrentMemory or CompressedMemory.",
-            )
-        kept = own if window is None else min(own, window)
-        stacks.append(_build_stack(exact.dim, kept, num_sinks, memories if layer in chosen else ()))
-    return stacks
+    factories = list(memories) if isinstance(memories, Sequence) else [memories]
+    chosen = _resolve_layers(layers, model.depth)
+    adapted = _copy_with_shared_weights(model)
+    configs = []
+    for layer, block in enumerate(adapted._layers()):
+        layer_factories, layer_memories = _build_stack(
+            layer, block, factories if layer in chosen else [], window, num_sinks
+        )
+        block.attention.set_memories(layer_memories[0], layer_memories[1:], gated_memory=gated_memory)
+        configs.append(class_config.to_config(layer_factories))
+    adapted.init_memory_tokens()
+    if adapted.memory_tokens is not None:
+        nn.init.normal_(adapted.write_tokens, std=0.02)
+    adapted.to(model.embedding.weight.device, model.embedding.weight.dtype)
+    _update_init_args(adapted, configs, gated_memory)
+    return adapted.train(model.training)
+
+
+def remove_memory(model: ModelT, window: int) -> ModelT:
+    """Return a copy of a model, which shares its weights, that sees ``window`` exact positions and nothing else.
+
+    Raises:
+        MemtxError: The window is not positive.
+    """
+    factory = partial(RecurrentMemory, window=window)
+    adapted = _copy_with_shared_weights(model)
+    for block in adapted._layers():
+        block.attention.set_memories(factory(model.dim), [], gated_memory=False)
+    adapted.memory_tokens = None
+    _update_init_args(adapted, class_config.to_config([factory]), gated_memory=False)
+    return adapted
 
 
 def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:
@@ -80,116 +89,97 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:
     return {layer % depth for layer in layers}
 
 
-def _build_stack(dim: int, window: int, num_sinks: int, memories: Sequence[MemoryFactory]) -> MemoryStack:
-    added = [make(dim) for make in memories]
-    carrying = [place for place, one in enumerate(added) if not one.has_readout]
-    if len(carrying) > 1:
-        raise MemtxError("Two memories would carry the segment itself.", "Give one such as CompressedMemory.")
-    makers: list[MemoryFactory] = list(memories)
-    if carrying:
-        makers.insert(0, makers.pop(carrying[0]))
-        added.insert(0, added.pop(carrying[0]))
-    else:
-        makers.insert(0, partial(RecurrentMemory, window=window))
-        added.insert(0, makers[0](dim))
-    if num_sinks:
-        # An exact state may be seen up to a block longer than the window.
-        cached = added[0].cache_length if isinstance(added[0], CompressedMemory) else window
-        makers.insert(
-            1,
-            partial(SinkMemory, num_sinks=num_sinks, exclude_recent=cached, use_positions=True),
+def _build_stack(
+    layer: int, block: Block, factories: Sequence[MemoryFactory], window: int | None, num_sinks: int
+) -> tuple[list[MemoryFactory], list[Memory[Any]]]:
+    """Return the factories of a layer's new memories and the memories, the exact one first."""
+    present = block.attention.memory
+    present_window = getattr(present, "window", None)
+    if not isinstance(present, RecurrentMemory | CompressedMemory) or present_window is None:
+        raise MemtxError(
+            f"Layer {layer} has {type(present).__name__}, which has no window to replace.",
+            "Add memory to a model with RecurrentMemory or CompressedMemory.",
         )
-        added.insert(1, makers[1](dim))
-    return MemoryStack(makers, added)
+    window = present_window if window is None else min(present_window, window)
+    stack = [(factory, factory(present.dim)) for factory in factories]
+    exact = [entry for entry in stack if not isinstance(entry[1], ReadoutMemory)]
+    if len(exact) > 1:
+        raise MemtxError("Two memories would carry the segment itself.", "Give one, such as CompressedMemory.")
+    if not exact:
+        factory = partial(RecurrentMemory, window=window)
+        exact = [(factory, factory(present.dim))]
+    # A compressed memory may keep a block more than the window exact.
+    cache_length = exact[0][1].cache_length if isinstance(exact[0][1], CompressedMemory) else window
+    if num_sinks:
+        sinks = partial(SinkMemory, num_sinks=num_sinks, exclude_recent=cache_length, use_positions=True)
+        exact.append((sinks, sinks(present.dim)))
+    stack = [*exact, *(entry for entry in stack if isinstance(entry[1], ReadoutMemory))]
+    return [factory for factory, _ in stack], [memory for _, memory in stack]
 
 
-class MemoryAugmentedModel(HFCompatibleModel):
-    """A model whose layers' memories can be exchanged.
+def _update_init_args(model: MemoryTransformer, memories: Any, gated_memory: bool) -> None:
+    init_args = {**model.config["init_args"], "memories": memories, "gated_memory": gated_memory}
+    model.config = {**model.config, "init_args": init_args}
 
-    Attributes:
-        dim: width of the hidden states.
-        embedding: of the tokens.
-        blocks: the layers.
-        memory_tokens: the memory tokens that the layers have; None for none.
-        write_tokens: (count, dim), what these begin as, where there are any.
+
+def _copy_with_shared_weights(model: ModelT) -> ModelT:
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+class Retrofit:
+    """Factory of a trained model with added memory, for a config: see :func:`add_memory`.
+
+    Args:
+        path: Hugging Face decoder, pretrained folder or training checkpoint.
+        memories: Factories of the memories of the chosen layers, given dim.
+        window: Exact positions seen. Defaults to each layer's present window.
+        num_sinks: Number of first tokens of a document that every layer always sees.
+        layers: Layers that get the memories. Defaults to all.
+        gated_memory: If True, memories enter through gates that begin at 0.
     """
 
-    dim: int
-    embedding: nn.Embedding
-    blocks: nn.ModuleList
-    memory_tokens: MemoryTokens | None
-    write_tokens: nn.Parameter
-
-    def with_memory(
+    def __init__(
         self,
-        memories: Sequence[MemoryFactory] | MemoryFactory = (),
-        *,
+        path: str | None = None,
+        memories: Sequence[MemoryFactory] = (),
         window: int | None = None,
         num_sinks: int = 4,
         layers: Sequence[int] | None = None,
         gated_memory: bool = True,
-    ) -> Self:
-        """Return a model of the same weights, shared with this one, with a window, sinks and other memories.
+    ) -> None:
+        self.path = path
+        self.memories = memories
+        self.window = window
+        self.num_sinks = num_sinks
+        self.layers = layers
+        self.gated_memory = gated_memory
+
+    def __call__(self, vocab_size: int) -> MemoryTransformer:
+        """Return the model in training mode.
 
         Args:
-            memories: added to the chosen layers, made from dim. One that carries the segment itself, such as
-                ``CompressedMemory``, takes the window's place there.
-            window: exact positions seen; None for as many as each layer sees now, which is also the most.
-            num_sinks: first tokens of the document that every layer goes on seeing; 0 for none.
-            layers: which get the memories, from 0, negative from the end; None for all.
-            gated_memory: whether memories enter by gates that begin at 0, so that what is computed changes with
-                training.
+            vocab_size: Vocabulary size of the tokenizer, which must be the model's own.
 
         Raises:
-            MemtxError: a number is out of range, or a memory cannot stand where it is put.
+            MemtxError: ``path`` is missing, the tokenizer does not fit the model, or the model cannot be loaded or take
+                the memories.
         """
-        given = list(memories) if isinstance(memories, Sequence) else [memories]
-        stacks = build_stacks(self._layers(), given, window, num_sinks, layers)
-        made = self._copy_with_shared_weights()
-        weight = self.embedding.weight
-        for block, stack in zip(made._layers(), stacks, strict=True):
-            block.attention.set_memories(stack.memories[0], stack.memories[1:], gated_memory=gated_memory)
-        made._init_memory_tokens()
-        if made.memory_tokens is not None:
-            nn.init.normal_(made.write_tokens, std=0.02)
-        made.to(weight.device, weight.dtype)
-        made._update_init_args([class_config.to_config(stack.factories) for stack in stacks], gated_memory)
-        return made.train(self.training)
-
-    def without_memory(self, window: int) -> Self:
-        """Return a model of the same weights, shared with this one, that sees ``window`` positions exactly.
-
-        Raises:
-            MemtxError: the window is not positive.
-        """
-        makers = [partial(RecurrentMemory, window=window)]
-        made = self._copy_with_shared_weights()
-        for block in made._layers():
-            block.attention.set_memories(makers[0](self.dim), [], gated_memory=False)
-        made.memory_tokens = None
-        made._update_init_args(class_config.to_config(makers), gated_memory=False)
-        return made
-
-    def _update_init_args(self, memories: Any, gated_memory: bool) -> None:
-        """Take down what the layers have now, as the model's description says it."""
-        arguments = {**self.config["init_args"], "memories": memories, "gated_memory": gated_memory}
-        self.config = {**self.config, "init_args": arguments}
-
-    def _copy_with_shared_weights(self) -> Self:
-        """Return a copy of the modules that has this one's numbers themselves."""
-        return copy.deepcopy(self, {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())})
-
-    def memory_parameters(self) -> dict[str, nn.Parameter]:
-        """Return by name what belongs to the memories: their own parameters, gates, and tokens that ask."""
-        parts = (".attention.memory.", ".attention.extra_memories.", ".attention.gate")
-        named = self.named_parameters()
-        return {name: one for name, one in named if name == "write_tokens" or any(part in name for part in parts)}
-
-    def _init_memory_tokens(self) -> None:
-        """Take down what the layers have of memory tokens, and make the tokens that ask for them."""
-        self.memory_tokens = MemoryTokens.from_blocks(self._layers())
-        if self.memory_tokens is not None:
-            self.write_tokens = nn.Parameter(torch.empty(self.memory_tokens.num_tokens, self.dim))
-
-    def _layers(self) -> list[Block]:
-        return cast(list[Block], list(self.blocks))
+        if self.path is None:
+            raise MemtxError(
+                "Retrofit has no path of a model.",
+                "Add --model.model.init_args.path FOLDER --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
+            )
+        model = MemoryTransformer.from_pretrained(self.path)
+        if vocab_size > model.vocab_size:
+            raise MemtxError(
+                f"The tokenizer has {vocab_size} ids, the model in '{self.path}' {model.vocab_size}.",
+                "Use the model's tokenizer: --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
+            )
+        return add_memory(
+            model,
+            self.memories,
+            window=self.window,
+            num_sinks=self.num_sinks,
+            layers=self.layers,
+            gated_memory=self.gated_memory,
+        ).train()

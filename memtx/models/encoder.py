@@ -1,4 +1,4 @@
-"""Encoders: whole texts, read both ways. BERT, DistilBERT, Longformer and Big Bird are its parts put together."""
+"""Bidirectional encoders: BERT, DistilBERT, Longformer and Big Bird, which differ in their parts."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import MemtxError, check_at_least
-from memtx.hf.layout import HFCompatibleModel
+from memtx.layers.block import EncoderBlock
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_attention import EncoderAttention, FullAttention
-from memtx.layers.encoder_block import EncoderBlock
 from memtx.layers.encoder_inputs import EncoderInputs
 from memtx.layers.feed_forward import FeedForward
-from memtx.models.masked_head import MaskedLMHead
-from memtx.ops.cpu.linear import Linear
+from memtx.models.validation import check_token_ids
+from memtx.ops.cpu.linear import Linear, linear
 
 
 @dataclass(frozen=True)
 class EncoderOutput:
-    """What one call gives.
+    """Output of one call.
 
     Attributes:
-        last_hidden_state: (rows, length, dim).
-        hidden_states: where asked for, the embedding's output and every layer's, each (rows, length, dim).
-        logits: (rows, length, vocab), by a model with a head for masked tokens.
-        pooler_output: (rows, dim), by a model with a pooler: what it makes of the first token.
+        last_hidden_state: ``(batch, length, dim)``.
+        hidden_states: If requested, outputs of the embedding and of every layer, each ``(batch, length, dim)``.
+        logits: ``(batch, length, vocab)``, or ``(n, vocab)`` for n selected positions; None without a head.
+        pooler_output: ``(batch, dim)``, computed from the first token; None without a pooler.
     """
 
     last_hidden_state: Tensor
@@ -37,28 +37,54 @@ class EncoderOutput:
     pooler_output: Tensor | None = None
 
 
-class Encoder(HFCompatibleModel):
+class MaskedLMHead(nn.Module):
+    """Head that predicts masked tokens (BERT, Devlin et al. 2019, section 3.1): linear, activation, norm, vocabulary.
+
+    Args:
+        dim: Width of the hidden states.
+        vocab_size: Vocabulary size.
+        tie_weights: If True, the last weights are the token embeddings, passed to each call.
+        activation: Factory of the activation.
+        eps: Epsilon of the norm.
+    """
+
+    def __init__(
+        self, dim: int, vocab_size: int, *, tie_weights: bool, activation: Callable[[], nn.Module] = nn.GELU, eps: float
+    ) -> None:
+        super().__init__()
+        self.transform = Linear(dim, dim)
+        self.activation = activation()
+        self.norm = nn.LayerNorm(dim, eps=eps)
+        self.weight = None if tie_weights else nn.Parameter(torch.empty(vocab_size, dim))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, x: Tensor, embedding_weight: Tensor) -> Tensor:
+        """Return logits ``(..., vocab)`` for x ``(..., dim)``; embedding_weight: ``(vocab, dim)``."""
+        x = self.norm(self.activation(self.transform(x)))
+        return linear(x, embedding_weight if self.weight is None else self.weight, self.bias)
+
+
+class Encoder(PretrainedModel):
     """A post-norm encoder.
 
     Args:
-        vocab_size: token ids are 0 .. vocab_size - 1.
-        dim: width of the hidden states.
-        depth: layers.
-        heads: how many a layer.
-        hidden_dim: inner width of the feed-forward parts; 4 dim by default.
-        attentions: who sees whom: one entry for all layers alike, or one a layer. Each makes the attention part from
-            dim, heads and the layer's number.
-        embeddings: makes the embeddings from vocab_size and dim.
-        activation: makes the non-linearity of the feed-forward parts.
-        add_mlm_head: whether there is a head for masked tokens.
-        mlm_head_activation: its non-linearity; the feed-forward parts' by default.
-        tie_embeddings: whether that head ends in the token embeddings.
-        add_pooling_layer: whether there is a map of the first token, with a tanh after it.
-        eps: of the norms.
-        dropout: of what each part adds.
+        vocab_size: Number of token ids.
+        dim: Width of the hidden states.
+        depth: Number of layers.
+        heads: Heads per layer.
+        hidden_dim: Hidden width of the feed-forward parts. Defaults to 4 dim.
+        attentions: Attention factories, given dim, heads and the layer's index: one for all layers, or one per layer.
+        embeddings: Factory of the embeddings, given vocab_size and dim.
+        activation: Factory of the feed-forward activation.
+        add_mlm_head: If True, add a head for masked tokens.
+        mlm_head_activation: Factory of its activation. Defaults to ``activation``.
+        tie_embeddings: If True, the head's last weights are the token embeddings.
+        add_pooling_layer: If True, add a linear layer and a tanh for the first token.
+        eps: Epsilon of the norms.
+        dropout: Dropout rate of the residual branches.
 
     Raises:
-        MemtxError: a number is out of range or numbers do not divide as they must.
+        MemtxError: A number is out of range, or numbers do not divide as they must.
     """
 
     def __init__(
@@ -83,24 +109,16 @@ class Encoder(HFCompatibleModel):
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(attentions) not in (1, depth):
             raise MemtxError(
-                f"There are {len(attentions)} attentions for {depth} layers.",
-                f"Give one for all of them, or {depth}.",
+                f"There are {len(attentions)} attentions for {depth} layers.", f"Give one for all layers, or {depth}."
             )
         self.save_init_args(arguments)
-        self.vocab_size = vocab_size
-        self.dim = dim
-        self.depth = depth
-        per_layer = list(attentions) if len(attentions) == depth else list(attentions) * depth
+        self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.embedding = embeddings(vocab_size, dim)
         self.blocks = nn.ModuleList(
             EncoderBlock(
-                attention(dim, heads, layer),
-                FeedForward(dim, hidden_dim, activation=activation),
-                dim,
-                eps,
-                dropout,
+                attention(dim, heads, layer), FeedForward(dim, hidden_dim, activation=activation), dim, eps, dropout
             )
-            for layer, attention in enumerate(per_layer)
+            for layer, attention in enumerate(attentions if len(attentions) == depth else list(attentions) * depth)
         )
         self.pooler = Linear(dim, dim) if add_pooling_layer else None
         self.head = (
@@ -113,29 +131,21 @@ class Encoder(HFCompatibleModel):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
-        """Draw all weights anew (BERT's rule: normal, biases zero, norms one)."""
-        for part in self.modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
-                nn.init.normal_(part.weight, std=std)
-            if isinstance(part, nn.Linear) and part.bias is not None:
-                nn.init.zeros_(part.bias)
-            if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-                with torch.no_grad():
-                    part.weight[part.padding_idx] = 0.0
+        """Initialize all weights by BERT's rule: normal weights, zero biases, unit norms."""
+        init_normal(self, std)
         if self.head is not None and self.head.weight is not None:
             nn.init.normal_(self.head.weight, std=std)
 
     @property
     def supports_global_attention(self) -> bool:
-        """Whether global tokens can be marked."""
+        """If True, ``global_attention_mask`` can mark global tokens."""
         return any(block.attention.supports_global_attention for block in self._layers())
 
     @property
     def type_vocab_size(self) -> int:
-        """Kinds of text that tokens can be marked with; 0 for none."""
-        return (
-            0 if self.embedding.token_type_embeddings is None else self.embedding.token_type_embeddings.num_embeddings
-        )
+        """Number of token types; 0 without token type embeddings."""
+        embeddings = self.embedding.token_type_embeddings
+        return 0 if embeddings is None else embeddings.num_embeddings
 
     def _layers(self) -> list[EncoderBlock]:
         return cast(list[EncoderBlock], list(self.blocks))
@@ -151,64 +161,59 @@ class Encoder(HFCompatibleModel):
         output_hidden_states: bool = False,
         logits_mask: Tensor | None = None,
     ) -> EncoderOutput:
-        """Read whole texts; arguments bear the names of the ``transformers`` library.
+        """Encode whole texts; the arguments have the names of the ``transformers`` library.
 
         Args:
-            input_ids: (rows, length) int64.
-            attention_mask: (rows, length), 0 for padding and 1 for a token; None for no padding.
-            token_type_ids: (rows, length) int64, which text a token is of; None for 0 everywhere.
-            global_attention_mask: (rows, length), 1 for a token that sees all and is seen by all (Longformer).
-            random_blocks: layer -> (heads, blocks - 2, r) int64, the random blocks that each block but the first and
-                the last sees (Big Bird); the layer draws its own where it has no entry.
-            output_hidden_states: whether to return hidden states.
-            logits_mask: (rows, length) bool, the places whose logits are wanted, (n, vocab); all by default.
+            input_ids: ``(batch, length)`` int64.
+            attention_mask: ``(batch, length)``, 1 for a token and 0 for padding; None for no padding.
+            token_type_ids: ``(batch, length)`` int64, index of the text a token belongs to. Defaults to 0.
+            global_attention_mask: ``(batch, length)``, 1 for a token that sees and is seen by all (Longformer).
+            random_blocks: Layer -> ``(heads, num_blocks - 2, r)`` int64, random blocks that each block but the first
+                and last sees (Big Bird). Layers without an entry sample their own.
+            output_hidden_states: If True, return the hidden states.
+            logits_mask: ``(batch, length)`` bool, positions to compute logits for. Defaults to all.
 
         Raises:
-            MemtxError: shapes do not fit each other, a text is too long, or the model does not know such an argument.
+            MemtxError: Shapes do not fit each other, a text is too long, or the model does not support an argument.
         """
-        self._check_inputs(input_ids, attention_mask, token_type_ids, global_attention_mask, random_blocks)
-        reading = EncoderInputs.from_masks(input_ids, attention_mask, global_attention_mask, random_blocks)
+        check_token_ids(
+            "input_ids",
+            input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            global_attention_mask=global_attention_mask,
+        )
+        if global_attention_mask is not None and not self.supports_global_attention:
+            raise MemtxError(
+                "global_attention_mask was given to a model without global tokens.", "Remove global_attention_mask."
+            )
+        attentions = [block.attention for block in self._layers()]
+        for layer in random_blocks or {}:
+            if not (0 <= layer < self.depth and attentions[layer].supports_random_blocks):
+                raise MemtxError(f"random_blocks has an entry for layer {layer}, which has none.", "Remove the entry.")
+        inputs = EncoderInputs.from_masks(input_ids, attention_mask, global_attention_mask, random_blocks)
         x = self.embedding(input_ids, token_type_ids)
         hidden = [x]
         for block in self._layers():
-            x = block(x, reading)
+            x = block(x, inputs)
             if output_hidden_states:
                 hidden.append(x)
-        asked = x if logits_mask is None else x[logits_mask]
+        selected = x if logits_mask is None else x[logits_mask]
         return EncoderOutput(
             x,
             tuple(hidden) if output_hidden_states else None,
-            self.head(asked, self.embedding.word_embeddings.weight) if self.head is not None else None,
+            self.head(selected, self.embedding.word_embeddings.weight) if self.head is not None else None,
             torch.tanh(self.pooler(x[:, 0])) if self.pooler is not None else None,
         )
 
-    def _check_inputs(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        global_attention_mask: Tensor | None,
-        random_blocks: Mapping[int, Tensor] | None,
-    ) -> None:
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise MemtxError(
-                f"input_ids is {input_ids.dtype} {tuple(input_ids.shape)}, expected int64 (rows, length), "
-                "length at least 1.",
-                "Reshape it; one text alone is input_ids[None].",
-            )
-        masks = (
-            ("attention_mask", attention_mask),
-            ("token_type_ids", token_type_ids),
-            ("global_attention_mask", global_attention_mask),
-        )
-        for name, given in masks:
-            if given is not None and given.shape != input_ids.shape:
-                raise MemtxError(
-                    f"{name} is {tuple(given.shape)}, expected {tuple(input_ids.shape)}.", "Match input_ids."
-                )
-        attentions = [block.attention for block in self._layers()]
-        if global_attention_mask is not None and not self.supports_global_attention:
-            raise MemtxError("global_attention_mask was given to a model without global tokens.", "Leave it out.")
-        for layer in random_blocks or {}:
-            if not (0 <= layer < self.depth and attentions[layer].supports_random_blocks):
-                raise MemtxError(f"random_blocks was given for layer {layer}, which has none.", "Leave it out.")
+
+def init_normal(module: nn.Module, std: float = 0.02) -> None:
+    """Initialize linear layers and embeddings: normal weights, zero biases, zero padding embeddings."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx] = 0.0

@@ -1,4 +1,4 @@
-"""What a task asks of hidden states: one answer a text, or scores for every token; and the model that they end."""
+"""Heads that score a text or each of its tokens, and the model of a task: a backbone with a head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx.checkpoint import pretrained
+from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import MemtxError, check_at_least
-from memtx.models.encoder import Encoder, EncoderOutput
+from memtx.models.encoder import Encoder, EncoderOutput, init_normal
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.xlnet import XLNet
 from memtx.ops.cpu.linear import Linear
@@ -20,45 +20,50 @@ from memtx.state import MemoryState
 
 
 class Pooling(nn.Module, ABC):
-    """A text's hidden states as one vector."""
+    """Maps the hidden states of a text to one vector."""
 
     @abstractmethod
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return (rows, dim) of x (rows, length, dim); attention_mask: (rows, length), 1 for a token, 0 for padding."""
+        """Return ``(batch, dim)``.
+
+        Args:
+            x: ``(batch, length, dim)``.
+            attention_mask: ``(batch, length)``, 1 for a token and 0 for padding.
+        """
 
 
 class CLSPooling(Pooling):
-    """The first token's hidden state, through a map and a tanh (BERT, Devlin et al. 2019)."""
+    """The first token's hidden state after a linear layer and a tanh (BERT, Devlin et al. 2019)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dense = Linear(dim, dim)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return (rows, dim)."""
+        """Return ``(batch, dim)``."""
         return torch.tanh(self.dense(x[:, 0]))
 
 
 class MeanPooling(Pooling):
-    """The mean over tokens; what a model trained from scratch on few texts learns soonest."""
+    """The mean over tokens, which a model trained from scratch on few texts learns fastest."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return (rows, dim)."""
+        """Return ``(batch, dim)``."""
         weight = attention_mask.to(x.dtype)[..., None]
         return (x * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 class SequenceClassificationHead(nn.Module):
-    """Scores of a text: what it is, or how two texts stand to each other.
+    """Scores a text, or the relation of two texts.
 
     Args:
-        dim: width of the hidden states.
-        num_labels: labels.
-        pooling: makes one vector of a text's hidden states, from dim.
-        dropout: of that vector.
+        dim: Width of the hidden states.
+        num_labels: Number of labels.
+        pooling: Factory of the pooling, given dim.
+        dropout: Dropout rate of the pooled vector.
     """
 
     def __init__(
@@ -68,47 +73,45 @@ class SequenceClassificationHead(nn.Module):
         self.pooling = pooling(dim)
         self.dropout = nn.Dropout(dropout)
         self.out = Linear(dim, num_labels)
-        nn.init.normal_(self.out.weight, std=0.02)
-        nn.init.zeros_(self.out.bias)
+        init_normal(self.out)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return (rows, num_labels) scores of x (rows, length, dim)."""
+        """Return logits ``(batch, num_labels)`` for x ``(batch, length, dim)``."""
         out: Tensor = self.out(self.dropout(self.pooling(x, attention_mask)))
         return out
 
 
 class TokenClassificationHead(nn.Module):
-    """Scores of every token: its tag, or whether an answer begins or ends with it.
+    """Scores every token: its tag, or whether an answer starts or ends there.
 
     Args:
-        dim: width of the hidden states.
-        num_labels: scores a token.
-        dropout: of the hidden states.
+        dim: Width of the hidden states.
+        num_labels: Number of scores per token.
+        dropout: Dropout rate of the hidden states.
     """
 
     def __init__(self, dim: int, num_labels: int, dropout: float = 0.1) -> None:
         super().__init__()
         self.dropout = nn.Dropout(dropout)
         self.out = Linear(dim, num_labels)
-        nn.init.normal_(self.out.weight, std=0.02)
-        nn.init.zeros_(self.out.bias)
+        init_normal(self.out)
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return (rows, length, num_labels) scores of x (rows, length, dim)."""
+        """Return logits ``(batch, length, num_labels)`` for x ``(batch, length, dim)``."""
         out: Tensor = self.out(self.dropout(x))
         return out
 
 
 class MemoryTransformerBackbone(nn.Module):
-    """A memory transformer that reads a whole text segment by segment, so that heads can be put on it.
+    """A memory transformer that reads a whole text segment by segment, as the backbone of a head.
 
-    In training each segment is read once more on the way back (as replay does): what is held does not grow with the
-    text but for states and the last layer's output.
+    In training each segment is recomputed in the backward pass, so that only states and the last layer's output grow
+    with the text.
 
     Args:
-        vocab_size: of the tokenizer.
-        model: makes the memory transformer.
-        segment_length: tokens a call.
+        vocab_size: Number of token ids.
+        model: Factory of the memory transformer, given vocab_size.
+        segment_length: Tokens per call.
     """
 
     supports_global_attention = False
@@ -123,35 +126,35 @@ class MemoryTransformerBackbone(nn.Module):
         self.dim, self.vocab_size, self.segment_length = self.model.dim, vocab_size, segment_length
 
     def encode(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return (rows, length, dim), normed; tokens: (rows, length) int64. Padding stands at the end."""
+        """Return normalized hidden states ``(batch, length, dim)`` of tokens ``(batch, length)``, padded at the end."""
         state = self.model.init_state(tokens.shape[0])
-        parts = []
+        outputs = []
 
-        def read(part: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
-            out = self.model(part, state, return_hidden_states=True)
+        def read(segment: Tensor, state: MemoryState) -> tuple[Tensor, MemoryState]:
+            out = self.model(segment, state, return_hidden_states=True)
             return self.model.norm(out.hidden_states[-1]), out.state
 
-        replayed = torch.is_grad_enabled() and tokens.shape[1] > self.segment_length
-        for at in range(0, tokens.shape[1], self.segment_length):
-            part = tokens[:, at : at + self.segment_length]
-            got = checkpoint(read, part, state, use_reentrant=False) if replayed else read(part, state)
-            x, state = cast(tuple[Tensor, MemoryState], got)
-            parts.append(x)
-        return torch.cat(parts, dim=1)
+        recompute = torch.is_grad_enabled() and tokens.shape[1] > self.segment_length
+        for start in range(0, tokens.shape[1], self.segment_length):
+            segment = tokens[:, start : start + self.segment_length]
+            output = checkpoint(read, segment, state, use_reentrant=False) if recompute else read(segment, state)
+            x, state = cast(tuple[Tensor, MemoryState], output)
+            outputs.append(x)
+        return torch.cat(outputs, dim=1)
 
 
-class TaskModel(pretrained.PretrainedModel):
-    """A body that reads texts and a head that scores them.
+class TaskModel(PretrainedModel):
+    """A backbone that reads texts and a head that scores them.
 
     Args:
-        vocab_size: of the tokenizer.
-        num_labels: scores a text or a token.
-        backbone: makes what reads, from the size of the vocabulary: ``Encoder`` or ``MemoryTransformerBackbone``.
-        head: makes what scores, from the width of the hidden states and num_labels: ``SequenceClassificationHead`` or
+        vocab_size: Number of token ids.
+        num_labels: Number of scores per text or token.
+        backbone: Factory of the backbone, given vocab_size: ``Encoder``, ``XLNet`` or ``MemoryTransformerBackbone``.
+        head: Factory of the head, given dim and num_labels: ``SequenceClassificationHead`` or
             ``TokenClassificationHead``.
 
     Raises:
-        MemtxError: numbers are out of range or the body is of no known kind.
+        MemtxError: A number is out of range, or the backbone is of another kind.
     """
 
     def __init__(
@@ -165,19 +168,19 @@ class TaskModel(pretrained.PretrainedModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, num_labels=num_labels)
         self.save_init_args(arguments)
-        made = backbone(vocab_size)
-        if not isinstance(made, Encoder | MemoryTransformerBackbone | XLNet):
+        module = backbone(vocab_size)
+        if not isinstance(module, Encoder | MemoryTransformerBackbone | XLNet):
             raise MemtxError(
-                f"The backbone is a {type(made).__name__}, "
+                f"The backbone is a {type(module).__name__}, "
                 "expected an Encoder, an XLNet or a MemoryTransformerBackbone.",
                 "Change backbone.",
             )
-        if isinstance(made, Encoder):
-            # Made for other ends: no task asks them, and no gradient would reach them.
-            made.head = made.pooler = None
-        self.backbone = made
+        if isinstance(module, Encoder):
+            # No task uses them, so they would have no gradient.
+            module.head = module.pooler = None
+        self.backbone = module
         self.vocab_size, self.num_labels = vocab_size, num_labels
-        self.head = head(made.dim, num_labels)
+        self.head = head(module.dim, num_labels)
 
     def forward(
         self,
@@ -186,14 +189,13 @@ class TaskModel(pretrained.PretrainedModel):
         token_type_ids: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """Return scores, (rows, num_labels) or (rows, length, num_labels).
+        """Return logits, ``(batch, num_labels)`` or ``(batch, length, num_labels)``.
 
         Args:
-            tokens: (rows, length) int64.
-            attention_mask: (rows, length), 1 for a token and 0 for padding.
-            token_type_ids: (rows, length), 1 for tokens of a second text; of no meaning to a body that tells none
-                apart.
-            global_attention_mask: (rows, length), 1 for global tokens; likewise.
+            tokens: ``(batch, length)`` int64.
+            attention_mask: ``(batch, length)``, 1 for a token and 0 for padding.
+            token_type_ids: ``(batch, length)``, 1 for tokens of a second text; ignored by a backbone without types.
+            global_attention_mask: ``(batch, length)``, 1 for global tokens; ignored by a backbone without them.
         """
         return self.forward_with_hidden_states(tokens, attention_mask, token_type_ids, global_attention_mask)[1]
 
@@ -206,15 +208,15 @@ class TaskModel(pretrained.PretrainedModel):
         *,
         return_hidden_states: bool = False,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return hidden states and scores.
+        """Return hidden states and logits.
 
         Args:
-            tokens: as are the others, what :meth:`forward` takes.
-            attention_mask: likewise.
-            token_type_ids: likewise.
-            global_attention_mask: likewise.
-            return_hidden_states: whether hidden states are wanted: the embedding's output and every layer's, each
-                (rows, length, dim); empty otherwise, and of a body that is no ``Encoder``.
+            tokens: As in :meth:`forward`, as are the masks.
+            attention_mask: As in :meth:`forward`.
+            token_type_ids: As in :meth:`forward`.
+            global_attention_mask: As in :meth:`forward`.
+            return_hidden_states: If True, return outputs of the embedding and of every layer of an ``Encoder``, each
+                ``(batch, length, dim)``; other backbones return none.
         """
         hidden: tuple[Tensor, ...] = ()
         if isinstance(self.backbone, MemoryTransformerBackbone):
@@ -243,18 +245,14 @@ def run_encoder(
     *,
     return_hidden_states: bool = False,
 ) -> EncoderOutput:
-    """Return what an encoder makes of a task's rows; what it does not know of is left out."""
-    return cast(
-        EncoderOutput,
-        encoder(
-            tokens,
-            attention_mask,
-            token_type_ids if encoder.type_vocab_size > 1 else None,
-            global_attention_mask
-            if encoder.supports_global_attention
-            and global_attention_mask is not None
-            and bool(global_attention_mask.any())
-            else None,
-            output_hidden_states=return_hidden_states,
-        ),
+    """Return an encoder's output for a task's batch, without the arguments that it does not support."""
+    if encoder.type_vocab_size <= 1:
+        token_type_ids = None
+    if not encoder.supports_global_attention or (
+        global_attention_mask is not None and not bool(global_attention_mask.any())
+    ):
+        global_attention_mask = None
+    output = encoder(
+        tokens, attention_mask, token_type_ids, global_attention_mask, output_hidden_states=return_hidden_states
     )
+    return cast(EncoderOutput, output)

@@ -1,75 +1,89 @@
 """The memory transformer: a decoder that reads a text segment by segment with a state of fixed size.
 
-A segment's walk: embed -> find where the tokens stand -> every block, each with its own memory -> norm ->
-vocabulary. The module holds weights only; what is carried between segments comes in and goes out as a value.
+A segment's path: embedding -> positions of the tokens -> every block, each with its own memory -> norm -> vocabulary.
+The module holds weights only; the state is passed in and returned.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from memtx.errors import CheckpointError, MemtxError, check_at_least
-from memtx.hf import load
+from memtx.checkpoint.pretrained import PretrainedModel
+from memtx.errors import MemtxError, check_at_least, check_probability
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
-from memtx.layers.positions.base import Positions, Rotary
-from memtx.memory.base import Losses
+from memtx.layers.positions.base import Positions
+from memtx.layers.positions.rotary import Rotary
+from memtx.memory.base import Losses, Memory
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.kv_ring import DecodeStep, KVRing, from_ring
-from memtx.models.add_memory import MemoryAugmentedModel, MemoryFactory
+from memtx.memory.kv_ring import DecodeStep, KVRing
 from memtx.models.recurrent_lm import MemoryOutput
-from memtx.models.segmented_forward import LayerStates, find_chunk_ends, forward_in_chunks, forward_with_memory_tokens
-from memtx.models.validation import check_inputs, check_valid_length
+from memtx.models.segmented_forward import (
+    LayerStates,
+    MemoryTokens,
+    find_chunk_ends,
+    forward_in_chunks,
+    forward_with_memory_tokens,
+)
+from memtx.models.validation import check_segment, check_valid_length
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.cpu.linear import Linear
 from memtx.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
+MemoryFactory = Callable[[int], Memory[Any]]
+"""Returns a layer's memory, given dim.
 
-class MemoryTransformer(MemoryAugmentedModel):
+In a union it follows its sequence: jsonargparse tries the members in order and would accept a list as a callable.
+"""
+
+
+class MemoryTransformer(PretrainedModel):
     """A pre-norm decoder with a memory in every layer.
 
     Attributes:
-        activation_checkpointing: whether the backward pass computes each layer again instead of keeping what its
-            forward pass made (Chen et al. 2016): about a third slower, and the memory of one layer instead of all.
+        activation_checkpointing: If True, recompute each layer in the backward pass instead of storing its activations
+            (Chen et al. 2016): about a third slower, with the memory of one layer instead of all.
+        memory_tokens: Settings of the memory tokens in the layers; None without them.
 
     Args:
-        vocab_size: token ids are 0 .. vocab_size - 1.
-        dim: width of the hidden states.
-        depth: layers.
-        heads: query heads a layer.
-        kv_heads: key and value heads a layer; None for as many as query heads.
-        memories: what layers carry between segments: one entry for all layers alike, or one a layer. An entry
-            makes a memory from dim, or is a list of such for a layer with several: first the exact one, which
-            carries the segment itself, then those that answer by themselves.
-        norm: makes a normalisation from dim; ``torch.nn.LayerNorm`` is the classic choice.
-        feed_forward: makes the position-wise part from dim; ``FeedForward`` is the classic choice.
-        positions: makes what scores learn distances by from (heads, head_dim); ``Alibi`` is the other choice.
-        bias: whether attention's projections have biases.
-        out_bias: whether its last one has; as the others by default.
-        head_dim: width of a head; dim / heads by default.
-        qk_norm: makes a normalisation of each head's queries, and one of its keys, from head_dim; None for none.
-        absolute_positions: makes what is added to embeddings by position from dim, such as ``LearnedPositions``; None
-            for none.
-        gated_memory: whether what memories show beyond the exact window enters each layer by a learned gate a head that
-            begins at 0, so that a model trained without them computes what it computed (see :meth:`with_memory`).
-        dropout: of embeddings and of what each part adds to the residual stream.
-        attention_dropout: of attention weights (slower: no fused kernel has it).
-        tie_embeddings: whether the output projection is the embedding.
-        attention_backend: of the attention operation.
+        vocab_size: Number of token ids.
+        dim: Width of the hidden states.
+        depth: Number of layers.
+        heads: Query heads per layer.
+        kv_heads: Key-value heads per layer. Defaults to ``heads``.
+        memories: Memory factories, given dim: one entry for all layers, or one per layer. An entry is a factory, or a
+            list of factories for a layer with several memories: first the exact one, which carries the segment itself,
+            then those with a readout of their own.
+        norm: Factory of the norms, given dim; ``torch.nn.LayerNorm`` is the classic choice.
+        feed_forward: Factory of the feed-forward part, given dim; ``FeedForward`` is the classic choice.
+        positions: Factory of the position encoding, given (heads, head_dim); ``Alibi`` is the alternative.
+        bias: If True, the attention projections have biases.
+        out_bias: If True, the output projection has a bias. Defaults to ``bias``.
+        head_dim: Width of a head. Defaults to dim / heads.
+        qk_norm: Factory of the norms of each head's queries and keys, given head_dim. None disables them.
+        absolute_positions: Factory of position embeddings, given dim, such as ``LearnedPositions``. None disables them.
+        gated_memory: If True, entries beyond the exact window enter each layer through a learned gate per head that
+            begins at 0, so that a model trained without them computes the same (see :meth:`with_memory`).
+        dropout: Dropout rate of the embeddings and the residual branches.
+        attention_dropout: Dropout rate of the attention weights (slower: fused kernels do not support it).
+        tie_embeddings: If True, the output projection is the embedding.
+        attention_backend: Backend of the attention operation.
 
     Raises:
-        MemtxError: a number is out of range or numbers do not divide as they must.
+        MemtxError: A number is out of range, or numbers do not divide as they must.
     """
+
+    memory_tokens: MemoryTokens | None
+    write_tokens: nn.Parameter
 
     def __init__(
         self,
@@ -96,24 +110,10 @@ class MemoryTransformer(MemoryAugmentedModel):
         arguments = dict(locals())
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
-        if len(memories) not in (1, depth):
-            raise MemtxError(
-                f"There are {len(memories)} memories for {depth} layers.",
-                f"Give one for all of them, or {depth}.",
-            )
-        for name, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
-            if not 0.0 <= share < 1.0:
-                raise MemtxError(f"{name} is {share}.", "Give a probability from 0 up to, not including, 1.")
-        self.activation_checkpointing = False
+        check_probability(dropout=dropout, attention_dropout=attention_dropout)
         self.save_init_args(arguments)
-        self.vocab_size = vocab_size
-        self.dim = dim
-        self.depth = depth
-        kv_heads = kv_heads if kv_heads is not None else heads
-        stacks = [list(one) if isinstance(one, Sequence) else [one] for one in memories]
-        if not all(stacks):
-            raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without.")
-        per_layer = stacks if len(stacks) == depth else stacks * depth
+        self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
+        self.activation_checkpointing = False
         self.embedding = nn.Embedding(vocab_size, dim)
         self.absolute_positions = absolute_positions(dim) if absolute_positions is not None else None
         self.dropout = nn.Dropout(dropout)
@@ -122,7 +122,7 @@ class MemoryTransformer(MemoryAugmentedModel):
                 MemoryAttention(
                     dim,
                     heads,
-                    kv_heads,
+                    kv_heads if kv_heads is not None else heads,
                     stack[0](dim),
                     positions(heads, head_dim if head_dim is not None else dim // heads),
                     bias=bias,
@@ -139,41 +139,55 @@ class MemoryTransformer(MemoryAugmentedModel):
                 norm(dim),
                 dropout,
             )
-            for stack in per_layer
+            for stack in _memory_stacks(memories, depth)
         )
-        self._init_memory_tokens()
+        self.init_memory_tokens()
         self.norm = norm(dim)
         self.head = Linear(dim, vocab_size, bias=False)
         self.reset_parameters()
         if tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], window: int | None = None) -> Self:
-        """Build the model kept at ``path``, in eval mode: ours, or a published decoder.
+    def with_memory(
+        self,
+        memories: Sequence[MemoryFactory] | MemoryFactory = (),
+        *,
+        window: int | None = None,
+        num_sinks: int = 4,
+        layers: Sequence[int] | None = None,
+        gated_memory: bool = True,
+    ) -> Self:
+        """Return a copy with added memories that shares its weights; see :func:`memtx.models.add_memory.add_memory`."""
+        from memtx.models.add_memory import add_memory  # which imports this module
 
-        Args:
-            path: a folder of :meth:`save_pretrained`, a training checkpoint, or a folder in the layout of the
-                ``transformers`` library of a Llama, Mistral, Qwen 2, Qwen 3 or GPT-2.
-            window: of such a folder alone, exact positions seen; by default those the model was trained with, at most
-                4096. Layers that were trained with a narrower window keep it.
+        return add_memory(self, memories, window=window, num_sinks=num_sinks, layers=layers, gated_memory=gated_memory)
 
-        Raises:
-            CheckpointError: missing, damaged, of another class, or with tensors that do not fit; all are named.
-            MemtxError: a window for a model of ours.
-        """
-        if not load.is_hf_checkpoint(path) and window is None:
-            return super().from_pretrained(path)
-        made = load.from_pretrained(path, window)
-        if not isinstance(made, cls):
-            raise CheckpointError(
-                f"'{path}' holds a {type(made).__name__}, expected {cls.__name__}.",
-                "memtx.from_pretrained picks the class by itself.",
-            )
-        return made
+    def without_memory(self, window: int) -> Self:
+        """Return a copy with an exact window alone; see :func:`memtx.models.add_memory.remove_memory`."""
+        from memtx.models.add_memory import remove_memory
+
+        return remove_memory(self, window)
+
+    def memory_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the memories by name: their own, their gates and the write tokens."""
+        parts = (".attention.memory.", ".attention.extra_memories.", ".attention.gate")
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name == "write_tokens" or any(part in name for part in parts)
+        }
+
+    def init_memory_tokens(self) -> None:
+        """Set ``memory_tokens`` to those of the layers, and create the write tokens they need, uninitialized."""
+        self.memory_tokens = MemoryTokens.from_blocks(self._layers())
+        if self.memory_tokens is not None:
+            self.write_tokens = nn.Parameter(torch.empty(self.memory_tokens.num_tokens, self.dim))
+
+    def _layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew (GPT-2's rule: residual maps narrower by the square root of their number)."""
+        """Initialize all weights by GPT-2's rule: residual projections are scaled by 1 / sqrt(number of them)."""
         std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
         nn.init.normal_(self.embedding.weight, std=std)
         nn.init.normal_(self.head.weight, std=std)
@@ -189,12 +203,12 @@ class MemoryTransformer(MemoryAugmentedModel):
         """Return the state of fresh streams.
 
         Args:
-            batch_size: streams in the batch.
-            dtype: of what is carried; the weights' by default.
-            device: the weights' by default.
+            batch_size: Number of streams.
+            dtype: Dtype of the state. Defaults to the weights'.
+            device: Device of the state. Defaults to the weights'.
 
         Raises:
-            MemtxError: batch_size is not positive.
+            MemtxError: ``batch_size`` is not positive.
         """
         check_at_least(1, batch_size=batch_size)
         weight = self.embedding.weight
@@ -218,50 +232,55 @@ class MemoryTransformer(MemoryAugmentedModel):
         """Read one segment.
 
         Args:
-            tokens: (rows, segment) int64.
-            state: what the previous call returned; None for fresh streams.
-            document_starts: (rows, segment) bool, where a document begins; nothing before it is seen from there on.
-            labels: (rows, segment) int64, the token to be predicted at each place; -100 where none is.
-            valid_length: (rows,) int64, in eval mode, how many tokens of each row are of its text, which may be none:
-                what is put behind them changes neither them nor the next state. None where all are.
-            return_hidden_states: whether to return hidden states.
+            tokens: ``(batch, length)`` int64.
+            state: State returned by the previous call; None for fresh streams.
+            document_starts: ``(batch, length)`` bool, True where a document begins; later tokens see nothing before it.
+            labels: ``(batch, length)`` int64, the token to predict at each position; -100 is ignored.
+            valid_length: ``(batch,)`` int64, in eval mode: number of leading tokens that count, possibly 0; padding
+                behind them changes neither their output nor the next state. None if all count.
+            return_hidden_states: If True, return the hidden states.
 
         Raises:
-            MemtxError: shapes do not fit each other, or valid_length was given to a model without
+            MemtxError: Shapes do not fit each other, or ``valid_length`` is given in training or to a model without
                 :attr:`supports_padding`.
         """
-        check_inputs(tokens, state, document_starts=document_starts, labels=labels)
+        check_segment(tokens, state, document_starts=document_starts, labels=labels)
         if valid_length is not None:
             check_valid_length(tokens, valid_length)
             if self.training or not self.supports_padding:
-                raise MemtxError(
-                    "valid_length was given "
-                    + ("in training." if self.training else "to memories that read all tokens."),
-                    "Give rows of one length.",
-                )
+                reason = "in training" if self.training else "to memories that do not support padding"
+                raise MemtxError(f"valid_length was given {reason}.", "Give segments of equal length instead.")
         if document_starts is not None and document_starts.dtype != torch.bool:
             raise MemtxError(f"document_starts is {document_starts.dtype}, expected bool.", "Compare it with 0 first.")
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.from_document_starts(state.position, tokens.shape[1], document_starts, valid_length)
         x = self.dropout(self._embed(tokens, segment.position))
-        through = partial(self._run_layers, keep_hidden_states=return_hidden_states)
-        stops = find_chunk_ends(segment, self._layers())
+        run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
+        chunk_ends = find_chunk_ends(segment, self._layers())
         if self.memory_tokens is not None:
-            given = self._layers(), self.memory_tokens, self.write_tokens, stops, x, state, document_starts
-            hidden, layers, losses = forward_with_memory_tokens(through, *given)
-        elif stops:
-            hidden, layers, losses = forward_in_chunks(through, stops, x, state, document_starts)
+            hidden, layers, losses = forward_with_memory_tokens(
+                run_layers,
+                self._layers(),
+                self.memory_tokens,
+                self.write_tokens,
+                chunk_ends,
+                x,
+                state,
+                document_starts,
+            )
+        elif chunk_ends:
+            hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts)
         else:
-            hidden, layers, losses = through(x, state.layers, segment)
+            hidden, layers, losses = run_layers(x, state.layers, segment)
         x = self.norm(hidden[-1])
         logits = loss = language_loss = nll = None
         if labels is None:
             logits = self.head(x)
         else:
-            flat = labels.reshape(-1)
-            total, nll = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat)
+            flat_labels = labels.reshape(-1)
+            nll_sum, nll = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat_labels)
             nll = nll.view_as(labels)
-            language_loss = total / (flat != IGNORE_INDEX).sum().clamp(min=1)
+            language_loss = nll_sum / (flat_labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = language_loss + sum(losses.values())
         return MemoryOutput(
             logits,
@@ -274,59 +293,73 @@ class MemoryTransformer(MemoryAugmentedModel):
         )
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Return (..., dim) of tokens at positions, both (...) int64."""
+        """Return ``(..., dim)`` for tokens at positions, both ``(...)`` int64."""
         x: Tensor = self.embedding(tokens)
         return x if self.absolute_positions is None else x + self.absolute_positions(position)
 
     def _run_layers(
         self, x: Tensor, states: LayerStates, segment: Segment, keep_hidden_states: bool
     ) -> tuple[list[Tensor], LayerStates, Losses]:
-        """Return the last layer's output, behind x and the others' where these are kept, next states and losses."""
-        hidden, layers = [x], []
-        named: dict[str, list[Tensor]] = {}
-        for block, own in zip(self._layers(), states, strict=True):
+        """Return hidden states, next states and losses; only the last hidden state unless all are kept."""
+        hidden, next_states = [x], []
+        losses: dict[str, list[Tensor]] = {}
+        for block, layer_state in zip(self._layers(), states, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, own, found = checkpoint(block, x, own, segment, use_reentrant=False)
+                x, layer_state, layer_losses = checkpoint(block, x, layer_state, segment, use_reentrant=False)
             else:
-                x, own, found = block(x, own, segment)
-            layers.append(own)
-            for name, value in found.items():
-                named.setdefault(name, []).append(value)
+                x, layer_state, layer_losses = block(x, layer_state, segment)
+            next_states.append(layer_state)
+            for name, value in layer_losses.items():
+                losses.setdefault(name, []).append(value)
             hidden = [*hidden, x] if keep_hidden_states else [x]
-        return hidden, tuple(layers), {name: torch.stack(values).mean() for name, values in named.items()}
+        return hidden, tuple(next_states), {name: torch.stack(values).mean() for name, values in losses.items()}
 
     @property
     def supports_padding(self) -> bool:
-        """Whether the rows of a call may be of different lengths."""
+        """If True, the streams of a call may have different lengths (``valid_length``)."""
         return all(memory.supports_padding for block in self._layers() for memory in block.attention.memories)
 
     def to_rings(self, state: MemoryState) -> list[KVRing] | None:
-        """Open a state for decoding in place, a ring a layer; None where a memory has no such form."""
-        pairs = zip(self._layers(), state.layers, strict=True)
-        rings = [block.attention.open_ring(own, state.position) for block, own in pairs]
-        found = [ring for ring in rings if ring is not None]
-        return found if len(found) == len(rings) else None
+        """Return one ring per layer with a state's content, for decoding in place; None if a memory has no ring."""
+        blocks = zip(self._layers(), state.layers, strict=True)
+        rings = [block.attention.open_ring(layer_state, state.position) for block, layer_state in blocks]
+        supported = [ring for ring in rings if ring is not None]
+        return supported if len(supported) == len(rings) else None
 
     def from_rings(self, rings: Sequence[KVRing], position: Tensor) -> MemoryState:
-        """Return the state that rings hold, as a value; position: (rows,) int64, tokens read so far."""
+        """Return the content of the rings as a state; position: ``(batch,)`` int64, tokens read so far."""
         layers = []
         for block, ring in zip(self._layers(), rings, strict=True):
-            layers.append((block.attention.memory.join_state(*from_ring(ring.layout, ring.hidden, position)),))
+            layers.append(block.attention.close_ring(ring, position))
         return MemoryState(position.clone(), tuple(layers))
 
     def decode_step(self, tokens: Tensor, rings: Sequence[KVRing], step: DecodeStep) -> Tensor:
-        """Read one token a row in eval mode, writing into rings: what :class:`memtx.inference.decoder.Decoder` runs.
+        """Read one token per stream in eval mode, for :class:`memtx.inference.decoder.Decoder`.
 
         Args:
-            tokens: (rows,) int64.
-            rings: as opened by :meth:`to_rings`, changed in place.
-            step: where the tokens stand.
+            tokens: ``(batch,)`` int64.
+            rings: Rings from :meth:`to_rings`, changed in place.
+            step: Positions of the tokens.
 
         Returns:
-            (rows, vocab) logits.
+            ``(batch, vocab)`` logits.
         """
         x = self._embed(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+
+def _memory_stacks(
+    memories: Sequence[Sequence[MemoryFactory] | MemoryFactory], depth: int
+) -> list[Sequence[MemoryFactory]]:
+    """Return the memory factories of each layer."""
+    if len(memories) not in (1, depth):
+        raise MemtxError(
+            f"There are {len(memories)} memories for {depth} layers.", f"Give one for all layers, or {depth}."
+        )
+    stacks = [memory if isinstance(memory, Sequence) else [memory] for memory in memories]
+    if not all(stacks):
+        raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without memory.")
+    return stacks if len(stacks) == depth else stacks * depth

@@ -1,8 +1,8 @@
-"""Reading a call in parts: long ones in pieces that stay in the cache, and memory tokens by intervals.
+"""A call read in chunks: long calls in pieces that fit the CPU cache, and memory tokens interval by interval.
 
-Memory tokens are written from the top of the stack and read at its bottom, so their calls are read up to the next
-border of any row at a time. There the asking tokens of all rows go through the layers after the interval, and what
-they become goes through the layers alone, before the next one; rows that stand at no border keep what they had.
+Memory tokens are written at the top of the stack and read at its bottom, so a call is read up to the next interval end
+of any stream at a time. There the write tokens go through the layers after the interval, and their outputs go through
+the layers alone to become the memory tokens of the next one; streams whose interval has not ended keep theirs.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ from memtx.segment import Segment
 from memtx.state import MemoryState
 
 LayerStates = tuple[tuple[Any, ...], ...]
+"""States of each layer's memories."""
+
 RunLayers = Callable[[Tensor, LayerStates, Segment], tuple[list[Tensor], LayerStates, Losses]]
+"""Maps inputs, states and positions of one chunk to hidden states, next states and losses."""
 
 MAX_CHUNK_TOKENS = 4096
-"""Tokens of all rows read at once on the CPU without a gradient: what a layer makes of them stays in the cache."""
+"""Tokens of all streams read at once on the CPU without gradient: a layer's activations then stay in the cache."""
 
 MIN_CHUNK_LENGTH = 1024
-"""Tokens a row of such a part at least: every part projects the layers' whole caches anew."""
+"""Minimum tokens per stream of such a chunk: every chunk projects the layers' whole caches anew."""
 
 
 @dataclass(frozen=True)
 class MemoryTokens:
-    """A model's memory tokens.
+    """Memory tokens of a model.
 
     Attributes:
-        memory_indices: where in each layer's stack they stand.
-        num_tokens: how many.
-        interval: tokens of a document after which they are written.
+        memory_indices: Their index among the memories of each layer.
+        num_tokens: Number of tokens.
+        interval: Tokens of a document after which they are written.
     """
 
     memory_indices: tuple[int, ...]
@@ -47,52 +50,53 @@ class MemoryTokens:
 
     @classmethod
     def from_blocks(cls, blocks: Sequence[Block]) -> MemoryTokens | None:
-        """Return what the layers have of them; None for a model without.
+        """Return the memory tokens of the layers, or None if they have none.
 
         Raises:
-            MemtxError: some layers have them and others not, or with other settings.
+            MemtxError: Not all layers have exactly one TokenMemory of equal settings.
         """
-        found = [
-            [(place, one) for place, one in enumerate(block.attention.memories) if isinstance(one, TokenMemory)]
+        per_layer = [
+            [
+                (index, memory)
+                for index, memory in enumerate(block.attention.memories)
+                if isinstance(memory, TokenMemory)
+            ]
             for block in blocks
         ]
-        if not any(found):
+        if not any(per_layer):
             return None
-        settings = {(one.num_tokens, one.interval) for layer in found for _, one in layer}
-        if any(len(layer) != 1 for layer in found) or len(settings) != 1:
+        settings = {(memory.num_tokens, memory.interval) for layer in per_layer for _, memory in layer}
+        if any(len(layer) != 1 for layer in per_layer) or len(settings) != 1:
             raise MemtxError(
-                "Memory tokens go through all layers, but not all have one TokenMemory of equal settings.",
-                "Give one stack for all layers.",
+                "Memory tokens go through all layers, but not all layers have one TokenMemory of equal settings.",
+                "Give one list of memories for all layers.",
             )
-        return cls(tuple(layer[0][0] for layer in found), *settings.pop())
+        return cls(tuple(layer[0][0] for layer in per_layer), *settings.pop())
 
 
 def find_chunk_ends(segment: Segment, blocks: Sequence[Block]) -> list[int]:
-    """Return the offsets at which the parts end that a call is read in; none for it whole.
+    """Return the offsets at which the chunks of a call end, or an empty list to read it at once.
 
     Args:
-        segment: where the call's tokens stand.
-        blocks: the layers.
+        segment: Positions of the call's tokens.
+        blocks: The layers.
     """
     memories = [memory for block in blocks for memory in block.attention.memories]
-    late = {memory.interval for memory in memories if memory.write_source in ("output", "top")}
-    if borders := sorted(
-        {tick for interval in late if interval is not None for tick in segment.split_offsets(interval)}
-    ):
-        return borders
-    rows, length = segment.position.shape
-    if segment.valid_length is not None:  # Of kinds without borders; how long the call is, its caller decided.
-        return []
-    part = max(MAX_CHUNK_TOKENS // rows, MIN_CHUNK_LENGTH)
-    if length <= part or segment.position.device.type != "cpu":
-        return []
+    intervals = {memory.interval for memory in memories if memory.needs_layer_output or isinstance(memory, TokenMemory)}
+    if offsets := {offset for interval in intervals if interval for offset in segment.split_offsets(interval)}:
+        return sorted(offsets)
+    batch_size, length = segment.position.shape
+    chunk_length = max(MAX_CHUNK_TOKENS // batch_size, MIN_CHUNK_LENGTH)
     if (
-        torch.is_grad_enabled()
+        segment.valid_length is not None  # the caller chose the length
+        or length <= chunk_length
+        or segment.position.device.type != "cpu"
+        or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or any(memory.depends_on_segmentation for memory in memories)
     ):
         return []
-    return [*range(part, length, part), length]
+    return [*range(chunk_length, length, chunk_length), length]
 
 
 def forward_in_chunks(
@@ -103,36 +107,36 @@ def forward_in_chunks(
     document_starts: Tensor | None,
     after_chunk: Callable[[LayerStates, Tensor], LayerStates] | None = None,
 ) -> tuple[list[Tensor], LayerStates, Losses]:
-    """Read a call part after part.
+    """Read a call chunk by chunk.
 
     Args:
-        run_layers: reads one part: from its inputs, the states and its places to outputs, states and losses.
-        chunk_ends: the offsets at which parts end, the call's end the last.
-        x: (rows, segment, dim), embedded.
-        state: as the call found it.
-        document_starts: (rows, segment) bool, where documents begin; None for nowhere.
-        after_chunk: changes the states after each part, given them and (rows,) the tokens read so far.
+        run_layers: Function that reads one chunk.
+        chunk_ends: Offsets at which the chunks end, the call's end last.
+        x: Embedded tokens, ``(batch, length, dim)``.
+        state: State before the call.
+        document_starts: ``(batch, length)`` bool, True where a document begins; None for nowhere.
+        after_chunk: Updates the states after each chunk, given them and the tokens read so far, ``(batch,)`` int64.
 
     Returns:
-        what ``run_layers`` gives for the whole call; losses weigh by the parts' lengths.
+        Output of ``run_layers`` for the whole call; losses are averaged, weighted by chunk length.
     """
-    layers, position, begin = state.layers, state.position, 0
-    parts: list[list[Tensor]] = []
+    layers, position, start = state.layers, state.position, 0
+    chunks: list[list[Tensor]] = []
     losses: Losses = {}
-    for stop in chunk_ends:
-        own = Segment.from_document_starts(
-            position, stop - begin, None if document_starts is None else document_starts[:, begin:stop]
+    for end in chunk_ends:
+        segment = Segment.from_document_starts(
+            position, end - start, None if document_starts is None else document_starts[:, start:end]
         )
-        hidden, layers, found = run_layers(x[:, begin:stop], layers, own)
-        position = own.next_position
+        hidden, layers, chunk_losses = run_layers(x[:, start:end], layers, segment)
+        position = segment.next_position
         if after_chunk is not None:
             layers = after_chunk(layers, position)
-        parts.append(hidden)
-        for name, value in found.items():
-            share = value * ((stop - begin) / x.shape[1])
-            losses[name] = losses[name] + share if name in losses else share
-        begin = stop
-    return [torch.cat(one, dim=1) for one in zip(*parts, strict=True)], layers, losses
+        chunks.append(hidden)
+        for name, value in chunk_losses.items():
+            weighted = value * ((end - start) / x.shape[1])
+            losses[name] = losses[name] + weighted if name in losses else weighted
+        start = end
+    return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)], layers, losses
 
 
 def forward_with_memory_tokens(
@@ -145,26 +149,25 @@ def forward_with_memory_tokens(
     state: MemoryState,
     document_starts: Tensor | None,
 ) -> tuple[list[Tensor], LayerStates, Losses]:
-    """Read a call up to a border of any row at a time, and write the memory tokens there.
+    """Read a call up to an interval end at a time, and write the memory tokens there.
 
     Args:
-        run_layers: as for :func:`forward_in_chunks`, as are chunk_ends, x, state and document_starts.
-        blocks: the layers.
-        memory_tokens: the settings.
-        write_tokens: (count, dim), the tokens that ask what to remember.
-        chunk_ends: offsets, the borders among them.
-        x: (rows, segment, dim).
-        state: a value.
-        document_starts: (rows, segment) bool, or None.
+        run_layers: As for :func:`forward_in_chunks`, as are chunk_ends, x, state and document_starts.
+        blocks: The layers.
+        memory_tokens: Settings of the memory tokens.
+        write_tokens: Learned inputs whose outputs become the memory tokens, ``(num_tokens, dim)``.
+        chunk_ends: Offsets at which the chunks end, all interval ends among them.
+        x: Embedded tokens, ``(batch, length, dim)``.
+        state: State before the call.
+        document_starts: ``(batch, length)`` bool, or None.
     """
 
-    def between(layers: LayerStates, position: Tensor) -> LayerStates:
-        # At no border too, where nothing is changed by it: shapes, and so the work, are the same.
+    def after_chunk(layers: LayerStates, position: Tensor) -> LayerStates:
+        # Also where no interval ends, which changes nothing, so that the shapes stay the same.
         return _update_memory_tokens(blocks, memory_tokens, write_tokens, layers, position)
 
-    hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, between)
-    # What was asked for is read after the border, maybe in no call of the horizon; DDP wants a gradient all the
-    # same, which is zero then.
+    hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, after_chunk)
+    # What was written may be read in no call of this horizon; DDP still needs a gradient, which is zero then.
     hidden[-1] = hidden[-1] + 0.0 * write_tokens.sum()
     return hidden, layers, losses
 
@@ -172,19 +175,19 @@ def forward_with_memory_tokens(
 def _update_memory_tokens(
     blocks: Sequence[Block], memory_tokens: MemoryTokens, write_tokens: Tensor, layers: LayerStates, position: Tensor
 ) -> LayerStates:
-    """Return the layers' states with new memory tokens in the rows whose interval has just ended."""
-    rows, count = position.shape[0], write_tokens.shape[0]
-    x = write_tokens.expand(rows, -1, -1)
-    after = Segment.from_document_starts(position, count)
-    for block, own in zip(blocks, layers, strict=True):
-        # What the asking tokens leave in the memories is forgotten: they are not of the text.
-        x, _, _ = block(x, own, after)
-    alone = Segment.from_document_starts(torch.zeros_like(position), count)
-    ended = (position % memory_tokens.interval == 0)[:, None, None]
-    changed = []
-    for block, own, place in zip(blocks, layers, memory_tokens.memory_indices, strict=True):
-        hidden = torch.where(ended, block.attention_norm(x).to(own[place].hidden.dtype), own[place].hidden)
-        changed.append((*own[:place], TokenState(hidden), *own[place + 1 :]))
-        exact = block.attention.memory
-        x, _, _ = block(x, (exact.init_state(rows, like=x),), alone)
-    return tuple(changed)
+    """Return the states with new memory tokens in the streams whose interval has just ended."""
+    batch_size, num_tokens = position.shape[0], write_tokens.shape[0]
+    x = write_tokens.expand(batch_size, -1, -1)
+    segment = Segment.from_document_starts(position, num_tokens)
+    for block, states in zip(blocks, layers, strict=True):
+        # The states after the write tokens are dropped: these are not part of the text.
+        x, _, _ = block(x, states, segment)
+    alone = Segment.from_document_starts(torch.zeros_like(position), num_tokens)
+    has_ended = (position % memory_tokens.interval == 0)[:, None, None]
+    updated = []
+    for block, states, index in zip(blocks, layers, memory_tokens.memory_indices, strict=True):
+        present = states[index].hidden
+        hidden = torch.where(has_ended, block.attention_norm(x).to(present.dtype), present)
+        updated.append((*states[:index], TokenState(hidden), *states[index + 1 :]))
+        x, _, _ = block(x, (block.attention.memory.init_state(batch_size, like=x),), alone)
+    return tuple(updated)

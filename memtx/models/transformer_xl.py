@@ -1,6 +1,6 @@
-"""Transformer-XL: a decoder whose layers see the hidden states of the segments before (Dai et al. 2019).
+"""Transformer-XL (Dai et al. 2019): a decoder whose layers see the hidden states of previous segments.
 
-As published: an empty memory is one of zeros, which are seen. So a fresh stream sees as many keys as any other.
+As published, an empty memory consists of zeros, which are visible: a fresh stream sees as many keys as any other.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import MemtxError, check_at_least
-from memtx.hf.layout import HFCompatibleModel
 from memtx.layers.adaptive_softmax import AdaptiveEmbedding, AdaptiveSoftmax, VocabClusters
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.transformer_xl import RelativeAttention, distance_embeddings
 from memtx.memory.recurrent import RecurrentState, update_cache
 from memtx.models.recurrent_lm import MemoryOutput
-from memtx.models.validation import check_inputs
+from memtx.models.validation import check_segment
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment
 from memtx.state import MemoryState
@@ -29,12 +29,12 @@ class TransformerXLBlock(nn.Module):
     """One layer: attention over [memory | segment], then feed-forward.
 
     Args:
-        attention: the attention part.
-        feed_forward: the position-wise part.
-        dim: width of the hidden states.
-        eps: of the norms.
-        pre_norm: norm what each part reads, instead of the sum it ends in.
-        dropout: of what each part adds.
+        attention: Attention part.
+        feed_forward: Feed-forward part.
+        dim: Width of the hidden states.
+        eps: Epsilon of the norms.
+        pre_norm: If True, normalize the input of each part instead of the residual sum after it.
+        dropout: Dropout rate of the residual branches.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class TransformerXLBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, memory: Tensor, **attention_kwargs: Tensor | tuple[Tensor, Tensor] | None) -> Tensor:
-        """Return the layer's output (rows, segment, dim); further arguments are the attention's."""
+        """Return ``(batch, length, dim)`` from x of that shape and memory ``(batch, memory_length, dim)``."""
         if self.pre_norm:
             attended = self.attention(self.attention_norm(x), self.attention_norm(memory), **attention_kwargs)
             x = x + self.dropout(attended)
@@ -66,35 +66,35 @@ class TransformerXLBlock(nn.Module):
         return out
 
 
-class TransformerXL(HFCompatibleModel):
+class TransformerXL(PretrainedModel):
     """A decoder with relative positions, a cache of hidden states, and an adaptive softmax.
 
     Args:
-        vocab_size: token ids are 0 .. vocab_size - 1, the frequent first.
-        dim: width of the hidden states.
-        depth: layers.
-        heads: how many a layer.
-        head_dim: width of a head; dim / heads by default.
-        hidden_dim: inner width of the feed-forward parts; 4 dim by default.
-        memory_length: hidden states carried, in positions.
-        same_length: every query sees ``memory_length`` positions, itself included, so cutting a stream does not matter;
-            else it sees the whole cache and what came before it in the segment.
-        clamp_length: farther distances count as this one; 0 or less for no such limit.
-        embed_dim: width of the short list's embeddings; dim by default.
-        cutoffs: the first token of each cluster of the vocabulary.
-        div_value: each cluster's embeddings are narrower by this factor.
-        tie_embeddings: whether output weights are the embeddings.
-        tie_projections: for each cluster whether its map to the output is the embedding's; all but the short list's
-            by default, as published.
-        share_biases: one u and v for all layers, instead of one a layer.
-        pre_norm: norm before each part instead of after it.
-        add_lm_head: whether there is a softmax; without one ``logits`` is None.
-        eps: of the norms.
-        dropout: of embeddings and of what each part adds.
-        attention_dropout: of attention weights.
+        vocab_size: Number of token ids, frequent tokens first.
+        dim: Width of the hidden states.
+        depth: Number of layers.
+        heads: Heads per layer.
+        head_dim: Width of a head. Defaults to dim / heads.
+        hidden_dim: Hidden width of the feed-forward parts. Defaults to 4 dim.
+        memory_length: Number of hidden states carried per layer.
+        same_length: If True, every query sees ``memory_length`` positions, itself included, so that segmentation does
+            not matter; otherwise it sees the whole cache and the earlier tokens of its segment.
+        clamp_length: Largest distance that is told apart; 0 or less for no limit.
+        embed_dim: Width of the embeddings of the first cluster. Defaults to ``dim``.
+        cutoffs: First token of each further cluster of the vocabulary.
+        div_value: Factor by which each cluster's embeddings are narrower than the previous cluster's.
+        tie_embeddings: If True, the output weights are the embeddings.
+        tie_projections: For each cluster, whether its output projection is the embedding's. Defaults to all but the
+            first, as published.
+        share_biases: If True, all layers share the biases u and v.
+        pre_norm: If True, normalize before each part instead of after it.
+        add_lm_head: If True, add the softmax; ``logits`` is None without it.
+        eps: Epsilon of the norms.
+        dropout: Dropout rate of the embeddings and the residual branches.
+        attention_dropout: Dropout rate of the attention weights.
 
     Raises:
-        MemtxError: a number is out of range or numbers do not fit each other.
+        MemtxError: A number is out of range, or numbers do not fit each other.
     """
 
     def __init__(
@@ -124,26 +124,23 @@ class TransformerXL(HFCompatibleModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if dim % 2:
-            raise MemtxError(f"dim is {dim}, expected an even number.", "Half of a distance's code is sines.")
-        if memory_length < (1 if same_length else 0):
-            raise MemtxError(f"memory_length is {memory_length}.", "Give at least 1 where every query sees as many.")
+            raise MemtxError(f"dim is {dim}, expected an even number.", "Choose another dim.")
+        check_at_least(1 if same_length else 0, memory_length=memory_length)
         if head_dim is None and dim % heads:
-            raise MemtxError(f"dim is {dim}, which {heads} heads do not divide.", "Choose a divisor, or give head_dim.")
+            raise MemtxError(
+                f"dim ({dim}) must be divisible by heads ({heads}).", "Choose other numbers or a head_dim."
+            )
         head_dim = head_dim if head_dim is not None else dim // heads
         clusters = VocabClusters(vocab_size, cutoffs, embed_dim if embed_dim is not None else dim, div_value)
         ties = [cluster > 0 for cluster in range(len(clusters.bounds))] if tie_projections is None else tie_projections
         if len(ties) != len(clusters.bounds):
             raise MemtxError(
-                f"tie_projections has {len(ties)} entries, the vocabulary {len(clusters.bounds)} clusters.",
-                "Give one a cluster, the short list's first.",
+                f"tie_projections has {len(ties)} entries for {len(clusters.bounds)} clusters of the vocabulary.",
+                "Give one per cluster.",
             )
         self.save_init_args(arguments)
-        self.vocab_size = vocab_size
-        self.dim = dim
-        self.depth = depth
-        self.memory_length = memory_length
-        self.same_length = same_length
-        self.clamp_length = clamp_length
+        self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
+        self.memory_length, self.same_length, self.clamp_length = memory_length, same_length, clamp_length
         self.embedding = AdaptiveEmbedding(clusters, dim)
         self.content_bias = nn.Parameter(torch.zeros(heads, head_dim)) if share_biases else None
         self.position_bias = nn.Parameter(torch.zeros(heads, head_dim)) if share_biases else None
@@ -165,7 +162,7 @@ class TransformerXL(HFCompatibleModel):
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02, projection_std: float = 0.01) -> None:
-        """Draw all weights anew, as published: normal, biases zero, norms one."""
+        """Initialize all weights as published: normal weights, zero biases, unit norms."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 if "norm" in name:
@@ -183,16 +180,7 @@ class TransformerXL(HFCompatibleModel):
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MemoryState:
-        """Return the state of fresh streams.
-
-        Args:
-            batch_size: streams in the batch.
-            dtype: of what is carried; the weights' by default.
-            device: the weights' by default.
-
-        Raises:
-            MemtxError: batch_size is not positive.
-        """
+        """Return the state of fresh streams; arguments as in :meth:`memtx.MemoryTransformer.init_state`."""
         check_at_least(1, batch_size=batch_size)
         weight = self.embedding.cluster_table(0)
         hidden = torch.zeros(
@@ -213,44 +201,47 @@ class TransformerXL(HFCompatibleModel):
         """Read one segment; the output's ``logits`` are log-probabilities.
 
         Args:
-            tokens: (rows, segment) int64.
-            state: what the previous call returned; None for fresh streams. Its layers hold the newest layer inputs,
-                ``state.layers[l][0].hidden`` (rows, memory, dim), newest last.
-            document_starts: (rows, segment) bool, where a document begins; what came before it counts as an empty
-                memory.
-            labels: (rows, segment) int64, the token to be predicted at each place; -100 where none is.
-            return_hidden_states: whether to return hidden states.
+            tokens: ``(batch, length)`` int64.
+            state: State returned by the previous call; None for fresh streams. It holds the newest inputs of each
+                layer, ``state.layers[layer][0].hidden`` of shape ``(batch, memory_length, dim)``, newest last.
+            document_starts: ``(batch, length)`` bool, True where a document begins; earlier tokens then count as an
+                empty memory.
+            labels: ``(batch, length)`` int64, the token to predict at each position; -100 is ignored.
+            return_hidden_states: If True, return the hidden states.
 
         Raises:
-            MemtxError: shapes do not fit each other, or labels are given to a model without a softmax.
+            MemtxError: Shapes do not fit each other, or labels are given to a model without a softmax.
         """
-        check_inputs(tokens, state, labels=labels)
+        check_segment(tokens, state, labels=labels)
         if labels is not None and self.softmax is None:
-            raise MemtxError("labels were given to a model without a softmax.", "Leave them out.")
+            raise MemtxError("labels were given to a model without a softmax.", "Remove labels, or set add_lm_head.")
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.from_document_starts(state.position, tokens.shape[1], document_starts)
         x = self.dropout(self.embedding(tokens))
         sinusoids = self.dropout(
             distance_embeddings(self.memory_length + segment.length, self.dim, self.clamp_length, x)
         )
-        seen = self._visibility_mask(segment)
-        foreign = None if document_starts is None else self._other_document_mask(segment)
-        shared = None
+        attention_kwargs = {
+            "sinusoids": sinusoids,
+            "mask": self._visibility_mask(segment),
+            "cross_document_mask": None if document_starts is None else self._cross_document_mask(segment),
+            "shared_biases": None,
+        }
         if self.content_bias is not None and self.position_bias is not None:
-            shared = (self.content_bias, self.position_bias)
+            attention_kwargs["shared_biases"] = (self.content_bias, self.position_bias)
         hidden, layers = [x], []
-        for block, (own,) in zip(self._layers(), state.layers, strict=True):
-            carried = own.hidden.to(x.dtype)
-            layers.append((RecurrentState(update_cache(own.hidden, x.to(own.hidden.dtype), segment)),))
-            x = block(x, carried, sinusoids=sinusoids, mask=seen, cross_document_mask=foreign, shared_biases=shared)
+        for block, (layer_state,) in zip(self._layers(), state.layers, strict=True):
+            cache = layer_state.hidden
+            layers.append((RecurrentState(update_cache(cache, x.to(cache.dtype), segment)),))
+            x = block(x, cache.to(x.dtype), **attention_kwargs)
             hidden.append(x)
         x = self.dropout(x)
         logits = loss = nll = None
         if labels is not None:
             assert self.softmax is not None
-            scored = self.softmax.nll(x.flatten(0, 1), labels.flatten(), self.embedding)
-            loss = scored.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
-            nll = scored.detach().view_as(labels)
+            flat_nll = self.softmax.nll(x.flatten(0, 1), labels.flatten(), self.embedding)
+            loss = flat_nll.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
+            nll = flat_nll.detach().view_as(labels)
         elif self.softmax is not None:
             logits = self.softmax(x, self.embedding)
         return MemoryOutput(
@@ -264,13 +255,13 @@ class TransformerXL(HFCompatibleModel):
         )
 
     def _visibility_mask(self, segment: Segment) -> Tensor:
-        """Return (segment, memory + segment) bool."""
+        """Return which keys each query sees, ``(length, memory_length + length)`` bool."""
         query = torch.arange(segment.length, device=segment.position.device)[:, None]
         key = torch.arange(-self.memory_length, segment.length, device=segment.position.device)
-        seen = key <= query
-        return seen & (key > query - self.memory_length) if self.same_length else seen
+        visible = key <= query
+        return visible & (key > query - self.memory_length) if self.same_length else visible
 
-    def _other_document_mask(self, segment: Segment) -> Tensor:
-        """Return (rows, segment, memory + segment) bool: keys of another document than the query's."""
-        document = F.pad(segment.document_id, (self.memory_length, 0))  # what is carried is of document 0
+    def _cross_document_mask(self, segment: Segment) -> Tensor:
+        """Return which keys belong to another document, ``(batch, length, memory_length + length)`` bool."""
+        document = F.pad(segment.document_id, (self.memory_length, 0))  # the cache belongs to document 0
         return document[:, None, :] != segment.document_id[:, :, None]

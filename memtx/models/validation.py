@@ -1,4 +1,4 @@
-"""What a model that reads segment by segment refuses before any work."""
+"""Checks of a call's arguments, made before any computation."""
 
 from __future__ import annotations
 
@@ -9,38 +9,47 @@ from memtx.errors import MemtxError
 from memtx.state import MemoryState
 
 
-def check_inputs(tokens: Tensor, state: MemoryState | None, **per_token: Tensor | None) -> None:
-    """Raise unless a segment, the state and what is given beside the tokens fit one another.
+def check_token_ids(name: str, token_ids: Tensor, **per_token: Tensor | None) -> None:
+    """Raise MemtxError unless token ids are ``(batch, length)`` integers and the other arguments have their shape.
 
     Args:
-        tokens: expected int64 (rows, segment).
-        state: expected of as many rows; None for fresh streams.
-        per_token: by name what is expected of the tokens' shape; None where it is not given.
+        name: Name of the argument ``token_ids``.
+        token_ids: Expected int64 or int32 ``(batch, length)``, length at least 1.
+        per_token: Other arguments by name, expected to have the shape of ``token_ids``; None is skipped.
     """
-    if tokens.dim() != 2 or tokens.shape[1] == 0 or tokens.dtype not in (torch.int64, torch.int32):
+    if token_ids.dim() != 2 or token_ids.shape[1] == 0 or token_ids.dtype not in (torch.int64, torch.int32):
         raise MemtxError(
-            f"tokens is {tokens.dtype} {tuple(tokens.shape)}, expected int64 (rows, segment), segment at least 1.",
-            "Reshape it; one text alone is tokens[None].",
+            f"{name} is {token_ids.dtype} {tuple(token_ids.shape)}, expected int64 (batch, length), length at least 1.",
+            f"Reshape it; for a single text use {name}[None].",
         )
+    for other, tensor in per_token.items():
+        if tensor is not None and tensor.shape != token_ids.shape:
+            raise MemtxError(f"{other} is {tuple(tensor.shape)}, expected {tuple(token_ids.shape)}.", f"Match {name}.")
+
+
+def check_segment(tokens: Tensor, state: MemoryState | None, **per_token: Tensor | None) -> None:
+    """Raise MemtxError unless a segment, its state and its per-token arguments fit each other.
+
+    Args:
+        tokens: Expected int64 ``(batch, length)``.
+        state: Expected to have the same batch size; None for fresh streams.
+        per_token: As for :func:`check_token_ids`.
+    """
+    check_token_ids("tokens", tokens, **per_token)
     if state is not None and state.batch_size != tokens.shape[0]:
         raise MemtxError(
-            f"tokens has {tokens.shape[0]} rows, the state {state.batch_size}.",
-            "Select or concatenate rows of the state to match.",
+            f"tokens has batch size {tokens.shape[0]}, the state {state.batch_size}.",
+            "Select or concatenate streams of the state to match.",
         )
-    for name, given in per_token.items():
-        if given is not None and given.shape != tokens.shape:
-            raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(tokens.shape)}.", "Match tokens.")
 
 
 def check_valid_length(tokens: Tensor, valid_length: Tensor) -> None:
-    """Raise unless every row has a length within its segment; ``valid_length`` is expected int64 (rows,)."""
+    """Raise MemtxError unless ``valid_length`` is int64 ``(batch,)``, each within the segment."""
     if valid_length.dtype != torch.int64 or valid_length.shape != tokens.shape[:1]:
         raise MemtxError(
             f"valid_length is {valid_length.dtype} {tuple(valid_length.shape)}, expected int64 ({tokens.shape[0]},).",
-            "Say of every row how many tokens it has.",
+            "Give the number of tokens of each stream.",
         )
-    # Numbers on an accelerator are not looked at: that would wait for it.
+    # Values on an accelerator are not checked: that would wait for it.
     if valid_length.device.type == "cpu" and not 0 <= valid_length.min() <= valid_length.max() <= tokens.shape[1]:
-        raise MemtxError(
-            f"valid_length is {valid_length.tolist()}.", f"Give 0 to {tokens.shape[1]}, the segment's tokens."
-        )
+        raise MemtxError(f"valid_length is {valid_length.tolist()}.", f"Give numbers from 0 to {tokens.shape[1]}.")

@@ -1,4 +1,4 @@
-"""An encoder that learns by guessing tokens in any order (XLNet, Yang et al. 2019); used, it reads both ways."""
+"""XLNet (Yang et al. 2019): an encoder pretrained by predicting tokens in any order, and bidirectional when used."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from memtx.checkpoint import pretrained
+from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import MemtxError, check_at_least
 from memtx.layers.xlnet import TwoStreamBlock, bidirectional_sinusoids
-from memtx.models.encoder import EncoderOutput
+from memtx.models.encoder import EncoderOutput, init_normal
+from memtx.models.validation import check_token_ids
 
 
-class XLNet(pretrained.PretrainedModel):
-    """A post-norm encoder with two streams in training and one in use.
+class XLNet(PretrainedModel):
+    """A post-norm encoder with two streams in pretraining and one in use.
 
     Args:
-        vocab_size: token ids are 0 .. vocab_size - 1.
-        dim: width of the hidden states, even.
-        depth: layers.
-        heads: how many a layer.
-        hidden_dim: inner width of the feed-forward parts; 4 dim by default.
-        eps: of the norms.
-        dropout: of embeddings and of what each part adds.
+        vocab_size: Number of token ids.
+        dim: Width of the hidden states, even.
+        depth: Number of layers.
+        heads: Heads per layer.
+        hidden_dim: Hidden width of the feed-forward parts. Defaults to 4 dim.
+        eps: Epsilon of the norms.
+        dropout: Dropout rate of the embeddings and the residual branches.
 
     Raises:
-        MemtxError: a number is out of range or numbers do not divide as they must.
+        MemtxError: A number is out of range, or numbers do not divide as they must.
     """
 
     supports_global_attention = False
@@ -46,7 +47,9 @@ class XLNet(pretrained.PretrainedModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if dim % 2 or dim % heads:
-            raise MemtxError(f"dim is {dim}, expected an even number that {heads} heads divide.", "Choose another.")
+            raise MemtxError(
+                f"dim ({dim}) must be even and divisible by heads ({heads}).", "Choose another dim or heads."
+            )
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -54,11 +57,7 @@ class XLNet(pretrained.PretrainedModel):
         self.blocks = nn.ModuleList(TwoStreamBlock(dim, heads, hidden_dim, eps, dropout) for _ in range(depth))
         self.bias = nn.Parameter(torch.zeros(vocab_size))
         self.dropout = nn.Dropout(dropout)
-        for part in self.modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
-                nn.init.normal_(part.weight, std=0.02)
-            if isinstance(part, nn.Linear) and part.bias is not None:
-                nn.init.zeros_(part.bias)
+        init_normal(self)
         nn.init.normal_(self.mask_embedding, std=0.02)
 
     def forward(
@@ -69,48 +68,47 @@ class XLNet(pretrained.PretrainedModel):
         permutation_rank: Tensor | None = None,
         logits_mask: Tensor | None = None,
     ) -> EncoderOutput:
-        """Read whole texts: both ways, or in an order in which some tokens are guessed.
+        """Encode whole texts, or predict their tokens in a permuted order.
 
         Args:
-            input_ids: (rows, length) int64.
-            attention_mask: (rows, length), 0 for padding and 1 for a token; None for no padding.
-            permutation_rank: (rows, length) int64, when each place is read; None to read both ways. ``logits`` are then
-                given.
-            logits_mask: (rows, length) bool, the places whose logits (n, vocab) are wanted; all (rows, length, vocab)
-                by default.
+            input_ids: ``(batch, length)`` int64.
+            attention_mask: ``(batch, length)``, 1 for a token and 0 for padding; None for no padding.
+            permutation_rank: ``(batch, length)`` int64, rank of each position in the order; the output then has logits.
+                None encodes bidirectionally.
+            logits_mask: ``(batch, length)`` bool, positions to compute logits for. Defaults to all.
 
         Raises:
-            MemtxError: shapes do not fit each other.
+            MemtxError: Shapes do not fit each other.
         """
-        for name, given in (
-            ("attention_mask", attention_mask),
-            ("permutation_rank", permutation_rank),
-            ("logits_mask", logits_mask),
-        ):
-            if given is not None and given.shape != input_ids.shape:
-                raise MemtxError(f"{name} is {tuple(given.shape)}, expected {tuple(input_ids.shape)}.", "Match them.")
+        check_token_ids(
+            "input_ids",
+            input_ids,
+            attention_mask=attention_mask,
+            permutation_rank=permutation_rank,
+            logits_mask=logits_mask,
+        )
         content = self.dropout(self.embedding(input_ids))
         length = input_ids.shape[1]
-        distances = self.dropout(bidirectional_sinusoids(length, content))
-        there = torch.ones(1, 1, length, dtype=torch.bool, device=content.device)
+        sinusoids = self.dropout(bidirectional_sinusoids(length, content))
+        present = torch.ones(1, 1, length, dtype=torch.bool, device=content.device)
         if attention_mask is not None:
-            there = attention_mask[:, None] > 0
+            present = attention_mask[:, None] > 0
         if permutation_rank is None:
-            seen = there.expand(-1, length, -1)
+            visible = present.expand(-1, length, -1)
             for block in self._layers():
-                content = block(content, content, distances, seen)
+                content = block(content, content, sinusoids, visible)
             return EncoderOutput(content)
-        up_to = (permutation_rank[:, None] <= permutation_rank[:, :, None]) & there
-        before = (permutation_rank[:, None] < permutation_rank[:, :, None]) & there
-        guess = self.dropout(self.mask_embedding).expand_as(content)
+        up_to_itself = (permutation_rank[:, None] <= permutation_rank[:, :, None]) & present
+        before_itself = (permutation_rank[:, None] < permutation_rank[:, :, None]) & present
+        query = self.dropout(self.mask_embedding).expand_as(content)
         for layer, block in enumerate(self._layers()):
-            # Both ask the same layer's content.
-            guess = block(guess, content, distances, before)
+            # Both streams attend to the content of the same layer.
+            query = block(query, content, sinusoids, before_itself)
             if layer + 1 < self.depth:
-                content = block(content, content, distances, up_to)
+                content = block(content, content, sinusoids, up_to_itself)
         if logits_mask is not None:
-            guess = guess[logits_mask]
-        return EncoderOutput(content, logits=nn.functional.linear(guess, self.embedding.weight, self.bias))
+            query = query[logits_mask]
+        return EncoderOutput(content, logits=nn.functional.linear(query, self.embedding.weight, self.bias))
 
     def _layers(self) -> list[TwoStreamBlock]:
         return cast(list[TwoStreamBlock], list(self.blocks))

@@ -1,1 +1,1 @@
-"""Pure functions of tensors."""
+"""Pure functions of tensors: attention, the delta rule, rotary embeddings, losses."""

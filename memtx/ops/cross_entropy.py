@@ -1,7 +1,7 @@
-"""Output projection and cross entropy in chunks of tokens, so that whole logits never exist.
+"""Output projection and cross entropy in chunks of tokens, without the full logits.
 
-The gradient is made in the forward pass, while a chunk's logits are at hand: nothing is computed twice and
-nothing of the vocabulary's width is kept (the way of Liger Kernel, Hsu et al. 2024).
+Gradients are computed in the forward pass while a chunk's logits exist: nothing is computed twice and nothing of the
+vocabulary's size is stored per token (as in Liger Kernel, Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from memtx.ops.cpu.linear import accumulate_weight_grad, linear
 
 IGNORE_INDEX = -100
-"""The label of a token that is not scored."""
+"""Label of tokens that are not scored."""
 
 MAX_CHUNK_LOGITS = 1 << 21
-"""Logits a chunk at most (8 MiB in float32): the next passes find them in the cache."""
+"""Maximum number of logits per chunk (8 MiB in float32), so that later passes find them in the cache."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -25,37 +25,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_states: Tensor, weight: Tensor, labels: Tensor, needs_grad: bool, max_chunk_logits: int
     ) -> tuple[Tensor, Tensor]:
-        kind = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         device = hidden_states.device.type
+        cast_weight = weight
         if torch.is_autocast_enabled(device):
-            hidden_states, narrow = (
-                hidden_states.to(torch.get_autocast_dtype(device)),
-                weight.to(torch.get_autocast_dtype(device)),
-            )
-        else:
-            narrow = weight
-        nll = torch.zeros(hidden_states.shape[0], dtype=kind, device=hidden_states.device)
+            autocast_dtype = torch.get_autocast_dtype(device)
+            hidden_states, cast_weight = hidden_states.to(autocast_dtype), weight.to(autocast_dtype)
+        nll = torch.zeros(hidden_states.shape[0], dtype=dtype, device=hidden_states.device)
         grad_hidden = torch.empty_like(hidden_states) if needs_grad else None
-        # The vocabulary lies along memory: the way that the product is added the fastest.
+        # Transposed, with the vocabulary contiguous: the layout in which the product is accumulated fastest.
         grad_weight = weight.new_zeros(weight.shape[::-1]) if needs_grad else None
-        step = max(1, max_chunk_logits // weight.shape[0])
+        chunk_size = max(1, max_chunk_logits // weight.shape[0])
         with torch.autocast(device, enabled=False):
-            for start in range(0, hidden_states.shape[0], step):
-                part = slice(start, start + step)
-                scored = labels[part] != IGNORE_INDEX
-                index = labels[part].masked_fill(~scored, 0)[:, None]
-                logits = linear(hidden_states[part], narrow)
-                told, best = (x[:, 0].to(kind) for x in (logits.gather(1, index), logits.amax(1, keepdim=True)))
-                chances = torch.softmax(logits, dim=-1, dtype=kind)
-                # log sum exp = max - log softmax(max): exact, as no chance of a maximum is small.
-                nll[part] = (best - chances.amax(1).log() - told).masked_fill(~scored, 0.0)
+            for start in range(0, hidden_states.shape[0], chunk_size):
+                chunk = slice(start, start + chunk_size)
+                ignored = labels[chunk] == IGNORE_INDEX
+                index = labels[chunk].masked_fill(ignored, 0)[:, None]
+                logits = linear(hidden_states[chunk], cast_weight)
+                label_logit, max_logit = logits.gather(1, index)[:, 0].to(dtype), logits.amax(1).to(dtype)
+                probs = torch.softmax(logits, dim=-1, dtype=dtype)
+                # logsumexp = max - log softmax(max): exact, because the largest probability is never small.
+                nll[chunk] = (max_logit - probs.amax(1).log() - label_logit).masked_fill(ignored, 0.0)
                 if grad_hidden is None or grad_weight is None:
                     continue
-                # d nll / d logits = softmax - one at the label.
-                chances.scatter_add_(1, index, torch.full_like(told, -1.0)[:, None])
-                grad = chances.to(narrow.dtype)
-                grad_hidden[part] = linear(grad, narrow.T).masked_fill_(~scored[:, None], 0.0)
-                accumulate_weight_grad(grad_weight, hidden_states[part].masked_fill(~scored[:, None], 0.0), grad)
+                # d nll / d logits = softmax - one_hot(label).
+                probs.scatter_add_(1, index, torch.full_like(label_logit, -1.0)[:, None])
+                grad_logits = probs.to(cast_weight.dtype)
+                grad_hidden[chunk] = linear(grad_logits, cast_weight.T).masked_fill_(ignored[:, None], 0.0)
+                inputs = hidden_states[chunk].masked_fill(ignored[:, None], 0.0)
+                accumulate_weight_grad(grad_weight, inputs, grad_logits)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll.sum(), nll
@@ -71,18 +69,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden_states: Tensor, weight: Tensor, labels: Tensor, *, max_chunk_logits: int = MAX_CHUNK_LOGITS
 ) -> tuple[Tensor, Tensor]:
-    """Return the summed negative log-likelihood of the labels, and each one's.
+    """Compute the negative log-likelihood of the labels, summed and per token.
 
     Args:
-        hidden_states: (tokens, dim).
-        weight: (vocab, dim), the output projection.
-        labels: (tokens,) int64; -100 where nothing is scored.
-        max_chunk_logits: logits held at a time, at most.
+        hidden_states: ``(tokens, dim)``.
+        weight: ``(vocab, dim)``, the output projection.
+        labels: ``(tokens,)`` int64; -100 for tokens that are not scored.
+        max_chunk_logits: Maximum number of logits held at a time.
 
     Returns:
-        the sum, a scalar to learn from; and (tokens,) float32 (float64 for float64 input), for measuring only
-        (no gradient), 0 where nothing is scored.
+        The sum, a scalar with gradient, and ``(tokens,)`` float32 (float64 for float64 input) without gradient, 0 for
+        tokens that are not scored.
     """
-    learns = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    total, nll = _LinearCrossEntropy.apply(hidden_states, weight, labels, learns, max_chunk_logits)  # type: ignore[no-untyped-call]
+    needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    total, nll = _LinearCrossEntropy.apply(hidden_states, weight, labels, needs_grad, max_chunk_logits)  # type: ignore[no-untyped-call]
     return total, nll

@@ -1,7 +1,7 @@
-"""Rotary position embedding (RoFormer, Su et al. 2021, section 3.2), by ticks.
+"""Rotary position embedding (RoFormer, Su et al. 2021, section 3.2).
 
-Only differences of angles matter, so the angles are those of ticks counted from the call's first token:
-small numbers however long the stream is.
+Only differences of angles matter, so angles are computed from offsets within the call: small numbers, however long the
+stream is.
 """
 
 from __future__ import annotations
@@ -10,45 +10,38 @@ import torch
 from torch import Tensor
 
 
-def rotary_angles_from_base(offset: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Tensor:
-    """Return cosines and sines of the rotations.
+def rotary_angles(offset: Tensor, inv_freq: Tensor, dtype: torch.dtype, attention_factor: float = 1.0) -> Tensor:
+    """Compute the cosines and sines of the rotations.
 
     Args:
-        offset: (rows, entries), any real number.
-        head_dim: even.
-        base: the slowest rotation's period is about 2 pi times this.
-        dtype: of the result, float32 or float64; the angles themselves are float64.
+        offset: ``(batch, entries)``, any real numbers.
+        inv_freq: ``(head_dim / 2,)`` float64, angle per token for each pair of dimensions.
+        dtype: Dtype of the result, float32 or float64; the angles themselves are float64.
+        attention_factor: Factor of the result.
 
     Returns:
-        (rows, entries, 1, head_dim / 2, 2): the cosine, then the sine.
+        ``(batch, entries, 1, head_dim / 2, 2)``: cosine, then sine.
     """
-    return rotary_angles(
-        offset, base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=offset.device) / head_dim), dtype
-    )
-
-
-def rotary_angles(offset: Tensor, inv_freq: Tensor, dtype: torch.dtype, attention_factor: float = 1.0) -> Tensor:
-    """Return the same of pairs that turn by ``inv_freq`` (head_dim / 2,) float64 a tick, times ``attention_factor``."""
     angle = offset.to(torch.float64)[..., None, None] * inv_freq
     return (torch.stack([angle.cos(), angle.sin()], dim=-1) * attention_factor).to(dtype)
 
 
 def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of x, as equation 34 does.
+    """Rotate the pairs (2i, 2i + 1) of x (equation 34).
 
     Args:
-        x: (rows, entries, heads, head_dim).
-        cos_sin: (rows or 1, entries, 1, head_dim / 2, 2), of :func:`rotary_angles`.
+        x: ``(batch, entries, heads, head_dim)``.
+        cos_sin: ``(batch or 1, entries, 1, head_dim / 2, 2)`` from :func:`rotary_angles`.
 
     Returns:
-        like x, in x's dtype; computed in the angles' dtype.
+        Tensor of x's shape and dtype, computed in the dtype of ``cos_sin``.
     """
     pairs = x.to(cos_sin.dtype)
     pairs = pairs.view(*pairs.shape[:-1], -1, 2)
-    if torch.compiler.is_compiling():  # The compiler makes no code for complex numbers.
+    if torch.compiler.is_compiling():  # The compiler generates no code for complex numbers.
         (first, second), (cosine, sine) = pairs.unbind(-1), cos_sin.unbind(-1)
-        turned = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+        rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     else:
-        # A product of complex numbers is one pass over x: on a CPU some ten times faster than the line above.
-        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
-    return turned.flatten(-2).to(x.dtype)
+        # One pass over x by a complex product: about ten times faster on a CPU.
+        rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(cos_sin))
+    return rotated.flatten(-2).to(x.dtype)

@@ -1,1 +1,1 @@
-"""A model behind HTTP: completions, sessions and a page; the only folder that knows FastAPI."""
+"""HTTP server: completions, sessions, task predictions and a web page; the only package that uses FastAPI."""

@@ -1,4 +1,4 @@
-"""What a client is told when something is wrong: one JSON object, what was met and what to do, never a traceback."""
+"""Error responses: one JSON object with message and hint for every error, never a traceback."""
 
 from __future__ import annotations
 
@@ -11,36 +11,18 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from memtx.errors import MemtxError, closest_match
-from memtx.inference.engine import ClosedError, DeadlineExceededError
+from memtx.inference.deadline import ClosedError, DeadlineExceededError
 from memtx.inference.sessions.registry import SessionLimitError, SessionNotFoundError
 from memtx.inference.sessions.store import SessionSaveError
 
 logger = logging.getLogger("memtx.serving")
 
 RETRY_AFTER = "5"
-"""Seconds after which a full server may be asked again."""
+"""Seconds after which clients of a full server may retry."""
 
-
-class APIError(MemtxError):
-    """A request that is refused.
-
-    Args:
-        status_code: of the answer.
-        message: was met.
-        hint: what to do about it.
-        code: for programs.
-        param: the field that is wrong, if one is.
-    """
-
-    def __init__(
-        self, status_code: int, message: str, hint: str = "", *, code: str = "", param: str | None = None
-    ) -> None:
-        super().__init__(message, hint)
-        self.status_code = status_code
-        usual = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
-        self.code = code or usual.get(status_code, "invalid_request")
-        self.param = param
-
+# By status code: the type in the body, and the default error code.
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_DEFAULT_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 
 _ERROR_STATUS: tuple[tuple[type[MemtxError], int, str], ...] = (
     (SessionNotFoundError, 404, "session_not_found"),
@@ -51,64 +33,81 @@ _ERROR_STATUS: tuple[tuple[type[MemtxError], int, str], ...] = (
 )
 
 
+class APIError(MemtxError):
+    """Rejected request.
+
+    Args:
+        status_code: HTTP status code of the response.
+        message: Problem with the request, as one sentence.
+        hint: Remedy, as one sentence.
+        code: Error code for programs. Defaults to the usual one of the status code.
+        param: Name of the invalid field.
+    """
+
+    def __init__(
+        self, status_code: int, message: str, hint: str = "", *, code: str = "", param: str | None = None
+    ) -> None:
+        super().__init__(message, hint)
+        self.status_code = status_code
+        self.code = code or _DEFAULT_CODES.get(status_code, "invalid_request")
+        self.param = param
+
+
 def to_api_error(error: BaseException) -> APIError:
-    """Return what to tell a client about an error; the server's own mistakes are written to the log."""
+    """Return the APIError for any error; an internal error is logged and its text is not shown to the client."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, MemtxError):
-        for kind, status, code in _ERROR_STATUS:
-            if isinstance(error, kind):
+        for error_class, status, code in _ERROR_STATUS:
+            if isinstance(error, error_class):
                 return APIError(status, error.message, error.hint, code=code)
         return APIError(400, error.message, error.hint)
     logger.error("a request failed", exc_info=error)
-    return APIError(500, "The server failed.", "Its log says why; the sessions are as they were.", code="server_error")
+    hint = "See the server's log for the cause; sessions are unchanged."
+    return APIError(500, "Internal server error.", hint, code="server_error")
 
 
 def error_body(error: APIError) -> dict[str, Any]:
-    """Return the answer's JSON, in the form that OpenAI's clients read."""
-    kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = kinds.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "server_error")
-    said = {
+    """Return the JSON of an error in the format of OpenAI clients."""
+    default_type = "invalid_request_error" if error.status_code < 500 else "server_error"
+    fields = {
         "message": str(error),
-        "type": kind,
+        "type": _ERROR_TYPES.get(error.status_code, default_type),
         "param": error.param,
         "code": error.code,
         "detail": error.message,
         "hint": error.hint,
     }
-    return {"error": said}
+    return {"error": fields}
 
 
 def error_response(error: APIError) -> JSONResponse:
-    """Return the response of a problem."""
+    """Return the response for an error."""
     headers = {}
     if error.status_code in (429, 503):
         headers["Retry-After"] = RETRY_AFTER
     if error.status_code == 401:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status_code == 408:
-        # OpenAI's clients would ask for the same once more, and it would take as long.
+        # OpenAI clients would retry the same request, which would take as long again.
         headers["x-should-retry"] = "false"
     return JSONResponse(error_body(error), error.status_code, headers)
 
 
 def _from_validation_error(error: RequestValidationError) -> APIError:
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    # Of a field of several types, the type's name stands behind it.
-    name = place[0] if place else None
-    if first["type"] == "extra_forbidden":
-        name = str(first["ctx"]["name"])
-        known = first["ctx"]["known"]
-        hint = closest_match(name, known)
-        cure = f"Leave it out; its fields are {', '.join(known)}."
-        return APIError(400, f"'{name}' is not a field of this request.{hint}", cure, param=name)
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return APIError(400, f"{'.'.join(place) or 'The body'}: {message}.", "See /openapi.json.", param=name)
+    details = error.errors()[0]
+    location = [str(part) for part in details["loc"] if part != "body"]
+    if details["type"] == "extra_forbidden":
+        name, fields = str(details["ctx"]["name"]), details["ctx"]["known"]
+        message = f"'{name}' is not a field of this request.{closest_match(name, fields)}"
+        return APIError(400, message, f"Remove it; the fields are {', '.join(fields)}.", param=name)
+    message = f"{'.'.join(location) or 'The body'}: {str(details['msg']).removeprefix('Value error, ')}."
+    # For a field with several types, pydantic adds the type to the location.
+    return APIError(400, message, "See /openapi.json.", param=location[0] if location else None)
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Answer every kind of error in one form."""
+    """Return all errors of an application in one format."""
 
     async def handle_error(_: Request, error: Exception) -> JSONResponse:
         return error_response(to_api_error(error))
@@ -119,9 +118,9 @@ def add_exception_handlers(app: FastAPI) -> None:
 
     async def handle_http_exception(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        said = {404: "There is nothing at this address.", 405: "This address has no such method."}
-        what = said.get(error.status_code, str(error.detail))
-        response = error_response(APIError(error.status_code, what, "See /openapi.json."))
+        messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
+        message = messages.get(error.status_code, str(error.detail))
+        response = error_response(APIError(error.status_code, message, "See /openapi.json."))
         response.headers.update(error.headers or {})
         return response
 

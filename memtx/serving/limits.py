@@ -1,15 +1,17 @@
-"""Who may ask, and how much: the key, where a request may come from, and the limits on body, time and number."""
+"""Access control and limits: API key, origin, request size, duration and concurrency."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 from urllib.parse import urlsplit
 
+from fastapi import Depends, Request
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from memtx.errors import MemtxError
@@ -17,22 +19,23 @@ from memtx.serving.errors import APIError, error_response
 from memtx.serving.metrics import Metrics
 
 PUBLIC_PATHS = ("/health", "/", "/openapi.json", "/favicon.ico")
-"""Addresses that need no key: they say nothing about texts."""
+"""Paths without an API key, which show nothing of any text."""
 
+IMPORT_PATH = "/v1/sessions/import"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "testserver")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request, and all of them together, may take.
+    """Limits of the requests, each positive.
 
     Attributes:
-        max_body_bytes: bytes of a request.
-        max_tokens: of one text that is made.
-        max_choices: texts made for one request.
-        max_inputs: texts labelled for one request.
-        max_seconds: for one request.
-        max_concurrent_requests: worked on at once; more are told to come back.
+        max_body_bytes: Bytes per request body.
+        max_tokens: Generated tokens per text.
+        max_choices: Generated texts per request.
+        max_inputs: Predicted inputs per request.
+        max_seconds: Seconds per request.
+        max_concurrent_requests: Requests in progress; further ones are told to retry.
     """
 
     max_body_bytes: int = 8 << 20
@@ -45,18 +48,18 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value > 0:
-                raise MemtxError(f"{name} is {value}.", "Give more than 0.")
+                raise MemtxError(f"{name} ({value}) must be above 0.")
 
 
 class GuardMiddleware:
-    """Looks at every request before the application does.
+    """Middleware that checks every request and applies the limits.
 
     Args:
-        app: what answers.
-        limits: to be kept.
-        metrics: counts what was answered.
-        api_key: that clients must show; None for none.
-        max_import_bytes: bytes of a session that is brought along, where that is more than a body may have.
+        app: Next application.
+        limits: Limits of the requests.
+        metrics: Metrics that count the responses.
+        api_key: Key that clients must send. None disables it and restricts access to this machine.
+        max_import_bytes: Bytes of an imported session, if larger than ``limits.max_body_bytes``.
     """
 
     def __init__(
@@ -70,11 +73,11 @@ class GuardMiddleware:
         self.active_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
+        """Pass a request on, or reject it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.perf_counter()
+        start = time.perf_counter()
         status = 500
 
         async def send_and_record_status(message: Message) -> None:
@@ -83,100 +86,98 @@ class GuardMiddleware:
                 status = message["status"]
             await send(message)
 
-        works = scope["method"] == "POST"
-        refused = self._check_access(scope) or (self._check_capacity() if works else None)
+        is_work = scope["method"] == "POST"
+        error = self._check_access(scope) or (self._check_capacity() if is_work else None)
         try:
-            if refused is not None:
-                await error_response(refused)(scope, receive, send_and_record_status)
+            if error is not None:
+                await error_response(error)(scope, receive, send_and_record_status)
                 return
             deadline = time.monotonic() + self.limits.max_seconds
             scope.setdefault("state", {})["deadline"] = deadline
-            self.active_requests += works
-            self.metrics.active_requests.set(self.active_requests)
+            self._count_active(is_work)
             try:
                 await self.app(scope, self._limit_body(scope, receive, deadline), send_and_record_status)
             finally:
-                self.active_requests -= works
-                self.metrics.active_requests.set(self.active_requests)
+                self._count_active(-is_work)
         finally:
-            # The route's own pattern: a name in the address must not become a series of its own.
+            # The pattern of the route, because a session id in the path must not become a metric of its own.
             route = getattr(scope.get("route"), "path", "other")
-            self.metrics.observe_request(scope["method"], route, status, time.perf_counter() - began)
+            self.metrics.observe_request(scope["method"], route, status, time.perf_counter() - start)
+
+    def _count_active(self, change: int) -> None:
+        self.active_requests += change
+        self.metrics.active_requests.set(self.active_requests)
 
     def _check_capacity(self) -> APIError | None:
         if self.active_requests < self.limits.max_concurrent_requests:
             return None
-        return APIError(
-            429, f"The server works on {self.active_requests} requests, as many as it may.", "Come back later."
-        )
+        return APIError(429, f"Request limit reached ({self.active_requests} in progress).", "Retry later.")
 
     def _check_access(self, scope: Scope) -> APIError | None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        if refused := self._check_origin(headers):
-            return refused
+        if error := self._check_origin(headers):
+            return error
         if self.api_key is not None and scope["path"] not in PUBLIC_PATHS:
-            kind, _, given = headers.get("authorization", "").partition(" ")
-            # Compared in constant time, so that the time taken tells nothing of the key.
-            if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), self.api_key):
-                return APIError(401, "The request shows no valid API key.", "Send 'Authorization: Bearer KEY'.")
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            # Compared in constant time, so that the time reveals nothing of the key.
+            if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key):
+                return APIError(401, "The request has no valid API key.", "Send 'Authorization: Bearer KEY'.")
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
-            return APIError(400, "Content-Length is not a number.", "Send the body's length in bytes.")
-        return self._body_too_large() if int(length) > self._max_body_bytes(scope) else None
+            return APIError(400, "Content-Length is not a number.", "Send the length of the body in bytes.")
+        return self._body_too_large(scope) if int(length) > self._max_body_bytes(scope) else None
 
-    def _check_origin(self, headers: MutableMapping[str, str]) -> APIError | None:
-        """Refuse what a page of another site makes a browser send: it has no business here."""
+    def _check_origin(self, headers: Mapping[str, str]) -> APIError | None:
+        """Reject requests that the page of another site makes a browser send."""
         host = headers.get("host", "")
         origin = headers.get("origin")
         if origin is not None and origin != "null" and urlsplit(origin).netloc != host:
-            return APIError(403, "The request comes from a page of another site.", "Use the page at /, or a program.")
-        # Without a key only this machine may ask, also where another name was made to point here.
+            return APIError(403, "The request comes from the page of another site.", "Use the page at /, or a program.")
+        # Without a key only this machine has access, and not under another name that resolves to it.
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         if self.api_key is None and name.strip("[]") not in LOOPBACK_HOSTS:
-            return APIError(403, "The server is for this machine only.", "Ask 127.0.0.1, or start it with a key.")
+            return APIError(403, "The server accepts this machine only.", "Use 127.0.0.1, or start it with an API key.")
         return None
 
     def _max_body_bytes(self, scope: Scope) -> int:
-        return max(self.limits.max_body_bytes, self.max_import_bytes if scope["path"] == "/v1/sessions/import" else 0)
+        return max(self.limits.max_body_bytes, self.max_import_bytes if scope["path"] == IMPORT_PATH else 0)
 
-    def _body_too_large(self) -> APIError:
-        return APIError(
-            413,
-            f"The body has more than {self.limits.max_body_bytes} bytes.",
-            "Send less at once.",
-            code="request_too_large",
-        )
+    def _body_too_large(self, scope: Scope) -> APIError:
+        message = f"The body has more than {self._max_body_bytes(scope)} bytes."
+        return APIError(413, message, "Send less per request.", code="request_too_large")
 
     def _limit_body(self, scope: Scope, receive: Receive, deadline: float) -> Receive:
-        """Return ``receive`` with the body's limits: in bytes, and in time for one that does not come."""
-        taken, complete = 0, False
+        """Return ``receive`` with limits on the size of the body and on the time until it is complete."""
+        num_bytes, complete = 0, False
 
         async def receive_limited() -> Message:
-            nonlocal taken, complete
+            nonlocal num_bytes, complete
             if complete:
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(deadline - time.monotonic(), 0))
             except TimeoutError:
-                raise _to_http_exception(APIError(408, "The body did not come in time.", "Send it faster.")) from None
+                raise _to_http_exception(APIError(408, "The body did not arrive in time.", "Send it faster.")) from None
             if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
+                num_bytes += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if taken > self._max_body_bytes(scope):
-                    raise _to_http_exception(self._body_too_large())
+                if num_bytes > self._max_body_bytes(scope):
+                    raise _to_http_exception(self._body_too_large(scope))
             return message
 
         return receive_limited
 
 
-def _to_http_exception(error: APIError) -> Exception:
-    # The one kind of error that FastAPI lets through while it reads a body.
-    from starlette.exceptions import HTTPException
-
+def _to_http_exception(error: APIError) -> HTTPException:
+    # The only exception that FastAPI passes on while it reads a body.
     return HTTPException(error.status_code, str(error))
 
 
-def get_deadline(request: Any) -> float:
-    """Return by when a request must be answered, a time of ``time.monotonic``."""
-    deadline: float = request.scope["state"]["deadline"]
+async def get_deadline(request: Request) -> float:
+    """Return the time by which a request must be answered, as of ``time.monotonic``."""
+    deadline: float = request.state.deadline
     return deadline
+
+
+Deadline = Annotated[float, Depends(get_deadline)]
+"""Parameter of a route: its deadline."""

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from memtx.errors import MemtxError
-from memtx.inference.base_predictor import BasePredictor
+from memtx.inference.predictor import BasePredictor
 from memtx.serving.errors import APIError, to_api_error
 from memtx.serving.limits import Limits, get_deadline
 from memtx.serving.metrics import Metrics

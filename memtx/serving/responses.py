@@ -1,20 +1,33 @@
-"""Answers in the form of OpenAI's completions: choices, their log-probabilities and their usage."""
+"""Responses in the format of OpenAI completions, whole or streamed as server-sent events."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from anyio import CancelScope, to_thread
+from fastapi import Request
+
 from memtx.data.tokenizers import Tokenizer
+from memtx.inference.engine import Generation, QueueItem, remaining_seconds
 from memtx.inference.reader import SegmentResult
 from memtx.inference.token_generator import TextDelta, TokenLogprob
+from memtx.serving.errors import APIError, error_body, to_api_error
+
+DISCONNECT_POLL_SECONDS = 0.5
+"""Seconds between checks that the client is still connected."""
+
+OutputStream = AsyncIterator[tuple[int, TextDelta]]
+"""Pairs of the index of a text and its next piece."""
 
 
 def format_token(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token as text; one that is no whole characters as OpenAI spells it, by its bytes' numbers."""
+    """Return the text of a token; incomplete characters as escaped bytes, in OpenAI's notation."""
     content = tokenizer.token_bytes(token)
     try:
         return content.decode("utf-8")
@@ -23,27 +36,27 @@ def format_token(tokenizer: Tokenizer, token: int) -> str:
 
 
 def get_prompt_logprobs(results: Iterable[SegmentResult]) -> list[TokenLogprob]:
-    """Return the tokens that were read, as if they had been made."""
-    chosen, content = [], b""
+    """Return the log-probabilities of the tokens of a prompt."""
+    logprobs, content = [], b""
     for result in results:
-        for place, token in enumerate(result.tokens.tolist()):
+        for index, token in enumerate(result.tokens.tolist()):
             top: tuple[tuple[int, float], ...] = ()
             if result.top_tokens is not None and result.top_logprobs is not None:
-                pairs = zip(result.top_tokens[place].tolist(), result.top_logprobs[place].tolist(), strict=True)
-                top = tuple(pairs)
-            chosen.append(TokenLogprob(token, -float(result.nll[place]), top, len(content.decode("utf-8", "ignore"))))
-            content += result.token_bytes[place]
-    return chosen
+                top = tuple(zip(result.top_tokens[index].tolist(), result.top_logprobs[index].tolist(), strict=True))
+            offset = len(content.decode("utf-8", "ignore"))
+            logprobs.append(TokenLogprob(token, -float(result.nll[index]), top, offset))
+            content += result.token_bytes[index]
+    return logprobs
 
 
 @dataclass
 class CompletionFormatter:
-    """What is said of one request, whole or in chunks.
+    """Formatter of the response to one request, whole or in chunks.
 
     Attributes:
-        model: its name.
-        tokenizer: spells tokens.
-        include_logprobs: whether log-probabilities are shown.
+        model: Model name.
+        tokenizer: Tokenizer that decodes tokens.
+        include_logprobs: If True, include log-probabilities.
     """
 
     model: str
@@ -52,17 +65,19 @@ class CompletionFormatter:
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def format_choice(self, index: int, text: str, tokens: Iterable[TokenLogprob], finish_reason: str | None) -> Any:
+    def format_choice(
+        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
+    ) -> dict[str, Any]:
         """Return one choice."""
         return {
             "index": index,
             "text": text,
-            "logprobs": self._format_logprobs(tokens) if self.include_logprobs else None,
+            "logprobs": self._format_logprobs(list(logprobs)) if self.include_logprobs else None,
             "finish_reason": finish_reason,
         }
 
-    def format_response(self, choices: list[Any], usage: dict[str, int] | None) -> dict[str, Any]:
-        """Return an answer, or a chunk of one."""
+    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+        """Return a response, or a chunk of one."""
         return {
             "id": self.id,
             "object": "text_completion",
@@ -72,35 +87,109 @@ class CompletionFormatter:
             **({"usage": usage} if usage is not None else {}),
         }
 
-    def _format_logprobs(self, tokens: Iterable[TokenLogprob]) -> dict[str, Any]:
-        chosen = list(tokens)
+    def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         return {
-            "tokens": [format_token(self.tokenizer, one.token) for one in chosen],
-            "token_logprobs": [one.logprob for one in chosen],
+            "tokens": [format_token(self.tokenizer, entry.token) for entry in logprobs],
+            "token_logprobs": [entry.logprob for entry in logprobs],
             "top_logprobs": [
-                {format_token(self.tokenizer, token): value for token, value in one.top_logprobs} for one in chosen
+                {format_token(self.tokenizer, token): logprob for token, logprob in entry.top_logprobs}
+                for entry in logprobs
             ],
-            "text_offset": [one.text_offset for one in chosen],
+            "text_offset": [entry.text_offset for entry in logprobs],
         }
 
 
-@dataclass
-class ChoiceBuilder:
-    """One choice as it grows."""
-
-    text: str = ""
-    tokens: list[TokenLogprob] = field(default_factory=list)
-
-    def add(self, piece: TextDelta) -> None:
-        """Take one more piece."""
-        self.text += piece.text
-        self.tokens += piece.token_logprobs
-
-
 def format_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the tokens read and made."""
+    """Return the numbers of tokens read and generated."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+class TokenQueue:
+    """Queue from the engine's thread to one event loop, for the pieces of several texts."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, QueueItem]] = asyncio.Queue()
+
+    def put(self, index: int, item: QueueItem) -> None:
+        """Add an item of one text; called from the engine's thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, item))
+        except RuntimeError:  # the loop is closed, and with it the connection
+            return
+
+    async def stream_outputs(
+        self, generations: Sequence[Generation], request: Request, deadline: float
+    ) -> OutputStream:
+        """Yield the pieces of all texts as they come.
+
+        Raises:
+            DeadlineExceededError: The deadline has passed.
+            MemtxError: A text could not be generated.
+            APIError: The client has disconnected.
+        """
+        num_open, last_poll = len(generations), time.monotonic()
+        try:
+            while num_open:
+                seconds = min(DISCONNECT_POLL_SECONDS, remaining_seconds(deadline) or DISCONNECT_POLL_SECONDS)
+                try:
+                    index, item = await asyncio.wait_for(self._queue.get(), seconds)
+                except TimeoutError:
+                    index, item = 0, TextDelta()
+                if time.monotonic() - last_poll > DISCONNECT_POLL_SECONDS:
+                    last_poll = time.monotonic()
+                    if await request.is_disconnected():
+                        raise APIError(499, "The client has disconnected.")
+                if item is None:
+                    num_open -= 1
+                elif isinstance(item, BaseException):
+                    raise item
+                elif item.text or item.token_logprobs:
+                    yield index, item
+        finally:
+            for generation in generations:
+                generation.cancel()
+
+
+@dataclass(frozen=True)
+class TokenQueueWriter:
+    """Writer of one text's items to a queue, as the engine expects it."""
+
+    token_queue: TokenQueue
+    index: int
+
+    def put(self, item: QueueItem) -> None:
+        """Add a piece, an error or the end of the text."""
+        self.token_queue.put(self.index, item)
+
+
+async def iterate_in_threadpool(iterator: Iterator[TextDelta], first: TextDelta | None) -> OutputStream:
+    """Yield ``(0, piece)`` for ``first`` and the pieces of a blocking iterator, which is closed at the end."""
+    try:
+        delta = first
+        while delta is not None:
+            yield 0, delta
+            delta = await to_thread.run_sync(next, iterator, None)
+    finally:
+        with CancelScope(shield=True):
+            await to_thread.run_sync(iterator.close)  # type: ignore[attr-defined]
+
+
+def format_sse(data: dict[str, Any]) -> str:
+    """Return one server-sent event."""
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+async def stream_sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    """Yield chunks as server-sent events; an error becomes the last event."""
+    try:
+        async for chunk in chunks:
+            yield format_sse(chunk)
+    except Exception as error:  # the status is sent, so only the stream can carry the error
+        yield format_sse(error_body(to_api_error(error)))
+        return
+    yield "data: [DONE]\n\n"

@@ -1,4 +1,4 @@
-"""What requests may say; a field that is not here is refused, with the nearest that is."""
+"""Request bodies. An unknown field is rejected with a suggestion of the closest one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from memtx.inference.generate import GenerationConfig
 from memtx.inference.sampling import SamplingParams
-from memtx.inference.token_generator import GenerationConfig
 
 
 def _check_unicode(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"half of a surrogate pair, at {error.start}, is no character") from error
+        raise ValueError(f"the text has half of a surrogate pair at {error.start}") from error
     return text
 
 
@@ -26,7 +26,7 @@ StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
 class RequestBody(BaseModel):
-    """A request's JSON object."""
+    """JSON object of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=False)
 
@@ -35,7 +35,7 @@ class RequestBody(BaseModel):
     def _reject_unknown_fields(cls, value: Any) -> Any:
         unknown = sorted(value.keys() - cls.model_fields.keys()) if isinstance(value, dict) else []
         if unknown:
-            # Half a surrogate pair may stand in a name, and no message can hold it.
+            # A name may hold half of a surrogate pair, which no message can.
             name = str(unknown[0]).encode("utf-8", "replace").decode()[:80]
             context = {"name": name, "known": list(cls.model_fields)}
             raise PydanticCustomError("extra_forbidden", "'{name}' is not a field of this request", context)
@@ -43,7 +43,7 @@ class RequestBody(BaseModel):
 
 
 class GenerationBody(RequestBody):
-    """How a text is made: OpenAI's names, and memtx's own top_k, min_p and repetition_penalty."""
+    """Settings of a generated text: OpenAI's names, and top_k, min_p and repetition_penalty of memtx."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     temperature: float | None = 1.0
@@ -59,10 +59,10 @@ class GenerationBody(RequestBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def to_generation_configs(self, seeds: list[int]) -> list[GenerationConfig]:
-        """Return one request a seed.
+        """Return the settings of one text per seed.
 
         Raises:
-            MemtxError: a number out of its range.
+            MemtxError: A number is out of range.
         """
         sampling = SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -71,13 +71,13 @@ class GenerationBody(RequestBody):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
         )
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        tokens = 16 if self.max_tokens is None else self.max_tokens
-        return [GenerationConfig(tokens, sampling, stops, seed, self.logprobs) for seed in seeds]
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        max_tokens = 16 if self.max_tokens is None else self.max_tokens
+        return [GenerationConfig(max_tokens, sampling, stop, seed, self.logprobs) for seed in seeds]
 
     @property
     def include_usage(self) -> bool:
-        """Whether a stream is to end with its usage."""
+        """True if a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
@@ -97,24 +97,24 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _reject_unsupported(self) -> CompletionBody:
         if self.best_of not in (None, self.n):
-            raise ValueError("best_of other than n is not offered; leave it out")
+            raise ValueError("best_of must equal n; remove best_of")
         if self.logit_bias:
-            raise ValueError("logit_bias is not offered; leave it out")
+            raise ValueError("logit_bias is not supported; remove it")
         if self.presence_penalty or self.frequency_penalty:
-            raise ValueError("presence_penalty and frequency_penalty are not offered; repetition_penalty is")
+            raise ValueError("presence_penalty and frequency_penalty are not supported; use repetition_penalty")
         return self
 
     def prompts(self) -> list[str | list[int]]:
-        """Return the prompts, each a text or tokens."""
+        """Return the prompts, each as text or tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [[token for token in self.prompt if isinstance(token, int)]]
-        return [one for one in self.prompt if not isinstance(one, int)]
+        return [prompt for prompt in self.prompt if not isinstance(prompt, int)]
 
 
 class GenerateBody(GenerationBody):
-    """``POST /v1/sessions/ID/generate``; ``update_session`` lets the session read the prompt and what was made."""
+    """``POST /v1/sessions/ID/generate``; with ``update_session``, the session reads the prompt and the new text."""
 
     prompt: Text = ""
     update_session: bool = False
@@ -129,10 +129,7 @@ class CreateBody(RequestBody):
 
 
 class FeedBody(RequestBody):
-    """``POST /v1/sessions/ID/feed``.
-
-    ``end_of_text`` ends the text, so that what waits is read; ``save`` writes the session.
-    """
+    """``POST /v1/sessions/ID/feed``; with ``end_of_text``, the rest that fills no segment is read as well."""
 
     text: Text
     end_of_text: bool = False
@@ -148,18 +145,18 @@ class ScoreBody(RequestBody):
 
 
 class PredictBody(RequestBody):
-    """``POST /v1/predict``; an input is a raw text, or an object with the fields of the task's examples."""
+    """``POST /v1/predict``; an input is a raw text, or an object with the fields of an example."""
 
     input: Text | dict[str, Any] | list[Text | dict[str, Any]]
     model: str | None = None
 
     @model_validator(mode="after")
     def _check_characters(self) -> PredictBody:
-        for given in self.inputs():
-            if isinstance(given, dict):
-                _check_unicode(json.dumps(given, ensure_ascii=False))
+        for value in self.inputs():
+            if isinstance(value, dict):
+                _check_unicode(json.dumps(value, ensure_ascii=False))
         return self
 
     def inputs(self) -> list[str | dict[str, Any]]:
-        """Return the inputs, one or more."""
+        """Return the inputs as a list."""
         return list(self.input) if isinstance(self.input, list) else [self.input]

@@ -11,8 +11,9 @@ from typing import Any
 from anyio import CancelScope, to_thread
 from fastapi import Request
 
-from memtx.inference.engine import Generation, QueueItem, remaining_seconds
-from memtx.inference.token_generator import TextDelta
+from memtx.inference.deadline import remaining_seconds
+from memtx.inference.engine import Generation, QueueItem
+from memtx.inference.generate import TextDelta
 from memtx.serving.errors import APIError, error_body, to_api_error
 
 DISCONNECT_POLL_SECONDS = 0.5
@@ -27,10 +28,6 @@ class TokenQueue:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, QueueItem]] = asyncio.Queue()
-
-    def writer(self, index: int) -> TokenQueueWriter:
-        """Return what takes the pieces of one text."""
-        return TokenQueueWriter(self, index)
 
     def put(self, index: int, item: QueueItem) -> None:
         """Take a piece; called from the engine's thread."""
@@ -73,18 +70,6 @@ class TokenQueue:
         finally:
             for generation in generations:
                 generation.cancel()
-
-
-class TokenQueueWriter:
-    """One text's entrance to an inbox."""
-
-    def __init__(self, token_queue: TokenQueue, index: int) -> None:
-        self._token_queue = token_queue
-        self._index = index
-
-    def put(self, item: QueueItem) -> None:
-        """Take a piece, an error or the end."""
-        self._token_queue.put(self._index, item)
 
 
 async def iterate_in_threadpool(iterator: Iterator[TextDelta], first: TextDelta | None) -> OutputStream:

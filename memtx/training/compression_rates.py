@@ -1,6 +1,6 @@
 """Compression rates sampled anew for every step, so that one model serves many (Activation Beacon, Zhang et al. 2024).
 
-As in section 3.3 there, each step samples its rate from a set. The blocks of each rate differ, so every step starts with
+As in section 3.3 there, each step samples a rate from a set. Blocks differ between rates, so every step starts with
 fresh streams.
 """
 
@@ -39,7 +39,8 @@ class CompressionRateSampler:
         ]
         if self.rates and not self._default_rates:
             raise MemtxError(
-                f"compression_rates is {self.rates}, but the model has no CompressedMemory.", "Remove compression_rates."
+                f"compression_rates is {self.rates}, but the model has no CompressedMemory.",
+                "Remove compression_rates.",
             )
         for _, memory, _ in self._default_rates:
             if not memory.compression.supports_any_rate or memory.reconstruction is not None:

@@ -1,4 +1,4 @@
-"""Where numbers that are not finite come from first: weights, a layer's output, or a gradient."""
+"""Search for the first non-finite weight, layer output or gradient."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from memtx.checkpoint import rng
 
-ALL_FINITE = "Read again, every layer's output was finite."
+ALL_FINITE = "In a second pass, the outputs of all layers were finite."
 
 
 def _is_nonfinite(value: Any) -> bool:
@@ -19,65 +20,63 @@ def _is_nonfinite(value: Any) -> bool:
 
 
 def find_first_nonfinite(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
-    """Return a sentence that says which layer is the first with numbers that are not finite.
+    """Return a sentence that names the first layer with non-finite numbers.
 
-    A batch is read once more, without gradients; the course of random numbers is left as it was. For the rare step
-    that went wrong: it looks at every output.
+    Reads the batch once more without gradients and checks every output, so it is meant for a step that failed. The
+    state of the random number generators does not change.
 
     Args:
-        trainer: of the run.
-        module: the trained module, its gradients still there.
-        batch: that the step's last backward pass was of.
+        trainer: Trainer of the run.
+        module: Trained module with the gradients of the failed step.
+        batch: Batch of the step's last backward pass.
     """
-    said = _find_on_this_rank(trainer, module, batch)
-    if trainer.world_size > 1:
-        every: list[str] = [said] * trainer.world_size
-        torch.distributed.all_gather_object(every, said)
-        # The process that found something knows more than those that its gradient reached.
-        said = next(
-            (f"{one[:-1]} (process {rank})." for rank, one in enumerate(every) if one != ALL_FINITE), ALL_FINITE
-        )
-    return said
+    message = _find_on_this_rank(trainer, module, batch)
+    if trainer.world_size == 1:
+        return message
+    messages: list[str] = [message] * trainer.world_size
+    torch.distributed.all_gather_object(messages, message)
+    # A rank that found the source knows more than those that its gradient reached.
+    found = (f"{text[:-1]} (process {rank})." for rank, text in enumerate(messages) if text != ALL_FINITE)
+    return next(found, ALL_FINITE)
 
 
 def _find_on_this_rank(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
     weights = [name for name, parameter in module.named_parameters() if _is_nonfinite(parameter.detach())]
     if weights:
         return f"The weights of {weights[0]} are the first that are not finite."
-    # A gradient spreads toward the input: the last layer that has it is the one that it comes from.
+    # Gradients spread toward the input, so the last layer with a non-finite one is the source.
     gradients = [name for name, parameter in module.named_parameters() if _is_nonfinite(parameter.grad)]
-    if found := _find_nonfinite_layer(trainer, module, batch):
-        return f"The output of {found} is the first that is not finite."
+    if layer := _find_nonfinite_layer(trainer, module, batch):
+        return f"The output of {layer} is the first that is not finite."
     if gradients:
-        return f"The outputs are finite; going backward, the gradient of {gradients[-1]} is the first that is not."
+        return (
+            f"The outputs are finite; in the backward pass, the gradient of {gradients[-1]} is the first that is not."
+        )
     return ALL_FINITE
 
 
-def _skip_logging(*_: Any, **options: Any) -> None:
-    """Log nothing: the step is logged already."""
-
-
 def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
-    found: list[str] = []
+    """Return the name of the first layer with a non-finite output; empty if there is none."""
+    layers: list[str] = []
 
-    def watch(name: str, part: nn.Module) -> Any:
-        def look(_: nn.Module, given: Any, out: Any) -> None:
-            if not found and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(out)):
-                found.append(name)
+    def check_output(name: str, layer: nn.Module) -> RemovableHandle:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            if not layers and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
+                layers.append(name)
 
-        return part.register_forward_hook(look)
+        return layer.register_forward_hook(hook)
 
-    # Parts that have parts end after them, so the innermost comes first.
-    hooks = [watch(name, part) for name, part in module.named_modules() if name]
-    before, seen = rng.get_rng_state(), getattr(module, "tokens_seen", 0)
-    module.log = _skip_logging  # type: ignore[method-assign]
+    # A module's hook runs after those of its submodules, so the innermost comes first.
+    handles = [check_output(name, layer) for name, layer in module.named_modules() if name]
+    rng_state, tokens_seen = rng.get_rng_state(), getattr(module, "tokens_seen", 0)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
             module.training_step(batch, 0)
     finally:
-        rng.set_rng_state(before)
-        module.tokens_seen = seen  # type: ignore[assignment]
+        rng.set_rng_state(rng_state)
+        module.tokens_seen = tokens_seen  # type: ignore[assignment]
         del module.log
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else ""
+        for handle in handles:
+            handle.remove()
+    return layers[0] if layers else ""

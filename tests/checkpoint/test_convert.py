@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 import memtx
 from memtx.checkpoint.convert import convert
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.predictor import Predictor
 from memtx.memory.compressed import CompressedMemory
+from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.retrofit import Retrofit
 from tests.hf import plain
 from tests.hf.folders import write
 from tests.inference.test_loading import checkpoint
@@ -50,11 +50,11 @@ def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> N
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(MemtxError, match=r"is there already.*--overwrite"):
+    with pytest.raises(MemtxError, match=r"exists already.*--overwrite"):
         convert(path, tmp_path / "out")
-    with pytest.raises(MemtxError, match="is there already"):
+    with pytest.raises(MemtxError, match="exists already"):
         convert(path, path)
-    with pytest.raises(MemtxError, match="is what is read"):
+    with pytest.raises(MemtxError, match="is the source"):
         convert(path, path, overwrite=True)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
@@ -92,7 +92,7 @@ def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None
     other = MemoryTransformer(40, dim=16, depth=1, heads=2)
     with pytest.raises(CheckpointError, match="does not have the layout"):
         convert(checkpoint(tmp_path / "b.ckpt", other), tmp_path / "wrong", layout=base)
-    with pytest.raises(CheckpointError, match="no published folder"):
+    with pytest.raises(CheckpointError, match="no Hugging Face folder"):
         convert(tmp_path / "a.ckpt", tmp_path / "wrong", layout=tmp_path)
     assert not (tmp_path / "wrong").exists()
 

@@ -15,7 +15,7 @@ import torch
 from memtx.checkpoint import rng
 from memtx.checkpoint.pretrained import find_checkpoint, read_checkpoint
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
-from memtx.cli.options import EXIT_INTERRUPTED
+from memtx.cli.errors import EXIT_INTERRUPTED
 from memtx.errors import CheckpointError, MemtxError
 from memtx.training.callbacks.interrupt import StopOnInterrupt
 from memtx.training.callbacks.throughput import Throughput

@@ -9,7 +9,7 @@ from tests.commands.program import Program
 
 @pytest.fixture(scope="session")
 def program() -> Iterator[Program]:
-    """Return the program as a child process."""
+    """Yield the program as a child process."""
     server = Program()
     yield server
     server.close()

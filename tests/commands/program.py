@@ -1,6 +1,6 @@
-"""The program `memtx` as a child process that has imported Lightning already: each call is a fork of one server.
+"""The program `memtx` as forks of one child process that has imported Lightning.
 
-So a call has its own exit code and its own stderr, and costs tenths of a second instead of seconds.
+Each call has its own exit code and stderr, and takes tenths of a second instead of seconds.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Done:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    """Return an unused port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 class Program:
@@ -41,20 +41,20 @@ class Program:
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HOME
         )
 
-    def __call__(self, *argv: str, at: Path, ranks: int = 0, environment: dict[str, str] | None = None) -> Done:
-        """Run it: once, or as that many processes which know of each other as those that torchrun starts."""
+    def __call__(self, *argv: str, cwd: Path, ranks: int = 0, environment: dict[str, str] | None = None) -> Done:
+        """Run the program once, or in ``ranks`` processes with the environment that torchrun gives them."""
         environments = [environment or {}]
         if ranks:
             common = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
             common |= {"MASTER_PORT": str(free_port()), "TORCHELASTIC_RUN_ID": "test", **(environment or {})}
             environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-        return self.together(*argv, at=at, environments=environments)
+        return self.together(*argv, cwd=cwd, environments=environments)
 
-    def together(self, *argv: str, at: Path, environments: list[dict[str, str]]) -> Done:
-        """Run it in several processes at once, with a environment of its own each; the first code that is not 0."""
+    def together(self, *argv: str, cwd: Path, environments: list[dict[str, str]]) -> Done:
+        """Run the program in one process per environment; the code is the first one that is not 0."""
         assert self._server.stdin is not None
         assert self._server.stdout is not None
-        self._server.stdin.write(json.dumps({"argv": argv, "at": str(at), "environments": environments}) + "\n")
+        self._server.stdin.write(json.dumps({"argv": argv, "cwd": str(cwd), "environments": environments}) + "\n")
         self._server.stdin.flush()
         return Done(**json.loads(self._server.stdout.readline()))
 
@@ -69,23 +69,23 @@ def serve() -> None:
     from memtx.cli.main import main
 
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             children = []
-            for environment in asked["environments"]:
+            for environment in request["environments"]:
                 children.append(os.fork())
                 if not children[-1]:
                     os.environ.update(environment)
-                    os.chdir(asked["at"])
+                    os.chdir(request["cwd"])
                     os.dup2(out.fileno(), 1)
                     os.dup2(err.fileno(), 2)
                     sys.argv = ["memtx"]
-                    # As the installed script does: an exception is a traceback and exit code 1.
+                    # As in the installed script, an exception prints a traceback and gives exit code 1.
                     code: int | str | None = 1
                     try:
-                        code = main(asked["argv"])
-                    except SystemExit as stopped:
-                        code = stopped.code
+                        code = main(request["argv"])
+                    except SystemExit as error:
+                        code = error.code
                     except BaseException:
                         sys.excepthook(*sys.exc_info())
                     sys.stdout.flush()
@@ -94,9 +94,9 @@ def serve() -> None:
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             out.seek(0)
             err.seek(0)
-            first = next((code for code in codes if code), 0)
-            answer = {"code": first, "out": out.read().decode(), "err": err.read().decode()}
-        sys.stdout.write(json.dumps(answer) + "\n")
+            failure = next((code for code in codes if code), 0)
+            response = {"code": failure, "out": out.read().decode(), "err": err.read().decode()}
+        sys.stdout.write(json.dumps(response) + "\n")
         sys.stdout.flush()
 
 

@@ -1,4 +1,4 @@
-"""A config, books and a finished run, all tiny, for the commands that train and measure."""
+"""Tiny configs and books for the commands that train and evaluate."""
 
 from __future__ import annotations
 
@@ -58,27 +58,27 @@ CONFIG: dict[str, Any] = {
 
 def changed(path: tuple[str | int, ...], value: Any, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
     """Return the config with one value changed."""
-    own = copy.deepcopy(config)
-    place: Any = own
+    result = copy.deepcopy(config)
+    parent: Any = result
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
-    return own
+        parent = parent[key]
+    parent[path[-1]] = value
+    return result
 
 
 def renamed(path: tuple[str | int, ...], name: str) -> dict[str, Any]:
-    """Return the config with one key mistyped."""
-    own = copy.deepcopy(CONFIG)
-    place: Any = own
+    """Return the config with one key renamed."""
+    result = copy.deepcopy(CONFIG)
+    parent: Any = result
     for key in path[:-1]:
-        place = place[key]
-    place[name] = place.pop(path[-1])
-    return own
+        parent = parent[key]
+    parent[name] = parent.pop(path[-1])
+    return result
 
 
-def write(at: Path, config: dict[str, Any] = CONFIG, name: str = "c.yaml") -> Path:
-    (at / name).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    return at / name
+def write(folder: Path, config: dict[str, Any] = CONFIG, name: str = "c.yaml") -> Path:
+    (folder / name).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return folder / name
 
 
 def write_books(root: Path, splits: tuple[str, ...] = SPLITS) -> Path:

@@ -143,9 +143,9 @@ def test_mistakes_are_one_line(program: Program, tmp_path: Path) -> None:
     assert program("fit", "--config", "c.yaml", at=tmp_path).code == 0
     asked = ["distil", "report", "--teacher", "run", "--student", "run", "--data"]
     for given, said in (
-        (["books", "--num-timed=0"], "--num-timed is 0. Give at least 1"),
-        (["books", "--min-position=99999"], "--min-position is 99999, and 16384 tokens of each text are read"),
-        (["books", "--plot=no/a.png"], "the folder does not exist"),
+        (["books", "--num-timed=0"], "--num-timed: must be at least 1, got 0"),
+        (["books", "--min-position=99999"], "--min-position (99999) must be below --max-length (16384)"),
+        (["books", "--plot=no/a.png"], "/no' does not exist"),
         (["nowhere"], "nowhere"),
     ):
         done = program(*asked, *given, at=tmp_path)

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from memtx import files
-from memtx.cli.fit import add_run_config
+from memtx.cli.config import add_run_config
 from memtx.inference.loading import load_model_and_tokenizer
 from memtx.training.callbacks import predictions
 from tests.commands.program import HOME, Done, Program
@@ -210,9 +210,9 @@ def test_a_class_of_ones_own(program: Program, place: Path) -> None:
 SLOW = """
 from lightning.pytorch import Callback
 
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu import cpu_info
 
-bf16.is_cpu_bf16_fast = lambda: False
+cpu_info.is_cpu_bf16_fast = lambda: False
 
 
 class Told(Callback):
@@ -229,7 +229,7 @@ def test_float32_stands_in_for_a_slow_bfloat16(program: Program, place: Path) ->
     done = program("fit", "--config", "c.yaml", "--run_dir", "slow", at=place)
     assert done.code == 0, done.err
     assert "trains in 32-true" in done.out
-    assert done.err.count("slower in bfloat16: 32-true stands in for bf16-mixed") == 1
+    assert done.err.count("slower in bfloat16: using 32-true instead of bf16-mixed") == 1
     # The same file begins the run in what it says on another machine.
     assert yaml.safe_load((place / "slow" / "config.yaml").read_text())["trainer"]["precision"] == "bf16-mixed"
 

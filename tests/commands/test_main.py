@@ -10,52 +10,52 @@ from pathlib import Path
 import pytest
 
 import memtx
-from memtx.cli import options
+from memtx.cli import errors, options
 from memtx.cli.main import COMMANDS, main
 from memtx.errors import DataError
 
 HOME = Path(memtx.__file__).parent.parent
 
 
-def python(code: str) -> str:
+def run_python(code: str) -> str:
     environment = os.environ | {"PYTHONPATH": str(HOME)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return result.stdout
 
 
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["--version"], ["raed"], ["read", "--help"], ["generate", "--help"], ["serve", "--help"]],
 )
-def test_answers_that_need_no_torch_do_not_import_it(arguments: list[str]) -> None:
+def test_help_version_and_typos_do_not_import_torch(arguments: list[str]) -> None:
     code = (
         "import sys, json, contextlib, io\nfrom memtx.cli.main import main\n"
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
         f"    main({arguments!r})\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
-    modules = set(json.loads(python(code)))
+    modules = set(json.loads(run_python(code)))
     assert not modules & {"torch", "lightning", "numpy", "jsonargparse", "matplotlib", "torchmetrics"}
 
 
-def test_reading_does_not_import_lightning() -> None:
+def test_read_and_generate_do_not_import_lightning() -> None:
     code = (
-        "import sys\nimport memtx.cli.generate, memtx.cli.report, memtx.inference.loading, memtx.inference.generate\n"
+        "import sys\nimport memtx.cli.generate, memtx.cli.report, memtx.checkpoint.load, memtx.inference.generate\n"
         "print('lightning' in sys.modules, 'torchmetrics' in sys.modules, 'matplotlib' in sys.modules)"
     )
-    assert python(code).split() == ["False", "False", "False"]
+    assert run_python(code).split() == ["False", "False", "False"]
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    said = capsys.readouterr().out
-    assert all(f"  {name} " in said for name in COMMANDS)
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
     assert main([]) == 2
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"memtx {memtx.__version__}\n"
 
 
-def test_an_unknown_command_is_one_line_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_one_line_with_the_closest_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["genrate"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -64,7 +64,7 @@ def test_an_unknown_command_is_one_line_with_the_nearest(capsys: pytest.CaptureF
     assert "--help" in capsys.readouterr().err
 
 
-def test_the_program_is_called_what_it_was_called(
+def test_help_shows_the_name_the_program_was_called_by(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for argv0, name in (("/usr/bin/lightning", "lightning"), ("/x/memtx/__main__.py", "memtx")):
@@ -73,52 +73,54 @@ def test_the_program_is_called_what_it_was_called(
         assert capsys.readouterr().out.startswith(f"usage: {name} ")
 
 
-def test_the_subcommand_stays_in_argv_only_where_the_parser_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_gets_argv_without_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from memtx.cli import read
 
-    seen: list[list[str]] = []
-    monkeypatch.setattr(read, "main", lambda argv: seen.append(argv) or 7)
+    calls: list[list[str]] = []
+    monkeypatch.setattr(read, "main", lambda argv: calls.append(argv) or 7)
     assert main(["read", "a", "--b"]) == 7
-    assert seen == [["a", "--b"]]
+    assert calls == [["a", "--b"]]
 
 
-def raising(error: BaseException) -> int:
+def raise_error(error: BaseException) -> int:
     raise error
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "expected"),
     [
-        (DataError("What is\nwrong.", "The cure."), 2, "memtx: error: What is wrong. The cure.\n"),
+        (DataError("Problem in\ntwo lines.", "A hint."), 2, "memtx: error: Problem in two lines. A hint.\n"),
         (FileNotFoundError(2, "x", "/no/such"), 2, "memtx: error: '/no/such' does not exist. Check the path.\n"),
         (IsADirectoryError(21, "x", "d"), 2, "memtx: error: 'd' is a folder, expected a file. Check the path.\n"),
         (
             PermissionError(13, "x", "p"),
             2,
-            "memtx: error: 'p' may not be opened (permission denied). Check the path.\n",
+            "memtx: error: 'p' cannot be opened (permission denied). Check the path.\n",
         ),
         (KeyboardInterrupt("saved"), 130, "\nmemtx: interrupted: saved\n"),
     ],
 )
-def test_mistakes_are_one_line(error: BaseException, code: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert options.run(lambda: raising(error)) == code
-    assert capsys.readouterr().err == said
+def test_user_errors_are_one_line(
+    error: BaseException, code: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert errors.run(lambda: raise_error(error)) == code
+    assert capsys.readouterr().err == expected
 
 
-def test_a_traceback_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    assert options.run(lambda: raising(DataError("bad.")), traceback=True) == 2
+def test_traceback_option_prints_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert errors.run(lambda: raise_error(DataError("bad.")), traceback=True) == 2
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_our_own_mistakes_are_not_hidden() -> None:
-    for error in (RuntimeError("ours"), FileNotFoundError("no path"), ValueError("ours")):
+def test_internal_errors_are_not_caught() -> None:
+    for error in (RuntimeError("bug"), FileNotFoundError("no path"), ValueError("bug")):
         with pytest.raises(type(error)):
-            options.run(lambda error=error: raising(error))
+            errors.run(lambda error=error: raise_error(error))
 
 
-def test_a_closed_pipe_is_no_mistake(tmp_path: Path) -> None:
+def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
     body = "lambda: [print('x' * 100) for _ in range(9999)] and 0"
-    code = f"import sys\nfrom memtx.cli.options import run\nsys.exit(run({body}))"
+    code = f"import sys\nfrom memtx.cli.errors import run\nsys.exit(run({body}))"
     program = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": str(HOME)},
@@ -154,17 +156,17 @@ def test_a_closed_pipe_is_no_mistake(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_short_message(message: str, keys: list[str], expected: str) -> None:
-    said = options.shorten_message(message, keys)
-    assert said.endswith(expected)
-    assert "\n" not in said
+def test_shorten_message(message: str, keys: list[str], expected: str) -> None:
+    text = errors.shorten_message(message, keys)
+    assert text.endswith(expected)
+    assert "\n" not in text
 
 
-def test_short_message_is_short() -> None:
-    assert len(options.shorten_message("x" * 5000, [])) < 420
+def test_a_long_message_is_truncated() -> None:
+    assert len(errors.shorten_message("x" * 5000, [])) < 420
 
 
-def test_a_mistyped_option_is_named_before_the_required_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistyped_option_is_reported_before_a_missing_one(capsys: pytest.CaptureFixture[str]) -> None:
     parser = options.Parser("memtx x", "")
     parser.add_argument("--checkpoint", required=True)
     for argv in (["--checkpont", "a"], ["--checkpont=a"], ["--checkpoint", "a", "--tracebak"]):

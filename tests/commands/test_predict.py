@@ -72,7 +72,10 @@ def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (["--text", "a"], "arguments are required: --checkpoint"),
         (["--checkpoint", "none", "--text", "a"], "'none' does not exist"),
-        (["--checkpoint", "language", "--text", "a"], "is a language model, which labels nothing. memtx read"),
+        (
+            ["--checkpoint", "language", "--text", "a"],
+            "'language' is a language model, not a task model. Use memtx read",
+        ),
         (["--checkpoint", "tagging"], "one source of texts"),
         (["--checkpoint", "tagging", "--text", "a", "-"], "one source of texts"),
         (["--checkpoint", "tagging", "--input", "none.jsonl"], "'none.jsonl' does not exist"),
@@ -82,12 +85,12 @@ def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--checkpoint", "matching", "--text", "a"], "compares two texts"),
         (["--checkpoint", "questions", "--text", "a"], "a question about a context"),
         (["--checkpoint", "classification", "--text", "a " * 100], "fit into what the model reads at once"),
-        (["--checkpoint", "tagging", "--run_dir=there"], "--run_dir reads a run's own test texts"),
+        (["--checkpoint", "tagging", "--run_dir=there"], "--run_dir for the test texts of a run"),
         (["--checkpoint", "tagging", "--txet", "a"], "Did you mean '--text'?"),
         (["--checkpoint", "classification", "--input", "bad.jsonl"], "bad.jsonl', line 2: Not JSON"),
         (["--checkpoint", "classification", "--input", "other.jsonl"], "other.jsonl', line 1: There is no 'text'"),
         (["--checkpoint", "classification", "--input", "long.jsonl"], "long.jsonl', line 3: The text has"),
-        (["--checkpoint", "classification", "--input", "empty.jsonl"], "empty.jsonl' holds nothing"),
+        (["--checkpoint", "classification", "--input", "empty.jsonl"], "empty.jsonl' is empty"),
         (["--checkpoint", "classification", "--input", "latin.txt"], "latin.txt' is not UTF-8"),
     ],
 )
@@ -122,7 +125,7 @@ def test_a_run_is_served(place: Path) -> None:
         said = httpx.post(f"{address}/v1/predict", json={"input": "the white whale"}, timeout=30).json()
         assert len(said["data"][0]["tags"]) == 3
         said = httpx.post(f"{address}/v1/predict", json={"text": "the white whale"}, timeout=30).json()
-        assert "its fields are input, model" in said["error"]["message"]
+        assert "the fields are input, model" in said["error"]["message"]
         assert not (place / "sessions").exists()
     finally:
         server.send_signal(signal.SIGTERM)
@@ -166,5 +169,5 @@ def test_half_a_config_of_parts_is_refused(program: Program, tmp_path: Path) -> 
     (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.finetuning.TaggingModule}\n")
     done = program("fit", "--config", "c.yaml", at=tmp_path)
     assert done.code == 2
-    assert "'data' names no class_path" in done.err
+    assert "'data' has no class_path" in done.err
     assert done.err.count("\n") == 1

@@ -49,9 +49,9 @@ def test_mistakes(program: Program, tmp_path: Path) -> None:
     before = files(tmp_path)
     for arguments, said in (
         (("nowhere", "--output-dir", "o"), "'nowhere' holds no file"),
-        (("books", "--output-dir", "o", "--tokenizer", "none.json"), "'none.json' is no file"),
+        (("books", "--output-dir", "o", "--tokenizer", "none.json"), "'none.json' does not exist"),
         (("books", "--output-dir", "o", "--tokenizer", "20"), "vocab_size is 20"),
-        (("books", "--output-dir", "o", "--num-workers", "0"), "--num-workers is 0"),
+        (("books", "--output-dir", "o", "--num-workers", "0"), "--num-workers: must be at least 1, got 0"),
         (("books", "--output-dir", "o", "--test-fraction", "2"), "test_fraction is 2.0"),
         (("books", "--output-dir", "o", "--dataset-config", "x"), "Add --hf-dataset"),
         (("books", "books", "--output-dir", "o", "--hf-dataset"), "takes one source"),
@@ -114,7 +114,7 @@ def test_ctrl_c_keeps_what_is_done(corpus: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err.decode().strip() == "memtx: interrupted: what is done is kept; the same command goes on with it"
+    assert err.decode().strip() == "memtx: interrupted: finished shards are kept; run the same command to resume"
     assert not out.exists()
     kept = {path.name: path.stat().st_ino for path in building.glob("train/*.json")}
     assert kept

@@ -71,7 +71,7 @@ def test_the_report_has_a_line_a_chapter(model: str, book: Path, capsys: pytest.
         "CHAPTER III",
     ]
     assert "tokens 1,000-2,000" in said
-    assert f"whole: {len(BOOK.encode()):,} tokens" in said
+    assert f"total: {len(BOOK.encode()):,} tokens" in said
 
 
 def test_plot_and_session_are_written(
@@ -132,7 +132,7 @@ def test_interrupted_and_resumed_equals_read_at_once(
     monkeypatch.setattr(StreamReader, "_score", interrupted)
     assert main([*base, "--session", str(session)]) == 130
     first = capsys.readouterr()
-    assert "goes on from there" in first.err
+    assert "run the same command to resume" in first.err
     assert len(first.out.splitlines()) == 4  # The head, CHAPTER I and two stretches: the rest was not read.
     monkeypatch.setattr(StreamReader, "_score", score)
     assert main([*base, "--session", str(session), "--plot", str(plots[1])]) == 0
@@ -211,7 +211,7 @@ def test_a_bad_session_is_one_line_and_stays(
     good = session.read_bytes()
     assert "another model" in mistake(capsys, *options, str(pretrained(tmp_path / "other", seed=1)))
     book.write_bytes(b"Another book altogether." + BOOK.encode())
-    assert "another text" in mistake(capsys, *options, model)
+    assert "belongs to another text" in mistake(capsys, *options, model)
     assert session.read_bytes() == good
     session.write_bytes(good[:-1])
     assert "not a whole safetensors" in mistake(capsys, *options, model)
@@ -219,10 +219,12 @@ def test_a_bad_session_is_one_line_and_stays(
 
 def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (str(book), "--checkpoint", model)
-    assert "--segment-length is 0" in mistake(capsys, *base, "--segment-length", "0")
-    assert "--report-every is -1" in mistake(capsys, *base, "--report-every", "-1")
+    assert "--segment-length: must be at least 1, got 0" in mistake(capsys, *base, "--segment-length", "0")
+    assert "--report-every: must be at least 0, got -1" in mistake(capsys, *base, "--report-every", "-1")
     assert "Did you mean '--session'?" in mistake(capsys, *base, "--sesion", "x")
-    assert "folder does not exist" in mistake(capsys, *base, "--plot", "/no/such/folder/a.png")
+    assert "--plot: the folder '/no/such/folder' does not exist" in mistake(
+        capsys, *base, "--plot", "/no/such/folder/a.png"
+    )
     assert "required: --checkpoint" in mistake(capsys, str(book))
 
 

@@ -8,27 +8,31 @@ from memtx.cli.main import main
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other machines ask"),
-        (["--host", "example.org"], "lets other machines ask"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 accepts other machines"),
+        (["--host", "example.org"], "--host example.org accepts other machines"),
         (["--api-key", "short"], "at least 16 printable"),
-        (["--port", "70000"], "--port is 70000"),
+        (["--port", "70000"], "--port: must be at most 65535, got 70000"),
         (["--porrt", "1"], "Did you mean '--port'?"),
         (["--max-seconds", "0", "--checkpoint", "/no/such"], "'/no/such' does not exist"),
     ],
 )
-def test_mistakes_are_one_line(
-    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_errors_are_one_line(
+    arguments: list[str],
+    expected: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
     monkeypatch.delenv("MEMTX_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
     try:
         code = main(["serve", "--checkpoint", str(tmp_path), *arguments])
-    except SystemExit as exit_:
-        code = exit_.code
-    error = capsys.readouterr().err
+    except SystemExit as error:
+        code = error.code
+    output = capsys.readouterr().err
     assert code == 2
-    assert said in error
-    assert error.count("\n") == 1
+    assert expected in output
+    assert output.count("\n") == 1

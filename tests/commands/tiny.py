@@ -1,4 +1,4 @@
-"""A small pretrained folder and one book, for the commands that read and generate."""
+"""A small model folder and a book for the commands that read and generate."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_rows_that_stay_go_on(lengths: list[int], before: int, after: int, batch
         assert all(torch.equal(one, other) for one, other in zip(went, undisturbed, strict=True))
         assert then.resume_message == ""
     else:
-        assert f"The checkpoint has {before} rows, this run {after}" in then.resume_message
+        assert f"The checkpoint has {before} streams, this run {after}" in then.resume_message
 
 
 @pytest.mark.parametrize(("rows", "ranks"), [(4, 1), (2, 2), (1, 4)])

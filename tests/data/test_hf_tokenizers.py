@@ -17,7 +17,7 @@ OWN = tokenizer()
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_offsets_are_ordered_places_of_the_text(text: str) -> None:
-    (found,) = OWN.encode([text])
+    (found,) = OWN.encode_with_offsets([text])
     assert len(found.ids) == len(found.offsets)
     assert all(0 <= start <= stop <= len(text) for start, stop in found.offsets)
     starts = found.offsets[:, 0].tolist()
@@ -27,13 +27,13 @@ def test_offsets_are_ordered_places_of_the_text(text: str) -> None:
 
 def test_a_token_stands_where_it_says() -> None:
     text = "the white  whale saw Ahab ."
-    (found,) = OWN.encode([text])
+    (found,) = OWN.encode_with_offsets([text])
     spelled = [text[start:stop] for start, stop in found.offsets]
     assert "".join(spelled) == text.replace(" ", "")
 
 
 def test_marks_are_no_text() -> None:
-    (found,) = OWN.encode(["[CLS] whale [SEP] [MASK]"])
+    (found,) = OWN.encode_with_offsets(["[CLS] whale [SEP] [MASK]"])
     assert not set(found.ids.tolist()) & {OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id}
     assert len({OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id, OWN.unk_token_id}) == 5
 
@@ -42,7 +42,7 @@ def test_what_is_kept_gives_the_same_ids() -> None:
     text = texts(1, seed=9)[0]
     for other in (hf_tokenizer_from_json(OWN.to_json()), pickle.loads(pickle.dumps(OWN)), tokenizer()):
         assert other.fingerprint == OWN.fingerprint
-        assert other.encode([text])[0].ids.tolist() == OWN.encode([text])[0].ids.tolist()
+        assert other.encode_with_offsets([text])[0].ids.tolist() == OWN.encode_with_offsets([text])[0].ids.tolist()
         assert (other.cls_token_id, other.mask_token_id, other.vocab_size) == (
             OWN.cls_token_id,
             OWN.mask_token_id,
@@ -70,7 +70,7 @@ def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
         4,
     )
     text = "the white whale saw Ahab ."
-    (found,) = made.encode([text])
+    (found,) = made.encode_with_offsets([text])
     # Neither cut nor filled up, and no token begins with the space before its word.
     assert "".join(text[start:stop] for start, stop in found.offsets) == text.replace(" ", "")
 
@@ -82,11 +82,11 @@ def test_mistakes_are_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not a tokenizer\.json"):
         HFTokenizer(str(tmp_path / "bad.json"))
     with pytest.raises(DataError, match="not trained yet"):
-        WordPieceTokenizer(300).encode(["a"])
+        WordPieceTokenizer(300).encode_with_offsets(["a"])
     with pytest.raises(DataError, match="at least 100"):
         WordPieceTokenizer(10)
     with pytest.raises(DataError, match="half of a surrogate"):
-        OWN.encode(["\ud800"])
+        OWN.encode_with_offsets(["\ud800"])
     for text in ("", "[]", json.dumps({"format": "x", "version": 1, "vocab_size": 1, "model": {}})):
         with pytest.raises(DataError):
             hf_tokenizer_from_json(text)

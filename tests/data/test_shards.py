@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data import tokenize, tokenized_corpus
+from memtx.data import shards, tokenize, tokenized_corpus
 from memtx.data.shards import TokenStore
+from memtx.data.sources.base import Document
 from memtx.data.sources.corpus import open_corpus
-from memtx.data.sources.document import Document
-from memtx.data.tokenized_corpus import open_store, plan_shards
+from memtx.data.tokenize import plan_shards
+from memtx.data.tokenized_corpus import open_store
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -33,7 +34,7 @@ def documents(texts: Sequence[str] = TEXTS) -> list[Document]:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenized_corpus, "MIN_SHARD_BYTES", 500)
+    monkeypatch.setattr(tokenize, "MIN_SHARD_BYTES", 500)
 
 
 def bpe() -> BytePairTokenizer:
@@ -71,8 +72,8 @@ def test_a_store_pickles_without_its_tokens(tmp_path: Path) -> None:
 
 
 def test_large_vocabularies_take_four_bytes() -> None:
-    assert tokenize.token_dtype(1 << 16).itemsize == 2
-    assert tokenize.token_dtype((1 << 16) + 1).itemsize == 4
+    assert shards.token_dtype(1 << 16).itemsize == 2
+    assert shards.token_dtype((1 << 16) + 1).itemsize == 4
 
 
 def test_the_store_is_used_again_until_text_or_tokenizer_change(
@@ -197,6 +198,4 @@ def test_other_mistakes(tmp_path: Path) -> None:
 def test_every_document_is_in_one_shard_of_bounded_size(sizes: list[int]) -> None:
     plan = plan_shards(sizes)
     assert [place for shard in plan for place in shard] == list(range(len(sizes)))
-    assert all(
-        len(shard) == 1 or sum(sizes[place] for place in shard) <= tokenized_corpus.MAX_SHARD_BYTES for shard in plan
-    )
+    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= tokenize.MAX_SHARD_BYTES for shard in plan)

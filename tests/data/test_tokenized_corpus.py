@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memtx.data import tokenized_corpus, tokenizer_training
+from memtx.data import tokenize, tokenized_corpus
 from memtx.data.books import BookDataModule
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import CorpusManifest, Document, assign_split
 from memtx.data.sources.files import FileSource
-from memtx.data.sources.manifest import CorpusManifest, assign_split
 from memtx.data.tokenized_corpus import TokenizedCorpus, is_tokenized_corpus, tokenize_corpus
 from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer
 from memtx.errors import CheckpointError, DataError
@@ -36,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusManifest:
-    monkeypatch.setattr(tokenized_corpus, "MIN_SHARD_BYTES", 900)
+    monkeypatch.setattr(tokenize, "MIN_SHARD_BYTES", 900)
     monkeypatch.setattr("memtx.data.sources.tables.BLOCK_BYTES", 500)
     return FileSource(
         [str(rows(tmp_path / "a.jsonl"))], id_column="key", validation_fraction=0.2, test_fraction=0.2
@@ -139,7 +138,7 @@ def test_what_an_earlier_source_left_is_gone(source: CorpusManifest, tmp_path: P
 
 
 def test_changed_texts_redo_their_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenized_corpus, "MIN_SHARD_BYTES", 10)
+    monkeypatch.setattr(tokenize, "MIN_SHARD_BYTES", 10)
     root = tmp_path / "texts"
     root.mkdir()
     for number in range(40):
@@ -161,7 +160,7 @@ def test_a_tokenizer_is_trained_on_training_texts_alone(source: CorpusManifest, 
     found = tokenize_corpus(tmp_path / "out", source, BytePairTokenizer(280), num_workers=1)
     tokenizer = found.read_tokenizer()
     assert tokenizer.vocab_size == 280
-    sampled = "".join(tokenizer_training._sample_texts(source, list(source.unsplit_parts)))
+    sampled = "".join(tokenized_corpus._sample_texts(source))
     # The rows of other splits are held back.
     assert "Row 1 " in sampled or assign_split("k1", SHARES) != "train"
     held = next(number for number in range(60) if number % 7 and assign_split(f"k{number}", SHARES) == "test")

@@ -1,4 +1,4 @@
-"""Models that answer from the text they have kept, for measures whose result is then known."""
+"""Fake models that answer from text they remember, so that the result of an evaluation is known."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from memtx.state import MemoryState
 
 
 @dataclass
-class Said:
+class Output:
     nll: Tensor
     state: MemoryState
 
 
-class KeepsText:
-    """Keeps the last ``reach`` bytes; an answer costs nothing where they hold question and answer together."""
+class RemembersText:
+    """Keeps the last ``reach`` bytes; an answer has no loss if they hold the question followed by the answer."""
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
-        self.read = 0
+        self.num_tokens_read = 0
 
-    def init_state(self, rows: int) -> MemoryState:
-        return MemoryState(torch.zeros(rows, dtype=torch.int64), ((torch.zeros(rows, self.reach, dtype=torch.int64),),))
+    def init_state(self, batch_size: int) -> MemoryState:
+        text = torch.zeros(batch_size, self.reach, dtype=torch.int64)
+        return MemoryState(torch.zeros(batch_size, dtype=torch.int64), ((text,),))
 
-    def __call__(self, tokens: Tensor, state: MemoryState, labels: Tensor) -> Said:
-        kept = state.layers[0][0]
+    def __call__(self, tokens: Tensor, state: MemoryState, labels: Tensor) -> Output:
+        text = state.layers[0][0]
         nll = torch.zeros(tokens.shape)
         for row, line in enumerate(labels.tolist()):
-            if asked := [at for at, label in enumerate(line) if label != IGNORE_INDEX]:
-                wanted = bytes([*tokens[row, : asked[-1] + 1].tolist(), line[asked[-1]]])
-                known = bytes(token for token in kept[row].tolist() if token < 256)
-                nll[row, asked[-1]] = 0.0 if wanted in known else 1.0
-        self.read += tokens.numel()
-        return Said(nll, MemoryState(state.position, ((torch.cat([kept, tokens], 1)[:, -self.reach :],),)))
+            if scored := [index for index, label in enumerate(line) if label != IGNORE_INDEX]:
+                expected = bytes([*tokens[row, : scored[-1] + 1].tolist(), line[scored[-1]]])
+                known = bytes(token for token in text[row].tolist() if token < 256)
+                nll[row, scored[-1]] = 0.0 if expected in known else 1.0
+        self.num_tokens_read += tokens.numel()
+        return Output(nll, MemoryState(state.position, ((torch.cat([text, tokens], 1)[:, -self.reach :],),)))
 
 
-def keeps(reach: int) -> Any:
-    return KeepsText(reach)
+def remembers(reach: int) -> Any:
+    return RemembersText(reach)

@@ -1,4 +1,4 @@
-"""Models beside one another: sizes as they are, scores as plain loops find them, times of calls that take turns."""
+"""Comparisons: sizes, scores as plain loops compute them, and latencies of alternating calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.tasks import predictor, records, task
 
-WORDS = ("One.", "Two and a half.", "Thrée.")
+TEXTS = ("One.", "Two and a half.", "Thrée.")
 
 
 def model(seed: int = 0) -> MemoryTransformer:
@@ -37,55 +37,55 @@ def model(seed: int = 0) -> MemoryTransformer:
     return MemoryTransformer(257, dim=8, depth=1, heads=2, memories=[partial(RecurrentMemory, window=6)]).eval()
 
 
-def texts(at: Path, length: int = 64) -> TextBatch:
-    (at / "test").mkdir()
-    for number, text in enumerate(WORDS):
-        (at / "test" / f"{number}.txt").write_text(text, encoding="utf-8")
-    return TextBatch.from_documents(open_corpus(str(at)).get_split("test"), ByteTokenizer(), length)
+def text_batch(folder: Path, max_length: int = 64) -> TextBatch:
+    (folder / "test").mkdir()
+    for number, text in enumerate(TEXTS):
+        (folder / "test" / f"{number}.txt").write_text(text, encoding="utf-8")
+    return TextBatch.from_documents(open_corpus(str(folder)).get_split("test"), ByteTokenizer(), max_length)
 
 
-@pytest.mark.parametrize("segment", [1, 4, 64])
-@pytest.mark.parametrize("beyond", [0, 3])
-def test_bits_are_of_the_bytes_from_a_position_on(tmp_path: Path, segment: int, beyond: int) -> None:
-    own, found = model(), texts(tmp_path)
-    nats, size = 0.0, 0
-    for text in WORDS:
+@pytest.mark.parametrize("segment_length", [1, 4, 64])
+@pytest.mark.parametrize("min_position", [0, 3])
+def test_bits_per_byte_count_tokens_from_a_position_on(tmp_path: Path, segment_length: int, min_position: int) -> None:
+    reader, batch = model(), text_batch(tmp_path)
+    nats, num_bytes = 0.0, 0
+    for text in TEXTS:
         tokens = torch.tensor([256, *text.encode()])
-        nll = own(tokens[None, :-1], labels=tokens[None, 1:]).nll[0]
-        nats += float(nll[beyond:].double().sum())
-        size += len(nll[beyond:])
-    # float32, cut otherwise
-    assert bits_per_byte(own, found, segment_length=segment, min_position=beyond) == pytest.approx(
-        nats / math.log(2) / size, rel=1e-5
+        nll = reader(tokens[None, :-1], labels=tokens[None, 1:]).nll[0]
+        nats += float(nll[min_position:].double().sum())
+        num_bytes += len(nll[min_position:])
+    # float32 with other segments.
+    assert bits_per_byte(reader, batch, segment_length=segment_length, min_position=min_position) == pytest.approx(
+        nats / math.log(2) / num_bytes, rel=1e-5
     )
 
 
-def test_texts_are_cut_to_their_beginnings(tmp_path: Path) -> None:
-    found = texts(tmp_path, 5)
-    assert found.tokens.shape == found.labels.shape == found.label_bytes.shape == (3, 5)
-    assert found.labels[1].tolist() == list(WORDS[1].encode()[:5])
-    assert found.labels[0].tolist() == [*WORDS[0].encode(), -100]
-    assert found.label_bytes[0].tolist() == [1, 1, 1, 1, 0]
-    with pytest.raises(DataError, match="no text to be measured on"):
+def test_text_batch_holds_the_beginnings_of_texts(tmp_path: Path) -> None:
+    batch = text_batch(tmp_path, 5)
+    assert batch.tokens.shape == batch.labels.shape == batch.label_bytes.shape == (3, 5)
+    assert batch.labels[1].tolist() == list(TEXTS[1].encode()[:5])
+    assert batch.labels[0].tolist() == [*TEXTS[0].encode(), -100]
+    assert batch.label_bytes[0].tolist() == [1, 1, 1, 1, 0]
+    with pytest.raises(DataError, match="no text to evaluate on"):
         TextBatch.from_documents([], ByteTokenizer(), 5)
 
 
-def test_calls_take_turns_and_the_fastest_of_each_input_counts() -> None:
-    made: list[tuple[str, int]] = []
+def test_timed_calls_alternate_and_the_fastest_of_each_input_counts() -> None:
+    calls: list[tuple[str, int]] = []
 
-    def slow(number: int) -> None:
-        made.append(("slow", number))
+    def slow(index: int) -> None:
+        calls.append(("slow", index))
         time.sleep(0.02)
 
-    spent = time_calls([slow, lambda number: made.append(("fast", number))], 2)
-    assert made == [(name, number) for number in range(2) for _ in range(REPEATS) for name in ("slow", "fast")]
-    # It sleeps at least as long as asked.
-    assert spent[0] >= 20 > spent[1] >= 0
-    with pytest.raises(MemtxError, match="num_inputs is 0"):
+    latencies = time_calls([slow, lambda index: calls.append(("fast", index))], 2)
+    assert calls == [(name, index) for index in range(2) for _ in range(REPEATS) for name in ("slow", "fast")]
+    # sleep() takes at least the requested time.
+    assert latencies[0] >= 20 > latencies[1] >= 0
+    with pytest.raises(MemtxError, match=r"num_inputs .*0"):
         time_calls([], 0)
 
 
-def test_shares_are_of_the_teachers() -> None:
+def test_ratios_are_relative_to_the_teacher() -> None:
     teacher = ModelComparison("teacher", 1000, 3.0, 0.8, "accuracy")
     student = ModelComparison("student", 250, 1.5, 0.6, "accuracy")
     assert (student.size_reduction(teacher), student.speed_gain(teacher)) == (0.75, 1.0)
@@ -95,33 +95,39 @@ def test_shares_are_of_the_teachers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
-def test_a_tasks_score_is_one_for_right_answers(kind: str) -> None:
-    own = task(kind)
-    examples = [own.parse(record, True) for record in records(kind, 12)]
-    right = {
-        "classification": [{"label": getattr(one, "label", "")} for one in examples],
-        "tagging": [{"tags": getattr(one, "tags", ())} for one in examples],
-        "questions": [{"answer": next((a.text for a in getattr(one, "answers", ())), "")} for one in examples],
+def test_score_of_correct_predictions_is_one(kind: str) -> None:
+    scored_task = task(kind)
+    examples = [scored_task.parse(record, True) for record in records(kind, 12)]
+    correct = {
+        "classification": [{"label": getattr(example, "label", "")} for example in examples],
+        "tagging": [{"tags": getattr(example, "tags", ())} for example in examples],
+        "questions": [
+            {"answer": next((answer.text for answer in getattr(example, "answers", ())), "")} for example in examples
+        ],
     }[kind]
-    assert compute_task_score(own, examples, right) == 1.0
+    assert compute_task_score(scored_task, examples, correct) == 1.0
     wrong = {"classification": {"label": "?"}, "tagging": {"tags": None}, "questions": {"answer": "nothing"}}[kind]
-    others = [{**wrong, "tags": ["O"] * len(one.tags)} if kind == "tagging" else wrong for one in examples]
-    assert compute_task_score(own, examples, others) < 0.2
+    others = [{**wrong, "tags": ["O"] * len(example.tags)} if kind == "tagging" else wrong for example in examples]
+    assert compute_task_score(scored_task, examples, others) < 0.2
 
 
-def test_tasks_and_texts_beside_one_another(tmp_path: Path) -> None:
-    named = [(name, predictor("classification", seed=seed)) for seed, name in enumerate(("a", "b"))]
-    asked = [ParsedRecord(one, named[0][1].task.parse(one, True)) for one in records("classification", 6)]
+def test_task_models_and_language_models_are_compared(tmp_path: Path) -> None:
+    predictors = [(name, predictor("classification", seed=seed)) for seed, name in enumerate(("a", "b"))]
+    parsed = [
+        ParsedRecord(record, predictors[0][1].task.parse(record, True)) for record in records("classification", 6)
+    ]
     calls: list[None] = []
-    found = compare_task_models(named, asked, num_timed=2, on_progress=lambda: calls.append(None))
+    comparisons = compare_task_models(predictors, parsed, num_timed=2, on_progress=lambda: calls.append(None))
     assert len(calls) == 2 * (6 + 2 * REPEATS)
-    assert [one.name for one in found] == ["a", "b"]
-    assert found[0].num_parameters == num_parameters(named[0][1].model) > 0
-    said = named[0][1].predict([one.record for one in asked])
-    share = sum(one["label"] == two.example.label for one, two in zip(said, asked, strict=True)) / 6
-    assert found[0].score == pytest.approx(share)
-    read = compare_language_models([("a", model()), ("b", model(1))], texts(tmp_path), segment_length=4, num_timed=3)
-    assert [one.metric for one in read] == ["bits_per_byte"] * 2
-    assert all(one.latency_ms > 0 for one in read)
-    # A tied head is no weight of its own.
-    assert read[0].num_parameters == sum(one.numel() for one in set(model().parameters()))
+    assert [comparison.name for comparison in comparisons] == ["a", "b"]
+    assert comparisons[0].num_parameters == num_parameters(predictors[0][1].model) > 0
+    predictions = predictors[0][1].predict([example.record for example in parsed])
+    pairs = zip(predictions, parsed, strict=True)
+    accuracy = sum(prediction["label"] == example.example.label for prediction, example in pairs) / 6
+    assert comparisons[0].score == pytest.approx(accuracy)
+    models = [("a", model()), ("b", model(1))]
+    comparisons = compare_language_models(models, text_batch(tmp_path), segment_length=4, num_timed=3)
+    assert [comparison.metric for comparison in comparisons] == ["bits_per_byte"] * 2
+    assert all(comparison.latency_ms > 0 for comparison in comparisons)
+    # A tied head adds no parameters.
+    assert comparisons[0].num_parameters == sum(parameter.numel() for parameter in set(model().parameters()))

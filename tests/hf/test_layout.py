@@ -40,7 +40,7 @@ def test_read_and_written_back_byte_for_byte(tmp_path: Path, dtype: torch.dtype)
     assert isinstance(model, Encoder)
     assert not model.training
     assert {p.dtype for p in model.parameters()} == {dtype}
-    model.export_hf(tmp_path / "written")
+    memtx.hf.save(model, tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
@@ -60,12 +60,12 @@ def test_what_the_layout_holds_beside_the_model_is_kept(tmp_path: Path) -> None:
     folder = write(tmp_path / "read", BERT, tensors)
     model = memtx.from_pretrained(folder)
     assert model(TOKENS).pooler_output.shape == (2, 8)
-    model.export_hf(tmp_path / "written")
+    memtx.hf.save(model, tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
     # After training both names have the new weight.
     with torch.no_grad():
         model.embedding.word_embeddings.weight.add_(1.0)
-    model.export_hf(tmp_path / "trained")
+    memtx.hf.save(model, tmp_path / "trained")
     trained = load_file(tmp_path / "trained" / "model.safetensors")
     for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"):
         assert torch.equal(trained[name], embedding + 1.0)
@@ -77,7 +77,7 @@ def test_a_decoder_with_numbers_of_its_own_is_not_the_embedding(tmp_path: Path) 
     folder = write(tmp_path / "read", BERT, tensors)
     model = memtx.from_pretrained(folder)
     assert torch.equal(model.head.weight, tensors["cls.predictions.decoder.weight"])
-    model.export_hf(tmp_path / "written")
+    memtx.hf.save(model, tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
     untied = {name: x for name, x in tensors.items() if name != "cls.predictions.decoder.weight"}
     with pytest.raises(CheckpointError, match=r"lacks cls\.predictions\.decoder\.weight"):
@@ -201,7 +201,7 @@ def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_model_of_our_own_has_no_layout_to_go_back_to(tmp_path: Path) -> None:
     model = Encoder(20, dim=8, depth=1, heads=2).eval()
     with pytest.raises(MemtxError, match="save_pretrained"):
-        model.export_hf(tmp_path)
+        memtx.hf.save(model, tmp_path)
     model.save_pretrained(tmp_path)
     again = memtx.from_pretrained(tmp_path)
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)

@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 import memtx
-from memtx.hf.load import MODEL_TYPES
+from memtx.hf.loader import MODEL_TYPES
 from memtx.models.encoder import Encoder
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
-from memtx.ops.attention.random_blocks import sample_random_blocks
+from memtx.ops.attention.sparse import sample_random_blocks
 
 TOLERANCE = 1e-4  # float32, sums in another order; the project's own promise
 READERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")
@@ -36,7 +36,7 @@ def folders(parity: Path, *kinds: str) -> list[Path]:
 @pytest.mark.parametrize("kind", sorted(MODEL_TYPES))
 def test_written_back_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> None:
     for folder in folders(parity, kind):
-        memtx.from_pretrained(folder).export_hf(tmp_path / folder.name)
+        memtx.hf.save(memtx.from_pretrained(folder), tmp_path / folder.name)
         own = load_file(tmp_path / folder.name / "model.safetensors")
         original = load_file(folder / "model.safetensors")
         assert own.keys() == original.keys()

@@ -18,7 +18,7 @@ def tiny_model(vocab_size: int, seed: int = 0) -> MemoryTransformer:
     model = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=memories)
     with torch.no_grad():
         for weight in model.parameters():
-            # Logits far from equal, so that a wrong memory shows.
+            # Logits far from uniform, so that a wrong memory shows.
             weight.mul_(5) if weight.dim() > 1 else None
     return model.eval()
 

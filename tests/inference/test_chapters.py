@@ -15,7 +15,7 @@ from memtx.inference.reader import SegmentResult
 @pytest.mark.parametrize(
     "line", ["CHAPTER IV", "Chapter 12. The Return", "  CHAPTER THE FIRST", "BOOK II: Home", "Chapter One", "PART 3"]
 )
-def test_headings(line: str) -> None:
+def test_headings_are_recognized(line: str) -> None:
     assert is_heading(line)
 
 
@@ -27,14 +27,17 @@ def test_prose_is_no_heading(line: str) -> None:
     assert not is_heading(line)
 
 
-def results(text: str, sizes: list[int]) -> list[SegmentResult]:
-    borders = [0, *np.cumsum(sizes).tolist()]
+def results(text: str, lengths: list[int]) -> list[SegmentResult]:
+    borders = [0, *np.cumsum(lengths).tolist()]
     borders = sorted({min(border, len(text)) for border in borders} | {len(text)})
     return [
         SegmentResult(
-            np.arange(b - a), np.full(b - a, 0.5, np.float32), [text[i : i + 1].encode() for i in range(a, b)], a
+            np.arange(end - start),
+            np.full(end - start, 0.5, np.float32),
+            [text[index : index + 1].encode() for index in range(start, end)],
+            start,
         )
-        for a, b in itertools.pairwise(borders)
+        for start, end in itertools.pairwise(borders)
     ]
 
 
@@ -43,24 +46,24 @@ BOOK = "Preface" + "p" * 300 + "\nCHAPTER I\n" + "one " * 100 + "\nCHAPTER II\nT
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, 400), max_size=6), st.integers(0, 6))
-def test_chapters_add_up_however_cut(sizes: list[int], pause: int) -> None:
-    chapters, found = ChapterSplitter(), list[Section]()
-    for index, result in enumerate(results(BOOK, sizes)):
-        if index == pause:
-            # Through a session file and back.
-            position = json.loads(json.dumps(chapters.state_dict()))
-            chapters = ChapterSplitter()
-            chapters.load_state_dict(position)
-        found += chapters.feed(result)
-    found.append(chapters.finish())
-    assert [section.title for section in found] == ["", "CHAPTER I", "CHAPTER II"]
-    assert [section.start for section in found] == [0, BOOK.index("CHAPTER I"), BOOK.index("CHAPTER II")]
-    assert sum(section.num_bytes for section in found) == len(BOOK)
-    assert sum(section.nll for section in found) == pytest.approx(0.5 * len(BOOK))
+def test_chapters_do_not_depend_on_the_segments(lengths: list[int], resume_index: int) -> None:
+    splitter, chapters = ChapterSplitter(), list[Section]()
+    for index, result in enumerate(results(BOOK, lengths)):
+        if index == resume_index:
+            # Through JSON, as in a session file.
+            state_dict = json.loads(json.dumps(splitter.state_dict()))
+            splitter = ChapterSplitter()
+            splitter.load_state_dict(state_dict)
+        chapters += splitter.feed(result)
+    chapters.append(splitter.finish())
+    assert [chapter.title for chapter in chapters] == ["", "CHAPTER I", "CHAPTER II"]
+    assert [chapter.start for chapter in chapters] == [0, BOOK.index("CHAPTER I"), BOOK.index("CHAPTER II")]
+    assert sum(chapter.num_bytes for chapter in chapters) == len(BOOK)
+    assert sum(chapter.nll for chapter in chapters) == pytest.approx(0.5 * len(BOOK))
 
 
-def test_a_table_of_contents_is_one_part() -> None:
-    chapters = ChapterSplitter()
+def test_a_table_of_contents_is_one_section() -> None:
+    splitter = ChapterSplitter()
     text = "".join(f"CHAPTER {number}\n" for number in ("I", "II", "III")) + "x" * 300
-    assert [section for result in results(text, []) for section in chapters.feed(result)] == []
-    assert chapters.finish().title == "CHAPTER III"
+    assert [chapter for result in results(text, []) for chapter in splitter.feed(result)] == []
+    assert splitter.finish().title == "CHAPTER III"

@@ -1,4 +1,4 @@
-"""The decoder keeps keys and values and computes what calls of one token compute."""
+"""Decoding in place equals calls of the model with one token."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.none import NoMemory
 from memtx.memory.recurrent import RecurrentMemory
+from memtx.models.transformer_xl import TransformerXL
 from memtx.state import MemoryState
 from tests.invariants.strategies import cases, distance
 from tests.memory_zoo import KINDS
@@ -26,83 +27,84 @@ EXACT = 1e-10
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_it_goes_on_as_the_model_does(kind: str, data: st.DataObject) -> None:
+def test_decoding_equals_calls_of_the_model(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
-    n = case.tokens.shape[1]
-    begin = data.draw(st.integers(0, n))
-    # Rows at different places: some documents begin inside what was read.
+    length = case.tokens.shape[1]
+    start = data.draw(st.integers(0, length))
+    # The rows are at different positions: some documents begin inside the tokens read so far.
     state = case.model.init_state(case.tokens.shape[0])
-    if begin:
-        state = case.model(case.tokens[:, :begin], state, document_starts=case.starts[:, :begin]).state
+    if start:
+        state = case.model(case.tokens[:, :start], state, document_starts=case.starts[:, :start]).state
     before = state.map(torch.Tensor.clone)
     decoder = Decoder(case.model, state)
     assert distance(decoder.state, state) == 0
-    going = state
-    for at in range(begin, n):
-        expected = case.model(case.tokens[:, at : at + 1], going)
-        going = expected.state
-        assert (decoder.step(case.tokens[:, at]) - expected.logits[:, 0]).abs().max() < EXACT
-    assert distance(decoder.state, going) < EXACT
+    expected_state = state
+    for index in range(start, length):
+        expected = case.model(case.tokens[:, index : index + 1], expected_state)
+        expected_state = expected.state
+        assert (decoder.step(case.tokens[:, index]) - expected.logits[:, 0]).abs().max() < EXACT
+    assert distance(decoder.state, expected_state) < EXACT
     assert state.equals(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_rows_that_come_and_go_read_as_each_alone(kind: str, data: st.DataObject) -> None:
+def test_streams_that_join_and_leave_equal_each_alone(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
-    alone = {}
-    decoder, names = None, []
+    states_alone = {}
+    decoder, stream_ids = None, []
     for step in range(data.draw(st.integers(1, 12))):
         if data.draw(st.booleans()) or decoder is None:
             # A stream that has read some tokens by itself joins.
-            at = data.draw(st.integers(0, 40))
+            length = data.draw(st.integers(0, 40))
             state = case.model.init_state(1)
-            state = case.model(torch.randint(0, 11, (1, at)), state).state if at else state
-            alone[step] = state
+            state = case.model(torch.randint(0, 11, (1, length)), state).state if length else state
+            states_alone[step] = state
             if decoder is None:
                 decoder = Decoder(case.model, state)
             else:
                 decoder.append(state)
-            names.append(step)
+            stream_ids.append(step)
         elif data.draw(st.booleans()):
-            kept = data.draw(st.permutations(range(len(names))))[: data.draw(st.integers(0, len(names)))]
-            decoder.select(kept)
-            names = [names[row] for row in kept]
-        tokens = torch.randint(0, 11, (len(names),))
+            order = data.draw(st.permutations(range(len(stream_ids))))
+            indices = order[: data.draw(st.integers(0, len(stream_ids)))]
+            decoder.select(indices)
+            stream_ids = [stream_ids[index] for index in indices]
+        tokens = torch.randint(0, 11, (len(stream_ids),))
         logits = decoder.step(tokens)
-        assert logits.shape == (len(names), 11)
-        for row, name in enumerate(names):
-            expected = case.model(tokens[row : row + 1, None], alone[name])
-            alone[name] = expected.state
+        assert logits.shape == (len(stream_ids), 11)
+        for row, stream_id in enumerate(stream_ids):
+            expected = case.model(tokens[row : row + 1, None], states_alone[stream_id])
+            states_alone[stream_id] = expected.state
             assert (logits[row] - expected.logits[0, 0]).abs().max() < EXACT
-    for row, name in enumerate(names):
-        assert distance(decoder.state.select([row]), alone[name]) < EXACT
+    for row, stream_id in enumerate(stream_ids):
+        assert distance(decoder.state.select([row]), states_alone[stream_id]) < EXACT
 
 
-def small(*memories: object) -> MemoryTransformer:
+def small_model(*memories: object) -> MemoryTransformer:
     torch.manual_seed(0)
     return MemoryTransformer(11, dim=8, depth=2, heads=2, memories=memories).eval()  # type: ignore[arg-type]
 
 
-def far(model: MemoryTransformer, position: int) -> MemoryState:
+def state_at(model: MemoryTransformer, position: int) -> MemoryState:
     state = model(torch.arange(40)[None] % 11).state
     return MemoryState(torch.tensor([position]), state.layers)
 
 
 @pytest.mark.parametrize("position", [40, 2_000, 10_000_000])
-def test_angles_stay_true_far_away(position: int) -> None:
-    # float32: angles of absolute positions are made in float64, so distance from the beginning adds no error.
-    model = small(partial(CompressedMemory, window=8, compression_rate=2, num_entries=4))
-    decoder, state = Decoder(model, far(model, position)), far(model, position)
+def test_rotary_angles_stay_exact_at_large_positions(position: int) -> None:
+    # float32: angles of absolute positions are computed in float64, so large positions add no error.
+    model = small_model(partial(CompressedMemory, window=8, compression_rate=2, num_entries=4))
+    decoder, state = Decoder(model, state_at(model, position)), state_at(model, position)
     for token in (torch.arange(30) % 11)[:, None]:
         expected = model(token[None], state)
         state = expected.state
         assert (decoder.step(token) - expected.logits[:, 0]).abs().max() < 1e-5
 
 
-def test_layers_of_different_memories() -> None:
-    model = small(
+def test_layers_can_have_different_memories() -> None:
+    model = small_model(
         partial(RecurrentMemory, window=5), partial(CompressedMemory, window=3, compression_rate=3, num_entries=2)
     ).double()
     decoder, state = Decoder(model, model.init_state(2)), model.init_state(2)
@@ -120,8 +122,8 @@ def test_layers_of_different_memories() -> None:
         partial(CompressedMemory, compress_per_segment=True),
     ],
 )
-def test_other_memories_are_decoded_by_calls(memory: object) -> None:
-    model = small(memory)
+def test_memories_without_a_ring_are_decoded_by_calls(memory: object) -> None:
+    model = small_model(memory)
     decoder, state = Decoder(model, model.init_state(1)), model.init_state(1)
     for tokens in torch.randint(0, 11, (6, 1)):
         expected = model(tokens[:, None], state)
@@ -130,10 +132,24 @@ def test_other_memories_are_decoded_by_calls(memory: object) -> None:
     assert decoder.state.equals(state)
 
 
+def test_other_language_models_are_decoded_by_calls() -> None:
+    torch.manual_seed(0)
+    model = TransformerXL(11, dim=8, depth=2, heads=2, memory_length=4).train()
+    decoder, state = Decoder(model, model.init_state(2)), model.init_state(2)
+    assert not model.training
+    for tokens in torch.randint(0, 11, (6, 2)):
+        expected = model(tokens[:, None], state)
+        state = expected.state
+        assert torch.equal(decoder.step(tokens), expected.logits[:, 0])
+    decoder.append(state.select([0]))
+    decoder.select([2, 1])
+    assert decoder.state.equals(state)
+
+
 @pytest.mark.parametrize("memory", [NoMemory, partial(RecurrentMemory, window=4, same_length=False)])
-def test_rows_of_other_memories_come_and_go_too(memory: object) -> None:
-    model = small(memory).double()
-    first, second = (model(torch.randint(0, 11, (1, n))).state for n in (3, 7))
+def test_streams_without_a_ring_join_and_leave_too(memory: object) -> None:
+    model = small_model(memory).double()
+    first, second = (model(torch.randint(0, 11, (1, length))).state for length in (3, 7))
     decoder = Decoder(model, first)
     decoder.append(second)
     decoder.select([1])
@@ -145,9 +161,9 @@ def test_rows_of_other_memories_come_and_go_too(memory: object) -> None:
     assert distance(decoder.state, expected.state) == 0.0
 
 
-def test_a_compiled_step_is_made_twice_and_never_again() -> None:
-    # Once for steps in which a block crosses the edge, once for the others, however full the memory is.
-    model = small(partial(CompressedMemory, window=6, compression_rate=3, num_entries=4))
+def test_a_step_is_compiled_twice_and_never_again() -> None:
+    # Once for steps that evict a block and once for the others, however full the memory is.
+    model = small_model(partial(CompressedMemory, window=6, compression_rate=3, num_entries=4))
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     decoder = Decoder(model, model.init_state(1), torch_compile=counter)
@@ -157,11 +173,11 @@ def test_a_compiled_step_is_made_twice_and_never_again() -> None:
     assert counter.frame_count == 2
 
 
-def test_mistakes_are_named() -> None:
-    model = small(partial(RecurrentMemory, window=4))
+def test_invalid_arguments_are_reported() -> None:
+    model = small_model(partial(RecurrentMemory, window=4))
     with pytest.raises(MemtxError, match=r"tokens is \(3,\), expected \(2,\)"):
         Decoder(model, model.init_state(2)).step(torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(MemtxError, match=r"select got \[0, 0\] of 2 rows"):
+    with pytest.raises(MemtxError, match=r"select got \[0, 0\] for 2 streams"):
         Decoder(model, model.init_state(2)).select([0, 0])
-    with pytest.raises(MemtxError, match="CUDA graphs need a GPU"):
+    with pytest.raises(MemtxError, match=r"use_cuda_graph=True needs a GPU.* cpu"):
         Decoder(model, model.init_state(1), use_cuda_graph=True)

@@ -12,40 +12,44 @@ from memtx.errors import DataError
 from memtx.inference.incremental_tokenizer import IncrementalTokenizer
 
 
-def cut(content: str | bytes, places: list[int]) -> list[str | bytes]:
-    borders = sorted({place % (len(content) + 1) for place in places} | {0, len(content)})
-    return [content[a:b] for a, b in itertools.pairwise(borders)]
+def split(content: str | bytes, cuts: list[int]) -> list[str | bytes]:
+    borders = sorted({cut % (len(content) + 1) for cut in cuts} | {0, len(content)})
+    return [content[start:end] for start, end in itertools.pairwise(borders)]
 
 
-def tokens_of(tokenizer: Tokenizer, parts: list[str | bytes]) -> np.ndarray:
-    pieces = IncrementalTokenizer(tokenizer)
-    found = [tokens for part in parts for _, tokens in pieces.feed(part)]
-    return np.concatenate([*found, pieces.finish()])
+def tokenize(tokenizer: Tokenizer, parts: list[str | bytes]) -> np.ndarray:
+    incremental = IncrementalTokenizer(tokenizer)
+    tokens = [tokens for part in parts for _, tokens in incremental.feed(part)]
+    return np.concatenate([*tokens, incremental.finish()])
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.text(max_size=60), st.integers(1, 60), st.lists(st.integers(0, 10_000), max_size=12), st.booleans())
-def test_cutting_never_changes_the_tokens(
-    pair_tokenizer: Tokenizer, part: str, times: int, places: list[int], as_bytes: bool
+def test_tokens_do_not_depend_on_the_chunks(
+    pair_tokenizer: Tokenizer, paragraph: str, repeats: int, cuts: list[int], as_bytes: bool
 ) -> None:
-    text = (part + "\n\n") * times
-    parts = cut(text.encode() if as_bytes else text, places)
-    found = tokens_of(pair_tokenizer, parts)
-    assert found.tolist() == pair_tokenizer.encode(text).tolist()
-    assert b"".join(pair_tokenizer.token_bytes(int(token)) for token in found).decode() == text
+    text = (paragraph + "\n\n") * repeats
+    tokens = tokenize(pair_tokenizer, split(text.encode() if as_bytes else text, cuts))
+    assert tokens.tolist() == pair_tokenizer.encode(text).tolist()
+    assert b"".join(pair_tokenizer.token_bytes(int(token)) for token in tokens).decode() == text
 
 
-def test_one_byte_at_a_time_decodes_split_characters(byte_tokenizer: Tokenizer) -> None:
+def test_characters_split_into_bytes_are_decoded(byte_tokenizer: Tokenizer) -> None:
     content = "é🙂x".encode()
-    found = tokens_of(byte_tokenizer, [content[i : i + 1] for i in range(len(content))])
-    assert bytes(found.tolist()) == content
+    tokens = tokenize(byte_tokenizer, [content[index : index + 1] for index in range(len(content))])
+    assert bytes(tokens.tolist()) == content
 
 
-def test_fork_goes_on_by_itself() -> None:
+def test_a_new_tokenizer_continues_from_pending_text_and_bytes() -> None:
     first = IncrementalTokenizer(ByteTokenizer())
     content = "aé".encode()
     assert [len(tokens) for _, tokens in first.feed(content[:2])] == [0]
-    second = first.fork()
+    second = IncrementalTokenizer(
+        ByteTokenizer(),
+        pending_text=first.pending_text,
+        pending_bytes=first.pending_bytes,
+        bytes_consumed=first.bytes_consumed,
+    )
     list(first.feed(content[2:]))
     list(second.feed("è".encode()[1:]))
     assert bytes(first.finish().tolist()).decode() == "aé"
@@ -56,13 +60,13 @@ def test_fork_goes_on_by_itself() -> None:
     ("parts", "offset"),
     [([b"ab\xff"], 2), ([b"ab", b"c\xc3", b"("], 3), ([b"x" * 70_000 + b"\xff"], 70_000), ([b"ab\xc3"], 2)],
 )
-def test_bad_bytes_are_named_by_offset(parts: list[bytes], offset: int) -> None:
+def test_errors_report_the_offset_of_invalid_bytes(parts: list[bytes], offset: int) -> None:
     with pytest.raises(DataError, match=f"at byte {offset}\\."):
-        tokens_of(ByteTokenizer(), list(parts))
+        tokenize(ByteTokenizer(), list(parts))
 
 
-def test_what_waits_is_bounded() -> None:
-    pieces = IncrementalTokenizer(ByteTokenizer())
+def test_pending_text_is_bounded() -> None:
+    incremental = IncrementalTokenizer(ByteTokenizer())
     for _ in range(20):
-        for _ in pieces.feed("x" * 50_000):
-            assert len(pieces.pending_text) <= 8192
+        for _ in incremental.feed("x" * 50_000):
+            assert len(incremental.pending_text) <= 8192

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.models.memory_transformer import MemoryTransformer
 
 

@@ -1,4 +1,4 @@
-"""Raw texts in, answers out; the same whatever they are asked beside, and from a folder alone."""
+"""Predictions from raw texts; equal in any batch, and from a saved folder alone."""
 
 from __future__ import annotations
 
@@ -9,58 +9,57 @@ from typing import Any
 import pytest
 import torch
 
-from memtx.data.tasks.base import Task
 from memtx.errors import CheckpointError, MemtxError
-from memtx.inference.engine import ClosedError, DeadlineExceededError
+from memtx.inference.deadline import ClosedError, DeadlineExceededError
 from memtx.inference.predictor import Predictor, is_task_model
 from memtx.models.memory_transformer import MemoryTransformer
 from tests.tasks import KINDS, predictor, records
 
 
 def rounded(value: Any) -> Any:
-    # Rows of a call are padded to the longest, which changes the order of sums: 1e-4 is float32's noise here.
+    # Padding to the longest row changes the order of sums; 1e-4 is float32 rounding.
     if isinstance(value, float):
         return round(value, 3)
     if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
+        return {key: rounded(entry) for key, entry in value.items()}
     return value
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_company_changes_nothing(kind: str) -> None:
-    made, given = predictor(kind), records(kind, 9)
-    together = made.predict(given)
-    made.max_batch_tokens = 1
-    assert [rounded(made.predict([one])[0]) for one in given] == [rounded(one) for one in together]
+def test_predictions_do_not_depend_on_the_batch(kind: str) -> None:
+    task_predictor, inputs = predictor(kind), records(kind, 9)
+    together = task_predictor.predict(inputs)
+    task_predictor.max_batch_tokens = 1
+    alone = [task_predictor.predict([record])[0] for record in inputs]
+    assert [rounded(prediction) for prediction in alone] == [rounded(prediction) for prediction in together]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_labels_are_not_looked_at(kind: str) -> None:
-    made, given = predictor(kind), records(kind, 3)
-    bare = [{key: value for key, value in one.items() if key not in ("label", "tags", "answers")} for one in given]
-    for one in bare:
-        one.pop("is_impossible", None)
-    assert made.predict(given) == made.predict(bare)
+def test_labels_are_ignored(kind: str) -> None:
+    task_predictor, inputs = predictor(kind), records(kind, 3)
+    labels = ("label", "tags", "answers", "is_impossible")
+    unlabeled = [{key: value for key, value in record.items() if key not in labels} for record in inputs]
+    assert task_predictor.predict(inputs) == task_predictor.predict(unlabeled)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_folder_alone_is_enough(kind: str, tmp_path: Path) -> None:
-    made = predictor(kind, stride=8)
-    made.save(tmp_path)
+def test_a_saved_folder_is_complete(kind: str, tmp_path: Path) -> None:
+    task_predictor = predictor(kind, stride=8)
+    task_predictor.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json", "model.safetensors", "task.json", "tokenizer.json"
     ]  # fmt: skip
     assert is_task_model(tmp_path)
-    again = Predictor.load(tmp_path)
-    assert again.task.to_dict() == made.task.to_dict()
-    assert again.predict(records(kind, 3)) == made.predict(records(kind, 3))
+    loaded = Predictor.load(tmp_path)
+    assert loaded.task.to_dict() == task_predictor.task.to_dict()
+    assert loaded.predict(records(kind, 3)) == task_predictor.predict(records(kind, 3))
 
 
-def test_a_raw_text_is_enough_where_one_text_is_all() -> None:
+def test_a_raw_text_is_enough_for_tasks_on_one_text() -> None:
     text = "Captain  Ahab saw (in the dark) the whale."
-    (said,) = predictor("tagging").predict([text])
-    assert len(said["tags"]) == len(said["tokens"]) == 11
-    for span in said["spans"]:
+    (prediction,) = predictor("tagging").predict([text])
+    assert len(prediction["tags"]) == len(prediction["tokens"]) == 11
+    for span in prediction["spans"]:
         assert text[span["start"] : span["end"]] == span["text"]
     assert set(predictor("classification").predict([text])[0]["scores"]) == {"neg", "pos"}
     for kind in ("matching", "questions"):
@@ -68,26 +67,26 @@ def test_a_raw_text_is_enough_where_one_text_is_all() -> None:
             predictor(kind).predict([text])
 
 
-def test_a_long_text_is_windows_or_refused() -> None:
+def test_a_long_text_is_split_into_windows_or_refused() -> None:
     text = "the white whale . " * 40
     with pytest.raises(MemtxError, match="Input 1: The text has 160 tokens"):
         predictor("classification").predict(["the whale", text])
     assert len(predictor("tagging", stride=32).predict([text])[0]["tags"]) == 160
 
 
-def test_what_is_wrong_is_said_with_its_place() -> None:
-    made = predictor("classification")
-    for given, said in (({"txt": "a"}, "There is no 'text'"), ("  ", "empty"), ("\ud800", "surrogate")):
-        with pytest.raises(MemtxError, match=said):
-            made.predict([given])  # type: ignore[list-item]
+def test_invalid_inputs_deadlines_and_closing_are_reported() -> None:
+    task_predictor = predictor("classification")
+    for raw_input, message in (({"txt": "a"}, "There is no 'text'"), ("  ", "empty"), ("\ud800", "surrogate")):
+        with pytest.raises(MemtxError, match=message):
+            task_predictor.predict([raw_input])  # type: ignore[list-item]
     with pytest.raises(DeadlineExceededError):
-        made.predict(["a"], deadline=time.monotonic() - 1)
-    made.close()
+        task_predictor.predict(["a"], deadline=time.monotonic() - 1)
+    task_predictor.close()
     with pytest.raises(ClosedError):
-        made.predict(["a"])
+        task_predictor.predict(["a"])
 
 
-def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
+def test_models_without_a_task_are_refused(tmp_path: Path) -> None:
     MemoryTransformer(10, dim=8, depth=1, heads=1).save_pretrained(tmp_path / "m")
     assert not is_task_model(tmp_path / "m")
     with pytest.raises(CheckpointError, match="no tokenizer or no task"):
@@ -97,22 +96,21 @@ def test_what_is_no_task_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         Predictor.load(tmp_path / "x.ckpt")
-    made = predictor("classification")
-    own: Task = predictor("tagging").task
-    made.model.num_labels = 5
+    task_predictor = predictor("classification")
+    task_predictor.model.num_labels = 5
     with pytest.raises(CheckpointError, match="do not belong together"):
-        Predictor(made.model, made.tokenizer, own)
+        Predictor(task_predictor.model, task_predictor.tokenizer, predictor("tagging").task)
 
 
-def test_the_best_span_is_searched_for() -> None:
+def test_the_best_span_is_found() -> None:
     from memtx.data.tasks.question_answering import _best_span
 
     torch.manual_seed(0)
     for _ in range(20):
         scores = torch.randn(12, 2).numpy()
-        wanted = max(
-            (float(scores[start, 0] + scores[stop, 1]), start, stop)
+        expected = max(
+            (float(scores[start, 0] + scores[end, 1]), start, end)
             for start in range(12)
-            for stop in range(start, min(12, start + 4))
+            for end in range(start, min(12, start + 4))
         )
-        assert _best_span(scores, 4) == pytest.approx(wanted)
+        assert _best_span(scores, 4) == pytest.approx(expected)

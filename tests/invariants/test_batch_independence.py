@@ -1,8 +1,9 @@
-"""Promise 3: rows are independent, a reset row is a fresh one, and packed documents are read as if alone."""
+"""Invariant 3: streams of a batch are independent, a reset stream is a fresh one, and packed documents are separate."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from memtx import MemoryTransformer
 from memtx.errors import MemtxError
 from memtx.state import MemoryState
-from tests.invariants.strategies import Case, cases, cuts, distance, read
+from tests.invariants.strategies import cases, distance, read, segment_bounds
 from tests.memory_zoo import KINDS
 
 EXACT = 1e-10
@@ -21,87 +22,84 @@ EXACT = 1e-10
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_a_row_gives_what_it_gives_alone(kind: str, data: st.DataObject) -> None:
-    case = data.draw(cases(kind, rows=3))
-    borders = data.draw(cuts(case.tokens.shape[1]))
-    logits, state = read(case, borders)
-    for row in range(3):
-        one = Case(case.model, case.tokens[row : row + 1], case.starts[row : row + 1], "")
-        own, end = read(one, borders)
-        assert (logits[row : row + 1] - own).abs().max() < EXACT
-        assert distance(state.select([row]), end) < EXACT
+def test_batched_streams_equal_separate_ones(kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(kind, batch_size=3))
+    bounds = data.draw(segment_bounds(case.length))
+    logits, state = read(case, bounds)
+    for index in range(3):
+        expected, expected_state = read(case.slice(index), bounds)
+        assert (logits[index : index + 1] - expected).abs().max() < EXACT
+        assert distance(state.select([index]), expected_state) < EXACT
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_packed_documents_are_read_as_if_alone(kind: str, data: st.DataObject) -> None:
+def test_packed_documents_equal_separate_ones(kind: str, data: st.DataObject) -> None:
     case = data.draw(cases(kind))
-    n = case.tokens.shape[1]
-    logits, state = read(case, data.draw(cuts(n)))
-    for row in range(case.tokens.shape[0]):
-        begins = [0, *[at for at in range(1, n) if case.starts[row, at]], n]
-        for low, high in itertools.pairwise(begins):
-            alone = Case(case.model, case.tokens[row : row + 1, low:high], torch.zeros(1, high - low).bool(), "")
-            own, end = read(alone, [0, high - low])
-            assert (logits[row : row + 1, low:high] - own).abs().max() < EXACT
-        assert distance(state.select([row]), end) < EXACT
+    length = case.length
+    logits, state = read(case, data.draw(segment_bounds(length)))
+    for index in range(case.tokens.shape[0]):
+        bounds = [0, *[start for start in range(1, length) if case.document_starts[index, start]], length]
+        for start, stop in itertools.pairwise(bounds):
+            document = replace(case.slice(index, start, stop), document_starts=torch.zeros(1, stop - start).bool())
+            expected, expected_state = read(document)
+            assert (logits[index : index + 1, start:stop] - expected).abs().max() < EXACT
+        assert distance(state.select([index]), expected_state) < EXACT
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_a_reset_row_is_a_fresh_one_and_the_others_stay(kind: str, data: st.DataObject) -> None:
-    case = data.draw(cases(kind, rows=3))
-    _, state = read(case, [0, case.tokens.shape[1]])
-    marked = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3, max_size=3)))
-    reset = state.reset(marked)
-    for row in range(3):
-        expected = case.model.init_state(1) if marked[row] else state.select([row])
-        assert distance(reset.select([row]), expected) == 0.0
+def test_reset_streams_are_fresh_and_the_others_stay(kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(kind, batch_size=3))
+    _, state = read(case)
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=3, max_size=3)))
+    reset = state.reset(mask)
+    for index in range(3):
+        expected = case.model.init_state(1) if mask[index] else state.select([index])
+        assert distance(reset.select([index]), expected) == 0.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(data=st.data())
-def test_rows_joined_from_several_streams_go_on_as_each_alone(kind: str, data: st.DataObject) -> None:
-    case = data.draw(cases(kind, rows=2))
-    n = case.tokens.shape[1]
-    streams = [Case(case.model, case.tokens[row : row + 1], case.starts[row : row + 1], "") for row in (0, 1)]
-    states = [read(one, data.draw(cuts(n)))[1] for one in streams]
-    # One stream is further on than the other.
-    states[1] = read(streams[1], [0, n], states[1])[1]
-    joined, _ = read(case, [0, n], MemoryState.concat(states))
-    for row, (one, state) in enumerate(zip(streams, states, strict=True)):
-        assert (joined[row : row + 1] - read(one, [0, n], state)[0]).abs().max() < EXACT
+def test_joined_streams_continue_as_separate_ones(kind: str, data: st.DataObject) -> None:
+    case = data.draw(cases(kind, batch_size=2))
+    streams = [case.slice(index) for index in (0, 1)]
+    states = [read(stream, data.draw(segment_bounds(case.length)))[1] for stream in streams]
+    # The second stream has read twice as much.
+    states[1] = read(streams[1], state=states[1])[1]
+    logits, _ = read(case, state=MemoryState.concat(states))
+    for index, (stream, state) in enumerate(zip(streams, states, strict=True)):
+        assert (logits[index : index + 1] - read(stream, state=state)[0]).abs().max() < EXACT
 
 
-PADDED = ["recurrent", "compressed-convolution", "compressed-most_used"]
+PADDED_KINDS = ["recurrent", "compressed-convolution", "compressed-most_used"]
 
 
-@pytest.mark.parametrize("kind", PADDED)
+@pytest.mark.parametrize("kind", PADDED_KINDS)
 @given(data=st.data())
-def test_rows_of_different_lengths_are_what_each_is_alone(kind: str, data: st.DataObject) -> None:
-    """What is put behind a row's tokens, a document's beginning included, changes neither them nor the state."""
-    case = data.draw(cases(kind, rows=3))
-    n = case.tokens.shape[1]
-    _, before = read(case, [0, n])
-    lengths = torch.tensor(data.draw(st.lists(st.integers(0, n), min_size=3, max_size=3)))
-    out = case.model(case.tokens, before, document_starts=case.starts, valid_length=lengths)
-    for row, length in enumerate(lengths.tolist()):
-        state = before.select([row])
-        if length:
-            own = Case(case.model, case.tokens[row : row + 1, :length], case.starts[row : row + 1, :length], "")
-            logits, state = read(own, [0, length], state)
-            assert (out.logits[row, :length] - logits[0]).abs().max() < EXACT
-        assert distance(out.state.select([row]), state) < EXACT
+def test_padded_streams_equal_separate_ones(kind: str, data: st.DataObject) -> None:
+    """Padding, even with document starts, changes neither the outputs before it nor the state."""
+    case = data.draw(cases(kind, batch_size=3))
+    length = case.length
+    _, past = read(case)
+    valid_length = torch.tensor(data.draw(st.lists(st.integers(0, length), min_size=3, max_size=3)))
+    out = case.model(case.tokens, past, document_starts=case.document_starts, valid_length=valid_length)
+    for index, stop in enumerate(valid_length.tolist()):
+        state = past.select([index])
+        if stop:
+            logits, state = read(case.slice(index, 0, stop), state=state)
+            assert (out.logits[index, :stop] - logits[0]).abs().max() < EXACT
+        assert distance(out.state.select([index]), state) < EXACT
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed"))])
-def test_other_kinds_refuse_rows_of_different_lengths(kind: str) -> None:
+def test_other_kinds_reject_padding(kind: str) -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS[kind](4, 2, 2)]).eval()
     with pytest.raises(MemtxError, match="valid_length was given to memories that read all tokens"):
         model(torch.zeros(2, 3, dtype=torch.int64), valid_length=torch.tensor([3, 1]))
 
 
-def test_lengths_are_checked() -> None:
+def test_bad_valid_length_raises() -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS["recurrent"](4, 2, 2)]).eval()
     tokens = torch.zeros(2, 3, dtype=torch.int64)
     with pytest.raises(MemtxError, match=r"valid_length is torch.int64 \(3,\), expected int64 \(2,\)"):

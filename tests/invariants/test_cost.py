@@ -1,4 +1,4 @@
-"""Promise 4: what is carried and what a token costs do not grow with what was read."""
+"""Invariant 4: neither the state nor the cost of a token grows with the number of tokens read."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from tests.memory_zoo import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_token_ten_million_costs_what_token_ten_thousand_costs(kind: str) -> None:
+def test_cost_and_state_size_do_not_depend_on_the_position(kind: str) -> None:
     torch.manual_seed(0)
     model = MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[KINDS[kind](6, 3, 4)]).eval()
     tokens = torch.randint(0, 11, (2, 7))
     costs, sizes = [], []
     state = model.init_state(2)
     for position in (0, 10_000, 10_000_000, 2**40):
-        # Only the position differs: shapes, and so the work, may not depend on it.
-        at = MemoryState(torch.full((2,), position), state.layers)
+        # Only the position differs: shapes, and so the cost, must not depend on it.
+        distant_state = MemoryState(torch.full((2,), position), state.layers)
         with FlopCounterMode(display=False) as counter:
-            out = model(tokens, at)
+            out = model(tokens, distant_state)
         costs.append(counter.get_total_flops())
         sizes.append(out.state.nbytes)
         assert torch.isfinite(out.logits).all()
@@ -33,14 +33,13 @@ def test_token_ten_million_costs_what_token_ten_thousand_costs(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_far_positions_are_as_exact_as_near_ones(kind: str) -> None:
-    """The same content read at position 0 + n and at 2^40 + n gives the same logits: angles do not wear out."""
+def test_distant_positions_are_as_exact_as_near_ones(kind: str) -> None:
+    """The same tokens read at position n and at 2^40 + n give the same logits: angles do not lose precision."""
     torch.manual_seed(0)
-    rate = 3
-    model = MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[KINDS[kind](6, rate, 4)]).eval()
+    compression_rate = 3
+    model = MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[KINDS[kind](6, compression_rate, 4)]).eval()
     tokens = torch.randint(0, 11, (1, 200))
-    near = model(tokens[:, :90])
-    # Far on, but at the same place within a compression block.
-    far = MemoryState(near.state.position + rate * 2**38, near.state.layers)
-    one, other = model(tokens[:, 90:], near.state).logits, model(tokens[:, 90:], far).logits
-    assert torch.equal(one, other)
+    near = model(tokens[:, :90]).state
+    # Far away, but at the same position within a compression block.
+    distant = MemoryState(near.position + compression_rate * 2**38, near.layers)
+    assert torch.equal(model(tokens[:, 90:], near).logits, model(tokens[:, 90:], distant).logits)

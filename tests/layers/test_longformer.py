@@ -101,7 +101,7 @@ def test_links_differ_by_layer_and_stay_by_seed() -> None:
         ({"window": 3}, "window is 3"),
         ({"window": 0}, "window is 0"),
         ({"dilation": 0}, "dilation is 0"),
-        ({"num_random_tokens": 2, "dilation": 2}, "not drawn beside"),
+        ({"num_random_tokens": 2, "dilation": 2}, r"num_random_tokens \(2\) cannot be combined with dilation \(2\)"),
     ],
 )
 def test_settings_that_cannot_be_are_named(options: dict[str, int], said: str) -> None:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.errors import MemtxError
-from memtx.layers.positions.base import NoPositions, Rotary
-from memtx.layers.positions.rope_scaling import LinearScaling, Llama3Scaling, RotaryFrequencies, YarnScaling
+from memtx.layers.positions.base import NoPositions
+from memtx.layers.positions.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryFrequencies, YarnScaling
 
 MADE: dict[str, Any] = {
     "plain": RotaryFrequencies,

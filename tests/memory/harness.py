@@ -35,7 +35,7 @@ class Layer(nn.Module):
         view = self.memory.read(state, x, segment, self)
         self.views.append(view)
         q = self.project(x, "query", frozen=False)
-        k, v = (self.project(view.hidden, part, frozen=False) for part in ("key", "value"))
+        k, v = (self.project(torch.cat(view.parts, dim=1), part, frozen=False) for part in ("key", "value"))
         distance = torch.arange(x.shape[1])[None, :, None] - view.entry_positions.offset[:, None]
         scores = torch.einsum("rqhd,rkhd->rhqk", q, k) - 0.1 * distance[:, None]
         weights = scores.masked_fill(~create_mask(view.entry_positions.visibility)[:, None], float("-inf")).softmax(-1)

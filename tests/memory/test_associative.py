@@ -13,8 +13,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 from memtx.memory.associative import AssociativeMemory
-from memtx.memory.features import DPFPFeatureMap, EluFeatureMap, NormalizedFeatureMap
-from memtx.memory.gates import Gate
+from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, NormalizedFeatureMap
 from memtx.segment import Segment
 
 # float64 sums of a few dozen terms, in another order.
@@ -153,8 +152,8 @@ def test_features_have_length_one(feature: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"heads": 3}, "3 heads"),
-        ({"heads": 0}, "0 heads"),
+        ({"heads": 3}, r"heads \(3\)"),
+        ({"heads": 0}, r"heads \(0\)"),
         ({"key_dim": 0}, "key_dim is 0"),
         ({"write_penalty": -1.0}, "write_penalty is -1"),
         ({"feature_map": partial(DPFPFeatureMap, order=0)}, "order is 0"),

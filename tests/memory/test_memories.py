@@ -146,7 +146,8 @@ def test_static_bounds_hold_every_visible_pair(kind: Any, stream: tuple[Tensor, 
         stack.run(x, starts, cuts)
     for view in stack.layers[0].views:
         visibility = view.entry_positions.visibility
-        assert sum(section.num_keys for section in visibility.key_ranges) == visibility.num_keys == view.hidden.shape[1]
+        assert sum(section.num_keys for section in visibility.key_ranges) == visibility.num_keys
+        assert visibility.num_keys == sum(part.shape[1] for part in view.parts)
         for start in range(0, visibility.num_queries, block):
             stop = min(start + block, visibility.num_queries)
             outside = torch.ones(visibility.num_keys, dtype=torch.bool)
@@ -195,7 +196,7 @@ def test_published_schedule(blocks: int, rate: int, per_call: int, calls: int, s
             view = layer.views[-1]
             seen = create_mask(view.entry_positions.visibility)[0]
             for query in range(n):
-                close(view.hidden[0][seen[query]], torch.cat([bank, memory, x[:, : query + 1]], 1)[0])
+                close(torch.cat(view.parts, dim=1)[0][seen[query]], torch.cat([bank, memory, x[:, : query + 1]], 1)[0])
             memory = torch.cat([memory, x], 1)
             old = max(0, memory.shape[1] - window)
             new = layer.memory.compression(memory[:, :old].unflatten(1, (-1, rate))) if old else bank[:, :0]
@@ -253,7 +254,7 @@ def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
         (partial(CompressedMemory, compression_rate=0), "compression_rate is 0"),
         (partial(CompressedMemory, num_entries=-1), "num_entries is -1"),
         (partial(RecurrentMemory, window=0), "window is 0"),
-        (partial(CompressedMemory, compression=partial(compression.AttentionPooling, heads=3)), "3 heads"),
+        (partial(CompressedMemory, compression=partial(compression.AttentionPooling, heads=3)), r"heads \(3\)"),
     ],
 )
 def test_refuses(kind: Callable[[int], object], says: str) -> None:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.compression import MostUsed, StridedConvolution
-from memtx.memory.reconstruction import AttentionReconstruction, AutoEncoding
+from memtx.memory.compression import AttentionReconstruction, AutoEncoding, MostUsed, StridedConvolution
 from tests.memory.harness import DIM, HEADS, Layer, Stack
 
 WINDOW, RATE, LENGTH = 4, 2, 3

@@ -126,7 +126,7 @@ def test_gradients_reach_what_was_found_and_nothing_else() -> None:
         ({"capacity": 0}, "capacity is 0"),
         ({"top_k": 0}, "top_k is 0"),
         ({"exclude_recent": 0}, "exclude_recent is 0"),
-        ({"heads": 3}, "3 heads"),
+        ({"heads": 3}, r"heads \(3\)"),
     ],
 )
 def test_refuses(options: dict[str, Any], says: str) -> None:

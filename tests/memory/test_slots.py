@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memtx.errors import MemtxError
-from memtx.memory.gates import Gate, ReflectingGate
+from memtx.memory.parts import Gate, ReflectingGate
 from memtx.memory.slots import SlotMemory
 from memtx.segment import Segment
 
@@ -160,7 +160,7 @@ def test_writing_has_a_price_in_training_alone() -> None:
     [
         ({"num_slots": 0}, "num_slots is 0"),
         ({"interval": 0}, "interval is 0"),
-        ({"heads": 3}, "3 heads"),
+        ({"heads": 3}, r"heads \(3\)"),
         ({"write_penalty": -0.1}, "write_penalty is -0.1"),
         ({"temperature": 0}, "temperature is 0"),
         ({"write_gate": ReflectingGate}, "ReflectingGate, which goes up to 2"),

@@ -12,7 +12,7 @@ import torch
 import memtx
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
-from memtx.layers.positions.base import Alibi
+from memtx.layers.positions.alibi import Alibi
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
@@ -20,8 +20,8 @@ from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.slots import SlotMemory
+from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.retrofit import Retrofit
 from tests.hf import plain
 from tests.hf.folders import write
 
@@ -160,7 +160,7 @@ def test_a_published_folder_gets_one_in_one_call(tmp_path: Path) -> None:
     assert made.blocks[0].attention.extra_memories[0].exclude_recent == WINDOW + 1
     given = TOKENS[:, :WINDOW]
     assert (logits(made, given) - logits(memtx.from_pretrained(folder), given)).abs().max() < 1e-5
-    made.export_hf(tmp_path / "back")
+    memtx.hf.save(made, tmp_path / "back")
     assert torch.equal(logits(memtx.from_pretrained(tmp_path / "back")), logits(memtx.from_pretrained(folder)))
     with pytest.raises(MemtxError, match="41 ids"):
         Retrofit(str(folder))(41)

@@ -81,7 +81,7 @@ def test_what_cannot_be_is_named() -> None:
         model(torch.ones(1, 20, dtype=torch.int64))
     with pytest.raises(MemtxError, match="attention_mask is"):
         model(TOKENS, PRESENT[:, 1:])
-    with pytest.raises(MemtxError, match="no types of texts"):
+    with pytest.raises(MemtxError, match="the model has no token types"):
         model(TOKENS, token_type_ids=TOKENS)
     with pytest.raises(MemtxError, match="without global tokens"):
         model(TOKENS, global_attention_mask=PRESENT)
@@ -89,7 +89,7 @@ def test_what_cannot_be_is_named() -> None:
         model(TOKENS, random_blocks={0: torch.zeros(2, 3, 1, dtype=torch.int64)})
     with pytest.raises(MemtxError, match="input_ids is"):
         model(TOKENS.float())
-    with pytest.raises(MemtxError, match="dim is 9"):
+    with pytest.raises(MemtxError, match=r"dim \(9\) must be divisible by heads \(2\)"):
         Encoder(20, 9, 1, 2)
     with pytest.raises(MemtxError, match="2 attentions for 3 layers"):
         Encoder(20, 8, 3, 2, attentions=[FullAttention] * 2)

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 import memtx
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.errors import CheckpointError
-from memtx.memory.compression import AttentionPooling
-from memtx.memory.reconstruction import AttentionReconstruction, AutoEncoding
+from memtx.memory.compression import AttentionPooling, AttentionReconstruction, AutoEncoding
 from tests.memory_zoo import COMPRESSIONS
 
 
@@ -208,9 +207,9 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dim": 9}, "dim is 9"),
+        ({"dim": 9}, r"dim \(9\) must be divisible by heads \(\d\)"),
         ({"heads": 0}, "heads is 0"),
-        ({"kv_heads": 3, "heads": 4}, "kv_heads"),
+        ({"kv_heads": 3, "heads": 4}, r"heads \(4\) must be divisible by kv_heads \(3\)"),
         ({"memories": [NoMemory] * 3}, "3 memories for 2 layers"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"memories": [partial(CompressedMemory, window=0)]}, "window is 0"),
@@ -226,7 +225,7 @@ def test_calls_that_cannot_be_are_named() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])
-    with pytest.raises(MemtxError, match="3 rows, the state 2"):
+    with pytest.raises(MemtxError, match="batch size 3, the state 2"):
         model(TOKENS, model.init_state(2))
     with pytest.raises(MemtxError, match="labels is"):
         model(TOKENS, labels=TOKENS[:, 1:])

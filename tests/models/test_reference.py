@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, RecurrentMemory, SwiGLU
-from memtx.layers.positions.base import Rotary
+from memtx.layers.positions.rotary import Rotary
 from memtx.memory.compression import MaxPooling, MeanPooling, StridedConvolution
 
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 import memtx
 from memtx import MemtxError
-from memtx.layers.positions.axial import AxialPositionEmbeddings
+from memtx.layers.positions.absolute import AxialPositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
 from memtx.ops.lsh import choose_bucket_factors, sample_rotations
@@ -256,11 +256,11 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: LocalAttention(8, 3), "3 heads do not divide"),
-        (lambda: LocalAttention(8, 2, chunk_length=0), "Chunks are of 0"),
+        (lambda: LocalAttention(8, 3), r"dim \(8\) must be divisible by heads \(3\)"),
+        (lambda: LocalAttention(8, 2, chunk_length=0), "chunk_length is 0"),
         (lambda: LocalAttention(8, 2, causal=True, num_chunks_after=1), "after is 1"),
         (lambda: LSHAttention(8, 2, num_hashes=0), "num_hashes is 0"),
-        (lambda: LSHAttention(8, 2, num_buckets=3), "buckets 3"),
+        (lambda: LSHAttention(8, 2, num_buckets=3), "num_buckets is 3"),
         (lambda: AxialPositionEmbeddings(8, [4, 4], [4, 5]), "dim is 8"),
         (lambda: small([]), "layers is 0"),
         (lambda: small(LAYERS, feed_forward_chunk_size=-1), "feed_forward_chunk_size is -1"),

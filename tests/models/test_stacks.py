@@ -89,9 +89,9 @@ def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -
 @pytest.mark.parametrize(
     ("memories", "said"),
     [
-        (([RunningMean, WINDOW],), "RunningMean stands first"),
-        ((RunningMean,), "RunningMean stands first"),
-        (([WINDOW, NoMemory],), "NoMemory stands behind"),
+        (([RunningMean, WINDOW],), "RunningMean is the first memory"),
+        ((RunningMean,), "RunningMean is the first memory"),
+        (([WINDOW, NoMemory],), "NoMemory follows another memory"),
         (([],), "list of memories is empty"),
         ((STACK, STACK, STACK), "3 memories for 2 layers"),
     ],

@@ -197,7 +197,7 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
         ({"cutoffs": [30]}, "cutoffs is"),
         ({"div_value": 5}, "vanish"),
         ({"dim": 7, "heads": 7}, "dim is 7"),
-        ({"heads": 3}, "3 heads do not divide"),
+        ({"heads": 3}, r"dim \(8\) must be divisible by heads \(3\)"),
         ({"memory_length": 0, "same_length": True}, "memory_length is 0"),
         ({"tie_projections": [True]}, "tie_projections has 1"),
         ({"depth": 0}, "depth is 0"),
@@ -212,7 +212,7 @@ def test_calls_that_cannot_be_are_named() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])
-    with pytest.raises(MemtxError, match="3 rows, the state 2"):
+    with pytest.raises(MemtxError, match="batch size 3, the state 2"):
         model(TOKENS, model.init_state(2))
     with pytest.raises(MemtxError, match="labels is"):
         model(TOKENS, labels=TOKENS[:, 1:])

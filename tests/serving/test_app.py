@@ -81,14 +81,14 @@ def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
         for _ in range(2):
             assert web.post("/v1/sessions", json={}).status_code == 201
         full = web.post("/v1/sessions", json={})
-        assert "as many as may be" in error(full, 429)
+        assert "Session limit reached (2)" in error(full, 429)
         assert int(full.headers["Retry-After"]) > 0
         guard = web.app.middleware_stack  # type: ignore[attr-defined]
         while not hasattr(guard, "active_requests"):
             guard = guard.app
         guard.active_requests = 1
         busy = web.post("/v1/completions", json={"model": "m", "prompt": "x"})
-        assert "works on 1 requests" in error(busy, 429)
+        assert "Request limit reached (1 in progress)" in error(busy, 429)
         assert int(busy.headers["Retry-After"]) > 0
         assert web.get("/health").status_code == 200
 
@@ -97,10 +97,10 @@ def test_time_has_an_end(tmp_path: Path) -> None:
     with client(tmp_path, Limits(max_seconds=0.3, max_tokens=10**9)) as web:
         began = time.monotonic()
         body = {"model": "m", "prompt": "x", "max_tokens": 10**9}
-        assert "longer than it may" in error(web.post("/v1/completions", json=body), 408)
+        assert "timed out" in error(web.post("/v1/completions", json=body), 408)
         said = web.post("/v1/completions", json=body | {"stream": True})
         assert said.status_code == 200
-        assert "longer than it may" in said.text.rstrip().splitlines()[-1]
+        assert "timed out" in said.text.rstrip().splitlines()[-1]
         name = web.post("/v1/sessions", json={}).json()["id"]
         error(web.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 10**9, "update_session": True}), 408)
         assert web.get(f"/v1/sessions/{name}").json()["bytes"] == 0
@@ -150,5 +150,5 @@ def test_a_servers_own_mistake_is_not_told(web: TestClient, monkeypatch: pytest.
 
 
 def test_limits_are_checked() -> None:
-    with pytest.raises(MemtxError, match="max_seconds is 0"):
+    with pytest.raises(MemtxError, match=r"max_seconds \(0\) must be above 0"):
         Limits(max_seconds=0)

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.inference.generate import generate
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from tests.commands.tiny import BOOK
@@ -81,11 +81,11 @@ def test_openai_is_told_what_is_wrong(client: Any) -> None:
     for wrong, said in (
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),
-        ({"max_tokens": 10**6}, "at most 4096"),
-        ({"n": 65}, "at most 64"),
+        ({"max_tokens": 10**6}, r"max_tokens \(1000000\) must be at most 4096"),
+        ({"n": 65}, r"n \(65\) must be at most 64"),
         ({"stop": ""}, "stop"),
         ({"extra_body": {"temprature": 1}}, "Did you mean 'temperature'"),
-        ({"presence_penalty": 1}, "repetition_penalty is"),
+        ({"presence_penalty": 1}, "not supported; use repetition_penalty"),
         ({"prompt": [999]}, "Token 999"),
         ({"prompt": []}, "empty list"),
     ):

@@ -49,7 +49,7 @@ def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[in
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "read"
     page.keyboard.press("Enter")
-    page.get_by_text("Go on with the text, or read another.").wait_for(timeout=20_000)
+    page.get_by_text("Generate a continuation, or read another text.").wait_for(timeout=20_000)
     assert page.locator("#output").inner_text() == BOOK
     assert page.locator("#tokens").inner_text() == f"{len(BOOK.encode()):,} tokens"
     shades = page.evaluate("[...document.querySelectorAll('#output i')].slice(0, 300).map(i => i.style.background)")
@@ -58,7 +58,7 @@ def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[in
     assert page.locator("#loss-curve polyline").count() == 1
     page.locator("#max-tokens").fill("15")
     page.locator("#max-tokens").press("Enter")
-    page.get_by_text("That is how the model would go on").wait_for(timeout=20_000)
+    page.get_by_text("This is the continuation by the model").wait_for(timeout=20_000)
     assert page.locator(".generated").inner_text()
     # A phone shows all of it without scrolling sideways.
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]

@@ -35,8 +35,8 @@ def fit(
     fixed = ("fit", "--config", "c.yaml", "--run_dir", run, "--ckpt_path", "last")
     argv = (*fixed, "--trainer.callbacks", json.dumps([callback]), *options)
     if environments is not None:
-        return program.together(*argv, at=at, environments=environments)
-    return program(*argv, at=at, ranks=ranks)
+        return program.together(*argv, cwd=at, environments=environments)
+    return program(*argv, cwd=at, ranks=ranks)
 
 
 def losses(at: Path, run: str, rank: int = 0) -> dict[int, str]:

@@ -12,7 +12,7 @@ import torch
 
 from memtx import files
 from memtx.checkpoint.pretrained import read_checkpoint
-from memtx.cli.options import EXIT_INTERRUPTED
+from memtx.cli.errors import EXIT_INTERRUPTED
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -95,7 +95,7 @@ def test_all_processes_skip_alike(program: Program, tmp_path: Path) -> None:
 STACK = [
     [
         {"class_path": "memtx.RecurrentMemory", "init_args": {"window": 12}},
-        {"class_path": "memtx.AssociativeMemory", "init_args": {"heads": 2, "decay_gate": "memtx.memory.gates.Gate"}},
+        {"class_path": "memtx.AssociativeMemory", "init_args": {"heads": 2, "decay_gate": "memtx.memory.parts.Gate"}},
         {"class_path": "memtx.SlotMemory", "init_args": {"num_slots": 3, "interval": 8, "heads": 2}},
         {
             "class_path": "memtx.RetrievalMemory",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memtx.checkpoint.pretrained import read_checkpoint
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.errors import CheckpointError
-from memtx.training.elastic_resume import reassign_streams
+from memtx.training.carry import reassign_streams
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -117,4 +117,4 @@ def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
     # And with other rows than before, which is said.
     done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")
     assert done.code == 0, done.err
-    assert "The checkpoint has 2 rows, this run 3" in done.err
+    assert "The checkpoint has 2 streams, this run 3" in done.err

@@ -14,8 +14,8 @@ import torch
 
 from memtx import files
 from memtx.checkpoint import pretrained, sharded
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.errors import CheckpointError
-from memtx.inference.loading import load_model_and_tokenizer
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -153,7 +153,7 @@ def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
 def test_it_is_put_together(program: Program, place: Path) -> None:
     """What two processes wrote is one model: for convert, and for whatever loads a checkpoint."""
     for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
-        done = program("convert", source, "out", "--overwrite", at=place)
+        done = program("convert", source, "out", "--overwrite", cwd=place)
         assert done.code == 0, done.err
         assert "a MemoryTransformer of" in done.out
         assert sorted(one.name for one in (place / "out").iterdir()) == [
@@ -169,7 +169,7 @@ def test_it_is_put_together(program: Program, place: Path) -> None:
         ("read", "books/test/0.txt", "--checkpoint", "out"),
         ("test", "--run_dir", "whole", "--trainer.strategy", "auto"),
     ):
-        done = program(*command, at=place)
+        done = program(*command, cwd=place)
         assert done.code == 0, done.err
 
 

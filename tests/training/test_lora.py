@@ -19,8 +19,7 @@ from memtx.checkpoint import pretrained
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.memory.compressed import CompressedMemory
-from memtx.memory.compression import MostUsed, StridedConvolution
-from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.memory.compression import AttentionReconstruction, MostUsed, StridedConvolution
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.transformer_xl import TransformerXL
@@ -153,7 +152,7 @@ def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, 
         assert (logits(plain) - expected).abs().max() > 0.1
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
         torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
-        adapted.export_hf(tmp_path / place.name)
+        memtx.hf.save(adapted, tmp_path / place.name)
         own, original = (load_file(one / "model.safetensors") for one in (tmp_path / place.name, place))
         assert own.keys() == original.keys()
         for name, tensor in original.items():

@@ -11,7 +11,7 @@ import torch
 
 from memtx.memory.none import NoMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.worth import UnusedMemoryWarning
+from memtx.training.callbacks.memory_monitor import UnusedMemoryWarning
 from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, data, model, module, trainer
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from memtx.cli.errors import EXIT_INTERRUPTED
 from memtx.cli.launcher import get_trainer_kwargs
-from memtx.cli.options import EXIT_INTERRUPTED
 from memtx.errors import MemtxError
 from memtx.training import slurm
 from tests.commands.program import Program, free_port

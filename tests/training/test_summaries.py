@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from memtx.data.batch import IGNORE_INDEX
+from memtx.data.tasks.examples import SummaryPrompt
 from memtx.data.tasks.summaries import SummaryDataModule
-from memtx.data.tasks.summary_prompt import SummaryPrompt
 from memtx.errors import CheckpointError, DataError, MemtxError
-from memtx.inference.predictor import Predictor, is_task_model
-from memtx.inference.summarizer import Summarizer, load_predictor
+from memtx.inference.predictor import Predictor, Summarizer, is_task_model, load_predictor
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.summaries import SummaryModule
+from memtx.training.language import SummaryModule
 from tests.tasks import write_lines
 from tests.training.test_finetuning import trainer
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.memory.reconstruction import AttentionReconstruction
+from memtx.memory.compression import AttentionReconstruction
 from memtx.state import MemoryState
 from memtx.training.tbptt import UnrollOutput, unroll
 from tests.training.small import data, memory, model, module, trainer

@@ -1,1 +1,1 @@
-"""Sources of texts beside books in folders: tables of them, other file systems, data sets of another library."""
+"""Sources of text: plain files, tables, other file systems, and datasets of the Hugging Face hub."""

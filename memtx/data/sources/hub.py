@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's ``datasets`` library, read as a stream; it must be installed."""
+"""Datasets of Hugging Face's ``datasets`` library, read as a stream; the library must be installed."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memtx.data.sources.document import Document, SourcePart
-from memtx.data.sources.files import canonical_split, compute_split_fractions
-from memtx.data.sources.manifest import CorpusManifest, TextSource
-from memtx.data.sources.tables import row_to_document
+from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart
+from memtx.data.sources.remote_files import describe_error
+from memtx.data.sources.tables import TableColumns, TableSource
 from memtx.errors import DataError, MemtxError
 
 DEFAULT_SHARD_BYTES = 64 << 20
-"""Bytes that a piece of a data set counts as where nothing says how many there are."""
+"""Assumed bytes of a shard of a dataset, if the dataset does not say."""
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
 @dataclass(frozen=True)
 class HubShard(SourcePart):
-    """One of the pieces that a data set's split is stored in.
+    """One of the shards that a split of a dataset is stored in.
 
     Attributes:
-        load_kwargs: of ``datasets.load_dataset``.
-        split: the data set's name for it.
-        shard_index: of the piece.
-        num_shards: pieces of the split.
-        size: bytes, as far as they are known.
-        version: what changes when the data set does.
-        text_column: the column of texts.
-        id_column: that of documents' names; None for piece and row.
+        load_kwargs: Arguments of ``datasets.load_dataset``.
+        split: The dataset's name of the split.
+        shard_index: Index of the shard.
+        num_shards: Number of shards of the split.
+        size: Bytes, as far as they are known.
+        version: Text that changes when the dataset does.
+        columns: Columns of the table.
     """
 
     load_kwargs: dict[str, Any]
@@ -39,49 +37,47 @@ class HubShard(SourcePart):
     num_shards: int
     size: int
     version: str
-    text_column: str
-    id_column: str | None
+    columns: TableColumns
 
     @property
     def cache_key(self) -> str:
-        """The data set, its version, and the piece."""
-        own = f"{sorted(self.load_kwargs.items())}:{self.split}:{self.shard_index}:{self.num_shards}"
-        return f"{own}:{self.version}:{self.text_column}:{self.id_column}"
+        """The dataset, its version, and the shard."""
+        shard = f"{self.split}:{self.shard_index}:{self.num_shards}"
+        return f"{sorted(self.load_kwargs.items())}:{shard}:{self.version}:{self.columns.text}:{self.columns.id}"
 
     def iter_documents(self) -> Iterator[Document]:
-        """Yield a document a row."""
+        """Yield one document a row."""
         name = f"{self.load_kwargs['path']}/{self.split}-{self.shard_index}"
         try:
             stream = _import_datasets().load_dataset(**self.load_kwargs, split=self.split, streaming=True)
-            columns = [self.text_column] if self.id_column is None else [self.text_column, self.id_column]
-            piece = stream.shard(num_shards=self.num_shards, index=self.shard_index).select_columns(columns)
-            for number, record in enumerate(piece):
-                where = f"'{name}', row {number}"
-                yield row_to_document(where, record, f"{name}@{number}", self.text_column, self.id_column)
+            shard = stream.shard(num_shards=self.num_shards, index=self.shard_index).select_columns(self.columns.names)
+            for row, record in enumerate(shard):
+                yield self.columns.to_document(f"'{name}', row {row}", record, f"{name}@{row}")
         except MemtxError:
             raise
-        except Exception as error:  # its errors are those of every format and network it knows
+        except Exception as error:  # the errors of every format and network it knows
             raise _read_error(self.load_kwargs["path"], error) from error
 
 
-class HubDataset(TextSource):
-    """A data set of the ``datasets`` library: a name on the hub, a folder, or a kind of files with ``data_files``.
+class HubDataset(TableSource):
+    """A dataset of the ``datasets`` library: a name on the hub, a folder, or a builder such as ``json`` with files.
 
-    Its splits are taken where it has train, validation and test; else, or where a share is given, the documents of
-    "train" are dealt by their names.
+    Its splits are kept if it has train, validation and test. Otherwise, or if a fraction is given, the documents of
+    "train" are assigned to splits by their ids.
 
     Args:
-        path: as ``datasets.load_dataset`` takes it; no data set's own code is run.
-        name: of its configurations.
-        data_files: where the files are, for a kind such as ``json``.
-        revision: of the data set.
-        text_column: the column of texts.
-        id_column: that of documents' names; None for place in the data set.
-        validation_fraction: share of documents; None for as laid out, else 0.05.
-        test_fraction: likewise.
+        path: As ``datasets.load_dataset`` takes it; no code of the dataset is run.
+        name: Configuration of the dataset.
+        data_files: Files for a builder such as ``json``.
+        revision: Revision of the dataset.
+        text_column: Column of the texts. Defaults to "text".
+        id_column: Column of the document ids. None uses the row's position in the dataset.
+        validation_fraction: Fraction of the documents, chosen by their ids. None keeps the dataset's splits, or takes
+            0.05 if there are none.
+        test_fraction: The same for the test split.
 
     Raises:
-        DataError: a share is out of range.
+        DataError: A fraction is out of range.
     """
 
     def __init__(
@@ -95,47 +91,40 @@ class HubDataset(TextSource):
         validation_fraction: float | None = None,
         test_fraction: float | None = None,
     ) -> None:
-        given = {"path": path, "name": name, "data_files": data_files, "revision": revision}
+        super().__init__(TableColumns(text_column, id_column), validation_fraction, test_fraction)
+        load_kwargs = {"path": path, "name": name, "data_files": data_files, "revision": revision}
         self.path = path
-        self.load_kwargs = {key: value for key, value in given.items() if value is not None}
-        self.text_column, self.id_column = text_column, id_column
-        self.split_fractions = compute_split_fractions(validation_fraction, test_fraction)
-        self.has_explicit_fractions = validation_fraction is not None or test_fraction is not None
+        self.load_kwargs = {key: value for key, value in load_kwargs.items() if value is not None}
 
     def scan(self) -> CorpusManifest:
-        """Ask the library what there is."""
-        path = self.path
+        """List the shards of the dataset's splits."""
+        datasets = _import_datasets()
         try:
-            builder = _import_datasets().load_dataset_builder(**self.load_kwargs)
-            streams = _import_datasets().load_dataset(**self.load_kwargs, streaming=True)
-        except MemtxError:
-            raise
+            builder = datasets.load_dataset_builder(**self.load_kwargs)
+            streams = datasets.load_dataset(**self.load_kwargs, streaming=True)
         except Exception as error:  # as above
-            raise _read_error(path, error) from error
-        pieces = {name: self._make_parts(builder, str(name), stream) for name, stream in streams.items()}
-        laid_out = {split: parts for name, parts in pieces.items() if (split := canonical_split(str(name))) is not None}
-        if "train" not in laid_out:
-            raise DataError(f"The data set '{path}' has no split 'train', it has {', '.join(pieces)}.", "Use another.")
-        if self.has_explicit_fractions or len(laid_out) == 1:
-            return CorpusManifest(path, unsplit_parts=laid_out["train"], split_fractions=self.split_fractions)
-        return CorpusManifest(path, laid_out)
+            raise _read_error(self.path, error) from error
+        shards = {str(split): self._make_parts(builder, str(split), stream) for split, stream in streams.items()}
+        split_parts = {SPLIT_ALIASES[split]: parts for split, parts in shards.items() if split in SPLIT_ALIASES}
+        if "train" not in split_parts:
+            raise DataError(
+                f"The dataset '{self.path}' has no split 'train', it has {', '.join(shards)}.", "Use another dataset."
+            )
+        if self.has_explicit_fractions or len(split_parts) == 1:
+            return CorpusManifest(self.path, unsplit_parts=split_parts["train"], split_fractions=self.split_fractions)
+        return CorpusManifest(self.path, split_parts)
 
-    def _make_parts(self, builder: Any, split: str, stream: Any) -> list[SourcePart]:
-        columns = stream.column_names
-        for name in (self.text_column, self.id_column):
-            if name is not None and columns is not None and name not in columns:
-                raise DataError(
-                    f"The data set '{self.path}' has no column '{name}', it has {', '.join(columns)}.",
-                    "Name the column of the texts.",
-                )
-        count = stream.num_shards
-        known = (builder.info.splits or {}).get(split)
-        size = known.num_bytes // count if known is not None and known.num_bytes else DEFAULT_SHARD_BYTES
+    def _make_parts(self, builder: Any, split: str, stream: Any) -> list[HubShard]:
+        if stream.column_names is not None:
+            self.columns.check(stream.column_names, f"The dataset '{self.path}'")
+        info = (builder.info.splits or {}).get(split)
+        num_bytes = info.num_bytes if info is not None else None
+        size = max(1, num_bytes // stream.num_shards) if num_bytes else DEFAULT_SHARD_BYTES
         files = (builder.config.data_files or {}).get(split)
         version = f"{builder.hash}:{getattr(files, 'origin_metadata', '')}"
         return [
-            HubShard(self.load_kwargs, split, index, count, max(1, size), version, self.text_column, self.id_column)
-            for index in range(count)
+            HubShard(self.load_kwargs, split, index, stream.num_shards, size, version, self.columns)
+            for index in range(stream.num_shards)
         ]
 
 
@@ -143,10 +132,9 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError("This needs the library 'datasets'.", "pip install datasets.") from error
+        raise DataError("This source needs the library 'datasets'.", "pip install datasets.") from error
     return datasets
 
 
 def _read_error(path: str, error: Exception) -> DataError:
-    text = " ".join(str(error).split()).rstrip(".")
-    return DataError(f"The data set '{path}' could not be read: {type(error).__name__}: {text}.", "Check its name.")
+    return DataError(f"The dataset '{path}' could not be read: {describe_error(error)}.", "Check its name.")

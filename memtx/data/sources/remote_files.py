@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import IO, Any
 
-from memtx.data.sources.document import READ_SIZE, Document
+from memtx.data.sources.base import READ_SIZE, Document
 from memtx.errors import DataError, MemtxError
 
 COMPRESSION_BY_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-"""Endings of files that are uncompressed as they are read; fsspec's names."""
+"""fsspec's names of the compressions that are undone while reading, by file suffix."""
+
+ACCESS_HINT = "Check it, and the access to it."
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class RemoteFile:
     """A file that was found.
 
     Attributes:
-        url: what opens it.
-        name: its path below what was asked for, the compression's ending taken off.
-        size: bytes as they are stored.
-        version: what changes when it is written anew.
-        is_seekable: whether it can be read from any byte on at no cost.
-        is_process_local: whether this process alone can read it.
+        url: Path or URL that opens it.
+        name: Path below the requested folder, without the suffix of a compression.
+        size: Bytes as they are stored.
+        version: Text that changes when the file is written anew.
+        is_seekable: True if reading can start at any byte at no cost.
+        is_process_local: True if only this process can read it.
     """
 
     url: str
@@ -37,65 +39,61 @@ class RemoteFile:
 
     @property
     def suffix(self) -> str:
-        """The ending of its name, such as ``.txt``."""
+        """Suffix of the name in lower case, such as ``.txt``."""
         return PurePosixPath(self.name).suffix.lower()
 
 
 @contextlib.contextmanager
 def open_file(url: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading, uncompressed.
+    """Open a file for reading, decompressed.
 
     Raises:
-        DataError: it cannot be opened or read, by whatever its file system or its compression says.
+        DataError: Its file system or its compression raised any error in opening or reading.
     """
     import fsspec
 
     try:
-        with fsspec.open(url, "rb", compression=COMPRESSION_BY_SUFFIX.get(PurePosixPath(url).suffix.lower())) as handle:
-            yield handle
+        with fsspec.open(url, "rb", compression=COMPRESSION_BY_SUFFIX.get(PurePosixPath(url).suffix.lower())) as file:
+            yield file
     except MemtxError:
         raise
-    except Exception as error:  # each file system and each compression has errors of its own
-        raise DataError(
-            f"'{url}' could not be read: {_format_error(error)}.", "Check it, and the access to it."
-        ) from error
+    except Exception as error:  # every file system and compression has its own errors
+        raise DataError(f"'{url}' could not be read: {describe_error(error)}.", ACCESS_HINT) from error
 
 
 def list_files(path_or_url: str) -> list[RemoteFile]:
-    """List the files of a path, a pattern with ``*``, or a URL of fsspec, in the order of their names.
+    """List the files of a path, a pattern with ``*``, or a URL of fsspec, sorted by path.
 
-    A folder stands for all files below it but hidden ones, ``x.zip`` for what is in it.
+    A folder stands for all files below it except hidden ones, ``x.zip`` for its content.
 
     Raises:
-        DataError: there is nothing, or the file system cannot be asked.
+        DataError: There is no file, or the file system cannot be read.
     """
     import fsspec
 
     url = f"zip://::{path_or_url}" if path_or_url.lower().endswith(".zip") and "::" not in path_or_url else path_or_url
     try:
-        system, path = fsspec.core.url_to_fs(url)
-        if any(letter in path for letter in "*?["):
-            found = system.glob(path, detail=True)
-            base = path[: min(path.index(letter) for letter in "*?[" if letter in path)].rpartition("/")[0]
-        elif system.isdir(path):
-            found, base = system.find(path, detail=True), path
-        elif system.exists(path):
-            found, base = {path: system.info(path)}, path.rstrip("/").rpartition("/")[0]
+        filesystem, path = fsspec.core.url_to_fs(url)
+        wildcards = [index for index, letter in enumerate(path) if letter in "*?["]
+        if wildcards:
+            infos, base = filesystem.glob(path, detail=True), path[: wildcards[0]].rpartition("/")[0]
+        elif filesystem.isdir(path):
+            infos, base = filesystem.find(path, detail=True), path
+        elif filesystem.exists(path):
+            infos, base = {path: filesystem.info(path)}, path.rstrip("/").rpartition("/")[0]
         else:
-            found, base = {}, path
-        places = [
-            _make_remote_file(system, url, base, name, facts)
-            for name, facts in sorted(found.items())
-            if facts.get("type", "file") == "file"
+            infos, base = {}, path
+        files = [
+            _make_remote_file(filesystem, url, base, file, info)
+            for file, info in sorted(infos.items())
+            if info.get("type", "file") == "file"
         ]
-    except Exception as error:  # as above; a package for the protocol may be missing as well
-        raise DataError(
-            f"'{path_or_url}' could not be listed: {_format_error(error)}.", "Check it, and the access to it."
-        ) from error
-    places = [one for one in places if not any(part.startswith(".") for part in PurePosixPath(one.name).parts)]
-    if not places:
+    except Exception as error:  # as above; the package of a protocol may be missing as well
+        raise DataError(f"'{path_or_url}' could not be listed: {describe_error(error)}.", ACCESS_HINT) from error
+    files = [file for file in files if not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
+    if not files:
         raise DataError(f"'{path_or_url}' holds no file, expected texts or tables of texts.", "Check the path.")
-    return places
+    return files
 
 
 def _make_remote_file(filesystem: Any, pattern: str, base: str, path: str, info: dict[str, Any]) -> RemoteFile:
@@ -117,18 +115,19 @@ def _make_remote_file(filesystem: Any, pattern: str, base: str, path: str, info:
     )
 
 
-def _format_error(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Return the type and text of another library's error on one line."""
     text = " ".join(str(error).split()).rstrip(".")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)
 class RemoteDocument(Document):
-    """A text that is a file of its own, read to its end wherever it is; ``size`` is what is stored.
+    """A text that is a whole file anywhere; ``size`` is its stored size.
 
     Attributes:
-        version: what changes when it is written anew.
-        is_process_local: whether this process alone can read it.
+        version: Text that changes when the file is written anew.
+        is_process_local: True if only this process can read it.
     """
 
     version: str = ""
@@ -136,10 +135,10 @@ class RemoteDocument(Document):
 
     @property
     def cache_key(self) -> str:
-        """Name, place, size and version of the file."""
+        """Id, path, size and version of the file."""
         return f"{self.id}:{self.path}:{self.size}:{self.version}"
 
     def _read_bytes(self, path: str) -> Iterator[bytes]:
-        with open_file(path) as handle:
-            while chunk := handle.read(READ_SIZE):
-                yield chunk
+        with open_file(path) as file:
+            while block := file.read(READ_SIZE):
+                yield block

@@ -1,55 +1,145 @@
-"""Tables of texts, a document a row: lines of JSON, and Parquet. Memory holds one text at a time, or a few."""
+"""Tables of texts, one document a row: JSON lines and Parquet. Memory holds one text at a time, or a few."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from memtx.data.sources.document import READ_SIZE, Document, SourcePart
+from memtx.data.sources.base import READ_SIZE, Document, SourcePart, TextSource
 from memtx.data.sources.remote_files import RemoteFile, open_file
-from memtx.data.tokenizers import encode_utf8
+from memtx.data.text_chunks import encode_utf8
 from memtx.errors import DataError, MemtxError, closest_match
 
 BLOCK_BYTES = 8 << 20
-"""Bytes of a file of lines that are a part."""
+"""Bytes of a part of a JSON lines file."""
 MAX_LINE_BYTES = 128 << 20
-"""Bytes of a line at most: it is parsed as a whole."""
+"""Maximum bytes of a line, which is parsed as a whole."""
 PARQUET_BATCH_SIZE = 16
 """Rows of a Parquet file in memory."""
 
 
-@dataclass(frozen=True, kw_only=True)
+DEFAULT_EVAL_FRACTION = 0.05
+"""Fraction of the documents for each of validation and test, if a source has no splits."""
+
+
+@dataclass(frozen=True)
+class TableColumns:
+    """Columns of a table of texts.
+
+    Attributes:
+        text: Column of the texts.
+        id: Column of the document ids. None uses the row's position.
+    """
+
+    text: str = "text"
+    id: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns to read."""
+        return [self.text] if self.id is None else [self.text, self.id]
+
+    def check(self, available: Sequence[str], table: str) -> None:
+        """Raise DataError if a table does not have the columns."""
+        for name, option in zip(self.names, ("--text-column", "--id-column"), strict=False):
+            if name not in available:
+                match = closest_match(name, available)
+                raise DataError(
+                    f"{table} has no column '{name}', it has {', '.join(available[:20])}.{match}",
+                    f"Name another column with {option}.",
+                )
+
+    def to_document(self, location: str, record: Mapping[str, Any], default_id: str) -> Document:
+        """Return the document of a row.
+
+        Args:
+            location: Position of the row, for messages.
+            record: Values of the row by column.
+            default_id: Id of the document if there is no column for it.
+
+        Raises:
+            DataError: A column is missing, or holds no text or no id.
+        """
+        hint = "Name the column of the texts with --text-column."
+        if self.text not in record:
+            match = closest_match(self.text, map(str, record))
+            raise DataError(f"{location}: there is no '{self.text}'.{match}", hint)
+        text = "" if record[self.text] is None else record[self.text]
+        if not isinstance(text, str):
+            raise DataError(f"{location}: '{self.text}' is a {type(text).__name__}, expected a text.", hint)
+        document_id = default_id if self.id is None else record.get(self.id)
+        if document_id is None or isinstance(document_id, dict | list):
+            raise DataError(f"{location}: there is no id in '{self.id}'.", "Name another column with --id-column.")
+        document_id = str(document_id)
+        try:
+            encode_utf8(document_id)
+            return Document(document_id, document_id, len(encode_utf8(text)), text=text, is_table_row=True)
+        except MemtxError as error:
+            raise DataError(f"{location}: {error.message}", error.hint) from error
+
+
+class TableSource(TextSource):
+    """Base of sources that may hold tables and may be split by fractions; see :class:`FileSource` for the arguments.
+
+    Raises:
+        DataError: A fraction is out of range.
+    """
+
+    def __init__(self, columns: TableColumns, validation_fraction: float | None, test_fraction: float | None) -> None:
+        self.columns = columns
+        self.has_explicit_fractions = validation_fraction is not None or test_fraction is not None
+        requested = {"validation": validation_fraction, "test": test_fraction}
+        fractions = {split: DEFAULT_EVAL_FRACTION if value is None else value for split, value in requested.items()}
+        for split, fraction in fractions.items():
+            if not 0 <= fraction < 1:
+                raise DataError(
+                    f"{split}_fraction is {fraction}, expected a share from 0 up to 1.", "Give for example 0.01."
+                )
+        fractions["train"] = 1 - sum(fractions.values())
+        if fractions["train"] <= 0:
+            raise DataError(
+                f"The shares validation_fraction and test_fraction add up to {1 - fractions['train']}.",
+                "Give smaller ones, so that some documents are left to train on.",
+            )
+        self.split_fractions = {split: fraction for split, fraction in fractions.items() if fraction > 0}
+
+
+@dataclass(frozen=True)
 class TablePart(SourcePart):
     """Some rows of a file.
 
     Attributes:
-        path: the file.
-        id_prefix: what its documents' names begin with.
-        size: bytes of the rows.
-        version: what changes when the file is written anew.
-        text_column: the column that holds the texts.
-        id_column: that of the documents' names; None for file and place.
-        is_process_local: whether this process alone can read it.
+        file: The file.
+        columns: Columns of the table.
+        size: Bytes of the rows.
     """
 
-    path: str
-    id_prefix: str
+    file: RemoteFile
+    columns: TableColumns
     size: int
-    version: str
-    text_column: str = "text"
-    id_column: str | None = None
-    is_process_local: bool = False
+
+    @property
+    def is_process_local(self) -> bool:
+        """True if only this process can read the file."""
+        return self.file.is_process_local
+
+    def _cache_key(self, *position: object) -> str:
+        fields = (self.file.url, *position, self.size, self.file.size, self.file.version)
+        return ":".join(map(str, (*fields, self.columns.text, self.columns.id)))
+
+    def _to_document(self, unit: str, index: int, record: Mapping[str, Any]) -> Document:
+        return self.columns.to_document(f"'{self.file.url}', {unit} {index}", record, f"{self.file.name}@{index}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class JsonLinesPart(TablePart):
-    """The lines that begin within a stretch of a file of JSON objects, one a line; ``size`` is as they are stored.
+    """The lines that begin within a byte range of a file of JSON objects, one a line; ``size`` is as stored.
 
     Attributes:
-        start: the first byte of the stretch.
-        stop: the byte behind it; None for the rest of the file.
+        start: First byte of the range.
+        stop: Byte after the range. None reads to the end of the file.
     """
 
     start: int
@@ -57,74 +147,71 @@ class JsonLinesPart(TablePart):
 
     @property
     def cache_key(self) -> str:
-        """Place, stretch and version of the file, and the fields."""
-        return f"{self.path}:{self.start}:{self.stop}:{self.size}:{self.version}:{self.text_column}:{self.id_column}"
+        """URL, byte range and version of the file, and the columns."""
+        return self._cache_key(self.start, self.stop)
 
     def iter_documents(self) -> Iterator[Document]:
-        """Yield a document a line; empty lines are passed over."""
-        with open_file(self.path) as handle:
-            for place, line in _iter_lines(handle, self.path, self.start, self.stop):
+        """Yield one document a line; empty lines are skipped."""
+        url = self.file.url
+        with open_file(url) as stream:
+            for offset, line in _iter_lines(stream, url, self.start, self.stop):
                 if not line.isspace():
-                    yield row_to_document(
-                        f"'{self.path}', byte {place}",
-                        self._parse_line(line, place),
-                        f"{self.id_prefix}@{place}",
-                        self.text_column,
-                        self.id_column,
-                    )
-
-    def _parse_line(self, line: bytes, offset: int) -> Mapping[str, Any]:
-        where, cure = f"'{self.path}', byte {offset}", "Every line is to be one, in UTF-8."
-        try:
-            record = json.loads(line.decode("utf-8-sig" if offset == 0 else "utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: the line is no JSON: {error}.", cure) from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: the line is a {type(record).__name__}, expected a JSON object.", cure)
-        return record
+                    record = _parse_line(line, f"'{url}', byte {offset}", is_first=offset == 0)
+                    yield self._to_document("byte", offset, record)
 
 
-def _iter_lines(handle: IO[bytes], path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that begin at bytes start to stop, each with where it begins."""
-    held, searched, place = b"", 0, start
+def _parse_line(line: bytes, location: str, *, is_first: bool) -> Mapping[str, Any]:
+    hint = "Every line must be a JSON object in UTF-8."
+    try:
+        record = json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{location}: the line is no JSON: {error}.", hint) from error
+    if not isinstance(record, dict):
+        raise DataError(f"{location}: the line is a {type(record).__name__}, expected a JSON object.", hint)
+    return record
+
+
+def _iter_lines(file: IO[bytes], path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
+    """Yield the offset and the bytes of every line that begins at bytes ``start`` to ``stop``."""
+    buffer, searched, offset = b"", 0, start
     if start:
-        # The line before tells whether one begins right here.
-        handle.seek(start - 1)
-        place -= 1
-    first = bool(start)
-    while chunk := handle.read(READ_SIZE):
-        held += chunk
-        begin = 0
-        while (end := held.find(b"\n", max(begin, searched))) >= 0:
-            if not first:
-                yield place, held[begin : end + 1]
-            first = False
-            place += end + 1 - begin
-            begin = end + 1
-            if stop is not None and place >= stop:
+        # The line before tells whether one begins right at `start`.
+        file.seek(start - 1)
+        offset -= 1
+    in_previous_line = bool(start)
+    while block := file.read(READ_SIZE):
+        buffer += block
+        line_start = 0
+        while (end := buffer.find(b"\n", max(line_start, searched))) >= 0:
+            if not in_previous_line:
+                yield offset, buffer[line_start : end + 1]
+            in_previous_line = False
+            offset += end + 1 - line_start
+            line_start = end + 1
+            if stop is not None and offset >= stop:
                 return
-        held = held[begin:]
-        searched = len(held)
-        if len(held) > MAX_LINE_BYTES:
-            if first:  # The line of another part, which says so.
-                held, searched, place = b"", 0, place + len(held)
-                if stop is not None and place >= stop:
-                    return
-                continue
-            raise DataError(
-                f"'{path}', byte {place}: the line has more than {MAX_LINE_BYTES:,} bytes.", "Split the text."
-            )
-    if held and not first:
-        yield place, held
+        buffer = buffer[line_start:]
+        searched = len(buffer)
+        if len(buffer) > MAX_LINE_BYTES:
+            if not in_previous_line:
+                raise DataError(
+                    f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes.", "Split the text."
+                )
+            # The part in which the line begins raises the error.
+            buffer, searched, offset = b"", 0, offset + len(buffer)
+            if stop is not None and offset >= stop:
+                return
+    if buffer and not in_previous_line:
+        yield offset, buffer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ParquetPart(TablePart):
-    """A row group of a Parquet file; ``size`` is that of its texts, uncompressed.
+    """A row group of a Parquet file; ``size`` counts its texts, uncompressed.
 
     Attributes:
-        row_group: number of the row group.
-        first_row: number of its first row in the file.
+        row_group: Index of the row group.
+        first_row: Index of its first row in the file.
     """
 
     row_group: int
@@ -132,115 +219,49 @@ class ParquetPart(TablePart):
 
     @property
     def cache_key(self) -> str:
-        """Place, row group and version of the file, and the columns."""
-        rows = f"{self.row_group}:{self.first_row}:{self.size}"
-        return f"{self.path}:{rows}:{self.version}:{self.text_column}:{self.id_column}"
+        """URL, row group and version of the file, and the columns."""
+        return self._cache_key(self.row_group, self.first_row)
 
     def iter_documents(self) -> Iterator[Document]:
-        """Yield a document a row."""
-        columns = [self.text_column] if self.id_column is None else [self.text_column, self.id_column]
-        number = self.first_row
-        with open_file(self.path) as handle:
-            # Read by pages, so that a row group of gigabytes is never held.
-            table = _import_parquet().ParquetFile(handle, buffer_size=READ_SIZE, pre_buffer=False)
+        """Yield one document a row."""
+        row = self.first_row
+        with open_file(self.file.url) as stream:
+            # Read by pages, so that a row group of gigabytes is never in memory.
+            table = _import_parquet().ParquetFile(stream, buffer_size=READ_SIZE, pre_buffer=False)
             for batch in table.iter_batches(
-                PARQUET_BATCH_SIZE, row_groups=[self.row_group], columns=columns, use_threads=False
+                PARQUET_BATCH_SIZE, row_groups=[self.row_group], columns=self.columns.names, use_threads=False
             ):
                 for record in batch.to_pylist():
-                    where, name = f"'{self.path}', row {number}", f"{self.id_prefix}@{number}"
-                    yield row_to_document(where, record, name, self.text_column, self.id_column)
-                    number += 1
+                    yield self._to_document("row", row, record)
+                    row += 1
 
 
-def row_to_document(
-    location: str, record: Mapping[str, Any], document_id: str, text_column: str, id_column: str | None
-) -> Document:
-    """Return the document that a row of a table is.
+def json_lines_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
+    """Return the parts of a file of JSON objects, one a line; a compressed file is one part."""
+    if not file.is_seekable:
+        return [JsonLinesPart(file, columns, file.size, 0, None)]
+    ranges = [(start, min(start + BLOCK_BYTES, file.size)) for start in range(0, file.size, BLOCK_BYTES)]
+    return [JsonLinesPart(file, columns, stop - start, start, stop) for start, stop in ranges]
 
-    Args:
-        location: the row, for messages.
-        record: its columns.
-        document_id: what to call it where no column says.
-        text_column: the column of its text.
-        id_column: that of its name, if any.
+
+def parquet_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
+    """Return the parts of a Parquet file, one a row group.
 
     Raises:
-        DataError: there is no such column, or no text in it.
-    """
-    if text_column not in record:
-        raise DataError(
-            f"{location}: there is no '{text_column}'.{closest_match(text_column, map(str, record))}",
-            "Name it by --text-column.",
-        )
-    text = "" if record[text_column] is None else record[text_column]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{location}: '{text_column}' is a {type(text).__name__}, expected a text.", "Name it by --text-column."
-        )
-    if id_column is not None:
-        given = record.get(id_column)
-        if given is None or isinstance(given, dict | list):
-            raise DataError(f"{location}: there is no name in '{id_column}'.", "Name another one by --id-column.")
-        document_id = str(given)
-    try:
-        encode_utf8(document_id)
-        return Document(document_id, document_id, len(encode_utf8(text)), text=text, is_table_row=True)
-    except MemtxError as error:
-        raise DataError(f"{location}: {error.message}", error.hint) from error
-
-
-def json_lines_parts(file: RemoteFile, text_column: str, id_column: str | None) -> list[SourcePart]:
-    """Return the parts of a file of JSON objects, one a line."""
-    stretches: list[tuple[int, int | None]] = [(0, None)]
-    if file.is_seekable:
-        stretches = [(start, min(start + BLOCK_BYTES, file.size)) for start in range(0, file.size, BLOCK_BYTES)]
-    return [
-        JsonLinesPart(
-            **_common_fields(file, text_column, id_column),
-            start=start,
-            stop=stop,
-            size=file.size if stop is None else stop - start,
-        )
-        for start, stop in stretches
-    ]
-
-
-def _common_fields(file: RemoteFile, text_column: str, id_column: str | None) -> dict[str, Any]:
-    """Return what all parts of a file have alike."""
-    version = f"{file.size}:{file.version}"
-    return {
-        "path": file.url, "id_prefix": file.name, "version": version,
-        "text_column": text_column, "id_column": id_column, "is_process_local": file.is_process_local,
-    }  # fmt: skip
-
-
-def parquet_parts(file: RemoteFile, text_column: str, id_column: str | None) -> list[SourcePart]:
-    """Return the parts of a Parquet file, a row group each.
-
-    Raises:
-        DataError: pyarrow is not installed, or the file is no Parquet or has no such column.
+        DataError: pyarrow is not installed, the file is not Parquet, or a column is missing.
     """
     parquet = _import_parquet()
-    parts: list[SourcePart] = []
-    with open_file(file.url) as handle:
-        meta = parquet.ParquetFile(handle).metadata
-        names = [meta.schema.column(number).path for number in range(meta.num_columns)]
-        for name, option in ((text_column, "--text-column"), (id_column, "--id-column")):
-            if name is not None and name not in names:
-                raise DataError(
-                    f"'{file.url}' has no column '{name}', it has {', '.join(names[:20])}.{closest_match(name, names)}",
-                    f"Name it by {option}.",
-                )
-        first, column = 0, names.index(text_column)
-        for number in range(meta.num_row_groups):
-            group = meta.row_group(number)
-            size = group.column(column).total_uncompressed_size
-            parts.append(
-                ParquetPart(
-                    **_common_fields(file, text_column, id_column), row_group=number, first_row=first, size=size
-                )
-            )
-            first += group.num_rows
+    parts: list[TablePart] = []
+    with open_file(file.url) as stream:
+        metadata = parquet.ParquetFile(stream).metadata
+        names = [metadata.schema.column(index).path for index in range(metadata.num_columns)]
+        columns.check(names, f"'{file.url}'")
+        first_row, text_index = 0, names.index(columns.text)
+        for row_group in range(metadata.num_row_groups):
+            group = metadata.row_group(row_group)
+            size = group.column(text_index).total_uncompressed_size
+            parts.append(ParquetPart(file, columns, size, row_group, first_row))
+            first_row += group.num_rows
     return parts
 
 

@@ -1,1 +1,1 @@
-"""Synthetic memory tasks, one a file."""
+"""Synthetic memory tasks, generated from a seed."""

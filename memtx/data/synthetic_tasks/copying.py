@@ -1,7 +1,7 @@
 """Selective copying: symbols spread over segments of noise, then all of them in order (T4).
 
-After Jing et al. 2019 (denoising task, section 4.2) and Gu and Dao 2023 (section 4.1.1). What is copied is told by the
-order of the places that ask, so nothing but the memory says which symbol is next.
+After Jing et al. 2019 (denoising task, section 4.2) and Gu and Dao 2023 (section 4.1.1). The answers follow from the
+order of the queries, so only the memory tells which symbol is next.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class SelectiveCopying(SyntheticTask):
-    """Token 0 asks for the next symbol; then come symbols and noise.
+    """Tokens: the query for the next symbol, symbols, noise.
 
     Attributes:
-        num_copied: symbols to be kept.
-        num_symbols: different ones.
-        spread: segments that they are spread over.
+        num_copied: Number of symbols to copy.
+        num_symbols: Number of different symbols.
+        spread: Number of segments with symbols.
 
     Raises:
-        MemtxError: the symbols do not fit.
+        MemtxError: The symbols do not fit.
     """
 
     num_copied: int = 16
@@ -36,42 +36,41 @@ class SelectiveCopying(SyntheticTask):
         self._check_sizes(num_copied=self.num_copied, num_symbols=self.num_symbols, spread=self.spread)
         if self.num_copied > self.segment_length:
             raise MemtxError(
-                f"{self.num_copied} symbols are to be copied in a segment of {self.segment_length} tokens.",
+                f"num_copied ({self.num_copied}) must be at most segment_length ({self.segment_length}).",
                 "Give a longer segment or fewer symbols.",
             )
 
     @property
     def num_content_tokens(self) -> int:
-        """The question and the symbols."""
+        """Number of query and symbol tokens."""
         return 1 + self.num_symbols
 
     @property
     def chance_accuracy(self) -> float:
-        """One of the symbols."""
+        """Accuracy of guessing a symbol."""
         return 1 / self.num_symbols
 
     @property
     def num_write_segments(self) -> int:
-        """Those with symbols."""
+        """Number of segments with symbols."""
         return self.spread
 
     def _iter_segments(
         self, batch_size: int, num_segments: int, generator: torch.Generator, query_mode: QueryMode
     ) -> Iterator[LabelledSegment]:
-        places = self.spread * self.segment_length
-        at = sample_distinct(batch_size, places, self.num_copied, generator).sort(1).values
-        wanted = 1 + torch.randint(self.num_symbols, (batch_size, self.num_copied), generator=generator)
-        for number in range(self.spread):
-            tokens, silent = self._noise_segment(batch_size, generator)
-            here = at - number * self.segment_length
-            inside = (here >= 0) & (here < self.segment_length)
-            # One place more takes what is elsewhere.
-            padded = torch.nn.functional.pad(tokens, (0, 1))
-            padded.scatter_(1, torch.where(inside, here, self.segment_length), wanted)
-            yield padded[:, : self.segment_length], silent
-        for number in range(self.spread, num_segments):
+        num_positions = self.spread * self.segment_length
+        positions = sample_distinct(batch_size, num_positions, self.num_copied, generator).sort(1).values
+        symbols = 1 + torch.randint(self.num_symbols, (batch_size, self.num_copied), generator=generator)
+        for index in range(num_segments):
             tokens, labels = self._noise_segment(batch_size, generator)
-            if query_mode == "later" or number == num_segments - 1:
+            if index < self.spread:
+                relative = positions - index * self.segment_length
+                inside = (relative >= 0) & (relative < self.segment_length)
+                # One extra column takes the symbols of other segments.
+                padded = torch.nn.functional.pad(tokens, (0, 1))
+                padded.scatter_(1, torch.where(inside, relative, self.segment_length), symbols)
+                tokens = padded[:, : self.segment_length]
+            elif query_mode == "later" or index == num_segments - 1:
                 tokens[:, : self.num_copied] = 0
-                labels[:, : self.num_copied] = wanted
+                labels[:, : self.num_copied] = symbols
             yield tokens, labels

@@ -1,128 +1,98 @@
-"""Episodes of a drawn task behind Lightning's data hooks, so that what evaluation measures can be trained on."""
+"""Episodes of a synthetic task as a Lightning data module, so that what evaluation measures can be trained on."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.data.batch import (
+    IGNORE_INDEX,
+    Batch,
+    FixedBatches,
+    ResumableBatches,
+    check_counts,
+    check_seed,
+    rank_and_world_size,
+)
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
 TRAINING, VALIDATION, TEST = 0, 1, 2
-"""What a draw is for; each has episodes of its own, whatever the seed."""
+"""Purposes of a batch; each has episodes of its own, whatever the seed."""
 
 
 def task_to_config(task: SyntheticTask) -> dict[str, Any]:
-    """Return a task as JSON can hold it: what a checkpoint keeps of it."""
+    """Return a task's class path and arguments as JSON values, as a checkpoint holds them."""
     kind = type(task)
     return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dataclasses.asdict(task)}
 
 
 def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: tuple[int, ...]) -> Batch:
-    """Return whole episodes: a function of arguments only.
+    """Return whole episodes, a function of the arguments only.
 
-    Here a label stands at the token that asks and is what answers it, not the token that follows. A question counts
-    as one word and one byte, so that bits per byte are bits per answer.
+    A label is at the query token and is its answer, not the next token. A query counts as one word and one byte, so
+    bits per byte are bits per answer.
 
     Args:
-        task: the task.
-        batch_size: episodes side by side; each begins a document.
-        num_segments: an episode.
-        seed: numbers from 0.
+        task: Task to generate.
+        batch_size: Number of episodes; each begins a document.
+        num_segments: Segments of an episode.
+        seed: Non-negative numbers.
 
     Returns:
-        Of (batch, num_segments * task.segment_length).
+        A batch of ``(batch, num_segments * task.segment_length)``.
     """
-    # Hashed, so that neighbouring numbers give unrelated episodes.
-    mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    parts = list(task.iter_segments(batch_size, num_segments, torch.Generator().manual_seed(mixed)))
-    tokens, labels = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, 0] = True
-    asked = (labels != IGNORE_INDEX).sum(1)
-    return Batch(tokens, labels, starts, asked, asked.clone())
+    # Hashed, so that neighboring numbers give unrelated episodes.
+    hashed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    segments = list(task.iter_segments(batch_size, num_segments, torch.Generator().manual_seed(hashed)))
+    tokens, labels = (torch.cat(part, dim=1) for part in zip(*segments, strict=True))
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    document_starts[:, 0] = True
+    num_queries = (labels != IGNORE_INDEX).sum(1)
+    return Batch(tokens, labels, document_starts, num_queries, num_queries.clone())
 
 
-class SyntheticBatches:
+class SyntheticBatches(ResumableBatches):
     """Batches of new episodes for training, with a position that can be set.
 
     Args:
-        task: the task.
-        batch_size: episodes of a batch.
-        num_segments: an episode.
-        seed: of the draw, at least 0.
-        steps_per_epoch: batches of an epoch.
-        rank: this process, which draws episodes of its own.
-
-    Attributes:
-        position: batches handed out so far, equal on all ranks.
+        task: Task to generate.
+        batch_size: Episodes of a batch.
+        num_segments: Segments of an episode.
+        seed: Seed of the episodes. At least 0.
+        steps_per_epoch: Batches of an epoch.
+        rank: Rank of this process, which has episodes of its own.
     """
 
     def __init__(
         self, task: SyntheticTask, batch_size: int, num_segments: int, seed: int, steps_per_epoch: int, rank: int = 0
     ) -> None:
-        self.task, self.batch_size, self.num_segments = task, batch_size, num_segments
-        self.seed, self.steps_per_epoch, self.rank = seed, steps_per_epoch, rank
-        self.position = 0
+        super().__init__(steps_per_epoch)
+        self.task, self.batch_size, self.num_segments, self.seed, self.rank = task, batch_size, num_segments, seed, rank
 
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-        return self.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Batch]:
-        stop = (self.position // self.steps_per_epoch + 1) * self.steps_per_epoch
-        while self.position < stop:
-            batch = sample_batch(
-                self.task, self.batch_size, self.num_segments, (self.seed, TRAINING, self.rank, self.position)
-            )
-            # Before the yield: a checkpoint of this batch's step must not draw it again.
-            self.position += 1
-            yield batch
-
-
-class FixedSyntheticBatches:
-    """The same episodes every time, for validation and test; arguments as of :class:`SyntheticBatches`."""
-
-    def __init__(
-        self, task: SyntheticTask, batch_size: int, num_segments: int, seed: tuple[int, ...], num_batches: int
-    ) -> None:
-        self.task, self.batch_size, self.num_segments, self.seed, self.num_batches = (
-            task,
-            batch_size,
-            num_segments,
-            seed,
-            num_batches,
-        )
-
-    def __len__(self) -> int:
-        """Batches."""
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(self.num_batches):
-            yield sample_batch(self.task, self.batch_size, self.num_segments, (*self.seed, step))
+    def get_batch(self, step: int) -> Batch:
+        """Return the batch of a step, ``(batch, num_segments * segment_length)``."""
+        return sample_batch(self.task, self.batch_size, self.num_segments, (self.seed, TRAINING, self.rank, step))
 
 
 class SyntheticDataModule(LightningDataModule):
-    """Episodes of a drawn task, whole in every batch, so that one gradient goes through all of one.
+    """Episodes of a synthetic task, whole in every batch, so that one gradient goes through all of an episode.
 
     Args:
-        task: such as ``AssociativeRecall``; its vocabulary and its segment are the model's.
-        batch_size: episodes of a batch on each device, at least 1.
-        num_segments: an episode, more than the task writes in.
-        seed: of the draw.
-        steps_per_epoch: batches of an epoch; episodes are new in every one.
-        eval_batch_size: episodes of a batch in evaluation; null for as many as in training.
-        eval_steps: batches of validation and of test, at least 1.
+        task: Task such as ``AssociativeRecall``, which sets the model's vocabulary size and segment length.
+        batch_size: Episodes of a batch on each device. At least 1.
+        num_segments: Segments of an episode, more than those with content.
+        seed: Seed of the episodes.
+        steps_per_epoch: Batches of an epoch; each epoch has new episodes.
+        eval_batch_size: Episodes of a batch in evaluation. None uses ``batch_size``.
+        eval_steps: Batches of validation and of test. At least 1.
 
     Raises:
-        DataError: a number is out of its range.
+        DataError: A number is out of range.
     """
 
     def __init__(
@@ -136,102 +106,85 @@ class SyntheticDataModule(LightningDataModule):
         eval_steps: int = 4,
     ) -> None:
         super().__init__()
-        numbers = {
-            "batch_size": batch_size,
-            "steps_per_epoch": steps_per_epoch,
-            "eval_batch_size": eval_batch_size,
-            "eval_steps": eval_steps,
-        }
-        for name, value in numbers.items():
-            if value is not None and value < 1:
-                raise DataError(f"{name} is {value}, expected at least 1.", f"Change --data.{name}.")
+        check_counts(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
+        check_counts(eval_batch_size=eval_batch_size, eval_steps=eval_steps)
+        check_seed(seed)
         if num_segments <= task.num_write_segments:
             raise DataError(
                 f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}.",
                 f"Change --data.num_segments to at least {task.num_write_segments + 1}.",
             )
-        if seed < 0:
-            raise DataError(f"seed is {seed}, expected at least 0.", "Change --data.seed.")
-        self.task, self.batch_size, self.num_segments, self.seed, self.steps_per_epoch = (
-            task,
-            batch_size,
-            num_segments,
-            seed,
-            steps_per_epoch,
-        )
+        self.task, self.batch_size, self.num_segments, self.seed = task, batch_size, num_segments, seed
+        self.steps_per_epoch = steps_per_epoch
         self.eval_batch_size, self.eval_steps = eval_batch_size or batch_size, eval_steps
         self._batches: SyntheticBatches | None = None
         self._position = 0
 
     @property
     def vocab_size(self) -> int:
-        """Rows the model's embedding needs."""
+        """Vocabulary size of the task."""
         return self.task.vocab_size
 
     @property
     def segment_length(self) -> int:
-        """Tokens an episode gives the model in one call."""
+        """Tokens of an episode in one call of the model."""
         return self.task.segment_length
 
     def setup(self, stage: str | None = None) -> None:
-        """Begin at the start of the data; a checkpoint says otherwise later."""
+        """Begin at the start of the data, unless a checkpoint is restored later."""
         if stage in ("fit", None) and self._batches is not None:
             self._batches, self._position = None, 0
 
-    def _rank(self) -> int:
-        return 0 if self.trainer is None else self.trainer.global_rank
-
     def train_dataloader(self) -> SyntheticBatches:
-        """Return this rank's batches, going on from the position."""
-        made = SyntheticBatches(
-            self.task, self.batch_size, self.num_segments, self.seed, self.steps_per_epoch, self._rank()
-        )
-        made.position = self._current_position
-        self._batches = made
-        return made
+        """Return this rank's batches from the position on."""
+        rank, _ = rank_and_world_size(self.trainer)
+        batches = SyntheticBatches(self.task, self.batch_size, self.num_segments, self.seed, self.steps_per_epoch, rank)
+        batches.position = self._current_position
+        self._batches = batches
+        return batches
 
-    def val_dataloader(self) -> FixedSyntheticBatches:
-        """Return this rank's validation episodes."""
+    def val_dataloader(self) -> FixedBatches[Batch]:
+        """Return this rank's validation episodes, the same every time."""
         return self._evaluation_batches(VALIDATION)
 
-    def test_dataloader(self) -> FixedSyntheticBatches:
-        """Return this rank's test episodes."""
+    def test_dataloader(self) -> FixedBatches[Batch]:
+        """Return this rank's test episodes, the same every time."""
         return self._evaluation_batches(TEST)
 
-    def predict_dataloader(self) -> FixedSyntheticBatches:
-        """Return this rank's test episodes."""
+    def predict_dataloader(self) -> FixedBatches[Batch]:
+        """Return this rank's test episodes, the same every time."""
         return self._evaluation_batches(TEST)
 
-    def _evaluation_batches(self, purpose: int) -> FixedSyntheticBatches:
-        seed = (self.seed, purpose, self._rank())
-        return FixedSyntheticBatches(self.task, self.eval_batch_size, self.num_segments, seed, self.eval_steps)
+    def _evaluation_batches(self, purpose: int) -> FixedBatches[Batch]:
+        rank, _ = rank_and_world_size(self.trainer)
+
+        def get_batch(step: int) -> Batch:
+            return sample_batch(self.task, self.eval_batch_size, self.num_segments, (self.seed, purpose, rank, step))
+
+        return FixedBatches(self.eval_steps, get_batch)
 
     @property
     def _current_position(self) -> int:
         return self._position if self._batches is None else self._batches.position
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it is a position in."""
+        """Return the position and what identifies the episodes."""
         return {"position": self._current_position, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
-        return {
-            "task": task_to_config(self.task),
-            "batch_size": self.batch_size,
-            "num_segments": self.num_segments,
-            "seed": self.seed,
-        }
+        names = ("batch_size", "num_segments", "seed")
+        return {"task": task_to_config(self.task), **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a checkpoint's position.
+        """Restore a checkpoint's position.
 
         Raises:
-            CheckpointError: it is one in other episodes.
+            CheckpointError: The position is in other episodes.
         """
-        for name, own in self._identity().items():
-            if (kept := state_dict.get(name)) != own:
+        for name, value in self._identity().items():
+            if (saved := state_dict.get(name)) != value:
                 raise CheckpointError(
-                    f"The checkpoint's episodes have {name} {kept}, this run's {own}.",
+                    f"The checkpoint's episodes have {name} {saved}, this run's {value}.",
                     "Use the config saved beside the checkpoint.",
                 )
         self._position = int(state_dict["position"])

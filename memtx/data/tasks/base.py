@@ -1,4 +1,4 @@
-"""A task for a model: examples encoded as token windows, and logits decoded as answers.
+"""A task for a model: examples encoded as token windows, and logits decoded as predictions.
 
 Each task type (classification, tagging, question answering) decides how its examples are laid out in a window, which
 tokens are global (Longformer, Beltagy et al. 2020, section 3.1), and how the model's logits are read.
@@ -6,6 +6,7 @@ tokens are global (Longformer, Beltagy et al. 2020, section 3.1), and how the mo
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -17,23 +18,31 @@ from memtx.data.batch import IGNORE_INDEX
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
 from memtx.errors import DataError, closest_match
 
+FORMAT = "memtx.task"
+FORMAT_VERSION = 2
+
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
+NO_TARGET = np.array([IGNORE_INDEX], dtype=np.int64)
+"""Target of an example without a label."""
+
+_TASKS_BY_KIND: dict[str, type[Task]] = {}
+
 
 class EncodedExample:
-    """A row of a batch: an example, or a part of one that is longer than the model reads at once.
+    """A window: an example, or a part of one that is longer than the model's input.
 
     No dataclass, because Lightning looks into those for tensors.
 
     Attributes:
-        ids: (length,) the tokens, marks among them.
-        token_type_ids: (length,) 0 for the first text and 1 for the second.
-        global_attention_mask: (length,) bool, tokens that are global.
-        input_start: place in the row of the first token of the part.
-        text_start: number, within the text that may be cut, of that token.
-        text_stop: number of the token behind the part's last.
-        target: what is to be learned; of no meaning where the example has no label.
+        ids: ``(length,)`` tokens with special tokens.
+        token_type_ids: ``(length,)`` 0 for the first text and 1 for the second.
+        global_attention_mask: ``(length,)`` bool, True for global tokens.
+        input_start: Index in the window of the first token of the part.
+        text_start: Index in the text that may be split of that token.
+        text_stop: Index in the text after the part's last token.
+        target: Labels to learn; meaningless if the example has none.
     """
 
     def __init__(
@@ -52,19 +61,26 @@ class EncodedExample:
 
 
 class Task(ABC):
-    """A kind of task; its examples are of a class of :mod:`memtx.data.tasks.examples`.
+    """Base of all tasks.
 
     Args:
-        labels: what is told apart, in order; None for what the training examples have.
-        max_length: tokens that the model reads at once, marks among them.
-        stride: tokens from the beginning of one window to the next in a text that is longer; None to refuse it.
+        labels: Labels in order. None takes those of the training examples.
+        max_length: Maximum tokens of a window, with special tokens.
+        stride: Tokens from the start of one window to the next in a longer text. None rejects a longer text.
 
     Raises:
-        DataError: a number is out of range, or labels repeat.
+        DataError: A number is out of range, or labels repeat.
     """
 
     kind: ClassVar[str]
-    """Names the kind in a checkpoint."""
+    """Name of the task in a checkpoint."""
+
+    example_type: ClassVar[Any]
+    """Class of the examples, of :mod:`memtx.data.tasks.examples`."""
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            _TASKS_BY_KIND[cls.kind] = cls
 
     def __init__(self, labels: Sequence[str] | None = None, max_length: int = 512, stride: int | None = None) -> None:
         if max_length < 8:
@@ -78,41 +94,41 @@ class Task(ABC):
             raise DataError(f"labels repeat: {', '.join(self.labels)}.", "Name each once.")
         self.max_length, self.stride = max_length, stride
 
-    @abstractmethod
     def parse(self, record: Mapping[str, Any], labelled: bool = True) -> Any:
-        """Return a record as an example; raises DataError."""
+        """Return the example of a record; raises DataError."""
+        return self.example_type.parse(record, labelled)
 
     @abstractmethod
     def from_text(self, text: str) -> Any:
         """Return a raw text as an example without a label.
 
         Raises:
-            DataError: the kind needs more than one text.
+            DataError: The task needs more than one text.
         """
 
     @abstractmethod
     def get_texts(self, example: Any) -> tuple[str, ...]:
-        """Return the texts to be encoded."""
+        """Return the texts to encode."""
 
     @abstractmethod
     def get_labels(self, example: Any) -> tuple[str, ...]:
-        """Return the labels that an example bears."""
+        """Return the labels of an example."""
 
     @property
     def num_labels(self) -> int:
-        """Scores that a model gives, a row or a token."""
+        """Number of logits per example or per token."""
         return len(self.labels)
 
     def fit_labels(self, examples: Iterable[Any]) -> None:
-        """Take the labels of examples, in alphabetical order, where none were given."""
+        """Take the labels of examples, in alphabetical order, if there are none yet."""
         if not self.labels:
             self.labels = tuple(sorted({label for example in examples for label in self.get_labels(example)}))
 
     def label_to_id(self, label: str) -> int:
-        """Return a label's number.
+        """Return the index of a label.
 
         Raises:
-            DataError: there is no such label.
+            DataError: There is no such label.
         """
         try:
             return self.labels.index(label)
@@ -126,30 +142,34 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:
-        """Return an example's rows.
+        """Return the windows of an example.
 
         Raises:
-            DataError: it is longer than the model reads and no stride is given, or a label is unknown.
+            DataError: The example is too long and there is no stride, or a label is unknown.
         """
 
     @abstractmethod
     def postprocess(
         self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
     ) -> dict[str, Any]:
-        """Return what the model says of an example, as JSON can hold it.
+        """Return the prediction for an example as JSON values.
 
         Args:
-            example: with or without a label.
-            encodings: of its texts.
-            windows: its rows.
-            logits: of each row, (num_labels,) or (length, num_labels), unnormalised.
+            example: Example with or without a label.
+            encodings: Encodings of its texts.
+            windows: Windows of the example.
+            logits: Logits of each window, ``(num_labels,)`` or ``(length, num_labels)``.
         """
 
     def split_windows(self, num_tokens: int, num_reserved: int) -> list[tuple[int, int]]:
-        """Return the windows (from, to) of a text in rows where ``num_reserved`` places are not for its tokens.
+        """Return the first and last (exclusive) tokens of each window of a text.
+
+        Args:
+            num_tokens: Tokens of the text.
+            num_reserved: Tokens of each window that are not of the text.
 
         Raises:
-            DataError: it does not fit and no stride is given, or nothing would fit.
+            DataError: The text does not fit and there is no stride, or no token would fit.
         """
         room = self.max_length - num_reserved
         if num_tokens <= room:
@@ -166,40 +186,60 @@ class Task(ABC):
                 f"stride {self.stride}.",
                 "Lower --data.task.stride, or raise --data.task.max_length.",
             )
-        # The last window is as long as the others: what ends a text is read with what comes before it.
-        begins = [*range(0, num_tokens - room, self.stride), num_tokens - room]
-        return [(begin, begin + room) for begin in begins]
+        # The last window is as long as the others, so the end of a text has context before it.
+        starts = [*range(0, num_tokens - room, self.stride), num_tokens - room]
+        return [(start, start + room) for start in starts]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what makes the task anew, as JSON can hold it."""
+        """Return the kind and the constructor's arguments as JSON values."""
         return {"kind": self.kind, "labels": list(self.labels), "max_length": self.max_length, "stride": self.stride}
+
+
+def task_to_json(task: Task) -> str:
+    """Return a task as JSON text."""
+    return json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **task.to_dict()}, ensure_ascii=False)
+
+
+def task_from_json(text: str) -> Task:
+    """Return the task that :func:`task_to_json` wrote.
+
+    Raises:
+        DataError: The text is no such description, or of a version or kind that this release does not know.
+    """
+    # They register their kinds.
+    from memtx.data.tasks import classification, question_answering, tagging  # noqa: F401
+
+    try:
+        value = json.loads(text)
+        if value.pop("format") != FORMAT or value.pop("version") != FORMAT_VERSION:
+            raise DataError("The task was written by another release.", "Use that release.")
+        return _TASKS_BY_KIND[value.pop("kind")](**value)
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"The text describes no task: {error}.", "Use one that memtx wrote.") from error
 
 
 def build_inputs(
     tokenizer: HFTokenizer, first_ids: IntArray, second_ids: IntArray | None = None
 ) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
-    """Return ids, types and global tokens of ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]``.
+    """Return ids, token types and global attention mask of ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]``.
 
     ``[CLS]`` is global.
     """
     parts = [np.array([tokenizer.cls_token_id]), first_ids, np.array([tokenizer.sep_token_id])]
-    types = [np.zeros(len(first_ids) + 2, dtype=np.int64)]
+    token_type_ids = [np.zeros(len(first_ids) + 2, dtype=np.int64)]
     if second_ids is not None:
         parts += [second_ids, np.array([tokenizer.sep_token_id])]
-        types.append(np.ones(len(second_ids) + 1, dtype=np.int64))
+        token_type_ids.append(np.ones(len(second_ids) + 1, dtype=np.int64))
     ids = np.concatenate(parts).astype(np.int64)
-    marked = np.zeros(len(ids), dtype=np.bool_)
-    marked[0] = True
-    return ids, np.concatenate(types), marked
+    global_attention_mask = np.zeros(len(ids), dtype=np.bool_)
+    global_attention_mask[0] = True
+    return ids, np.concatenate(token_type_ids), global_attention_mask
 
 
 def softmax(logits: Logits) -> NDArray[np.float64]:
     """Return the softmax over the last axis, float64."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    powers = np.exp(shifted)
-    out: NDArray[np.float64] = powers / powers.sum(-1, keepdims=True)
-    return out
-
-
-NO_TARGET = np.array([IGNORE_INDEX], dtype=np.int64)
-"""The target of an example without a label."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
+    probabilities: NDArray[np.float64] = exponentials / exponentials.sum(-1, keepdims=True)
+    return probabilities

@@ -1,4 +1,4 @@
-"""Rows of a task put together into batches: padded, in an order that seed and epoch decide, resumed at a position."""
+"""Batches of task windows: padded, in an order set by seed and epoch, resumable at a position."""
 
 from __future__ import annotations
 
@@ -8,56 +8,62 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from memtx.data.batch import IGNORE_INDEX
+from memtx.data.batch import IGNORE_INDEX, FixedBatches
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import EncodedExample, IntArray, Logits, Task
+from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, Task
 from memtx.errors import CheckpointError
 
 B = TypeVar("B")
 
 SORT_POOL_BATCHES = 50
-"""Batches whose rows are sorted by length together, so that little is padded."""
+"""Number of batches whose windows are sorted by length together, to reduce padding."""
 
 
 class PreparedExample:
-    """An example, its texts as tokens, and its rows. No dataclass, because Lightning looks into those for tensors."""
+    """An example, the encodings of its texts, and its windows.
+
+    No dataclass, because Lightning looks into those for tensors.
+    """
 
     def __init__(self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample]) -> None:
         self.example, self.encodings, self.windows = example, encodings, windows
 
 
 class BatchExamples:
-    """The examples of a batch and their task, to make answers of scores."""
+    """The examples of a batch and their task, to turn logits into predictions."""
 
     def __init__(self, task: Task, examples: Sequence[PreparedExample]) -> None:
         self.task, self.examples = task, examples
 
     def postprocess(self, logits: Sequence[Logits]) -> list[dict[str, Any]]:
-        """Return an answer an example.
+        """Return one prediction per example.
 
         Args:
-            logits: of every row, those of an example one after another, each (num_labels,) or (length, num_labels).
+            logits: Logits of every window, example after example, each ``(num_labels,)`` or ``(length, num_labels)``.
         """
-        said, at = [], 0
-        for one in self.examples:
-            own = logits[at : at + len(one.windows)]
-            at += len(one.windows)
-            said.append(self.task.postprocess(one.example, one.encodings, one.windows, own))
-        return said
+        predictions, start = [], 0
+        for prepared in self.examples:
+            stop = start + len(prepared.windows)
+            predictions.append(
+                self.task.postprocess(prepared.example, prepared.encodings, prepared.windows, logits[start:stop])
+            )
+            start = stop
+        return predictions
 
 
 class TaskBatch(NamedTuple):
-    """Rows of a task.
+    """Windows of a task.
 
     Attributes:
-        tokens: (batch, length) int64.
-        attention_mask: (batch, length) int64, 1 for a token and 0 for padding.
-        token_type_ids: (batch, length) int64, 1 for tokens of a second text.
-        global_attention_mask: (batch, length) int64, 1 for global tokens.
-        labels: (batch,) classes, (batch, length) tags, or (batch, 2) first and last place of an answer;
-            ``IGNORE_INDEX`` where there is nothing to learn.
-        batch_examples: whole examples, where rows are to be answers; None in training.
+        tokens: ``(batch, length)`` int64.
+        attention_mask: ``(batch, length)`` int64, 1 for a token and 0 for padding.
+        token_type_ids: ``(batch, length)`` int64, 1 for tokens of a second text.
+        global_attention_mask: ``(batch, length)`` int64, 1 for global tokens.
+        labels: ``(batch,)`` classes, ``(batch, length)`` tags, or ``(batch, 2)`` first and last position of an answer;
+            ``IGNORE_INDEX`` where there is no label.
+        batch_examples: Whole examples in evaluation; None in training.
     """
 
     tokens: Tensor
@@ -72,74 +78,63 @@ def encode_examples(examples: Sequence[Any], task: Task, tokenizer: HFTokenizer)
     """Encode examples.
 
     Raises:
-        DataError: see :meth:`memtx.data.tasks.base.Task.encode`.
+        DataError: See :meth:`memtx.data.tasks.base.Task.encode`.
     """
     texts = [task.get_texts(example) for example in examples]
-    encoded = iter(tokenizer.encode([one for pair in texts for one in pair]))
-    made = []
-    for example, own in zip(examples, texts, strict=True):
-        parts = [next(encoded) for _ in own]
-        made.append(PreparedExample(example, parts, task.encode(example, parts, tokenizer)))
-    return made
+    all_encodings = iter(tokenizer.encode_with_offsets([text for example_texts in texts for text in example_texts]))
+    prepared = []
+    for example, example_texts in zip(examples, texts, strict=True):
+        encodings = [next(all_encodings) for _ in example_texts]
+        prepared.append(PreparedExample(example, encodings, task.encode(example, encodings, tokenizer)))
+    return prepared
 
 
 def collate(
     windows: Sequence[EncodedExample], pad_token_id: int, batch_examples: BatchExamples | None = None
 ) -> TaskBatch:
-    """Return rows as one batch, padded at the end to the longest."""
-    longest = max(len(one.ids) for one in windows)
+    """Return windows as one batch, padded at the end to the longest."""
 
-    def filled(parts: Sequence[Any], value: int) -> Tensor:
-        whole = np.full((len(parts), longest), value, dtype=np.int64)
-        for row, part in enumerate(parts):
-            whole[row, : len(part)] = part
-        return torch.from_numpy(whole)
+    def pad(arrays: Sequence[Any], value: int) -> Tensor:
+        tensors = [torch.from_numpy(array.astype(np.int64)) for array in arrays]
+        return pad_sequence(tensors, batch_first=True, padding_value=value)
 
-    targets = [one.target if one.target is not None else np.array([IGNORE_INDEX]) for one in windows]
-    if all(len(target) == len(one.ids) for target, one in zip(targets, windows, strict=True)):
-        labels = filled(targets, IGNORE_INDEX)
+    targets = [window.target if window.target is not None else NO_TARGET for window in windows]
+    if all(len(target) == len(window.ids) for target, window in zip(targets, windows, strict=True)):
+        labels = pad(targets, IGNORE_INDEX)
     else:
         labels = torch.from_numpy(np.stack(targets)).squeeze(-1)
     return TaskBatch(
-        filled([one.ids for one in windows], pad_token_id),
-        filled([np.ones_like(one.ids) for one in windows], 0),
-        filled([one.token_type_ids for one in windows], 0),
-        filled([one.global_attention_mask for one in windows], 0),
+        pad([window.ids for window in windows], pad_token_id),
+        pad([np.ones_like(window.ids) for window in windows], 0),
+        pad([window.token_type_ids for window in windows], 0),
+        pad([window.global_attention_mask for window in windows], 0),
         labels,
         batch_examples,
     )
 
 
-class HasTokenIds(Protocol):
-    """A row, of which only the length matters here."""
-
-    @property
-    def ids(self) -> IntArray:
-        """(length,) tokens."""
-
-
 class HasWindows(Protocol):
-    """An example as rows."""
+    """An encoded example."""
 
     @property
     def windows(self) -> Sequence[Any]:
-        """The rows."""
+        """Windows of the example."""
 
 
 class TrainingBatches(Generic[B]):
-    """Endless in passes: every row once a pass, rows of about equal length together; the position is a few integers.
+    """Endless passes over all windows, windows of similar length together; the position is a few integers.
 
-    Resumed with other batches or ranks, it deals what is left of the pass to these. What does not make a batch for each
-    rank is left out at a pass's end.
+    Resumed with another batch size or world size, what is left of the pass is assigned to these. Windows that do not
+    make a batch for each rank are left out at the end of a pass.
 
     Args:
-        examples: what is learned from.
-        batch_size: of a batch.
-        pad_token_id: the id that fills up.
-        seed: of the order.
-        rank: this process.
-        world_size: processes; each gets equally many batches.
-        collate_fn: makes a batch of rows and padding.
+        examples: Training examples.
+        batch_size: Windows of a batch.
+        pad_token_id: Id of padding.
+        seed: Seed of the order.
+        rank: Rank of this process.
+        world_size: Number of processes; each gets the same number of batches.
+        collate_fn: Makes a batch from windows and the padding id.
     """
 
     def __init__(
@@ -154,65 +149,65 @@ class TrainingBatches(Generic[B]):
         collate_fn: Callable[[Sequence[Any], int], B],
     ) -> None:
         self.collate_fn = collate_fn
-        self.windows: list[HasTokenIds] = [window for one in examples for window in one.windows]
+        self.windows: list[Any] = [window for example in examples for window in example.windows]
         self.batch_size, self.pad_token_id, self.seed = batch_size, pad_token_id, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
-        # Earlier batches of this pass: their rows, how many ranks had one at a time, and how many each of them read.
+        # Earlier batches of this pass: their size, the number of ranks, and how many batches each rank read.
         self._assignments: list[tuple[int, int, int]] = []
 
     def __len__(self) -> int:
-        return _batches_per_rank(-(-len(self.windows) // self.batch_size), self.world_size)
+        return _batches_per_rank(len(self.windows), self.batch_size, self.world_size)
 
     def _make_batches(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
-        """Return batches of the places ``indices`` in this pass's order."""
+        """Return these windows as batches, in the order of this pass."""
         generator = np.random.default_rng([self.seed, self.epoch])
-        mixed = [indices[place] for place in generator.permutation(len(indices))]
+        shuffled = [indices[index] for index in generator.permutation(len(indices))]
+        pool_size = SORT_POOL_BATCHES * batch_size
         batches: list[list[int]] = []
-        for at in range(0, len(mixed), SORT_POOL_BATCHES * batch_size):
-            pool = sorted(
-                mixed[at : at + SORT_POOL_BATCHES * batch_size], key=lambda place: len(self.windows[place].ids)
-            )
+        for pool_start in range(0, len(shuffled), pool_size):
+            pool = sorted(shuffled[pool_start : pool_start + pool_size], key=lambda index: len(self.windows[index].ids))
             batches += [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
-        return [batches[place] for place in generator.permutation(len(batches))]
+        return [batches[index] for index in generator.permutation(len(batches))]
 
     def _remaining(self) -> Sequence[int]:
-        """Return the places that earlier batches left of this pass."""
-        left: Sequence[int] = range(len(self.windows))
-        for rows, ranks, read in self._assignments:
-            gone = {place for batch in self._make_batches(left, rows)[: ranks * read] for place in batch}
-            left = [place for place in left if place not in gone]
-        return left
+        """Return the windows that earlier batches left of this pass."""
+        remaining: Sequence[int] = range(len(self.windows))
+        for batch_size, world_size, num_read in self._assignments:
+            batches = self._make_batches(remaining, batch_size)[: world_size * num_read]
+            read = {index for batch in batches for index in batch}
+            remaining = [index for index in remaining if index not in read]
+        return remaining
 
     def _rank_batches(self) -> list[list[int]]:
         """Return this rank's batches of what is left of the pass."""
-        batches = self._make_batches(self._remaining(), self.batch_size)
-        # Every rank has as many, also where there are fewer batches than ranks.
-        return (batches[self.rank :: self.world_size] or batches[:1])[
-            : _batches_per_rank(len(batches), self.world_size)
-        ]
+        remaining = self._remaining()
+        batches = self._make_batches(remaining, self.batch_size)
+        count = _batches_per_rank(len(remaining), self.batch_size, self.world_size)
+        # Every rank has as many, also with fewer batches than ranks.
+        return (batches[self.rank :: self.world_size] or batches[:1])[:count]
 
     def __iter__(self) -> Iterator[B]:
         if self.position >= len(self):
-            # Here, not behind the last batch: who counts batches does not come back to see the end.
+            # Not after the last batch: a loop that counts batches does not ask for the end.
             self.epoch, self.position, self._assignments = self.epoch + 1, 0, []
         batches = self._rank_batches()
         while self.position < len(self):
-            # What is left of a pass ends where the pass does.
-            chosen = batches[self.position - len(self)]
-            # Before it is handed out: a checkpoint written after its step counts it.
+            # The rest of a pass ends where the pass does.
+            indices = batches[self.position - len(self)]
+            # Before the yield: a checkpoint written after this batch's step must count it.
             self.position += 1
-            yield self.collate_fn([self.windows[place] for place in chosen], self.pad_token_id)
+            yield self.collate_fn([self.windows[index] for index in indices], self.pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it is one in."""
+        """Return the position and what identifies the data."""
         return {
             "epoch": self.epoch,
             "position": self.position,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
-            "assignments": [list(one) for one in self._assignments],
+            "assignments": [list(assignment) for assignment in self._assignments],
             "num_windows": len(self.windows),
         }
 
@@ -220,48 +215,48 @@ class TrainingBatches(Generic[B]):
         """Go to a saved position.
 
         Raises:
-            CheckpointError: it is one in other data.
+            CheckpointError: The position is in other data.
         """
-        own = self.state_dict()
+        saved = {**(current := self.state_dict()), **state_dict}
         for key in ("seed", "num_windows"):
-            if state_dict.get(key, own[key]) != own[key]:
+            if saved[key] != current[key]:
                 raise CheckpointError(
-                    f"The checkpoint's data position belongs to {key} {state_dict[key]}, this run has {own[key]}.",
+                    f"The checkpoint's data position belongs to {key} {saved[key]}, this run has {current[key]}.",
                     "Resume with the config saved beside the checkpoint and its data.",
                 )
-        saved = {**own, **state_dict}
         self.epoch, self.position = int(saved["epoch"]), int(saved["position"])
-        self._assignments = [(rows, ranks, read) for rows, ranks, read in saved["assignments"]]
+        self._assignments = [
+            (batch_size, world_size, num_read) for batch_size, world_size, num_read in saved["assignments"]
+        ]
         if (saved["batch_size"], saved["world_size"]) != (self.batch_size, self.world_size):
             self._reassign(saved["batch_size"], saved["world_size"])
 
     def _reassign(self, batch_size: int, world_size: int) -> None:
-        """Deal what batches of so many rows, on so many ranks, left of the pass to our own."""
-        left = len(self._remaining())
-        whole = _batches_per_rank(-(-len(self.windows) // batch_size), world_size)
-        read = self.position - whole + _batches_per_rank(-(-left // batch_size), world_size)
-        self._assignments.append((batch_size, world_size, read))
-        more = -(-len(self._remaining()) // self.batch_size) // self.world_size
-        self.position = len(self) - more
-        if not more:
+        """Assign what batches of this size, on this many ranks, left of the pass to our own batches."""
+        start = _batches_per_rank(len(self.windows), batch_size, world_size)
+        start -= _batches_per_rank(len(self._remaining()), batch_size, world_size)
+        self._assignments.append((batch_size, world_size, self.position - start))
+        remaining_batches = -(-len(self._remaining()) // self.batch_size) // self.world_size
+        self.position = len(self) - remaining_batches
+        if not remaining_batches:
             self._assignments = []
 
 
-def _batches_per_rank(num_batches: int, world_size: int) -> int:
-    """Return how many batches each rank has of so many; one is had by all where there are fewer than ranks."""
-    return max(1, num_batches // world_size)
+def _batches_per_rank(num_windows: int, batch_size: int, world_size: int) -> int:
+    """Return the number of batches of each rank; with fewer batches than ranks all ranks read one."""
+    return max(1, -(-num_windows // batch_size) // world_size)
 
 
-class EvaluationBatches:
-    """Every example once, all rows of one in the same batch.
+class EvaluationBatches(FixedBatches[TaskBatch]):
+    """Every example once, all windows of one example in the same batch.
 
     Args:
-        examples: what is measured.
-        task: theirs.
-        batch_size: of a batch; more where an example alone has more.
-        pad_token_id: the id that fills up.
-        rank: this process.
-        world_size: processes.
+        examples: Examples to evaluate.
+        task: Task of the examples.
+        batch_size: Windows of a batch; more if one example has more.
+        pad_token_id: Id of padding.
+        rank: Rank of this process.
+        world_size: Number of processes.
     """
 
     def __init__(
@@ -273,21 +268,19 @@ class EvaluationBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.task, self.pad_token_id = task, pad_token_id
-        ordered = sorted(examples[rank::world_size], key=lambda one: max(len(window.ids) for window in one.windows))
-        self.batches: list[list[PreparedExample]] = []
+        batches: list[list[PreparedExample]] = []
         room = 0
-        for one in ordered:
-            if room < len(one.windows):
-                self.batches.append([])
+        for example in sorted(
+            examples[rank::world_size], key=lambda example: max(len(window.ids) for window in example.windows)
+        ):
+            if room < len(example.windows):
+                batches.append([])
                 room = batch_size
-            self.batches[-1].append(one)
-            room -= len(one.windows)
+            batches[-1].append(example)
+            room -= len(example.windows)
 
-    def __len__(self) -> int:
-        return len(self.batches)
+        def get_batch(index: int) -> TaskBatch:
+            windows = [window for example in batches[index] for window in example.windows]
+            return collate(windows, pad_token_id, BatchExamples(task, batches[index]))
 
-    def __iter__(self) -> Iterator[TaskBatch]:
-        for batch in self.batches:
-            windows = [window for one in batch for window in one.windows]
-            yield collate(windows, self.pad_token_id, BatchExamples(self.task, batch))
+        super().__init__(len(batches), get_batch)

@@ -1,8 +1,8 @@
-"""Examples of tasks: a line of JSON each, checked where it enters, with file and line in what is said.
+"""Examples of tasks: one JSON object a line, checked as it is read; errors name file and line.
 
-The fields are those of the data sets that people have: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``,
+The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``,
 ``{"tokens", "tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}``, and
-``{"text", "summary"}``. Further fields are left alone.
+``{"text", "summary"}``. Further fields are ignored.
 """
 
 from __future__ import annotations
@@ -19,25 +19,27 @@ from memtx.errors import DataError, closest_match
 E = TypeVar("E")
 
 MAX_PREVIEW_LENGTH = 60
-"""Characters of a text shown in a message."""
+"""Maximum characters of a value in a message."""
+
+LAYOUT_HINT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
 
 
 @dataclass(frozen=True)
 class TextExample:
-    """A text and what it is. ``label`` is None where it is to be found."""
+    """A text and its label; ``label`` is None if it is to be predicted."""
 
     text: str
     label: str | None = None
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
-        """Take a record's fields; raises DataError."""
+        """Return the example of a record; raises DataError."""
         return cls(_get_text(record, "text"), _get_label(record, labelled))
 
 
 @dataclass(frozen=True)
 class PairExample:
-    """Two texts and how they stand to each other. ``label`` is None where it is to be found."""
+    """Two texts and the label of their relation; ``label`` is None if it is to be predicted."""
 
     text_a: str
     text_b: str
@@ -45,15 +47,15 @@ class PairExample:
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
-        """Take a record's fields; raises DataError."""
+        """Return the example of a record; raises DataError."""
         return cls(_get_text(record, "text_a"), _get_text(record, "text_b"), _get_label(record, labelled))
 
 
 @dataclass(frozen=True)
 class TaggedExample:
-    """Words and a tag for each. ``tags`` is None where they are to be found.
+    """Words and one tag for each; ``tags`` is None if they are to be predicted.
 
-    ``word_spans`` says where in the raw text ``text`` the words stand, if they come from one.
+    ``word_spans`` holds the words' first and last (exclusive) characters in ``text``, if they come from a raw text.
     """
 
     tokens: tuple[str, ...]
@@ -63,7 +65,7 @@ class TaggedExample:
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
-        """Take a record's fields; raises DataError."""
+        """Return the example of a record; raises DataError."""
         tokens = _get_texts(record, "tokens")
         if not tokens:
             raise DataError("'tokens' is empty.", "Give at least one, or remove the line.")
@@ -77,7 +79,7 @@ class TaggedExample:
 
 @dataclass(frozen=True)
 class Answer:
-    """Characters of a context, from ``start`` on."""
+    """An answer: its text and its first character in the context."""
 
     text: str
     start: int
@@ -85,7 +87,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class QuestionExample:
-    """A question about a context. ``answers`` is None where they are to be found, empty where there is none."""
+    """A question about a context; ``answers`` is None if they are to be predicted, empty if there is none."""
 
     context: str
     question: str
@@ -95,64 +97,103 @@ class QuestionExample:
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
-        """Take a record's fields; raises DataError."""
+        """Return the example of a record; raises DataError."""
         context, question = _get_text(record, "context"), _get_text(record, "question")
-        name, title = str(record.get("id", "")), str(record.get("title", ""))
-        given = record.get("answers")
+        example_id, title = str(record.get("id", "")), str(record.get("title", ""))
+        values = record.get("answers")
         impossible = record.get("is_impossible", False)
         if not isinstance(impossible, bool):
-            raise DataError(f"'is_impossible' is {_preview(impossible)}, expected true or false.", "Write it so.")
-        if given is None and not impossible:
+            raise DataError(f"'is_impossible' is {_preview(impossible)}, expected true or false.", "Correct it.")
+        if values is None and not impossible:
             if labelled:
                 raise _missing_field(record, "answers")
-            return cls(context, question, None, name, title)
+            return cls(context, question, None, example_id, title)
         answers = tuple(
-            _parse_answer(one, place, context) for place, one in enumerate(_check_list(given or [], "answers"))
+            _parse_answer(value, index, context) for index, value in enumerate(_check_list(values or [], "answers"))
         )
         if impossible and answers:
             raise DataError(f"The question is impossible and has {len(answers)} answers.", "Change one of the two.")
         if not impossible and not answers:
-            raise DataError("'answers' is empty and 'is_impossible' is not true.", "Give an answer, or say so.")
-        return cls(context, question, answers, name, title)
+            raise DataError(
+                "'answers' is empty and 'is_impossible' is not true.", "Give an answer, or set is_impossible to true."
+            )
+        return cls(context, question, answers, example_id, title)
 
 
 @dataclass(frozen=True)
 class SummaryExample:
-    """A text and what is to be written after it. ``summary`` is None where it is to be made."""
+    """A text and its summary; ``summary`` is None if it is to be generated."""
 
     text: str
     summary: str | None = None
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:
-        """Take a record's fields; raises DataError."""
+        """Return the example of a record; raises DataError."""
         summary = _get_text(record, "summary") if labelled or record.get("summary") is not None else None
         return cls(_get_text(record, "text"), summary)
+
+
+@dataclass(frozen=True)
+class SummaryPrompt:
+    """The strings around a text and its summary, in training and generation alike.
+
+    Attributes:
+        prompt: String between text and summary.
+        stop_sequence: String after the summary; no summary contains it.
+
+    Raises:
+        DataError: One of them is empty.
+    """
+
+    prompt: str = "\nSummary: "
+    stop_sequence: str = "\n\n"
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value:
+                raise DataError(f"{name} is empty.", f"Give --data.{name} a text.")
+
+    def format_prompt(self, text: str) -> str:
+        """Return the text that a summary continues."""
+        return text + self.prompt
+
+    def format_completion(self, summary: str) -> str:
+        """Return the text to generate.
+
+        Raises:
+            DataError: The summary contains the stop sequence.
+        """
+        if self.stop_sequence in summary:
+            raise DataError(
+                f"The summary holds the stop sequence {self.stop_sequence!r}.", "Change --data.stop_sequence."
+            )
+        return summary + self.stop_sequence
 
 
 def read_examples(
     path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any], bool], E], *, labelled: bool = True
 ) -> list[tuple[int, E]]:
-    """Read a file of examples: each with the number of its line, from 1.
+    """Read a file of examples, each with its line number (from 1).
 
     Args:
-        path: one JSON object a line, UTF-8; blank lines are skipped.
-        parse: an example class's ``parse``.
-        labelled: whether every line must bear what is to be learned.
+        path: File with one JSON object a line, in UTF-8; blank lines are skipped.
+        parse: ``parse`` of an example class or a task.
+        labelled: If True, every line must have its labels.
 
     Raises:
-        DataError: the file is missing or empty, or a line is broken; names file and line.
+        DataError: The file is missing or empty, or a line is broken; names file and line.
     """
     try:
-        with open(path, "rb") as handle:
-            found = list(iter_examples(handle, str(path), parse, labelled=labelled))
+        with open(path, "rb") as file:
+            examples = list(iter_examples(file, str(path), parse, labelled=labelled))
     except FileNotFoundError as error:
         raise DataError(f"'{path}' does not exist.", "Check the path.") from error
     except OSError as error:
         raise DataError(f"'{path}' cannot be read: {error.strerror}.", "Check the path.") from error
-    if not found:
+    if not examples:
         raise DataError(f"'{path}' holds no example.", "Give one JSON object a line.")
-    return found
+    return examples
 
 
 def iter_examples(
@@ -168,14 +209,11 @@ def iter_examples(
             raise DataError(f"'{name}', line {number}: {error.message}", error.hint) from error
 
 
-LAYOUT_HINT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
-
-
 def split_path(root: str | None, split: str) -> Path:
-    """Return a split's file in a folder of examples.
+    """Return the file of a split in a folder of examples.
 
     Raises:
-        DataError: there is none.
+        DataError: There is no such file.
     """
     if root is None:
         raise DataError("data.root is not set, expected a folder of examples.", LAYOUT_HINT)
@@ -193,9 +231,10 @@ def _parse_record(line: bytes) -> Mapping[str, Any]:
     except UnicodeDecodeError as error:
         raise DataError(f"Not UTF-8: {error.reason} at byte {error.start}.", "Save the file as UTF-8.") from error
     except (ValueError, RecursionError) as error:
-        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        at = f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"Not JSON: {what}{at}.", "Give one whole JSON object a line.") from error
+        reason = str(error)
+        if isinstance(error, json.JSONDecodeError):
+            reason = f"{error.msg} at character {error.pos + 1}"
+        raise DataError(f"Not JSON: {reason}.", "Give one whole JSON object a line.") from error
     if not isinstance(record, dict):
         raise DataError(f"A {type(record).__name__}, expected a JSON object.", "Give one object a line.")
     return record
@@ -208,7 +247,7 @@ def _preview(value: object) -> str:
 
 def _missing_field(record: Mapping[str, Any], name: str) -> DataError:
     return DataError(
-        f"There is no '{name}'.{closest_match(name, map(str, record))}", f"It has {_preview(list(record))}."
+        f"There is no '{name}'.{closest_match(name, map(str, record))}", f"The fields are {_preview(list(record))}."
     )
 
 
@@ -217,14 +256,14 @@ def _get_text(record: Mapping[str, Any], name: str) -> str:
         raise _missing_field(record, name)
     value = record[name]
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"'{name}' is {_preview(value)}, expected a text.", "Give one with something in it.")
+        raise DataError(f"'{name}' is {_preview(value)}, expected a text.", "Give a text that is not empty.")
     return value
 
 
 def _get_label(record: Mapping[str, Any], labelled: bool) -> str | None:
-    if not labelled and record.get("label") is None:
-        return None
     value = record.get("label")
+    if not labelled and value is None:
+        return None
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return _get_text(record, "label")
@@ -239,29 +278,28 @@ def _check_list(value: Any, name: str) -> list[Any]:
 def _get_texts(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
     if name not in record:
         raise _missing_field(record, name)
-    found = _check_list(record[name], name)
-    for place, one in enumerate(found):
-        if not isinstance(one, str) or not one.strip():
-            raise DataError(f"'{name}' has {_preview(one)} at place {place}, expected a text.", "Change or remove it.")
-    return tuple(found)
+    values = _check_list(record[name], name)
+    for index, value in enumerate(values):
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{name}[{index}] is {_preview(value)}, expected a text.", "Change or remove it.")
+    return tuple(values)
 
 
 def _parse_answer(value: Any, index: int, context: str) -> Answer:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str) or not value["text"]:
-        raise DataError(f"answers[{index}] is {_preview(value)}, expected text and answer_start.", "Change it.")
+        raise DataError(f"answers[{index}] is {_preview(value)}, expected text and answer_start.", "Correct it.")
     text, start = value["text"], value.get("answer_start")
     if not isinstance(start, int) or isinstance(start, bool):
-        raise DataError(f"answers[{index}] has answer_start {_preview(start)}, expected a number.", "Change it.")
+        raise DataError(f"answers[{index}] has answer_start {_preview(start)}, expected a number.", "Correct it.")
     if start < 0 or start + len(text) > len(context):
         raise DataError(
             f"answers[{index}] lies outside its context: {_preview(text)} at {start} to {start + len(text)}, the "
             f"context has {len(context)} characters.",
             "answer_start counts characters from 0.",
         )
-    if context[start : start + len(text)] != text:
+    if (actual := context[start : start + len(text)]) != text:
         raise DataError(
-            f"answers[{index}] is {_preview(text)}, the context has {_preview(context[start : start + len(text)])} "
-            f"at {start}.",
+            f"answers[{index}] is {_preview(text)}, the context has {_preview(actual)} at {start}.",
             "answer_start counts characters (not bytes) from 0.",
         )
     return Answer(text, start)

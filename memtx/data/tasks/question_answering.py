@@ -1,8 +1,8 @@
-"""Questions answered by a span of their context, or by nothing in it (SQuAD 2.0, Rajpurkar, Jia and Liang 2018)."""
+"""Questions answered by a span of their context, or by no answer (SQuAD 2.0, Rajpurkar, Jia and Liang 2018)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,23 +13,27 @@ from memtx.data.tasks.examples import QuestionExample
 from memtx.errors import DataError
 
 START, END = 0, 1
-"""What a token's two scores mean: that the answer begins with it, that it ends with it."""
+"""Indices of a token's two logits: the answer starts with it, the answer ends with it."""
 
 
 class QuestionAnswering(Task):
     """``{"context", "question", "answers", "is_impossible"}``. ``[CLS]`` and the question are global.
 
-    A question without an answer points at ``[CLS]`` (Devlin et al. 2019, section 4.3), and so does a window that does
-    not hold the answer.
+    The target of a question without an answer, and of a window without the answer, is ``[CLS]`` (Devlin et al. 2019,
+    section 4.3).
 
     Args:
-        max_length: tokens that the model reads at once, marks and question among them.
-        stride: tokens from the beginning of one window of a context to the next; None to refuse a longer one.
-        max_answer_length: tokens of an answer at most.
-        answer_threshold: by how much the best span must score above ``[CLS]`` to be given.
+        max_length: Maximum tokens of a window, with special tokens and the question.
+        stride: Tokens from the start of one window to the next in a longer context. None rejects a longer one.
+        max_answer_length: Maximum tokens of an answer.
+        answer_threshold: Difference by which the best span's score must exceed that of ``[CLS]``.
+
+    Raises:
+        DataError: A number is out of range.
     """
 
     kind = "questions"
+    example_type = QuestionExample
 
     def __init__(
         self,
@@ -48,15 +52,11 @@ class QuestionAnswering(Task):
 
     @property
     def num_labels(self) -> int:
-        """Two scores a token."""
+        """Two logits a token."""
         return 2
 
-    def parse(self, record: Mapping[str, Any], labelled: bool = True) -> QuestionExample:
-        """Return a record as an example; raises DataError."""
-        return QuestionExample.parse(record, labelled)
-
     def from_text(self, text: str) -> QuestionExample:
-        """Refuse: a text alone asks nothing."""
+        """Raise DataError: a text alone is no question."""
         raise DataError(
             "This model answers a question about a context.", 'Give {"context": ..., "question": ...} as JSON.'
         )
@@ -72,19 +72,21 @@ class QuestionAnswering(Task):
     def encode(
         self, example: QuestionExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
-        """Return ``[CLS] question [SEP] context [SEP]``; the target is the answer's first and last place."""
+        """Return ``[CLS] question [SEP] context [SEP]``; the target is the answer's first and last position."""
         question, context = encodings
-        found = _answer_token_range(example, context)
-        made = []
-        for begin, stop in self.split_windows(len(context), len(question) + 3):
-            ids, types, marked = build_inputs(tokenizer, question.ids, context.ids[begin:stop])
-            marked[: len(question) + 2] = True
-            first = len(question) + 2
+        answer = _answer_token_range(example, context)
+        context_start = len(question) + 2
+        windows = []
+        for start, stop in self.split_windows(len(context), len(question) + 3):
+            ids, token_type_ids, global_attention_mask = build_inputs(tokenizer, question.ids, context.ids[start:stop])
+            global_attention_mask[:context_start] = True
             target = np.zeros(2, dtype=np.int64)
-            if found is not None and begin <= found[0] and found[1] < stop:
-                target[:] = [first + found[0] - begin, first + found[1] - begin]
-            made.append(EncodedExample(ids, types, marked, first, begin, stop, target))
-        return made
+            if answer is not None and start <= answer[0] and answer[1] < stop:
+                target[:] = context_start + np.array(answer) - start
+            windows.append(
+                EncodedExample(ids, token_type_ids, global_attention_mask, context_start, start, stop, target)
+            )
+        return windows
 
     def postprocess(
         self,
@@ -93,55 +95,52 @@ class QuestionAnswering(Task):
         windows: Sequence[EncodedExample],
         logits: Sequence[Logits],
     ) -> dict[str, Any]:
-        """Return ``answer`` (empty if there is none), ``start`` and ``end`` in characters, ``score``, and more.
+        """Return ``answer``, ``start`` and ``end`` in characters, ``score`` and ``is_impossible``.
 
-        ``score`` is the probability that the best span beats having no answer; ``is_impossible`` says which won.
+        ``score`` is the probability that the best span beats no answer. If no answer wins, ``is_impossible`` is True
+        and ``answer`` empty.
         """
-        best, place, nothing = -np.inf, (0, 0), np.inf
-        for window, given in zip(windows, logits, strict=True):
-            nothing = min(nothing, float(given[0, START] + given[0, END]))
-            part = given[window.input_start : window.input_start + window.text_stop - window.text_start]
-            value, start, stop = _best_span(part, self.max_answer_length)
-            if value > best:
-                best, place = value, (window.text_start + start, window.text_start + stop)
-        gain = best - nothing
-        said: dict[str, Any] = {"id": example.id} if example.id else {}
-        share = round(float(1 / (1 + np.exp(-np.clip(gain, -50, 50)))), 6)
-        if gain <= self.answer_threshold:
-            return said | {"answer": "", "start": None, "end": None, "score": share, "is_impossible": True}
-        start, stop = int(encodings[1].offsets[place[0], 0]), int(encodings[1].offsets[place[1], 1])
-        text = example.context[start:stop]
-        return said | {"answer": text, "start": start, "end": stop, "score": share, "is_impossible": False}
+        best_score, best_span, no_answer_score = -np.inf, (0, 0), np.inf
+        for window, window_logits in zip(windows, logits, strict=True):
+            no_answer_score = min(no_answer_score, float(window_logits[0, START] + window_logits[0, END]))
+            context_stop = window.input_start + window.text_stop - window.text_start
+            score, start, end = _best_span(window_logits[window.input_start : context_stop], self.max_answer_length)
+            if score > best_score:
+                best_score, best_span = score, (window.text_start + start, window.text_start + end)
+        margin = best_score - no_answer_score
+        prediction: dict[str, Any] = {"id": example.id} if example.id else {}
+        probability = round(float(1 / (1 + np.exp(-np.clip(margin, -50, 50)))), 6)
+        if margin <= self.answer_threshold:
+            return prediction | {"answer": "", "start": None, "end": None, "score": probability, "is_impossible": True}
+        offsets = encodings[1].offsets
+        start, end = int(offsets[best_span[0], 0]), int(offsets[best_span[1], 1])
+        answer = example.context[start:end]
+        return prediction | {"answer": answer, "start": start, "end": end, "score": probability, "is_impossible": False}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what makes the task anew, as JSON can hold it."""
-        return {
-            "kind": self.kind,
-            "max_length": self.max_length,
-            "stride": self.stride,
-            "max_answer_length": self.max_answer_length,
-            "answer_threshold": self.answer_threshold,
-        }
+        """Return the kind and the constructor's arguments as JSON values."""
+        names = ("kind", "max_length", "stride", "max_answer_length", "answer_threshold")
+        return {name: getattr(self, name) for name in names}
 
 
 def _answer_token_range(example: QuestionExample, context: Encoding) -> tuple[int, int] | None:
-    """Return the first and the last token of the first answer; None where there is none."""
+    """Return the first and the last token of the first answer, or None without an answer."""
     if not example.answers:
         return None
     answer = example.answers[0]
     starts: IntArray = context.offsets[:, 0]
     stops: IntArray = context.offsets[:, 1]
-    touched = np.flatnonzero((stops > answer.start) & (starts < answer.start + len(answer.text)))
-    return (int(touched[0]), int(touched[-1])) if len(touched) else None
+    indices = np.flatnonzero((stops > answer.start) & (starts < answer.start + len(answer.text)))
+    return (int(indices[0]), int(indices[-1])) if len(indices) else None
 
 
 def _best_span(logits: Logits, max_answer_length: int) -> tuple[float, int, int]:
-    """Return the greatest sum of a start's and a later stop's score within ``max_answer_length`` tokens, and both."""
+    """Return the greatest sum of start and end logits in ``max_answer_length`` tokens, and its first and last token."""
     if not len(logits):
         return -np.inf, 0, 0
     sums = logits[:, START, None] + logits[None, :, END]
-    place = np.arange(len(logits))
-    apart = place[None, :] - place[:, None]
-    sums = np.where((apart >= 0) & (apart < max_answer_length), sums, -np.inf)
-    start, stop = np.unravel_index(int(sums.argmax()), sums.shape)
-    return float(sums[start, stop]), int(start), int(stop)
+    indices = np.arange(len(logits))
+    distances = indices[None, :] - indices[:, None]
+    sums = np.where((distances >= 0) & (distances < max_answer_length), sums, -np.inf)
+    start, end = np.unravel_index(int(sums.argmax()), sums.shape)
+    return float(sums[start, end]), int(start), int(end)

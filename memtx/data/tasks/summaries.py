@@ -1,24 +1,24 @@
-"""Texts and what is to be written after them, as rows for a decoder: the loss is on what follows alone.
+"""Texts and what follows them, as sequences for a decoder that is trained on the completion alone.
 
-A row is the text, a prompt, the summary and an end; so a model that was trained so is asked with text and prompt, and
-stops at the end. ``{"text", "summary"}`` are the fields, whatever follows: a summary, a reply, a translation.
+A sequence is the text, a prompt, the summary and a stop sequence; the trained model is asked with text and prompt, and
+generates up to the stop sequence. The fields are ``{"text", "summary"}``, whatever the completion is: a summary, a
+reply, a translation.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from memtx.data.batch import IGNORE_INDEX, Batch
+from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, rank_and_world_size
 from memtx.data.tasks.base import IntArray
-from memtx.data.tasks.example_files import ExampleDataModule
-from memtx.data.tasks.examples import SummaryExample, read_examples, split_path
-from memtx.data.tasks.summary_prompt import SummaryPrompt
+from memtx.data.tasks.data_module import ExampleDataModule
+from memtx.data.tasks.examples import SummaryExample, SummaryPrompt, read_examples, split_path
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import DataError
 
@@ -28,10 +28,10 @@ class EncodedSummary:
     """A text and its summary as tokens.
 
     Attributes:
-        ids: (length,) what begins a document, then text, prompt, summary and end.
-        summary_start: place of the summary's first token.
-        num_words: of the summary.
-        num_bytes: likewise.
+        ids: ``(length,)`` begin token, text, prompt, summary and stop sequence.
+        summary_start: Index of the summary's first token.
+        num_words: Words of the summary.
+        num_bytes: UTF-8 bytes of the summary with the stop sequence.
     """
 
     ids: IntArray
@@ -41,55 +41,42 @@ class EncodedSummary:
 
     @property
     def windows(self) -> list[EncodedSummary]:
-        """The row itself: it is read whole."""
+        """The sequence itself, which is never split."""
         return [self]
 
 
 def collate_summaries(examples: Sequence[EncodedSummary], pad_token_id: int) -> Batch:
-    """Return rows as a batch whose labels are the summaries' tokens; each row begins a document."""
-    length = max(len(row.ids) for row in examples) - 1
+    """Return a batch with one document per example, whose labels are the tokens of the summaries."""
+    length = max(len(example.ids) for example in examples) - 1
     tokens = np.full((len(examples), length), pad_token_id, dtype=np.int64)
     labels = np.full((len(examples), length), IGNORE_INDEX, dtype=np.int64)
-    for place, row in enumerate(examples):
-        tokens[place, : len(row.ids) - 1] = row.ids[:-1]
-        labels[place, row.summary_start - 1 : len(row.ids) - 1] = row.ids[row.summary_start :]
-    starts = torch.zeros(len(examples), length, dtype=torch.bool)
-    starts[:, 0] = True
-    counts = (torch.tensor([getattr(row, name) for row in examples]) for name in ("num_words", "num_bytes"))
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), starts, *counts)
-
-
-class SummaryBatches:
-    """Every row once, those of about equal length together; no list, which Lightning takes for several loaders."""
-
-    def __init__(self, examples: Sequence[EncodedSummary], batch_size: int, pad_token_id: int) -> None:
-        ordered = sorted(examples, key=lambda row: len(row.ids))
-        self.batches = [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
-        self.pad_token_id = pad_token_id
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for part in self.batches:
-            yield collate_summaries(part, self.pad_token_id)
+    for index, example in enumerate(examples):
+        end = len(example.ids) - 1
+        tokens[index, :end] = example.ids[:-1]
+        labels[index, example.summary_start - 1 : end] = example.ids[example.summary_start :]
+    document_starts = torch.zeros(len(examples), length, dtype=torch.bool)
+    document_starts[:, 0] = True
+    num_words = torch.tensor([example.num_words for example in examples])
+    num_bytes = torch.tensor([example.num_bytes for example in examples])
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), document_starts, num_words, num_bytes)
 
 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
-    """Texts and summaries in a folder of ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl``.
+    """Texts and summaries in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
 
     Args:
-        root: the folder.
-        tokenizer: a ByteTokenizer (the default), or ``BytePairTokenizer``, trained on the training examples.
-        prompt: stands between a text and its summary.
-        stop_sequence: stands behind a summary, and in none.
-        batch_size: of a batch on each device, at least 1.
-        segment_length: tokens a row gives the model in one call, at least 1.
-        max_length: tokens a row may have; null for any number, since a memory reads texts of any length.
-        seed: of the order of examples.
+        root: Folder of the files.
+        tokenizer: Tokenizer, such as ``BytePairTokenizer``, which is trained on the training examples. Defaults to
+            ByteTokenizer.
+        prompt: String between a text and its summary.
+        stop_sequence: String after a summary; no summary contains it.
+        batch_size: Examples of a batch on each device. At least 1.
+        segment_length: Tokens of an example in one call of the model. At least 1.
+        max_length: Maximum tokens of an example. None for no limit, since a memory reads texts of any length.
+        seed: Seed of the order of examples.
 
     Raises:
-        DataError: a number is out of its range, or prompt or stop_sequence is empty.
+        DataError: A number is out of range, or prompt or stop_sequence is empty.
     """
 
     def __init__(
@@ -110,54 +97,59 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
 
     @property
     def vocab_size(self) -> int:
-        """Rows the model's embedding needs."""
+        """Vocabulary size; known before any text is read."""
         return self.tokenizer.vocab_size
+
+    def _read_split(self, split: str) -> list[tuple[int, SummaryExample]]:
+        return read_examples(split_path(self.root, split), SummaryExample.parse)
 
     def _encode_split(self, split: str) -> list[EncodedSummary]:
         self._train_tokenizer()
-        found = read_examples(split_path(self.root, split), SummaryExample.parse)
-        return self._encode_lines(split, found, lambda one: [self._encode_example(one)])
+        return self._encode_lines(split, self._read_split(split), lambda example: [self._encode_example(example)])
+
+    def _prompt_and_completion(self, example: SummaryExample) -> tuple[str, str]:
+        prompt = self.summary_prompt.format_prompt(example.text)
+        return prompt, self.summary_prompt.format_completion(example.summary or "")
 
     def _encode_example(self, example: SummaryExample) -> EncodedSummary:
         assert example.summary is not None
-        asked, said = (
-            self.summary_prompt.format_prompt(example.text),
-            self.summary_prompt.format_completion(example.summary),
-        )
-        first, second = (self.tokenizer.encode(part).astype(np.int64) for part in (asked, said))
-        ids = np.concatenate([[self.tokenizer.bos_token_id], first, second])
+        prompt, completion = self._prompt_and_completion(example)
+        prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
+        ids = np.concatenate([[self.tokenizer.bos_token_id], prompt_ids, completion_ids])
         if self.max_length is not None and len(ids) > self.max_length:
             raise DataError(
                 f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}.", "Raise --data.max_length."
             )
-        return EncodedSummary(ids, 1 + len(first), len(example.summary.split()), len(said.encode()))
+        num_words, num_bytes = len(example.summary.split()), len(completion.encode())
+        return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
 
     def _train_tokenizer(self) -> None:
         if not self.tokenizer.is_trained:
-            found = read_examples(split_path(self.root, "train"), SummaryExample.parse)
-            parts = (
-                (self.summary_prompt.format_prompt(one.text), self.summary_prompt.format_completion(one.summary or ""))
-                for _, one in found
-            )
-            self.tokenizer.train(part for pair in parts for part in pair)
+            examples = self._read_split("train")
+            self.tokenizer.train(text for _, example in examples for text in self._prompt_and_completion(example))
 
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], Batch]]:
         return self.tokenizer.bos_token_id, collate_summaries
 
-    def _evaluation_batches(self, split: str) -> SummaryBatches:
-        rank, world_size = self._rank_and_world_size()
-        return SummaryBatches(
-            self.encoded_examples(split)[rank::world_size], self.batch_size, self.tokenizer.bos_token_id
-        )
+    def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
+        rank, world_size = rank_and_world_size(self.trainer)
+        examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
+        starts = range(0, len(examples), self.batch_size)
+
+        def get_batch(index: int) -> Batch:
+            start = starts[index]
+            return collate_summaries(examples[start : start + self.batch_size], self.tokenizer.bos_token_id)
+
+        return FixedBatches(len(starts), get_batch)
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a checkpoint's position; in evaluation its tokenizer is this one's already.
+        """Restore a checkpoint's position; in evaluation its tokenizer is already this module's.
 
         Raises:
-            CheckpointError: its tokenizer is another one.
+            CheckpointError: Its tokenizer is another one.
         """
         self._train_tokenizer()
         self._restore(state_dict, ("tokenizer",))

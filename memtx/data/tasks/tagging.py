@@ -1,4 +1,4 @@
-"""A tag for every word: chunks, names, parts of speech. Spans follow from tags as seqeval reads them."""
+"""Tagging of every word: chunks, names, parts of speech. Spans follow from tags as in seqeval."""
 
 from __future__ import annotations
 
@@ -18,47 +18,48 @@ _WORD = re.compile(r"n't\b|'(?:s|m|d|re|ve|ll)\b|\w+?(?=n't\b)|\w+(?:[-./]\w+)*|
 
 
 def find_words(text: str) -> tuple[tuple[int, int], ...]:
-    """Return where the words of a raw text stand, clitics and punctuation apart as treebanks have them."""
-    return tuple(found.span() for found in _WORD.finditer(text))
+    """Return first and last (exclusive) characters of the words of a text, split into clitics as in treebanks."""
+    return tuple(match.span() for match in _WORD.finditer(text))
 
 
 def extract_spans(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return (type, first word, word behind the last) of the spans of BIO tags, as seqeval's default mode does.
+    """Return (type, first word, word after the last) of the spans of BIO tags, as seqeval's default mode does.
 
-    A span begins at ``B-``, and at ``I-`` where the word before is outside or of another type; it ends where the next
-    word is outside, begins anew or is of another type. ``E-`` and ``S-`` end one. A tag without a dash has type ``_``.
+    A span starts at ``B-``, and at ``I-`` after a word that is outside or of another type. It ends before a word that
+    is outside, starts a span or is of another type, and after ``E-`` and ``S-``. A tag without a dash has type ``_``.
     """
     spans: list[tuple[str, int, int]] = []
-    begin, kind, before = 0, "", "O"
-    for place, tag in enumerate([*tags, "O"]):
-        prefix, own = tag[0], tag[1:].removeprefix("-") or "_"
-        inside = before != "O"
-        if inside and (prefix in "BSO" or before in "ES" or own != kind):
-            spans.append((kind, begin, place))
+    start, span_type, previous = 0, "", "O"
+    for index, tag in enumerate([*tags, "O"]):
+        prefix, tag_type = tag[0], tag[1:].removeprefix("-") or "_"
+        inside = previous != "O"
+        if inside and (prefix in "BSO" or previous in "ES" or tag_type != span_type):
+            spans.append((span_type, start, index))
             inside = False
         if prefix != "O" and not inside:
-            begin = place
-        before, kind = prefix, own
+            start = index
+        previous, span_type = prefix, tag_type
     return spans
 
 
 class Tagging(Task):
-    """``{"tokens", "tags"}``: a tag a word, read off the word's first token. No token is global."""
+    """``{"tokens", "tags"}``: one tag a word, read at the word's first token. No token is global."""
 
     kind = "tagging"
+    example_type = TaggedExample
 
     def parse(self, record: Mapping[str, Any], labelled: bool = True) -> TaggedExample:
-        """Return a record as an example; a raw ``text`` is cut into words. Raises DataError."""
+        """Return the example of a record; a raw ``text`` is split into words. Raises DataError."""
         if not labelled and "tokens" not in record and isinstance(record.get("text"), str):
             return self.from_text(record["text"])
         return TaggedExample.parse(record, labelled)
 
     def from_text(self, text: str) -> TaggedExample:
         """Return the words of a raw text."""
-        places = find_words(text)
-        if not places:
-            raise DataError("The text has no word.", "Give one with something in it.")
-        return TaggedExample(tuple(text[start:stop] for start, stop in places), None, places, text)
+        word_spans = find_words(text)
+        if not word_spans:
+            raise DataError("The text has no word.", "Give a text with words.")
+        return TaggedExample(tuple(text[start:stop] for start, stop in word_spans), None, word_spans, text)
 
     def get_texts(self, example: TaggedExample) -> tuple[str, ...]:
         """Return the words joined by spaces."""
@@ -71,23 +72,22 @@ class Tagging(Task):
     def encode(
         self, example: TaggedExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
-        """Return ``[CLS] words [SEP]``; the target is the tag's number at each word's first token."""
-        whole = encodings[0]
-        heads = _first_tokens(example.tokens, whole)
-        tags = np.full(len(whole), IGNORE_INDEX, dtype=np.int64)
+        """Return ``[CLS] words [SEP]``; the target is the tag's index at each word's first token."""
+        encoding = encodings[0]
+        labels = np.full(len(encoding), IGNORE_INDEX, dtype=np.int64)
         if example.tags is not None:
-            for head, tag in zip(heads, example.tags, strict=True):
-                number = self.label_to_id(tag)
-                if head is not None:
-                    tags[head] = number
-        made = []
-        for begin, stop in self.split_windows(len(whole), 2):
-            ids, types, marked = build_inputs(tokenizer, whole.ids[begin:stop])
-            marked[:] = False
+            for token, tag in zip(_first_tokens(example.tokens, encoding), example.tags, strict=True):
+                label = self.label_to_id(tag)
+                if token is not None:
+                    labels[token] = label
+        windows = []
+        for start, stop in self.split_windows(len(encoding), 2):
+            ids, token_type_ids, global_attention_mask = build_inputs(tokenizer, encoding.ids[start:stop])
+            global_attention_mask[:] = False
             target = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-            target[1:-1] = tags[begin:stop]
-            made.append(EncodedExample(ids, types, marked, 1, begin, stop, target))
-        return made
+            target[1:-1] = labels[start:stop]
+            windows.append(EncodedExample(ids, token_type_ids, global_attention_mask, 1, start, stop, target))
+        return windows
 
     def postprocess(
         self,
@@ -96,41 +96,42 @@ class Tagging(Task):
         windows: Sequence[EncodedExample],
         logits: Sequence[Logits],
     ) -> dict[str, Any]:
-        """Return ``tokens``, their ``tags`` and the ``spans`` these make: ``type``, ``start``, ``end``, ``text``.
+        """Return ``tokens``, their ``tags`` and the resulting ``spans``: ``type``, ``start``, ``end``, ``text``.
 
-        Start and end count words; characters, where the words come from a raw text.
+        Start and end count words, or characters if the words come from a raw text.
         """
         tags = []
-        for head in _first_tokens(example.tokens, encodings[0]):
-            # Of the windows that show a word the one that shows most on both sides of it knows best.
-            own = [
-                (min(head - one.text_start, one.text_stop - 1 - head), place)
-                for place, one in enumerate(windows)
-                if head is not None and one.text_start <= head < one.text_stop
+        for token in _first_tokens(example.tokens, encodings[0]):
+            # Of the windows with a word, take the one with the most context on both sides of it.
+            candidates = [
+                (min(token - window.text_start, window.text_stop - 1 - token), index)
+                for index, window in enumerate(windows)
+                if token is not None and window.text_start <= token < window.text_stop
             ]
-            if head is None or not own:
+            if token is None or not candidates:
                 tags.append("O" if "O" in self.labels else self.labels[0])
                 continue
-            place = max(own)[1]
-            row = logits[place][windows[place].input_start + head - windows[place].text_start]
-            tags.append(self.labels[int(row.argmax())])
+            index = max(candidates)[1]
+            position = windows[index].input_start + token - windows[index].text_start
+            tags.append(self.labels[int(logits[index][position].argmax())])
         spans = []
-        for kind, start, stop in extract_spans(tags):
-            words = {"type": kind, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
+        for span_type, start, stop in extract_spans(tags):
+            span = {"type": span_type, "start": start, "end": stop, "text": " ".join(example.tokens[start:stop])}
             if example.word_spans is not None:
-                begin, end = example.word_spans[start][0], example.word_spans[stop - 1][1]
-                words |= {"start": begin, "end": end, "text": example.text[begin:end]}
-            spans.append(words)
+                first, last = example.word_spans[start][0], example.word_spans[stop - 1][1]
+                span |= {"start": first, "end": last, "text": example.text[first:last]}
+            spans.append(span)
         return {"tokens": list(example.tokens), "tags": tags, "spans": spans}
 
 
 def _first_tokens(words: Iterable[str], encoding: Encoding) -> list[int | None]:
-    """Return each word's first token; None for a word that left none, such as a control character."""
-    heads: list[int | None] = []
-    at = 0
-    starts: IntArray = encoding.offsets[:, 0]
+    """Return the first token of each word, None for a word without tokens, such as a control character."""
+    token_starts: IntArray = encoding.offsets[:, 0]
+    first_tokens: list[int | None] = []
+    start = 0
     for word in words:
-        place = int(np.searchsorted(starts, at))
-        heads.append(place if place < len(starts) and starts[place] < at + len(word) else None)
-        at += len(word) + 1
-    return heads
+        token = int(np.searchsorted(token_starts, start))
+        is_inside = token < len(token_starts) and token_starts[token] < start + len(word)
+        first_tokens.append(token if is_inside else None)
+        start += len(word) + 1
+    return first_tokens

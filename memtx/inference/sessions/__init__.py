@@ -1,1 +1,1 @@
-"""Streaming sessions: a pool, its registry, the session store and the session file."""
+"""Streaming sessions: pool, registry, store and file format."""

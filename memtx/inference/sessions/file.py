@@ -1,7 +1,7 @@
-"""A session in one safetensors file: the model's state and everything else that reading goes on from.
+"""Session file: the state of a model and of its reader in one safetensors file.
 
-The file is whole or not there, says its format version, and is refused by another model or tokenizer, or where one
-bit of it changed. What it holds is checked before a reader takes it: it may come from anywhere.
+A file is written whole or not at all. It is refused by another model or tokenizer, or if one bit of it changed. Its
+content is validated before a reader takes it, since it may come from anywhere.
 """
 
 from __future__ import annotations
@@ -23,39 +23,34 @@ from memtx.data.text_chunks import TextSplitter
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError
 from memtx.inference.reader import ReaderSnapshot, StreamReader, Totals
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.segment import INFINITE_OFFSET
 from memtx.state import MemoryState
 
 KIND = "memtx.session"
 VERSION = 3
-"""2 added the digest, 3 renamed the entries."""
+"""Format version: 2 added the digest, 3 renamed the entries."""
 
 STATE_PREFIX = "state."
 EXTRA_PREFIX = "extra."
 DIGEST_KEY = "digest"
 DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata")
-"""What the digest covers, beside the tensors; format, kind and version are compared."""
+"""Header entries covered by the digest, beside the tensors; format, kind and version are compared."""
 
 MAX_CHARACTER_BYTES = 4
-"""Bytes of a character in UTF-8."""
+"""Maximum bytes of a character in UTF-8."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fingerprints:
-    """Whose sessions these are.
-
-    Attributes:
-        model: the model's fingerprint.
-        tokenizer: the tokenizer's.
-    """
+    """Fingerprints of the model and the tokenizer that sessions belong to."""
 
     model: str
     tokenizer: str
 
     @classmethod
-    def from_model(cls, model: MemoryTransformer, tokenizer: Tokenizer) -> Fingerprints:
-        """Compute both; the model's takes a look at every weight."""
+    def from_model(cls, model: RecurrentLanguageModel, tokenizer: Tokenizer) -> Fingerprints:
+        """Compute both; that of the model hashes every weight."""
         return cls(model.fingerprint, tokenizer.fingerprint)
 
 
@@ -67,25 +62,25 @@ def save_session(
     extra_tensors: Mapping[str, Tensor] | None = None,
     fingerprints: Fingerprints | None = None,
 ) -> None:
-    """Write where a reader stands.
+    """Write the position of a reader.
 
     Args:
-        path: the file; an existing one is replaced, whole or not at all.
-        reader: the stream; it may go on afterwards.
-        metadata: whatever else should come back, as JSON can hold it.
-        extra_tensors: tensors that should come back.
-        fingerprints: of the reader's model and tokenizer, where it is known already.
+        path: File to write; an existing file is replaced, whole or not at all.
+        reader: Reader to save; it can continue afterwards.
+        metadata: Further JSON-serializable entries.
+        extra_tensors: Further tensors.
+        fingerprints: Fingerprints of the reader's model and tokenizer. Defaults to computing them.
 
     Raises:
-        MemtxError: the file cannot be written.
+        MemtxError: The file cannot be written.
     """
     fingerprints = fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer)
     snapshot = reader.snapshot()
     tensors = {STATE_PREFIX + name: tensor.cpu() for name, tensor in snapshot.state.named_tensors().items()}
     tensors |= {EXTRA_PREFIX + name: tensor for name, tensor in (extra_tensors or {}).items()}
-    # Copied: a slice of a large batch of tokens would otherwise be refused as shared memory, or saved whole.
+    # Copied: safetensors would refuse a view as shared memory, or save the whole array.
     tensors["pending_tokens"] = torch.from_numpy(np.array(snapshot.pending_tokens, dtype=np.int64))
-    # Text goes as bytes: safetensors' header is for short facts.
+    # Text is saved as bytes: the header of safetensors is for short entries.
     tensors["pending_text"] = _bytes_to_tensor(snapshot.pending_text.encode("utf-8", "surrogatepass"))
     tensors["pending_bytes"] = _bytes_to_tensor(snapshot.pending_bytes)
     header = {
@@ -102,102 +97,96 @@ def save_session(
 def load_session(
     path: str | os.PathLike[str], reader: StreamReader, *, fingerprints: Fingerprints | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Bring a reader to where a session was saved.
+    """Restore a reader from a saved session; on an error it is left unchanged.
 
     Args:
-        path: the file.
-        reader: of the same model and tokenizer; moves to the saved place, or stays as it is on an error.
-        fingerprints: of the reader's model and tokenizer, where it is known already.
+        path: Session file.
+        reader: Reader of the same model and tokenizer.
+        fingerprints: Fingerprints of the reader's model and tokenizer. Defaults to computing them.
 
     Returns:
-        The metadata and the extra tensors that were saved with it.
+        The metadata and the extra tensors of the session.
 
     Raises:
-        CheckpointError: missing, damaged, of another format or version, or of another model or tokenizer.
+        CheckpointError: The file is missing, damaged, of another format or version, or of another model or tokenizer.
     """
     tensors, header = files.load_tensors(path, kind=KIND, version=VERSION)
     check_fingerprints(path, header, fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer))
-    # What the file was written with, and nothing else: one bit more or less would go on as another text.
-    signed: dict[str, str] = {name: header[name] for name in DIGESTED_KEYS if name in header}
-    others = header.keys() - signed.keys() - {DIGEST_KEY, "kind", "version"}
-    if header.get(DIGEST_KEY) != _digest(tensors, signed) or others != {"format"} or header["format"] != "pt":
+    # Exactly the saved content: one bit more or less would continue another text.
+    digested: dict[str, str] = {name: header[name] for name in DIGESTED_KEYS if name in header}
+    others = header.keys() - digested.keys() - {DIGEST_KEY, "kind", "version"}
+    if header.get(DIGEST_KEY) != _digest(tensors, digested) or others != {"format"} or header["format"] != "pt":
         raise CheckpointError(f"'{path}' was changed after it was written.", "Restore a copy.")
     try:
-        totals, facts = parse_header(header)
-        last = int(header["last_token"])
-        pending = tensors.pop("pending_tokens").numpy()
-        waiting = bytes(tensors.pop("pending_text").numpy()).decode("utf-8", "surrogatepass")
-        waiting_bytes = bytes(tensors.pop("pending_bytes").numpy())
+        totals, metadata = parse_header(header)
+        last_token = int(header["last_token"])
+        pending_tokens = tensors.pop("pending_tokens").numpy()
+        pending_text = bytes(tensors.pop("pending_text").numpy()).decode("utf-8", "surrogatepass")
+        pending_bytes = bytes(tensors.pop("pending_bytes").numpy())
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is a session with a damaged header: {error}.", "Restore a copy.") from error
-    vocab = reader.tokenizer.vocab_size
-    tokens_fit = 0 <= last < vocab and pending.dtype == np.int64 and pending.ndim == 1
-    if not tokens_fit or (len(pending) and not 0 <= pending.min() <= pending.max() < vocab):
-        raise CheckpointError(f"'{path}' holds tokens that its tokenizer does not know.", "Restore a copy.")
-    if len(waiting_bytes) >= MAX_CHARACTER_BYTES or TextSplitter().feed(waiting):
-        raise CheckpointError(f"'{path}' holds text that should have been read.", "Restore a copy.")
-    state = {
-        name.removeprefix(STATE_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(STATE_PREFIX)
-    }
-    extras = {
-        name.removeprefix(EXTRA_PREFIX): tensor for name, tensor in tensors.items() if name.startswith(EXTRA_PREFIX)
-    }
-    filled = reader.state.with_named_tensors(state)
-    _check_state(path, filled)
-    reader.restore(ReaderSnapshot(filled, last, pending, waiting, waiting_bytes, totals))
-    return facts, extras
+    vocab_size = reader.tokenizer.vocab_size
+    tokens_fit = 0 <= last_token < vocab_size and pending_tokens.dtype == np.int64 and pending_tokens.ndim == 1
+    if not tokens_fit or not ((pending_tokens >= 0) & (pending_tokens < vocab_size)).all():
+        raise CheckpointError(f"'{path}' holds tokens outside the tokenizer's vocabulary.", "Restore a copy.")
+    if len(pending_bytes) >= MAX_CHARACTER_BYTES or TextSplitter().feed(pending_text):
+        raise CheckpointError(f"'{path}' holds pending text that should have been read.", "Restore a copy.")
+    state = reader.state.with_named_tensors(_with_prefix(tensors, STATE_PREFIX))
+    _check_state(path, state)
+    reader.restore(ReaderSnapshot(state, last_token, pending_tokens, pending_text, pending_bytes, totals))
+    return metadata, _with_prefix(tensors, EXTRA_PREFIX)
 
 
 def check_fingerprints(path: str | os.PathLike[str], header: Mapping[str, str], fingerprints: Fingerprints) -> None:
-    """Refuse a session of another model or tokenizer.
-
-    Raises:
-        CheckpointError: it is one.
-    """
-    for what, expected in (("model", fingerprints.model), ("tokenizer", fingerprints.tokenizer)):
-        if header.get(what) != expected:
+    """Raise CheckpointError if a session belongs to another model or tokenizer."""
+    for name, expected in dataclasses.asdict(fingerprints).items():
+        if header.get(name) != expected:
             raise CheckpointError(
-                f"'{path}' is a session of another {what} ({header.get(what, 'none')[:12]}, "
-                f"this one is {expected[:12]}).",
+                f"'{path}' is a session of another {name} ({header.get(name, 'none')[:12]}, expected {expected[:12]}).",
                 "Use the checkpoint and the precision that it was written with, or another session file.",
             )
 
 
 def parse_header(header: Mapping[str, str]) -> tuple[Totals, dict[str, Any]]:
-    """Return the sums and the metadata that a session's header holds.
+    """Return the totals and the metadata in the header of a session.
 
     Raises:
-        KeyError, TypeError, ValueError, RecursionError: they are not such.
+        KeyError, TypeError, ValueError, RecursionError: They are missing or invalid.
     """
     totals = Totals(**json.loads(header["totals"]))
     for field in dataclasses.fields(Totals):
-        if not _is_valid_total(getattr(totals, field.name), type(field.default)):
-            raise ValueError(f"{field.name} is {getattr(totals, field.name)!r}")
-    facts = json.loads(header["metadata"])
-    if not isinstance(facts, dict):
+        if not _is_valid_total(value := getattr(totals, field.name), type(field.default)):
+            raise ValueError(f"{field.name} is {value!r}")
+    metadata = json.loads(header["metadata"])
+    if not isinstance(metadata, dict):
         raise TypeError("the metadata is no object")
-    return totals, facts
+    return totals, metadata
 
 
 def _is_valid_total(value: Any, expected_type: type[Any]) -> bool:
-    # A bool is an int: only the very type goes on as it was.
+    # The exact type: a bool is an int.
     return type(value) is expected_type and 0 <= float(value) < math.inf
 
 
 def _check_state(path: str | os.PathLike[str], state: MemoryState) -> None:
     if state.batch_size != 1:
         raise CheckpointError(f"'{path}' holds {state.batch_size} streams, expected 1.", "Restore a copy.")
-    if not 0 <= int(state.position[0]) < INFINITE_OFFSET:
-        raise CheckpointError(f"'{path}' stands at position {int(state.position[0])}.", "Restore a copy.")
+    position = int(state.position[0])
+    if not 0 <= position < INFINITE_OFFSET:
+        raise CheckpointError(f"'{path}' has position {position}, which is out of range.", "Restore a copy.")
     if not all(bool(tensor.isfinite().all()) for tensor in state.named_tensors().values()):
         raise CheckpointError(f"'{path}' holds a state that is not finite.", "Restore a copy.")
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        # Copied, since a tensor of one number may be of any stride, which cannot be seen as bytes.
+        # Copied, since a tensor with one element may have any stride, which cannot be viewed as bytes.
         content = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
         digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()

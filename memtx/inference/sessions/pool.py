@@ -1,10 +1,9 @@
-"""Many sessions of one model: read and gone on with in shared calls, kept in memory or on disk.
+"""Session pool: many sessions of one model, read and continued in shared calls, in memory or on disk.
 
-Every session has the same fixed state, so a batch is rows joined and taken apart again, and what a session costs is
-known. A session gives what it gives alone, up to rounding: in float32 a draw may fall the other way where two
-probabilities meet within rounding, so equal seeds give equal texts but for such a draw.
+Every session has a state of the same fixed size. Its results equal those of a reader alone, up to rounding; so equal
+seeds give equal texts, except where a draw falls within float32 rounding of the border between two tokens.
 
-Methods may be called from any thread and block; what one session is asked is done one after the other.
+Methods can be called from any thread and block; requests to one session run one after the other.
 """
 
 from __future__ import annotations
@@ -15,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.engine import Engine, Generation, OutputQueue
-from memtx.inference.generate import collect_recent_tokens
+from memtx.inference.engine import Engine, Generation, OutputFn
+from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, collect_recent_tokens
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
 from memtx.inference.sessions.file import Fingerprints
 from memtx.inference.sessions.registry import SessionInfo, SessionRegistry
 from memtx.inference.sessions.store import SessionStore
-from memtx.inference.token_generator import GenerationConfig, TextDelta, TokenGenerator
-from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.recurrent_lm import RecurrentLanguageModel
 
 GB = 10**9
 
@@ -30,27 +28,27 @@ GB = 10**9
 class SessionPool:
     """Sessions of one model.
 
-    A ``deadline`` is a time of ``time.monotonic``: what is not done by then raises DeadlineExceededError. An id that is
-    no session's raises SessionNotFoundError.
+    In all methods, ``deadline`` is a time of ``time.monotonic`` after which DeadlineExceededError is raised, and an
+    unknown ``session_id`` raises SessionNotFoundError.
 
     Args:
-        model: put into eval mode; it belongs to the pool's own thread from here on.
-        tokenizer: the one it was trained with.
-        folder: where sessions go when they are saved or idle; those that are there come back. None keeps all in memory.
-        segment_length: tokens a segment.
-        max_in_memory: sessions in memory at most; those unused for longest go to disk.
-        max_sessions: sessions at most, on disk included.
-        max_batch_size: texts made at once; more wait.
-        max_batch_tokens: tokens read in one call at most, where that is more than one segment; by default what suits
-            the model's device.
+        model: Language model; a module is put into eval mode. Only the pool's thread may use it.
+        tokenizer: Tokenizer of the model.
+        folder: Folder for saved and idle sessions; those in it are restored. None keeps all sessions in memory.
+        segment_length: Tokens per segment.
+        max_in_memory: Maximum number of sessions in memory; the least recently used are evicted to disk.
+        max_sessions: Maximum number of sessions, including those on disk.
+        max_batch_size: Maximum number of texts generated at once; more wait.
+        max_batch_tokens: Maximum number of tokens scored in one call, unless a single segment is longer. Defaults to a
+            value for the model's device.
 
     Raises:
-        MemtxError: a number out of its range, or a folder that cannot be used.
+        MemtxError: A number is out of range, or the folder cannot be used.
     """
 
     def __init__(
         self,
-        model: MemoryTransformer,
+        model: RecurrentLanguageModel,
         tokenizer: Tokenizer,
         folder: str | os.PathLike[str] | None = None,
         *,
@@ -60,41 +58,37 @@ class SessionPool:
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
     ) -> None:
-        self.model = model.eval()
+        self.model = model
         self.tokenizer = tokenizer
         self.segment_length = segment_length
-        # Every reader begins as its fork: the state of fresh streams is made once.
+        # New readers are forks of it, so that the initial state is created once.
         self._template_reader = StreamReader(model, tokenizer, segment_length)
         self.session_bytes = self._template_reader.state.nbytes
-        shelf = SessionStore(folder, Fingerprints.from_model(model, tokenizer)) if folder is not None else None
-        self.registry = SessionRegistry(self.new_reader, shelf, max_in_memory=max_in_memory, max_sessions=max_sessions)
+        store = SessionStore(folder, Fingerprints.from_model(model, tokenizer)) if folder is not None else None
+        self.registry = SessionRegistry(self.new_reader, store, max_in_memory=max_in_memory, max_sessions=max_sessions)
         self.engine = Engine(model, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
 
     @property
     def sessions_per_gb(self) -> int:
-        """How many sessions' states 10^9 bytes hold, in memory as on disk; the text that waits comes on top."""
+        """Number of session states in 10^9 bytes, in memory or on disk, not counting pending text."""
         return GB // max(self.session_bytes, 1)
 
     def new_reader(self, *, num_logprobs: int = 0, deadline: float | None = None) -> StreamReader:
-        """Return a reader at the beginning of a text whose segments are read in the pool's calls; it is no session."""
-        made = self._template_reader.fork()
-        made.num_logprobs, made.score_fn = num_logprobs, self.engine.make_score_fn(deadline)
-        return made
+        """Return a reader at the beginning of a text that is scored by the pool's engine; it is no session."""
+        reader = self._template_reader.fork()
+        reader.num_logprobs, reader.score_fn = num_logprobs, self.engine.make_score_fn(deadline)
+        return reader
 
     def create(self) -> str:
-        """Begin a session and return its name.
-
-        Raises:
-            SessionLimitError: there are as many as may be.
-        """
+        """Create a session and return its id; raises SessionLimitError."""
         return self.registry.add(self.new_reader())
 
     def session_ids(self) -> list[str]:
-        """Return the names of all sessions, the one unused for longest first."""
+        """Return the ids of all sessions, the least recently used first."""
         return [session.info.session_id for session in self.registry.list_sessions()]
 
     def info(self, session_id: str) -> SessionInfo:
-        """Say where a session stands, as of the last thing that was done."""
+        """Return the description of a session, as of its last request."""
         return self.registry.get(session_id).info
 
     def feed(
@@ -106,17 +100,17 @@ class SessionPool:
         save: bool = False,
         deadline: float | None = None,
     ) -> list[SegmentResult]:
-        """Let a session read more of its text; on an error it stays where it was.
+        """Read more text in a session; on an error the session is left unchanged.
 
         Args:
-            session_id: the session's.
-            text: any amount, cut anywhere.
-            end_of_text: whether the text ends here, so that what waits is read too.
-            save: whether to write the session before returning.
-            deadline: by when it must be read.
+            session_id: Id of the session.
+            text: Any amount, cut anywhere.
+            end_of_text: If True, the text ends here, and pending text is read too.
+            save: If True, write the session to disk before returning.
+            deadline: Deadline for reading.
 
         Raises:
-            DataError: the text is not UTF-8.
+            DataError: The text is not UTF-8.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader), _rollback_on_error(reader):
             with self._with_deadline(reader, deadline):
@@ -133,10 +127,10 @@ class SessionPool:
         return_hidden_states: bool = False,
         deadline: float | None = None,
     ) -> tuple[Totals, list[SegmentResult]]:
-        """Score a text that would go on a session, which stays as it is.
+        """Score a continuation of a session, which is left unchanged.
 
         Returns:
-            where the session stands, and results of all that it had not read yet: what waited in it, then the text.
+            The session's totals, and the results of its pending text and of ``text``.
         """
         fork = self.fork_reader(session_id, deadline=deadline)
         fork.num_logprobs, fork.return_hidden_states = num_logprobs, return_hidden_states
@@ -145,12 +139,12 @@ class SessionPool:
     def generate(
         self, session_id: str, prompt: str, configs: Iterable[GenerationConfig], *, deadline: float | None = None
     ) -> list[Generation]:
-        """Go on with a session, which stays as it is; one text a request."""
+        """Generate continuations of a session, one per config; the session is left unchanged."""
         fork = self.fork_reader(session_id, deadline=deadline)
         return self._generate_from_prompt(fork, prompt, configs, deadline)
 
     def fork_reader(self, session_id: str, *, deadline: float | None = None) -> StreamReader:
-        """Return a reader that goes on where a session stands; it is no session."""
+        """Return a reader at the position of a session; it is no session."""
         with self.registry.acquire(session_id, deadline) as (_, reader):
             fork = reader.fork()
         fork.score_fn = self.engine.make_score_fn(deadline)
@@ -166,29 +160,29 @@ class SessionPool:
         deadline: float | None = None,
         on_start: Callable[[Generation], object] | None = None,
     ) -> Iterator[TextDelta]:
-        """Go on with a session and let it read the prompt and what was made.
+        """Generate a continuation of a session and append prompt and continuation to it.
 
-        The session is held until the iterator ends; whoever stops listening leaves it as it was.
+        The session is held until the iterator ends; if iteration stops early, it is left unchanged.
 
         Args:
-            session_id: the session's.
-            prompt: read before.
-            config: how to go on.
-            save: whether to write the session at the end.
-            deadline: by when it must be made.
-            on_start: is told of the generation before the first piece.
+            session_id: Id of the session.
+            prompt: Text to read first.
+            config: Generation options.
+            save: If True, write the session to disk at the end.
+            deadline: Deadline for the whole request.
+            on_start: Called with the generation before the first part of the text.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
             (generation,) = self._generate_from_prompt(reader.fork(), prompt, [config], deadline)
             if on_start is not None:
                 on_start(generation)
-            made = []
-            for piece in generation:
-                made.append(piece.text)
-                yield piece
+            parts = []
+            for delta in generation:
+                parts.append(delta.text)
+                yield delta
             with _rollback_on_error(reader):
                 with self._with_deadline(reader, deadline):
-                    for _ in reader.feed(prompt + "".join(made)):
+                    for _ in reader.feed(prompt + "".join(parts)):
                         pass
                 self.registry.update(session, save=save)
 
@@ -199,50 +193,51 @@ class SessionPool:
         configs: Iterable[GenerationConfig],
         *,
         deadline: float | None = None,
-        output_queues: Iterable[OutputQueue | None] | None = None,
+        on_outputs: Iterable[OutputFn] | None = None,
     ) -> list[Generation]:
-        """Begin to make texts that go on where a reader stands; returns at once.
+        """Start to generate continuations from the position of a reader; returns at once.
 
         Args:
-            reader: at the end of its text; stays as it is.
-            recent_tokens: the newest tokens of the text, for the repetition penalty.
-            configs: one text each.
-            deadline: by when they must be made.
-            output_queues: where the pieces of each go, instead of its own iterator.
+            reader: Reader at the end of its text; it is left unchanged.
+            recent_tokens: Newest tokens of the text, for the repetition penalty.
+            configs: Generation options, one per continuation.
+            deadline: Deadline for all of them.
+            on_outputs: Receivers of the output, one per continuation, instead of the generations' own iterators.
         """
-        texts = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, one) for one in configs]
-        places = list(output_queues) if output_queues is not None else [None] * len(texts)
+        generators = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, config) for config in configs]
+        receivers = list(on_outputs) if on_outputs is not None else [None] * len(generators)
         return [
-            self.engine.generate(reader.state, text, deadline, place) for text, place in zip(texts, places, strict=True)
+            self.engine.generate(reader.state, generator, deadline, receiver)
+            for generator, receiver in zip(generators, receivers, strict=True)
         ]
 
     def fork(self, session_id: str, *, deadline: float | None = None) -> str:
-        """Begin a session that goes on where another stands, and return its name; raises what :meth:`create` does."""
+        """Create a session at the position of another and return its id; raises SessionLimitError."""
         with self.registry.acquire(session_id, deadline) as (_, reader):
-            other = reader.fork()
-        return self.registry.add(other)
+            fork = reader.fork()
+        return self.registry.add(fork)
 
     def save(self, session_id: str, *, deadline: float | None = None) -> None:
-        """Write a session; when this returns it survives the end of the process.
+        """Write a session to disk; once this returns, it survives the end of the process.
 
         Raises:
-            MemtxError: the pool has no folder, or the file cannot be written.
+            MemtxError: The pool has no folder, or the file cannot be written.
         """
         with self.registry.acquire(session_id, deadline) as (session, _):
             self.registry.update(session, save=True)
 
     def export_session(self, session_id: str, *, deadline: float | None = None) -> bytes:
-        """Return a session as the content of its file, which is written for it."""
+        """Save a session and return the content of its file."""
         with self.registry.acquire(session_id, deadline) as (session, _):
             self.registry.update(session, save=True)
             return self.registry.store.path(session_id).read_bytes()
 
     def import_session(self, data: bytes) -> str:
-        """Begin a session from what :meth:`export_session` returned, and return its name.
+        """Create a session from the content of :meth:`export_session` and return its id.
 
         Raises:
-            CheckpointError: the content is damaged, or of another model or tokenizer.
-            SessionLimitError: there are as many sessions as may be.
+            CheckpointError: The content is damaged, or of another model or tokenizer.
+            SessionLimitError: The maximum number of sessions is reached.
         """
         self.registry.check_limit()
         reader = self.new_reader()
@@ -254,33 +249,33 @@ class SessionPool:
         self.registry.delete(session_id, deadline)
 
     def close(self) -> None:
-        """Stop the pool's thread and save every session, where there is a folder."""
+        """Stop the engine and save every session, if there is a folder."""
         self.engine.close()
         self.registry.close()
 
     def _generate_from_prompt(
         self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
-        with self._with_deadline(reader, deadline):
-            recent = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
-        return self.start_generation(reader, recent, configs, deadline=deadline)
+        reader.score_fn = self.engine.make_score_fn(deadline)
+        recent_tokens = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
+        return self.start_generation(reader, recent_tokens, configs, deadline=deadline)
 
     @contextlib.contextmanager
     def _with_deadline(self, reader: StreamReader, deadline: float | None) -> Iterator[None]:
-        """Give a reader's segments a deadline for once."""
-        usual = reader.score_fn
+        """Set a deadline for the segments of a reader within the context."""
+        score_fn = reader.score_fn
         reader.score_fn = self.engine.make_score_fn(deadline)
         try:
             yield
         finally:
-            reader.score_fn = usual
+            reader.score_fn = score_fn
 
 
 @contextlib.contextmanager
 def _rollback_on_error(reader: StreamReader) -> Iterator[None]:
-    before = reader.snapshot()
+    snapshot = reader.snapshot()
     try:
         yield
     except BaseException:
-        reader.restore(before)
+        reader.restore(snapshot)
         raise

@@ -1,4 +1,4 @@
-"""Which sessions there are, who holds each of them, and which are in memory: the others wait on disk."""
+"""Session registry: all sessions of a pool by id, their locks, and the eviction of idle sessions to disk."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.inference.engine import DeadlineExceededError, remaining_seconds
+from memtx.inference.deadline import acquire_before
 from memtx.inference.reader import StreamReader, Totals
 from memtx.inference.sessions.store import SESSION_ID_PATTERN, SessionStore
 
 
 class SessionNotFoundError(MemtxError):
-    """There is no session of that name."""
+    """No session has this id."""
+
+    def __init__(self, session_id: str) -> None:
+        # Other strings are not echoed.
+        name = f" '{session_id}'" if SESSION_ID_PATTERN.fullmatch(session_id) else ""
+        super().__init__(f"The session{name} does not exist.", "Create one; a deleted session cannot be restored.")
 
 
 class SessionLimitError(MemtxError):
-    """There are as many sessions as may be."""
+    """The maximum number of sessions is reached."""
 
 
 @dataclass(frozen=True)
 class SessionInfo:
-    """What is known of a session without reading.
+    """Description of a session, as of its last request.
 
     Attributes:
         session_id: 32 hexadecimal digits.
-        created: seconds since 1970.
-        totals: sums over what was scored and fed.
-        in_memory: whether its state is in memory.
-        is_saved: whether its file holds just what the session is now.
+        created: Time of creation in seconds since 1970.
+        totals: Sums over the text.
+        in_memory: If True, the state is in memory.
+        is_saved: If True, the file holds the current session.
     """
 
     session_id: str
@@ -45,7 +50,7 @@ class SessionInfo:
 
 @dataclass
 class Session:
-    """One session; ``reader`` is None while it waits on disk, and only who holds ``lock`` may touch it."""
+    """One session; ``reader`` is None while it is on disk. Hold ``lock`` to access it."""
 
     info: SessionInfo
     reader: StreamReader | None
@@ -54,13 +59,13 @@ class Session:
 
 
 class SessionRegistry:
-    """All sessions of a pool, by name.
+    """All sessions of a pool.
 
     Args:
-        reader_factory: makes a reader at the beginning of a text.
-        store: where sessions are saved; None keeps all in memory.
-        max_in_memory: sessions in memory at most, where there is a store.
-        max_sessions: sessions at most.
+        reader_factory: Creates a reader at the beginning of a text.
+        store: Store of saved sessions. None keeps all sessions in memory.
+        max_in_memory: Maximum number of sessions in memory, if there is a store.
+        max_sessions: Maximum number of sessions.
     """
 
     def __init__(
@@ -77,75 +82,66 @@ class SessionRegistry:
         self._reader_factory = reader_factory
         self._store = store
         self._lock = threading.Lock()
-        # The one unused for longest first.
+        # Least recently used first.
         self._sessions: OrderedDict[str, Session] = OrderedDict()
-        for name, totals, facts in store.iter_sessions() if store is not None else ():
-            created = facts.get("created")
-            info = SessionInfo(name, created if isinstance(created, float) else 0.0, totals, False, True)
-            self._sessions[name] = Session(info, None)
+        for session_id, totals, metadata in store.iter_sessions() if store is not None else ():
+            created = metadata.get("created")
+            created = created if isinstance(created, float) else 0.0
+            self._sessions[session_id] = Session(SessionInfo(session_id, created, totals, False, True), None)
 
     @property
     def store(self) -> SessionStore:
-        """Where sessions are saved.
+        """Store of saved sessions.
 
         Raises:
-            MemtxError: nowhere.
+            MemtxError: There is none.
         """
         if self._store is None:
-            raise MemtxError("The pool has no folder to save sessions in.", "Give it one.")
+            raise MemtxError("The pool has no folder to save sessions in.", "Create it with a folder.")
         return self._store
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many sessions are in memory, and how many there are."""
-        held = self.list_sessions()
-        return {"in_memory": sum(one.reader is not None for one in held), "total": len(held)}
+        """Number of sessions ``in_memory``, and in ``total``."""
+        sessions = self.list_sessions()
+        return {"in_memory": sum(session.reader is not None for session in sessions), "total": len(sessions)}
 
     def list_sessions(self) -> list[Session]:
-        """Return all sessions, the one unused for longest first."""
+        """Return all sessions, the least recently used first."""
         with self._lock:
             return list(self._sessions.values())
 
     def get(self, session_id: str) -> Session:
-        """Return a session.
-
-        Raises:
-            SessionNotFoundError: there is none.
-        """
+        """Return a session; raises SessionNotFoundError."""
         with self._lock:
             session = self._sessions.get(session_id)
         if session is None:
-            raise _not_found(session_id)
+            raise SessionNotFoundError(session_id)
         return session
 
     def check_limit(self) -> None:
-        """Raise SessionLimitError where there are as many sessions as may be."""
+        """Raise SessionLimitError if there are ``max_sessions`` sessions."""
         if len(self._sessions) >= self.max_sessions:
-            raise SessionLimitError(
-                f"There are {self.max_sessions} sessions, as many as may be.", "Delete one, or come back later."
-            )
+            raise SessionLimitError(f"Session limit reached ({self.max_sessions}).", "Delete a session or retry later.")
 
     def add(self, reader: StreamReader) -> str:
-        """Begin a session that stands where a reader does, and return its name.
-
-        Raises:
-            SessionLimitError: there are as many as may be.
-        """
-        name = secrets.token_hex(16)
+        """Add a session at the position of a reader and return its id; raises SessionLimitError."""
+        session_id = secrets.token_hex(16)
+        info = SessionInfo(session_id, time.time(), reader.totals, True, False)
         with self._lock:
             self.check_limit()
-            self._sessions[name] = Session(SessionInfo(name, time.time(), reader.totals, True, False), reader)
+            self._sessions[session_id] = Session(info, reader)
         self._evict_idle()
-        return name
+        return session_id
 
     @contextlib.contextmanager
     def acquire(self, session_id: str, deadline: float | None = None) -> Iterator[tuple[Session, StreamReader]]:
-        """Hold a session alone, its state in memory.
+        """Hold a session exclusively, with its state in memory.
 
         Raises:
-            SessionNotFoundError: there is none.
-            DeadlineExceededError: others held it up to the deadline.
-            CheckpointError: its file is damaged.
+            SessionNotFoundError: There is no such session.
+            DeadlineExceededError: The session was busy until the deadline.
+            CheckpointError: The file of the session is damaged.
         """
         session = self.get(session_id)
         with _locked(session, deadline):
@@ -160,14 +156,14 @@ class SessionRegistry:
         self._evict_idle()
 
     def update(self, session: Session, *, save: bool) -> None:
-        """Take down where a session stands now, and write it if asked; whoever calls holds it."""
+        """Refresh the info of a session that the caller holds, and write its file if ``save``."""
         assert session.reader is not None
         if save:
             self.store.save(session.info.session_id, session.reader, {"created": session.info.created})
         session.info = replace(session.info, totals=session.reader.totals, is_saved=save)
 
     def delete(self, session_id: str, deadline: float | None = None) -> None:
-        """Remove a session and its file; raises what :meth:`acquire` raises, but damage is no hindrance."""
+        """Remove a session and its file, damaged or not; raises what :meth:`acquire` raises otherwise."""
         session = self.get(session_id)
         with _locked(session, deadline):
             if self._store is not None:
@@ -177,7 +173,7 @@ class SessionRegistry:
                 self._sessions.pop(session_id, None)
 
     def close(self) -> None:
-        """Save every session that changed, where there is a store."""
+        """Save every changed session, if there is a store."""
         if self._store is None:
             return
         for session in self.list_sessions():
@@ -187,11 +183,11 @@ class SessionRegistry:
         self._store.close()
 
     def _evict_idle(self) -> None:
-        """Send sessions that nobody holds to disk until as few are in memory as may be."""
+        """Evict idle sessions to disk until at most ``max_in_memory`` remain."""
         if self._store is None:
             return
-        held = [one for one in self.list_sessions() if one.reader is not None]
-        for session in held[: max(len(held) - self.max_in_memory, 0)]:
+        in_memory = [session for session in self.list_sessions() if session.reader is not None]
+        for session in in_memory[: max(len(in_memory) - self.max_in_memory, 0)]:
             if session.lock.acquire(blocking=False):
                 try:
                     if session.reader is not None and not session.is_deleted:
@@ -203,19 +199,9 @@ class SessionRegistry:
                     session.lock.release()
 
 
-def _not_found(session_id: str) -> SessionNotFoundError:
-    shown = f"'{session_id}'" if SESSION_ID_PATTERN.fullmatch(session_id) else "of that name"
-    return SessionNotFoundError(f"There is no session {shown}.", "Create one; a deleted one is gone.")
-
-
 @contextlib.contextmanager
 def _locked(session: Session, deadline: float | None) -> Iterator[None]:
-    left = remaining_seconds(deadline)
-    if not session.lock.acquire(timeout=-1 if left is None else left):
-        raise DeadlineExceededError("The session was busy for longer than a request may take.", "Ask it less at once.")
-    try:
+    with acquire_before(deadline, session.lock, "The session was busy until the request timed out."):
         if session.is_deleted:
-            raise _not_found(session.info.session_id)
+            raise SessionNotFoundError(session.info.session_id)
         yield
-    finally:
-        session.lock.release()

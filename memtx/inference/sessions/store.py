@@ -1,4 +1,4 @@
-"""A folder of sessions: one file each, named by the pool and never by a caller; one pool at a time."""
+"""Session store: a folder with one file per session, used by one pool at a time."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ class SessionSaveError(MemtxError):
 
 
 class SessionStore:
-    """Where sessions wait on disk.
+    """Sessions on disk.
 
     Args:
-        folder: made where it is not there.
-        fingerprints: whose sessions they are.
+        folder: Folder of the sessions; created if it does not exist.
+        fingerprints: Fingerprints of the model and the tokenizer.
 
     Raises:
-        MemtxError: the folder cannot be used, or another pool uses it.
+        MemtxError: The folder cannot be used, or another pool uses it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprints: Fingerprints) -> None:
@@ -48,7 +48,7 @@ class SessionStore:
         self.fingerprints = fingerprints
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # Sessions hold what their readers read: they are their owner's alone.
+            # Sessions hold private text: only their owner may read them.
             self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise MemtxError(
@@ -59,75 +59,74 @@ class SessionStore:
         except OSError as error:
             os.close(self._lock)
             raise MemtxError(
-                f"The folder '{self.folder}' is used by another server.", "Give each a folder of its own."
+                f"The folder '{self.folder}' is used by another server.", "Give each server its own folder."
             ) from error
-        for left in self.folder.glob(f".*{SUFFIX}.*.tmp"):
-            left.unlink(missing_ok=True)  # Of a process that was killed while it wrote.
+        for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
+            leftover.unlink(missing_ok=True)  # From a process that was killed while it wrote.
 
     def close(self) -> None:
-        """Let another pool have the folder."""
+        """Release the folder for another pool."""
         os.close(self._lock)
 
     def path(self, session_id: str) -> Path:
         """Return the file of a session."""
-        assert SESSION_ID_PATTERN.fullmatch(session_id), "names are the pool's own"
+        assert SESSION_ID_PATTERN.fullmatch(session_id), "session ids come from the registry"
         return self.folder / f"{session_id}{SUFFIX}"
 
     def iter_sessions(self) -> Iterator[tuple[str, Totals, dict[str, Any]]]:
-        """Yield id, sums and metadata of the sessions that are here; files of another model are passed over."""
-        for file in sorted(self.folder.glob(f"*{SUFFIX}")):
-            name = file.name.removesuffix(SUFFIX)
-            if SESSION_ID_PATTERN.fullmatch(name) and file.is_file() and not file.is_symlink():
+        """Yield id, totals and metadata of each session; files of other models are skipped."""
+        for path in sorted(self.folder.glob(f"*{SUFFIX}")):
+            session_id = path.name.removesuffix(SUFFIX)
+            if SESSION_ID_PATTERN.fullmatch(session_id) and path.is_file() and not path.is_symlink():
                 try:
-                    header = files.load_header(file, kind=KIND, version=VERSION)
-                    check_fingerprints(file, header, self.fingerprints)
-                    yield name, *parse_header(header)
+                    header = files.load_header(path, kind=KIND, version=VERSION)
+                    check_fingerprints(path, header, self.fingerprints)
+                    yield session_id, *parse_header(header)
                 except (CheckpointError, KeyError, TypeError, ValueError, RecursionError):
                     continue
 
     def save(self, session_id: str, reader: StreamReader, metadata: dict[str, Any]) -> None:
-        """Write a session; when this returns it survives a power cut.
+        """Write a session; once this returns, it survives a power failure.
 
         Raises:
-            SessionSaveError: it cannot be written.
+            SessionSaveError: The file cannot be written.
         """
+        path = self.path(session_id)
         try:
-            save_session(self.path(session_id), reader, metadata=metadata, fingerprints=self.fingerprints)
+            save_session(path, reader, metadata=metadata, fingerprints=self.fingerprints)
         except MemtxError as error:
-            raise SessionSaveError(
-                error.message.replace(f"'{self.path(session_id)}'", "The session"), error.hint
-            ) from error
+            raise SessionSaveError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def load(self, session_id: str, reader: StreamReader) -> None:
-        """Bring a reader to where a session stands.
+        """Restore a reader from a session.
 
         Raises:
-            CheckpointError: the file is missing or damaged.
+            CheckpointError: The file is missing or damaged.
         """
         self._load(self.path(session_id), reader)
 
     def import_session(self, data: bytes, reader: StreamReader) -> None:
-        """Bring a reader to where the session of a file's content stands.
+        """Restore a reader from the content of a session file.
 
         Raises:
-            CheckpointError: it is damaged, or of another model or tokenizer.
+            CheckpointError: The content is damaged, or of another model or tokenizer.
         """
-        file = self.folder / f".{secrets.token_hex(16)}{SUFFIX}.in.tmp"
+        path = self.folder / f".{secrets.token_hex(16)}{SUFFIX}.in.tmp"
         try:
-            file.write_bytes(data)
-            self._load(file, reader)
+            path.write_bytes(data)
+            self._load(path, reader)
         finally:
-            file.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
-    def _load(self, file: Path, reader: StreamReader) -> None:
+    def _load(self, path: Path, reader: StreamReader) -> None:
         try:
-            load_session(file, reader, fingerprints=self.fingerprints)
+            load_session(path, reader, fingerprints=self.fingerprints)
         except CheckpointError as error:
-            # Where sessions are kept is nothing that a caller needs to know.
-            raise CheckpointError(error.message.replace(f"'{file}'", "The session"), error.hint) from error
+            # A caller need not know the server's paths.
+            raise CheckpointError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def delete(self, session_id: str) -> None:
-        """Remove a session's file, if it has one; when this returns it stays away after a power cut."""
+        """Remove the file of a session, if it exists; once this returns, it stays removed after a power failure."""
         try:
             self.path(session_id).unlink()
         except FileNotFoundError:

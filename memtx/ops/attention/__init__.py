@@ -1,1 +1,1 @@
-"""Attention over lifetimes: one function, several backends."""
+"""Attention of a segment over keys with visibility intervals: one function, several backends."""

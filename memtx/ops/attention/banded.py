@@ -1,93 +1,103 @@
-"""Banded attention: each block of queries meets only the keys that any of them may see, through views.
+"""Banded attention: each block of queries meets only the keys that it may see, through views.
 
-A block's keys come in one or two ranges (compressed prefix, exact window). On the CPU each range is one fused
-call on slices of q, k and v, nothing is copied, and the ranges are joined by their log-sum-exp. Cost and memory
-are linear in the number of queries.
+The keys of a block form one or two ranges (compressed prefix, exact window). On the CPU each range is one fused call
+on slices of q, k and v, without copies, and ranges are merged by log-sum-exp. Cost and memory are linear in the number
+of queries.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from memtx.ops.attention import blocks, sparse
-from memtx.ops.attention.bias import ScoreBias, bias_requires_grad
-from memtx.ops.attention.block_plan import BLOCK_SIZE, build_bands
+from memtx.ops.attention import sparse
+from memtx.ops.attention.bias import ScoreBias, bias_requires_grad, compute_block_bias
+from memtx.ops.attention.block_plan import BLOCK_SIZE, build_bands, create_additive_mask, split_queries
 from memtx.ops.attention.combine import merge_attention
-from memtx.ops.attention.mask import Visibility
+from memtx.ops.attention.mask import Visibility, create_mask
+from memtx.ops.attention.reference import compute_scores, repeat_kv, softmax_attention
 from memtx.ops.cpu import sdpa_cpu
-from memtx.ops.cpu.gathered_blocks import GatheredBlocks, gather_random_blocks
-
-
-def _attend_key_ranges(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    bias: ScoreBias | None,
-    scale: float,
-    block_size: int,
-    need_lse: bool,
-    dropout: float,
-    include_random_blocks: bool,
-) -> tuple[Tensor, Tensor | None]:
-    if bias_requires_grad(bias) or dropout > 0.0:
-        return blocks.attend_unfused(q, k, v, visibility, bias, scale, block_size, dropout)
-    if q.device.type != "cpu":
-        if need_lse:
-            return blocks.attend_unfused(q, k, v, visibility, bias, scale, block_size)
-        return blocks.attend_sdpa(q, k, v, visibility, bias, scale, block_size), None
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    key = ("bands", block_size, dtype, bias)
-    plan = visibility.memo(key, lambda: build_bands(visibility, bias, block_size, dtype))
-    return sdpa_cpu.attend(
-        q, k, v, plan, scale, _get_gathered_blocks(q, k, visibility, dtype) if include_random_blocks else None
-    )
-
-
-def _get_gathered_blocks(q: Tensor, k: Tensor, visibility: Visibility, dtype: torch.dtype) -> GatheredBlocks:
-    """Return the layout of random blocks, made once for all calls of these shapes."""
-    shapes = (q.shape[0], q.shape[1], k.shape[1])
-    return visibility.memo(("gathered", *shapes, dtype), lambda: gather_random_blocks(visibility, *shapes, dtype))
 
 
 def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    *,
-    bias: ScoreBias | None = None,
-    dropout: float = 0.0,
-    scale: float,
-    block_size: int = BLOCK_SIZE,
-    need_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the attention output and its log-sum-exp, both with gradient; shapes as in the reference.
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility,
+    *, bias: ScoreBias | None = None, dropout: float = 0.0, scale: float, block_size: int = BLOCK_SIZE,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Compute attention and its log-sum-exp, both with gradient.
 
-    Args:
-        q: (rows, heads, queries, head_dim).
-        k: (rows, kv_heads, keys, head_dim).
-        v: (rows, kv_heads, keys, head_dim).
-        visibility: who sees whom.
-        bias: added to the scaled scores; one that learns takes the way of :func:`blocks.attend_unfused`.
-        dropout: probability with which an attention weight is dropped; takes the same way.
-        scale: factor of the scores.
-        block_size: queries a block.
-        need_lse: whether the log-sum-exp is needed; else it may be None.
+    Arguments are those of :func:`memtx.ops.attention.reference.attend`, and ``block_size``, the number of queries per
+    block. Without ``return_lse`` the log-sum-exp may be None.
     """
-    beside = visibility.pattern
-    random = beside is not None and beside.random_blocks is not None
-    overlaid = beside is not None and beside.global_queries is not None
-    # The CPU's kernel takes random blocks with the bands; elsewhere they are joined by log-sum-exp.
-    joined = random and bias is None and dropout == 0.0 and q.device.type == "cpu"
-    out, lse = _attend_key_ranges(
-        q, k, v, visibility, bias, scale, block_size, need_lse or random or overlaid, dropout, joined
-    )
-    if random and not joined:
+    pattern = visibility.pattern
+    has_random = pattern is not None and pattern.random_blocks is not None
+    has_global = pattern is not None and pattern.global_queries is not None
+    on_cpu = q.device.type == "cpu"
+    unfused = bias_requires_grad(bias) or dropout > 0.0
+    # The CPU kernel computes random blocks with the bands; otherwise they are merged by log-sum-exp.
+    gather = has_random and bias is None and not unfused and on_cpu
+    out: Tensor
+    lse: Tensor | None = None
+    if on_cpu and not unfused:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        key = ("bands", block_size, dtype, bias)
+        bands = visibility.memo(key, lambda: build_bands(visibility, bias, block_size, dtype))
+        gathered = sdpa_cpu.get_gathered_blocks(q, k, visibility, dtype) if gather else None
+        out, lse = sdpa_cpu.attend(q, k, v, bands, scale, gathered)
+    elif unfused or return_lse or has_random or has_global:
+        out, lse = attend_unfused(q, k, v, visibility, bias, scale, block_size, dropout)
+    else:
+        out = attend_sdpa(q, k, v, visibility, bias, scale, block_size)
+    if has_random and not gather:
         assert lse is not None
         out, lse = merge_attention([(out, lse), sparse.attend_random_blocks(q, k, v, visibility, bias, scale, dropout)])
-    if overlaid:
+    if has_global:
         assert lse is not None
         out, lse = sparse.attend_global_queries(q, k, v, visibility, bias, scale, dropout, (out, lse))
     return out, lse
+
+
+def attend_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, block_size: int
+) -> Tensor:
+    """Compute attention by one ``scaled_dot_product_attention`` per block, without log-sum-exp or bias gradient."""
+    outputs = []
+    for start, stop, key_ranges in split_queries(visibility, block_size):
+        if not key_ranges:
+            outputs.append(torch.zeros_like(q[:, :, start:stop]))
+            continue
+        blocks = [create_additive_mask(visibility, bias, (start, stop), bounds, q.dtype) for bounds in key_ranges]
+        mask = torch.cat([mask for mask, _ in blocks], dim=-1)
+        fully_masked = torch.stack([masked for _, masked in blocks]).all(0).transpose(1, 2)[..., None]
+        keys, values = (torch.cat([x[:, :, low:high] for low, high in key_ranges], dim=2) for x in (k, v))
+        # Kernels differ on fully masked queries: unmask these, then zero their output.
+        mask = mask.masked_fill(fully_masked, 0.0)
+        out = F.scaled_dot_product_attention(
+            q[:, :, start:stop], keys, values, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.masked_fill(fully_masked, 0.0))
+    return torch.cat(outputs, dim=2)
+
+
+def attend_unfused(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, block_size: int,
+    dropout: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute attention and log-sum-exp block by block, with dropout and gradients of q, k, v and the bias.
+
+    The weights of all blocks are stored for the backward pass: linear in the number of queries.
+    """
+    k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
+    blocks = []
+    for start, stop, key_ranges in split_queries(visibility, block_size):
+        # A block without keys gets its zeros from an empty product.
+        key_ranges = key_ranges or [(0, 0)]
+        keys, values = (torch.cat([x[:, :, low:high] for low, high in key_ranges], dim=2) for x in (k, v))
+        scores = compute_scores(q[:, :, start:stop], keys, scale)
+        if bias is not None:
+            block_bias = [compute_block_bias(bias, (start, stop), bounds) for bounds in key_ranges]
+            scores = scores + torch.cat(block_bias, dim=-1).to(scores.dtype)
+        mask = torch.cat([create_mask(visibility, (start, stop), bounds) for bounds in key_ranges], dim=-1)
+        blocks.append(softmax_attention(scores, mask[:, None], values, dropout))
+    return torch.cat([out for out, _ in blocks], dim=2), torch.cat([lse for _, lse in blocks], dim=2)

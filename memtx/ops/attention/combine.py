@@ -1,29 +1,52 @@
-"""Joining attention over parts of the keys into attention over all, by the parts' log-sum-exp."""
+"""Combining attention over parts of the keys by log-sum-exp, and key biases as an additional column."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+PAD_COLUMNS = 8
+"""Columns added per head; only the first is used, eight keep the heads aligned in memory."""
 
 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the attention over the union of disjoint sets of keys, with gradient.
+    """Merge attention over disjoint sets of keys into attention over their union, with gradient.
 
     Args:
-        parts: for each set, its output (..., queries, head_dim) and its lse (..., queries), minus infinity
-            where the query saw nothing.
+        parts: Output ``(..., queries, head_dim)`` and log-sum-exp ``(..., queries)`` of each set, the latter minus
+            infinity for fully masked queries.
 
     Returns:
-        output and lse of the union; zero and minus infinity where no part saw anything.
+        Output and log-sum-exp of the union, zero and minus infinity for queries masked in all parts.
     """
     if len(parts) == 1:
         return parts[0]
-    stacked = torch.stack([part[1] for part in parts])
-    # exp(-inf - -inf) is nan; where nothing was seen every weight is to be zero, and its gradient too.
-    nothing = (stacked == float("-inf")).all(0)
-    base = torch.logsumexp(stacked.masked_fill(nothing, 0.0), dim=0).masked_fill(nothing, 0.0)
-    # In the lse's type, so that half-precision parts are added up in float32 and rounded once.
-    output = parts[0][0] * torch.exp(parts[0][1] - base).unsqueeze(-1)
-    for out, own in parts[1:]:
-        output = output + out * torch.exp(own - base).unsqueeze(-1)
-    return output.to(parts[0][0].dtype), base.masked_fill(nothing, float("-inf"))
+    stacked = torch.stack([lse for _, lse in parts])
+    # exp(-inf - -inf) is nan; a query masked in all parts needs zero weights and zero gradients.
+    fully_masked = (stacked == float("-inf")).all(0)
+    merged_lse = torch.logsumexp(stacked.masked_fill(fully_masked, 0.0), dim=0).masked_fill(fully_masked, 0.0)
+    # In the dtype of the log-sum-exp: half-precision parts are added in float32 and rounded once.
+    first_out, first_lse = parts[0]
+    merged = first_out * torch.exp(first_lse - merged_lse).unsqueeze(-1)
+    for out, lse in parts[1:]:
+        merged = merged + out * torch.exp(lse - merged_lse).unsqueeze(-1)
+    return merged.to(first_out.dtype), merged_lse.masked_fill(fully_masked, float("-inf"))
+
+
+def append_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Append a column to queries and keys that adds a bias per key to the scores, in any backend.
+
+    The inputs, and the output of their attention, get PAD_COLUMNS additional columns.
+
+    Args:
+        q: ``(batch, queries, heads, head_dim)``.
+        k: ``(batch, keys, kv_heads, head_dim)``.
+        v: ``(batch, keys, kv_heads, head_dim)``.
+        key_bias: ``(batch, n)``, added to the scaled scores of the first n keys for every query and head.
+        scale: Factor of the scores; pass it to attention as well, since its default depends on the head dimension.
+    """
+    column = F.pad(key_bias.to(k.dtype) / scale, (0, k.shape[1] - key_bias.shape[1]))[..., None, None]
+    k = torch.cat([k, column.expand(-1, -1, k.shape[2], 1)], dim=-1)
+    q = torch.cat([q, torch.ones_like(q[..., :1])], dim=-1)
+    return F.pad(q, (0, PAD_COLUMNS - 1)), F.pad(k, (0, PAD_COLUMNS - 1)), F.pad(v, (0, PAD_COLUMNS))

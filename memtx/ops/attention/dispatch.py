@@ -1,4 +1,4 @@
-"""The one entry to attention: picks a backend, says which once, refuses before any work."""
+"""The entry point of attention: check the inputs, choose a backend, log it once."""
 
 from __future__ import annotations
 
@@ -7,102 +7,42 @@ import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache
-from typing import Literal, overload
+from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from memtx.ops.attention import banded, checks, flex, reference
+from memtx.errors import MemtxError
+from memtx.ops.attention import banded, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
-from memtx.ops.attention.mask import Visibility
+from memtx.ops.attention.mask import SparsePattern, Visibility
 from memtx.ops.cpu import attention
 
 AttentionBackend = Literal["auto", "reference", "banded", "cpp", "flex", "triton"]
 
-log = logging.getLogger(__name__)
-
 AttentionHook = Callable[[Tensor, Visibility], None]
-"""Told of a call's queries, (rows, heads, queries, head_dim), and who sees whom."""
+"""Called with the queries of an attention call, ``(batch, heads, queries, head_dim)``, and their visibility."""
+
+TRITON_HEAD_DIMS = (32, 64, 128)
+"""Head dimensions that the Triton kernel supports."""
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the Triton kernel supports."""
+
+log = logging.getLogger(__name__)
 
 _HOOK: ContextVar[AttentionHook | None] = ContextVar("attention_hook", default=None)
 
 
 @contextlib.contextmanager
 def use_attention_hook(hook: AttentionHook) -> Iterator[None]:
-    """Have every call inside told to ``hook``, for counting what attention costs; compiled models are not seen."""
-    before = _HOOK.set(hook)
+    """Call ``hook`` for every attention call inside the context, to count its cost; compiled models skip it."""
+    token = _HOOK.set(hook)
     try:
         yield
     finally:
-        _HOOK.reset(before)
-
-
-@cache
-def _log_backend(backend: str, device: str, reason: str) -> None:
-    log.info("attention on %s runs by '%s': %s", device, backend, reason)
-
-
-def _choose_backend(q: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: float) -> tuple[str, str]:
-    if dropout > 0.0:
-        return "banded", "dropout on attention weights is asked for"
-    if bias_requires_grad(bias) or isinstance(bias, RelativeBias):
-        return "banded", "the bias learns"
-    if visibility.pattern is not None:
-        return "banded", "some pairs are beside the lifetimes"
-    if q.is_cuda and visibility.num_queries > 1 and q.dtype in checks.TRITON_DTYPES:
-        if bias is None and q.shape[-1] in checks.TRITON_HEAD_DIMS and checks.has_triton():
-            return "triton", "one kernel of our own that leaves out whole blocks"
-        if q.shape[-1] >= 16:
-            return "flex", "one compiled kernel that leaves out whole blocks"
-    fits = checks.supports_cpp_kernel(q) and q.shape[2] >= attention.MIN_QUERIES
-    if fits and attention.is_faster(q.dtype) and attention.is_available():
-        return "cpp", "one kernel of our own, compiled for this processor"
-    return "banded", "fused calls over views, linear in length"
-
-
-@overload
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    *,
-    bias: ScoreBias | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: AttentionBackend = "auto",
-    return_lse: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    *,
-    bias: ScoreBias | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: AttentionBackend = "auto",
-    return_lse: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    *,
-    bias: ScoreBias | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: AttentionBackend = "auto",
-    return_lse: bool,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+        _HOOK.reset(token)
 
 
 def segment_attention(
@@ -116,54 +56,206 @@ def segment_attention(
     scale: float | None = None,
     backend: AttentionBackend = "auto",
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return softmax(scale * q k' + bias) v over the keys that each query sees.
+) -> tuple[Tensor, Tensor | None]:
+    """Compute softmax(scale * q k' + bias) v over the keys that each query sees.
 
     Args:
-        q: (rows, heads, queries, head_dim).
-        k: (rows, kv_heads, keys, head_dim); heads must be a multiple of kv_heads.
-        v: (rows, kv_heads, keys, head_dim).
-        visibility: who sees whom.
-        bias: added to the scaled scores.
-        dropout: probability with which an attention weight is dropped; by no fused kernel.
-        scale: factor of the scores; 1 / sqrt(head_dim) by default.
-        backend: which implementation; "auto" chooses by device and need.
-        return_lse: whether to give the log-sum-exp of the scores too, with gradient, so that parts of the keys
-            can be joined by :func:`memtx.ops.attention.combine.merge_attention`.
+        q: ``(batch, heads, queries, head_dim)``.
+        k: ``(batch, kv_heads, keys, head_dim)``; heads must be a multiple of kv_heads.
+        v: ``(batch, kv_heads, keys, head_dim)``.
+        visibility: Visibility of the keys.
+        bias: Added to the scaled scores.
+        dropout: Dropout rate of the attention weights; not supported by fused kernels.
+        scale: Factor of the scores. Defaults to 1 / sqrt(head_dim).
+        backend: Implementation. "auto" chooses by device and arguments.
+        return_lse: If True, return the log-sum-exp of the scores, with gradient, for
+            :func:`memtx.ops.attention.combine.merge_attention`.
 
     Returns:
-        (rows, heads, queries, head_dim), zero where a query sees nothing; on request also the log-sum-exp,
-        (rows, heads, queries) in float32 at least (the reference's: in q's type), minus infinity there.
+        The output, ``(batch, heads, queries, head_dim)``, zero for fully masked queries, and the log-sum-exp,
+        ``(batch, heads, queries)`` in float32 or wider (the reference's in the dtype of q), minus infinity for those
+        queries; None unless ``return_lse`` is True.
 
     Raises:
-        MemtxError: the backend asked for cannot do what is asked, or shapes do not fit.
+        MemtxError: If shapes do not fit, or the backend does not support the arguments.
     """
-    checks.check_shapes(q, k, v, visibility, bias)
-    checks.check_pattern(q, visibility)
-    chosen, why = _choose_backend(q, visibility, bias, dropout) if backend == "auto" else (backend, "asked for")
-    checks.check_backend(chosen, q, k, v, visibility, bias, dropout)
-    if not torch.compiler.is_compiling():  # A log line would cut the compiled graph in two.
-        _log_backend(chosen, q.device.type, why)
-        if (watch := _HOOK.get()) is not None:
-            watch(q, visibility)
+    _check_shapes(q, k, v, visibility, bias)
+    if visibility.pattern is not None:
+        _check_pattern(q, visibility, visibility.pattern)
+    if backend == "auto":
+        name, reason = _choose_backend(q, visibility, bias, dropout)
+    else:
+        _check_backend(backend, q, k, v, visibility, bias, dropout)
+        name, reason = backend, "requested"
+    if not torch.compiler.is_compiling():  # A log line would split the compiled graph.
+        _log_backend(name, q.device.type, reason)
+        if (hook := _HOOK.get()) is not None:
+            hook(q, visibility)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out: Tensor
     lse: Tensor | None
-    if chosen == "reference":
+    if name == "reference":
         out, lse = reference.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale)
-    elif chosen == "flex":
-        assert isinstance(bias, AlibiBias | None)
-        out, lse = flex.attend(q, k, v, visibility, bias=bias, scale=scale)
-    elif chosen == "cpp":
-        assert isinstance(bias, AlibiBias | None)
-        out, lse = attention.attend(q, k, v, visibility, bias=bias, scale=scale)
-    elif chosen == "triton":
+    elif name == "banded":
+        out, lse = banded.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, return_lse=return_lse)
+    elif name == "triton":
         from memtx.ops.attention import triton_window
 
         out, lse = triton_window.attend(q, k, v, visibility, scale=scale)
     else:
-        out, lse = banded.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, need_lse=return_lse)
-    if not return_lse:
-        return out
-    assert lse is not None
-    return out, lse
+        assert isinstance(bias, AlibiBias | None)
+        kernel = attention.attend if name == "cpp" else flex.attend
+        out, lse = kernel(q, k, v, visibility, bias=bias, scale=scale)
+    return out, lse if return_lse else None
+
+
+@cache
+def has_triton() -> bool:
+    """Return True if the package triton is installed."""
+    return find_spec("triton") is not None
+
+
+@cache
+def _log_backend(backend: str, device: str, reason: str) -> None:
+    log.info("Attention on %s uses the backend '%s' (%s).", device, backend, reason)
+
+
+def _choose_backend(q: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: float) -> tuple[str, str]:
+    """Return the backend for "auto" and the reason."""
+    if feature := _find_unfused_feature(visibility, bias, dropout):
+        return "banded", feature
+    if q.is_cuda and visibility.num_queries > 1 and q.dtype in TRITON_DTYPES:
+        if bias is None and q.shape[-1] in TRITON_HEAD_DIMS and has_triton():
+            return "triton", "Triton kernel that skips masked blocks"
+        if q.shape[-1] >= 16:
+            return "flex", "compiled kernel that skips masked blocks"
+    supported = _supports_cpp_kernel(q) and q.shape[2] >= attention.MIN_QUERIES
+    if supported and attention.is_faster(q.dtype) and attention.is_available():
+        return "cpp", "C++ kernel compiled for this CPU"
+    return "banded", "fused calls on views, linear in length"
+
+
+def _find_unfused_feature(visibility: Visibility, bias: ScoreBias | None, dropout: float) -> str | None:
+    """Return a feature of the call that only 'banded' and 'reference' support."""
+    if dropout > 0.0:
+        return "attention dropout"
+    if isinstance(bias, RelativeBias) or bias_requires_grad(bias):
+        return "a learned bias"
+    return "global queries or random blocks" if visibility.pattern is not None else None
+
+
+def _supports_cpp_kernel(q: Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype in attention.DTYPES and q.shape[-1] <= attention.MAX_HEAD_DIM
+
+
+def _check_backend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, dropout: float
+) -> None:
+    """Raise unless the backend exists and supports the call."""
+    if backend in ("reference", "banded"):
+        return
+    if backend not in ("cpp", "flex", "triton"):
+        raise MemtxError(
+            f"There is no attention backend '{backend}'.", "Use auto, reference, banded, cpp, flex or triton."
+        )
+    if feature := _find_unfused_feature(visibility, bias, dropout):
+        raise MemtxError(f"The backend '{backend}' does not support {feature}.", "Use 'banded', 'reference' or 'auto'.")
+    if backend == "triton":
+        _check_triton(q, bias)
+    elif backend == "cpp":
+        if not _supports_cpp_kernel(q):
+            raise MemtxError(
+                f"The backend 'cpp' got heads of {q.shape[-1]} in {q.dtype} on {q.device.type}, expected at most "
+                f"{attention.MAX_HEAD_DIM} in float32 or bfloat16 on the CPU.",
+                "Use 'banded' or 'auto'.",
+            )
+        if not attention.is_available():
+            raise MemtxError(
+                "The backend 'cpp' could not be compiled on this machine.",
+                "Install a C++ compiler (g++ or clang++), or use 'banded' or 'auto'.",
+            )
+    elif q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise MemtxError("The backend 'flex' has no gradient on the CPU.", "Use 'banded', 'auto' or torch.no_grad().")
+
+
+def _check_triton(q: Tensor, bias: ScoreBias | None) -> None:
+    """Raise unless the Triton kernel supports the call."""
+    if bias is not None:
+        raise MemtxError("The backend 'triton' does not support a bias.", "Use 'flex', 'banded' or 'auto'.")
+    if q.shape[-1] not in TRITON_HEAD_DIMS or q.dtype not in TRITON_DTYPES:
+        raise MemtxError(
+            f"The backend 'triton' got heads of {q.shape[-1]} in {q.dtype}, expected 32, 64 or 128 in float32, "
+            "bfloat16 or float16.",
+            "Use 'flex', 'banded' or 'auto'.",
+        )
+    if not has_triton():
+        raise MemtxError("The backend 'triton' needs the package triton.", "Install it: pip install triton.")
+    if not q.is_cuda:
+        from memtx.ops.attention import triton_window
+
+        if not triton_window.IS_INTERPRETED:
+            raise MemtxError(f"The backend 'triton' got tensors on {q.device.type}.", "Use CUDA tensors or 'auto'.")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None) -> None:
+    """Raise unless the tensors, the visibility and the bias fit together."""
+    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise MemtxError(
+            f"Attention got q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}, expected q "
+            "(batch, heads, queries, head_dim), k and v (batch, kv_heads, keys, head_dim).",
+            "Transpose heads before tokens.",
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise MemtxError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}.", "Cast them to one dtype.")
+    if q.shape[1] % k.shape[1]:
+        raise MemtxError(
+            f"heads ({q.shape[1]}) must be a multiple of kv_heads ({k.shape[1]}).", "Choose a divisor of heads."
+        )
+    hint = "Create it for these tensors."
+    if q.shape[2] != visibility.num_queries or k.shape[2] != visibility.num_keys:
+        raise MemtxError(
+            f"The visibility has {visibility.num_queries} queries and {visibility.num_keys} keys, "
+            f"the tensors have {q.shape[2]} and {k.shape[2]}.",
+            hint,
+        )
+    batch_size = visibility.visible_from.shape[0]
+    if batch_size not in (1, q.shape[0]):
+        raise MemtxError(f"The visibility has a batch of {batch_size}, q of {q.shape[0]}.", hint)
+    if bias is not None and (bias.weight.shape[0] != q.shape[1] or bias.key_offset.shape[-1] != k.shape[2]):
+        raise MemtxError(
+            f"The bias has {bias.weight.shape[0]} heads and {bias.key_offset.shape[-1]} keys, "
+            f"the tensors have {q.shape[1]} and {k.shape[2]}.",
+            hint,
+        )
+
+
+def _check_pattern(q: Tensor, visibility: Visibility, pattern: SparsePattern) -> None:
+    """Raise unless the pattern fits the queries and keys."""
+    batch_size, heads, num_keys = q.shape[0], q.shape[1], visibility.num_keys
+    for name in ("document_start", "document_end"):
+        bound: Tensor = getattr(pattern, name)
+        if bound.dim() != 2 or bound.shape[0] not in (1, batch_size) or bound.shape[1] != num_keys:
+            raise MemtxError(
+                f"The pattern's {name} is {tuple(bound.shape)}, expected ({batch_size} or 1, {num_keys}).",
+                "Pass one offset per key.",
+            )
+    queries = pattern.global_queries
+    if queries is not None and (queries.dim() != 2 or queries.shape[0] not in (1, batch_size)):
+        raise MemtxError(
+            f"The pattern's global_queries is {tuple(queries.shape)}, expected ({batch_size} or 1, any).",
+            "Pad with -1 to equal lengths.",
+        )
+    blocks = pattern.random_blocks
+    if blocks is None:
+        return
+    if pattern.block_size < 1 or not 0 <= pattern.first_key <= num_keys:
+        raise MemtxError(
+            f"The pattern has block_size {pattern.block_size} and first_key {pattern.first_key} for {num_keys} keys.",
+            f"Use a block_size of at least 1 and a first_key from 0 to {num_keys}.",
+        )
+    num_blocks = -(-visibility.num_queries // pattern.block_size)
+    if blocks.dim() != 3 or blocks.shape[0] not in (1, heads) or blocks.shape[1] != num_blocks:
+        raise MemtxError(
+            f"The pattern's random_blocks is {tuple(blocks.shape)}, expected ({heads} or 1, {num_blocks}, any).",
+            "Pad with -1 to equal lengths.",
+        )

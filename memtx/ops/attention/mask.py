@@ -1,14 +1,14 @@
-"""Who sees whom, as two integers a key: the query at tick t sees the key iff ``visible_from <= t < visible_until``.
+"""Visibility of keys as two integers per key: the query at offset t sees a key iff visible_from <= t < visible_until.
 
-Every causal memory is said this way: windows, compressed entries, documents; so are bidirectional windows (born
-before the key's own tick) and global keys (visible through their whole document). No backend needs to know a kind
-of memory. ``KeyRange`` adds what is known without looking at the numbers, so that a backend can leave out
-keys that nobody of a block of queries can see while all shapes stay fixed. ``SparsePattern`` adds the two things that
-no lifetime can say: global queries and random blocks.
+These intervals express every causal memory (windows, compressed entries, documents), bidirectional windows (visible
+before the key's own offset) and global keys (visible to their whole document), so no backend knows a kind of memory.
+:class:`KeyRange` adds static bounds, with which a backend skips keys that no query of a block can see while all shapes
+stay fixed. :class:`SparsePattern` adds what intervals cannot express: global queries and random blocks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +19,17 @@ from memtx.memo import Memo
 
 @dataclass(frozen=True)
 class KeyRange:
-    """Consecutive keys whose births advance steadily, whatever the data.
+    """Consecutive keys whose intervals advance by a fixed stride, whatever the data.
 
-    Key i of the range is born no earlier than tick ``min_visible_from + b * stride`` and is gone by tick
-    ``min_visible_from + (b + 1) * stride - 1 + max_span``, where b is ``i // group_size``.
+    With b = i // group_size, key i of the range becomes visible no earlier than offset
+    ``min_visible_from + b * stride`` and is gone by offset ``min_visible_from + (b + 1) * stride - 1 + max_span``.
 
     Attributes:
-        num_keys: how many keys.
-        min_visible_from: the earliest tick at which key 0 can be born.
-        stride: ticks from the earliest birth of one key (of one group) to the next one's; 0 if nothing is known.
-        max_span: ticks a key lives at most; None if no bound is known.
-        group_size: keys a group: those of equal bounds.
+        num_keys: Number of keys.
+        min_visible_from: Earliest offset at which key 0 can become visible.
+        stride: Offsets from the bound of one group of keys to that of the next. 0 if no bound is known.
+        max_span: Maximum length of an interval. None if no bound is known.
+        group_size: Number of consecutive keys that share a bound.
     """
 
     num_keys: int
@@ -39,19 +39,19 @@ class KeyRange:
     group_size: int = 1
 
     def find_visible_keys(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the range of keys that a query with a tick in [start, stop) can see."""
+        """Return the range of keys that queries at offsets [start, stop) can see."""
         if self.stride == 0:
             return 0, self.num_keys
-        # Born before stop: min_visible_from + i * stride < stop.
+        # Visible before stop: min_visible_from + b * stride < stop.
         high = -((self.min_visible_from - stop) // self.stride)
-        # Alive at start: min_visible_from + (i + 1) * stride - 1 + max_span > start.
+        # Visible at start: min_visible_from + (b + 1) * stride - 1 + max_span > start.
         low = 0 if self.max_span is None else (start - self.max_span + 1 - self.min_visible_from) // self.stride
         low, high = low * self.group_size, high * self.group_size
         low, high = min(max(low, 0), self.num_keys), min(max(high, 0), self.num_keys)
         return low, max(low, high)
 
     def find_attending_queries(self, low: int, high: int, num_queries: int) -> tuple[int, int]:
-        """Return the range of the ticks 0 .. num_queries - 1 whose queries can see one of the keys [low, high)."""
+        """Return the range of the queries 0 .. num_queries - 1 that can see any of the keys [low, high)."""
         if self.stride == 0:
             return 0, num_queries
         low, high = low // self.group_size, -(-high // self.group_size)
@@ -61,24 +61,34 @@ class KeyRange:
         return start, min(max(self.min_visible_from + high * self.stride - 1 + self.max_span, start), num_queries)
 
 
+def find_key_bounds(key_ranges: Sequence[KeyRange], start: int, stop: int) -> list[tuple[int, int]]:
+    """Return for each key range the keys [low, high), if any, that queries at offsets [start, stop) can see."""
+    bounds, first_key = [], 0
+    for key_range in key_ranges:
+        low, high = key_range.find_visible_keys(start, stop)
+        bounds.append((first_key + low, first_key + high))
+        first_key += key_range.num_keys
+    return bounds
+
+
 @dataclass(frozen=True, eq=False)
 class SparsePattern:
-    """Pairs seen beside those of the lifetimes, within documents; a key seen both ways counts once by default.
+    """Additional pairs within documents, besides those of the intervals; a pair in both counts once by default.
 
     Longformer (Beltagy et al. 2020, section 3.1) and Big Bird (Zaheer et al. 2020, section 2).
 
     Attributes:
-        document_start: (rows, keys) int64, the tick at which the key's document begins; rows may be 1.
-        document_end: (rows, keys) int64, the tick at which it ends; ``document_start`` for a key not to be seen, such
-            as padding.
-        global_queries: (rows, n) int64, ticks of global queries, which see every key of their document; negative for
-            none. None where there are none.
-        random_blocks: (1 or heads, query blocks, r) int64, the blocks of keys that each block of queries sees as well;
-            negative for none. None where there are none.
-        block_size: queries, and keys, a block.
-        first_key: the key at which block 0 of the keys begins, such as the number of global keys before them.
-        count_duplicates: whether a key counts as often as it is seen, by a lifetime and by each mention of its block,
-            as in the published Big Bird; a global query still counts every key once.
+        document_start: ``(batch or 1, keys)`` int64, offset at which the key's document starts.
+        document_end: ``(batch or 1, keys)`` int64, offset at which it ends; equal to ``document_start`` for keys to
+            mask, such as padding.
+        global_queries: ``(batch or 1, n)`` int64, offsets of the queries that see every key of their document;
+            negative entries are ignored. None disables global queries.
+        random_blocks: ``(heads or 1, query blocks, r)`` int64, additional key blocks of each query block; negative
+            entries are ignored. None disables random blocks.
+        block_size: Number of queries, and of keys, per block.
+        first_key: Index of the first key of key block 0, such as the number of global keys before it.
+        count_duplicates: If True, a key counts once for its interval and once per mention of its block, as in the
+            published Big Bird; a global query still counts every key once.
     """
 
     document_start: Tensor
@@ -92,14 +102,14 @@ class SparsePattern:
 
 @dataclass(frozen=True)
 class Visibility(Memo):
-    """Which of the keys each of the queries at ticks 0 .. num_queries - 1 sees.
+    """The keys that each of the queries at offsets 0 .. num_queries - 1 sees.
 
     Attributes:
-        visible_from: (rows, keys) int64, the first tick that sees the key; rows may be 1 for all alike.
-        visible_until: (rows, keys) int64, the first tick that does not see it any more.
-        num_queries: how many queries.
-        key_ranges: static bounds, in the keys' order; their keys add up to all.
-        pattern: pairs that are seen as well.
+        visible_from: ``(batch or 1, keys)`` int64, first offset that sees the key.
+        visible_until: ``(batch or 1, keys)`` int64, first offset that no longer sees it.
+        num_queries: Number of queries.
+        key_ranges: Static bounds, in the order of the keys; their ``num_keys`` add up to all keys.
+        pattern: Additional pairs.
     """
 
     visible_from: Tensor
@@ -110,83 +120,72 @@ class Visibility(Memo):
 
     @property
     def num_keys(self) -> int:
-        """How many keys."""
+        """Number of keys."""
         return self.visible_from.shape[1]
 
 
 def split_bank(visibility: Visibility) -> tuple[Visibility, Visibility]:
-    """Return who sees whom of the keys in the first range, and of the others; made once."""
+    """Split into the visibility of the first key range and that of all others."""
 
-    def make() -> tuple[Visibility, Visibility]:
-        assert visibility.pattern is None, "a pattern is of all keys"
-        first, *rest = visibility.key_ranges
-        born, expires, n = visibility.visible_from, visibility.visible_until, first.num_keys
+    def split() -> tuple[Visibility, Visibility]:
+        assert visibility.pattern is None, "a pattern covers all keys"
+        first, *others = visibility.key_ranges
+        start, end, n = visibility.visible_from, visibility.visible_until, first.num_keys
         return (
-            Visibility(born[:, :n], expires[:, :n], visibility.num_queries, (first,)),
-            Visibility(born[:, n:], expires[:, n:], visibility.num_queries, tuple(rest)),
+            Visibility(start[:, :n], end[:, :n], visibility.num_queries, (first,)),
+            Visibility(start[:, n:], end[:, n:], visibility.num_queries, tuple(others)),
         )
 
-    return visibility.memo("split_bank", make)
+    return visibility.memo("split_bank", split)
+
+
+def is_inside(offset: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Return ``start <= offset < end``, broadcast."""
+    return (start <= offset) & (offset < end)
 
 
 def create_mask(
     visibility: Visibility, query_range: tuple[int, int] | None = None, key_range: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return who sees whom by lifetimes alone in a block, (rows, queries, keys) bool; whole by default."""
+    """Return the mask of the intervals, ``(batch or 1, queries, keys)`` bool, for ranges of both or for all."""
     start, stop = query_range if query_range is not None else (0, visibility.num_queries)
     low, high = key_range if key_range is not None else (0, visibility.num_keys)
-    tick = torch.arange(start, stop, device=visibility.visible_from.device)[None, :, None]
-    born, expires = visibility.visible_from[:, None, low:high], visibility.visible_until[:, None, low:high]
-    return (born <= tick) & (tick < expires)
-
-
-def create_head_mask(visibility: Visibility) -> Tensor:
-    """Return who sees whom, the pattern included: (rows, 1 or heads, queries, keys) bool."""
-    return compute_key_counts(visibility) > 0
+    offset = torch.arange(start, stop, device=visibility.visible_from.device)[None, :, None]
+    return is_inside(offset, visibility.visible_from[:, None, low:high], visibility.visible_until[:, None, low:high])
 
 
 def compute_key_counts(visibility: Visibility) -> Tensor:
-    """Return how often each key counts for each query, (rows, 1 or heads, queries, keys) int64."""
-    seen = create_mask(visibility)[:, None]
+    """Return how often each key counts for each query, ``(batch or 1, heads or 1, queries, keys)`` int64."""
+    visible = create_mask(visibility)[:, None]
+    counts = visible.long()
     pattern = visibility.pattern
     if pattern is None:
-        return seen.long()
-    tick = torch.arange(visibility.num_queries, device=seen.device)
-    document = (pattern.document_start[:, None] <= tick[:, None]) & (tick[:, None] < pattern.document_end[:, None])
-    times = seen.long()
+        return counts
+    offset = torch.arange(visibility.num_queries, device=visible.device)
+    in_document = is_inside(offset[:, None], pattern.document_start[:, None], pattern.document_end[:, None])[:, None]
     if pattern.random_blocks is not None:
-        key = torch.arange(visibility.num_keys, device=seen.device) - pattern.first_key
+        key = torch.arange(visibility.num_keys, device=visible.device) - pattern.first_key
         block = torch.where(key >= 0, key // pattern.block_size, -1)
-        for chosen in pattern.random_blocks[:, tick // pattern.block_size].unbind(-1):  # (1 or heads, queries)
-            mentioned = (chosen[..., None] == block) & (block >= 0) & document[:, None]
-            times = times + mentioned.long()
+        for random_block in pattern.random_blocks[:, offset // pattern.block_size].unbind(-1):  # (heads or 1, queries)
+            counts = counts + ((random_block[..., None] == block) & (block >= 0) & in_document).long()
     if not pattern.count_duplicates:
-        times = times.clamp(max=1)
+        counts = counts.clamp(max=1)
     if pattern.global_queries is not None:
-        asks = (pattern.global_queries[:, None] == tick[:, None]).any(-1)[:, None, :, None]
-        times = torch.where(asks, (seen | document[:, None]).long(), times)
-    return times
+        is_global = (pattern.global_queries[:, None] == offset[:, None]).any(-1)[:, None, :, None]
+        counts = torch.where(is_global, (visible | in_document).long(), counts)
+    return counts
 
 
 def num_visible_pairs(visibility: Visibility) -> Tensor:
-    """Return (rows,) int64: the visible pairs of each row, for counting useful operations.
-
-    Where heads see different blocks it is the mean of the heads, rounded down.
-    """
+    """Return the number of visible pairs, ``(batch or 1,)`` int64; the mean over heads with different blocks."""
     if visibility.pattern is not None:
-        seen = create_head_mask(visibility)
-        return seen.sum((1, 2, 3)) // seen.shape[1]
+        mask = compute_key_counts(visibility) > 0
+        return mask.sum((1, 2, 3)) // mask.shape[1]
     first = visibility.visible_from.clamp(0, visibility.num_queries)
     last = visibility.visible_until.clamp(0, visibility.num_queries)
     return (last - first).clamp(min=0).sum(1)
 
 
 def find_key_ranges(visibility: Visibility, start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the ranges of keys that queries with ticks in [start, stop) may see by lifetimes, in order, none empty."""
-    found, offset = [], 0
-    for section in visibility.key_ranges:
-        low, high = section.find_visible_keys(start, stop)
-        if high > low:
-            found.append((offset + low, offset + high))
-        offset += section.num_keys
-    return found
+    """Return the non-empty ranges of keys that queries at offsets [start, stop) may see by intervals, in order."""
+    return [(low, high) for low, high in find_key_bounds(visibility.key_ranges, start, stop) if high > low]

@@ -1,37 +1,45 @@
-"""What lifetimes cannot say, beside the bands: random blocks, joined by log-sum-exp, and global queries, put on top.
+"""Attention that intervals cannot express: random blocks, merged by log-sum-exp, and global queries, written on top.
 
-Both gather what they need, so their cost is that of what is seen: (queries x r blocks of keys), and
-(global queries x all keys).
+Both gather their operands, so the cost is that of the visible pairs: (queries x r blocks of keys) and
+(global queries x all keys). :func:`sample_random_blocks` samples the blocks of Big Bird as its checkpoints need them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from memtx.errors import MemtxError
 from memtx.ops.attention.bias import ScoreBias
-from memtx.ops.attention.blocks import compute_scores
-from memtx.ops.attention.mask import SparsePattern, Visibility
-from memtx.ops.attention.reference import softmax_attention
+from memtx.ops.attention.mask import SparsePattern, Visibility, is_inside
+from memtx.ops.attention.reference import compute_scores, repeat_kv, softmax_attention
+
+PLANNED_LENGTHS = (1024, 3072, 4096)
+"""Lengths in tokens, rounded up to whole blocks, that use the first rule of :func:`sample_random_blocks`."""
+
+MAX_PLANNED_POSITION = 1024
+"""Under the first rule random blocks lie within this many tokens from the start."""
 
 
 def mask_duplicates(indices: Tensor) -> Tensor:
-    """Return the index (..., n) with -1 in place of what stood before it already."""
+    """Replace every index of ``(..., n)`` that occurred before by -1."""
     repeated = (indices[..., :, None] == indices[..., None, :]).tril(-1).any(-1)
     return indices.masked_fill(repeated, -1)
 
 
 @dataclass(frozen=True)
 class KeyBlocks:
-    """The blocks of keys that a pattern's blocks of queries see.
+    """The key blocks that a pattern's query blocks see.
 
     Attributes:
-        table: (1 or heads, query blocks, r) int64, which; in range whether or not one is seen.
-        num_key_blocks: blocks of keys there are.
-        mask: (rows or 1, 1 or heads, query blocks, 1 or size, r * size) bool, who sees whom.
+        table: ``(heads or 1, query blocks, r)`` int64, indices of key blocks, in range even where masked.
+        num_key_blocks: Number of key blocks.
+        mask: ``(batch or 1, heads or 1, query blocks, block_size or 1, r * block_size)`` bool.
     """
 
     table: Tensor
@@ -39,108 +47,175 @@ class KeyBlocks:
     mask: Tensor
 
 
-def gather_per_key(x: Tensor, pattern: SparsePattern, table: Tensor, num_key_blocks: int) -> Tensor:
-    """Gather (rows, keys) to (rows, 1 or heads, query blocks, 1, r * size); padded keys get 0."""
-    size, first = pattern.block_size, pattern.first_key
-    x = F.pad(x[:, first:], (0, num_key_blocks * size - x.shape[1] + first)).view(x.shape[0], num_key_blocks, size)
-    return x[:, table].flatten(3, 4)[..., None, :]
+def _gather_per_key(x: Tensor, pattern: SparsePattern, table: Tensor, num_key_blocks: int) -> Tensor:
+    """Gather (batch, keys) to (batch, heads or 1, query blocks, 1, r * block_size); padding keys get 0."""
+    size = pattern.block_size
+    x = F.pad(x[:, pattern.first_key :], (0, num_key_blocks * size - x.shape[1] + pattern.first_key))
+    return x.view(x.shape[0], num_key_blocks, size)[:, table].flatten(3, 4)[..., None, :]
 
 
 def find_key_blocks(visibility: Visibility) -> KeyBlocks:
-    """Find a pattern's blocks.
+    """Find the key blocks of a pattern.
 
-    Unless they are to count as often as they are seen, a block mentioned twice counts once, and keys that a lifetime
-    shows to the query are left out.
+    Unless duplicates count, a block mentioned twice counts once, and keys visible by their intervals are masked.
     """
     pattern = visibility.pattern
     assert pattern is not None
     assert pattern.random_blocks is not None
     size = pattern.block_size
-    entries = max(-(-(visibility.num_keys - pattern.first_key) // size), 1)
-    asked = pattern.random_blocks if pattern.count_duplicates else mask_duplicates(pattern.random_blocks)
-    table = asked.clamp(0, entries - 1)
+    num_key_blocks = max(-(-(visibility.num_keys - pattern.first_key) // size), 1)
+    blocks = pattern.random_blocks if pattern.count_duplicates else mask_duplicates(pattern.random_blocks)
+    table = blocks.clamp(0, num_key_blocks - 1)
 
-    def of_lives(x: Tensor) -> Tensor:
-        return gather_per_key(x, pattern, table, entries)
+    def gather(x: Tensor) -> Tensor:
+        return _gather_per_key(x, pattern, table, num_key_blocks)
 
-    # Padded keys get 0 for both ends of every life, so they are in no document.
-    begins, ends = pattern.document_start, pattern.document_end
-    tick = torch.arange(table.shape[1] * size, device=table.device).view(-1, size, 1)
-    open_all = (begins <= 0) & (ends >= visibility.num_queries)
-    # On a GPU, or while a graph is compiled, numbers are not looked at for the sake of a smaller mask.
-    looked = table.device.type == "cpu" and not torch.compiler.is_compiling()
-    if looked and pattern.count_duplicates and bool((open_all | (ends <= begins)).all()):
-        seen = of_lives(open_all.to(torch.int64)) > 0
+    # Padding keys get 0 for both ends of every interval, so they are in no document.
+    start, end = pattern.document_start, pattern.document_end
+    offset = torch.arange(table.shape[1] * size, device=table.device).view(-1, size, 1)
+    spans_call = (start <= 0) & (end >= visibility.num_queries)
+    # Reading values to get a smaller mask would synchronize a GPU and break a compiled graph.
+    may_read = table.device.type == "cpu" and not torch.compiler.is_compiling()
+    if may_read and pattern.count_duplicates and bool((spans_call | (end <= start)).all()):
+        mask = gather(spans_call.to(torch.int64)) > 0
     else:
-        seen = (of_lives(begins) <= tick) & (tick < of_lives(ends))
+        mask = is_inside(offset, gather(start), gather(end))
     if not pattern.count_duplicates:
-        seen = seen & ~((of_lives(visibility.visible_from) <= tick) & (tick < of_lives(visibility.visible_until)))
-    chosen = (asked >= 0) & (asked < entries)
-    return KeyBlocks(table, entries, seen & chosen.repeat_interleave(size, dim=-1)[..., None, :])
+        mask = mask & ~is_inside(offset, gather(visibility.visible_from), gather(visibility.visible_until))
+    exists = (blocks >= 0) & (blocks < num_key_blocks)
+    return KeyBlocks(table, num_key_blocks, mask & exists.repeat_interleave(size, dim=-1)[..., None, :])
 
 
 def attend_random_blocks(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over the keys of the pattern's blocks."""
+    """Compute attention and log-sum-exp over the keys of the pattern's random blocks."""
     pattern = visibility.pattern
     assert pattern is not None
     blocks = find_key_blocks(visibility)
     heads, queries = q.shape[1:3]
-    size, first, table, keys = pattern.block_size, pattern.first_key, blocks.table, blocks.num_key_blocks
+    size, table, num_key_blocks = pattern.block_size, blocks.table, blocks.num_key_blocks
 
-    def in_blocks(x: Tensor, entries: int) -> Tensor:
-        """(..., n, width) -> (..., blocks, size, width)."""
-        return F.pad(x, (0, 0, 0, entries * size - x.shape[-2])).reshape(*x.shape[:-2], entries, size, x.shape[-1])
+    def split_blocks(x: Tensor, num_blocks: int) -> Tensor:
+        """Reshape (..., n, head_dim) to (..., blocks, block_size, head_dim)."""
+        x = F.pad(x, (0, 0, 0, num_blocks * size - x.shape[-2]))
+        return x.reshape(*x.shape[:-2], num_blocks, size, x.shape[-1])
 
-    def of_keys(x: Tensor) -> Tensor:
-        """(rows, h, keys, width) -> (rows, heads, query blocks, r * size, width)."""
+    def gather_keys(x: Tensor) -> Tensor:
+        """Gather (batch, kv_heads, keys, head_dim) to (batch, heads, query blocks, r * block_size, head_dim)."""
         head = torch.arange(heads, device=x.device) * x.shape[1] // heads
-        return in_blocks(x[:, :, first:], keys)[:, head[:, None, None], table].flatten(3, 4)
+        key_blocks = split_blocks(x[:, :, pattern.first_key :], num_key_blocks)
+        return key_blocks[:, head[:, None, None], table].flatten(3, 4)
 
-    scores = compute_scores(in_blocks(q, table.shape[1]), of_keys(k), scale)
+    scores = compute_scores(split_blocks(q, table.shape[1]), gather_keys(k), scale)
     if bias is not None:
-        tick = torch.arange(table.shape[1] * size, device=q.device).view(-1, size, 1)
-        scores = scores + bias.compute_bias(tick - gather_per_key(bias.key_offset, pattern, table, keys)).to(
-            scores.dtype
-        )
-    out, lse = softmax_attention(scores, blocks.mask, of_keys(v), dropout)
+        offset = torch.arange(table.shape[1] * size, device=q.device).view(-1, size, 1)
+        distance = offset - _gather_per_key(bias.key_offset, pattern, table, num_key_blocks)
+        scores = scores + bias.compute_bias(distance).to(scores.dtype)
+    out, lse = softmax_attention(scores, blocks.mask, gather_keys(v), dropout)
     return out.flatten(2, 3)[:, :, :queries], lse.flatten(2, 3)[:, :, :queries]
 
 
 def attend_global_queries(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    bias: ScoreBias | None,
-    scale: float,
-    dropout: float,
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float,
     local_attention: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the output and log-sum-exp of ``local_attention`` with those of the global queries in their places."""
-    pattern: SparsePattern | None = visibility.pattern
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Replace the output and log-sum-exp of ``local_attention`` by those of the global queries, at these queries."""
+    pattern = visibility.pattern
     assert pattern is not None
     assert pattern.global_queries is not None
-    tick = mask_duplicates(pattern.global_queries).expand(q.shape[0], -1)  # (rows, n)
-    index = tick.clamp(min=0)[:, None, :, None]
-    seen = (pattern.document_start[:, None] <= tick[..., None]) & (tick[..., None] < pattern.document_end[:, None])
-    seen = seen | (
-        (visibility.visible_from[:, None] <= tick[..., None]) & (tick[..., None] < visibility.visible_until[:, None])
-    )
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scores = compute_scores(q.gather(2, index.expand(-1, q.shape[1], -1, q.shape[3])), k, scale)
+    offset = mask_duplicates(pattern.global_queries).expand(q.shape[0], -1)  # (batch, n)
+    index = offset.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    mask = is_inside(offset[..., None], pattern.document_start[:, None], pattern.document_end[:, None])
+    mask = mask | is_inside(offset[..., None], visibility.visible_from[:, None], visibility.visible_until[:, None])
+    scores = compute_scores(q.gather(2, index), repeat_kv(k, q.shape[1]), scale)
     if bias is not None:
-        scores = scores + bias.compute_bias((tick[..., None] - bias.key_offset[:, None])[:, None]).to(scores.dtype)
-    out, lse = softmax_attention(scores, seen[:, None], v, dropout)
-    # A place that holds no query is written behind the last one, and cut off.
-    index = torch.where(tick < 0, q.shape[2], tick)[:, None]
+        distance = (offset[..., None] - bias.key_offset[:, None])[:, None]
+        scores = scores + bias.compute_bias(distance).to(scores.dtype)
+    global_out, global_lse = softmax_attention(scores, mask[:, None], repeat_kv(v, q.shape[1]), dropout)
+    # Ignored entries are written after the last query and cut off.
+    target = torch.where(offset < 0, q.shape[2], offset)[:, None, :, None]
 
-    def put(x: Tensor, new: Tensor) -> Tensor:
-        """Put new (rows, heads, n, width) into x (rows, heads, queries, width)."""
-        return F.pad(x, (0, 0, 0, 1)).scatter(2, index[..., None].expand_as(new), new)[:, :, :-1]
+    def scatter(x: Tensor, values: Tensor) -> Tensor:
+        """Write values (batch, heads, n, head_dim) into x (batch, heads, queries, head_dim)."""
+        return F.pad(x, (0, 0, 0, 1)).scatter(2, target.expand_as(values), values)[:, :, :-1]
 
-    return put(local_attention[0], out.to(local_attention[0].dtype)), put(
-        local_attention[1][..., None], lse[..., None]
-    )[..., 0]
+    out, lse = local_attention
+    return scatter(out, global_out.to(out.dtype)), scatter(lse[..., None], global_lse[..., None])[..., 0]
+
+
+def sample_random_blocks(
+    length: int, block_size: int, num_random_blocks: int, heads: int, *, max_length: int, seed: int
+) -> Tensor:
+    """Sample the random blocks that each query block but the first and the last sees (Big Bird, section 2).
+
+    The tables equal those that the ``transformers`` library samples in training with the layer's index as seed, so the
+    weights of a checkpoint meet the blocks they were trained with. There are two rules: one for texts of 1024, 3072
+    and 4096 tokens, the lengths of the paper's runs, and one for all other lengths.
+
+    Args:
+        length: Length of the text, a multiple of ``block_size``, more than
+            ``(5 + 2 * num_random_blocks) * block_size``.
+        block_size: Tokens per block.
+        num_random_blocks: Number of random blocks per query block.
+        heads: Number of heads, each with its own table.
+        max_length: Maximum length of the model; the first rule samples for this length.
+        seed: Seed of the whole table.
+
+    Returns:
+        ``(heads, blocks - 2, num_random_blocks)`` int64.
+
+    Raises:
+        MemtxError: If the first rule leaves a block fewer candidates than ``num_random_blocks``.
+    """
+    # RandomState's sequence is fixed across numpy versions, and it is not the global generator.
+    generator = np.random.RandomState(seed)
+    blocks = length // block_size
+    if length in PLANNED_LENGTHS:
+        num_planned = max_length // block_size
+        tables = [list(_sample_planned(generator, num_planned, block_size, num_random_blocks)) for _ in range(heads)]
+        return torch.from_numpy(np.array(tables, dtype=np.int64).reshape(heads, -1, num_random_blocks)[:, : blocks - 2])
+    table = np.zeros((heads, blocks, num_random_blocks), dtype=np.int64)
+    if num_random_blocks:
+        # The last block needs none, but sampling for it advances the generator as in transformers.
+        for block in range(1, blocks):
+            for head in range(heads):
+                table[head, block] = _sample_outside_window(generator, block, num_random_blocks)
+    return torch.from_numpy(table[:, 1:-1])
+
+
+def _sample_outside_window(generator: np.random.RandomState, block: int, num_random_blocks: int) -> np.ndarray:
+    """Sample from the first ``5 + 2 * num_random_blocks`` blocks those that the query block does not see already."""
+    num_candidates = 5 + 2 * num_random_blocks
+    excluded = {block - 1, block, block + 1, 0, num_candidates - 1}
+    if block == 1:
+        excluded.add(num_candidates - 2)
+    if block == num_candidates - 2:
+        excluded.add(1)
+    order = generator.permutation(np.arange(num_candidates, dtype=np.int32))
+    return np.array([candidate for candidate in order if candidate not in excluded][:num_random_blocks])
+
+
+def _sample_planned(
+    generator: np.random.RandomState, num_blocks: int, block_size: int, num_random_blocks: int
+) -> Iterator[np.ndarray]:
+    """Yield the random blocks of every query block but the first and the last, by the first rule.
+
+    Near the end of the text the rule does not exclude the window, so a block may be visible already.
+    """
+    middle = np.arange(1, num_blocks - 1, dtype=np.int32)
+    last = MAX_PLANNED_POSITION // block_size - 1 if 2 * block_size < MAX_PLANNED_POSITION else num_blocks - 1
+    for block in range(1, num_blocks - 1):
+        if block > 2 and (block >= num_blocks - 3 or block - 2 > last):
+            candidates = middle[:last]
+        else:
+            candidates = np.concatenate((middle[: max(block - 2, 0)], middle[block + 1 : last]))
+        sample = generator.permutation(candidates)[:num_random_blocks]
+        if len(sample) not in (1, num_random_blocks):
+            raise MemtxError(
+                f"Big Bird's block {block} of {num_blocks} has {len(sample)} candidates for {num_random_blocks} random "
+                "blocks.",
+                "Use smaller blocks, fewer random blocks, or pass random_blocks.",
+            )
+        # A single candidate is repeated.
+        yield np.broadcast_to(sample, (num_random_blocks,))

@@ -1,12 +1,12 @@
-"""A Triton kernel for [prefix | window] keys with lifetimes, forward and backward, in one pass over all keys.
+"""A Triton kernel for [prefix | window] keys with intervals, forward and backward, in one pass over all keys.
 
-FlashAttention-2 (Dao 2023) with two integers a key in place of a causal mask. A block of queries walks the ranges
-of keys that the static sections leave to it, one range a section; for the backward pass of keys and values the
-sections are inverted, and a block of keys walks the queries that can see it, so nothing is added atomically. The
-ranges depend on sections and lengths alone: nothing is compiled or copied to the device as the memory fills.
+FlashAttention-2 (Dao 2023) with two integers per key in place of a causal mask. A block of queries visits the keys
+that the static key ranges allow, one range of keys per key range. For the gradients of keys and values the ranges are
+inverted: a block of keys visits the queries that can see it, so nothing is added atomically. The bounds depend on key
+ranges and lengths alone: nothing is compiled or copied to the device as the memory fills.
 
-This file is imported only when the backend is asked for: the package triton is optional. With
-TRITON_INTERPRET=1 set before the import it runs on the CPU, slowly, for tests.
+This file is imported only when the backend is used, since the package triton is optional. With TRITON_INTERPRET=1 set
+before the import it runs on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -18,144 +18,146 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
+from memtx.ops.attention.block_plan import build_key_bounds, build_query_bounds, get_int32_bounds
 from memtx.ops.attention.mask import Visibility
-from memtx.ops.attention.tables import build_key_bounds, build_query_bounds, get_int32_bounds
 
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether Triton's interpreter runs the kernels, on tensors of any device."""
+"""True if Triton's interpreter runs the kernels, on tensors of any device."""
 
 INT32_MAX = tl.constexpr(2**31 - 1)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _compute_scores(q, k, visible_from, visible_until, offset, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scores in base 2, minus infinity where unseen: q (M, D), k (N, D) -> (M, N)."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-    seen = (visible_from[None, :] <= offset[:, None]) & (offset[:, None] < visible_until[None, :])
-    return tl.where(seen, scores, float("-inf"))
+def _load_tile(x, index, stride, dim, mask):  # type: ignore[no-untyped-def]
+    """Load a tile (index, dim), zero where masked."""
+    return tl.load(x + index.to(tl.int64)[:, None] * stride + dim[None, :], mask=mask[:, None], other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _load_key_intervals(visible_from, visible_until, key, high):  # type: ignore[no-untyped-def]
-    """Lifetimes of keys; one past the end is never born."""
-    inside = key < high
-    return tl.load(visible_from + key, mask=inside, other=INT32_MAX), tl.load(
-        visible_until + key, mask=inside, other=-INT32_MAX
-    )
+def _store_tile(x, index, stride, dim, tile, mask):  # type: ignore[no-untyped-def]
+    """Store a tile (index, dim) where not masked, in the dtype of x."""
+    address = x + index.to(tl.int64)[:, None] * stride + dim[None, :]
+    tl.store(address, tile.to(x.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _compute_scores(q, k, visible_from, visible_until, offset, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return scores in base 2, minus infinity where masked: q (M, D), k (N, D) -> (M, N)."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    visible = (visible_from[None, :] <= offset[:, None]) & (offset[:, None] < visible_until[None, :])
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_key_intervals(visible_from, visible_until, key, mask):  # type: ignore[no-untyped-def]
+    """Load the intervals of keys; masked keys are never visible."""
+    start = tl.load(visible_from + key, mask=mask, other=INT32_MAX)
+    return start, tl.load(visible_until + key, mask=mask, other=-INT32_MAX)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_lse(lse, index, mask):  # type: ignore[no-untyped-def]
+    """Load log-sum-exps in base 2, finite even for fully masked queries."""
+    value = tl.load(lse + index, mask=mask, other=0.0)
+    return tl.where(value == float("-inf"), 0.0, value) * LOG2E
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward(  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, visible_from, visible_until, key_bounds, scale, num_queries, num_keys, stride_interval,
+    q, k, v, out, lse, visible_from, visible_until, key_bounds, scale, num_queries, stride_interval,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SECTIONS: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_KEY_RANGES: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Compute output and log-sum-exp of a block of queries."""
     block = tl.program_id(0)
-    row = (tl.program_id(1) // HEADS).to(tl.int64)
+    batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
-    tick = block * M + tl.arange(0, M)
-    wide = tl.arange(0, D)
-    within = tick < num_queries
-    one = tl.load(
-        q + row * stride_qb + head * stride_qh + tick.to(tl.int64)[:, None] * stride_qm + wide[None, :],
-        mask=within[:, None], other=0.0,
-    )  # fmt: skip
-    k += row * stride_kb + (head // GROUP) * stride_kh
-    v += row * stride_vb + (head // GROUP) * stride_vh
-    visible_from += row * stride_interval
-    visible_until += row * stride_interval
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    summed = tl.zeros((M, D), tl.float32)
-    for section in tl.static_range(SECTIONS):
-        low = tl.load(key_bounds + (block * SECTIONS + section) * 2)
-        high = tl.load(key_bounds + (block * SECTIONS + section) * 2 + 1)
+    offset = block * M + tl.arange(0, M)
+    dim = tl.arange(0, D)
+    in_queries = offset < num_queries
+    q_tile = _load_tile(q + batch * stride_qb + head * stride_qh, offset, stride_qm, dim, in_queries)
+    k += batch * stride_kb + (head // GROUP) * stride_kh
+    v += batch * stride_vb + (head // GROUP) * stride_vh
+    visible_from += batch * stride_interval
+    visible_until += batch * stride_interval
+    row_max = tl.full((M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((M,), tl.float32)
+    acc = tl.zeros((M, D), tl.float32)
+    for key_range in tl.static_range(NUM_KEY_RANGES):
+        low = tl.load(key_bounds + (block * NUM_KEY_RANGES + key_range) * 2)
+        high = tl.load(key_bounds + (block * NUM_KEY_RANGES + key_range) * 2 + 1)
         for start in range(low, high, N):
             key = start + tl.arange(0, N)
-            inside = (key < high)[:, None]
-            at = key.to(tl.int64)[:, None]
-            key_born, key_expires = _load_key_intervals(visible_from, visible_until, key, high)
-            this = tl.load(k + at * stride_kn + wide[None, :], mask=inside, other=0.0)
-            scores = _compute_scores(one, this, key_born, key_expires, tick, scale, PRECISION)
-            new = tl.maximum(top, tl.max(scores, 1))
-            # exp2(-inf - -inf) is nan: a query that has seen nothing yet is measured from 0.
-            base = tl.where(new == float("-inf"), 0.0, new)
-            weights = tl.exp2(scores - base[:, None])
-            shrink = tl.exp2(top - base)
-            total = total * shrink + tl.sum(weights, 1)
-            value = tl.load(v + at * stride_vn + wide[None, :], mask=inside, other=0.0)
-            summed = summed * shrink[:, None]
-            summed += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-            top = new
-    blind = total == 0.0
-    summed = summed / tl.where(blind, 1.0, total)[:, None]
-    tl.store(
-        out + row * stride_ob + head * stride_oh + tick.to(tl.int64)[:, None] * stride_om + wide[None, :],
-        summed.to(out.dtype.element_ty), mask=within[:, None],
-    )  # fmt: skip
-    logarithm = tl.where(blind, float("-inf"), (top + tl.log2(tl.where(blind, 1.0, total))) / LOG2E)
-    tl.store(lse + (row * HEADS + head) * num_queries + tick, logarithm, mask=within)
+            in_keys = key < high
+            key_start, key_end = _load_key_intervals(visible_from, visible_until, key, in_keys)
+            k_tile = _load_tile(k, key, stride_kn, dim, in_keys)
+            scores = _compute_scores(q_tile, k_tile, key_start, key_end, offset, scale, PRECISION)
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            # exp2(-inf - -inf) is nan: the maximum of a query that has seen no key yet counts as 0.
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            weights = tl.exp2(scores - finite_max[:, None])
+            rescale = tl.exp2(row_max - finite_max)
+            row_sum = row_sum * rescale + tl.sum(weights, 1)
+            v_tile = _load_tile(v, key, stride_vn, dim, in_keys)
+            acc = acc * rescale[:, None]
+            acc += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision=PRECISION)
+            row_max = new_max
+    fully_masked = row_sum == 0.0
+    acc = acc / tl.where(fully_masked, 1.0, row_sum)[:, None]
+    _store_tile(out + batch * stride_ob + head * stride_oh, offset, stride_om, dim, acc, in_queries)
+    row_lse = (row_max + tl.log2(tl.where(fully_masked, 1.0, row_sum))) / LOG2E
+    row_lse = tl.where(fully_masked, float("-inf"), row_lse)
+    tl.store(lse + (batch * HEADS + head) * num_queries + offset, row_lse, mask=in_queries)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _backward_queries(  # type: ignore[no-untyped-def]
     q, k, v, out, grad_out, lse, grad_lse, delta, dq, visible_from, visible_until, key_bounds, scale,
-    num_queries, num_keys, stride_interval,
+    num_queries, stride_interval,
     stride_qb, stride_qh, stride_qm, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om, stride_gb, stride_gh, stride_gm,
     stride_dqb, stride_dqh, stride_dqm,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, SECTIONS: tl.constexpr, D: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, NUM_KEY_RANGES: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a block of queries; leaves delta = grad_out . out - grad_lse for the keys' kernel."""
+    """Compute the gradient of a block of queries; store delta = grad_out . out - grad_lse for `_backward_keys`."""
     block = tl.program_id(0)
-    row = (tl.program_id(1) // HEADS).to(tl.int64)
+    batch = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
-    tick = block * M + tl.arange(0, M)
-    wide = tl.arange(0, D)
-    within = tick < num_queries
-    far = tick.to(tl.int64)[:, None]
-    one = tl.load(
-        q + row * stride_qb + head * stride_qh + far * stride_qm + wide[None, :], mask=within[:, None], other=0.0
-    )  # fmt: skip
-    told = tl.load(
-        grad_out + row * stride_gb + head * stride_gh + far * stride_gm + wide[None, :], mask=within[:, None], other=0.0
-    )  # fmt: skip
-    made = tl.load(
-        out + row * stride_ob + head * stride_oh + far * stride_om + wide[None, :], mask=within[:, None], other=0.0
-    )  # fmt: skip
-    place = (row * HEADS + head) * num_queries + tick
-    own = tl.load(lse + place, mask=within, other=0.0)
-    own = tl.where(own == float("-inf"), 0.0, own) * LOG2E
-    balance = tl.sum(told.to(tl.float32) * made.to(tl.float32), 1)
+    offset = block * M + tl.arange(0, M)
+    dim = tl.arange(0, D)
+    in_queries = offset < num_queries
+    q_tile = _load_tile(q + batch * stride_qb + head * stride_qh, offset, stride_qm, dim, in_queries)
+    grad_out_tile = _load_tile(grad_out + batch * stride_gb + head * stride_gh, offset, stride_gm, dim, in_queries)
+    out_tile = _load_tile(out + batch * stride_ob + head * stride_oh, offset, stride_om, dim, in_queries)
+    row = (batch * HEADS + head) * num_queries + offset
+    row_lse = _load_lse(lse, row, in_queries)
+    row_delta = tl.sum(grad_out_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     if HAS_GRAD_LSE:
-        balance -= tl.load(grad_lse + place, mask=within, other=0.0)
-    tl.store(delta + place, balance, mask=within)
-    k += row * stride_kb + (head // GROUP) * stride_kh
-    v += row * stride_vb + (head // GROUP) * stride_vh
-    visible_from += row * stride_interval
-    visible_until += row * stride_interval
-    summed = tl.zeros((M, D), tl.float32)
-    for section in tl.static_range(SECTIONS):
-        low = tl.load(key_bounds + (block * SECTIONS + section) * 2)
-        high = tl.load(key_bounds + (block * SECTIONS + section) * 2 + 1)
+        row_delta -= tl.load(grad_lse + row, mask=in_queries, other=0.0)
+    tl.store(delta + row, row_delta, mask=in_queries)
+    k += batch * stride_kb + (head // GROUP) * stride_kh
+    v += batch * stride_vb + (head // GROUP) * stride_vh
+    visible_from += batch * stride_interval
+    visible_until += batch * stride_interval
+    acc = tl.zeros((M, D), tl.float32)
+    for key_range in tl.static_range(NUM_KEY_RANGES):
+        low = tl.load(key_bounds + (block * NUM_KEY_RANGES + key_range) * 2)
+        high = tl.load(key_bounds + (block * NUM_KEY_RANGES + key_range) * 2 + 1)
         for start in range(low, high, N):
             key = start + tl.arange(0, N)
-            inside = (key < high)[:, None]
-            at = key.to(tl.int64)[:, None]
-            key_born, key_expires = _load_key_intervals(visible_from, visible_until, key, high)
-            this = tl.load(k + at * stride_kn + wide[None, :], mask=inside, other=0.0)
-            value = tl.load(v + at * stride_vn + wide[None, :], mask=inside, other=0.0)
-            weights = tl.exp2(_compute_scores(one, this, key_born, key_expires, tick, scale, PRECISION) - own[:, None])
-            change = tl.dot(told, tl.trans(value), input_precision=PRECISION) - balance[:, None]
-            summed += tl.dot((weights * change).to(this.dtype), this, input_precision=PRECISION)
-    tl.store(
-        dq + row * stride_dqb + head * stride_dqh + far * stride_dqm + wide[None, :],
-        (summed * scale).to(dq.dtype.element_ty), mask=within[:, None],
-    )  # fmt: skip
+            in_keys = key < high
+            key_start, key_end = _load_key_intervals(visible_from, visible_until, key, in_keys)
+            k_tile = _load_tile(k, key, stride_kn, dim, in_keys)
+            v_tile = _load_tile(v, key, stride_vn, dim, in_keys)
+            scores = _compute_scores(q_tile, k_tile, key_start, key_end, offset, scale, PRECISION)
+            weights = tl.exp2(scores - row_lse[:, None])
+            grad_weights = tl.dot(grad_out_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None]
+            acc += tl.dot((weights * grad_weights).to(k_tile.dtype), k_tile, input_precision=PRECISION)
+    _store_tile(dq + batch * stride_dqb + head * stride_dqh, offset, stride_dqm, dim, acc * scale, in_queries)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -168,61 +170,48 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a block of keys and values, over all query heads that share them."""
+    """Compute the gradients of a block of keys and values, over all query heads that share them."""
     block = tl.program_id(0)
-    row = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
     kv_head = (tl.program_id(1) % KV_HEADS).to(tl.int64)
     low = tl.load(query_bounds + block * 4)
     high = tl.load(query_bounds + block * 4 + 1)
-    from_tick = tl.load(query_bounds + block * 4 + 2)
-    to_tick = tl.load(query_bounds + block * 4 + 3)
+    query_start = tl.load(query_bounds + block * 4 + 2)
+    query_stop = tl.load(query_bounds + block * 4 + 3)
     key = low + tl.arange(0, N)
-    wide = tl.arange(0, D)
-    inside = (key < high)[:, None]
-    at = key.to(tl.int64)[:, None]
-    this = tl.load(k + row * stride_kb + kv_head * stride_kh + at * stride_kn + wide[None, :], mask=inside, other=0.0)
-    value = tl.load(v + row * stride_vb + kv_head * stride_vh + at * stride_vn + wide[None, :], mask=inside, other=0.0)
-    key_born, key_expires = _load_key_intervals(
-        visible_from + row * stride_interval, visible_until + row * stride_interval, key, high
-    )
-    sum_k = tl.zeros((N, D), tl.float32)
-    sum_v = tl.zeros((N, D), tl.float32)
-    for shared in range(0, GROUP):
-        head = kv_head * GROUP + shared
-        for start in range(from_tick, to_tick, M):
-            tick = start + tl.arange(0, M)
-            within = tick < to_tick
-            far = tick.to(tl.int64)[:, None]
-            one = tl.load(
-                q + row * stride_qb + head * stride_qh + far * stride_qm + wide[None, :],
-                mask=within[:, None], other=0.0,
+    dim = tl.arange(0, D)
+    in_keys = key < high
+    k_tile = _load_tile(k + batch * stride_kb + kv_head * stride_kh, key, stride_kn, dim, in_keys)
+    v_tile = _load_tile(v + batch * stride_vb + kv_head * stride_vh, key, stride_vn, dim, in_keys)
+    visible_from += batch * stride_interval
+    visible_until += batch * stride_interval
+    key_start, key_end = _load_key_intervals(visible_from, visible_until, key, in_keys)
+    dk_tile = tl.zeros((N, D), tl.float32)
+    dv_tile = tl.zeros((N, D), tl.float32)
+    for group_head in range(0, GROUP):
+        head = kv_head * GROUP + group_head
+        for start in range(query_start, query_stop, M):
+            offset = start + tl.arange(0, M)
+            in_queries = offset < query_stop
+            q_tile = _load_tile(q + batch * stride_qb + head * stride_qh, offset, stride_qm, dim, in_queries)
+            grad_out_tile = _load_tile(
+                grad_out + batch * stride_gb + head * stride_gh, offset, stride_gm, dim, in_queries
             )  # fmt: skip
-            told = tl.load(
-                grad_out + row * stride_gb + head * stride_gh + far * stride_gm + wide[None, :],
-                mask=within[:, None], other=0.0,
-            )  # fmt: skip
-            place = (row * KV_HEADS * GROUP + head) * num_queries + tick
-            own = tl.load(lse + place, mask=within, other=0.0)
-            own = tl.where(own == float("-inf"), 0.0, own) * LOG2E
-            balance = tl.load(delta + place, mask=within, other=0.0)
-            scores = tl.dot(this, tl.trans(one), input_precision=PRECISION) * (scale * LOG2E)
-            seen = (key_born[:, None] <= tick[None, :]) & (tick[None, :] < key_expires[:, None]) & within[None, :]
-            weights = tl.where(seen, tl.exp2(scores - own[None, :]), 0.0)  # (N, M)
-            sum_v += tl.dot(weights.to(told.dtype), told, input_precision=PRECISION)
-            change = tl.dot(value, tl.trans(told), input_precision=PRECISION) - balance[None, :]
-            sum_k += tl.dot((weights * change).to(one.dtype), one, input_precision=PRECISION)
-    tl.store(
-        dk + row * stride_dkb + kv_head * stride_dkh + at * stride_dkn + wide[None, :],
-        (sum_k * scale).to(dk.dtype.element_ty), mask=inside,
-    )  # fmt: skip
-    tl.store(
-        dv + row * stride_dvb + kv_head * stride_dvh + at * stride_dvn + wide[None, :],
-        sum_v.to(dv.dtype.element_ty), mask=inside,
-    )  # fmt: skip
+            row = (batch * KV_HEADS * GROUP + head) * num_queries + offset
+            row_lse = _load_lse(lse, row, in_queries)
+            row_delta = tl.load(delta + row, mask=in_queries, other=0.0)
+            scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * (scale * LOG2E)
+            visible = (key_start[:, None] <= offset[None, :]) & (offset[None, :] < key_end[:, None])
+            weights = tl.where(visible & in_queries[None, :], tl.exp2(scores - row_lse[None, :]), 0.0)  # (N, M)
+            dv_tile += tl.dot(weights.to(grad_out_tile.dtype), grad_out_tile, input_precision=PRECISION)
+            grad_weights = tl.dot(v_tile, tl.trans(grad_out_tile), input_precision=PRECISION) - row_delta[None, :]
+            dk_tile += tl.dot((weights * grad_weights).to(q_tile.dtype), q_tile, input_precision=PRECISION)
+    _store_tile(dk + batch * stride_dkb + kv_head * stride_dkh, key, stride_dkn, dim, dk_tile * scale, in_keys)
+    _store_tile(dv + batch * stride_dvb + kv_head * stride_dvh, key, stride_dvn, dim, dv_tile, in_keys)
 
 
 def _choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str, int]:
-    """Return queries (M) and keys (N) a tile, warps and stages, within an SM's shared memory and registers."""
+    """Return queries (M) and keys (N) per tile, warps and stages, within an SM's shared memory and registers."""
     if IS_INTERPRETED:
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
@@ -233,8 +222,8 @@ def _choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str
     return {"M": 64, "N": 64, "num_warps": 8 if head_dim == 128 else 4, "num_stages": 2}
 
 
-def _strides(*tensors: Tensor) -> list[int]:
-    return [step for x in tensors for step in x.stride()[:3]]
+def _get_strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 class _TritonAttention(torch.autograd.Function):
@@ -243,25 +232,25 @@ class _TritonAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        rows, heads, queries, head_dim = q.shape
-        born, expires = get_int32_bounds(visibility)
-        # Laid out as (rows, queries, heads, head_dim), which the projection after it reads without a copy.
-        out = q.new_empty(rows, queries, heads, head_dim).transpose(1, 2)
-        lse = torch.empty(rows, heads, queries, dtype=torch.float32, device=q.device)
+        batch_size, heads, queries, head_dim = q.shape
+        start, end = get_int32_bounds(visibility)
+        # In memory (batch, queries, heads, head_dim), which the output projection reads without a copy.
+        out = q.new_empty(batch_size, queries, heads, head_dim).transpose(1, 2)
+        lse = torch.empty(batch_size, heads, queries, dtype=torch.float32, device=q.device)
         tiles = _choose_tiles(head_dim, q.dtype, "forward")
-        ranges = build_key_bounds(visibility.key_ranges, queries, tiles["M"], q.device)
+        key_bounds = build_key_bounds(visibility.key_ranges, queries, tiles["M"], q.device)
         ctx.constants = {
             "GROUP": heads // k.shape[1],
             "D": head_dim,
-            # Products of float32 keep their 24 bits unless the user has allowed fewer for all products.
+            # float32 products keep 24 bits unless the user has allowed fewer for all products.
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
-        _forward[(ranges.shape[0], rows * heads)](
-            q, k, v, out, lse, born, expires, ranges, scale, queries, k.shape[2],
-            born.stride(0) if born.shape[0] > 1 else 0, *_strides(q, k, v, out),
-            HEADS=heads, SECTIONS=len(visibility.key_ranges), **ctx.constants, **tiles,
+        _forward[(key_bounds.shape[0], batch_size * heads)](
+            q, k, v, out, lse, start, end, key_bounds, scale, queries, start.stride(0) if start.shape[0] > 1 else 0,
+            *_get_strides(q, k, v, out), HEADS=heads, NUM_KEY_RANGES=len(visibility.key_ranges),
+            **ctx.constants, **tiles,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, v, out, lse, born, expires)
+        ctx.save_for_backward(q, k, v, out, lse, start, end)
         ctx.key_ranges, ctx.scale = visibility.key_ranges, scale
         ctx.set_materialize_grads(False)
         return out, lse
@@ -269,42 +258,38 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, born, expires = ctx.saved_tensors
-        rows, heads, queries, head_dim = q.shape
+        q, k, v, out, lse, start, end = ctx.saved_tensors
+        batch_size, heads, queries, head_dim = q.shape
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-        told = grad_lse is not None
+        has_grad_lse = grad_lse is not None
         grad_lse = grad_lse.contiguous().float() if grad_lse is not None else lse
         dq, dk, dv = (torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
         delta = torch.empty_like(lse)
-        life_row = born.stride(0) if born.shape[0] > 1 else 0
+        interval_stride = start.stride(0) if start.shape[0] > 1 else 0
         tiles = _choose_tiles(head_dim, q.dtype, "backward")
-        ranges = build_key_bounds(ctx.key_ranges, queries, tiles["M"], q.device)
-        _backward_queries[(ranges.shape[0], rows * heads)](
-            q, k, v, out, grad_out, lse, grad_lse, delta, dq, born, expires, ranges, ctx.scale, queries, k.shape[2],
-            life_row, *_strides(q, k, v, out, grad_out, dq),
-            HEADS=heads, SECTIONS=len(ctx.key_ranges), HAS_GRAD_LSE=told, **ctx.constants, **tiles,
+        key_bounds = build_key_bounds(ctx.key_ranges, queries, tiles["M"], q.device)
+        _backward_queries[(key_bounds.shape[0], batch_size * heads)](
+            q, k, v, out, grad_out, lse, grad_lse, delta, dq, start, end, key_bounds, ctx.scale, queries,
+            interval_stride, *_get_strides(q, k, v, out, grad_out, dq),
+            HEADS=heads, NUM_KEY_RANGES=len(ctx.key_ranges), HAS_GRAD_LSE=has_grad_lse, **ctx.constants, **tiles,
         )  # fmt: skip
-        blocks = build_query_bounds(ctx.key_ranges, queries, tiles["N"], q.device)
-        if blocks.shape[0]:
-            _backward_keys[(blocks.shape[0], rows * k.shape[1])](
-                q, k, v, grad_out, lse, delta, dk, dv, born, expires, blocks, ctx.scale, queries, life_row,
-                *_strides(q, k, v, grad_out, dk, dv), KV_HEADS=k.shape[1], **ctx.constants, **tiles,
+        query_bounds = build_query_bounds(ctx.key_ranges, queries, tiles["N"], q.device)
+        if query_bounds.shape[0]:
+            _backward_keys[(query_bounds.shape[0], batch_size * k.shape[1])](
+                q, k, v, grad_out, lse, delta, dk, dv, start, end, query_bounds, ctx.scale, queries, interval_stride,
+                *_get_strides(q, k, v, grad_out, dk, dv), KV_HEADS=k.shape[1], **ctx.constants, **tiles,
             )  # fmt: skip
         return dq, dk, dv, None, None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the attention output and its log-sum-exp (float32), both with gradient; shapes as in the reference.
+    """Compute attention and its log-sum-exp (float32), both with gradient.
 
-    Args:
-        q: (rows, heads, queries, head_dim), head_dim 32, 64 or 128; float32, bfloat16 or float16.
-        k: (rows, kv_heads, keys, head_dim).
-        v: (rows, kv_heads, keys, head_dim).
-        visibility: who sees whom, by lifetimes alone.
-        scale: factor of the scores.
+    Arguments are those of :func:`memtx.ops.attention.reference.attend`, with a head dimension of 32, 64 or 128 in
+    float32, bfloat16 or float16, and without a pattern.
     """
-    assert visibility.pattern is None, "the dispatcher sends patterns elsewhere"
+    assert visibility.pattern is None, "dispatch sends patterns to 'banded'"
     out, lse = _TritonAttention.apply(q, k, v, visibility, scale)  # type: ignore[no-untyped-call]
     return out, lse

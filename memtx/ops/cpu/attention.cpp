@@ -1,9 +1,9 @@
-/* Attention over keys with lifetimes, in float32, forward and backward; native.py calls it and says what it is for.
+/* Attention over keys with visibility intervals, in float32, forward and backward; attention.py calls it.
 
-   Queries lie along the lanes of vectors: scores are kept as (keys, queries), so keys and values are read where they
-   lie, a number at a time for all queries of a block, and the softmax needs nothing across lanes. Every product is of
-   one form, C[r][lane] += sum_k A(r, k) B[k][lane], with A read by two strides and C held in registers: 24 vectors of
-   32 with AVX-512, 12 of 16 with AVX2. */
+   Queries are the lanes of vectors: scores are stored as (keys, queries), so keys and values are read in place, one
+   number at a time for all queries of a block, and the softmax needs no operation across lanes. All products have one
+   form, C[r][lane] += sum_k A(r, k) B[k][lane], with A read by two strides and C in registers: 24 vectors of 32 with
+   AVX-512, 12 of 16 with AVX2. */
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,9 +17,9 @@
 #define TILE_ROWS 6
 #define MAX_TILE_VECTORS 2
 #endif
-#define QUERY_BLOCK 32   /* a block */
-#define KEY_TILE 96      /* a tile: with its scores twice, keys and values it stays in the second cache */
-#define MAX_HEAD_DIM 256 /* of a head at most */
+#define QUERY_BLOCK 32   /* queries per block */
+#define KEY_TILE 96      /* keys per tile: keys, values and two copies of the scores fit in the L2 cache */
+#define MAX_HEAD_DIM 256 /* maximum head dimension */
 #define LOG2E 1.4426950408889634f
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -31,17 +31,17 @@ struct Strides {
 
 struct Shape {
     int64_t batch_size, heads, kv_heads, num_queries, head_dim, key_ranges;
-    int64_t interval_stride, offset_stride; /* from one row's lifetimes, and places, to the next one's; or 0 */
-    int64_t num_splits, split_stride;       /* into which queries are cut for the gradients of keys and values */
+    int64_t interval_stride, offset_stride; /* from the intervals, and offsets, of a batch entry to the next; or 0 */
+    int64_t num_splits, split_stride;       /* parts of the queries for the gradients of keys and values */
     int64_t threads;
 };
 
-/* What a block of queries needs to know of the keys. */
+/* The keys as a block of queries sees them. */
 struct KeyInfo {
-    const int32_t *visible_from, *visible_until; /* of one row */
-    const float *key_offset;                     /* where keys stand; null without a bias */
-    float slope;                                 /* what a tick of distance costs, in base 2 */
-    int32_t first_query;                         /* the block's first query */
+    const int32_t *visible_from, *visible_until; /* of one batch entry */
+    const float *key_offset;                     /* offsets of the keys; null without a bias */
+    float slope;                                 /* penalty per token of distance, in base 2 */
+    int32_t first_query;                         /* first query of the block */
 };
 
 template <int rows, int vectors>
@@ -61,10 +61,10 @@ static inline void multiply_tile(int64_t depth, const float *a, int64_t a_row, i
             line[w] = *(const Vector *)(b + k * b_row_stride + w * LANES);
 #pragma GCC unroll 16
         for (int r = 0; r < rows; r++) {
-            const float one = a[r * a_row + k * a_col_stride];
+            const float scalar = a[r * a_row + k * a_col_stride];
 #pragma GCC unroll 4
             for (int w = 0; w < vectors; w++)
-                sum[r][w] += one * line[w];
+                sum[r][w] += scalar * line[w];
         }
     }
 #pragma GCC unroll 16
@@ -94,23 +94,25 @@ static void multiply_stripe(int64_t rows, int64_t depth, const float *a, int64_t
 static void matmul(int64_t rows, int64_t lanes, int64_t depth, const float *a, int64_t a_row, int64_t a_col_stride,
                    const float *b, int64_t b_row_stride, float *c, int64_t c_row, bool add)
 {
-    int64_t at = 0;
+    int64_t lane = 0;
 #if MAX_TILE_VECTORS == 4
-    for (; at + 4 * LANES <= lanes; at += 4 * LANES)
-        multiply_stripe<TILE_ROWS / 2, 4>(rows, depth, a, a_row, a_col_stride, b + at, b_row_stride, c + at, c_row,
+    for (; lane + 4 * LANES <= lanes; lane += 4 * LANES)
+        multiply_stripe<TILE_ROWS / 2, 4>(rows, depth, a, a_row, a_col_stride, b + lane, b_row_stride, c + lane, c_row,
                                           add);
 #endif
-    for (; at + 2 * LANES <= lanes; at += 2 * LANES)
-        multiply_stripe<TILE_ROWS, 2>(rows, depth, a, a_row, a_col_stride, b + at, b_row_stride, c + at, c_row, add);
-    for (; at < lanes; at += LANES)
-        multiply_stripe<TILE_ROWS, 1>(rows, depth, a, a_row, a_col_stride, b + at, b_row_stride, c + at, c_row, add);
+    for (; lane + 2 * LANES <= lanes; lane += 2 * LANES)
+        multiply_stripe<TILE_ROWS, 2>(rows, depth, a, a_row, a_col_stride, b + lane, b_row_stride, c + lane, c_row,
+                                       add);
+    for (; lane < lanes; lane += LANES)
+        multiply_stripe<TILE_ROWS, 1>(rows, depth, a, a_row, a_col_stride, b + lane, b_row_stride, c + lane, c_row,
+                                       add);
 }
 
-/* 2^x to float32's precision; exactly 0 from -127 down, and nan stays nan. */
+/* 2^x to float32's precision; exactly 0 for x <= -127, and nan for nan. */
 static inline Vector vector_exp2(Vector x)
 {
-    const Vector least = Vector{} - 127.0f, magic = Vector{} + 12582912.0f; /* 1.5 2^23: rounds to whole numbers */
-    x = x < least ? least : x;
+    const Vector min_x = Vector{} - 127.0f, magic = Vector{} + 12582912.0f; /* 1.5 2^23: rounds to integers */
+    x = x < min_x ? min_x : x;
     const Vector shifted = x + magic, f = x - (shifted - magic);
     Vector p = Vector{} + 1.535336188319500e-4f; /* the series of 2^f = e^(f ln 2), |f| <= 1/2 */
     p = p * f + 1.339887440266574e-3f;
@@ -123,13 +125,13 @@ static inline Vector vector_exp2(Vector x)
     return p * (Vector)exponent;
 }
 
-/* Whether any query of the block sees the key. */
+/* Return true if any query of the block sees the key. */
 static inline bool is_visible(const KeyInfo &keys, int64_t key)
 {
     return keys.visible_from[key] < keys.first_query + QUERY_BLOCK && keys.visible_until[key] > keys.first_query;
 }
 
-/* Move the bounds [low, high) inward past keys that nobody of the block sees. */
+/* Move the bounds [low, high) inward past keys that no query of the block sees. */
 static inline void trim_key_range(const KeyInfo &keys, int64_t &low, int64_t &high)
 {
     while (low < high && !is_visible(keys, low))
@@ -138,8 +140,7 @@ static inline void trim_key_range(const KeyInfo &keys, int64_t &low, int64_t &hi
         high--;
 }
 
-/* Add the bias to scores (n, QUERY_BLOCK) of the keys from `low` on; minus infinity where a query does not see a key.
- */
+/* Add the bias to the scores (n, QUERY_BLOCK) of the keys from `low` on; mask them with minus infinity. */
 static void apply_bias_and_mask(float *scores, int64_t n, int64_t low, const KeyInfo &keys)
 {
     const Vector minus_inf = Vector{} - INFINITY;
@@ -153,21 +154,21 @@ static void apply_bias_and_mask(float *scores, int64_t n, int64_t low, const Key
             continue;
         for (int w = 0; w < QUERY_BLOCK; w += LANES) {
             const IntVector offset = lane + (keys.first_query + w);
-            Vector *at = (Vector *)(scores + i * QUERY_BLOCK + w);
+            Vector *score = (Vector *)(scores + i * QUERY_BLOCK + w);
             if (keys.key_offset)
-                *at -= (__builtin_convertvector(offset, Vector) - keys.key_offset[low + i]) * keys.slope;
+                *score -= (__builtin_convertvector(offset, Vector) - keys.key_offset[low + i]) * keys.slope;
             if (!all_visible)
-                *at = visible_from <= offset ? (offset < visible_until ? *at : minus_inf) : minus_inf;
+                *score = visible_from <= offset ? (offset < visible_until ? *score : minus_inf) : minus_inf;
         }
     }
 }
 
-/* (count, width) in rows -> (width, QUERY_BLOCK), times `factor`; zeros for queries that are not there. */
-static void transpose_scaled(const float *x, int64_t at, int64_t count, int64_t width, float factor, float *out)
+/* Transpose (count, width) to (width, QUERY_BLOCK), times `factor`; zeros after the last query. */
+static void transpose_scaled(const float *x, int64_t stride, int64_t count, int64_t width, float factor, float *out)
 {
     for (int64_t m = 0; m < QUERY_BLOCK; m++)
         for (int64_t d = 0; d < width; d++)
-            out[d * QUERY_BLOCK + m] = m < count ? x[m * at + d] * factor : 0.0f;
+            out[d * QUERY_BLOCK + m] = m < count ? x[m * stride + d] * factor : 0.0f;
 }
 
 static KeyInfo make_key_info(const int32_t *visible_from, const int32_t *visible_until, const float *slopes,
@@ -178,20 +179,20 @@ static KeyInfo make_key_info(const int32_t *visible_from, const int32_t *visible
             (int32_t)first};
 }
 
-/* One block's softmax over a tile, in one sweep after the other: scores become weights, and what was summed shrinks
-   by as much as the highest score has grown (Milakov and Gimelshein 2018). */
+/* Online softmax of a tile: scores become weights, and the sums are rescaled to the new maximum (Milakov and
+   Gimelshein 2018). */
 static void update_online_softmax(float *scores, int64_t n, float *row_max, float *row_sum, float *acc, int64_t width)
 {
     const Vector minus_inf = Vector{} - INFINITY;
     for (int w = 0; w < QUERY_BLOCK; w += LANES) {
         const Vector before = *(Vector *)(row_max + w);
-        Vector most = before;
+        Vector max = before;
         for (int64_t i = 0; i < n; i++) {
             const Vector score = *(Vector *)(scores + i * QUERY_BLOCK + w);
-            most = score > most ? score : most;
+            max = score > max ? score : max;
         }
-        /* What has seen nothing yet is measured from 0. */
-        const Vector base = most == minus_inf ? Vector{} : most;
+        /* The maximum of a query that has seen no key yet counts as 0. */
+        const Vector base = max == minus_inf ? Vector{} : max;
         Vector sum{};
         for (int64_t i = 0; i < n; i++) {
             Vector *score = (Vector *)(scores + i * QUERY_BLOCK + w);
@@ -200,7 +201,7 @@ static void update_online_softmax(float *scores, int64_t n, float *row_max, floa
         }
         const Vector rescale = vector_exp2(before - base);
         *(Vector *)(row_sum + w) = *(Vector *)(row_sum + w) * rescale + sum;
-        *(Vector *)(row_max + w) = most;
+        *(Vector *)(row_max + w) = max;
         for (int64_t d = 0; d < width; d++)
             *(Vector *)(acc + d * QUERY_BLOCK + w) *= rescale;
     }
@@ -259,8 +260,8 @@ extern "C" void memtx_attention_forward(const float *q, const float *k, const fl
     }
 }
 
-/* Gradients by the weights made again from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1.2). A thread has
-   all queries of a row's key head, or a part of them, and so adds to gradients of its own alone. */
+/* Gradients, with the weights recomputed from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1.2). A thread
+   processes all queries of a key head, or one part of them, so it is the only one to add to its gradients. */
 extern "C" void memtx_attention_backward(const float *q, const float *k, const float *v, const float *out,
                                          const float *grad_out, const float *lse, const float *grad_lse, float *dq,
                                          float *dk, float *dv, const int32_t *visible_from,
@@ -281,15 +282,15 @@ extern "C" void memtx_attention_backward(const float *q, const float *k, const f
             delta[QUERY_BLOCK];
 #pragma omp for schedule(dynamic, 1)
         for (int64_t item = 0; item < shape.batch_size * shape.kv_heads * shape.num_splits; item++) {
-            const int64_t part = item % shape.num_splits, kv_head = item / shape.num_splits % shape.kv_heads;
+            const int64_t split = item % shape.num_splits, kv_head = item / shape.num_splits % shape.kv_heads;
             const int64_t batch = item / shape.num_splits / shape.kv_heads;
-            const int64_t last = (part + 1) * blocks_per_split < blocks ? (part + 1) * blocks_per_split : blocks;
+            const int64_t last = (split + 1) * blocks_per_split < blocks ? (split + 1) * blocks_per_split : blocks;
             const float *k_head = k + batch * sk.batch + kv_head * sk.head;
             const float *v_head = v + batch * sv.batch + kv_head * sv.head;
-            float *to_keys = dk + part * shape.split_stride + batch * sdk.batch + kv_head * sdk.head;
-            float *to_values = dv + part * shape.split_stride + batch * sdv.batch + kv_head * sdv.head;
-            for (int64_t step = 0; step < group * (last - part * blocks_per_split); step++) {
-                const int64_t head = kv_head * group + step % group, block = part * blocks_per_split + step / group;
+            float *dk_head = dk + split * shape.split_stride + batch * sdk.batch + kv_head * sdk.head;
+            float *dv_head = dv + split * shape.split_stride + batch * sdv.batch + kv_head * sdv.head;
+            for (int64_t step = 0; step < group * (last - split * blocks_per_split); step++) {
+                const int64_t head = kv_head * group + step % group, block = split * blocks_per_split + step / group;
                 const int64_t first = block * QUERY_BLOCK,
                               row_start = (batch * shape.heads + head) * shape.num_queries + first;
                 const int64_t count = shape.num_queries - first < QUERY_BLOCK ? shape.num_queries - first : QUERY_BLOCK;
@@ -305,7 +306,7 @@ extern "C" void memtx_attention_backward(const float *q, const float *k, const f
                     float sum = 0.0f;
                     row_lse[m] = 0.0f;
                     if (m < count) {
-                        /* A query that sees nothing has no weights to be measured. */
+                        /* A fully masked query has no weights. */
                         row_lse[m] = lse[row_start + m] == -INFINITY ? 0.0f : lse[row_start + m] * LOG2E;
                         for (int64_t d = 0; d < width; d++)
                             sum += grad_out_block[m * sg.token + d] * out_block[m * so.token + d];
@@ -324,20 +325,20 @@ extern "C" void memtx_attention_backward(const float *q, const float *k, const f
                         matmul(n, QUERY_BLOCK, width, v_head + low * sv.token, sv.token, 1, grad_out_t, QUERY_BLOCK,
                                grad_scores, QUERY_BLOCK, false);
                         for (int w = 0; w < QUERY_BLOCK; w += LANES) {
-                            const Vector base = *(Vector *)(row_lse + w), less = *(Vector *)(delta + w);
+                            const Vector base = *(Vector *)(row_lse + w), row_delta = *(Vector *)(delta + w);
                             for (int64_t i = 0; i < n; i++) {
                                 Vector *weight = (Vector *)(weights + i * QUERY_BLOCK + w);
-                                Vector *moved = (Vector *)(grad_scores + i * QUERY_BLOCK + w);
+                                Vector *grad_score = (Vector *)(grad_scores + i * QUERY_BLOCK + w);
                                 *weight = vector_exp2(*weight - base);
-                                *moved = *weight * (*moved * scale - less);
+                                *grad_score = *weight * (*grad_score * scale - row_delta);
                             }
                         }
                         matmul(width, QUERY_BLOCK, n, k_head + low * sk.token, 1, sk.token, grad_scores, QUERY_BLOCK,
                                acc, QUERY_BLOCK, true);
                         matmul(n, width, count, weights, QUERY_BLOCK, 1, grad_out_block, sg.token,
-                               to_values + low * sdv.token, sdv.token, true);
+                               dv_head + low * sdv.token, sdv.token, true);
                         matmul(n, width, count, grad_scores, QUERY_BLOCK, 1, q_block, sq.token,
-                               to_keys + low * sdk.token, sdk.token, true);
+                               dk_head + low * sdk.token, sdk.token, true);
                     }
                 }
                 float *dst = dq + batch * sdq.batch + head * sdq.head + first * sdq.token;

@@ -1,10 +1,10 @@
-"""The bands' backward pass in bfloat16 by plain matrix products, which CPUs with bfloat16 units run at full speed.
+"""Backward pass of the bands by plain matrix products in bfloat16, which CPUs with bfloat16 units run at full speed.
 
-The weights are made again from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1.2). A product in bfloat16 is
-summed in float32 but rounded to 8 bits on leaving, which for a large score would spoil its weight. So a level is taken
-off within the product, by two more columns, such that what is left is near 0, and its rounding with it, where a
-query's weight lies: the log-sum-exp less about the entropy of the weights. The same columns take the
-balance ``grad_out . out`` off the weights' gradients.
+The weights are recomputed from the log-sum-exp (FlashAttention-2, Dao 2023, section 3.1.2). A bfloat16 product is
+accumulated in float32 but rounded to 8 bits, which would spoil the weight of a large score. Two additional columns
+therefore subtract a level inside the product, so that the result, and its rounding error, is near 0 where most of a
+query's weight lies: the log-sum-exp minus about the entropy of the weights. The same columns subtract the delta
+``grad_out . out`` from the gradients of the weights.
 """
 
 from __future__ import annotations
@@ -16,89 +16,81 @@ import torch
 from torch import Tensor
 
 from memtx.ops.attention.block_plan import Band
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu import cpu_info
 
 
 @cache
 def is_faster() -> bool:
-    """Return whether the CPU multiplies bfloat16 natively; else the fused kernel is the better way."""
-    return bf16.is_cpu_bf16_fast() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Return True if the CPU multiplies bfloat16 natively; otherwise the fused kernel is faster."""
+    return cpu_info.is_cpu_bf16_fast() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _append_split_column(x: Tensor, column: Tensor) -> Tensor:
-    """Return x (..., n, head_dim) with two columns that add up to ``column`` (..., n) float32."""
+    """Append two columns to x (..., n, head_dim) that add up to ``column`` (..., n) float32."""
     high = column.to(x.dtype)
     low = (column - high.float()).to(x.dtype)
     return torch.cat([x, high[..., None], low[..., None]], dim=-1)
 
 
 def _estimate_entropy_bits(q: Tensor, k: Tensor, lse: Tensor, bands: list[Band], scale: float) -> Tensor:
-    """Return whole n such that a query's weights are about 2^-n each: a guess of their entropy in bits.
+    """Return integers n such that a query's weights are about 2^-n each: an estimate of their entropy in bits.
 
-    Were scores normal, of n keys seen with mean m, the entropy would be 2 log n - (lse - m). Whatever it is, only
-    rounding depends on it.
+    For normally distributed scores of n keys with mean m the entropy is 2 log n - (lse - m). A wrong estimate affects
+    rounding only.
     """
     count = torch.zeros(q.shape[0], 1, q.shape[2], device=q.device)
     for band in bands:
         count[:, :, band.query_start : band.query_stop] += (band.mask == 0).sum(-1)
-    most = count.clamp(min=1).log()
-    middle = k.float().mean(2).repeat_interleave(q.shape[1] // k.shape[1], dim=1)[..., None]
-    mean = (q.float() @ middle)[..., 0] * scale
-    guess = (2 * most - lse + mean).clamp(min=0)
-    return (torch.minimum(guess, most) / math.log(2)).round()
+    max_entropy = count.clamp(min=1).log()
+    mean_key = k.float().mean(2).repeat_interleave(q.shape[1] // k.shape[1], dim=1)[..., None]
+    mean_score = (q.float() @ mean_key)[..., 0] * scale
+    entropy = (2 * max_entropy - lse + mean_score).clamp(min=0)
+    return (torch.minimum(entropy, max_entropy) / math.log(2)).round()
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    grad_out: Tensor,
-    bands: list[Band],
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, grad_out: Tensor, bands: list[Band], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k and v, added up over the bands in float32.
+    """Compute the gradients of q, k and v (bfloat16), accumulated over bands without bias in float32.
 
-    Args:
-        q: (rows, heads, queries, head_dim) bfloat16.
-        k: (rows, kv_heads, keys, head_dim).
-        v: (rows, kv_heads, keys, head_dim).
-        lse: (rows, heads, queries) float32, finite.
-        delta: (rows, heads, queries) float32, what is taken off each gradient of a weight.
-        grad_out: (rows, heads, queries, head_dim).
-        bands: the bands, their masks nothing but 0 and minus infinity.
-        scale: factor of the scores.
+    Shapes are those of :func:`memtx.ops.attention.reference.attend`. ``lse`` (finite) and ``delta``, which is
+    subtracted from the gradients of the weights, are ``(batch, heads, queries)`` float32.
     """
-    rows, heads, _, head_dim = q.shape
+    batch_size, heads, _, head_dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    batch = rows * kv_heads
+    num_sequences = batch_size * kv_heads
 
-    def of_queries(x: Tensor) -> Tensor:
-        return x.reshape(batch, group, *x.shape[2:])
+    def group_heads(x: Tensor) -> Tensor:
+        return x.reshape(num_sequences, group, *x.shape[2:])
 
-    one = k.new_full((*k.shape[:3], 2), -1.0)
+    minus_one = k.new_full((*k.shape[:3], 2), -1.0)
     level = _estimate_entropy_bits(q, k, lse, bands, scale)
-    asks = of_queries(_append_split_column(q, (lse - level * math.log(2)) / scale))
-    # By a power of two, so nothing is rounded: the weights below are 2^level times too large.
-    less = torch.exp2(-level)
-    told = of_queries(_append_split_column(grad_out * less.to(q.dtype)[..., None], delta * less))
-    keys, values = (torch.cat([x, one], dim=-1).flatten(0, 1) for x in (k, v))
-    grads = [torch.zeros(*x.shape[:-1], head_dim, dtype=torch.float32, device=x.device) for x in (asks, keys, values)]
+    all_q = group_heads(_append_split_column(q, (lse - level * math.log(2)) / scale))
+    # A power of two rounds nothing: the weights below are 2^level times too large.
+    factor = torch.exp2(-level)
+    all_grad_out = group_heads(_append_split_column(grad_out * factor.to(q.dtype)[..., None], delta * factor))
+    all_k, all_v = (torch.cat([x, minus_one], dim=-1).flatten(0, 1) for x in (k, v))
+    grad_q, grad_k, grad_v = (
+        torch.zeros(*x.shape[:-1], head_dim, dtype=torch.float32, device=x.device) for x in (all_q, all_k, all_v)
+    )
     for band in bands:
-        size = (band.query_stop - band.query_start, band.key_stop - band.key_start)
-        at, met = slice(band.query_start, band.query_stop), slice(band.key_start, band.key_stop)
-        ask, tell = (x[:, :, at].reshape(batch, group * size[0], -1) for x in (asks, told))
-        key, value = keys[:, met], values[:, met]
-        weights = q.new_empty(rows, heads, *size).copy_(band.mask).view(batch, group * size[0], size[1])
-        weights.baddbmm_(ask, key.transpose(1, 2), alpha=scale).exp_()
-        grads[2][:, met] += torch.bmm(weights.transpose(1, 2), tell[..., :head_dim])
-        weights.mul_(torch.bmm(tell, value.transpose(1, 2)))
-        grads[0][:, :, at] += torch.bmm(weights, key[..., :head_dim]).view(batch, group, size[0], head_dim)
-        grads[1][:, met] += torch.bmm(weights.transpose(1, 2), ask[..., :head_dim])
+        num_queries, num_keys = band.query_stop - band.query_start, band.key_stop - band.key_start
+        queries, keys = slice(band.query_start, band.query_stop), slice(band.key_start, band.key_stop)
+        band_q, band_grad_out = (
+            x[:, :, queries].reshape(num_sequences, group * num_queries, -1) for x in (all_q, all_grad_out)
+        )
+        band_k, band_v = all_k[:, keys], all_v[:, keys]
+        weights = q.new_empty(batch_size, heads, num_queries, num_keys).copy_(band.mask)
+        weights = weights.view(num_sequences, group * num_queries, num_keys)
+        weights.baddbmm_(band_q, band_k.transpose(1, 2), alpha=scale).exp_()
+        grad_v[:, keys] += torch.bmm(weights.transpose(1, 2), band_grad_out[..., :head_dim])
+        grad_scores = weights.mul_(torch.bmm(band_grad_out, band_v.transpose(1, 2)))
+        band_grad_q = torch.bmm(grad_scores, band_k[..., :head_dim])
+        grad_q[:, :, queries] += band_grad_q.view(num_sequences, group, num_queries, head_dim)
+        grad_k[:, keys] += torch.bmm(grad_scores.transpose(1, 2), band_q[..., :head_dim])
     return (
-        grads[0].mul_(scale).to(q.dtype).view(q.shape),
-        grads[1].mul_(scale).to(k.dtype).view(k.shape),
-        grads[2].to(v.dtype).view(v.shape),
+        grad_q.mul_(scale).to(q.dtype).view(q.shape),
+        grad_k.mul_(scale).to(k.dtype).view(k.shape),
+        grad_v.to(v.dtype).view(v.shape),
     )

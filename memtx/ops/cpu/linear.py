@@ -1,8 +1,8 @@
-"""Linear maps in float32 on CPUs where the library behind ``F.linear`` leaves half of the vectors' width unused.
+"""Linear maps in float32 on CPUs where the library behind ``F.linear`` uses half of the vector width.
 
-MKL runs kernels of 256 bits on AMD processors with AVX-512. oneDNN, which torch has too, runs 512 there, but in
-float32 torch asks it by no linear map of its own: only what its compiler writes does, through an operator that is
-asked here as well. Weights and inputs are read as they lie; the gradient of the weights copies its two factors.
+On AMD processors with AVX-512, MKL runs 256-bit kernels and oneDNN 512-bit ones. In float32 torch calls oneDNN only
+from compiled code, by an operator that this file calls too. Weights and inputs are read without a copy; the gradient
+of the weight copies its two factors.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from torch.nn import functional as F
 from memtx.ops.cpu import cpu_info
 
 MIN_MULTIPLY_ADDS = 1 << 21
-"""Multiply-adds from which on it pays: below, a call's own cost counts."""
+"""Minimum number of multiply-adds for oneDNN; below, the overhead of the call dominates."""
 
 
 @cache
 def is_onednn_faster() -> bool:
-    """Return whether this is an AMD processor with AVX-512, as torch uses it, and torch has the operators."""
-    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
-    fit = has and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return bool(fit) and cpu_info.read_cpu_info().get("vendor_id") == "AuthenticAMD"
+    """Return True on AMD processors with AVX-512, if torch uses it and has the oneDNN operators."""
+    has_operators = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
+    has_avx512 = has_operators and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return bool(has_avx512) and cpu_info.read_cpu_info().get("vendor_id") == "AuthenticAMD"
 
 
 @cache
 def is_onednn_weight_grad_faster() -> bool:
-    """Return whether 512 bits are multiplied at once: what is gained on weights' gradients outweighs their copies.
+    """Return True if the CPU has full 512-bit units, whose gain for weight gradients outweighs the copies.
 
-    A Zen 4 (family 25) takes two turns for them; there oneDNN without copies was no faster than MKL.
+    Zen 4 (family 25) needs two cycles per operation, and there oneDNN is no faster than MKL even without copies.
     """
     family = cpu_info.read_cpu_info().get("cpu family", "")
     return family.isdecimal() and int(family) >= 26
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight' + bias; the weight may be a transposed view, x is copied where it is one."""
+    """Return x weight' + bias; the weight may be a transposed view, a transposed x is copied."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
@@ -53,15 +53,16 @@ class _OneDNNLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        told, rows = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        flat_grad, flat_x = grad_output.reshape(-1, grad_output.shape[-1]), x.reshape(-1, x.shape[-1])
         grad_weight = None
-        if for_weight and is_onednn_weight_grad_faster():
-            factors = told.to_mkldnn(), rows.to_mkldnn()
+        if needs_weight and is_onednn_weight_grad_faster():
+            factors = flat_grad.to_mkldnn(), flat_x.to_mkldnn()
             grad_weight = torch.ops.aten.mkldnn_linear_backward_weights(*factors, weight, False)[0]
-        elif for_weight:
-            grad_weight = told.T @ rows
-        return _onednn_linear(grad_output, weight.T) if for_x else None, grad_weight, told.sum(0) if for_bias else None
+        elif needs_weight:
+            grad_weight = flat_grad.T @ flat_x
+        grad_x = _onednn_linear(grad_output, weight.T) if needs_x else None
+        return grad_x, grad_weight, flat_grad.sum(0) if needs_bias else None
 
 
 def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -76,16 +77,7 @@ def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight' + bias as ``F.linear`` does, the faster way of the processor.
-
-    Args:
-        x: (..., width).
-        weight: (out, width).
-        bias: (out,), or None.
-
-    Returns:
-        (..., out).
-    """
+    """Compute ``F.linear`` by the faster library for this CPU."""
     if not _should_use_onednn(x, weight):
         return F.linear(x, weight, bias)
     out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
@@ -93,12 +85,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def accumulate_weight_grad(weight_grad: Tensor, inputs: Tensor, grad_output: Tensor) -> None:
-    """Add left' right to a total in place, without gradient: a part of the gradient of weights.
+    """Add inputs' grad_output to ``weight_grad`` in place, without autograd.
 
     Args:
-        weight_grad: (width, out); faster where the longer of the two lies along memory.
-        inputs: (rows, width).
-        grad_output: (rows, out).
+        weight_grad: ``(in_features, out_features)``; faster if the longer dimension is contiguous.
+        inputs: ``(tokens, in_features)``.
+        grad_output: ``(tokens, out_features)``.
     """
     if _should_use_onednn(inputs.T, grad_output.T):
         weight_grad += _onednn_linear(inputs.T, grad_output.T)
@@ -109,8 +101,8 @@ def accumulate_weight_grad(weight_grad: Tensor, inputs: Tensor, grad_output: Ten
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` in everything but who makes its products: :func:`linear`."""
+    """``nn.Linear`` computed by :func:`linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., in_features) to (..., out_features)."""
+        """Map ``(..., in_features)`` to ``(..., out_features)``."""
         return linear(x, self.weight, self.bias)

@@ -1,7 +1,7 @@
-"""What the C library does with memory that is given back: kept for the process, where glibc is the library.
+"""Freed memory kept by the process, where glibc allocates.
 
-By default glibc gives the end of its heap back to the system at once, and a training step, which frees and takes the
-same hundreds of MiB, has their pages cleared anew: some 20,000 page faults a step of a small model.
+By default glibc returns the end of its heap to the system at once, so a training step, which frees and allocates the
+same hundreds of MiB, has these pages cleared again: about 20,000 page faults per step of a small model.
 """
 
 from __future__ import annotations
@@ -18,38 +18,34 @@ _DEFAULT_SETTINGS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_THRESHOLD: 128 << 10, _MM
 
 
 def _load_glibc() -> ctypes.CDLL | None:
-    """Return glibc; None where another library allocates, or the user's environment chooses."""
-    chosen = {name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"}
-    if chosen or sys.platform != "linux":
+    """Return glibc; None with another C library, or if environment variables configure malloc."""
+    is_configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if is_configured or sys.platform != "linux":
         return None
     library = ctypes.CDLL(None)
     return library if hasattr(library, "gnu_get_libc_version") else None
 
 
 def _set_mallopt(settings: dict[int, int]) -> bool:
-    """Set parameters of mallopt; return whether it was done."""
+    """Set parameters of mallopt; return True on success."""
     library = _load_glibc()
     return library is not None and all(library.mallopt(name, value) for name, value in settings.items())
 
 
 def retain_freed_memory(*, include_large_blocks: bool = False) -> bool:
-    """Have freed memory kept for what is allocated next.
+    """Keep freed memory for later allocations; return True on success.
 
-    The process stays as large as it was at its largest. Blocks of more than 32 MiB, the most that glibc lets a program
-    say, are taken from the system one by one and given back as ever.
+    The process stays at its peak size. Blocks above 32 MiB, glibc's limit for this setting, are still allocated from
+    the system and returned to it one by one.
 
     Args:
-        include_large_blocks: keep those as well; they may leave holes that the next ones do not fit into: for
-            measuring.
-
-    Returns:
-        whether it was done.
+        include_large_blocks: If True, keep those as well, for measurements; they may fragment the heap.
     """
     return _set_mallopt(_RETAIN_SETTINGS | ({_MMAP_MAX: 0} if include_large_blocks else {}))
 
 
 def release_freed_memory() -> bool:
-    """Have freed memory given back again, what is free now at once; return whether it was done."""
+    """Restore glibc's defaults and return free memory to the system; return True on success."""
     done = _set_mallopt(_DEFAULT_SETTINGS)
     if done:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,12 +1,14 @@
-"""Bands and gathered blocks through the CPU's fused kernel: ``scaled_dot_product_attention``'s, by its own name.
+"""Bands and random blocks by the CPU's fused kernel, the one behind ``scaled_dot_product_attention``.
 
-Only by that name it gives its log-sum-exp, by which the ranges of a block are joined. The backward pass hands
-the joined output and log-sum-exp to the fused backward of every range, which is what makes each range's gradient
-the exact one (the trick of ring attention, Liu et al. 2023, section 3).
+Called by its own name it returns the log-sum-exp, by which the key ranges of a block are merged. The backward pass
+gives the merged output and log-sum-exp to the fused backward of every range, which makes each range's gradient exact
+(as in ring attention, Liu et al. 2023, section 3).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -14,10 +16,95 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.block_plan import Band
-from memtx.ops.attention.combine import merge_attention
-from memtx.ops.attention.key_bias import PAD_COLUMNS
+from memtx.ops.attention.combine import PAD_COLUMNS, merge_attention
+from memtx.ops.attention.mask import Visibility
+from memtx.ops.attention.sparse import find_key_blocks
 from memtx.ops.cpu import bf16_backward
-from memtx.ops.cpu.gathered_blocks import GatheredBlocks
+
+
+@dataclass(frozen=True)
+class GatheredBlocks:
+    """Random blocks laid out for the fused kernel: every query block is a batch entry of its own.
+
+    Keys are gathered before the kernel and freed after it, forward and backward, and the mask has one line for all
+    queries of a block unless a document starts or ends in it: nothing as large as the scores is stored.
+
+    Attributes:
+        block_size: Number of queries, and of keys, per block.
+        first_key: Index of the first key of key block 0.
+        num_query_blocks: Number of query blocks per sequence.
+        num_key_blocks: Number of key blocks per sequence.
+        indices: ``(batch * num_query_blocks * heads * r,)`` int64, key blocks among those of all sequences and heads.
+        mask: ``(batch * num_query_blocks, heads, block_size, r * block_size)``, the additive mask, possibly expanded.
+        fully_masked: ``(batch * num_query_blocks, block_size, heads)`` bool, True for queries that see none of the
+            keys.
+    """
+
+    block_size: int
+    first_key: int
+    num_query_blocks: int
+    num_key_blocks: int
+    indices: Tensor
+    mask: Tensor
+    fully_masked: Tensor
+
+    def split_queries(self, x: Tensor) -> Tensor:
+        """Reshape (batch, heads, queries, width) to (batch * num_query_blocks, heads, block_size, width)."""
+        batch_size, heads, queries, width = x.shape
+        x = F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, self.num_query_blocks * self.block_size - queries))
+        return x.reshape(batch_size * self.num_query_blocks, self.block_size, heads, width).transpose(1, 2)
+
+    def join_queries(self, x: Tensor, num_queries: int) -> Tensor:
+        """Reshape (batch * num_query_blocks, block_size, heads, ...) to (batch, queries, heads, ...)."""
+        return x.reshape(-1, self.num_query_blocks * self.block_size, *x.shape[2:])[:, :num_queries]
+
+    def gather_keys(self, x: Tensor) -> Tensor:
+        """Gather (batch, kv_heads, keys, width) to (batch * num_query_blocks, heads, r * block_size, width)."""
+        batch_size, kv_heads, keys, width = x.shape
+        x = F.pad(x[:, :, self.first_key :], (0, 0, 0, self.num_key_blocks * self.block_size - keys + self.first_key))
+        x = x.view(batch_size, kv_heads, self.num_key_blocks, self.block_size, width).transpose(1, 2)
+        x = x.reshape(-1, self.block_size * width).index_select(0, self.indices)
+        return x.view(*self.mask.shape[:2], -1, width)
+
+    def scatter_add_keys(self, grad_keys: Tensor, x: Tensor) -> None:
+        """Add x, shaped as by :meth:`gather_keys`, in place to the keys it was gathered from."""
+        batch_size, kv_heads, keys, width = grad_keys.shape
+        total = x.new_zeros(batch_size * self.num_key_blocks * kv_heads, self.block_size * width)
+        total.index_add_(0, self.indices, x.reshape(-1, self.block_size * width))
+        total = total.view(batch_size, self.num_key_blocks, kv_heads, self.block_size, width).transpose(1, 2)
+        grad_keys[:, :, self.first_key :] += total.flatten(2, 3)[:, :, : keys - self.first_key]
+
+
+def get_gathered_blocks(q: Tensor, k: Tensor, visibility: Visibility, dtype: torch.dtype) -> GatheredBlocks:
+    """Return the layout of a visibility's random blocks for q and k, with a mask of ``dtype``; cached."""
+    batch_size, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
+
+    def build() -> GatheredBlocks:
+        pattern, blocks = visibility.pattern, find_key_blocks(visibility)
+        assert pattern is not None
+        size, num_key_blocks = pattern.block_size, blocks.num_key_blocks
+        table = blocks.table.expand(heads, -1, -1).transpose(0, 1)  # (num_query_blocks, heads, r)
+        head = torch.arange(heads, device=table.device)[:, None] * kv_heads // heads
+        sequence = torch.arange(batch_size, device=table.device)[:, None, None, None]
+        indices = (sequence * num_key_blocks * kv_heads + table * kv_heads + head).flatten()
+        visible = blocks.mask.transpose(1, 2).expand(batch_size, -1, heads, -1, -1).flatten(0, 1)
+        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
+        fully_masked = (~visible.any(-1)).expand(-1, -1, size).transpose(1, 2)
+        mask = mask.expand(-1, -1, size, -1)
+        return GatheredBlocks(size, pattern.first_key, table.shape[0], num_key_blocks, indices, mask, fully_masked)
+
+    return visibility.memo(("gathered", batch_size, heads, kv_heads, dtype), build)
+
+
+def _attend_masked(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, fully_masked: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return output (batch, queries, heads, head_dim) and log-sum-exp (batch, queries, heads) of one fused call."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=mask, scale=scale
+    )
+    # The kernel returns 0 for fully masked queries; the correct value is minus infinity.
+    return out.transpose(1, 2), lse.transpose(1, 2).masked_fill(fully_masked, float("-inf"))
 
 
 class _BandedSDPA(torch.autograd.Function):
@@ -25,42 +112,29 @@ class _BandedSDPA(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bands: list[Band], gathered: GatheredBlocks | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        rows, heads, queries, _ = q.shape
-        # Laid out as (rows, queries, heads, head_dim), which the projection after it reads without a copy.
-        out = q.new_zeros(rows, queries, heads, v.shape[-1]).transpose(1, 2)
-        kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.full((rows, queries, heads), float("-inf"), dtype=kind, device=q.device)
-        at = 0
-        while at < len(bands):
-            start, stop = bands[at].query_start, bands[at].query_stop
+        batch_size, heads, queries, _ = q.shape
+        # In memory (batch, queries, heads, head_dim), which the output projection reads without a copy.
+        out = q.new_zeros(batch_size, queries, heads, v.shape[-1])
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        lse = torch.full((batch_size, queries, heads), float("-inf"), dtype=dtype, device=q.device)
+        for (start, stop), block in groupby(bands, key=lambda band: (band.query_start, band.query_stop)):
             parts = []
-            while at < len(bands) and bands[at].query_start == start:
-                band = bands[at]
-                part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q[:, :, start:stop], k[:, :, band.key_start : band.key_stop],
-                    v[:, :, band.key_start : band.key_stop], 0.0, False, attn_mask=band.mask, scale=scale,
-                )  # fmt: skip
-                # The kernel gives 0 for a query that sees nothing; the truth is minus infinity.
-                part_lse = part_lse.transpose(1, 2).masked_fill(band.fully_masked, float("-inf"))
-                parts.append((part.transpose(1, 2), part_lse))
-                at += 1
-            joined, joined_lse = merge_attention(parts)
-            out[:, :, start:stop] = joined.transpose(1, 2)
-            lse[:, start:stop] = joined_lse
+            for band in block:
+                keys = slice(band.key_start, band.key_stop)
+                parts.append(
+                    _attend_masked(
+                        q[:, :, start:stop], k[:, :, keys], v[:, :, keys], band.mask, band.fully_masked, scale
+                    )
+                )
+            out[:, start:stop], lse[:, start:stop] = merge_attention(parts)
         if gathered is not None:
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                gathered.split_queries(q),
-                gathered.gather_keys(k),
-                gathered.gather_keys(v),
-                0.0,
-                False,
-                attn_mask=gathered.mask,
-                scale=scale,
-            )
-            part_lse = part_lse.transpose(1, 2).masked_fill(gathered.fully_masked, float("-inf"))
-            others = gathered.join_queries(part.transpose(1, 2), queries), gathered.join_queries(part_lse, queries)
-            joined, lse = merge_attention([(out.transpose(1, 2), lse), others])
-            out = joined.transpose(1, 2)
+            block_out, block_lse = _attend_masked(
+                gathered.split_queries(q), gathered.gather_keys(k), gathered.gather_keys(v), gathered.mask,
+                gathered.fully_masked, scale,
+            )  # fmt: skip
+            random_part = gathered.join_queries(block_out, queries), gathered.join_queries(block_lse, queries)
+            out, lse = merge_attention([(out, lse), random_part])
+        out = out.transpose(1, 2)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.bands, ctx.gathered, ctx.scale = bands, gathered, scale
         ctx.set_materialize_grads(False)
@@ -74,69 +148,60 @@ class _BandedSDPA(torch.autograd.Function):
             if grad_lse is None:
                 return None, None, None, None, None, None
             grad_out = torch.zeros_like(out)
-        # A query that saw nothing anywhere has weights exp(-inf - 0) = 0.
-        finite = lse.masked_fill(lse == float("-inf"), 0.0)
+        # The weights of a fully masked query are exp(-inf - 0) = 0.
+        lse = lse.masked_fill(lse == float("-inf"), 0.0).transpose(1, 2)
         plain = ctx.gathered is None and not any(band.has_bias for band in ctx.bands)
         if q.dtype == torch.bfloat16 and plain and bf16_backward.is_faster():
-            balance = (grad_out.float() * out.float()).sum(-1)
-            balance = balance if grad_lse is None else balance - grad_lse
-            grads = bf16_backward.backward(q, k, v, finite.transpose(1, 2), balance, grad_out, ctx.bands, ctx.scale)
-            return *grads, None, None, None
+            delta = (grad_out.float() * out.float()).sum(-1)
+            delta = delta if grad_lse is None else delta - grad_lse
+            return *bf16_backward.backward(q, k, v, lse, delta, grad_out, ctx.bands, ctx.scale), None, None, None
         head_dim = q.shape[-1]
         if grad_lse is not None:
-            # The gradient of a score is weight * (grad_out v' - grad_out out' + grad_lse), and the kernel makes
-            # all but the last term. A column that is 0 in v, 1 in grad_out and -grad_lse in out adds just that.
+            # The gradient of a score is weight * (grad_out v' - grad_out out' + grad_lse); the kernel computes all but
+            # the last term. A column of 0 in v, 1 in grad_out and -grad_lse in out adds it.
             q, k, v, out, grad_out = (F.pad(x, (0, PAD_COLUMNS)) for x in (q, k, v, out, grad_out))
             grad_out[..., head_dim] = 1.0
             out[..., head_dim] = -grad_lse
-        grad_q, grad_k, grad_v = (
+        grads = tuple(
             torch.zeros_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for x in (q, k, v)
         )
         for band in ctx.bands:
-            rows, keys = slice(band.query_start, band.query_stop), slice(band.key_start, band.key_stop)
-            gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows],
-                finite[:, rows].transpose(1, 2), 0.0, False, attn_mask=band.mask, scale=ctx.scale,
+            queries, keys = slice(band.query_start, band.query_stop), slice(band.key_start, band.key_stop)
+            band_grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out[:, :, queries], q[:, :, queries], k[:, :, keys], v[:, :, keys], out[:, :, queries],
+                lse[:, :, queries], 0.0, False, attn_mask=band.mask, scale=ctx.scale,
             )  # fmt: skip
-            grad_q[:, :, rows] += gq
-            grad_k[:, :, keys] += gk
-            grad_v[:, :, keys] += gv
+            for grad, band_grad, tokens in zip(grads, band_grads, (queries, keys, keys), strict=True):
+                grad[:, :, tokens] += band_grad
         if ctx.gathered is not None:
-            _add_gathered_grads(ctx.gathered, (grad_out, q, k, v, out, finite), (grad_q, grad_k, grad_v), ctx.scale)
+            _add_gathered_grads(ctx.gathered, (grad_out, q, k, v, out, lse), grads, ctx.scale)
         if grad_lse is not None:
-            grad_q, grad_k, grad_v = (x[..., :head_dim] for x in (grad_q, grad_k, grad_v))
-        return grad_q, grad_k, grad_v, None, None, None
+            grads = tuple(grad[..., :head_dim] for grad in grads)
+        return *grads, None, None, None
 
 
 def _add_gathered_grads(
     gathered: GatheredBlocks, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], scale: float
 ) -> None:
-    """Add the gathered blocks' gradients to those of the bands."""
+    """Add the gradients of the gathered blocks to those of the bands."""
     grad_out, q, k, v, out, lse = saved
-    queries = q.shape[2]
-    gq, gk, gv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         gathered.split_queries(grad_out), gathered.split_queries(q), gathered.gather_keys(k), gathered.gather_keys(v),
-        gathered.split_queries(out), gathered.split_queries(lse.transpose(1, 2)[..., None])[..., 0], 0.0, False,
+        gathered.split_queries(out), gathered.split_queries(lse[..., None])[..., 0], 0.0, False,
         attn_mask=gathered.mask, scale=scale,
     )  # fmt: skip
-    grads[0].transpose(1, 2).add_(gathered.join_queries(gq.transpose(1, 2), queries))
-    gathered.scatter_add_keys(grads[1], gk)
-    gathered.scatter_add_keys(grads[2], gv)
+    grads[0].transpose(1, 2).add_(gathered.join_queries(grad_q.transpose(1, 2), q.shape[2]))
+    gathered.scatter_add_keys(grads[1], grad_k)
+    gathered.scatter_add_keys(grads[2], grad_v)
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, bands: list[Band], scale: float, gathered: GatheredBlocks | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp, both with gradient; shapes as in the reference, on the CPU only.
+    """Compute attention and its log-sum-exp over bands and gathered blocks, both with gradient.
 
-    Args:
-        q: (rows, heads, queries, head_dim).
-        k: (rows, kv_heads, keys, head_dim).
-        v: (rows, kv_heads, keys, head_dim).
-        bands: the bands.
-        scale: factor of the scores.
-        gathered: blocks of keys that are seen besides.
+    Shapes are those of :func:`memtx.ops.attention.reference.attend`.
     """
     out, lse = _BandedSDPA.apply(q, k, v, bands, gathered, scale)  # type: ignore[no-untyped-call]
     return out, lse

@@ -63,7 +63,11 @@ class LanguageDistillation:
         def loss_fn(output: MemoryOutput, part: slice) -> Losses:
             assert output.hidden_states is not None
             outputs = collect_language_outputs(
-                student, output.hidden_states, batch.labels[:, part], batch.document_starts[:, part], output.language_loss
+                student,
+                output.hidden_states,
+                batch.labels[:, part],
+                batch.document_starts[:, part],
+                output.language_loss,
             )
             return self.distillation.compute_losses(outputs, teacher_outputs(part), progress)
 

@@ -79,9 +79,7 @@ class ModelDims:
         if isinstance(backbone, MemoryTransformer):
             attention = get_blocks(backbone)[0].attention
             width, classes = attention.heads * attention.head_dim, backbone.vocab_size
-            return cls(
-                name, backbone.dim, backbone.depth, attention.heads, width, classes, has_attention_maps=False
-            )
+            return cls(name, backbone.dim, backbone.depth, attention.heads, width, classes, has_attention_maps=False)
         raise MemtxError(
             f"A {name} can be neither teacher nor student.", "Use an Encoder, a task model or a MemoryTransformer."
         )

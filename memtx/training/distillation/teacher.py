@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import from_pretrained
 from memtx.errors import CheckpointError, MemtxError
-from memtx.hf.load import from_pretrained
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.cpu.bf16 import is_bf16_slow
+from memtx.ops.cpu.cpu_info import is_bf16_slow
 
 
 @dataclass(frozen=True)

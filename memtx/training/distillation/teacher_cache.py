@@ -197,6 +197,7 @@ class LogitTable(_LogitFile):
             head: Computes logits ``(n, vocab)`` from ``(n, dim)``.
             hidden_states: Outputs of the teacher's last layer, ``(batch, length, dim)``.
         """
-        chunks = (token_indices.flatten().split(CHUNK_SIZE), hidden_states.flatten(0, 1).split(CHUNK_SIZE))
-        for indices, hidden in zip(*chunks, strict=True):
-            self.put(indices, *top_k_logits(head(hidden), self.top_k))
+        indices, hidden = token_indices.flatten(), hidden_states.flatten(0, 1)
+        for start in range(0, len(indices), CHUNK_SIZE):
+            part = slice(start, start + CHUNK_SIZE)
+            self.put(indices[part], *top_k_logits(head(hidden[part]), self.top_k))

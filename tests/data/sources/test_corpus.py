@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.data.sources.corpus import Corpus, open_corpus
+from memtx.data.sources.base import Corpus
+from memtx.data.sources.corpus import open_corpus
 from memtx.errors import DataError
 
 
@@ -27,7 +28,7 @@ def test_the_layout_of_pg19(tmp_path: Path) -> None:
 
 
 def joined(corpus: Corpus) -> str:
-    return "".join(one.read() for split in ("train", "validation", "test") for one in corpus.splits[split])
+    return "".join(one.read() for split in ("train", "validation", "test") for one in corpus.split_parts[split])
 
 
 @settings(deadline=None, max_examples=40)
@@ -55,12 +56,12 @@ def test_a_folder_deals_whole_documents_by_name(tmp_path: Path) -> None:
         (tmp_path / "deep" / f"{number}.md").write_text(f"text {number}")
     (tmp_path / ".hidden.txt").write_text("not this")
     first = open_corpus(tmp_path)
-    assert {name: len(documents) for name, documents in first.splits.items()} == {
+    assert {name: len(documents) for name, documents in first.split_parts.items()} == {
         "train": 36,
         "validation": 2,
         "test": 2,
     }
-    ids = [one.id for documents in first.splits.values() for one in documents]
+    ids = [one.id for documents in first.split_parts.values() for one in documents]
     assert sorted(ids) == sorted(f"deep/{number}.md" for number in range(40))
     assert open_corpus(tmp_path) == first
 
@@ -68,7 +69,7 @@ def test_a_folder_deals_whole_documents_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("root", ["embedded", "embedded+sources"])
 def test_embedded_is_disjoint_and_repeatable(root: str) -> None:
     corpus = open_corpus(root)
-    ids = [one.id for documents in corpus.splits.values() for one in documents]
+    ids = [one.id for documents in corpus.split_parts.values() for one in documents]
     assert len(ids) == len(set(ids))
     assert all(corpus.get_split(name) for name in ("train", "validation", "test"))
     assert open_corpus(root) == corpus

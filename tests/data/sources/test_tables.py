@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.data.sources import tables
-from memtx.data.sources.document import Document, SourcePart
+from memtx.data.sources.base import Document, SourcePart
 from memtx.data.sources.remote_files import list_files
+from memtx.data.sources.tables import TableColumns
 from memtx.errors import DataError
 
 
@@ -34,7 +35,7 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "BLOCK_BYTES", block)
         patch.setattr(tables, "READ_SIZE", chunk)
-        parts = tables.json_lines_parts(list_files(str(path))[0], "text", None) if raw else []
+        parts = tables.json_lines_parts(list_files(str(path))[0], TableColumns()) if raw else []
         found = read(parts)
     assert [one.text for one in found] == lines
     places = [int(one.id.removeprefix("a.jsonl@")) for one in found]
@@ -44,7 +45,7 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
 
 def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b", "n": 7}\n{"text": null, "n": 8}\n'))
-    parts = tables.json_lines_parts(list_files(str(tmp_path / "a.jsonl.gz"))[0], "text", "n")
+    parts = tables.json_lines_parts(list_files(str(tmp_path / "a.jsonl.gz"))[0], TableColumns(id="n"))
     assert len(parts) == 1
     assert [(one.id, one.text) for one in read(parts)] == [("7", "a b"), ("8", "")]
 
@@ -64,7 +65,7 @@ def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
     with pytest.raises(DataError, match=said):
-        read(tables.json_lines_parts(list_files(str(tmp_path))[0], "text", None))
+        read(tables.json_lines_parts(list_files(str(tmp_path))[0], TableColumns()))
 
 
 def test_a_line_too_long_to_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_a_line_too_long_to_be_parsed(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tables, "BLOCK_BYTES", 30)
     long = json.dumps({"text": "x" * 200}) + "\n"
     (tmp_path / "a.jsonl").write_text(long + '{"text": "y"}\n')
-    parts = tables.json_lines_parts(list_files(str(tmp_path))[0], "text", None)
+    parts = tables.json_lines_parts(list_files(str(tmp_path))[0], TableColumns())
     with pytest.raises(DataError, match="byte 0: the line has more than 100 bytes"):
         read(parts[:1])
     # The parts that lie inside the line leave it to the one that it begins in.
@@ -88,17 +89,19 @@ def parquet(path: Path, **columns: Any) -> None:
 def test_parquet_by_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=[f"text {number}" for number in range(7)] + [None], key=list(range(8)))
     (place,) = list_files(str(tmp_path))
-    parts = tables.parquet_parts(place, "text", None)
+    parts = tables.parquet_parts(place, TableColumns())
     assert len(parts) == 3
     assert [(one.id, one.text) for one in read(parts)] == [
         *((f"a.parquet@{number}", f"text {number}") for number in range(7)),
         ("a.parquet@7", ""),
     ]
-    assert [one.id for one in read(tables.parquet_parts(place, "text", "key"))] == [str(number) for number in range(8)]
+    assert [one.id for one in read(tables.parquet_parts(place, TableColumns(id="key")))] == [
+        str(number) for number in range(8)
+    ]
     with pytest.raises(DataError, match=r"no column 'txt', it has text, key\. Did you mean 'text'.*--text-column"):
-        tables.parquet_parts(place, "txt", None)
+        tables.parquet_parts(place, TableColumns("txt"))
     with pytest.raises(DataError, match="row 0: 'key' is a int, expected a text"):
-        read(tables.parquet_parts(place, "key", None))
+        read(tables.parquet_parts(place, TableColumns("key")))
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
@@ -106,4 +109,4 @@ def test_damaged_parquet(tmp_path: Path) -> None:
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[:-9])
     with pytest.raises(DataError, match=r"a\.parquet' could not be read: ArrowInvalid"):
-        tables.parquet_parts(list_files(str(tmp_path))[0], "text", None)
+        tables.parquet_parts(list_files(str(tmp_path))[0], TableColumns())

@@ -13,8 +13,7 @@ from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.copying import SelectiveCopying
 from memtx.data.synthetic_tasks.data_module import SyntheticBatches, SyntheticDataModule, sample_batch
-from memtx.data.synthetic_tasks.overwrite import Overwrite
-from memtx.data.synthetic_tasks.recall import AssociativeRecall
+from memtx.data.synthetic_tasks.recall import AssociativeRecall, Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.errors import CheckpointError, DataError
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.synthetic_tasks.base import QueryMode, SyntheticTask
 from memtx.data.synthetic_tasks.copying import SelectiveCopying
-from memtx.data.synthetic_tasks.overwrite import Overwrite
+from memtx.data.synthetic_tasks.recall import Overwrite
 from memtx.data.synthetic_tasks.tracking import StateTracking
 from memtx.errors import MemtxError
 

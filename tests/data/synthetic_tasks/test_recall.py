@@ -78,8 +78,11 @@ class Remembering:
         self.task, self.reach = task, reach
         self.calls: list[int] = []
 
-    def __call__(self, tokens: Tensor, state: Any = None) -> Said:
-        read, known = state.layers if state is not None else (0, [{} for _ in tokens])
+    def init_state(self, batch_size: int) -> MemoryState:
+        return MemoryState(torch.zeros(batch_size), (0, [{} for _ in range(batch_size)]))
+
+    def __call__(self, tokens: Tensor, state: MemoryState) -> Said:
+        read, known = state.layers
         logits = torch.zeros(*tokens.shape, self.task.vocab_size)
         logits[..., 1 + self.task.num_keys] = 0.5
         for row, line in enumerate(tokens.tolist()):

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORE_INDEX
+from memtx.data.tasks.base import task_from_json, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TrainingBatches, collate, encode_examples
 from memtx.data.tasks.examples import TaggedExample
-from memtx.data.tasks.serialization import task_from_json, task_to_json
 from memtx.data.tasks.tagging import Tagging, extract_spans, find_words
 from memtx.errors import CheckpointError, DataError
 from tests.tasks import KINDS, records, task, tokenizer

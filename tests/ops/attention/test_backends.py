@@ -16,43 +16,44 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memtx.errors import MemtxError
-from memtx.ops.attention import banded, block_plan, blocks, checks, dispatch, flex, reference
+from memtx.ops.attention import banded, block_plan, dispatch, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias
 from memtx.ops.attention.combine import merge_attention
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from tests.ops.attention.strategies import Problem, problems
 
-Answer = tuple[Tensor, ...]
+Solution = tuple[Tensor, ...]
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
-
-def times(visibility: Visibility, row: int, head: int, t: int, j: int) -> int:
-    """How often key j counts for the query at tick t, as the docstrings of Visibility and SparsePattern say it."""
-
-    def of(x: Tensor, index: int, *rest: int) -> int:
-        return int(x[(index if x.shape[0] > 1 else 0, *rest)])
-
-    alive = int(of(visibility.visible_from, row, j) <= t < of(visibility.visible_until, row, j))
-    beside = visibility.pattern
-    if beside is None:
-        return alive
-    within = of(beside.document_start, row, j) <= t < of(beside.document_end, row, j)
-    if (
-        beside.global_queries is not None
-        and t in beside.global_queries[row if beside.global_queries.shape[0] > 1 else 0].tolist()
-    ):
-        return max(alive, int(within))
-    if not within or beside.random_blocks is None or j < beside.first_key:
-        return alive
-    blocks = beside.random_blocks[head if beside.random_blocks.shape[0] > 1 else 0, t // beside.block_size].tolist()
-    found = alive + blocks.count((j - beside.first_key) // beside.block_size)
-    return found if beside.count_duplicates else min(found, 1)
+LSE_BACKENDS: tuple[AttentionBackend, ...] = ("reference", "banded")
 
 
-def added(bias: ScoreBias, row: int, head: int, t: int, j: int) -> float:
-    """The bias of one score."""
-    distance = t - float(bias.key_offset[row if bias.key_offset.shape[0] > 1 else 0, j])
+def select_entry(x: Tensor, index: int) -> Tensor:
+    """Return entry ``index`` of the first dimension, which may be broadcast."""
+    return x[index if x.shape[0] > 1 else 0]
+
+
+def count_key(visibility: Visibility, batch: int, head: int, query: int, key: int) -> int:
+    """Count how often a key counts for a query, by the docstrings of Visibility and SparsePattern."""
+    start, end = (select_entry(x, batch)[key] for x in (visibility.visible_from, visibility.visible_until))
+    in_interval = int(start <= query < end)
+    pattern = visibility.pattern
+    if pattern is None:
+        return in_interval
+    start, end = (select_entry(x, batch)[key] for x in (pattern.document_start, pattern.document_end))
+    in_document = bool(start <= query < end)
+    if pattern.global_queries is not None and query in select_entry(pattern.global_queries, batch).tolist():
+        return max(in_interval, int(in_document))
+    if not in_document or pattern.random_blocks is None or key < pattern.first_key:
+        return in_interval
+    blocks = select_entry(pattern.random_blocks, head)[query // pattern.block_size].tolist()
+    count = in_interval + blocks.count((key - pattern.first_key) // pattern.block_size)
+    return count if pattern.count_duplicates else min(count, 1)
+
+
+def bias_of_pair(bias: ScoreBias, batch: int, head: int, query: int, key: int) -> float:
+    distance = query - float(select_entry(bias.key_offset, batch)[key])
     if isinstance(bias, AlibiBias):
         return -float(bias.slopes[head]) * distance
     column = math.floor(distance) - bias.min_distance
@@ -61,26 +62,28 @@ def added(bias: ScoreBias, row: int, head: int, t: int, j: int) -> float:
     return float(bias.table[head, bias.buckets[min(max(column, 0), len(bias.buckets) - 1)]])
 
 
-def naive(problem: Problem) -> tuple[Tensor, Tensor]:
-    """One query at a time in plain Python: the twin of the reference itself."""
+def naive_attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Compute one query at a time in plain Python, to test the reference itself."""
     q, k, v, visibility = problem.q, problem.k, problem.v, problem.visibility
     group = q.shape[1] // k.shape[1]
     out, lse = torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=q.dtype)
-    for row, head, t in itertools.product(*map(range, q.shape[:3])):
-        keys = [j for j in range(visibility.num_keys) for _ in range(times(visibility, row, head, t, j))]
+    for batch, head, query in itertools.product(*map(range, q.shape[:3])):
+        counts = [count_key(visibility, batch, head, query, key) for key in range(visibility.num_keys)]
+        keys = [key for key, count in enumerate(counts) for _ in range(count)]
         if not keys:
             continue
-        scores = [float(q[row, head, t] @ k[row, head // group, j]) / math.sqrt(q.shape[-1]) for j in keys]
+        scores = [float(q[batch, head, query] @ k[batch, head // group, key]) / math.sqrt(q.shape[-1]) for key in keys]
         if problem.bias is not None:
-            scores = [s + added(problem.bias, row, head, t, j) for s, j in zip(scores, keys, strict=True)]
-        total = torch.tensor(scores, dtype=torch.float64)
-        lse[row, head, t] = total.logsumexp(0)
-        out[row, head, t] = torch.softmax(total, 0) @ v[row, head // group, keys]
+            biases = [bias_of_pair(problem.bias, batch, head, query, key) for key in keys]
+            scores = [score + bias for score, bias in zip(scores, biases, strict=True)]
+        row = torch.tensor(scores, dtype=torch.float64)
+        lse[batch, head, query] = row.logsumexp(0)
+        out[batch, head, query] = torch.softmax(row, 0) @ v[batch, head // group, keys]
     return out, lse
 
 
-def solve(attend: Attend, problem: Problem, dtype: torch.dtype) -> Answer:
-    """Output, log-sum-exp, and all gradients under a loss that weighs every number of both differently."""
+def solve(attend: Attend, problem: Problem, dtype: torch.dtype) -> Solution:
+    """Return output, log-sum-exp and all gradients of a loss that weights every element of both differently."""
     q, k, v = (x.to(dtype).requires_grad_() for x in (problem.q, problem.k, problem.v))
     inputs, bias = [q, k, v], problem.bias
     if isinstance(bias, RelativeBias):
@@ -90,41 +93,44 @@ def solve(attend: Attend, problem: Problem, dtype: torch.dtype) -> Answer:
     assert lse is not None
     loss = torch.zeros((), dtype=torch.float64)
     lse = lse.masked_fill(lse == float("-inf"), -50.0)
-    for made in (out, lse):
-        loss = loss + (made.double() * torch.linspace(-1, 1, made.numel(), dtype=torch.float64).view(made.shape)).sum()
-    # Nothing seen by nobody: a table's gradient is then 0, not missing.
+    for result in (out, lse):
+        weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)
+        loss = loss + (result.double() * weights).sum()
+    # If all queries are fully masked, the gradient of a table may be missing; it counts as 0.
     grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-    return (
-        out.detach(),
-        lse.detach(),
-        *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True)),
-    )
+    filled = (torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True))
+    return out.detach(), lse.detach(), *filled
 
 
-def in_blocks(problem: Problem) -> Attend:
-    return lambda *args, **options: banded.attend(*args, **options, block_size=problem.block)
+def banded_in_blocks(problem: Problem) -> Attend:
+    return lambda *args, **options: banded.attend(*args, **options, block_size=problem.block_size)
 
 
-def gap(answer: Answer, truth: Answer) -> float:
-    """The largest difference, measured against the largest number of its tensor (at least 1)."""
+def max_error(solution: Solution, expected: Solution) -> float:
+    """Return the largest difference, relative to the largest element of its tensor (at least 1)."""
     return max(
-        float((a.double() - b).abs().max() / max(1.0, float(b.abs().max())))
-        for a, b in zip(answer, truth, strict=True)
-        if b.numel()
+        float((x.double() - y).abs().max() / max(1.0, float(y.abs().max())))
+        for x, y in zip(solution, expected, strict=True)
+        if y.numel()
     )
+
+
+def causal_window(queries: int, batch_size: int = 1, window: int = 8) -> Visibility:
+    offset = torch.arange(queries).expand(batch_size, -1)
+    return Visibility(offset, offset + window, queries, (KeyRange(queries, 0, 1, window),))
 
 
 @pytest.mark.parametrize("patterns", [False, True])
-def test_reference_is_the_formula(patterns: bool) -> None:
-    @given(problems(most=12, patterns=patterns))
+def test_reference_matches_the_formula(patterns: bool) -> None:
+    @given(problems(max_queries=12, patterns=patterns))
     @settings(deadline=None, max_examples=20)
     def check(problem: Problem) -> None:
         out, lse = reference.attend(
             problem.q, problem.k, problem.v, problem.visibility, bias=problem.bias, scale=problem.q.shape[-1] ** -0.5
         )
-        truth, truth_lse = naive(problem)
-        torch.testing.assert_close(out, truth, rtol=0, atol=1e-12)
-        torch.testing.assert_close(lse, truth_lse, rtol=0, atol=1e-12)
+        expected, expected_lse = naive_attention(problem)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse, expected_lse, rtol=0, atol=1e-12)
 
     check()
 
@@ -134,307 +140,303 @@ def test_reference_is_the_formula(patterns: bool) -> None:
     [
         (torch.float64, 1e-10),
         (torch.float32, 1e-5),
-        # Inputs are rounded to 8 bits (2^-9 relative each), weights and gradients again on their way, and the
-        # gradients of keys and values once more at each of up to 70 blocks (of one query) that they are summed over.
+        # Inputs are rounded to 8 bits (2^-9 relative each), weights and gradients again, and the gradients of keys and
+        # values once more for each of up to 70 blocks (of one query) that they are summed over.
         (torch.bfloat16, 1e-1),
         (torch.float16, 2e-2),
     ],
 )
-def test_banded_is_the_reference(dtype: torch.dtype, tolerance: float) -> None:
+def test_banded_matches_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     @given(problems())
     @settings(deadline=None, max_examples=200)
     def check(problem: Problem) -> None:
-        truth = solve(reference.attend, problem, torch.float64)
-        assert gap(solve(in_blocks(problem), problem, dtype), truth) <= tolerance
+        expected = solve(reference.attend, problem, torch.float64)
+        assert max_error(solve(banded_in_blocks(problem), problem, dtype), expected) <= tolerance
 
     check()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_banded_with_a_pattern_is_the_reference(dtype: torch.dtype, tolerance: float) -> None:
+def test_banded_with_a_pattern_matches_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     @given(problems(patterns=True))
     @settings(deadline=None, max_examples=40)
     def check(problem: Problem) -> None:
-        truth = solve(reference.attend, problem, torch.float64)
-        assert gap(solve(in_blocks(problem), problem, dtype), truth) <= tolerance
+        expected = solve(reference.attend, problem, torch.float64)
+        assert max_error(solve(banded_in_blocks(problem), problem, dtype), expected) <= tolerance
 
     check()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 1e-1)])
-def test_plain_blocks_are_the_reference(dtype: torch.dtype, tolerance: float) -> None:
-    """The form for a bias that learns, and for the log-sum-exp on other devices, run on this one."""
+def test_unfused_blocks_match_the_reference(dtype: torch.dtype, tolerance: float) -> None:
+    """The path for a learned bias, and for the log-sum-exp on other devices, run on the CPU."""
 
-    @given(problems(most=30))
+    @given(problems(max_queries=30))
     @settings(deadline=None, max_examples=20)
     def check(problem: Problem) -> None:
-        def plain(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
-            return blocks.attend_unfused(q, k, v, seen, **options, block_size=problem.block)
+        def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
+            return banded.attend_unfused(q, k, v, visibility, **options, block_size=problem.block_size)
 
-        truth = solve(reference.attend, problem, torch.float64)
-        assert gap(solve(plain, problem, dtype), truth) <= tolerance
+        expected = solve(reference.attend, problem, torch.float64)
+        assert max_error(solve(attend, problem, dtype), expected) <= tolerance
 
     check()
 
 
-@given(problems(most=30, biases=("none", "linear")))
+@given(problems(max_queries=30, biases=("none", "linear")))
 @settings(deadline=None, max_examples=20)
-def test_fused_blocks_are_the_reference(problem: Problem) -> None:
-    """The form for other devices, run on this one; it gives no log-sum-exp, so the reference's stands in."""
+def test_sdpa_blocks_match_the_reference(problem: Problem) -> None:
+    """The path for other devices, run on the CPU; it returns no log-sum-exp, so the reference's is used."""
 
-    def fused(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
-        out = blocks.attend_sdpa(q, k, v, seen, **options, block_size=problem.block)
-        return out, reference.attend(q, k, v, seen, **options)[1]
+    def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
+        out = banded.attend_sdpa(q, k, v, visibility, **options, block_size=problem.block_size)
+        return out, reference.attend(q, k, v, visibility, **options)[1]
 
-    truth = solve(reference.attend, problem, torch.float64)
-    assert gap(solve(fused, problem, torch.float64), truth) <= 1e-10
+    expected = solve(reference.attend, problem, torch.float64)
+    assert max_error(solve(attend, problem, torch.float64), expected) <= 1e-10
 
 
-@given(problems(most=12, biases=("none", "linear")))
+@given(problems(max_queries=12, biases=("none", "linear")))
 @settings(deadline=None, max_examples=5)
-def test_flex_is_the_reference(problem: Problem) -> None:
-    """Forward only: torch has no backward of flex_attention on the CPU, and the dispatcher refuses it there."""
+def test_flex_matches_the_reference(problem: Problem) -> None:
+    """Forward only: torch has no backward of flex_attention on the CPU, and dispatch rejects it."""
     scale = problem.q.shape[-1] ** -0.5
-    truth, _ = reference.attend(problem.q, problem.k, problem.v, problem.visibility, bias=problem.bias, scale=scale)
+    expected, _ = reference.attend(problem.q, problem.k, problem.v, problem.visibility, bias=problem.bias, scale=scale)
     out, _ = flex.attend(
         problem.q.float(), problem.k.float(), problem.v.float(), problem.visibility, bias=problem.bias, scale=scale
     )
-    assert gap((out,), (truth,)) <= 1e-5
+    assert max_error((out,), (expected,)) <= 1e-5
 
 
 @given(problems(), st.integers(0, 200))
 @settings(deadline=None, max_examples=20)
-def test_halves_of_the_keys_merge_to_the_whole(problem: Problem, at: int) -> None:
-    """By every backend that has both, values and gradients."""
-    at = min(at, problem.visibility.num_keys)
+def test_attention_over_two_parts_merges_to_attention_over_all_keys(problem: Problem, split: int) -> None:
+    """Values and gradients, for every backend that has both."""
+    split = min(split, problem.visibility.num_keys)
 
-    def part(seen: Visibility, low: int, high: int) -> Visibility:
-        return Visibility(
-            seen.visible_from[:, low:high], seen.visible_until[:, low:high], seen.num_queries, (KeyRange(high - low),)
-        )
+    def slice_keys(visibility: Visibility, low: int, high: int) -> Visibility:
+        start, end = visibility.visible_from[:, low:high], visibility.visible_until[:, low:high]
+        return Visibility(start, end, visibility.num_queries, (KeyRange(high - low),))
 
-    def halves(q: Tensor, k: Tensor, v: Tensor, seen: Visibility, *, bias: Any, scale: float) -> tuple[Tensor, Tensor]:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, bias: Any, scale: float
+    ) -> tuple[Tensor, Tensor]:
         parts = []
-        for low, high in ((0, at), (at, seen.num_keys)):
-            own = replace(bias, key_offset=bias.key_offset[:, low:high]) if bias is not None else None
-            parts.append(
-                segment_attention(
-                    q, k[:, :, low:high], v[:, :, low:high], part(seen, low, high),
-                    bias=own, scale=scale, backend=backend, return_lse=True,
-                )
+        for low, high in ((0, split), (split, visibility.num_keys)):
+            part_bias = replace(bias, key_offset=bias.key_offset[:, low:high]) if bias is not None else None
+            out, lse = segment_attention(
+                q, k[:, :, low:high], v[:, :, low:high], slice_keys(visibility, low, high),
+                bias=part_bias, scale=scale, backend=backend, return_lse=True,
             )  # fmt: skip
+            assert lse is not None
+            parts.append((out, lse))
         return merge_attention(parts)
 
-    truth = solve(reference.attend, problem, torch.float64)
-    for backend in BOTH:  # noqa: B007 - read by the function above
-        assert gap(solve(halves, problem, torch.float64), truth) <= 1e-10
+    expected = solve(reference.attend, problem, torch.float64)
+    for backend in LSE_BACKENDS:  # noqa: B007 - read by the function above
+        assert max_error(solve(attend, problem, torch.float64), expected) <= 1e-10
 
 
-BOTH: tuple[AttentionBackend, ...] = ("reference", "banded")
+def test_lse_is_returned_only_on_request() -> None:
+    for backend in ("auto", "reference", "banded"):
+        assert segment_attention(Q, Q, Q, VISIBILITY, backend=backend)[1] is None
+        lse = segment_attention(Q, Q, Q, VISIBILITY, backend=backend, return_lse=True)[1]
+        assert lse is not None
+        assert lse.shape == Q.shape[:3]
 
 
-def causal(queries: int, rows: int = 1, window: int = 8) -> Visibility:
-    tick = torch.arange(queries).expand(rows, -1)
-    return Visibility(tick, tick + window, queries, (KeyRange(queries, 0, 1, window),))
-
-
-def test_under_autocast() -> None:
-    """What a projection under bfloat16 autocast hands over goes through, float32 gradients come back."""
+def test_autocast_gives_bfloat16_outputs_and_float32_gradients() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 20, 16, requires_grad=True)
     weight = torch.randn(16, 16, requires_grad=True)
 
     def run() -> Tensor:
         q = (x @ weight).unflatten(-1, (2, 8)).transpose(1, 2)
-        return segment_attention(q, q, q, causal(20, 2), backend="banded")
+        return segment_attention(q, q, q, causal_window(20, 2), backend="banded")[0]
 
-    truth = run()
+    expected = run()
     with torch.autocast("cpu", torch.bfloat16):
         out = run()
     assert out.dtype == torch.bfloat16
-    # bfloat16 keeps 8 bits; scores reach about 20 here, so a weight is off by e^(20 * 2^-8) - 1 = 8% at worst.
-    assert float((out - truth).detach().abs().max()) <= 0.15 * float(truth.detach().abs().max())
+    # bfloat16 has 8 bits; scores reach about 20, so a weight is off by at most e^(20 * 2^-8) - 1 = 8%.
+    assert float((out - expected).detach().abs().max()) <= 0.15 * float(expected.detach().abs().max())
     out.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
     assert bool(weight.grad.isfinite().all())
 
 
-def test_masks_are_not_taken_from_another_bias() -> None:
-    """A bias may get the address of one that died; its masks must not come with it."""
+def test_cached_masks_of_a_freed_bias_are_not_reused() -> None:
+    """A bias may get the address of a freed one, but not its masks."""
     torch.manual_seed(0)
     q = torch.randn(1, 2, 10, 8, dtype=torch.float64)
-    seen = causal(10)
+    visibility = causal_window(10)
     for slope in (0.1, 1.0, 3.0):
-        bias = AlibiBias(torch.full((2,), slope, dtype=torch.float64), seen.visible_from.double())
-        out = segment_attention(q, q, q, seen, bias=bias, backend="banded")
-        truth = segment_attention(q, q, q, seen, bias=bias, backend="reference")
-        torch.testing.assert_close(out, truth, rtol=0, atol=1e-10)
+        bias = AlibiBias(torch.full((2,), slope, dtype=torch.float64), visibility.visible_from.double())
+        out, _ = segment_attention(q, q, q, visibility, bias=bias, backend="banded")
+        expected, _ = segment_attention(q, q, q, visibility, bias=bias, backend="reference")
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
         del bias
 
 
-def test_masks_are_shared_by_layers() -> None:
-    q, seen = torch.randn(1, 2, 10, 8), causal(10)
-    bias = AlibiBias(torch.ones(2), seen.visible_from.double())
+def test_layers_share_cached_masks() -> None:
+    q, visibility = torch.randn(1, 2, 10, 8), causal_window(10)
+    bias = AlibiBias(torch.ones(2), visibility.visible_from.double())
     for _ in range(3):
-        segment_attention(q, q, q, seen, bias=bias, backend="banded")
-    assert len(seen._values) == 1
+        segment_attention(q, q, q, visibility, bias=bias, backend="banded")
+    assert len(visibility._values) == 1
 
 
 @pytest.mark.parametrize("backend", ["reference", "banded", "auto"])
-@pytest.mark.parametrize("beside", [False, True])
-def test_dropout_drops_whole_weights_and_makes_up_for_them(backend: AttentionBackend, beside: bool) -> None:
+@pytest.mark.parametrize("has_pattern", [False, True])
+def test_dropout_drops_and_rescales_weights(backend: AttentionBackend, has_pattern: bool) -> None:
     torch.manual_seed(0)
-    keys, dropped = 300, 0.25
-    seen = causal(keys)
-    if beside:
-        begins = torch.zeros(1, keys, dtype=torch.int64)
+    keys, rate = 300, 0.25
+    visibility = causal_window(keys)
+    if has_pattern:
+        start = torch.zeros(1, keys, dtype=torch.int64)
         blocks = torch.tensor([[[3, 0]] * -(-keys // 64)])
-        pattern = SparsePattern(begins, begins + keys, global_queries=torch.tensor([[5, 77]]), random_blocks=blocks)
-        seen = replace(seen, pattern=pattern, _values={})
+        pattern = SparsePattern(start, start + keys, global_queries=torch.tensor([[5, 77]]), random_blocks=blocks)
+        visibility = replace(visibility, pattern=pattern, _values={})
     q = torch.randn(1, 1, keys, keys, dtype=torch.float64) / 4
-    # Values of unit vectors show the weights themselves.
+    # With unit vectors as values the output is the weights.
     v = torch.eye(keys, dtype=torch.float64)[None, None]
-    weights = segment_attention(q, q, v, seen, backend="reference")
-    left = segment_attention(q, q, v, seen, backend=backend, dropout=dropped)
-    gone = (left == 0) & (weights > 0)
-    torch.testing.assert_close(left, weights.masked_fill(gone, 0.0) / (1 - dropped), rtol=1e-12, atol=1e-14)
-    # A share of at least 45,000 draws: five standard errors are 0.0102.
-    assert float(gone.sum() / (weights > 0).sum()) == pytest.approx(dropped, abs=0.0103)
+    weights, _ = segment_attention(q, q, v, visibility, backend="reference")
+    with_dropout, _ = segment_attention(q, q, v, visibility, backend=backend, dropout=rate)
+    dropped = (with_dropout == 0) & (weights > 0)
+    torch.testing.assert_close(with_dropout, weights.masked_fill(dropped, 0.0) / (1 - rate), rtol=1e-12, atol=1e-14)
+    # A fraction of at least 45,000 samples: five standard errors are 0.0102.
+    assert float(dropped.sum() / (weights > 0).sum()) == pytest.approx(rate, abs=0.0103)
 
 
-Q, SEEN = torch.randn(2, 4, 10, 8), causal(10)
+Q, VISIBILITY = torch.randn(2, 4, 10, 8), causal_window(10)
 
 
 @pytest.mark.parametrize(
-    ("q", "k", "options", "says"),
+    ("q", "k", "options", "message"),
     [
-        (Q, torch.randn(2, 3, 10, 8), {}, "4 query heads cannot share 3"),
-        (Q[:, :, :9], Q, {}, "of 10 queries and 10 keys, got 9 and 10"),
-        (Q, Q[:, :, :9], {}, "of 10 queries and 10 keys, got 10 and 9"),
+        (Q, torch.randn(2, 3, 10, 8), {}, r"heads \(4\) must be a multiple of kv_heads \(3\)"),
+        (Q[:, :, :9], Q, {}, "has 10 queries and 10 keys, the tensors have 9 and 10"),
+        (Q, Q[:, :, :9], {}, "has 10 queries and 10 keys, the tensors have 10 and 9"),
         (Q, Q[..., :4], {}, "expected"),
         (Q[0], Q[0], {}, "expected"),
         (Q[:1], Q, {}, "expected"),
-        (Q, Q.double(), {}, "in one type"),
+        (Q, Q.double(), {}, "Cast them to one dtype"),
         (Q, Q, {"backend": "fast"}, "no attention backend 'fast'"),
-        (Q, Q, {"backend": "flex", "dropout": 0.1}, "no attention dropout"),
+        (Q, Q, {"backend": "flex", "dropout": 0.1}, "'flex' does not support attention dropout"),
         (Q.clone().requires_grad_(), Q, {"backend": "flex"}, "no gradient on the CPU"),
-        (Q, Q, {"bias": AlibiBias(torch.ones(3), SEEN.visible_from.double())}, "3 heads"),
+        (Q, Q, {"bias": AlibiBias(torch.ones(3), VISIBILITY.visible_from.double())}, "3 heads"),
         (
             Q,
             Q,
-            {"bias": AlibiBias(torch.ones(4).requires_grad_(), SEEN.visible_from.double()), "backend": "flex"},
-            "bias that learns",
+            {"bias": AlibiBias(torch.ones(4).requires_grad_(), VISIBILITY.visible_from.double()), "backend": "flex"},
+            "'flex' does not support a learned bias",
         ),
         (
             Q,
             Q,
-            {"bias": RelativeBias(torch.ones(4, 3), SEEN.visible_from.double()), "backend": "triton"},
-            "bias that learns",
+            {"bias": RelativeBias(torch.ones(4, 3), VISIBILITY.visible_from.double()), "backend": "triton"},
+            "'triton' does not support a learned bias",
         ),
         (
             Q,
             Q,
-            {"bias": AlibiBias(torch.ones(4), SEEN.visible_from.double()), "backend": "triton"},
-            "'triton' has no bias",
+            {"bias": AlibiBias(torch.ones(4), VISIBILITY.visible_from.double()), "backend": "triton"},
+            "'triton' does not support a bias",
         ),
         (Q, Q, {"backend": "triton"}, "got heads of 8 in torch.float32"),
     ],
 )
-def test_refuses_before_any_work(
-    q: Tensor, k: Tensor, options: dict[str, object], says: str, monkeypatch: pytest.MonkeyPatch
+def test_bad_arguments_raise_before_any_work(
+    q: Tensor, k: Tensor, options: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def worked(*_: object, **__: object) -> None:
-        raise AssertionError("work began")
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a backend was called")
 
     for backend in (reference, banded, flex):
-        monkeypatch.setattr(backend, "attend", worked)
-    with pytest.raises(MemtxError, match=says):
-        segment_attention(q, k, k, SEEN, **options)  # type: ignore[arg-type]
+        monkeypatch.setattr(backend, "attend", fail)
+    with pytest.raises(MemtxError, match=message):
+        segment_attention(q, k, k, VISIBILITY, **options)  # type: ignore[arg-type]
 
 
-def test_wrong_rows_of_visibility() -> None:
-    with pytest.raises(MemtxError, match="3 rows, q of 2"):
-        segment_attention(Q, Q, Q, causal(10, 3))
+def test_batch_size_of_the_visibility_must_fit() -> None:
+    with pytest.raises(MemtxError, match="batch of 3, q of 2"):
+        segment_attention(Q, Q, Q, causal_window(10, 3))
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"document_start": torch.zeros(1, 9)}, r"document_start is \(1, 9\), expected \(2 or 1, 10\)"),
         ({"document_end": torch.zeros(3, 10)}, r"document_end is \(3, 10\)"),
-        ({"global_queries": torch.zeros(3, 1)}, r"global queries are \(3, 1\)"),
+        ({"global_queries": torch.zeros(3, 1)}, r"global_queries is \(3, 1\)"),
         (
             {"random_blocks": torch.zeros(1, 2, 1), "block_size": 4},
-            r"table of blocks is \(1, 2, 1\), expected \(4 or 1, 3, any\)",
+            r"random_blocks is \(1, 2, 1\), expected \(4 or 1, 3, any\)",
         ),
-        ({"random_blocks": torch.zeros(1, 3, 1), "block_size": 0}, "blocks of 0"),
-        ({"random_blocks": torch.zeros(1, 3, 1), "block_size": 4, "first_key": 11}, "from key 11 on, of 10"),
-        ({"backend": "flex"}, "no global queries and no random blocks"),
+        ({"random_blocks": torch.zeros(1, 3, 1), "block_size": 0}, "block_size 0"),
+        ({"random_blocks": torch.zeros(1, 3, 1), "block_size": 4, "first_key": 11}, "first_key 11 for 10 keys"),
+        ({"backend": "flex"}, "does not support global queries or random blocks"),
     ],
 )
-def test_refuses_a_pattern_that_does_not_fit(options: dict[str, Any], says: str) -> None:
+def test_pattern_that_does_not_fit_raises(options: dict[str, Any], message: str) -> None:
     backend = options.pop("backend", "auto")
-    fitting = SparsePattern(torch.zeros(1, 10), torch.full((1, 10), 10))
-    with pytest.raises(MemtxError, match=says):
-        segment_attention(Q, Q, Q, replace(SEEN, pattern=replace(fitting, **options)), backend=backend)
+    pattern = replace(SparsePattern(torch.zeros(1, 10), torch.full((1, 10), 10)), **options)
+    with pytest.raises(MemtxError, match=message):
+        segment_attention(Q, Q, Q, replace(VISIBILITY, pattern=pattern), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "banded"])
 def test_learned_slopes_get_a_gradient(backend: AttentionBackend) -> None:
     slopes = torch.ones(4, requires_grad=True)
-    segment_attention(
-        Q, Q, Q, SEEN, bias=AlibiBias(slopes, SEEN.visible_from.double()), backend=backend
-    ).sum().backward()
+    bias = AlibiBias(slopes, VISIBILITY.visible_from.double())
+    segment_attention(Q, Q, Q, VISIBILITY, bias=bias, backend=backend)[0].sum().backward()
     assert slopes.grad is not None
     assert float(slopes.grad.abs().min()) > 0
 
 
-def test_log_sum_exp_alone_may_be_learned_from() -> None:
-    """The other output then has no gradient at all, not zeros."""
+def test_loss_of_the_log_sum_exp_only() -> None:
+    """The output then has no gradient at all, not zeros."""
     q = Q.double().requires_grad_()
-    own, truth = (
-        torch.autograd.grad(segment_attention(q, q, q, SEEN, backend=backend, return_lse=True)[1].sum(), q)[0]
-        for backend in BOTH
-    )
-    torch.testing.assert_close(own, truth, rtol=0, atol=1e-10)
+    grads = []
+    for backend in LSE_BACKENDS:
+        lse = segment_attention(q, q, q, VISIBILITY, backend=backend, return_lse=True)[1]
+        assert lse is not None
+        grads.append(torch.autograd.grad(lse.sum(), q)[0])
+    torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=1e-10)
 
 
 def test_cost_is_linear_in_length() -> None:
-    """Pairs of the fused calls grow with the queries, not with their square."""
+    """Pairs of the fused calls grow with the number of queries, not with its square."""
 
-    def work(queries: int) -> int:
-        seen = causal(queries)
-        return sum(
-            (stop - start) * (high - low)
-            for start, stop, parts in block_plan.split_queries(seen, 16)
-            for low, high in parts
-        )
+    def count_pairs(queries: int) -> int:
+        blocks = block_plan.split_queries(causal_window(queries), 16)
+        return sum((stop - start) * (high - low) for start, stop, key_ranges in blocks for low, high in key_ranges)
 
-    # Four times the queries; a square would give sixteen times the work.
-    assert work(400) < 4.5 * work(100)
+    # Four times the queries; quadratic cost would be sixteen times as much.
+    assert count_pairs(400) < 4.5 * count_pairs(100)
 
 
-def test_what_auto_chooses_on_a_gpu() -> None:
-    """By a tensor that only says that it is on one."""
+def test_auto_backend_on_a_gpu() -> None:
+    """With fake CUDA tensors."""
     with FakeTensorMode():
-        q = {width: torch.empty(1, 2, 10, width, device="cuda") for width in (8, 64, 80)}
-    bias = AlibiBias(torch.ones(2), SEEN.visible_from.double())
-    own = "triton" if checks.has_triton() else "flex"
-    assert dispatch._choose_backend(q[64], SEEN, None, 0.0)[0] == own
-    assert dispatch._choose_backend(q[64], SEEN, bias, 0.0)[0] == "flex"
-    assert dispatch._choose_backend(q[80], SEEN, None, 0.0)[0] == "flex"
-    assert dispatch._choose_backend(q[8], SEEN, None, 0.0)[0] == "banded"
-    assert dispatch._choose_backend(q[64].double(), SEEN, None, 0.0)[0] == "banded"
-    assert dispatch._choose_backend(q[64], replace(SEEN, num_queries=1), None, 0.0)[0] == "banded"
-    assert dispatch._choose_backend(q[64], SEEN, None, 0.1)[0] == "banded"
+        q = {head_dim: torch.empty(1, 2, 10, head_dim, device="cuda") for head_dim in (8, 64, 80)}
+    bias = AlibiBias(torch.ones(2), VISIBILITY.visible_from.double())
+    fastest = "triton" if dispatch.has_triton() else "flex"
+    assert dispatch._choose_backend(q[64], VISIBILITY, None, 0.0)[0] == fastest
+    assert dispatch._choose_backend(q[64], VISIBILITY, bias, 0.0)[0] == "flex"
+    assert dispatch._choose_backend(q[80], VISIBILITY, None, 0.0)[0] == "flex"
+    assert dispatch._choose_backend(q[8], VISIBILITY, None, 0.0)[0] == "banded"
+    assert dispatch._choose_backend(q[64].double(), VISIBILITY, None, 0.0)[0] == "banded"
+    assert dispatch._choose_backend(q[64], replace(VISIBILITY, num_queries=1), None, 0.0)[0] == "banded"
+    assert dispatch._choose_backend(q[64], VISIBILITY, None, 0.1)[0] == "banded"
 
 
-def test_says_once_what_runs(caplog: pytest.LogCaptureFixture) -> None:
+def test_backend_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     dispatch._log_backend.cache_clear()
     with caplog.at_level("INFO", logger=dispatch.__name__):
         for _ in range(3):
-            segment_attention(Q, Q, Q, SEEN)
+            segment_attention(Q, Q, Q, VISIBILITY)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention on cpu runs by 'banded': fused calls over views, linear in length"
+        "Attention on cpu uses the backend 'banded' (fused calls on views, linear in length)."
     ]

@@ -1,4 +1,4 @@
-"""Lifetimes, and the static bounds that let a backend leave keys out: they never leave out a visible pair."""
+"""Visibility intervals, and static bounds that never exclude a visible pair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from memtx.ops.attention.mask import (
     KeyRange,
     Visibility,
-    create_head_mask,
+    compute_key_counts,
     create_mask,
     find_key_ranges,
     num_visible_pairs,
@@ -19,44 +19,50 @@ from tests.ops.attention.strategies import Problem, problems
 
 @given(problems(), st.integers(0, 60), st.integers(1, 40))
 @settings(deadline=None, max_examples=60)
-def test_ranges_hold_every_visible_pair(problem: Problem, start: int, length: int) -> None:
-    seen = problem.visibility
-    start = min(start, seen.num_queries - 1)
-    stop = min(start + length, seen.num_queries)
-    found = find_key_ranges(seen, start, stop)
-    outside = torch.ones(seen.num_keys, dtype=torch.bool)
-    for low, high in found:
+def test_key_ranges_cover_every_visible_pair(problem: Problem, start: int, length: int) -> None:
+    visibility = problem.visibility
+    start = min(start, visibility.num_queries - 1)
+    stop = min(start + length, visibility.num_queries)
+    outside = torch.ones(visibility.num_keys, dtype=torch.bool)
+    for low, high in find_key_ranges(visibility, start, stop):
         assert low < high
         outside[low:high] = False
-    assert not create_mask(seen, (start, stop))[..., outside].any()
+    assert not create_mask(visibility, (start, stop))[..., outside].any()
 
 
 @given(st.integers(0, 30), st.integers(-40, 40), st.integers(1, 6), st.one_of(st.none(), st.integers(0, 50)))
 @settings(deadline=None, max_examples=100)
-def test_section_is_the_tightest_range_of_its_bound(keys: int, first: int, stride: int, span: int | None) -> None:
-    """Key i may be born at any tick of [first + i stride, first + (i + 1) stride) and live up to span ticks."""
-    section = KeyRange(keys, first, stride, span)
+def test_visible_keys_are_the_tightest_range(
+    num_keys: int, min_visible_from: int, stride: int, max_span: int | None
+) -> None:
+    """Key i may become visible at any offset of [start + i stride, start + (i + 1) stride), for up to max_span."""
+    key_range = KeyRange(num_keys, min_visible_from, stride, max_span)
     for start, stop in ((0, 1), (0, 16), (16, 23)):
         possible = [
             i
-            for i in range(keys)
+            for i in range(num_keys)
             if any(
-                max(born, start) < min(stop, born + span if span is not None else stop)
-                for born in range(first + i * stride, first + (i + 1) * stride)
+                max(visible_from, start) < min(stop, visible_from + max_span if max_span is not None else stop)
+                for visible_from in range(min_visible_from + i * stride, min_visible_from + (i + 1) * stride)
             )
         ]
-        low, high = section.find_visible_keys(start, stop)
+        low, high = key_range.find_visible_keys(start, stop)
         assert set(possible) <= set(range(low, high))
-        if possible and span:
-            # One key more at either end may be let in by rounding, no more.
+        if possible and max_span:
+            # Rounding may add one key at either end.
             assert len(possible) <= high - low <= len(possible) + 2
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 9), st.integers(1, 9), st.integers(0, 30))
-def test_groups_of_keys_have_the_bounds_of_one(groups: int, grain: int, start: int, length: int, span: int) -> None:
-    alone, together = KeyRange(groups, -3, 2, span), KeyRange(groups * grain, -3, 2, span, grain)
-    low, high = alone.find_visible_keys(start, start + length)
-    assert together.find_visible_keys(start, start + length) == (low * grain, high * grain)
+def test_groups_of_keys_share_the_bounds_of_one_key(
+    num_groups: int, group_size: int, start: int, length: int, max_span: int
+) -> None:
+    single, grouped = (
+        KeyRange(num_groups, -3, 2, max_span),
+        KeyRange(num_groups * group_size, -3, 2, max_span, group_size),
+    )
+    low, high = single.find_visible_keys(start, start + length)
+    assert grouped.find_visible_keys(start, start + length) == (low * group_size, high * group_size)
 
 
 @given(
@@ -64,55 +70,57 @@ def test_groups_of_keys_have_the_bounds_of_one(groups: int, grain: int, start: i
     st.integers(1, 5),
 )  # fmt: skip
 @settings(deadline=None, max_examples=60)
-def test_seeing_is_seen_from_the_keys(keys: int, first: int, stride: int, span: int | None, grain: int) -> None:
-    """A query sees into a block of keys by the one exactly if the block is seen by it by the other."""
-    section, queries = KeyRange(keys, first, stride, span, grain), 23
-    for low in range(0, keys, 7):
-        high = min(low + 7, keys)
-        start, stop = section.find_attending_queries(low, high, queries)
-        assert 0 <= start <= stop <= queries
-        for tick in range(queries):
-            seen = section.find_visible_keys(tick, tick + 1)
-            assert (max(low, seen[0]) < min(high, seen[1])) == (start <= tick < stop)
+def test_attending_queries_invert_visible_keys(
+    num_keys: int, min_visible_from: int, stride: int, max_span: int | None, group_size: int
+) -> None:
+    """A query sees into a block of keys by one method exactly if the block is attended by the query by the other."""
+    key_range, num_queries = KeyRange(num_keys, min_visible_from, stride, max_span, group_size), 23
+    for low in range(0, num_keys, 7):
+        high = min(low + 7, num_keys)
+        start, stop = key_range.find_attending_queries(low, high, num_queries)
+        assert 0 <= start <= stop <= num_queries
+        for query in range(num_queries):
+            visible = key_range.find_visible_keys(query, query + 1)
+            assert (max(low, visible[0]) < min(high, visible[1])) == (start <= query < stop)
 
 
 @given(problems())
 @settings(deadline=None, max_examples=30)
-def test_pairs_count_what_is_visible(problem: Problem) -> None:
+def test_num_visible_pairs_counts_the_mask(problem: Problem) -> None:
     assert torch.equal(num_visible_pairs(problem.visibility), create_mask(problem.visibility).sum((1, 2)))
 
 
-@given(problems(most=20, patterns=True))
+@given(problems(max_queries=20, patterns=True))
 @settings(deadline=None, max_examples=15)
-def test_pairs_of_a_pattern(problem: Problem) -> None:
-    seen = create_head_mask(problem.visibility)
-    assert torch.equal(num_visible_pairs(problem.visibility), seen.sum((2, 3)).double().mean(1).floor().long())
+def test_num_visible_pairs_of_a_pattern_is_the_mean_over_heads(problem: Problem) -> None:
+    mask = compute_key_counts(problem.visibility) > 0
+    assert torch.equal(num_visible_pairs(problem.visibility), mask.sum((2, 3)).double().mean(1).floor().long())
 
 
-def test_longformer() -> None:
-    """A bidirectional window and global keys are lifetimes; the window's own copy of a global key is blind."""
-    length, window, marked = 12, 2, 4
+def test_longformer_window_and_global_keys_are_intervals() -> None:
+    """The window's own copy of a global key is masked."""
+    length, window, global_position = 12, 2, 4
     position = torch.arange(length)[None]
-    away = position == marked
-    born = torch.where(away, length, position - window)
-    seen = Visibility(
-        torch.cat([torch.zeros(1, 1, dtype=torch.int64), born], 1),
+    is_global = position == global_position
+    start = torch.where(is_global, length, position - window)
+    visibility = Visibility(
+        torch.cat([torch.zeros(1, 1, dtype=torch.int64), start], 1),
         torch.cat([torch.full((1, 1), length), position + window + 1], 1),
         length,
         (KeyRange(1), KeyRange(length, -window, 1, 2 * window + 1)),
     )
-    mask = create_mask(seen)[0]
+    mask = create_mask(visibility)[0]
     distance = (position[0][:, None] - position[0]).abs()
     assert bool(mask[:, 0].all())
-    assert torch.equal(mask[:, 1:], (distance <= window) & ~away)
-    # The static bounds keep the band: ranges() of a middle query is the global key and its window.
-    assert find_key_ranges(seen, 6, 7) == [(0, 1), (5, 10)]
+    assert torch.equal(mask[:, 1:], (distance <= window) & ~is_global)
+    # The static bounds keep the band: the key ranges of a middle query are the global key and its window.
+    assert find_key_ranges(visibility, 6, 7) == [(0, 1), (5, 10)]
 
 
-def test_blocks_of_the_mask_are_the_mask() -> None:
-    tick = torch.arange(-3, 9)[None]
-    seen = Visibility(tick, tick + 4, 9, (KeyRange(12, -3, 1, 4),))
-    whole = create_mask(seen)
-    assert whole.shape == (1, 9, 12)
-    assert torch.equal(create_mask(seen, (2, 7), (4, 10)), whole[:, 2:7, 4:10])
-    assert [int(row.sum()) for row in whole[0]] == [4] * 9
+def test_mask_of_a_block_is_a_slice_of_the_mask() -> None:
+    offset = torch.arange(-3, 9)[None]
+    visibility = Visibility(offset, offset + 4, 9, (KeyRange(12, -3, 1, 4),))
+    mask = create_mask(visibility)
+    assert mask.shape == (1, 9, 12)
+    assert torch.equal(create_mask(visibility, (2, 7), (4, 10)), mask[:, 2:7, 4:10])
+    assert [int(row.sum()) for row in mask[0]] == [4] * 9

@@ -1,4 +1,4 @@
-"""C++ sources compiled on the machine: once, kept whole, and done without where that cannot be."""
+"""C++ sources are compiled once per machine and cached atomically; failures are logged and return None."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from memtx.ops.cpu import cpp_extension
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
-# Every test asks anew, as a process does.
-library = cpp_extension.load_library.__wrapped__
+# Without the cache, as in a new process.
+load_library = cpp_extension.load_library.__wrapped__
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a file to compile, in a home where nothing has been compiled yet."""
+    """Return a file to compile, with a home folder in which nothing has been compiled."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = tmp_path / "answer.cpp"
     path.write_text(SOURCE)
     return path
 
 
-def kept(source: Path) -> list[Path]:
+def list_libraries(source: Path) -> list[Path]:
     return list((source.parent / "home/.cache/memtx/compiled").iterdir())
 
 
@@ -32,55 +32,55 @@ needs_compiler = pytest.mark.skipif(cpp_extension.find_compiler() is None, reaso
 
 
 @needs_compiler
-def test_what_is_compiled_is_kept_and_found_without_a_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = library(source)
+def test_library_is_cached_and_loads_without_a_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load_library(source)
     assert first is not None
     assert first.answer() == 42
-    (path,) = kept(source)
+    (path,) = list_libraries(source)
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    again = library(source)
-    assert again is not None
-    assert again.answer() == 42
-    assert kept(source) == [path]
+    second = load_library(source)
+    assert second is not None
+    assert second.answer() == 42
+    assert list_libraries(source) == [path]
 
 
 @needs_compiler
-def test_another_source_is_another_library(source: Path) -> None:
-    assert library(source) is not None
+def test_changed_source_is_compiled_again(source: Path) -> None:
+    assert load_library(source) is not None
     source.write_text(SOURCE.replace("42", "43"))
-    other = library(source)
-    assert other is not None
-    assert other.answer() == 43
+    second = load_library(source)
+    assert second is not None
+    assert second.answer() == 43
 
 
 @needs_compiler
-def test_a_home_that_cannot_be_written_to_is_done_without(source: Path) -> None:
+def test_library_loads_with_an_unwritable_home(source: Path) -> None:
     (source.parent / "home").write_text("a file where a folder would be")
-    found = library(source)
-    assert found is not None
-    assert found.answer() == 42
+    library = load_library(source)
+    assert library is not None
+    assert library.answer() == 42
 
 
 @needs_compiler
-def test_a_source_that_does_not_compile_is_said_and_leaves_nothing(
-    source: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_compile_error_is_logged_and_leaves_no_file(source: Path, caplog: pytest.LogCaptureFixture) -> None:
     source.write_text("this is no C++\n")
     with caplog.at_level(logging.INFO, "memtx"):
-        assert library(source) is None
+        assert load_library(source) is None
     assert "answer.cpp is not compiled:" in caplog.text
     assert "answer.cpp:1:1: error" in caplog.text
-    assert kept(source) == []
+    assert list_libraries(source) == []
 
 
-def test_no_compiler_is_said(source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_compiler_is_logged(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("CXX", "/nowhere/c++")
     with caplog.at_level(logging.INFO, "memtx"):
-        assert library(source) is None
+        assert load_library(source) is None
     assert "no C++ compiler was found; install g++ or clang++, or set CXX" in caplog.text
 
 
-def test_it_can_be_switched_off(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variable_disables_compiling(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpp_extension.COMPILE_ENV_VAR, "0")
-    assert library(source) is None
+    assert load_library(source) is None
     assert not (source.parent / "home").exists()

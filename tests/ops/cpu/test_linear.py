@@ -1,4 +1,4 @@
-"""Linear maps by the processor's faster way are the same maps."""
+"""Linear maps by oneDNN equal those of ``F.linear``."""
 
 from __future__ import annotations
 
@@ -8,67 +8,72 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from memtx.ops.cpu import linear as by
+from memtx.ops.cpu import linear as linear_module
 
-onednn = pytest.mark.skipif(
-    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no products by oneDNN"
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN operators"
 )
 
 
-@onednn
-@pytest.mark.parametrize("copies", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_onednn_makes_the_same_map(biased: bool, copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by, "is_onednn_weight_grad_faster", lambda: copies)
+@needs_onednn
+@pytest.mark.parametrize("onednn_weight_grad", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_onednn_computes_the_same_map(
+    has_bias: bool, onednn_weight_grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "is_onednn_weight_grad_faster", lambda: onednn_weight_grad)
 
     @given(st.integers(1, 300), st.integers(1, 70), st.integers(1, 70), st.booleans())
-    def check(rows: int, width: int, out: int, turned: bool) -> None:
-        torch.manual_seed(rows)
-        x = torch.randn(2, width, rows).transpose(1, 2) if turned else torch.randn(2, rows, width)
-        inputs = [x.requires_grad_(), torch.randn(out, width).requires_grad_()]
-        inputs += [torch.randn(out).requires_grad_()] if biased else []
-        told = torch.randn(2, rows, out)
-        found = by._OneDNNLinear.apply(*inputs, *([] if biased else [None]))  # type: ignore[no-untyped-call]
-        double = [one.detach().double().requires_grad_() for one in inputs]
-        truth = F.linear(*double)
-        # Sums of up to 600 products of normal numbers: some 2^-24 of 600^(1/2) times their size, and room.
-        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
-        for own, exact in zip(
-            torch.autograd.grad(found, inputs, told), torch.autograd.grad(truth, double, told.double()), strict=True
-        ):
-            torch.testing.assert_close(own.double(), exact, rtol=0, atol=1e-3)
+    def check(length: int, in_features: int, out_features: int, transposed: bool) -> None:
+        torch.manual_seed(length)
+        shape = (2, in_features, length) if transposed else (2, length, in_features)
+        x = torch.randn(shape).transpose(1, 2) if transposed else torch.randn(shape)
+        inputs = [x.requires_grad_(), torch.randn(out_features, in_features).requires_grad_()]
+        inputs += [torch.randn(out_features).requires_grad_()] if has_bias else []
+        grad_out = torch.randn(2, length, out_features)
+        out = linear_module._OneDNNLinear.apply(*inputs, *([] if has_bias else [None]))  # type: ignore[no-untyped-call]
+        double = [x.detach().double().requires_grad_() for x in inputs]
+        expected = F.linear(*double)
+        # Sums of up to 600 products of normal numbers: about 2^-24 of 600^(1/2) times their size, with a margin.
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+        grads = torch.autograd.grad(out, inputs, grad_out)
+        expected_grads = torch.autograd.grad(expected, double, grad_out.double())
+        for grad, expected_grad in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=1e-3)
 
     check()
 
 
-@onednn
-def test_what_does_not_learn_gets_no_gradient() -> None:
+@needs_onednn
+def test_frozen_inputs_get_no_gradient() -> None:
     x, weight = torch.randn(300, 8), torch.randn(4, 8, requires_grad=True)
-    by._OneDNNLinear.apply(x, weight, None).sum().backward()  # type: ignore[no-untyped-call]
+    linear_module._OneDNNLinear.apply(x, weight, None).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is None
     assert weight.grad is not None
 
 
-def test_only_many_rows_of_float32_go_that_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by, "is_onednn_faster", lambda: True)
-    weight, many = torch.randn(4, 8), torch.randn(by.MIN_MULTIPLY_ADDS // 32, 8)
-    assert by._should_use_onednn(many, weight)
-    assert not by._should_use_onednn(many[1:], weight)
-    assert not by._should_use_onednn(many.double(), weight.double())
+def test_onednn_is_used_for_large_float32_products_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "is_onednn_faster", lambda: True)
+    weight, x = torch.randn(4, 8), torch.randn(linear_module.MIN_MULTIPLY_ADDS // 32, 8)
+    assert linear_module._should_use_onednn(x, weight)
+    assert not linear_module._should_use_onednn(x[1:], weight)
+    assert not linear_module._should_use_onednn(x.double(), weight.double())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not by._should_use_onednn(many, weight)
-        assert by.linear(many, weight).dtype == torch.bfloat16
-    monkeypatch.setattr(by, "is_onednn_faster", lambda: False)
-    assert not by._should_use_onednn(many, weight)
+        assert not linear_module._should_use_onednn(x, weight)
+        assert linear_module.linear(x, weight).dtype == torch.bfloat16
+    monkeypatch.setattr(linear_module, "is_onednn_faster", lambda: False)
+    assert not linear_module._should_use_onednn(x, weight)
 
 
-@pytest.mark.parametrize("gains", [False, pytest.param(True, marks=onednn)])
-@pytest.mark.parametrize("turned", [False, True])
-def test_a_product_is_added(gains: bool, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by, "is_onednn_faster", lambda: gains)
-    left, right, total = torch.randn(300, 64), torch.randn(300, 128), torch.randn(64, 128)
-    truth = total.double() + left.double().T @ right.double()
-    found = total.T.contiguous().T if turned else total
-    by.accumulate_weight_grad(found, left, right)
+@pytest.mark.parametrize("use_onednn", [False, pytest.param(True, marks=needs_onednn)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weight_grad_is_accumulated_in_place(
+    use_onednn: bool, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_module, "is_onednn_faster", lambda: use_onednn)
+    inputs, grad_output, initial = torch.randn(300, 64), torch.randn(300, 128), torch.randn(64, 128)
+    expected = initial.double() + inputs.double().T @ grad_output.double()
+    weight_grad = initial.T.contiguous().T if transposed else initial
+    linear_module.accumulate_weight_grad(weight_grad, inputs, grad_output)
     # Sums of 300 products of normal numbers.
-    torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+    torch.testing.assert_close(weight_grad.double(), expected, rtol=0, atol=1e-4)

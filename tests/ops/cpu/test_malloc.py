@@ -1,4 +1,4 @@
-"""Memory that is given back is kept for the next who asks."""
+"""Freed memory is kept for the next allocation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-glibc = pytest.mark.skipif(
+needs_glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"),
     reason="the C library is not glibc",
 )
 
-FAULTS = """
+COUNT_FAULTS = """
 import resource
 from memtx.ops.cpu.malloc import release_freed_memory, retain_freed_memory
 
@@ -29,23 +29,25 @@ print(retain_freed_memory(), faults(), faults(), release_freed_memory(), faults(
 """
 
 
-def faults(**environment: str) -> list[str]:
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    told = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, env={**own, **environment})
-    assert told.returncode == 0, told.stderr
-    return told.stdout.split()
+def run_faults(**environment: str) -> list[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    process = subprocess.run(
+        [sys.executable, "-c", COUNT_FAULTS], capture_output=True, text=True, env={**inherited, **environment}
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout.split()
 
 
-@glibc
-def test_pages_are_not_cleared_twice() -> None:
-    kept, _, again, given_back, *cleared = faults()
-    assert (kept, given_back) == ("True", "True")
-    # 30 MiB are 15 pages at the least (of 2 MiB), 7,680 at the most; a few others may come in by themselves.
-    assert int(again) < 8
-    assert all(int(one) >= 15 for one in cleared)
+@needs_glibc
+def test_retained_pages_are_not_cleared_again() -> None:
+    retained, _, second_faults, released, *faults_after_release = run_faults()
+    assert (retained, released) == ("True", "True")
+    # 30 MiB are at least 15 pages (of 2 MiB), at most 7,680; a few faults may have other causes.
+    assert int(second_faults) < 8
+    assert all(int(faults) >= 15 for faults in faults_after_release)
 
 
-@glibc
-def test_the_user_chooses_first() -> None:
-    kept, *_ = faults(MALLOC_TRIM_THRESHOLD_="131072")
-    assert kept == "False"
+@needs_glibc
+def test_environment_variables_take_precedence() -> None:
+    retained, *_ = run_faults(MALLOC_TRIM_THRESHOLD_="131072")
+    assert retained == "False"

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from memtx.checkpoint.async_io import AsyncAtomicCheckpointIO
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.training import nonfinite_trace
-from memtx.training.callbacks import health
-from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.loss_spikes import NUM_RECENT, RewindOnSpike, loss_upper_bound
+from memtx.training.callbacks.memory_monitor import NUM_CHECKS, MemoryNormMonitor
 from memtx.training.callbacks.oom import OutOfMemoryHint, is_out_of_memory
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.carry import Carry
@@ -97,7 +96,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert run.callback_metrics["grad_norm"] > 0
     said = capfd.readouterr().err
     assert "step 1  The " in said
-    assert "1 in a row, 1 in all" in said
+    assert "1 in a row, 1 in total" in said
     # Down to the layer: going backward, the first of its parameters that the poisoned gradient reaches.
     layer = "model.blocks.1.feed_forward"
     assert (f"going backward, the gradient of {layer}" if back else f"output of {layer} is") in said
@@ -207,9 +206,9 @@ def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: py
     assert guard.num_rewinds == 1
     said = capfd.readouterr().err
     assert "The loss rose above" in said
-    assert "past the data read since" in said
+    assert "and the next data" in said
     # From before the spike: nothing was written while the loss was up.
-    assert at - 3 <= int(said.replace(",", "").split("of step ")[1].split()[0]) <= at
+    assert at - 3 <= int(said.replace(",", "").split("weights of step ")[1].split()[0]) <= at
     assert float(run.callback_metrics["train_loss"]) < 6.0
     # The data went on: what an undisturbed run reads.
     plain = Rise(-1)
@@ -247,7 +246,7 @@ def test_spikes_that_cannot_be_rewound(tmp_path: Path, capfd: pytest.CaptureFixt
     run.fit(module(dropout=0.0, scheduler=None), datamodule=data(tmp_path))
     assert "no checkpoint from before it" in capfd.readouterr().err
     guard.max_rewinds, guard.num_rewinds = 1, 1
-    with pytest.raises(MemtxError, match="spike of this run"):
+    with pytest.raises(MemtxError, match="spike 2 of this run"):
         guard._rewind(run, module(), 1, "The loss rose")
     for wrong in ({"window": 1}, {"max_rewinds": 0}, {"factor": 0.0}):
         with pytest.raises(MemtxError):
@@ -276,7 +275,7 @@ class Stub:
 @pytest.mark.parametrize(
     ("seen", "said"),
     [
-        ([0.0] * health.NUM_CHECKS, "nothing is written"),
+        ([0.0] * NUM_CHECKS, "nothing is written"),
         ([0.0, 0.0, 0.1, 0.0, 0.0], ""),
         ([1.0, 4.0, 20.0, 70.0, 200.0], "grew from 1 to 200"),
         ([1.0, 4.0, 3.0, 70.0, 200.0], ""),
@@ -323,19 +322,19 @@ CPU = "[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate m
         (
             False,
             {"batch_size": 6, "bptt_segments": 3},
-            ("--data.batch_size 3 halves", "accumulate_grad_batches 2", "6 rows x 3 segments x 8"),
+            ("--data.batch_size 3 halves", "accumulate_grad_batches 2", "batch size 6 x 3 segments x 8"),
         ),
         (
             False,
             {"batch_size": 1, "bptt_segments": 4},
-            ("--data.bptt_segments 2 halves", "--model.replay true keeps one", "instead of 4"),
+            ("--data.bptt_segments 2 halves", "--model.replay true stores one", "instead of 4"),
         ),
         (
             False,
             {"batch_size": 1, "bptt_segments": 1},
             ("--data.segment_length 4 halves", "--model.activation_checkpointing true", "instead of 2"),
         ),
-        (True, {"eval_batch_size": 4}, ("--data.eval_batch_size 2 halves", "changes no figure")),
+        (True, {"eval_batch_size": 4}, ("--data.eval_batch_size 2 halves", "changes no result")),
     ],
 )
 def test_full_memory_says_what_halves_it(

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from memtx.memory.associative import AssociativeMemory
-from memtx.memory.gates import Gate
+from memtx.memory.parts import Gate
 from memtx.memory.recurrent import RecurrentMemory
-from memtx.training.callbacks.gates import ClosedGateMonitor
+from memtx.training.callbacks.memory_monitor import ClosedGateMonitor
 from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, data, model, module, trainer
 

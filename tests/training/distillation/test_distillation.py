@@ -16,7 +16,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.heads import MemoryTransformerBackbone, TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu import cpu_info
 from memtx.training.distillation import (
     Distillation,
     EmbeddingMSE,
@@ -252,7 +252,7 @@ def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     decoder_teacher(tmp_path)
     losses = []
     for asked, fast in ((False, True), (True, True), (True, False)):
-        monkeypatch.setattr(bf16, "is_cpu_bf16_fast", lambda fast=fast: fast)
+        monkeypatch.setattr(cpu_info, "is_cpu_bf16_fast", lambda fast=fast: fast)
         module = language(tmp_path, bf16=asked)
         record = Record()
         trainer(tmp_path, record, max_steps=2, limit_val_batches=0).fit(module, data(tmp_path))

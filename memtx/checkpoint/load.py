@@ -1,0 +1,158 @@
+"""One loader for every form of a model: run folder, training checkpoint, pretrained folder, Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from memtx import class_config, files, hf
+from memtx.checkpoint import pretrained
+from memtx.checkpoint.pretrained import PretrainedModel
+from memtx.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_json
+from memtx.errors import CheckpointError, MemtxError
+from memtx.models.memory_transformer import MemoryTransformer
+
+TOKENIZER_FILE = pretrained.SIDECAR_FILES["tokenizer"]
+
+DATA_MODULE_KEY = "BookDataModule"
+"""Key of a training checkpoint for the data module, with the tokenizer as JSON text."""
+
+MAX_MISMATCHES = 5
+"""Number of tensors named in one error."""
+
+ModelT = TypeVar("ModelT", bound=PretrainedModel)
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A model and the content stored with it.
+
+    Attributes:
+        path: Checkpoint or folder that was read.
+        model: Model in eval mode, on the CPU.
+        sidecars: JSON texts such as the tokenizer, by the names in ``SIDECAR_FILES``.
+        metadata: Content of a training checkpoint without weights and optimizer states; empty for a folder.
+    """
+
+    path: Path
+    model: PretrainedModel
+    sidecars: Mapping[str, str]
+    metadata: Mapping[str, Any]
+
+    def model_as(self, model_class: type[ModelT]) -> ModelT:
+        """Return the model.
+
+        Raises:
+            CheckpointError: It is not of ``model_class``.
+        """
+        if not isinstance(self.model, model_class):
+            raise CheckpointError(
+                f"'{self.path}' holds a {type(self.model).__name__}, expected {model_class.__name__}.",
+                "memtx.from_pretrained chooses the class itself.",
+            )
+        return self.model
+
+
+def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheckpoint:
+    """Load a model in eval mode, on the CPU, in the dtype of its stored weights.
+
+    Args:
+        path: Run folder, of which the best checkpoint is taken or else the newest; training checkpoint (a file, or a
+            folder if sharded); pretrained folder; or Hugging Face folder (config.json with a ``model_type``).
+        window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length, at most 4096. Layers
+            trained with a narrower window keep it.
+
+    Raises:
+        CheckpointError: The model is missing, damaged, untrusted, or its tensors do not fit the configuration.
+        MemtxError: ``window`` is given for a model that is no Hugging Face decoder.
+    """
+    path = pretrained.resolve_model_path(path)
+    is_folder = (path / pretrained.CONFIG_FILE).is_file()
+    if is_folder and hf.is_hf_folder(path):
+        return LoadedCheckpoint(path, hf.load(path, window), pretrained.read_sidecars(path), {})
+    if window is not None:
+        raise MemtxError(
+            f"window ({window}) is given, but '{path}' is no Hugging Face decoder.",
+            "Remove window; with_memory sets the window of a MemoryTransformer.",
+        )
+    if is_folder:
+        config = files.read_json(path / pretrained.CONFIG_FILE)
+        weights, _ = files.load_tensors(
+            path / pretrained.WEIGHTS_FILE, kind=pretrained.FORMAT, version=pretrained.FORMAT_VERSION
+        )
+        return LoadedCheckpoint(path, _build_model(path, config, weights), pretrained.read_sidecars(path), {})
+    checkpoint = pretrained.read_checkpoint(path)
+    checkpoint.pop("optimizer_states", None)
+    model = _build_model(path, *pretrained.extract_model(checkpoint, path))
+    del checkpoint["state_dict"]
+    return LoadedCheckpoint(path, model, pretrained.sidecars_from_checkpoint(checkpoint), checkpoint)
+
+
+def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> PretrainedModel:
+    """Load a model of any class; arguments and errors as in :func:`load`."""
+    return load(path, window).model
+
+
+def load_model_and_tokenizer(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
+    """Load a memory transformer, in eval mode on the CPU, and its tokenizer.
+
+    Args:
+        path: Anything that :func:`load` takes; a folder needs a tokenizer.json.
+
+    Raises:
+        CheckpointError: The model is missing, damaged or of another class, or has no tokenizer that fits it.
+    """
+    checkpoint = load(path)
+    path, model = checkpoint.path, checkpoint.model_as(MemoryTransformer)
+    is_folder = (path / pretrained.CONFIG_FILE).is_file()
+    if (text := checkpoint.sidecars.get("tokenizer")) is None:
+        raise CheckpointError(
+            f"'{path}' has no {TOKENIZER_FILE if is_folder else 'tokenizer in it'}.",
+            "Add the file." if is_folder else "Give a checkpoint of a run on texts, or a pretrained folder.",
+        )
+    try:
+        tokenizer = load_tokenizer(path / TOKENIZER_FILE) if is_folder else tokenizer_from_json(text)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{path}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer in '{path}' has {tokenizer.vocab_size} tokens, its model {model.vocab_size}.",
+            "Use the tokenizer that the model was trained with.",
+        )
+    return model, tokenizer
+
+
+def _build_model(path: Path, description: Any, weights: dict[str, Tensor]) -> PretrainedModel:
+    if not isinstance(description, dict) or description.get("format") != pretrained.FORMAT:
+        raise CheckpointError(f"'{path}' does not describe a memtx model.", "Give one that memtx wrote.")
+    if (version := description.get("version")) != pretrained.FORMAT_VERSION:
+        raise CheckpointError(
+            f"'{path}' has format version {version}, this release reads {pretrained.FORMAT_VERSION}.",
+            "Use the release that wrote it.",
+        )
+    model = class_config.from_config({key: description[key] for key in ("class_path", "init_args")})()
+    if not isinstance(model, PretrainedModel):
+        raise CheckpointError(f"'{path}' describes a {type(model).__name__}, not a model.", "Give another folder.")
+    own = model.state_dict()
+    # Tied weights are stored under one of their names.
+    aliases = {name: [alias for alias in own if own[alias].data_ptr() == own[name].data_ptr()] for name in own}
+    weights = {**{alias: tensor for name, tensor in weights.items() for alias in aliases.get(name, ())}, **weights}
+    mismatches = pretrained.describe_mismatches(
+        {name: tuple(tensor.shape) for name, tensor in own.items()},
+        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+    )
+    if mismatches:
+        raise CheckpointError(
+            f"'{path}' {'; '.join(mismatches[:MAX_MISMATCHES])}.", "It was changed after writing; use another copy."
+        )
+    dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+    model.load_state_dict(weights)
+    return model.eval()

@@ -1,0 +1,353 @@
+"""LightningCLI with memtx's module, data and run folder, and with one-line errors."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Self
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+
+from memtx import files
+from memtx.checkpoint import pretrained, recovery
+from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
+from memtx.cli.config import (
+    CONFIG_FILE,
+    DEFAULT_RUN_DIR,
+    check_config,
+    find_class,
+    find_config_files,
+    format_parser_error,
+    read_config,
+    uses_class_paths,
+)
+from memtx.cli.errors import EXIT_USAGE_ERROR, print_error
+from memtx.cli.launcher import get_trainer_kwargs
+from memtx.data.books import BookDataModule
+from memtx.data.sources.corpus import PG19_HINT
+from memtx.data.tokenizers import tokenizer_from_json
+from memtx.errors import CheckpointError, DataError, MemtxError
+from memtx.layers.feed_forward import SwiGLU
+from memtx.memory.compressed import CompressedMemory
+from memtx.models.memory_transformer import MemoryTransformer
+from memtx.ops.cpu import bf16
+from memtx.training.base_module import BaseModule
+from memtx.training.callbacks.oom import is_out_of_memory
+from memtx.training.callbacks.predictions import PredictionWriter
+from memtx.training.csv_logger import ResumableCSVLogger
+from memtx.training.language import LanguageModule
+
+LAST_CHECKPOINT = "last.ckpt"
+CHECKPOINT_DIR = "checkpoints"
+PREDICTION_DIR = "predictions"
+
+
+class OneLineParser(LightningArgumentParser):
+    """Parser that reports an error as one line with the closest valid key and exits with code 2."""
+
+    # On the class, because the parser creates others of its class for nested parts, which name the file as well.
+    configs: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def parse_args(self, args: Any = None, *positional: Any, **keywords: Any) -> Any:
+        """Check the config files, then parse."""
+        subcommands = getattr(self, "_subcommands_action", None)
+        if isinstance(args, list) and subcommands is not None and args:
+            self.configs.clear()
+            parser = subcommands._name_parser_map.get(args[0])
+            for path in find_config_files(args) if parser is not None else ():
+                self.configs[path] = read_config(path)
+                check_config(path, self.configs[path], [action.dest for action in parser._actions])
+        return super().parse_args(args, *positional, **keywords)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write one line on stderr and exit with code 2."""
+        error = _find_memtx_error(ex)
+        print_error(str(error) if error else format_parser_error(message, self.configs, self._known_keys()))
+        raise SystemExit(EXIT_USAGE_ERROR)
+
+    def _known_keys(self) -> list[str]:
+        targets: list[Any] = [MemoryTransformer, CompressedMemory, SwiGLU, LanguageModule, BookDataModule, Trainer]
+        parameters = [name for target in targets for name in inspect.signature(target).parameters]
+        subcommands = getattr(self, "_subcommands_action", None)
+        parsers = [self, *(subcommands._name_parser_map.values() if subcommands is not None else ())]
+        return [action.dest for parser in parsers for action in parser._actions] + parameters
+
+
+class MemtxCLI(LightningCLI):
+    """LightningCLI with one folder per run: config.yaml, checkpoints/, metrics.csv and TensorBoard events.
+
+    A config with class paths for module and data, as those of tasks, may name any; others are language models on books.
+    """
+
+    @classmethod
+    def from_arguments(cls, argv: list[str], prog: str, **options: Any) -> Self:
+        """Parse ``argv``, subcommand first, build all objects and run the subcommand."""
+        class_paths = uses_class_paths(argv)
+        return cls(
+            BaseModule if class_paths else LanguageModule,
+            None if class_paths else BookDataModule,
+            parser_class=OneLineParser,
+            parser_kwargs={"prog": prog},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            subclass_mode_model=class_paths,
+            subclass_mode_data=class_paths,
+            args=argv,
+            **options,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the run folder and the checkpoints, and link the options that follow from the data."""
+        parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Folder of the run.")
+        parser.add_argument("--traceback", action="store_true", help="Print the traceback of an error as well.")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
+        if not self.subclass_mode_data:
+            parser.link_arguments("data.segment_length", "model.segment_length")
+            parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+            return
+        for name in ("vocab_size", "segment_length", "num_labels", "mask_token_id"):
+            # From the object, because a link from a missing attribute makes Lightning read all data for its error.
+            get_value = partial(_get_attribute, name)
+            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=get_value, apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would read the whole checkpoint here and let its settings override the user's.
+        return
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            seed = self.config[self.subcommand].seed_everything
+            raise MemtxError(f"seed_everything is {seed}, expected 0 to 4294967295.", "Change it.") from error
+
+    def before_instantiate_classes(self) -> None:
+        """Find the checkpoint, and refuse to overwrite a run, before any work."""
+        self._checkpoint: dict[str, Any] | None = None
+        config = self.config[self.subcommand]
+        self._check_data_config(config)
+        run_dir, checkpoint = Path(config.run_dir), config.get("ckpt_path")
+        checkpoint_dir = run_dir / CHECKPOINT_DIR
+        if self.subcommand == "fit":
+            if run_dir.is_dir():
+                files.recover(checkpoint_dir / LAST_CHECKPOINT)
+            elif run_dir.exists():
+                raise MemtxError(f"'{run_dir}' is a file, expected a folder.", "Give another one with --run_dir.")
+            if checkpoint is None and any(checkpoint_dir.glob("*.ckpt")):
+                raise MemtxError(
+                    f"'{run_dir}' already holds a run.",
+                    "Resume it with --ckpt_path last, or give another folder with --run_dir.",
+                )
+            if checkpoint == "last":
+                self._resume_from_last(config, checkpoint_dir)
+                return
+        else:
+            checkpoint = checkpoint or "best"
+        if checkpoint is None:
+            config.ckpt_path = None
+            return
+        path = _resolve_checkpoint(run_dir, checkpoint)
+        config.ckpt_path = str(path)
+        if not path.exists():
+            raise CheckpointError(f"The checkpoint '{path}' does not exist.", "Check --ckpt_path.")
+        self._checkpoint = pretrained.read_metadata(path)
+        if self.subcommand != "fit":
+            self._restore_data_config(config, self._checkpoint)
+        if self.subcommand == "predict" and config.return_predictions is None:
+            config.return_predictions = False
+
+    def _resume_from_last(self, config: Any, checkpoint_dir: Path) -> None:
+        """Resume from the newest valid checkpoint; a run without one starts anew."""
+        recovered = recovery.find_latest_valid(checkpoint_dir)
+        config.ckpt_path = None if recovered is None else str(recovered.path)
+        if recovered is not None:
+            self._checkpoint = recovered.content
+            if recovered.damaged:
+                _print_rank_zero(f"memtx: {recovered.describe_damage()}\n")
+
+    def _check_data_config(self, config: Any) -> None:
+        """Raise if the config names no texts or examples."""
+        for name in ("model", "data") if self.subclass_mode_data else ():
+            if config.get(name) is None or "class_path" not in config[name]:
+                raise MemtxError(
+                    f"'{name}' has no class_path, but the other of model and data has.",
+                    "Set both class paths, or neither.",
+                )
+        if _get_data_options(config).get("root", "") is not None:
+            return
+        from memtx.data.tasks.example_files import ExampleDataModule
+        from memtx.data.tasks.examples import LAYOUT_HINT
+
+        data_class = find_class(config.data.class_path) if self.subclass_mode_data else BookDataModule
+        has_examples = isinstance(data_class, type) and issubclass(data_class, ExampleDataModule)
+        # The comments at the top of a shipped config say where to get its data.
+        paths = ", ".join(f"'{path}'" for path in OneLineParser.configs)
+        source = f"; see the first lines of {paths}" if paths else ""
+        raise DataError(
+            f"data.root is not set, expected the folder of {'examples' if has_examples else 'texts'}{source}.",
+            LAYOUT_HINT if has_examples else PG19_HINT,
+        )
+
+    def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
+        """Use tokenizer and task of the checkpoint, because its model was trained with them."""
+        options, sidecars = _get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
+        if "task" in sidecars and "task" in options:
+            from memtx.data.hf_tokenizers import hf_tokenizer_from_json
+            from memtx.data.tasks.serialization import task_from_json
+
+            options.tokenizer = hf_tokenizer_from_json(sidecars["tokenizer"])
+            options.task = task_from_json(sidecars["task"])
+        elif "tokenizer" in sidecars and "tokenizer" in options and "task" not in sidecars:
+            options.tokenizer = tokenizer_from_json(sidecars["tokenizer"])
+
+    def instantiate_classes(self) -> None:
+        """Build all objects, and turn the errors of their constructors into one line."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:  # of any class: null in place of a list is a TypeError
+            raise _to_memtx_error(error) from error
+        if self._checkpoint is not None:
+            # Lightning restores the checkpoint later; checked here before anything is written.
+            checkpoint, self._checkpoint = self._checkpoint, None
+            path = self.config[self.subcommand].ckpt_path
+            try:
+                self.model.on_load_checkpoint(checkpoint)
+            except MemtxError as error:
+                raise CheckpointError(f"'{path}': {error.message}", error.hint) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Write logs and checkpoints to the run folder, unless the user chose other loggers and callbacks."""
+        config = self.config_init[self.subcommand]
+        run_dir, trainer = Path(config.run_dir), config.trainer
+        if trainer.logger is None:
+            # Evaluation must not change the logs of training.
+            kwargs["logger"] = self.subcommand == "fit" and [
+                ResumableCSVLogger(config.run_dir, resume=config.ckpt_path is not None),
+                TensorBoardLogger(config.run_dir, name="", version="", default_hp_metric=False),
+            ]
+        kwargs.setdefault("default_root_dir", config.run_dir)
+        # Not into the config, which must start the same run on another machine.
+        kwargs |= get_trainer_kwargs(os.environ)
+        precision = bf16.choose_precision(str(trainer.precision), str(trainer.accelerator))
+        if precision != str(trainer.precision):
+            kwargs["precision"] = precision
+            _print_rank_zero(
+                f"memtx: this CPU is many times slower in bfloat16: using {precision} instead of {trainer.precision}.\n"
+            )
+        plugins = _to_list(trainer.plugins)
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(run_dir / CHECKPOINT_DIR)
+        # A callback of the user replaces the default of its class; LearningRateMonitor fails without a logger.
+        replaced = {type(callback) for callback in _to_list(trainer.callbacks)}
+        if not kwargs.get("logger", trainer.logger):
+            replaced.add(LearningRateMonitor)
+        callbacks = [callback for callback in self.trainer_defaults["callbacks"] if type(callback) not in replaced]
+        if self.subcommand == "predict":
+            callbacks.append(PredictionWriter(run_dir / PREDICTION_DIR))
+        self.trainer_defaults["callbacks"] = callbacks
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Build optimizer and schedule for a dummy parameter, so that a wrong setting fails before any work."""
+        try:
+            optimizer = self.model.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
+            if self.model.make_scheduler is not None:
+                self.model.make_scheduler(optimizer)
+        except MemtxError:
+            raise
+        except (ValueError, TypeError) as error:
+            raise MemtxError(f"model.optimizer or model.scheduler: {error}.", "Change its init_args.") from error
+
+    def after_fit(self) -> None:
+        """Print the run folder."""
+        config = self.config[self.subcommand]
+        if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
+            sys.stdout.write(f"The run is in '{config.run_dir}'. Test it with: memtx test --run_dir {config.run_dir}\n")
+
+    def after_predict(self) -> None:
+        """Print the folder of the predictions."""
+        if self.trainer.is_global_zero:
+            folder = Path(self.config[self.subcommand].run_dir) / PREDICTION_DIR
+            sys.stdout.write(f"Metrics per document and surprisal per token are in '{folder}'.\n")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        run_dir = Path(self.config[subcommand].run_dir)
+        is_new = not run_dir.exists()
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            # A run that failed before its first step leaves no folder.
+            has_started = self.trainer.global_step or any((run_dir / CHECKPOINT_DIR).glob("*"))
+            if subcommand == "fit" and is_new and not has_started:
+                shutil.rmtree(run_dir, ignore_errors=True)
+            if isinstance(error, MisconfigurationException):
+                raise _to_memtx_error(error) from error
+            if is_out_of_memory(error):
+                raise MemtxError(getattr(error, "__notes__", ["Out of memory."])[-1]) from error
+            raise
+
+
+class SaveConfig(SaveConfigCallback):
+    """Callback that writes config.yaml to the run folder when training starts, but not in evaluation."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Do nothing; the checkpoint is not restored yet."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Write the config without the checkpoint, so that it starts the same run again."""
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            config.ckpt_path, config.traceback = None, False
+            text = self.parser.dump(config, skip_none=False)
+            files.write_text(Path(config.run_dir) / CONFIG_FILE, text)
+
+
+@rank_zero_only
+def _print_rank_zero(text: str) -> None:
+    sys.stderr.write(text)
+
+
+def _get_attribute(name: str, data: Any) -> Any:
+    return getattr(data, name, None)
+
+
+def _get_data_options(config: Any) -> Any:
+    return config.data.get("init_args", config.data)
+
+
+def _to_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _find_memtx_error(error: BaseException | None) -> MemtxError | None:
+    while error is not None and not isinstance(error, MemtxError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _to_memtx_error(error: Exception) -> MemtxError:
+    """Return the MemtxError that caused an error, else one of its first line."""
+    if (cause := _find_memtx_error(error)) is not None:
+        return cause
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return MemtxError(lines[0] if lines else type(error).__name__, "Add --traceback to see where.")
+
+
+def _resolve_checkpoint(run_dir: Path, checkpoint: str) -> Path:
+    if checkpoint == "best":
+        return pretrained.find_checkpoint(run_dir)
+    path = run_dir / CHECKPOINT_DIR / LAST_CHECKPOINT if checkpoint == "last" else Path(checkpoint)
+    return pretrained.find_checkpoint(path) if path.is_dir() else path

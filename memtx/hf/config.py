@@ -1,0 +1,238 @@
+"""A Hugging Face config.json, read key by key: values that are missing or out of range are reported with their key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from memtx.errors import CheckpointError, check_at_least, closest_match
+from memtx.layers.positions.base import Positions
+from memtx.layers.positions.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryFrequencies, YarnScaling
+from memtx.memory.recurrent import RecurrentMemory
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_python": nn.GELU,
+    "gelu_new": partial(nn.GELU, approximate="tanh"),
+    "gelu_fast": partial(nn.GELU, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+}
+"""Activation names of the layouts; those written as a formula there equal ours in exact arithmetic."""
+
+DEFAULT_MAX_WINDOW = 4096
+"""Largest window by default: every layer's state holds that many positions."""
+
+
+class HFConfig:
+    """A config with typed access.
+
+    Args:
+        values: Content of config.json, or an object in it.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, or the default if it is missing or null."""
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def get_int(self, key: str, default: int | None = None, *, min_value: int = 1) -> int:
+        """Return an integer.
+
+        Raises:
+            CheckpointError: It is missing without a default, of another type, or too small.
+        """
+        value = self.get(key, default)
+        if not _is_int(value) or value < min_value:
+            raise _invalid(key, value, f"an integer of at least {min_value}")
+        return int(value)
+
+    def get_float(self, key: str, default: float | None = None) -> float:
+        """Return a number of at least 0.
+
+        Raises:
+            CheckpointError: It is missing without a default, of another type, or negative.
+        """
+        value = self.get(key, default)
+        if not (_is_int(value) or isinstance(value, float)) or not value >= 0:
+            raise _invalid(key, value, "a number of at least 0")
+        return float(value)
+
+    def get_bool(self, key: str, default: bool) -> bool:
+        """Return a boolean.
+
+        Raises:
+            CheckpointError: It is of another type.
+        """
+        value = self.get(key, default)
+        if not isinstance(value, bool):
+            raise _invalid(key, value, "true or false")
+        return value
+
+    def get_ints(self, key: str, count: int | None, default: Any = None, *, min_value: int = 1) -> list[int]:
+        """Return a list of integers; a single integer stands for ``count`` of them.
+
+        Raises:
+            CheckpointError: It is missing without a default, of another type or length, or has an item too small.
+        """
+        value = self.get(key, default)
+        items = [value] * count if count is not None and _is_int(value) else value
+        if (
+            not isinstance(items, list | tuple)
+            or not all(_is_int(item) and item >= min_value for item in items)
+            or (count is not None and len(items) != count)
+        ):
+            raise _invalid(key, value, f"{'' if count is None else f'{count} '}integers of at least {min_value}")
+        return list(items)
+
+    def get_activation(self, key: str, default: str) -> Callable[[], nn.Module]:
+        """Return the factory of the activation that a key names.
+
+        Raises:
+            CheckpointError: The name is unknown.
+        """
+        name = str(self.get(key, default))
+        if name not in ACTIVATIONS:
+            raise CheckpointError(
+                f"config.json has {key} = '{name}', known are {', '.join(ACTIVATIONS)}."
+                f"{closest_match(name, ACTIVATIONS)}",
+                "Convert the model, or request this activation.",
+            )
+        return ACTIVATIONS[name]
+
+    def require(self, key: str, supported: Any, feature: str) -> None:
+        """Check that a key is missing, null, or has the one supported value.
+
+        Args:
+            key: The key.
+            supported: The supported value.
+            feature: What other values mean, in the plural.
+
+        Raises:
+            CheckpointError: It has another value.
+        """
+        value = self.get(key, supported)
+        if value != supported:
+            raise CheckpointError(
+                f"config.json has {key} = {value!r}: {feature} are not supported.",
+                f"Use a model with {key} = {supported!r}.",
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _invalid(key: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(f"config.json has {key} = {value!r}, expected {expected}.", "Restore config.json.")
+
+
+def build_window_memories(
+    requested_window: int | None, max_length: int, sliding_windows: Sequence[int | None]
+) -> list[Any]:
+    """Return the memories of a decoder: an exact window in each layer.
+
+    Args:
+        requested_window: Positions seen. Defaults to ``max_length``, at most ``DEFAULT_MAX_WINDOW``.
+        max_length: Positions that the model was trained on.
+        sliding_windows: Window that each layer was trained with; None if it saw all positions.
+    """
+    if requested_window is not None:
+        check_at_least(1, window=requested_window)
+    window = requested_window if requested_window is not None else min(max_length, DEFAULT_MAX_WINDOW)
+    windows = [window if sliding is None else min(sliding, window) for sliding in sliding_windows]
+    memories = [partial(RecurrentMemory, window=layer_window) for layer_window in windows]
+    return memories[:1] if len(set(windows)) == 1 else memories
+
+
+RopeParser = Callable[[HFConfig, int], dict[str, Any]]
+
+
+def _parse_linear(rope: HFConfig, max_length: int) -> dict[str, Any]:
+    return {"scaling_factor": rope.get_float("factor")}
+
+
+def _parse_llama3(rope: HFConfig, max_length: int) -> dict[str, Any]:
+    return {
+        "scaling_factor": rope.get_float("factor"),
+        "low_freq_factor": rope.get_float("low_freq_factor"),
+        "high_freq_factor": rope.get_float("high_freq_factor"),
+        "original_max_length": rope.get_int("original_max_position_embeddings", max_length),
+    }
+
+
+def _parse_yarn(rope: HFConfig, max_length: int) -> dict[str, Any]:
+    original_length = rope.get_int("original_max_position_embeddings", max_length)
+    scaling_factor = rope.get_float("factor", max_length / original_length)
+    attention_factor = rope.get("attention_factor")
+    if attention_factor is None and rope.get("mscale") and rope.get("mscale_all_dim"):
+        mscale, mscale_all_dim = (
+            1.0 if scaling_factor <= 1 else 0.1 * rope.get_float(key) * math.log(scaling_factor) + 1.0
+            for key in ("mscale", "mscale_all_dim")
+        )
+        attention_factor = mscale / mscale_all_dim
+    return {
+        "scaling_factor": scaling_factor,
+        "original_max_length": original_length,
+        "beta_fast": rope.get_float("beta_fast", 32.0) or 32.0,
+        "beta_slow": rope.get_float("beta_slow", 1.0) or 1.0,
+        "attention_factor": None if attention_factor is None else float(attention_factor),
+        "truncate": rope.get_bool("truncate", True),
+    }
+
+
+ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | None] = {
+    "default": None,
+    # Scales by the length of the input, and not at all up to the trained length, which no window exceeds.
+    "dynamic": None,
+    "linear": (LinearScaling, _parse_linear),
+    "llama3": (Llama3Scaling, _parse_llama3),
+    "yarn": (YarnScaling, _parse_yarn),
+}
+"""Scalings of rotary positions by their ``rope_type``; None for unscaled frequencies."""
+
+
+def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int], Positions], int]:
+    """Return the factory of a layer's rotary positions, and the number of positions the model supports.
+
+    Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``.
+
+    Args:
+        config: The config.
+        max_length: Number of positions in the config.
+
+    Raises:
+        CheckpointError: The scaling is unknown or lacks a number.
+    """
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise _invalid("rope_parameters", parameters, "an object")
+    rope = HFConfig(parameters)
+    base = rope.get_float("rope_theta", config.get_float("rope_theta", 10000.0))
+    rope_type = str(rope.get("rope_type", rope.get("type", "default")))
+    if rope_type not in ROPE_SCALINGS:
+        raise CheckpointError(
+            f"config.json has rope_type = '{rope_type}', known are {', '.join(ROPE_SCALINGS)}."
+            f"{closest_match(rope_type, ROPE_SCALINGS)}",
+            "Convert the model, or request this scaling.",
+        )
+    for values in (config, rope):
+        values.require("partial_rotary_factor", 1.0, "partially rotated heads")
+    if rope_type == "dynamic":
+        max_length = min(max_length, rope.get_int("original_max_position_embeddings", max_length))
+    scaling = ROPE_SCALINGS[rope_type]
+    if scaling is None:
+        return partial(Rotary, base=base), max_length
+    scaling_class, parse = scaling
+    return partial(Rotary, base=base, frequencies=partial(scaling_class, **parse(rope, max_length))), max_length

@@ -1,0 +1,231 @@
+"""Rotary embeddings and their frequencies, including the scalings for texts longer than those trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from memtx.errors import MemtxError, check_at_least, check_positive
+from memtx.layers.positions.base import Memoize, Positions
+from memtx.memory.base import EntryPositions
+from memtx.ops.attention.bias import AlibiBias
+from memtx.ops.rotary import apply_rotary_emb, rotary_angles
+from memtx.segment import Segment
+
+
+class RotaryFrequencies:
+    """Frequencies base^(-2i / head_dim) of pair i, in radians per position (RoFormer, Su et al. 2021, section 3.2.2).
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the frequencies; the slowest pair's period is about 2 pi times this.
+
+    Attributes:
+        attention_factor: Factor of rotated queries and keys, each.
+    """
+
+    attention_factor = 1.0
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        self.head_dim = head_dim
+        self.base = base
+
+    @property
+    def cache_key(self) -> tuple[object, ...]:
+        """Key that is equal for equal frequencies."""
+        return (type(self), *sorted(vars(self).items()))
+
+    def inv_freq(self, device: torch.device) -> Tensor:
+        """Return the angle of each pair per position in radians, ``(head_dim / 2,)`` float64."""
+        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
+        return self.base**-exponent
+
+
+class LinearScaling(RotaryFrequencies):
+    """Position interpolation: positions are divided by a factor (Chen et al. 2023, section 2.2).
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the frequencies.
+        scaling_factor: Factor that positions are divided by.
+
+    Raises:
+        MemtxError: scaling_factor is not positive.
+    """
+
+    def __init__(self, head_dim: int, base: float, scaling_factor: float) -> None:
+        super().__init__(head_dim, base)
+        check_positive(scaling_factor=scaling_factor)
+        self.scaling_factor = float(scaling_factor)
+
+    def inv_freq(self, device: torch.device) -> Tensor:
+        """Return all frequencies divided by the factor."""
+        return super().inv_freq(device) / self.scaling_factor
+
+
+class Llama3Scaling(RotaryFrequencies):
+    """Slow pairs are slowed down, fast ones are not, and those between are interpolated (Llama 3.1's published code).
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the frequencies.
+        scaling_factor: Factor by which slow pairs are slowed down.
+        low_freq_factor: Pairs with fewer periods than this in ``original_max_length`` positions are slow.
+        high_freq_factor: Pairs with more periods than this are fast.
+        original_max_length: Length of the texts first trained on.
+
+    Raises:
+        MemtxError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float,
+        scaling_factor: float,
+        low_freq_factor: float,
+        high_freq_factor: float,
+        original_max_length: int,
+    ) -> None:
+        super().__init__(head_dim, base)
+        check_at_least(1, original_max_length=original_max_length)
+        if not 0 < low_freq_factor < high_freq_factor:
+            raise MemtxError(
+                f"low_freq_factor is {low_freq_factor}, high_freq_factor is {high_freq_factor}.",
+                "Give 0 < low_freq_factor < high_freq_factor.",
+            )
+        check_positive(scaling_factor=scaling_factor)
+        self.scaling_factor = float(scaling_factor)
+        self.low_freq_factor = low_freq_factor
+        self.high_freq_factor = high_freq_factor
+        self.original_max_length = original_max_length
+
+    def inv_freq(self, device: torch.device) -> Tensor:
+        """Return frequencies interpolated by each pair's number of periods in the trained length."""
+        unscaled = super().inv_freq(device)
+        periods = self.original_max_length * unscaled / (2 * math.pi)
+        ramp = ((periods - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
+        return torch.lerp(unscaled / self.scaling_factor, unscaled, ramp)
+
+
+class YarnScaling(RotaryFrequencies):
+    """Slow pairs are interpolated, fast ones are not, and scores are sharpened (YaRN, Peng et al. 2023, section 3).
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the frequencies.
+        scaling_factor: Factor by which slow pairs are slowed down.
+        original_max_length: Length of the texts first trained on.
+        beta_fast: Pairs with more periods than this in ``original_max_length`` positions are unchanged.
+        beta_slow: Pairs with fewer periods than this are slowed down fully.
+        attention_factor: Factor of rotated queries and keys. Defaults to the paper's 0.1 ln(scaling_factor) + 1
+            (section 3.4).
+        truncate: If True, the bounds between fast and slow are rounded to whole pairs.
+
+    Raises:
+        MemtxError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        base: float,
+        scaling_factor: float,
+        original_max_length: int,
+        beta_fast: float = 32.0,
+        beta_slow: float = 1.0,
+        attention_factor: float | None = None,
+        truncate: bool = True,
+    ) -> None:
+        super().__init__(head_dim, base)
+        check_at_least(1, original_max_length=original_max_length)
+        check_positive(scaling_factor=scaling_factor, beta_fast=beta_fast, beta_slow=beta_slow)
+        self.scaling_factor, self.original_max_length = float(scaling_factor), original_max_length
+        self.beta_fast, self.beta_slow = float(beta_fast), float(beta_slow)
+        self.attention_factor = (
+            attention_factor if attention_factor is not None else 0.1 * math.log(max(scaling_factor, 1.0)) + 1.0
+        )
+        self.truncate = truncate
+
+    def _correction_dim(self, num_rotations: float) -> float:
+        """Return the index of the pair with ``num_rotations`` periods in the trained length."""
+        frequency = self.original_max_length / (2 * math.pi * num_rotations)
+        return self.head_dim * math.log(frequency) / (2 * math.log(self.base))
+
+    def inv_freq(self, device: torch.device) -> Tensor:
+        """Return frequencies interpolated by a ramp over the pairs."""
+        unscaled = super().inv_freq(device)
+        first, last = self._correction_dim(self.beta_fast), self._correction_dim(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, self.head_dim - 1)
+        if first == last:
+            last += 0.001
+        pair = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
+        ramp = ((pair - first) / (last - first)).clamp(0.0, 1.0)
+        return torch.lerp(unscaled, unscaled / self.scaling_factor, ramp)
+
+
+class Rotary(Positions):
+    """Rotary embedding (RoFormer, Su et al. 2021, section 3.2).
+
+    Args:
+        heads: Number of query heads.
+        head_dim: Width of a head, even.
+        base: Base of the frequencies; the slowest pair's period is about 2 pi times this.
+        frequencies: Factory of the frequencies from (head_dim, base).
+
+    Raises:
+        MemtxError: head_dim is odd.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        head_dim: int,
+        base: float = 10000.0,
+        frequencies: Callable[[int, float], RotaryFrequencies] = RotaryFrequencies,
+    ) -> None:
+        super().__init__(heads, head_dim)
+        if head_dim % 2:
+            raise MemtxError(f"Rotary positions need an even width per head, got {head_dim}.", "Change dim or heads.")
+        self.base = base
+        self.frequencies = frequencies(head_dim, base)
+
+    def extra_repr(self) -> str:
+        """Return the base."""
+        return f"base={self.base}"
+
+    def forward(
+        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
+    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
+        """Rotate both by their offsets."""
+        dtype = _angle_dtype(q)
+        settings = (Rotary, self.frequencies.cache_key, dtype)
+
+        def query_angles() -> Tensor:
+            return self._angles(torch.arange(segment.length, device=q.device)[None], dtype)
+
+        key_angles = entry_positions.visibility.memo(settings, lambda: self._angles(entry_positions.offset, dtype))
+        return apply_rotary_emb(q, segment.memo(settings, query_angles)), apply_rotary_emb(k, key_angles), None
+
+    def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
+        """Rotate by the position; angles are computed in float64, so they are exact in streams of any length."""
+        dtype = _angle_dtype(x)
+        key = (Rotary, self.frequencies.cache_key, dtype, id(position))
+        return apply_rotary_emb(x, memo(key, lambda: self._angles(position, dtype)))
+
+    def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
+        """Rotate back by the distance, with the attention factor of the query, which is not rotated."""
+        angles = self._angles(-distance[None], _angle_dtype(keys))
+        return apply_rotary_emb(keys, angles * self.frequencies.attention_factor)
+
+    def _angles(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
+        return rotary_angles(offset, self.frequencies.inv_freq(offset.device), dtype, self.frequencies.attention_factor)
+
+
+def _angle_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
