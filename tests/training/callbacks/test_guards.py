@@ -97,9 +97,9 @@ def test_a_step_that_is_not_finite_is_skipped(
     said = capfd.readouterr().err
     assert "step 1  The " in said
     assert "1 in a row, 1 in total" in said
-    # Down to the layer: going backward, the first of its parameters that the poisoned gradient reaches.
+    # Down to the layer: in the backward pass, the first of its parameters that the poisoned gradient reaches.
     layer = "model.blocks.1.feed_forward"
-    assert (f"going backward, the gradient of {layer}" if back else f"output of {layer} is") in said
+    assert (f"in the backward pass, the gradient of {layer}" if back else f"output of {layer} is") in said
 
 
 def test_nothing_else_changes(tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation import losses as kinds
 from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
-from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, get_blocks
-from memtx.training.distillation.model_outputs import collect_language_outputs
+from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, collect_language_outputs, get_blocks
 from memtx.training.distillation.teacher_cache import top_k_logits
 
 ROWS, LENGTH, VOCAB = 2, 7, 11

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
 from memtx.training.distillation import SelfDistillation, SoftTargets
+from memtx.training.distillation.language import LanguageDistillation
 from memtx.training.tbptt import unroll
 from tests.training.small import data, module, trainer
 from tests.training.test_retrofitting import MEAN, base, retrofitted
@@ -22,14 +23,13 @@ def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None
     module_ = module(distillation=SelfDistillation([SoftTargets]), replay=replay)
     model = module_.model = retrofitted(11, MEAN).double()
     module_.distillation.setup(model)
-    module_._total_steps = 0
     tokens, labels = torch.randint(0, 11, (2, 2, 20))
     labels[:, 3] = -100
     starts = torch.zeros(2, 20, dtype=torch.bool)
     starts[1, 9] = True
     batch: Any = type("Batch", (), {"tokens": tokens, "labels": labels, "document_starts": starts})
-    judge = module_._make_loss_fn(module_.distillation, batch)
-    out = unroll(model, tokens, labels, starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=judge)
+    loss_fn = LanguageDistillation(module_.distillation, None).make_loss_fn(model, batch, progress=0.0)
+    out = unroll(model, tokens, labels, starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=loss_fn)
     wide = base(11).double().without_memory(20)
     expected = F.softmax(wide(tokens, document_starts=starts).logits / 2, dim=-1)
     mine = F.log_softmax(model(tokens, document_starts=starts).logits / 2, dim=-1)

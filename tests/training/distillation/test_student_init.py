@@ -20,8 +20,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, NoLayers
-from memtx.training.distillation.student_init import principal_directions
-from memtx.training.distillation.student_init import init_student
+from memtx.training.distillation.student_init import init_student, principal_directions
 
 VOCAB = 11
 
