@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from memtx.data.books import BookDataModule as BookDataModule
     from memtx.errors import MemtxError as MemtxError
     from memtx.inference.generate import generate as generate
+    from memtx.inference.predictor import load_predictor as load_predictor
     from memtx.inference.reader import StreamReader as StreamReader
-    from memtx.inference.summarizer import load_predictor as load_predictor
     from memtx.layers.feed_forward import FeedForward as FeedForward
     from memtx.layers.feed_forward import SwiGLU as SwiGLU
     from memtx.layers.positions.alibi import Alibi as Alibi
@@ -46,7 +46,7 @@ _EXPORTS = {
     "errors": ["MemtxError"],
     "inference.generate": ["generate"],
     "inference.reader": ["StreamReader"],
-    "inference.summarizer": ["load_predictor"],
+    "inference.predictor": ["load_predictor"],
     "layers.feed_forward": ["FeedForward", "SwiGLU"],
     "layers.positions.alibi": ["Alibi"],
     "layers.positions.rotary": ["Rotary"],

@@ -83,7 +83,7 @@ class Stream:
 
     def __init__(self, reader: StreamReader, chunks: Iterator[bytes]) -> None:
         self.reader = reader
-        self.report = ReadingReport(10_000, quiet=True, progress=None)
+        self.report = ReadingReport(10_000, quiet=True)
         self._results = (result for chunk in chunks for result in reader.feed(chunk))
 
     def read_until(self, end: int) -> float:

@@ -10,9 +10,9 @@ from memtx.memory.associative import AssociativeMemory
 from memtx.memory.base import Memory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling
-from memtx.memory.gates import Gate, ReflectingGate
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.none import NoMemory
+from memtx.memory.parts import Gate, ReflectingGate
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.slots import SlotMemory

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memtx.cli import options
-from memtx.data.sources.manifest import SPLITS
+from memtx.data.sources.base import SPLITS
 from memtx.errors import MemtxError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from memtx.errors import CheckpointError, MemtxError
 
 if TYPE_CHECKING:
     from memtx.data.synthetic_tasks.base import SyntheticTask
-    from memtx.evaluation.results import EvaluationResult
+    from memtx.evaluation.accuracy import EvaluationResult
     from memtx.models.memory_transformer import MemoryTransformer
 
 SYNTHETIC_TASKS = ("recall", "capacity", "overwrite", "copy", "tracking")
@@ -104,8 +104,8 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     }
     task_class = task_classes.get(arguments.task, AssociativeRecall)  # for recall and capacity
     with options.user_modules(arguments.modules):
-        model, trained_options = task_checkpoint.load_model_and_task_options(arguments.checkpoint)
-    task = task_checkpoint.build_task(task_class, trained_options, _parse_task_args(arguments.task_arg))
+        model, trained_options = load_model_and_task_options(arguments.checkpoint)
+    task = build_task(task_class, trained_options, _parse_task_args(arguments.task_arg))
     if task.vocab_size != model.vocab_size:
         raise CheckpointError(
             f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from that of {arguments.task} "
@@ -115,15 +115,8 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     return model.to(**placement), task
 
 
-def _accept_any_device(model: MemoryTransformer) -> Any:
-    """Return the model as a function of tokens on any device."""
-    device = model.embedding.weight.device
-    return lambda tokens, state=None: model(tokens.to(device), state)
-
-
 def _evaluate_synthetic(arguments: argparse.Namespace, distances: list[int]) -> list[EvaluationResult]:
-    from memtx.evaluation.accuracy import evaluate_accuracy
-    from memtx.evaluation.results import EvaluationResult
+    from memtx.evaluation.accuracy import EvaluationResult, evaluate_accuracy
 
     model, task = _load_model_and_task(arguments)
     segments = _to_segments(distances, task)
@@ -131,7 +124,7 @@ def _evaluate_synthetic(arguments: argparse.Namespace, distances: list[int]) -> 
     with options.progress_bar("evaluating", sum(task.num_write_segments + count for count in segments)) as advance:
         for count in segments:
             accuracy = evaluate_accuracy(
-                _accept_any_device(model),
+                model,
                 task,
                 count,
                 num_samples=arguments.num_samples,
@@ -148,7 +141,9 @@ def _to_segments(distances: Iterable[int], task: SyntheticTask) -> list[int]:
 
 
 def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> list[EvaluationResult]:
+    from memtx.data.sources.base import SPLITS
     from memtx.data.sources.corpus import open_corpus
+    from memtx.evaluation.accuracy import average_by_distance
     from memtx.evaluation.babi import evaluate_babi, load_tasks
     from memtx.evaluation.haystack import Haystack, evaluate_needle
 
@@ -158,9 +153,9 @@ def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> l
         documents = [document for split in SPLITS for document in splits.get(split, ())]
     else:
         # The test texts if there are any, because the model was not trained on them.
-        documents = next((splits[split] for split in reversed(SPLITS) if splits.get(split)), [])
+        documents = next((list(splits[split]) for split in reversed(SPLITS) if splits.get(split)), [])
     model, tokenizer = options.load_model(arguments)
-    haystack: Haystack = Haystack(documents, tokenizer)
+    haystack = Haystack(documents, tokenizer)
     settings = {name: getattr(arguments, name) for name in ("num_samples", "seed", "segment_length")}
     num_calls = (sum(distances) + len(distances)) * max(1, len(tasks))
     with options.progress_bar("evaluating", num_calls) as advance:
@@ -210,7 +205,7 @@ def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
 
 def _evaluate_capacity(arguments: argparse.Namespace, distances: list[int]) -> _Report:
     from memtx.data.synthetic_tasks.recall import AssociativeRecall
-    from memtx.evaluation.capacity import ACCURACY_THRESHOLD, evaluate_capacity
+    from memtx.evaluation.accuracy import ACCURACY_THRESHOLD, evaluate_capacity
 
     model, task = _load_model_and_task(arguments)
     assert isinstance(task, AssociativeRecall)
@@ -219,7 +214,7 @@ def _evaluate_capacity(arguments: argparse.Namespace, distances: list[int]) -> _
     with options.progress_bar("evaluating", None) as advance:
         for segments in _to_segments(distances, task) or DEFAULT_CAPACITY_SEGMENTS:
             capacity = evaluate_capacity(
-                _accept_any_device(model),
+                model,
                 task,
                 segments,
                 state_bytes=state_bytes,

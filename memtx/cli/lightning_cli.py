@@ -41,7 +41,7 @@ from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training.base_module import BaseModule
 from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
@@ -186,7 +186,7 @@ class MemtxCLI(LightningCLI):
                 )
         if _get_data_options(config).get("root", "") is not None:
             return
-        from memtx.data.tasks.example_files import ExampleDataModule
+        from memtx.data.tasks.data_module import ExampleDataModule
         from memtx.data.tasks.examples import LAYOUT_HINT
 
         data_class = find_class(config.data.class_path) if self.subclass_mode_data else BookDataModule
@@ -204,7 +204,7 @@ class MemtxCLI(LightningCLI):
         options, sidecars = _get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
         if "task" in sidecars and "task" in options:
             from memtx.data.hf_tokenizers import hf_tokenizer_from_json
-            from memtx.data.tasks.serialization import task_from_json
+            from memtx.data.tasks.base import task_from_json
 
             options.tokenizer = hf_tokenizer_from_json(sidecars["tokenizer"])
             options.task = task_from_json(sidecars["task"])
@@ -239,7 +239,7 @@ class MemtxCLI(LightningCLI):
         kwargs.setdefault("default_root_dir", config.run_dir)
         # Not into the config, which must start the same run on another machine.
         kwargs |= get_trainer_kwargs(os.environ)
-        precision = bf16.choose_precision(str(trainer.precision), str(trainer.accelerator))
+        precision = choose_precision(str(trainer.precision), str(trainer.accelerator))
         if precision != str(trainer.precision):
             kwargs["precision"] = precision
             _print_rank_zero(

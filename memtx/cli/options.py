@@ -197,7 +197,7 @@ def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokeni
         MemtxError: The checkpoint or the device cannot be used.
     """
     placement = get_placement(arguments)
-    from memtx.inference.loading import load_model_and_tokenizer
+    from memtx.checkpoint.load import load_model_and_tokenizer
 
     with user_modules(arguments.modules):
         model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)

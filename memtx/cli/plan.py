@@ -15,7 +15,7 @@ from memtx.cli.fit import install_warning_filters
 from memtx.cli.lightning_cli import MemtxCLI
 from memtx.data.tokenized_corpus import TokenizedCorpus, is_tokenized_corpus
 from memtx.errors import MemtxError
-from memtx.ops.cpu import bf16
+from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training import cost
 from memtx.training.callbacks.progress import format_duration
 from memtx.training.callbacks.throughput import matmul_dtype
@@ -109,7 +109,7 @@ def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[
     devices = arguments.devices or (trainer.devices if isinstance(trainer.devices, int) else 1)
     precision = str(trainer.precision or "32-true")
     if arguments.peak_tflops is None:  # for this machine
-        precision = bf16.choose_precision(precision, str(trainer.accelerator))
+        precision = choose_precision(precision, str(trainer.accelerator))
     dtype = matmul_dtype(precision)
     batch_size = int(data.batch_size)
     bptt_segments = int(getattr(data, "bptt_segments", getattr(data, "num_segments", 1)))

@@ -49,7 +49,7 @@ def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
         MemtxError: The checkpoint or the device cannot be used.
     """
     placement = options.get_placement(arguments)
-    from memtx.inference.summarizer import load_predictor
+    from memtx.inference.predictor import load_predictor
 
     with options.user_modules(arguments.modules):
         predictor = load_predictor(arguments.checkpoint)

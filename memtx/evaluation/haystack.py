@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import Document
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError, MemtxError
 from memtx.evaluation.accuracy import EvaluationResult

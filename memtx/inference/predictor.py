@@ -17,18 +17,15 @@ from torch import nn
 
 from memtx import files
 from memtx.checkpoint import pretrained
-from memtx.checkpoint.load import TOKENIZER_FILE
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
 from memtx.data.tasks.base import EncodedExample, Logits, Task, task_from_json, task_to_json
 from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
-from memtx.data.tasks.examples import SummaryExample
-from memtx.data.tasks.serialization import task_from_json, task_to_json
-from memtx.data.tasks.summary_prompt import SummaryPrompt
+from memtx.data.tasks.examples import SummaryExample, SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
 from memtx.inference.deadline import ClosedError, acquire_before, remaining_seconds
 from memtx.inference.generate import generate
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.inference.sampling import SamplingParams
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer

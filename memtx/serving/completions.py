@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Annotated, Any
 
@@ -14,10 +15,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memtx.inference.engine import Generation
-from memtx.inference.generate import TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
+from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
 from memtx.inference.reader import StreamReader
 from memtx.inference.sessions.pool import SessionPool
-from memtx.inference.token_generator import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
 from memtx.serving.errors import APIError
 from memtx.serving.limits import Deadline, Limits
 from memtx.serving.metrics import PoolMetrics
@@ -25,7 +25,6 @@ from memtx.serving.responses import (
     CompletionFormatter,
     OutputStream,
     TokenQueue,
-    TokenQueueWriter,
     format_usage,
     get_prompt_logprobs,
     stream_sse,
@@ -147,7 +146,7 @@ class CompletionService:
                 prompt.recent_tokens,
                 [configs[index] for index in indices],
                 deadline=deadline,
-                output_queues=[TokenQueueWriter(token_queue, index) for index in indices],
+                on_outputs=[partial(token_queue.put, index) for index in indices],
             )
             for index in indices:
                 choices.append(Choice(generations[index].token_generator, prompt.text, list(prompt.logprobs)))

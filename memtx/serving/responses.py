@@ -14,9 +14,10 @@ from anyio import CancelScope, to_thread
 from fastapi import Request
 
 from memtx.data.tokenizers import Tokenizer
-from memtx.inference.engine import Generation, QueueItem, remaining_seconds
+from memtx.inference.deadline import remaining_seconds
+from memtx.inference.engine import Generation, QueueItem
+from memtx.inference.generate import TextDelta, TokenLogprob
 from memtx.inference.reader import SegmentResult
-from memtx.inference.token_generator import TextDelta, TokenLogprob
 from memtx.serving.errors import APIError, error_body, to_api_error
 
 DISCONNECT_POLL_SECONDS = 0.5
@@ -153,18 +154,6 @@ class TokenQueue:
         finally:
             for generation in generations:
                 generation.cancel()
-
-
-@dataclass(frozen=True)
-class TokenQueueWriter:
-    """Writer of one text's items to a queue, as the engine expects it."""
-
-    token_queue: TokenQueue
-    index: int
-
-    def put(self, item: QueueItem) -> None:
-        """Add a piece, an error or the end of the text."""
-        self.token_queue.put(self.index, item)
 
 
 async def iterate_in_threadpool(iterator: Iterator[TextDelta], first: TextDelta | None) -> OutputStream:

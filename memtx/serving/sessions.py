@@ -10,9 +10,8 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from memtx.inference.engine import Generation
 from memtx.inference.generate import TokenGenerator
-from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
+from memtx.inference.reader import SegmentResult
 from memtx.inference.sessions.pool import SessionPool
-from memtx.inference.token_generator import TokenGenerator
 from memtx.serving.completions import Choice, Service, get_service
 from memtx.serving.errors import APIError
 from memtx.serving.limits import Deadline

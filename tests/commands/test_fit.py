@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from memtx import files
+from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.cli.config import add_run_config
-from memtx.inference.loading import load_model_and_tokenizer
 from memtx.training.callbacks import predictions
 from tests.commands.program import HOME, Done, Program
 from tests.commands.runs import CONFIG, changed, write, write_books

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memtx.data.sources.document import Document
+from memtx.data.sources.base import Document
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, average_by_distance

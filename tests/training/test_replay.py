@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.tbptt import UnrollOutput, unroll
-from scripts.measuring import TensorMemoryTracker
+from scripts.benchmarking import TensorMemoryTracker
 from tests.memory_zoo import KINDS
 from tests.training.small import Record, data, model, module, trainer, weights
 from tests.training.test_tbptt import gradients, texts
