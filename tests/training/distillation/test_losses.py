@@ -18,7 +18,7 @@ from memtx.layers.longformer import LongformerAttention
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation import losses as kinds
+from memtx.training import distillation as kinds
 from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, collect_language_outputs, get_blocks
 from memtx.training.distillation.teacher_cache import top_k_logits
