@@ -26,9 +26,7 @@ class LayerwiseLoss(DistillationLoss):
         student: Dimensions of the student.
         teacher: Dimensions of the teacher.
         layers: Pairs of layers to compare. Defaults to ``default_layers`` of the class.
-        weight: Factor in the sum. Defaults to 1.0.
-        begin: Fraction of the run's optimizer steps from which the loss counts. Defaults to 0.0.
-        end: Fraction of the run's optimizer steps until which the loss counts. Defaults to 1.0.
+        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
     Raises:
         MemtxError: A number is out of range, or the models do not fit each other or the map.
@@ -37,15 +35,9 @@ class LayerwiseLoss(DistillationLoss):
     default_layers: ClassVar[type[LayerMap]] = EveryKthLayer
 
     def __init__(
-        self,
-        student: ModelDims,
-        teacher: ModelDims,
-        layers: LayerMap | None = None,
-        weight: float = 1.0,
-        begin: float = 0.0,
-        end: float = 1.0,
+        self, student: ModelDims, teacher: ModelDims, layers: LayerMap | None = None, **options: float
     ) -> None:
-        super().__init__(student, teacher, weight, begin, end)
+        super().__init__(student, teacher, **options)
         self.layer_pairs = (layers or self.default_layers()).pairs(student.depth, teacher.depth)
         if not self.layer_pairs:
             raise MemtxError(
@@ -163,9 +155,7 @@ class ValueRelations(LayerwiseLoss):
         layers: Pairs of layers to compare. Defaults to the last ones.
         heads: Number of heads to split the values into (MiniLMv2, Wang et al. 2021, section 3.2). Defaults to the
             layers' own.
-        weight: Factor in the sum. Defaults to 1.0.
-        begin: Fraction of the run's optimizer steps from which the loss counts. Defaults to 0.0.
-        end: Fraction of the run's optimizer steps until which the loss counts. Defaults to 1.0.
+        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
     Raises:
         MemtxError: The heads or layers do not match.
@@ -179,11 +169,9 @@ class ValueRelations(LayerwiseLoss):
         teacher: ModelDims,
         layers: LayerMap | None = None,
         heads: int | None = None,
-        weight: float = 1.0,
-        begin: float = 0.0,
-        end: float = 1.0,
+        **options: float,
     ) -> None:
-        super().__init__(student, teacher, layers, weight, begin, end)
+        super().__init__(student, teacher, layers, **options)
         if heads is None and student.heads != teacher.heads:
             raise MemtxError(
                 f"The student has {student.heads} heads per layer, the teacher {teacher.heads}.",

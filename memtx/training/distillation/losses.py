@@ -111,9 +111,7 @@ class SoftTargets(DistillationLoss):
         student: Dimensions of the student.
         teacher: Dimensions of the teacher.
         temperature: T, above 0. Defaults to 2.0.
-        weight: Factor in the sum. Defaults to 1.0.
-        begin: Fraction of the run's optimizer steps from which the loss counts. Defaults to 0.0.
-        end: Fraction of the run's optimizer steps until which the loss counts. Defaults to 1.0.
+        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
     Raises:
         MemtxError: A number is out of range, a model has no logits, or the models have different numbers of classes.
@@ -121,16 +119,8 @@ class SoftTargets(DistillationLoss):
 
     required_outputs = "scores"
 
-    def __init__(
-        self,
-        student: ModelDims,
-        teacher: ModelDims,
-        temperature: float = 2.0,
-        weight: float = 1.0,
-        begin: float = 0.0,
-        end: float = 1.0,
-    ) -> None:
-        super().__init__(student, teacher, weight, begin, end)
+    def __init__(self, student: ModelDims, teacher: ModelDims, temperature: float = 2.0, **options: float) -> None:
+        super().__init__(student, teacher, **options)
         check_positive(temperature=temperature)
         self.temperature = temperature
 

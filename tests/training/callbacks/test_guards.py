@@ -17,7 +17,7 @@ from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError
-from memtx.training import nonfinite_trace
+from memtx.training.callbacks import skip_nonfinite
 from memtx.training.callbacks.loss_spikes import NUM_RECENT, RewindOnSpike, loss_upper_bound
 from memtx.training.callbacks.memory_monitor import NUM_CHECKS, MemoryNormMonitor
 from memtx.training.callbacks.oom import OutOfMemoryHint, is_out_of_memory
@@ -117,7 +117,7 @@ def test_a_skip_draws_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     drawn, counted = [], []
     for reads in (True, False):
         if not reads:
-            monkeypatch.setattr(nonfinite_trace, "find_first_nonfinite", lambda *_: "")
+            monkeypatch.setattr(skip_nonfinite, "find_first_nonfinite", lambda *_: "")
         taught, record = module(), Record()
         run = trainer(tmp_path, SkipNonFinite(), Poison((1,)), record, max_steps=3, limit_val_batches=0)
         run.fit(taught, datamodule=data(tmp_path))

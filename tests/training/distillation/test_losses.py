@@ -20,6 +20,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training import distillation as kinds
 from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
+from memtx.training.distillation.losses import DistillationLoss
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, collect_language_outputs, get_blocks
 from memtx.training.distillation.teacher_cache import top_k_logits
 
@@ -57,7 +58,7 @@ def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
 
 def pair(
     student: Encoder, teacher: Encoder, make: Any
-) -> tuple[float, ModelOutputs, ModelOutputs, kinds.DistillationLoss]:
+) -> tuple[float, ModelOutputs, ModelOutputs, DistillationLoss]:
     torch.manual_seed(3)
     loss = make(ModelDims.from_model(student), ModelDims.from_model(teacher)).double()
     own, other = read(student), read(teacher)
