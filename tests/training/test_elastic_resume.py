@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from memtx.checkpoint.pretrained import read_checkpoint
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.errors import CheckpointError
-from memtx.training.carry import reassign_streams
+from memtx.training.carry import reassign_streams, restore_rank_state
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -44,6 +45,17 @@ def test_other_memories_are_refused() -> None:
         reassign_streams([{"position": torch.zeros(2)}, {"other": torch.zeros(2)}], 2, 0)
     with pytest.raises(CheckpointError, match="different memories"):
         reassign_streams([{"position": torch.tensor(1)}], 2, 0)
+
+
+def test_a_plain_data_loader_does_not_tell_its_streams() -> None:
+    """torch's DataLoader has a batch_size too, which need not be a number of streams."""
+    states = [{"position": torch.tensor([rank])} for rank in range(2)]
+    loader = torch.utils.data.DataLoader(torch.zeros(4), batch_size=4)
+    assert restore_rank_state(states, loader, 1, 2) is states[1]
+    with pytest.raises(CheckpointError, match="from 2 processes, this run has 1"):
+        restore_rank_state(states, loader, 0, 1)
+    streams = SimpleNamespace(batch_size=2, position=0)
+    assert restore_rank_state(states, streams, 0, 1)["position"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

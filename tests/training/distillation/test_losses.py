@@ -19,6 +19,7 @@ from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training import distillation as kinds
+from memtx.training.distillation import layer_losses, losses
 from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
 from memtx.training.distillation.losses import DistillationLoss
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, collect_language_outputs, get_blocks
@@ -77,7 +78,7 @@ def softmax(scores: list[float]) -> list[float]:
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("chunk", [2, 512])
 def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "CHUNK_SIZE", chunk)
+    monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
     make = partial(kinds.SoftTargets, temperature=temperature)
     found, own, other, _ = pair(encoder(8, 1), encoder(12, 2), make)
     assert own.features is not None
@@ -148,7 +149,7 @@ def by_heads(model: Encoder, shown: ModelOutputs, layer: int, part: str, heads: 
 @pytest.mark.parametrize("queries", [1, 3, 128])
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "QUERY_CHUNK_SIZE", queries)
+    monkeypatch.setattr(layer_losses, "QUERY_CHUNK_SIZE", queries)
     attention: Any = FullAttention if window is None else partial(LongformerAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
     found, own, other, loss = pair(student, teacher, kinds.AttentionMSE)
@@ -244,17 +245,17 @@ def test_hard_labels_are_the_students_own() -> None:
     ("make", "teacher", "said"),
     [
         (kinds.SoftTargets, {"num_classes": 0}, "no head for the task. Fine-tune it first"),
-        (kinds.SoftTargets, {"num_classes": 12}, "scores 11 classes, the teacher 12. Both need the same vocabulary"),
+        (kinds.SoftTargets, {"num_classes": 12}, "student has 11 classes, the teacher 12. Use the same vocabulary"),
         (partial(kinds.SoftTargets, temperature=0.0), {}, "temperature is 0"),
         (partial(kinds.SoftTargets, weight=-1.0), {}, "SoftTargets's weight is -1"),
-        (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets counts from 0.5 to 0.5"),
-        (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Give it 1, 3 layers"),
-        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its map names none. Give EveryKthLayer"),
-        (kinds.HiddenMSE, {"depth": 0}, "the teacher, a Encoder, shows none"),
-        (kinds.AttentionMSE, {"heads": 4}, "2 heads a layer, the teacher 4.* Give the student 4"),
-        (kinds.AttentionMSE, {"has_attention_maps": False}, "the teacher, a Encoder, sees random blocks or a memory"),
-        (kinds.ValueRelations, {"heads": 4}, "2 heads a layer, the teacher 4.* heads that divide both widths"),
-        (partial(kinds.ValueRelations, heads=3), {}, "8 wide, which 3 heads do not divide"),
+        (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets begins at 0.5 and ends at 0.5"),
+        (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Choose a depth of 1, 3"),
+        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its layer map has none. Use EveryKthLayer"),
+        (kinds.HiddenMSE, {"depth": 0}, r"the teacher \(Encoder\) returns none"),
+        (kinds.AttentionMSE, {"heads": 4}, "2 heads per layer, the teacher 4.* Use 4 heads in the student"),
+        (kinds.AttentionMSE, {"has_attention_maps": False}, r"teacher \(Encoder\) attends to random blocks or a memory"),
+        (kinds.ValueRelations, {"heads": 4}, "2 heads per layer, the teacher 4.* heads that divide both widths"),
+        (partial(kinds.ValueRelations, heads=3), {}, r"value width \(8\) is not divisible by heads \(3\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[str, Any], said: str) -> None:
@@ -276,5 +277,5 @@ def test_sizes_are_those_of_the_model() -> None:
     assert not ModelDims.from_model(
         encoder(8, 2, 4, partial(LongformerAttention, window=4, num_random_tokens=1))
     ).has_attention_maps
-    with pytest.raises(MemtxError, match="A Linear can be no teacher"):
+    with pytest.raises(MemtxError, match="A Linear can be neither teacher nor student"):
         ModelDims.from_model(nn.Linear(2, 2))

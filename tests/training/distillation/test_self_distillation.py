@@ -50,5 +50,5 @@ def test_steps_begin_with_fresh_streams(tmp_path: Path) -> None:
 
 
 def test_a_model_without_memory_is_refused() -> None:
-    with pytest.raises(MemtxError, match="A Encoder has no memory to be taught by its own attention"):
+    with pytest.raises(MemtxError, match="SelfDistillation needs a model with memory, not Encoder"):
         SelfDistillation().setup(Encoder(11, 8, 1, 2))

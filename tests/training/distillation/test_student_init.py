@@ -74,8 +74,8 @@ def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
 @pytest.mark.parametrize(
     ("student", "said"),
     [
-        (Encoder(VOCAB, 8, 2, 2), "a Encoder, the teacher a MemoryTransformer.* Leave student_init out"),
-        (decoder(2, dim=12), "12 wide and shows 2 layers, the teacher 8 and 4.* give the student dim 8"),
+        (Encoder(VOCAB, 8, 2, 2), r"student \(Encoder\) .* teacher \(MemoryTransformer\).* Remove student_init"),
+        (decoder(2, dim=12), "12 wide with 2 layers, .* 8 wide with 4 layers.* use dim 8"),
         (decoder(3), "3 layers, which do not divide"),
         (decoder(2, kv_heads=1), r"key_value.weight is \(8, 8\), the teacher's \(16, 8\)"),
         (decoder(2, bias=True), "the teacher has no blocks.0.attention.query.bias"),

@@ -57,7 +57,7 @@ def test_keys_tell_parts_apart(one: list[bytes], other: list[bytes]) -> None:
 
 def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MemtxError, match=r"cannot be written: .* Give the cache another folder"):
+    with pytest.raises(MemtxError, match=r"cannot be written: .* Choose another cache_dir"):
         LogitCache(tmp_path / "file" / "below", "a" * 64, 2)
     with pytest.raises(MemtxError, match="top_k is 0"):
         LogitCache(tmp_path, "a" * 64, 0)
