@@ -23,21 +23,21 @@ from tests.training.small import Record, data, module, trainer
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
-def test_the_first_rows_carry_on(saved: list[int], rows: int, ranks: int) -> None:
+def test_the_first_rows_carry_on(saved: list[int], batch_size: int, ranks: int) -> None:
     whole = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
         {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in whole.split(saved)
     ]
-    own = [reassign_streams(parts, rows, rank) for rank in range(ranks)]
+    reassigned = [reassign_streams(parts, batch_size, rank) for rank in range(ranks)]
     if not sum(saved):
-        assert own == [{}] * ranks
+        assert reassigned == [{}] * ranks
         return
-    together = torch.cat([one["layers[0].hidden"] for one in own])
-    assert len(together) == rows * ranks
+    together = torch.cat([one["layers[0].hidden"] for one in reassigned])
+    assert len(together) == batch_size * ranks
     stay = min(len(whole), len(together))
     assert torch.equal(together[:stay], whole[:stay])
     assert not together[stay:].any()
-    assert torch.equal(together[:, 0], torch.cat([one["position"] for one in own]))
+    assert torch.equal(together[:, 0], torch.cat([one["position"] for one in reassigned]))
 
 
 def test_other_memories_are_refused() -> None:
@@ -59,9 +59,9 @@ def test_a_plain_data_loader_does_not_tell_its_streams() -> None:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_run_goes_on_with_other_rows(
-    tmp_path: Path, rows: int, accumulate: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, batch_size: int, accumulate: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
     folder = str(tmp_path / "checkpoints")
@@ -72,13 +72,13 @@ def test_a_run_goes_on_with_other_rows(
     epoch, total = len(first._streams), first._streams.store.num_tokens
     done = 7 * accumulate
     assert done < epoch
-    second, record = data(tmp_path, bptt_segments=1, batch_size=rows), Record()
+    second, record = data(tmp_path, bptt_segments=1, batch_size=batch_size), Record()
     going = trainer(tmp_path, record, max_epochs=2, **options)
     taught = module(seed=5)
     going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     # To within a batch and an accumulation, which the pass's end rounds to.
-    whole = 8 * (2 * done + rows * len(record.losses))
-    assert abs(whole - 2 * total) <= 8 * (2 + rows * (2 + accumulate))
+    whole = 8 * (2 * done + batch_size * len(record.losses))
+    assert abs(whole - 2 * total) <= 8 * (2 + batch_size * (2 + accumulate))
     assert going.current_epoch == 2
     assert taught.tokens_seen == whole
     batches = sorted(record.losses)
@@ -91,15 +91,15 @@ def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
     trainer(tmp_path, BestCheckpoint(folder), max_steps=3, **options).fit(module(), datamodule=data(tmp_path))
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     kept = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
-    for rows in (1, 4):
+    for batch_size in (1, 4):
         taught = module(seed=5)
         trainer(tmp_path, max_steps=4, **options).fit(
-            taught, datamodule=data(tmp_path, batch_size=rows), ckpt_path=last
+            taught, datamodule=data(tmp_path, batch_size=batch_size), ckpt_path=last
         )
         position = taught.carry.state_dict("train")["position"]
-        assert len(position) == rows
+        assert len(position) == batch_size
         # A batch of 16 tokens more, unless a document ended within it.
-        for row, before in itertools.product(range(min(2, rows)), [kept]):
+        for row, before in itertools.product(range(min(2, batch_size)), [kept]):
             assert int(position[row]) == int(before[row]) + 16 or int(position[row]) < 16
         assert (position[2:] <= 16).all()
 
@@ -123,8 +123,9 @@ def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
         for key, weight in last[0]["state_dict"].items():
             # float32, six steps of Adam: sums in another order
             torch.testing.assert_close(last[1]["state_dict"][key], weight, atol=1e-4, rtol=1e-3)
-        own, other = (torch.cat([one["carry"]["position"] for one in content["memtx"]["ranks"]]) for content in last)
-        assert torch.equal(own, other)
+        ranks = [content["memtx"]["ranks"] for content in last]
+        before, after = (torch.cat([state["carry"]["position"] for state in states]) for states in ranks)
+        assert torch.equal(before, after)
         assert len(last[1]["memtx"]["ranks"]) == (1 if name == "fewer" else 2)
     # And with other rows than before, which is said.
     done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")

@@ -37,13 +37,13 @@ Loss = Callable[[nn.Module, Tensor], Tensor]
 def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     """Two horizons, so that there is a state when the second begins."""
     state = model.init_state(tokens.shape[0], dtype=torch.float64)
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, 0] = True
-    starts[:, SEGMENT + 2] = True
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    document_starts[:, 0] = True
+    document_starts[:, SEGMENT + 2] = True
     total: Any = 0.0
     for at in (0, SEGMENT * HORIZON):
         part = slice(at, at + SEGMENT * HORIZON)
-        given = tokens[:, part], tokens[:, part].roll(-1, 1), starts[:, part] & (at == 0), state
+        given = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
         out = unroll(model, *given, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
     return total
@@ -143,19 +143,19 @@ def process(rank: int, at: str) -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     dist.init_process_group("gloo", init_method=f"file://{at}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    said = {}
+    messages = {}
     for name in CASES:
-        said[name] = ""
+        messages[name] = ""
         try:
             compare(name, rank, mesh)
         except Exception as error:
-            said[name] = "".join(traceback.format_exception(error))[-2000:]
-    (Path(at) / f"said-{rank}.json").write_text(json.dumps(said))
+            messages[name] = "".join(traceback.format_exception(error))[-2000:]
+    (Path(at) / f"said-{rank}.json").write_text(json.dumps(messages))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What went wrong with each case on each of two processes, which are started once for all."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
@@ -165,5 +165,5 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_one_process(said: list[dict[str, str]], name: str) -> None:
-    assert [one[name] for one in said] == ["", ""]
+def test_gradients_are_those_of_one_process(messages: list[dict[str, str]], name: str) -> None:
+    assert [one[name] for one in messages] == ["", ""]

@@ -48,13 +48,13 @@ def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
             weight.add_(torch.randn_like(weight) * 0.2)  # so that a memory makes a difference
     texts.setup("validate")
     texts.eval_batch_size = len(texts.token_store("validation").lengths)
-    (found,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
+    (metrics,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
     expected = by_hand(measured, texts)
     assert len(expected) >= 3
     assert max(map(abs, expected.values())) > 0.01
     for name, value in expected.items():
         # Bytes are spread over a whole document by hand, over a batch's rows in the meter.
-        assert found[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
+        assert metrics[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
 
 
 def test_nothing_is_measured_where_nothing_is_carried_or_it_is_not_wanted(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_nothing_is_measured_where_nothing_is_carried_or_it_is_not_wanted(tmp_pa
         LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment_length=SEGMENT),
         module(measure_memory_gain=False),
     ):
-        (found,) = trainer(tmp_path).validate(one, datamodule=data(tmp_path), verbose=False)
-        assert not any("memory" in name for name in found)
+        (metrics,) = trainer(tmp_path).validate(one, datamodule=data(tmp_path), verbose=False)
+        assert not any("memory" in name for name in metrics)
 
 
 class Deaf(MemoryTransformer):
@@ -86,9 +86,9 @@ def test_a_memory_that_is_not_used_is_said_so(tmp_path: Path, deaf: bool, capsys
     options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 2}
     fitting = trainer(tmp_path, UnusedMemoryWarning(), **options)
     fitting.fit(taught, datamodule=data(tmp_path))
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     gain = float(fitting.callback_metrics["val_memory_gain"])
-    assert ("The memory is not used" in said) == (gain < 1e-3)
+    assert ("The memory is not used" in message) == (gain < 1e-3)
     if deaf:
         assert gain == pytest.approx(0.0, abs=1e-9)
-        assert said.count("only 0.0000 worse") + said.count("0.0000 better") == 2
+        assert message.count("only 0.0000 worse") + message.count("0.0000 better") == 2

@@ -32,8 +32,8 @@ def test_every_parameter_has_a_gradient(kind: str) -> None:
     """From the very first batch, when nothing is remembered yet: DDP stops at a parameter without one."""
     reader = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 3))
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    unroll(reader, tokens, tokens, starts, reader.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    unroll(reader, tokens, tokens, document_starts, reader.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
     assert [name for name, one in reader.named_parameters() if one.grad is None] == []
 
 
@@ -43,11 +43,11 @@ def test_every_parameter_learns(kind: str) -> None:
     torch.manual_seed(0)
     reader = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 32))
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     steps = torch.optim.AdamW(reader.parameters(), lr=0.01)
     for _ in range(3):
         steps.zero_grad()
-        unroll(reader, tokens, tokens, starts, reader.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
+        unroll(reader, tokens, tokens, document_starts, reader.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
         steps.step()
     still = [name for name, one in reader.named_parameters() if one.grad is None or not one.grad.abs().max() > 0]
     assert still == []

@@ -34,12 +34,12 @@ def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
 
 
 def test_what_was_added_alone_learns(tmp_path: Path) -> None:
-    own = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
-    before = {name: one.clone() for name, one in own.model.state_dict().items()}
-    trainer(tmp_path, max_steps=4).fit(own, data(tmp_path))
-    added = own.model.memory_parameters()
+    language_module = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
+    before = {name: one.clone() for name, one in language_module.model.state_dict().items()}
+    trainer(tmp_path, max_steps=4).fit(language_module, data(tmp_path))
+    added = language_module.model.memory_parameters()
     assert added
-    for name, one in own.model.state_dict().items():
+    for name, one in language_module.model.state_dict().items():
         assert torch.equal(one, before[name]) == (name not in added), name
 
 
@@ -58,26 +58,26 @@ def test_a_rate_is_drawn_for_every_step_and_put_back(tmp_path: Path, monkeypatch
         return read(self, *given)
 
     monkeypatch.setattr(CompressedMemory, "read", spy)
-    own = LanguageModule(partial(retrofitted), segment_length=SEGMENT, optimizer=adam, compression_rates=[])
-    assert own.rate_sampler.rates == []
-    own = LanguageModule(
+    language_module = LanguageModule(partial(retrofitted), segment_length=SEGMENT, optimizer=adam, compression_rates=[])
+    assert language_module.rate_sampler.rates == []
+    language_module = LanguageModule(
         lambda size: retrofitted(size, MEAN), segment_length=SEGMENT, optimizer=adam, compression_rates=[1, 3, 4]
     )
-    trainer(tmp_path, max_steps=12).fit(own, data(tmp_path))
+    trainer(tmp_path, max_steps=12).fit(language_module, data(tmp_path))
     assert {rate for rate, _ in seen} == {1, 3, 4}
-    assert {block.attention.memory.compression_rate for block in own.model.blocks} == {2}
+    assert {block.attention.memory.compression_rate for block in language_module.model.blocks} == {2}
     assert all(cached == 6 + rate - 1 for rate, cached in seen)
 
 
 def test_sinks_begin_where_the_exact_states_of_the_rate_end() -> None:
     model = retrofitted(11, MEAN)
-    rates = CompressionRateSampler(model, [5])
+    sampler = CompressionRateSampler(model, [5])
     sink = model.blocks[0].attention.extra_memories[0]
     assert isinstance(sink, SinkMemory)
     assert sink.exclude_recent == 7
-    rates.sample()
+    sampler.sample()
     assert sink.exclude_recent == 10
-    rates.restore_default()
+    sampler.restore_default()
     assert sink.exclude_recent == 7
 
 

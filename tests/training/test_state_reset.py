@@ -28,7 +28,7 @@ CACHE = partial(RecurrentMemory, window=6)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "lasting"),
+    ("kinds", "unbounded"),
     [
         ([NoMemory], False),
         ([CACHE], False),
@@ -41,9 +41,9 @@ CACHE = partial(RecurrentMemory, window=6)
         ([partial(TopKMemory, window=6, compression_rate=1, num_entries=6)], True),
     ],
 )
-def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any], lasting: bool) -> None:
+def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any], unbounded: bool) -> None:
     make = partial(model, memories=[kinds])
-    assert LanguageModule(make).state_reset.prob == (0.05 if lasting else 0.0)
+    assert LanguageModule(make).state_reset.prob == (0.05 if unbounded else 0.0)
     assert LanguageModule(make, state_reset_prob=0.0).state_reset.prob == 0.0
     assert LanguageModule(make, state_reset_prob=0.5).state_reset.prob == 0.5
     for wrong in (-0.1, 1.1):
@@ -58,9 +58,9 @@ def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: P
         record = Record()
         trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(still, data(tmp_path))
         found[share] = [float.fromhex(loss) for loss in record.losses.values()]
-    texts = data(tmp_path)
-    texts.setup("fit")
-    for batch, loss in zip(texts.train_dataloader(), found[1.0], strict=False):
+    books = data(tmp_path)
+    books.setup("fit")
+    for batch, loss in zip(books.train_dataloader(), found[1.0], strict=False):
         state, nll, scored = still.model.init_state(2), 0.0, 0
         for part in (slice(0, 8), slice(8, 16)):
             out = still.model(

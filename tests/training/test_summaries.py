@@ -61,8 +61,8 @@ def test_only_the_summary_is_learned(root: Path) -> None:
         assert batch.document_starts[:, 0].all()
         assert not batch.document_starts[:, 1:].any()
         for row, labels in zip(batch.tokens, batch.labels, strict=True):
-            said = data.tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
-            assert said in ("good\n\n", "bad\n\n")
+            decoded = data.tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
+            assert decoded in ("good\n\n", "bad\n\n")
             first = int((labels != IGNORE_INDEX).nonzero()[0])
             assert data.tokenizer.decode(row[1 : first + 1].tolist()).endswith("\nSummary: ")
         assert (batch.num_words == 1).all()

@@ -25,10 +25,10 @@ from tests.training.small import data, memory, model, module, trainer
 EXACT: Any = {"atol": 1e-12, "rtol": 1e-9}
 
 
-def texts(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def texts(seed: int, batch_size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, labels and starts, with documents that begin and labels that are missing anywhere."""
     draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 30, (rows, length + 1), generator=draw)
+    tokens = torch.randint(0, 30, (batch_size, length + 1), generator=draw)
     labels = tokens[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=draw) < 0.1] = IGNORE_INDEX
     return tokens[:, :-1], labels, torch.rand(labels.shape, generator=draw) < 0.1
@@ -53,21 +53,21 @@ def test_gradients_are_those_of_plain_backpropagation(
     torch.manual_seed(seed)
     reader = model(30).double()
     length = max(1, segment * horizon - short)
-    tokens, labels, starts = texts(seed, 2, before + length)
+    tokens, labels, document_starts = texts(seed, 2, before + length)
     state = reader.init_state(2)
     if before:
         first = slice(0, before)
         # With a graph behind it, were it not cut.
         state = unroll(
-            reader, tokens[:, first], labels[:, first], starts[:, first], state, segment_length=segment
+            reader, tokens[:, first], labels[:, first], document_starts[:, first], state, segment_length=segment
         ).state
     part = slice(before, before + length)
-    found = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment_length=segment)
+    found = unroll(reader, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=segment)
     # All of it in one call and in torch's own terms, from the same state as a constant.
     constant = state.with_named_tensors(
         {name: tensor.detach().clone() for name, tensor in state.named_tensors().items()}
     )
-    logits = reader(tokens[:, part], constant, document_starts=starts[:, part]).logits
+    logits = reader(tokens[:, part], constant, document_starts=document_starts[:, part]).logits
     plain = F.cross_entropy(logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     scored = (labels[:, part] != IGNORE_INDEX).sum()
     plain = plain / scored.clamp(min=1)
@@ -83,12 +83,14 @@ def test_a_longer_horizon_has_other_gradients() -> None:
     """The memory between the segments is learned through: cutting it is felt."""
     reader = model(30).double()
     tokens, labels, _ = texts(0, 2, 24)
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    whole = gradients(reader, unroll(reader, tokens, labels, starts, reader.init_state(2), segment_length=8).loss)
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    whole = gradients(
+        reader, unroll(reader, tokens, labels, document_starts, reader.init_state(2), segment_length=8).loss
+    )
     state, losses = reader.init_state(2), []
     for at in (0, 8, 16):
         part = slice(at, at + 8)
-        out = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment_length=8)
+        out = unroll(reader, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=8)
         state = out.state
         losses.append(out.loss * (out.num_scored / (labels != IGNORE_INDEX).sum()))
     cut = gradients(reader, torch.stack(losses).sum())
@@ -98,12 +100,12 @@ def test_a_longer_horizon_has_other_gradients() -> None:
 def test_auxiliary_losses_are_the_segments_mean() -> None:
     torch.manual_seed(0)
     reader = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
-    tokens, labels, starts = texts(0, 2, 24)
-    out = unroll(reader, tokens, labels, starts, reader.init_state(2), segment_length=8)
+    tokens, labels, document_starts = texts(0, 2, 24)
+    out = unroll(reader, tokens, labels, document_starts, reader.init_state(2), segment_length=8)
     state, named = reader.init_state(2), list[Tensor]()
     for at in (0, 8, 16):
         part = slice(at, at + 8)
-        one = reader(tokens[:, part], state, document_starts=starts[:, part], labels=labels[:, part])
+        one = reader(tokens[:, part], state, document_starts=document_starts[:, part], labels=labels[:, part])
         state = one.state
         named.append(sum(one.aux_losses.values()))
     scored = (labels != IGNORE_INDEX).sum()
@@ -151,6 +153,6 @@ def test_short_rests_weigh_by_their_labels(rate: int) -> None:
     """A segment of one label does not weigh as much as a full one."""
     torch.manual_seed(0)
     reader = model(30, memories=(partial(memory(), compression_rate=rate),)).double()
-    tokens, labels, starts = texts(1, 1, 17)
-    out = unroll(reader, tokens, labels, starts, reader.init_state(1), segment_length=8)
+    tokens, labels, document_starts = texts(1, 1, 17)
+    out = unroll(reader, tokens, labels, document_starts, reader.init_state(1), segment_length=8)
     torch.testing.assert_close(out.loss, out.nll.sum() / (labels != IGNORE_INDEX).sum(), **EXACT)

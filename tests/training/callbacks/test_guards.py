@@ -94,12 +94,12 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert (run.global_step, guard.num_skipped, guard.num_consecutive) == (3, 1, 0)
     assert run.callback_metrics["skipped_steps"] == 1
     assert run.callback_metrics["grad_norm"] > 0
-    said = capfd.readouterr().err
-    assert "step 1  The " in said
-    assert "1 in a row, 1 in total" in said
+    message = capfd.readouterr().err
+    assert "step 1  The " in message
+    assert "1 in a row, 1 in total" in message
     # Down to the layer: in the backward pass, the first of its parameters that the poisoned gradient reaches.
     layer = "model.blocks.1.feed_forward"
-    assert (f"in the backward pass, the gradient of {layer}" if back else f"output of {layer} is") in said
+    assert (f"in the backward pass, the gradient of {layer}" if back else f"output of {layer} is") in message
 
 
 def test_nothing_else_changes(tmp_path: Path) -> None:
@@ -204,11 +204,11 @@ def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: py
     at = 2 * NUM_RECENT + 4
     run, _, rise, guard = spiked(tmp_path, "spiked", at, at + 2 * NUM_RECENT, plugin=plugin)
     assert guard.num_rewinds == 1
-    said = capfd.readouterr().err
-    assert "The loss rose above" in said
-    assert "and the next data" in said
+    message = capfd.readouterr().err
+    assert "The loss rose above" in message
+    assert "and the next data" in message
     # From before the spike: nothing was written while the loss was up.
-    assert at - 3 <= int(said.replace(",", "").split("weights of step ")[1].split()[0]) <= at
+    assert at - 3 <= int(message.replace(",", "").split("weights of step ")[1].split()[0]) <= at
     assert float(run.callback_metrics["train_loss"]) < 6.0
     # The data went on: what an undisturbed run reads.
     plain = Rise(-1)
@@ -264,8 +264,8 @@ def test_norms_of_every_layer_are_logged(tmp_path: Path) -> None:
     for layer in (0, 1):
         parts = [one.double() for name, one in carried.items() if name.startswith(f"layers[{layer}]")]
         parts = [one for one in parts if one.is_floating_point()]
-        wanted = math.sqrt(sum(float(one.square().sum()) for one in parts) / sum(one.numel() for one in parts))
-        assert float(run.callback_metrics[f"memory_rms_{layer}"]) == pytest.approx(wanted, rel=1e-5)
+        expected = math.sqrt(sum(float(one.square().sum()) for one in parts) / sum(one.numel() for one in parts))
+        assert float(run.callback_metrics[f"memory_rms_{layer}"]) == pytest.approx(expected, rel=1e-5)
 
 
 class Stub:
@@ -273,7 +273,7 @@ class Stub:
 
 
 @pytest.mark.parametrize(
-    ("seen", "said"),
+    ("seen", "message"),
     [
         ([0.0] * NUM_CHECKS, "nothing is written"),
         ([0.0, 0.0, 0.1, 0.0, 0.0], ""),
@@ -283,7 +283,7 @@ class Stub:
     ],
 )
 def test_what_is_wrong_with_a_memory_is_said_once(
-    seen: list[float], said: str, capfd: pytest.CaptureFixture[str]
+    seen: list[float], message: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     guard = MemoryNormMonitor()
     for _ in range(2):
@@ -291,8 +291,8 @@ def test_what_is_wrong_with_a_memory_is_said_once(
             guard._check_history(Stub(), "layers[1][0].bank", one)  # type: ignore[arg-type]
         guard._rms_history.clear()
     err = capfd.readouterr().err
-    assert err.count("layers[1][0].bank") == bool(said)
-    assert said in err
+    assert err.count("layers[1][0].bank") == bool(message)
+    assert message in err
     with pytest.raises(MemtxError, match="every_n_batches is 0"):
         MemoryNormMonitor(every_n_batches=0)
 
@@ -317,7 +317,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate m
 
 @pytest.mark.parametrize("error", [RuntimeError(CPU), torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 @pytest.mark.parametrize(
-    ("validation", "options", "wanted"),
+    ("validation", "options", "expected"),
     [
         (
             False,
@@ -338,14 +338,14 @@ CPU = "[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate m
     ],
 )
 def test_full_memory_says_what_halves_it(
-    tmp_path: Path, error: BaseException, validation: bool, options: dict[str, Any], wanted: tuple[str, ...]
+    tmp_path: Path, error: BaseException, validation: bool, options: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     assert is_out_of_memory(error)
     run = trainer(tmp_path, OutOfMemoryHint(), Full(error, validation), max_steps=1, num_sanity_val_steps=1)
     with pytest.raises(type(error)) as caught:
         run.fit(module(), datamodule=data(tmp_path, **options))
-    said = caught.value.__notes__[-1]
-    assert all(one in said for one in wanted), said
+    message = caught.value.__notes__[-1]
+    assert all(one in message for one in expected), message
     error.__notes__.clear()
 
 

@@ -29,12 +29,12 @@ def test_the_share_is_logged(tmp_path: Path, closed: float) -> None:
             gate.proj.weight.zero_()
             # Of two heads' gates one or both shut.
             gate.proj.bias.copy_(torch.tensor([-9.0 if closed > 0 else 0.0, -9.0 if closed == 1 else 0.0]))
-    (found,) = logged.validate(taught, datamodule=texts, verbose=False)
-    assert found["val_closed_gate_fraction"] == pytest.approx(closed)
+    (metrics,) = logged.validate(taught, datamodule=texts, verbose=False)
+    assert metrics["val_closed_gate_fraction"] == pytest.approx(closed)
     # Nothing is left behind that would slow training down.
     assert not any(gate._forward_hooks for gate in gates)
 
 
 def test_a_model_without_gates_logs_nothing(tmp_path: Path) -> None:
-    (found,) = trainer(tmp_path, ClosedGateMonitor()).validate(module(), datamodule=data(tmp_path), verbose=False)
-    assert "val_closed_gate_fraction" not in found
+    (metrics,) = trainer(tmp_path, ClosedGateMonitor()).validate(module(), datamodule=data(tmp_path), verbose=False)
+    assert "val_closed_gate_fraction" not in metrics

@@ -120,8 +120,8 @@ def test_the_bar_counts_the_runs_steps(tmp_path: Path) -> None:
             task = bar.train_progress_bar
             assert (task.completed, task.total) == (steps, steps)
             assert task.description.strip() == "Step"
-            shown = bar.get_metrics(run, run.lightning_module)
-            assert shown.keys() == {"loss", "bits/byte", "val bits/byte"}
+            metrics = bar.get_metrics(run, run.lightning_module)
+            assert metrics.keys() == {"loss", "bits/byte", "val bits/byte"}
         finally:
             rich.reconfigure()
     text = screen.getvalue()

@@ -14,10 +14,10 @@ from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers,
 
 @given(st.integers(1, 12), st.integers(1, 6))
 def test_every_kth_ends_with_the_last_and_is_even(student: int, k: int) -> None:
-    found = EveryKthLayer().pairs(student, student * k)
-    assert [own for own, _ in found] == list(range(student))
-    assert found[-1] == (student - 1, student * k - 1)
-    assert {other - before for (_, before), (_, other) in itertools.pairwise(found)} <= {k}
+    layers = EveryKthLayer().pairs(student, student * k)
+    assert [own for own, _ in layers] == list(range(student))
+    assert layers[-1] == (student - 1, student * k - 1)
+    assert {other - before for (_, before), (_, other) in itertools.pairwise(layers)} <= {k}
 
 
 def test_depths_that_do_not_divide_are_told_which_would() -> None:

@@ -57,13 +57,11 @@ def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
     )
 
 
-def pair(
-    student: Encoder, teacher: Encoder, make: Any
-) -> tuple[float, ModelOutputs, ModelOutputs, DistillationLoss]:
+def pair(student: Encoder, teacher: Encoder, make: Any) -> tuple[float, ModelOutputs, ModelOutputs, DistillationLoss]:
     torch.manual_seed(3)
     loss = make(ModelDims.from_model(student), ModelDims.from_model(teacher)).double()
-    own, other = read(student), read(teacher)
-    return float(loss(own, other).detach()), own, other, loss
+    student_out, teacher_out = read(student), read(teacher)
+    return float(loss(student_out, teacher_out).detach()), student_out, teacher_out, loss
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -80,29 +78,31 @@ def softmax(scores: list[float]) -> list[float]:
 def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
     make = partial(kinds.SoftTargets, temperature=temperature)
-    found, own, other, _ = pair(encoder(8, 1), encoder(12, 2), make)
-    assert own.features is not None
-    assert other.features is not None
+    found, student_out, teacher_out, _ = pair(encoder(8, 1), encoder(12, 2), make)
+    assert student_out.features is not None
+    assert teacher_out.features is not None
     each = [
-        kl(softmax([one / temperature for one in wanted]), softmax([one / temperature for one in mine]))
-        for mine, wanted in zip(own.features.tolist(), other.features.tolist(), strict=True)
+        kl(softmax([one / temperature for one in wanted]), softmax([one / temperature for one in student_values]))
+        for student_values, wanted in zip(student_out.features.tolist(), teacher_out.features.tolist(), strict=True)
     ]
     assert found == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
 
 
 def test_soft_targets_of_the_highest_scores_alone() -> None:
-    found, own, other, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
-    assert own.features is not None
-    assert other.features is not None
+    found, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
+    assert student_out.features is not None
+    assert teacher_out.features is not None
 
     def kept(top: int) -> float:
-        values, index = top_k_logits(other.features, top)
-        return float(loss(own, ModelOutputs(values.double(), class_indices=index)).detach())
+        values, index = top_k_logits(teacher_out.features, top)
+        return float(loss(student_out, ModelOutputs(values.double(), class_indices=index)).detach())
 
     each = []
-    for mine, wanted in zip(own.features.tolist(), other.features.float().tolist(), strict=True):
-        chosen = sorted(range(VOCAB), key=lambda place: -wanted[place])[:4]
-        target, own_all = softmax([wanted[one] / 2 for one in chosen]), softmax([one / 2 for one in mine])
+    for student_values, wanted in zip(
+        student_out.features.tolist(), teacher_out.features.float().tolist(), strict=True
+    ):
+        chosen = sorted(range(VOCAB), key=lambda position: -wanted[position])[:4]
+        target, own_all = softmax([wanted[one] / 2 for one in chosen]), softmax([one / 2 for one in student_values])
         each.append(kl(target, [own_all[one] for one in chosen]))
     assert kept(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
     # Whoever keeps all of them loses nothing but float64's digits; more than there are is filled up.
@@ -118,15 +118,18 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
         "cosine": partial(kinds.HiddenCosine, layers=ExplicitLayers([(0, 0), (1, 3)])),
         "embeddings": kinds.EmbeddingMSE,
     }[kind]
-    found, own, other, loss = pair(encoder(8, 2), encoder(dim, 4), make)
+    found, student_out, teacher_out, loss = pair(encoder(8, 2), encoder(dim, 4), make)
     layers = {"mse": [(1, 2), (2, 4)], "cosine": [(1, 1), (2, 4)], "embeddings": [(0, 0)]}[kind]
     weight = dict(loss.named_parameters()).get("project.weight")
     assert (weight is None) == (dim == 8)
     means = []
-    for mine, theirs in layers:
+    for student_layer, teacher_layer in layers:
         each = []
-        for row, place in own.token_mask.nonzero().tolist():
-            x, y = own.hidden_states[mine][row, place].tolist(), other.hidden_states[theirs][row, place].tolist()
+        for row, position in student_out.token_mask.nonzero().tolist():
+            x, y = (
+                student_out.hidden_states[student_layer][row, position].tolist(),
+                teacher_out.hidden_states[teacher_layer][row, position].tolist(),
+            )
             if weight is not None:
                 x = [sum(w * one for w, one in zip(line, x, strict=True)) for line in weight.tolist()]
             if kind == "cosine":
@@ -138,10 +141,10 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
     assert found == pytest.approx(sum(means) / len(means), **CLOSE)
 
 
-def by_heads(model: Encoder, shown: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
+def by_heads(model: Encoder, outputs: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
     """[row][head][place] -> numbers, by the layer's own map and nothing else of it."""
     linear = getattr(model.blocks[layer].attention, part)
-    x = shown.hidden_states[layer] @ linear.weight.T + linear.bias
+    x = outputs.hidden_states[layer] @ linear.weight.T + linear.bias
     width = x.shape[-1] // heads
     return [[x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(ROWS)]
 
@@ -152,17 +155,17 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(layer_losses, "QUERY_CHUNK_SIZE", queries)
     attention: Any = FullAttention if window is None else partial(LongformerAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
-    found, own, other, loss = pair(student, teacher, kinds.AttentionMSE)
+    found, student_out, teacher_out, loss = pair(student, teacher, kinds.AttentionMSE)
 
     def expected(marked: list[tuple[int, int]]) -> float:
-        read_by = ((student, own, 0), (teacher, other, 1))
+        read_by = ((student, student_out, 0), (teacher, teacher_out, 1))
         parts = [by_heads(*one, name, 2) for one in read_by for name in ("query", "key")]
         each = []
         for row in range(ROWS):
-            places = own.token_mask[row].nonzero().flatten().tolist()
+            positions = student_out.token_mask[row].nonzero().flatten().tolist()
             for head in range(2):
-                for i in places:
-                    for j in places:
+                for i in positions:
+                    for j in positions:
                         if (window is not None and abs(i - j) > window // 2) or (row, i) in marked:
                             continue
                         scores = [
@@ -177,30 +180,33 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
     # Global tokens ask with other projections: their rows are no part of it.
     marked = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     marked[0, 2] = True
-    without = loss(replace(own, global_attention_mask=marked), other)
+    without = loss(replace(student_out, global_attention_mask=marked), teacher_out)
     assert float(without.detach()) == pytest.approx(expected([(0, 2)]), **CLOSE)
 
 
 @pytest.mark.parametrize("heads", [None, 4])
 def test_value_relations(heads: int | None) -> None:
     student, teacher = encoder(8, 1, 2), encoder(12, 2, 2)
-    found, own, other, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
+    found, student_out, teacher_out, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
     count = heads or 2
-    mine, theirs = by_heads(student, own, 0, "value", count), by_heads(teacher, other, 1, "value", count)
+    student_values, teacher_values = (
+        by_heads(student, student_out, 0, "value", count),
+        by_heads(teacher, teacher_out, 1, "value", count),
+    )
     each = []
     for row in range(ROWS):
-        places = own.token_mask[row].nonzero().flatten().tolist()
+        positions = student_out.token_mask[row].nonzero().flatten().tolist()
         for head in range(count):
-            for i in places:
+            for i in positions:
                 relations = [
                     softmax(
                         [
                             sum(a * b for a, b in zip(v[row][head][i], v[row][head][j], strict=True))
                             / math.sqrt(len(v[row][head][i]))
-                            for j in places
+                            for j in positions
                         ]
                     )
-                    for v in (theirs, mine)
+                    for v in (teacher_values, student_values)
                 ]
                 each.append(kl(*relations))
     assert found == pytest.approx(sum(each) / len(each), **CLOSE)
@@ -214,16 +220,16 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.5)
     tokens = torch.randint(VOCAB, (1, 6))
-    starts = torch.zeros(1, 6, dtype=torch.bool)
-    starts[0, 4] = True
-    shown = []
+    document_starts = torch.zeros(1, 6, dtype=torch.bool)
+    document_starts[0, 4] = True
+    outputs = []
     for model in models:
-        hidden = model(tokens, document_starts=starts, return_hidden_states=True).hidden_states
-        shown.append(collect_language_outputs(model, hidden, tokens, starts))
+        hidden = model(tokens, document_starts=document_starts, return_hidden_states=True).hidden_states
+        outputs.append(collect_language_outputs(model, hidden, tokens, document_starts))
     sizes = ModelDims.from_model(models[0])
-    found = float(kinds.ValueRelations(sizes, sizes)(*shown).detach())
+    found = float(kinds.ValueRelations(sizes, sizes)(*outputs).detach())
     each = []
-    values = [one.values(0)[0].tolist() for one in shown]
+    values = [one.values(0)[0].tolist() for one in outputs]
     for head in range(2):
         for i in range(6):
             back = range(4 if i >= 4 else 0, i + 1)
@@ -242,7 +248,7 @@ def test_hard_labels_are_the_students_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "teacher", "said"),
+    ("make", "teacher", "message"),
     [
         (kinds.SoftTargets, {"num_classes": 0}, "no head for the task. Fine-tune it first"),
         (kinds.SoftTargets, {"num_classes": 12}, "student has 11 classes, the teacher 12. Use the same vocabulary"),
@@ -253,13 +259,13 @@ def test_hard_labels_are_the_students_own() -> None:
         (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its layer map has none. Use EveryKthLayer"),
         (kinds.HiddenMSE, {"depth": 0}, r"the teacher \(Encoder\) returns none"),
         (kinds.AttentionMSE, {"heads": 4}, "2 heads per layer, the teacher 4.* Use 4 heads in the student"),
-        (kinds.AttentionMSE, {"has_attention_maps": False}, r"teacher \(Encoder\) attends to random blocks or a memory"),
+        (kinds.AttentionMSE, {"has_attention_maps": False}, r"\(Encoder\) attends to random blocks or a memory"),
         (kinds.ValueRelations, {"heads": 4}, "2 heads per layer, the teacher 4.* heads that divide both widths"),
         (partial(kinds.ValueRelations, heads=3), {}, r"value width \(8\) is not divisible by heads \(3\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[str, Any], said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         make(SIZES, replace(SIZES, **teacher))
 
 

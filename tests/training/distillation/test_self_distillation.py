@@ -25,14 +25,16 @@ def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None
     module_.distillation.setup(model)
     tokens, labels = torch.randint(0, 11, (2, 2, 20))
     labels[:, 3] = -100
-    starts = torch.zeros(2, 20, dtype=torch.bool)
-    starts[1, 9] = True
-    batch: Any = type("Batch", (), {"tokens": tokens, "labels": labels, "document_starts": starts})
+    document_starts = torch.zeros(2, 20, dtype=torch.bool)
+    document_starts[1, 9] = True
+    batch: Any = type("Batch", (), {"tokens": tokens, "labels": labels, "document_starts": document_starts})
     loss_fn = LanguageDistillation(module_.distillation, None).make_loss_fn(model, batch, progress=0.0)
-    out = unroll(model, tokens, labels, starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=loss_fn)
+    out = unroll(
+        model, tokens, labels, document_starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=loss_fn
+    )
     wide = base(11).double().without_memory(20)
-    expected = F.softmax(wide(tokens, document_starts=starts).logits / 2, dim=-1)
-    mine = F.log_softmax(model(tokens, document_starts=starts).logits / 2, dim=-1)
+    expected = F.softmax(wide(tokens, document_starts=document_starts).logits / 2, dim=-1)
+    mine = F.log_softmax(model(tokens, document_starts=document_starts).logits / 2, dim=-1)
     plain = 4 * F.kl_div(mine, expected, reduction="none").sum(-1)[labels != -100].mean()
     # Segments of unequal length, each label of equal weight.
     assert out.loss.item() == pytest.approx(plain.item(), rel=1e-9)
@@ -43,10 +45,10 @@ def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None
 
 
 def test_steps_begin_with_fresh_streams(tmp_path: Path) -> None:
-    own = module(distillation=SelfDistillation())
-    trainer(tmp_path, max_steps=3).fit(own, data(tmp_path))
-    assert own.carry.nbytes("train") == own.carry.nbytes("teacher") == 0
-    assert not own.rank_state()["teacher"]
+    language_module = module(distillation=SelfDistillation())
+    trainer(tmp_path, max_steps=3).fit(language_module, data(tmp_path))
+    assert language_module.carry.nbytes("train") == language_module.carry.nbytes("teacher") == 0
+    assert not language_module.rank_state()["teacher"]
 
 
 def test_a_model_without_memory_is_refused() -> None:

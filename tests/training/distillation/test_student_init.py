@@ -34,23 +34,23 @@ def decoder(depth: int, memory: Any = WINDOW, **options: Any) -> MemoryTransform
 
 def test_layers_are_those_of_the_map_and_memories_stay() -> None:
     teacher, student = decoder(4), decoder(2, partial(CompressedMemory, window=8, compression_rate=2, num_entries=3))
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, EveryKthLayer())
     memories = student.memory_parameters()
     assert memories
     given = teacher.state_dict()
-    for name, one in student.state_dict().items():
+    for name, tensor in student.state_dict().items():
         if name in memories:
-            assert torch.equal(one, before[name])
+            assert torch.equal(tensor, before[name])
             continue
         source = name.replace("blocks.1.", "blocks.3.").replace("blocks.0.", "blocks.1.")
-        assert torch.equal(one, given[source]), name
-        assert one.data_ptr() != given[source].data_ptr()
+        assert torch.equal(tensor, given[source]), name
+        assert tensor.data_ptr() != given[source].data_ptr()
 
 
 def test_a_layer_that_the_map_leaves_out_stays() -> None:
     teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, ExplicitLayers([(1, 0)]))
     found = student.state_dict()
     assert all(torch.equal(found[name], before[name]) for name in found if name.startswith("blocks.0."))
@@ -72,7 +72,7 @@ def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "said"),
+    ("student", "message"),
     [
         (Encoder(VOCAB, 8, 2, 2), r"student \(Encoder\) .* teacher \(MemoryTransformer\).* Remove student_init"),
         (decoder(2, dim=12), "12 wide with 2 layers, .* 8 wide with 4 layers.* use dim 8"),
@@ -81,8 +81,8 @@ def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
         (decoder(2, bias=True), "the teacher has no blocks.0.attention.query.bias"),
     ],
 )
-def test_models_that_it_cannot_begin_as_are_named(student: Any, said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_models_that_it_cannot_begin_as_are_named(student: Any, message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         init_student(student, decoder(4), EveryKthLayer())
 
 
@@ -91,10 +91,10 @@ def test_what_the_teachers_layers_have_besides_is_named() -> None:
         init_student(decoder(2), decoder(4, bias=True), EveryKthLayer())
 
 
-def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
+def low(entries: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
     """Return a table of that rank; with means of zero where norms take them off."""
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, rank, generator=draw, dtype=torch.float64)
+    x = torch.randn(entries, rank, generator=draw, dtype=torch.float64)
     y = torch.randn(rank, width, generator=draw, dtype=torch.float64)
     return x @ (y - y.mean(1, keepdim=True) if centred else y)
 
@@ -103,13 +103,13 @@ def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor
 def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int, centred: bool, seed: int) -> None:
     width, rank = dim + more, dim - 1 if centred else dim
     x = low(12, width, rank, seed, centred=centred)
-    kept = principal_directions(x, dim, centered=centred)
+    directions = principal_directions(x, dim, centered=centred)
     # Float64's rounding, a hundred times over for vectors near zero that norms magnify.
     close = {"atol": 1e-9, "rtol": 1e-9}
-    assert torch.allclose((x @ kept) @ (x @ kept).T, x @ x.T, **close)
+    assert torch.allclose((x @ directions) @ (x @ directions).T, x @ x.T, **close)
     norm = F.layer_norm if centred else F.rms_norm
     assert torch.allclose(
-        norm(x @ kept, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ kept / width**0.5, **close
+        norm(x @ directions, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ directions / width**0.5, **close
     )
 
 
@@ -124,12 +124,12 @@ def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
     with torch.no_grad():
         wide.embedding.word_embeddings.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
         wide.embedding.position_embeddings.weight[:4] = wide.embedding.word_embeddings.weight[:4]
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
     tokens, given = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
     assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
     assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
-    changed = {name for name, one in student.state_dict().items() if not torch.equal(one, before[name])}
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.removeprefix("backbone.") for name in changed} == {
         "embedding.word_embeddings.weight",
         "embedding.position_embeddings.weight",
@@ -147,10 +147,10 @@ def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
 
 def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
     teacher, student = decoder(4), decoder(2)
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
-    for name, one in student.state_dict().items():
-        assert torch.equal(one, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
 
 
 def test_tables_that_do_not_fit_a_narrower_student_are_named() -> None:
