@@ -63,11 +63,9 @@ class Carry:
         self._snapshots[stage] = None
 
     def rollback(self, stage: str, reset_mask: Tensor | None = None) -> None:
-        """Go back to the state of the snapshot.
+        """Go back to the state of the snapshot, with some streams reset.
 
-        Args:
-            stage: Stage of the state.
-            reset_mask: Streams to reset, ``(batch,)`` bool; streams with a non-finite state are always reset.
+        These are the ones in ``reset_mask``, ``(batch,)`` bool, and those with a non-finite state.
         """
         if (state := self._snapshots.get(stage)) is None:
             return
@@ -154,14 +152,8 @@ def restore_rank_state(
 ) -> Mapping[str, Tensor]:
     """Return the tensors that a process resumes with, out of those of all processes of the checkpoint.
 
-    Args:
-        rank_states: State of each saving process, as in :func:`reassign_streams`.
-        dataloader: Training data of the resumed run.
-        rank: Rank of this process.
-        world_size: Processes of the resumed run.
-
     Raises:
-        CheckpointError: The number of processes changed and the data loader does not tell its streams.
+        CheckpointError: The number of processes changed, and the training data is no :class:`ResumableStreams`.
     """
     if isinstance(dataloader, ResumableStreams):
         return reassign_streams(rank_states, dataloader.batch_size, rank)

@@ -85,9 +85,8 @@ def _record_operations(
 ) -> tuple[Counter[tuple[str, bool]], list[tuple[int, bool]]]:
     """Read one segment of one stream.
 
-    Returns:
-        Number of vectors that each linear layer is applied to, by its name and whether they need a gradient; and number
-        of visible pairs of each attention call, with whether its queries need a gradient.
+    Returns the number of vectors that each linear layer is applied to, by its name and whether they need a gradient,
+    and the number of visible pairs of each attention call, with whether its queries need a gradient.
     """
     num_vectors: Counter[tuple[str, bool]] = Counter()
     pairs: list[tuple[int, bool]] = []

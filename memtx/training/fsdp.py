@@ -26,13 +26,7 @@ from memtx.errors import CheckpointError, MemtxError
 
 
 def shard_model(model: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
-    """Shard the parameters of a model over all processes of a mesh, block by block.
-
-    Args:
-        model: Model to change in place, with the weights of rank 0.
-        mesh: Mesh of any shape; every process reads data of its own.
-        device: Device of this process.
-    """
+    """Shard a model in place, with the weights of rank 0, block by block over all processes of a mesh of any shape."""
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     if isinstance(model, FSDPModule):

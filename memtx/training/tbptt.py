@@ -72,11 +72,7 @@ def unroll(
         tokens: Tensor, state: MemoryState, document_starts: Tensor, labels: Tensor, part: slice
     ) -> tuple[MemoryOutput, Losses | None]:
         output = model(
-            tokens,
-            state,
-            document_starts=document_starts,
-            labels=labels,
-            return_hidden_states=loss_fn is not None,
+            tokens, state, document_starts=document_starts, labels=labels, return_hidden_states=loss_fn is not None
         )
         return (output, None) if loss_fn is None else (replace(output, hidden_states=None), loss_fn(output, part))
 

@@ -68,12 +68,7 @@ class Watch(pl.Callback):
                 files.save_tensors(self.to / "gradients", found, kind="gradients", version=1)
 
     def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking and batch_idx == 1:
             self._at(trainer, "score", trainer.fit_loop.epoch_loop.total_batch_idx)

@@ -28,12 +28,7 @@ class OutOfMemoryHint(pl.Callback):
 
 
 def format_hint(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Return sentences that name options to change.
-
-    Args:
-        trainer: Trainer of the run when it stopped.
-        module: Module that was trained or evaluated.
-    """
+    """Return sentences that name options to change, for a trainer as it stopped."""
     data: Any = getattr(trainer, "datamodule", None)
     memory = "GPU memory" if module.device.type == "cuda" else "memory"
     if trainer.state.stage in (RunningStage.TRAINING, None):

@@ -151,15 +151,10 @@ def _is_nonfinite(value: Any) -> bool:
 
 
 def find_first_nonfinite(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
-    """Return a sentence that names the first layer with non-finite numbers.
+    """Return a sentence that names the first layer with non-finite numbers after the backward pass of a batch.
 
     Reads the batch once more without gradients and checks every output, so it is meant for a step that failed. The
     state of the random number generators does not change.
-
-    Args:
-        trainer: Trainer of the run.
-        module: Trained module with the gradients of the failed step.
-        batch: Batch of the step's last backward pass.
     """
     message = _find_on_this_rank(trainer, module, batch)
     if trainer.world_size == 1:

@@ -127,13 +127,7 @@ class Distillation(nn.Module):
         return any(loss.required_outputs == "hidden" and loss.is_active(progress) for loss in self._loss_modules())
 
     def get_teacher(self, device: torch.device, student: nn.Module, length: int) -> nn.Module:
-        """Return the teacher.
-
-        Args:
-            device: Device of the student.
-            student: Model that is trained.
-            length: Tokens per stream in the batch.
-        """
+        """Return the teacher on the device of the student, for batches of ``length`` tokens per stream."""
         (teacher,) = self._teacher
         if next(teacher.parameters()).device != device:
             teacher.to(device)
@@ -143,11 +137,9 @@ class Distillation(nn.Module):
     def get_teacher_outputs(
         self, run_teacher: Callable[[], ModelOutputs], make_keys: Callable[[], Sequence[bytes]] = list
     ) -> ModelOutputs:
-        """Return the teacher's outputs for a batch, from the cache if they are there.
+        """Return the teacher's outputs for a batch, from the cache if it has them.
 
-        Args:
-            run_teacher: Reads the batch with the teacher.
-            make_keys: Computes the key of each scored position; called only with a cache.
+        ``run_teacher`` reads the batch, and ``make_keys``, called only with a cache, returns a key per scored position.
         """
         if self._logit_cache is None:
             return run_teacher()
@@ -164,13 +156,7 @@ class Distillation(nn.Module):
         return ModelOutputs(cached[0].to(device), class_indices=cached[1].to(device))
 
     def compute_losses(self, student: ModelOutputs, teacher: ModelOutputs, progress: float) -> Losses:
-        """Return the weighted losses by name.
-
-        Args:
-            student: Outputs of the student, with gradient.
-            teacher: Outputs of the teacher for the same batch.
-            progress: Fraction of the run that is done, 0 to 1.
-        """
+        """Return the weighted losses by name for the outputs of both models; ``progress`` is the fraction of the run done."""
         losses: Losses = {}
         for loss in self._loss_modules():
             if loss.is_active(progress):

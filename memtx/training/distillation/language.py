@@ -50,13 +50,7 @@ class LanguageDistillation:
             )
 
     def make_loss_fn(self, student: nn.Module, batch: Batch, progress: float) -> LossFn:
-        """Read a batch with the teacher and return the losses of the student's segments.
-
-        Args:
-            student: Memory transformer that is trained.
-            batch: Batch to read.
-            progress: Fraction of the run that is done, 0 to 1.
-        """
+        """Read a batch with the teacher and return the losses of the student's segments at this fraction of the run."""
         assert isinstance(student, MemoryTransformer)
         teacher_outputs = self._read_with_teacher(student, batch)
 

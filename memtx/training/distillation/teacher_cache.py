@@ -59,17 +59,9 @@ def top_k_logits(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 class _LogitFile:
-    """A file of fixed-size records, each the top-k logits of one position.
+    """A file of fixed-size records: a field of the subclass and the top-k logits of one position.
 
-    Args:
-        cache_dir: Folder of the file; created if missing.
-        name: Name of the file, with the fingerprint of the teacher in it.
-        top_k: Logits per position.
-        field: Name and type of the record's first field.
-        num_records: Fixed number of records. None for a file that grows.
-
-    Raises:
-        MemtxError: The file cannot be written, or ``top_k`` is not positive.
+    ``num_records`` is their fixed number, or None for a file that grows.
     """
 
     def __init__(
@@ -192,10 +184,8 @@ class LogitTable(_LogitFile):
     def fill(self, token_indices: Tensor, head: Callable[[Tensor], Tensor], hidden_states: Tensor) -> None:
         """Store the logits of a batch.
 
-        Args:
-            token_indices: Index of each token in the corpus, ``(batch, length)`` int64.
-            head: Computes logits ``(n, vocab)`` from ``(n, dim)``.
-            hidden_states: Outputs of the teacher's last layer, ``(batch, length, dim)``.
+        ``token_indices`` are ``(batch, length)`` int64, ``head`` computes logits ``(n, vocab)`` from ``(n, dim)``, and
+        ``hidden_states`` are the outputs of the teacher's last layer, ``(batch, length, dim)``.
         """
         indices, hidden = token_indices.flatten(), hidden_states.flatten(0, 1)
         for start in range(0, len(indices), CHUNK_SIZE):
