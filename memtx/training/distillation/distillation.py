@@ -156,7 +156,7 @@ class Distillation(nn.Module):
         return ModelOutputs(cached[0].to(device), class_indices=cached[1].to(device))
 
     def compute_losses(self, student: ModelOutputs, teacher: ModelOutputs, progress: float) -> Losses:
-        """Return the weighted losses by name for the outputs of both models; ``progress`` is the fraction of the run done."""
+        """Return the weighted losses by name at ``progress``, the fraction of the run that is done."""
         losses: Losses = {}
         for loss in self._loss_modules():
             if loss.is_active(progress):
