@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memtx.inference.reader import StreamReader as StreamReader
     from memtx.layers.feed_forward import FeedForward as FeedForward
     from memtx.layers.feed_forward import SwiGLU as SwiGLU
-    from memtx.layers.positions.alibi import Alibi as Alibi
+    from memtx.layers.positions.base import Alibi as Alibi
     from memtx.layers.positions.rotary import Rotary as Rotary
     from memtx.memory.associative import AssociativeMemory as AssociativeMemory
     from memtx.memory.compressed import CompressedMemory as CompressedMemory
@@ -48,7 +48,7 @@ _EXPORTS = {
     "inference.reader": ["StreamReader"],
     "inference.predictor": ["load_predictor"],
     "layers.feed_forward": ["FeedForward", "SwiGLU"],
-    "layers.positions.alibi": ["Alibi"],
+    "layers.positions.base": ["Alibi"],
     "layers.positions.rotary": ["Rotary"],
     "memory.associative": ["AssociativeMemory"],
     "memory.compressed": ["CompressedMemory"],

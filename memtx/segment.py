@@ -88,11 +88,9 @@ class Segment(Memo):
             document_end = open_end[:, None].expand_as(position)
             return cls(position, torch.zeros_like(position), document_end, past_length, open_end, valid_length)
         if document_starts.dtype != torch.bool or document_starts.shape != (past_length.shape[0], length):
-            raise MemtxError(
-                f"document_starts is {document_starts.dtype} {tuple(document_starts.shape)}, "
-                f"expected bool ({past_length.shape[0]}, {length}).",
-                "Mark the first token of each document with True.",
-            )
+            expected = f"expected bool ({past_length.shape[0]}, {length})."
+            message = f"document_starts is {document_starts.dtype} {tuple(document_starts.shape)}, {expected}"
+            raise MemtxError(message, "Mark the first token of each document with True.")
         document_id = document_starts.cumsum(1)
         start = torch.where(document_starts, offset, -1).cummax(1).values
         position = torch.where(document_id > 0, offset - start, past_length[:, None] + offset)

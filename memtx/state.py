@@ -71,10 +71,9 @@ class MemoryState:
             MemtxError: If ``mask`` is not a bool tensor of this shape.
         """
         if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
-            raise MemtxError(
-                f"reset got {mask.dtype} {tuple(mask.shape)}, expected a bool tensor of shape ({self.batch_size},).",
-                "Mark the streams to reset with True.",
-            )
+            expected = f"expected a bool tensor of shape ({self.batch_size},)."
+            message = f"reset got {mask.dtype} {tuple(mask.shape)}, {expected}"
+            raise MemtxError(message, "Mark the streams to reset with True.")
         return self.map(lambda leaf: leaf.masked_fill(mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
 
     def select(self, indices: Sequence[int] | Tensor) -> MemoryState:
@@ -88,16 +87,12 @@ class MemoryState:
         """
         index = torch.as_tensor(indices)
         if index.dtype == torch.bool or index.is_floating_point() or index.dim() != 1:
-            raise MemtxError(
-                f"select got {index.dtype} {tuple(index.shape)}, expected a list of indices.",
-                "Convert a mask with mask.nonzero().flatten().",
-            )
+            message = f"select got {index.dtype} {tuple(index.shape)}, expected a list of indices."
+            raise MemtxError(message, "Convert a mask with mask.nonzero().flatten().")
         # On an accelerator the kernel checks the range: reading the indices here would synchronize.
         if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < self.batch_size:
-            raise MemtxError(
-                f"select got {index.tolist()} for a batch of {self.batch_size}.",
-                f"Use indices from 0 to {self.batch_size - 1}.",
-            )
+            message = f"select got {index.tolist()} for a batch of {self.batch_size}."
+            raise MemtxError(message, f"Use indices from 0 to {self.batch_size - 1}.")
         index = index.to(torch.int64)
         return self.map(lambda leaf: leaf.index_select(0, index.to(leaf.device)))
 
@@ -153,11 +148,9 @@ class MemoryState:
             tensor = tensors[name]
             fits = tensor.shape[1:] == like.shape[1:] and tensor.dtype == like.dtype and tensor.dim() > 0
             if not fits or len(batch_sizes) != 1:
-                raise CheckpointError(
-                    f"The saved state's {name} is {tensor.dtype} {tuple(tensor.shape)}, "
-                    f"expected {like.dtype} (batch, {', '.join(map(str, like.shape[1:]))}).",
-                    hint,
-                )
+                shape = f"(batch, {', '.join(map(str, like.shape[1:]))})"
+                message = f"The saved state's {name} is {tensor.dtype} {tuple(tensor.shape)}"
+                raise CheckpointError(f"{message}, expected {like.dtype} {shape}.", hint)
         leaves = [tensors[name].to(like.device) for name, like in expected.items()]
         return cast(MemoryState, pytree.tree_unflatten(leaves, pytree.tree_structure(self)))
 
@@ -187,9 +180,7 @@ class MemoryState:
         """
         tensors, header = files.load_tensors(path, kind="memtx.state", version=FORMAT_VERSION)
         if header.get("fingerprint") != fingerprint:
-            raise CheckpointError(
-                f"'{path}' is the state of another model ({header.get('fingerprint', 'none')[:12]}, "
-                f"this model is {fingerprint[:12]}).",
-                "Load it with the checkpoint that wrote it.",
-            )
+            fingerprints = f"{header.get('fingerprint', 'none')[:12]}, this model is {fingerprint[:12]}"
+            message = f"'{path}' is the state of another model ({fingerprints})."
+            raise CheckpointError(message, "Load it with the checkpoint that wrote it.")
         return like.with_named_tensors(tensors)

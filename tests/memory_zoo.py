@@ -1,4 +1,4 @@
-"""Every memory kind with small options: the promise tests run on each of them."""
+"""Every memory kind with small options, for the invariant tests."""
 
 from __future__ import annotations
 
@@ -43,33 +43,23 @@ COMPRESSIONS: dict[str, Any] = {
 
 
 def compressed(compression: str) -> Callable[[int, int, int], Make]:
-    """Return a maker of the kind from (window, rate, length)."""
-    return lambda window, rate, length: partial(
-        CompressedMemory,
-        window=window,
-        compression_rate=rate,
-        num_entries=length,
-        compression=COMPRESSIONS[compression],
-    )
+    """Return a function from (window, rate, length) to the factory of a compressed memory."""
+    kind = partial(CompressedMemory, compression=COMPRESSIONS[compression])
+    return lambda window, rate, length: partial(kind, window=window, compression_rate=rate, num_entries=length)
 
 
-def scored(**options: Any) -> Callable[[int, int, int], Make]:
-    """Return a maker of the bank that keeps the highest, whose scores are not all equal."""
+def top_k(**options: Any) -> Callable[[int, int, int], Make]:
+    """Return a function to the factory of a top-k bank whose scores differ."""
 
     def make(window: int, rate: int, length: int) -> Make:
-        return partial(
-            Scored,
-            **(
-                {"window": window, "compression_rate": rate, "num_entries": length, "compression": MeanPooling}
-                | options
-            ),
-        )
+        sizes = {"window": window, "compression_rate": rate, "num_entries": length}
+        return partial(ScoredMemory, **(sizes | {"compression": MeanPooling} | options))
 
     return make
 
 
-class Scored(TopKMemory):
-    """One whose scores have left zero, as training makes them."""
+class ScoredMemory(TopKMemory):
+    """A top-k memory with random score weights, as after training."""
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
@@ -77,58 +67,58 @@ class Scored(TopKMemory):
 
 
 def dual(window: int, rate: int, length: int) -> Stack:
-    """Make a delta state beside a bank of exact states that keeps the highest."""
-    return [scored(compression_rate=1)(window, rate, length), partial(AssociativeMemory, heads=2)]
+    """Return a top-k bank of exact states and a delta-rule memory."""
+    return [top_k(compression_rate=1)(window, rate, length), partial(AssociativeMemory, heads=2)]
 
 
-def beside(make: Callable[[int, int, int], Make]) -> Callable[[int, int, int], Stack]:
-    """Return a maker of a stack: a window, and the kind beside it."""
+def with_window(make: Callable[[int, int, int], Make]) -> Callable[[int, int, int], Stack]:
+    """Return a function to the factories of a recurrent window and the memory next to it."""
     return lambda window, rate, length: [partial(RecurrentMemory, window=window), make(window, rate, length)]
 
 
 def associative(**options: Any) -> Callable[[int, int, int], Stack]:
-    """Return a maker of the kind beside a window."""
-    return beside(lambda window, rate, length: partial(AssociativeMemory, heads=2, **options))
+    """Return a function to the factories of a window and an associative memory."""
+    return with_window(lambda window, rate, length: partial(AssociativeMemory, heads=2, **options))
 
 
 def slots(**options: Any) -> Callable[[int, int, int], Stack]:
-    """Return a maker of the kind beside a window; written every 1 to 5 tokens."""
-    return beside(lambda window, rate, length: partial(SlotMemory, num_slots=3, interval=rate, heads=2, **options))
+    """Return a function to the factories of a window and slots, written every 1 to 5 tokens."""
+    return with_window(lambda window, rate, length: partial(SlotMemory, num_slots=3, interval=rate, heads=2, **options))
 
 
 def retrieval(window: int, rate: int, length: int) -> Make:
-    """Make the kind that takes over where a window ends."""
+    """Return the factory of a store that starts where the window ends."""
     return partial(RetrievalMemory, capacity=4 * rate, top_k=length + 1, exclude_recent=window, heads=2)
 
 
 KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "recurrent": lambda window, rate, length: partial(RecurrentMemory, window=window),
     **{f"compressed-{name}": compressed(name) for name in COMPRESSIONS},
-    "scored": scored(),
-    "scored-exact": scored(compression_rate=1),
+    "top-k": top_k(),
+    "top-k-exact": top_k(compression_rate=1),
     "dual": dual,
     "associative": associative(),
-    "associative-keeping": associative(decay_gate=None, write_penalty=0.1),
+    "associative-without-decay": associative(decay_gate=None, write_penalty=0.1),
     "associative-gated": associative(decay_gate=partial(Gate, bias_init=-2.0), key_dim=3, write_penalty=0.1),
     "associative-reflecting": associative(write_gate=ReflectingGate, decay_gate=None),
     "associative-infini": associative(delta_rule=False, feature_map=EluFeatureMap, mix_gate=True, decay_gate=None),
     "associative-armt": associative(feature_map=partial(DPFPFeatureMap, order=2), decay_gate=None),
     "slots": slots(),
     "slots-memformer": slots(write_gate=None, token_shift=False, temperature=0.25),
-    "retrieval": beside(retrieval),
-    "sinks": beside(
+    "retrieval": with_window(retrieval),
+    "sinks": with_window(
         lambda window, rate, length: partial(SinkMemory, num_sinks=min(length + 1, window + 1), exclude_recent=window)
     ),
-    "sinks-placed": beside(
+    "sinks-with-positions": with_window(
         lambda window, rate, length: partial(
             SinkMemory, num_sinks=min(length + 1, window + 1), exclude_recent=window, use_positions=True
         )
     ),
-    "tokens": beside(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
-    "same-layer": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
-    "theirs": beside(lambda window, rate, length: RunningMean),
+    "tokens": with_window(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
+    "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
+    "third-party": with_window(lambda window, rate, length: RunningMean),
 }
-"""Kinds for which how a stream is cut does not matter."""
+"""Kinds whose results do not depend on segmentation."""
 
-CHOOSING = {"compressed-most_used", "retrieval", "scored", "scored-exact", "dual"}
-"""Kinds that choose between states: nearly equal ones may be told apart otherwise in float32, and that shows whole."""
+CHOOSING = {"compressed-most_used", "retrieval", "top-k", "top-k-exact", "dual"}
+"""Kinds that choose between states, where rounding in float32 may change the choice and so the whole result."""

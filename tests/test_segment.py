@@ -31,8 +31,8 @@ def test_positions_and_document_ends_match_a_loop(
             expected_end = later_starts[0] if later_starts else INFINITE_OFFSET
             assert int(segment.document_end[index, offset]) == expected_end
             position += 1
-        starts = document_starts[index].nonzero().flatten().tolist()
-        assert int(segment.past_document_end[index]) == (starts[0] if starts else INFINITE_OFFSET)
+        offsets = document_starts[index].nonzero().flatten().tolist()
+        assert int(segment.past_document_end[index]) == (offsets[0] if offsets else INFINITE_OFFSET)
         assert int(segment.next_position[index]) == position
 
 

@@ -1,4 +1,4 @@
-"""A third party's memory in one file: a sum over the document, read as a mean, that imports what is public only."""
+"""A third party's memory in one file, from public names only: a running sum over the document, read as a mean."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class Sums:
-    total: Tensor  # (rows, dim)
+    total: Tensor  # (batch, dim)
 
 
 class RunningMean(Memory[Sums]):
-    """Adds the mean of all that the document held so far, by a learned map."""
+    """Adds a learned map of the mean of the document so far."""
 
     def __init__(self, dim: int, gain: float = 1.0) -> None:
         super().__init__(dim)
@@ -28,15 +28,14 @@ class RunningMean(Memory[Sums]):
 
     def read(self, state: Sums, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         same = segment.document_id[:, :, None] == segment.document_id[:, None, :]
-        total = torch.einsum("rqk,rkd->rqd", same.tril().to(x.dtype), x)
+        total = torch.einsum("bqk,bkd->bqd", same.tril().to(x.dtype), x)
         return View.readout_only(segment, total + state.total[:, None] * (segment.document_id == 0)[..., None])
 
     def readout(self, view: View, q: Tensor) -> Readout:
-        rows, length, heads, _ = q.shape
-        queries = view.entry_positions.visibility.num_queries
-        assert queries == length
+        batch_size, length, heads, _ = q.shape
+        assert view.entry_positions.visibility.num_queries == length
         mean = self.gain * self.map(view.context) / 64
-        return Readout(mean.view(rows, length, heads, -1).transpose(1, 2))
+        return Readout(mean.view(batch_size, length, heads, -1).transpose(1, 2))
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[Sums, Losses]:
         return Sums(view.context[:, -1]), {}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from memtx.inference.chapters import ChapterSplitter, Section
+from memtx.inference.chapters import BookSection, ChapterSplitter
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.surprisal_curve import PositionSurprisalCurve, SurprisalCurve
 
@@ -31,7 +31,7 @@ class ReadingReport:
         self.surprisal_curve = SurprisalCurve()
         self.position_curve = PositionSurprisalCurve()
         self.chapters = ChapterSplitter()
-        self.current_section = Section()
+        self.current_section = BookSection()
         self.header_printed = False
 
     def add(self, result: SegmentResult) -> None:
@@ -46,7 +46,7 @@ class ReadingReport:
             section, start = self.current_section.with_tokens(result, start, end), end
             if section.num_tokens == self.interval:
                 self._print_section(f"tokens {section.start:,}-{section.start + self.interval:,}", section)
-                section = Section()
+                section = BookSection()
             self.current_section = section
 
     def finish(self) -> None:
@@ -55,7 +55,7 @@ class ReadingReport:
         if chapter.title:
             self._print_section(chapter.title, chapter)
 
-    def _print_section(self, title: str, section: Section) -> None:
+    def _print_section(self, title: str, section: BookSection) -> None:
         if self.quiet:
             return
         if not self.header_printed:
@@ -86,7 +86,7 @@ class ReadingReport:
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Restore the state from :meth:`state_dict` and :meth:`state_tensors`."""
         self.chapters.load_state_dict(state["chapters"])
-        self.current_section = Section(**state["current_section"])
+        self.current_section = BookSection(**state["current_section"])
         self.surprisal_curve.bin_width = int(state["bin_width"])
         self.surprisal_curve.num_tokens, self.position_curve.num_tokens = map(int, state["num_tokens"])
         self.surprisal_curve.sums = tensors["surprisal_curve"].numpy().copy()

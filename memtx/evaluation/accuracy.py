@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from memtx.checkpoint import pretrained
+from memtx.checkpoint.load import load
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.data.synthetic_tasks.recall import AssociativeRecall
@@ -27,11 +27,9 @@ ACCURACY_THRESHOLD = 0.9
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Accuracy under one condition.
+    """Accuracy under one condition, such as a task or a depth, at a distance in tokens.
 
     Attributes:
-        name: Name of the condition, such as a task or a depth.
-        distance: Distance in tokens.
         accuracy: Fraction of correct answers; None if there was nothing to ask.
         chance: Accuracy of guessing, or of always giving the most frequent answer if the answers are not balanced.
     """
@@ -65,12 +63,12 @@ def evaluate_accuracy(
     segments_per_call: int = 32,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Return the fraction of questions answered exactly, ``distance`` segments after the last written one.
+    """Return the fraction of questions answered exactly.
 
     Args:
         model: Model in eval mode. If its output depends on the segmentation, ``segments_per_call`` must be 1.
         task: Synthetic task.
-        distance: Segments from the written segments to the questions, at least 1.
+        distance: Segments from the last written segment to the questions, at least 1.
         num_samples: Number of episodes.
         seed: Seed of the episodes.
         segments_per_call: Segments per call of the model.
@@ -81,8 +79,8 @@ def evaluate_accuracy(
     pending: list[Tensor] = []
     num_segments = task.num_write_segments + distance
     segments = task.iter_segments(num_samples, num_segments, generator, query_mode="last")
-    num_correct = num_questions = 0
-    for number, (tokens, labels) in enumerate(segments, 1):
+    for number, segment in enumerate(segments, 1):
+        tokens, labels = segment
         pending.append(tokens)
         if len(pending) < segments_per_call and number < num_segments:
             continue
@@ -90,12 +88,11 @@ def evaluate_accuracy(
         if on_progress is not None:
             on_progress(len(pending))
         state, pending = output.state, []
-        if number == num_segments:
-            assert output.logits is not None
-            is_question = labels != IGNORE_INDEX
-            predictions = output.logits[:, -task.segment_length :].argmax(-1).cpu()
-            num_correct, num_questions = int((predictions == labels)[is_question].sum()), int(is_question.sum())
-    return num_correct / num_questions
+    # Only the last segment asks.
+    assert output.logits is not None
+    is_question = labels != IGNORE_INDEX
+    predictions = output.logits[:, -task.segment_length :].argmax(-1).cpu()
+    return int((predictions == labels)[is_question].sum()) / int(is_question.sum())
 
 
 @dataclass(frozen=True)
@@ -180,33 +177,23 @@ def evaluate_capacity(
 
 
 def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
-    """Load a model (in eval mode, on the CPU) and the options of the synthetic task that it was trained on.
-
-    Args:
-        path: Training checkpoint or run folder; or pretrained folder, which has no task options.
+    """Load a model (in eval mode, on the CPU) and the options of the synthetic task of its run, if it has one.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged, or not of memtx.
     """
-    model_path = pretrained.resolve_model_path(path)
-    model = MemoryTransformer.from_pretrained(model_path).eval()
-    if (model_path / pretrained.CONFIG_FILE).is_file():
-        return model, {}
-    for entry in pretrained.read_metadata(model_path).values():
-        task = entry.get("task") if isinstance(entry, Mapping) else None
-        if isinstance(task, Mapping) and isinstance(task.get("init_args"), Mapping):
-            return model, dict(task["init_args"])
-    return model, {}
+    checkpoint = load(path)
+    entries = [entry.get("task") for entry in checkpoint.metadata.values() if isinstance(entry, Mapping)]
+    options = (task.get("init_args") for task in entries if isinstance(task, Mapping))
+    trained_options = next((dict(entry) for entry in options if isinstance(entry, Mapping)), {})
+    return checkpoint.model_as(MemoryTransformer), trained_options
 
 
 def build_task(task_class: type[T], trained_options: Mapping[str, Any], overrides: Mapping[str, str]) -> T:
     """Build a task from ``overrides``, then the options of a run, then the defaults of its class.
 
-    Args:
-        task_class: Class of the task.
-        trained_options: Options of the run's task, possibly of another class; those unknown to ``task_class`` are
-            ignored.
-        overrides: Values by option name, as text: an integer, or true or false.
+    Options of the run that are unknown to ``task_class`` are ignored; ``overrides`` are given as text: an integer, or
+    true or false.
 
     Raises:
         MemtxError: An option is unknown, or its value is invalid.
@@ -215,10 +202,8 @@ def build_task(task_class: type[T], trained_options: Mapping[str, Any], override
     options = {name: value for name, value in trained_options.items() if name in types}
     for name, text in overrides.items():
         if name not in types:
-            raise MemtxError(
-                f"{task_class.__name__} has no option '{name}'.{closest_match(name, types)}",
-                f"Its options are {', '.join(types)}.",
-            )
+            message = f"{task_class.__name__} has no option '{name}'.{closest_match(name, types)}"
+            raise MemtxError(message, f"Its options are {', '.join(types)}.")
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if types[name] is bool else int(text)
         except (KeyError, ValueError) as error:

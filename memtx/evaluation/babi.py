@@ -1,8 +1,4 @@
-"""bAbI stories hidden in book text, as in BABILong (Weston et al. 2015; Kuratov et al. 2024, section 2).
-
-The sentences of a story are hidden in order at random places in a book, and the question follows at the end. The answer
-is chosen by likelihood among all answers of the task.
-"""
+"""bAbI stories hidden in book text, as in BABILong (Weston et al. 2015; Kuratov et al. 2024, section 2)."""
 
 from __future__ import annotations
 
@@ -36,11 +32,7 @@ class Story:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """Return the questions in a file: lines are numbered from 1 in each story, and a tab separates question and answer.
-
-    Raises:
-        DataError: The file is not UTF-8, a line is malformed, or there is no question.
-    """
+    """Return the questions in a file: lines are numbered from 1 in each story; a tab separates question and answer."""
     stories: list[Story] = []
     facts: list[str] = []
     try:
@@ -68,7 +60,7 @@ def load_tasks(folder: str) -> dict[int, list[Story]]:
     """Return the stories of each task with a test file in the folder, by the number of the task.
 
     Raises:
-        DataError: The folder does not exist, or has no test file or an invalid one.
+        DataError: The folder does not exist, has no test file, or one is malformed, not UTF-8 or without questions.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -91,18 +83,13 @@ def evaluate_babi(
     segment_length: int = 512,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[EvaluationResult]:
-    """Return the accuracy on every task at every length; chance is the frequency of the most common answer.
+    """Return the accuracy on every task at every length; None if no story fits.
 
-    Args:
-        model: Model in eval mode.
-        tokenizer: Tokenizer of the model.
-        haystack: Text to hide the stories in.
-        tasks: Stories by the number of the task.
-        lengths: Lengths of a context in tokens, story included; the accuracy is None if no story of a task fits.
-        num_samples: Maximum number of questions per task and length.
-        seed: Seed for the choice of stories, places and text.
-        segment_length: Tokens per call.
-        on_progress: Called after every call with the number of tokens read per context.
+    The sentences of a story are hidden in order at random positions, and the question follows at the end. The answer is
+    chosen by likelihood among all answers of the task; chance is the frequency of the most common one.
+
+    ``tasks`` are stories by task number and ``num_samples`` is the maximum number of questions per task and length; the
+    other arguments are those of :func:`~memtx.evaluation.haystack.evaluate_needle`.
     """
     generator = torch.Generator().manual_seed(seed)
     results = []
@@ -124,14 +111,14 @@ def evaluate_babi(
                     samples.append(stories[index])
             accuracy = None
             if samples:
+                bos_token_id, num_correct = tokenizer.bos_token_id, 0
                 state = read_contexts(
-                    model, contexts, tokenizer.bos_token_id, segment_length=segment_length, on_progress=on_progress
+                    model, contexts, bos_token_id, segment_length=segment_length, on_progress=on_progress
                 )
-                questions = [encode_ids(tokenizer, f" {story.question}") for story in samples]
-                num_correct = sum(
-                    words[choose_answer(model, state.select([index]), question, answers)] == story.answer
-                    for index, (story, question) in enumerate(zip(samples, questions, strict=True))
-                )
+                for index, story in enumerate(samples):
+                    question = encode_ids(tokenizer, f" {story.question}")
+                    choice = choose_answer(model, state.select([index]), question, answers)
+                    num_correct += words[choice] == story.answer
                 accuracy = num_correct / len(samples)
             results.append(EvaluationResult(f"qa{number}", length, accuracy, chance))
     return results

@@ -1,7 +1,4 @@
-"""Comparison of models on the same texts: size, latency and score.
-
-Calls of the models alternate on the same input, so that other load on the machine affects all of them alike.
-"""
+"""Comparison of models on the same texts: size, latency and score."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,14 +34,9 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Figures of one model.
+    """Figures of one model: latency in milliseconds (see :func:`time_calls`), and score under ``metric``.
 
-    Attributes:
-        name: Name given by the user.
-        num_parameters: Number of parameters.
-        latency_ms: Duration of a call in milliseconds (see :func:`time_calls`).
-        score: Value of the metric.
-        metric: ``accuracy``, ``f1`` or ``bits_per_byte``.
+    ``metric`` is ``accuracy``, ``f1`` or ``bits_per_byte``.
     """
 
     name: str
@@ -85,10 +78,7 @@ def time_calls(
 ) -> list[float]:
     """Return the latency of each function in milliseconds: the median over inputs of the fastest of ``REPEATS`` calls.
 
-    Args:
-        functions: Functions to time, called in turn with the index of an input.
-        num_inputs: Number of inputs.
-        on_progress: Called after each call.
+    The functions are called in turn with the index of an input, so that other load on the machine affects all alike.
 
     Raises:
         MemtxError: ``num_inputs`` is not positive.
@@ -111,13 +101,7 @@ def metric_name(task: Task) -> str:
 
 
 def compute_task_score(task: Task, examples: Sequence[Any], predictions: Iterable[dict[str, Any]]) -> float:
-    """Return the accuracy, the F1 of spans (as seqeval) or the F1 of answers (as SQuAD) of predictions.
-
-    Args:
-        task: Task of the examples.
-        examples: Labeled examples.
-        predictions: Prediction of a model for each example.
-    """
+    """Return the accuracy, the F1 of spans (as seqeval) or the F1 of answers (as SQuAD) for labeled examples."""
     pairs = zip(examples, predictions, strict=True)
     if isinstance(task, Tagging):
         span_f1 = SpanF1()
@@ -147,17 +131,10 @@ def compare_task_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Compare models of one task; a call reads one example.
+    """Compare models of one task on labeled examples, of which ``num_timed`` are timed; a call reads one example."""
 
-    Args:
-        predictors: Names and models.
-        examples: Labeled examples.
-        num_timed: Number of examples to time.
-        on_progress: Called after each example of each model, timed or scored.
-    """
-
-    def predict_fn(predictor: Predictor) -> Callable[[int], list[dict[str, Any]]]:
-        return lambda index: predictor.predict([examples[index].record])
+    def predict(predictor: Predictor, index: int) -> None:
+        predictor.predict([examples[index].record])
 
     scores = []
     for _, predictor in predictors:
@@ -166,7 +143,7 @@ def compare_task_models(
             predictions += predictor.predict([parsed.record])
             on_progress()
         scores.append(compute_task_score(predictor.task, [parsed.example for parsed in examples], predictions))
-    functions = [predict_fn(predictor) for _, predictor in predictors]
+    functions = [partial(predict, predictor) for _, predictor in predictors]
     latencies = time_calls(functions, min(num_timed, len(examples)), on_progress)
     return [
         ModelComparison(name, num_parameters(predictor.model), latency, score, metric_name(predictor.task))
@@ -190,11 +167,7 @@ class TextBatch:
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document], tokenizer: Tokenizer, max_length: int) -> TextBatch:
-        """Build a batch from the first ``max_length`` tokens of each document.
-
-        Raises:
-            DataError: All documents are empty.
-        """
+        """Build a batch from the first ``max_length`` tokens of each document; raises DataError if all are empty."""
         sequences = []
         for document in documents:
             ids = [tokenizer.bos_token_id]
@@ -222,23 +195,13 @@ def bits_per_byte(
     min_position: int = 0,
     on_progress: ProgressCallback = lambda: None,
 ) -> float:
-    """Return the bits per byte of the tokens at ``min_position`` or later in their documents.
-
-    Args:
-        model: Model in eval mode.
-        batch: Texts.
-        segment_length: Tokens per call.
-        min_position: First position that counts.
-        on_progress: Called after each call.
-    """
+    """Return the bits per byte of the tokens at ``min_position`` or later in their documents."""
     state = model.init_state(len(batch.tokens))
     device = state.position.device
     metric = BitsPerByte().to(device)
-    for start in range(0, batch.tokens.shape[1], segment_length):
-        tokens, labels, label_bytes = (
-            tensor[:, start : start + segment_length].to(device)
-            for tensor in (batch.tokens, batch.labels, batch.label_bytes)
-        )
+    splits = [torch.split(tensor, segment_length, 1) for tensor in (batch.tokens, batch.labels, batch.label_bytes)]
+    for segments in zip(*splits, strict=True):
+        tokens, labels, label_bytes = (tensor.to(device) for tensor in segments)
         position = Segment.from_document_starts(state.position, tokens.shape[1]).position
         output = model(tokens, state, labels=labels)
         state = output.state
@@ -258,15 +221,9 @@ def compare_language_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Compare language models; a call reads one segment of the first text, starting over at its end.
+    """Compare language models in eval mode, by the score of :func:`bits_per_byte`.
 
-    Args:
-        models: Names and models, in eval mode.
-        batch: Texts.
-        segment_length: Tokens per call.
-        min_position: First position that counts for the score.
-        num_timed: Number of segments to time.
-        on_progress: Called after each call of each model, timed or scored.
+    ``num_timed`` calls are timed; each reads one segment of the first text, which starts over at its end.
     """
     num_segments = max(1, batch.tokens.shape[1] // segment_length)
 

@@ -1,8 +1,4 @@
-"""Haystack evaluation: sentences hidden in a text, questions about them, and answers chosen by likelihood.
-
-The needle test follows Kamradt (2023), with answers chosen by likelihood, so that it applies to any language model. All
-possible answers are hidden, each for another place, so knowing that an odd word occurred gives chance accuracy.
-"""
+"""Haystack evaluation: sentences hidden in a text, questions about them, and answers chosen by likelihood."""
 
 from __future__ import annotations
 
@@ -49,15 +45,7 @@ def encode_ids(tokenizer: Tokenizer, text: str) -> TokenIds:
 
 
 class Haystack:
-    """Sentences of documents, in order, as tokens.
-
-    Args:
-        documents: Documents to read; the first sentence follows the last.
-        tokenizer: Tokenizer of the model.
-
-    Raises:
-        DataError: The documents have no sentence.
-    """
+    """Sentences of documents, in order and repeated, as tokens; raises DataError if there are none."""
 
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -90,14 +78,10 @@ class Haystack:
     def hide(
         self, facts: Sequence[TokenIds], depths: Sequence[float], length: int, generator: torch.Generator
     ) -> TokenIds | None:
-        """Return ``(length,)`` tokens of sentences with facts among them; None if the facts alone are longer.
+        """Return ``(length,)`` tokens of randomly chosen sentences with facts among them; None if the facts are longer.
 
-        Args:
-            facts: Tokens of each fact, in order.
-            depths: Fraction of the other text before each fact, ascending from 0 to 1; moved to the nearest end of a
-                sentence.
-            length: Total number of tokens.
-            generator: Generator for the choice of sentences.
+        ``depths`` is the fraction of the other text before each fact, ascending from 0 to 1; a fact is moved to the
+        nearest end of a sentence.
         """
         filler_length = length - sum(map(len, facts))
         if filler_length < 0:
@@ -122,15 +106,7 @@ def read_contexts(
     segment_length: int = 512,
     on_progress: Callable[[int], None] | None = None,
 ) -> MemoryState:
-    """Return the state after contexts of equal length, read as one batch.
-
-    Args:
-        model: Model in eval mode.
-        contexts: Tokens of each context, ``(length,)``.
-        bos_token_id: Token before each context.
-        segment_length: Tokens per call.
-        on_progress: Called after every call with the number of tokens read per context.
-    """
+    """Return the state after contexts of ``(length,)`` tokens, read as one batch with ``bos_token_id`` before each."""
     tokens = np.pad(np.stack(contexts), ((0, 0), (1, 0)), constant_values=bos_token_id)
     state = model.init_state(len(tokens))
     for start in range(0, tokens.shape[1], segment_length):
@@ -146,14 +122,7 @@ def read_contexts(
 def choose_answer(
     model: RecurrentLanguageModel, state: MemoryState, question: TokenIds, answers: Sequence[TokenIds]
 ) -> int:
-    """Return the index of the answer with the highest likelihood.
-
-    Args:
-        model: Model in eval mode.
-        state: State after the context, batch size 1; it is left unchanged.
-        question: Tokens of the question, at least one.
-        answers: Tokens of each answer.
-    """
+    """Return the index of the answer with the highest likelihood after ``state``, of batch size 1, and the question."""
     device = state.position.device
     tokens = [torch.from_numpy(np.concatenate([question, answer])) for answer in answers]
     labels = [sequence.roll(-1) for sequence in tokens]
@@ -180,17 +149,19 @@ def evaluate_needle(
     segment_length: int = 512,
     on_progress: Callable[[int], None] | None = None,
 ) -> list[EvaluationResult]:
-    """Return the accuracy at every length and depth.
+    """Return the accuracy of the needle test (Kamradt 2023) at every length and depth.
+
+    Answers are chosen by likelihood, so the test applies to any language model. All possible answers are hidden, each
+    for another location, so knowing that an odd word occurred gives chance accuracy.
 
     Args:
         model: Model in eval mode.
         tokenizer: Tokenizer of the model.
         haystack: Text to hide the needles in.
         lengths: Lengths of a context in tokens, needles included.
-        num_depths: Needles per context, from 2 to 10, evenly spaced from its beginning to its end; also the number of
-            answers to choose from.
+        num_depths: Needles per context, evenly spaced, and answers to choose from; from 2 to 10.
         num_samples: Contexts per length.
-        seed: Seed for the choice of text, places and passwords.
+        seed: Seed for the choice of text, locations and passwords.
         segment_length: Tokens per call.
         on_progress: Called after every call with the number of tokens read per context.
 
@@ -214,16 +185,15 @@ def evaluate_needle(
                 encode_ids(tokenizer, f" The password of the {location} is {password}.")
                 for location, password in zip(locations, passwords, strict=True)
             ]
-            context = haystack.hide(needles, depths, length, generator)
-            if context is None:
+            if (context := haystack.hide(needles, depths, length, generator)) is None:
+                num_tokens = sum(map(len, needles))
                 raise MemtxError(
-                    f"{num_depths} needles do not fit into {length} tokens.", f"Give at least {sum(map(len, needles))}."
+                    f"{num_depths} needles do not fit into {length} tokens.", f"Give at least {num_tokens}."
                 )
             contexts.append(context)
             samples.append((locations, [encode_ids(tokenizer, f" {password}.") for password in passwords]))
-        state = read_contexts(
-            model, contexts, tokenizer.bos_token_id, segment_length=segment_length, on_progress=on_progress
-        )
+        bos_token_id = tokenizer.bos_token_id
+        state = read_contexts(model, contexts, bos_token_id, segment_length=segment_length, on_progress=on_progress)
         num_correct = np.zeros(num_depths)
         for index, (locations, answers) in enumerate(samples):
             sample_state = state.select([index])

@@ -17,8 +17,8 @@ from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.state import MemoryState
 
 CPU_CALL_COST_TOKENS = 32
-"""Number of tokens whose compute costs as much as the overhead of a call on a CPU; padding a segment by more than this
-to save a call does not pay. Measured at 2.4 M parameters with one thread: 2 to 3 ms per call, 0.06 ms per token."""
+"""Number of tokens that cost as much compute as the overhead of a call on a CPU: more padding to save a call does not
+pay. Measured at 2.4 M parameters with one thread: 2 to 3 ms per call, 0.06 ms per token."""
 
 MAX_PADDING_RATIO = 0.5
 """Largest padding on an accelerator, as a fraction of the oldest segment: there a call costs more than its tokens."""
@@ -52,11 +52,9 @@ class ScoreOutput:
     Attributes:
         state: Next state of the stream; the request's own state if it was to be discarded.
         nll: ``(length,)`` float32, negative log-likelihood of each label in nats.
-        top_tokens: ``(length, num_logprobs)`` int64, most likely tokens per position, in descending order. None if not
-            requested.
-        top_logprobs: ``(length, num_logprobs)`` float32, their log-probabilities in nats. None if not requested.
-        hidden_states: ``(length, dim)`` float32, output of the last layer from which each label was predicted; it does
-            not depend on the label. None if not requested.
+        top_tokens: If requested, ``(length, num_logprobs)`` int64, most likely tokens per position, descending.
+        top_logprobs: If requested, ``(length, num_logprobs)`` float32, their log-probabilities in nats.
+        hidden_states: If requested, ``(length, dim)`` float32, output of the last layer at each input token.
     """
 
     state: MemoryState
@@ -73,23 +71,16 @@ def accepts_padding(model: RecurrentLanguageModel) -> bool:
 
 @torch.inference_mode()
 def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreRequest]) -> list[ScoreOutput]:
-    """Score one segment of each of several streams in one call.
+    """Score one segment of each of several streams in one call of a model in eval mode.
 
-    Args:
-        model: Model in eval mode.
-        requests: At least one request; all have the same output options. If the model does not support padding, only
-            segments with ``discard_state`` may be shorter than the longest.
-
-    Returns:
-        One output per request, equal to that of a call with this request alone, up to rounding.
+    Outputs equal those of a call for each request alone, up to rounding. All requests have the same output options. If
+    the model does not support padding, only segments with ``discard_state`` may be shorter than the longest.
     """
-    first = requests[0]
-    lengths = [len(request.tokens) for request in requests]
+    first, lengths = requests[0], [len(request.tokens) for request in requests]
     device = first.state.position.device
     tokens = pad_sequence([torch.from_numpy(request.tokens) for request in requests], batch_first=True)
-    labels = pad_sequence(
-        [torch.from_numpy(request.labels) for request in requests], batch_first=True, padding_value=IGNORE_INDEX
-    ).to(device)
+    unpadded_labels = [torch.from_numpy(request.labels) for request in requests]
+    labels = pad_sequence(unpadded_labels, batch_first=True, padding_value=IGNORE_INDEX).to(device)
     padding: dict[str, Any] = {}
     if any(len(request.tokens) < max(lengths) and not request.discard_state for request in requests):
         assert accepts_padding(model), "the padding of a shorter segment would enter its state"
@@ -114,22 +105,16 @@ def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreReques
     hidden = output.hidden_states[-1].float().cpu().numpy() if output.hidden_states is not None else None
     batch_nll = nll.float().cpu().numpy()
 
-    def next_state(row: int) -> MemoryState:
-        if requests[row].discard_state:
-            return requests[row].state
-        # Copied: a view would keep the whole batch in memory while the stream waits.
-        return output.state if len(requests) == 1 else output.state.select([row])
-
-    return [
-        ScoreOutput(
-            next_state(row),
-            batch_nll[row, :length],
-            top_tokens[row, :length] if top_tokens is not None else None,
-            top_logprobs[row, :length] if top_logprobs is not None else None,
-            hidden[row, :length].copy() if hidden is not None else None,
-        )
-        for row, length in enumerate(lengths)
-    ]
+    outputs = []
+    for index, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+        state = request.state if request.discard_state else output.state
+        if len(requests) > 1 and not request.discard_state:
+            # Copied: a view would keep the whole batch in memory while the stream waits.
+            state = output.state.select([index])
+        optional: list[Any] = [top_tokens, top_logprobs, hidden]
+        optional = [array if array is None else array[index, :length].copy() for array in optional]
+        outputs.append(ScoreOutput(state, batch_nll[index, :length], *optional))
+    return outputs
 
 
 def default_batch_tokens(is_cpu: bool) -> int:
@@ -156,20 +141,16 @@ def select_batch(
     first, selected = requests[0], [0]
     if first.num_logprobs:
         return selected  # The logits are large: score these segments one by one.
-    first_length = shortest = longest = len(first.tokens)
-    compatible = [
-        index
-        for index, request in enumerate(requests)
-        if not request.num_logprobs and request.return_hidden_states == first.return_hidden_states
-    ]
+    first_length = min_length = max_length = len(first.tokens)
     # Segments of the most similar length first: they need the least padding.
-    for index in sorted(compatible[1:], key=lambda index: abs(len(requests[index].tokens) - first_length)):
-        length = len(requests[index].tokens)
-        low, high = min(shortest, length), max(longest, length)
-        may_pad = (
-            supports_padding or length == first_length or (requests[index].discard_state and length < first_length)
-        )
-        if may_pad and high - low <= max_padding and (len(selected) + 1) * high <= max_tokens:
+    for index in sorted(range(1, len(requests)), key=lambda index: abs(len(requests[index].tokens) - first_length)):
+        request, length = requests[index], len(requests[index].tokens)
+        if request.num_logprobs or request.return_hidden_states != first.return_hidden_states:
+            continue
+        low, high = min(min_length, length), max(max_length, length)
+        can_pad = supports_padding or (request.discard_state and length < first_length)
+        is_allowed = (can_pad or length == first_length) and high - low <= max_padding
+        if is_allowed and (len(selected) + 1) * high <= max_tokens:
             selected.append(index)
-            shortest, longest = low, high
+            min_length, max_length = low, high
     return sorted(selected)

@@ -1,4 +1,4 @@
-"""Chapters of a book, found in its tokens by headings such as "CHAPTER IV" or "Chapter 12. The Return"."""
+"""Chapters of a book, recognized by headings such as "CHAPTER IV" or "Chapter 12. The Return"."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import numpy as np
 from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
 
 MAX_HEADING_CHARS = 80
-"""Maximum characters of a heading line."""
 
 MAX_LINE_BYTES = 4 * MAX_HEADING_CHARS + 4
 """Bytes of a line that are stored: more than any heading has."""
 
 MIN_CHAPTER_TOKENS = 200
-"""A heading within fewer tokens after another one is its subtitle, or part of a table of contents."""
+"""A heading within fewer tokens after another is its subtitle, or part of a table of contents."""
 
 _NUMBER_WORDS = (
     "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second|third|fourth|fifth|sixth|seventh|"
@@ -38,16 +37,8 @@ def is_heading(line: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Section:
-    """Scores of one part of a book.
-
-    Attributes:
-        title: Heading, or empty.
-        start: Position of the first token.
-        num_tokens: Number of tokens.
-        num_bytes: Bytes of the text.
-        nll: Negative log-likelihood in nats.
-    """
+class BookSection:
+    """Scores of one part of a book: its heading, if any, the position of its first token, and sums (nll in nats)."""
 
     title: str = ""
     start: int = 0
@@ -60,22 +51,16 @@ class Section:
         """Bits per byte of the section; NaN if it is empty."""
         return nats_to_bits_per_byte(self.nll, self.num_bytes)
 
-    def with_tokens(self, result: SegmentResult, start: int, end: int) -> Section:
+    def with_tokens(self, result: SegmentResult, start: int, end: int) -> BookSection:
         """Return the section extended by the tokens of a segment from ``start`` up to ``end``."""
-        nll, num_bytes = (
-            float(result.nll[start:end].sum(dtype=np.float64)),
-            sum(map(len, result.token_bytes[start:end])),
-        )
+        nll = float(result.nll[start:end].sum(dtype=np.float64))
+        num_bytes = sum(map(len, result.token_bytes[start:end]))
         first = self.start if self.num_tokens else result.start + start
-        return replace(self, start=first) + Section("", 0, end - start, num_bytes, nll)
+        return replace(self, start=first) + BookSection("", 0, end - start, num_bytes, nll)
 
-    def __add__(self, other: Section) -> Section:
-        return replace(
-            self,
-            num_tokens=self.num_tokens + other.num_tokens,
-            num_bytes=self.num_bytes + other.num_bytes,
-            nll=self.nll + other.nll,
-        )
+    def __add__(self, other: BookSection) -> BookSection:
+        num_tokens, num_bytes = self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes
+        return replace(self, num_tokens=num_tokens, num_bytes=num_bytes, nll=self.nll + other.nll)
 
 
 class ChapterSplitter:
@@ -85,11 +70,11 @@ class ChapterSplitter:
     """
 
     def __init__(self) -> None:
-        self.chapter = Section()
+        self.chapter = BookSection()
         self._line_bytes = b""
-        self._line_section = Section()
+        self._line_section = BookSection()
 
-    def feed(self, result: SegmentResult) -> Iterator[Section]:
+    def feed(self, result: SegmentResult) -> Iterator[BookSection]:
         """Add a segment and yield the chapters that it completes."""
         token_bytes, start = result.token_bytes, 0
         breaks = [index for index, content in enumerate(token_bytes) if b"\n" in content]
@@ -103,9 +88,9 @@ class ChapterSplitter:
                 self._line_bytes = tail.rpartition(b"\n")[2][:MAX_LINE_BYTES]
             start = end + 1
 
-    def _end_line(self) -> Iterator[Section]:
+    def _end_line(self) -> Iterator[BookSection]:
         text = self._line_bytes.decode("utf-8", "replace")
-        line, self._line_section = self._line_section, Section()
+        line, self._line_section = self._line_section, BookSection()
         if not is_heading(text):
             self.chapter = self.chapter + line
         elif self.chapter.title and self.chapter.num_tokens < MIN_CHAPTER_TOKENS:
@@ -115,21 +100,19 @@ class ChapterSplitter:
                 yield self.chapter
             self.chapter = replace(line, title=" ".join(text.split()))
 
-    def finish(self) -> Section:
+    def finish(self) -> BookSection:
         """Return the last chapter."""
         chapter = self.chapter + self._line_section
-        self.chapter, self._line_section, self._line_bytes = Section(), Section(), b""
+        self.chapter, self._line_section, self._line_bytes = BookSection(), BookSection(), b""
         return chapter
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the text, JSON-serializable."""
-        return {
-            "chapter": asdict(self.chapter),
-            "line": self._line_bytes.decode("latin-1"),
-            "line_section": asdict(self._line_section),
-        }
+        line = self._line_bytes.decode("latin-1")
+        return {"chapter": asdict(self.chapter), "line": line, "line_section": asdict(self._line_section)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from the position of a :meth:`state_dict`."""
-        self.chapter, self._line_section = Section(**state_dict["chapter"]), Section(**state_dict["line_section"])
+        self.chapter = BookSection(**state_dict["chapter"])
+        self._line_section = BookSection(**state_dict["line_section"])
         self._line_bytes = str(state_dict["line"]).encode("latin-1")

@@ -22,11 +22,7 @@ class ClosedError(MemtxError):
 
 
 def remaining_seconds(deadline: float | None) -> float | None:
-    """Return the seconds left until ``deadline``; None if there is no deadline.
-
-    Raises:
-        DeadlineExceededError: The deadline has passed.
-    """
+    """Return the seconds left until ``deadline``, or None; raises DeadlineExceededError if it has passed."""
     if deadline is None:
         return None
     seconds = deadline - time.monotonic()

@@ -1,8 +1,6 @@
-"""Token-by-token decoding in place: opens a state into key-value buffers and closes them into a state.
+"""Token-by-token decoding in place: copies a state into key-value buffers of fixed shape and steps in them.
 
-A state is a value, so the decoder copies it into buffers of its own, which it overwrites. Their shapes are fixed; on a
-GPU a step is captured as a CUDA graph and replayed. New streams are appended after the last one, and full buffers
-double.
+On a GPU a step is captured as a CUDA graph and replayed. New streams are appended; full buffers double.
 """
 
 from __future__ import annotations
@@ -18,9 +16,6 @@ from memtx.memory.kv_ring import DecodeStep, KVRing, RingLayout
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
-
-WARMUP_STEPS = 3
-"""Steps on a side stream before a graph is captured, as CUDA requires."""
 
 
 class Decoder:
@@ -52,9 +47,9 @@ class Decoder:
             model.eval()
         self.model = model
         self._rings: list[KVRing] = []
-        self._ring_model: MemoryTransformer | None = None
-        # None if the rings hold its content.
+        # Exactly one of them is None: the content is in the state or in the rings of the model.
         self._state: MemoryState | None = state
+        self._ring_model: MemoryTransformer | None = None
         with torch.inference_mode():
             self._position = state.position.clone()
             if isinstance(model, MemoryTransformer) and (rings := model.to_rings(state)) is not None:
@@ -68,9 +63,8 @@ class Decoder:
         is_cuda = state.position.device.type == "cuda"
         self._use_cuda_graph = is_cuda and not torch_compile if use_cuda_graph is None else use_cuda_graph
         if self._use_cuda_graph and not is_cuda:
-            raise MemtxError(
-                f"use_cuda_graph=True needs a GPU; the state is on {state.position.device}.", "Remove use_cuda_graph."
-            )
+            device = state.position.device
+            raise MemtxError(f"use_cuda_graph=True needs a GPU; the state is on {device}.", "Remove use_cuda_graph.")
 
     @property
     def batch_size(self) -> int:
@@ -94,11 +88,7 @@ class Decoder:
 
     @torch.inference_mode()
     def append(self, state: MemoryState) -> None:
-        """Add streams after the others.
-
-        Args:
-            state: Their state, of the same model; it is left unchanged.
-        """
+        """Add the streams of ``state``, which is left unchanged, after the others."""
         if self._ring_model is None:
             self._state = MemoryState.concat([self.state, state])
         else:
@@ -114,18 +104,14 @@ class Decoder:
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:
-        """Keep the given streams in the given order; a stream that keeps its index is not copied.
-
-        Args:
-            indices: Distinct indices; may be empty.
+        """Keep the streams of these indices in this order; a stream that keeps its index is not copied.
 
         Raises:
             MemtxError: An index is out of range or occurs twice.
         """
         if len(set(indices)) != len(indices) or not all(0 <= index < self.batch_size for index in indices):
-            raise MemtxError(
-                f"select got {list(indices)} for {self.batch_size} streams.", "Give each index at most once."
-            )
+            message = f"select got {list(indices)} for {self.batch_size} streams."
+            raise MemtxError(message, "Give each index at most once.")
         if self._state is not None:
             self._state = self._state.select(torch.tensor(indices, dtype=torch.int64))
         elif moves := [(source, target) for target, source in enumerate(indices) if source != target]:
@@ -145,22 +131,15 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token of every stream.
-
-        Args:
-            tokens: ``(batch,)`` int64.
-
-        Returns:
-            ``(batch, vocab)`` logits of the next tokens.
+        """Read one token of every stream, ``(batch,)`` int64, and return the ``(batch, vocab)`` logits of the next.
 
         Raises:
             MemtxError: ``tokens`` has another shape.
         """
         batch_size = self.batch_size
         if tokens.shape != (batch_size,):
-            raise MemtxError(
-                f"tokens is {tuple(tokens.shape)}, expected ({batch_size},).", "Give one token per stream."
-            )
+            message = f"tokens is {tuple(tokens.shape)}, expected ({batch_size},)."
+            raise MemtxError(message, "Give one token per stream.")
         if not batch_size:
             return torch.empty(0, self.model.vocab_size, device=tokens.device)
         if self._state is not None:
@@ -169,7 +148,10 @@ class Decoder:
             assert output.logits is not None
             return output.logits[:, 0]
         evicting = frozenset(layout for layout in self._layouts if any(map(layout.evicts_block, self._host_positions)))
-        padded_size = self._padded_batch_size()
+        padded_size = batch_size
+        if self._use_cuda_graph or self._torch_compile:
+            # A step is captured or compiled for each batch size: few sizes, so powers of two.
+            padded_size = min(1 << (batch_size - 1).bit_length(), self._capacity)
         if padded_size > batch_size:
             tokens = nn.functional.pad(tokens, (0, padded_size - batch_size))
         if (evicting, padded_size) not in self._step_fns:
@@ -177,12 +159,6 @@ class Decoder:
         logits = self._step_fns[evicting, padded_size](tokens)
         self._host_positions = [position + 1 for position in self._host_positions]
         return logits[:batch_size]
-
-    def _padded_batch_size(self) -> int:
-        """Return the batch size of a step: a power of two if a step is captured or compiled for each size."""
-        if not (self._use_cuda_graph or self._torch_compile):
-            return self.batch_size
-        return min(1 << (self.batch_size - 1).bit_length(), self._capacity)
 
     def _build_step(self, evicting_layouts: frozenset[RingLayout], tokens: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a step in which rings of these layouts evict a block."""
@@ -212,7 +188,7 @@ def _capture_graph(
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
-        for _ in range(WARMUP_STEPS):
+        for _ in range(3):  # Required by CUDA before a capture.
             step_fn(static_tokens)
     torch.cuda.current_stream().wait_stream(side_stream)
     with torch.cuda.graph(graph):

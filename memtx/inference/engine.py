@@ -1,8 +1,7 @@
-"""Engine: one thread that runs the model for many streams, with continuous batching.
+"""Engine: one thread that runs the model for many streams, with continuous batching (Yu et al. 2022, section 3).
 
-Pending segments are scored in one call, and running generations advance in one decoding step; meanwhile the next batch
-gathers. Streams come and go between calls (continuous batching, Yu et al. 2022, section 3). A segment is never cut to
-fit a batch, so each stream is read as it would be alone; shorter segments are padded if the model allows it.
+Pending segments are scored in one call, and running generations advance in one decoding step. A segment is never split
+to fit a batch, so each stream is read as it would be alone; shorter segments are padded if the model allows it.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from memtx.inference.batching import (
 )
 from memtx.inference.deadline import ClosedError, DeadlineExceededError, remaining_seconds
 from memtx.inference.decoder import Decoder
-from memtx.inference.generate import FINISH_CANCELLED, TextDelta, TokenGenerator
+from memtx.inference.generate import TextDelta, TokenGenerator
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
 BATCH_WAIT_SECONDS = 0.002
-"""Time for the streams of the last call to submit their next segments. Without it the first one to wake would be scored
-alone, and the others after it. Far shorter than a call of a useful model."""
+"""Time for the streams of the last call to submit their next segments, so that the first to wake is not scored alone.
+Far shorter than a call of a useful model."""
 
 WAIT_CREDIT = 0.8
-"""Fraction of the time that a request waited for a segment by which its next segment is advanced in the queue. At 0 a
-text of several segments would queue anew for each, and its latency would vary with every turn; at 1 new requests would
-wait for all long texts being read. So a new request waits for at most 1 / (1 - 0.8) segments of each."""
+"""Fraction of a segment's waiting time by which the next segment of the text is advanced in the queue. At 0 a text
+would queue again for every segment; at 1 new requests would wait for all long texts being read. At 0.8 they wait for at
+most 1 / (1 - 0.8) segments of each."""
 
 QueueItem = TextDelta | BaseException | None
 """Output of a generation: text, an error, which is the last item, or None at the end."""
@@ -50,22 +49,10 @@ OutputFn = Callable[[QueueItem], object]
 
 
 class Generation:
-    """A text being generated: an iterator over its parts, for one thread.
+    """A text being generated: an iterator over its parts, for one thread; ``token_generator`` chooses the tokens."""
 
-    Attributes:
-        token_generator: Chooses the tokens; has ``finish_reason`` and ``num_generated``.
-    """
-
-    def __init__(
-        self,
-        state: MemoryState,
-        token_generator: TokenGenerator,
-        deadline: float | None,
-        on_output: OutputFn | None = None,
-    ) -> None:
-        self.state: MemoryState | None = state
-        self.token_generator = token_generator
-        self.deadline = deadline
+    def __init__(self, token_generator: TokenGenerator, deadline: float | None, on_output: OutputFn | None) -> None:
+        self.token_generator, self.deadline = token_generator, deadline
         self.is_cancelled = False
         self._queue: queue.SimpleQueue[QueueItem] = queue.SimpleQueue()
         self.on_output: OutputFn = on_output or self._queue.put
@@ -76,7 +63,7 @@ class Generation:
 
     def finish_cancelled(self, error: BaseException | None = None) -> None:
         """Report the end of the text without its completion; called by the engine."""
-        self.token_generator.finish_reason = FINISH_CANCELLED
+        self.token_generator.finish_reason = "cancelled"
         self.on_output(error)
 
     def __iter__(self) -> Iterator[TextDelta]:
@@ -111,16 +98,13 @@ class PendingSegment:
 
 
 class Engine:
-    """Runs a model for many streams at once.
+    """Runs a model for many streams at once; ``counters`` are calls of each kind, and the segments and tokens in them.
 
     Args:
         model: Model in eval mode; nothing else may use it while the engine runs.
         max_batch_size: Maximum number of texts generated at once; more wait.
         max_batch_tokens: Maximum number of tokens scored in one call, unless a single segment is longer. Defaults to a
             value for the model's device.
-
-    Attributes:
-        counters: Number of calls of each kind, and the segments and tokens in them.
     """
 
     def __init__(
@@ -129,15 +113,12 @@ class Engine:
         self._is_cpu = model.init_state(1).position.device.type == "cpu"
         max_batch_tokens = default_batch_tokens(self._is_cpu) if max_batch_tokens is None else max_batch_tokens
         check_at_least(1, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
-        self.model = model
-        self.max_batch_size = max_batch_size
-        self.max_batch_tokens = max_batch_tokens
-        self.counters = dict.fromkeys(
-            ("score_calls", "score_segments", "score_tokens", "decode_calls", "decode_tokens"), 0
-        )
+        self.model, self.max_batch_size, self.max_batch_tokens = model, max_batch_size, max_batch_tokens
+        counters = ("score_calls", "score_segments", "score_tokens", "decode_calls", "decode_tokens")
+        self.counters = dict.fromkeys(counters, 0)
         self._condition = threading.Condition()
         self._pending_segments: list[PendingSegment] = []
-        self._waiting: deque[Generation] = deque()
+        self._waiting: deque[tuple[Generation, MemoryState]] = deque()
         self._running: list[Generation] = []
         self._decoder: Decoder | None = None
         self._last_batch_size = 1
@@ -158,33 +139,22 @@ class Engine:
         return len(self._running)
 
     def make_score_fn(self, deadline: float | None = None) -> Callable[[ScoreRequest], ScoreOutput]:
-        """Return a function that scores the segments of one text in order; it raises what :meth:`score` raises."""
+        """Return a blocking function that scores segments of one text in order, batched with those of other streams.
+
+        It raises DeadlineExceededError after ``deadline``, a time of ``time.monotonic``, and ClosedError.
+        """
         arrival_time: float | None = None
 
         def score_next(request: ScoreRequest) -> ScoreOutput:
             nonlocal arrival_time
             now = time.monotonic()
             arrival_time = now if arrival_time is None else now - WAIT_CREDIT * (now - arrival_time)
-            return self.score(request, deadline, arrival_time)
+            return self._score(request, deadline, arrival_time)
 
         return score_next
 
-    def score(
-        self, request: ScoreRequest, deadline: float | None = None, arrival_time: float | None = None
-    ) -> ScoreOutput:
-        """Score one segment, batched with those of other streams; blocks.
-
-        Args:
-            request: Segment to score.
-            deadline: Deadline as a time of ``time.monotonic``. None disables it.
-            arrival_time: Position in the queue, as a time of ``time.monotonic``. Defaults to now.
-
-        Raises:
-            DeadlineExceededError: The deadline passed before the segment was scored.
-            ClosedError: The engine is closed.
-        """
-        pending = PendingSegment(request, time.monotonic() if arrival_time is None else arrival_time)
-        timeout = remaining_seconds(deadline)
+    def _score(self, request: ScoreRequest, deadline: float | None, arrival_time: float) -> ScoreOutput:
+        pending, timeout = PendingSegment(request, arrival_time), remaining_seconds(deadline)
         with self._condition:
             self._check_open()
             self._pending_segments.append(pending)
@@ -202,22 +172,18 @@ class Engine:
         deadline: float | None = None,
         on_output: OutputFn | None = None,
     ) -> Generation:
-        """Start to generate a text; returns at once.
+        """Start to generate a text from a state of batch size 1; returns at once.
 
-        Args:
-            state: State of the stream, batch size 1; ``token_generator.next_token`` is read next.
-            token_generator: Chooses the tokens.
-            deadline: Deadline as a time of ``time.monotonic``, at which the generation is cancelled. None disables it.
-            on_output: Receives the output instead of the generation's own iterator.
+        ``on_output`` receives the output instead of the generation's own iterator, which ends at ``deadline``.
 
         Raises:
             ClosedError: The engine is closed.
         """
-        generation = Generation(state, token_generator, deadline, on_output)
+        generation = Generation(token_generator, deadline, on_output)
         with self._condition:
             self._check_open()
             if token_generator.finish_reason is None:
-                self._waiting.append(generation)
+                self._waiting.append((generation, state))
                 self._condition.notify()
             else:
                 generation.on_output(None)
@@ -237,10 +203,8 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(
-                    lambda: self._closed or self._pending_segments or self._waiting or self._running
-                )
-                if len(self._pending_segments) < self._last_batch_size and not self._running:
+                self._condition.wait_for(lambda: self._closed or self.num_waiting or self._running)
+                if not self._running:
                     self._condition.wait_for(
                         lambda: self._closed or len(self._pending_segments) >= self._last_batch_size, BATCH_WAIT_SECONDS
                     )
@@ -262,27 +226,20 @@ class Engine:
         for pending in self._pending_segments:
             if pending.future.set_running_or_notify_cancel():
                 pending.future.set_exception(error)
-        for generation in (*self._running, *self._waiting):
+        for generation in (*self._running, *(generation for generation, _ in self._waiting)):
             generation.on_output(error)
 
     def _next_batch(self) -> list[PendingSegment]:
         """Remove and return the oldest pending segment and those scored with it."""
-        pending = sorted(
-            (segment for segment in self._pending_segments if not segment.future.cancelled()),
-            key=lambda segment: segment.arrival_time,
-        )
-        selected: set[int] = set()
-        if pending:
-            requests = [segment.request for segment in pending]
-            indices = select_batch(
-                requests,
-                max_tokens=self.max_batch_tokens,
-                max_padding=padding_limit(len(requests[0].tokens), self._is_cpu),
-                supports_padding=accepts_padding(self.model),
-            )
-            selected.update(indices)
-        self._pending_segments = [segment for index, segment in enumerate(pending) if index not in selected]
-        batch = [segment for index, segment in enumerate(pending) if index in selected]
+        pending = [segment for segment in self._pending_segments if not segment.future.cancelled()]
+        pending.sort(key=lambda segment: segment.arrival_time)
+        selected: list[int] = []
+        if requests := [segment.request for segment in pending]:
+            max_padding = padding_limit(len(requests[0].tokens), self._is_cpu)
+            limits = {"max_tokens": self.max_batch_tokens, "max_padding": max_padding}
+            selected = select_batch(requests, supports_padding=accepts_padding(self.model), **limits)
+        batch = [pending[index] for index in selected]
+        self._pending_segments = [pending[index] for index in sorted(set(range(len(pending))).difference(selected))]
         return [segment for segment in batch if segment.future.set_running_or_notify_cancel()]
 
     def _score_batch(self, batch: list[PendingSegment]) -> None:
@@ -320,11 +277,10 @@ class Engine:
         """Remove the streams of finished and cancelled texts, and add those of waiting ones."""
         indices = []
         for index, generation in enumerate(self._running):
-            if generation.token_generator.finish_reason is None:
-                if generation.is_cancelled:
-                    generation.finish_cancelled()
-                else:
-                    indices.append(index)
+            if generation.token_generator.finish_reason is None and not generation.is_cancelled:
+                indices.append(index)
+            elif generation.token_generator.finish_reason is None:
+                generation.finish_cancelled()
         if len(indices) < len(self._running):
             assert self._decoder is not None
             indices = _compact_order(indices)
@@ -332,19 +288,16 @@ class Engine:
             self._running = [self._running[index] for index in indices]
         new_states: list[MemoryState] = []
         while self._waiting and len(self._running) < self.max_batch_size:
-            generation = self._waiting.popleft()
-            state, generation.state = generation.state, None
+            generation, state = self._waiting.popleft()
             if generation.is_cancelled:
                 generation.finish_cancelled()
                 continue
-            assert state is not None
             new_states.append(state)
             self._running.append(generation)
-        if new_states:
-            if self._decoder is None:
-                self._decoder = Decoder(self.model, MemoryState.concat(new_states))
-            else:
-                self._decoder.append(MemoryState.concat(new_states))
+        if new_states and self._decoder is not None:
+            self._decoder.append(MemoryState.concat(new_states))
+        elif new_states:
+            self._decoder = Decoder(self.model, MemoryState.concat(new_states))
 
     def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,27 +18,18 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
 from memtx.inference.reader import SegmentResult, StreamReader
-from memtx.inference.sampling import NEG_INF, SamplingParams, sample_token
+from memtx.inference.sampling import SamplingParams, sample_token
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
 REPETITION_WINDOW = 256
 """Newest tokens subject to the repetition penalty; fixed, so that the cost of a token is constant."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-FINISH_STOP: FinishReason = "stop"
-FINISH_LENGTH: FinishReason = "length"
-FINISH_CANCELLED: FinishReason = "cancelled"
+"""Stop string, maximum number of tokens, or cancelled."""
 
 
 class StopFilter:
-    """Passes text up to the first stop string, and holds back text that may begin one.
-
-    Args:
-        stop_strings: Strings that end the text; they are not part of it.
-
-    Raises:
-        MemtxError: A stop string is empty.
-    """
+    """Passes text up to the first stop string, of which none may be empty, and holds back text that may begin one."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         if "" in stop_strings:
@@ -55,10 +47,8 @@ class StopFilter:
             return visible
         num_held = 0
         for stop in self.stop_strings:
-            for length in range(min(len(stop) - 1, len(self._buffer)), num_held, -1):
-                if self._buffer.endswith(stop[:length]):
-                    num_held = length
-                    break
+            lengths = range(min(len(stop) - 1, len(self._buffer)), num_held, -1)
+            num_held = next((length for length in lengths if self._buffer.endswith(stop[:length])), num_held)
         end = len(self._buffer) - num_held
         visible, self._buffer = self._buffer[:end], self._buffer[end:]
         return visible
@@ -74,8 +64,7 @@ class TokenLogprob:
     """Log-probability of one token of a text.
 
     Attributes:
-        token: Token id.
-        logprob: Log-probability in nats under the model, before temperature and filters.
+        logprob: Log-probability in nats, before temperature and filters.
         top_logprobs: Ids and log-probabilities of the most likely tokens at its position, in descending order.
         text_offset: Number of complete characters before it.
     """
@@ -88,12 +77,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Next part of a generated text.
-
-    Attributes:
-        text: Complete characters.
-        token_logprobs: Log-probabilities of the tokens that begin in the text so far; empty if not requested.
-    """
+    """Complete characters of a generated text, and log-probabilities of the tokens that begin in it, if requested."""
 
     text: str = ""
     token_logprobs: tuple[TokenLogprob, ...] = ()
@@ -101,13 +85,9 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Options of one generated text.
+    """Options of one generated text; those not listed are as in :func:`generate`.
 
     Attributes:
-        max_tokens: Maximum number of tokens.
-        sampling_params: Sampling options.
-        stop: Strings that end the text; they are not part of it.
-        seed: Seed of the sampling.
         logprobs: Number of most likely tokens to return with each token. None disables log-probabilities.
 
     Raises:
@@ -132,14 +112,8 @@ class GenerationConfig:
 class TokenGenerator:
     """Turns the logits of one stream into tokens and text; it does not call the model.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        last_token: Newest token of the text, which the model has not read yet.
-        recent_tokens: Newest tokens of the text, for the repetition penalty.
-        config: Generation options.
-
     Attributes:
-        next_token: Token for the model to read next.
+        next_token: Token for the model to read next; at first ``last_token``, the newest of the text.
         num_generated: Number of tokens so far.
         finish_reason: Reason why the text ended; None while it continues.
     """
@@ -147,11 +121,9 @@ class TokenGenerator:
     def __init__(
         self, tokenizer: Tokenizer, last_token: int, recent_tokens: Sequence[int], config: GenerationConfig
     ) -> None:
-        self.tokenizer = tokenizer
-        self.config = config
-        self.next_token = last_token
-        self.num_generated = 0
-        self.finish_reason: FinishReason | None = None if config.max_tokens else FINISH_LENGTH
+        self.tokenizer, self.config = tokenizer, config
+        self.next_token, self.num_generated = last_token, 0
+        self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
         self._recent_tokens: deque[int] = deque(recent_tokens, maxlen=REPETITION_WINDOW)
         self._stop_filter = StopFilter(config.stop)
         self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -160,19 +132,12 @@ class TokenGenerator:
         self._pending_logprobs: deque[TokenLogprob] = deque()
 
     def advance(self, logits: Tensor) -> TextDelta:
-        """Choose the next token and return the text that is now complete, which may be empty.
-
-        Args:
-            logits: ``(vocab,)`` logits after ``next_token``.
-
-        Raises:
-            MemtxError: The logits are not finite.
-        """
+        """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that is then complete."""
         logits = logits.detach().float().cpu()
         allowed = logits.clone()
-        allowed[self.tokenizer.bos_token_id] = NEG_INF
+        allowed[self.tokenizer.bos_token_id] = -math.inf
         # The model's vocabulary may be padded beyond the tokenizer's.
-        allowed[self.tokenizer.vocab_size :] = NEG_INF
+        allowed[self.tokenizer.vocab_size :] = -math.inf
         params = self.config.sampling_params
         recent = np.unique(np.asarray(self._recent_tokens if params.repetition_penalty != 1 else (), dtype=np.int64))
         self.next_token = sample_token(allowed, params, torch.from_numpy(recent), self._generator)
@@ -185,28 +150,26 @@ class TokenGenerator:
     def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
         # Normalized over the whole vocabulary, as when a text is scored.
         log_norm = logits.logsumexp(0)
-        values, tokens = allowed.topk(min(num_logprobs, int((allowed > NEG_INF).sum())))
+        values, tokens = allowed.topk(min(num_logprobs, int((allowed > -math.inf).sum())))
         top_logprobs = zip(tokens.tolist(), (values - log_norm).tolist(), strict=True)
-        return TokenLogprob(
-            self.next_token, float(logits[self.next_token] - log_norm), tuple(top_logprobs), self._num_decoded_chars
-        )
+        logprob = float(logits[self.next_token] - log_norm)
+        return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), self._num_decoded_chars)
 
     def _to_delta(self, token_bytes: bytes) -> TextDelta:
         decoded = self._utf8_decoder.decode(token_bytes)
         self._num_decoded_chars += len(decoded)
         text = self._stop_filter.feed(decoded)
         if self._stop_filter.is_stopped:
-            self.finish_reason = FINISH_STOP
+            self.finish_reason = "stop"
         elif self.num_generated == self.config.max_tokens:
             text += self._stop_filter.feed(self._utf8_decoder.decode(b"", True))
             text += "" if self._stop_filter.is_stopped else self._stop_filter.finish()
-            self.finish_reason = FINISH_STOP if self._stop_filter.is_stopped else FINISH_LENGTH
+            self.finish_reason = "stop" if self._stop_filter.is_stopped else "length"
         self._num_emitted_chars += len(text)
         # A token appears with its first character; one that only completes a character, with the tokens before it.
+        end = math.inf if self.finish_reason == "length" else self._num_emitted_chars
         logprobs = []
-        while self._pending_logprobs and (
-            self._pending_logprobs[0].text_offset < self._num_emitted_chars or self.finish_reason == FINISH_LENGTH
-        ):
+        while self._pending_logprobs and self._pending_logprobs[0].text_offset < end:
             logprobs.append(self._pending_logprobs.popleft())
         return TextDelta(text, tuple(logprobs))
 
@@ -223,7 +186,7 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Generate a continuation of a text.
+    """Generate a continuation of a text, in non-empty parts of complete characters.
 
     Args:
         model: Language model; a module is put into eval mode.
@@ -236,22 +199,17 @@ def generate(
         stop: Strings that end the text; they are not part of it.
         seed: Seed; equal seeds give equal texts on the same machine and version of torch.
 
-    Returns:
-        Iterator over the text as it is generated, in non-empty parts of complete characters.
-
     Raises:
         MemtxError: ``max_tokens`` is negative, a stop string is empty, or the logits are not finite.
     """
     # Checked here and not in the generator function, which runs only at the first next().
     config = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
-    return _generate(
-        reader.fork() if reader is not None else StreamReader(model, tokenizer, segment_length), prompt, config
-    )
+    return _generate(reader.fork() if reader else StreamReader(model, tokenizer, segment_length), prompt, config)
 
 
 def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
     """Return the last tokens of a text, for the repetition penalty."""
-    recent_tokens: deque[int] = deque(maxlen=REPETITION_WINDOW)
+    recent_tokens = deque[int](maxlen=REPETITION_WINDOW)
     for result in results:
         recent_tokens.extend(result.tokens[-REPETITION_WINDOW:].tolist())
     return list(recent_tokens)

@@ -17,22 +17,18 @@ CHUNK_SIZE = 1 << 16
 
 
 class IncrementalTokenizer:
-    """Tokenizes one text that arrives in chunks cut anywhere, even inside a character.
+    """Tokenizes one text that arrives in chunks split anywhere, even inside a character.
 
     Text whose tokens still depend on what follows is pending; its size is bounded, however long a line is.
 
-    Args:
-        tokenizer: Tokenizer of the text.
-        pending_text: Pending text of the tokenizer to continue from.
-        pending_bytes: Its incomplete character.
-        bytes_consumed: Number of bytes it consumed; errors report offsets in the whole text.
+    ``pending_text``, ``pending_bytes`` and ``bytes_consumed`` continue from another tokenizer; errors report offsets in
+    the whole text.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, pending_text: str = "", pending_bytes: bytes = b"", bytes_consumed: int = 0
     ) -> None:
-        self.tokenizer = tokenizer
-        self.bytes_consumed = bytes_consumed
+        self.tokenizer, self.bytes_consumed = tokenizer, bytes_consumed
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._decoder.setstate((pending_bytes, 0))
         self._splitter = TextSplitter()
@@ -59,21 +55,13 @@ class IncrementalTokenizer:
         try:
             text = self._decoder.decode(data, final)
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"The text is not UTF-8: {error.reason} at byte {start + error.start}.",
-                "Convert it, for example with iconv.",
-            ) from error
+            message = f"The text is not UTF-8: {error.reason} at byte {start + error.start}."
+            raise DataError(message, "Convert it, for example with iconv.") from error
         self.bytes_consumed += len(data)
         return text
 
     def feed(self, text: str | bytes) -> Iterator[tuple[str, NDArray[np.int64]]]:
-        """Consume more of the text.
-
-        Args:
-            text: Any amount; bytes are UTF-8.
-
-        Yields:
-            Each part of the text, decoded, with the tokens that it completes, ``(length,)`` int64.
+        """Consume more text and yield each part, decoded, with the tokens that it completes, ``(length,)`` int64.
 
         Raises:
             DataError: The bytes are not UTF-8; the message holds the offset of the first invalid byte.
@@ -84,20 +72,14 @@ class IncrementalTokenizer:
                 decoded = self._decode(part)
             else:
                 if self.pending_bytes:
-                    raise DataError(
-                        f"Text follows an incomplete character at byte {self.bytes_consumed}.",
-                        "Feed the rest of its bytes first.",
-                    )
+                    message = f"Text follows an incomplete character at byte {self.bytes_consumed}."
+                    raise DataError(message, "Feed the rest of its bytes first.")
                 decoded = part
                 self.bytes_consumed += len(part.encode("utf-8", "surrogatepass"))
             yield decoded, self._encode(self._splitter.feed(decoded))
 
     def finish(self) -> NDArray[np.int64]:
-        """End the text and return the tokens of the pending text, ``(length,)`` int64.
-
-        Raises:
-            DataError: The text ends inside a character.
-        """
+        """Return the tokens of the pending text, ``(length,)`` int64; raises DataError inside a character."""
         if self.pending_bytes:
             self._decode(b"", final=True)
         return self._encode(self._splitter.flush())

@@ -1,4 +1,4 @@
-"""Predictors: raw texts or examples in; labels, tags, answers or summaries out."""
+"""Predictors: turn raw texts or examples into labels, tags, answers or summaries."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,7 +17,7 @@ from torch import nn
 
 from memtx import files
 from memtx.checkpoint import pretrained
-from memtx.checkpoint.load import load_model_and_tokenizer
+from memtx.checkpoint.load import load, load_model_and_tokenizer
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
 from memtx.data.tasks.base import EncodedExample, Logits, Task, task_from_json, task_to_json
 from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
@@ -35,26 +35,16 @@ T = TypeVar("T")
 PredictInput = str | Mapping[str, Any]
 """A raw text, or the fields of an example; labels are optional."""
 
-MAX_BATCH_TOKENS = 1 << 14
-"""Maximum number of tokens in a batch, with padding; a longer window is read alone."""
-
 
 class BasePredictor(ABC):
-    """A model that answers inputs; threads that share it take turns.
-
-    Attributes:
-        task_name: Name of the task.
-        model: Model in eval mode, on any device.
-        num_tokens_read: Number of tokens read so far.
-    """
+    """A model that answers inputs; threads that share it take turns. ``num_tokens_read`` counts its input."""
 
     task_name: str
     model: nn.Module
 
     def __init__(self) -> None:
-        self.num_tokens_read = 0
+        self.num_tokens_read, self._closed = 0, False
         self._lock = threading.Lock()
-        self._closed = False
 
     def close(self) -> None:
         """Stop: running and later calls raise ClosedError before their next call of the model."""
@@ -62,23 +52,15 @@ class BasePredictor(ABC):
 
     @abstractmethod
     def to_example(self, raw_input: PredictInput) -> Any:
-        """Return an input as an example without labels.
-
-        Raises:
-            DataError: The input does not fit the task.
-        """
+        """Return an input as an example without labels; raises DataError if it does not fit the task."""
 
     @abstractmethod
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
         """Return a JSON-serializable prediction per input.
 
-        Args:
-            inputs: Raw texts or fields of examples.
-            deadline: Deadline as a time of ``time.monotonic``. None disables it.
-
         Raises:
             DataError: An input does not fit the task or is too long; the message holds its index.
-            DeadlineExceededError: The deadline has passed.
+            DeadlineExceededError: The deadline, a time of ``time.monotonic``, has passed.
             ClosedError: The predictor was closed.
         """
 
@@ -100,13 +82,9 @@ class BasePredictor(ABC):
 
 
 class Predictor(BasePredictor):
-    """Answers inputs of one task with a task model.
+    """Answers inputs of one task with a task model, which is put into eval mode.
 
-    Args:
-        model: Task model; put into eval mode.
-        tokenizer: Tokenizer of the model.
-        task: Task that the model was trained on.
-        max_batch_tokens: Maximum number of tokens in a batch, with padding; results are equal up to rounding.
+    ``max_batch_tokens`` limits the tokens in a batch, with padding; a longer window is read alone.
 
     Raises:
         MemtxError: ``max_batch_tokens`` is not positive, or model, tokenizer and task do not fit together.
@@ -115,17 +93,16 @@ class Predictor(BasePredictor):
     model: TaskModel
 
     def __init__(
-        self, model: TaskModel, tokenizer: HFTokenizer, task: Task, *, max_batch_tokens: int = MAX_BATCH_TOKENS
+        self, model: TaskModel, tokenizer: HFTokenizer, task: Task, *, max_batch_tokens: int = 1 << 14
     ) -> None:
         super().__init__()
         check_at_least(1, max_batch_tokens=max_batch_tokens)
         if tokenizer.vocab_size > model.vocab_size or task.num_labels != model.num_labels:
-            raise CheckpointError(
-                f"Model, tokenizer and task do not belong together: the model has {model.vocab_size} tokens and "
-                f"{model.num_labels} labels, the tokenizer {tokenizer.vocab_size} tokens, the task {task.num_labels} "
-                "labels.",
-                "Use the tokenizer and the task that the model was trained with.",
+            sizes = (
+                f"Model ({model.vocab_size} tokens, {model.num_labels} labels), "
+                f"tokenizer ({tokenizer.vocab_size} tokens) and task ({task.num_labels} labels)"
             )
+            raise CheckpointError(f"{sizes} do not belong together.", "Use those that the model was trained with.")
         self.model, self.tokenizer, self.task, self.max_batch_tokens = model.eval(), tokenizer, task, max_batch_tokens
         self.task_name = task.kind
 
@@ -136,13 +113,11 @@ class Predictor(BasePredictor):
         Raises:
             CheckpointError: The checkpoint is missing, damaged, or not of a task model.
         """
-        model_path = pretrained.resolve_model_path(path)
-        sidecars = read_task_metadata(model_path)
-        tokenizer, task = sidecars.get("tokenizer"), sidecars.get("task")
-        if not isinstance(tokenizer, str) or not isinstance(task, str):
-            raise CheckpointError(f"'{model_path}' has no tokenizer or no task.", "Give a run on examples.")
-        model = TaskModel.from_pretrained(model_path)
-        return cls(model, hf_tokenizer_from_json(tokenizer), task_from_json(task))
+        checkpoint = load(path)
+        tokenizer, task = checkpoint.sidecars.get("tokenizer"), checkpoint.sidecars.get("task")
+        if tokenizer is None or task is None:
+            raise CheckpointError(f"'{checkpoint.path}' has no tokenizer or no task.", "Give a run on examples.")
+        return cls(checkpoint.model_as(TaskModel), hf_tokenizer_from_json(tokenizer), task_from_json(task))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write model, tokenizer and task into the folder ``path``; the files contain no code."""
@@ -151,7 +126,7 @@ class Predictor(BasePredictor):
         self.model.save_pretrained(path)
 
     def to_example(self, raw_input: PredictInput) -> Any:
-        """Return a raw text, or the fields of an example, as an example without labels; raises DataError."""
+        """Return a raw text, or the fields of an example, as an example of the task."""
         if not isinstance(raw_input, str):
             return self.task.parse(raw_input, False)
         if not raw_input.strip():
@@ -160,51 +135,45 @@ class Predictor(BasePredictor):
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
         """Return the task's ``postprocess`` of each input."""
-        examples = self._map_inputs(inputs, self._encode_input)
+
+        def encode(raw_input: PredictInput) -> PreparedExample:
+            example = self.to_example(raw_input)
+            # Labels are ignored, so they need not be valid.
+            labels = {field.name for field in fields(example)} & {"label", "tags", "answers"}
+            return encode_examples([replace(example, **dict.fromkeys(labels))], self.task, self.tokenizer)[0]
+
+        examples = self._map_inputs(inputs, encode)
         windows = [window for example in examples for window in example.windows]
         with acquire_before(deadline, self._lock):
-            logits = self._compute_scores(windows, deadline)
+            logits = self._compute_logits(windows, deadline)
         return BatchExamples(self.task, examples).postprocess(logits)
 
-    def _encode_input(self, raw_input: PredictInput) -> PreparedExample:
-        # Labels are ignored, so they need not be valid.
-        return encode_examples([drop_labels(self.to_example(raw_input))], self.task, self.tokenizer)[0]
-
-    def _compute_scores(self, encoded_examples: Sequence[EncodedExample], deadline: float | None) -> list[Logits]:
-        logits: list[Logits] = [np.zeros(0, dtype=np.float32)] * len(encoded_examples)
+    def _compute_logits(self, windows: Sequence[EncodedExample], deadline: float | None) -> list[Logits]:
+        logits: list[Logits] = [np.zeros(0, dtype=np.float32)] * len(windows)
         device = next(self.model.parameters()).device
-        for indices in self._batch_indices(encoded_examples):
+        for indices in self._batch_indices(windows):
             self._check_active(deadline)
-            batch = collate([encoded_examples[index] for index in indices], self.tokenizer.pad_token_id)
+            batch = collate([windows[index] for index in indices], self.tokenizer.pad_token_id)
             inputs = (batch.tokens, batch.attention_mask, batch.token_type_ids, batch.global_attention_mask)
             with torch.inference_mode():
                 batch_logits = self.model(*(tensor.to(device) for tensor in inputs)).float().cpu().numpy()
-            for index, example_logits in zip(indices, batch_logits, strict=True):
-                logits[index] = example_logits
+            for index, window_logits in zip(indices, batch_logits, strict=True):
+                logits[index] = window_logits
             self.num_tokens_read += int(batch.attention_mask.sum())
         return logits
 
-    def _batch_indices(self, encoded_examples: Sequence[EncodedExample]) -> Iterator[list[int]]:
-        """Yield the indices of each batch, sorted by length."""
-        batch: list[int] = []
-        for index in sorted(range(len(encoded_examples)), key=lambda index: len(encoded_examples[index].ids)):
-            if batch and (len(batch) + 1) * len(encoded_examples[index].ids) > self.max_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+    def _batch_indices(self, windows: Sequence[EncodedExample]) -> list[list[int]]:
+        """Return the indices of each batch, sorted by length."""
+        batches: list[list[int]] = [[]]
+        for index in sorted(range(len(windows)), key=lambda index: len(windows[index].ids)):
+            if batches[-1] and (len(batches[-1]) + 1) * len(windows[index].ids) > self.max_batch_tokens:
+                batches.append([])
+            batches[-1].append(index)
+        return batches if windows else []
 
 
 class Summarizer(BasePredictor):
-    """Writes summaries of texts of any length with a decoder trained on texts and summaries.
-
-    Args:
-        model: Decoder; put into eval mode.
-        tokenizer: Tokenizer of the model.
-        summary_prompt: Prompt and stop sequence.
-        max_tokens: Maximum number of tokens per summary.
-    """
+    """Writes summaries, of at most ``max_tokens``, of texts of any length; the model is put into eval mode."""
 
     task_name = "summary"
     model: MemoryTransformer
@@ -218,12 +187,8 @@ class Summarizer(BasePredictor):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Load a training checkpoint, or the best checkpoint of a run folder.
-
-        Raises:
-            CheckpointError: The checkpoint is missing, damaged, or not trained on summaries.
-        """
-        options = read_task_metadata(path).get("summary")
+        """Load a checkpoint or run folder; raises CheckpointError if it is not trained on summaries, or damaged."""
+        options = _read_sidecars(path).get("summary")
         try:
             summary_prompt = SummaryPrompt(**json.loads(str(options)))
         except (ValueError, TypeError) as error:
@@ -231,7 +196,7 @@ class Summarizer(BasePredictor):
         return cls(*load_model_and_tokenizer(path), summary_prompt)
 
     def to_example(self, raw_input: PredictInput) -> SummaryExample:
-        """Return a raw text, or ``{"text": ...}``, as an example without a summary; raises DataError."""
+        """Return a raw text, or ``{"text": ...}``, as an example."""
         return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
@@ -257,28 +222,17 @@ class Summarizer(BasePredictor):
 
 def load_predictor(path: str | os.PathLike[str]) -> Predictor | Summarizer:
     """Load the predictor for the model at ``path``; raises what its ``load`` raises."""
-    return Summarizer.load(path) if "summary" in read_task_metadata(path) else Predictor.load(path)
-
-
-def drop_labels(example: Any) -> Any:
-    """Return an example with its labels set to None."""
-    names = {field.name for field in fields(example)} & {"label", "tags", "answers"}
-    return replace(example, **dict.fromkeys(names))
+    return Summarizer.load(path) if "summary" in _read_sidecars(path) else Predictor.load(path)
 
 
 def is_task_model(path: str | os.PathLike[str]) -> bool:
-    """Return whether the model at ``path`` was trained on a task.
+    """Return whether the model at ``path`` was trained on a task or on summaries.
 
     Raises:
         CheckpointError: The checkpoint is missing, damaged or not of memtx.
     """
-    return bool(read_task_metadata(path))
+    return not {"task", "summary"}.isdisjoint(_read_sidecars(path))
 
 
-def read_task_metadata(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Return the ``tokenizer`` and the ``task`` or ``summary`` of a checkpoint or folder as JSON texts.
-
-    Empty if the model was not trained on a task; raises what :func:`is_task_model` raises.
-    """
-    sidecars = pretrained.read_sidecars(pretrained.resolve_model_path(path))
-    return sidecars if sidecars.keys() & {"task", "summary"} else {}
+def _read_sidecars(path: str | os.PathLike[str]) -> Mapping[str, str]:
+    return pretrained.read_sidecars(pretrained.resolve_model_path(path))

@@ -1,8 +1,4 @@
-"""Streaming reader: takes a text in chunks of any size and returns the negative log-likelihood of every token.
-
-A document is fed as ``[bos, tokens...]``, so its first token is scored too. Memory and the cost of a token do not grow
-with the length of the text.
-"""
+"""Streaming reader: scores every token of a text of any length at constant memory and constant cost per token."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ class SegmentResult:
     Attributes:
         tokens: ``(length,)`` int64.
         nll: ``(length,)`` float32, negative log-likelihood of each token in nats, given all tokens before it.
-        token_bytes: Bytes of the text that each token stands for.
+        token_bytes: Bytes of each token in the text.
         start: Position of the first token in the text.
         top_tokens, top_logprobs, hidden_states: As in :class:`~memtx.inference.batching.ScoreOutput`.
     """
@@ -64,7 +60,7 @@ class Totals:
         num_tokens: Number of scored tokens.
         num_bytes: UTF-8 bytes of the text fed so far, scored or not.
         num_words: Words of the text fed so far, as ``len(text.split())``.
-        in_word: If True, the text ends inside a word, which its next part may continue.
+        in_word: If True, the text ends inside a word, which more text may continue.
     """
 
     nll: float = 0.0
@@ -91,25 +87,19 @@ class Totals:
         if not text:
             return self
         continues_word = self.in_word and not text[0].isspace()
-        return replace(
-            self,
-            num_bytes=self.num_bytes + len(text.encode("utf-8", "surrogatepass")),
-            num_words=self.num_words + len(text.split()) - continues_word,
-            in_word=not text[-1].isspace(),
-        )
+        num_bytes = self.num_bytes + len(text.encode("utf-8", "surrogatepass"))
+        num_words = self.num_words + len(text.split()) - continues_word
+        return replace(self, num_bytes=num_bytes, num_words=num_words, in_word=not text[-1].isspace())
 
 
 @dataclass(frozen=True)
 class ReaderSnapshot:
-    """Position of a reader in its text; taking a snapshot copies nothing, and restoring it is exact.
+    """Position of a reader in its text; restoring it is exact.
 
     Attributes:
-        state: State of the model, batch size 1.
-        last_token: Newest scored token; the model has read all tokens before it.
+        state: State of the model, batch size 1, after all tokens before ``last_token``, the newest scored token.
         pending_tokens: ``(length,)`` int64, tokens that do not fill a segment yet.
-        pending_text: Text that is not encoded yet.
-        pending_bytes: First bytes of an incomplete character.
-        totals: Sums so far.
+        pending_text, pending_bytes: Text that is not encoded yet, and first bytes of an incomplete character.
     """
 
     state: MemoryState
@@ -121,17 +111,17 @@ class ReaderSnapshot:
 
 
 class StreamReader:
-    """Reads one text of any length with constant memory.
+    """Reads one text of any length, given in chunks of any size.
 
-    Segments always hold ``segment_length`` tokens, however the text arrives, so equal texts give bit-identical results.
+    The text is read as ``[bos, tokens...]``, so its first token is scored too, and in segments of ``segment_length``
+    tokens however it arrives, so equal texts give bit-identical results.
 
     Args:
         model: Language model; a module is put into eval mode.
         tokenizer: Tokenizer of the model.
         segment_length: Tokens per segment. Longer segments are faster; results are equal up to rounding.
         score_fn: Function that scores a segment. Defaults to a call of the model for this stream alone.
-        num_logprobs: Number of most likely tokens to return per position.
-        return_hidden_states: If True, return the hidden states.
+        num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
 
     Raises:
         MemtxError: ``segment_length`` is not positive.
@@ -150,18 +140,13 @@ class StreamReader:
     ) -> None:
         check_at_least(1, segment_length=segment_length)
         if tokenizer.vocab_size > model.vocab_size:
-            raise CheckpointError(
-                f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}.",
-                "Use the tokenizer that the model was trained with.",
-            )
+            message = f"The tokenizer has {tokenizer.vocab_size} tokens, the model {model.vocab_size}."
+            raise CheckpointError(message, "Use the tokenizer that the model was trained with.")
         if isinstance(model, nn.Module):
             model.eval()
-        self.model = model
-        self.tokenizer = tokenizer
-        self.segment_length = segment_length
+        self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
         self.score_fn = score_fn or (lambda request: score_segments(model, [request])[0])
-        self.num_logprobs = num_logprobs
-        self.return_hidden_states = return_hidden_states
+        self.num_logprobs, self.return_hidden_states = num_logprobs, return_hidden_states
         self.state = model.init_state(1)
         self.last_token = tokenizer.bos_token_id
         self.totals = Totals()
@@ -178,23 +163,13 @@ class StreamReader:
         output = self.score_fn(
             ScoreRequest(self.state, inputs, tokens, self.num_logprobs, self.return_hidden_states, discard_state)
         )
-        result = SegmentResult(
-            tokens,
-            output.nll,
-            [self.tokenizer.token_bytes(int(token)) for token in tokens],
-            self.totals.num_tokens,
-            output.top_tokens,
-            output.top_logprobs,
-            output.hidden_states,
+        start, nll = self.totals.num_tokens, self.totals.nll + float(output.nll.sum(dtype=np.float64))
+        token_bytes = [self.tokenizer.token_bytes(int(token)) for token in tokens]
+        self.state, self.last_token = output.state, int(tokens[-1])
+        self.totals = replace(self.totals, nll=nll, num_tokens=start + len(tokens))
+        return SegmentResult(
+            tokens, output.nll, token_bytes, start, output.top_tokens, output.top_logprobs, output.hidden_states
         )
-        self.state = output.state
-        self.last_token = int(tokens[-1])
-        self.totals = replace(
-            self.totals,
-            nll=self.totals.nll + float(output.nll.sum(dtype=np.float64)),
-            num_tokens=self.totals.num_tokens + len(tokens),
-        )
-        return result
 
     def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
         self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
@@ -204,14 +179,11 @@ class StreamReader:
             yield self._score(segment)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
-        """Consume more of the text and yield the segments that it fills.
+        """Consume more text, split anywhere (bytes are UTF-8), and yield the segments that it fills.
 
         The text is read as the iterator advances, so exhaust it. If ``text`` has at most
         :data:`~memtx.inference.incremental_tokenizer.CHUNK_SIZE` characters or bytes, the part that was not reached is
         read by the next call or by :meth:`finish`.
-
-        Args:
-            text: Any amount, cut anywhere; bytes are UTF-8.
 
         Raises:
             DataError: The bytes are not UTF-8.
@@ -243,8 +215,7 @@ class StreamReader:
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
         """End the text and yield the pending segments; the last may be shorter than ``segment_length``.
 
-        Args:
-            discard_state: If True, the state is not updated and the reader cannot be used afterwards.
+        With ``discard_state``, the state is not updated and the reader cannot be used afterwards.
 
         Raises:
             DataError: The text ends inside a character.
@@ -256,27 +227,18 @@ class StreamReader:
 
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position, for :meth:`restore`; nothing is copied."""
-        return ReaderSnapshot(
-            self.state,
-            self.last_token,
-            self._pending_tokens,
-            self._incremental_tokenizer.pending_text,
-            self._incremental_tokenizer.pending_bytes,
-            self.totals,
-        )
+        text, content = self._incremental_tokenizer.pending_text, self._incremental_tokenizer.pending_bytes
+        return ReaderSnapshot(self.state, self.last_token, self._pending_tokens, text, content, self.totals)
 
     def restore(self, snapshot: ReaderSnapshot) -> None:
         """Return to a snapshot of a reader of the same model and tokenizer."""
-        self.state = snapshot.state
-        self.last_token = snapshot.last_token
-        self.totals = snapshot.totals
+        self.state, self.last_token, self.totals = snapshot.state, snapshot.last_token, snapshot.totals
         self._pending_tokens = snapshot.pending_tokens
+        text, content = snapshot.pending_text, snapshot.pending_bytes
+        # The totals do not count the bytes of an incomplete character.
+        num_bytes = snapshot.totals.num_bytes + len(content)
         self._incremental_tokenizer = IncrementalTokenizer(
-            self.tokenizer,
-            pending_text=snapshot.pending_text,
-            pending_bytes=snapshot.pending_bytes,
-            # The totals do not count the bytes of an incomplete character.
-            bytes_consumed=snapshot.totals.num_bytes + len(snapshot.pending_bytes),
+            self.tokenizer, pending_text=text, pending_bytes=content, bytes_consumed=num_bytes
         )
 
     def fork(self) -> StreamReader:

@@ -1,11 +1,4 @@
-"""Sampling of the next token: filters over logits, and one draw.
-
-Each filter takes ``(vocab,)`` logits and returns logits of the same shape, with -inf for excluded tokens; at least one
-token remains.
-
-Top-p: Holtzman et al. 2020 (section 3.1). Min-p: Nguyen et al. 2024 (section 3). Repetition penalty: Keskar et al. 2019
-(CTRL, section 4.1).
-"""
+"""Sampling of the next token: filters set the ``(vocab,)`` logits of excluded tokens to -inf; at least one remains."""
 
 from __future__ import annotations
 
@@ -16,8 +9,6 @@ import torch
 from torch import Tensor
 
 from memtx.errors import MemtxError
-
-NEG_INF = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -56,12 +47,9 @@ class SamplingParams:
 
 
 def apply_repetition_penalty(logits: Tensor, recent_tokens: Tensor, penalty: float) -> Tensor:
-    """Make recent tokens less likely: divide positive logits by ``penalty`` and multiply negative ones.
+    """Make recent tokens, ``(length,)`` int64, less likely (CTRL, Keskar et al. 2019, section 4.1).
 
-    Args:
-        logits: ``(vocab,)`` floating point.
-        recent_tokens: ``(length,)`` int64 token ids; duplicates count once.
-        penalty: Positive factor; 1 disables it.
+    Positive logits are divided by ``penalty`` and negative ones multiplied by it; duplicates count once.
     """
     if penalty == 1 or recent_tokens.numel() == 0:
         return logits
@@ -70,30 +58,30 @@ def apply_repetition_penalty(logits: Tensor, recent_tokens: Tensor, penalty: flo
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep exactly the ``k`` largest of ``(vocab,)`` logits, the first of equals; 0 keeps all."""
+    """Keep exactly the ``k`` largest logits, the first of equals; 0 keeps all."""
     if k == 0 or k >= logits.shape[0]:
         return logits
     top = logits.sort(descending=True, stable=True).indices[:k]
-    return torch.full_like(logits, NEG_INF).scatter(0, top, logits[top])
+    return torch.full_like(logits, -math.inf).scatter(0, top, logits[top])
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Keep the fewest of ``(vocab,)`` logits, the most likely first, whose probabilities sum to at least ``p``."""
+    """Keep the fewest logits whose probabilities sum to at least ``p`` (Holtzman et al. 2020, section 3.1)."""
     if p >= 1:
         return logits
     sorted_logits, order = logits.sort(descending=True, stable=True)
     probs = sorted_logits.softmax(0)
     # A token stays while the sum before it is below p, so the first token always stays.
-    sorted_logits = sorted_logits.masked_fill(probs.cumsum(0) - probs >= p, NEG_INF)
+    sorted_logits = sorted_logits.masked_fill(probs.cumsum(0) - probs >= p, -math.inf)
     sorted_logits[0] = logits[order[0]]
     return torch.empty_like(logits).scatter(0, order, sorted_logits)
 
 
 def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
-    """Keep those of ``(vocab,)`` logits whose probability is at least ``min_p`` times the highest."""
+    """Keep logits whose probability is at least ``min_p`` times the highest (Nguyen et al. 2024, section 3)."""
     if min_p == 0:
         return logits
-    return logits.masked_fill(logits < logits.max() + math.log(min_p), NEG_INF)
+    return logits.masked_fill(logits < logits.max() + math.log(min_p), -math.inf)
 
 
 def sample_token(
@@ -101,7 +89,7 @@ def sample_token(
 ) -> int:
     """Return the id of the next token.
 
-    Sampling runs on the CPU in float32, so that a seed gives the same text on every device.
+    Sampling runs on the CPU, so that a seed gives the same text on every device.
 
     Args:
         logits: ``(vocab,)`` floating point; -inf excludes a token.

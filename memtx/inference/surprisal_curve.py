@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-NUM_BINS = 1024
 BINS_PER_OCTAVE = 3
 MIN_POSITION = 16
 """Positions below this share one bin: the means of single tokens would be noise."""
@@ -14,24 +13,17 @@ FloatArray = NDArray[np.float64]
 
 
 class SurprisalCurve:
-    """Mean surprisal in at most ``num_bins`` equal bins of a stream of any length.
+    """Mean surprisal in at most ``num_bins`` (an even number) equal bins of a stream of any length.
 
-    A bin begins as one token; when all are full, pairs of bins are merged. So sums are exact and memory is constant.
-
-    Attributes:
-        bin_width: Tokens per bin.
-        num_tokens: Number of tokens added.
-
-    Raises:
-        ValueError: ``num_bins`` is not an even number of at least 2.
+    A bin begins as one token (``bin_width``); when all are full, pairs of bins are merged. So sums are exact and memory
+    is constant.
     """
 
-    def __init__(self, num_bins: int = NUM_BINS) -> None:
+    def __init__(self, num_bins: int = 1024) -> None:
         if num_bins < 2 or num_bins % 2:
             raise ValueError(f"num_bins is {num_bins}, expected an even number of at least 2.")
         self.sums = np.zeros((2, num_bins))
-        self.bin_width = 1
-        self.num_tokens = 0
+        self.bin_width, self.num_tokens = 1, 0
 
     def add(self, nll: NDArray[np.float32]) -> None:
         """Add the surprisal of the next tokens, ``(length,)`` in nats."""
@@ -77,6 +69,6 @@ class PositionSurprisalCurve:
 
 
 def _add_powers(sums: FloatArray, bins: NDArray[np.int64], values: FloatArray) -> None:
-    """Add counts, sums and, with a third row, sums of squares of ``values`` to their bins."""
-    for power, row in enumerate(sums):
-        row += np.bincount(bins, weights=values**power, minlength=len(row))
+    """Add the powers of ``values`` (counts, values, squares), one per entry of ``sums``, to their bins."""
+    for power, power_sums in enumerate(sums):
+        power_sums += np.bincount(bins, weights=values**power, minlength=len(power_sums))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class VocabClusters:
         bounds: First token and end of the short list and of each cluster.
         has_single_table: If True, all clusters share one table.
         embed_dims: Width of the embeddings of each.
+        table_shapes: Shape of each table, (tokens, width).
 
     Raises:
         MemtxError: cutoffs are not ascending within the vocabulary, or a cluster would have no width.
@@ -49,6 +51,17 @@ class VocabClusters:
         self.bounds = list(itertools.pairwise(bounds))
         self.has_single_table = div_value == 1
         self.embed_dims = [embed_dim // div_value**i for i in range(len(self.bounds))]
+        sizes = [high - low for low, high in self.bounds]
+        self.table_shapes = (
+            [(vocab_size, embed_dim)] if self.has_single_table else list(zip(sizes, self.embed_dims, strict=True))
+        )
+
+    def select(self, tables: Sequence[Tensor] | nn.ParameterList, cluster: int) -> Tensor:
+        """Return a cluster's part of ``table_shapes``' tables, or of one vector of values for each."""
+        if not self.has_single_table:
+            return tables[cluster]
+        low, high = self.bounds[cluster]
+        return tables[0][low:high]
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -63,22 +76,15 @@ class AdaptiveEmbedding(nn.Module):
         super().__init__()
         self.clusters = clusters
         self.dim = dim
-        if clusters.has_single_table:
-            width = clusters.embed_dims[0]
-            self.tables = nn.ModuleList([nn.Embedding(clusters.bounds[-1][1], width)])
-            projections = [torch.empty(dim, width)] if width != dim else []
-        else:
-            sizes = [high - low for low, high in clusters.bounds]
-            self.tables = nn.ModuleList(map(nn.Embedding, sizes, clusters.embed_dims))
-            projections = [torch.empty(dim, width) for width in clusters.embed_dims]
-        self.projections = nn.ParameterList(projections)
+        self.tables = nn.ModuleList(nn.Embedding(size, width) for size, width in clusters.table_shapes)
+        is_projected = not (clusters.has_single_table and clusters.embed_dims[0] == dim)
+        self.projections = nn.ParameterList(
+            torch.empty(dim, width) for _, width in clusters.table_shapes if is_projected
+        )
 
     def cluster_table(self, cluster: int) -> Tensor:
         """Return the embeddings of a cluster, ``(tokens of the cluster, its width)``."""
-        if self.clusters.has_single_table:
-            low, high = self.clusters.bounds[cluster]
-            return self._table_weight(0)[low:high]
-        return self._table_weight(cluster)
+        return self.clusters.select([cast(nn.Embedding, table).weight for table in self.tables], cluster)
 
     def cluster_projection(self, cluster: int) -> Tensor | None:
         """Return the projection of a cluster, ``(dim, its width)``, or None if there is none."""
@@ -91,20 +97,15 @@ class AdaptiveEmbedding(nn.Module):
         """Embed tokens ``(batch, length)`` as ``(batch, length, dim)``."""
         x: Tensor
         if self.clusters.has_single_table:
-            x = F.embedding(tokens, self._table_weight(0))
+            x = self.tables[0](tokens)
             x = linear(x, self.projections[0]) if len(self.projections) else x
         else:
-            x = self._table_weight(0).new_zeros(*tokens.shape, self.dim)
+            x = self.projections[0].new_zeros(*tokens.shape, self.dim)
             for cluster, (low, high) in enumerate(self.clusters.bounds):
                 mask = (tokens >= low) & (tokens < high)
-                embedded = F.embedding(tokens[mask] - low, self._table_weight(cluster))
-                x = x.index_put((mask,), linear(embedded, self.projections[cluster]))
+                x = x.index_put((mask,), linear(self.tables[cluster](tokens[mask] - low), self.projections[cluster]))
         x = x * self.dim**0.5
         return x
-
-    def _table_weight(self, index: int) -> Tensor:
-        weight: Tensor = self.tables[index].weight  # type: ignore[assignment]
-        return weight
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -125,12 +126,8 @@ class AdaptiveSoftmax(nn.Module):
         num_clusters = len(clusters.bounds) - 1
         width = clusters.embed_dims[0]
         is_projected = not (clusters.has_single_table and width == dim)
-        sizes = [high - low for low, high in clusters.bounds]
-        tables = (
-            [(sum(sizes), width)] if clusters.has_single_table else list(zip(sizes, clusters.embed_dims, strict=True))
-        )
-        self.tables = nn.ParameterList([] if tie_embeddings else [torch.empty(shape) for shape in tables])
-        self.biases = nn.ParameterList(torch.zeros(size) for size, _ in tables)
+        self.tables = nn.ParameterList(torch.empty(shape) for shape in clusters.table_shapes if not tie_embeddings)
+        self.biases = nn.ParameterList(torch.zeros(size) for size, _ in clusters.table_shapes)
         # Keyed by cluster, since tied clusters have no projection here.
         self.projections = nn.ParameterDict(
             {
@@ -144,7 +141,7 @@ class AdaptiveSoftmax(nn.Module):
 
     def forward(self, x: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
         """Return the log-probabilities ``(..., vocab)`` of x ``(..., dim)``."""
-        head = self._head_log_probs(x, embedding)
+        head = F.log_softmax(self._cluster_logits(x, embedding, 0), dim=-1)
         short = self.clusters.bounds[0][1]
         parts = [head[..., :short]]
         for cluster in range(1, len(self.clusters.bounds)):
@@ -162,7 +159,7 @@ class AdaptiveSoftmax(nn.Module):
             labels: Token ids, ``(n,)`` int64.
             embedding: Input embedding.
         """
-        head = self._head_log_probs(x, embedding)
+        head = F.log_softmax(self._cluster_logits(x, embedding, 0), dim=-1)
         short = self.clusters.bounds[0][1]
         nll = x.new_zeros(labels.shape, dtype=head.dtype)
         for cluster, (low, high) in enumerate(self.clusters.bounds):
@@ -175,18 +172,11 @@ class AdaptiveSoftmax(nn.Module):
             nll = nll.index_put((index,), -log_probs)
         return nll
 
-    def _head_log_probs(self, x: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
-        """Return the log-probabilities of the short list and the clusters, ``(..., short list + clusters)``."""
-        return F.log_softmax(self._cluster_logits(x, embedding, 0), dim=-1)
-
     def _cluster_logits(self, x: Tensor, embedding: AdaptiveEmbedding, cluster: int) -> Tensor:
-        if self.clusters.has_single_table:
-            low, high = self.clusters.bounds[cluster]
-            bias = self.biases[0][low:high]
-            weight = self.tables[0][low:high] if len(self.tables) else embedding.cluster_table(cluster)
-        else:
-            bias = self.biases[cluster]
-            weight = self.tables[cluster] if len(self.tables) else embedding.cluster_table(cluster)
+        """Return the logits of a cluster's tokens; those of the short list are followed by the clusters' own."""
+        bias = self.clusters.select(self.biases, cluster)
+        is_tied = not len(self.tables)
+        weight = embedding.cluster_table(cluster) if is_tied else self.clusters.select(self.tables, cluster)
         if cluster == 0 and self.cluster_weight is not None and self.cluster_bias is not None:
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
         name = str(cluster)

@@ -16,8 +16,7 @@ from memtx.layers.combine import apply_gate, combine_readouts
 from memtx.layers.positions.base import Memoize, Positions
 from memtx.memory.base import LayerActivations, Losses, Memory, Readout, ReadoutMemory, View
 from memtx.memory.kv_ring import DecodeStep, KVRing, RingDecodable, from_ring, to_ring
-from memtx.ops.attention.bias import ScoreBias, slice_bias
-from memtx.ops.attention.combine import append_key_bias
+from memtx.ops.attention.bias import ScoreBias, append_key_bias, slice_bias
 from memtx.ops.attention.dispatch import AttentionBackend, segment_attention
 from memtx.ops.attention.mask import Visibility, split_bank
 from memtx.ops.cpu.linear import Linear, linear
@@ -88,7 +87,7 @@ class MemoryAttention(nn.Module):
         _check_memories(memory, extra_memories, self.heads, self.head_dim)
         self.memory = memory
         self.extra_memories = nn.ModuleList(extra_memories)
-        # One row for the exact memory's bank, then one for each of the other gated memories, in order.
+        # Gates of the exact memory's bank, then of each other gated memory, in order.
         num_gates = memory.has_bank + sum(extra.needs_gate for extra in extra_memories) if gated_memory else 0
         self.gate = nn.Parameter(torch.zeros(num_gates, self.heads)) if num_gates else None
 
@@ -115,7 +114,7 @@ class MemoryAttention(nn.Module):
             Output ``(batch, length, dim)``, the next states, and auxiliary losses by name.
         """
         memories = self.memories[: len(state)]
-        views = [memory.read(own, x, segment, self) for memory, own in zip(memories, state, strict=True)]
+        views = [memory.read(part, x, segment, self) for memory, part in zip(memories, state, strict=True)]
         q = self._project_queries(x)
         k, v = self._split_keys_values(torch.cat([self.key_value(part) for part in views[0].parts], dim=1))
         readouts = self._readouts(views, q)
@@ -130,38 +129,31 @@ class MemoryAttention(nn.Module):
     def on_layer_output(self, state: tuple[Any, ...], outputs: Tensor, segment: Segment) -> tuple[Any, ...]:
         """Pass the layer's outputs, ``(batch, length, dim)``, normalized like its inputs, to the memories."""
         pairs = zip(self.memories[: len(state)], state, strict=True)
-        return tuple(memory.on_layer_output(own, outputs, segment) for memory, own in pairs)
+        return tuple(memory.on_layer_output(part, outputs, segment) for memory, part in pairs)
 
     def _readouts(self, views: Sequence[View], q: Tensor) -> list[Readout]:
         """Return the readouts of all memories but the first, gated if the layer is."""
         readouts = []
-        row = int(self.memory.has_bank)
+        index = int(self.memory.has_bank)
         for memory, view in zip(self.memories[1 : len(views)], views[1:], strict=True):
             readout = cast("ReadoutMemory", memory).readout(view, q)
             if self.gate is not None and memory.needs_gate:
-                readout, row = apply_gate(readout, self.gate[row].tanh()), row + 1
+                readout, index = apply_gate(readout, self.gate[index].tanh()), index + 1
             readouts.append(readout)
         return readouts
 
     def _attend_and_combine(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        visibility: Visibility,
-        bias: ScoreBias | None,
-        readouts: list[Readout],
+        self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, readouts: list[Readout]
     ) -> Tensor:
         """Attend to the exact memory's entries, its bank through the gate if there is one, and combine the readouts."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if self.gate is not None and self.memory.has_bank:
             bank, exact = split_bank(visibility)
             split = bank.num_keys
-            out, lse = self._attend(
-                q, k[:, :, :split], v[:, :, :split], bank, slice_bias(bias, 0, split), return_lse=True
-            )
+            (bank_k, k), (bank_v, v) = (part.tensor_split([split], dim=2) for part in (k, v))
+            out, lse = self._attend(q, bank_k, bank_v, bank, slice_bias(bias, 0, split), return_lse=True)
             readouts = [*readouts, apply_gate(Readout(out, lse=lse), self.gate[0].tanh())]
-            k, v, visibility, bias = k[:, :, split:], v[:, :, split:], exact, slice_bias(bias, split, None)
+            visibility, bias = exact, slice_bias(bias, split, None)
         return_lse = any(readout.lse is not None for readout in readouts)
         out, lse = self._attend(q, k, v, visibility, bias, return_lse=return_lse)
         return combine_readouts(out, lse, readouts)
@@ -170,16 +162,9 @@ class MemoryAttention(nn.Module):
         self, q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, *, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Return the outputs, ``(batch, heads, length, head_dim)``, and their log-sum-exp if requested."""
+        dropout, scale = self.dropout if self.training else 0.0, self.head_dim**-0.5
         out, lse = segment_attention(
-            q,
-            k,
-            v,
-            visibility,
-            bias=bias,
-            dropout=self.dropout if self.training else 0.0,
-            scale=self.head_dim**-0.5,
-            backend=self.backend,
-            return_lse=return_lse,
+            q, k, v, visibility, bias=bias, dropout=dropout, scale=scale, backend=self.backend, return_lse=return_lse
         )
         # A key bias adds a column to the heads.
         return out if out.shape[-1] == self.head_dim else out[..., : self.head_dim], lse
@@ -254,7 +239,7 @@ class MemoryAttention(nn.Module):
         if block is not None:
             recent = ring.hidden[stream[:, None], plan.recent_slots]
             entry = cast("RingDecodable", self.memory).compress_block(block.to(x.dtype), recent.to(x.dtype), self)
-            key_value = self._positioned_keys_values(entry[:, None], plan.entry_position, step.memo)[:, 0]
+            key_value = self._positioned_keys_values(entry[:, None], plan.entry_position, plan.visibility.memo)[:, 0]
             # Streams that evict no block keep the contents of the slot.
             for buffer, update in ((ring.hidden, entry), (ring.key_value, key_value)):
                 evicts = plan.evicts_block.view(-1, *(1,) * (update.dim() - 1))
@@ -262,7 +247,7 @@ class MemoryAttention(nn.Module):
                 buffer[stream, plan.bank_slot] = torch.where(evicts, update.to(buffer.dtype), current)
         q = self.positions.apply_absolute(self._project_queries(x[:, None]), position, step.memo)
         k, v = ring.key_value.unbind(2)
-        bias = self.positions.score_bias(plan.offset, step.memo)
+        bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         attended, _ = self._attend(q, k, v, plan.visibility, bias, return_lse=False)
         out: Tensor = self.out(attended.flatten(1))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.layers.encoder_attention import EncoderAttention, full_visibility, merge_heads
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, full_visibility
+from memtx.memory.parts import merge_heads
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from memtx.ops.attention.sparse import sample_random_blocks
@@ -22,20 +22,15 @@ from memtx.ops.attention.sparse import sample_random_blocks
 class BigBirdAttention(EncoderAttention):
     """Windows of three blocks, two global blocks and random blocks.
 
-    Texts of at most ``(5 + 2 * num_random_blocks) * block_size`` tokens get full attention, as published.
+    Texts of at most ``(5 + 2 * num_random_blocks) * block_size`` tokens get full attention, as published. Arguments not
+    listed are those of :class:`EncoderAttention`.
 
     Args:
-        dim: Width of the hidden states.
-        heads: Number of heads.
-        layer_index: Index of the layer, from 0.
         block_size: Tokens per block.
         num_random_blocks: Random blocks that each block of queries sees.
         max_length: Longest text that the model is for, in tokens (see
             :func:`memtx.ops.attention.sparse.sample_random_blocks`).
         seed: Seed of the random blocks. Defaults to the layer's index, as published.
-        bias: If True, the query, key and value projections have biases.
-        dropout: Dropout rate of the attention weights.
-        backend: Attention backend.
 
     Raises:
         MemtxError: A number is out of range.
@@ -72,9 +67,8 @@ class BigBirdAttention(EncoderAttention):
         if inputs.length <= (5 + 2 * self.num_random_blocks) * size:
             return merge_heads(self.attend_visible(q, k, v, full_visibility(inputs, inputs.length)))
         padded = inputs.memo(("padded to blocks", size), lambda: self._pad_to_blocks(inputs))
-        q, k, v = (
-            self._global_blocks_first(F.pad(part, (0, 0, 0, padded.length - inputs.length))) for part in (q, k, v)
-        )
+        padding = padded.length - inputs.length
+        q, k, v = (self._global_blocks_first(F.pad(part, (0, 0, 0, padding))) for part in (q, k, v))
         ends = self.attend_visible(q[:, :, : 2 * size], k, v, full_visibility(padded, 2 * size))
         random_settings = (self.heads, self.layer_index, self.seed, self.num_random_blocks, self.max_length)
         middle_visibility = inputs.memo(
@@ -132,14 +126,8 @@ class BigBirdAttention(EncoderAttention):
         num_blocks = padded.length // self.block_size
         table = random_blocks
         if table is None:
-            table = sample_random_blocks(
-                padded.length,
-                self.block_size,
-                self.num_random_blocks,
-                self.heads,
-                max_length=self.max_length,
-                seed=self.seed,
-            )
+            sizes = (padded.length, self.block_size, self.num_random_blocks, self.heads)
+            table = sample_random_blocks(*sizes, max_length=self.max_length, seed=self.seed)
         name = f"random_blocks of layer {self.layer_index}"
         if table.dim() != 3 or table.shape[0] not in (1, self.heads) or table.shape[1] != num_blocks - 2:
             raise MemtxError(

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from memtx.layers.attention import MemoryAttention
-from memtx.layers.encoder_attention import EncoderAttention
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs
 from memtx.memory.base import Losses
 from memtx.memory.kv_ring import DecodeStep, KVRing
 from memtx.segment import Segment

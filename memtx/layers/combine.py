@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memtx.memory.base import Readout
-from memtx.ops.attention.combine import merge_attention
+from memtx.ops.attention.reference import merge_attention
 
 
 def combine_readouts(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) -> Tensor:

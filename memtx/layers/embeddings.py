@@ -61,14 +61,11 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Embed tokens.
+        """Embed tokens as ``(batch, length, dim)``.
 
         Args:
             tokens: Token ids, ``(batch, length)`` int64.
             token_type_ids: Token types, ``(batch, length)`` int64. Defaults to zeros.
-
-        Returns:
-            ``(batch, length, dim)``.
 
         Raises:
             MemtxError: The text has more positions than there are embeddings, or types are given but not supported.
@@ -77,12 +74,9 @@ class TextEmbeddings(nn.Module):
         if self.scale != 1.0:
             x = x * self.scale
         if self.token_type_embeddings is not None:
-            # Adding a single row avoids a lookup, whose gradient would be as large as the batch.
-            x = x + (
-                self.token_type_embeddings.weight[0]
-                if token_type_ids is None
-                else self.token_type_embeddings(token_type_ids)
-            )
+            # Adding a single vector avoids a lookup, whose gradient would be as large as the batch.
+            table, has_types = self.token_type_embeddings, token_type_ids is not None
+            x = x + (table(token_type_ids) if has_types else table.weight[0])
         elif token_type_ids is not None:
             raise MemtxError("token_type_ids was given, but the model has no token types.", "Remove token_type_ids.")
         x = x + self.position_embeddings(self._position_ids(tokens))

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.layers.encoder_attention import EncoderAttention, full_visibility, merge_heads
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, full_visibility
+from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.attention.dispatch import AttentionBackend
 from memtx.ops.attention.mask import KeyRange, SparsePattern, Visibility
 from memtx.ops.cpu.linear import Linear
@@ -21,20 +21,14 @@ from memtx.segment import INFINITE_OFFSET
 
 
 class LongformerAttention(EncoderAttention):
-    """Sliding windows and global tokens.
+    """Sliding windows and global tokens; arguments not listed are those of :class:`EncoderAttention`.
 
     Args:
-        dim: Width of the hidden states.
-        heads: Number of heads.
-        layer_index: Index of the layer, from 0.
         window: Neighbors visible besides the token itself, half of them on each side; even.
         dilation: Distance between neighbors.
         num_random_tokens: Random tokens that each token sees in addition, per head (BigBird, Zaheer et al. 2020,
             section 2). They depend only on ``seed``, the layer and the length.
         seed: Seed of the random tokens.
-        bias: If True, the query, key and value projections have biases.
-        dropout: Dropout rate of the attention weights.
-        backend: Attention backend.
 
     Raises:
         MemtxError: window is not even and positive, another number is out of range, or random tokens are combined with
@@ -99,8 +93,8 @@ class LongformerAttention(EncoderAttention):
         """Return out with the outputs of global tokens replaced by their global attention."""
         exists = global_indices >= 0
         stream = torch.arange(x.shape[0], device=x.device)[:, None].expand_as(global_indices)
-        q = self.split_heads(self.global_query(x[stream, global_indices.clamp(min=0)]))
-        k, v = self.split_heads(self.global_key(x)), self.split_heads(self.global_value(x))
+        q = split_heads(self.global_query(x[stream, global_indices.clamp(min=0)]), self.heads)
+        k, v = (split_heads(proj(x), self.heads) for proj in (self.global_key, self.global_value))
         attended = merge_heads(self.attend_visible(q, k, v, full_visibility(inputs, global_indices.shape[1])))
         return out.index_put((stream[exists], global_indices[exists]), attended[exists])
 
@@ -130,7 +124,7 @@ class LongformerAttention(EncoderAttention):
     def _visibility(self, inputs: EncoderInputs, batch_size: int) -> Visibility:
         """Return the visibility of [global tokens | text] in each dilated sequence."""
         length, half = inputs.length, self.window // 2
-        # Without dilation one row serves all texts; each dilated sequence ends at its own offset.
+        # Without dilation one mask serves all texts; each dilated sequence ends at its own offset.
         in_window = torch.ones(1 if self.dilation == 1 else batch_size, length, dtype=torch.bool, device=inputs.device)
         if inputs.attention_mask is not None:
             in_window = inputs.attention_mask

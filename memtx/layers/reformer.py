@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import MemtxError, check_at_least, check_divisible
-from memtx.layers.encoder_attention import merge_heads
+from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
 from memtx.ops.lsh import attend_chunks, choose_bucket_factors, hash_vectors, look_adjacent, sample_rotations
 
@@ -85,17 +85,9 @@ class ReformerAttention(nn.Module, ABC):
         """Current dropout rate: 0 in eval mode."""
         return self.dropout_rate if self.training else 0.0
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Reshape ``(batch, n, heads * head_dim)`` to ``(batch, heads, n, head_dim)``."""
-        return x.view(*x.shape[:-1], self.heads, self.head_dim).transpose(1, 2)
-
     def split_chunks(self, x: Tensor) -> Tensor:
-        """Reshape ``(batch, heads, n, ...)`` to ``(batch, heads, chunks, chunk_length, ...)``.
-
-        A short text is one chunk.
-        """
-        n = x.shape[2]
-        return x.reshape(*x.shape[:2], -1, min(self.chunk_length, n), *x.shape[3:])
+        """Reshape ``(batch, heads, n, ...)`` to ``(batch, heads, chunks, min(chunk_length, n), ...)``."""
+        return x.reshape(*x.shape[:2], -1, min(self.chunk_length, x.shape[2]), *x.shape[3:])
 
     def chunks_with_neighbors(self, x: Tensor) -> Tensor:
         """Split x into chunks as :meth:`split_chunks` does and join each with its neighbors."""
@@ -113,7 +105,7 @@ class LocalAttention(ReformerAttention):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the output, ``(batch, n, dim)``, and None."""
-        q, k, v = (self.split_heads(proj(x)) for proj in (self.query, self.key, self.value))
+        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.query, self.key, self.value))
         position = torch.arange(x.shape[1], device=x.device)[None, None]
         out, _ = attend_chunks(
             self.split_chunks(q),
@@ -133,19 +125,13 @@ class LocalAttention(ReformerAttention):
 class LSHAttention(ReformerAttention):
     """Attention within chunks of tokens with similar hashes, in several rounds; queries and keys are shared.
 
+    Arguments not listed are those of :class:`ReformerAttention`.
+
     Args:
-        dim: Width of the hidden states.
-        heads: Number of heads.
-        causal: If True, tokens do not see later ones.
-        head_dim: Width of a head. Defaults to dim / heads.
-        chunk_length: Tokens per chunk.
-        num_chunks_before: Previous chunks that a token sees.
-        num_chunks_after: Following chunks that a token sees.
         num_hashes: Hash rounds.
         num_buckets: Number of buckets, even, or its even factors. Defaults to about two per chunk of the text.
         max_length: Longest text that the model is for, in tokens; used only if ``num_buckets`` is None.
         seed: Seed of the random rotations, which are then the same in every layer and call. None draws new ones.
-        dropout: Dropout rate of the attention weights.
 
     Raises:
         MemtxError: A number is out of range, or dim is not divisible by heads.
@@ -184,7 +170,7 @@ class LSHAttention(ReformerAttention):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None, buckets: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the output, ``(batch, n, dim)``, and the buckets, ``(batch, heads, num_hashes, n)``."""
-        q, v = self.split_heads(self.query_key(x)), self.split_heads(self.value(x))
+        q, v = split_heads(self.query_key(x), self.heads), split_heads(self.value(x), self.heads)
         n = x.shape[1]
         if n <= self.chunk_length:
             position = torch.arange(n, device=x.device)[None, None]

@@ -15,8 +15,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-Seeds = tuple[int, int] | None
-
 
 class ReversibleLayer(Protocol):
     """A layer of two residual branches, each with its own norm."""
@@ -27,15 +25,12 @@ class ReversibleLayer(Protocol):
         self, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """Return f(x) and its hash buckets, which are ``cached_buckets`` if given."""
-        ...
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return g(x)."""
-        ...
 
     def has_dropout(self) -> bool:
         """Return True if dropout is active."""
-        ...
 
 
 @contextlib.contextmanager
@@ -48,25 +43,6 @@ def _fork_rng(seed: int | None, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-def _sample_seeds(layer: ReversibleLayer) -> Seeds:
-    if not layer.has_dropout():
-        return None
-    first, second = torch.randint(1 << 62, (2,)).tolist()
-    return first, second
-
-
-def _attend(
-    layer: ReversibleLayer, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None, seeds: Seeds
-) -> tuple[Tensor, Tensor | None]:
-    with _fork_rng(None if seeds is None else seeds[0], x.device):
-        return layer.attend(x, attention_mask, cached_buckets)
-
-
-def _feed_forward(layer: ReversibleLayer, x: Tensor, seeds: Seeds) -> Tensor:
-    with _fork_rng(None if seeds is None else seeds[1], x.device):
-        return layer.feed_forward(x)
 
 
 class _ReversibleFunction(torch.autograd.Function):
@@ -83,10 +59,12 @@ class _ReversibleFunction(torch.autograd.Function):
         ctx.autocast = (torch.is_autocast_enabled(x1.device.type), torch.get_autocast_dtype(x1.device.type))
         ctx.buckets, ctx.seeds = [], []
         for layer in layers:
-            seeds = _sample_seeds(layer)
-            attended, buckets = _attend(layer, x2, attention_mask, None, seeds)
+            seeds = torch.randint(1 << 62, (2,)).tolist() if layer.has_dropout() else (None, None)
+            with _fork_rng(seeds[0], x2.device):
+                attended, buckets = layer.attend(x2, attention_mask, None)
             x1 = x1 + attended
-            x2 = x2 + _feed_forward(layer, x1, seeds)
+            with _fork_rng(seeds[1], x1.device):
+                x2 = x2 + layer.feed_forward(x1)
             ctx.buckets.append(buckets)
             ctx.seeds.append(seeds)
         ctx.save_for_backward(x1, x2)
@@ -105,16 +83,16 @@ class _ReversibleFunction(torch.autograd.Function):
                 reversed(ctx.layers), reversed(ctx.buckets), reversed(ctx.seeds), reversed(totals), strict=True
             ):
                 weights = _trainable_parameters(layer)
-                with torch.enable_grad():
+                with torch.enable_grad(), _fork_rng(seeds[1], x1.device):
                     x1 = x1.detach().requires_grad_()
-                    fed = _feed_forward(layer, x1, seeds)
+                    fed = layer.feed_forward(x1)
                 ff_grads = torch.autograd.grad(fed, [x1, *weights], grad2, allow_unused=True)
                 x2 = x2 - fed.detach()
                 del fed
                 grad1 = grad1 + ff_grads[0]
-                with torch.enable_grad():
+                with torch.enable_grad(), _fork_rng(seeds[0], x2.device):
                     x2 = x2.detach().requires_grad_()
-                    attended, _ = _attend(layer, x2, ctx.attention_mask, buckets, seeds)
+                    attended, _ = layer.attend(x2, ctx.attention_mask, buckets)
                 attention_grads = torch.autograd.grad(attended, [x2, *weights], grad1, allow_unused=True)
                 x1 = x1.detach() - attended.detach()
                 del attended

@@ -28,7 +28,7 @@ def distance_embeddings(num_keys: int, dim: int, clamp_length: int, like: Tensor
 
 def sinusoidal_embedding(distance: Tensor, dim: int, like: Tensor) -> Tensor:
     """Return the embeddings of distances ``(n,)``, sines before cosines, ``(n, dim)`` in the dtype of ``like``."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(like.dtype, torch.float32)
     frequency = 1 / 10000 ** (torch.arange(0, dim, 2, device=like.device, dtype=dtype) / dim)
     angle = distance.to(dtype)[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=-1).to(like.dtype)
@@ -77,7 +77,7 @@ class RelativeAttention(nn.Module):
         cross_document_mask: Tensor | None,
         shared_biases: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Attend to the memory and the segment.
+        """Attend to the memory and the segment; returns ``(batch, length, dim)``.
 
         Args:
             x: Layer inputs of the segment, ``(batch, length, dim)``.
@@ -87,9 +87,6 @@ class RelativeAttention(nn.Module):
             cross_document_mask: True for keys of another document than the query's, which count as zeros like an empty
                 memory, ``(batch, length, memory_length + length)`` bool. None disables it.
             shared_biases: u and v of all layers, each ``(heads, head_dim)``, if the layer has none of its own.
-
-        Returns:
-            ``(batch, length, dim)``.
         """
         length = x.shape[1]
         projected = self.query_key_value(torch.cat([memory, x], dim=1))
@@ -105,7 +102,7 @@ class RelativeAttention(nn.Module):
             content_scores = content_scores.masked_fill(cross_document_mask[:, None], 0.0)
         distance_scores = relative_shift((q + v_bias[:, None]) @ r.transpose(-1, -2))
         scores = (content_scores + distance_scores) * self.head_dim**-0.5
-        dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(scores.dtype, torch.float32)
         weights = torch.softmax(scores.to(dtype).masked_fill(~mask, float("-inf")), dim=-1)
         if cross_document_mask is not None:
             weights = weights.masked_fill(cross_document_mask[:, None], 0.0)

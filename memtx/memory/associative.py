@@ -1,13 +1,10 @@
 """An associative memory of fixed size: one matrix per head, written by keys and values and read by queries.
 
 The delta rule removes the old value of a key as its new value is written (Schlag et al. 2021, section 4.2); with decay
-it is the gated delta rule (Yang et al. 2024). Both are recurrences over tokens, computed in chunks, so results do not
-depend on segmentation. With ``decay_gate=None`` some settings match published memories:
-
-- Infini-attention (Munkhdalai et al. 2024, section 3.1): ``feature_map=EluFeatureMap, mix_gate=True``, and
-  ``delta_rule`` for its delta variant. The paper writes once per segment, this memory at every token.
-- ARMT (Rodkin et al. 2024, section 3): ``feature_map=DPFPFeatureMap``. The paper writes only memory tokens, this memory
-  every token that the write gate lets through.
+it is the gated delta rule (Yang et al. 2024). Tokens are computed in chunks, so results do not depend on segmentation.
+With ``decay_gate=None``, ``feature_map=EluFeatureMap`` and ``mix_gate=True`` it is Infini-attention (Munkhdalai et al.
+2024, section 3.1; ``delta_rule`` for its delta variant), which writes once per segment, and with ``DPFPFeatureMap``
+ARMT (Rodkin et al. 2024, section 3), which writes memory tokens alone; this memory writes every token.
 """
 
 from __future__ import annotations
@@ -133,14 +130,7 @@ class AssociativeMemory(Memory[AssociativeState]):
         if self.decay_gate is not None and self.log_decay_rate is not None:
             log_decay = -self.log_decay_rate.to(dtype).exp()[:, None] * self.decay_gate(shifted).mT.to(dtype)
         out, matrix = chunk_gated_delta_rule(
-            q,
-            k,
-            v,
-            strength,
-            log_decay,
-            state.matrix.to(dtype),
-            segment.position == 0,
-            delta_rule=self.delta_rule,
+            q, k, v, strength, log_decay, state.matrix.to(dtype), segment.position == 0, delta_rule=self.delta_rule
         )
         if self.is_normalized:
             # Reads as zero where nothing was written.

@@ -2,7 +2,7 @@
 
 ``read`` joins the old state with the new segment and says from when to when each entry is visible. Attention runs over
 these entries, and ``write`` trims them to the next state. A block compressed inside a segment therefore serves that
-segment's later queries, and an entry dropped by the trim still serves its earlier ones. What a position sees is a
+segment's later queries, and an entry dropped by the trim still serves its earlier ones. Visibility is a
 function of positions alone, so results do not depend on how a stream is cut into segments.
 """
 
@@ -35,16 +35,14 @@ class ContentAttention(Protocol):
             projection: "query", "key" or "value". Key and value heads are repeated to the number of query heads.
             frozen: If True, use the weights without gradients.
         """
-        ...
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
-        """Return keys as a query without positions sees them from a distance.
+        """Return keys without positions, ``(batch, entries, heads, head_dim)``, as such queries see them from ahead.
 
         Args:
-            keys: Keys without positions, ``(batch, entries, heads, head_dim)``.
-            distance: How far the query is ahead of each key, in positions, ``(entries,)`` float64.
+            keys: Keys without positions.
+            distance: Positions by which the query is ahead of each key, ``(entries,)`` float64.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -170,12 +168,7 @@ class Memory(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def init_state(self, batch_size: int, *, like: Tensor) -> S:
-        """Return the state of fresh streams: zeros, in the shapes that the state keeps for good.
-
-        Args:
-            batch_size: Number of streams.
-            like: Tensor whose device and dtype the state takes.
-        """
+        """Return the state of fresh streams, zeros in its final shapes, on the device and in the dtype of ``like``."""
 
     @abstractmethod
     def read(self, state: S, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
@@ -190,13 +183,7 @@ class Memory(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[S, Losses]:
-        """Close the memory: return the next state and the auxiliary losses.
-
-        Args:
-            view: Result of ``read`` for the segment.
-            segment: Positions of the tokens.
-            activations: The layer's activations for the segment.
-        """
+        """Close the memory: return the next state and the auxiliary losses; ``view`` is the segment's from ``read``."""
 
     def on_layer_output(self, state: S, outputs: Tensor, segment: Segment) -> S:
         """Update the next state from the output of the whole layer, if the memory needs it.
@@ -220,10 +207,4 @@ class ReadoutMemory(Protocol):
     """A memory that answers queries by itself; it stands after an exact memory."""
 
     def readout(self, view: View, q: Tensor) -> Readout:
-        """Answer the segment's queries.
-
-        Args:
-            view: Result of ``read`` for the segment.
-            q: The layer's queries without positions, ``(batch, length, heads, head_dim)``.
-        """
-        ...
+        """Answer queries without positions, ``(batch, length, heads, head_dim)``, from the segment's view."""

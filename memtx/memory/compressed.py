@@ -1,10 +1,11 @@
 """The compressed memory of the Compressive Transformer (Rae et al. 2020) with a fixed boundary to the exact window.
 
-A position sees the newest states exactly, and before them ``num_entries`` blocks of ``compression_rate`` positions
-through one entry each. The boundary is a function of the position, aligned to blocks (see
-:mod:`memtx.memory.window_boundary`), so a past token is either exact or in exactly one entry. A block is compressed
-when it leaves the window, inside the segment whose later queries read the entry. The compression therefore learns from
-the language model itself, even with truncated backpropagation over a single segment.
+The query at t sees positions from rate * max(0, floor((t - window + 1) / rate)) on exactly, and before them
+``num_entries`` blocks of ``compression_rate`` positions through one entry each, so a past token is either exact or in
+exactly one entry. A block is compressed when it leaves the window, inside the segment whose later queries read the
+entry: the compression learns from the language model even with truncated backpropagation over a single segment. Of any
+``compression_rate`` consecutive tokens at most one evicts a block, so a call of n tokens has room for ceil(n / rate);
+unused ones are never visible.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 from memtx.errors import check_at_least
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, Memory, View
 from memtx.memory.compression import Compression, Reconstruction, StridedConvolution
 from memtx.memory.kv_ring import RingLayout
 from memtx.memory.parts import gather_entries
-from memtx.memory.recurrent import update_cache
-from memtx.memory.window_boundary import EvictedBlocks
+from memtx.memory.recurrent import locate_entries, update_cache
 from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.segment import INFINITE_OFFSET, Segment
 from memtx.state import state_dataclass
@@ -39,6 +40,63 @@ class CompressedState:
 
     hidden: Tensor
     bank: Tensor
+
+
+@dataclass(frozen=True)
+class EvictedBlocks:
+    """The blocks evicted from the window in a call; shared by all layers of equal settings.
+
+    Attributes:
+        block_indices: Indices of the blocks' states in the cache, or in [cache | segment] if the segment is longer than
+            the window, over the flattened batch, (batch * blocks * compression_rate,) int64.
+        recent_indices: Indices in [cache | segment] of the newest states when each block is evicted, in the same form.
+        valid: Blocks that are evicted in this call, ``(batch, blocks)`` bool.
+        evicted_at: Offset at which each block is evicted, ``(batch, blocks)`` int64.
+        document_end: Offset at which its document ends, ``(batch, blocks)`` int64.
+        document_id: Its document within the call, ``(batch, blocks)`` int64; 0 is the one open before the call.
+        exact_offset: Offsets of the exact states of [cache | segment], ``(batch, cache + length)`` int64.
+        exact_evicted_at: Offset at which each exact state's block is evicted; negative before its document.
+        exact_document_end: Offset at which each exact state's document ends.
+    """
+
+    block_indices: Tensor
+    recent_indices: Tensor
+    valid: Tensor
+    evicted_at: Tensor
+    document_end: Tensor
+    document_id: Tensor
+    exact_offset: Tensor
+    exact_evicted_at: Tensor
+    exact_document_end: Tensor
+
+    @classmethod
+    def from_segment(cls, segment: Segment, window: int, compression_rate: int) -> EvictedBlocks:
+        """Locate a call's blocks; the cache holds the newest ``window + compression_rate - 1`` states."""
+        rate, cache_length, length = compression_rate, window + compression_rate - 1, segment.length
+        batch_size, device = segment.position.shape[0], segment.position.device
+        exact_offset, position, exact_document_end = locate_entries(segment, cache_length)
+        exact_evicted_at = exact_offset - position + rate * (position // rate + 1) + window - 1
+        num_blocks = -(-length // rate)
+        age = segment.position - window + 1
+        evicts = F.pad((age >= rate) & (age % rate == 0), (0, num_blocks * rate - length))
+        evicts = evicts.view(batch_size, num_blocks, rate)
+        evicted_at = evicts.int().argmax(-1) + torch.arange(num_blocks, device=device) * rate
+        evicted_at = evicted_at.clamp(max=length - 1)
+        # A block whose last state leaves the window at offset i starts at offset i - cache_length, cache index i.
+        index = evicted_at[..., None] + torch.arange(rate, device=device)
+        stream = torch.arange(batch_size, device=device)[:, None, None]
+        source_length = cache_length if length <= window else cache_length + length
+        return cls(
+            block_indices=(stream * source_length + index).flatten(),
+            recent_indices=(stream * (cache_length + length) + index + cache_length - rate + 1).flatten(),
+            valid=evicts.any(-1),
+            evicted_at=evicted_at,
+            document_end=segment.document_end.gather(1, evicted_at),
+            document_id=segment.document_id.gather(1, evicted_at),
+            exact_offset=exact_offset,
+            exact_evicted_at=torch.where(position >= 0, exact_evicted_at, -INFINITE_OFFSET),
+            exact_document_end=exact_document_end,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,24 +119,18 @@ class BankPlan:
 
 
 @dataclass(frozen=True)
-class CompressedBlocks:
-    """The blocks compressed in a call.
+class BankContext:
+    """The plan of a call and the blocks compressed in it.
 
     Attributes:
+        plan: Plan of the bank.
         blocks: States of the blocks, ``(batch, blocks, compression_rate, dim)``.
         usage: Attention to each state, ``(batch, blocks, compression_rate)``, if the compression needs it.
-        entries: Compressed entries, ``(batch, blocks, dim)``.
     """
 
+    plan: BankPlan
     blocks: Tensor
     usage: Tensor | None
-    entries: Tensor
-
-
-@dataclass(frozen=True)
-class _ReadContext:
-    compressed: CompressedBlocks
-    plan: BankPlan
 
 
 class CompressedMemory(Memory[CompressedState]):
@@ -146,14 +198,14 @@ class CompressedMemory(Memory[CompressedState]):
         settings = (CompressedMemory, self.window, self.compression_rate, self.num_entries, self.compress_per_segment)
         plan: BankPlan = segment.memo(settings, lambda: self._bank_plan(segment, evicted))
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
-        compressed = self._compress(cache, x, evicted, attention)
-        return View((bank, compressed.entries, cache, x), plan.entry_positions, _ReadContext(compressed, plan))
+        blocks, usage, entries = self._compress(cache, x, evicted, attention)
+        return View((bank, entries, cache, x), plan.entry_positions, BankContext(plan, blocks, usage))
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[CompressedState, Losses]:
         """Keep the newest states and the newest entries of the open document."""
-        context: _ReadContext = view.context
+        context: BankContext = view.context
         bank, entries, cache, x = view.parts
-        losses = self._auxiliary_losses(context.compressed, segment, activations)
+        losses = self._auxiliary_losses(context, segment, activations)
         return CompressedState(update_cache(cache, x, segment), context.plan.next_bank(bank, entries)), losses
 
     def ring_layout(self) -> RingLayout | None:
@@ -178,8 +230,8 @@ class CompressedMemory(Memory[CompressedState]):
 
     def _compress(
         self, cache: Tensor, x: Tensor, evicted: EvictedBlocks, attention: ContentAttention
-    ) -> CompressedBlocks:
-        """Compress the blocks evicted in the call."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the blocks evicted in the call, their usage if needed, and their entries, ``(batch, blocks, dim)``."""
         # Up to the window's length, all evicted states are in the cache, and no gradient enters the segment.
         source = cache if x.shape[1] <= self.window else torch.cat([cache, x], dim=1)
         shape = (*evicted.valid.shape, self.compression_rate, self.dim)
@@ -188,15 +240,13 @@ class CompressedMemory(Memory[CompressedState]):
         if self.compression.needs_usage:
             recent = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, evicted.recent_indices).view(shape)
             usage = _attention_usage(recent, blocks, attention)
-        return CompressedBlocks(blocks, usage, self.compression(blocks, usage).to(x.dtype))
+        return blocks, usage, self.compression(blocks, usage).to(x.dtype)
 
-    def _auxiliary_losses(
-        self, compressed: CompressedBlocks, segment: Segment, activations: LayerActivations
-    ) -> Losses:
+    def _auxiliary_losses(self, context: BankContext, segment: Segment, activations: LayerActivations) -> Losses:
         if self.reconstruction is None or not self.training:
             return {}
-        blocks = compressed.blocks.detach()
-        entries = self.compression(blocks, compressed.usage)
+        blocks = context.blocks.detach()
+        entries = self.compression(blocks, context.usage)
         valid = self._evicted_blocks(segment).valid
         loss = self.reconstruction(blocks, entries, valid, activations.inputs.detach(), activations.attention)
         return {self.reconstruction.name: loss}
@@ -241,11 +291,11 @@ class CompressedMemory(Memory[CompressedState]):
 
         # The next bank: the newest entries of the newest document, oldest first.
         last_document = segment.last_document_id
-        kept_blocks = evicted.valid & (evicted.document_id == last_document)
+        in_document = evicted.valid & (evicted.document_id == last_document)
         if segment.valid_length is not None:
-            kept_blocks &= evicted.evicted_at < segment.valid_length[:, None]
-        kept = torch.cat([(block >= 0) & (last_document == 0), kept_blocks], dim=1)
-        age_order = torch.where(kept, evicted_at, -INFINITE_OFFSET)
+            in_document &= evicted.evicted_at < segment.valid_length[:, None]
+        stays = torch.cat([(block >= 0) & (last_document == 0), in_document], dim=1)
+        age_order = torch.where(stays, evicted_at, -INFINITE_OFFSET)
         indices = age_order.argsort(dim=1, stable=True)[:, age_order.shape[1] - num_entries :]
         return BankPlan(indices, (age_order.gather(1, indices) > -INFINITE_OFFSET)[..., None], entry_positions)
 
@@ -263,12 +313,9 @@ class CompressedMemory(Memory[CompressedState]):
 
 
 def _attention_usage(recent: Tensor, blocks: Tensor, attention: ContentAttention) -> Tensor:
-    """Return the mean attention to each block's states from the newest states, ``(batch, blocks, compression_rate)``.
+    """Return the mean attention to each block's states from the states that were newest when it was evicted.
 
-    Args:
-        recent: Newest states when each block is evicted, ``(batch, blocks, compression_rate, dim)``.
-        blocks: States of the evicted blocks, ``(batch, blocks, compression_rate, dim)``.
-        attention: The layer's projections.
+    Both are ``(batch, blocks, compression_rate, dim)``, the result ``(batch, blocks, compression_rate)``.
     """
     rate, by_block = blocks.shape[2], "b (n c) h d -> b n c h d"
     with torch.no_grad():

@@ -1,10 +1,8 @@
 """Functions that compress a block of hidden states to one entry, and auxiliary losses that train them.
 
-The functions are those of the Compressive Transformer (Rae et al. 2020, section 3.1). Each depends on the block alone,
-so entries do not depend on segmentation. The learned ones start as mean pooling, the best compression without weights.
-
-The losses (section 3.2) detach their inputs and use the layer's projections frozen, so they train only the compression
-and an auto-encoder's decoder. Nothing is detached in place: all weights keep learning from the language model.
+The functions are those of the Compressive Transformer (Rae et al. 2020, section 3.1); learned ones start as mean
+pooling, the best compression without weights. The losses (section 3.2) detach their inputs and use the layer's
+projections frozen, so they train only the compression; the language model's loss keeps training all weights.
 """
 
 from __future__ import annotations
@@ -97,7 +95,7 @@ class DilatedConvolution(Compression):
     def __init__(self, dim: int, compression_rate: int, kernel_size: int = 3) -> None:
         super().__init__(dim, compression_rate)
         # Layer i reaches kernel_size // 2 * 2^i states to each side; together they must reach the whole block.
-        depth = max(1, math.ceil(math.log2(compression_rate))) if compression_rate > 1 else 1
+        depth = max(1, math.ceil(math.log2(compression_rate)))
         self.layers = nn.ModuleList(
             nn.Conv1d(dim, dim, kernel_size, padding=(kernel_size // 2) * 2**i, dilation=2**i) for i in range(depth)
         )

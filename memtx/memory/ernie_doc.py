@@ -1,10 +1,9 @@
 """Same-layer recurrence: the cache holds the layer's own outputs (ERNIE-Doc, Ding et al. 2021, section 3.3).
 
-In Transformer-XL's cache a layer sees past outputs of the layer below, so information descends one layer per window and
-is lost after as many windows as there are layers. A layer that sees its own past outputs has no such limit. An output
-exists only after the layer has run, so inputs are visible within an interval, and outputs replace them where it ends.
-In the paper an interval is a segment; here it is a number of tokens of the document, so results do not depend on
-segmentation, and the model reads a call up to the next end of an interval in any stream at a time.
+In Transformer-XL's cache a layer sees past outputs of the layer below, so information is lost after as many windows as
+there are layers; a layer that sees its own has no such limit. Outputs exist only after the layer has run, so they
+replace the inputs where an interval ends: a segment in the paper, here a number of tokens of the document, so results
+do not depend on segmentation. The model reads a call up to the next end of an interval in any stream at a time.
 """
 
 from __future__ import annotations
@@ -23,11 +22,7 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class ErnieDocState(RecurrentState):
-    """The cache, in which finished intervals are represented by their outputs.
-
-    Attributes:
-        outputs: Newest layer outputs, newest last, (batch, min(interval, cache_length), dim).
-    """
+    """The cache, and the newest layer outputs, newest last, ``(batch, min(interval, cache_length), dim)``."""
 
     outputs: Tensor
 

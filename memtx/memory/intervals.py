@@ -3,7 +3,7 @@
 Intervals are counted from the start of the document, and documents start anywhere, so every stream has its own ends. Of
 any ``interval`` consecutive tokens at most one ends an interval. A call is therefore cut into chunks of ``interval``
 tokens, each with room for one version of the written content, and a chunk's queries meet three versions: the previous
-one, the one written in the chunk, and the initial one while a document is younger than an interval.
+version, the version written in the chunk, and the initial one while a document is younger than an interval.
 """
 
 from __future__ import annotations

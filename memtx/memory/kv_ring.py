@@ -1,9 +1,8 @@
 """Decoding token by token with keys and values in ring buffers that are written in place.
 
-A state is a value of hidden states, so a call projects everything it carries to keys and values again. A stream that
-continues one token at a time keeps the projections instead: position p is in slot p modulo the number of exact slots,
-block b in slot b modulo the number of bank entries, and each token overwrites one slot. Visibility is the same, so a
-ring can be opened from a state and closed to one at any token.
+A call projects every carried state to keys and values again; a stream that continues one token at a time keeps the
+projections. Position p is in slot p modulo the number of exact slots, block b in slot b modulo the number of bank
+entries. Visibility is the same, so a ring can be opened from a state and closed to one at any token.
 """
 
 from __future__ import annotations
@@ -61,9 +60,8 @@ class RingLayout:
     def slot_contents(self, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return the contents of every slot once the token at ``position`` ``(batch,)`` is written.
 
-        Returns:
-            Blocks ``(batch, num_entries)`` and positions ``(batch, num_exact_slots)``, int64, negative in unwritten
-            slots.
+        These are blocks, ``(batch, num_entries)``, and positions, ``(batch, num_exact_slots)``, both int64 and negative
+        in unwritten slots.
         """
         newest = self.num_evicted_blocks(position)[:, None] - 1
         bank_slot = torch.arange(self.num_entries, device=position.device)
@@ -78,32 +76,21 @@ class RingDecodable(Protocol):
 
     def ring_layout(self) -> RingLayout | None:
         """Return the slots that decoding needs, or None if these settings cannot be decoded in place."""
-        ...
 
     def split_state(self, state: Any) -> tuple[Tensor, Tensor]:
-        """Return the exact inputs and the compressed entries.
-
-        Returns:
-            ``(batch, cache_length, dim)`` and ``(batch, num_entries, dim)``.
-        """
-        ...
+        """Return the exact inputs, ``(batch, cache_length, dim)``, and the entries, ``(batch, num_entries, dim)``."""
 
     def join_state(self, cache: Tensor, bank: Tensor) -> Any:
         """Return the state that :meth:`split_state` splits into ``cache`` and ``bank``."""
-        ...
 
     def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
-        """Compress one block per stream.
+        """Compress one block per stream to ``(batch, dim)``.
 
         Args:
             block: Inputs that leave the window, ``(batch, compression_rate, dim)``.
             recent: Newest inputs, ``(batch, compression_rate, dim)``.
             attention: The layer's projections.
-
-        Returns:
-            ``(batch, dim)``.
         """
-        ...
 
 
 @dataclass
@@ -112,8 +99,7 @@ class KVRing:
 
     Attributes:
         layout: Layout of the slots.
-        hidden: Attention inputs and compressed entries, to be compressed or returned to a state,
-            ``(batch, slots, dim)``.
+        hidden: Attention inputs and compressed entries, ``(batch, slots, dim)``.
         key_value: Keys with positions applied, and values, ``(batch, slots, 2, kv_heads, head_dim)``.
     """
 
@@ -213,16 +199,13 @@ class DecodeStep(Memo):
 
 
 def to_ring(layout: RingLayout, cache: Tensor, bank: Tensor, past_length: Tensor) -> Tensor:
-    """Arrange the contents of a state in slots.
+    """Arrange the contents of a state in slots, ``(batch, slots, dim)``, zero in unwritten ones.
 
     Args:
         layout: Layout of the slots.
         cache: Exact inputs, newest last, ``(batch, cache_length, dim)``.
         bank: Compressed entries, newest last, ``(batch, num_entries, dim)``.
         past_length: Tokens read so far, ``(batch,)`` int64.
-
-    Returns:
-        ``(batch, slots, dim)``, zero in unwritten slots.
     """
     block, position = layout.slot_contents(past_length - 1)
     first_block = layout.num_evicted_blocks(past_length - 1)[:, None] - layout.num_entries

@@ -1,12 +1,9 @@
 """A layer's part of memory tokens (Recurrent Memory Transformer, Bulatov et al. 2022, section 3).
 
 After every interval the model's own write tokens pass through all layers; the top layer's outputs enter the bottom
-layer as the memory tokens that the next interval reads. Within a layer these are entries that every query sees.
-
-Two things differ from the paper. An interval is a number of tokens of the document and not a segment, so results do not
-depend on segmentation; the model reads a call up to the next end of an interval in any stream at a time
-(:mod:`memtx.models.segmented_forward`). And the write tokens are learned and see the memory tokens like any other
-token, where the paper repeats the memory tokens.
+layer as the memory tokens that the next interval reads (:mod:`memtx.models.segmented_forward`). In the paper an
+interval is a segment; here it is a number of tokens of the document, so results do not depend on segmentation. Write
+tokens are learned and see the memory tokens like any other token; the paper repeats the memory tokens instead.
 """
 
 from __future__ import annotations
@@ -25,11 +22,7 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class TokenState:
-    """The memory tokens at the layer's input.
-
-    Attributes:
-        hidden: Their layer inputs, ``(batch, num_tokens, dim)``.
-    """
+    """The memory tokens at the layer's input, ``(batch, num_tokens, dim)``."""
 
     hidden: Tensor
 

@@ -17,8 +17,8 @@ from memtx.segment import Segment
 class Gate(nn.Module):
     """A stretched sigmoid clamped to [0, 1] (hard concrete without its noise, Louizos et al. 2018).
 
-    A plain sigmoid never closes, and what it leaks at every token drowns a memory in a long stream. This one reaches
-    exactly 0 and exactly 1 at finite inputs.
+    A plain sigmoid never closes, and its leak at every token drowns a memory in a long stream. This gate reaches 0
+    and 1 exactly at finite inputs.
 
     Args:
         dim: Input width.
@@ -155,15 +155,12 @@ class TokenShift(nn.Module):
         self.mix_ratio = nn.Parameter(torch.linspace(0.0, 1.0, dim))
 
     def forward(self, x: Tensor, last_input: Tensor, segment: Segment) -> Tensor:
-        """Mix each token with its predecessor; a document's first token is mixed with zeros.
+        """Mix each token of x ``(batch, length, dim)`` with the previous one, a document's first token with zeros.
 
         Args:
-            x: Inputs of shape ``(batch, length, dim)``.
+            x: Inputs of the segment.
             last_input: Input before the segment's first token, ``(batch, dim)``; unused where a document begins.
             segment: Positions of the tokens.
-
-        Returns:
-            ``(batch, length, dim)``.
         """
         previous = torch.cat([last_input[:, None].to(x.dtype), x[:, :-1]], dim=1)
         previous = previous.masked_fill((segment.position == 0)[..., None], 0.0)

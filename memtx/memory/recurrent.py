@@ -16,11 +16,7 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class RecurrentState:
-    """The cache.
-
-    Attributes:
-        hidden: Newest layer inputs of the open document, newest last, ``(batch, cache_length, dim)``.
-    """
+    """The newest layer inputs of the open document, newest last, ``(batch, cache_length, dim)``."""
 
     hidden: Tensor
 
@@ -95,12 +91,7 @@ class RecurrentMemory(Memory[RecurrentState]):
 def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the offsets, positions (negative where nothing is cached) and document ends of [cache | segment].
 
-    Args:
-        segment: Positions of the call's tokens.
-        cache_length: Length of the cache.
-
-    Returns:
-        Three ``(batch, cache_length + length)`` int64 tensors.
+    All are ``(batch, cache_length + length)`` int64.
     """
     batch_size = segment.position.shape[0]
     offset = torch.arange(-cache_length, segment.length, device=segment.position.device).expand(batch_size, -1)

@@ -1,9 +1,8 @@
 """Attention sinks: the first tokens of a document, kept for good (StreamingLLM, Xiao et al. 2023, section 3.2).
 
-A pretrained model attends to the first tokens whatever they say, and fails once its window has left them behind.
-StreamingLLM gives them fixed positions before the window. Here they have positions at the far end of the window, or
-none; either way nothing changes however long the document is. Keys and values are the layer's own, so there is nothing
-to learn.
+A pretrained model attends to the first tokens and fails once its window has left them behind. StreamingLLM gives them
+fixed positions before the window; here they have positions at the far end of the window, or none, however long the
+document is. Keys and values are the layer's own, so there is nothing to learn.
 """
 
 from __future__ import annotations
@@ -25,11 +24,7 @@ from memtx.state import state_dataclass
 
 @state_dataclass
 class SinkState:
-    """The first tokens of the open document.
-
-    Attributes:
-        hidden: Their layer inputs, ``(batch, num_sinks, dim)``, zero where the document is shorter.
-    """
+    """Layer inputs of the open document's first tokens, ``(batch, num_sinks, dim)``, zero where it is shorter."""
 
     hidden: Tensor
 

@@ -1,10 +1,9 @@
 """The slots of Memformer (Wu et al. 2020): vectors read by cross-attention and written once per interval of tokens.
 
-Memformer writes once per segment. Here an interval is a number of tokens of the document, so writes depend on positions
-and not on segmentation. Slots are constant within an interval, so their attention to it is accumulated token by token:
-of an open interval only the attention output so far and its log-sum-exp are carried. A write uses the layer's inputs
-alone. A call of many intervals, with documents starting anywhere, is therefore computed at once, and only the slots
-themselves are updated in sequence, with one small attention per interval.
+Memformer writes once per segment; here an interval is a number of tokens of the document, so results do not depend on
+segmentation. Slots are constant within an interval, so only their attention to the open one so far and its
+log-sum-exp are carried. A write uses the layer's inputs alone, so a call of many intervals, with documents starting
+anywhere, is computed at once, and only the slots are updated in sequence, with one small attention per interval.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from memtx.errors import MemtxError, check_at_least, check_divisible, check_posi
 from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
 from memtx.memory.intervals import IntervalPlan, attend_by_chunk
 from memtx.memory.parts import Gate, TokenShift, merge_heads, split_heads
-from memtx.ops.attention.combine import merge_attention
-from memtx.ops.attention.reference import softmax_attention
+from memtx.ops.attention.reference import merge_attention, softmax_attention
 from memtx.ops.cpu.linear import Linear
 from memtx.segment import Segment
 from memtx.state import state_dataclass
@@ -36,7 +34,7 @@ class SlotState:
             that.
         partial_output: Output of the slots' attention to the open interval, ``(batch, num_slots, dim)``, float32 or
             wider; zero if an interval has just ended.
-        partial_lse: Log-sum-exp of that attention, ``(batch, num_slots, heads)``, likewise.
+        partial_lse: Log-sum-exp of that attention, ``(batch, num_slots, heads)``, same dtype; zero in the same case.
         last_input: Last layer input, for the token shift, ``(batch, dim)``; ``(batch, 0)`` without one.
     """
 
@@ -121,25 +119,18 @@ class SlotMemory(Memory[SlotState]):
         plan = segment.memo((SlotMemory, self.interval), lambda: IntervalPlan.from_segment(segment, self.interval))
         shifted = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
         keys, values = self.key(shifted), self.value(shifted)
-        partial_output = split_heads(state.partial_output.to(x.dtype), self.heads)
-        partial = partial_output, state.partial_lse.mT.to(x.dtype)
+        partial = split_heads(state.partial_output.to(x.dtype), self.heads), state.partial_lse.mT.to(x.dtype)
         initial = _rms_norm(self.slot_bias).to(x.dtype)
 
         slots = state.slots.to(x.dtype)
         versions, gates = [slots], []
-        intervals = zip(
-            plan.is_first.unbind(1),
-            self._split_intervals(keys, plan),
-            self._split_intervals(values, plan),
-            plan.input_mask.unbind(1),
-            strict=True,
-        )
+        k_by_interval, v_by_interval = self._split_intervals(keys, plan), self._split_intervals(values, plan)
+        intervals = zip(plan.is_first.unbind(1), k_by_interval, v_by_interval, plan.input_mask.unbind(1), strict=True)
         for number, (is_first, k, v, mask) in enumerate(intervals):
             slots = torch.where(is_first[:, None, None], initial, slots)
             past = partial if number == 0 else None
-            slots, gate = self._update_slots(
-                slots, self._attend_interval(slots, k, v, mask, past, plan.first_continues)
-            )
+            attended = self._attend_interval(slots, k, v, mask, past, plan.first_continues)
+            slots, gate = self._update_slots(slots, attended)
             versions.append(slots)
             gates.append(gate)
         stacked = torch.stack(versions, dim=1)
@@ -189,13 +180,7 @@ class SlotMemory(Memory[SlotState]):
         return split_heads(inputs.view(x.shape[0], -1, plan.open_mask.shape[-1], self.dim), self.heads).unbind(1)
 
     def _attend_interval(
-        self,
-        slots: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Tensor,
-        past: tuple[Tensor, Tensor] | None,
-        continues: Tensor,
+        self, slots: Tensor, k: Tensor, v: Tensor, mask: Tensor, past: tuple[Tensor, Tensor] | None, continues: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return the output and log-sum-exp of the slots' attention to an interval, including tokens before the call.
 
@@ -217,9 +202,7 @@ class SlotMemory(Memory[SlotState]):
     def _update_slots(self, slots: Tensor, attended: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the slots after an interval and their gates: slot attention, then forgetting (Memformer, section 3).
 
-        Args:
-            slots: Slots, ``(batch, num_slots, dim)``; each attends to the interval and to itself.
-            attended: Output and log-sum-exp of its attention to the interval.
+        Each slot attends to the interval, which ``attended`` is the output and log-sum-exp of, and to itself.
         """
         q, k, v = (split_heads(proj(slots), self.heads) for proj in (self.slot_query, self.slot_key, self.slot_value))
         self_scores = (q * k).sum(-1) * self.scale

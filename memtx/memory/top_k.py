@@ -1,13 +1,10 @@
 """A bank that keeps the highest-scoring entries instead of the newest.
 
-A bank of the newest entries is a cliff: older ones are gone at once. Here a learned score decides which entries stay.
-The choice has no gradient, but the same score is also the entry's log-weight in attention, through which it learns.
-With ``compression_rate=1`` and no real compression this is a store of exact states; next to a fast-weight memory (a
-list in ``memories``) the two are HOLA's pair (2026) of a delta state and a small exact bank, which is scored there by
-the fast weights' own error.
-
-An entry is visible from its eviction until ``num_entries`` entries with higher scores have been evicted in its
-document. That is a function of the entries alone, so results do not depend on segmentation.
+A learned score decides which entries stay. The choice has no gradient, but the score is also the entry's log-weight in
+attention, through which it learns. An entry is visible from its eviction until ``num_entries`` entries with higher
+scores have been evicted in its document, a function of the entries alone, so results do not depend on segmentation.
+With ``compression_rate=1``, next to a fast-weight memory, this is HOLA's pair (2026) of a delta state and a small exact
+bank, which is scored there by the fast weights' own error.
 """
 
 from __future__ import annotations
@@ -19,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, View
-from memtx.memory.compressed import BankPlan, CompressedBlocks, CompressedMemory, CompressedState
+from memtx.memory.compressed import BankContext, BankPlan, CompressedMemory, CompressedState, EvictedBlocks
 from memtx.memory.compression import Compression, Reconstruction, StridedConvolution
 from memtx.memory.recurrent import update_cache
-from memtx.memory.window_boundary import EvictedBlocks
 from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.ops.cpu.linear import Linear
 from memtx.segment import INFINITE_OFFSET, Segment
@@ -34,33 +30,26 @@ SCORE_RESOLUTION = 2.0**-10
 
 @state_dataclass
 class TopKState(CompressedState):
-    """The cache and a bank in order of eviction, newest last.
+    """The cache, a bank in order of eviction, and the ages of its entries, ``(batch, num_entries)`` int64.
 
-    Attributes:
-        age: Tokens read since each entry was evicted, including that token, ``(batch, num_entries)`` int64; 0 in empty
-            slots.
+    An age is the number of tokens read since the eviction, including the evicting token; 0 in empty slots.
     """
 
     age: Tensor
 
 
 @dataclass(frozen=True)
-class _ReadContext:
-    compressed: CompressedBlocks
-    plan: BankPlan
+class _TopKContext(BankContext):
     age: Tensor
 
 
 class TopKMemory(CompressedMemory):
     """An exact window and a bank of the highest-scoring entries.
 
+    Arguments not listed are those of :class:`memtx.memory.compressed.CompressedMemory`.
+
     Args:
-        dim: Width of the hidden states.
-        window: Exact positions visible, at least; up to window + compression_rate - 1, since blocks leave it whole.
         compression_rate: Positions per entry; 1 for a bank of exact states.
-        num_entries: Entries kept.
-        compression: Factory of the compression from ``(dim, compression_rate)``.
-        reconstruction: Factory of an auxiliary loss from ``(dim, compression_rate)``. None disables it.
 
     Raises:
         MemtxError: A number is out of range.
@@ -95,19 +84,19 @@ class TopKMemory(CompressedMemory):
         assert isinstance(state, TopKState)
         evicted = self._evicted_blocks(segment)
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
-        compressed = self._compress(cache, x, evicted, attention)
-        scores: Tensor = self.score(torch.cat([bank, compressed.entries], dim=1))[..., 0]
+        blocks, usage, entries = self._compress(cache, x, evicted, attention)
+        scores: Tensor = self.score(torch.cat([bank, entries], dim=1))[..., 0]
         # Equal states must score equally in any batch, so rounding errors must not tell them apart.
         rounded = (scores.detach().double() / SCORE_RESOLUTION).round()
         plan, age = self._select_entries(segment, evicted, state.age, rounded)
-        context = _ReadContext(compressed, plan, age)
-        return View((bank, compressed.entries, cache, x), plan.entry_positions, context, key_bias=scores)
+        context = _TopKContext(plan, blocks, usage, age)
+        return View((bank, entries, cache, x), plan.entry_positions, context, key_bias=scores)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[TopKState, Losses]:
         """Keep the newest states and the highest-scoring entries of the open document."""
-        context: _ReadContext = view.context
+        context: _TopKContext = view.context
         bank, entries, cache, x = view.parts
-        losses = self._auxiliary_losses(context.compressed, segment, activations)
+        losses = self._auxiliary_losses(context, segment, activations)
         return TopKState(update_cache(cache, x, segment), context.plan.next_bank(bank, entries), context.age), losses
 
     def ring_layout(self) -> None:
@@ -117,14 +106,7 @@ class TopKMemory(CompressedMemory):
     def _select_entries(
         self, segment: Segment, evicted: EvictedBlocks, age: Tensor, scores: Tensor
     ) -> tuple[BankPlan, Tensor]:
-        """Return the plan of [bank | blocks] and the ages of the next bank's entries.
-
-        Args:
-            segment: Positions of the call's tokens.
-            evicted: Blocks evicted in it.
-            age: Ages of the bank's entries, ``(batch, num_entries)`` int64.
-            scores: Rounded scores of [bank | blocks], ``(batch, entries)``.
-        """
+        """Return the plan for the rounded scores of [bank | blocks], ``(batch, entries)``, and the next bank's ages."""
         num_candidates = scores.shape[1]
         exists = torch.cat([age > 0, evicted.valid], dim=1)
         document = torch.cat([torch.zeros_like(age), evicted.document_id], dim=1)

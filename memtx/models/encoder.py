@@ -13,8 +13,7 @@ from memtx.checkpoint.pretrained import PretrainedModel
 from memtx.errors import MemtxError, check_at_least
 from memtx.layers.block import EncoderBlock
 from memtx.layers.embeddings import TextEmbeddings
-from memtx.layers.encoder_attention import EncoderAttention, FullAttention
-from memtx.layers.encoder_inputs import EncoderInputs
+from memtx.layers.encoder_attention import EncoderAttention, EncoderInputs, FullAttention
 from memtx.layers.feed_forward import FeedForward
 from memtx.models.validation import check_token_ids
 from memtx.ops.cpu.linear import Linear, linear

@@ -100,10 +100,8 @@ def chunk_gated_delta_rule(
             u, w_chunks = b * v, None
         # One unbind each: slicing chunk by chunk would allocate a full-size gradient per slice.
         operands = (u, weights, decay_from_state * q, (decay_to_end * k).mT, decay_from_state[..., -1:, :])
-        outputs = []
-        for index, (values, weight, query, key, state_decay) in enumerate(
-            zip(*(x.unbind(2) for x in operands), strict=True)
-        ):
+        chunks, outputs = zip(*(x.unbind(2) for x in operands), strict=True), []
+        for index, (values, weight, query, key, state_decay) in enumerate(chunks):
             update = values if w_chunks is None else values - w_chunks[index] @ state
             outputs.append(query @ state + weight @ update)
             state = state_decay * state + key @ update

@@ -32,11 +32,11 @@ class RemembersText:
     def __call__(self, tokens: Tensor, state: MemoryState, labels: Tensor) -> Output:
         text = state.layers[0][0]
         nll = torch.zeros(tokens.shape)
-        for row, line in enumerate(labels.tolist()):
-            if scored := [index for index, label in enumerate(line) if label != IGNORE_INDEX]:
-                expected = bytes([*tokens[row, : scored[-1] + 1].tolist(), line[scored[-1]]])
-                known = bytes(token for token in text[row].tolist() if token < 256)
-                nll[row, scored[-1]] = 0.0 if expected in known else 1.0
+        for stream, stream_labels in enumerate(labels.tolist()):
+            if scored := [index for index, label in enumerate(stream_labels) if label != IGNORE_INDEX]:
+                expected = bytes([*tokens[stream, : scored[-1] + 1].tolist(), stream_labels[scored[-1]]])
+                known = bytes(token for token in text[stream].tolist() if token < 256)
+                nll[stream, scored[-1]] = 0.0 if expected in known else 1.0
         self.num_tokens_read += tokens.numel()
         return Output(nll, MemoryState(state.position, ((torch.cat([text, tokens], 1)[:, -self.reach :],),)))
 

@@ -14,7 +14,7 @@ from tests.data.synthetic_tasks.test_recall import Said
 
 
 class HoldsPairs:
-    """Keeps the first ``count`` pairs of each row; for other keys it predicts a token that is no value."""
+    """Keeps the first ``count`` pairs of each stream; for other keys it predicts a token that is no value."""
 
     def __init__(self, task: AssociativeRecall, count: int) -> None:
         self.task, self.count = task, count
@@ -25,13 +25,13 @@ class HoldsPairs:
     def __call__(self, tokens: Tensor, state: MemoryState) -> Said:
         known = state.layers[0]
         logits = torch.zeros(*tokens.shape, self.task.vocab_size)
-        for row, line in enumerate(tokens.tolist()):
-            for index, token in enumerate(line):
-                logits[row, index, known[row].get(token, 0)] = 1.0
-                next_token = line[index + 1] if index + 1 < len(line) else 0
+        for stream, stream_tokens in enumerate(tokens.tolist()):
+            for index, token in enumerate(stream_tokens):
+                logits[stream, index, known[stream].get(token, 0)] = 1.0
+                next_token = stream_tokens[index + 1] if index + 1 < len(stream_tokens) else 0
                 is_pair = 1 <= token <= self.task.num_keys < next_token < self.task.num_content_tokens
-                if is_pair and len(known[row]) < self.count:
-                    known[row][token] = next_token
+                if is_pair and len(known[stream]) < self.count:
+                    known[stream][token] = next_token
         return Said(logits, MemoryState(torch.zeros(len(tokens)), (known,)))
 
 

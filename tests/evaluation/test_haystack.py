@@ -57,13 +57,13 @@ def test_facts_are_hidden_in_order_at_their_depths(depths: list[float], length: 
     assert context is not None
     assert len(context) == length
     text = TOKENIZER.decode(context)
-    starts = [text.index(f" <fact {number}>") for number in range(len(depths))]
-    assert starts == sorted(starts)
-    filler, longest = text, max(map(len, split_sentences(TEXT))) + 1
-    for number, start in enumerate(starts):
+    fact_starts = [text.index(f" <fact {number}>") for number in range(len(depths))]
+    assert fact_starts == sorted(fact_starts)
+    filler, max_sentence_length = text, max(map(len, split_sentences(TEXT))) + 1
+    for number, start in enumerate(fact_starts):
         before = start - number * len(" <fact 0>")
         # At the nearest end of a sentence, so at most half a sentence away.
-        assert abs(before - depths[number] * (length - fact_length)) <= longest / 2
+        assert abs(before - depths[number] * (length - fact_length)) <= max_sentence_length / 2
         filler = filler.replace(f" <fact {number}>", "")
     # The filler is consecutive text.
     assert filler in " " + " ".join(split_sentences(TEXT) * 4)
@@ -77,11 +77,11 @@ def model() -> MemoryTransformer:
 
 def test_chosen_answer_equals_that_of_one_pass_over_everything() -> None:
     reader, generator = model(), torch.Generator().manual_seed(0)
-    contexts = [np.random.default_rng(row).integers(0, 256, 50) for row in range(3)]
+    contexts = [np.random.default_rng(seed).integers(0, 256, 50) for seed in range(3)]
     state = read_contexts(reader, contexts, TOKENIZER.bos_token_id, segment_length=7)
     before = {name: tensor.clone() for name, tensor in state.named_tensors().items()}
     question = encode_ids(TOKENIZER, " Who?")
-    for row, context in enumerate(contexts):
+    for stream, context in enumerate(contexts):
         answers = [torch.randint(256, (2 + number % 3,), generator=generator).numpy() for number in range(4)]
         nlls = []
         for answer in answers:
@@ -89,8 +89,8 @@ def test_chosen_answer_equals_that_of_one_pass_over_everything() -> None:
             logprobs = reader(tokens[None]).logits[0].detach().log_softmax(-1)
             answer_indices = range(len(tokens) - len(answer), len(tokens))
             nlls.append(-sum(float(logprobs[index - 1, tokens[index]]) for index in answer_indices))
-        assert choose_answer(reader, state.select([row]), question, answers) == int(np.argmin(nlls))
-        reversed_choice = choose_answer(reader, state.select([row]), question, answers[::-1])
+        assert choose_answer(reader, state.select([stream]), question, answers) == int(np.argmin(nlls))
+        reversed_choice = choose_answer(reader, state.select([stream]), question, answers[::-1])
         assert reversed_choice == 3 - int(np.argmin(nlls))
     # Questions leave the state unchanged.
     assert all(torch.equal(before[name], tensor) for name, tensor in state.named_tensors().items())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.inference.chapters import ChapterSplitter, Section, is_heading
+from memtx.inference.chapters import BookSection, ChapterSplitter, is_heading
 from memtx.inference.reader import SegmentResult
 
 
@@ -47,7 +47,7 @@ BOOK = "Preface" + "p" * 300 + "\nCHAPTER I\n" + "one " * 100 + "\nCHAPTER II\nT
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(0, 400), max_size=6), st.integers(0, 6))
 def test_chapters_do_not_depend_on_the_segments(lengths: list[int], resume_index: int) -> None:
-    splitter, chapters = ChapterSplitter(), list[Section]()
+    splitter, chapters = ChapterSplitter(), list[BookSection]()
     for index, result in enumerate(results(BOOK, lengths)):
         if index == resume_index:
             # Through JSON, as in a session file.

@@ -31,10 +31,10 @@ def test_decoding_equals_calls_of_the_model(kind: str, data: st.DataObject) -> N
     case = data.draw(cases(kind))
     length = case.tokens.shape[1]
     start = data.draw(st.integers(0, length))
-    # The rows are at different positions: some documents begin inside the tokens read so far.
+    # The streams are at different positions: some documents begin inside the tokens read so far.
     state = case.model.init_state(case.tokens.shape[0])
     if start:
-        state = case.model(case.tokens[:, :start], state, document_starts=case.starts[:, :start]).state
+        state = case.model(case.tokens[:, :start], state, document_starts=case.document_starts[:, :start]).state
     before = state.map(torch.Tensor.clone)
     decoder = Decoder(case.model, state)
     assert distance(decoder.state, state) == 0
@@ -74,12 +74,12 @@ def test_streams_that_join_and_leave_equal_each_alone(kind: str, data: st.DataOb
         tokens = torch.randint(0, 11, (len(stream_ids),))
         logits = decoder.step(tokens)
         assert logits.shape == (len(stream_ids), 11)
-        for row, stream_id in enumerate(stream_ids):
-            expected = case.model(tokens[row : row + 1, None], states_alone[stream_id])
+        for index, stream_id in enumerate(stream_ids):
+            expected = case.model(tokens[index : index + 1, None], states_alone[stream_id])
             states_alone[stream_id] = expected.state
-            assert (logits[row] - expected.logits[0, 0]).abs().max() < EXACT
-    for row, stream_id in enumerate(stream_ids):
-        assert distance(decoder.state.select([row]), states_alone[stream_id]) < EXACT
+            assert (logits[index] - expected.logits[0, 0]).abs().max() < EXACT
+    for index, stream_id in enumerate(stream_ids):
+        assert distance(decoder.state.select([index]), states_alone[stream_id]) < EXACT
 
 
 def small_model(*memories: object) -> MemoryTransformer:

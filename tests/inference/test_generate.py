@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import MemtxError
 from memtx.inference.generate import (
-    FINISH_LENGTH,
-    FINISH_STOP,
     GenerationConfig,
     StopFilter,
     TextDelta,
@@ -68,7 +66,7 @@ def test_an_empty_prompt_begins_a_document(byte_model: MemoryTransformer, byte_t
 
 
 class Spelling(MemoryTransformer):
-    """Generates ``content`` whatever it reads; the begin token always has a higher logit."""
+    """Generates ``content`` after any text; the begin token always has a higher logit."""
 
     content = b""
 
@@ -113,9 +111,9 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(
     st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
     st.lists(st.integers(0, 30)),
 )
-def test_stop_filter_equals_a_search_in_the_whole_text(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_stop_filter_equals_a_search_in_the_whole_text(text: str, stops: list[str], offsets: list[int]) -> None:
     stop_filter, visible = StopFilter(stops), ""
-    borders = sorted({cut % (len(text) + 1) for cut in cuts} | set(range(len(text) + 1)))
+    borders = sorted({offset % (len(text) + 1) for offset in offsets} | set(range(len(text) + 1)))
     for start, end in itertools.pairwise(borders):
         visible += stop_filter.feed(text[start:end])
         if stop_filter.is_stopped:
@@ -173,7 +171,7 @@ def test_logprobs_are_those_of_the_model() -> None:
         assert token.logprob == pytest.approx(5 - log_norm, abs=1e-5)  # float32
         assert token.top_logprobs[0] == (byte, pytest.approx(5 - log_norm, abs=1e-5))
         assert len(token.top_logprobs) == 2
-    assert token_generator.finish_reason == FINISH_LENGTH
+    assert token_generator.finish_reason == "length"
 
 
 def test_logprobs_come_with_the_characters_of_their_tokens() -> None:
@@ -187,14 +185,14 @@ def test_logprobs_of_a_stop_string_are_not_returned() -> None:
     token_generator, deltas = spell(b"abcdef", max_tokens=6, logprobs=0, stop=("cd",))
     assert "".join(delta.text for delta in deltas) == "ab"
     assert sum(len(delta.token_logprobs) for delta in deltas) == 2
-    assert (token_generator.finish_reason, token_generator.num_generated) == (FINISH_STOP, 4)
+    assert (token_generator.finish_reason, token_generator.num_generated) == ("stop", 4)
 
 
 def test_text_held_back_is_returned_at_the_end() -> None:
     token_generator, deltas = spell("aé".encode(), max_tokens=2, logprobs=0, stop=("ax",))
     assert "".join(delta.text for delta in deltas) == "a\ufffd"
     assert sum(len(delta.token_logprobs) for delta in deltas) == 2
-    assert token_generator.finish_reason == FINISH_LENGTH
+    assert token_generator.finish_reason == "length"
 
 
 def test_invalid_generation_configs_are_refused() -> None:
@@ -206,4 +204,4 @@ def test_invalid_generation_configs_are_refused() -> None:
     ):
         with pytest.raises(MemtxError, match=message):
             GenerationConfig(**options)  # type: ignore[arg-type]
-    assert TokenGenerator(ByteTokenizer(), 0, [], GenerationConfig(max_tokens=0)).finish_reason == FINISH_LENGTH
+    assert TokenGenerator(ByteTokenizer(), 0, [], GenerationConfig(max_tokens=0)).finish_reason == "length"

@@ -12,8 +12,8 @@ from memtx.errors import DataError
 from memtx.inference.incremental_tokenizer import IncrementalTokenizer
 
 
-def split(content: str | bytes, cuts: list[int]) -> list[str | bytes]:
-    borders = sorted({cut % (len(content) + 1) for cut in cuts} | {0, len(content)})
+def split(content: str | bytes, offsets: list[int]) -> list[str | bytes]:
+    borders = sorted({offset % (len(content) + 1) for offset in offsets} | {0, len(content)})
     return [content[start:end] for start, end in itertools.pairwise(borders)]
 
 
@@ -26,10 +26,10 @@ def tokenize(tokenizer: Tokenizer, parts: list[str | bytes]) -> np.ndarray:
 @settings(deadline=None, max_examples=30)
 @given(st.text(max_size=60), st.integers(1, 60), st.lists(st.integers(0, 10_000), max_size=12), st.booleans())
 def test_tokens_do_not_depend_on_the_chunks(
-    pair_tokenizer: Tokenizer, paragraph: str, repeats: int, cuts: list[int], as_bytes: bool
+    pair_tokenizer: Tokenizer, paragraph: str, repeats: int, offsets: list[int], as_bytes: bool
 ) -> None:
     text = (paragraph + "\n\n") * repeats
-    tokens = tokenize(pair_tokenizer, split(text.encode() if as_bytes else text, cuts))
+    tokens = tokenize(pair_tokenizer, split(text.encode() if as_bytes else text, offsets))
     assert tokens.tolist() == pair_tokenizer.encode(text).tolist()
     assert b"".join(pair_tokenizer.token_bytes(int(token)) for token in tokens).decode() == text
 

@@ -17,7 +17,7 @@ from tests.tasks import KINDS, predictor, records
 
 
 def rounded(value: Any) -> Any:
-    # Padding to the longest row changes the order of sums; 1e-4 is float32 rounding.
+    # Padding to the longest text changes the order of sums; 1e-4 is float32 rounding.
     if isinstance(value, float):
         return round(value, 3)
     if isinstance(value, dict):

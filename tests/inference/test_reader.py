@@ -48,10 +48,10 @@ def test_any_recurrent_language_model_can_be_read(byte_tokenizer: Tokenizer, tex
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(0, 1000), max_size=8), st.booleans())
 def test_results_do_not_depend_on_the_chunks_by_one_bit(
-    byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str, cuts: list[int], as_bytes: bool
+    byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str, offsets: list[int], as_bytes: bool
 ) -> None:
     content = text[:800].encode() if as_bytes else text[:800]
-    borders = sorted({cut % len(content) for cut in cuts} | {0, len(content)})
+    borders = sorted({offset % len(content) for offset in offsets} | {0, len(content)})
     parts = [content[start:end] for start, end in itertools.pairwise(borders)]
     nll = read(StreamReader(byte_model, byte_tokenizer, segment_length=64), parts)
     assert np.array_equal(nll, read(StreamReader(byte_model, byte_tokenizer, segment_length=64), [text[:800]]))

@@ -25,15 +25,15 @@ def test_curve_keeps_exact_means_in_constant_memory(lengths: list[int]) -> None:
 
 def test_position_curve_is_logarithmic_and_does_not_depend_on_the_segments() -> None:
     values = np.random.default_rng(1).random(5000).astype(np.float32)
-    at_once, in_segments = PositionSurprisalCurve(), PositionSurprisalCurve()
-    at_once.add(values)
+    in_one_call, in_segments = PositionSurprisalCurve(), PositionSurprisalCurve()
+    in_one_call.add(values)
     for start in range(0, 5000, 37):
         in_segments.add(values[start : start + 37])
-    np.testing.assert_allclose(at_once.points(), in_segments.points(), rtol=1e-9)
-    positions, means, errors = at_once.points()
+    np.testing.assert_allclose(in_one_call.points(), in_segments.points(), rtol=1e-9)
+    positions, means, errors = in_one_call.points()
     assert np.all(np.diff(positions) > 0)
     assert positions[-1] < 2 * 5000
-    assert at_once.sums[0].sum() == 5000
+    assert in_one_call.sums[0].sum() == 5000
     assert abs(means[-1] - values[-500:].mean()) < 5 * errors[-1] + 0.05
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from memtx import FeedForward, MemoryTransformer
-from memtx.layers.positions.alibi import Alibi
+from memtx.layers.positions.base import Alibi
 from memtx.layers.positions.rotary import Rotary
 from memtx.state import MemoryState
 from tests.memory_zoo import KINDS

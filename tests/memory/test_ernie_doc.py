@@ -1,4 +1,4 @@
-"""Same-layer recurrence against a plain cache whose states are exchanged by hand, and how far it reaches."""
+"""Same-layer recurrence against a plain cache whose states are replaced by hand, and its reach."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from memtx import ErnieDocMemory, MemoryState, MemoryTransformer, RecurrentMemor
 from memtx.memory.recurrent import RecurrentState
 
 ROUNDING = 1e-10
-"""float64, sums in another order."""
+"""Sums of float64 in another order."""
 
 
-def made(memory: Any, depth: int) -> MemoryTransformer:
+def build_model(memory: Any, depth: int) -> MemoryTransformer:
     torch.manual_seed(0)
     model = MemoryTransformer(11, dim=8, depth=depth, heads=2, memories=[memory]).double()
     with torch.no_grad():
@@ -33,10 +33,12 @@ def made(memory: Any, depth: int) -> MemoryTransformer:
     seed=st.integers(0, 99),
 )
 @settings(deadline=None, max_examples=40)
-def test_past_intervals_stand_by_their_outputs(window: int, interval: int, depth: int, n: int, seed: int) -> None:
-    """By hand: an interval a call through a plain cache, then the layer's outputs put where its inputs stood."""
+def test_past_intervals_are_represented_by_their_outputs(
+    window: int, interval: int, depth: int, n: int, seed: int
+) -> None:
+    """The reference reads one interval per call and then puts the layer's outputs into a plain cache."""
     model, plain = (
-        made(memory, depth)
+        build_model(memory, depth)
         for memory in (
             partial(ErnieDocMemory, window=window, interval=interval),
             partial(RecurrentMemory, window=window),
@@ -47,26 +49,26 @@ def test_past_intervals_stand_by_their_outputs(window: int, interval: int, depth
         out = model(tokens)
         state, logits = plain.init_state(1), []
         for part in tokens.split(interval, dim=1):
-            found = plain(part, state, return_hidden_states=True)
-            logits.append(found.logits)
+            output = plain(part, state, return_hidden_states=True)
+            logits.append(output.logits)
             layers = []
-            for number, (block, before) in enumerate(zip(plain.blocks, state.layers, strict=True)):
-                told = block.attention_norm(found.hidden_states[number + 1])
-                whole = torch.cat([before[0].hidden, told], dim=1)
-                layers.append((RecurrentState(whole[:, whole.shape[1] - (window - 1) :]),))
-            state = MemoryState(found.state.position, tuple(layers))
+            for number, (block, past) in enumerate(zip(plain.blocks, state.layers, strict=True)):
+                layer_output = block.attention_norm(output.hidden_states[number + 1])
+                extended = torch.cat([past[0].hidden, layer_output], dim=1)
+                layers.append((RecurrentState(extended[:, extended.shape[1] - (window - 1) :]),))
+            state = MemoryState(output.state.position, tuple(layers))
         assert (out.logits - torch.cat(logits, dim=1)).abs().max() < ROUNDING
 
 
-def test_it_reaches_farther_than_as_many_windows_as_layers() -> None:
+def test_reaches_beyond_one_window_per_layer() -> None:
     tokens = torch.randint(11, (1, 60), generator=torch.Generator().manual_seed(1))
     other = tokens.clone()
     other[0, 0] = (other[0, 0] + 1) % 11
-    for memory, reaches in (
+    for memory, expected in (
         (partial(ErnieDocMemory, window=4, interval=3), True),
         (partial(RecurrentMemory, window=4), False),
     ):
-        model = made(memory, depth=2)
+        model = build_model(memory, depth=2)
         with torch.no_grad():
             differs = bool((model(tokens).logits[:, -1] != model(other).logits[:, -1]).any())
-        assert differs == reaches
+        assert differs == expected

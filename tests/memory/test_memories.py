@@ -1,4 +1,4 @@
-"""The standing memories: how a stream is cut does not matter, documents and rows stand alone, shapes stay."""
+"""Exact and compressed memories: independence of segmentation, documents and batch, fixed shapes, visibility."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ COMPRESSIONS: list[Callable[..., compression.Compression]] = [
     partial(compression.AttentionPooling, heads=2),
 ]
 
-windows, rates, lengths = st.integers(1, 9), st.integers(1, 5), st.integers(0, 4)
+windows, compression_rates, bank_sizes = st.integers(1, 9), st.integers(1, 5), st.integers(0, 4)
 
 compressed = st.builds(
     partial,
     st.just(CompressedMemory),
     window=windows,
-    compression_rate=rates,
-    num_entries=lengths,
+    compression_rate=compression_rates,
+    num_entries=bank_sizes,
     compression=st.sampled_from(COMPRESSIONS),
 )
 recurrent = st.builds(partial, st.just(RecurrentMemory), window=windows)
@@ -47,106 +47,110 @@ published = st.one_of(
         partial,
         st.just(CompressedMemory),
         window=windows,
-        compression_rate=rates,
-        num_entries=lengths,
+        compression_rate=compression_rates,
+        num_entries=bank_sizes,
         compress_per_segment=st.just(True),
     ),
     st.builds(partial, st.just(RecurrentMemory), window=windows, same_length=st.just(False)),
 )
 
-# Sums of a few dozen terms of order one, in another order: 1e-10 leaves four digits of room.
+# Sums of a few dozen terms of order 1 in another order; 1e-10 leaves a margin of four digits.
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
 
-def same_state(one: Any, two: Any) -> None:
-    for own, other in zip(pytree.tree_leaves(one), pytree.tree_leaves(two), strict=True):
-        close(own, other)
+def assert_same_state(actual: Any, expected: Any) -> None:
+    for leaf, expected_leaf in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        close(leaf, expected_leaf)
 
 
 @given(st.one_of(compressed, recurrent), streams(), st.integers(0, 99))
 @settings(deadline=None, max_examples=100)
-def test_cutting_does_not_matter(kind: Any, stream: tuple[Tensor, Tensor, list[int]], seed: int) -> None:
+def test_results_do_not_depend_on_segmentation(kind: Any, stream: tuple[Tensor, Tensor, list[int]], seed: int) -> None:
     torch.manual_seed(seed)
-    stack, (x, starts, cuts) = Stack(kind), stream
+    stack, (x, document_starts, ends) = Stack(kind), stream
     with torch.no_grad():
-        whole, state = stack.run(x, starts, [])
-        for pieces in (cuts, range(x.shape[1])):
-            out, after = stack.run(x, starts, list(pieces))
-            close(out, whole)
-            same_state(after, state)
+        expected, state = stack.run(x, document_starts, [])
+        for other_ends in (ends, range(x.shape[1])):
+            out, end_state = stack.run(x, document_starts, list(other_ends))
+            close(out, expected)
+            assert_same_state(end_state, state)
 
 
 @given(st.one_of(compressed, recurrent, published, st.just(NoMemory)), streams(40), st.integers(0, 99))
 @settings(deadline=None, max_examples=80)
-def test_documents_and_rows_stand_alone(kind: Any, stream: tuple[Tensor, Tensor, list[int]], seed: int) -> None:
-    """Any kind, the published schedules too: there every document of a call equals a call of its own."""
+def test_documents_and_streams_are_independent(kind: Any, stream: tuple[Tensor, Tensor, list[int]], seed: int) -> None:
+    """This holds for published schedules too: a document within a call equals a call of its own."""
     torch.manual_seed(seed)
-    stack, (x, starts, cuts) = Stack(kind), stream
+    stack, (x, document_starts, ends) = Stack(kind), stream
     with torch.no_grad():
-        whole, state = stack.run(x, starts, cuts)
-        for row in range(x.shape[0]):
-            begins = sorted({0, *starts[row].nonzero().flatten().tolist()})
-            for begin, stop in zip(begins, [*begins[1:], x.shape[1]], strict=True):
-                own = [cut - begin for cut in cuts if begin < cut < stop]
-                out, last = stack.run(x[row : row + 1, begin:stop], torch.zeros(1, stop - begin, dtype=torch.bool), own)
-                close(out, whole[row : row + 1, begin:stop])
-            same_state(last, state.select([row]))
+        expected, state = stack.run(x, document_starts, ends)
+        for index in range(x.shape[0]):
+            offsets = sorted({0, *document_starts[index].nonzero().flatten().tolist()})
+            for start, stop in zip(offsets, [*offsets[1:], x.shape[1]], strict=True):
+                document_ends = [end - start for end in ends if start < end < stop]
+                out, last = stack.run(
+                    x[index : index + 1, start:stop], torch.zeros(1, stop - start, dtype=torch.bool), document_ends
+                )
+                close(out, expected[index : index + 1, start:stop])
+            assert_same_state(last, state.select([index]))
 
 
 @given(st.one_of(compressed, recurrent, published), streams(30), st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_state_is_a_value_of_fixed_shape(kind: Any, stream: tuple[Tensor, Tensor, list[int]], seed: int) -> None:
     torch.manual_seed(seed)
-    stack, (x, starts, cuts) = Stack(kind), stream
+    stack, (x, document_starts, ends) = Stack(kind), stream
     fresh = stack.init_state(x.shape[0])
     with torch.no_grad():
-        _, state = stack.run(x, starts, cuts)
-        before = pytree.tree_map(torch.clone, state)
-        first, _ = stack.run(x, starts, cuts, state)
-        second, _ = stack.run(x, starts, cuts, state)
-        marked = torch.arange(x.shape[0]) == 0
-        reset, _ = stack.run(x[:1], starts[:1], cuts, state.reset(marked).select([0]))
-        alone, _ = stack.run(x[:1], starts[:1], cuts)
+        _, state = stack.run(x, document_starts, ends)
+        state_copy = pytree.tree_map(torch.clone, state)
+        first, _ = stack.run(x, document_starts, ends, state)
+        second, _ = stack.run(x, document_starts, ends, state)
+        is_first = torch.arange(x.shape[0]) == 0
+        reset, _ = stack.run(x[:1], document_starts[:1], ends, state.reset(is_first).select([0]))
+        alone, _ = stack.run(x[:1], document_starts[:1], ends)
     assert torch.equal(first, second)
     assert torch.equal(reset, alone)
-    assert state.equals(before)
+    assert state.equals(state_copy)
     assert [leaf.shape for leaf in pytree.tree_leaves(state)] == [leaf.shape for leaf in pytree.tree_leaves(fresh)]
     assert not any("hidden" in name for name, _ in stack.named_buffers())
 
 
 def naive_view(t: int, window: int, rate: int, length: int) -> tuple[set[int], set[int]]:
-    """The design's words: exact positions and blocks that the query at position t sees."""
-    edge = rate * max(0, (t - window + 1) // rate)
-    whole = [b for b in range(t + 1) if (b + 1) * rate <= edge]
-    return set(range(edge, t + 1)), set(whole[max(0, len(whole) - length) :])
+    """Return the exact positions and the blocks that the query at position t sees."""
+    boundary = rate * max(0, (t - window + 1) // rate)
+    evicted = [b for b in range(t + 1) if (b + 1) * rate <= boundary]
+    return set(range(boundary, t + 1)), set(evicted[max(0, len(evicted) - length) :])
 
 
-@given(windows, rates, lengths, st.integers(0, 70), st.integers(1, 40))
+@given(windows, compression_rates, bank_sizes, st.integers(0, 70), st.integers(1, 40))
 @settings(deadline=None, max_examples=60)
-def test_visibility_is_the_design_s_predicate(window: int, rate: int, length: int, carried: int, n: int) -> None:
-    """Entries are told by their places: position = tick + carried, a block's centre is half a block off its ends."""
+def test_visibility_is_a_function_of_positions(window: int, rate: int, length: int, past_length: int, n: int) -> None:
+    """Entries are identified by position = offset + past_length, blocks by their centers."""
     memory = CompressedMemory(DIM, window, rate, length, compression.MeanPooling)
-    segment = Segment.from_document_starts(torch.tensor([carried]), n)
+    segment = Segment.from_document_starts(torch.tensor([past_length]), n)
     x = torch.zeros(1, n, DIM)
-    places = memory.read(memory.init_state(1, like=x), x, segment, None).entry_positions  # type: ignore[arg-type]
-    seen, at = create_mask(places.visibility)[0], places.offset[0] + carried
-    entries = places.offset.shape[1] - memory.cache_length - n
+    entry_positions = memory.read(memory.init_state(1, like=x), x, segment, None).entry_positions  # type: ignore[arg-type]
+    seen, position = create_mask(entry_positions.visibility)[0], entry_positions.offset[0] + past_length
+    entries = entry_positions.offset.shape[1] - memory.cache_length - n
     for query in range(n):
-        exact, blocks = naive_view(carried + query, window, rate, length)
-        assert at[entries:][seen[query, entries:]].tolist() == sorted(exact)
-        centres = sorted(at[:entries][seen[query, :entries]].tolist())
-        assert centres == [b * rate + (rate - 1) / 2 for b in sorted(blocks)]
+        exact, blocks = naive_view(past_length + query, window, rate, length)
+        assert position[entries:][seen[query, entries:]].tolist() == sorted(exact)
+        centers = sorted(position[:entries][seen[query, :entries]].tolist())
+        assert centers == [b * rate + (rate - 1) / 2 for b in sorted(blocks)]
 
 
 @given(st.one_of(compressed, recurrent, published, st.just(NoMemory)), streams(50), st.integers(1, 16))
 @settings(deadline=None, max_examples=80)
-def test_static_bounds_hold_every_visible_pair(kind: Any, stream: tuple[Tensor, Tensor, list[int]], block: int) -> None:
-    stack, (x, starts, cuts) = Stack(kind, depth=1), stream
+def test_static_bounds_contain_every_visible_pair(
+    kind: Any, stream: tuple[Tensor, Tensor, list[int]], block: int
+) -> None:
+    stack, (x, document_starts, ends) = Stack(kind, depth=1), stream
     with torch.no_grad():
-        stack.run(x, starts, cuts)
+        stack.run(x, document_starts, ends)
     for view in stack.layers[0].views:
         visibility = view.entry_positions.visibility
-        assert sum(section.num_keys for section in visibility.key_ranges) == visibility.num_keys
+        assert sum(key_range.num_keys for key_range in visibility.key_ranges) == visibility.num_keys
         assert visibility.num_keys == sum(part.shape[1] for part in view.parts)
         for start in range(0, visibility.num_queries, block):
             stop = min(start + block, visibility.num_queries)
@@ -158,18 +162,20 @@ def test_static_bounds_hold_every_visible_pair(kind: Any, stream: tuple[Tensor, 
 
 @given(windows, streams(30))
 @settings(deadline=None, max_examples=30)
-def test_recurrent_window(window: int, stream: tuple[Tensor, Tensor, list[int]]) -> None:
-    """A query sees itself and the window - 1 positions before it, of its own document."""
-    stack, (x, starts, cuts) = Stack(partial(RecurrentMemory, window=window), depth=1), stream
+def test_recurrent_memory_sees_its_window(window: int, stream: tuple[Tensor, Tensor, list[int]]) -> None:
+    """A query sees itself and the ``window - 1`` positions before it in its document."""
+    stack, (x, document_starts, ends) = Stack(partial(RecurrentMemory, window=window), depth=1), stream
     with torch.no_grad():
-        stack.run(x, starts, cuts)
+        stack.run(x, document_starts, ends)
     seen = torch.cat([create_mask(view.entry_positions.visibility).sum(-1) for view in stack.layers[0].views], 1)
-    position = Segment.from_document_starts(torch.zeros(x.shape[0], dtype=torch.int64), x.shape[1], starts).position
+    position = Segment.from_document_starts(
+        torch.zeros(x.shape[0], dtype=torch.int64), x.shape[1], document_starts
+    ).position
     assert torch.equal(seen, (position + 1).clamp(max=window))
 
 
 def test_transformer_xl_sees_the_whole_cache() -> None:
-    """same_length=False: query i of a call sees all cached places and the i + 1 of the call (section 3.2)."""
+    """With ``same_length=False``, query i of a call sees the whole cache and the call's first i + 1 tokens (3.2)."""
     stack = Stack(partial(RecurrentMemory, window=5, same_length=False), depth=1)
     stack.run(torch.randn(1, 12, DIM, dtype=torch.float64), torch.zeros(1, 12, dtype=torch.bool), [4, 8])
     counts = [create_mask(view.entry_positions.visibility)[0].sum(-1).tolist() for view in stack.layers[0].views]
@@ -178,10 +184,12 @@ def test_transformer_xl_sees_the_whole_cache() -> None:
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 99))
 @settings(deadline=None, max_examples=30)
-def test_published_schedule(blocks: int, rate: int, per_call: int, calls: int, seed: int) -> None:
-    """Compressive Transformer, algorithm 1: the n oldest states compressed after each call of n, all memory seen."""
+def test_compress_per_segment_is_the_published_schedule(
+    blocks: int, rate: int, blocks_per_call: int, calls: int, seed: int
+) -> None:
+    """Compressive Transformer, algorithm 1: after each call of n tokens, the n oldest states are compressed."""
     torch.manual_seed(seed)
-    window, n, length = max(blocks, per_call) * rate, per_call * rate, 5
+    window, n, length = max(blocks, blocks_per_call) * rate, blocks_per_call * rate, 5
     layer = Stack(
         partial(CompressedMemory, window=window, compression_rate=rate, num_entries=length, compress_per_segment=True),
         depth=1,
@@ -205,7 +213,7 @@ def test_published_schedule(blocks: int, rate: int, per_call: int, calls: int, s
 
 
 def test_compression_learns_within_one_segment() -> None:
-    """The segment in which a block crosses the edge reads its entry, so one segment's loss reaches the weights."""
+    """A segment reads the entry of a block evicted in it, so one segment's loss reaches the weights."""
     stack = Stack(partial(CompressedMemory, window=4, compression_rate=2, num_entries=3), depth=1)
     x = torch.randn(2, 12, DIM, dtype=torch.float64)
     out, _, _ = stack.step(x, stack.init_state(2), None)
@@ -215,8 +223,8 @@ def test_compression_learns_within_one_segment() -> None:
         assert float(parameter.grad.abs().max()) > 1e-6
 
 
-def test_most_used_ranks_by_the_newest_queries_as_the_block_leaves() -> None:
-    """Mean attention weight from the ``rate`` positions up to the crossing, among the block's own states."""
+def test_most_used_ranks_by_the_newest_queries_at_eviction() -> None:
+    """The rank is the mean attention, within the block, from the ``rate`` positions up to its eviction."""
     torch.manual_seed(0)
     window, rate, n = 4, 3, 90
     kind = partial(
@@ -229,18 +237,18 @@ def test_most_used_ranks_by_the_newest_queries_as_the_block_leaves() -> None:
         q, k = (layer.project(x, part, frozen=True)[0] for part in ("query", "key"))
     chosen = []
     for block in range((n - window) // rate):
-        crossing = (block + 1) * rate + window - 1
+        eviction = (block + 1) * rate + window - 1
         usage = torch.zeros(rate, dtype=torch.float64)
-        for t in range(crossing - rate + 1, crossing + 1):
+        for t in range(eviction - rate + 1, eviction + 1):
             scores = torch.einsum("hd,khd->hk", q[t], k[block * rate : (block + 1) * rate])
             usage += (scores * q.shape[-1] ** -0.5).softmax(-1).sum(0)
         chosen.append(block * rate + int(usage.argmax()))
-    assert len({place % rate for place in chosen}) > 1, "the draw does not tell ranks apart"
+    assert len({position % rate for position in chosen}) > 1, "all blocks have the same winner"
     assert torch.equal(state.bank[0, -len(chosen) :], x[0, chosen])
 
 
-def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
-    """DDP fails on a parameter that took no part."""
+def test_every_weight_has_a_gradient_even_if_no_block_is_evicted() -> None:
+    """DDP fails on parameters without a gradient."""
     stack = Stack(partial(CompressedMemory, window=40, compression_rate=4, num_entries=3))
     out, _, _ = stack.step(torch.randn(1, 3, DIM, dtype=torch.float64), stack.init_state(1), None)
     out.sum().backward()
@@ -248,7 +256,7 @@ def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "message"),
     [
         (partial(CompressedMemory, window=0), "window is 0"),
         (partial(CompressedMemory, compression_rate=0), "compression_rate is 0"),
@@ -257,6 +265,6 @@ def test_every_weight_has_a_gradient_even_where_no_block_is_born() -> None:
         (partial(CompressedMemory, compression=partial(compression.AttentionPooling, heads=3)), r"heads \(3\)"),
     ],
 )
-def test_refuses(kind: Callable[[int], object], says: str) -> None:
-    with pytest.raises(MemtxError, match=says):
+def test_rejects_invalid_options(kind: Callable[[int], object], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         kind(DIM)

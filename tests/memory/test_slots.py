@@ -1,4 +1,4 @@
-"""Slots against Memformer's equations, an interval at a time, and when they are written."""
+"""Slots against Memformer's equations, one interval at a time, and the times of their writes."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from memtx.memory.parts import Gate, ReflectingGate
 from memtx.memory.slots import SlotMemory
 from memtx.segment import Segment
 
-# float64 sums of a few dozen terms, in another order, through some writes.
+# Sums of a few dozen float64 terms in another order, through several writes.
 close = partial(torch.testing.assert_close, rtol=0, atol=1e-10)
 
-DIM, HEADS, COUNT = 8, 2, 3
-FINE = DIM // HEADS
+DIM, HEADS, NUM_SLOTS = 8, 2, 3
+HEAD_DIM = DIM // HEADS
 TEMPERATURE = 0.5
 
 
-def made(seed: int = 0, **options: Any) -> SlotMemory:
+def build_memory(seed: int = 0, **options: Any) -> SlotMemory:
     torch.manual_seed(seed)
     memory = SlotMemory(
-        DIM, **({"num_slots": COUNT, "interval": 4, "heads": HEADS, "temperature": TEMPERATURE} | options)
+        DIM, **({"num_slots": NUM_SLOTS, "interval": 4, "heads": HEADS, "temperature": TEMPERATURE} | options)
     ).double()
     with torch.no_grad():
         for parameter in memory.parameters():
@@ -36,127 +36,134 @@ def made(seed: int = 0, **options: Any) -> SlotMemory:
 
 
 def run(
-    memory: SlotMemory, x: Tensor, q: Tensor, starts: Tensor | None = None, carried: int = 0, state: Any = None
+    memory: SlotMemory,
+    x: Tensor,
+    q: Tensor,
+    document_starts: Tensor | None = None,
+    past_length: int = 0,
+    state: Any = None,
 ) -> Any:
     """Return the readout and the next state."""
     state = state if state is not None else memory.init_state(x.shape[0], like=x)
-    segment = Segment.from_document_starts(torch.full((x.shape[0],), carried), x.shape[1], starts)
+    segment = Segment.from_document_starts(torch.full((x.shape[0],), past_length), x.shape[1], document_starts)
     view = memory.read(state, x, segment, None)  # type: ignore[arg-type]
     return memory.readout(view, q), memory.write(view, segment, None)[0]  # type: ignore[arg-type]
 
 
-def unit(x: Tensor) -> Tensor:
+def rms_normalize(x: Tensor) -> Tensor:
     return x * (DIM**0.5 / x.norm(dim=-1, keepdim=True)) if x.norm() > 0 else x
 
 
-def mixed(memory: SlotMemory, x: Tensor) -> Tensor:
-    """Mix each token of one document with the one before it."""
+def shift_tokens(memory: SlotMemory, x: Tensor) -> Tensor:
+    """Mix each token of a document with the previous one."""
     if memory.token_shift is None:
         return x
-    before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
-    return (1 - memory.token_shift.mix_ratio) * x + memory.token_shift.mix_ratio * before
+    previous = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+    return (1 - memory.token_shift.mix_ratio) * x + memory.token_shift.mix_ratio * previous
 
 
-def written(memory: SlotMemory, slots: Tensor, x: Tensor) -> Tensor:
-    """Write slots (count, DIM) from an interval's mixed inputs (tokens, DIM), a slot and a head at a time."""
-    after = []
+def write_slots(memory: SlotMemory, slots: Tensor, x: Tensor) -> Tensor:
+    """Write slots ``(slots, DIM)`` from an interval's shifted inputs ``(tokens, DIM)``, one slot and head at a time."""
+    next_slots = []
     for slot, bias in zip(slots, memory.slot_bias, strict=True):
-        found = []
+        heads = []
         for head in range(HEADS):
-            own = slice(head * FINE, (head + 1) * FINE)
-            q = memory.slot_query(slot)[own]
-            keys = torch.cat([memory.slot_key(slot)[None], memory.key(x)])[:, own]
-            values = torch.cat([memory.slot_value(slot)[None], memory.value(x)])[:, own]
-            found.append(torch.softmax(keys @ q * FINE**-0.5 / TEMPERATURE, 0) @ values)
-        new = unit(torch.cat(found) + bias)
+            head_slice = slice(head * HEAD_DIM, (head + 1) * HEAD_DIM)
+            q = memory.slot_query(slot)[head_slice]
+            keys = torch.cat([memory.slot_key(slot)[None], memory.key(x)])[:, head_slice]
+            values = torch.cat([memory.slot_value(slot)[None], memory.value(x)])[:, head_slice]
+            heads.append(torch.softmax(keys @ q * HEAD_DIM**-0.5 / TEMPERATURE, 0) @ values)
+        new = rms_normalize(torch.cat(heads) + bias)
         if memory.write_gate is not None:
             new = slot + memory.write_gate(torch.cat([slot, new])) * (new - slot)
-        after.append(new)
-    return torch.stack(after)
+        next_slots.append(new)
+    return torch.stack(next_slots)
 
 
-def by_hand(memory: SlotMemory, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Read one document: x (tokens, DIM), q (tokens, HEADS, FINE); return reads like q, and the last slots."""
-    slots, outputs = torch.stack([unit(bias) for bias in memory.slot_bias]), []
-    for at in range(len(x)):
-        k, v = (part(slots).view(COUNT, HEADS, FINE) for part in (memory.read_key, memory.read_value))
-        weights = torch.softmax(torch.einsum("hd,shd->hs", q[at], k) * FINE**-0.5, -1)
+def read_naively(memory: SlotMemory, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reads of queries ``(tokens, HEADS, HEAD_DIM)`` in a document ``(tokens, DIM)`` and the last slots."""
+    slots, outputs = torch.stack([rms_normalize(bias) for bias in memory.slot_bias]), []
+    for position in range(len(x)):
+        k, v = (part(slots).view(NUM_SLOTS, HEADS, HEAD_DIM) for part in (memory.read_key, memory.read_value))
+        weights = torch.softmax(torch.einsum("hd,shd->hs", q[position], k) * HEAD_DIM**-0.5, -1)
         outputs.append(torch.einsum("hs,shd->hd", weights, v))
-        if (at + 1) % memory.interval == 0:
-            slots = written(memory, slots, mixed(memory, x)[at + 1 - memory.interval : at + 1])
+        if (position + 1) % memory.interval == 0:
+            slots = write_slots(memory, slots, shift_tokens(memory, x)[position + 1 - memory.interval : position + 1])
     return torch.stack(outputs), slots
 
 
-@pytest.mark.parametrize("write", [Gate, None])
+@pytest.mark.parametrize("write_gate", [Gate, None])
 @given(
     seed=st.integers(0, 999),
     interval=st.integers(1, 7),
     n=st.integers(1, 30),
-    begin=st.integers(1, 29),
-    shift=st.booleans(),
+    start=st.integers(1, 29),
+    token_shift=st.booleans(),
 )
-def test_they_are_their_equations(write: Any, seed: int, interval: int, n: int, begin: int, shift: bool) -> None:
-    memory = made(seed, write_gate=write, interval=interval, token_shift=shift)
-    x, q = torch.randn(1, n, DIM, dtype=torch.float64), torch.randn(1, n, HEADS, FINE, dtype=torch.float64)
+def test_match_the_equations(write_gate: Any, seed: int, interval: int, n: int, start: int, token_shift: bool) -> None:
+    memory = build_memory(seed, write_gate=write_gate, interval=interval, token_shift=token_shift)
+    x, q = torch.randn(1, n, DIM, dtype=torch.float64), torch.randn(1, n, HEADS, HEAD_DIM, dtype=torch.float64)
     with torch.no_grad():
-        readout, state = run(memory, x, q, torch.arange(n)[None] == begin)
-        ends = [(0, min(begin, n))] + ([(begin, n)] if begin < n else [])
+        readout, state = run(memory, x, q, torch.arange(n)[None] == start)
+        ends = [(0, min(start, n))] + ([(start, n)] if start < n else [])
         for low, high in ends:
-            out, slots = by_hand(memory, x[0, low:high], q[0, low:high])
+            out, slots = read_naively(memory, x[0, low:high], q[0, low:high])
             close(readout.out[0, :, low:high], out.transpose(0, 1))
         close(state.slots[0], slots if high - low >= interval else torch.zeros_like(slots))
 
 
-def test_nothing_is_written_before_an_interval_is_whole() -> None:
-    memory = made(interval=5)
-    x, q = torch.randn(1, 20, DIM, dtype=torch.float64), torch.zeros(1, 20, HEADS, FINE, dtype=torch.float64)
-    state, changes, before = memory.init_state(1, like=x), [], torch.zeros(1, COUNT, DIM)
+def test_slots_are_written_where_intervals_end() -> None:
+    memory = build_memory(interval=5)
+    x, q = torch.randn(1, 20, DIM, dtype=torch.float64), torch.zeros(1, 20, HEADS, HEAD_DIM, dtype=torch.float64)
+    state, changes, previous = memory.init_state(1, like=x), [], torch.zeros(1, NUM_SLOTS, DIM)
     with torch.no_grad():
-        for at in range(20):
-            _, state = run(memory, x[:, at : at + 1], q[:, :1], carried=at, state=state)
-            if not torch.equal(state.slots, before):
-                changes.append(at)
-            before = state.slots
+        for position in range(20):
+            _, state = run(memory, x[:, position : position + 1], q[:, :1], past_length=position, state=state)
+            if not torch.equal(state.slots, previous):
+                changes.append(position)
+            previous = state.slots
     assert changes == [4, 9, 14, 19]
 
 
-def test_with_closed_gates_slots_stay_as_they_are_to_the_bit() -> None:
-    memory = made()
-    x, q = torch.randn(2, 21, DIM, dtype=torch.float64), torch.zeros(2, 21, HEADS, FINE, dtype=torch.float64)
+def test_closed_gates_leave_slots_bitwise_unchanged() -> None:
+    memory = build_memory()
+    x, q = torch.randn(2, 21, DIM, dtype=torch.float64), torch.zeros(2, 21, HEADS, HEAD_DIM, dtype=torch.float64)
     with torch.no_grad():
         _, state = run(memory, x, q)
         memory.write_gate.proj.weight.zero_()
         memory.write_gate.proj.bias.fill_(-5.0)  # 1.2 sigmoid(-5) < 0.1
-        _, after = run(memory, x, q, carried=21, state=state)
+        _, next_slots = run(memory, x, q, past_length=21, state=state)
     assert state.slots.abs().max() > 0.1
-    assert torch.equal(after.slots, state.slots)
+    assert torch.equal(next_slots.slots, state.slots)
 
 
-def test_the_log_sum_exp_is_that_of_the_slots_scores() -> None:
-    """So that slots and attention stand in one softmax."""
-    memory = made(interval=50)
-    x, q = torch.randn(1, 6, DIM, dtype=torch.float64), torch.randn(1, 6, HEADS, FINE, dtype=torch.float64)
+def test_log_sum_exp_is_over_the_scores_of_the_slots() -> None:
+    """Slots and attention can then share one softmax."""
+    memory = build_memory(interval=50)
+    x, q = torch.randn(1, 6, DIM, dtype=torch.float64), torch.randn(1, 6, HEADS, HEAD_DIM, dtype=torch.float64)
     readout, _ = run(memory, x, q)
-    keys = memory.read_key(torch.stack([unit(bias) for bias in memory.slot_bias])).view(COUNT, HEADS, FINE)
-    close(readout.lse, torch.einsum("rqhd,shd->rhqs", q, keys).mul(FINE**-0.5).logsumexp(-1))
+    keys = memory.read_key(torch.stack([rms_normalize(bias) for bias in memory.slot_bias])).view(
+        NUM_SLOTS, HEADS, HEAD_DIM
+    )
+    close(readout.lse, torch.einsum("bqhd,shd->bhqs", q, keys).mul(HEAD_DIM**-0.5).logsumexp(-1))
 
 
-def test_writing_has_a_price_in_training_alone() -> None:
-    """The mean gate of the intervals that end, and of no other."""
-    memory = made(write_penalty=0.5, write_gate=partial(Gate, stretch=0.0, bias_init=0.0))
+def test_write_penalty_is_the_mean_gate_in_training_only() -> None:
+    """The mean is over the intervals that end in the call."""
+    memory = build_memory(write_penalty=0.5, write_gate=partial(Gate, stretch=0.0, bias_init=0.0))
     torch.nn.init.zeros_(memory.write_gate.proj.weight)
     torch.nn.init.zeros_(memory.write_gate.proj.bias)
-    for n, price in ((3, 0.0), (4, 0.25), (13, 0.25)):
+    for n, penalty in ((3, 0.0), (4, 0.25), (13, 0.25)):
         x = torch.randn(2, n, DIM, dtype=torch.float64)
         segment = Segment.from_document_starts(torch.zeros(2, dtype=torch.int64), n)
         view = memory.read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
         losses = memory.train().write(view, segment, None)[1]  # type: ignore[arg-type]
-        assert losses["write_penalty"] == price
+        assert losses["write_penalty"] == penalty
         assert memory.eval().write(view, segment, None)[1] == {}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"num_slots": 0}, "num_slots is 0"),
         ({"interval": 0}, "interval is 0"),
@@ -166,6 +173,6 @@ def test_writing_has_a_price_in_training_alone() -> None:
         ({"write_gate": ReflectingGate}, "ReflectingGate, which goes up to 2"),
     ],
 )
-def test_refuses(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(MemtxError, match=says):
+def test_rejects_invalid_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         SlotMemory(DIM, **options)

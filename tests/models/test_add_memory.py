@@ -12,7 +12,7 @@ import torch
 import memtx
 from memtx.errors import MemtxError
 from memtx.inference.decoder import Decoder
-from memtx.layers.positions.alibi import Alibi
+from memtx.layers.positions.base import Alibi
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.compression import MeanPooling

@@ -109,8 +109,8 @@ def test_segmentation_does_not_matter(problem: Problem, splits: list[int]) -> No
 def test_packed_documents_equal_separate_ones(problem: Problem) -> None:
     out, state = problem.solve(chunk_gated_delta_rule, chunk_size=problem.chunk_size)
     for index in range(problem.document_starts.shape[0]):
-        starts = sorted({0, *problem.document_starts[index].nonzero().flatten().tolist()})
-        for start, stop in zip(starts, [*starts[1:], problem.document_starts.shape[1]], strict=True):
+        bounds = sorted({0, *problem.document_starts[index].nonzero().flatten().tolist()})
+        for start, stop in zip(bounds, [*bounds[1:], problem.document_starts.shape[1]], strict=True):
             is_new = bool(problem.document_starts[index, start])
             tensors = {name: tensor[index : index + 1, :, start:stop] for name, tensor in problem.tensors.items()}
             past_state = problem.tensors["state"][index : index + 1]

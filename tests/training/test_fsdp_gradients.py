@@ -61,8 +61,8 @@ def transformer(stack: Any, checkpointing: bool = False, **options: Any) -> nn.M
 
 
 CHOSEN = (
-    "compressed-convolution", "compressed-queries", "dual", "associative-gated", "slots", "retrieval", "sinks-placed",
-    "tokens", "same-layer", "theirs",
+    "compressed-convolution", "compressed-queries", "dual", "associative-gated", "slots", "retrieval",
+    "sinks-with-positions", "tokens", "ernie-doc", "third-party",
 )  # fmt: skip
 """Kinds of memory with parameters of every sort and every way of being written."""
 

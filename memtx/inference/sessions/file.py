@@ -1,17 +1,17 @@
-"""Session file: the state of a model and of its reader in one safetensors file.
+"""Session file: the state of a model and of its reader in one safetensors file, which may come from anywhere.
 
-A file is written whole or not at all. It is refused by another model or tokenizer, or if one bit of it changed. Its
-content is validated before a reader takes it, since it may come from anywhere.
+It is written whole or not at all, and refused by another model or tokenizer, or if one bit of it changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,6 @@ from memtx.errors import CheckpointError
 from memtx.inference.reader import ReaderSnapshot, StreamReader, Totals
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.segment import INFINITE_OFFSET
-from memtx.state import MemoryState
 
 KIND = "memtx.session"
 VERSION = 3
@@ -36,9 +35,6 @@ EXTRA_PREFIX = "extra."
 DIGEST_KEY = "digest"
 DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata")
 """Header entries covered by the digest, beside the tensors; format, kind and version are compared."""
-
-MAX_CHARACTER_BYTES = 4
-"""Maximum bytes of a character in UTF-8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +61,7 @@ def save_session(
     """Write the position of a reader.
 
     Args:
-        path: File to write; an existing file is replaced, whole or not at all.
+        path: File to write or replace.
         reader: Reader to save; it can continue afterwards.
         metadata: Further JSON-serializable entries.
         extra_tensors: Further tensors.
@@ -97,48 +93,53 @@ def save_session(
 def load_session(
     path: str | os.PathLike[str], reader: StreamReader, *, fingerprints: Fingerprints | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore a reader from a saved session; on an error it is left unchanged.
+    """Restore a reader of the same model and tokenizer from a saved session; on an error it is left unchanged.
 
-    Args:
-        path: Session file.
-        reader: Reader of the same model and tokenizer.
-        fingerprints: Fingerprints of the reader's model and tokenizer. Defaults to computing them.
-
-    Returns:
-        The metadata and the extra tensors of the session.
+    Returns the metadata and the extra tensors of the session. If ``fingerprints`` is None, they are computed.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another format or version, or of another model or tokenizer.
     """
     tensors, header = files.load_tensors(path, kind=KIND, version=VERSION)
-    check_fingerprints(path, header, fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer))
+    _check_fingerprints(path, header, fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer))
     # Exactly the saved content: one bit more or less would continue another text.
     digested: dict[str, str] = {name: header[name] for name in DIGESTED_KEYS if name in header}
     others = header.keys() - digested.keys() - {DIGEST_KEY, "kind", "version"}
     if header.get(DIGEST_KEY) != _digest(tensors, digested) or others != {"format"} or header["format"] != "pt":
         raise CheckpointError(f"'{path}' was changed after it was written.", "Restore a copy.")
-    try:
-        totals, metadata = parse_header(header)
+    with _report_damage(path):
+        totals, metadata = _parse_header(header)
         last_token = int(header["last_token"])
         pending_tokens = tensors.pop("pending_tokens").numpy()
         pending_text = bytes(tensors.pop("pending_text").numpy()).decode("utf-8", "surrogatepass")
         pending_bytes = bytes(tensors.pop("pending_bytes").numpy())
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is a session with a damaged header: {error}.", "Restore a copy.") from error
     vocab_size = reader.tokenizer.vocab_size
     tokens_fit = 0 <= last_token < vocab_size and pending_tokens.dtype == np.int64 and pending_tokens.ndim == 1
     if not tokens_fit or not ((pending_tokens >= 0) & (pending_tokens < vocab_size)).all():
         raise CheckpointError(f"'{path}' holds tokens outside the tokenizer's vocabulary.", "Restore a copy.")
-    if len(pending_bytes) >= MAX_CHARACTER_BYTES or TextSplitter().feed(pending_text):
+    # A character has at most 4 bytes in UTF-8.
+    if len(pending_bytes) >= 4 or TextSplitter().feed(pending_text):
         raise CheckpointError(f"'{path}' holds pending text that should have been read.", "Restore a copy.")
     state = reader.state.with_named_tensors(_with_prefix(tensors, STATE_PREFIX))
-    _check_state(path, state)
+    if state.batch_size != 1:
+        raise CheckpointError(f"'{path}' holds {state.batch_size} streams, expected 1.", "Restore a copy.")
+    if not 0 <= (position := int(state.position[0])) < INFINITE_OFFSET:
+        raise CheckpointError(f"'{path}' has position {position}, which is out of range.", "Restore a copy.")
+    if not all(bool(tensor.isfinite().all()) for tensor in state.named_tensors().values()):
+        raise CheckpointError(f"'{path}' holds a state that is not finite.", "Restore a copy.")
     reader.restore(ReaderSnapshot(state, last_token, pending_tokens, pending_text, pending_bytes, totals))
     return metadata, _with_prefix(tensors, EXTRA_PREFIX)
 
 
-def check_fingerprints(path: str | os.PathLike[str], header: Mapping[str, str], fingerprints: Fingerprints) -> None:
-    """Raise CheckpointError if a session belongs to another model or tokenizer."""
+def load_header(path: str | os.PathLike[str], fingerprints: Fingerprints) -> tuple[Totals, dict[str, Any]]:
+    """Return the totals and the metadata of a saved session, without its state; raises as :func:`load_session`."""
+    header = files.load_header(path, kind=KIND, version=VERSION)
+    _check_fingerprints(path, header, fingerprints)
+    with _report_damage(path):
+        return _parse_header(header)
+
+
+def _check_fingerprints(path: str | os.PathLike[str], header: Mapping[str, str], fingerprints: Fingerprints) -> None:
     for name, expected in dataclasses.asdict(fingerprints).items():
         if header.get(name) != expected:
             raise CheckpointError(
@@ -147,35 +148,25 @@ def check_fingerprints(path: str | os.PathLike[str], header: Mapping[str, str], 
             )
 
 
-def parse_header(header: Mapping[str, str]) -> tuple[Totals, dict[str, Any]]:
-    """Return the totals and the metadata in the header of a session.
+@contextlib.contextmanager
+def _report_damage(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"'{path}' is a session with a damaged header: {error}.", "Restore a copy.") from error
 
-    Raises:
-        KeyError, TypeError, ValueError, RecursionError: They are missing or invalid.
-    """
+
+def _parse_header(header: Mapping[str, str]) -> tuple[Totals, dict[str, Any]]:
     totals = Totals(**json.loads(header["totals"]))
     for field in dataclasses.fields(Totals):
-        if not _is_valid_total(value := getattr(totals, field.name), type(field.default)):
+        value = getattr(totals, field.name)
+        # The exact type: a bool is an int.
+        if type(value).__name__ != field.type or not 0 <= float(value) < math.inf:
             raise ValueError(f"{field.name} is {value!r}")
     metadata = json.loads(header["metadata"])
     if not isinstance(metadata, dict):
         raise TypeError("the metadata is no object")
     return totals, metadata
-
-
-def _is_valid_total(value: Any, expected_type: type[Any]) -> bool:
-    # The exact type: a bool is an int.
-    return type(value) is expected_type and 0 <= float(value) < math.inf
-
-
-def _check_state(path: str | os.PathLike[str], state: MemoryState) -> None:
-    if state.batch_size != 1:
-        raise CheckpointError(f"'{path}' holds {state.batch_size} streams, expected 1.", "Restore a copy.")
-    position = int(state.position[0])
-    if not 0 <= position < INFINITE_OFFSET:
-        raise CheckpointError(f"'{path}' has position {position}, which is out of range.", "Restore a copy.")
-    if not all(bool(tensor.isfinite().all()) for tensor in state.named_tensors().values()):
-        raise CheckpointError(f"'{path}' holds a state that is not finite.", "Restore a copy.")
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

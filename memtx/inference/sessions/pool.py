@@ -1,14 +1,7 @@
-"""Session pool: many sessions of one model, read and continued in shared calls, in memory or on disk.
-
-Every session has a state of the same fixed size. Its results equal those of a reader alone, up to rounding; so equal
-seeds give equal texts, except where a draw falls within float32 rounding of the border between two tokens.
-
-Methods can be called from any thread and block; requests to one session run one after the other.
-"""
+"""Session pool: many sessions of one model, read and continued in shared calls, in memory or on disk."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -22,14 +15,16 @@ from memtx.inference.sessions.registry import SessionInfo, SessionRegistry
 from memtx.inference.sessions.store import SessionStore
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
-GB = 10**9
-
 
 class SessionPool:
-    """Sessions of one model.
+    """Sessions of one model; every session has a state of the same fixed size.
 
-    In all methods, ``deadline`` is a time of ``time.monotonic`` after which DeadlineExceededError is raised, and an
-    unknown ``session_id`` raises SessionNotFoundError.
+    Results equal those of a reader alone, up to rounding; so equal seeds give equal texts, except where a draw falls
+    within float32 rounding of the border between two tokens.
+
+    Methods can be called from any thread and block; requests to one session run one after the other. An unknown
+    ``session_id`` raises SessionNotFoundError; DeadlineExceededError is raised after ``deadline``, a time of
+    ``time.monotonic``. With ``save``, a session is written to disk before the method returns.
 
     Args:
         model: Language model; a module is put into eval mode. Only the pool's thread may use it.
@@ -38,9 +33,7 @@ class SessionPool:
         segment_length: Tokens per segment.
         max_in_memory: Maximum number of sessions in memory; the least recently used are evicted to disk.
         max_sessions: Maximum number of sessions, including those on disk.
-        max_batch_size: Maximum number of texts generated at once; more wait.
-        max_batch_tokens: Maximum number of tokens scored in one call, unless a single segment is longer. Defaults to a
-            value for the model's device.
+        max_batch_size, max_batch_tokens: As in :class:`~memtx.inference.engine.Engine`.
 
     Raises:
         MemtxError: A number is out of range, or the folder cannot be used.
@@ -58,9 +51,7 @@ class SessionPool:
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
     ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.segment_length = segment_length
+        self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
         # New readers are forks of it, so that the initial state is created once.
         self._template_reader = StreamReader(model, tokenizer, segment_length)
         self.session_bytes = self._template_reader.state.nbytes
@@ -71,7 +62,7 @@ class SessionPool:
     @property
     def sessions_per_gb(self) -> int:
         """Number of session states in 10^9 bytes, in memory or on disk, not counting pending text."""
-        return GB // max(self.session_bytes, 1)
+        return 10**9 // max(self.session_bytes, 1)
 
     def new_reader(self, *, num_logprobs: int = 0, deadline: float | None = None) -> StreamReader:
         """Return a reader at the beginning of a text that is scored by the pool's engine; it is no session."""
@@ -100,22 +91,17 @@ class SessionPool:
         save: bool = False,
         deadline: float | None = None,
     ) -> list[SegmentResult]:
-        """Read more text in a session; on an error the session is left unchanged.
+        """Read more text, split anywhere (bytes are UTF-8), in a session; on an error the session is left unchanged.
 
-        Args:
-            session_id: Id of the session.
-            text: Any amount, cut anywhere.
-            end_of_text: If True, the text ends here, and pending text is read too.
-            save: If True, write the session to disk before returning.
-            deadline: Deadline for reading.
+        With ``end_of_text``, the text ends here, and pending text is read too.
 
         Raises:
             DataError: The text is not UTF-8.
         """
-        with self.registry.acquire(session_id, deadline) as (session, reader), _rollback_on_error(reader):
-            with self._with_deadline(reader, deadline):
-                results = list(chain(reader.feed(text), reader.finish() if end_of_text else ()))
-            self.registry.update(session, save=save)
+        with self.registry.acquire(session_id, deadline) as (session, reader):
+            fork = self._fork(reader, deadline)
+            results = list(chain(fork.feed(text), fork.finish() if end_of_text else ()))
+            self.registry.update(session, fork, save=save)
         return results
 
     def score(
@@ -129,8 +115,7 @@ class SessionPool:
     ) -> tuple[Totals, list[SegmentResult]]:
         """Score a continuation of a session, which is left unchanged.
 
-        Returns:
-            The session's totals, and the results of its pending text and of ``text``.
+        Returns the session's totals, and the results of its pending text and of ``text``.
         """
         fork = self.fork_reader(session_id, deadline=deadline)
         fork.num_logprobs, fork.return_hidden_states = num_logprobs, return_hidden_states
@@ -140,15 +125,12 @@ class SessionPool:
         self, session_id: str, prompt: str, configs: Iterable[GenerationConfig], *, deadline: float | None = None
     ) -> list[Generation]:
         """Generate continuations of a session, one per config; the session is left unchanged."""
-        fork = self.fork_reader(session_id, deadline=deadline)
-        return self._generate_from_prompt(fork, prompt, configs, deadline)
+        return self._generate_from_prompt(self.fork_reader(session_id, deadline=deadline), prompt, configs, deadline)
 
     def fork_reader(self, session_id: str, *, deadline: float | None = None) -> StreamReader:
         """Return a reader at the position of a session; it is no session."""
         with self.registry.acquire(session_id, deadline) as (_, reader):
-            fork = reader.fork()
-        fork.score_fn = self.engine.make_score_fn(deadline)
-        return fork
+            return self._fork(reader, deadline)
 
     def generate_and_append(
         self,
@@ -162,29 +144,21 @@ class SessionPool:
     ) -> Iterator[TextDelta]:
         """Generate a continuation of a session and append prompt and continuation to it.
 
-        The session is held until the iterator ends; if iteration stops early, it is left unchanged.
-
-        Args:
-            session_id: Id of the session.
-            prompt: Text to read first.
-            config: Generation options.
-            save: If True, write the session to disk at the end.
-            deadline: Deadline for the whole request.
-            on_start: Called with the generation before the first part of the text.
+        The session is held until the iterator ends; if iteration stops early, it is left unchanged. ``on_start`` is
+        called with the generation before the first part of the text.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
-            (generation,) = self._generate_from_prompt(reader.fork(), prompt, [config], deadline)
+            (generation,) = self._generate_from_prompt(self._fork(reader, deadline), prompt, [config], deadline)
             if on_start is not None:
                 on_start(generation)
             parts = []
             for delta in generation:
                 parts.append(delta.text)
                 yield delta
-            with _rollback_on_error(reader):
-                with self._with_deadline(reader, deadline):
-                    for _ in reader.feed(prompt + "".join(parts)):
-                        pass
-                self.registry.update(session, save=save)
+            fork = self._fork(reader, deadline)
+            for _ in fork.feed(prompt + "".join(parts)):
+                pass
+            self.registry.update(session, fork, save=save)
 
     def start_generation(
         self,
@@ -195,49 +169,37 @@ class SessionPool:
         deadline: float | None = None,
         on_outputs: Iterable[OutputFn] | None = None,
     ) -> list[Generation]:
-        """Start to generate continuations from the position of a reader; returns at once.
+        """Start to generate a continuation per config from the position of a reader at the end of its text.
 
-        Args:
-            reader: Reader at the end of its text; it is left unchanged.
-            recent_tokens: Newest tokens of the text, for the repetition penalty.
-            configs: Generation options, one per continuation.
-            deadline: Deadline for all of them.
-            on_outputs: Receivers of the output, one per continuation, instead of the generations' own iterators.
+        Returns at once and leaves the reader unchanged. ``recent_tokens`` are subject to the repetition penalty;
+        ``on_outputs`` receive the output of each continuation instead of the generations' own iterators.
         """
         generators = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, config) for config in configs]
-        receivers = list(on_outputs) if on_outputs is not None else [None] * len(generators)
-        return [
-            self.engine.generate(reader.state, generator, deadline, receiver)
-            for generator, receiver in zip(generators, receivers, strict=True)
-        ]
+        if on_outputs is None:
+            return [self.engine.generate(reader.state, generator, deadline) for generator in generators]
+        pairs = zip(generators, on_outputs, strict=True)
+        return [self.engine.generate(reader.state, generator, deadline, on_output) for generator, on_output in pairs]
 
     def fork(self, session_id: str, *, deadline: float | None = None) -> str:
         """Create a session at the position of another and return its id; raises SessionLimitError."""
-        with self.registry.acquire(session_id, deadline) as (_, reader):
-            fork = reader.fork()
-        return self.registry.add(fork)
+        return self.registry.add(self.fork_reader(session_id, deadline=deadline))
 
     def save(self, session_id: str, *, deadline: float | None = None) -> None:
-        """Write a session to disk; once this returns, it survives the end of the process.
-
-        Raises:
-            MemtxError: The pool has no folder, or the file cannot be written.
-        """
-        with self.registry.acquire(session_id, deadline) as (session, _):
-            self.registry.update(session, save=True)
+        """Write a session to disk; raises MemtxError if there is no folder, or the file cannot be written."""
+        with self.registry.acquire(session_id, deadline) as (session, reader):
+            self.registry.update(session, reader, save=True)
 
     def export_session(self, session_id: str, *, deadline: float | None = None) -> bytes:
         """Save a session and return the content of its file."""
-        with self.registry.acquire(session_id, deadline) as (session, _):
-            self.registry.update(session, save=True)
+        with self.registry.acquire(session_id, deadline) as (session, reader):
+            self.registry.update(session, reader, save=True)
             return self.registry.store.path(session_id).read_bytes()
 
     def import_session(self, data: bytes) -> str:
-        """Create a session from the content of :meth:`export_session` and return its id.
+        """Create a session from the content of :meth:`export_session` and return its id; raises SessionLimitError.
 
         Raises:
             CheckpointError: The content is damaged, or of another model or tokenizer.
-            SessionLimitError: The maximum number of sessions is reached.
         """
         self.registry.check_limit()
         reader = self.new_reader()
@@ -256,26 +218,10 @@ class SessionPool:
     def _generate_from_prompt(
         self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
-        reader.score_fn = self.engine.make_score_fn(deadline)
         recent_tokens = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
         return self.start_generation(reader, recent_tokens, configs, deadline=deadline)
 
-    @contextlib.contextmanager
-    def _with_deadline(self, reader: StreamReader, deadline: float | None) -> Iterator[None]:
-        """Set a deadline for the segments of a reader within the context."""
-        score_fn = reader.score_fn
-        reader.score_fn = self.engine.make_score_fn(deadline)
-        try:
-            yield
-        finally:
-            reader.score_fn = score_fn
-
-
-@contextlib.contextmanager
-def _rollback_on_error(reader: StreamReader) -> Iterator[None]:
-    snapshot = reader.snapshot()
-    try:
-        yield
-    except BaseException:
-        reader.restore(snapshot)
-        raise
+    def _fork(self, reader: StreamReader, deadline: float | None) -> StreamReader:
+        fork = reader.fork()
+        fork.score_fn = self.engine.make_score_fn(deadline)
+        return fork

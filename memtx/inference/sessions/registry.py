@@ -33,12 +33,7 @@ class SessionLimitError(MemtxError):
 class SessionInfo:
     """Description of a session, as of its last request.
 
-    Attributes:
-        session_id: 32 hexadecimal digits.
-        created: Time of creation in seconds since 1970.
-        totals: Sums over the text.
-        in_memory: If True, the state is in memory.
-        is_saved: If True, the file holds the current session.
+    ``session_id`` has 32 hexadecimal digits; ``created`` is in seconds since 1970; ``is_saved`` if its file is current.
     """
 
     session_id: str
@@ -59,13 +54,9 @@ class Session:
 
 
 class SessionRegistry:
-    """All sessions of a pool.
+    """All sessions of a pool: at most ``max_sessions``, with at most ``max_in_memory`` in memory if there is a store.
 
-    Args:
-        reader_factory: Creates a reader at the beginning of a text.
-        store: Store of saved sessions. None keeps all sessions in memory.
-        max_in_memory: Maximum number of sessions in memory, if there is a store.
-        max_sessions: Maximum number of sessions.
+    ``reader_factory`` creates a reader at the beginning of a text.
     """
 
     def __init__(
@@ -77,25 +68,18 @@ class SessionRegistry:
         max_sessions: int,
     ) -> None:
         check_at_least(1, max_in_memory=max_in_memory, max_sessions=max_sessions)
-        self.max_in_memory = max_in_memory
-        self.max_sessions = max_sessions
-        self._reader_factory = reader_factory
-        self._store = store
+        self.max_in_memory, self.max_sessions = max_in_memory, max_sessions
+        self._reader_factory, self._store = reader_factory, store
         self._lock = threading.Lock()
         # Least recently used first.
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         for session_id, totals, metadata in store.iter_sessions() if store is not None else ():
-            created = metadata.get("created")
-            created = created if isinstance(created, float) else 0.0
+            created = metadata["created"] if isinstance(metadata.get("created"), float) else 0.0
             self._sessions[session_id] = Session(SessionInfo(session_id, created, totals, False, True), None)
 
     @property
     def store(self) -> SessionStore:
-        """Store of saved sessions.
-
-        Raises:
-            MemtxError: There is none.
-        """
+        """Store of saved sessions; raises MemtxError if there is none."""
         if self._store is None:
             raise MemtxError("The pool has no folder to save sessions in.", "Create it with a folder.")
         return self._store
@@ -145,22 +129,21 @@ class SessionRegistry:
         """
         session = self.get(session_id)
         with _locked(session, deadline):
-            if session.reader is None:
-                reader = self._reader_factory()
-                self.store.load(session_id, reader)
-                session.reader = reader
-                session.info = replace(session.info, in_memory=True)
+            reader = session.reader
+            if reader is None:
+                self.store.load(session_id, reader := self._reader_factory())
+                session.reader, session.info = reader, replace(session.info, in_memory=True)
             with self._lock:
                 self._sessions.move_to_end(session_id)
-            yield session, session.reader
+            yield session, reader
         self._evict_idle()
 
-    def update(self, session: Session, *, save: bool) -> None:
-        """Refresh the info of a session that the caller holds, and write its file if ``save``."""
-        assert session.reader is not None
+    def update(self, session: Session, reader: StreamReader, *, save: bool) -> None:
+        """Move a session that the caller holds to the position of ``reader``, once its file is written if ``save``."""
         if save:
-            self.store.save(session.info.session_id, session.reader, {"created": session.info.created})
-        session.info = replace(session.info, totals=session.reader.totals, is_saved=save)
+            self.store.save(session.info.session_id, reader, {"created": session.info.created})
+        session.reader = reader
+        session.info = replace(session.info, totals=reader.totals, is_saved=save)
 
     def delete(self, session_id: str, deadline: float | None = None) -> None:
         """Remove a session and its file, damaged or not; raises what :meth:`acquire` raises otherwise."""
@@ -178,8 +161,7 @@ class SessionRegistry:
             return
         for session in self.list_sessions():
             with session.lock:
-                if session.reader is not None and not session.info.is_saved:
-                    self.update(session, save=True)
+                self._save_changes(session)
         self._store.close()
 
     def _evict_idle(self) -> None:
@@ -188,15 +170,18 @@ class SessionRegistry:
             return
         in_memory = [session for session in self.list_sessions() if session.reader is not None]
         for session in in_memory[: max(len(in_memory) - self.max_in_memory, 0)]:
-            if session.lock.acquire(blocking=False):
-                try:
-                    if session.reader is not None and not session.is_deleted:
-                        if not session.info.is_saved:
-                            self.update(session, save=True)
-                        session.reader = None
-                        session.info = replace(session.info, in_memory=False)
-                finally:
-                    session.lock.release()
+            if not session.lock.acquire(blocking=False):
+                continue
+            try:
+                if session.reader is not None and not session.is_deleted:
+                    self._save_changes(session)
+                    session.reader, session.info = None, replace(session.info, in_memory=False)
+            finally:
+                session.lock.release()
+
+    def _save_changes(self, session: Session) -> None:
+        if session.reader is not None and not session.info.is_saved:
+            self.update(session, session.reader, save=True)
 
 
 @contextlib.contextmanager

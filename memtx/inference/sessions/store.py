@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -13,19 +14,10 @@ from typing import Any
 from memtx import files
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.reader import StreamReader, Totals
-from memtx.inference.sessions.file import (
-    KIND,
-    VERSION,
-    Fingerprints,
-    check_fingerprints,
-    load_session,
-    parse_header,
-    save_session,
-)
+from memtx.inference.sessions.file import Fingerprints, load_header, load_session, save_session
 
 SUFFIX = ".session"
 SESSION_ID_PATTERN = re.compile(r"[0-9a-f]{32}")
-LOCK_FILE = ".lock"
 
 
 class SessionSaveError(MemtxError):
@@ -33,11 +25,7 @@ class SessionSaveError(MemtxError):
 
 
 class SessionStore:
-    """Sessions on disk.
-
-    Args:
-        folder: Folder of the sessions; created if it does not exist.
-        fingerprints: Fingerprints of the model and the tokenizer.
+    """Sessions on disk, in a folder that is created if it does not exist.
 
     Raises:
         MemtxError: The folder cannot be used, or another pool uses it.
@@ -49,18 +37,16 @@ class SessionStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Sessions hold private text: only their owner may read them.
-            self._lock = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+            self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise MemtxError(
-                f"The folder '{self.folder}' cannot be used: {error.strerror}.", "Check its permissions."
-            ) from error
+            message = f"The folder '{self.folder}' cannot be used: {error.strerror}."
+            raise MemtxError(message, "Check its permissions.") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._lock)
-            raise MemtxError(
-                f"The folder '{self.folder}' is used by another server.", "Give each server its own folder."
-            ) from error
+            message = f"The folder '{self.folder}' is used by another server."
+            raise MemtxError(message, "Give each server its own folder.") from error
         for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
             leftover.unlink(missing_ok=True)  # From a process that was killed while it wrote.
 
@@ -78,19 +64,11 @@ class SessionStore:
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             session_id = path.name.removesuffix(SUFFIX)
             if SESSION_ID_PATTERN.fullmatch(session_id) and path.is_file() and not path.is_symlink():
-                try:
-                    header = files.load_header(path, kind=KIND, version=VERSION)
-                    check_fingerprints(path, header, self.fingerprints)
-                    yield session_id, *parse_header(header)
-                except (CheckpointError, KeyError, TypeError, ValueError, RecursionError):
-                    continue
+                with contextlib.suppress(CheckpointError):
+                    yield session_id, *load_header(path, self.fingerprints)
 
     def save(self, session_id: str, reader: StreamReader, metadata: dict[str, Any]) -> None:
-        """Write a session; once this returns, it survives a power failure.
-
-        Raises:
-            SessionSaveError: The file cannot be written.
-        """
+        """Write a session, which then survives a power failure; raises SessionSaveError."""
         path = self.path(session_id)
         try:
             save_session(path, reader, metadata=metadata, fingerprints=self.fingerprints)
@@ -98,19 +76,11 @@ class SessionStore:
             raise SessionSaveError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def load(self, session_id: str, reader: StreamReader) -> None:
-        """Restore a reader from a session.
-
-        Raises:
-            CheckpointError: The file is missing or damaged.
-        """
+        """Restore a reader from a session; raises CheckpointError if its file is missing or damaged."""
         self._load(self.path(session_id), reader)
 
     def import_session(self, data: bytes, reader: StreamReader) -> None:
-        """Restore a reader from the content of a session file.
-
-        Raises:
-            CheckpointError: The content is damaged, or of another model or tokenizer.
-        """
+        """Restore a reader from the content of a session file; raises what ``load_session`` raises."""
         path = self.folder / f".{secrets.token_hex(16)}{SUFFIX}.in.tmp"
         try:
             path.write_bytes(data)
@@ -126,7 +96,7 @@ class SessionStore:
             raise CheckpointError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def delete(self, session_id: str) -> None:
-        """Remove the file of a session, if it exists; once this returns, it stays removed after a power failure."""
+        """Remove the file of a session, if it exists, even if the power fails afterwards."""
         try:
             self.path(session_id).unlink()
         except FileNotFoundError:

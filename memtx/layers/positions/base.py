@@ -1,4 +1,4 @@
-"""The interface of position encodings.
+"""The interface of position encodings, and the two without angles: none and ALiBi.
 
 All are relative and computed from offsets, which count from the call's first token and so stay small however long the
 stream is. A compressed entry is at the center of its block.
@@ -6,10 +6,10 @@ stream is. A compressed entry is at the center of its block.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from memtx.memory.base import EntryPositions
@@ -20,7 +20,7 @@ Memoize = Callable[[Hashable, Callable[[], Any]], Any]
 """A function that returns the value of a key, computed on its first use (see :meth:`memtx.memo.Memo.memo`)."""
 
 
-class Positions(nn.Module, ABC):
+class Positions(nn.Module):
     """A layer's position encoding.
 
     Args:
@@ -33,7 +33,6 @@ class Positions(nn.Module, ABC):
         self.heads = heads
         self.head_dim = head_dim
 
-    @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
     ) -> tuple[Tensor, Tensor, AlibiBias | None]:
@@ -45,14 +44,18 @@ class Positions(nn.Module, ABC):
             entry_positions: Positions of the entries.
             segment: Positions of the queries.
         """
+        query_offset = segment.memo("query offset", lambda: torch.arange(segment.length, device=q.device)[None])
+        offset, memo = entry_positions.offset, entry_positions.visibility.memo
+        q, k = self.apply_absolute(q, query_offset, segment.memo), self.apply_absolute(k, offset, memo)
+        return q, k, self.score_bias(offset, memo)
 
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
-        """Return queries or keys in the form in which a ring buffer keeps them.
+        """Return queries or keys ``(batch, n, heads, head_dim)`` in a form whose products depend on distances alone.
 
         Args:
-            x: Queries or keys, ``(batch, entries, heads, head_dim)``.
-            position: Positions within the document, however large, ``(batch, entries)`` float64.
-            memo: Cache shared by layers for values that depend only on positions.
+            x: Queries or keys without positions.
+            position: Positions, or offsets from any common origin, however large, ``(batch or 1, n)``.
+            memo: Cache, shared by layers, of values computed from this ``position``.
         """
         return x
 
@@ -61,15 +64,25 @@ class Positions(nn.Module, ABC):
         return keys
 
     def score_bias(self, offset: Tensor, memo: Memoize) -> AlibiBias | None:
-        """Return the bias of one query's scores, given the offsets of the keys from it, ``(batch, keys)`` float64."""
+        """Return the bias of scores, given the offsets of the keys, ``(batch or 1, keys)`` float64, and their cache."""
         return None
 
 
 class NoPositions(Positions):
     """Scores by content alone, for models whose embeddings contain positions."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
-    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
-        """Return both unchanged."""
-        return q, k, None
+
+class Alibi(Positions):
+    """A penalty linear in distance, with a different slope per head (ALiBi, Press et al. 2022, section 3)."""
+
+    slopes: Tensor
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__(heads, head_dim)
+        slopes = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def score_bias(self, offset: Tensor, memo: Memoize) -> AlibiBias | None:
+        """Return the penalties."""
+        bias: AlibiBias = memo((Alibi, self.heads), lambda: AlibiBias(self.slopes, offset))
+        return bias

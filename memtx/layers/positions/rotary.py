@@ -10,10 +10,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError, check_at_least, check_positive
 from memtx.layers.positions.base import Memoize, Positions
-from memtx.memory.base import EntryPositions
-from memtx.ops.attention.bias import AlibiBias
 from memtx.ops.rotary import apply_rotary_emb, rotary_angles
-from memtx.segment import Segment
 
 
 class RotaryFrequencies:
@@ -150,15 +147,14 @@ class YarnScaling(RotaryFrequencies):
         )
         self.truncate = truncate
 
-    def _correction_dim(self, num_rotations: float) -> float:
-        """Return the index of the pair with ``num_rotations`` periods in the trained length."""
-        frequency = self.original_max_length / (2 * math.pi * num_rotations)
-        return self.head_dim * math.log(frequency) / (2 * math.log(self.base))
-
     def inv_freq(self, device: torch.device) -> Tensor:
         """Return frequencies interpolated by a ramp over the pairs."""
         unscaled = super().inv_freq(device)
-        first, last = self._correction_dim(self.beta_fast), self._correction_dim(self.beta_slow)
+        # The indices of the pairs with these numbers of periods in the trained length.
+        first, last = (
+            self.head_dim * math.log(self.original_max_length / (2 * math.pi * periods)) / (2 * math.log(self.base))
+            for periods in (self.beta_fast, self.beta_slow)
+        )
         if self.truncate:
             first, last = math.floor(first), math.ceil(last)
         first, last = max(first, 0), min(last, self.head_dim - 1)
@@ -199,33 +195,16 @@ class Rotary(Positions):
         """Return the base."""
         return f"base={self.base}"
 
-    def forward(
-        self, q: Tensor, k: Tensor, entry_positions: EntryPositions, segment: Segment
-    ) -> tuple[Tensor, Tensor, AlibiBias | None]:
-        """Rotate both by their offsets."""
-        dtype = _angle_dtype(q)
-        settings = (Rotary, self.frequencies.cache_key, dtype)
-
-        def query_angles() -> Tensor:
-            return self._angles(torch.arange(segment.length, device=q.device)[None], dtype)
-
-        key_angles = entry_positions.visibility.memo(settings, lambda: self._angles(entry_positions.offset, dtype))
-        return apply_rotary_emb(q, segment.memo(settings, query_angles)), apply_rotary_emb(k, key_angles), None
-
     def apply_absolute(self, x: Tensor, position: Tensor, memo: Memoize) -> Tensor:
         """Rotate by the position; angles are computed in float64, so they are exact in streams of any length."""
-        dtype = _angle_dtype(x)
-        key = (Rotary, self.frequencies.cache_key, dtype, id(position))
-        return apply_rotary_emb(x, memo(key, lambda: self._angles(position, dtype)))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        angles = memo((Rotary, self.frequencies.cache_key, dtype), lambda: self._angles(position, dtype))
+        return apply_rotary_emb(x, angles)
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Rotate back by the distance, with the attention factor of the query, which is not rotated."""
-        angles = self._angles(-distance[None], _angle_dtype(keys))
+        angles = self._angles(-distance[None], torch.promote_types(keys.dtype, torch.float32))
         return apply_rotary_emb(keys, angles * self.frequencies.attention_factor)
 
     def _angles(self, offset: Tensor, dtype: torch.dtype) -> Tensor:
         return rotary_angles(offset, self.frequencies.inv_freq(offset.device), dtype, self.frequencies.attention_factor)
-
-
-def _angle_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

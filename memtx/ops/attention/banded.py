@@ -13,11 +13,54 @@ from torch.nn import functional as F
 
 from memtx.ops.attention import sparse
 from memtx.ops.attention.bias import ScoreBias, bias_requires_grad, compute_block_bias
-from memtx.ops.attention.block_plan import BLOCK_SIZE, build_bands, create_additive_mask, split_queries
-from memtx.ops.attention.combine import merge_attention
-from memtx.ops.attention.mask import Visibility, create_mask
-from memtx.ops.attention.reference import compute_scores, repeat_kv, softmax_attention
+from memtx.ops.attention.mask import Visibility, create_mask, find_key_ranges
+from memtx.ops.attention.reference import compute_scores, merge_attention, repeat_kv, softmax_attention
 from memtx.ops.cpu import sdpa_cpu
+
+BLOCK_SIZE = 128
+"""Queries per block: fastest for forward and backward at window 512 on the CPU."""
+
+MAX_GAP = 160
+"""Maximum number of keys between two ranges that are merged into one call; another call costs about as much."""
+
+
+def split_queries(visibility: Visibility, block_size: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
+    """Return the bounds of each block of queries and the ranges of keys it meets."""
+    blocks = []
+    for start in range(0, visibility.num_queries, block_size):
+        stop = min(start + block_size, visibility.num_queries)
+        merged: list[tuple[int, int]] = []
+        for low, high in find_key_ranges(visibility, start, stop):
+            if merged and low - merged[-1][1] <= MAX_GAP:
+                merged[-1] = (merged[-1][0], high)
+            else:
+                merged.append((low, high))
+        blocks.append((start, stop, merged))
+    return blocks
+
+
+def create_additive_mask(
+    visibility: Visibility, bias: ScoreBias | None, query_range: tuple[int, int], key_range: tuple[int, int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return a block's mask and fully masked queries, with the shapes of :class:`memtx.ops.cpu.sdpa_cpu.Band`."""
+    visible = create_mask(visibility, query_range, key_range)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))[:, None]
+    if bias is not None:
+        mask = mask + compute_block_bias(bias, query_range, key_range).to(dtype)
+    return mask, ~visible.any(-1)[:, :, None]
+
+
+def build_bands(
+    visibility: Visibility, bias: ScoreBias | None, block_size: int, dtype: torch.dtype
+) -> list[sdpa_cpu.Band]:
+    """Return the fused calls of a segment."""
+    bands = []
+    for start, stop, key_ranges in split_queries(visibility, block_size):
+        for bounds in key_ranges:
+            mask, fully_masked = create_additive_mask(visibility, bias, (start, stop), bounds, dtype)
+            bands.append(sdpa_cpu.Band(slice(start, stop), slice(*bounds), mask, fully_masked, bias is not None))
+    return bands
 
 
 def attend(
@@ -27,8 +70,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute attention and its log-sum-exp, both with gradient.
 
-    Arguments are those of :func:`memtx.ops.attention.reference.attend`, and ``block_size``, the number of queries per
-    block. Without ``return_lse`` the log-sum-exp may be None.
+    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, and
+    ``block_size``, the number of queries per block. Without ``return_lse`` the log-sum-exp may be None.
     """
     pattern = visibility.pattern
     has_random = pattern is not None and pattern.random_blocks is not None

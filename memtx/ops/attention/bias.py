@@ -1,4 +1,4 @@
-"""Additive score biases that depend on distance: linear (ALiBi) or learned in a table (T5, Transformer-XL).
+"""Additive score biases: linear in distance (ALiBi), learned per distance (T5, Transformer-XL), or one number per key.
 
 Distance is the query's offset minus the key's: positive for the past.
 """
@@ -9,6 +9,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+PAD_COLUMNS = 8
+"""Columns that a key bias adds per head; only the first is used, eight keep the heads aligned in memory."""
 
 
 # Compared by identity: backends cache what they compute from a bias with the object as key.
@@ -90,3 +94,21 @@ def compute_block_bias(bias: ScoreBias, query_range: tuple[int, int], key_range:
     offset = torch.arange(*query_range, device=bias.key_offset.device, dtype=bias.key_offset.dtype)
     distance = offset[None, :, None] - bias.key_offset[:, None, key_range[0] : key_range[1]]
     return bias.compute_bias(distance[:, None])
+
+
+def append_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Append a column to queries and keys that adds a bias per key to the scores, in any backend.
+
+    The inputs, and the output of their attention, get PAD_COLUMNS additional columns.
+
+    Args:
+        q: ``(batch, queries, heads, head_dim)``.
+        k: ``(batch, keys, kv_heads, head_dim)``.
+        v: ``(batch, keys, kv_heads, head_dim)``.
+        key_bias: ``(batch, n)``, added to the scaled scores of the first n keys for every query and head.
+        scale: Factor of the scores; pass it to attention as well, since its default depends on the head dimension.
+    """
+    column = F.pad(key_bias.to(k.dtype) / scale, (0, k.shape[1] - key_bias.shape[1]))[..., None, None]
+    k = torch.cat([k, column.expand(-1, -1, k.shape[2], 1)], dim=-1)
+    q = torch.cat([q, torch.ones_like(q[..., :1])], dim=-1)
+    return F.pad(q, (0, PAD_COLUMNS - 1)), F.pad(k, (0, PAD_COLUMNS - 1)), F.pad(v, (0, PAD_COLUMNS))

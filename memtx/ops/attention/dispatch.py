@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_divisible
 from memtx.ops.attention import banded, flex, reference
 from memtx.ops.attention.bias import AlibiBias, RelativeBias, ScoreBias, bias_requires_grad
 from memtx.ops.attention.mask import SparsePattern, Visibility
@@ -24,11 +24,9 @@ AttentionBackend = Literal["auto", "reference", "banded", "cpp", "flex", "triton
 AttentionHook = Callable[[Tensor, Visibility], None]
 """Called with the queries of an attention call, ``(batch, heads, queries, head_dim)``, and their visibility."""
 
+# Arguments that the Triton kernel supports.
 TRITON_HEAD_DIMS = (32, 64, 128)
-"""Head dimensions that the Triton kernel supports."""
-
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Dtypes that the Triton kernel supports."""
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +44,10 @@ def use_attention_hook(hook: AttentionHook) -> Iterator[None]:
 
 
 def segment_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    visibility: Visibility,
-    *,
-    bias: ScoreBias | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: AttentionBackend = "auto",
-    return_lse: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility,
+    *, bias: ScoreBias | None = None, dropout: float = 0.0, scale: float | None = None,
+    backend: AttentionBackend = "auto", return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute softmax(scale * q k' + bias) v over the keys that each query sees.
 
     Args:
@@ -69,7 +60,7 @@ def segment_attention(
         scale: Factor of the scores. Defaults to 1 / sqrt(head_dim).
         backend: Implementation. "auto" chooses by device and arguments.
         return_lse: If True, return the log-sum-exp of the scores, with gradient, for
-            :func:`memtx.ops.attention.combine.merge_attention`.
+            :func:`memtx.ops.attention.reference.merge_attention`.
 
     Returns:
         The output, ``(batch, heads, queries, head_dim)``, zero for fully masked queries, and the log-sum-exp,
@@ -92,7 +83,6 @@ def segment_attention(
         if (hook := _HOOK.get()) is not None:
             hook(q, visibility)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor
     lse: Tensor | None
     if name == "reference":
         out, lse = reference.attend(q, k, v, visibility, bias=bias, dropout=dropout, scale=scale)
@@ -155,39 +145,31 @@ def _check_backend(
     if backend in ("reference", "banded"):
         return
     if backend not in ("cpp", "flex", "triton"):
-        raise MemtxError(
-            f"There is no attention backend '{backend}'.", "Use auto, reference, banded, cpp, flex or triton."
-        )
+        hint = "Use auto, reference, banded, cpp, flex or triton."
+        raise MemtxError(f"There is no attention backend '{backend}'.", hint)
     if feature := _find_unfused_feature(visibility, bias, dropout):
         raise MemtxError(f"The backend '{backend}' does not support {feature}.", "Use 'banded', 'reference' or 'auto'.")
     if backend == "triton":
         _check_triton(q, bias)
     elif backend == "cpp":
         if not _supports_cpp_kernel(q):
-            raise MemtxError(
-                f"The backend 'cpp' got heads of {q.shape[-1]} in {q.dtype} on {q.device.type}, expected at most "
-                f"{attention.MAX_HEAD_DIM} in float32 or bfloat16 on the CPU.",
-                "Use 'banded' or 'auto'.",
-            )
+            expected = f"at most {attention.MAX_HEAD_DIM} in float32 or bfloat16 on the CPU"
+            heads = f"heads of {q.shape[-1]} in {q.dtype} on {q.device.type}"
+            raise MemtxError(f"The backend 'cpp' got {heads}, expected {expected}.", "Use 'banded' or 'auto'.")
         if not attention.is_available():
-            raise MemtxError(
-                "The backend 'cpp' could not be compiled on this machine.",
-                "Install a C++ compiler (g++ or clang++), or use 'banded' or 'auto'.",
-            )
+            hint = "Install a C++ compiler (g++ or clang++), or use 'banded' or 'auto'."
+            raise MemtxError("The backend 'cpp' could not be compiled on this machine.", hint)
     elif q.device.type == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise MemtxError("The backend 'flex' has no gradient on the CPU.", "Use 'banded', 'auto' or torch.no_grad().")
 
 
 def _check_triton(q: Tensor, bias: ScoreBias | None) -> None:
-    """Raise unless the Triton kernel supports the call."""
     if bias is not None:
         raise MemtxError("The backend 'triton' does not support a bias.", "Use 'flex', 'banded' or 'auto'.")
     if q.shape[-1] not in TRITON_HEAD_DIMS or q.dtype not in TRITON_DTYPES:
-        raise MemtxError(
-            f"The backend 'triton' got heads of {q.shape[-1]} in {q.dtype}, expected 32, 64 or 128 in float32, "
-            "bfloat16 or float16.",
-            "Use 'flex', 'banded' or 'auto'.",
-        )
+        expected = "32, 64 or 128 in float32, bfloat16 or float16"
+        message = f"The backend 'triton' got heads of {q.shape[-1]} in {q.dtype}, expected {expected}."
+        raise MemtxError(message, "Use 'flex', 'banded' or 'auto'.")
     if not has_triton():
         raise MemtxError("The backend 'triton' needs the package triton.", "Install it: pip install triton.")
     if not q.is_cuda:
@@ -207,26 +189,21 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
         )
     if not q.dtype == k.dtype == v.dtype:
         raise MemtxError(f"q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}.", "Cast them to one dtype.")
-    if q.shape[1] % k.shape[1]:
-        raise MemtxError(
-            f"heads ({q.shape[1]}) must be a multiple of kv_heads ({k.shape[1]}).", "Choose a divisor of heads."
-        )
+    (batch_size, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
+    check_divisible("Choose a divisor of heads.", heads=heads, kv_heads=kv_heads)
     hint = "Create it for these tensors."
-    if q.shape[2] != visibility.num_queries or k.shape[2] != visibility.num_keys:
-        raise MemtxError(
-            f"The visibility has {visibility.num_queries} queries and {visibility.num_keys} keys, "
-            f"the tensors have {q.shape[2]} and {k.shape[2]}.",
-            hint,
+    num_queries, num_keys = visibility.num_queries, visibility.num_keys
+    if (queries, keys) != (num_queries, num_keys):
+        message = (
+            f"The visibility has {num_queries} queries and {num_keys} keys, the tensors have {queries} and {keys}."
         )
-    batch_size = visibility.visible_from.shape[0]
-    if batch_size not in (1, q.shape[0]):
-        raise MemtxError(f"The visibility has a batch of {batch_size}, q of {q.shape[0]}.", hint)
-    if bias is not None and (bias.weight.shape[0] != q.shape[1] or bias.key_offset.shape[-1] != k.shape[2]):
-        raise MemtxError(
-            f"The bias has {bias.weight.shape[0]} heads and {bias.key_offset.shape[-1]} keys, "
-            f"the tensors have {q.shape[1]} and {k.shape[2]}.",
-            hint,
-        )
+        raise MemtxError(message, hint)
+    if visibility.visible_from.shape[0] not in (1, batch_size):
+        message = f"The visibility has a batch of {visibility.visible_from.shape[0]}, q of {batch_size}."
+        raise MemtxError(message, hint)
+    if bias is not None and (bias.weight.shape[0], bias.key_offset.shape[-1]) != (heads, keys):
+        size = f"{bias.weight.shape[0]} heads and {bias.key_offset.shape[-1]} keys"
+        raise MemtxError(f"The bias has {size}, the tensors have {heads} and {keys}.", hint)
 
 
 def _check_pattern(q: Tensor, visibility: Visibility, pattern: SparsePattern) -> None:
@@ -235,27 +212,19 @@ def _check_pattern(q: Tensor, visibility: Visibility, pattern: SparsePattern) ->
     for name in ("document_start", "document_end"):
         bound: Tensor = getattr(pattern, name)
         if bound.dim() != 2 or bound.shape[0] not in (1, batch_size) or bound.shape[1] != num_keys:
-            raise MemtxError(
-                f"The pattern's {name} is {tuple(bound.shape)}, expected ({batch_size} or 1, {num_keys}).",
-                "Pass one offset per key.",
-            )
-    queries = pattern.global_queries
+            message = f"The pattern's {name} is {tuple(bound.shape)}, expected ({batch_size} or 1, {num_keys})."
+            raise MemtxError(message, "Pass one offset per key.")
+    queries, blocks = pattern.global_queries, pattern.random_blocks
     if queries is not None and (queries.dim() != 2 or queries.shape[0] not in (1, batch_size)):
-        raise MemtxError(
-            f"The pattern's global_queries is {tuple(queries.shape)}, expected ({batch_size} or 1, any).",
-            "Pad with -1 to equal lengths.",
-        )
-    blocks = pattern.random_blocks
+        message = f"The pattern's global_queries is {tuple(queries.shape)}, expected ({batch_size} or 1, any)."
+        raise MemtxError(message, "Pad with -1 to equal lengths.")
     if blocks is None:
         return
-    if pattern.block_size < 1 or not 0 <= pattern.first_key <= num_keys:
-        raise MemtxError(
-            f"The pattern has block_size {pattern.block_size} and first_key {pattern.first_key} for {num_keys} keys.",
-            f"Use a block_size of at least 1 and a first_key from 0 to {num_keys}.",
-        )
-    num_blocks = -(-visibility.num_queries // pattern.block_size)
+    size, first_key = pattern.block_size, pattern.first_key
+    if size < 1 or not 0 <= first_key <= num_keys:
+        message = f"The pattern has block_size {size} and first_key {first_key} for {num_keys} keys."
+        raise MemtxError(message, f"Use a block_size of at least 1 and a first_key from 0 to {num_keys}.")
+    num_blocks = -(-visibility.num_queries // size)
     if blocks.dim() != 3 or blocks.shape[0] not in (1, heads) or blocks.shape[1] != num_blocks:
-        raise MemtxError(
-            f"The pattern's random_blocks is {tuple(blocks.shape)}, expected ({heads} or 1, {num_blocks}, any).",
-            "Pad with -1 to equal lengths.",
-        )
+        message = f"The pattern's random_blocks is {tuple(blocks.shape)}, expected ({heads} or 1, {num_blocks}, any)."
+        raise MemtxError(message, "Pad with -1 to equal lengths.")

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from memtx.ops.attention.bias import AlibiBias
-from memtx.ops.attention.block_plan import build_key_bounds
-from memtx.ops.attention.mask import KeyRange, Visibility, is_inside
+from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, is_inside
 
 BLOCK_SIZE = 128
 """Queries, and keys, per block: the default of flex_attention."""
@@ -69,7 +68,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and its log-sum-exp, on CUDA with gradient.
 
-    Arguments are those of :func:`memtx.ops.attention.reference.attend`, without a pattern.
+    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, without a pattern.
     """
     from torch.nn.attention.flex_attention import AuxRequest
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from memtx.memo import Memo
+
+INT32_MAX = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -129,12 +132,10 @@ def split_bank(visibility: Visibility) -> tuple[Visibility, Visibility]:
 
     def split() -> tuple[Visibility, Visibility]:
         assert visibility.pattern is None, "a pattern covers all keys"
-        first, *others = visibility.key_ranges
-        start, end, n = visibility.visible_from, visibility.visible_until, first.num_keys
-        return (
-            Visibility(start[:, :n], end[:, :n], visibility.num_queries, (first,)),
-            Visibility(start[:, n:], end[:, n:], visibility.num_queries, tuple(others)),
-        )
+        key_ranges, queries = visibility.key_ranges, visibility.num_queries
+        start, end, n = visibility.visible_from, visibility.visible_until, key_ranges[0].num_keys
+        bank = Visibility(start[:, :n], end[:, :n], queries, key_ranges[:1])
+        return bank, Visibility(start[:, n:], end[:, n:], queries, key_ranges[1:])
 
     return visibility.memo("split_bank", split)
 
@@ -148,8 +149,8 @@ def create_mask(
     visibility: Visibility, query_range: tuple[int, int] | None = None, key_range: tuple[int, int] | None = None
 ) -> Tensor:
     """Return the mask of the intervals, ``(batch or 1, queries, keys)`` bool, for ranges of both or for all."""
-    start, stop = query_range if query_range is not None else (0, visibility.num_queries)
-    low, high = key_range if key_range is not None else (0, visibility.num_keys)
+    start, stop = query_range or (0, visibility.num_queries)
+    low, high = key_range or (0, visibility.num_keys)
     offset = torch.arange(start, stop, device=visibility.visible_from.device)[None, :, None]
     return is_inside(offset, visibility.visible_from[:, None, low:high], visibility.visible_until[:, None, low:high])
 
@@ -189,3 +190,38 @@ def num_visible_pairs(visibility: Visibility) -> Tensor:
 def find_key_ranges(visibility: Visibility, start: int, stop: int) -> list[tuple[int, int]]:
     """Return the non-empty ranges of keys that queries at offsets [start, stop) may see by intervals, in order."""
     return [(low, high) for low, high in find_key_bounds(visibility.key_ranges, start, stop) if high > low]
+
+
+@lru_cache(maxsize=64)
+def build_key_bounds(
+    key_ranges: tuple[KeyRange, ...], num_queries: int, block_size: int, device: torch.device
+) -> Tensor:
+    """Return ``(query blocks, key ranges, 2)`` int32: the keys [low, high) that each block of queries may see."""
+    block_starts = range(0, num_queries, block_size)
+    table = [find_key_bounds(key_ranges, start, min(start + block_size, num_queries)) for start in block_starts]
+    return torch.tensor(table, dtype=torch.int32).view(-1, len(key_ranges), 2).to(device)
+
+
+@lru_cache(maxsize=64)
+def build_query_bounds(
+    key_ranges: tuple[KeyRange, ...], num_queries: int, block_size: int, device: torch.device
+) -> Tensor:
+    """Return ``(key blocks, 4)`` int32: keys [low, high) of one key range, and the queries [start, stop) they meet."""
+    table, first_key = [], 0
+    for key_range in key_ranges:
+        for low in range(0, key_range.num_keys, block_size):
+            high = min(low + block_size, key_range.num_keys)
+            queries = key_range.find_attending_queries(low, high, num_queries)
+            table.append((first_key + low, first_key + high, *queries))
+        first_key += key_range.num_keys
+    return torch.tensor(table, dtype=torch.int32).view(-1, 4).to(device)
+
+
+def get_int32_bounds(visibility: Visibility) -> tuple[Tensor, Tensor]:
+    """Return both ends of the intervals as ``(batch or 1, keys)`` int32; offsets of a call are far below 2^31."""
+
+    def convert(bound: Tensor) -> Tensor:
+        return bound.clamp(-INT32_MAX, INT32_MAX).to(torch.int32).contiguous()
+
+    start, end = visibility.visible_from, visibility.visible_until
+    return visibility.memo("int32_bounds", lambda: (convert(start), convert(end)))

@@ -1,6 +1,6 @@
-"""Attention as in the papers, softmax(q k' / sqrt(d) + bias) v over the visible keys, without fused kernels.
+"""Attention as in the papers, softmax(scale * q k' + bias) v over the visible keys, without fused kernels.
 
-All other backends are tested against it, in float64.
+All other backends are tested against it, in float64. Attention over parts of the keys is merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -46,24 +46,37 @@ def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 
     return F.dropout(weights, dropout).to(v.dtype) @ v, lse
 
 
+def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint sets of keys into attention over their union, with gradient.
+
+    Args:
+        parts: Output ``(..., queries, head_dim)`` and log-sum-exp ``(..., queries)`` of each set, the latter minus
+            infinity for fully masked queries.
+
+    Returns:
+        Output and log-sum-exp of the union, zero and minus infinity for queries masked in all parts.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    stacked = torch.stack([lse for _, lse in parts])
+    # exp(-inf - -inf) is nan; a query masked in all parts needs zero weights and zero gradients.
+    fully_masked = (stacked == float("-inf")).all(0)
+    merged_lse = torch.logsumexp(stacked.masked_fill(fully_masked, 0.0), dim=0).masked_fill(fully_masked, 0.0)
+    # In the dtype of the log-sum-exp: half-precision parts are added in float32 and rounded once.
+    first_out, first_lse = parts[0]
+    merged = first_out * torch.exp(first_lse - merged_lse).unsqueeze(-1)
+    for out, lse in parts[1:]:
+        merged = merged + out * torch.exp(lse - merged_lse).unsqueeze(-1)
+    return merged.to(first_out.dtype), merged_lse.masked_fill(fully_masked, float("-inf"))
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility,
     *, bias: ScoreBias | None = None, dropout: float = 0.0, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Compute attention and its log-sum-exp, both with gradient.
 
-    Args:
-        q: ``(batch, heads, queries, head_dim)``.
-        k: ``(batch, kv_heads, keys, head_dim)``.
-        v: ``(batch, kv_heads, keys, head_dim)``.
-        visibility: Visibility of the keys.
-        bias: Added to the scaled scores.
-        dropout: Dropout rate of the attention weights.
-        scale: Factor of the scores.
-
-    Returns:
-        ``(batch, heads, queries, head_dim)``, zero for fully masked queries, and ``(batch, heads, queries)``, minus
-        infinity for those.
+    Arguments and results are those of :func:`memtx.ops.attention.dispatch.segment_attention`.
     """
     k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
     scores = (q @ k.transpose(-1, -2)) * scale

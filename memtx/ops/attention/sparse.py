@@ -90,10 +90,8 @@ def attend_random_blocks(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and log-sum-exp over the keys of the pattern's random blocks."""
-    pattern = visibility.pattern
+    pattern, blocks, (heads, queries) = visibility.pattern, find_key_blocks(visibility), q.shape[1:3]
     assert pattern is not None
-    blocks = find_key_blocks(visibility)
-    heads, queries = q.shape[1:3]
     size, table, num_key_blocks = pattern.block_size, blocks.table, blocks.num_key_blocks
 
     def split_blocks(x: Tensor, num_blocks: int) -> Tensor:
@@ -154,8 +152,7 @@ def sample_random_blocks(
     and 4096 tokens, the lengths of the paper's runs, and one for all other lengths.
 
     Args:
-        length: Length of the text, a multiple of ``block_size``, more than
-            ``(5 + 2 * num_random_blocks) * block_size``.
+        length: Tokens of the text, a multiple of ``block_size`` above ``(5 + 2 * num_random_blocks) * block_size``.
         block_size: Tokens per block.
         num_random_blocks: Number of random blocks per query block.
         heads: Number of heads, each with its own table.
@@ -212,10 +209,8 @@ def _sample_planned(
             candidates = np.concatenate((middle[: max(block - 2, 0)], middle[block + 1 : last]))
         sample = generator.permutation(candidates)[:num_random_blocks]
         if len(sample) not in (1, num_random_blocks):
-            raise MemtxError(
-                f"Big Bird's block {block} of {num_blocks} has {len(sample)} candidates for {num_random_blocks} random "
-                "blocks.",
-                "Use smaller blocks, fewer random blocks, or pass random_blocks.",
-            )
+            message = f"Big Bird's block {block} of {num_blocks} has {len(sample)} candidates"
+            hint = "Use smaller blocks, fewer random blocks, or pass random_blocks."
+            raise MemtxError(f"{message} for {num_random_blocks} random blocks.", hint)
         # A single candidate is repeated.
         yield np.broadcast_to(sample, (num_random_blocks,))

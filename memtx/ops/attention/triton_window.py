@@ -18,8 +18,7 @@ import triton  # type: ignore[import-untyped, import-not-found, unused-ignore]
 import triton.language as tl  # type: ignore[import-untyped, import-not-found, unused-ignore]
 from torch import Tensor
 
-from memtx.ops.attention.block_plan import build_key_bounds, build_query_bounds, get_int32_bounds
-from memtx.ops.attention.mask import Visibility
+from memtx.ops.attention.mask import Visibility, build_key_bounds, build_query_bounds, get_int32_bounds
 
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 """True if Triton's interpreter runs the kernels, on tensors of any device."""
@@ -287,8 +286,8 @@ class _TritonAttention(torch.autograd.Function):
 def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, scale: float) -> tuple[Tensor, Tensor]:
     """Compute attention and its log-sum-exp (float32), both with gradient.
 
-    Arguments are those of :func:`memtx.ops.attention.reference.attend`, with a head dimension of 32, 64 or 128 in
-    float32, bfloat16 or float16, and without a pattern.
+    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, with a head dimension of 32, 64 or
+    128 in float32, bfloat16 or float16, and without a pattern.
     """
     assert visibility.pattern is None, "dispatch sends patterns to 'banded'"
     out, lse = _TritonAttention.apply(q, k, v, visibility, scale)  # type: ignore[no-untyped-call]

@@ -18,22 +18,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memtx.ops.attention.bias import AlibiBias
-from memtx.ops.attention.block_plan import build_key_bounds, get_int32_bounds
-from memtx.ops.attention.mask import KeyRange, Visibility
+from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, get_int32_bounds
 from memtx.ops.cpu import cpp_extension
 
 SOURCE_PATH = Path(__file__).parent / "attention.cpp"
-BLOCK_SIZE = 32
-"""Queries per block, as in the source."""
+DTYPES = (torch.float32, torch.bfloat16)
+BLOCK_SIZE, MAX_HEAD_DIM = 32, 256
+"""Queries per block and maximum head dimension, as in the source."""
 
 MIN_QUERIES = 16
 """Minimum number of queries for the backend "auto": a block costs the same however few queries it has."""
-
-MAX_HEAD_DIM = 256
-"""Maximum head dimension, as in the source."""
-
-DTYPES = (torch.float32, torch.bfloat16)
-"""Supported dtypes."""
 
 HEAD_DIM_MULTIPLE = 16
 """Head dimensions are padded to a multiple of this."""
@@ -50,10 +44,6 @@ def is_faster(dtype: torch.dtype) -> bool:
 def is_available() -> bool:
     """Return True if the kernel runs on this machine; the first call compiles it if needed."""
     return cpp_extension.load_library(SOURCE_PATH) is not None
-
-
-def _data_ptr(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _int64_array(*values: int) -> Any:
@@ -82,7 +72,8 @@ def _call_kernel(
     strides = _int64_array(*(stride for x in strided_tensors for stride in x.stride()[:3]))
     library = cpp_extension.load_library(SOURCE_PATH)
     assert library is not None, "dispatch checks is_available()"
-    getattr(library, name)(*map(_data_ptr, (*tensors, *key_tensors)), sizes, strides, ctypes.c_float(scale))
+    addresses = (ctypes.c_void_p(None if x is None else x.data_ptr()) for x in (*tensors, *key_tensors))
+    getattr(library, name)(*addresses, sizes, strides, ctypes.c_float(scale))
 
 
 def _unflatten_key_bounds(flat_key_ranges: list[int], num_queries: int) -> Tensor:
@@ -186,8 +177,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Compute attention and its log-sum-exp, both with gradient.
 
-    Arguments are those of :func:`memtx.ops.attention.reference.attend`, in a dtype of DTYPES, with a head dimension up
-    to MAX_HEAD_DIM, without a pattern and without gradient of the bias.
+    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, in a dtype of DTYPES, with a head
+    dimension up to MAX_HEAD_DIM, without a pattern and without gradient of the bias.
     """
     assert visibility.pattern is None, "dispatch sends patterns to 'banded'"
     head_dim, dtype = q.shape[-1], q.dtype

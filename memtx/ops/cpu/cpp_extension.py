@@ -40,12 +40,6 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [requested] if requested else ["c++", "g++", "clang++"])), None)
 
 
-def _describe_cpu() -> str:
-    """Return the properties of the processor that compiled code depends on."""
-    fields = cpu_info.read_cpu_info()
-    return "\n".join([platform.machine(), *(fields.get(name, "") for name in CPU_INFO_FIELDS)])
-
-
 @contextlib.contextmanager
 def _open_build_dir() -> Iterator[Path]:
     """Yield the folder of compiled libraries; a temporary one, removed after loading, if that is not writable."""
@@ -65,7 +59,8 @@ def load_library(source: Path) -> ctypes.CDLL | None:
     if os.environ.get(COMPILE_ENV_VAR) == "0":
         log.info("%s is not compiled: %s is 0", source.name, COMPILE_ENV_VAR)
         return None
-    key = "\n".join([source.read_text(encoding="utf-8"), *COMPILER_FLAGS, _describe_cpu()])
+    cpu = [cpu_info.read_cpu_info().get(name, "") for name in CPU_INFO_FIELDS]
+    key = "\n".join([source.read_text(encoding="utf-8"), *COMPILER_FLAGS, platform.machine(), *cpu])
     name = f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
     try:
         with _open_build_dir() as folder:
@@ -79,12 +74,7 @@ def load_library(source: Path) -> ctypes.CDLL | None:
 
 
 def _compile(source: Path, library_path: Path) -> None:
-    """Compile one file.
-
-    Raises:
-        OSError: If there is no compiler or no disk space.
-        subprocess.SubprocessError: If the compiler fails.
-    """
+    """Compile one file; raise OSError without a compiler or disk space, SubprocessError if the compiler fails."""
     compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler was found; install g++ or clang++, or set CXX")

@@ -17,19 +17,12 @@ _RETAIN_SETTINGS = {_TRIM_THRESHOLD: -1, _MMAP_THRESHOLD: 32 << 20}
 _DEFAULT_SETTINGS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_THRESHOLD: 128 << 10, _MMAP_MAX: 65536}
 
 
-def _load_glibc() -> ctypes.CDLL | None:
-    """Return glibc; None with another C library, or if environment variables configure malloc."""
-    is_configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if is_configured or sys.platform != "linux":
-        return None
-    library = ctypes.CDLL(None)
-    return library if hasattr(library, "gnu_get_libc_version") else None
-
-
 def _set_mallopt(settings: dict[int, int]) -> bool:
-    """Set parameters of mallopt; return True on success."""
-    library = _load_glibc()
-    return library is not None and all(library.mallopt(name, value) for name, value in settings.items())
+    """Set parameters, unless environment variables configure malloc or it is not glibc's; return True on success."""
+    is_configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
+    if is_configured or sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
+        return False
+    return all(library.mallopt(name, value) for name, value in settings.items())
 
 
 def retain_freed_memory(*, include_large_blocks: bool = False) -> bool:

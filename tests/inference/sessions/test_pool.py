@@ -20,11 +20,12 @@ from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.batching import score_segments
 from memtx.inference.deadline import DeadlineExceededError
-from memtx.inference.generate import FINISH_CANCELLED, GenerationConfig, generate
+from memtx.inference.generate import GenerationConfig, generate
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.inference.sessions.pool import SessionPool
 from memtx.inference.sessions.registry import SessionLimitError, SessionNotFoundError
+from memtx.inference.sessions.store import SessionSaveError
 from memtx.memory.none import NoMemory
 from tests.inference.conftest import TEXT, tiny_model
 from tests.invariants.strategies import distance
@@ -68,15 +69,15 @@ def test_sessions_fed_at_once_equal_readers_alone(data: st.DataObject, exact_mod
     """Sessions are fed at once, in any chunks, by one thread each."""
     count = data.draw(st.integers(2, 6))
     texts = [data.draw(st.text(st.sampled_from("abé🙂 \n"), min_size=1, max_size=300)) for _ in range(count)]
-    cuts = [data.draw(st.integers(0, len(text))) for text in texts]
+    offsets = [data.draw(st.integers(0, len(text))) for text in texts]
     pool = SessionPool(exact_model, ByteTokenizer(), segment_length=data.draw(st.sampled_from([1, 8, 32])))
     session_ids = [pool.create() for _ in texts]
 
-    def read(session_id: str, text: str, cut: int) -> list[SegmentResult]:
-        return pool.feed(session_id, text[:cut]) + pool.feed(session_id, text[cut:], end_of_text=True)
+    def read(session_id: str, text: str, offset: int) -> list[SegmentResult]:
+        return pool.feed(session_id, text[:offset]) + pool.feed(session_id, text[offset:], end_of_text=True)
 
     with ThreadPoolExecutor(count) as threads:
-        all_results = list(threads.map(read, session_ids, texts, cuts))
+        all_results = list(threads.map(read, session_ids, texts, offsets))
     for session_id, text, results in zip(session_ids, texts, all_results, strict=True):
         expected, reader = read_alone(exact_model, text, pool.segment_length)
         assert np.abs(all_nll(results) - expected).max() < ROUNDING
@@ -89,7 +90,7 @@ def test_sessions_fed_at_once_equal_readers_alone(data: st.DataObject, exact_mod
 @pytest.mark.parametrize("memory", ["compressed", "none"])
 def test_segments_scored_in_one_call_equal_each_alone(memory: str, exact_model: MemoryTransformer) -> None:
     # The engine is blocked until all segments are pending, so that they share calls. A model without memory shows that
-    # no segment was cut: its results would change.
+    # no segment was split: its results would change.
     model = exact_model
     if memory == "none":
         torch.manual_seed(0)
@@ -140,10 +141,7 @@ def test_texts_generated_at_once_equal_each_alone(pool: SessionPool, byte_model:
         (first, second) = pool.generate(
             session_id,
             "",
-            [
-                GenerationConfig(30 + seed, params, seed=seed),
-                GenerationConfig(5, params, stop=("e",), seed=seed),
-            ],
+            [GenerationConfig(30 + seed, params, seed=seed), GenerationConfig(5, params, stop=("e",), seed=seed)],
         )
         list(second)
         return "".join(delta.text for delta in first)
@@ -173,14 +171,14 @@ def test_a_generation_can_be_cancelled(pool: SessionPool) -> None:
     endless.cancel()
     assert len(list(other)) > 0
     list(deltas)
-    assert endless.token_generator.finish_reason == FINISH_CANCELLED
+    assert endless.token_generator.finish_reason == "cancelled"
     # Closing the iterator cancels too.
     (dropped,) = pool.generate(session_id, "", [GenerationConfig(10**9)])
     deltas = iter(dropped)
     next(deltas)
     deltas.close()  # type: ignore[attr-defined]
     assert "".join(delta.text for delta in pool.generate(session_id, "", [GenerationConfig(3)])[0])
-    assert dropped.token_generator.finish_reason == FINISH_CANCELLED
+    assert dropped.token_generator.finish_reason == "cancelled"
 
 
 def test_requests_end_at_their_deadline(pool: SessionPool) -> None:
@@ -259,6 +257,28 @@ def test_a_session_can_append_its_generated_text(pool: SessionPool, byte_model: 
     next(deltas)
     deltas.close()  # type: ignore[attr-defined]
     assert pool.info(session_id) == before
+
+
+def test_a_session_that_cannot_be_saved_stays_as_it_was(
+    byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = SessionPool(byte_model, byte_tokenizer, tmp_path, segment_length=32)
+    session_id = pool.create()
+    pool.feed(session_id, TEXT[:100], save=True)
+    before = pool.info(session_id)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemtxError("The disk is full.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("memtx.inference.sessions.store.save_session", fail)
+        with pytest.raises(SessionSaveError, match="disk is full"):
+            pool.feed(session_id, TEXT[100:150], save=True)
+    assert pool.info(session_id) == before
+    results = pool.feed(session_id, TEXT[100:150], end_of_text=True)
+    expected = read_alone(byte_model, TEXT[:150])[0][before.totals.num_tokens :]
+    assert np.abs(all_nll(results) - expected).max() < ROUNDING
+    pool.close()
 
 
 def test_idle_sessions_are_evicted_to_disk_and_restored(

@@ -123,4 +123,4 @@ def test_mask_of_a_block_is_a_slice_of_the_mask() -> None:
     mask = create_mask(visibility)
     assert mask.shape == (1, 9, 12)
     assert torch.equal(create_mask(visibility, (2, 7), (4, 10)), mask[:, 2:7, 4:10])
-    assert [int(row.sum()) for row in mask[0]] == [4] * 9
+    assert [int(line.sum()) for line in mask[0]] == [4] * 9

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.attention.combine import merge_attention
+from memtx.ops.attention.reference import merge_attention
 
 
 def attention(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The backward pass by matrix products in bfloat16 is about as exact as the fused kernel's."""
+"""Bands on the CPU: exactness of the bfloat16 backward pass, and compiling without a graph break."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import torch
 from torch import Tensor
 
 from memtx.ops.attention import reference
-from memtx.ops.attention.block_plan import build_bands
+from memtx.ops.attention.banded import build_bands
+from memtx.ops.attention.dispatch import segment_attention
 from memtx.ops.attention.mask import KeyRange, Visibility
-from memtx.ops.cpu import bf16_backward, sdpa_cpu
+from memtx.ops.cpu import sdpa_cpu
+from tests.ops.attention.test_backends import causal_window
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("kv_heads", [1, 4])
-def test_error_is_close_to_the_fused_kernels(spread: float, kv_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_backward_error_is_close_to_the_fused_kernels(
+    spread: float, kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From uniform weights to one key with all the weight."""
     torch.manual_seed(0)
     offset = torch.arange(-60, 150)[None]
@@ -36,11 +40,25 @@ def test_error_is_close_to_the_fused_kernels(spread: float, kv_heads: int, monke
         return torch.autograd.grad(loss, inputs)
 
     expected_grads = compute_grads(exact=True)
-    monkeypatch.setattr(bf16_backward, "is_faster", lambda: False)
+    monkeypatch.setattr(sdpa_cpu, "is_bf16_backward_faster", lambda: False)
     fused_grads = compute_grads(exact=False)
-    monkeypatch.setattr(bf16_backward, "is_faster", lambda: True)
+    monkeypatch.setattr(sdpa_cpu, "is_bf16_backward_faster", lambda: True)
     grads = compute_grads(exact=False)
     assert not all(torch.equal(grad, fused) for grad, fused in zip(grads, fused_grads, strict=True))
     for grad, fused, expected in zip(grads, fused_grads, expected_grads, strict=True):
         # Rounding to 8 bits is 0.1% of a tensor's norm each time, and it happens once or twice more.
         assert (grad - expected).norm() <= 2 * (fused - expected).norm() + 1e-3 * expected.norm()
+
+
+def test_compiled_bands_have_no_graph_break() -> None:
+    q, k, v = (torch.randn(2, 2, 300, 16, requires_grad=True) for _ in range(3))
+    visibility = causal_window(300, window=200)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return segment_attention(q, k, v, visibility, backend="banded")[0].square()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected_grads = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+    grads = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad, expected)
