@@ -110,5 +110,5 @@ def test_mistakes_are_said(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train.jsonl', line 1: Text and summary have \d+ tokens, max_length is 9"):
         parts(root, max_length=9)[1].setup("fit")
     write_lines(tmp_path / "train.jsonl", [{"text": "a", "summary": "good"}])
-    with pytest.raises(DataError, match=r"line 1: The summary holds 'o'"):
+    with pytest.raises(DataError, match=r"line 1: The summary holds the stop sequence 'o'"):
         parts(tmp_path, stop_sequence="o")[1].setup("fit")
