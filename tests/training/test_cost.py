@@ -21,7 +21,7 @@ def model(**options: object) -> MemoryTransformer:
     return MemoryTransformer(32, **given)  # type: ignore[arg-type]
 
 
-def test_parameters_by_part_are_all_of_them_once() -> None:
+def test_parameters_are_counted_once() -> None:
     made = model(memories=[COMPRESSED, NoMemory, RecurrentMemory])
     parts = cost.count_parameters(made)
     assert sum(parts.values()) == sum(one.numel() for one in made.parameters())
@@ -43,7 +43,7 @@ def test_operations_by_hand() -> None:
     assert cost.count_flops(made, 8).training == found.forward
 
 
-def test_a_window_shows_as_many_pairs_whatever_the_segment() -> None:
+def test_pairs_in_a_window_do_not_depend_on_the_segment() -> None:
     made = model(memories=[partial(RecurrentMemory, window=6)], feed_forward=FeedForward)
     matrices = 3 * (4 * 16 * 16 + 2 * 16 * 64) + 16 * 32
     for segment in (4, 32):
@@ -54,7 +54,7 @@ def test_a_window_shows_as_many_pairs_whatever_the_segment() -> None:
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("horizon", [1, 2])
-def test_activations_are_those_of_a_real_pass(half: bool, horizon: int) -> None:
+def test_activation_bytes_equal_a_real_pass(half: bool, horizon: int) -> None:
     made = model()
     own = {one.untyped_storage()._cdata for one in made.parameters()}
     kept = {}
@@ -77,7 +77,7 @@ def test_activations_are_those_of_a_real_pass(half: bool, horizon: int) -> None:
     assert counted == real if horizon == 1 else real <= counted < 1.5 * real
 
 
-def test_replay_and_checkpointing_keep_less() -> None:
+def test_replay_and_checkpointing_store_less() -> None:
     made = model(depth=6)
     whole = cost.activation_bytes(made, 2, 32, 4)
     assert cost.activation_bytes(made, 2, 32, 4, replay=True) < 0.5 * whole
@@ -85,7 +85,7 @@ def test_replay_and_checkpointing_keep_less() -> None:
     assert cost.activation_bytes(made, 2, 32, 4) < 0.5 * whole
 
 
-def test_the_optimiser_keeps_what_it_keeps() -> None:
+def test_optimizer_bytes_equal_a_real_optimizer() -> None:
     made = model()
     number = sum(one.numel() for one in made.parameters())
     tensors = len(list(made.parameters()))
@@ -93,7 +93,7 @@ def test_the_optimiser_keeps_what_it_keeps() -> None:
     assert cost.optimizer_bytes(made, partial(torch.optim.SGD, lr=0.1)) == 0
 
 
-def test_the_model_is_left_as_it_was() -> None:
+def test_counting_does_not_change_the_model() -> None:
     made, random = model(), torch.random.get_rng_state()
     before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
     cost.count_flops(made, 8)

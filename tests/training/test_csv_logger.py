@@ -1,4 +1,4 @@
-"""metrics.csv is whole after any end of the run, and goes on with the run."""
+"""metrics.csv is complete after any end of a run and continues with it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def log(folder: Path, steps: range, go_on: bool = False, **more: float) -> None:
         logger.save()
 
 
-def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_row_is_dropped(tmp_path: Path) -> None:
     log(tmp_path, range(4))
     content = (tmp_path / "metrics.csv").read_bytes()
     # As a kill leaves the row of a step: of 12, just "1" may be there.

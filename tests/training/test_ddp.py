@@ -1,4 +1,4 @@
-"""Two processes are one run: the same gradients, figures and, resumed, the same losses."""
+"""Two processes equal one: gradients, metrics and, after a resume, losses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _gloo() -> None:
         pytest.skip("this torch has no gloo")
 
 
-def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_path: Path) -> None:
+def test_gradients_and_metrics_equal_one_process(program: Program, tmp_path: Path) -> None:
     content = config(2, max_steps=1, val_check_interval=1)
     # Dropout draws by process. In the first batch no document ends, so all rows score alike and the mean over
     # processes is the mean over labels.
@@ -58,7 +58,7 @@ def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_of_two_processes_resumes(program: Program, tmp_path: Path, number: signal.Signals) -> None:
     at = runs.prepare(tmp_path, config(1))
     done = runs.fit(program, at, "whole", *TWO)
     assert done.code == 0, done.err
@@ -80,7 +80,7 @@ def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: 
     assert not torch.equal(*memories)
 
 
-def test_all_processes_skip_alike(program: Program, tmp_path: Path) -> None:
+def test_all_processes_skip_the_same_steps(program: Program, tmp_path: Path) -> None:
     at = runs.prepare(tmp_path, config(1, max_steps=3, limit_val_batches=0))
     for name, spoil in (("plain", -1), ("spoiled", 1)):
         done = runs.fit(program, at, name, *TWO, spoil=spoil, rank=1)
@@ -108,7 +108,7 @@ STACK = [
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_no_kind_leaves_a_parameter_without_gradient(program: Program, tmp_path: Path, replay: bool) -> None:
+def test_every_memory_gives_every_parameter_a_gradient(program: Program, tmp_path: Path, replay: bool) -> None:
     """DDP stops at a parameter that took no part, from the second step on; the strategy has no flag against it."""
     content = config(1, max_steps=3)
     content["model"]["replay"] = replay

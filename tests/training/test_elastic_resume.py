@@ -1,4 +1,4 @@
-"""A run that goes on with other rows or processes: no token lost, the rows that stay keep what they carry."""
+"""Resuming with another batch size or number of processes loses no token and no memory of remaining streams."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.training.small import Record, data, module, trainer
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
-def test_the_first_rows_carry_on(saved: list[int], batch_size: int, ranks: int) -> None:
+def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: int) -> None:
     whole = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
         {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in whole.split(saved)
@@ -40,7 +40,7 @@ def test_the_first_rows_carry_on(saved: list[int], batch_size: int, ranks: int) 
     assert torch.equal(together[:, 0], torch.cat([one["position"] for one in reassigned]))
 
 
-def test_other_memories_are_refused() -> None:
+def test_different_memories_are_rejected() -> None:
     with pytest.raises(CheckpointError, match="different memories"):
         reassign_streams([{"position": torch.zeros(2)}, {"other": torch.zeros(2)}], 2, 0)
     with pytest.raises(CheckpointError, match="different memories"):
@@ -60,7 +60,7 @@ def test_a_plain_data_loader_does_not_tell_its_streams() -> None:
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_a_run_goes_on_with_other_rows(
+def test_a_run_resumes_with_another_batch_size(
     tmp_path: Path, batch_size: int, accumulate: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_other_rows(
     assert batches == list(range(batches[0], batches[0] + len(batches)))
 
 
-def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
+def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoints")
     options: dict[str, Any] = {"limit_val_batches": 0}
     trainer(tmp_path, BestCheckpoint(folder), max_steps=3, **options).fit(module(), datamodule=data(tmp_path))
@@ -104,7 +104,7 @@ def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
         assert (position[2:] <= 16).all()
 
 
-def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_processes(program: Program, tmp_path: Path) -> None:
     """Two processes of one row each and one process of two are the same run, wherever it changes over."""
     config = changed(("data", "batch_size"), 2)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0}

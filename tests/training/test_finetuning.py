@@ -1,4 +1,4 @@
-"""Fine-tuning modules: each learns what can be learned, measures it as it should, and goes on exactly."""
+"""Fine-tuning modules learn simple rules, evaluate correctly, and resume exactly."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def trainer(**options: Any) -> pl.Trainer:
 
 
 @pytest.mark.parametrize(("kind", "measure"), [("classification", "accuracy"), ("tagging", "f1"), ("questions", "f1")])
-def test_it_learns_what_can_be_read_off(kind: str, measure: str, tmp_path: Path) -> None:
+def test_each_task_learns_a_simple_rule(kind: str, measure: str, tmp_path: Path) -> None:
     module, data = parts(kind, folder(tmp_path, kind, 48))
     made = trainer(max_epochs=25)
     made.fit(module, data)
@@ -93,7 +93,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     assert losses[0] == losses[1]
 
 
-def test_frozen_parts_keep_their_weights_until_they_thaw(tmp_path: Path) -> None:
+def test_frozen_parameters_keep_their_weights_until_their_epoch(tmp_path: Path) -> None:
     module, data = parts("classification", folder(tmp_path, "classification"))
     seen: list[dict[str, float]] = []
 
@@ -111,7 +111,7 @@ def test_frozen_parts_keep_their_weights_until_they_thaw(tmp_path: Path) -> None
         trainer(max_epochs=1, callbacks=[Freeze(["bodi.*"])]).fit(*parts("classification", tmp_path))
 
 
-def test_a_published_encoder_is_begun_from(parity: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_encoder_initializes_the_backbone(parity: Path, tmp_path: Path) -> None:
     from memtx import from_pretrained
 
     place = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
@@ -126,7 +126,7 @@ def test_a_published_encoder_is_begun_from(parity: Path, tmp_path: Path) -> None
         ClassificationModule(pretrained=str(place), vocab_size=10**6)
 
 
-def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_data_is_named(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", "classification")
     write_lines(root / "validation.jsonl", [{"text": "a", "label": "pos"}, {"text": "a", "label": "poz"}])
     data = TaskDataModule(task("classification"), str(root))
@@ -141,7 +141,7 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         TaskDataModule(task("classification"), str(root), batch_size=0)
 
 
-def test_a_checkpoint_of_another_task_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_task_is_rejected(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", "classification")
     module, data = parts("classification", root)
     made = trainer(max_steps=1)

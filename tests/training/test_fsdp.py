@@ -1,4 +1,4 @@
-"""Weights shared out over two processes: the same gradients and the same run, and checkpoints of both."""
+"""Weights sharded over two processes: equal gradients and runs, and checkpoints."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def assert_same_weights(one: dict[str, Any], other: dict[str, Any], tolerance: f
         torch.testing.assert_close(other["state_dict"][name], weight, atol=tolerance, rtol=0.0)
 
 
-def test_gradients_and_figures_are_those_of_one_process(place: Path) -> None:
+def test_gradients_and_metrics_equal_one_process(place: Path) -> None:
     one, two = (
         files.load_tensors(place / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
         for name in ("one", "whole")
@@ -77,7 +77,7 @@ def test_gradients_and_figures_are_those_of_one_process(place: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_goes_on_exactly(program: Program, place: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_resumes_exactly(program: Program, place: Path, number: signal.Signals) -> None:
     run = f"struck-{number}"
     done = runs.fit(program, place, run, *FSDP2, ranks=2, strike=3, signal=int(number), rank=1)
     assert done.code != 0
@@ -109,7 +109,7 @@ def test_the_strategy_may_change(program: Program, place: Path) -> None:
         assert set(steps[0]) == set(steps[1]) == {6.0}
 
 
-def test_damage_is_noticed(place: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_rejected(place: Path, tmp_path: Path) -> None:
     whole = last(place, "whole")
     sharded.verify_checksums(whole)
     for file in sorted(whole.iterdir()):
@@ -135,7 +135,7 @@ class Evil:
         return (Evil.ran.append, (1,))
 
 
-def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
+def test_loading_executes_no_code(place: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.ckpt"
     shutil.copytree(last(place, "whole"), copy)
     for name, content in ((sharded.DCP_METADATA_FILE, pickle.dumps(Evil())), (sharded.META_FILE, pickle.dumps(Evil()))):
@@ -150,7 +150,7 @@ def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
     assert Evil.ran == []
 
 
-def test_it_is_put_together(program: Program, place: Path) -> None:
+def test_a_sharded_checkpoint_is_consolidated(program: Program, place: Path) -> None:
     """What two processes wrote is one model: for convert, and for whatever loads a checkpoint."""
     for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
         done = program("convert", source, "out", "--overwrite", cwd=place)
@@ -173,7 +173,7 @@ def test_it_is_put_together(program: Program, place: Path) -> None:
         assert done.code == 0, done.err
 
 
-def test_what_does_not_go_is_said_in_a_line(program: Program, place: Path) -> None:
+def test_unsupported_options_are_reported_in_one_line(program: Program, place: Path) -> None:
     for options, word in (
         (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "does not go with a strategy"),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),

@@ -1,4 +1,4 @@
-"""Gradients of two processes, weights whole (DDP) or shared out (FSDP2), are those of one: every kind, in float64."""
+"""Gradients of two processes with DDP or FSDP2 equal those of one, for every memory, in float64."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ CHOSEN = (
     "compressed-convolution", "compressed-queries", "dual", "associative-gated", "slots", "retrieval",
     "sinks-with-positions", "tokens", "ernie-doc", "third-party",
 )  # fmt: skip
-"""Kinds of memory with parameters of every sort and every way of being written."""
+"""Memories with every kind of parameter and write."""
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     **{kind: (partial(transformer, KINDS[kind](5, 2, 3)), through_time) for kind in CHOSEN},
@@ -165,5 +165,5 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_one_process(messages: list[dict[str, str]], name: str) -> None:
+def test_gradients_equal_one_process(messages: list[dict[str, str]], name: str) -> None:
     assert [one[name] for one in messages] == ["", ""]

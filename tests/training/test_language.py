@@ -1,4 +1,4 @@
-"""Training carries its memory as reading on would; measuring is exact and leaves training alone."""
+"""Training carries memory as continuous reading does; evaluation is exact and does not change training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: 
     return nll
 
 
-def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
+def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
     """What training loses on a document is what is lost on it read alone, whatever batches and rows it lay in."""
     steps = 30
     taught, record, texts = module(dropout=0.0, optimizer=constant, scheduler=None), Record(), data(tmp_path)
@@ -54,7 +54,7 @@ def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
         assert float.fromhex(record.losses[step]) == pytest.approx(sum(found) / len(found), **CLOSE), step
 
 
-def test_validation_leaves_training_alone(tmp_path: Path) -> None:
+def test_validation_does_not_change_training(tmp_path: Path) -> None:
     """Memory and random numbers (dropout) are as if there had been none; so with the sanity check."""
     losses = []
     for options in (
@@ -82,7 +82,7 @@ class Keep(pl.Callback):
             self.kept[path] = metrics
 
 
-def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
+def test_metrics_in_training_equal_those_of_evaluation(tmp_path: Path) -> None:
     keep = Keep(tmp_path)
     trainer(tmp_path, keep, max_steps=6, val_check_interval=3).fit(module(), datamodule=data(tmp_path))
     assert len(keep.kept) == 2
@@ -94,7 +94,7 @@ def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("rows", "horizon"), [(1, 1), (2, 3), (3, 1), (5, 2)])
-def test_figures_are_those_of_the_whole_texts(tmp_path: Path, rows: int, horizon: int) -> None:
+def test_metrics_equal_those_of_whole_documents(tmp_path: Path, rows: int, horizon: int) -> None:
     texts, measured = data(tmp_path, eval_batch_size=rows, bptt_segments=horizon), module()
     (found,) = trainer(tmp_path).test(measured, datamodule=texts, verbose=False)
     store = texts.token_store("test")
@@ -110,7 +110,7 @@ def test_figures_are_those_of_the_whole_texts(tmp_path: Path, rows: int, horizon
     assert found["test_loss"] == pytest.approx(sum(nats) / sum(int(one) - 1 for one in store.lengths), **CLOSE)
 
 
-def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
+def test_limited_validation_is_deterministic(tmp_path: Path) -> None:
     texts = data(tmp_path, eval_tokens=64)
     (found,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
     (whole,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
@@ -118,7 +118,7 @@ def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
     assert found.keys() <= whole.keys()  # the meter tells only of distances that were reached
 
 
-def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
+def test_predictions_are_the_nll_of_each_label(tmp_path: Path) -> None:
     texts, measured = data(tmp_path, eval_batch_size=2), module()
     found: Any = trainer(tmp_path).predict(measured, datamodule=texts)
     batches: list[Batch] = list(texts.predict_dataloader())
@@ -133,7 +133,7 @@ def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
             torch.testing.assert_close(rows[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_logged(tmp_path: Path) -> None:
+def test_logged_metrics(tmp_path: Path) -> None:
     taught = module()
     run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
     run.fit(taught, datamodule=data(tmp_path))
@@ -145,6 +145,6 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert taught.tokens_seen == 2 * 2 * 2 * SEGMENT
 
 
-def test_a_segment_has_tokens() -> None:
+def test_an_empty_segment_is_rejected() -> None:
     with pytest.raises(MemtxError, match="segment_length is 0"):
         LanguageModule(segment_length=0)

@@ -1,4 +1,4 @@
-"""LoRA: a model without adapters whose weights are W + (alpha / rank) B A, whatever reads them; the base stays."""
+"""LoRA equals a model with weights W + (alpha / rank) B A, and the base stays frozen."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_every_use_of_a_weight_sees_what_adapts_it(kind: str) -> None:
+def test_every_use_of_a_weight_sees_its_adapter(kind: str) -> None:
     plain = base(STACKS[kind](), kv_heads=2)
     adapted = copy.deepcopy(plain)
     before = logits(plain)
@@ -114,7 +114,7 @@ def test_every_use_of_a_weight_sees_what_adapts_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_matrices_get_the_gradient_of_the_weight_that_they_are_in(kind: str) -> None:
+def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
     """By the chain rule, from a model of merged weights; what is frozen in it is frozen in them."""
     plain = base(STACKS[kind](), kv_heads=2)
     adapted = copy.deepcopy(plain)
@@ -138,7 +138,7 @@ def test_matrices_get_the_gradient_of_the_weight_that_they_are_in(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, tmp_path: Path) -> None:
+def test_hugging_face_models_are_adapted_and_saved(parity: Path, kind: str, tmp_path: Path) -> None:
     for place in folders(parity, kind):
         memory = partial(CompressedMemory, window=8, compression_rate=2, num_entries=6)
         plain = memtx.from_pretrained(place).double().with_memory([memory], window=8, num_sinks=2)
@@ -181,7 +181,7 @@ def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
     [{}, {"replay": True, "activation_checkpointing": True, "distillation": SelfDistillation()}],
     ids=["plain", "all"],
 )
-def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_only_memories_and_adapters_are_trained(tmp_path: Path, options: dict[str, Any]) -> None:
     before = {name: one.clone() for name, one in retrofitted(257).state_dict().items()}
     own = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
     memory = own.model.memory_parameters()
@@ -200,7 +200,7 @@ def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, An
     assert adapted == 2 * 2 * 2  # A and B of two maps in two layers
 
 
-def test_a_model_without_memory_may_learn_by_them_alone(tmp_path: Path) -> None:
+def test_a_model_without_memory_trains_adapters_alone(tmp_path: Path) -> None:
     own = LanguageModule(
         lambda size: retrofitted(size).without_memory(6), segment_length=SEGMENT, freeze_base=True, lora=LoRA()
     )
@@ -210,7 +210,7 @@ def test_a_model_without_memory_may_learn_by_them_alone(tmp_path: Path) -> None:
     assert all(".lora_" in name for name in learning)
 
 
-def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_loads_merged_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = MemoryTransformer.from_pretrained(tmp_path / "run.ckpt")
@@ -226,7 +226,7 @@ def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, mon
     assert own.model.fingerprint == loaded.fingerprint == again.fingerprint
 
 
-def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_equal_adapters(tmp_path: Path) -> None:
     trained(tmp_path, LoRA(rank=2, alpha=8))
     content = pretrained.read_checkpoint(tmp_path / "run.ckpt")
     for other in (
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
     LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=LoRA(2, 8)).on_load_checkpoint(content)
 
 
-def test_beside_weights_of_half_precision_they_learn_in_float32() -> None:
+def test_adapters_of_half_precision_weights_are_float32() -> None:
     model = base(partial(RecurrentMemory, window=8)).bfloat16()
     before = logits(model)
     adapters = LoRA()(model)
@@ -250,7 +250,7 @@ def test_beside_weights_of_half_precision_they_learn_in_float32() -> None:
     torch.testing.assert_close(logits(model), before, rtol=2**-6, atol=2**-6)
 
 
-def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_options_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for options, said in (
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),

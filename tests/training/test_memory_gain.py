@@ -1,4 +1,4 @@
-"""What a memory is worth is a difference that anyone can compute, and a run that does not use it says so."""
+"""The gain from memory equals a difference computed by hand, and unused memory is reported."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
     return {name: nats[name] / units[name] / math.log(2) for name in nats}
 
 
-def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
+def test_gain_is_the_difference_of_two_passes(tmp_path: Path) -> None:
     # As many rows as documents, so that every document begins where a segment does.
     texts, measured = data(tmp_path, eval_batch_size=1), module(dropout=0.0)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
         assert metrics[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
 
 
-def test_nothing_is_measured_where_nothing_is_carried_or_it_is_not_wanted(tmp_path: Path) -> None:
+def test_no_gain_without_memory_or_when_disabled(tmp_path: Path) -> None:
     for one in (
         LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment_length=SEGMENT),
         module(measure_memory_gain=False),
@@ -75,7 +75,7 @@ class Deaf(MemoryTransformer):
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_memory_that_is_not_used_is_said_so(tmp_path: Path, deaf: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_memory_is_reported(tmp_path: Path, deaf: bool, capsys: pytest.CaptureFixture[str]) -> None:
     taught = module(dropout=0.0)
     if deaf:
         taught.model.__class__ = Deaf

@@ -15,7 +15,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_of_the_chosen_most_are_masked_some_others_some_left() -> None:
+def test_selected_tokens_are_masked_replaced_or_kept() -> None:
     tokens = torch.randint(0, 1000, (40, 1000), generator=seeded())
     found = mask_tokens(
         tokens, mask_token_id=1000, vocab_size=1000, mask_prob=0.15, special_token_ids=(7,), generator=seeded(1)
@@ -60,7 +60,7 @@ def test_words_are_runs_of_letters_and_digits(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pairs"])
-def test_whole_words_are_hidden_together(kind: str) -> None:
+def test_whole_words_are_masked_together(kind: str) -> None:
     tokenizer, one = pieces(kind)
     tokens = one.expand(200, -1)
     edges = find_word_boundaries(tokenizer)
@@ -76,7 +76,7 @@ def test_whole_words_are_hidden_together(kind: str) -> None:
     assert float(chosen.float().mean()) == pytest.approx(0.3, abs=0.05)
 
 
-def test_an_order_is_a_permutation_and_the_last_are_guessed() -> None:
+def test_the_last_of_a_permutation_are_predicted() -> None:
     tokens = torch.randint(0, 50, (8, 30), generator=seeded())
     found = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
     assert torch.equal(found.rank.sort(1).values, torch.arange(30).expand(8, -1))
@@ -86,7 +86,7 @@ def test_an_order_is_a_permutation_and_the_last_are_guessed() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
-def test_shares_are_checked(share: float) -> None:
+def test_probabilities_are_checked(share: float) -> None:
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(MemtxError, match="mask_prob is"):
         mask_tokens(tokens, mask_token_id=1, vocab_size=1, mask_prob=share)

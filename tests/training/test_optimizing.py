@@ -1,4 +1,4 @@
-"""What a step does to the weights: optimiser, schedule, clipping, accumulation, precision."""
+"""Effect of a step on the weights: optimizer, schedule, clipping, accumulation and precision."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_parameter_learns(kind: str) -> None:
     assert still == []
 
 
-def test_decay_is_for_matrices() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     reader = model(30, bias=True)
     decayed, free = make_param_groups(reader)
     assert "weight_decay" not in decayed
@@ -95,7 +95,7 @@ def test_warmup_then_cosine() -> None:
             WarmupCosine(optimizer(), **wrong)
 
 
-def test_a_schedule_that_goes_on_has_the_runs_settings() -> None:
+def test_a_resumed_schedule_has_the_new_settings() -> None:
     short = WarmupCosine(optimizer(), warmup_steps=2, total_steps=4)
     rates(short, 4)
     # More steps were asked for when the run went on: the rate rises to where it is in the longer run.
@@ -125,7 +125,7 @@ def test_the_schedule_ends_with_the_run(tmp_path: Path, options: dict[str, Any],
     assert schedule.get_last_lr()[0] == pytest.approx(0.01 * 0.1)
 
 
-def test_optimizer_and_schedule_are_ones_own(tmp_path: Path) -> None:
+def test_custom_optimizer_and_schedule(tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
     run.fit(module(optimizer=own, scheduler=partial(StepLR, step_size=1, gamma=0.5)), datamodule=data(tmp_path))
     assert isinstance(run.optimizers[0], torch.optim.SGD)
@@ -210,7 +210,7 @@ def test_compiled_is_close_to_eager(tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
-def test_a_validation_that_diverged_is_said(tmp_path: Path) -> None:
+def test_a_diverged_validation_is_reported(tmp_path: Path) -> None:
     measured = module()
     torch.nn.init.constant_(measured.model.embedding.weight, math.nan)
     with pytest.raises(MemtxError, match="nan"):

@@ -1,4 +1,4 @@
-"""Each objective learns a text that repeats itself, measures what it guesses, and goes on exactly."""
+"""Each pretraining objective learns a repeated text, scores its predictions, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def parts(name: str, root: Path) -> tuple[Any, BookDataModule]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_it_learns_what_repeats(name: str, root: Path) -> None:
+def test_each_objective_learns_repetition(name: str, root: Path) -> None:
     module, data = parts(name, root)
     steps = {"permuted": 400}.get(name, 150)
     run = trainer(max_steps=steps, max_epochs=-1, val_check_interval=steps, check_val_every_n_epoch=None)
@@ -88,13 +88,13 @@ def test_resuming_is_exact(name: str, root: Path, tmp_path: Path) -> None:
     assert sums[0] == sums[1]
 
 
-def test_a_mask_is_one_token_more_or_one_that_is_there() -> None:
+def test_the_mask_token_is_added_or_given() -> None:
     assert MaskedModule(ENCODER, 50).model.vocab_size == 51
     own = MaskedModule(ENCODER, 50, mask_id=4)
     assert (own.model.vocab_size, own.mask_id) == (50, 4)
 
 
-def test_only_what_is_hidden_is_scored() -> None:
+def test_only_masked_tokens_are_scored() -> None:
     run = ENCODER(50)
     tokens = torch.randint(0, 50, (2, 9))
     scored = torch.rand(2, 9) < 0.5

@@ -28,7 +28,7 @@ def unrolled(reader: MemoryTransformer, seed: int, segment: int, length: int, *,
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=5)
 @given(segment=st.integers(1, 7), length=st.integers(1, 24), seed=st.integers(0, 99))
-def test_gradients_are_those_of_plain_backpropagation(kind: str, segment: int, length: int, seed: int) -> None:
+def test_gradients_equal_plain_backpropagation(kind: str, segment: int, length: int, seed: int) -> None:
     """Dropout and auxiliary losses included: what was drawn is drawn again."""
     torch.manual_seed(seed)
     reader = model(30, memories=(KINDS[kind](4, 2, 3),), dropout=0.2).double().train()
@@ -52,7 +52,7 @@ def peak(reader: MemoryTransformer, horizon: int, *, replay: bool) -> int:
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "compressed-convolution", "associative", "slots"])
-def test_memory_grows_by_states_alone(kind: str) -> None:
+def test_replay_stores_states_only(kind: str) -> None:
     reader = model(30, memories=(KINDS[kind](8, 8, 3),), dim=32)
     state = reader.init_state(2).nbytes
     one, many = (peak(reader, horizon, replay=True) for horizon in (2, 16))
@@ -62,7 +62,7 @@ def test_memory_grows_by_states_alone(kind: str) -> None:
     assert peak(reader, 16, replay=False) > 5 * many
 
 
-def test_a_run_with_replay_is_the_run_without(tmp_path: Any) -> None:
+def test_replay_does_not_change_a_run(tmp_path: Any) -> None:
     kept = []
     for replay in (False, True):
         taught, record = module(replay=replay), Record()

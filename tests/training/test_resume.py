@@ -1,4 +1,4 @@
-"""Promise 6: a run that was stopped anywhere goes on with the same losses and weights, bit for bit."""
+"""Promise 6: a run that was stopped anywhere resumes with the same losses and weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ class Copy(pl.Callback):
         ({"precision": "bf16-mixed", "val_check_interval": 4, "max_steps": 8}, 3, (4, 7)),
     ],
 )
-def test_going_on_from_anywhere(
+def test_a_run_resumes_exactly_from_anywhere(
     tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...]
 ) -> None:
     goes_on(tmp_path, options, every, kills)
 
 
-def test_going_on_with_what_adapts_a_frozen_base(tmp_path: Path) -> None:
+def test_lora_beside_a_frozen_base_resumes_exactly(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
     adapted = {"freeze_base": True, "lora": LoRA(rank=2, dropout=0.3)}
     goes_on(tmp_path, {"limit_val_batches": 0, "max_steps": 8}, 1, (3, 6), **adapted)
@@ -101,7 +101,7 @@ def metrics(run: Path) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_killed_run_goes_on(program: Program, tmp_path: Path, accumulate: int) -> None:
+def test_a_killed_run_resumes(program: Program, tmp_path: Path, accumulate: int) -> None:
     config = changed(("trainer", "max_steps"), 12 // accumulate)
     config["trainer"] |= {"val_check_interval": 4, "accumulate_grad_batches": accumulate}
     config["checkpoint"] = {"every_n_train_steps": 3 // accumulate}

@@ -1,4 +1,4 @@
-"""Training what was added to a model: the base stays, rates are drawn and put back."""
+"""Training of added memory: a frozen base, and sampled compression rates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
     )
 
 
-def test_what_was_added_alone_learns(tmp_path: Path) -> None:
+def test_only_added_memory_is_trained(tmp_path: Path) -> None:
     language_module = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
     before = {name: one.clone() for name, one in language_module.model.state_dict().items()}
     trainer(tmp_path, max_steps=4).fit(language_module, data(tmp_path))
@@ -43,12 +43,12 @@ def test_what_was_added_alone_learns(tmp_path: Path) -> None:
         assert torch.equal(one, before[name]) == (name not in added), name
 
 
-def test_a_model_without_memory_has_nothing_to_learn() -> None:
+def test_a_frozen_model_without_memory_is_rejected() -> None:
     with pytest.raises(MemtxError, match="leaves nothing to train"):
         LanguageModule(base, freeze_base=True)
 
 
-def test_a_rate_is_drawn_for_every_step_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_sampled_for_every_step_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     read = CompressedMemory.read
 
@@ -69,7 +69,7 @@ def test_a_rate_is_drawn_for_every_step_and_put_back(tmp_path: Path, monkeypatch
     assert all(cached == 6 + rate - 1 for rate, cached in seen)
 
 
-def test_sinks_begin_where_the_exact_states_of_the_rate_end() -> None:
+def test_sinks_exclude_the_cache_of_the_sampled_rate() -> None:
     model = retrofitted(11, MEAN)
     sampler = CompressionRateSampler(model, [5])
     sink = model.blocks[0].attention.extra_memories[0]
@@ -81,7 +81,7 @@ def test_sinks_begin_where_the_exact_states_of_the_rate_end() -> None:
     assert sink.exclude_recent == 7
 
 
-def test_rates_that_cannot_be_drawn_are_refused() -> None:
+def test_unsupported_rates_are_rejected() -> None:
     with pytest.raises(MemtxError, match="StridedConvolution, or its reconstruction loss, supports a single rate"):
         CompressionRateSampler(retrofitted(11), [2])
     with pytest.raises(MemtxError, match="the model has no CompressedMemory"):

@@ -1,4 +1,4 @@
-"""Training begins afresh now and then, so that no model leans on what a memory took up long ago."""
+"""Random state resets in training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CACHE = partial(RecurrentMemory, window=6)
         ([partial(TopKMemory, window=6, compression_rate=1, num_entries=6)], True),
     ],
 )
-def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any], unbounded: bool) -> None:
+def test_unbounded_memories_are_reset_by_default(kinds: list[Any], unbounded: bool) -> None:
     make = partial(model, memories=[kinds])
     assert LanguageModule(make).state_reset.prob == (0.05 if unbounded else 0.0)
     assert LanguageModule(make, state_reset_prob=0.0).state_reset.prob == 0.0
@@ -51,7 +51,7 @@ def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any]
             LanguageModule(make, state_reset_prob=wrong)
 
 
-def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: Path) -> None:
+def test_a_reset_step_ignores_the_step_before(tmp_path: Path) -> None:
     found = {}
     for share in (0.0, 1.0):
         still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=share)

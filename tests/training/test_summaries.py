@@ -1,4 +1,4 @@
-"""A decoder that writes what follows: what it learns from, that it learns it, and that its run alone is enough."""
+"""Summarization: labels of the summary alone, learning, and generation from a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parts(root: Path, **options: Any) -> tuple[SummaryModule, SummaryDataModule]
     return SummaryModule(MODEL, data.vocab_size, data.segment_length, adam, None, measure_memory_gain=False), data
 
 
-def test_only_the_summary_is_learned(root: Path) -> None:
+def test_only_the_summary_has_labels(root: Path) -> None:
     _, data = parts(root)
     data.setup("fit")
     for batch in data.val_dataloader():
@@ -68,7 +68,7 @@ def test_only_the_summary_is_learned(root: Path) -> None:
         assert (batch.num_words == 1).all()
 
 
-def test_it_learns_and_its_run_alone_writes(root: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_generates_from_its_checkpoint(root: Path, tmp_path: Path) -> None:
     module, data = parts(root)
     made = trainer(max_epochs=12)
     made.fit(module, data)
@@ -104,7 +104,7 @@ def test_resuming_is_exact(root: Path, tmp_path: Path) -> None:
     assert sums[0] == sums[1]
 
 
-def test_mistakes_are_said(root: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stop_sequence is empty"):
         SummaryPrompt(stop_sequence="")
     with pytest.raises(DataError, match=r"train.jsonl', line 1: Text and summary have \d+ tokens, max_length is 9"):

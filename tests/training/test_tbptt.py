@@ -1,4 +1,4 @@
-"""Truncation: full gradients within the horizon, none beyond, and no graph that outlives its batch."""
+"""Truncated back-propagation: full gradients within a batch, none beyond, and no graph kept after it."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def gradients(of: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     before=st.integers(0, 12),
     seed=st.integers(0, 1000),
 )
-def test_gradients_are_those_of_plain_backpropagation(
-    segment: int, horizon: int, short: int, before: int, seed: int
-) -> None:
+def test_gradients_equal_plain_backpropagation(segment: int, horizon: int, short: int, before: int, seed: int) -> None:
     torch.manual_seed(seed)
     reader = model(30).double()
     length = max(1, segment * horizon - short)
@@ -97,7 +95,7 @@ def test_a_longer_horizon_has_other_gradients() -> None:
     assert any(not torch.allclose(cut[name], one, atol=1e-6, rtol=1e-3) for name, one in whole.items())
 
 
-def test_auxiliary_losses_are_the_segments_mean() -> None:
+def test_auxiliary_losses_are_averaged_over_segments() -> None:
     torch.manual_seed(0)
     reader = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
     tokens, labels, document_starts = texts(0, 2, 24)
@@ -149,7 +147,7 @@ def test_no_graph_is_kept_between_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 3])
-def test_short_rests_weigh_by_their_labels(rate: int) -> None:
+def test_short_segments_are_weighted_by_their_labels(rate: int) -> None:
     """A segment of one label does not weigh as much as a full one."""
     torch.manual_seed(0)
     reader = model(30, memories=(partial(memory(), compression_rate=rate),)).double()

@@ -1,4 +1,4 @@
-"""Guards: what is not finite is skipped, a spike is rewound, memories and memory that is full are said in words."""
+"""Guards of a run: non-finite steps, loss spikes, memory norms and out-of-memory hints."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Watched(pl.Callback):
 
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped(
+def test_a_nonfinite_step_is_skipped(
     tmp_path: Path, back: bool, accumulate: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     guard, watched = SkipNonFinite(), Watched()
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_is_skipped(
     assert (f"in the backward pass, the gradient of {layer}" if back else f"output of {layer} is") in message
 
 
-def test_nothing_else_changes(tmp_path: Path) -> None:
+def test_guards_do_not_change_a_run(tmp_path: Path) -> None:
     records = []
     for guards in ((), (SkipNonFinite(), MemoryNormMonitor(every_n_batches=1), OutOfMemoryHint())):
         record = Record()
@@ -112,7 +112,7 @@ def test_nothing_else_changes(tmp_path: Path) -> None:
     assert records[0].found == records[1].found
 
 
-def test_a_skip_draws_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_skip_does_not_change_the_random_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read again to find the layer must not change what is drawn and counted afterwards."""
     drawn, counted = [], []
     for reads in (True, False):
@@ -127,7 +127,7 @@ def test_a_skip_draws_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert counted[0] == counted[1]
 
 
-def test_a_run_that_diverged_stops_and_says_where(tmp_path: Path) -> None:
+def test_a_diverged_run_stops_and_names_the_layer(tmp_path: Path) -> None:
     keep = BestCheckpoint(str(tmp_path / "checkpoints"), every_n_train_steps=1)
     explode = partial(sgd, lr=1e30)
     run = trainer(tmp_path, SkipNonFinite(patience=3), keep, max_steps=10, limit_val_batches=0)
@@ -139,7 +139,7 @@ def test_a_run_that_diverged_stops_and_says_where(tmp_path: Path) -> None:
     load_model_and_tokenizer(last)
 
 
-def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_counts(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for steps, poisoned, begin in ((3, (0, 2), None), (5, (3, 4), str(folder / "last.ckpt"))):
         guard, keep = SkipNonFinite(), BestCheckpoint(str(folder))
@@ -151,7 +151,7 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
         SkipNonFinite(patience=0)
 
 
-def test_memory_that_is_not_finite_begins_fresh(tmp_path: Path) -> None:
+def test_nonfinite_memory_is_reset(tmp_path: Path) -> None:
     reader, carry = module().model, Carry()
     state = reader(torch.arange(16).view(2, 8)).state
     second = torch.tensor([1])
@@ -200,7 +200,9 @@ def spiked(
 
 
 @pytest.mark.parametrize("plugin", [None, AsyncAtomicCheckpointIO()])
-def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_spike_is_rewound_and_its_data_skipped(
+    tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
     at = 2 * NUM_RECENT + 4
     run, _, rise, guard = spiked(tmp_path, "spiked", at, at + 2 * NUM_RECENT, plugin=plugin)
     assert guard.num_rewinds == 1
@@ -218,7 +220,7 @@ def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: py
     assert rise.read == plain.read
 
 
-def test_a_rewound_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_a_rewound_run_resumes_exactly(tmp_path: Path) -> None:
     at = 2 * NUM_RECENT + 4
     run, taught, _, _ = spiked(tmp_path, "whole", at, at + 2 * NUM_RECENT)
     # Killed after the spike began, and after the rewind.
@@ -229,7 +231,7 @@ def test_a_rewound_run_goes_on_to_the_bit(tmp_path: Path) -> None:
         assert_equal(weights(other), weights(taught))
 
 
-def test_losses_that_only_vary_are_no_spike() -> None:
+def test_noise_is_no_spike() -> None:
     draw = torch.Generator().manual_seed(0)
     losses = (3.0 + 0.2 * torch.randn(1000, generator=draw, dtype=torch.float64)).tolist()
     for step in range(128, 1000):
@@ -282,9 +284,7 @@ class Stub:
         ([1.0, 1.1, 1.2, 1.3, 1.4], ""),
     ],
 )
-def test_what_is_wrong_with_a_memory_is_said_once(
-    seen: list[float], message: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_warnings_are_written_once(seen: list[float], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     guard = MemoryNormMonitor()
     for _ in range(2):
         for one in seen:
@@ -337,7 +337,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate m
         (True, {"eval_batch_size": 4}, ("--data.eval_batch_size 2 halves", "changes no result")),
     ],
 )
-def test_full_memory_says_what_halves_it(
+def test_out_of_memory_hints_name_options(
     tmp_path: Path, error: BaseException, validation: bool, options: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     assert is_out_of_memory(error)
@@ -349,6 +349,6 @@ def test_full_memory_says_what_halves_it(
     error.__notes__.clear()
 
 
-def test_other_errors_are_none_of_memory() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("not enough memory"))

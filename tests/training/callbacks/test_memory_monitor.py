@@ -1,4 +1,4 @@
-"""The share of gates that are exactly zero is counted over a validation."""
+"""The fraction of closed gates over a validation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.small import SEGMENT, data, model, module, trainer
 
 
 @pytest.mark.parametrize("closed", [0.0, 0.5, 1.0])
-def test_the_share_is_logged(tmp_path: Path, closed: float) -> None:
+def test_the_closed_fraction_is_logged(tmp_path: Path, closed: float) -> None:
     stack = [partial(RecurrentMemory, window=4), partial(AssociativeMemory, heads=2)]
     taught = LanguageModule(lambda vocabulary: model(vocabulary, memories=(stack,)), segment_length=SEGMENT)
     logged = trainer(tmp_path, ClosedGateMonitor())

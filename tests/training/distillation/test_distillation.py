@@ -1,4 +1,4 @@
-"""Modules that distil: the teacher stays as it is and out of checkpoints, resuming is exact, disk equals reading."""
+"""Distillation in training modules: a frozen, unsaved teacher, exact resume, and cached logits."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def task_teacher(at: Path, kind: str = "tagging") -> tuple[str, Path]:
     return str(at / "teacher.ckpt"), root
 
 
-def test_the_teacher_learns_nothing_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+def test_the_teacher_is_frozen_and_not_saved(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     module = language(tmp_path)
     run = trainer(tmp_path, max_steps=3)
@@ -101,7 +101,7 @@ def test_the_teacher_learns_nothing_and_is_in_no_checkpoint(tmp_path: Path) -> N
     assert {name for name in names if not name.startswith("model.")} == maps
 
 
-def test_a_run_needs_its_teacher_no_more(tmp_path: Path) -> None:
+def test_evaluation_needs_no_teacher(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     module = language(tmp_path)
     run = trainer(tmp_path, max_steps=2)
@@ -147,7 +147,7 @@ def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
-def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_logits_give_the_same_losses(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, root = task_teacher(tmp_path, kind)
     reads: list[bool] = []
     layers_and_scores = TaskModel.forward_with_hidden_states
@@ -177,7 +177,7 @@ def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monke
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4)
 
 
-def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_teacher(tmp_path)
     heard: list[bool] = []
     read = LanguageDistillation._teacher_hidden_states
@@ -220,7 +220,7 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
     assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
 
 
-def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
+def test_a_loss_is_active_in_its_fraction_of_the_run(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     losses = [partial(HiddenMSE, end=0.5), partial(SoftTargets, begin=0.5)]
     module = language(tmp_path, losses=losses)
@@ -235,7 +235,7 @@ def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
     assert [(hidden > 0, soft > 0) for hidden, soft in found] == [(True, False)] * 2 + [(False, True)] * 2
 
 
-def test_the_student_begins_as_every_second_layer(tmp_path: Path) -> None:
+def test_the_student_is_initialized_from_every_second_layer(tmp_path: Path) -> None:
     teacher = MemoryTransformer.from_pretrained(decoder_teacher(tmp_path))
     module = small.module(distillation=Distillation(str(tmp_path / "teacher"), student_init=EveryKthLayer()))
     with pytest.raises(MemtxError, match=r"16 wide with 2 layers, .* 24 wide with 4 layers"):
@@ -264,7 +264,7 @@ def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
-def test_a_whole_texts_teacher_teaches_a_reader_by_segments(tmp_path: Path) -> None:
+def test_a_task_encoder_teaches_a_memory_transformer(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path, "classification")
     module, examples = parts("classification", root, distillation=Distillation(teacher))
     reader = partial(
@@ -278,7 +278,7 @@ def test_a_whole_texts_teacher_teaches_a_reader_by_segments(tmp_path: Path) -> N
         task_trainer(max_steps=2).fit(module, examples)
 
 
-def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
+def test_unusable_teachers_are_rejected(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
 
     def begun(distillation: Distillation, at: Path = root, **options: Any) -> None:
@@ -311,14 +311,14 @@ def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "kept").exists()
 
 
-def test_teachers_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_teachers_of_another_class_are_rejected(tmp_path: Path) -> None:
     torch.manual_seed(0)
     Encoder(257, 8, 1, 2).save_pretrained(tmp_path / "teacher")
     with pytest.raises(MemtxError, match=r"\(Encoder\) does not fit .* \(MemoryTransformer\)\. Use .* class Memory"):
         trainer(tmp_path, max_steps=1).fit(language(tmp_path), data(tmp_path))
 
 
-def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_labels_in_another_order_are_rejected(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
     module, examples = parts("tagging", root, distillation=Distillation(teacher))
     examples.task.labels = tuple(reversed(examples.task.labels))

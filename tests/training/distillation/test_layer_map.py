@@ -1,4 +1,4 @@
-"""Maps of layers: what they pair, and the depths that they refuse."""
+"""Layer maps: their pairs, and the depths that they reject."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers,
 
 
 @given(st.integers(1, 12), st.integers(1, 6))
-def test_every_kth_ends_with_the_last_and_is_even(student: int, k: int) -> None:
+def test_every_kth_layer_is_evenly_spaced_and_ends_with_the_last(student: int, k: int) -> None:
     layers = EveryKthLayer().pairs(student, student * k)
     assert [own for own, _ in layers] == list(range(student))
     assert layers[-1] == (student - 1, student * k - 1)
     assert {other - before for (_, before), (_, other) in itertools.pairwise(layers)} <= {k}
 
 
-def test_depths_that_do_not_divide_are_told_which_would() -> None:
+def test_indivisible_depths_name_the_divisors() -> None:
     with pytest.raises(MemtxError, match=r"5 layers, which do not divide .* 12\. Choose a depth of 1, 2, 3, 4, 6, 12"):
         EveryKthLayer().pairs(5, 12)
 

@@ -1,4 +1,4 @@
-"""Every loss against plain loops in float64, over what the models' own weights say; and what is refused."""
+"""Every loss against plain loops in float64 on the models' weights, and rejected arguments."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.Monkey
     assert found == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
 
 
-def test_soft_targets_of_the_highest_scores_alone() -> None:
+def test_soft_targets_of_top_k_logits() -> None:
     found, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
     assert student_out.features is not None
     assert teacher_out.features is not None
@@ -242,7 +242,7 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
     assert found == pytest.approx(sum(each) / len(each), **CLOSE)
 
 
-def test_hard_labels_are_the_students_own() -> None:
+def test_hard_labels_return_the_students_loss() -> None:
     lost = torch.tensor(2.5)
     assert kinds.HardLabels(SIZES, SIZES)(ModelOutputs(None, loss=lost), ModelOutputs(None)) is lost
 
@@ -264,12 +264,12 @@ def test_hard_labels_are_the_students_own() -> None:
         (partial(kinds.ValueRelations, heads=3), {}, r"value width \(8\) is not divisible by heads \(3\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[str, Any], message: str) -> None:
+def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         make(SIZES, replace(SIZES, **teacher))
 
 
-def test_sizes_are_those_of_the_model() -> None:
+def test_dims_match_the_model() -> None:
     found = ModelDims.from_model(encoder(8, 2, 4))
     assert (found.dim, found.depth, found.heads, found.value_dim, found.num_classes, found.has_attention_maps) == (
         8,

@@ -1,4 +1,4 @@
-"""A memory taught by its model's own attention: the same weights with everything in sight, fresh at every step."""
+"""Self-distillation: a teacher of equal weights with full attention, and fresh streams in every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.training.test_retrofitting import MEAN, base, retrofitted
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None:
+def test_the_teacher_is_the_model_with_full_attention(replay: bool) -> None:
     module_ = module(distillation=SelfDistillation([SoftTargets]), replay=replay)
     model = module_.model = retrofitted(11, MEAN).double()
     module_.distillation.setup(model)
@@ -44,13 +44,13 @@ def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None
     assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates)
 
 
-def test_steps_begin_with_fresh_streams(tmp_path: Path) -> None:
+def test_steps_start_with_fresh_streams(tmp_path: Path) -> None:
     language_module = module(distillation=SelfDistillation())
     trainer(tmp_path, max_steps=3).fit(language_module, data(tmp_path))
     assert language_module.carry.nbytes("train") == language_module.carry.nbytes("teacher") == 0
     assert not language_module.rank_state()["teacher"]
 
 
-def test_a_model_without_memory_is_refused() -> None:
+def test_a_model_without_memory_is_rejected() -> None:
     with pytest.raises(MemtxError, match="SelfDistillation needs a model with memory, not Encoder"):
         SelfDistillation().setup(Encoder(11, 8, 1, 2))

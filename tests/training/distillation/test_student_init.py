@@ -1,4 +1,4 @@
-"""A student that begins as its teacher: which weights it has, and which models it cannot begin as."""
+"""Initialization of a student from its teacher: copied weights, and rejected models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def decoder(depth: int, memory: Any = WINDOW, **options: Any) -> MemoryTransform
     return MemoryTransformer(VOCAB, **({"dim": 8, "depth": depth, "heads": 2, "memories": [memory]} | options))
 
 
-def test_layers_are_those_of_the_map_and_memories_stay() -> None:
+def test_layers_are_copied_by_the_map_and_memories_stay() -> None:
     teacher, student = decoder(4), decoder(2, partial(CompressedMemory, window=8, compression_rate=2, num_entries=3))
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, EveryKthLayer())
@@ -48,7 +48,7 @@ def test_layers_are_those_of_the_map_and_memories_stay() -> None:
         assert tensor.data_ptr() != given[source].data_ptr()
 
 
-def test_a_layer_that_the_map_leaves_out_stays() -> None:
+def test_unmapped_layers_stay() -> None:
     teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, ExplicitLayers([(1, 0)]))
@@ -59,7 +59,7 @@ def test_a_layer_that_the_map_leaves_out_stays() -> None:
     assert torch.equal(found["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
 
 
-def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
+def test_an_encoder_initializes_the_backbone_of_a_task_model() -> None:
     teacher = Encoder(VOCAB, 8, 4, 2)
     student = TaskModel(VOCAB, 3, partial(Encoder, dim=8, depth=2, heads=2))
     head = student.head.out.weight.clone()
@@ -81,12 +81,12 @@ def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
         (decoder(2, bias=True), "the teacher has no blocks.0.attention.query.bias"),
     ],
 )
-def test_models_that_it_cannot_begin_as_are_named(student: Any, message: str) -> None:
+def test_mismatched_models_are_rejected(student: Any, message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         init_student(student, decoder(4), EveryKthLayer())
 
 
-def test_what_the_teachers_layers_have_besides_is_named() -> None:
+def test_extra_parameters_of_the_teacher_are_named() -> None:
     with pytest.raises(MemtxError, match=r"the student has no blocks.0.attention.key_value.bias"):
         init_student(decoder(2), decoder(4, bias=True), EveryKthLayer())
 
@@ -100,7 +100,7 @@ def low(entries: int, width: int, rank: int, seed: int, *, centred: bool) -> Ten
 
 
 @given(st.integers(2, 9), st.integers(0, 6), st.booleans(), st.integers(0, 99))
-def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int, centred: bool, seed: int) -> None:
+def test_projected_vectors_keep_their_normalized_values(dim: int, more: int, centred: bool, seed: int) -> None:
     width, rank = dim + more, dim - 1 if centred else dim
     x = low(12, width, rank, seed, centred=centred)
     directions = principal_directions(x, dim, centered=centred)
@@ -114,7 +114,7 @@ def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int
 
 
 @pytest.mark.parametrize("task", [False, True])
-def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
+def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
     def made(dim: int) -> Any:
         body = partial(Encoder, dim=dim, depth=2, heads=2)
         return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
@@ -136,7 +136,7 @@ def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
     }
 
 
-def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
+def test_a_narrower_decoder_gets_projected_embeddings() -> None:
     teacher, student = decoder(3, dim=16), decoder(2)
     with torch.no_grad():
         teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
@@ -145,7 +145,7 @@ def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
     assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
 
 
-def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
+def test_no_layers_copies_everything_else_at_equal_widths() -> None:
     teacher, student = decoder(4), decoder(2)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
@@ -153,7 +153,7 @@ def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
         assert torch.equal(tensor, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
 
 
-def test_tables_that_do_not_fit_a_narrower_student_are_named() -> None:
+def test_mismatched_embedding_tables_are_named() -> None:
     student = Encoder(VOCAB, 8, 2, 2, embeddings=partial(TextEmbeddings, num_positions=32))
     with pytest.raises(MemtxError, match=r"embedding.position_embeddings has 32 entries, the teacher's 512"):
         init_student(student, Encoder(VOCAB, 16, 2, 2), NoLayers())

@@ -1,4 +1,4 @@
-"""Scores on disk: what was put is what is found, also after a kill in the middle of a record."""
+"""Cached logits on disk, also after a kill in the middle of a record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def names(*numbers: int) -> list[bytes]:
     return [make_key(bytes([number])) for number in numbers]
 
 
-def test_what_was_put_is_found_by_the_next_run(tmp_path: Path) -> None:
+def test_the_next_run_finds_cached_logits(tmp_path: Path) -> None:
     scores = torch.randn(5, 9)
     values, index = top_k_logits(scores, 3)
     first = LogitCache(tmp_path / "new", "a" * 64, 3)
@@ -36,7 +36,7 @@ def test_what_was_put_is_found_by_the_next_run(tmp_path: Path) -> None:
     assert len(LogitCache(tmp_path / "new", "a" * 64, 4)) == 0
 
 
-def test_a_record_cut_short_is_written_again(tmp_path: Path) -> None:
+def test_a_truncated_record_is_overwritten(tmp_path: Path) -> None:
     values, index = top_k_logits(torch.randn(3, 9), 2)
     cache = LogitCache(tmp_path, "a" * 64, 2)
     cache.put(names(0, 1), values[:2], index[:2])
@@ -51,11 +51,11 @@ def test_a_record_cut_short_is_written_again(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.binary(max_size=3), max_size=3), st.lists(st.binary(max_size=3), max_size=3))
-def test_keys_tell_parts_apart(one: list[bytes], other: list[bytes]) -> None:
+def test_keys_depend_on_the_boundaries_of_parts(one: list[bytes], other: list[bytes]) -> None:
     assert (make_key(*one) == make_key(*other)) == (one == other)
 
 
-def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+def test_unwritable_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MemtxError, match=r"cannot be written: .* Choose another cache_dir"):
         LogitCache(tmp_path / "file" / "below", "a" * 64, 2)
@@ -63,7 +63,7 @@ def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
         LogitCache(tmp_path, "a" * 64, 0)
 
 
-def test_a_table_knows_what_was_read_and_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_table_tracks_stored_tokens_and_completeness(tmp_path: Path) -> None:
     values, index = top_k_logits(torch.randn(6, 9), 3)
     table = LogitTable(tmp_path, "a" * 64, 6, 3)
     places = torch.tensor([[4, 2], [0, 1]])
