@@ -200,7 +200,7 @@ def spiked(
 
 
 @pytest.mark.parametrize("plugin", [None, AsyncAtomicCheckpointIO()])
-def test_a_spike_is_rewound_and_its_data_skipped(
+def test_a_spike_is_rewound_and_skipped(
     tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
     at = 2 * NUM_RECENT + 4
