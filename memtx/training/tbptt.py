@@ -25,11 +25,11 @@ LossFn = Callable[[MemoryOutput, slice], Losses]
 
 @dataclass(frozen=True)
 class UnrollOutput:
-    """Result of a horizon of segments.
+    """Result of a batch of segments.
 
     Attributes:
         loss: Mean negative log-likelihood of all scored labels in nats, or the losses of ``loss_fn`` in its place, plus
-            the auxiliary losses averaged over segments; its graph spans the horizon.
+            the auxiliary losses averaged over segments; its graph spans the batch.
         nll: Negative log-likelihood of each label, ``(batch, length)``, 0 where a label is ignored.
         num_scored: Number of scored labels, ``()``.
         losses: Auxiliary losses and those of ``loss_fn`` by name, detached.
@@ -76,18 +76,18 @@ def unroll(
         )
         return (output, None) if loss_fn is None else (replace(output, hidden_states=None), loss_fn(output, part))
 
-    horizon = _Horizon((labels != IGNORE_INDEX).sum())
+    totals = _Totals((labels != IGNORE_INDEX).sum())
     for start in range(0, tokens.shape[1], segment_length):
         part = slice(start, start + segment_length)
         inputs = (tokens[:, part], state, document_starts[:, part], labels[:, part], part)
         output, losses = checkpoint(read, *inputs, use_reentrant=False) if replay else read(*inputs)
-        horizon.add(output, losses, (labels[:, part] != IGNORE_INDEX).sum())
+        totals.add(output, losses, (labels[:, part] != IGNORE_INDEX).sum())
         state = output.state
-    return horizon.result(state)
+    return totals.result(state)
 
 
-class _Horizon:
-    """Sums over the segments of a horizon."""
+class _Totals:
+    """Sums over the segments of a batch."""
 
     def __init__(self, num_scored: Tensor) -> None:
         self.num_scored = num_scored
@@ -100,7 +100,7 @@ class _Horizon:
         """Add a segment with ``num_scored`` labels; its ``losses`` replace the language loss unless None."""
         assert output.language_loss is not None
         assert output.nll is not None
-        # Every label has the same weight, so the mean is over the horizon, not over the means of its segments.
+        # Every label has the same weight, so the mean is over the batch, not over the means of its segments.
         dtype = torch.promote_types(output.language_loss.dtype, torch.float32)
         weight = num_scored.clamp(min=1).to(dtype) / self.num_scored.clamp(min=1)
         self.loss = self.loss + (output.language_loss if losses is None else sum(losses.values())) * weight

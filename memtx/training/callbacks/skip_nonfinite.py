@@ -162,8 +162,8 @@ def find_first_nonfinite(trainer: pl.Trainer, module: pl.LightningModule, batch:
     messages: list[str] = [message] * trainer.world_size
     torch.distributed.all_gather_object(messages, message)
     # A rank that found the source knows more than those that its gradient reached.
-    found = (f"{text[:-1]} (process {rank})." for rank, text in enumerate(messages) if text != ALL_FINITE)
-    return next(found, ALL_FINITE)
+    sources = (f"{text[:-1]} (process {rank})." for rank, text in enumerate(messages) if text != ALL_FINITE)
+    return next(sources, ALL_FINITE)
 
 
 def _find_on_this_rank(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
