@@ -87,7 +87,7 @@ def test_all_processes_skip_the_same_steps(program: Program, tmp_path: Path) -> 
         assert done.code == 0, done.err
     # Said by the first process, whose own loss was finite.
     assert "loss of another process" in done.err
-    assert "1 in a row, 1 in all" in done.err
+    assert "1 in a row, 1 in total" in done.err
     assert runs.weights(at, "spoiled", 0) == runs.weights(at, "spoiled", 1)
     assert runs.weights(at, "spoiled", 0) != runs.weights(at, "plain", 0)
 

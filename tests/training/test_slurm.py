@@ -52,7 +52,7 @@ def test_a_requeued_job_resumes_exactly(program: Program, tmp_path: Path) -> Non
     # One task alone is told; both save at the same step's end, and the first one asks.
     done = runs.fit(program, at, "told", environments=tasks(2, path), strike=4, signal=int(signal.SIGUSR1), rank=1)
     assert done.code == EXIT_INTERRUPTED, done.err
-    assert "job 4711 is back in the queue" in done.err
+    assert "job 4711 is requeued" in done.err
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     assert max(runs.losses(at, "told")) == 5
     assert not list((at / "told").glob("hpc_ckpt*"))
