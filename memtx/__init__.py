@@ -68,7 +68,7 @@ _EXPORTS = {
     "state": ["MemoryState"],
     "training.language": ["LanguageModule"],
 }
-_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
+_MODULES = {name: f"memtx.{module}" for module, names in _EXPORTS.items() for name in names}
 
 __all__ = sorted([*_MODULES, "hf"])
 
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("memtx.hf")
     if name not in _MODULES:
         raise AttributeError(f"module 'memtx' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"memtx.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

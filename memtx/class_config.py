@@ -1,8 +1,7 @@
-"""A part as data: ``functools.partial(Class, a=1)`` <-> ``{"class_path": "module.Class", "init_args": {"a": 1}}``.
+"""Factories as data: ``partial(Class, a=1)`` <-> ``{"class_path": "module.Class", "init_args": {"a": 1}}``.
 
-A part of a model is configured by a factory that waits for the number its owner knows (a width, a rate). In
-Python that is a partial or the class itself, in YAML a class_path with init_args; both are written to
-config.json in the second form and read back as the first.
+The parts of a model are configured by factories that wait for a number that their owner knows (a width, a rate). In
+Python a factory is a partial or a class, in YAML a class_path with init_args; config.json stores the second form.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ def _class_path(target: Any) -> str:
 
 
 def to_config(value: Any) -> Any:
-    """Return ``value`` as numbers, texts, lists and dicts that JSON can hold.
+    """Return ``value`` as numbers, strings, lists and dicts that JSON can hold.
 
     Raises:
-        TypeError: a part that no file can name, such as a lambda.
+        TypeError: It contains something without a class path, such as a lambda.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
@@ -40,17 +39,14 @@ def to_config(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_config(item) for item in value]
     if isinstance(value, functools.partial):
-        target, arguments = value.func, dict(value.keywords)
+        target = value.func
         if value.args and inspect.isclass(value.args[-1]):
-            # What jsonargparse hands over: a partial of its instantiator, the class last among the positionals.
+            # jsonargparse passes a partial of its instantiator, with the class as the last positional argument.
             target = value.args[-1]
         elif value.args:
-            raise TypeError(f"{value} has positional arguments; give them by name so that they can be saved.")
-        return {
-            "class_path": _class_path(target),
-            "init_args": {key: to_config(item) for key, item in arguments.items()},
-        }
-    if callable(value) and getattr(value, "__qualname__", "<").find("<") < 0:
+            raise TypeError(f"{value} has positional arguments; pass them by name so that they can be saved.")
+        return {"class_path": _class_path(target), "init_args": to_config(value.keywords)}
+    if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
         return {"class_path": _class_path(value), "init_args": {}}
     raise TypeError(
         f"{value!r} cannot be saved in a config: use a class or functools.partial of one, not an object or lambda."
@@ -62,43 +58,38 @@ def _is_configurable(target: Any) -> bool:
 
     if inspect.isclass(target) and issubclass(target, nn.Module):
         return True
-    # A function or class that memtx defines beside its modules; not what its files merely import.
-    home = str(getattr(target, "__module__", ""))
-    return callable(target) and any(home.startswith(f"memtx.{folder}.") for folder in CONFIGURABLE_PACKAGES)
+    # Functions and classes that memtx defines beside its modules, but nothing that its files merely import.
+    module_name = str(getattr(target, "__module__", ""))
+    return callable(target) and module_name.startswith(tuple(f"memtx.{folder}." for folder in CONFIGURABLE_PACKAGES))
 
 
 def _import_target(class_path: str) -> Any:
     module_name, _, name = class_path.rpartition(".")
-    trusted = any(module_name == root or module_name.startswith(root + ".") for root in TRUSTED_PACKAGES)
-    if not trusted and module_name not in sys.modules:
-        raise CheckpointError(
-            f"The config names '{class_path}', which is outside memtx and was not imported.",
-            f"If you trust it, import {module_name or class_path} first.",
-        )
+    if module_name not in sys.modules and not f"{module_name}.".startswith(
+        tuple(f"{package}." for package in TRUSTED_PACKAGES)
+    ):
+        message = f"The config names '{class_path}', which is outside memtx and was not imported."
+        raise CheckpointError(message, f"If you trust it, import {module_name or class_path} first.")
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise CheckpointError(f"The config names '{class_path}', which cannot be imported.", str(error)) from error
-    found = getattr(module, name, None)
-    if found is not None and not _is_configurable(found):
-        # Every module of the standard library counts as imported: os.system is not to be reached from a file.
-        raise CheckpointError(
-            f"The config names '{class_path}', which is neither a torch module nor a part of memtx.",
-            "Do not load this file unless you know who wrote it.",
-        )
-    if found is None:
-        raise CheckpointError(
-            f"The config names '{class_path}', which does not exist.{closest_match(name, dir(module))}",
-            "Was it written by another release?",
-        )
-    return found
+    target = getattr(module, name, None)
+    if target is None:
+        message = f"The config names '{class_path}', which does not exist.{closest_match(name, dir(module))}"
+        raise CheckpointError(message, "Use the release that wrote it.")
+    if not _is_configurable(target):
+        # Every module of the standard library counts as imported: a file must not reach os.system.
+        message = f"The config names '{class_path}', which is neither a torch module nor a part of memtx."
+        raise CheckpointError(message, "Do not load this file unless you know who wrote it.")
+    return target
 
 
 def from_config(value: Any) -> Any:
-    """Return the factories that :func:`to_config` wrote down; other values pass unchanged.
+    """Return ``value`` with the factories that :func:`to_config` described; other values pass unchanged.
 
     Raises:
-        CheckpointError: a class path that is unknown, untrusted, or does not take the arguments given.
+        CheckpointError: A class path is unknown or untrusted, or does not take the arguments.
     """
     if isinstance(value, list):
         return [from_config(item) for item in value]
@@ -108,13 +99,13 @@ def from_config(value: Any) -> Any:
         return {key: from_config(item) for key, item in value.items()}
     factory = _import_target(str(value["class_path"]))
     arguments = {key: from_config(item) for key, item in (value.get("init_args") or {}).items()}
-    known = inspect.signature(factory).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in arguments:
-        if key not in known and not open_ended:
+        if key not in parameters and not takes_any:
             raise CheckpointError(
                 f"The config gives '{key}' to {value['class_path']}, which takes no such argument."
-                f"{closest_match(key, known)}",
-                "Was it written by another release?",
+                f"{closest_match(key, parameters)}",
+                "Use the release that wrote it.",
             )
     return functools.partial(factory, **arguments) if arguments else factory

@@ -58,7 +58,7 @@ class MemoryState:
         return cast(MemoryState, pytree.tree_map(function, self))
 
     def detach(self) -> MemoryState:
-        """Detach every tensor from the graph, as at the end of a truncation horizon."""
+        """Detach every tensor from the graph, as truncated back-propagation does after bptt_segments segments."""
         return self.map(torch.Tensor.detach)
 
     def reset(self, mask: Tensor) -> MemoryState:

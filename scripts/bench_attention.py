@@ -185,12 +185,9 @@ def measure(
         useful = forward * PASS_COSTS[rows[index]["pass"]]
         spread = Spread.from_values(seconds)
         rows[index].update(
-            seconds=dataclasses.asdict(spread),
-            useful_flops=useful,
-            flops_per_second=useful / spread.median,
-            matrix_peak_flops=peak,
-            fraction_of_matrix_peak=useful / spread.median / peak,
-        )
+            seconds=dataclasses.asdict(spread), useful_flops=useful, flops_per_second=useful / spread.median,
+            matrix_peak_flops=peak, fraction_of_matrix_peak=useful / spread.median / peak,
+        )  # fmt: skip
     return rows
 
 

@@ -82,13 +82,11 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     peak = benchmarking.peak_memory_bytes(device)
     leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
     return {
-        "seconds": times,
-        "peak_bytes": peak,
-        "imports_bytes": imports,
+        "seconds": times, "peak_bytes": peak, "imports_bytes": imports,
         "state_bytes": sum(leaf.numel() * leaf.element_size() for leaf in leaves),
         "parameters": count_parameters(model),
         "useful_flops": useful_flops(model, job, task["mode"]) if isinstance(model, MemoryTransformer) else None,
-    }
+    }  # fmt: skip
 
 
 def measure_in_subprocess(task: dict[str, Any]) -> dict[str, Any]:
@@ -214,11 +212,8 @@ def main() -> None:
         if name not in absent
     ]
     common = {
-        "device": str(arguments.device),
-        "num_threads": arguments.num_threads,
-        "job": job,
-        "steps": arguments.steps,
-    }
+        "device": str(arguments.device), "num_threads": arguments.num_threads, "job": job, "steps": arguments.steps,
+    }  # fmt: skip
     peak_task = {**common, "system": MATRIX_PEAK, "peak_size": arguments.peak_size}
     results_by_case: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     failed: dict[str, str] = {}

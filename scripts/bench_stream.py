@@ -63,10 +63,10 @@ def measure_decoding(
         times: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
 
         def decode(method: str, position: int) -> None:
-            carried = states[position]
+            state = states[position]
             for index in range(arguments.decode_tokens):
                 if method == "calls":
-                    carried = model(tokens[:, index : index + 1], carried).state
+                    state = model(tokens[:, index : index + 1], state).state
                 else:
                     decoders[position].step(tokens[:, index])
 
@@ -126,13 +126,10 @@ def measure_reading(
             loss_difference = float((call_losses - losses).abs().max())
             state_difference = max_difference(call_state, state)
             rows[call] = {
-                "call_length": call,
-                "peak_bytes": peak_bytes,
-                "state_bytes": call_state.nbytes,
-                "loss_difference": loss_difference,
-                "state_difference": state_difference,
+                "call_length": call, "peak_bytes": peak_bytes, "state_bytes": call_state.nbytes,
+                "loss_difference": loss_difference, "state_difference": state_difference,
                 "equal": max(loss_difference, state_difference) <= TOLERANCE[dtype],
-            }
+            }  # fmt: skip
         for _ in range(arguments.rounds):
             for call in arguments.call_lengths:
                 rates[call].append(count / benchmarking.time_call(partial(read_in_calls, model, tokens, call), device))
@@ -211,27 +208,19 @@ def main() -> None:
     benchmarking.add_size_options(parser, decode_tokens=64, rounds=5)
     parser.add_argument("--dtypes", nargs="+", choices=list(benchmarking.DTYPES), default=["fp32"])
     sizes = {
-        "dim": 256,
-        "depth": 6,
-        "heads": 4,
-        "vocab_size": 8192,
-        "window": 512,
-        "memory_length": 128,
+        "dim": 256, "depth": 6, "heads": 4, "vocab_size": 8192, "window": 512, "memory_length": 128,
         "compression_rate": 4,
-    }
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    }  # fmt: skip
+    benchmarking.add_size_options(parser, **sizes)
     benchmarking.add_benchmark_options(parser)
     arguments = parser.parse_args()
     benchmarking.apply_benchmark_options(arguments)
     retain_freed_memory()  # like the commands
     torch.manual_seed(0)
     memory = partial(
-        CompressedMemory,
-        window=arguments.window,
-        compression_rate=arguments.compression_rate,
+        CompressedMemory, window=arguments.window, compression_rate=arguments.compression_rate,
         num_entries=arguments.memory_length,
-    )
+    )  # fmt: skip
     model = MemoryTransformer(arguments.vocab_size, arguments.dim, arguments.depth, arguments.heads, memories=[memory])
     model.to(arguments.device).eval()
     needed = max(
@@ -251,11 +240,9 @@ def main() -> None:
             bar.advance(task)
     results = {
         "machine": benchmarking.machine_info(arguments.device),
-        "model": {name: getattr(arguments, name) for name in sizes},
-        "rounds": arguments.rounds,
-        "decoding": decoding,
+        "model": {name: getattr(arguments, name) for name in sizes}, "rounds": arguments.rounds, "decoding": decoding,
         "reading": reading,
-    }
+    }  # fmt: skip
     if arguments.plot:
         plot_results(arguments.plot, results)
     benchmarking.write_results(arguments, results, format_table(results))

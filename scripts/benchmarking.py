@@ -155,14 +155,10 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     except OSError:
         pass
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "when": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-    }
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "system": platform.platform(), "when": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }  # fmt: skip
 
 
 def format_machine(info: dict[str, Any]) -> str:

@@ -88,17 +88,10 @@ def replace_with_other(content: bytes, other: bytes, rng: random.Random) -> byte
 
 
 DAMAGES: tuple[Damage, ...] = (
-    ignore_other(corruption.truncate),
-    empty,
-    zero_tail,
-    ignore_other(corruption.flip_bit),
-    ignore_other(corruption.overwrite_with_noise),
-    splice,
-    swap_blocks,
-    ignore_other(corruption.append_bytes),
-    strip_checksum,
-    replace_with_other,
-)
+    ignore_other(corruption.truncate), empty, zero_tail, ignore_other(corruption.flip_bit),
+    ignore_other(corruption.overwrite_with_noise), splice, swap_blocks, ignore_other(corruption.append_bytes),
+    strip_checksum, replace_with_other,
+)  # fmt: skip
 
 
 def train_run(folder: Path) -> Path:

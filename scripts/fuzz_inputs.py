@@ -37,39 +37,27 @@ from hypothesis import strategies as st
 
 from memtx.cli.main import main as program
 
+MEMORY = {
+    "class_path": "memtx.CompressedMemory", "init_args": {"window": 8, "compression_rate": 4, "num_entries": 4},
+}  # fmt: skip
+MODEL = {
+    "class_path": "memtx.MemoryTransformer", "init_args": {"dim": 16, "depth": 1, "heads": 2, "memories": [MEMORY]},
+}  # fmt: skip
 CONFIG: dict[str, Any] = {
     "seed_everything": 0,
     "run_dir": "run",
     "data": {
-        "root": "books",
-        "batch_size": 2,
-        "segment_length": 16,
-        "bptt_segments": 1,
-        "eval_batch_size": 2,
-        "cache_dir": "cache",
-        "num_workers": 1,
+        "root": "books", "batch_size": 2, "segment_length": 16, "bptt_segments": 1, "eval_batch_size": 2,
+        "cache_dir": "cache", "num_workers": 1,
     },
     "model": {
-        "model": {
-            "class_path": "memtx.MemoryTransformer",
-            "init_args": {
-                "dim": 16,
-                "depth": 1,
-                "heads": 2,
-                "memories": [
-                    {
-                        "class_path": "memtx.CompressedMemory",
-                        "init_args": {"window": 8, "compression_rate": 4, "num_entries": 4},
-                    }
-                ],
-            },
-        },
+        "model": MODEL,
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
         "scheduler": {"class_path": "memtx.training.optimizers.WarmupCosine", "init_args": {"warmup_steps": 2}},
     },
     "checkpoint": {"every_n_train_steps": None},
     "trainer": {"max_epochs": -1, "limit_val_batches": 1, "num_sanity_val_steps": 0, "accelerator": "cpu"},
-}
+}  # fmt: skip
 # Whatever a config asks for, it trains for one step on one device.
 FIT = ("fit", "--config", "c.yaml", "--trainer.max_steps=1", "--trainer.devices=1", "--trainer.num_nodes=1")
 PREPARE_OPTIONS = ("--output-dir", "out", "--num-workers", "1")
@@ -78,23 +66,18 @@ KIND_FRACTIONS = {"text": 0.34, "jsonl": 0.26, "checkpoints": 0.26, "shards": 0.
 PRESERVED = ("books", "tokens", "cache", ".originals")
 
 SCALARS = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(-3, 3),
+    st.none(), st.booleans(), st.integers(-3, 3),
     st.sampled_from([10**12, -(10**12), 10**30, float("nan"), float("inf"), -0.5, 1e-30]),
     st.sampled_from(["", " ", "text", "null", "1e3", "[", "memtx.MemoryTransformer", "torch.optim.Adam", "os.system"]),
     st.text(st.characters(exclude_characters="/~", exclude_categories=["Cs"]), max_size=12),
-)
+)  # fmt: skip
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner))
 
 
 DAMAGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
-    "truncate": corruption.truncate,
-    "flip": corruption.flip_bit,
-    "noise": corruption.overwrite_with_noise,
-    "append": corruption.append_bytes,
-    "replace": lambda content, rng: rng.randbytes(rng.randrange(1, 60)),
-}
+    "truncate": corruption.truncate, "flip": corruption.flip_bit, "noise": corruption.overwrite_with_noise,
+    "append": corruption.append_bytes, "replace": lambda content, rng: rng.randbytes(rng.randrange(1, 60)),
+}  # fmt: skip
 DAMAGE = st.tuples(st.sampled_from(sorted(DAMAGES)), st.integers(0, 2**32))
 
 
@@ -267,12 +250,9 @@ def run_examples(
 
     if count:
         options = settings(
-            max_examples=count,
-            database=None,
-            deadline=None,
-            phases=[Phase.generate],
+            max_examples=count, database=None, deadline=None, phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
-        )
+        )  # fmt: skip
         options(seed(random_seed)(given(st.tuples(*strategies))(run)))()
 
 
@@ -281,12 +261,10 @@ def fuzz(counts: dict[str, int], random_seed: int) -> Tally:
     tally, names = Tally(), set_up()
     keys = st.none() | st.text(max_size=8) | st.sampled_from(["batch_sizes", "class_path", "init_args", "dim", "lr"])
     kinds: dict[str, tuple[Callable[..., None], tuple[st.SearchStrategy[Any], ...]]] = {
-        "text": (fuzz_text, (TEXT,)),
-        "jsonl": (fuzz_jsonl, (st.lists(ROW, min_size=1, max_size=5),)),
-        "checkpoints": (fuzz_checkpoint, (DAMAGE,)),
-        "shards": (fuzz_shard, (st.sampled_from(names), DAMAGE)),
+        "text": (fuzz_text, (TEXT,)), "jsonl": (fuzz_jsonl, (st.lists(ROW, min_size=1, max_size=5),)),
+        "checkpoints": (fuzz_checkpoint, (DAMAGE,)), "shards": (fuzz_shard, (st.sampled_from(names), DAMAGE)),
         "configs": (fuzz_config, (st.floats(0, 1), keys, VALUES)),
-    }
+    }  # fmt: skip
     for kind, (function, strategies) in kinds.items():
         run_examples(partial(function, tally), counts.get(kind, 0), random_seed, *strategies)
     return tally
@@ -309,12 +287,9 @@ def main() -> int:
         finally:
             os.chdir(cwd)
     figures = {
-        "inputs": tally.outcomes.total(),
-        "outcomes": dict(tally.outcomes),
-        "failures": len(tally.failures),
-        "subprocess_runs": tally.subprocess_runs,
-        "seconds": round(time.monotonic() - start, 1),
-    }
+        "inputs": tally.outcomes.total(), "outcomes": dict(tally.outcomes), "failures": len(tally.failures),
+        "subprocess_runs": tally.subprocess_runs, "seconds": round(time.monotonic() - start, 1),
+    }  # fmt: skip
     print(json.dumps(figures))
     return 1 if tally.failures else 0
 

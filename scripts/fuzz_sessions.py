@@ -38,13 +38,9 @@ def inject_pickle(content: bytes, rng: random.Random) -> bytes:
 
 
 MUTATIONS: tuple[Callable[[bytes, random.Random], bytes], ...] = (
-    corruption.truncate,
-    corruption.flip_bit,
-    corruption.overwrite_with_noise,
-    corruption.append_bytes,
-    change_model,
+    corruption.truncate, corruption.flip_bit, corruption.overwrite_with_noise, corruption.append_bytes, change_model,
     inject_pickle,
-)
+)  # fmt: skip
 
 
 def main() -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# On a machine with a GPU: the CUDA tests, then the benches, within 8 minutes.   scripts/gpu.sh [folder]
-# Leaves JSON, Markdown and pictures in the folder (runs/gpu by default). MEMTX_PYTHON chooses the interpreter, whose
-# torch must be a CUDA build. One part's failure does not keep the others from running; the exit code is 1 then.
+# On a machine with a GPU: the CUDA tests, then the benchmarks, within 8 minutes.   scripts/gpu.sh [folder]
+# Writes JSON, Markdown and pictures into the folder (runs/gpu by default). MEMTX_PYTHON selects the interpreter, whose
+# torch must be a CUDA build. If a part fails, the others still run and the exit code is 1.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-runs/gpu}"
@@ -15,7 +15,7 @@ mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 
-# part SECONDS NAME COMMAND...: one part, stopped when its time is over.
+# part SECONDS NAME COMMAND...: run one part with a time limit.
 part() {
   local limit="$1" name="$2" began="$SECONDS" code=0
   shift 2
@@ -24,7 +24,7 @@ part() {
     echo "$name: no test is marked cuda"
   elif [ "$code" != 0 ]; then
     failed=1
-    echo "$name: FAILED with exit code $code (124: over its $limit s) after $((SECONDS - began)) s"
+    echo "$name: FAILED with exit code $code (124: exceeded its $limit s) after $((SECONDS - began)) s"
     tail -n 15 "$out/$name.log"
   else
     echo "$name: $((SECONDS - began)) s"

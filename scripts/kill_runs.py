@@ -299,12 +299,9 @@ def main() -> int:
     title += ", interrupted" if is_interrupted else ""
     failures = [failure for tally in killer.tallies.values() for failure in tally.failures]
     results = {
-        "machine": machine,
-        "seed": arguments.seed,
-        "steps": arguments.steps,
-        "writers": {writer: {**vars(tally)} for writer, tally in killer.tallies.items()},
-        "failures": failures,
-    }
+        "machine": machine, "seed": arguments.seed, "steps": arguments.steps,
+        "writers": {writer: {**vars(tally)} for writer, tally in killer.tallies.items()}, "failures": failures,
+    }  # fmt: skip
     write_results(arguments, results, [title, *format_tables(killer)])
     for failure in failures[:10]:
         print(failure, file=sys.stderr)

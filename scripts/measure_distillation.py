@@ -91,11 +91,9 @@ def step_options(count: int) -> list[str]:
 
 
 DISTILBERT_LOSSES = format_losses(
-    SoftTargets={"temperature": 2.0},
-    HardLabels={"weight": 0.5},
-    HiddenCosine={"layers": {"class_path": f"{LOSSES_MODULE}.LastLayer"}},
-    EmbeddingMSE={},
-)
+    SoftTargets={"temperature": 2.0}, HardLabels={"weight": 0.5},
+    HiddenCosine={"layers": {"class_path": f"{LOSSES_MODULE}.LastLayer"}}, EmbeddingMSE={},
+)  # fmt: skip
 TINYBERT_LOSSES = format_losses(
     # Small weights, together with the targets from the start: with weight 1, so narrow a student stayed at chance for
     # 1,000 steps.

@@ -18,18 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import benchmarking
 import lightning.pytorch as pl
 import torch
-from benchmarking import (
-    MIB,
-    Spread,
-    add_output_options,
-    add_size_options,
-    count_parameters,
-    format_machine,
-    machine_info,
-    write_results,
-)
 
 from memtx.checkpoint.async_io import AsyncAtomicCheckpointIO
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
@@ -108,27 +99,27 @@ def measure(arguments: argparse.Namespace, checkpoint_io: AtomicCheckpointIO, fo
     )  # fmt: skip
     trainer.fit(module, datamodule=books)
     return {
-        "parameters": count_parameters(module),
+        "parameters": benchmarking.count_parameters(module),
         "checkpoint_bytes": (checkpoints / "last.ckpt").stat().st_size,
-        "step_seconds": vars(Spread.from_values(timer.seconds[WARMUP_STEPS:])),
+        "step_seconds": vars(benchmarking.Spread.from_values(timer.seconds[WARMUP_STEPS:])),
         "guard_seconds": {name: sum(times) / len(timer.seconds) for name, times in guard_seconds.items()},
-        "save_seconds": vars(Spread.from_values(saves)),
+        "save_seconds": vars(benchmarking.Spread.from_values(saves)),
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_size_options(parser, steps=100, dim=192, depth=4)
-    add_output_options(parser)
+    benchmarking.add_size_options(parser, steps=100, dim=192, depth=4)
+    benchmarking.add_output_options(parser)
     arguments = parser.parse_args()
     arguments.steps += WARMUP_STEPS
     with tempfile.TemporaryDirectory() as folder:
         writers = (AtomicCheckpointIO, AsyncAtomicCheckpointIO)
         results = {writer.__name__: measure(arguments, writer(), Path(folder)) for writer in writers}
-    machine, first = machine_info(torch.device("cpu")), results["AtomicCheckpointIO"]
+    machine, first = benchmarking.machine_info(torch.device("cpu")), results["AtomicCheckpointIO"]
     step = first["step_seconds"]["median"]
     lines = [
-        f"{format_machine(machine)}; {first['parameters']:,} parameters, "
+        f"{benchmarking.format_machine(machine)}; {first['parameters']:,} parameters, "
         f"{1000 * step:.0f} ms per step of 8 x 128 tokens",
         "",
         "| guard | ms per step | of the step |",
@@ -140,8 +131,8 @@ def main() -> int:
     for name, result in results.items():
         wait = {key: 1000 * value for key, value in result["save_seconds"].items()}
         lines.append(f"| {name} | {wait['median']:.0f} ({wait['min']:.0f} to {wait['max']:.0f}) |")
-    lines.append(f"\nA checkpoint takes {first['checkpoint_bytes'] / MIB:.1f} MiB.")
-    write_results(arguments, {"machine": machine, "writers": results}, lines)
+    lines.append(f"\nA checkpoint takes {first['checkpoint_bytes'] / benchmarking.MIB:.1f} MiB.")
+    benchmarking.write_results(arguments, {"machine": machine, "writers": results}, lines)
     return 0
 
 

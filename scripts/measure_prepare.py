@@ -89,11 +89,11 @@ class PrepareProcess:
         """Watch memory until the process ends or ``timeout`` seconds have passed; return True if it ended."""
         parent = psutil.Process(self.process.pid)
         while self.process.poll() is None:
-            resident = 0
+            resident_bytes = 0
             with contextlib.suppress(psutil.NoSuchProcess):
                 for process in [parent, *parent.children(recursive=True)]:
-                    resident += process.memory_info().rss
-            self.peak_bytes = max(self.peak_bytes, resident)
+                    resident_bytes += process.memory_info().rss
+            self.peak_bytes = max(self.peak_bytes, resident_bytes)
             if time.perf_counter() - self.start_time > timeout:
                 return False
             time.sleep(0.02)
@@ -129,16 +129,11 @@ def measure(root: Path, num_bytes: int, arguments: argparse.Namespace, tokenizer
     undisturbed = start("undisturbed").finish()
     splits = undisturbed["splits"].values()
     result = {
-        "tokenizer": tokenizer,
-        "source_bytes": source_bytes,
-        "documents": num_documents,
+        "tokenizer": tokenizer, "source_bytes": source_bytes, "documents": num_documents,
         "documents_prepared": sum(split["documents"] for split in splits),
-        "tokens": sum(split["tokens"] for split in splits),
-        "seconds": undisturbed["seconds"],
-        "bytes_per_second": source_bytes / undisturbed["seconds"],
-        "peak_bytes": undisturbed["peak_bytes"],
-        "kills": 0,
-    }
+        "tokens": sum(split["tokens"] for split in splits), "seconds": undisturbed["seconds"],
+        "bytes_per_second": source_bytes / undisturbed["seconds"], "peak_bytes": undisturbed["peak_bytes"], "kills": 0,
+    }  # fmt: skip
     assert result["documents_prepared"] == num_documents
     rng = random.Random(arguments.seed)
     if kills:

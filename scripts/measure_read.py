@@ -100,7 +100,7 @@ def measure(reader: StreamReader, tokens: int, root: Path | None) -> dict[str, N
     """Read ``tokens`` tokens; return the figures of every interval and of the whole stream."""
     tenth = NUM_INTERVALS // 10
     ends = [tokens * (index + 1) // NUM_INTERVALS for index in range(NUM_INTERVALS)]
-    rates, resident, early_rates = np.zeros(NUM_INTERVALS), np.zeros(NUM_INTERVALS), np.zeros(tenth)
+    rates, memory, early_rates = np.zeros(NUM_INTERVALS), np.zeros(NUM_INTERVALS), np.zeros(tenth)
     warm_peak = 0
     early_chunks: list[bytes] = []
     early: Stream | None = None
@@ -119,7 +119,7 @@ def measure(reader: StreamReader, tokens: int, root: Path | None) -> dict[str, N
             # Both streams finish the current chunk; the fork then continues with the saved ones.
             early = Stream(reader.fork(), iter(early_chunks))
         rates[index] = late.read_until(ends[index])
-        resident[index] = resident_bytes()
+        memory[index] = resident_bytes()
         if not warm_peak and ends[index] >= WARMUP_TOKENS:
             warm_peak = peak_memory_bytes(reader.device)
         if index >= NUM_INTERVALS - tenth:
@@ -137,17 +137,17 @@ def measure(reader: StreamReader, tokens: int, root: Path | None) -> dict[str, N
         "peak_bytes": peak_memory_bytes(reader.device),
         "state_bytes": reader.state.nbytes,
         "tokens_per_second": rates,
-        "resident_bytes": resident,
+        "resident_bytes": memory,
     }
 
 
-def plot_results(path: str, tokens: int, rates: NDArray[np.float64], resident: NDArray[np.float64]) -> None:
+def plot_results(path: str, tokens: int, rates: NDArray[np.float64], resident_bytes: NDArray[np.float64]) -> None:
     """Plot rate and memory along the stream, on axes that begin at zero."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.2), dpi=150, layout="constrained")
     position = (np.arange(NUM_INTERVALS) + 1) * tokens / NUM_INTERVALS / 1e3
-    panels = zip(figure.subplots(1, 2), (("tokens/s", rates), ("resident MiB", resident / MIB)), strict=True)
+    panels = zip(figure.subplots(1, 2), (("tokens/s", rates), ("resident MiB", resident_bytes / MIB)), strict=True)
     for axes, (name, values) in panels:
         axes.plot(position, values, color="#2b6cb0", linewidth=1.5)
         axes.set_ylim(0, values.max() * 1.15)
@@ -171,13 +171,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = load_model_and_tokenizer(arguments.checkpoint or save_small_model(Path(folder)))
     results = measure(StreamReader(model, tokenizer, arguments.segment_length), arguments.tokens, arguments.root)
-    rates, resident = np.asarray(results.pop("tokens_per_second")), np.asarray(results.pop("resident_bytes"))
+    rates, resident_bytes = np.asarray(results.pop("tokens_per_second")), np.asarray(results.pop("resident_bytes"))
     figures = {name: float(value) for name, value in results.items()}
     growth = figures["peak_bytes"] / figures["peak_bytes_after_warmup"] - 1
     drift = figures["last_to_second_tenth"] - 1
     holds = growth <= MEMORY_BOUND and abs(drift) <= SPEED_BOUND
     if arguments.plot:
-        plot_results(arguments.plot, arguments.tokens, rates, resident)
+        plot_results(arguments.plot, arguments.tokens, rates, resident_bytes)
     if arguments.json:
         print(json.dumps({**figures, "memory_growth": growth, "speed_drift": drift, "holds": holds}))
     else:

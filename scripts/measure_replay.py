@@ -60,11 +60,9 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         peak = tracker.peak
     times = [benchmarking.time_call(partial(step, length), device) for _ in range(task["repeats"])]
     return {
-        "peak_bytes": peak,
-        "seconds": statistics.median(times),
-        "state_bytes": model.init_state(batch_size).nbytes,
+        "peak_bytes": peak, "seconds": statistics.median(times), "state_bytes": model.init_state(batch_size).nbytes,
         "machine": benchmarking.machine_info(device),
-    }
+    }  # fmt: skip
 
 
 def format_table(rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> list[str]:
@@ -115,12 +113,9 @@ def main() -> None:
             peaks = [row["peak_bytes"] / benchmarking.MIB for row in rows]
             series[name] = ([row["bptt_segments"] for row in rows], peaks)
         plots.plot_loss_curves(
-            arguments.plot,
-            series,
-            title="A training step by its truncation length",
-            x_label="segments",
+            arguments.plot, series, title="A training step by its truncation length", x_label="segments",
             y_label="peak, MiB",
-        )
+        )  # fmt: skip
     rows = [{key: value for key, value in row.items() if key != "machine"} for row in results]
     benchmarking.write_results(arguments, {"rows": rows, "machine": machine}, format_table(results, machine))
 

@@ -134,11 +134,11 @@ def carry_exact(model: MemoryTransformer, state: MemoryState) -> MemoryState:
     for block, states, fresh_states in zip(model.blocks, state.layers, fresh.layers, strict=True):
         memories = block.attention.memories  # type: ignore[union-attr]
         layer = []
-        for memory, carried, empty in zip(memories, states, fresh_states, strict=True):  # type: ignore[arg-type]
+        for memory, exact, empty in zip(memories, states, fresh_states, strict=True):  # type: ignore[arg-type]
             if isinstance(memory, CompressedMemory):
-                layer.append(type(carried)(carried.hidden, empty.bank))
+                layer.append(type(exact)(exact.hidden, empty.bank))
             else:
-                layer.append(carried if isinstance(memory, RecurrentMemory | SinkMemory) else empty)
+                layer.append(exact if isinstance(memory, RecurrentMemory | SinkMemory) else empty)
         layers.append(tuple(layer))
     return MemoryState(state.position, tuple(layers))
 

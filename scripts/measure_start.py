@@ -16,14 +16,12 @@ from benchmarking import add_size_options
 from training_runs import memtx_environment
 
 COMMANDS = {
-    "python -c pass": ["-c", "pass"],
-    "memtx --help": ["-m", "memtx", "--help"],
-    "memtx --version": ["-m", "memtx", "--version"],
-    "memtx read --help": ["-m", "memtx", "read", "--help"],
+    "python -c pass": ["-c", "pass"], "memtx --help": ["-m", "memtx", "--help"],
+    "memtx --version": ["-m", "memtx", "--version"], "memtx read --help": ["-m", "memtx", "read", "--help"],
     'python -c "import torch"': ["-c", "import torch"],
     'python -c "import lightning.pytorch.cli"': ["-c", "import lightning.pytorch.cli"],
     "memtx fit --help": ["-m", "memtx", "fit", "--help"],
-}
+}  # fmt: skip
 
 
 def time_command(arguments: list[str]) -> float:

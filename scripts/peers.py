@@ -84,12 +84,9 @@ def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 def build_memtx(job: Job, *, reconstruction: bool = False, compiled: bool = False) -> ModelAndForward:
     """Build memtx's model: cache and compressed memory in every layer."""
     memory = partial(
-        CompressedMemory,
-        window=job.cache_length,
-        compression_rate=job.compression_rate,
-        num_entries=job.memory_length,
+        CompressedMemory, window=job.cache_length, compression_rate=job.compression_rate, num_entries=job.memory_length,
         reconstruction=AttentionReconstruction if reconstruction else None,
-    )
+    )  # fmt: skip
     model = MemoryTransformer(job.vocab_size, job.dim, job.depth, job.heads, memories=[memory])
     call: Callable[..., Any] = torch.compile(model, dynamic=False) if compiled else model
 
@@ -106,20 +103,13 @@ def build_x_transformers(job: Job, *, cache_length: int, flash: bool = False) ->
     """Build x-transformers' decoder with Transformer-XL's cache and rotary positions."""
     library: Any = importlib.import_module("x_transformers")
     layers = library.Decoder(
-        dim=job.dim,
-        depth=job.depth,
-        heads=job.heads,
-        attn_dim_head=job.dim // job.heads,
-        rotary_pos_emb=True,
+        dim=job.dim, depth=job.depth, heads=job.heads, attn_dim_head=job.dim // job.heads, rotary_pos_emb=True,
         attn_flash=flash,
-    )
+    )  # fmt: skip
     model = library.TransformerWrapper(
-        num_tokens=job.vocab_size,
-        max_seq_len=job.segment_length,
-        max_mem_len=cache_length,
-        attn_layers=layers,
+        num_tokens=job.vocab_size, max_seq_len=job.segment_length, max_mem_len=cache_length, attn_layers=layers,
         use_abs_pos_emb=False,
-    )
+    )  # fmt: skip
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, state = model(tokens[:, :-1], mems=state, return_mems=True)
@@ -132,15 +122,9 @@ def build_compressive_transformer(job: Job) -> ModelAndForward:
     """Build it with memories in all layers, like memtx; its auxiliary loss is always on."""
     library: Any = importlib.import_module("compressive_transformer_pytorch")
     model = library.CompressiveTransformer(
-        num_tokens=job.vocab_size,
-        dim=job.dim,
-        seq_len=job.segment_length,
-        depth=job.depth,
-        heads=job.heads,
-        mem_len=job.cache_length,
-        cmem_len=job.memory_length,
-        cmem_ratio=job.compression_rate,
-    )
+        num_tokens=job.vocab_size, dim=job.dim, seq_len=job.segment_length, depth=job.depth, heads=job.heads,
+        mem_len=job.cache_length, cmem_len=job.memory_length, cmem_ratio=job.compression_rate,
+    )  # fmt: skip
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, state, auxiliary = model(tokens[:, :-1], memories=state)
@@ -153,15 +137,10 @@ def build_recurrent_memory_transformer(job: Job) -> ModelAndForward:
     """Build it with a cache of one segment and ``memory_length`` memory tokens."""
     library: Any = importlib.import_module("recurrent_memory_transformer_pytorch")
     model = library.RecurrentMemoryTransformer(
-        dim=job.dim,
-        num_tokens=job.vocab_size,
-        depth=job.depth,
-        num_memory_tokens=job.memory_length,
-        seq_len=job.segment_length,
-        dim_head=job.dim // job.heads,
-        heads=job.heads,
+        dim=job.dim, num_tokens=job.vocab_size, depth=job.depth, num_memory_tokens=job.memory_length,
+        seq_len=job.segment_length, dim_head=job.dim // job.heads, heads=job.heads,
         xl_mem_len=min(job.cache_length, job.segment_length),
-    )
+    )  # fmt: skip
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         read, cache = state if state is not None else (None, None)
@@ -175,15 +154,9 @@ def build_block_recurrent_transformer(job: Job) -> ModelAndForward:
     """Build it with a cache of one block and ``memory_length`` state vectors."""
     library: Any = importlib.import_module("block_recurrent_transformer_pytorch")
     model = library.BlockRecurrentTransformer(
-        num_tokens=job.vocab_size,
-        dim=job.dim,
-        depth=job.depth,
-        dim_head=job.dim // job.heads,
-        heads=job.heads,
-        max_seq_len=job.segment_length,
-        block_width=job.segment_length,
-        num_state_vectors=job.memory_length,
-    )
+        num_tokens=job.vocab_size, dim=job.dim, depth=job.depth, dim_head=job.dim // job.heads, heads=job.heads,
+        max_seq_len=job.segment_length, block_width=job.segment_length, num_state_vectors=job.memory_length,
+    )  # fmt: skip
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         cache, vectors = state if state is not None else ([], [])
@@ -198,18 +171,10 @@ def build_memformer(job: Job) -> ModelAndForward:
     library: Any = importlib.import_module("memformer")
     half = max(1, job.depth // 2)
     model = library.Memformer(
-        dim=job.dim,
-        num_memory_slots=job.memory_length,
-        mem_update_attn_heads=job.heads,
-        enc_num_tokens=job.vocab_size,
-        enc_max_seq_len=job.segment_length,
-        enc_depth=half,
-        enc_heads=job.heads,
-        dec_num_tokens=job.vocab_size,
-        dec_max_seq_len=job.segment_length,
-        dec_depth=max(1, job.depth - half),
-        dec_heads=job.heads,
-    )
+        dim=job.dim, num_memory_slots=job.memory_length, mem_update_attn_heads=job.heads, enc_num_tokens=job.vocab_size,
+        enc_max_seq_len=job.segment_length, enc_depth=half, enc_heads=job.heads, dec_num_tokens=job.vocab_size,
+        dec_max_seq_len=job.segment_length, dec_depth=max(1, job.depth - half), dec_heads=job.heads,
+    )  # fmt: skip
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         slots, previous = state if state is not None else (None, torch.zeros_like(tokens[:, :-1]))
@@ -223,13 +188,9 @@ def build_infini_transformer(job: Job) -> ModelAndForward:
     """Build it with the delta rule, as in its README: attention within the segment, the past in fast weights."""
     library: Any = importlib.import_module("infini_transformer_pytorch")
     model = library.InfiniTransformer(
-        num_tokens=job.vocab_size,
-        dim=job.dim,
-        depth=job.depth,
-        dim_head=job.dim // job.heads,
-        heads=job.heads,
+        num_tokens=job.vocab_size, dim=job.dim, depth=job.depth, dim_head=job.dim // job.heads, heads=job.heads,
         use_mem_delta_rule=True,
-    )
+    )  # fmt: skip
 
     def forward(tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         logits, _, state = model(tokens[:, :-1], past_memories=state, return_new_memories=True)

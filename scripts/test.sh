@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests in .venv.   scripts/test.sh [--slow] [pytest's arguments]
-# MEMTX_DATA may name a folder with pg19-mini in it; the tests that need real books are skipped without it.
+# MEMTX_DATA is a folder with pg19-mini; tests that need real books are skipped without it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
@@ -12,6 +12,6 @@ fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# A process a core, each on one thread: two processes of two threads on two cores wait for each other.
+# One process per core, one thread each: more threads than cores would wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/pytest -m "$marks" -n auto --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""What all tests share: quiet threads, and where data is to be found."""
+"""Settings and data folders shared by all tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start.
+# A process started in the background of a shell ignores Ctrl-C, and so would the processes that tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -20,7 +20,7 @@ def books() -> Path:
     """Return the folder of real books, or skip."""
     root = os.environ.get("MEMTX_DATA")
     if root is None or not (folder := Path(root) / "pg19-mini").is_dir():
-        pytest.skip("MEMTX_DATA does not name a folder with pg19-mini in it")
+        pytest.skip("MEMTX_DATA is not a folder that contains pg19-mini")
     return folder
 
 
@@ -29,7 +29,7 @@ def parity() -> Path:
     """Return the folder of reference checkpoints with inputs and outputs, or skip."""
     root = os.environ.get("MEMTX_PARITY")
     if root is None or not Path(root).is_dir():
-        pytest.skip("MEMTX_PARITY does not name a folder of reference checkpoints")
+        pytest.skip("MEMTX_PARITY is not a folder of reference checkpoints")
     return Path(root)
 
 

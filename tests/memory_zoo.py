@@ -27,6 +27,7 @@ from memtx.memory.retrieval import RetrievalMemory
 from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.top_k import TopKMemory
+from tests.readme_memory import AverageMemory
 from tests.third_party_memory import RunningMean
 
 Make = Callable[[int], Memory[Any]]
@@ -117,6 +118,7 @@ KINDS: dict[str, Callable[[int, int, int], Stack]] = {
     "tokens": with_window(lambda window, rate, length: partial(TokenMemory, num_tokens=2, interval=max(length, 1))),
     "ernie-doc": lambda window, rate, length: partial(ErnieDocMemory, window=window, interval=max(length, 1)),
     "third-party": with_window(lambda window, rate, length: RunningMean),
+    "readme": with_window(lambda window, rate, length: AverageMemory),
 }
 """Kinds whose results do not depend on segmentation."""
 

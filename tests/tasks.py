@@ -1,4 +1,4 @@
-"""Small examples of every task, a folder of them, and a small model: what tests of tasks share."""
+"""Small examples of every task, a folder of them, and a small model, shared by the tests of tasks."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def texts(count: int, seed: int = 0, words: int = 12) -> list[str]:
 
 def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
     """Return examples whose labels can be read off them."""
-    made: list[dict[str, Any]] = []
-    for place, text in enumerate(texts(count, seed)):
+    examples: list[dict[str, Any]] = []
+    for index, text in enumerate(texts(count, seed)):
         if kind == "classification":
-            good = place % 2 == 0
-            made.append({"text": f"{text} {'good' if good else 'bad'}", "label": "pos" if good else "neg"})
+            good = index % 2 == 0
+            examples.append({"text": f"{text} {'good' if good else 'bad'}", "label": "pos" if good else "neg"})
         elif kind == "matching":
-            same = place % 2 == 0
-            made.append(
+            same = index % 2 == 0
+            examples.append(
                 {
                     "text_a": text,
                     "text_b": text if same else " ".join(reversed(text.split())),
@@ -47,16 +47,16 @@ def records(kind: str, count: int = 12, seed: int = 0) -> list[dict[str, Any]]:
             )
         elif kind == "tagging":
             tokens = text.split()
-            tags = ["B-WHO" if one in ("captain", "Ahab") else "O" for one in tokens]
-            made.append({"tokens": tokens, "tags": tags})
+            tags = ["B-WHO" if token in ("captain", "Ahab") else "O" for token in tokens]
+            examples.append({"tokens": tokens, "tags": tags})
         else:
-            found = text.find("whale")
-            answers = [{"text": "whale", "answer_start": found}] if found >= 0 else []
-            made.append(
-                {"id": f"q{place}", "title": "t", "context": text, "question": "who swims ?", "answers": answers,
+            start = text.find("whale")
+            answers = [{"text": "whale", "answer_start": start}] if start >= 0 else []
+            examples.append(
+                {"id": f"q{index}", "title": "t", "context": text, "question": "who swims ?", "answers": answers,
                  "is_impossible": not answers}
             )  # fmt: skip
-    return made
+    return examples
 
 
 def task(kind: str, max_length: int = 64, stride: int | None = None) -> Task:
@@ -73,9 +73,9 @@ KINDS = ("classification", "matching", "tagging", "questions")
 
 
 def tokenizer(size: int = 200) -> HFTokenizer:
-    made = WordPieceTokenizer(size, lowercase=False)
-    made.train(texts(50))
-    return made
+    tokenizer_trained = WordPieceTokenizer(size, lowercase=False)
+    tokenizer_trained.train(texts(50))
+    return tokenizer_trained
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -104,6 +104,6 @@ def body(max_length: int = 64) -> Any:
 
 def predictor(kind: str, max_length: int = 64, stride: int | None = None, seed: int = 0) -> Predictor:
     torch.manual_seed(seed)
-    own, tokens = task(kind, max_length, stride), tokenizer()
+    a_task, tokens = task(kind, max_length, stride), tokenizer()
     head: Any = SequenceClassificationHead if kind in ("classification", "matching") else TokenClassificationHead
-    return Predictor(TaskModel(tokens.vocab_size, own.num_labels, body(max_length), head), tokens, own)
+    return Predictor(TaskModel(tokens.vocab_size, a_task.num_labels, body(max_length), head), tokens, a_task)

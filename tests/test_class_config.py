@@ -1,4 +1,4 @@
-"""Parts to data and back, and what a config from elsewhere must not reach."""
+"""Factories as data and back, and classes that a config must not reach."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Foreign(nn.Module):
         self.size = (dim, size)
 
 
-def same(one: Any, two: Any) -> bool:
-    if isinstance(one, partial) and isinstance(two, partial):
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, partial) and isinstance(b, partial):
         return (
-            one.func is two.func
-            and one.keywords.keys() == two.keywords.keys()
-            and all(same(value, two.keywords[key]) for key, value in one.keywords.items())
+            a.func is b.func
+            and a.keywords.keys() == b.keywords.keys()
+            and all(same(value, b.keywords[key]) for key, value in a.keywords.items())
         )
-    if isinstance(one, list):
-        return len(one) == len(two) and all(map(same, one, two))
-    return bool(one == two)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
 
 
 @pytest.mark.parametrize(
@@ -51,25 +51,25 @@ def test_round_trip_through_json(value: Any) -> None:
     assert same(from_config(json.loads(json.dumps(to_config(value)))), value)
 
 
-def test_built_parts_work() -> None:
+def test_built_factories_work() -> None:
     memory = from_config(to_config(NESTED))(8)
     assert (memory.dim, memory.compression_rate, memory.compress_per_segment) == (8, 2, True)
     assert isinstance(memory.compression, AttentionPooling)
     assert memory.compression.heads == 2
 
 
-def test_what_jsonargparse_hands_over() -> None:
-    """A partial around its instantiator, the class last among the positionals."""
+def test_partial_of_a_jsonargparse_instantiator() -> None:
+    """jsonargparse passes a partial of its instantiator, with the class as the last positional argument."""
 
     def instantiator(*args: Any, **options: Any) -> Any:
         raise AssertionError
 
-    given = functools.partial(instantiator, object(), StridedConvolution)
-    assert to_config(given) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
+    factory = functools.partial(instantiator, object(), StridedConvolution)
+    assert to_config(factory) == {"class_path": "memtx.memory.compression.StridedConvolution", "init_args": {}}
 
 
 @pytest.mark.parametrize("value", [lambda dim: dim, nn.Linear(1, 1), partial(nn.Linear, 3), object()])
-def test_what_no_file_can_name(value: Any) -> None:
+def test_objects_without_class_path_are_refused(value: Any) -> None:
     with pytest.raises(TypeError):
         to_config(value)
 
@@ -82,7 +82,7 @@ def test_what_no_file_can_name(value: Any) -> None:
         ("memtx.memory.recurrent.RecurrentMemory", {"windw": 3}, "'windw'.*Did you mean 'window'"),
         ("not_imported_by_anyone.Thing", {}, "was not imported"),
         ("", {}, "was not imported"),
-        # The standard library is always imported, and files of memtx import it too.
+        # Modules of the standard library are always imported, also by memtx.
         ("os.system", {"command": "true"}, "neither a torch module nor a part of memtx"),
         ("subprocess.Popen", {"args": "true"}, "neither a torch module nor a part of memtx"),
         ("builtins.eval", {}, "neither a torch module nor a part of memtx"),

@@ -1,4 +1,4 @@
-"""Files are whole or not there, and what cannot be read says why."""
+"""Atomic files, and errors that name the reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert names(tmp_path) == ["a"]
 
 
-def test_the_new_content_appears_at_the_end_only(tmp_path: Path) -> None:
+def test_new_content_appears_only_on_success(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a"
     with files.atomic_open(path) as handle:
         handle.write(b"new")
@@ -44,10 +44,10 @@ def test_the_new_content_appears_at_the_end_only(tmp_path: Path) -> None:
 
 
 def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
-    with files.atomic_open(tmp_path / "a") as one:
-        with files.atomic_open(tmp_path / "a") as two:
-            one.write(b"one")
-            two.write(b"two")
+    with files.atomic_open(tmp_path / "a") as first:
+        with files.atomic_open(tmp_path / "a") as second:
+            first.write(b"one")
+            second.write(b"two")
         assert (tmp_path / "a").read_bytes() == b"two"
     assert (tmp_path / "a").read_bytes() == b"one"
 
@@ -60,9 +60,9 @@ def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
     ],
     ids=["text", "tensors"],
 )
-def test_a_folder_that_cannot_be_written(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_unwritable_folder_is_reported(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "a"  # a file stands where a folder should
+    path = tmp_path / "file" / "a"  # a file in the place of its folder
     with pytest.raises(MemtxError, match="could not be written"):
         write(path)
 
@@ -102,12 +102,12 @@ def test_checksum(tmp_path: Path) -> None:
 
 def test_tensors_that_share_memory_or_are_views_come_back(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
-    given = {"base": base, "same": base, "turned": base.T, "part": base[1:], "empty": base[:0]}
-    files.save_tensors(tmp_path / "a", given, kind="k", version=3, note="n")
+    written = {"base": base, "same": base, "turned": base.T, "part": base[1:], "empty": base[:0]}
+    files.save_tensors(tmp_path / "a", written, kind="k", version=3, note="n")
     tensors, header = files.load_tensors(tmp_path / "a", kind="k", version=3)
     assert header["note"] == "n"
-    assert tensors.keys() == given.keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in given.items())
+    assert tensors.keys() == written.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in written.items())
 
 
 def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
@@ -116,51 +116,51 @@ def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
         files.load_tensors(tmp_path / "a.pt", kind="k", version=1)
 
 
-def test_a_folder_takes_the_place_of_what_is_there(tmp_path: Path) -> None:
+def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
     def folder(name: str, content: str) -> Path:
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text(content)
         return tmp_path / name
 
-    place = tmp_path / "place"
-    files.replace(folder("first", "1"), place)
-    files.replace(folder("second", "2"), place)
+    target = tmp_path / "place"
+    files.replace(folder("first", "1"), target)
+    files.replace(folder("second", "2"), target)
     assert names(tmp_path) == ["place"]
-    assert (place / "a").read_text() == "2"
-    # A file in the place of a folder, and a folder in that of a file.
+    assert (target / "a").read_text() == "2"
+    # A file replaces a folder, and a folder replaces a file.
     (tmp_path / "file").write_text("3")
-    files.replace(tmp_path / "file", place)
-    assert place.read_text() == "3"
-    files.replace(folder("third", "4"), place)
-    assert (place / "a").read_text() == "4"
+    files.replace(tmp_path / "file", target)
+    assert target.read_text() == "3"
+    files.replace(folder("third", "4"), target)
+    assert (target / "a").read_text() == "4"
     assert names(tmp_path) == ["place"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_what_was_moved_aside_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Killed before any of the renames and removals, one of the two folders is whole and in its place again."""
-    place, whole = tmp_path / "place", tmp_path / "whole"
-    for folder in (place, whole):
+def test_interrupted_replace_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    """Interrupted before any rename or removal, recover restores one of the two folders completely."""
+    target, source = tmp_path / "place", tmp_path / "source"
+    for folder in (target, source):
         folder.mkdir()
         (folder / "a").write_text(folder.name)
     calls = 0
 
     def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def called(*given: object) -> object:
+        def called(*arguments: object) -> object:
             nonlocal calls
             calls += 1
             if calls == stop:
                 raise KeyboardInterrupt
-            return function(*given)
+            return function(*arguments)
 
         return called
 
     monkeypatch.setattr(Path, "rename", counted(Path.rename))
     monkeypatch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
     with pytest.raises(KeyboardInterrupt):
-        files.replace(whole, place)
+        files.replace(source, target)
     monkeypatch.undo()
-    files.recover(place)
-    assert (place / "a").read_text() == ("whole" if stop == 3 else "place")
-    files.recover(place)
-    assert place.exists()
+    files.recover(target)
+    assert (target / "a").read_text() == ("source" if stop == 3 else "place")
+    files.recover(target)
+    assert target.exists()

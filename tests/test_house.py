@@ -1,4 +1,4 @@
-"""The house rules that a program can check: who may import whom, and how long a file may be."""
+"""Rules of layout: imports go one way, files have one subject, and only the command line prints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 
 import memtx
 
-HOME = Path(memtx.__file__).parent
+PACKAGE = Path(memtx.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# A file imports from lower rows only; the longest name that fits decides a file's row.
+# A file imports from lower rows only; the longest prefix of its name determines its row.
 ROWS = [
     ("errors",),
     ("files", "memo", "training.callbacks.trainer_state"),
@@ -28,108 +29,119 @@ ROWS = [
     ("serving", "evaluation"),
     ("cli", "__main__"),
 ]
-HEIGHT = {name: height for height, row in enumerate(ROWS) for name in row}
-# Data knows text and files, no model; only code that trains, reads or measures text imports it.
-DATA_MAY = {"data", "errors", "files", "class_config", "metrics", "plots"}
-MAY_DATA = {"data", "training", "inference", "evaluation", "serving", "cli", "checkpoint.load", "checkpoint.convert"}
+HEIGHTS = {name: height for height, row in enumerate(ROWS) for name in row}
+# Data imports no model code; only code that trains on text, reads it or measures with it imports data.
+IMPORTABLE_BY_DATA = {"data", "errors", "files", "class_config", "metrics", "plots"}
+IMPORTERS_OF_DATA = {
+    "data",
+    "training",
+    "inference",
+    "evaluation",
+    "serving",
+    "cli",
+    "checkpoint.load",
+    "checkpoint.convert",
+}
 FORBIDDEN = {("serving", "training"), ("training", "inference")}
-PENDING = {("models", "hf"), ("checkpoint.convert", "inference")}
-# The lightning package costs seconds: only these import it.
-LIGHTNING = (
+# Importing Lightning takes seconds, so only these files do.
+LIGHTNING_IMPORTERS = (
     "training",
     "checkpoint/training.py",
     "checkpoint/async_io.py",
     "data/books.py",
-    "data/tasks/example_files.py",
+    "data/tasks/data_module.py",
     "data/synthetic_tasks/data_module.py",
     "cli/fit.py",
     "cli/lightning_cli.py",
 )
-LONGEST = 400
+MAX_LINES = 400
+MAX_MEDIAN_LINES = 200
+MAX_FILES = 215
+MAX_TOTAL_LINES = 30_000
 
 
-def sources() -> list[Path]:
-    return sorted(HOME.rglob("*.py"))
+def relative(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
-def row_name(dotted: str) -> str:
-    """The longest prefix of a module's name, without the package's own, that has a row."""
-    parts = dotted.split(".")
+def row_name(module: str) -> str:
+    """Return the longest prefix of a module's name, without the package's, that has a row."""
+    parts = module.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
-    return next((prefix for prefix in prefixes if prefix in HEIGHT), parts[0])
+    return next((prefix for prefix in prefixes if prefix in HEIGHTS), parts[0])
 
 
 def module_name(path: Path) -> str:
-    return ".".join(path.relative_to(HOME).with_suffix("").parts).removesuffix(".__init__")
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Every absolute module name that the file imports, wherever it stands in it."""
+def imported_names(path: Path) -> Iterator[str]:
+    """Yield the absolute name of each import in a file, in functions too."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
+            assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def allowed(own: str, other: str) -> bool:
-    siblings = HEIGHT[own] == HEIGHT[other] and own.partition(".")[0] == other.partition(".")[0]
-    if siblings or own == "__main__":
+def may_import(importer: str, imported: str) -> bool:
+    """Return whether files of one row name may import those of another."""
+    same_package = importer.partition(".")[0] == imported.partition(".")[0]
+    if importer == "__main__" or (same_package and HEIGHTS[importer] == HEIGHTS[imported]):
         return True
-    if own == "data":
-        return other in DATA_MAY
-    if other == "data":
-        return own in MAY_DATA
-    if (own, other) in PENDING:
-        return True
-    return HEIGHT[other] < HEIGHT[own] and (own, other) not in FORBIDDEN
+    if importer == "data":
+        return imported in IMPORTABLE_BY_DATA
+    if imported == "data":
+        return importer in IMPORTERS_OF_DATA
+    return HEIGHTS[imported] < HEIGHTS[importer] and (importer, imported) not in FORBIDDEN
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(HOME)))
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_imports_point_downward(path: Path) -> None:
-    own = row_name(module_name(path))
-    if own == "__init__":
+    importer = row_name(module_name(path))
+    if importer == "__init__":
         return
-    assert own in HEIGHT, f"{own} has no row in the table"
-    for name in imported(path):
-        root, _, rest = name.partition(".")
-        if root == "memtx" and rest and rest != "__version__":
-            other = row_name(rest)
-            # A public class by its short name would hide which row it lives in.
-            assert other in HEIGHT, f"{path}: import {name} from the file that defines it"
-            assert allowed(own, other), f"{path}: {own} may not import {rest}"
-        if root in ("lightning", "pytorch_lightning"):
-            assert str(path.relative_to(HOME)).startswith(LIGHTNING), f"{path}: lightning is not for here"
+    assert importer in HEIGHTS, f"{importer} has no row in ROWS"
+    for name in imported_names(path):
+        package, _, module = name.partition(".")
+        if package == "memtx" and module and module != "__version__":
+            imported = row_name(module)
+            # A public class imported by its short name would hide its row.
+            assert imported in HEIGHTS, f"{path}: import {name} from the file that defines it"
+            assert may_import(importer, imported), f"{path}: {importer} may not import {module}"
+        if package in ("lightning", "pytorch_lightning"):
+            assert relative(path).startswith(LIGHTNING_IMPORTERS), f"{path} may not import Lightning"
 
 
-def test_the_table_itself() -> None:
-    assert allowed("memory", "ops")
-    assert not allowed("ops", "memory")
-    assert not allowed("models", "data")
-    assert not allowed("data", "ops")
-    assert not allowed("training", "inference")
-    assert not allowed("state", "segment")
+def test_the_table_of_rows() -> None:
+    assert may_import("memory", "ops")
+    assert not may_import("ops", "memory")
+    assert not may_import("models", "data")
+    assert not may_import("models", "hf")
+    assert not may_import("data", "ops")
+    assert not may_import("training", "inference")
+    assert not may_import("state", "segment")
 
 
-def test_files_are_one_subject_long() -> None:
-    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in sources()}
-    too_long = {str(path): count for path, count in lines.items() if count > LONGEST}
-    assert not too_long, "a file past 400 lines is two subjects"
-    real = sorted(count for path, count in lines.items() if path.name != "__init__.py")
-    assert real[len(real) // 2] < 200
+def test_files_are_short_and_few() -> None:
+    num_lines = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    too_long = {name: count for name, count in num_lines.items() if count > MAX_LINES}
+    assert not too_long, f"a file of more than {MAX_LINES} lines has two subjects"
+    counts = sorted(count for name, count in num_lines.items() if not name.endswith("__init__.py"))
+    assert counts[len(counts) // 2] < MAX_MEDIAN_LINES
+    assert len(SOURCES) <= MAX_FILES
+    assert sum(num_lines.values()) <= MAX_TOTAL_LINES
 
 
-def test_no_drawer_for_everything() -> None:
-    for path in sources():
-        relative = path.relative_to(HOME)
-        for part in (*relative.parts[:-1], relative.stem):
-            assert part not in {"utils", "util", "helpers", "misc"}, relative
-            assert part != "common", relative
+def test_no_file_for_everything() -> None:
+    for path in SOURCES:
+        names = (*path.relative_to(PACKAGE).parts[:-1], path.stem)
+        assert not {"utils", "util", "helpers", "misc", "common"}.intersection(names), path
 
 
-def test_the_library_does_not_print() -> None:
-    for path in sources():
+def test_only_the_command_line_prints() -> None:
+    for path in SOURCES:
         if row_name(module_name(path)) != "cli":
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 assert not (isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"), path

@@ -22,7 +22,7 @@ def test_sums_are_divided_once(batches: list[tuple[float, int]]) -> None:
     assert words.compute().item() == pytest.approx(float(torch.tensor(mean, dtype=torch.float64).exp()), rel=1e-9)
 
 
-def test_a_uniform_model_of_bytes_takes_eight_bits() -> None:
+def test_uniform_byte_model_needs_eight_bits() -> None:
     metric = BitsPerByte()
     metric.update(torch.full((4, 25), math.log(256)), 100)
     # The logarithm was rounded to float32.
@@ -46,7 +46,7 @@ def test_sums_stay_float64_when_the_model_is_cast() -> None:
         assert metric.nll.item() == 123456.789
 
 
-def test_processes_add_up_and_reset_forgets() -> None:
+def test_sums_reduce_over_processes_and_reset() -> None:
     metric = WordPerplexity()
     assert set(metric._reductions) == {"nll", "units"}
     assert all(reduce(torch.tensor([1.0, 2.0])) == 3 for reduce in metric._reductions.values())
@@ -59,7 +59,7 @@ def test_processes_add_up_and_reset_forgets() -> None:
 @pytest.mark.parametrize(
     ("nll", "units", "message"), [(math.nan, 1, "finite"), (math.inf, 1, "finite"), (1.0, -1, "at least 0")]
 )
-def test_impossible_values_are_refused_and_not_counted(nll: float, units: int, message: str) -> None:
+def test_invalid_values_are_refused_and_not_counted(nll: float, units: int, message: str) -> None:
     metric = BitsPerByte()
     with pytest.raises(MemtxError, match=message):
         metric.update(nll, units)
@@ -67,7 +67,7 @@ def test_impossible_values_are_refused_and_not_counted(nll: float, units: int, m
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute``")
-def test_a_text_without_words_is_no_reason_to_stop() -> None:
+def test_text_without_words_gives_nan() -> None:
     metric = WordPerplexity()
     assert math.isnan(metric.compute().item())
     metric.update(3.0, 0)
@@ -85,7 +85,7 @@ def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted", "exact", "f1"),
+    ("prediction", "targets", "exact", "f1"),
     [
         ("The  Whale!", ["a whale"], 1, 1),
         ("white whale", ["the whale", "a white sea"], 0, 2 / 3),
@@ -96,8 +96,8 @@ def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
         ("", ["the", "whale"], 0, 0),
     ],
 )
-def test_answers_are_scored_as_squad_does(given: str, wanted: list[str], exact: float, f1: float) -> None:
+def test_answers_are_scored_as_squad_does(prediction: str, targets: list[str], exact: float, f1: float) -> None:
     for kind, score in ((AnswerExactMatch, exact), (AnswerF1, f1)):
         metric = kind()
-        metric.update(given, wanted)
+        metric.update(prediction, targets)
         assert float(metric.compute()) == pytest.approx(score)

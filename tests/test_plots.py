@@ -21,14 +21,14 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 @given(st.lists(st.floats(-100, 100), min_size=1, max_size=30), st.integers(0, 40))
-def test_smoothing_is_the_mean_of_the_neighbours_there_are(values: list[float], reach: int) -> None:
+def test_moving_average_uses_existing_neighbors(values: list[float], reach: int) -> None:
     expected = [np.mean(values[max(0, i - reach) : i + reach + 1]) for i in range(len(values))]
     # Sums of at most 30 values up to 100, differenced.
     np.testing.assert_allclose(plots.moving_average(values, reach), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])
-def test_surprise(tmp_path: Path, count: int) -> None:
+def test_surprisal_plot(tmp_path: Path, count: int) -> None:
     position = np.arange(count) + 0.5
     plots.plot_surprisal(
         tmp_path / "a.png", (position, np.ones(count)), (position, np.ones(count), np.zeros(count)), title="$B"
@@ -56,13 +56,13 @@ def test_accuracy(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_a_comparison_grows_with_its_rows(tmp_path: Path) -> None:
+def test_comparison_grows_with_its_entries(tmp_path: Path) -> None:
     plots.plot_seed_comparison(tmp_path / "a.png", {"a": [1.0]})
     plots.plot_seed_comparison(tmp_path / "b.png", {str(row): [float(row)] for row in range(12)})
     assert size_of(tmp_path / "b.png")[1] > 2 * size_of(tmp_path / "a.png")[1]
 
 
-def test_mistakes_leave_no_file(tmp_path: Path) -> None:
+def test_invalid_input_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="columns of one length"):
         plots.plot_surprisal(tmp_path / "a.png", ([1, 2], [1]), ([1], [1], [1]))
     with pytest.raises(MemtxError, match="columns of one length"):
@@ -76,7 +76,7 @@ def test_mistakes_leave_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_no_global_state_and_nothing_of_the_models() -> None:
+def test_plots_import_no_pyplot_and_no_models() -> None:
     tree = ast.parse(Path(plots.__file__).read_text(encoding="utf-8"))
     imported = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name for name in imported if name.startswith("memtx.")} == {"memtx.errors"}
@@ -84,7 +84,7 @@ def test_no_global_state_and_nothing_of_the_models() -> None:
     assert not {"matplotlib.pyplot", "pylab"} & imported
 
 
-def test_models_beside_one_another(tmp_path: Path) -> None:
+def test_model_comparison(tmp_path: Path) -> None:
     plots.plot_model_comparison(
         tmp_path / "a.png", {"parameters": [9e6, 3e6], "ms": [2.5, 0.0]}, ["teacher", "student"], title="both"
     )

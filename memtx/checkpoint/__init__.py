@@ -1,1 +1,1 @@
-"""Everything that is kept on disk: pretrained folders, training checkpoints, conversion between them."""
+"""Models on disk: pretrained folders, training checkpoints, and conversion between them."""

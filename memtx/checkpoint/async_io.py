@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on: copied to memory first, then a thread writes the copy."""
+"""Checkpoints written while training continues: copied to memory first, then written by a thread."""
 
 from __future__ import annotations
 
@@ -15,36 +15,31 @@ from torch.utils import _pytree as pytree
 from memtx.checkpoint.training import AtomicCheckpointIO
 
 MAX_PENDING = 2
-"""Checkpoints that may wait to be written: at a validation there are two, the best and the last."""
+"""Number of checkpoints that may wait to be written: after a validation there are two, the best and the last."""
 
 
 def copy_to_cpu(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy of all that a checkpoint holds, tensors in the CPU's memory, shared memory copied once.
-
-    Nothing that training does afterwards changes it.
-    """
+    """Return a deep copy with all tensors on the CPU; tensors that share memory share it in the copy."""
     storages: dict[int, torch.UntypedStorage] = {}
     copies: dict[int, Any] = {}
     for tensor in pytree.tree_leaves(checkpoint):
         if type(tensor) not in (Tensor, torch.nn.Parameter):
             continue
-        held = tensor.untyped_storage()
-        if (key := held._cdata) not in storages:
-            storages[key] = held.clone() if held.device.type == "cpu" else held.cpu()
-        place = (tensor.storage_offset(), tensor.shape, tensor.stride())
-        copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(storages[key], *place)
-    # What is already copied stands in deepcopy's own record; dicts, lists and the rest it copies itself.
-    made: dict[str, Any] = copy.deepcopy(checkpoint, copies)
-    return made
+        storage = tensor.untyped_storage()
+        if (key := storage._cdata) not in storages:
+            storages[key] = storage.clone() if storage.device.type == "cpu" else storage.cpu()
+        geometry = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        copies[id(tensor)] = torch.empty(0, dtype=tensor.dtype).set_(storages[key], *geometry)
+    # deepcopy takes copies from its memo and copies the containers itself.
+    return copy.deepcopy(checkpoint, copies)
 
 
 class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
-    """Copies a checkpoint to the CPU's memory and lets a thread write it, so that training waits for the copy alone.
+    """Copies a checkpoint to the CPU's memory and writes it in a thread, so that training waits only for the copy.
 
-    A crash before it is written leaves the one that was there, and the process does not end before it is. What went
-    wrong in the thread is raised by the next save, and at the latest when the run ends; nothing that was to follow
-    is done then, so that the best checkpoint is not removed for one that is not there. Two copies at most wait to be
-    written, each of the checkpoint's size.
+    A crash leaves the previous checkpoint, and the process does not exit before everything is written. An error in the
+    thread is raised by the next save or at the end of the run; operations queued after it are skipped, so that the best
+    checkpoint is never removed for a missing one. At most two copies wait, each of the checkpoint's size.
     """
 
     def __init__(self) -> None:
@@ -55,7 +50,7 @@ class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
 
     def _submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
         if self._executor is None:
-            # Not a daemon: the interpreter waits for it, whatever ends the run.
+            # The interpreter joins the executor's thread however the run ends.
             self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         return self._executor.submit(self._run, function, *arguments)
 
@@ -66,56 +61,38 @@ class AsyncAtomicCheckpointIO(AtomicCheckpointIO):
             except BaseException as error:
                 self._error = error
 
-    def _raise_pending_error(self) -> None:
-        if self._error is None:
-            return
-        # What was to follow is passed over before the error is forgotten.
-        if self._executor is not None:
-            self._executor.shutdown(wait=True)
-            self._executor = None
-        error, self._error = self._error, None
-        raise error
-
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Copy ``checkpoint`` and return; it is written whole, or what was there stays.
-
-        Raises:
-            MemtxError: a checkpoint before could not be written.
-        """
-        self._pending_saves = [one for one in self._pending_saves if not one.done()]
+        """Copy ``checkpoint`` and return; raises MemtxError if an earlier checkpoint could not be written."""
+        self._pending_saves = [save for save in self._pending_saves if not save.done()]
         if len(self._pending_saves) == MAX_PENDING:
             self._pending_saves.pop(0).result()
-        self._raise_pending_error()
+        if self._error is not None:
+            self.teardown()
         self._pending_saves.append(self._submit(super().save_checkpoint, copy_to_cpu(checkpoint), path))
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint, after all that was given is written.
-
-        Raises:
-            CheckpointError: missing, damaged, or not such a file.
-        """
+        """Read a checkpoint after all pending writes."""
         self.teardown()
         return super().load_checkpoint(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: str | os.PathLike[str]) -> None:
-        """Remove a checkpoint, after what was given before is written: it may be what the new one replaces."""
+        """Remove a checkpoint after all pending writes, one of which may replace it."""
         self._submit(super().remove_checkpoint, path)
 
     def run_after_writes(self, callback: Callable[[], None]) -> None:
-        """Call a function when all that was given is written, unless that failed."""
+        """Call a function after all pending writes, unless one fails."""
         self._submit(callback)
 
     def teardown(self) -> None:
-        """Write what is left, and end the thread.
-
-        Raises:
-            MemtxError: it could not be written.
-        """
+        """Finish all pending writes and end the thread; raises MemtxError if a checkpoint could not be written."""
         if self._executor is not None:
+            # Queued operations are skipped before the error is cleared.
             self._executor.shutdown(wait=True)
             self._executor = None
-        self._raise_pending_error()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error

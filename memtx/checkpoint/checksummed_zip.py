@@ -1,7 +1,7 @@
-"""Zip files that carry the digest of their own bytes, as ``torch.save`` writes them: one file, one rename.
+"""Zip files with a checksum of all their bytes, as written by ``torch.save``.
 
-A zip file's checksums are of its entries, and ``torch.load`` does not look at them: a flipped bit becomes a weight.
-Here SHA-256 of every byte stands in the archive's own comment, its last field, so any zip reader opens the file still.
+A zip file's own checksums cover its entries, and ``torch.load`` ignores them: a flipped bit becomes a weight. Here the
+SHA-256 of every byte is stored in the archive's comment, its last field, so any zip reader still opens the file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from memtx import files
 from memtx.errors import corrupt_checkpoint_error
 
 END_OF_CENTRAL_DIRECTORY = b"PK\x05\x06"
-"""What a zip file's last record begins with: 22 bytes, of which the last two count the comment's."""
+"""Signature of a zip file's last record: 22 bytes, of which the last two hold the comment's length."""
 
 _EOCD_SIZE = 22
 _COMMENT_PATTERN = re.compile(rb"memtx step=(\d{20}) sha256=([0-9a-f]{64})")
@@ -26,9 +26,9 @@ _COMMENT_SIZE = len(b"memtx step= sha256=") + 20 + 64
 
 
 class ChecksummedZipWriter:
-    """A binary handle that digests what is written to it, for writers that go forward only.
+    """Binary handle that hashes its input, for writers that never seek.
 
-    A write that fails is told when the file is sealed, not to the writer: torch's, in C++, would name no reason.
+    A failed write raises in :meth:`finalize`: torch's writer, in C++, would lose the reason.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,7 +38,7 @@ class ChecksummedZipWriter:
         self._write_error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
-        """Write, unless an earlier write failed."""
+        """Write ``data``, unless an earlier write failed; return its size."""
         size = memoryview(data).nbytes
         if self._write_error is None:
             try:
@@ -46,46 +46,37 @@ class ChecksummedZipWriter:
             except OSError as error:
                 self._write_error = error
             self._digest.update(data)
-            # A big block is not copied for its last bytes alone.
+            # Slicing the view avoids a copy of a large block.
             self._tail = (self._tail + bytes(memoryview(data).cast("B")[-_EOCD_SIZE:]))[-_EOCD_SIZE:]
         return size
 
     def flush(self) -> None:
-        """Do nothing: the end flushes."""
+        """Do nothing: closing flushes."""
 
     def finalize(self, step: int) -> None:
-        """Write the comment and close.
-
-        Raises:
-            OSError: this or an earlier write failed.
-        """
+        """Write the comment and close; raises OSError if this or an earlier write failed."""
         if self._write_error is not None:
             raise self._write_error
         assert self._tail.startswith(END_OF_CENTRAL_DIRECTORY)
         assert self._tail.endswith(b"\0\0")
-        said = b"%020d" % step
-        self._digest.update(said)
-        comment = b"memtx step=%b sha256=%b" % (said, self._digest.hexdigest().encode())
+        digits = b"%020d" % step
+        self._digest.update(digits)
+        comment = b"memtx step=%b sha256=%b" % (digits, self._digest.hexdigest().encode())
         self._file.seek(-2, os.SEEK_END)
         self._file.write(len(comment).to_bytes(2, "little") + comment)
         self._file.close()
 
     def close(self) -> None:
-        """Close, sealed or not."""
+        """Close, finalized or not."""
         with contextlib.suppress(OSError):
             self._file.close()
 
 
 @contextlib.contextmanager
 def create(path: str | os.PathLike[str], step: int) -> Iterator[ChecksummedZipWriter]:
-    """Yield a handle for one whole zip file, which appears under ``path`` with its digest, or not at all.
+    """Yield a handle for one zip file, which appears under ``path`` with its checksum, or not at all.
 
-    Args:
-        path: the file.
-        step: a number that the seal says beside the digest, at least 0.
-
-    Raises:
-        MemtxError: the file cannot be written.
+    ``step``, at least 0, is stored beside the checksum. Raises MemtxError if the file cannot be written.
     """
     with files.atomic_path(path) as temporary:
         handle = ChecksummedZipWriter(temporary)
@@ -97,38 +88,36 @@ def create(path: str | os.PathLike[str], step: int) -> Iterator[ChecksummedZipWr
 
 
 def read_step(path: str | os.PathLike[str]) -> int | None:
-    """Return the step that a file's seal says, unchecked; None where there is no such seal to read."""
+    """Return the step stored in a file, without verifying the file; None if there is none."""
     try:
         with open(path, "rb") as handle:
             handle.seek(-_COMMENT_SIZE, os.SEEK_END)
-            found = _COMMENT_PATTERN.fullmatch(handle.read())
-    except OSError:  # missing, or too short to seek in
+            comment = _COMMENT_PATTERN.fullmatch(handle.read())
+    except OSError:  # missing, or too short for a comment
         return None
-    return int(found[1]) if found else None
+    return int(comment[1]) if comment else None
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Read a whole file and compare it with its seal; without one, as earlier releases wrote, with the zip's checksums.
+    """Compare a file with its checksum, or, if it has none (earlier releases), with the checksums of its entries.
 
-    Raises:
-        CheckpointError: not every byte is the one that was written.
-        OSError: the file cannot be read.
+    Raises CheckpointError if the file is damaged, OSError if it cannot be read.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as handle:
         handle.seek(max(0, size - _COMMENT_SIZE))
-        found = _COMMENT_PATTERN.fullmatch(handle.read())
-        if found is None:
+        comment = _COMMENT_PATTERN.fullmatch(handle.read())
+        if comment is None:
             _verify_entries(path, size)
             return
-        digest, left = hashlib.sha256(), size - _COMMENT_SIZE - 2
+        digest, remaining = hashlib.sha256(), size - _COMMENT_SIZE - 2
         handle.seek(0)
-        while left > 0 and (block := handle.read(min(left, 1 << 20))):
+        while remaining > 0 and (block := handle.read(min(remaining, 1 << 20))):
             digest.update(block)
-            left -= len(block)
-        # The comment was not there yet when the bytes were digested.
-        digest.update(b"\0\0" + found[1])
-        if digest.hexdigest().encode() != found[2] or handle.read(2) != _COMMENT_SIZE.to_bytes(2, "little"):
+            remaining -= len(block)
+        # The bytes were hashed before the comment existed, when its length was 0.
+        digest.update(b"\0\0" + comment[1])
+        if digest.hexdigest().encode() != comment[2] or handle.read(2) != _COMMENT_SIZE.to_bytes(2, "little"):
             raise corrupt_checkpoint_error(path, ": its bytes are not those that were written")
 
 
@@ -138,13 +127,13 @@ def _verify_entries(path: str | os.PathLike[str], size: int) -> None:
         end = handle.read()
     if not size:
         raise corrupt_checkpoint_error(path, ": it is empty")
-    # A comment that is counted but not there: the seal was cut off.
+    # A comment's length without the comment: the checksum was cut off.
     if not end.startswith(END_OF_CENTRAL_DIRECTORY) or not end.endswith(b"\0\0"):
         raise corrupt_checkpoint_error(path, ": its end is missing or changed")
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-    except Exception as error:  # zipfile, zlib and struct raise a dozen kinds on bytes that are no zip file's
+            damaged_entry = archive.testzip()
+    except Exception as error:  # zipfile, zlib and struct raise a dozen types for files that are no zip files
         raise corrupt_checkpoint_error(path, f": {error}") from error
-    if wrong is not None:
-        raise corrupt_checkpoint_error(path, f": '{wrong}' in it is not what was written")
+    if damaged_entry is not None:
+        raise corrupt_checkpoint_error(path, f": '{damaged_entry}' in it is not what was written")

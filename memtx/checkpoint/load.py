@@ -20,12 +20,6 @@ from memtx.models.memory_transformer import MemoryTransformer
 
 TOKENIZER_FILE = pretrained.SIDECAR_FILES["tokenizer"]
 
-DATA_MODULE_KEY = "BookDataModule"
-"""Key of a training checkpoint for the data module, with the tokenizer as JSON text."""
-
-MAX_MISMATCHES = 5
-"""Number of tensors named in one error."""
-
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
 
 
@@ -46,16 +40,10 @@ class LoadedCheckpoint:
     metadata: Mapping[str, Any]
 
     def model_as(self, model_class: type[ModelT]) -> ModelT:
-        """Return the model.
-
-        Raises:
-            CheckpointError: It is not of ``model_class``.
-        """
+        """Return the model; raises CheckpointError if it is not of ``model_class``."""
         if not isinstance(self.model, model_class):
-            raise CheckpointError(
-                f"'{self.path}' holds a {type(self.model).__name__}, expected {model_class.__name__}.",
-                "memtx.from_pretrained chooses the class itself.",
-            )
+            message = f"'{self.path}' holds a {type(self.model).__name__}, expected {model_class.__name__}."
+            raise CheckpointError(message, "memtx.from_pretrained chooses the class itself.")
         return self.model
 
 
@@ -77,15 +65,12 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheck
     if is_folder and hf.is_hf_folder(path):
         return LoadedCheckpoint(path, hf.load(path, window), pretrained.read_sidecars(path), {})
     if window is not None:
-        raise MemtxError(
-            f"window ({window}) is given, but '{path}' is no Hugging Face decoder.",
-            "Remove window; with_memory sets the window of a MemoryTransformer.",
-        )
+        message = f"window ({window}) is given, but '{path}' is no Hugging Face decoder."
+        raise MemtxError(message, "Remove window; with_memory sets the window of a MemoryTransformer.")
     if is_folder:
         config = files.read_json(path / pretrained.CONFIG_FILE)
-        weights, _ = files.load_tensors(
-            path / pretrained.WEIGHTS_FILE, kind=pretrained.FORMAT, version=pretrained.FORMAT_VERSION
-        )
+        format_and_version: dict[str, Any] = {"kind": pretrained.FORMAT, "version": pretrained.FORMAT_VERSION}
+        weights, _ = files.load_tensors(path / pretrained.WEIGHTS_FILE, **format_and_version)
         return LoadedCheckpoint(path, _build_model(path, config, weights), pretrained.read_sidecars(path), {})
     checkpoint = pretrained.read_checkpoint(path)
     checkpoint.pop("optimizer_states", None)
@@ -121,10 +106,8 @@ def load_model_and_tokenizer(path: str | os.PathLike[str]) -> tuple[MemoryTransf
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{path}' has a damaged tokenizer: {error}.", "Restore it from a copy.") from error
     if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer in '{path}' has {tokenizer.vocab_size} tokens, its model {model.vocab_size}.",
-            "Use the tokenizer that the model was trained with.",
-        )
+        message = f"The tokenizer in '{path}' has {tokenizer.vocab_size} tokens, its model {model.vocab_size}."
+        raise CheckpointError(message, "Use the tokenizer that the model was trained with.")
     return model, tokenizer
 
 
@@ -132,25 +115,21 @@ def _build_model(path: Path, description: Any, weights: dict[str, Tensor]) -> Pr
     if not isinstance(description, dict) or description.get("format") != pretrained.FORMAT:
         raise CheckpointError(f"'{path}' does not describe a memtx model.", "Give one that memtx wrote.")
     if (version := description.get("version")) != pretrained.FORMAT_VERSION:
-        raise CheckpointError(
-            f"'{path}' has format version {version}, this release reads {pretrained.FORMAT_VERSION}.",
-            "Use the release that wrote it.",
-        )
+        message = f"'{path}' has format version {version}, this release reads {pretrained.FORMAT_VERSION}."
+        raise CheckpointError(message, "Use the release that wrote it.")
     model = class_config.from_config({key: description[key] for key in ("class_path", "init_args")})()
     if not isinstance(model, PretrainedModel):
         raise CheckpointError(f"'{path}' describes a {type(model).__name__}, not a model.", "Give another folder.")
-    own = model.state_dict()
+    state = model.state_dict()
     # Tied weights are stored under one of their names.
-    aliases = {name: [alias for alias in own if own[alias].data_ptr() == own[name].data_ptr()] for name in own}
+    aliases = {name: [alias for alias in state if state[alias].data_ptr() == state[name].data_ptr()] for name in state}
     weights = {**{alias: tensor for name, tensor in weights.items() for alias in aliases.get(name, ())}, **weights}
-    mismatches = pretrained.describe_mismatches(
-        {name: tuple(tensor.shape) for name, tensor in own.items()},
-        {name: tuple(tensor.shape) for name, tensor in weights.items()},
+    shapes, stored_shapes = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (state, weights)
     )
-    if mismatches:
-        raise CheckpointError(
-            f"'{path}' {'; '.join(mismatches[:MAX_MISMATCHES])}.", "It was changed after writing; use another copy."
-        )
+    if mismatches := pretrained.describe_mismatches(shapes, stored_shapes):
+        message = f"'{path}' {'; '.join(mismatches[:5])}."
+        raise CheckpointError(message, "It was changed after writing; use another copy.")
     dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         model.to(dtypes.pop())

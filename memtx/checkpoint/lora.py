@@ -1,7 +1,7 @@
-"""Low-rank adapters among a model's weights (LoRA, Hu et al. 2021, section 4.1): W becomes W + (alpha / rank) B A.
+"""Low-rank adapters in a model's weights (LoRA, Hu et al. 2021, section 4.1): W becomes W + (alpha / rank) B A.
 
-A run trains A and B apart from W, made by :mod:`memtx.training.lora` and named as the package it uses names them. What
-is kept for reading has them within W, so that reading needs neither of the two.
+A run trains A and B, created by :mod:`memtx.training.lora` under the names that peft gives them; they are merged into W
+for inference.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ LORA_A, LORA_B = ".lora_A.default.weight", ".lora_B.default.weight"
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """How a model's weights are adapted.
+    """Settings of a model's adapters.
 
     Attributes:
-        rank: width between A, (rank, into), and B, (out, rank).
-        alpha: B A counts alpha / rank.
-        dropout: of what A is given, in training.
-        target_modules: patterns of the maps' names within a layer.
+        rank: Inner dimension of A ``(rank, in)`` and B ``(out, rank)``.
+        alpha: Scale of B A, divided by the rank.
+        dropout: Dropout rate of A's input in training.
+        target_modules: Patterns of the names of the adapted linear layers.
     """
 
     rank: int
@@ -34,7 +34,7 @@ class LoRAConfig:
     target_modules: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return them as numbers, texts and lists."""
+        """Return the settings as JSON values."""
         return {**asdict(self), "target_modules": list(self.target_modules)}
 
 
@@ -44,22 +44,16 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def merge_lora(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """Return a model's weights by the names they have without adapters, B A added to those that are adapted.
-
-    Args:
-        weights: name -> tensor, those of adapted maps beside their A and B.
-        rank: of the adapters.
-        alpha: B A counts alpha / rank.
-    """
-    found = {}
+    """Return the weights under their names without adapters, with alpha / rank B A added to those of adapted layers."""
+    merged = {}
     for name, tensor in weights.items():
         if is_lora_parameter(name):
             continue
-        part, adapted, end = name.partition(BASE_LAYER)
-        if adapted and end == "weight":
+        layer, is_adapted, leaf = name.partition(BASE_LAYER)
+        if is_adapted and leaf == "weight":
             # Rounded once: in half precision a small change of a large weight would be lost.
             dtype = torch.promote_types(tensor.dtype, torch.float32)
-            down, up = (weights[part + matrix].to(dtype) for matrix in (LORA_A, LORA_B))
-            tensor = torch.addmm(tensor.to(dtype), up, down, alpha=alpha / rank).to(tensor.dtype)
-        found[f"{part}.{end}" if adapted else name] = tensor
-    return found
+            a, b = (weights[layer + matrix].to(dtype) for matrix in (LORA_A, LORA_B))
+            tensor = torch.addmm(tensor.to(dtype), b, a, alpha=alpha / rank).to(tensor.dtype)
+        merged[f"{layer}.{leaf}" if is_adapted else name] = tensor
+    return merged

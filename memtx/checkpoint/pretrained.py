@@ -36,9 +36,6 @@ CHECKPOINT_PREFIX = "model."
 SIDECAR_FILES = {"tokenizer": "tokenizer.json", "task": "task.json", "summary": "summary.json"}
 """JSON texts stored with a model, by name, and their files in a pretrained folder."""
 
-_LOADER_MODULE = "memtx.checkpoint.load"
-"""Module behind ``from_pretrained``, imported on first use: it knows layouts that models must not depend on."""
-
 
 class PretrainedModel(nn.Module):
     """A model that knows its configuration, so that it can be saved, loaded and identified.
@@ -77,13 +74,7 @@ class PretrainedModel(nn.Module):
         return weights if adapters is None else merge_lora(weights, adapters.rank, adapters.alpha)
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write config.json and model.safetensors into the folder ``path``.
-
-        The weights are written first, so that a config never stands without them.
-
-        Raises:
-            MemtxError: The folder cannot be written.
-        """
+        """Write model.safetensors, then config.json, into a folder; raises MemtxError if it cannot be written."""
         weights = drop_tied_aliases(self.merged_state_dict())
         files.save_tensors(Path(path) / WEIGHTS_FILE, weights, kind=FORMAT, version=FORMAT_VERSION)
         files.write_json(Path(path) / CONFIG_FILE, describe_model(self))
@@ -100,8 +91,8 @@ class PretrainedModel(nn.Module):
             CheckpointError: The model is missing, damaged or of another class.
             MemtxError: ``window`` is given for a model that is no Hugging Face decoder.
         """
-        loader = importlib.import_module(_LOADER_MODULE)
-        return cast(Self, loader.load(path, window).model_as(cls))
+        # By name: the loader knows layouts that models must not depend on.
+        return cast(Self, importlib.import_module("memtx.checkpoint.load").load(path, window).model_as(cls))
 
 
 def describe_model(model: PretrainedModel) -> dict[str, Any]:
@@ -112,8 +103,7 @@ def describe_model(model: PretrainedModel) -> dict[str, Any]:
 def resolve_model_path(path: str | os.PathLike[str]) -> Path:
     """Return the checkpoint or pretrained folder that ``path`` stands for: for a run folder, its best checkpoint.
 
-    Raises:
-        CheckpointError: The path is missing, or a folder that holds neither.
+    Raises CheckpointError if the path is missing, or a folder without either.
     """
     path = Path(path)
     if not path.exists():
@@ -124,23 +114,18 @@ def resolve_model_path(path: str | os.PathLike[str]) -> Path:
 def find_checkpoint(run_dir: Path) -> Path:
     """Return the best checkpoint of a run, named in ``checkpoints/best.json``, or else the newest one.
 
-    A sharded checkpoint, which is a folder, is returned itself.
-
-    Raises:
-        CheckpointError: The folder holds no checkpoint.
+    A sharded checkpoint, which is a folder, is returned itself. Raises CheckpointError if there is no checkpoint.
     """
     if sharded.is_sharded(run_dir):
         return run_dir
     checkpoints = run_dir / "checkpoints" if (run_dir / "checkpoints").is_dir() else run_dir
     best = checkpoints / "best.json"
-    if best.is_file():
-        content = files.read_json(best)
-        name = content.get("path") if isinstance(content, dict) else None
-        if isinstance(name, str):
-            # The run folder may have been moved: its own file of that name comes first.
-            for candidate in (checkpoints / Path(name).name, checkpoints / name, run_dir / name):
-                if candidate.exists():
-                    return candidate
+    content = files.read_json(best) if best.is_file() else None
+    if isinstance(content, dict) and isinstance(name := content.get("path"), str):
+        # The run folder may have been moved: its own file of that name comes first.
+        for candidate in (checkpoints / Path(name).name, checkpoints / name, run_dir / name):
+            if candidate.exists():
+                return candidate
     paths = sorted(checkpoints.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     if not paths:
         raise CheckpointError(
@@ -151,13 +136,9 @@ def find_checkpoint(run_dir: Path) -> Path:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint, verify every byte and execute nothing in it.
+    """Read a training checkpoint (file or folder of shards), verify every byte and execute nothing in it.
 
-    Args:
-        path: File, or folder of a sharded checkpoint, whose shards are put together.
-
-    Raises:
-        CheckpointError: The checkpoint is missing, damaged, or something else.
+    Raises CheckpointError if it is missing, damaged, or something else.
     """
     path = Path(path)
     if sharded.is_sharded(path):
@@ -177,11 +158,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint; for a sharded one, everything but weights and optimizer states.
-
-    Raises:
-        CheckpointError: The checkpoint is missing, damaged, or something else.
-    """
+    """Read a training checkpoint as :func:`read_checkpoint`, a sharded one without weights and optimizer states."""
     return sharded.read_metadata(path) if sharded.is_sharded(path) else read_checkpoint(path)
 
 
@@ -194,13 +171,9 @@ def sidecars_from_checkpoint(checkpoint: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_sidecars(path: Path) -> dict[str, str]:
-    """Return the texts stored with a model, by the names in ``SIDECAR_FILES``.
+    """Return the texts stored in a checkpoint or pretrained folder, by the names in ``SIDECAR_FILES``.
 
-    Args:
-        path: Checkpoint or pretrained folder, from :func:`resolve_model_path`.
-
-    Raises:
-        CheckpointError: The path is a checkpoint, and missing or damaged.
+    Raises CheckpointError if the path is a checkpoint, and missing or damaged.
     """
     if not (path / CONFIG_FILE).is_file():
         return sidecars_from_checkpoint(read_metadata(path))
@@ -211,16 +184,13 @@ def read_sidecars(path: Path) -> dict[str, str]:
 def extract_model(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> tuple[Any, dict[str, Tensor]]:
     """Return a checkpoint's description of its model and the weights, with LoRA adapters merged.
 
-    Raises:
-        CheckpointError: The checkpoint is not one of memtx.
+    Raises CheckpointError if memtx did not write the checkpoint.
     """
     if CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
-    weights = {
-        name.removeprefix(CHECKPOINT_PREFIX): tensor
-        for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(CHECKPOINT_PREFIX)
-    }
+    tensors = checkpoint["state_dict"].items()
+    prefix = CHECKPOINT_PREFIX
+    weights = {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
     content = checkpoint[CHECKPOINT_KEY]
     if (adapters := content.get("lora")) is not None:
         weights = merge_lora(weights, adapters["rank"], adapters["alpha"])

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole, whatever a crash or a bad disk left."""
+"""Choice of the checkpoint that a run resumes from: the newest one that is undamaged after a crash or disk error."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _STEP_IN_NAME = re.compile(r".*-(\d{8,})\.ckpt")
 
 @dataclass(frozen=True)
 class RecoveredCheckpoint:
-    """A whole checkpoint.
+    """An undamaged checkpoint.
 
     Attributes:
-        path: its file, or the folder that several processes wrote.
-        content: what it holds; of a folder, all but weights and optimiser.
-        damaged: newer ones that are not whole, with the reason of each.
+        path: Its file, or the folder of a sharded one.
+        content: Its content; for a sharded one, everything but weights and optimizer states.
+        damaged: Newer damaged checkpoints, each with the reason.
     """
 
     path: Path
@@ -30,33 +30,28 @@ class RecoveredCheckpoint:
 
     @property
     def step(self) -> int:
-        """Optimiser steps that it comes after."""
+        """Number of optimizer steps before the checkpoint."""
         return int(self.content["global_step"])
 
     def describe_damage(self) -> str:
-        """Return one line that says what is damaged and what is used instead; empty where nothing is damaged."""
+        """Return a line that names the damaged checkpoints and the one used instead; empty if none is damaged."""
         if not self.damaged:
             return ""
-        which = "; ".join(why for _, why in self.damaged)
-        return f"{which} Going on from '{self.path}', of step {self.step}."
+        reasons = "; ".join(reason for _, reason in self.damaged)
+        return f"{reasons} Going on from '{self.path}', of step {self.step}."
 
 
 def find_latest_valid(checkpoint_dir: Path, max_step: int | None = None) -> RecoveredCheckpoint | None:
-    """Return the newest whole checkpoint in a folder that a run can go on from exactly; None where there is no file.
+    """Return the newest undamaged checkpoint that a run can resume from exactly; None if there is no file.
 
-    Args:
-        checkpoint_dir: the folder.
-        max_step: no checkpoint after this step.
-
-    Raises:
-        CheckpointError: there are files, and none of them is whole.
+    Checkpoints after ``max_step`` are ignored. Raises CheckpointError if there are checkpoints and all are damaged.
     """
     damaged: list[tuple[Path, str]] = []
-    found = [path for path in checkpoint_dir.glob("*.ckpt") if path.is_file() or sharded.is_sharded(path)]
-    steps = {path: _peek_step(path) for path in found}
-    for path in sorted(found, key=lambda path: _recency_key(path, steps[path]), reverse=True):
-        stated = steps[path]
-        if max_step is not None and stated is not None and stated > max_step:
+    paths = [path for path in checkpoint_dir.glob("*.ckpt") if path.is_file() or sharded.is_sharded(path)]
+    steps = {path: _peek_step(path) for path in paths}
+    for path in sorted(paths, key=lambda path: _recency_key(path, steps[path]), reverse=True):
+        stated_step = steps[path]
+        if max_step is not None and stated_step is not None and stated_step > max_step:
             continue
         try:
             content = _read_verified(path)
@@ -68,23 +63,21 @@ def find_latest_valid(checkpoint_dir: Path, max_step: int | None = None) -> Reco
         if content[pretrained.CHECKPOINT_KEY].get("has_stepped", True):
             return RecoveredCheckpoint(path, content, damaged)
     if damaged:
-        raise CheckpointError(
-            f"No checkpoint in '{checkpoint_dir}' is whole: {' '.join(why for _, why in damaged)}",
-            "Put a copy there, or start anew with another --run_dir.",
-        )
+        message = f"No checkpoint in '{checkpoint_dir}' is whole: {' '.join(reason for _, reason in damaged)}"
+        raise CheckpointError(message, "Put a copy there, or start a new run with another --run_dir.")
     return None
 
 
 def _recency_key(path: Path, step: int | None) -> tuple[float, bool, int]:
-    """Return what is greatest for the newest; by the seal, since copying a run changes when its files were written."""
-    name = _STEP_IN_NAME.fullmatch(path.name)
-    if step is None:
-        step = int(name[1]) if name else None
-    return (math.inf if step is None else step, name is None, path.stat().st_mtime_ns)
+    """Return a key that sorts by the stated step first: copying a run changes modification times."""
+    match = _STEP_IN_NAME.fullmatch(path.name)
+    if step is None and match:
+        step = int(match[1])
+    return (math.inf if step is None else step, match is None, path.stat().st_mtime_ns)
 
 
 def _peek_step(path: Path) -> int | None:
-    """Return the step that a checkpoint says, unchecked; None where it says none."""
+    """Return the step stated in a checkpoint, without verifying it; None if there is none."""
     if not sharded.is_sharded(path):
         return checksummed_zip.read_step(path)
     try:
@@ -100,6 +93,6 @@ def _read_verified(path: Path) -> dict[str, Any]:
     content = pretrained.read_metadata(path)
     if pretrained.CHECKPOINT_KEY not in content or not isinstance(step := content.get("global_step"), int):
         raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
-    if (name := _STEP_IN_NAME.fullmatch(path.name)) and int(name[1]) != step:
+    if (match := _STEP_IN_NAME.fullmatch(path.name)) and int(match[1]) != step:
         raise CheckpointError(f"'{path}' is not the checkpoint of its name: it is of step {step}.", "Give another.")
     return content

@@ -1,4 +1,4 @@
-"""Random states of a process, as what a checkpoint can hold without pickle."""
+"""Random states of a process in a form that a checkpoint can hold without pickle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def get_rng_state() -> dict[str, Any]:
-    """Return the states of torch's, CUDA's, numpy's and Python's generators as tensors and texts."""
+    """Return the states of the generators of torch, CUDA, numpy and Python as tensors and strings."""
     version, keys, gauss = random.getstate()
     name, words, *rest = numpy.random.get_state()
     return {
@@ -24,7 +24,7 @@ def get_rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(states: Mapping[str, Any]) -> None:
-    """Put back what :func:`get_rng_state` returned."""
+    """Restore the states returned by :func:`get_rng_state`."""
     torch.set_rng_state(states["torch"])
     if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
@@ -35,9 +35,9 @@ def set_rng_state(states: Mapping[str, Any]) -> None:
 
 
 def reseed_for_rank(rank: int) -> None:
-    """Seed the generators from what they are about to draw and a number, so that equal states go apart."""
-    drawn = int(torch.randint(2**62, ()))
-    seed = int(numpy.random.SeedSequence([drawn, rank]).generate_state(1)[0])
+    """Reseed all generators from torch's next number and ``rank``, so that equal states diverge."""
+    entropy = int(torch.randint(2**62, ()))
+    seed = int(numpy.random.SeedSequence([entropy, rank]).generate_state(1)[0])
     torch.manual_seed(seed)
     numpy.random.seed(seed)
     random.seed(seed)

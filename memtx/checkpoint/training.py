@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the note that says which is best."""
+"""Lightning plugins and callback for training checkpoints: atomic files, and a note that names the best."""
 
 from __future__ import annotations
 
@@ -23,66 +23,58 @@ from memtx.errors import check_at_least
 from memtx.training.callbacks import trainer_state
 
 BEST_FILE = "best.json"
-"""The note's name, beside the checkpoints."""
+"""File beside the checkpoints that names the best."""
 
 _EARLIER_NAME = re.compile(r"earlier-(\d{8,})\.ckpt")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Written to a temporary name, synced, renamed; with a digest of every byte, and read without unpickling code.
+    """Writes atomically with a checksum of every byte, and reads without unpickling code.
 
-    Lightning's own writes through a move but without a sync, so that a power cut can leave an empty file
-    under the right name, and what reads it does not notice a flipped bit.
+    Lightning's own moves a file into place without syncing it, so that a power cut can leave an empty file under the
+    right name, and does not notice a flipped bit when reading.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write ``checkpoint`` whole, or leave what was there.
-
-        Raises:
-            MemtxError: the file cannot be written.
-        """
-        place = Path(path)
-        # A run that goes on from what several processes wrote: a file cannot be renamed over a folder.
-        beside = place.with_name(f".{place.name}.file") if sharded.is_sharded(place) else place
-        with checksummed_zip.create(beside, int(checkpoint.get("global_step", 0))) as handle:
+        """Write ``checkpoint`` completely, or leave the previous file and raise MemtxError."""
+        target = Path(path)
+        # A run that resumes from a sharded checkpoint: a file cannot be renamed over a folder.
+        written = target.with_name(f".{target.name}.file") if sharded.is_sharded(target) else target
+        with checksummed_zip.create(written, int(checkpoint.get("global_step", 0))) as handle:
             torch.save(checkpoint, cast(IO[bytes], handle))
-        if beside != place:
-            files.replace(beside, place)
+        if written != target:
+            files.replace(written, target)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint.
-
-        Raises:
-            CheckpointError: missing, damaged, or not such a file.
-        """
+        """Read a checkpoint; raises CheckpointError if it is missing, damaged, or something else."""
         return pretrained.read_checkpoint(path)
 
     def run_after_writes(self, callback: Callable[[], None]) -> None:
-        """Call a function when all that was given is written: at once, since it is."""
+        """Call a function after all pending writes: here at once."""
         callback()
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the best and the last checkpoint of a run, and notes which is best in best.json.
+    """Keeps the best and the last checkpoints of a run, and names the best in best.json.
 
-    last.ckpt is written at every validation, at the end, and every so many steps if asked to; always after an optimiser
-    step, so that a run goes on from it exactly. What it replaces stays as earlier-N.ckpt, of step N, for a run whose
-    last one is damaged. The best one is kept as it was validated. Where a run has no validation, there is no best one,
-    and last.ckpt is also written when an epoch ends. While a guard sees the run in trouble, nothing is written.
+    last.ckpt is written at every validation, at the end, and every ``every_n_train_steps``; always after an optimizer
+    step, so that a run resumes from it exactly. The one that it replaces stays as earlier-N.ckpt (of step N), for a run
+    whose last one is damaged. The best checkpoint is stored as it was validated. A run without validation has no best
+    one, and also writes last.ckpt at the end of an epoch. While a guard reports an unstable run, nothing is written.
 
     Args:
-        dirpath: folder; by default ``checkpoints`` in the run's folder.
-        monitor: the validation's metric; null for the newest validated one.
+        dirpath: Folder of the checkpoints. Defaults to ``checkpoints`` in the run folder.
+        monitor: Validation metric that decides; null for the newest validated checkpoint.
         mode: "min" or "max".
-        every_n_train_steps: optimiser steps between checkpoints; None for at validation and the end alone.
-        keep_last: how many of the newest stay, last.ckpt among them, the best one apart; at least 1.
+        every_n_train_steps: Optimizer steps between checkpoints. None for validations and the end alone.
+        keep_last: Number of newest checkpoints to keep, last.ckpt included and the best excluded, at least 1.
 
     Raises:
-        MemtxError: a number is below 1.
+        MemtxError: A number is below 1.
     """
 
     def __init__(
@@ -93,7 +85,7 @@ class BestCheckpoint(ModelCheckpoint):
         every_n_train_steps: int | None = None,
         keep_last: int = 2,
     ) -> None:
-        # Steps are looked at here: Lightning's would rank them by the validation before, and wait for the first one.
+        # Lightning's own every_n_train_steps would rank by the previous validation and wait for the first one.
         super().__init__(
             dirpath=dirpath,
             filename="step-{step:08d}",
@@ -104,22 +96,20 @@ class BestCheckpoint(ModelCheckpoint):
             save_last=True,
             enable_version_counter=False,
         )
-        check_at_least(
-            1,
-            keep_last=keep_last,
-            **({} if every_n_train_steps is None else {"every_n_train_steps": every_n_train_steps}),
-        )
+        check_at_least(1, keep_last=keep_last)
+        if every_n_train_steps is not None:
+            check_at_least(1, every_n_train_steps=every_n_train_steps)
         self.save_every_n_steps, self.keep_last = every_n_train_steps, keep_last
         self._save_pending = False
         self._owns_last = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the folder; a last.ckpt in it is worth keeping where the run goes on from it."""
+        """Resolve the folder; a last.ckpt in it is kept as an earlier checkpoint if the run resumes from it."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
             files.remove_temporary_files(self._last_path.parent)
-        begin = trainer.ckpt_path
-        self._owns_last = begin is not None and Path(begin).absolute() == self._last_path.absolute()
+        resume_path = trainer.ckpt_path
+        self._owns_last = resume_path is not None and Path(resume_path).absolute() == self._last_path.absolute()
 
     @property
     def _last_path(self) -> Path:
@@ -128,33 +118,32 @@ class BestCheckpoint(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the last checkpoint where one is due and no validation is about to do so."""
+        """Write last.ckpt if it is due and no validation is about to write it."""
         if not trainer_state.has_stepped(trainer):
             return
-        due = self._save_pending or (
-            self.save_every_n_steps is not None and trainer.global_step % self.save_every_n_steps == 0
+        is_last_step, interval = trainer_state.is_last_step(trainer), self.save_every_n_steps
+        is_due = (
+            self._save_pending
+            or (interval is not None and trainer.global_step % interval == 0)
+            or is_last_step
+            or (self._never_validates(trainer) and bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached()))
         )
-        due = (
-            due
-            or trainer_state.is_last_step(trainer)
-            or (self._never_validates(trainer) and self._is_epoch_end(trainer))
-        )
-        if due and trainer_state.is_unstable(trainer) and not trainer_state.is_last_step(trainer):
+        if is_due and trainer_state.is_unstable(trainer) and not is_last_step:
             self._save_pending = True
-        elif due and not trainer_state.will_validate(trainer) and not self._should_skip_saving_checkpoint(trainer):
+        elif is_due and not trainer_state.will_validate(trainer) and not self._should_skip_saving_checkpoint(trainer):
             self._save_pending = False
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave it to the epoch's last batch."""
+        """Do nothing: the epoch's last batch has saved."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what was validated if it is the best, then write the last checkpoint."""
+        """Keep the validated checkpoint if it is the best, then write last.ckpt."""
         if getattr(trainer, "fast_dev_run", False) or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
-        # In the middle of an accumulation, gradients would be lost: the next step's end is saved instead.
+        # In the middle of an accumulation, gradients would be lost: the end of the next step saves instead.
         self._save_pending = not trainer_state.has_stepped(trainer) or trainer_state.is_unstable(trainer)
         if not self._save_pending:
             self._save_last_checkpoint(trainer, candidates)
@@ -166,47 +155,45 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_last_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         for logger in trainer.loggers:
-            logger.save()  # A run that goes on from here does not log again what was logged before it.
+            logger.save()  # so that a resumed run does not log the same steps again
         if trainer.is_global_zero and self._owns_last and self.keep_last > 1:
             _run_after_writes(trainer, partial(_keep_earlier, self._last_path))
         super()._save_last_checkpoint(trainer, monitor_candidates)
         self._owns_last = True
         if trainer.is_global_zero:
-            _run_after_writes(
-                trainer, partial(_prune_earlier, self._last_path.parent, self.keep_last - 1, trainer.global_step)
-            )
+            prune = partial(_prune_earlier, self._last_path.parent, self.keep_last - 1, trainer.global_step)
+            _run_after_writes(trainer, prune)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave it to the run's last batch."""
+        """Do nothing: the run's last batch has saved."""
 
     @staticmethod
     def _never_validates(trainer: pl.Trainer) -> bool:
         return not trainer.enable_validation or not sum(trainer.num_val_batches)
 
-    @staticmethod
-    def _is_epoch_end(trainer: pl.Trainer) -> bool:
-        return bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
-
 
 def _run_after_writes(trainer: pl.Trainer, callback: Callable[[], None]) -> None:
-    writes = trainer.strategy.checkpoint_io
-    # Somebody else's plugin is taken to have written when it returns.
-    writes.run_after_writes(callback) if isinstance(writes, AtomicCheckpointIO) else callback()
+    plugin = trainer.strategy.checkpoint_io
+    # Another plugin is assumed to have written when it returns.
+    plugin.run_after_writes(callback) if isinstance(plugin, AtomicCheckpointIO) else callback()
 
 
 def _keep_earlier(last_path: Path) -> None:
-    """Give the last checkpoint a second name, under which it stays when the next one takes its place."""
+    """Link the last checkpoint to a second name, which remains when the next one replaces it."""
     if (step := checksummed_zip.read_step(last_path)) is None:
         return
     with files.atomic_path(last_path.with_name(f"earlier-{step:08d}.ckpt")) as temporary:
         try:
             os.link(last_path, temporary)
-        except OSError:  # a file system without second names
+        except OSError:  # a file system without hard links
             shutil.copyfile(last_path, temporary)
 
 
 def _prune_earlier(checkpoint_dir: Path, num_kept: int, step: int) -> None:
-    # Those of later steps are of before the run went back to an earlier one: they are counted once it is past them.
-    found = [(int(name[1]), path) for path in checkpoint_dir.iterdir() if (name := _EARLIER_NAME.fullmatch(path.name))]
-    for _, path in sorted(one for one in found if one[0] <= step)[::-1][num_kept:]:
+    """Remove all but the newest ``num_kept`` earlier checkpoints, not counting those of later steps.
+
+    Checkpoints of later steps are from before the run went back; they count once the run is past them.
+    """
+    earlier = [(int(m[1]), path) for path in checkpoint_dir.iterdir() if (m := _EARLIER_NAME.fullmatch(path.name))]
+    for _, path in sorted(entry for entry in earlier if entry[0] <= step)[::-1][num_kept:]:
         path.unlink(missing_ok=True)

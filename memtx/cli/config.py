@@ -1,8 +1,4 @@
-"""YAML configs of runs: finding, reading and checking them before the parser does.
-
-The parser alone names only the last part of a mistyped key, and for a union of types only the last type that it tried.
-The errors here name the file, the full key and the closest valid key.
-"""
+"""YAML configs of runs, checked before the parser, whose errors name neither the file nor the full key."""
 
 from __future__ import annotations
 
@@ -23,37 +19,27 @@ from memtx.cli.options import decode_utf8
 from memtx.errors import MemtxError, closest_match
 
 CONFIG_FILE = "config.yaml"
+CONFIG_OPTIONS = ("--config", "-c")
 DEFAULT_RUN_DIR = "runs/memtx"
 CLASS_CONFIG_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 LINKED_KEYS = {"model.segment_length": "data.segment_length", "model.vocab_size": "data.tokenizer"}
 """Keys whose value comes from another key."""
 
-MAX_VALUE_LENGTH = 80
-"""Characters of a value in a message."""
 
-
-def find_config_files(argv: list[str]) -> list[str]:
-    """Return the values of ``--config`` and ``-c``."""
-    paths = [value for name, value in itertools.pairwise(argv) if name in ("--config", "-c")]
-    return paths + [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
-
-
-def _get_option(argv: list[str], option: str) -> str | None:
-    for argument, value in itertools.zip_longest(argv, argv[1:]):
-        if argument == option or argument.startswith(f"{option}="):
-            return argument.partition("=")[2] if "=" in argument else value
-    return None
+def get_option_values(argv: list[str], *options: str) -> list[str]:
+    """Return the values of options such as ``--config`` and ``-c``."""
+    values = [value for name, value in itertools.pairwise(argv) if name in options]
+    parts = (argument.partition("=") for argument in argv)
+    return values + [value for name, separator, value in parts if separator and name in options]
 
 
 def add_run_config(argv: list[str]) -> list[str]:
-    """Add the config of the run to the arguments of a command that evaluates it, if they name no config.
-
-    The run is that of ``--run_dir``, else of ``--ckpt_path``.
-    """
-    if argv[0] == "fit" or find_config_files(argv) or "--help" in argv or "-h" in argv:
+    """Add the config of the run (``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
+    if argv[0] == "fit" or get_option_values(argv, *CONFIG_OPTIONS) or "--help" in argv or "-h" in argv:
         return argv
-    run_dir, checkpoint = _get_option(argv, "--run_dir"), _get_option(argv, "--ckpt_path")
+    options = ("--run_dir", "--ckpt_path")
+    run_dir, checkpoint = (next(iter(get_option_values(argv, option)), None) for option in options)
     folders = [Path(DEFAULT_RUN_DIR if run_dir is None else run_dir)]
     if run_dir is None and checkpoint not in (None, "best", "last"):
         path = Path(str(checkpoint))
@@ -67,24 +53,18 @@ def add_run_config(argv: list[str]) -> list[str]:
 
 def uses_class_paths(argv: list[str]) -> bool:
     """Return True if a config names its module or data by class path, as the configs of tasks do."""
-    parts = [read_config(path).get(key) for path in find_config_files(argv) for key in ("model", "data")]
+    configs = map(read_config, get_option_values(argv, *CONFIG_OPTIONS))
+    parts = [config.get(key) for config in configs for key in ("model", "data")]
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Read one config.
-
-    Raises:
-        MemtxError: The file is missing, not UTF-8, not YAML, or not a mapping.
-    """
+    """Read one config; raises MemtxError if it is missing, not UTF-8, not YAML, or not a mapping."""
     try:
         text = decode_utf8(Path(path).read_bytes(), f"The config '{path}'")
     except FileNotFoundError as error:
-        folder = Path(path).parent
-        others = sorted(str(file) for file in folder.glob("*.y*ml")) if folder.is_dir() else []
-        raise MemtxError(
-            f"The config '{path}' does not exist.{closest_match(path, others)}", "Check --config."
-        ) from error
+        hint = closest_match(path, sorted(map(str, Path(path).parent.glob("*.y*ml"))))
+        raise MemtxError(f"The config '{path}' does not exist.{hint}", "Check --config.") from error
     except OSError as error:
         raise MemtxError(f"The config '{path}' cannot be read: {error.strerror}.", "Check --config.") from error
     try:
@@ -92,10 +72,8 @@ def read_config(path: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         location = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error)
-        raise MemtxError(
-            f"'{path}'{location}: not YAML: {reason}.", "Check that line and the line before it."
-        ) from error
+        message = f"'{path}'{location}: not YAML: {getattr(error, 'problem', None) or error}."
+        raise MemtxError(message, "Check that line and the line before it.") from error
     if not isinstance(config, dict):
         kind = "nothing" if config is None else f"a {type(config).__name__}"
         raise MemtxError(f"The config '{path}' holds {kind}, expected keys such as data, model and trainer.")
@@ -103,16 +81,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def check_config(path: str, config: Mapping[str, Any], known_keys: Iterable[str]) -> None:
-    """Raise for keys that do not exist and classes that cannot be found.
-
-    Args:
-        path: File name for messages.
-        config: Result of :func:`read_config`.
-        known_keys: All dotted keys of the parser.
-
-    Raises:
-        MemtxError: Names file, key and closest key.
-    """
+    """Raise MemtxError for a key that is not in ``known_keys``, or a class not found; ``path`` is for messages."""
     keys = {key for key in known_keys if key.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
     _check_keys(f"'{path}'", config, "", sorted(keys))
 
@@ -129,9 +98,8 @@ def _check_keys(location: str, config: Mapping[str, Any], prefix: str, known_key
         elif key in known_keys:
             _check_class_config(location, value, key)
         else:
-            siblings = {
-                known.removeprefix(prefix).partition(".")[0] for known in known_keys if known.startswith(prefix)
-            }
+            nested = [known.removeprefix(prefix) for known in known_keys if known.startswith(prefix)]
+            siblings = {known.partition(".")[0] for known in nested}
             raise MemtxError(f"{location}: there is no key '{key}'.{_suggest_key(str(name), siblings, known_keys)}")
 
 
@@ -155,10 +123,9 @@ def _check_class_config(location: str, value: Any, key: str) -> None:
         return
     for name in value:
         if name not in CLASS_CONFIG_KEYS:
-            raise MemtxError(
-                f"{location}: there is no key '{key}.{name}'.{closest_match(str(name), CLASS_CONFIG_KEYS)}",
-                "Only init_args goes with class_path.",
-            )
+            hint = closest_match(str(name), CLASS_CONFIG_KEYS)
+            message = f"{location}: there is no key '{key}.{name}'.{hint}"
+            raise MemtxError(message, "Only init_args goes with class_path.")
     # The parser resolves a short name (LearningRateMonitor), because it knows the expected type.
     target = _resolve_class(location, class_path, f"{key}.class_path") if "." in class_path else None
     init_args = value.get("init_args")
@@ -181,11 +148,7 @@ def _resolve_class(location: str, class_path: str, key: str) -> Any:
 
 
 def find_class(class_path: str) -> Any:
-    """Import the class or function of a class path.
-
-    Returns:
-        The class or function. If there is none, the end of a sentence that gives the reason (a str).
-    """
+    """Return the class or function of a class path; if there is none, the end of a sentence with the reason."""
     builtin = "belongs to Python itself and cannot be part of a model."
     module_name, _, name = class_path.rpartition(".")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
@@ -221,7 +184,7 @@ def _get_parameter_names(target: Any) -> tuple[set[str], bool]:
     return names, any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _truncate(value: object, max_length: int = MAX_VALUE_LENGTH) -> str:
+def _truncate(value: object, max_length: int = 80) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= max_length else text[: max_length - 4] + " ..."
 
@@ -244,26 +207,20 @@ _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 
 
 def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], known_keys: Iterable[str]) -> str:
-    """Rewrite a message of jsonargparse as one line with the full key, its value and the expected type.
-
-    Args:
-        message: Text with any number of lines.
-        configs: Contents of the config files by name, to find the file of the key.
-        known_keys: Valid keys, to suggest the closest one.
-    """
+    """Rewrite a message of jsonargparse as one line with file (from ``configs``), full key, value and expected type."""
     if match := _UNKNOWN_OPTION.search(message):
         location, key, _ = _locate_key(match[1], None, configs)
         hint = shorten_message(message, known_keys).partition("is not accepted")[2].lstrip(". ")
         return f"{location}there is no key '{key}'. {hint}".strip()
     if not (match := _PARSER_KEY.search(message)):
         return shorten_message(message, known_keys)
-    name, body = match[1], match[2]
+    name, body = match.groups()
     actual = _ACTUAL_VALUE.search(body)
     location, key, value = _locate_key(name, actual[1] if actual else None, configs)
     if missing := _MISSING_MODULE.search(body):
         class_path = f"{missing[1]}.{missing[2]}" if missing[1] else missing[3]
-        reason = find_class(class_path) if "." in class_path else "does not exist."
-        reason = reason if isinstance(reason, str) else "cannot be used there."
+        target = find_class(class_path) if "." in class_path else "does not exist."
+        reason = target if isinstance(target, str) else "cannot be used there."
         return f"{location}'{key}' names '{class_path}', which {reason}"
     types = _SUBTYPES.search(body)
     expected = _format_types(types[1]) if types else " or ".join(map(_format_types, _EXPECTED_TYPE.findall(body)))

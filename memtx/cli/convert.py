@@ -11,21 +11,6 @@ MAX_NAMES_SHOWN = 3
 """Names of dropped weights in the message."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx convert",
-        "Write a checkpoint, run or model as a model folder: config.json, model.safetensors and the tokenizer. "
-        "The shards of a distributed checkpoint are merged.",
-    )
-    add = parser.add_argument
-    add("source", help="a .ckpt file or folder, a run folder (uses its best checkpoint) or a model folder")
-    add("target", help="folder to create")
-    add("--layout", metavar="FOLDER", help="use the layout of this Hugging Face folder, from which training started")
-    add("--overwrite", action="store_true", help="replace the target if it exists")
-    parser.add_import_option()
-    return parser
-
-
 def _convert(arguments: argparse.Namespace) -> None:
     with options.user_modules(arguments.modules):
         from memtx.checkpoint.convert import convert
@@ -42,4 +27,15 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx convert``."""
-    return _build_parser().run(argv, _convert)
+    parser = options.Parser(
+        "memtx convert",
+        "Write a checkpoint, run or model as a model folder: config.json, model.safetensors and the tokenizer. "
+        "The shards of a distributed checkpoint are merged.",
+    )
+    add = parser.add_argument
+    add("source", help="a .ckpt file or folder, a run folder (uses its best checkpoint) or a model folder")
+    add("target", help="folder to create")
+    add("--layout", metavar="FOLDER", help="use the layout of this Hugging Face folder, from which training started")
+    add("--overwrite", action="store_true", help="replace the target if it exists")
+    parser.add_import_option()
+    return parser.run(argv, _convert)

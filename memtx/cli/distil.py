@@ -1,7 +1,4 @@
-"""``memtx distil report``: compare students with their teacher in size, speed and quality, as a table and a plot.
-
-Distillation itself is training: ``memtx fit`` with a module whose ``distillation`` names the teacher.
-"""
+"""``memtx distil report``: compare students with their teacher; distillation itself is training (``memtx fit``)."""
 
 from __future__ import annotations
 
@@ -16,31 +13,6 @@ from memtx.errors import MemtxError
 
 if TYPE_CHECKING:
     from memtx.evaluation.compare import ModelComparison
-
-ACTIONS = ("report",)
-
-
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx distil",
-        "Compare students with their teacher: parameters, milliseconds per call, and the score of a task or the bits "
-        "per byte of texts. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
-        "tinybert-general, tinybert-task or long-to-memory.",
-    )
-    add = parser.add_argument
-    add("action", choices=ACTIONS, help="action")
-    add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
-    add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
-    add("--data", required=True, metavar="FOLDER", help="examples of the task, or a folder of texts")
-    add("--split", default="test", choices=SPLITS, help="split to read")
-    add("--limit", type=options.positive_int, default=1000, help="maximum number of examples")
-    add("--max-length", type=options.number_range(int, 2), default=16384, help="maximum tokens per text")
-    parser.add_segment_length_option(256)
-    add("--min-position", type=options.non_negative_int, default=0, help="first scored position of a text")
-    add("--num-timed", type=options.positive_int, default=20, help="inputs to time each model on")
-    parser.add_output_options("the comparison")
-    parser.add_device_options()
-    return parser
 
 
 def _get_display_names(paths: list[str]) -> list[str]:
@@ -58,9 +30,8 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
     task = predictors[0][1].task
     for name, predictor in predictors[1:]:
         if (predictor.task.kind, predictor.task.labels) != (task.kind, task.labels):
-            raise MemtxError(
-                f"'{name}' has another task or other labels than its teacher.", "Give runs on the same examples."
-            )
+            message = f"'{name}' has another task or other labels than its teacher."
+            raise MemtxError(message, "Give runs on the same examples.")
 
     def parse_example(record: Any, labelled: bool) -> ParsedRecord:
         return ParsedRecord(dict(record), task.parse(record, labelled))
@@ -84,49 +55,37 @@ def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) ->
     teacher_tokenizer = loaded[0][1]
     for name, (_, tokenizer) in zip(names, loaded, strict=True):
         if tokenizer.to_json() != teacher_tokenizer.to_json():
-            raise MemtxError(
-                f"'{name}' has another tokenizer than its teacher.", "Give runs on the same texts and tokenizer."
-            )
+            message = f"'{name}' has another tokenizer than its teacher."
+            raise MemtxError(message, "Give runs on the same texts and tokenizer.")
     documents = open_corpus(arguments.data).get_split(arguments.split)[: arguments.limit]
     texts = TextBatch.from_documents(documents, teacher_tokenizer, arguments.max_length)
     placement = options.get_placement(arguments)
     models = [(name, model.to(**placement)) for name, (model, _) in zip(names, loaded, strict=True)]
     total = len(models) * (-(-texts.tokens.shape[1] // arguments.segment_length) + REPEATS * arguments.num_timed)
+    settings = {name: getattr(arguments, name) for name in ("segment_length", "min_position", "num_timed")}
     with options.progress_bar("measuring", total) as advance:
-        return compare_language_models(
-            models,
-            texts,
-            segment_length=arguments.segment_length,
-            min_position=arguments.min_position,
-            num_timed=arguments.num_timed,
-            on_progress=partial(advance, 1),
-        )
+        return compare_language_models(models, texts, on_progress=partial(advance, 1), **settings)
 
 
 def _compute_ratios(student: ModelComparison, teacher: ModelComparison) -> dict[str, float]:
-    return {
-        "size_reduction": student.size_reduction(teacher),
-        "speed_gain": student.speed_gain(teacher),
-        "score_retention": student.score_retention(teacher),
-    }
+    names = ("size_reduction", "speed_gain", "score_retention")
+    return {name: getattr(student, name)(teacher) for name in names}
 
 
 def _print_comparisons(comparisons: list[ModelComparison], metric: str) -> None:
-    teacher, rows = comparisons[0], []
+    teacher, cells = comparisons[0], []
     for model in comparisons:
         ratios = _compute_ratios(model, teacher).values()
         smaller, faster, retained = ("" if model is teacher else f"{ratio:.1%}" for ratio in ratios)
         size, latency = f"{model.num_parameters:,}", f"{model.latency_ms:.2f}"
-        rows.append([model.name, size, smaller, latency, faster, f"{model.score:.4f}", retained])
-    options.print_table(["", "parameters", "smaller", "ms per call", "faster", metric, "retained"], rows)
+        cells.append([model.name, size, smaller, latency, faster, f"{model.score:.4f}", retained])
+    options.print_table(["", "parameters", "smaller", "ms per call", "faster", metric, "retained"], cells)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     if arguments.min_position >= arguments.max_length:
-        raise MemtxError(
-            f"--min-position ({arguments.min_position}) must be below --max-length ({arguments.max_length}).",
-            "Lower --min-position or raise --max-length.",
-        )
+        message = f"--min-position ({arguments.min_position}) must be below --max-length ({arguments.max_length})."
+        raise MemtxError(message, "Lower --min-position or raise --max-length.")
     with options.user_modules(arguments.modules):
         from memtx.inference.predictor import is_task_model
 
@@ -142,11 +101,9 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.plot:
         from memtx.plots import plot_model_comparison
 
-        panels = {
-            "parameters": [float(model.num_parameters) for model in comparisons],
-            "ms per call": [model.latency_ms for model in comparisons],
-            metric: [model.score for model in comparisons],
-        }
+        panels = {"parameters": [float(model.num_parameters) for model in comparisons]}
+        panels["ms per call"] = [model.latency_ms for model in comparisons]
+        panels[metric] = [model.score for model in comparisons]
         plot_model_comparison(arguments.plot, panels, [model.name for model in comparisons])
     students = [{**vars(student), **_compute_ratios(student, teacher)} for student in comparisons[1:]]
     options.write_json_output(arguments.json, {"teacher": vars(teacher), "students": students})
@@ -154,4 +111,22 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx distil``."""
-    return _build_parser().run(argv, _report)
+    parser = options.Parser(
+        "memtx distil",
+        "Compare students with their teacher: parameters, milliseconds per call, and the score of a task or the bits "
+        "per byte of texts. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
+        "tinybert-general, tinybert-task or long-to-memory.",
+    )
+    add = parser.add_argument
+    add("action", choices=("report",), help="action")
+    add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
+    add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
+    add("--data", required=True, metavar="FOLDER", help="examples of the task, or a folder of texts")
+    add("--split", default="test", choices=SPLITS, help="split to read")
+    add("--limit", type=options.positive_int, default=1000, help="maximum number of examples")
+    add("--max-length", type=options.number_range(int, 2), default=16384, help="maximum tokens per text")
+    parser.add_model_options(checkpoint=False, segment_length=256)
+    add("--min-position", type=options.non_negative_int, default=0, help="first scored position of a text")
+    add("--num-timed", type=options.positive_int, default=20, help="inputs to time each model on")
+    parser.add_output_options("the comparison")
+    return parser.run(argv, _report)

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 from memtx import files
 from memtx.errors import MemtxError, closest_match
 
-EXIT_USAGE_ERROR = 2
-EXIT_INTERRUPTED = 130
+EXIT_USAGE_ERROR, EXIT_INTERRUPTED = 2, 130
 EXIT_BROKEN_PIPE = 141
 """128 + SIGPIPE, the code that shells report when a pipe such as ``| head`` closes early."""
 
@@ -42,14 +41,10 @@ def _format_os_error(error: OSError) -> str | None:
 
 
 def run(body: Callable[[], int | None], *, traceback: bool = False) -> int:
-    """Call the body of a command and turn user errors into one line on stderr.
+    """Call the body of a command, print a user error as one line on stderr, and return the exit code.
 
-    Args:
-        body: Function that returns an exit code, or None for 0.
-        traceback: If True, print the traceback of a user error as well.
-
-    Returns:
-        The exit code: that of the body, 2 for a user error, 130 for Ctrl-C, 141 for a closed pipe.
+    It is that of the body (None is 0), 2 for a user error, 130 for Ctrl-C or 141 for a closed pipe. If ``traceback`` is
+    True, the traceback of a user error is printed as well.
     """
     try:
         code = body() or 0
@@ -94,7 +89,7 @@ def _find_unknown_key(message: str) -> str:
 
 
 def _suggest_option(name: str, known_keys: Iterable[str]) -> str:
-    """Return the hint for the closest key, compared by the full dotted name first and then by its last part."""
+    """Return the hint for the closest key, by the full dotted name first and then by its last part."""
     dashes = "--" if name.startswith("--") else ""
     # A parser may know its options by their keys in a config.
     keys = [key if not dashes or key.startswith("-") else dashes + key for key in known_keys]
@@ -106,15 +101,10 @@ def _suggest_option(name: str, known_keys: Iterable[str]) -> str:
 
 
 def shorten_message(message: str, known_keys: Iterable[str]) -> str:
-    """Shorten a parser's message to one line and suggest the closest key for a typo.
+    """Shorten a message of argparse or jsonargparse to one line and suggest the closest key for a typo.
 
-    Args:
-        message: Text from argparse or jsonargparse, with any number of lines.
-        known_keys: Valid keys or options.
-
-    Returns:
-        One line of about 400 characters at most: the first line if it names the part, then the line about an unknown
-        key, else the last line that gives a reason.
+    The line has about 400 characters at most: the first one if it names the part, then the one about an unknown key,
+    else the last one that gives a reason.
     """
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not _NOISE_PATTERN.match(line)]

@@ -22,72 +22,32 @@ SYNTHETIC_TASKS = ("recall", "capacity", "overwrite", "copy", "tracking")
 HAYSTACK_TASKS = ("needle", "babi")
 DEFAULT_DISTANCES = "1k,4k,16k"
 DEFAULT_CAPACITY_SEGMENTS = (3, 32)
-"""Distances of the capacity task without ``--distances``."""
 DEFAULT_NUM_SAMPLES = {"needle": 8, "babi": 16}
 MAX_DISTANCE = 10**9
-
 _UNIT_FACTORS = {"": 1, "k": 10**3, "m": 10**6}
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx evaluate",
-        "Measure the accuracy of a memory by distance. recall, capacity, overwrite, copy and tracking are synthetic "
-        "tasks for models trained on them (configs/recall.yaml); needle and babi hide sentences in a book and are for "
-        "language models.",
-    )
-    add = parser.add_argument
-    parser.add_checkpoint_option()
-    add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
-    add(
-        "--distances",
-        metavar="N,...",
-        help="tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
-        f"babi the tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)",
-    )
-    add(
-        "--task-arg",
-        action="append",
-        default=[],
-        metavar="NAME=N",
-        help="size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable",
-    )
-    add("--num-samples", type=options.positive_int, help="samples per distance (default: 32; needle: 8; babi: 16)")
-    add("--seed", type=options.non_negative_int, default=0, help="random seed of the questions")
-    parser.add_output_options("accuracy by distance")
-    add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
-    add("--num-depths", type=int, default=8, help="needles per context")
-    add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
-    parser.add_segment_length_option()
-    parser.add_device_options()
-    return parser
-
-
 def parse_distances(text: str) -> list[int]:
-    """Parse distances such as ``1k,8k,64k`` into sorted numbers of tokens without duplicates.
-
-    Raises:
-        MemtxError: An entry is not a number, or out of range.
-    """
+    """Parse distances such as ``1k,8k,64k`` into sorted numbers of tokens without duplicates, or raise MemtxError."""
     distances = set()
-    for entry in text.split(","):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)([kKmM]?)\s*", entry)
+    for entry in map(str.strip, text.split(",")):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)([kKmM]?)", entry)
         value = round(float(match[1]) * _UNIT_FACTORS[match[2].lower()]) if match else 0
         if not 1 <= value <= MAX_DISTANCE:
-            raise MemtxError(
-                f"--distances has '{entry.strip()}', expected tokens from 1 to {MAX_DISTANCE:,}.",
-                "Give a list such as 1k,8k,64k or 1M.",
-            )
+            message = f"--distances has '{entry}', expected tokens from 1 to {MAX_DISTANCE:,}."
+            raise MemtxError(message, "Give a list such as 1k,8k,64k or 1M.")
         distances.add(value)
     return sorted(distances)
 
 
 def _parse_task_args(assignments: list[str]) -> dict[str, str]:
+    values = {}
     for assignment in assignments:
-        if "=" not in assignment:
+        name, separator, value = assignment.partition("=")
+        if not separator:
             raise MemtxError(f"--task-arg {assignment} has no value.", "Write it as --task-arg num_pairs=8.")
-    pairs = (assignment.partition("=") for assignment in assignments)
-    return {name.strip(): value.strip() for name, _, value in pairs}
+        values[name.strip()] = value.strip()
+    return values
 
 
 def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransformer, SyntheticTask]:
@@ -97,21 +57,17 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     from memtx.data.synthetic_tasks.tracking import StateTracking
     from memtx.evaluation.accuracy import build_task, load_model_and_task_options
 
-    task_classes: dict[str, type[SyntheticTask]] = {
-        "overwrite": Overwrite,
-        "copy": SelectiveCopying,
-        "tracking": StateTracking,
-    }
+    task_classes: dict[str, type[SyntheticTask]]
+    task_classes = {"overwrite": Overwrite, "copy": SelectiveCopying, "tracking": StateTracking}
     task_class = task_classes.get(arguments.task, AssociativeRecall)  # for recall and capacity
     with options.user_modules(arguments.modules):
         model, trained_options = load_model_and_task_options(arguments.checkpoint)
     task = build_task(task_class, trained_options, _parse_task_args(arguments.task_arg))
     if task.vocab_size != model.vocab_size:
-        raise CheckpointError(
-            f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from that of {arguments.task} "
-            f"with these sizes ({task.vocab_size}).",
-            "Give a model trained on this task (configs/recall.yaml), or its sizes with --task-arg.",
-        )
+        other = f"that of {arguments.task} with these sizes ({task.vocab_size})"
+        message = f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from {other}."
+        hint = "Give a model trained on this task (configs/recall.yaml), or its sizes with --task-arg."
+        raise CheckpointError(message, hint)
     return model.to(**placement), task
 
 
@@ -120,20 +76,11 @@ def _evaluate_synthetic(arguments: argparse.Namespace, distances: list[int]) -> 
 
     model, task = _load_model_and_task(arguments)
     segments = _to_segments(distances, task)
-    results = []
+    settings = {"num_samples": arguments.num_samples, "seed": arguments.seed}
     with options.progress_bar("evaluating", sum(task.num_write_segments + count for count in segments)) as advance:
-        for count in segments:
-            accuracy = evaluate_accuracy(
-                model,
-                task,
-                count,
-                num_samples=arguments.num_samples,
-                seed=arguments.seed,
-                on_progress=advance,
-            )
-            distance = count * task.segment_length
-            results.append(EvaluationResult(arguments.task, distance, accuracy, task.chance_accuracy))
-    return results
+        accuracies = [evaluate_accuracy(model, task, count, on_progress=advance, **settings) for count in segments]
+    pairs = [(count * task.segment_length, accuracy) for count, accuracy in zip(segments, accuracies, strict=True)]
+    return [EvaluationResult(arguments.task, *pair, task.chance_accuracy) for pair in pairs]
 
 
 def _to_segments(distances: Iterable[int], task: SyntheticTask) -> list[int]:
@@ -157,14 +104,13 @@ def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> l
     model, tokenizer = options.load_model(arguments)
     haystack = Haystack(documents, tokenizer)
     settings = {name: getattr(arguments, name) for name in ("num_samples", "seed", "segment_length")}
-    num_calls = (sum(distances) + len(distances)) * max(1, len(tasks))
-    with options.progress_bar("evaluating", num_calls) as advance:
+    with options.progress_bar("evaluating", (sum(distances) + len(distances)) * max(1, len(tasks))) as advance:
         settings["on_progress"] = advance
         if arguments.task == "babi":
             results = evaluate_babi(model, tokenizer, haystack, tasks, distances, **settings)
         else:
-            settings["num_depths"] = arguments.num_depths
-            results = evaluate_needle(model, tokenizer, haystack, distances, **settings)
+            num_depths = arguments.num_depths
+            results = evaluate_needle(model, tokenizer, haystack, distances, num_depths=num_depths, **settings)
     return [*results, *average_by_distance("all", results)]
 
 
@@ -174,7 +120,7 @@ class _Report:
 
     title: str
     columns: list[str]
-    rows: list[list[str]]
+    cells: list[list[str]]
     curves: dict[str, tuple[list[int], list[float]]]
     chance: float
     x_label: str
@@ -182,17 +128,17 @@ class _Report:
 
 
 def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
-    """Return one row per distance for a single condition, else one row per condition and one column per distance."""
+    """Return one line per distance for a single condition, else one line per condition and one column per distance."""
     names = dict.fromkeys(result.name for result in results)
     groups = {name: [result for result in results if result.name == name] for name in names}
     texts = {result: "too long" if result.accuracy is None else f"{result.accuracy:.3f}" for result in results}
     if len(groups) == 1:
         title, columns = "accuracy by distance", ["tokens", "accuracy", "chance"]
-        rows = [[f"{result.distance:,}", texts[result], f"{result.chance:.3f}"] for result in results]
+        cells = [[f"{result.distance:,}", texts[result], f"{result.chance:.3f}"] for result in results]
     else:
         title = "accuracy by length of the context in tokens"
         columns = ["", *(f"{result.distance:,}" for result in next(iter(groups.values()))), "chance"]
-        rows = [[name, *map(texts.__getitem__, group), f"{group[0].chance:.3f}"] for name, group in groups.items()]
+        cells = [[name, *map(texts.__getitem__, group), f"{group[0].chance:.3f}"] for name, group in groups.items()]
     curves = {}
     for name, group in groups.items():
         points = [(result.distance, result.accuracy) for result in group if result.accuracy is not None]
@@ -200,7 +146,7 @@ def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
             curves[name] = ([distance for distance, _ in points], [accuracy for _, accuracy in points])
     chance = sum(result.chance for result in results) / len(results)
     x_label = "context length (tokens)" if task in HAYSTACK_TASKS else "distance (tokens)"
-    return _Report(title, columns, rows, curves, chance, x_label, {"results": [vars(result) for result in results]})
+    return _Report(title, columns, cells, curves, chance, x_label, {"results": [vars(result) for result in results]})
 
 
 def _evaluate_capacity(arguments: argparse.Namespace, distances: list[int]) -> _Report:
@@ -210,28 +156,21 @@ def _evaluate_capacity(arguments: argparse.Namespace, distances: list[int]) -> _
     model, task = _load_model_and_task(arguments)
     assert isinstance(task, AssociativeRecall)
     state_bytes = model.init_state(1).nbytes
-    rows, curves, results = [], {}, []
+    settings = {"state_bytes": state_bytes, "num_samples": arguments.num_samples, "seed": arguments.seed}
+    cells, curves, results = [], {}, []
     with options.progress_bar("evaluating", None) as advance:
         for segments in _to_segments(distances, task) or DEFAULT_CAPACITY_SEGMENTS:
-            capacity = evaluate_capacity(
-                model,
-                task,
-                segments,
-                state_bytes=state_bytes,
-                num_samples=arguments.num_samples,
-                seed=arguments.seed,
-                on_progress=lambda _: advance(1),
-            )
+            capacity = evaluate_capacity(model, task, segments, on_progress=lambda _: advance(1), **settings)
             num_pairs = f"{'at least ' * capacity.is_lower_bound}{capacity.num_pairs}"
             distance, state_kib = f"{segments * task.segment_length:,}", f"{state_bytes / 1024:,.1f}"
-            rows.append([f"{segments:,}", distance, num_pairs, state_kib, f"{capacity.pairs_per_kib:.3f}"])
+            cells.append([f"{segments:,}", distance, num_pairs, state_kib, f"{capacity.pairs_per_kib:.3f}"])
             accuracies = capacity.accuracy_by_pairs
             curves[f"{segments} segments"] = (list(accuracies), list(accuracies.values()))
             results.append({**vars(capacity), "pairs_per_kib": capacity.pairs_per_kib})
     title = f"pairs recalled with an accuracy of {ACCURACY_THRESHOLD}"
     columns = ["segments", "tokens", "pairs", "state KiB", "pairs per KiB"]
     fields = {"chance": task.chance_accuracy, "results": results}
-    return _Report(title, columns, rows, curves, task.chance_accuracy, "pairs", fields)
+    return _Report(title, columns, cells, curves, task.chance_accuracy, "pairs", fields)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -250,17 +189,37 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         report = _report_accuracies(task, evaluate(arguments, distances))
     if arguments.json != "-":
         sys.stdout.write(f"{task}: {report.title}\n")  # not as the title of the table, where it would be wrapped
-        options.print_table(report.columns, report.rows)
+        options.print_table(report.columns, report.cells)
     if arguments.plot:
-        from memtx import plots
+        from memtx.plots import plot_accuracy
 
-        plots.plot_accuracy(
-            arguments.plot, report.curves, chance_level=report.chance, title=task, x_label=report.x_label
-        )
+        plot_accuracy(arguments.plot, report.curves, chance_level=report.chance, title=task, x_label=report.x_label)
     settings = {name: getattr(arguments, name) for name in ("task", "checkpoint", "num_samples", "seed")}
     options.write_json_output(arguments.json, {**settings, **report.fields})
 
 
 def main(argv: list[str]) -> int:
     """Run ``memtx evaluate``."""
-    return _build_parser().run(argv, _evaluate)
+    parser = options.Parser(
+        "memtx evaluate",
+        "Measure the accuracy of a memory by distance. recall, capacity, overwrite, copy and tracking are synthetic "
+        "tasks for models trained on them (configs/recall.yaml); needle and babi hide sentences in a book and are for "
+        "language models.",
+    )
+    add = parser.add_argument
+    parser.add_model_options()
+    add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
+    text = (
+        "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and babi "
+    )
+    text += f"the tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
+    add("--distances", metavar="N,...", help=text)
+    text = "size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable"
+    add("--task-arg", action="append", default=[], metavar="NAME=N", help=text)
+    add("--num-samples", type=options.positive_int, help="samples per distance (default: 32; needle: 8; babi: 16)")
+    add("--seed", type=options.non_negative_int, default=0, help="random seed of the questions")
+    parser.add_output_options("accuracy by distance")
+    add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
+    add("--num-depths", type=int, default=8, help="needles per context")
+    add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
+    return parser.run(argv, _evaluate)

@@ -27,14 +27,10 @@ from memtx.training.callbacks.throughput import Throughput
 # Advice to install other products, and warnings about choices made on purpose.
 _SUPPRESSED_LOGS = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")
 _SUPPRESSED_WARNINGS = (
-    ".*does not have many workers.*",
-    ".*does not seem to be.*",
-    ".*LeafSpec.*",
-    ".*no logger configured.*",
-    ".*exists and is not empty.*",
-    ".*not supported by the model summary.*",
-    "LightningCLI's args parameter is intended to run from within Python.*",
-    ".*across ranks is zero.*",  # a run without validation texts
+    ".*(does not have many workers|does not seem to be|LeafSpec|no logger configured|exists and is not empty)",
+    ".*not supported by the model summary",
+    "LightningCLI's args parameter is intended to run from within Python",
+    ".*across ranks is zero",  # a run without validation texts
     r"\s*Unable to serialize instance",  # the tokenizer of the checkpoint, which is not saved
 )
 
@@ -67,30 +63,14 @@ def _run_cli(argv: list[str]) -> int:
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
     interactive = sys.stderr.isatty() or sys.stdout.isatty()
-    callbacks: list[Any] = [
-        Throughput(),
-        LearningRateMonitor("step"),
-        UnusedMemoryWarning(),
-        ClosedGateMonitor(),
-        StopOnInterrupt(),
-        SkipNonFinite(),
-        MemoryNormMonitor(),
-        OutOfMemoryHint(),
-        StepProgressBar() if interactive else PlainProgress(),
-    ]
+    callbacks: list[Any] = [Throughput(), LearningRateMonitor("step"), UnusedMemoryWarning(), ClosedGateMonitor()]
+    callbacks += [StopOnInterrupt(), SkipNonFinite(), MemoryNormMonitor(), OutOfMemoryHint()]
+    callbacks.append(StepProgressBar() if interactive else PlainProgress())
+    defaults = {"callbacks": callbacks, "gradient_clip_val": 1.0, "use_distributed_sampler": False, "devices": 1}
+    defaults["enable_progress_bar"] = interactive
+    program = program_name(sys.argv[0])
     try:
-        MemtxCLI.from_arguments(
-            argv,
-            program_name(sys.argv[0]),
-            save_config_callback=SaveConfig,
-            trainer_defaults={
-                "callbacks": callbacks,
-                "gradient_clip_val": 1.0,
-                "use_distributed_sampler": False,
-                "devices": 1,
-                "enable_progress_bar": interactive,
-            },
-        )
+        MemtxCLI.from_arguments(argv, program, save_config_callback=SaveConfig, trainer_defaults=defaults)
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             return EXIT_INTERRUPTED

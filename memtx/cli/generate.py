@@ -5,15 +5,40 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from dataclasses import fields
 
 from memtx.cli import options
 from memtx.errors import MemtxError
 
 
-def _build_parser() -> options.Parser:
+def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.prompt is None and arguments.prompt_file is None and arguments.session is None:
+        raise MemtxError("There is no text to continue.", "Give --prompt, --prompt-file or --session.")
+    prompt = arguments.prompt or ""
+    if arguments.prompt_file is not None:
+        prompt = options.decode_utf8(*options.read_input(arguments.prompt_file))
+    from memtx.inference.generate import generate
+    from memtx.inference.sampling import SamplingParams
+    from memtx.inference.sessions.file import load_session
+
+    sampling_params = SamplingParams(**{field.name: getattr(arguments, field.name) for field in fields(SamplingParams)})
+    reader = options.load_reader(arguments)
+    if arguments.session is not None:
+        load_session(arguments.session, reader)
+    settings = {name: getattr(arguments, name) for name in ("max_tokens", "stop", "seed")}
+    model, tokenizer = reader.model, reader.tokenizer
+    chunks = generate(model, tokenizer, prompt, reader=reader, sampling_params=sampling_params, **settings)
+    for chunk in itertools.chain(chunks, ["\n"]):
+        # As bytes, because the encoding of a terminal may not cover the text.
+        sys.stdout.buffer.write(chunk.encode("utf-8", "replace"))
+        sys.stdout.buffer.flush()
+
+
+def main(argv: list[str]) -> int:
+    """Run ``memtx generate``."""
     parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
     add = parser.add_argument
-    parser.add_checkpoint_option()
+    parser.add_model_options()
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")
@@ -27,50 +52,4 @@ def _build_parser() -> options.Parser:
     add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
     add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")
     add("--greedy", action="store_true", help="always take the most likely token")
-    parser.add_segment_length_option()
-    parser.add_device_options()
-    return parser
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    if arguments.prompt is None and arguments.prompt_file is None and arguments.session is None:
-        raise MemtxError("There is no text to continue.", "Give --prompt, --prompt-file or --session.")
-    prompt = arguments.prompt or ""
-    if arguments.prompt_file is not None:
-        prompt = options.decode_utf8(
-            options.read_input(arguments.prompt_file), options.input_name(arguments.prompt_file)
-        )
-    from memtx.inference.generate import generate
-    from memtx.inference.sampling import SamplingParams
-    from memtx.inference.sessions.file import load_session
-
-    sampling_params = SamplingParams(
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        min_p=arguments.min_p,
-        repetition_penalty=arguments.repetition_penalty,
-        greedy=arguments.greedy,
-    )
-    reader = options.load_reader(arguments)
-    if arguments.session is not None:
-        load_session(arguments.session, reader)
-    chunks = generate(
-        reader.model,
-        reader.tokenizer,
-        prompt,
-        reader=reader,
-        max_tokens=arguments.max_tokens,
-        sampling_params=sampling_params,
-        stop=arguments.stop,
-        seed=arguments.seed,
-    )
-    for chunk in itertools.chain(chunks, ["\n"]):
-        # As bytes, because the encoding of a terminal may not cover the text.
-        sys.stdout.buffer.write(chunk.encode("utf-8", "replace"))
-        sys.stdout.buffer.flush()
-
-
-def main(argv: list[str]) -> int:
-    """Run ``memtx generate``."""
-    return _build_parser().run(argv, _generate)
+    return parser.run(argv, _generate)

@@ -6,6 +6,7 @@ import inspect
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
@@ -24,16 +25,16 @@ from memtx.checkpoint import pretrained, recovery
 from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.cli.config import (
     CONFIG_FILE,
+    CONFIG_OPTIONS,
     DEFAULT_RUN_DIR,
     check_config,
     find_class,
-    find_config_files,
     format_parser_error,
+    get_option_values,
     read_config,
     uses_class_paths,
 )
 from memtx.cli.errors import EXIT_USAGE_ERROR, print_error
-from memtx.cli.launcher import get_trainer_kwargs
 from memtx.data.books import BookDataModule
 from memtx.data.sources.corpus import PG19_HINT
 from memtx.data.tokenizers import tokenizer_from_json
@@ -61,13 +62,11 @@ class OneLineParser(LightningArgumentParser):
 
     def parse_args(self, args: Any = None, *positional: Any, **keywords: Any) -> Any:
         """Check the config files, then parse."""
-        subcommands = getattr(self, "_subcommands_action", None)
-        if isinstance(args, list) and subcommands is not None and args:
+        if isinstance(args, list) and args and (parsers := self._subcommand_parsers()):
             self.configs.clear()
-            parser = subcommands._name_parser_map.get(args[0])
-            for path in find_config_files(args) if parser is not None else ():
+            for path in get_option_values(args, *CONFIG_OPTIONS) if args[0] in parsers else ():
                 self.configs[path] = read_config(path)
-                check_config(path, self.configs[path], [action.dest for action in parser._actions])
+                check_config(path, self.configs[path], [action.dest for action in parsers[args[0]]._actions])
         return super().parse_args(args, *positional, **keywords)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -76,11 +75,13 @@ class OneLineParser(LightningArgumentParser):
         print_error(str(error) if error else format_parser_error(message, self.configs, self._known_keys()))
         raise SystemExit(EXIT_USAGE_ERROR)
 
+    def _subcommand_parsers(self) -> dict[str, Any]:
+        return getattr(getattr(self, "_subcommands_action", None), "_name_parser_map", {})
+
     def _known_keys(self) -> list[str]:
         targets: list[Any] = [MemoryTransformer, CompressedMemory, SwiGLU, LanguageModule, BookDataModule, Trainer]
         parameters = [name for target in targets for name in inspect.signature(target).parameters]
-        subcommands = getattr(self, "_subcommands_action", None)
-        parsers = [self, *(subcommands._name_parser_map.values() if subcommands is not None else ())]
+        parsers = [self, *self._subcommand_parsers().values()]
         return [action.dest for parser in parsers for action in parser._actions] + parameters
 
 
@@ -145,10 +146,8 @@ class MemtxCLI(LightningCLI):
             elif run_dir.exists():
                 raise MemtxError(f"'{run_dir}' is a file, expected a folder.", "Give another one with --run_dir.")
             if checkpoint is None and any(checkpoint_dir.glob("*.ckpt")):
-                raise MemtxError(
-                    f"'{run_dir}' already holds a run.",
-                    "Resume it with --ckpt_path last, or give another folder with --run_dir.",
-                )
+                hint = "Resume it with --ckpt_path last, or give another folder with --run_dir."
+                raise MemtxError(f"'{run_dir}' already holds a run.", hint)
             if checkpoint == "last":
                 self._resume_from_last(config, checkpoint_dir)
                 return
@@ -168,40 +167,35 @@ class MemtxCLI(LightningCLI):
             config.return_predictions = False
 
     def _resume_from_last(self, config: Any, checkpoint_dir: Path) -> None:
-        """Resume from the newest valid checkpoint; a run without one starts anew."""
+        """Resume from the newest valid checkpoint; a run without one starts from scratch."""
         recovered = recovery.find_latest_valid(checkpoint_dir)
         config.ckpt_path = None if recovered is None else str(recovered.path)
-        if recovered is not None:
-            self._checkpoint = recovered.content
-            if recovered.damaged:
-                _print_rank_zero(f"memtx: {recovered.describe_damage()}\n")
+        self._checkpoint = None if recovered is None else recovered.content
+        if recovered is not None and recovered.damaged:
+            _print_rank_zero(f"memtx: {recovered.describe_damage()}\n")
 
     def _check_data_config(self, config: Any) -> None:
         """Raise if the config names no texts or examples."""
         for name in ("model", "data") if self.subclass_mode_data else ():
             if config.get(name) is None or "class_path" not in config[name]:
-                raise MemtxError(
-                    f"'{name}' has no class_path, but the other of model and data has.",
-                    "Set both class paths, or neither.",
-                )
-        if _get_data_options(config).get("root", "") is not None:
+                message = f"'{name}' has no class_path, but the other of model and data has."
+                raise MemtxError(message, "Set both class paths, or neither.")
+        if get_data_options(config).get("root", "") is not None:
             return
         from memtx.data.tasks.data_module import ExampleDataModule
         from memtx.data.tasks.examples import LAYOUT_HINT
 
         data_class = find_class(config.data.class_path) if self.subclass_mode_data else BookDataModule
         has_examples = isinstance(data_class, type) and issubclass(data_class, ExampleDataModule)
+        content, hint = ("examples", LAYOUT_HINT) if has_examples else ("texts", PG19_HINT)
         # The comments at the top of a shipped config say where to get its data.
         paths = ", ".join(f"'{path}'" for path in OneLineParser.configs)
         source = f"; see the first lines of {paths}" if paths else ""
-        raise DataError(
-            f"data.root is not set, expected the folder of {'examples' if has_examples else 'texts'}{source}.",
-            LAYOUT_HINT if has_examples else PG19_HINT,
-        )
+        raise DataError(f"data.root is not set, expected the folder of {content}{source}.", hint)
 
     def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
         """Use tokenizer and task of the checkpoint, because its model was trained with them."""
-        options, sidecars = _get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
+        options, sidecars = get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
         if "task" in sidecars and "task" in options:
             from memtx.data.hf_tokenizers import hf_tokenizer_from_json
             from memtx.data.tasks.base import task_from_json
@@ -238,13 +232,12 @@ class MemtxCLI(LightningCLI):
             ]
         kwargs.setdefault("default_root_dir", config.run_dir)
         # Not into the config, which must start the same run on another machine.
-        kwargs |= get_trainer_kwargs(os.environ)
+        kwargs |= get_launcher_kwargs(os.environ)
         precision = choose_precision(str(trainer.precision), str(trainer.accelerator))
         if precision != str(trainer.precision):
             kwargs["precision"] = precision
-            _print_rank_zero(
-                f"memtx: this CPU is many times slower in bfloat16: using {precision} instead of {trainer.precision}.\n"
-            )
+            reason = f"using {precision} instead of {trainer.precision}"
+            _print_rank_zero(f"memtx: this CPU is many times slower in bfloat16: {reason}.\n")
         plugins = _to_list(trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
@@ -311,8 +304,27 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path, config.traceback = None, False
-            text = self.parser.dump(config, skip_none=False)
-            files.write_text(Path(config.run_dir) / CONFIG_FILE, text)
+            files.write_text(Path(config.run_dir) / CONFIG_FILE, self.parser.dump(config, skip_none=False))
+
+
+def get_launcher_kwargs(environment: Mapping[str, str]) -> dict[str, int]:
+    """Return the trainer's ``devices`` (per node) and ``num_nodes`` under torchrun or SLURM's srun, else nothing.
+
+    Lightning reads ranks and addresses from the launcher by itself, but not these two numbers.
+    """
+
+    def read_int(name: str) -> int:
+        text = environment.get(name, "")
+        return int(text) if text.isdecimal() and int(text) else 1
+
+    if "TORCHELASTIC_RUN_ID" in environment:
+        devices = read_int("LOCAL_WORLD_SIZE")
+        return {"devices": devices, "num_nodes": max(1, read_int("WORLD_SIZE") // devices)}
+    # As in Lightning, where these two job names stand for an interactive shell.
+    if "SLURM_NTASKS" in environment and environment.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        num_nodes = read_int("SLURM_NNODES")
+        return {"devices": max(1, read_int("SLURM_NTASKS") // num_nodes), "num_nodes": num_nodes}
+    return {}
 
 
 @rank_zero_only
@@ -324,7 +336,8 @@ def _get_attribute(name: str, data: Any) -> Any:
     return getattr(data, name, None)
 
 
-def _get_data_options(config: Any) -> Any:
+def get_data_options(config: Any) -> Any:
+    """Return the options of the data module, with or without a class path."""
     return config.data.get("init_args", config.data)
 
 

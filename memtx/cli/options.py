@@ -17,6 +17,7 @@ from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
     from memtx.data.tokenizers import Tokenizer
+    from memtx.inference.predictor import BasePredictor
     from memtx.inference.reader import StreamReader
     from memtx.models.memory_transformer import MemoryTransformer
 
@@ -59,17 +60,14 @@ class Parser(argparse.ArgumentParser):
         print_error(shorten_message(message, options))
         raise SystemExit(EXIT_USAGE_ERROR)
 
-    def add_checkpoint_option(self) -> None:
-        """Add ``--checkpoint``."""
-        text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
-        self.add_argument("--checkpoint", required=True, help=text)
-
-    def add_segment_length_option(self, default: int = 512) -> None:
-        """Add ``--segment-length``."""
-        self.add_argument("--segment-length", type=positive_int, default=default, help="tokens per model call")
-
-    def add_device_options(self) -> None:
-        """Add ``--device``, ``--dtype`` and ``--import``."""
+    def add_model_options(self, *, checkpoint: bool = True, segment_length: int | None = 512) -> None:
+        """Add ``--checkpoint``, ``--segment-length`` with its default, ``--device``, ``--dtype`` and ``--import``."""
+        if checkpoint:
+            text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
+            self.add_argument("--checkpoint", required=True, help=text)
+        if segment_length is not None:
+            text = "tokens per model call"
+            self.add_argument("--segment-length", type=positive_int, default=segment_length, help=text)
         self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
@@ -120,17 +118,13 @@ def input_name(path: str) -> str:
     return "standard input" if path == "-" else f"'{path}'"
 
 
-def read_input(path: str) -> bytes:
-    """Read a file, or standard input for ``-``."""
-    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+def read_input(path: str) -> tuple[bytes, str]:
+    """Return the content of a file, or of standard input for ``-``, and its name for messages."""
+    return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes(), input_name(path)
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """Decode a text.
-
-    Raises:
-        DataError: The content is not UTF-8.
-    """
+    """Decode a text, or raise DataError if it is not UTF-8."""
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -150,10 +144,7 @@ def name_in_errors(name: str) -> Iterator[None]:
 def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the device and dtype of the arguments as keywords of ``nn.Module.to``.
 
-    Call it before a checkpoint is loaded, so that a wrong device costs no time.
-
-    Raises:
-        MemtxError: The device cannot be used.
+    Raises MemtxError if the device cannot be used; call it before a checkpoint is loaded, so that this costs no time.
     """
     import torch
 
@@ -168,12 +159,9 @@ def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def user_modules(names: Sequence[str]) -> Iterator[None]:
-    """Import the modules of ``--import``, and name that option if the block misses a class.
+    """Import the modules of ``--import``, or raise MemtxError; name that option if the block misses a class.
 
     A checkpoint never causes an import by itself.
-
-    Raises:
-        MemtxError: A module cannot be imported.
     """
     if names and (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)  # last, so that it hides no other module
@@ -191,17 +179,24 @@ def user_modules(names: Sequence[str]) -> Iterator[None]:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load model and tokenizer from ``--checkpoint`` with the device and dtype of the arguments.
-
-    Raises:
-        MemtxError: The checkpoint or the device cannot be used.
-    """
+    """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError."""
     placement = get_placement(arguments)
     from memtx.checkpoint.load import load_model_and_tokenizer
 
     with user_modules(arguments.modules):
         model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)
     return model.to(**placement), tokenizer
+
+
+def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
+    """Load the task model from ``--checkpoint``, as :func:`load_model` does."""
+    placement = get_placement(arguments)
+    from memtx.inference.predictor import load_predictor
+
+    with user_modules(arguments.modules):
+        predictor = load_predictor(arguments.checkpoint)
+    predictor.model.to(**placement)
+    return predictor
 
 
 def load_reader(arguments: argparse.Namespace) -> StreamReader:
@@ -220,8 +215,8 @@ def progress_bar(
 
     Args:
         description: Text before the bar.
-        total: Total amount of work, None if unknown.
-        completed: Amount of work done before.
+        total: Amount of work. None if unknown.
+        completed: Part of it that was done before.
         in_bytes: If True, amounts are bytes and their rate is shown.
     """
     if not sys.stderr.isatty():
@@ -230,11 +225,10 @@ def progress_bar(
     from rich import progress
     from rich.console import Console
 
-    columns: list[progress.ProgressColumn] = [progress.TextColumn(description), progress.BarColumn()]
-    columns += (
-        [progress.DownloadColumn(), progress.TransferSpeedColumn()] if in_bytes else [progress.MofNCompleteColumn()]
-    )
-    columns += [progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn()]
+    bytes_columns = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    amount_columns = bytes_columns if in_bytes else (progress.MofNCompleteColumn(),)
+    columns = (progress.TextColumn(description), progress.BarColumn(), *amount_columns)
+    columns += (progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn())
     # Printed lines go above the bar on a terminal; with stdout in a file, they stay there.
     redirect, console = sys.stdout.isatty(), Console(stderr=True)
     with progress.Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
@@ -242,16 +236,14 @@ def progress_bar(
         yield lambda amount, note="": bar.update(task, advance=amount, note=note)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     """Print a table, its first column aligned to the left and the others to the right."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table()
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row)
+    table = Table(*(Column(column, justify="right" if index else "left") for index, column in enumerate(columns)))
+    for cells in lines:
+        table.add_row(*cells)
     Console().print(table)
 
 

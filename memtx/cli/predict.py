@@ -25,38 +25,6 @@ Input = tuple[str, str | dict[str, Any]]
 """The location of an input for messages, and a raw text or the fields of an example."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx predict",
-        "Print the predictions of a task model as JSON lines with label, tags and spans, or answer. With --run_dir or "
-        "--ckpt_path of a language model, read the test texts of that run and write the surprisal of every token to "
-        "the run folder.",
-    )
-    add = parser.add_argument
-    add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
-    parser.add_checkpoint_option()
-    add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
-    add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
-    add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
-    parser.add_device_options()
-    return parser
-
-
-def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
-    """Load the task model from ``--checkpoint`` with the device and dtype of the arguments.
-
-    Raises:
-        MemtxError: The checkpoint or the device cannot be used.
-    """
-    placement = options.get_placement(arguments)
-    from memtx.inference.predictor import load_predictor
-
-    with options.user_modules(arguments.modules):
-        predictor = load_predictor(arguments.checkpoint)
-    predictor.model.to(**placement)
-    return predictor
-
-
 def _read_inputs(arguments: argparse.Namespace) -> list[Input]:
     sources = [source for source in (arguments.source, arguments.input, arguments.text) if source is not None]
     if len(sources) != 1:
@@ -64,7 +32,7 @@ def _read_inputs(arguments: argparse.Namespace) -> list[Input]:
     if arguments.text is not None:
         return [("", text) for text in arguments.text]
     path: str = sources[0]
-    content, name = options.read_input(path), options.input_name(path)
+    content, name = options.read_input(path)
     if not path.endswith(".jsonl") and not content.lstrip().startswith(b"{"):
         return [(name, options.decode_utf8(content, name))]
     from memtx.data.tasks.examples import iter_examples
@@ -82,24 +50,21 @@ def _predict(arguments: argparse.Namespace) -> None:
     from memtx.inference.predictor import is_task_model
 
     if not is_task_model(arguments.checkpoint):
-        raise MemtxError(
-            f"'{arguments.checkpoint}' is a language model, not a task model.",
-            "Use memtx read to score texts and memtx generate to continue them.",
-        )
-    predictor = load_task_predictor(arguments)
+        message = f"'{arguments.checkpoint}' is a language model, not a task model."
+        raise MemtxError(message, "Use memtx read to score texts and memtx generate to continue them.")
+    predictor = options.load_task_predictor(arguments)
     # All inputs are checked before any output is written.
     for location, value in inputs:
         with options.name_in_errors(location):
             predictor.to_example(value)
-    lines = []
+    lines: list[str] = []
     for start in range(0, len(inputs), CHUNK_SIZE):
-        for prediction in _predict_chunk(predictor, inputs[start : start + CHUNK_SIZE]):
-            line = json.dumps(prediction, ensure_ascii=False) + "\n"
-            if arguments.output is None:
-                sys.stdout.buffer.write(line.encode("utf-8"))
-            else:
-                lines.append(line)
-        sys.stdout.buffer.flush()
+        predictions = _predict_chunk(predictor, inputs[start : start + CHUNK_SIZE])
+        lines += [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
+        if arguments.output is None:
+            sys.stdout.buffer.write("".join(lines).encode("utf-8"))
+            sys.stdout.buffer.flush()
+            lines.clear()
     if arguments.output is not None:
         files.write_text(arguments.output, "".join(lines))
 
@@ -119,11 +84,23 @@ def main(argv: list[str]) -> int:
     """Run ``memtx predict``."""
     names = [argument.partition("=")[0] for argument in argv]
     run_option = next((name for name in names if name in RUN_OPTIONS), None)
-    if run_option is None:
-        return _build_parser().run(argv, _predict)
-    if "--checkpoint" in names:
+    if run_option is not None and "--checkpoint" in names:
         print_error(f"--checkpoint is for raw texts, {run_option} for the test texts of a run. Give one of them.")
         return EXIT_USAGE_ERROR
-    from memtx.cli.fit import main as fit
+    if run_option is not None:
+        from memtx.cli.fit import main as fit
 
-    return fit(["predict", *argv])
+        return fit(["predict", *argv])
+    parser = options.Parser(
+        "memtx predict",
+        "Print the predictions of a task model as JSON lines with label, tags and spans, or answer. With --run_dir or "
+        "--ckpt_path of a language model, read the test texts of that run and write the surprisal of every token to "
+        "the run folder.",
+    )
+    add = parser.add_argument
+    add("source", nargs="?", metavar="FILE", help="same as --input; - reads standard input")
+    parser.add_model_options(segment_length=None)
+    add("--text", action="append", metavar="TEXT", help="raw text; repeatable")
+    add("--input", metavar="FILE", help="examples as JSON lines; any other file is one raw text")
+    add("--output", metavar="FILE", help="file to write all lines to at the end, instead of stdout")
+    return parser.run(argv, _predict)

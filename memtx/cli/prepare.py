@@ -24,33 +24,6 @@ PROGRESS_INTERVAL = 30.0
 """Seconds between progress lines without a terminal."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser(
-        "memtx prepare",
-        "Tokenize texts into a folder for training. After an interruption, the same command resumes. The source does "
-        "not change.",
-    )
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="+",
-        metavar="SOURCE",
-        help="folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed",
-    )
-    add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
-    add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
-    add("--text-column", default="text", help="column of the texts in tables")
-    add("--id-column", metavar="COLUMN", help="column of the document ids in tables")
-    for split in ("validation", "test"):
-        text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
-        add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
-    add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
-    add("--hf-dataset", action="store_true", help="SOURCE is a name or folder of a dataset of the `datasets` library")
-    add("--dataset-config", metavar="NAME", help="configuration of the dataset")
-    add("--json", action="store_true", help="print the summary as JSON")
-    return parser
-
-
 def _build_text_source(arguments: argparse.Namespace) -> TextSource:
     names = ("text_column", "id_column", "validation_fraction", "test_fraction")
     options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
@@ -76,9 +49,8 @@ def _build_tokenizer(name: str) -> Tokenizer:
         return BytePairTokenizer(int(name))
     path = Path(name)
     if not path.exists():
-        raise DataError(
-            f"The tokenizer '{name}' does not exist.", "Give byte, a vocabulary size, or the path of a tokenizer."
-        )
+        hint = "Give byte, a vocabulary size, or the path of a tokenizer."
+        raise DataError(f"The tokenizer '{name}' does not exist.", hint)
     return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
 
 
@@ -113,10 +85,8 @@ def _print_summary(corpus: TokenizedCorpus, seconds: float, as_json: bool) -> No
         return
     sys.stdout.write(f"{'split':<12} {'documents':>11} {'tokens':>15} {'bytes of text':>15} {'bytes/token':>11}\n")
     for split, counts in corpus.splits.items():
-        sys.stdout.write(
-            f"{split:<12} {counts['documents']:>11,} {counts['tokens']:>15,} {counts['bytes']:>15,} "
-            f"{counts['bytes'] / counts['tokens']:>11.2f}\n"
-        )
+        documents, tokens, num_bytes = (counts[name] for name in ("documents", "tokens", "bytes"))
+        sys.stdout.write(f"{split:<12} {documents:>11,} {tokens:>15,} {num_bytes:>15,} {num_bytes / tokens:>11.2f}\n")
     if num_skipped := sum(counts["num_skipped"] for counts in corpus.splits.values()):
         sys.stdout.write(f"Skipped {num_skipped:,} documents without words.\n")
     sys.stdout.write(f"Train on it with: memtx fit --data.root {corpus.folder}\n")
@@ -129,14 +99,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from memtx.data.tokenized_corpus import tokenize_corpus
 
     try:
-        corpus = tokenize_corpus(
-            Path(arguments.output_dir).expanduser(),
-            source,
-            tokenizer,
-            num_workers=arguments.num_workers,
-            verify=True,
-            progress=show_progress,
-        )
+        folder = Path(arguments.output_dir).expanduser()
+        settings: dict[str, Any] = {"num_workers": arguments.num_workers, "verify": True, "progress": show_progress}
+        corpus = tokenize_corpus(folder, source, tokenizer, **settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept; run the same command to resume") from None
     _print_summary(corpus, time.monotonic() - start, arguments.json)
@@ -144,4 +109,23 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def main(argv: list[str]) -> int:
     """Run ``memtx prepare``."""
-    return _build_parser().run(argv, _prepare)
+    parser = options.Parser(
+        "memtx prepare",
+        "Tokenize texts into a folder for training. After an interruption, the same command resumes. The source does "
+        "not change.",
+    )
+    add = parser.add_argument
+    text = "folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed"
+    add("source", nargs="+", metavar="SOURCE", help=text)
+    add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
+    add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
+    add("--text-column", default="text", help="column of the texts in tables")
+    add("--id-column", metavar="COLUMN", help="column of the document ids in tables")
+    for split in ("validation", "test"):
+        text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
+        add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
+    add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
+    add("--hf-dataset", action="store_true", help="SOURCE is a name or folder of a dataset of the `datasets` library")
+    add("--dataset-config", metavar="NAME", help="configuration of the dataset")
+    add("--json", action="store_true", help="print the summary as JSON")
+    return parser.run(argv, _prepare)

@@ -8,10 +8,11 @@ import hashlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from memtx.cli import options
 from memtx.errors import CheckpointError, DataError
@@ -24,68 +25,40 @@ CHUNK_BYTES = 1 << 14
 """Bytes per read of the file; small, because Ctrl-C waits until the reader has taken in one chunk."""
 
 
-def _build_parser() -> options.Parser:
-    parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
-    add = parser.add_argument
-    add("book", help="UTF-8 text file, or - for standard input")
-    parser.add_checkpoint_option()
-    parser.add_segment_length_option()
-    add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
-    add("--json", action="store_true", help="print one JSON object instead of the report")
-    add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
-    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
-    parser.add_device_options()
-    return parser
-
-
 class _Book:
     """The bytes of the text, and their digest so far, which ties a session to its text."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(self, path: str, stack: contextlib.ExitStack) -> None:
         self.name = options.input_name(path)
-        self.size: int | None = None
-        self.bytes_read = 0
-        self.digest = hashlib.sha256()
-        self._file: IO[bytes] | None = None
-
-    def open(self, stack: contextlib.ExitStack) -> None:
-        if self.path == "-":
-            self._file = sys.stdin.buffer
-            return
-        self._file = stack.enter_context(Path(self.path).open("rb"))  # noqa: SIM115 (the stack closes it)
-        if Path(self.path).is_file():
-            self.size = os.fstat(self._file.fileno()).st_size
-            if not self.size:
-                raise self.empty_error()
+        self.bytes_read, self.digest = 0, hashlib.sha256()
+        self._file: IO[bytes] = sys.stdin.buffer
+        if path != "-":
+            self._file = stack.enter_context(Path(path).open("rb"))  # noqa: SIM115 (the stack closes it)
+        is_file = path != "-" and Path(path).is_file()
+        self.size = os.fstat(self._file.fileno()).st_size if is_file else None
+        if self.size == 0:
+            raise self.empty_error()
 
     def empty_error(self) -> DataError:
         return DataError(f"{self.name[:1].upper()}{self.name[1:]} is empty.", "Give a text.")
 
-    def chunks(self, max_bytes: int | None = None) -> Iterator[bytes]:
+    def chunks(self, max_bytes: int = sys.maxsize) -> Iterator[bytes]:
         """Yield the next chunks, of at most ``max_bytes`` in total."""
-        assert self._file is not None
-        remaining = max_bytes
-        while chunk := self._file.read(CHUNK_BYTES if remaining is None else min(CHUNK_BYTES, remaining)):
+        while chunk := self._file.read(min(CHUNK_BYTES, max_bytes)):
             self.bytes_read += len(chunk)
             self.digest.update(chunk)
-            remaining = None if remaining is None else remaining - len(chunk)
+            max_bytes -= len(chunk)
             yield chunk
 
     def skip(self, num_bytes: int, digest: str, session: str) -> None:
-        """Skip the bytes that a session has read.
-
-        Raises:
-            DataError: They differ from the bytes that the session has read.
-        """
+        """Skip the bytes that a session has read; raise DataError if they differ."""
         for _ in self.chunks(num_bytes):
             pass
         if self.bytes_read != num_bytes or self.digest.hexdigest() != digest:
-            raise DataError(
-                f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes it has "
-                "read.",
-                "Give that text, or another session file.",
+            message = (
+                f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes read."
             )
+            raise DataError(message, "Give that text, or another session file.")
 
 
 @contextlib.contextmanager
@@ -98,21 +71,18 @@ def _defer_interrupt() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         interrupts.append(number)
 
-    try:
-        previous = signal.signal(signal.SIGINT, on_sigint)
-    except ValueError:  # not the main thread, which alone may handle signals
-        yield interrupts
-        return
+    is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
+    previous = signal.signal(signal.SIGINT, on_sigint) if is_main else None
     try:
         yield interrupts
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if is_main:
+            signal.signal(signal.SIGINT, previous)
 
 
 def _read(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
-        book = _Book(arguments.book)
-        book.open(stack)  # before torch and the model are loaded, so that a wrong path fails at once
+        book = _Book(arguments.book, stack)  # before torch and the model are loaded: a wrong path fails at once
         from memtx.cli.report import ReadingReport, print_totals
 
         reader, session = options.load_reader(arguments), arguments.session
@@ -125,14 +95,15 @@ def _read(arguments: argparse.Namespace) -> None:
         if not interrupts:
             _check_complete(reader, book)
         if session:
+            from memtx.inference.sessions.file import save_session
+
             # Saved before the end of the text is flushed, because the text may go on in the next call.
-            _save_session(session, reader, report, book)
+            metadata: dict[str, Any] = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest()}
+            metadata["report"] = report.state_dict()
+            save_session(session, reader, metadata=metadata, extra_tensors=report.state_tensors())
         if interrupts:
-            raise KeyboardInterrupt(
-                f"saved in '{session}' after {book.bytes_read:,} bytes; run the same command to resume"
-                if session
-                else "nothing was saved; --session FILE saves the state"
-            )
+            saved = f"saved in '{session}' after {book.bytes_read:,} bytes; run the same command to resume"
+            raise KeyboardInterrupt(saved if session else "nothing was saved; --session FILE saves the state")
         start = time.perf_counter()
         for result in reader.finish():
             report.add(result)
@@ -152,16 +123,12 @@ def _read_book(book: _Book, reader: StreamReader, report: ReadingReport, interru
     start, first_token, num_bytes = time.perf_counter(), reader.totals.num_tokens, reader.totals.num_bytes
     bar = options.progress_bar("reading", book.size, completed=book.bytes_read, in_bytes=True)
     with options.name_in_errors(book.name), bar as advance:
-        for chunk in book.chunks():
-            for result in reader.feed(chunk):
-                report.add(result)
-                rate = (result.end - first_token) / max(time.perf_counter() - start, 1e-9)
-                advance(reader.totals.num_bytes - num_bytes, f"{rate:>7,.0f} tokens/s")
-                num_bytes = reader.totals.num_bytes
-                if interrupts:
-                    # The reader holds the rest of the chunk, which goes into the session.
-                    break
-            if interrupts:
+        for result in (result for chunk in book.chunks() for result in reader.feed(chunk)):
+            report.add(result)
+            rate = (result.end - first_token) / max(time.perf_counter() - start, 1e-9)
+            advance(reader.totals.num_bytes - num_bytes, f"{rate:>7,.0f} tokens/s")
+            num_bytes = reader.totals.num_bytes
+            if interrupts:  # the reader holds the rest of the chunk, which goes into the session
                 break
     return time.perf_counter() - start
 
@@ -174,13 +141,6 @@ def _check_complete(reader: StreamReader, book: _Book) -> None:
                 pass
     if not reader.totals.num_bytes:
         raise book.empty_error()
-
-
-def _save_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
-    from memtx.inference.sessions.file import save_session
-
-    metadata = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest(), "report": report.state_dict()}
-    save_session(path, reader, metadata=metadata, extra_tensors=report.state_tensors())
 
 
 def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book: _Book) -> None:
@@ -197,4 +157,12 @@ def _resume_session(path: str, reader: StreamReader, report: ReadingReport, book
 
 def main(argv: list[str]) -> int:
     """Run ``memtx read``."""
-    return _build_parser().run(argv, _read)
+    parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
+    add = parser.add_argument
+    add("book", help="UTF-8 text file, or - for standard input")
+    parser.add_model_options()
+    add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
+    add("--json", action="store_true", help="print one JSON object instead of the report")
+    add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
+    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
+    return parser.run(argv, _read)

@@ -18,20 +18,15 @@ TITLE_WIDTH = 44
 
 
 class ReadingReport:
-    """Report while reading: one line every ``interval`` tokens, one per chapter, and the curves of the plot.
+    """Report while reading: one line per chapter and per ``interval`` tokens (0 for none), and the curves of the plot.
 
-    Args:
-        interval: Tokens per line. 0 disables these lines.
-        quiet: If True, print nothing.
+    If ``quiet`` is True, it prints nothing.
     """
 
     def __init__(self, interval: int, quiet: bool) -> None:
-        self.interval = interval
-        self.quiet = quiet
-        self.surprisal_curve = SurprisalCurve()
-        self.position_curve = PositionSurprisalCurve()
-        self.chapters = ChapterSplitter()
-        self.current_section = BookSection()
+        self.interval, self.quiet = interval, quiet
+        self.surprisal_curve, self.position_curve = SurprisalCurve(), PositionSurprisalCurve()
+        self.chapters, self.current_section = ChapterSplitter(), BookSection()
         self.header_printed = False
 
     def add(self, result: SegmentResult) -> None:
@@ -51,8 +46,7 @@ class ReadingReport:
 
     def finish(self) -> None:
         """Print the line of the last chapter, if there are chapters."""
-        chapter = self.chapters.finish()
-        if chapter.title:
+        if (chapter := self.chapters.finish()).title:
             self._print_section(chapter.title, chapter)
 
     def _print_section(self, title: str, section: BookSection) -> None:
@@ -62,10 +56,8 @@ class ReadingReport:
             sys.stdout.write(f"{'part':<{TITLE_WIDTH}}  {'tokens':>10}  {'bits/byte':>9}  {'nats/token':>10}\n")
         self.header_printed = True
         title = title if len(title) <= TITLE_WIDTH else title[: TITLE_WIDTH - 1] + "…"
-        sys.stdout.write(
-            f"{title:<{TITLE_WIDTH}}  {section.num_tokens:>10,}  {section.bits_per_byte:>9.3f}  "
-            f"{section.nll / max(1, section.num_tokens):>10.3f}\n"
-        )
+        figures = f"{section.bits_per_byte:>9.3f}  {section.nll / max(1, section.num_tokens):>10.3f}"
+        sys.stdout.write(f"{title:<{TITLE_WIDTH}}  {section.num_tokens:>10,}  {figures}\n")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as JSON values, without its arrays, which :meth:`state_tensors` returns."""
@@ -78,10 +70,8 @@ class ReadingReport:
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Return the sums of the curves."""
-        return {
-            "surprisal_curve": torch.from_numpy(self.surprisal_curve.sums),
-            "position_curve": torch.from_numpy(self.position_curve.sums),
-        }
+        sums = {"surprisal_curve": self.surprisal_curve.sums, "position_curve": self.position_curve.sums}
+        return {name: torch.from_numpy(array) for name, array in sums.items()}
 
     def load_state(self, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         """Restore the state from :meth:`state_dict` and :meth:`state_tensors`."""
@@ -101,18 +91,14 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB on Linux
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # infinity is not JSON
-
-
 def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) -> None:
     """Print the totals of the text."""
     totals, state_bytes, peak = reader.totals, reader.state.nbytes, peak_memory_bytes(reader.device)
     if as_json:
         figures = {
             "nll": totals.nll,
-            "bits_per_byte": _finite_or_none(totals.bits_per_byte),
-            "word_perplexity": _finite_or_none(totals.word_perplexity),
+            "bits_per_byte": totals.bits_per_byte,
+            "word_perplexity": totals.word_perplexity,
             "tokens": totals.num_tokens,
             "words": totals.num_words,
             "bytes": totals.num_bytes,
@@ -120,7 +106,9 @@ def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) 
             "state_bytes": state_bytes,
             "peak_memory_bytes": peak,
         }
-        sys.stdout.write(json.dumps(figures) + "\n")
+        # JSON has no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        sys.stdout.write(json.dumps(finite) + "\n")
         return
     perplexity = totals.word_perplexity
     sys.stdout.write(

@@ -12,8 +12,7 @@ from memtx.errors import DataError
 
 B = TypeVar("B")
 
-IGNORE_INDEX = -100
-"""Label of a position that is not scored; the default ``ignore_index`` of PyTorch's cross entropy."""
+IGNORE_INDEX = -100  # label of a position that is not scored; the default of PyTorch's cross entropy
 
 
 class Batch(NamedTuple):
@@ -44,10 +43,8 @@ class ResumableBatches(ABC):
 
     Iterating continues from the position to the end of the epoch, the next multiple of ``len``.
 
-    Args:
-        steps_per_epoch: Batches of an epoch.
-
     Attributes:
+        steps_per_epoch: Batches of an epoch.
         position: Batches handed out so far, counted when they are handed out; equal on all ranks.
     """
 
@@ -57,11 +54,7 @@ class ResumableBatches(ABC):
 
     @abstractmethod
     def get_batch(self, step: int) -> Batch:
-        """Return the batch of a step, ``(batch, length)``.
-
-        Args:
-            step: Index of the batch, counted from the start of the first epoch.
-        """
+        """Return the batch of a step, ``(batch, length)``; steps count from the start of the first epoch."""
 
     def __len__(self) -> int:
         """Return the batches of an epoch; constant, because Lightning asks once."""
@@ -79,11 +72,7 @@ class ResumableBatches(ABC):
 class FixedBatches(Generic[B]):
     """The same batches in every iteration, made when they are read.
 
-    No list, which Lightning takes for several data loaders.
-
-    Args:
-        num_batches: Number of batches.
-        get_batch: Function that returns the batch of an index.
+    No list: Lightning takes one for several loaders.
     """
 
     def __init__(self, num_batches: int, get_batch: Callable[[int], B]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +28,13 @@ from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
-_SPLITS_BY_STAGE: dict[str, tuple[str, ...]] = {
-    "fit": ("train", "validation"),
-    "validate": ("validation",),
-    "test": ("test",),
-    "predict": ("test",),
-}
+_SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
 
 
 class BookDataModule(LightningDataModule):
     """Long documents as endless streams, tokenized once; the checkpoint holds the position in them.
+
+    Raises DataError if a number is out of range, or a prepared folder is damaged or has another tokenizer.
 
     Args:
         root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder that ``memtx prepare``
@@ -55,9 +53,6 @@ class BookDataModule(LightningDataModule):
         seed: Seed of the order of documents.
         cache_dir: Folder of token stores and trained tokenizers. None uses ~/.cache/memtx.
         num_workers: Processes that tokenize. None uses one per core.
-
-    Raises:
-        DataError: A number is out of range, or a prepared folder is damaged or has another tokenizer.
     """
 
     def __init__(
@@ -82,7 +77,6 @@ class BookDataModule(LightningDataModule):
         self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
         self.eval_batch_size, self.eval_tokens = eval_batch_size or batch_size, eval_tokens
         self.cache_dir, self.num_workers = cache_dir, num_workers
-        self._corpus: Corpus | None = None
         self._tokenized_corpus: TokenizedCorpus | None = None
         if source is None and is_tokenized_corpus(root):
             self._tokenized_corpus = TokenizedCorpus(Path(root).expanduser())
@@ -103,12 +97,10 @@ class BookDataModule(LightningDataModule):
         """Tokens of a stream in a batch: segment_length * bptt_segments."""
         return self.segment_length * self.bptt_segments
 
-    @property
+    @cached_property
     def corpus(self) -> Corpus:
         """Documents of every split of ``root``, listed on first use."""
-        if self._corpus is None:
-            self._corpus = open_corpus(self.root)
-        return self._corpus
+        return open_corpus(self.root)
 
     @property
     def _cache_path(self) -> Path:
@@ -136,8 +128,7 @@ class BookDataModule(LightningDataModule):
     def token_store(self, split: str) -> TokenStore:
         """Return the tokens of a split, encoding it first if that was not done.
 
-        Raises:
-            DataError: There is no such split, or a text cannot be used.
+        Raises DataError if there is no such split, or a text cannot be used.
         """
         if split not in self._token_stores:
             if (tokenized := self._open_tokenized_corpus()) is not None:
@@ -157,10 +148,9 @@ class BookDataModule(LightningDataModule):
                 self.token_store(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what the stage needs; a fit begins at the start of the data unless a checkpoint is restored.
+        """Open what the stage needs (None: all).
 
-        Args:
-            stage: fit, validate, test or predict. None for all.
+        A fit begins at the start of the data unless a checkpoint is restored.
         """
         # Opening is all that is left after prepare_data, which ran on one process only.
         self._train_tokenizer()
@@ -171,18 +161,15 @@ class BookDataModule(LightningDataModule):
     def train_dataloader(self) -> DocumentStreams:
         """Return this rank's streams, batches of ``(batch, segment_length * bptt_segments)`` from the position on.
 
-        Raises:
-            CheckpointError: The restored position is in other data.
+        Raises CheckpointError if a restored position is in other data.
         """
-        steps_per_epoch = None
+        store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
+        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
         if self.trainer is not None:
             # Lightning's own limit would leave a short rest at the end of each pass, and a partial accumulation.
             limit = getattr(self.trainer, "overfit_batches", 0) or self.trainer.limit_train_batches
-            steps_per_epoch = limit if isinstance(limit, int) and limit > 0 else None
-        store, ranks = self.token_store("train"), rank_and_world_size(self.trainer)
-        streams = DocumentStreams(store, self.batch_size, self.length, self.seed, *ranks)
-        if steps_per_epoch is not None:
-            streams.steps_per_epoch = min(steps_per_epoch, len(streams))
+            if isinstance(limit, int) and limit > 0:
+                streams.steps_per_epoch = min(limit, len(streams))
         if self._streams is not None:  # called again within a run
             streams.load_state_dict(self._streams.state_dict())
         elif self._restored_position is not None:
@@ -215,22 +202,18 @@ class BookDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, what identifies its data, and the tokenizer as JSON text."""
+        position = self._restored_position or {"position": 0, "seed": self.seed}
         if self._streams is not None:
             position = self._streams.state_dict()
-        else:
-            position = self._restored_position or {"position": 0, "seed": self.seed}
         return {**position, "tokenizer": self.tokenizer.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position, which is checked when the training data is opened, and its tokenizer.
 
-        In evaluation the checkpoint's tokenizer encodes the texts: the model knows no other.
-
-        Raises:
-            CheckpointError: In training, the tokenizer is another one.
+        In evaluation the checkpoint's tokenizer encodes the texts: the model knows no other. In training, another
+        tokenizer raises CheckpointError.
         """
-        if not self.tokenizer.is_trained:
-            self._train_tokenizer()
+        self._train_tokenizer()
         text = state_dict.get("tokenizer")
         if text != self.tokenizer.to_json():
             self._restore_tokenizer(text)
@@ -248,9 +231,8 @@ class BookDataModule(LightningDataModule):
         try:
             saved = tokenizer_from_json(text)
         except (TypeError, MemtxError) as error:
-            raise CheckpointError(
-                f"The checkpoint's data part has no whole tokenizer ({error}).", "Restore it from a copy."
-            ) from error
+            message = f"The checkpoint's data part has no whole tokenizer ({error})."
+            raise CheckpointError(message, "Restore it from a copy.") from error
         if self._trainer_fn in ("fit", None):
             raise CheckpointError(
                 f"The checkpoint was trained with another tokenizer ({saved.fingerprint[:12]} of "

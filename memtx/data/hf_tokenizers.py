@@ -1,12 +1,10 @@
-"""Tokenizers for tasks: every token knows its characters, and special tokens frame a text.
+"""Tokenizers for tasks, whose answers are parts of a text: tokens know their characters, special tokens frame a text.
 
-A task's answer is a part of its text, so tokens must be found again by their characters. The ids of a published
-checkpoint come from its ``tokenizer.json``; WordPiece (Schuster and Nakajima 2012) is trained here.
+Ids of a published checkpoint come from its ``tokenizer.json``; WordPiece (Schuster and Nakajima 2012) is trained here.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,15 +20,10 @@ from memtx.errors import DataError
 
 @dataclass(frozen=True)
 class Encoding:
-    """Tokens of a text.
+    """Tokens of a text."""
 
-    Attributes:
-        ids: ``(tokens,)`` int64.
-        offsets: ``(tokens, 2)`` int64. First character of each token, and the one after its last.
-    """
-
-    ids: NDArray[np.int64]
-    offsets: NDArray[np.int64]
+    ids: NDArray[np.int64]  # (tokens,)
+    offsets: NDArray[np.int64]  # (tokens, 2) first character of each token, and the one after its last
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -40,13 +33,11 @@ class HFTokenizer(BackendTokenizer):
     """Any ``tokenizer.json`` of the ``tokenizers`` library, WordPiece or byte-pair, with its ids.
 
     The special tokens are found by their usual names (``[CLS]`` or ``<s>``, ``[SEP]`` or ``</s>``, ``[PAD]``,
-    ``[MASK]``, ``[UNK]``); a missing one gets a new last id.
+    ``[MASK]``, ``[UNK]``); a missing one gets a new last id. Raises DataError if the file is missing or is not a
+    tokenizer.
 
     Args:
         path: The file. None for a tokenizer that is trained (:class:`WordPieceTokenizer`).
-
-    Raises:
-        DataError: The file is missing or is not a tokenizer.
     """
 
     SPECIAL_TOKENS = {  # noqa: RUF012
@@ -56,6 +47,7 @@ class HFTokenizer(BackendTokenizer):
         "mask": ("[MASK]", "<mask>"),
         "unk": ("[UNK]", "<unk>"),
     }
+    JSON_HEADER = {"format": HF_FORMAT, "version": HF_FORMAT_VERSION}  # noqa: RUF012
 
     def __init__(self, path: str | None = None) -> None:
         if path is None:
@@ -93,11 +85,7 @@ class HFTokenizer(BackendTokenizer):
         return self._special_token_id("unk")
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
-        """Return the tokens of whole texts, without special tokens.
-
-        Raises:
-            DataError: A text holds half of a surrogate pair.
-        """
+        """Return the tokens of whole texts, without special tokens; raises DataError for a lone surrogate."""
         for text in texts:
             encode_utf8(text)
         encodings = self._require_backend().encode_batch(list(texts), add_special_tokens=False)
@@ -108,23 +96,16 @@ class HFTokenizer(BackendTokenizer):
         text: str = self._require_backend().decode([int(token_id) for token_id in ids], skip_special_tokens=True)
         return text
 
-    def to_json(self) -> str:
-        """Return the vocabulary size and the library's JSON as one JSON text."""
-        model = json.loads(self._require_backend().to_str())
-        header = {"format": HF_FORMAT, "version": HF_FORMAT_VERSION, "vocab_size": self._vocab_size}
-        return json.dumps({**header, "model": model}, ensure_ascii=False)
-
 
 class WordPieceTokenizer(HFTokenizer):
     """WordPiece with BERT's word splitting (Devlin et al. 2019, section 3), trained on the texts of the task.
+
+    Raises DataError if ``vocab_size`` is below 100.
 
     Args:
         vocab_size: Number of ids to train, with five special tokens; small texts may yield fewer, the vocabulary size
             stays as requested.
         lowercase: If True, drop case and accents.
-
-    Raises:
-        DataError: ``vocab_size`` is below 100.
     """
 
     def __init__(self, vocab_size: int = 8192, lowercase: bool = True) -> None:
@@ -140,10 +121,8 @@ class WordPieceTokenizer(HFTokenizer):
         from tokenizers import Tokenizer as Backend
         from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-        normalizer, word_splitter = (
-            normalizers.BertNormalizer(lowercase=self.lowercase),
-            pre_tokenizers.BertPreTokenizer(),
-        )
+        normalizer = normalizers.BertNormalizer(lowercase=self.lowercase)
+        word_splitter = pre_tokenizers.BertPreTokenizer()
         words: Counter[str] = Counter()
         for text in texts:
             words.update(word for word, _ in word_splitter.pre_tokenize_str(normalizer.normalize_str(text)))
@@ -191,16 +170,11 @@ def _most_frequent(counts: Counter[str], limit: int) -> list[str]:
 
 
 def hf_tokenizer_from_json(text: str) -> HFTokenizer:
-    """Return the tokenizer that :meth:`HFTokenizer.to_json` wrote; nothing in the text is executed.
-
-    Raises:
-        DataError: The text is not such a description, or of a version that this release does not read.
-    """
+    """Return the tokenizer that ``to_json`` wrote; raises as :func:`tokenizer_from_json`, or for another kind."""
     tokenizer = tokenizer_from_json(text)
     if not isinstance(tokenizer, HFTokenizer):
-        raise DataError(
-            f"The text describes a {type(tokenizer).__name__}, expected an HFTokenizer.", "Use the tokenizer of a task."
-        )
+        message = f"The text describes a {type(tokenizer).__name__}, expected an HFTokenizer."
+        raise DataError(message, "Use the tokenizer of a task.")
     return tokenizer
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 from array import array
@@ -24,8 +25,7 @@ FORMAT_VERSION = 3
 INDEX_NAME = "index.json"
 REBUILD_HINT = "Prepare the data again; whole shards are kept."
 
-ProgressCallback = Callable[[int], None]
-"""Called with the bytes of the source read since the last call."""
+ProgressCallback = Callable[[int], None]  # called with the bytes of the source read since the last call
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -41,10 +41,7 @@ def metadata_path(shard: Path) -> Path:
 class ShardWriter:
     """Writes one shard; its file appears with the first document, so an empty split has none.
 
-    Args:
-        path: Path of the shard.
-        tokenizer: Tokenizer of the texts.
-        stack: Closes the file, which becomes visible when it is complete.
+    ``stack`` closes the file, which becomes visible when it is complete.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> None:
@@ -61,8 +58,7 @@ class ShardWriter:
     def write_document(self, document: Document, on_progress: ProgressCallback) -> None:
         """Append ``bos_token_id`` and the tokens of a document; skip a table row without words.
 
-        Raises:
-            DataError: The text is not UTF-8 or has no words.
+        Raises DataError if the text is not UTF-8 or has no words.
         """
         if document.is_table_row and not document.text.strip():
             self._num_skipped += 1
@@ -70,21 +66,7 @@ class ShardWriter:
         if self._file is None:
             self._file = self._stack.enter_context(files.atomic_open(self.path))
         counter, length = WordCounter(), 0
-        for ids in self._encode(document, counter, on_progress):
-            raw = np.asarray(ids).astype(self._dtype).tobytes()
-            self._file.write(raw)
-            self._digest.update(raw)
-            length += len(ids)
-        if counter.num_words == 0:
-            raise DataError(
-                f"'{document.path or document.id}' has no words, expected a text.", "Remove it or restore its text."
-            )
-        self._ids.append(document.id)
-        self._titles.append(document.title)
-        for column, value in zip(self._columns.values(), (length, counter.num_words, counter.num_bytes), strict=True):
-            column.append(value)
 
-    def _encode(self, document: Document, counter: WordCounter, on_progress: ProgressCallback) -> Iterator[Any]:
         def read_text() -> Iterator[str]:
             for text in document.iter_text():
                 before = counter.num_bytes
@@ -92,15 +74,22 @@ class ShardWriter:
                 yield text
                 on_progress(counter.num_bytes - before)
 
-        yield np.array([self._tokenizer.bos_token_id])
-        yield from self._tokenizer.encode_stream(read_text())
+        bos = np.array([self._tokenizer.bos_token_id])
+        for ids in itertools.chain([bos], self._tokenizer.encode_stream(read_text())):
+            raw = np.asarray(ids).astype(self._dtype).tobytes()
+            self._file.write(raw)
+            self._digest.update(raw)
+            length += len(ids)
+        if counter.num_words == 0:
+            message = f"'{document.path or document.id}' has no words, expected a text."
+            raise DataError(message, "Remove it or restore its text.")
+        self._ids.append(document.id)
+        self._titles.append(document.title)
+        for column, value in zip(self._columns.values(), (length, counter.num_words, counter.num_bytes), strict=True):
+            column.append(value)
 
     def write_metadata(self, input_fingerprint: str) -> None:
-        """Write the metadata of a complete shard.
-
-        Args:
-            input_fingerprint: SHA-256 of what the shard is made of.
-        """
+        """Write the metadata of a complete shard, with the SHA-256 of what it is made of."""
         metadata = {
             "file": self.path.name,
             "size": sum(self._columns["lengths"]) * self._dtype.itemsize,
@@ -129,24 +118,15 @@ def is_complete_shard(path: Path, input_fingerprint: str) -> bool:
 class TokenStore:
     """The tokens of one split, memory-mapped: document i is ``[bos_token_id, text tokens...]``.
 
-    Args:
-        folder: Folder that :func:`write_index` closed.
+    Raises DataError if the folder (which :func:`write_index` closed) holds no store or one of another version, its
+    index or metadata is damaged, or a shard is missing or cut short.
 
     Attributes:
-        ids: Id of each document.
-        titles: Title of each document.
+        ids: Id of each document, and ``titles`` its title.
         lengths: ``(documents,)`` int64. Tokens of each document with ``bos_token_id``.
         token_offsets: ``(documents,)`` int64. Tokens of all documents before each.
-        num_words: ``(documents,)`` int64. Whitespace-separated words of each document's text.
-        num_bytes: ``(documents,)`` int64. UTF-8 bytes of each document's text.
-        bos_token_id: Id that begins a document.
-        vocab_size: Vocabulary size; all ids are below it.
-        tokenizer_fingerprint: Fingerprint of the tokenizer.
+        num_words: ``(documents,)`` int64. Whitespace-separated words of each text, and ``num_bytes`` its UTF-8 bytes.
         fingerprint: SHA-256 of the tokens and the tokenizer, equal only for equal data.
-
-    Raises:
-        DataError: The folder holds no store or one of another version, its index or metadata is damaged, or a shard is
-            missing or cut short.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -166,9 +146,8 @@ class TokenStore:
             path = self.folder / shard["file"]
             size = path.stat().st_size if path.is_file() else -1
             if size != shard["size"]:
-                raise DataError(
-                    f"The token shard '{path}' has {max(size, 0)} bytes, expected {shard['size']}.", REBUILD_HINT
-                )
+                message = f"The token shard '{path}' has {max(size, 0)} bytes, expected {shard['size']}."
+                raise DataError(message, REBUILD_HINT)
             metadata = _read_metadata(path, shard["metadata_sha256"])
             self.ids += metadata["ids"]
             self.titles += metadata["titles"] or metadata["ids"]
@@ -200,8 +179,7 @@ class TokenStore:
     def slice_tokens(self, index: int, start: int, stop: int) -> TokenIds:
         """Return tokens ``start`` to ``stop`` of a document (at most to its end), ``(tokens,)``, a read-only view.
 
-        Raises:
-            DataError: The shard is damaged: it holds an id that the tokenizer does not have.
+        Raises DataError if the shard is damaged: it holds an id that the tokenizer does not have.
         """
         shard, offset = int(self._shard_indices[index]), int(self._shard_offsets[index])
         path = self.folder / self._shards[shard]["file"]
@@ -211,17 +189,12 @@ class TokenStore:
         tokens = self._memmaps[shard][offset + start : offset + stop]
         # It would index past the model's embeddings.
         if tokens.size and (largest := int(tokens.max())) >= self.vocab_size:
-            raise DataError(
-                f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}.", REBUILD_HINT
-            )
+            message = f"The token shard '{path}' is damaged: it holds token {largest} of {self.vocab_size}."
+            raise DataError(message, REBUILD_HINT)
         return tokens
 
     def verify(self) -> None:
-        """Read every shard and compare its SHA-256 with the index.
-
-        Raises:
-            DataError: A shard is damaged; names it.
-        """
+        """Read every shard and compare its SHA-256 with the index; raises DataError with the damaged one."""
         for shard in self._shards:
             path = self.folder / shard["file"]
             if files.checksum(path) != shard["sha256"]:
@@ -229,15 +202,9 @@ class TokenStore:
 
 
 def write_index(folder: Path, shards: Sequence[Path], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Close a store over the shards in this order.
+    """Close a store over the shards in this order, without those that have no documents.
 
-    Args:
-        folder: Folder of the shards.
-        shards: Shards with metadata; those without documents are left out.
-        tokenizer: Tokenizer of the shards.
-
-    Returns:
-        Numbers of documents, tokens, words and bytes of text and of skipped rows, and the fingerprint.
+    Returns the numbers of documents, tokens, words and bytes of text and of skipped rows, and the fingerprint.
     """
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     entries: list[dict[str, Any]] = []
@@ -278,8 +245,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise DataError(f"'{folder}' has format version {version}, this release reads {FORMAT_VERSION}.", REBUILD_HINT)
     if checksum != _index_checksum(index):
         raise DataError(f"The index of the token store '{folder}' is damaged.", REBUILD_HINT)
-    assert isinstance(index, dict)
-    return index
+    return dict(index)
 
 
 def _index_checksum(index: dict[str, Any]) -> str:
@@ -294,8 +260,7 @@ def _read_metadata(shard: Path, sha256: str) -> dict[str, Any]:
         raise DataError(f"The metadata '{path}' cannot be read: {error.strerror}.", REBUILD_HINT) from error
     if hashlib.sha256(raw).hexdigest() != sha256:
         raise DataError(f"The metadata '{path}' is damaged.", REBUILD_HINT)
-    metadata: dict[str, Any] = json.loads(raw)
-    return metadata
+    return dict(json.loads(raw))
 
 
 def _concatenate(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:

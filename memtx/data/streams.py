@@ -1,10 +1,13 @@
-"""Streams of whole documents as batches: a batch is a pure function of a plan and the step.
+"""Streams of whole documents as batches: a plan is a function of seed and lengths, a batch one of plan and step.
 
-So a position in the data is a few integers, equal on all ranks, and resuming sets them.
+Every rank computes the same plan of all ranks' streams, so no document is read twice and no plan is communicated. A
+position in the data is a few integers, equal on all ranks, and resuming sets them.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,29 +15,113 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from memtx.data.batch import IGNORE_INDEX, Batch, ResumableBatches
-from memtx.data.packing import EndlessStreamPlan, StreamPlan, pack_documents
+from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, ResumableBatches
 from memtx.data.shards import TokenStore
 from memtx.errors import CheckpointError, DataError
+
+
+class StreamPlan:
+    """The documents of each stream, in order. An offset counts the tokens of a stream before a position."""
+
+    def __init__(self, num_streams: int) -> None:
+        # Of each stream's documents: the ascending offset of the start, the index, and the first token that the stream
+        # reads, 0 unless another stream began the document.
+        self.start_offsets: list[list[int]] = [[] for _ in range(num_streams)]
+        self.document_indices: list[list[int]] = [[] for _ in range(num_streams)]
+        self.first_tokens: list[list[int]] = [[] for _ in range(num_streams)]
+        self.end_offsets = [0] * num_streams  # at which the last document of each stream ends so far
+
+    def append(self, stream: int, document: int, length: int, first_token: int = 0) -> None:
+        """Append a document to a stream, from token ``first_token`` on."""
+        self.start_offsets[stream].append(self.end_offsets[stream])
+        self.document_indices[stream].append(document)
+        self.first_tokens[stream].append(first_token)
+        self.end_offsets[stream] += length - first_token
+
+    def iter_documents(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the documents of a stream within offsets ``start`` to ``stop``: index, start offset, first token."""
+        start_offsets = self.start_offsets[stream]
+        for position in range(max(0, bisect.bisect_right(start_offsets, start) - 1), len(start_offsets)):
+            if start_offsets[position] >= stop:
+                return
+            yield self.document_indices[stream][position], start_offsets[position], self.first_tokens[stream][position]
+
+
+class EndlessStreamPlan(StreamPlan):
+    """The plan of training: a free stream takes the next document of a shuffled pass, and passes follow one another.
+
+    Every pass holds each document once, over the streams of all ranks; its order is a function of seed and pass.
+    ``lengths`` is ``(documents,)``, the tokens of each document.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], num_streams: int, seed: int) -> None:
+        super().__init__(num_streams)
+        self._lengths, self._seed = lengths, seed
+        self._pass_index = 0
+        self._remaining: list[tuple[int, int]] = []  # unassigned documents and their first tokens, the next one last
+        self._stream_heap = [(0, stream) for stream in range(num_streams)]
+
+    def extend_to(self, offset: int) -> None:
+        """Extend the plan until every stream has documents up to an offset; earlier assignments stay."""
+        while self._stream_heap[0][0] < offset:
+            if not self._remaining:
+                order = np.random.default_rng([self._seed, self._pass_index]).permutation(len(self._lengths))
+                self._remaining = [(document, 0) for document in order[::-1].tolist()]
+                self._pass_index += 1
+            document, first_token = self._remaining.pop()
+            _, stream = self._stream_heap[0]
+            self.append(stream, document, int(self._lengths[document]), first_token)
+            heapq.heapreplace(self._stream_heap, (self.end_offsets[stream], stream))
+
+    def reassign(self, num_streams: int, offset: int) -> EndlessStreamPlan:
+        """Return a plan that assigns what is left from an offset on to another number of streams.
+
+        Every token is in one of the two plans, and offsets continue. The first streams continue where they are. A new
+        stream takes the next document. Documents that removed streams have not finished come next, before those that
+        nobody began.
+        """
+        self.extend_to(offset)
+        plan = EndlessStreamPlan(self._lengths, num_streams, self._seed)
+        plan._pass_index, plan._remaining = self._pass_index, list(self._remaining)
+        for stream in range(num_streams):
+            plan.end_offsets[stream] = offset
+            if stream < len(self.end_offsets) and self.end_offsets[stream] > offset:
+                plan.start_offsets[stream] = self.start_offsets[stream][-1:]
+                plan.document_indices[stream] = self.document_indices[stream][-1:]
+                plan.first_tokens[stream] = self.first_tokens[stream][-1:]
+                plan.end_offsets[stream] = self.end_offsets[stream]
+        # In reverse, since the next document is last.
+        for stream in reversed(range(num_streams, len(self.end_offsets))):
+            if self.end_offsets[stream] > offset:
+                first_token = offset - self.start_offsets[stream][-1] + self.first_tokens[stream][-1]
+                plan._remaining.append((self.document_indices[stream][-1], first_token))
+        plan._stream_heap = [(end, stream) for stream, end in enumerate(plan.end_offsets)]
+        heapq.heapify(plan._stream_heap)
+        return plan
+
+
+def pack_documents(lengths: NDArray[np.int64], num_streams: int) -> StreamPlan:
+    """Return a plan that reads each document once: longest first, each in the stream that ends earliest."""
+    plan = StreamPlan(num_streams)
+    heap = [(0, stream) for stream in range(num_streams)]
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        _, stream = heap[0]
+        plan.append(stream, document, int(lengths[document]))
+        heapq.heapreplace(heap, (plan.end_offsets[stream], stream))
+    return plan
 
 
 def read_batch(
     store: TokenStore, plan: StreamPlan, streams: Sequence[int], start: int, stop: int, end_offset: int
 ) -> Batch:
-    """Return offsets ``start`` to ``stop`` of some streams of a plan.
+    """Return offsets ``start`` to ``stop`` of some streams of a plan, in this order.
 
     Positions past the end of a stream, or from ``end_offset`` on, are padding: each is ``bos_token_id`` with a document
-    start of its own and no label, so it changes nothing before it and is counted nowhere.
-
-    Args:
-        store: Tokens of the documents.
-        plan: Plan that reaches ``stop``, unless it is finite.
-        streams: Streams of the plan, in the order of the batch.
-        start: First offset.
-        stop: Offset after the last one.
-        end_offset: Offset from which nothing is read.
+    start of its own and no label, so it changes nothing before it and is counted nowhere. An endless plan must reach
+    ``stop``.
     """
     shape = len(streams), stop - start
     tokens, labels = np.full(shape, store.bos_token_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
@@ -58,21 +145,13 @@ def read_batch(
 
 
 class _Span(NamedTuple):
-    """Tokens of one document in a stream's part of a batch.
+    """Tokens of one document in a stream's part of a batch."""
 
-    Attributes:
-        document: Index of the document.
-        position: Position in the batch of the first token.
-        first: Index in the document of the first token.
-        end: Index in the document after the last token.
-        is_start: True if the stream starts the document here.
-    """
-
-    document: int
-    position: int
-    first: int
-    end: int
-    is_start: bool
+    document: int  # index
+    position: int  # in the batch, of the first token
+    first: int  # token of the document
+    end: int  # token after the last
+    is_start: bool  # True if the stream starts the document here
 
 
 def _iter_spans(store: TokenStore, plan: StreamPlan, stream: int, start: int, stop: int) -> Iterator[_Span]:
@@ -91,6 +170,10 @@ def _prorate(amount: int, start: int, stop: int, count: int) -> int:
     return amount * stop // count - amount * start // count if count else 0
 
 
+def _rank_streams(batch_size: int, rank: int) -> range:
+    return range(rank * batch_size, (rank + 1) * batch_size)
+
+
 def _check_arguments(batch_size: int, length: int, rank: int, world_size: int) -> None:
     for name, value in (("batch_size", batch_size), ("length", length), ("world_size", world_size)):
         if value < 1:
@@ -104,7 +187,7 @@ class DocumentStreams(ResumableBatches):
 
     Streams continue across batches, epochs and passes; no token is dropped and none is padding. Resumed with another
     number of streams, on any number of ranks, what is left is assigned to these, and every token is still read once a
-    pass (:meth:`memtx.data.packing.EndlessStreamPlan.reassign`).
+    pass (:meth:`EndlessStreamPlan.reassign`). Raises DataError if a number is out of range.
 
     Args:
         store: Tokens of the documents.
@@ -117,9 +200,6 @@ class DocumentStreams(ResumableBatches):
 
     Attributes:
         resume_message: Sentence on what a resume with other streams means; empty if they are the same.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     def __init__(
@@ -139,7 +219,7 @@ class DocumentStreams(ResumableBatches):
             raise DataError(f"steps_per_epoch is {steps_per_epoch}, expected at least 1.")
         super().__init__(steps_per_epoch)
         self.store, self.batch_size, self.length, self.seed = store, batch_size, length, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self._streams = rank, world_size, _rank_streams(batch_size, rank)
         self._plan = EndlessStreamPlan(store.lengths, batch_size * world_size, seed)
         self.resume_message = ""
         # Earlier numbers of streams, each with the offset up to which it was read.
@@ -149,7 +229,7 @@ class DocumentStreams(ResumableBatches):
     def get_batch(self, step: int) -> Batch:
         """Return the batch of a step, ``(batch, length)``: a function of the arguments and the step only."""
         start, stop = self._extend_to(step)
-        return read_batch(self.store, self._plan, self._rank_streams(), start, stop, stop)
+        return read_batch(self.store, self._plan, self._streams, start, stop, stop)
 
     def _offset_at(self, step: int) -> int:
         return self._resume_offset + (step - self._resume_step) * self.length
@@ -160,17 +240,14 @@ class DocumentStreams(ResumableBatches):
         self._plan.extend_to(stop)
         return start, stop
 
-    def _rank_streams(self) -> range:
-        return range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-
     def token_indices(self, step: int) -> Tensor:
         """Return the index in the store of each token of a step, ``(batch, length)`` int64.
 
-        Documents follow one another in the store.
+        Documents follow one another in it.
         """
         start, stop = self._extend_to(step)
         indices = np.zeros((self.batch_size, self.length), dtype=np.int64)
-        for row, stream in enumerate(self._rank_streams()):
+        for row, stream in enumerate(self._streams):
             for document, position, first, end, _ in _iter_spans(self.store, self._plan, stream, start, stop):
                 span_indices = self.store.token_offsets[document] + np.arange(first, end)
                 indices[row, position : position + end - first] = span_indices
@@ -193,29 +270,17 @@ class DocumentStreams(ResumableBatches):
         """Go to a saved position.
 
         With other streams or another length, the rest of the epoch has another number of batches, and the position
-        counts these.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-            accumulate_grad_batches: Batches of an optimizer step. A position in other batches than the saved ones is
-                rounded up to a multiple.
-
-        Raises:
-            CheckpointError: The position is in other data: another corpus or tokenizer, or another seed.
+        counts these, rounded up to a multiple of ``accumulate_grad_batches``, the batches of an optimizer step. Raises
+        CheckpointError if it is in other data: another corpus or tokenizer, or another seed.
         """
         current = self.state_dict()
-        hints = {
-            "corpus": "Give the texts and the tokenizer the checkpoint was trained on, or start a new run from its "
-            "weights.",
-            "seed": "Resume with the checkpoint's seed.",
-        }
+        corpus_hint = "Give the texts and the tokenizer of the checkpoint, or start a new run from its weights."
+        hints = {"corpus": corpus_hint, "seed": "Resume with the checkpoint's seed."}
         for key, hint in hints.items():
             if state_dict.get(key, current[key]) != current[key]:
-                raise CheckpointError(
-                    f"The checkpoint's data position belongs to {key} {_abbreviate(state_dict[key])}, "
-                    f"this run has {_abbreviate(current[key])}.",
-                    hint,
-                )
+                saved_value, value = (str(position[key])[:20] for position in (state_dict, current))
+                message = f"The checkpoint's data position belongs to {key} {saved_value}, this run has {value}."
+                raise CheckpointError(message, hint)
         saved = {**current, **state_dict}
         offset = state_dict.get("offset", saved["position"] * saved["length"])
         self._assignments = [(num_streams, until) for num_streams, until in saved["assignments"]]
@@ -263,15 +328,11 @@ def _describe_reassignment(plan: EndlessStreamPlan, num_streams: int, offset: in
     )
 
 
-def _abbreviate(value: object) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
-
-class EvaluationStreams:
+class EvaluationStreams(FixedBatches[Batch]):
     """Every document once, in streams of whole documents with a padded end; sums over the batches are exact.
 
     The summed negative log-likelihood over the summed words is PG-19's word perplexity exactly, for any number of
-    streams and ranks. Every rank has the same number of batches.
+    streams and ranks. Every rank has the same number of batches. Raises DataError if a number is out of range.
 
     Args:
         store: Tokens of the documents.
@@ -280,9 +341,6 @@ class EvaluationStreams:
         rank: Rank of this process.
         world_size: Number of processes.
         limit_tokens: Number of tokens to read, about, in equal shares of every stream. None reads all.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     def __init__(
@@ -299,21 +357,11 @@ class EvaluationStreams:
             raise DataError(f"limit_tokens is {limit_tokens}, expected at least 1.", "Use null for all tokens.")
         self.store, self.batch_size, self.length = store, batch_size, length
         self.rank, self.world_size = rank, world_size
-        self._plan = pack_documents(store.lengths, batch_size * world_size)
-        self._end_offset = max(self._plan.end_offsets)
+        plan, streams = pack_documents(store.lengths, batch_size * world_size), _rank_streams(batch_size, rank)
+        self._plan, end = plan, max(plan.end_offsets)
         if limit_tokens is not None:
-            self._end_offset = min(self._end_offset, math.ceil(limit_tokens / (batch_size * world_size)))
-
-    def __len__(self) -> int:
-        """Return the number of batches, equal on all ranks."""
-        return math.ceil(self._end_offset / self.length)
-
-    def get_batch(self, step: int) -> Batch:
-        """Return the batch of a step, ``(batch, length)``."""
-        streams = range(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
-        start = step * self.length
-        return read_batch(self.store, self._plan, streams, start, start + self.length, self._end_offset)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for step in range(len(self)):
-            yield self.get_batch(step)
+            end = min(end, math.ceil(limit_tokens / (batch_size * world_size)))
+        num_batches = math.ceil(end / length)
+        super().__init__(
+            num_batches, lambda step: read_batch(store, plan, streams, step * length, (step + 1) * length, end)
+        )

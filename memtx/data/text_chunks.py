@@ -1,8 +1,4 @@
-"""Splitting of text into chunks whose borders depend on the text alone.
-
-A book arrives as one string, as blocks of a file or as keystrokes; its tokens must not depend on which. So the text is
-split where only the text decides, and each chunk is encoded by itself.
-"""
+"""Splitting of text into chunks by the text alone, so that its tokens do not depend on how it arrives."""
 
 from __future__ import annotations
 
@@ -12,12 +8,9 @@ from collections.abc import Iterable, Iterator
 
 from memtx.errors import DataError
 
-PARAGRAPH_LIMIT = 1024
-"""Characters after which a chunk ends at the next paragraph end."""
-SOFT_LIMIT = 4096
-"""Characters after which a chunk also ends at the next line or word end."""
-HARD_LIMIT = 8192
-"""Characters at which a chunk ends in any case."""
+PARAGRAPH_LIMIT = 1024  # characters after which a chunk ends at the next paragraph end
+SOFT_LIMIT = 4096  # characters after which a chunk also ends at the next line or word end
+HARD_LIMIT = 8192  # characters at which a chunk ends in any case
 
 # Blank lines belong to the paragraph before them; whether they are over is known one character later.
 _PARAGRAPH_END = re.compile(r"\n\r?\n(?=[^\r\n])")
@@ -29,8 +22,8 @@ class TextSplitter:
     """Splits a text that arrives in any portions into chunks that depend on the whole text only.
 
     A chunk ends at the first paragraph end (a run of blank lines) from 1024 characters on, at the first line or word
-    end past 4096, and at 8192 characters at the latest. So memory is bounded and time linear, even for one line of
-    50 MB. The chunks joined are the text.
+    end past 4096, and at 8192 characters at the latest. So memory is bounded and time linear, even for one line of 50
+    MB. The chunks joined are the text.
     """
 
     def __init__(self) -> None:
@@ -82,14 +75,9 @@ def split_text(text: str) -> list[str]:
 
 
 def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode UTF-8 that is cut anywhere, even inside a character.
+    """Decode UTF-8 bytes in any portions, even cut inside a character.
 
-    Args:
-        blocks: Bytes in any portions.
-        name: Name of the source, for the message.
-
-    Raises:
-        DataError: The bytes are not UTF-8; names the source and the offset of the first bad byte.
+    Raises DataError with the ``name`` of the source and the offset of the first byte that is not UTF-8.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("strict")
     offset = 0
@@ -100,10 +88,8 @@ def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
             return decoder.decode(block, final)
         except UnicodeDecodeError as error:
             bad_byte = f"byte 0x{error.object[error.start]:02x} at byte offset {offset - pending + error.start}"
-            raise DataError(
-                f"'{name}' is not UTF-8: {bad_byte} ({error.reason}).",
-                "Convert it, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW.",
-            ) from error
+            message = f"'{name}' is not UTF-8: {bad_byte} ({error.reason})."
+            raise DataError(message, "Convert it, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW.") from error
 
     for block in blocks:
         if text := decode(block, False):
@@ -114,18 +100,12 @@ def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
 
 
 def encode_utf8(text: str) -> bytes:
-    """Return the UTF-8 bytes of a text.
-
-    Raises:
-        DataError: The text holds half of a surrogate pair.
-    """
+    """Return the UTF-8 bytes of a text; raises DataError for half of a surrogate pair."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character.",
-            "Remove it, or decode the source as UTF-16.",
-        ) from error
+        message = f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character."
+        raise DataError(message, "Remove it, or decode the source as UTF-16.") from error
 
 
 class WordCounter:

@@ -1,8 +1,8 @@
 """Tokenization of the parts of a source into shards, in this process or in workers.
 
-A worker is a plain interpreter that receives pickled jobs over a pipe. Neither fork (the parent has PyTorch's threads)
-nor the spawn and forkserver methods of multiprocessing would do: these run the user's script again, with all that it
-imports, and their workers outlive a killed parent.
+A worker is a plain interpreter that receives pickled jobs over a pipe. ProcessPoolExecutor would not do: fork copies
+PyTorch's threads, spawn and forkserver run the user's script again with all that it imports, and its workers outlive a
+killed parent.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import hashlib
 import json
 import os
 import pickle
-import queue
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,28 +25,18 @@ from memtx.data.sources.base import CorpusManifest, SourcePart, assign_split
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError, MemtxError
 
-MAX_SHARD_BYTES = 64 << 20
-"""Maximum text bytes of a shard, so at most as many tokens; one longer document is a shard of its own."""
-MIN_SHARD_BYTES = 1 << 20
-"""Text bytes below which a shard is not worth a job."""
+MAX_SHARD_BYTES = 64 << 20  # of text, so at most as many tokens; one longer document is a shard of its own
+MIN_SHARD_BYTES = 1 << 20  # of text; a smaller shard is not worth a job
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardJob:
-    """Independent work of one process: some parts of a source, written to one shard in each split.
+    """Work of one process: parts of a source, read in this order, written to one shard in each split."""
 
-    Attributes:
-        folder: Folder of the splits' folders.
-        shard_index: Index of the shards.
-        parts: Parts, read in this order.
-        split_fractions: Fraction of the documents for each split.
-        tokenizer_fingerprint: Fingerprint of the tokenizer.
-    """
-
-    folder: Path
+    folder: Path  # of the splits' folders
     shard_index: int
     parts: Sequence[SourcePart]
-    split_fractions: Mapping[str, float]
+    split_fractions: Mapping[str, float]  # of the documents
     tokenizer_fingerprint: str
 
     def shard_path(self, split: str) -> Path:
@@ -107,13 +95,8 @@ def plan_jobs(folder: Path, manifest: CorpusManifest, tokenizer: Tokenizer) -> l
 def write_job(job: ShardJob, tokenizer: Tokenizer, on_progress: ProgressCallback) -> None:
     """Write the shards of a job, each atomically, and then their metadata.
 
-    Args:
-        job: Parts to read and shards to write.
-        tokenizer: Tokenizer of the texts.
-        on_progress: Called with the bytes of the source read since the last call; those of a part add up to its size.
-
-    Raises:
-        DataError: A text is not UTF-8 or has no words; names its document.
+    ``on_progress`` gets the bytes of each part, which add up to its size. Raises DataError with the name of a document
+    that is not UTF-8 or has no words.
     """
     with contextlib.ExitStack() as stack:
         shards = {split: ShardWriter(job.shard_path(split), tokenizer, stack) for split in job.split_fractions}
@@ -145,16 +128,10 @@ def _capped_progress(size: int, on_progress: ProgressCallback) -> Iterator[Progr
 
 
 def write_jobs(jobs: Sequence[ShardJob], tokenizer: Tokenizer, num_workers: int, on_progress: ProgressCallback) -> None:
-    """Do jobs, ``num_workers`` at a time; an interrupt keeps the shards of complete jobs.
+    """Do independent jobs in ``num_workers`` processes (1: in this one); an interrupt keeps complete shards.
 
-    Args:
-        jobs: Independent jobs.
-        tokenizer: Tokenizer of the texts; a class from outside memtx is used in this process only.
-        num_workers: Number of processes; 1 uses this process.
-        on_progress: Called with bytes of the source read, from any thread.
-
-    Raises:
-        DataError: A job failed as in :func:`write_job`, which ends the others.
+    A tokenizer from outside memtx is used in this process only. ``on_progress`` may be called from any thread. Raises
+    DataError if a job fails as in :func:`write_job`, which ends the others.
     """
     num_workers = min(num_workers, len(jobs))
     needs_this_process = not type(tokenizer).__module__.startswith("memtx.") or any(
@@ -165,16 +142,14 @@ def write_jobs(jobs: Sequence[ShardJob], tokenizer: Tokenizer, num_workers: int,
             write_job(job, tokenizer, on_progress)
         return
     workers = [_Worker(tokenizer) for _ in range(num_workers)]
-    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-    for worker in workers:
-        idle.put(worker)
+    idle = list(workers)
 
     def run(job: ShardJob) -> None:
-        worker = idle.get()
+        worker = idle.pop()
         try:
             worker.run(job, on_progress)
         finally:
-            idle.put(worker)
+            idle.append(worker)
 
     with ThreadPoolExecutor(num_workers) as pool:
         try:
@@ -199,7 +174,9 @@ class _Worker:
             # Else Hugging Face's `datasets` imports PyTorch: 5 s and 200 MB a process.
             "USE_TORCH": "0",
         }
-        code = "from memtx.data.tokenize import run_worker; run_worker()"
+        # Ctrl-C reaches the whole process group, even before the imports; the parent decides when workers end.
+        code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        code += "from memtx.data.tokenize import run_worker; run_worker()"
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
@@ -228,16 +205,12 @@ class _Worker:
         """End the process."""
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # unsent bytes of a message
-                    pipe.close()
+        with contextlib.suppress(OSError), self._process:  # closes the pipes, maybe with unsent bytes of a message
+            pass
 
 
 def run_worker() -> None:
     """Serve as a worker: read the tokenizer and then jobs from stdin, write progress, an error or None to stdout."""
-    # Ctrl-C reaches the whole process group; the parent decides when workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def send(reply: Any) -> None:
         pickle.dump(reply, sys.stdout.buffer)

@@ -29,16 +29,12 @@ from memtx.data.tokenize import plan_jobs, write_jobs
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
 
-FORMAT = "memtx.tokenized_corpus"
-FORMAT_VERSION = 2
-INFO_NAME = "prepared.json"
-TOKENIZER_NAME = "tokenizer.json"
+FORMAT, FORMAT_VERSION = "memtx.tokenized_corpus", 2
+INFO_NAME, TOKENIZER_NAME = "prepared.json", "tokenizer.json"
+MAX_TRAINING_BYTES = 256 << 20  # of text that a tokenizer is trained on; merges hardly change with more
 
-MAX_TRAINING_BYTES = 256 << 20
-"""Maximum text bytes that a tokenizer is trained on; merges hardly change with more."""
-
+# Makes a progress callback from a description, the total bytes and those already done.
 ProgressFactory = Callable[[str, int, int], AbstractContextManager[ProgressCallback]]
-"""Makes a progress callback from a description, the total bytes and those already done."""
 
 log = logging.getLogger(__name__)
 
@@ -46,17 +42,13 @@ log = logging.getLogger(__name__)
 class TokenizedCorpus:
     """A folder that :func:`tokenize_corpus` wrote.
 
-    Args:
-        folder: Path of the folder.
+    Raises DataError if the folder is no such folder, or of another version.
 
     Attributes:
         name: Name of the source.
-        splits: Of each split the numbers of documents, tokens, words, bytes of text and skipped rows, and the
+        splits: Per split, the numbers of documents, tokens, words, bytes of text and skipped rows, and the
             fingerprint.
         input_fingerprint: SHA-256 of the texts and the tokenizer.
-
-    Raises:
-        DataError: The folder is no such folder, or of another version.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -79,21 +71,16 @@ class TokenizedCorpus:
             )
 
     def read_tokenizer(self) -> Tokenizer:
-        """Read the tokenizer.
-
-        Raises:
-            DataError: It is missing or damaged.
-        """
+        """Read the tokenizer; raises DataError if it is missing or damaged."""
         tokenizer = load_tokenizer(self.folder / TOKENIZER_NAME)
         if tokenizer.fingerprint != self._tokenizer_fingerprint:
             raise DataError(f"The tokenizer '{self.folder / TOKENIZER_NAME}' was changed.", REBUILD_HINT)
         return tokenizer
 
     def resolve_tokenizer(self, requested: Tokenizer | None) -> Tokenizer:
-        """Return the folder's tokenizer, which must match the requested one or be trained as requested.
+        """Return the folder's tokenizer.
 
-        Raises:
-            DataError: The folder has another tokenizer.
+        Raises DataError if it is not the requested one, or one trained as requested.
         """
         tokenizer = self.read_tokenizer()
         if requested is None:
@@ -111,22 +98,15 @@ class TokenizedCorpus:
         return tokenizer
 
     def open_split(self, split: str) -> TokenStore:
-        """Open the tokens of a split.
-
-        Raises:
-            DataError: There is no such split, or it is damaged.
-        """
+        """Open the tokens of a split; raises DataError if there is no such split, or it is damaged."""
         if split not in self.splits:
-            raise DataError(
-                f"'{self.folder}' has no split '{split}', it has {', '.join(self.splits)}.",
-                "Prepare the texts with a share for it.",
-            )
+            message = f"'{self.folder}' has no split '{split}', it has {', '.join(self.splits)}."
+            raise DataError(message, "Prepare the texts with a share for it.")
         store = TokenStore(self.folder / split)
         expected = self._tokenizer_fingerprint, self.splits[split].get("fingerprint")
         if (store.tokenizer_fingerprint, store.fingerprint) != expected:
-            raise DataError(
-                f"The token store '{store.folder}' belongs to other texts or another tokenizer.", REBUILD_HINT
-            )
+            message = f"The token store '{store.folder}' belongs to other texts or another tokenizer."
+            raise DataError(message, REBUILD_HINT)
         return store
 
 
@@ -153,22 +133,19 @@ def open_store(
     num_workers: int | None = None,
     verify: bool = False,
 ) -> TokenStore:
-    """Open the tokens of documents in a cache, encoding them first if they are not there.
+    """Open the tokens of at least one document in a cache, encoding them first if they are not there.
 
-    A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the tokenizer, so
-    changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole shards.
+    A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the trained
+    tokenizer, so changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole
+    shards. Raises DataError if a text is not UTF-8 or empty, and MemtxError if the cache cannot be written to.
 
     Args:
-        documents: At least one document.
+        documents: Documents of the split.
         tokenizer: Trained tokenizer.
         cache_dir: Folder of all stores. None uses ``~/.cache/memtx``.
         split: Name of the split.
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksum of every shard, not only its size.
-
-    Raises:
-        DataError: A text is not UTF-8 or empty.
-        MemtxError: The cache cannot be written to.
     """
     manifest = Corpus(split, {split: documents})
     cache = Path(cache_dir).expanduser() if cache_dir is not None else files.default_cache_dir()
@@ -188,7 +165,9 @@ def tokenize_corpus(
     """Encode a source into a folder, or open the folder if that was done.
 
     A run that was killed at any moment continues with its whole shards, and the result is the same to the byte. Memory
-    holds a portion of one text a process, and the ids and lengths of the documents of one shard.
+    holds a portion of one text a process, and the ids and lengths of the documents of one shard. Raises DataError if
+    there is nothing to encode, a text cannot be used, or the folder holds something else, and MemtxError if it cannot
+    be written to.
 
     Args:
         folder: Folder to write. A damaged one is rebuilt from its whole shards.
@@ -197,10 +176,6 @@ def tokenize_corpus(
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksums of existing shards, not only their sizes.
         progress: Shows the progress. Defaults to a bar on a terminal.
-
-    Raises:
-        DataError: There is nothing to encode, a text cannot be used, or the folder holds something else.
-        MemtxError: The folder cannot be written to.
     """
     path = Path(folder)
     if not manifest.splits:
@@ -229,10 +204,8 @@ def _open_existing(path: Path, fingerprint: str, verify: bool) -> TokenizedCorpu
     except DataError as error:
         log.warning("%s Encoding it again.", error.message)
         return None
-    raise DataError(
-        f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer.",
-        "Give another name, or remove it.",
-    )
+    message = f"'{path}' was prepared from other texts, or these have changed, or with another tokenizer."
+    raise DataError(message, "Give another name, or remove it.")
 
 
 def _build(
@@ -299,15 +272,10 @@ def _prune(building: Path, shards: Mapping[str, Sequence[Path]]) -> None:
 
 
 def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path) -> Tokenizer:
-    """Return the tokenizer, trained on the texts of "train" if it is not trained.
+    """Return the tokenizer, trained in place on the texts of "train" if it is not trained.
 
-    Args:
-        tokenizer: Tokenizer, which is trained in place.
-        manifest: Source of the texts.
-        folder: Folder where a trained tokenizer is saved, and found by the next run on the same texts.
-
-    Raises:
-        DataError: There are no texts to train on, or a text cannot be used.
+    A trained one is saved in ``folder``, where the next run on the same texts finds it. Raises DataError if there are
+    no texts to train on, or a text cannot be used.
     """
     if tokenizer.is_trained:
         return tokenizer
@@ -350,8 +318,7 @@ def _sample_texts(manifest: CorpusManifest) -> Iterator[str]:
 def file_lock(path: Path) -> Iterator[None]:
     """Let one process at a time write ``path``. The lock ends with its process, its empty file stays beside ``path``.
 
-    Raises:
-        MemtxError: The folder of ``path`` cannot be written to.
+    Raises MemtxError if the folder of ``path`` cannot be written to.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

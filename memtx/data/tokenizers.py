@@ -44,18 +44,13 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_chunk(self, chunk: str) -> TokenIds:
-        """Return the ids of one chunk of text, ``(tokens,)`` of an integer dtype.
-
-        Raises:
-            DataError: The text holds a lone surrogate, which UTF-8 cannot encode.
-        """
+        """Return the ids of one chunk, ``(tokens,)`` of an integer dtype; raises DataError for a lone surrogate."""
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes of a token (maybe part of a character); empty for ``bos_token_id``.
 
-        Raises:
-            DataError: The id is not below ``vocab_size``.
+        Raises DataError if the id is not below ``vocab_size``.
         """
 
     @abstractmethod
@@ -102,10 +97,8 @@ class Tokenizer(ABC):
 
     def _check_token_id(self, token_id: int) -> None:
         if not 0 <= token_id < self.vocab_size:
-            raise DataError(
-                f"Token {token_id} is not in the vocabulary, expected 0 to {self.vocab_size - 1}.",
-                "Use the tokenizer that made it.",
-            )
+            message = f"Token {token_id} is not in the vocabulary, expected 0 to {self.vocab_size - 1}."
+            raise DataError(message, "Use the tokenizer that made it.")
 
 
 class ByteTokenizer(Tokenizer):
@@ -147,13 +140,13 @@ class BackendTokenizer(Tokenizer):
     Args:
         vocab_size: Number of ids to train, or 0 to take that of the file.
         path: A ``tokenizer.json`` of the library (any Hugging Face one), whose ids are kept. None to train one.
-
-    Raises:
-        DataError: The file is missing or is not a tokenizer.
     """
 
     SPECIAL_TOKENS: ClassVar[Mapping[str, tuple[str, ...]]]
     """Usual spellings of each special token; the first one is added if none is there."""
+
+    JSON_HEADER: ClassVar[Mapping[str, str | int]]
+    """Format, version and kind in the JSON text."""
 
     def __init__(self, vocab_size: int, path: str | None = None) -> None:
         self._backend: Any = None
@@ -225,6 +218,11 @@ class BackendTokenizer(Tokenizer):
         self._check_token_id(token_id)
         return self._id_to_bytes.get(token_id, b"")
 
+    def to_json(self) -> str:
+        """Return the vocabulary size and the library's JSON as one JSON text."""
+        model = json.loads(self._require_backend().to_str())
+        return json.dumps({**self.JSON_HEADER, "vocab_size": self._vocab_size, "model": model}, ensure_ascii=False)
+
     def _require_backend(self) -> Any:
         if self._backend is None:
             raise DataError(
@@ -247,25 +245,24 @@ class BackendTokenizer(Tokenizer):
 class BytePairTokenizer(BackendTokenizer):
     """Byte-level byte-pair encoding, trained on the corpus, or any ``tokenizer.json``.
 
+    Raises DataError if ``vocab_size`` is below 257, or the file is missing or is not a tokenizer.
+
     Args:
         vocab_size: Number of ids to train, with the 256 bytes and ``<|begin|>``; at least 257. A small corpus may yield
             fewer, the vocabulary size stays as requested. Not used with ``path``.
         path: A ``tokenizer.json`` of the ``tokenizers`` library (any Hugging Face one), whose ids are kept. The begin
             token is ``<|begin|>``, ``<|begin_of_text|>``, ``<|endoftext|>``, ``<s>``, ``<bos>`` or ``[CLS]``, whichever
             it has, or ``<|begin|>`` as a new last id.
-
-    Raises:
-        DataError: ``vocab_size`` is below 257, or the file is missing or is not a tokenizer.
     """
 
     SPECIAL_TOKENS = {"bos": (BOS_TOKEN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")}  # noqa: RUF012
+    JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
+    JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
 
     def __init__(self, vocab_size: int = 8192, path: str | None = None) -> None:
         if path is None and vocab_size < 257:
-            raise DataError(
-                f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BOS_TOKEN}).",
-                "Give a larger one, for example 8192.",
-            )
+            message = f"vocab_size is {vocab_size}, expected at least 257 (256 bytes and {BOS_TOKEN})."
+            raise DataError(message, "Give a larger one, for example 8192.")
         super().__init__(vocab_size if path is None else 0, path)
 
     @property
@@ -274,11 +271,7 @@ class BytePairTokenizer(BackendTokenizer):
         return self._special_token_id("bos") if self.is_trained else 0
 
     def train(self, texts: Iterable[str]) -> None:
-        """Train on texts; does nothing if the tokenizer is trained.
-
-        Args:
-            texts: Texts in any portions; each is split into chunks by itself.
-        """
+        """Train on texts in any portions, each split into chunks; does nothing if the tokenizer is trained."""
         if self.is_trained:
             return
         from tokenizers import Tokenizer as Backend
@@ -296,31 +289,21 @@ class BytePairTokenizer(BackendTokenizer):
         backend.train_from_iterator((chunk for text in texts for chunk in split_text(text)), trainer=trainer)
         self._set_backend(backend)
 
-    def to_json(self) -> str:
-        """Return the vocabulary size and the library's JSON as one JSON text."""
-        model = json.loads(self._require_backend().to_str())
-        header = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe", "vocab_size": self._vocab_size}
-        return json.dumps({**header, "model": model}, ensure_ascii=False)
-
 
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer that :meth:`Tokenizer.to_json` wrote; nothing in the text is executed.
 
-    Raises:
-        DataError: The text is not such a description, or of a version that this release does not read.
+    Raises DataError if the text is not such a description, or of a version that this release does not read.
     """
     try:
         value = json.loads(text)
         version, expected = value["version"], _FORMAT_VERSIONS[value["format"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            "The text describes no memtx tokenizer.", "For another library's file use BytePairTokenizer(path=...)."
-        ) from error
+        message = "The text describes no memtx tokenizer."
+        raise DataError(message, "For another library's file use BytePairTokenizer(path=...).") from error
     if version != expected:
-        raise DataError(
-            f"The tokenizer has format version {version}, this release reads {expected}.",
-            "Use the release that wrote it.",
-        )
+        message = f"The tokenizer has format version {version}, this release reads {expected}."
+        raise DataError(message, "Use the release that wrote it.")
     if (kind := value.get("kind")) == "byte":
         return ByteTokenizer()
     tokenizer_class: type[BackendTokenizer] = BytePairTokenizer
@@ -329,9 +312,8 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
         tokenizer_class = HFTokenizer
     elif kind != "bpe":
-        raise DataError(
-            f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'.", "Use the release that wrote it."
-        )
+        message = f"The tokenizer's kind is '{kind}', expected 'byte' or 'bpe'."
+        raise DataError(message, "Use the release that wrote it.")
     if not isinstance(vocab_size := value.get("vocab_size"), int):
         raise DataError(f"The tokenizer's vocab_size is {vocab_size}, expected a number.", "Restore it from a copy.")
     return tokenizer_class.from_backend_json(json.dumps(value.get("model")), vocab_size)
@@ -340,8 +322,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Read a tokenizer that :meth:`Tokenizer.save` wrote, or any library's ``tokenizer.json``.
 
-    Raises:
-        DataError: The file is missing or is not a tokenizer.
+    Raises DataError if the file is missing or is not a tokenizer.
     """
     text = _read_tokenizer_file(path)
     try:
@@ -370,9 +351,8 @@ def _parse_backend(text: str, name: str) -> Any:
     try:
         return Backend.from_str(text)
     except Exception as error:  # the library raises bare Exception
-        raise DataError(
-            f"'{name}' is not a tokenizer.json: {error}.", "Give a file of the tokenizers library."
-        ) from error
+        message = f"'{name}' is not a tokenizer.json: {error}."
+        raise DataError(message, "Give a file of the tokenizers library.") from error
 
 
 def _build_id_to_bytes(backend: Any, vocabulary: dict[str, int]) -> dict[int, bytes]:

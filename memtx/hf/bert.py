@@ -12,10 +12,12 @@ from torch import nn
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.embeddings import TextEmbeddings
 from memtx.layers.encoder_attention import EncoderAttention, FullAttention
 from memtx.models.encoder import Encoder
+
+EncoderAttentionFactory = Callable[[int, int, int], EncoderAttention]
 
 EMBEDDING_KEY = "embeddings.word_embeddings.weight"
 DECODER_KEY = "cls.predictions.decoder.weight"
@@ -103,7 +105,7 @@ def build_encoder(
     hf_checkpoint: HFCheckpoint,
     mapping: KeyMapping,
     decoder_key: str,
-    attentions: Sequence[Callable[[int, int, int], EncoderAttention]],
+    attentions: Sequence[EncoderAttentionFactory],
     embedding_options: dict[str, Any] | None = None,
     *,
     keys: EncoderConfigKeys | None = None,
@@ -113,23 +115,11 @@ def build_encoder(
     activation: str = "gelu",
     mlm_head_activation: Callable[[], nn.Module] | None = None,
 ) -> Encoder:
-    """Return the encoder of a folder.
+    """Return the encoder of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    Args:
-        hf_checkpoint: The folder.
-        mapping: Names of the layout.
-        decoder_key: Name of the MLM head's last weights, which may be tied to the embeddings.
-        attentions: Attention factories, one for all layers or one per layer.
-        embedding_options: Options of the embeddings that not all layouts share.
-        keys: Names of the options. Defaults to BERT's.
-        vocab_size: Default of the config, as are depth, max_length and activation.
-        depth: Default number of layers.
-        max_length: Default number of positions.
-        activation: Name of the default activation.
-        mlm_head_activation: Activation factory of the MLM head. Defaults to the feed-forward activation.
-
-    Raises:
-        CheckpointError: An option or a tensor does not fit.
+    ``decoder_key`` names the MLM head's last weights, which may be tied to the embeddings; ``attentions`` has a factory
+    for all layers or one per layer; ``keys`` defaults to BERT's options, ``mlm_head_activation`` to the feed-forward
+    activation. vocab_size, depth, max_length and activation stand for options that the config omits.
     """
     config, keys = HFConfig(hf_checkpoint.config), keys or EncoderConfigKeys()
     eps = config.get_float(keys.eps, 1e-12) if keys.eps is not None else 1e-12

@@ -12,11 +12,12 @@ import os
 import pickle
 import struct
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,36 +48,29 @@ CHUNK_BYTES = 1 << 20
 """Bytes read at a time if they are not read to their destination."""
 
 
-class LazyTensor(Protocol):
-    """A tensor of a checkpoint that can be read in parts."""
+@dataclass(frozen=True)
+class LazyTensor(ABC):
+    """A tensor of a checkpoint that can be read in parts.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype on disk."""
+    Attributes:
+        dtype: Dtype on disk.
+        shape: Shape on disk.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape on disk."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
 
+    @abstractmethod
     def read_into(self, target: Tensor, start: int = 0) -> None:
         """Read the rows from ``start`` into ``target``, contiguous and of any dtype, as many as it has."""
 
 
 @dataclass(frozen=True)
-class SafetensorsTensor:
-    """A tensor in a safetensors file.
-
-    Attributes:
-        path: The file.
-        byte_offset: Position of its first byte in the file.
-        dtype: Dtype on disk.
-        shape: Shape on disk.
-    """
+class SafetensorsTensor(LazyTensor):
+    """A tensor in a safetensors file, ``byte_offset`` bytes from its beginning."""
 
     path: Path
     byte_offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
     def read_into(self, target: Tensor, start: int = 0) -> None:
         """Read directly into ``target``, or in chunks if it has another dtype."""
@@ -100,23 +94,13 @@ class SafetensorsTensor:
 
 
 @dataclass(frozen=True)
-class LoadedTensor:
+class LoadedTensor(LazyTensor):
     """A tensor in memory, or memory-mapped."""
 
     tensor: Tensor
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype on disk."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape on disk."""
-        return tuple(self.tensor.shape)
-
     def read_into(self, target: Tensor, start: int = 0) -> None:
-        """Copy."""
+        """Copy the rows from ``start`` into ``target``."""
         target.copy_(self.tensor[start : start + target.shape[0]] if target.dim() else self.tensor)
 
 
@@ -162,11 +146,7 @@ class HFCheckpoint:
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Return the text of a folder's config.json and the parsed object.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or not a JSON object.
-    """
+    """Return the text of a folder's config.json and the object; raises CheckpointError if it is missing or damaged."""
     config_path = Path(path) / CONFIG_FILE
     if not config_path.is_file():
         raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give the folder that holds the whole checkpoint.")
@@ -179,8 +159,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 def open_checkpoint(path: str | os.PathLike[str]) -> HFCheckpoint:
     """Open a folder without reading its tensors; those of a pickle are memory-mapped.
 
-    Raises:
-        CheckpointError: A file is missing, damaged, or holds more than tensors.
+    Raises CheckpointError if a file is missing, damaged, or holds more than tensors.
     """
     config_text, config = read_config(path)
     return HFCheckpoint(Path(path), config_text, config, _open_tensors(Path(path)))
@@ -198,16 +177,12 @@ def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
                     raise CheckpointError(f"'{folder}' lacks {file_name}, named in its index.", "Download the file.")
                 shard = open_file(path)
                 if missing := sorted(names - shard.keys()):
-                    raise CheckpointError(
-                        f"'{path}' lacks {', '.join(missing)}, which the index lists there.",
-                        "The index belongs to other files; download all of them again.",
-                    )
+                    message = f"'{path}' lacks {', '.join(missing)}, which the index lists there."
+                    raise CheckpointError(message, "The index belongs to other files; download all of them again.")
                 tensors.update(shard)
             return tensors
-    raise CheckpointError(
-        f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either.",
-        "Give the folder that holds the whole checkpoint.",
-    )
+    message = f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either."
+    raise CheckpointError(message, "Give the folder that holds the whole checkpoint.")
 
 
 def _read_index(index_path: Path) -> dict[str, set[str]]:
@@ -220,9 +195,8 @@ def _read_index(index_path: Path) -> dict[str, set[str]]:
     for name, file_name in weight_map.items():
         # A downloaded index must not make us read files outside its folder.
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            raise CheckpointError(
-                f"'{index_path}' puts {name} into {file_name!r}, which is no file beside it.", "Download it again."
-            )
+            message = f"'{index_path}' puts {name} into {file_name!r}, which is no file beside it."
+            raise CheckpointError(message, "Download it again.")
         shards.setdefault(file_name, set()).add(name)
     return shards
 
@@ -245,12 +219,10 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            raise CheckpointError(
-                f"'{path}' holds {name} as {entry['dtype']}, supported are {', '.join(DTYPES)}.",
-                "Convert the checkpoint to bfloat16.",
-            )
+            message = f"'{path}' holds {name} as {entry['dtype']}, supported are {', '.join(DTYPES)}."
+            raise CheckpointError(message, "Convert the checkpoint to bfloat16.")
         offset = 8 + header_length + entry["data_offsets"][0]
-        tensors[name] = SafetensorsTensor(path, offset, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        tensors[name] = SafetensorsTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), path, offset)
     return tensors
 
 
@@ -259,25 +231,18 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
         # Files from before torch 1.6 are no zip files and cannot be memory-mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"'{path}' holds more than tensors, and a pickle can execute anything.",
-            f"Convert it to {SAFETENSORS_FILE} if you trust it.",
-        ) from error
+        message = f"'{path}' holds more than tensors, and a pickle can execute anything."
+        raise CheckpointError(message, f"Convert it to {SAFETENSORS_FILE} if you trust it.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(
-            f"'{path}' is not a whole file ({type(error).__name__}).", "Download it again."
-        ) from error
+        message = f"'{path}' is not a whole file ({type(error).__name__})."
+        raise CheckpointError(message, "Download it again.") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"'{path}' does not hold tensors by name.", "Give the weights of a model.")
-    return {str(name): LoadedTensor(tensor) for name, tensor in content.items()}
+    return {str(name): LoadedTensor(tensor.dtype, tuple(tensor.shape), tensor) for name, tensor in content.items()}
 
 
 def write_checkpoint(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
-    """Write model.safetensors, then config.json, so that a config never stands without weights.
-
-    Raises:
-        MemtxError: The folder cannot be written.
-    """
-    # transformers refuses a file whose header lacks format "pt", which save_tensors writes.
+    """Write model.safetensors, then config.json; raises MemtxError if the folder cannot be written."""
+    # transformers requires the header's format "pt", which save_tensors writes.
     files.save_tensors(Path(path) / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
     files.write_text(Path(path) / CONFIG_FILE, config_text)

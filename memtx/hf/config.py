@@ -33,10 +33,10 @@ DEFAULT_MAX_WINDOW = 4096
 
 
 class HFConfig:
-    """A config with typed access.
+    """Typed access to the content of config.json, or to an object in it.
 
-    Args:
-        values: Content of config.json, or an object in it.
+    The typed getters raise CheckpointError for a value that is missing without a default, of another type, or out of
+    range.
     """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -48,44 +48,28 @@ class HFConfig:
         return default if value is None else value
 
     def get_int(self, key: str, default: int | None = None, *, min_value: int = 1) -> int:
-        """Return an integer.
-
-        Raises:
-            CheckpointError: It is missing without a default, of another type, or too small.
-        """
+        """Return an integer of at least ``min_value``."""
         value = self.get(key, default)
         if not _is_int(value) or value < min_value:
             raise _invalid(key, value, f"an integer of at least {min_value}")
         return int(value)
 
     def get_float(self, key: str, default: float | None = None) -> float:
-        """Return a number of at least 0.
-
-        Raises:
-            CheckpointError: It is missing without a default, of another type, or negative.
-        """
+        """Return a number of at least 0."""
         value = self.get(key, default)
         if not (_is_int(value) or isinstance(value, float)) or not value >= 0:
             raise _invalid(key, value, "a number of at least 0")
         return float(value)
 
     def get_bool(self, key: str, default: bool) -> bool:
-        """Return a boolean.
-
-        Raises:
-            CheckpointError: It is of another type.
-        """
+        """Return a boolean."""
         value = self.get(key, default)
         if not isinstance(value, bool):
             raise _invalid(key, value, "true or false")
         return value
 
     def get_ints(self, key: str, count: int | None, default: Any = None, *, min_value: int = 1) -> list[int]:
-        """Return a list of integers; a single integer stands for ``count`` of them.
-
-        Raises:
-            CheckpointError: It is missing without a default, of another type or length, or has an item too small.
-        """
+        """Return a list of integers, ``count`` unless None; a single integer stands for ``count`` of them."""
         value = self.get(key, default)
         items = [value] * count if count is not None and _is_int(value) else value
         if (
@@ -97,11 +81,7 @@ class HFConfig:
         return list(items)
 
     def get_activation(self, key: str, default: str) -> Callable[[], nn.Module]:
-        """Return the factory of the activation that a key names.
-
-        Raises:
-            CheckpointError: The name is unknown.
-        """
+        """Return the factory of an activation by its name in ``ACTIVATIONS``."""
         name = str(self.get(key, default))
         if name not in ACTIVATIONS:
             raise CheckpointError(
@@ -112,22 +92,11 @@ class HFConfig:
         return ACTIVATIONS[name]
 
     def require(self, key: str, supported: Any, feature: str) -> None:
-        """Check that a key is missing, null, or has the one supported value.
-
-        Args:
-            key: The key.
-            supported: The supported value.
-            feature: What other values mean, in the plural.
-
-        Raises:
-            CheckpointError: It has another value.
-        """
+        """Raise CheckpointError unless a key is missing, null or ``supported``; ``feature`` names the others."""
         value = self.get(key, supported)
         if value != supported:
-            raise CheckpointError(
-                f"config.json has {key} = {value!r}: {feature} are not supported.",
-                f"Use a model with {key} = {supported!r}.",
-            )
+            message = f"config.json has {key} = {value!r}: {feature} are not supported."
+            raise CheckpointError(message, f"Use a model with {key} = {supported!r}.")
 
 
 def _is_int(value: Any) -> bool:
@@ -141,12 +110,10 @@ def _invalid(key: str, value: Any, expected: str) -> CheckpointError:
 def build_window_memories(
     requested_window: int | None, max_length: int, sliding_windows: Sequence[int | None]
 ) -> list[Any]:
-    """Return the memories of a decoder: an exact window in each layer.
+    """Return the memories of a decoder, an exact window in each layer.
 
-    Args:
-        requested_window: Positions seen. Defaults to ``max_length``, at most ``DEFAULT_MAX_WINDOW``.
-        max_length: Positions that the model was trained on.
-        sliding_windows: Window that each layer was trained with; None if it saw all positions.
+    The window defaults to ``max_length``, the trained length, at most ``DEFAULT_MAX_WINDOW``. No layer's window exceeds
+    its sliding window, which is None if it was trained on all positions.
     """
     if requested_window is not None:
         check_at_least(1, window=requested_window)
@@ -204,16 +171,10 @@ ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | N
 
 
 def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int], Positions], int]:
-    """Return the factory of a layer's rotary positions, and the number of positions the model supports.
+    """Return the factory of a layer's rotary positions, and the number of positions that the model supports.
 
-    Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``.
-
-    Args:
-        config: The config.
-        max_length: Number of positions in the config.
-
-    Raises:
-        CheckpointError: The scaling is unknown or lacks a number.
+    Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. ``max_length`` is the number of
+    positions in the config. Raises CheckpointError if the scaling is unknown or lacks a number.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):

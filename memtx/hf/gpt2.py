@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_window_memories
 from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.positions.absolute import LearnedPositions
 from memtx.layers.positions.base import NoPositions
@@ -40,14 +40,9 @@ GPT2 = KeyMapping(
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Return the GPT-2 of a folder.
+    """Return the GPT-2 of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    Args:
-        hf_checkpoint: The folder.
-        window: Exact positions seen. Defaults to the trained length, at most 4096.
-
-    Raises:
-        CheckpointError: An option or a tensor does not fit.
+    ``window`` is the number of exact positions seen. Defaults to the trained length, at most 4096.
     """
     config = HFConfig(hf_checkpoint.config)
     config.require("add_cross_attention", False, "decoders with an encoder")

@@ -50,7 +50,7 @@ class WeightTransform:
     transposed: bool = False
 
     @classmethod
-    def from_rows(
+    def from_slice(
         cls, name: str, start: int = 0, num_rows: int | None = None, rotary_heads: int = 0
     ) -> WeightTransform:
         """Return the transform of one slice; arguments as in :class:`RowSlice`."""
@@ -58,7 +58,7 @@ class WeightTransform:
 
     def checkpoint_shape(self, weights: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return the shape in the checkpoint."""
-        parts = [rows.select(weights) for rows in self.slices]
+        parts = [part.select(weights) for part in self.slices]
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         return shape[::-1] if self.transposed else shape
 
@@ -67,7 +67,7 @@ class WeightTransform:
         if self.slices == (RowSlice(self.slices[0].name),):
             out = weights[self.slices[0].name]  # of any dimension
         else:
-            out = torch.cat([_deinterleave_rotary(rows.select(weights), rows.rotary_heads) for rows in self.slices])
+            out = torch.cat([_deinterleave_rotary(part.select(weights), part.rotary_heads) for part in self.slices])
         return out.mT if self.transposed else out
 
     def load_into(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
@@ -76,12 +76,12 @@ class WeightTransform:
             self._load_transposed(weights, tensor)
             return
         start = 0
-        for rows in self.slices:
-            target = rows.select(weights)
+        for part in self.slices:
+            target = part.select(weights)
             tensor.read_into(target, start)
-            if rows.rotary_heads:
+            if part.rotary_heads:
                 # One head at a time, so that the copies stay small.
-                for head in target.chunk(rows.rotary_heads):
+                for head in target.chunk(part.rotary_heads):
                     head.copy_(_interleave_rotary(head))
             start += target.shape[0]
 
@@ -89,8 +89,8 @@ class WeightTransform:
         column = 0
         for chunk in iter_chunks(tensor):
             row, end = 0, column + chunk.shape[0]
-            for rows in self.slices:
-                target = rows.select(weights)
+            for part in self.slices:
+                target = part.select(weights)
                 target[:, column:end] = chunk[:, row : row + target.shape[0]].mT
                 row += target.shape[0]
             column = end
@@ -161,4 +161,4 @@ class KeyMapping:
 
     def entries(self, parameter_names: Iterable[str]) -> list[WeightEntry]:
         """Return one entry for each parameter of the model."""
-        return [(WeightTransform.from_rows(name), self.candidate_keys(name)) for name in parameter_names]
+        return [(WeightTransform.from_slice(name), self.candidate_keys(name)) for name in parameter_names]

@@ -12,7 +12,7 @@ from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_rotary, build_window_memories
 from memtx.hf.layout import KeyMapping, WeightEntry, WeightTransform
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.feed_forward import SwiGLU
 from memtx.models.memory_transformer import MemoryTransformer
 
@@ -80,10 +80,8 @@ def _qwen_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
         layer_types = ["full_attention" if layer < first_sliding else "sliding_attention" for layer in range(depth)]
     known = {"full_attention", "sliding_attention"}
     if not isinstance(layer_types, list) or len(layer_types) != depth or set(layer_types) - known:
-        raise CheckpointError(
-            f"config.json has layer_types = {layer_types!r}.",
-            f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.",
-        )
+        message = f"config.json has layer_types = {layer_types!r}."
+        raise CheckpointError(message, f"Name 'full_attention' or 'sliding_attention' for each of {depth} layers.")
     window = config.get_int("sliding_window", 4096) if config.get_bool("use_sliding_window", False) else None
     return [window if layer_type == "sliding_attention" else None for layer_type in layer_types]
 
@@ -105,14 +103,9 @@ CONFIG_DEFAULTS = {
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Return the decoder of a folder.
+    """Return the decoder of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    Args:
-        hf_checkpoint: The folder.
-        window: Exact positions seen. Defaults to the trained length, at most 4096.
-
-    Raises:
-        CheckpointError: An option or a tensor does not fit.
+    ``window`` is the number of exact positions seen. Defaults to the trained length, at most 4096.
     """
     config = HFConfig(hf_checkpoint.config)
     defaults = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]
@@ -149,16 +142,16 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
 
 
 def _build_entries(weights: Mapping[str, Tensor], *, heads: int, kv_heads: int) -> list[WeightEntry]:
-    rows = WeightTransform.from_rows
+    transform = WeightTransform.from_slice
     entries: list[WeightEntry] = []
     for name, tensor in weights.items():
         keys, half = LLAMA.candidate_keys(name), tensor.shape[0] // 2
         if ".attention.key_value." in name or ".feed_forward.gate_up." in name:
             rotary_heads = kv_heads if ".key_value." in name else 0
-            entries += [(rows(name, 0, half, rotary_heads), keys[:1]), (rows(name, half, half), keys[1:])]
+            entries += [(transform(name, 0, half, rotary_heads), keys[:1]), (transform(name, half, half), keys[1:])]
         elif ".attention.query." in name:
-            entries.append((rows(name, rotary_heads=heads), keys))
+            entries.append((transform(name, rotary_heads=heads), keys))
         else:
             is_head_norm = name.endswith((".query_norm.weight", ".key_norm.weight"))
-            entries.append((rows(name, rotary_heads=1 if is_head_norm else 0), keys))
+            entries.append((transform(name, rotary_heads=1 if is_head_norm else 0), keys))
     return entries

@@ -10,7 +10,7 @@ from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
-from memtx.hf.weights import load_weights
+from memtx.hf.loader import load_weights
 from memtx.layers.positions.absolute import AxialPositionEmbeddings, PositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
@@ -87,9 +87,8 @@ def _build_attentions(config: HFConfig) -> list[Callable[[int, int, bool], Refor
     }
     kinds = config.get("attn_layers", ["local", "lsh"] * 3)
     if unknown := [kind for kind in kinds if kind not in factories]:
-        raise CheckpointError(
-            f"config.json has attn_layers = {unknown[0]!r}, known are 'local', 'lsh'.", "Restore config.json."
-        )
+        message = f"config.json has attn_layers = {unknown[0]!r}, known are 'local', 'lsh'."
+        raise CheckpointError(message, "Restore config.json.")
     return [factories[kind] for kind in kinds]
 
 

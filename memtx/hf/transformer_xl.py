@@ -7,7 +7,7 @@ from functools import partial
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig
 from memtx.hf.layout import KeyMapping
-from memtx.hf.weights import has_tied_weights, load_weights
+from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.models.transformer_xl import TransformerXL
 
 HEAD_PREFIXES = ("crit.",)

@@ -51,7 +51,7 @@ class EntryPositions:
 
     Attributes:
         offset: Offsets of the entries, ``(batch or 1, entries)`` float64.
-        visibility: Lifetimes and static bounds of the entries, in order.
+        visibility: First and last query that sees each entry, with static bounds, in order.
     """
 
     offset: Tensor

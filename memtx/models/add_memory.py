@@ -66,11 +66,7 @@ def add_memory(
 
 
 def remove_memory(model: ModelT, window: int) -> ModelT:
-    """Return a copy of a model, which shares its weights, that sees ``window`` exact positions and nothing else.
-
-    Raises:
-        MemtxError: The window is not positive.
-    """
+    """Return a copy of a model, which shares its weights, that sees ``window`` (at least 1) exact positions alone."""
     factory = partial(RecurrentMemory, window=window)
     adapted = _copy_with_shared_weights(model)
     for block in adapted._layers():
@@ -96,10 +92,8 @@ def _build_stack(
     present = block.attention.memory
     present_window = getattr(present, "window", None)
     if not isinstance(present, RecurrentMemory | CompressedMemory) or present_window is None:
-        raise MemtxError(
-            f"Layer {layer} has {type(present).__name__}, which has no window to replace.",
-            "Add memory to a model with RecurrentMemory or CompressedMemory.",
-        )
+        message = f"Layer {layer} has {type(present).__name__}, which has no window to replace."
+        raise MemtxError(message, "Add memory to a model with RecurrentMemory or CompressedMemory.")
     window = present_window if window is None else min(present_window, window)
     stack = [(factory, factory(present.dim)) for factory in factories]
     exact = [entry for entry in stack if not isinstance(entry[1], ReadoutMemory)]
@@ -148,11 +142,8 @@ class Retrofit:
         gated_memory: bool = True,
     ) -> None:
         self.path = path
-        self.memories = memories
-        self.window = window
-        self.num_sinks = num_sinks
-        self.layers = layers
-        self.gated_memory = gated_memory
+        self._options: dict[str, Any] = {"window": window, "num_sinks": num_sinks, "layers": layers}
+        self._options |= {"memories": memories, "gated_memory": gated_memory}
 
     def __call__(self, vocab_size: int) -> MemoryTransformer:
         """Return the model in training mode.
@@ -175,11 +166,4 @@ class Retrofit:
                 f"The tokenizer has {vocab_size} ids, the model in '{self.path}' {model.vocab_size}.",
                 "Use the model's tokenizer: --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
             )
-        return add_memory(
-            model,
-            self.memories,
-            window=self.window,
-            num_sinks=self.num_sinks,
-            layers=self.layers,
-            gated_memory=self.gated_memory,
-        ).train()
+        return add_memory(model, **self._options).train()

@@ -24,7 +24,7 @@ class EncoderOutput:
     """Output of one call.
 
     Attributes:
-        last_hidden_state: ``(batch, length, dim)``.
+        last_hidden_state: ``(batch, length, dim)``; twice as wide for a Reformer.
         hidden_states: If requested, outputs of the embedding and of every layer, each ``(batch, length, dim)``.
         logits: ``(batch, length, vocab)``, or ``(n, vocab)`` for n selected positions; None without a head.
         pooler_output: ``(batch, dim)``, computed from the first token; None without a pooler.
@@ -107,26 +107,20 @@ class Encoder(PretrainedModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if len(attentions) not in (1, depth):
-            raise MemtxError(
-                f"There are {len(attentions)} attentions for {depth} layers.", f"Give one for all layers, or {depth}."
-            )
+            message = f"There are {len(attentions)} attentions for {depth} layers."
+            raise MemtxError(message, f"Give one for all layers, or {depth}.")
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.embedding = embeddings(vocab_size, dim)
-        self.blocks = nn.ModuleList(
-            EncoderBlock(
-                attention(dim, heads, layer), FeedForward(dim, hidden_dim, activation=activation), dim, eps, dropout
-            )
-            for layer, attention in enumerate(attentions if len(attentions) == depth else list(attentions) * depth)
-        )
+        self.blocks = nn.ModuleList()
+        for layer, attention in enumerate(attentions if len(attentions) == depth else list(attentions) * depth):
+            parts = (attention(dim, heads, layer), FeedForward(dim, hidden_dim, activation=activation))
+            self.blocks.append(EncoderBlock(*parts, dim, eps, dropout))
         self.pooler = Linear(dim, dim) if add_pooling_layer else None
-        self.head = (
-            MaskedLMHead(
-                dim, vocab_size, tie_weights=tie_embeddings, activation=mlm_head_activation or activation, eps=eps
-            )
-            if add_mlm_head
-            else None
-        )
+        self.head = None
+        if add_mlm_head:
+            head_activation = mlm_head_activation or activation
+            self.head = MaskedLMHead(dim, vocab_size, tie_weights=tie_embeddings, activation=head_activation, eps=eps)
         self.reset_parameters()
 
     def reset_parameters(self, std: float = 0.02) -> None:
@@ -175,17 +169,10 @@ class Encoder(PretrainedModel):
         Raises:
             MemtxError: Shapes do not fit each other, a text is too long, or the model does not support an argument.
         """
-        check_token_ids(
-            "input_ids",
-            input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            global_attention_mask=global_attention_mask,
-        )
+        masks = {"attention_mask": attention_mask, "global_attention_mask": global_attention_mask}
+        check_token_ids("input_ids", input_ids, token_type_ids=token_type_ids, **masks)
         if global_attention_mask is not None and not self.supports_global_attention:
-            raise MemtxError(
-                "global_attention_mask was given to a model without global tokens.", "Remove global_attention_mask."
-            )
+            raise MemtxError("global_attention_mask was given to a model without global tokens.", "Remove it.")
         attentions = [block.attention for block in self._layers()]
         for layer in random_blocks or {}:
             if not (0 <= layer < self.depth and attentions[layer].supports_random_blocks):

@@ -77,8 +77,7 @@ class SequenceClassificationHead(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits ``(batch, num_labels)`` for x ``(batch, length, dim)``."""
-        out: Tensor = self.out(self.dropout(self.pooling(x, attention_mask)))
-        return out
+        return cast(Tensor, self.out(self.dropout(self.pooling(x, attention_mask))))
 
 
 class TokenClassificationHead(nn.Module):
@@ -98,8 +97,7 @@ class TokenClassificationHead(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits ``(batch, length, num_labels)`` for x ``(batch, length, dim)``."""
-        out: Tensor = self.out(self.dropout(x))
-        return out
+        return cast(Tensor, self.out(self.dropout(x)))
 
 
 class MemoryTransformerBackbone(nn.Module):
@@ -170,11 +168,10 @@ class TaskModel(PretrainedModel):
         self.save_init_args(arguments)
         module = backbone(vocab_size)
         if not isinstance(module, Encoder | MemoryTransformerBackbone | XLNet):
-            raise MemtxError(
-                f"The backbone is a {type(module).__name__}, "
-                "expected an Encoder, an XLNet or a MemoryTransformerBackbone.",
-                "Change backbone.",
+            message = (
+                f"The backbone is a {type(module).__name__}, expected an Encoder, XLNet or MemoryTransformerBackbone."
             )
+            raise MemtxError(message, "Change backbone.")
         if isinstance(module, Encoder):
             # No task uses them, so they would have no gradient.
             module.head = module.pooler = None
@@ -208,15 +205,10 @@ class TaskModel(PretrainedModel):
         *,
         return_hidden_states: bool = False,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Return hidden states and logits.
+        """Return hidden states and logits; arguments as in :meth:`forward`.
 
-        Args:
-            tokens: As in :meth:`forward`, as are the masks.
-            attention_mask: As in :meth:`forward`.
-            token_type_ids: As in :meth:`forward`.
-            global_attention_mask: As in :meth:`forward`.
-            return_hidden_states: If True, return outputs of the embedding and of every layer of an ``Encoder``, each
-                ``(batch, length, dim)``; other backbones return none.
+        If ``return_hidden_states`` is True, the hidden states of an ``Encoder`` are the outputs of the embedding and of
+        every layer, each ``(batch, length, dim)``; other backbones return none.
         """
         hidden: tuple[Tensor, ...] = ()
         if isinstance(self.backbone, MemoryTransformerBackbone):
@@ -224,14 +216,8 @@ class TaskModel(PretrainedModel):
         elif isinstance(self.backbone, XLNet):
             x = self.backbone(tokens, attention_mask).last_hidden_state
         else:
-            out = run_encoder(
-                self.backbone,
-                tokens,
-                attention_mask,
-                token_type_ids,
-                global_attention_mask,
-                return_hidden_states=return_hidden_states,
-            )
+            masks = (attention_mask, token_type_ids, global_attention_mask)
+            out = run_encoder(self.backbone, tokens, *masks, return_hidden_states=return_hidden_states)
             x, hidden = out.last_hidden_state, out.hidden_states or ()
         return hidden, self.head(x, attention_mask)
 
@@ -248,9 +234,7 @@ def run_encoder(
     """Return an encoder's output for a task's batch, without the arguments that it does not support."""
     if encoder.type_vocab_size <= 1:
         token_type_ids = None
-    if not encoder.supports_global_attention or (
-        global_attention_mask is not None and not bool(global_attention_mask.any())
-    ):
+    if global_attention_mask is not None and not (encoder.supports_global_attention and global_attention_mask.any()):
         global_attention_mask = None
     output = encoder(
         tokens, attention_mask, token_type_ids, global_attention_mask, output_hidden_states=return_hidden_states

@@ -200,16 +200,7 @@ class MemoryTransformer(PretrainedModel):
     def init_state(
         self, batch_size: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> MemoryState:
-        """Return the state of fresh streams.
-
-        Args:
-            batch_size: Number of streams.
-            dtype: Dtype of the state. Defaults to the weights'.
-            device: Device of the state. Defaults to the weights'.
-
-        Raises:
-            MemtxError: ``batch_size`` is not positive.
-        """
+        """Return the state of ``batch_size`` (at least 1) fresh streams; dtype and device default to the weights'."""
         check_at_least(1, batch_size=batch_size)
         weight = self.embedding.weight
         like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
@@ -257,19 +248,13 @@ class MemoryTransformer(PretrainedModel):
         x = self.dropout(self._embed(tokens, segment.position))
         run_layers = partial(self._run_layers, keep_hidden_states=return_hidden_states)
         chunk_ends = find_chunk_ends(segment, self._layers())
+        call = (chunk_ends, x, state, document_starts)
         if self.memory_tokens is not None:
             hidden, layers, losses = forward_with_memory_tokens(
-                run_layers,
-                self._layers(),
-                self.memory_tokens,
-                self.write_tokens,
-                chunk_ends,
-                x,
-                state,
-                document_starts,
+                run_layers, self._layers(), self.memory_tokens, self.write_tokens, *call
             )
         elif chunk_ends:
-            hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts)
+            hidden, layers, losses = forward_in_chunks(run_layers, *call)
         else:
             hidden, layers, losses = run_layers(x, state.layers, segment)
         x = self.norm(hidden[-1])
@@ -282,15 +267,9 @@ class MemoryTransformer(PretrainedModel):
             nll = nll.view_as(labels)
             language_loss = nll_sum / (flat_labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = language_loss + sum(losses.values())
-        return MemoryOutput(
-            logits,
-            tuple(hidden) if return_hidden_states else None,
-            MemoryState(segment.next_position, layers),
-            loss,
-            language_loss,
-            nll,
-            losses,
-        )
+        hidden_states = tuple(hidden) if return_hidden_states else None
+        next_state = MemoryState(segment.next_position, layers)
+        return MemoryOutput(logits, hidden_states, next_state, loss, language_loss, nll, losses)
 
     def _embed(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Return ``(..., dim)`` for tokens at positions, both ``(...)`` int64."""
@@ -334,21 +313,17 @@ class MemoryTransformer(PretrainedModel):
         return MemoryState(position.clone(), tuple(layers))
 
     def decode_step(self, tokens: Tensor, rings: Sequence[KVRing], step: DecodeStep) -> Tensor:
-        """Read one token per stream in eval mode, for :class:`memtx.inference.decoder.Decoder`.
+        """Return the logits ``(batch, vocab)`` after one more token per stream, in eval mode; for the Decoder.
 
         Args:
             tokens: ``(batch,)`` int64.
             rings: Rings from :meth:`to_rings`, changed in place.
             step: Positions of the tokens.
-
-        Returns:
-            ``(batch, vocab)`` logits.
         """
         x = self._embed(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
-        logits: Tensor = self.head(self.norm(x))
-        return logits
+        return cast(Tensor, self.head(self.norm(x)))
 
 
 def _memory_stacks(
@@ -356,9 +331,8 @@ def _memory_stacks(
 ) -> list[Sequence[MemoryFactory]]:
     """Return the memory factories of each layer."""
     if len(memories) not in (1, depth):
-        raise MemtxError(
-            f"There are {len(memories)} memories for {depth} layers.", f"Give one for all layers, or {depth}."
-        )
+        message = f"There are {len(memories)} memories for {depth} layers."
+        raise MemtxError(message, f"Give one for all layers, or {depth}.")
     stacks = [memory if isinstance(memory, Sequence) else [memory] for memory in memories]
     if not all(stacks):
         raise MemtxError("A layer's list of memories is empty.", "Give NoMemory for a layer without memory.")

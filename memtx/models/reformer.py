@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -21,39 +20,13 @@ from memtx.errors import MemtxError, check_at_least
 from memtx.layers import reversible
 from memtx.layers.positions.absolute import AxialPositionEmbeddings, PositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
-from memtx.models.encoder import init_normal
+from memtx.models.encoder import EncoderOutput, init_normal
 from memtx.models.validation import check_token_ids
 from memtx.ops.cpu.linear import Linear
 
 
-@dataclass(frozen=True)
-class ReformerOutput:
-    """Output of one call.
-
-    Attributes:
-        last_hidden_state: ``(batch, length, 2 dim)``, both streams concatenated and normalized.
-        hidden_states: If requested, the embedding's output and every layer's second stream, each
-            ``(batch, length, dim)``.
-        logits: ``(batch, length, vocab)``; None without a head.
-    """
-
-    last_hidden_state: Tensor
-    hidden_states: tuple[Tensor, ...] | None = None
-    logits: Tensor | None = None
-
-
 class ReformerBlock(nn.Module):
-    """One reversible layer.
-
-    Args:
-        attention: Attention part.
-        dim: Width of the hidden states.
-        hidden_dim: Hidden width of the feed-forward part.
-        activation: Factory of its activation.
-        feed_forward_chunk_size: Positions that the feed-forward part processes at a time; 0 for all.
-        eps: Epsilon of the norms.
-        dropout: Dropout rate of the residual branches and within the feed-forward part.
-    """
+    """One reversible layer; arguments as in :class:`Reformer`. Dropout also applies within the feed-forward part."""
 
     def __init__(
         self,
@@ -98,8 +71,7 @@ class ReformerBlock(nn.Module):
 
     def _feed_forward_chunk(self, x: Tensor) -> Tensor:
         hidden = self.activation(self.dropout(self.up(self.feed_forward_norm(x))))
-        out: Tensor = self.dropout(self.down(hidden))
-        return out
+        return cast(Tensor, self.dropout(self.down(hidden)))
 
 
 class Reformer(PretrainedModel):
@@ -180,18 +152,18 @@ class Reformer(PretrainedModel):
         return cast(list[ReformerBlock], list(self.blocks))
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        output_hidden_states: bool = False,
-    ) -> ReformerOutput:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, output_hidden_states: bool = False
+    ) -> EncoderOutput:
         """Read whole texts; the arguments have the names of the ``transformers`` library.
 
         Args:
             input_ids: ``(batch, length)`` int64, padded to whole chunks internally.
             attention_mask: ``(batch, length)``, 1 for a token and 0 for padding; None for no padding.
             output_hidden_states: If True, return the hidden states; the backward pass then stores all of them.
+
+        Returns:
+            Output whose last hidden state is ``(batch, length, 2 dim)``, both streams concatenated and normalized; the
+            hidden states are the embedding's output and every layer's second stream.
 
         Raises:
             MemtxError: Shapes do not fit each other, or a text is too long.
@@ -200,11 +172,9 @@ class Reformer(PretrainedModel):
         length = input_ids.shape[1]
         tokens, mask = self._pad_to_chunks(input_ids, attention_mask)
         if tokens.shape[1] > self.positions.max_length:
-            raise MemtxError(
-                f"A text of {length} tokens needs {tokens.shape[1]} positions, "
-                f"the model has {self.positions.max_length}.",
-                "Shorten the text, or use a model with more positions.",
-            )
+            num_positions = self.positions.max_length
+            message = f"A text of {length} tokens needs {tokens.shape[1]} positions, the model has {num_positions}."
+            raise MemtxError(message, "Shorten the text, or use a model with more positions.")
         x = self.dropout(self.embedding(tokens)) + self.dropout(self.positions(tokens.shape[1]))
         x1, x2, hidden = x, x, [x]
         if output_hidden_states or not torch.is_grad_enabled():
@@ -216,7 +186,7 @@ class Reformer(PretrainedModel):
         else:
             x1, x2 = reversible.reversible_forward(x1, x2, self._layers(), mask)
         x = self.dropout(self.norm(torch.cat([x1, x2], dim=-1)))[:, :length]
-        return ReformerOutput(
+        return EncoderOutput(
             x,
             tuple(state[:, :length] for state in hidden) if output_hidden_states else None,
             self.head(x) if self.head is not None else None,
@@ -232,6 +202,5 @@ class Reformer(PretrainedModel):
         if length % multiple == 0 or length <= min(chunk_lengths):
             return tokens, mask
         padding = -length % multiple
-        if mask is None:
-            mask = torch.ones_like(tokens, dtype=torch.bool)
+        mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
         return F.pad(tokens, (0, padding), value=self.pad_token_id), F.pad(mask, (0, padding))

@@ -31,7 +31,7 @@ MAX_CHUNK_TOKENS = 4096
 """Tokens of all streams read at once on the CPU without gradient: a layer's activations then stay in the cache."""
 
 MIN_CHUNK_LENGTH = 1024
-"""Minimum tokens per stream of such a chunk: every chunk projects the layers' whole caches anew."""
+"""Minimum tokens per stream of such a chunk: every chunk projects the layers' caches again."""
 
 
 @dataclass(frozen=True)
@@ -50,37 +50,22 @@ class MemoryTokens:
 
     @classmethod
     def from_blocks(cls, blocks: Sequence[Block]) -> MemoryTokens | None:
-        """Return the memory tokens of the layers, or None if they have none.
-
-        Raises:
-            MemtxError: Not all layers have exactly one TokenMemory of equal settings.
-        """
+        """Return the memory tokens of the layers, or None; raises MemtxError unless all layers have the same."""
+        stacks = [enumerate(block.attention.memories) for block in blocks]
         per_layer = [
-            [
-                (index, memory)
-                for index, memory in enumerate(block.attention.memories)
-                if isinstance(memory, TokenMemory)
-            ]
-            for block in blocks
+            [(index, memory) for index, memory in stack if isinstance(memory, TokenMemory)] for stack in stacks
         ]
         if not any(per_layer):
             return None
         settings = {(memory.num_tokens, memory.interval) for layer in per_layer for _, memory in layer}
         if any(len(layer) != 1 for layer in per_layer) or len(settings) != 1:
-            raise MemtxError(
-                "Memory tokens go through all layers, but not all layers have one TokenMemory of equal settings.",
-                "Give one list of memories for all layers.",
-            )
+            message = "Memory tokens go through all layers, but not all layers have one TokenMemory of equal settings."
+            raise MemtxError(message, "Give one list of memories for all layers.")
         return cls(tuple(layer[0][0] for layer in per_layer), *settings.pop())
 
 
 def find_chunk_ends(segment: Segment, blocks: Sequence[Block]) -> list[int]:
-    """Return the offsets at which the chunks of a call end, or an empty list to read it at once.
-
-    Args:
-        segment: Positions of the call's tokens.
-        blocks: The layers.
-    """
+    """Return the offsets at which the chunks of a call end, or an empty list to read it at once."""
     memories = [memory for block in blocks for memory in block.attention.memories]
     intervals = {memory.interval for memory in memories if memory.needs_layer_output or isinstance(memory, TokenMemory)}
     if offsets := {offset for interval in intervals if interval for offset in segment.split_offsets(interval)}:
@@ -124,9 +109,8 @@ def forward_in_chunks(
     chunks: list[list[Tensor]] = []
     losses: Losses = {}
     for end in chunk_ends:
-        segment = Segment.from_document_starts(
-            position, end - start, None if document_starts is None else document_starts[:, start:end]
-        )
+        starts_in_chunk = None if document_starts is None else document_starts[:, start:end]
+        segment = Segment.from_document_starts(position, end - start, starts_in_chunk)
         hidden, layers, chunk_losses = run_layers(x[:, start:end], layers, segment)
         position = segment.next_position
         if after_chunk is not None:
@@ -151,15 +135,8 @@ def forward_with_memory_tokens(
 ) -> tuple[list[Tensor], LayerStates, Losses]:
     """Read a call up to an interval end at a time, and write the memory tokens there.
 
-    Args:
-        run_layers: As for :func:`forward_in_chunks`, as are chunk_ends, x, state and document_starts.
-        blocks: The layers.
-        memory_tokens: Settings of the memory tokens.
-        write_tokens: Learned inputs whose outputs become the memory tokens, ``(num_tokens, dim)``.
-        chunk_ends: Offsets at which the chunks end, all interval ends among them.
-        x: Embedded tokens, ``(batch, length, dim)``.
-        state: State before the call.
-        document_starts: ``(batch, length)`` bool, or None.
+    The outputs of ``write_tokens``, learned inputs ``(num_tokens, dim)``, become the memory tokens; ``chunk_ends``
+    contains all interval ends. Other arguments and results as in :func:`forward_in_chunks`.
     """
 
     def after_chunk(layers: LayerStates, position: Tensor) -> LayerStates:
@@ -167,7 +144,7 @@ def forward_with_memory_tokens(
         return _update_memory_tokens(blocks, memory_tokens, write_tokens, layers, position)
 
     hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, after_chunk)
-    # What was written may be read in no call of this horizon; DDP still needs a gradient, which is zero then.
+    # No later call of the backward pass may read the written tokens; DDP still needs a gradient, which is then zero.
     hidden[-1] = hidden[-1] + 0.0 * write_tokens.sum()
     return hidden, layers, losses
 

@@ -26,16 +26,7 @@ from memtx.state import MemoryState
 
 
 class TransformerXLBlock(nn.Module):
-    """One layer: attention over [memory | segment], then feed-forward.
-
-    Args:
-        attention: Attention part.
-        feed_forward: Feed-forward part.
-        dim: Width of the hidden states.
-        eps: Epsilon of the norms.
-        pre_norm: If True, normalize the input of each part instead of the residual sum after it.
-        dropout: Dropout rate of the residual branches.
-    """
+    """One layer: attention over [memory | segment], then feed-forward; arguments as in :class:`TransformerXL`."""
 
     def __init__(
         self,
@@ -59,11 +50,9 @@ class TransformerXLBlock(nn.Module):
         if self.pre_norm:
             attended = self.attention(self.attention_norm(x), self.attention_norm(memory), **attention_kwargs)
             x = x + self.dropout(attended)
-            out: Tensor = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-            return out
+            return x + cast(Tensor, self.dropout(self.feed_forward(self.feed_forward_norm(x))))
         x = self.attention_norm(x + self.dropout(self.attention(x, memory, **attention_kwargs)))
-        out = self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
-        return out
+        return cast(Tensor, self.feed_forward_norm(x + self.dropout(self.feed_forward(x))))
 
 
 class TransformerXL(PretrainedModel):
@@ -127,17 +116,13 @@ class TransformerXL(PretrainedModel):
             raise MemtxError(f"dim is {dim}, expected an even number.", "Choose another dim.")
         check_at_least(1 if same_length else 0, memory_length=memory_length)
         if head_dim is None and dim % heads:
-            raise MemtxError(
-                f"dim ({dim}) must be divisible by heads ({heads}).", "Choose other numbers or a head_dim."
-            )
+            raise MemtxError(f"dim ({dim}) must be divisible by heads ({heads}).", "Choose others, or give head_dim.")
         head_dim = head_dim if head_dim is not None else dim // heads
         clusters = VocabClusters(vocab_size, cutoffs, embed_dim if embed_dim is not None else dim, div_value)
         ties = [cluster > 0 for cluster in range(len(clusters.bounds))] if tie_projections is None else tie_projections
         if len(ties) != len(clusters.bounds):
-            raise MemtxError(
-                f"tie_projections has {len(ties)} entries for {len(clusters.bounds)} clusters of the vocabulary.",
-                "Give one per cluster.",
-            )
+            message = f"tie_projections has {len(ties)} entries for {len(clusters.bounds)} clusters of the vocabulary."
+            raise MemtxError(message, "Give one per cluster.")
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.memory_length, self.same_length, self.clamp_length = memory_length, same_length, clamp_length
@@ -183,9 +168,8 @@ class TransformerXL(PretrainedModel):
         """Return the state of fresh streams; arguments as in :meth:`memtx.MemoryTransformer.init_state`."""
         check_at_least(1, batch_size=batch_size)
         weight = self.embedding.cluster_table(0)
-        hidden = torch.zeros(
-            batch_size, self.memory_length, self.dim, dtype=dtype or weight.dtype, device=device or weight.device
-        )
+        shape = (batch_size, self.memory_length, self.dim)
+        hidden = torch.zeros(shape, dtype=dtype or weight.dtype, device=device or weight.device)
         position = torch.zeros(batch_size, dtype=torch.int64, device=hidden.device)
         return MemoryState(position, tuple((RecurrentState(hidden),) for _ in range(self.depth)))
 
@@ -218,17 +202,14 @@ class TransformerXL(PretrainedModel):
         state = state if state is not None else self.init_state(tokens.shape[0])
         segment = Segment.from_document_starts(state.position, tokens.shape[1], document_starts)
         x = self.dropout(self.embedding(tokens))
-        sinusoids = self.dropout(
-            distance_embeddings(self.memory_length + segment.length, self.dim, self.clamp_length, x)
-        )
+        num_distances = self.memory_length + segment.length
+        biases = (self.content_bias, self.position_bias)
         attention_kwargs = {
-            "sinusoids": sinusoids,
+            "sinusoids": self.dropout(distance_embeddings(num_distances, self.dim, self.clamp_length, x)),
             "mask": self._visibility_mask(segment),
             "cross_document_mask": None if document_starts is None else self._cross_document_mask(segment),
-            "shared_biases": None,
+            "shared_biases": None if self.content_bias is None else biases,
         }
-        if self.content_bias is not None and self.position_bias is not None:
-            attention_kwargs["shared_biases"] = (self.content_bias, self.position_bias)
         hidden, layers = [x], []
         for block, (layer_state,) in zip(self._layers(), state.layers, strict=True):
             cache = layer_state.hidden
@@ -244,15 +225,9 @@ class TransformerXL(PretrainedModel):
             nll = flat_nll.detach().view_as(labels)
         elif self.softmax is not None:
             logits = self.softmax(x, self.embedding)
-        return MemoryOutput(
-            logits,
-            tuple(hidden) if return_hidden_states else None,
-            MemoryState(segment.next_position, tuple(layers)),
-            loss,
-            loss,
-            nll,
-            {},
-        )
+        hidden_states = tuple(hidden) if return_hidden_states else None
+        next_state = MemoryState(segment.next_position, tuple(layers))
+        return MemoryOutput(logits, hidden_states, next_state, loss, loss, nll, {})
 
     def _visibility_mask(self, segment: Segment) -> Tensor:
         """Return which keys each query sees, ``(length, memory_length + length)`` bool."""

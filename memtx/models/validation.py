@@ -10,12 +10,9 @@ from memtx.state import MemoryState
 
 
 def check_token_ids(name: str, token_ids: Tensor, **per_token: Tensor | None) -> None:
-    """Raise MemtxError unless token ids are ``(batch, length)`` integers and the other arguments have their shape.
+    """Raise MemtxError unless token ids are int64 or int32 ``(batch, length)``, length at least 1.
 
-    Args:
-        name: Name of the argument ``token_ids``.
-        token_ids: Expected int64 or int32 ``(batch, length)``, length at least 1.
-        per_token: Other arguments by name, expected to have the shape of ``token_ids``; None is skipped.
+    ``name`` is the name of the argument. Further arguments, by name, must have the same shape; None is skipped.
     """
     if token_ids.dim() != 2 or token_ids.shape[1] == 0 or token_ids.dtype not in (torch.int64, torch.int32):
         raise MemtxError(
@@ -28,19 +25,11 @@ def check_token_ids(name: str, token_ids: Tensor, **per_token: Tensor | None) ->
 
 
 def check_segment(tokens: Tensor, state: MemoryState | None, **per_token: Tensor | None) -> None:
-    """Raise MemtxError unless a segment, its state and its per-token arguments fit each other.
-
-    Args:
-        tokens: Expected int64 ``(batch, length)``.
-        state: Expected to have the same batch size; None for fresh streams.
-        per_token: As for :func:`check_token_ids`.
-    """
+    """Raise MemtxError unless a segment, its state (None for fresh streams) and its per-token arguments fit."""
     check_token_ids("tokens", tokens, **per_token)
     if state is not None and state.batch_size != tokens.shape[0]:
-        raise MemtxError(
-            f"tokens has batch size {tokens.shape[0]}, the state {state.batch_size}.",
-            "Select or concatenate streams of the state to match.",
-        )
+        message = f"tokens has batch size {tokens.shape[0]}, the state {state.batch_size}."
+        raise MemtxError(message, "Select or concatenate streams of the state to match.")
 
 
 def check_valid_length(tokens: Tensor, valid_length: Tensor) -> None:

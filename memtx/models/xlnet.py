@@ -47,9 +47,8 @@ class XLNet(PretrainedModel):
         super().__init__()
         check_at_least(1, vocab_size=vocab_size, dim=dim, depth=depth, heads=heads)
         if dim % 2 or dim % heads:
-            raise MemtxError(
-                f"dim ({dim}) must be even and divisible by heads ({heads}).", "Choose another dim or heads."
-            )
+            message = f"dim ({dim}) must be even and divisible by heads ({heads})."
+            raise MemtxError(message, "Choose another dim or heads.")
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -80,13 +79,8 @@ class XLNet(PretrainedModel):
         Raises:
             MemtxError: Shapes do not fit each other.
         """
-        check_token_ids(
-            "input_ids",
-            input_ids,
-            attention_mask=attention_mask,
-            permutation_rank=permutation_rank,
-            logits_mask=logits_mask,
-        )
+        per_token = {"attention_mask": attention_mask, "permutation_rank": permutation_rank, "logits_mask": logits_mask}
+        check_token_ids("input_ids", input_ids, **per_token)
         content = self.dropout(self.embedding(input_ids))
         length = input_ids.shape[1]
         sinusoids = self.dropout(bidirectional_sinusoids(length, content))

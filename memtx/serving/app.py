@@ -3,30 +3,87 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import socket
-import sys
 from collections.abc import AsyncIterator, Callable
 from importlib import resources
+from typing import Any
 
 import uvicorn
 from anyio import to_thread
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 
 import memtx
 from memtx.errors import MemtxError
 from memtx.inference.predictor import BasePredictor
 from memtx.inference.sessions.pool import SessionPool
-from memtx.serving import completions, errors, routes, sessions
-from memtx.serving.limits import GuardMiddleware, Limits
+from memtx.ops.cpu.malloc import limit_arenas
+from memtx.serving import completions, sessions
+from memtx.serving.errors import APIError, add_exception_handlers, check_model, to_api_error
+from memtx.serving.limits import Deadline, GuardMiddleware, Limits
 from memtx.serving.metrics import Metrics, PoolMetrics
+from memtx.serving.schemas import PredictBody
 
 SESSION_FILE_OVERHEAD = 1 << 20
 """Maximum bytes of a session file without its state: the header and text that was not read yet."""
 
+MAX_ARENAS = 2
+"""Heaps of the C library. With 64 sessions for three minutes, memory grew by 1.1% after the first one, not by 2.8%."""
+
 SHUTDOWN_TIMEOUT = 10
 """Seconds that responses get to finish after SIGTERM, before they are cut and the sessions are saved."""
+
+models_router, predict_router = APIRouter(), APIRouter()
+
+
+def _describe_model(request: Request) -> dict[str, Any]:
+    return {"id": request.app.state.model_name, "object": "model", "created": 0, "owned_by": "memtx"}
+
+
+@models_router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """List the model."""
+    return {"object": "list", "data": [_describe_model(request)]}
+
+
+@models_router.get("/v1/models/{name:path}")
+async def get_model(name: str, request: Request) -> dict[str, Any]:
+    """Describe the model."""
+    check_model(name, request.app.state.model_name)
+    return _describe_model(request)
+
+
+@predict_router.post("/v1/predict")
+def predict(body: PredictBody, request: Request, deadline: Deadline) -> dict[str, Any]:
+    """Predict for ``input``: a text, an object with the fields of an example, or a list of these."""
+    state = request.app.state
+    if body.model is not None:
+        check_model(body.model, state.model_name)
+    inputs, max_inputs = body.inputs(), state.limits.max_inputs
+    if not inputs:
+        raise APIError(400, "The input is an empty list.", "Give a text.", param="input")
+    if len(inputs) > max_inputs:
+        message = f"The number of inputs ({len(inputs)}) must be at most {max_inputs}."
+        raise APIError(400, message, "Send fewer per request.", param="input")
+    try:
+        predictions = state.predictor.predict(inputs, deadline=deadline)
+    except MemtxError as error:
+        api_error = to_api_error(error)
+        if api_error.status_code == 400:
+            api_error.param = "input"
+        raise api_error from error
+    data = [{"index": index, **prediction} for index, prediction in enumerate(predictions)]
+    return {"object": "list", "model": state.model_name, "task": state.predictor.task_name, "data": data}
+
+
+def _reject_paths(app: FastAPI, paths: tuple[str, ...], message: str, hint: str) -> None:
+    """Reject all requests for the other kind of model with a message."""
+
+    async def reject() -> None:
+        raise APIError(400, message, hint, code="unsupported_endpoint")
+
+    for path in paths:
+        app.add_api_route(path, reject, methods=["GET", "POST"], include_in_schema=False)
 
 
 def create_app(
@@ -41,21 +98,15 @@ def create_app(
         api_key: Key that clients must send. None disables it and restricts access to this machine.
     """
     limits, metrics = limits or Limits(), PoolMetrics(pool)
-    app = _create_base_app(
-        model_name,
-        limits,
-        metrics,
-        api_key,
-        stop=pool.engine.close,
-        close=pool.close,
-        max_import_bytes=pool.session_bytes + SESSION_FILE_OVERHEAD,
+    app = _create_base_app(model_name, limits, metrics, stop=pool.engine.close, close=pool.close)
+    max_import_bytes = pool.session_bytes + SESSION_FILE_OVERHEAD
+    app.add_middleware(
+        GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_import_bytes
     )
     app.state.service = completions.CompletionService(pool, model_name, limits, metrics)
     app.include_router(completions.router)
     app.include_router(sessions.router)
-    app.include_router(
-        routes.build_rejecting_router(("/v1/predict",), "This model continues texts.", "Use /v1/completions.")
-    )
+    _reject_paths(app, ("/v1/predict",), "This model continues texts.", "Use /v1/completions.")
     content = resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -70,30 +121,20 @@ def create_task_app(
     predictor: BasePredictor, *, model_name: str, limits: Limits | None = None, api_key: str | None = None
 ) -> FastAPI:
     """Return the application of a task model; the options are those of :func:`create_app`."""
-    metrics = Metrics(lambda: predictor.num_tokens_read)
-    app = _create_base_app(
-        model_name, limits or Limits(), metrics, api_key, stop=predictor.close, close=predictor.close
-    )
+    limits, metrics = limits or Limits(), Metrics(lambda: predictor.num_tokens_read)
+    app = _create_base_app(model_name, limits, metrics, stop=predictor.close, close=predictor.close)
+    app.add_middleware(GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key)
     app.state.predictor = predictor
-    app.include_router(routes.predict_router)
+    app.include_router(predict_router)
     paths = ("/v1/completions", "/v1/sessions", "/v1/sessions/{rest:path}")
-    app.include_router(
-        routes.build_rejecting_router(paths, f"This model does {predictor.task_name}.", "Use /v1/predict.")
-    )
+    _reject_paths(app, paths, f"This model does {predictor.task_name}.", "Use /v1/predict.")
     return app
 
 
 def _create_base_app(
-    model_name: str,
-    limits: Limits,
-    metrics: Metrics,
-    api_key: str | None,
-    *,
-    stop: Callable[[], None],
-    close: Callable[[], None],
-    max_import_bytes: int = 0,
+    model_name: str, limits: Limits, metrics: Metrics, stop: Callable[[], None], close: Callable[[], None]
 ) -> FastAPI:
-    """Return the part of all applications: limits, errors, ``/health``, ``/metrics`` and ``/v1/models``.
+    """Return the part of all applications: errors, ``/health``, ``/metrics`` and ``/v1/models``.
 
     The server calls ``stop`` before it waits for its responses to finish, and ``close`` after that.
     """
@@ -108,11 +149,8 @@ def _create_base_app(
     # Without FastAPI's documentation pages, which load scripts from other sites.
     app = FastAPI(title="memtx", version=memtx.__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.stop, app.state.model_name, app.state.limits = stop, model_name, limits
-    errors.add_exception_handlers(app)
-    app.add_middleware(
-        GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_import_bytes
-    )
-    app.include_router(routes.models_router)
+    add_exception_handlers(app)
+    app.include_router(models_router)
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -149,24 +187,9 @@ def serve(app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None]
         raise MemtxError(f"Cannot listen on {host}:{port}: {error.strerror}.", "Try another --port.") from error
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_TIMEOUT)
     on_ready(f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}")
-    _limit_arenas()
+    limit_arenas(MAX_ARENAS)
     # The kernel accepts connections from here on, and they are answered as soon as the loop runs.
     _Server(config, app.state.stop).run(sockets=[listener])
-
-
-MAX_ARENAS = 2
-"""Heaps of the C library while serving."""
-
-
-def _limit_arenas() -> None:
-    """Let threads share heaps, because by default glibc gives each one a heap of its own that keeps freed memory.
-
-    With 64 sessions for three minutes, memory grew by 1.1% instead of 2.8% after the first one, at the same speed.
-    """
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have no heaps per thread
-        if mallopt is not None:
-            mallopt(-8, MAX_ARENAS)  # M_ARENA_MAX
 
 
 class _Server(uvicorn.Server):

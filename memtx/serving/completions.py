@@ -18,35 +18,28 @@ from memtx.inference.engine import Generation
 from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
 from memtx.inference.reader import StreamReader
 from memtx.inference.sessions.pool import SessionPool
-from memtx.serving.errors import APIError
+from memtx.serving.errors import APIError, check_model
 from memtx.serving.limits import Deadline, Limits
 from memtx.serving.metrics import PoolMetrics
 from memtx.serving.responses import (
     CompletionFormatter,
     OutputStream,
     TokenQueue,
-    format_usage,
     get_prompt_logprobs,
     stream_sse,
 )
-from memtx.serving.routes import check_model
 from memtx.serving.schemas import CompletionBody, GenerationBody
 
 MAX_CONCURRENT_PROMPTS = 16
 """Prompts of one request that are read concurrently."""
 
+Prompt = str | list[int]
+"""Text or tokens."""
+
 
 @dataclass(frozen=True)
 class PrefilledPrompt:
-    """Prompt that has been read.
-
-    Attributes:
-        text: Echoed text; empty without echo.
-        logprobs: Echoed log-probabilities; empty without echo.
-        num_tokens: Number of tokens.
-        reader: Reader at the end of the prompt.
-        recent_tokens: Last tokens of the prompt.
-    """
+    """Prompt that has been read: text and log-probabilities to echo, empty without echo, and the reader at its end."""
 
     text: str
     logprobs: list[TokenLogprob]
@@ -57,13 +50,7 @@ class PrefilledPrompt:
 
 @dataclass
 class Choice:
-    """One text of a response.
-
-    Attributes:
-        token_generator: Generator of its tokens.
-        text: Echoed prompt, followed by the generated text.
-        logprobs: Log-probabilities of the tokens in ``text``.
-    """
+    """One text of a response: its generator, and the echoed prompt and generated text with their log-probabilities."""
 
     token_generator: TokenGenerator
     text: str = ""
@@ -78,43 +65,31 @@ class Choice:
         return [replace(entry, text_offset=entry.text_offset + offset) for entry in delta.token_logprobs]
 
 
+@dataclass(frozen=True)
 class CompletionService:
-    """Generation of texts for requests.
+    """Generation of texts for requests, within the limits."""
 
-    Args:
-        pool: Pool that reads and generates.
-        model_name: Name of the model in requests.
-        limits: Limits of the requests.
-        metrics: Metrics that count the tokens.
-    """
-
-    def __init__(self, pool: SessionPool, model_name: str, limits: Limits, metrics: PoolMetrics) -> None:
-        self.pool = pool
-        self.model_name = model_name
-        self.limits = limits
-        self.metrics = metrics
+    pool: SessionPool
+    model_name: str
+    limits: Limits
+    metrics: PoolMetrics
 
     def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
         """Return the settings of all texts of a request, prompt by prompt.
 
         Raises:
-            APIError: The request exceeds a limit.
-            MemtxError: A number is out of range.
+            MemtxError: A number is out of range, or exceeds a limit (APIError).
         """
-        num_texts = (body.n or 1) * num_prompts
-        for name, value, maximum in (
-            ("max_tokens", body.max_tokens or 0, self.limits.max_tokens),
-            ("n", num_texts, self.limits.max_choices),
-        ):
+        num_texts, limits = (body.n or 1) * num_prompts, self.limits
+        values = (("max_tokens", body.max_tokens or 0, limits.max_tokens), ("n", num_texts, limits.max_choices))
+        for name, value, maximum in values:
             if value > maximum:
                 raise APIError(400, f"{name} ({value}) must be at most {maximum}.", "Ask for less.", param=name)
         seed = body.seed if body.seed is not None else secrets.randbits(48)
         # A seed per text that depends on its index only, so that equal requests give equal texts.
         return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
 
-    def prefill(
-        self, reader: StreamReader, prompt: str | list[int], *, echo: bool, will_generate: bool
-    ) -> PrefilledPrompt:
+    def prefill(self, reader: StreamReader, prompt: Prompt, *, echo: bool, will_generate: bool) -> PrefilledPrompt:
         """Read a prompt; blocks."""
         segments = reader.feed(prompt) if isinstance(prompt, str) else reader.feed_tokens(prompt)
         results = list(chain(segments, reader.finish(discard_state=not will_generate)))
@@ -141,15 +116,15 @@ class CompletionService:
         choices: list[Choice] = []
         for prompt in prompts:
             indices = range(len(choices), len(choices) + texts_per_prompt)
-            generations += self.pool.start_generation(
+            started = self.pool.start_generation(
                 prompt.reader,
                 prompt.recent_tokens,
                 [configs[index] for index in indices],
                 deadline=deadline,
                 on_outputs=[partial(token_queue.put, index) for index in indices],
             )
-            for index in indices:
-                choices.append(Choice(generations[index].token_generator, prompt.text, list(prompt.logprobs)))
+            generations += started
+            choices += [Choice(generation.token_generator, prompt.text, [*prompt.logprobs]) for generation in started]
         outputs = token_queue.stream_outputs(generations, request, deadline)
         return await self.respond(body, choices, outputs, sum(prompt.num_tokens for prompt in prompts))
 
@@ -158,44 +133,38 @@ class CompletionService:
     ) -> Response:
         """Return the response: the pieces as they come, or all of them at the end."""
         formatter = CompletionFormatter(self.model_name, self.pool.tokenizer, body.logprobs is not None)
+        format_choice, format_response = formatter.format_choice, formatter.format_response
+
+        async def stream_chunks() -> AsyncIterator[dict[str, Any]]:
+            for index, choice in enumerate(choices):
+                if choice.text:
+                    yield format_response([format_choice(index, choice.text, choice.logprobs)])
+            async for index, delta in outputs:
+                yield format_response([format_choice(index, delta.text, choices[index].shift_offsets(delta))])
+            for index, choice in enumerate(choices):
+                yield format_response([format_choice(index, "", [], choice.token_generator.finish_reason)])
+            usage = self._record_usage(choices, num_prompt_tokens)
+            if body.include_usage:
+                yield format_response([], usage)
+
         if body.stream:
-            chunks = self._stream_chunks(body, formatter, choices, outputs, num_prompt_tokens)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(stream_sse(chunks), media_type="text/event-stream", headers=headers)
+            return StreamingResponse(stream_sse(stream_chunks()), media_type="text/event-stream", headers=headers)
         async for index, delta in outputs:
             choices[index].text += delta.text
             choices[index].logprobs += choices[index].shift_offsets(delta)
         formatted = [
-            formatter.format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
+            format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
             for index, choice in enumerate(choices)
         ]
-        return JSONResponse(formatter.format_response(formatted, self._record_usage(choices, num_prompt_tokens)))
-
-    async def _stream_chunks(
-        self,
-        body: GenerationBody,
-        formatter: CompletionFormatter,
-        choices: list[Choice],
-        outputs: OutputStream,
-        num_prompt_tokens: int,
-    ) -> AsyncIterator[dict[str, Any]]:
-        for index, choice in enumerate(choices):
-            if choice.text:
-                yield formatter.format_response([formatter.format_choice(index, choice.text, choice.logprobs)])
-        async for index, delta in outputs:
-            logprobs = choices[index].shift_offsets(delta)
-            yield formatter.format_response([formatter.format_choice(index, delta.text, logprobs)])
-        for index, choice in enumerate(choices):
-            finish_reason = choice.token_generator.finish_reason
-            yield formatter.format_response([formatter.format_choice(index, "", [], finish_reason)])
-        usage = self._record_usage(choices, num_prompt_tokens)
-        if body.include_usage:
-            yield formatter.format_response([], usage)
+        return JSONResponse(format_response(formatted, self._record_usage(choices, num_prompt_tokens)))
 
     def _record_usage(self, choices: list[Choice], num_prompt_tokens: int) -> dict[str, int]:
+        """Count the generated tokens, and return the numbers of tokens read and generated."""
         num_generated = sum(choice.token_generator.num_generated for choice in choices)
         self.metrics.generated_tokens.inc(num_generated)
-        return format_usage(num_prompt_tokens, num_generated)
+        total = num_prompt_tokens + num_generated
+        return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_generated, "total_tokens": total}
 
 
 async def get_service(request: Request) -> CompletionService:
@@ -221,7 +190,7 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
     echo = bool(body.echo)
     num_logprobs = (body.logprobs or 0) if echo else 0
 
-    def prefill(prompt: str | list[int]) -> PrefilledPrompt:
+    def prefill(prompt: Prompt) -> PrefilledPrompt:
         reader = service.pool.new_reader(num_logprobs=num_logprobs, deadline=deadline)
         return service.prefill(reader, prompt, echo=echo, will_generate=body.max_tokens != 0)
 

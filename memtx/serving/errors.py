@@ -17,10 +17,11 @@ from memtx.inference.sessions.store import SessionSaveError
 
 logger = logging.getLogger("memtx.serving")
 
-RETRY_AFTER = "5"
-"""Seconds after which clients of a full server may retry."""
-
-# By status code: the type in the body, and the default error code.
+# By status code: headers of the response, the type in its body, and the default error code. A full server asks clients
+# to retry after 5 seconds; after a timeout, OpenAI clients would retry a request that would take as long again.
+_RETRY_HEADERS = {"Retry-After": "5"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"x-should-retry": "false"}}
+_HEADERS |= {429: _RETRY_HEADERS, 503: _RETRY_HEADERS}
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _DEFAULT_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 
@@ -48,50 +49,15 @@ class APIError(MemtxError):
         self, status_code: int, message: str, hint: str = "", *, code: str = "", param: str | None = None
     ) -> None:
         super().__init__(message, hint)
-        self.status_code = status_code
+        self.status_code, self.param = status_code, param
         self.code = code or _DEFAULT_CODES.get(status_code, "invalid_request")
-        self.param = param
 
 
-def to_api_error(error: BaseException) -> APIError:
-    """Return the APIError for any error; an internal error is logged and its text is not shown to the client."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, MemtxError):
-        for error_class, status, code in _ERROR_STATUS:
-            if isinstance(error, error_class):
-                return APIError(status, error.message, error.hint, code=code)
-        return APIError(400, error.message, error.hint)
-    logger.error("a request failed", exc_info=error)
-    hint = "See the server's log for the cause; sessions are unchanged."
-    return APIError(500, "Internal server error.", hint, code="server_error")
-
-
-def error_body(error: APIError) -> dict[str, Any]:
-    """Return the JSON of an error in the format of OpenAI clients."""
-    default_type = "invalid_request_error" if error.status_code < 500 else "server_error"
-    fields = {
-        "message": str(error),
-        "type": _ERROR_TYPES.get(error.status_code, default_type),
-        "param": error.param,
-        "code": error.code,
-        "detail": error.message,
-        "hint": error.hint,
-    }
-    return {"error": fields}
-
-
-def error_response(error: APIError) -> JSONResponse:
-    """Return the response for an error."""
-    headers = {}
-    if error.status_code in (429, 503):
-        headers["Retry-After"] = RETRY_AFTER
-    if error.status_code == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    if error.status_code == 408:
-        # OpenAI clients would retry the same request, which would take as long again.
-        headers["x-should-retry"] = "false"
-    return JSONResponse(error_body(error), error.status_code, headers)
+def check_model(requested: str, model_name: str) -> None:
+    """Raise unless a request names the model that is served."""
+    if requested != model_name:
+        message = f"There is no model '{requested[:80]}', only '{model_name}'."
+        raise APIError(404, message, "GET /v1/models lists it.", param="model")
 
 
 def _from_validation_error(error: RequestValidationError) -> APIError:
@@ -106,25 +72,45 @@ def _from_validation_error(error: RequestValidationError) -> APIError:
     return APIError(400, message, "See /openapi.json.", param=location[0] if location else None)
 
 
+def to_api_error(error: BaseException) -> APIError:
+    """Return the APIError for any error; an internal error is logged and its text is not shown to the client."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, MemtxError):
+        for error_class, status, code in _ERROR_STATUS:
+            if isinstance(error, error_class):
+                return APIError(status, error.message, error.hint, code=code)
+        return APIError(400, error.message, error.hint)
+    if isinstance(error, RequestValidationError):
+        return _from_validation_error(error)
+    if isinstance(error, HTTPException):
+        messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
+        message = messages.get(error.status_code, str(error.detail))
+        return APIError(error.status_code, message, "See /openapi.json.")
+    logger.error("a request failed", exc_info=error)
+    hint = "See the server's log for the cause; sessions are unchanged."
+    return APIError(500, "Internal server error.", hint, code="server_error")
+
+
+def error_body(error: APIError) -> dict[str, Any]:
+    """Return the JSON of an error in the format of OpenAI clients."""
+    default_type = "invalid_request_error" if error.status_code < 500 else "server_error"
+    fields = {"message": str(error), "type": _ERROR_TYPES.get(error.status_code, default_type), "param": error.param}
+    return {"error": fields | {"code": error.code, "detail": error.message, "hint": error.hint}}
+
+
+def error_response(error: APIError) -> JSONResponse:
+    """Return the response for an error."""
+    return JSONResponse(error_body(error), error.status_code, _HEADERS.get(error.status_code))
+
+
 def add_exception_handlers(app: FastAPI) -> None:
     """Return all errors of an application in one format."""
 
     async def handle_error(_: Request, error: Exception) -> JSONResponse:
-        return error_response(to_api_error(error))
-
-    async def handle_validation_error(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return error_response(_from_validation_error(error))
-
-    async def handle_http_exception(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
-        message = messages.get(error.status_code, str(error.detail))
-        response = error_response(APIError(error.status_code, message, "See /openapi.json."))
-        response.headers.update(error.headers or {})
+        response = error_response(to_api_error(error))
+        response.headers.update(getattr(error, "headers", None) or {})
         return response
 
-    app.add_exception_handler(MemtxError, handle_error)
-    app.add_exception_handler(RequestValidationError, handle_validation_error)
-    app.add_exception_handler(HTTPException, handle_http_exception)
-    app.add_exception_handler(Exception, handle_error)
+    for error_class in (MemtxError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(error_class, handle_error)

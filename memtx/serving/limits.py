@@ -21,7 +21,6 @@ from memtx.serving.metrics import Metrics
 PUBLIC_PATHS = ("/health", "/", "/openapi.json", "/favicon.ico")
 """Paths without an API key, which show nothing of any text."""
 
-IMPORT_PATH = "/v1/sessions/import"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "testserver")
 
 
@@ -52,33 +51,25 @@ class Limits:
 
 
 class GuardMiddleware:
-    """Middleware that checks every request and applies the limits.
+    """Middleware that checks every request, applies the limits and counts the responses.
 
-    Args:
-        app: Next application.
-        limits: Limits of the requests.
-        metrics: Metrics that count the responses.
-        api_key: Key that clients must send. None disables it and restricts access to this machine.
-        max_import_bytes: Bytes of an imported session, if larger than ``limits.max_body_bytes``.
+    Without ``api_key``, only this machine has access. ``max_import_bytes`` limits an imported session, if it is larger
+    than ``limits.max_body_bytes``.
     """
 
     def __init__(
         self, app: ASGIApp, *, limits: Limits, metrics: Metrics, api_key: str | None = None, max_import_bytes: int = 0
     ) -> None:
-        self.app = app
-        self.limits = limits
-        self.metrics = metrics
+        self.app, self.limits, self.metrics = app, limits, metrics
         self.api_key = api_key.encode() if api_key is not None else None
-        self.max_import_bytes = max_import_bytes
-        self.active_requests = 0
+        self.max_import_bytes, self.active_requests = max_import_bytes, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or reject it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start = time.perf_counter()
-        status = 500
+        start, status = time.perf_counter(), 500
 
         async def send_and_record_status(message: Message) -> None:
             nonlocal status
@@ -87,13 +78,11 @@ class GuardMiddleware:
             await send(message)
 
         is_work = scope["method"] == "POST"
-        error = self._check_access(scope) or (self._check_capacity() if is_work else None)
         try:
-            if error is not None:
+            if error := self._check_access(scope):
                 await error_response(error)(scope, receive, send_and_record_status)
                 return
-            deadline = time.monotonic() + self.limits.max_seconds
-            scope.setdefault("state", {})["deadline"] = deadline
+            deadline = scope.setdefault("state", {})["deadline"] = time.monotonic() + self.limits.max_seconds
             self._count_active(is_work)
             try:
                 await self.app(scope, self._limit_body(scope, receive, deadline), send_and_record_status)
@@ -108,11 +97,6 @@ class GuardMiddleware:
         self.active_requests += change
         self.metrics.active_requests.set(self.active_requests)
 
-    def _check_capacity(self) -> APIError | None:
-        if self.active_requests < self.limits.max_concurrent_requests:
-            return None
-        return APIError(429, f"Request limit reached ({self.active_requests} in progress).", "Retry later.")
-
     def _check_access(self, scope: Scope) -> APIError | None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         if error := self._check_origin(headers):
@@ -125,12 +109,15 @@ class GuardMiddleware:
         length = headers.get("content-length", "0")
         if not length.isascii() or not length.isdigit():
             return APIError(400, "Content-Length is not a number.", "Send the length of the body in bytes.")
-        return self._body_too_large(scope) if int(length) > self._max_body_bytes(scope) else None
+        if int(length) > self._max_body_bytes(scope):
+            return self._body_too_large(scope)
+        if scope["method"] == "POST" and self.active_requests >= self.limits.max_concurrent_requests:
+            return APIError(429, f"Request limit reached ({self.active_requests} in progress).", "Retry later.")
+        return None
 
     def _check_origin(self, headers: Mapping[str, str]) -> APIError | None:
         """Reject requests that the page of another site makes a browser send."""
-        host = headers.get("host", "")
-        origin = headers.get("origin")
+        host, origin = headers.get("host", ""), headers.get("origin")
         if origin is not None and origin != "null" and urlsplit(origin).netloc != host:
             return APIError(403, "The request comes from the page of another site.", "Use the page at /, or a program.")
         # Without a key only this machine has access, and not under another name that resolves to it.
@@ -140,7 +127,7 @@ class GuardMiddleware:
         return None
 
     def _max_body_bytes(self, scope: Scope) -> int:
-        return max(self.limits.max_body_bytes, self.max_import_bytes if scope["path"] == IMPORT_PATH else 0)
+        return max(self.limits.max_body_bytes, self.max_import_bytes if scope["path"] == "/v1/sessions/import" else 0)
 
     def _body_too_large(self, scope: Scope) -> APIError:
         message = f"The body has more than {self._max_body_bytes(scope)} bytes."

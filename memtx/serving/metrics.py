@@ -13,25 +13,15 @@ LATENCY_BUCKETS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300)
 
 
 class Metrics:
-    """Metrics of one server, in a registry of its own, so that a process may hold several.
-
-    Args:
-        num_tokens_read: Returns the number of tokens read so far.
-    """
+    """Metrics of one server, in their own registry; ``num_tokens_read`` returns the number of tokens read so far."""
 
     def __init__(self, num_tokens_read: Callable[[], float]) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.requests = Counter(
-            "memtx_http_requests", "Requests answered.", ["method", "route", "status"], registry=registry
-        )
-        self.request_duration = Histogram(
-            "memtx_http_request_duration_seconds",
-            "Time to the end of the response.",
-            ["route"],
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
+        labels = ["method", "route", "status"]
+        self.requests = Counter("memtx_http_requests", "Requests answered.", labels, registry=registry)
+        name, text = "memtx_http_request_duration_seconds", "Time to the end of the response."
+        self.request_duration = Histogram(name, text, ["route"], buckets=LATENCY_BUCKETS, registry=registry)
         self.active_requests = Gauge("memtx_http_requests_in_progress", "Requests in progress.", registry=registry)
         self.add_gauge("memtx_tokens_read", "Tokens read.", num_tokens_read)
 
@@ -50,15 +40,10 @@ class Metrics:
 
 
 class PoolMetrics(Metrics):
-    """Metrics of a server of a language model.
-
-    Args:
-        pool: Pool with the sessions and the engine.
-    """
+    """Metrics of a server of a language model, with those of the pool."""
 
     def __init__(self, pool: SessionPool) -> None:
-        engine, sessions = pool.engine, pool.registry
-        counters = engine.counters
+        engine, sessions, counters = pool.engine, pool.registry, pool.engine.counters
         super().__init__(lambda: counters["score_tokens"])
         self.generated_tokens = Counter("memtx_tokens_generated", "Tokens generated.", registry=self.registry)
         add = self.add_gauge

@@ -52,13 +52,7 @@ def get_prompt_logprobs(results: Iterable[SegmentResult]) -> list[TokenLogprob]:
 
 @dataclass
 class CompletionFormatter:
-    """Formatter of the response to one request, whole or in chunks.
-
-    Attributes:
-        model: Model name.
-        tokenizer: Tokenizer that decodes tokens.
-        include_logprobs: If True, include log-probabilities.
-    """
+    """Formatter of the response to one request, whole or in chunks, with log-probabilities if they were requested."""
 
     model: str
     tokenizer: Tokenizer
@@ -100,15 +94,6 @@ class CompletionFormatter:
         }
 
 
-def format_usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Return the numbers of tokens read and generated."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
 class TokenQueue:
     """Queue from the engine's thread to one event loop, for the pieces of several texts."""
 
@@ -129,9 +114,7 @@ class TokenQueue:
         """Yield the pieces of all texts as they come.
 
         Raises:
-            DeadlineExceededError: The deadline has passed.
-            MemtxError: A text could not be generated.
-            APIError: The client has disconnected.
+            MemtxError: A text could not be generated, the deadline has passed, or the client has disconnected.
         """
         num_open, last_poll = len(generations), time.monotonic()
         try:

@@ -33,8 +33,7 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _reject_unknown_fields(cls, value: Any) -> Any:
-        unknown = sorted(value.keys() - cls.model_fields.keys()) if isinstance(value, dict) else []
-        if unknown:
+        if isinstance(value, dict) and (unknown := sorted(value.keys() - cls.model_fields.keys())):
             # A name may hold half of a surrogate pair, which no message can.
             name = str(unknown[0]).encode("utf-8", "replace").decode()[:80]
             context = {"name": name, "known": list(cls.model_fields)}
@@ -59,21 +58,12 @@ class GenerationBody(RequestBody):
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     def to_generation_configs(self, seeds: list[int]) -> list[GenerationConfig]:
-        """Return the settings of one text per seed.
-
-        Raises:
-            MemtxError: A number is out of range.
-        """
-        sampling = SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-        )
+        """Return the settings of one text per seed; raises MemtxError if a number is out of range."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        return [GenerationConfig(max_tokens, sampling, stop, seed, self.logprobs) for seed in seeds]
+        return [GenerationConfig(max_tokens, SamplingParams(**values), stop, seed, self.logprobs) for seed in seeds]
 
     @property
     def include_usage(self) -> bool:

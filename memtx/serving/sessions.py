@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -10,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from memtx.inference.engine import Generation
 from memtx.inference.generate import TokenGenerator
-from memtx.inference.reader import SegmentResult
+from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.completions import Choice, Service, get_service
 from memtx.serving.errors import APIError
@@ -120,13 +119,8 @@ def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dic
 @router.post("/{session_id}/score")
 def score(session_id: str, body: ScoreBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
     """Score a continuation without changing the session; text that still waits in it is scored first."""
-    before, results = pool.score(
-        session_id,
-        body.text,
-        num_logprobs=body.logprobs,
-        return_hidden_states=body.return_hidden_states,
-        deadline=deadline,
-    )
+    settings: dict[str, Any] = {"num_logprobs": body.logprobs, "return_hidden_states": body.return_hidden_states}
+    before, results = pool.score(session_id, body.text, deadline=deadline, **settings)
     nll = sum(float(result.nll.sum(dtype="float64")) for result in results)
     num_bytes = sum(len(content) for result in results for content in result.token_bytes)
     return {
@@ -135,7 +129,7 @@ def score(session_id: str, body: ScoreBody, pool: Pool, deadline: Deadline) -> d
         "tokens": sum(len(result.tokens) for result in results),
         "bytes": num_bytes,
         "nll": nll,
-        "bits_per_byte": nll / math.log(2) / num_bytes if num_bytes else None,
+        "bits_per_byte": nats_to_bits_per_byte(nll, num_bytes) if num_bytes else None,
         "segments": [segment_to_dict(result) for result in results],
     }
 
@@ -148,8 +142,8 @@ async def generate(
     pool, configs = service.pool, service.build_configs(body)
     if not body.update_session:
         if body.save:
-            message = "save has no effect without update_session."
-            raise APIError(400, message, "Remove save, or set update_session.", param="save")
+            hint = "Remove save, or set update_session."
+            raise APIError(400, "save has no effect without update_session.", hint, param="save")
         reader = await to_thread.run_sync(lambda: pool.fork_reader(session_id, deadline=deadline))
         prompt = await to_thread.run_sync(lambda: service.prefill(reader, body.prompt, echo=False, will_generate=True))
         return await service.generate(request, body, [prompt], configs, deadline)

@@ -170,7 +170,7 @@ def reassign_streams(rank_states: Sequence[Mapping[str, Tensor]], batch_size: in
     """Return the state of a process's streams after the batch size or the number of processes changed.
 
     Streams are numbered across processes, and the first ones continue, as their documents do in
-    :meth:`memtx.data.packing.EndlessStreamPlan.reassign`.
+    :meth:`memtx.data.streams.EndlessStreamPlan.reassign`.
 
     Args:
         rank_states: State of each saving process: tensors by key path, each ``(batch, ...)``; empty without a state.

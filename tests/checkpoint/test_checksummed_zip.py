@@ -1,4 +1,4 @@
-"""A sealed file is a zip file like any other, and no byte of it can change unnoticed."""
+"""Zip files with a checksum: readable by any zip reader, and every changed byte is detected."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ def write(path: Path, step: int = 3) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def intact_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sealed") / "a.ckpt"
     write(path)
     return path
 
 
-def test_any_reader_opens_it(whole: Path) -> None:
-    checksummed_zip.verify(whole)
-    assert checksummed_zip.read_step(whole) == 3
+def test_any_zip_reader_opens_the_file(intact_file: Path) -> None:
+    checksummed_zip.verify(intact_file)
+    assert checksummed_zip.read_step(intact_file) == 3
     for mapped in (False, True):
-        found = torch.load(whole, weights_only=True, mmap=mapped)
-        assert torch.equal(found["weights"], CONTENT["weights"])
-        assert found["text"] == CONTENT["text"]
-    with zipfile.ZipFile(whole) as archive:
+        loaded = torch.load(intact_file, weights_only=True, mmap=mapped)
+        assert torch.equal(loaded["weights"], CONTENT["weights"])
+        assert loaded["text"] == CONTENT["text"]
+    with zipfile.ZipFile(intact_file) as archive:
         assert archive.testzip() is None
         assert archive.comment.startswith(b"memtx step=")
 
 
-@given(place=st.integers(0), bit=st.integers(0, 7))
-def test_every_bit_counts(whole: Path, place: int, bit: int) -> None:
-    content = bytearray(whole.read_bytes())
-    content[place % len(content)] ^= 1 << bit
-    other = whole.with_name("flipped")
+@given(offset=st.integers(0), bit=st.integers(0, 7))
+def test_every_flipped_bit_is_detected(intact_file: Path, offset: int, bit: int) -> None:
+    content = bytearray(intact_file.read_bytes())
+    content[offset % len(content)] ^= 1 << bit
+    other = intact_file.with_name("flipped")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         checksummed_zip.verify(other)
 
 
 @given(size=st.integers(0), more=st.binary(max_size=300))
-def test_every_length_but_its_own_is_refused(whole: Path, size: int, more: bytes) -> None:
-    content = whole.read_bytes()
-    other = whole.with_name("cut")
+def test_any_other_length_is_refused(intact_file: Path, size: int, more: bytes) -> None:
+    content = intact_file.read_bytes()
+    other = intact_file.with_name("cut")
     changed = content[: size % len(content)] + more
     if changed == content:
         return
@@ -65,14 +65,14 @@ def test_every_length_but_its_own_is_refused(whole: Path, size: int, more: bytes
 
 
 @given(content=st.binary(max_size=400))
-def test_no_bytes_are_taken_for_one(whole: Path, content: bytes) -> None:
-    other = whole.with_name("junk")
+def test_arbitrary_bytes_are_no_checkpoint(intact_file: Path, content: bytes) -> None:
+    other = intact_file.with_name("junk")
     other.write_bytes(content)
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         checksummed_zip.verify(other)
 
 
-def test_one_without_a_seal_has_the_zips_checksums(tmp_path: Path) -> None:
+def test_file_without_comment_uses_zip_checksums(tmp_path: Path) -> None:
     path = tmp_path / "old.ckpt"
     torch.save(CONTENT, path)
     checksummed_zip.verify(path)
@@ -82,11 +82,11 @@ def test_one_without_a_seal_has_the_zips_checksums(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="data/0"):
         checksummed_zip.verify(path)
-    # torch itself reads it: why there are seals.
+    # torch reads the damaged file, hence the checksum.
     assert not torch.equal(torch.load(path, weights_only=True)["weights"], CONTENT["weights"])
 
 
-def test_the_step_is_sealed_too(tmp_path: Path) -> None:
+def test_step_is_covered_by_the_checksum(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     content = write(path, 3)
     path.write_bytes(content.replace(b"step=%020d" % 3, b"step=%020d" % 4))
@@ -95,7 +95,7 @@ def test_the_step_is_sealed_too(tmp_path: Path) -> None:
         checksummed_zip.verify(path)
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.ckpt"
     before = write(path)
 
@@ -113,4 +113,4 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(MemtxError, match="No space left on device"):
         write(path)
     assert path.read_bytes() == before
-    assert [one.name for one in tmp_path.iterdir()] == ["a.ckpt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]

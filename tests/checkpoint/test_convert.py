@@ -1,4 +1,4 @@
-"""What is kept in one form is the same model in another, and nothing is half-written."""
+"""Conversion keeps the model in every format and never leaves a partial folder."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from tests.tasks import predictor
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(one.name for one in folder.iterdir())
+    return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_checkpoint_becomes_a_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+def test_checkpoint_converts_to_folder(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
-    made = convert(path, tmp_path / "deep" / "out")
-    assert made.model_class == "MemoryTransformer"
-    assert made.num_parameters == sum(one.numel() for one in byte_model.parameters())
+    result = convert(path, tmp_path / "deep" / "out")
+    assert result.model_class == "MemoryTransformer"
+    assert result.num_parameters == sum(parameter.numel() for parameter in byte_model.parameters())
     assert names(tmp_path / "deep") == ["out"]
     assert names(tmp_path / "deep" / "out") == ["config.json", "model.safetensors", "tokenizer.json"]
     model, tokenizer = load_model_and_tokenizer(tmp_path / "deep" / "out")
     assert model.fingerprint == byte_model.fingerprint
     assert tokenizer.to_json() == ByteTokenizer().to_json()
-    # A folder of ours is as good a source, and a checkpoint of no text has no tokenizer.
+    # A pretrained folder is also a source; a checkpoint without text has no tokenizer.
     assert convert(tmp_path / "deep" / "out", tmp_path / "again").extra_files == ["tokenizer.json"]
     assert load_model_and_tokenizer(tmp_path / "again")[0].fingerprint == byte_model.fingerprint
     bare = checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={})
     assert convert(bare, tmp_path / "bare").extra_files == []
 
 
-def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+def test_existing_target_is_kept(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
@@ -67,7 +67,7 @@ def test_what_is_there_stays(tmp_path: Path, byte_model: MemoryTransformer) -> N
     assert "mine" not in names(tmp_path / "out")
 
 
-def test_a_published_model_comes_and_goes(tmp_path: Path) -> None:
+def test_hf_model_converts_both_ways(tmp_path: Path) -> None:
     base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
     convert(base, tmp_path / "ours")
     assert "class_path" in json.loads((tmp_path / "ours" / "config.json").read_text())
@@ -79,14 +79,14 @@ def test_a_published_model_comes_and_goes(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], tensor) for name, tensor in first.items())
 
 
-def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None:
+def test_conversion_to_hf_drops_added_memories(tmp_path: Path) -> None:
     base = write(tmp_path / "base", plain.QWEN3, plain.llama(plain.QWEN3))
     model = Retrofit(str(base), [partial(CompressedMemory, window=4, compression_rate=2, num_entries=6)])(40)
     with torch.no_grad():
         model.embedding.weight += 1.0
-    made = convert(checkpoint(tmp_path / "a.ckpt", model), tmp_path / "back", layout=base)
-    assert made.dropped_weights
-    assert all(".attention." in name for name in made.dropped_weights)
+    result = convert(checkpoint(tmp_path / "a.ckpt", model), tmp_path / "back", layout=base)
+    assert result.dropped_weights
+    assert all(".attention." in name for name in result.dropped_weights)
     weight = memtx.from_pretrained(tmp_path / "back").embedding.weight
     assert torch.equal(weight, model.embedding.weight)
     other = MemoryTransformer(40, dim=16, depth=1, heads=2)
@@ -97,9 +97,9 @@ def test_a_trained_base_goes_back_without_what_was_added(tmp_path: Path) -> None
     assert not (tmp_path / "wrong").exists()
 
 
-def test_a_tasks_folder_keeps_its_task(tmp_path: Path) -> None:
-    one = predictor("classification")
-    one.save(tmp_path / "task")
+def test_conversion_keeps_the_task(tmp_path: Path) -> None:
+    original = predictor("classification")
+    original.save(tmp_path / "task")
     assert convert(tmp_path / "task", tmp_path / "out").extra_files == ["task.json", "tokenizer.json"]
     texts = ["the white whale", "a dark storm ."]
-    assert Predictor.load(tmp_path / "out").predict(texts) == one.predict(texts)
+    assert Predictor.load(tmp_path / "out").predict(texts) == original.predict(texts)

@@ -1,4 +1,4 @@
-"""A run goes on from the newest checkpoint that is whole, and keeps some for that."""
+"""Runs keep earlier checkpoints and resume from the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -36,75 +36,85 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+def test_newest_undamaged_checkpoint_is_found(tmp_path: Path) -> None:
     assert recovery.find_latest_valid(tmp_path) is None
     save(tmp_path / "last.ckpt", 9)
     save(tmp_path / "earlier-00000006.ckpt", 6)
     save(tmp_path / "step-00000004.ckpt", 4)
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert (found.path.name, found.step, found.damaged, found.describe_damage()) == ("last.ckpt", 9, [], "")
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert (recovered.path.name, recovered.step, recovered.damaged, recovered.describe_damage()) == (
+        "last.ckpt",
+        9,
+        [],
+        "",
+    )
     flip(tmp_path / "last.ckpt")
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert (found.path.name, [path.name for path, _ in found.damaged]) == ("earlier-00000006.ckpt", ["last.ckpt"])
-    assert "last.ckpt' is not a whole checkpoint" in found.describe_damage()
-    assert "earlier-00000006.ckpt', of step 6" in found.describe_damage()
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert (recovered.path.name, [path.name for path, _ in recovered.damaged]) == (
+        "earlier-00000006.ckpt",
+        ["last.ckpt"],
+    )
+    assert "last.ckpt' is not a whole checkpoint" in recovered.describe_damage()
+    assert "earlier-00000006.ckpt', of step 6" in recovered.describe_damage()
     (tmp_path / "earlier-00000006.ckpt").write_bytes(b"")
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert found.step == 4
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert recovered.step == 4
     flip(tmp_path / "step-00000004.ckpt")
     with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole: .*last.ckpt"):
         recovery.find_latest_valid(tmp_path)
 
 
-def test_by_the_step_not_by_the_clock(tmp_path: Path) -> None:
+def test_newest_is_chosen_by_step_not_time(tmp_path: Path) -> None:
     for step in (5, 3, 4):
         save(tmp_path / f"earlier-{step:08d}.ckpt", step)
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert found.step == 5
-    found = recovery.find_latest_valid(tmp_path, max_step=4)
-    assert found is not None
-    assert found.step == 4
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert recovered.step == 5
+    recovered = recovery.find_latest_valid(tmp_path, max_step=4)
+    assert recovered is not None
+    assert recovered.step == 4
     assert recovery.find_latest_valid(tmp_path, max_step=2) is None
 
 
-def test_one_from_within_a_step_is_passed_over(tmp_path: Path) -> None:
+def test_checkpoint_within_a_step_is_skipped(tmp_path: Path) -> None:
     save(tmp_path / "step-00000005.ckpt", 5, has_stepped=False)
     save(tmp_path / "last.ckpt", 4, has_stepped=True)
-    found = recovery.find_latest_valid(tmp_path)
-    assert found is not None
-    assert found.step == 4
+    recovered = recovery.find_latest_valid(tmp_path)
+    assert recovered is not None
+    assert recovered.step == 4
 
 
-def test_exchanged_ones_are_noticed(tmp_path: Path) -> None:
+def test_exchanged_checkpoints_are_detected(tmp_path: Path) -> None:
     save(tmp_path / "earlier-00000005.ckpt", 3)
     save(tmp_path / "earlier-00000003.ckpt", 5)
     with pytest.raises(CheckpointError, match="of step 5"):
         recovery.find_latest_valid(tmp_path)
 
 
-def test_every_damage_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kind_of_damage_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small version of scripts/damage_checkpoints.py."""
     monkeypatch.syspath_prepend(str(HOME / "scripts"))
     import damage_checkpoints
 
     older = save(tmp_path / "earlier-00000003.ckpt", 3).read_bytes()
     newest = save(tmp_path / "earlier-00000005.ckpt", 5)
-    content, drawn = newest.read_bytes(), random.Random(0)
+    content, generator = newest.read_bytes(), random.Random(0)
     for number in range(20 * len(damage_checkpoints.DAMAGES)):
         kind = damage_checkpoints.DAMAGES[number % len(damage_checkpoints.DAMAGES)]
-        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, drawn))
-        found = recovery.find_latest_valid(tmp_path)
-        assert found is not None
-        assert (found.step, [path for path, _ in found.damaged]) == (3, [newest]), kind.__name__
+        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, generator))
+        recovered = recovery.find_latest_valid(tmp_path)
+        assert recovered is not None
+        assert (recovered.step, [path for path, _ in recovered.damaged]) == (3, [newest]), kind.__name__
 
 
 @pytest.mark.parametrize("plugin", [AtomicCheckpointIO, AsyncAtomicCheckpointIO])
 @pytest.mark.parametrize(("keep", "earlier"), [(1, []), (2, [6]), (4, [2, 4, 6])])
-def test_as_many_are_kept(tmp_path: Path, plugin: type[AtomicCheckpointIO], keep: int, earlier: list[int]) -> None:
+def test_keep_last_checkpoints_are_kept(
+    tmp_path: Path, plugin: type[AtomicCheckpointIO], keep: int, earlier: list[int]
+) -> None:
     folder = tmp_path / "checkpoints"
     options = {"every_n_train_steps": 2, "keep_last": keep}
     run = trainer(
@@ -118,7 +128,7 @@ def test_as_many_are_kept(tmp_path: Path, plugin: type[AtomicCheckpointIO], keep
         assert torch.load(path, weights_only=True)["global_step"] == checksummed_zip.read_step(path) == named
 
 
-def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     (folder / ".last.ckpt.0123abcd.tmp").write_bytes(b"half of it")
@@ -128,7 +138,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     assert names(folder) == ["last.ckpt", "mine.tmp"]
 
 
-def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
+def test_damaged_last_checkpoint_is_not_kept_as_earlier(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     settings: dict[str, Any] = {"limit_val_batches": 0}
     for steps in (4, 6):
@@ -138,22 +148,22 @@ def test_a_damaged_last_is_not_kept_as_an_earlier_one(tmp_path: Path) -> None:
         run.fit(module(), datamodule=data(tmp_path), ckpt_path=begin and str(begin))
         if begin is None:
             flip(folder / "last.ckpt")
-    # Of step 4 both times, but only the one of the second run is whole.
+    # Both runs write one of step 4, but only the second run's is undamaged.
     assert names(folder) == ["earlier-00000004.ckpt", "last.ckpt"]
     checksummed_zip.verify(folder / "earlier-00000004.ckpt")
 
 
-def test_a_copy_is_what_was(tmp_path: Path) -> None:
+def test_copy_is_independent_and_shares_storage(tmp_path: Path) -> None:
     shared = torch.arange(6.0)
     values = {"a": shared, "b": shared.view(2, 3).t(), "list": [1, {"n": torch.tensor(2)}], "text": "x"}
-    made = copy_to_cpu(values)
+    copied = copy_to_cpu(values)
     shared.fill_(0.0)
     values["list"][1]["n"] = 9  # type: ignore[index]
-    assert made["a"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert made["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert made["list"] == [1, {"n": torch.tensor(2)}]
-    # Written once where the original is.
-    assert made["a"].untyped_storage().data_ptr() == made["b"].untyped_storage().data_ptr()
+    assert copied["a"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert copied["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert copied["list"] == [1, {"n": torch.tensor(2)}]
+    # Shared memory stays shared.
+    assert copied["a"].untyped_storage().data_ptr() == copied["b"].untyped_storage().data_ptr()
 
 
 def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
@@ -161,15 +171,15 @@ def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
         writes.save_checkpoint({"global_step": step}, folder / f"{step}")
 
 
-def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_async_writes_happen_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes, waits = AsyncAtomicCheckpointIO(), []
-    whole = AtomicCheckpointIO.save_checkpoint
+    save_checkpoint = AtomicCheckpointIO.save_checkpoint
 
     def slow(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, options: Any = None) -> None:
         waits.append(path)
         if checkpoint["global_step"] == 3:
             raise MemtxError("No space.")
-        whole(self, checkpoint, path, options)
+        save_checkpoint(self, checkpoint, path, options)
 
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
     done: list[int] = []
@@ -179,9 +189,9 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert writes.load_checkpoint(tmp_path / "2") == {"global_step": 2}
     assert done == [1, 2]
     writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
-    # What was to follow is not done: the one before stays.
+    # Operations after a failed write are skipped: the previous checkpoint stays.
     writes.remove_checkpoint(tmp_path / "2")
-    # Said by the next save; where that is quicker than the thread, by one of those that wait for it.
+    # Raised by the next save or, if that is faster than the thread, by one that waits for it.
     with pytest.raises(MemtxError, match="No space"):
         save_on(writes, tmp_path, 1 + MAX_PENDING)
     writes.teardown()
@@ -196,7 +206,7 @@ def test_in_the_background_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     "writer",
     ["training.AtomicCheckpointIO", pytest.param("async_io.AsyncAtomicCheckpointIO", marks=pytest.mark.slow)],
 )
-def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, writer: str) -> None:
+def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 8)
     config["trainer"] |= {"plugins": [{"class_path": f"memtx.checkpoint.{writer}"}], "val_check_interval": 3}
     config["checkpoint"] = {"every_n_train_steps": 2}
@@ -215,7 +225,7 @@ def test_a_run_whose_last_is_damaged_goes_on(program: Program, tmp_path: Path, w
     assert "Going on from 'struck/checkpoints/" in line
     assert runs.losses(at, "struck") == runs.losses(at, "whole")
     assert runs.weights(at, "struck") == runs.weights(at, "whole")
-    # With none that is whole, the run does not begin anew by itself.
+    # Without an undamaged checkpoint, the run does not start again by itself.
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
     done = runs.fit(program, at, "struck")

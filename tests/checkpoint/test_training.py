@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, named for what they are, and read without running anything."""
+"""Training checkpoints: atomic, named by their step, and read without executing anything."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Unpicklable:
         raise OSError(28, "No space left on device")
 
 
-def test_whole_or_not_there(tmp_path: Path) -> None:
+def test_save_is_atomic(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "folder" / "a.ckpt"
     io.save_checkpoint({"step": torch.tensor(1)}, path)
     with pytest.raises(MemtxError, match="No space left"):
         io.save_checkpoint({"step": torch.arange(10_000), "then": Unpicklable()}, path)
     assert io.load_checkpoint(path)["step"] == 1
-    assert [one.name for one in path.parent.iterdir()] == ["a.ckpt"]
+    assert [file.name for file in path.parent.iterdir()] == ["a.ckpt"]
     io.remove_checkpoint(path)
     assert not path.exists()
 
 
-def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "a.ckpt"
     with pytest.raises(CheckpointError, match="does not exist"):
         io.load_checkpoint(path)
@@ -55,7 +55,7 @@ def test_a_damaged_one_is_refused(tmp_path: Path) -> None:
 
 
 class Evil:
-    """Runs when it is unpickled."""
+    """Executes code when it is unpickled."""
 
     ran: list[int] = []  # noqa: RUF012
 
@@ -63,25 +63,25 @@ class Evil:
         return (Evil.ran.append, (1,))
 
 
-def test_nothing_in_it_is_run(tmp_path: Path) -> None:
+def test_loading_executes_nothing(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "a.ckpt"
     torch.save({"weights": Evil()}, path)
-    # Also where the caller would have trusted it.
+    # Also if the caller asks for weights_only=False.
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         io.load_checkpoint(path, weights_only=False)
     assert Evil.ran == []
 
 
 class Steps(pl.Callback):
-    """Which step last.ckpt is of, after each batch and its validation."""
+    """Records the step of last.ckpt after each batch and its validation."""
 
     def __init__(self, last: Path) -> None:
         self.last = last
-        self.found: dict[int, int | None] = {}
+        self.steps: dict[int, int | None] = {}
 
     def _look(self, trainer: pl.Trainer) -> None:
         step = torch.load(self.last, weights_only=True)["global_step"] if self.last.exists() else None
-        self.found[trainer.global_step] = step
+        self.steps[trainer.global_step] = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -95,17 +95,17 @@ class Steps(pl.Callback):
 @pytest.mark.parametrize(
     ("every", "options", "expected"),
     [
-        # With no validation yet there is one all the same; the last step is kept whatever the rhythm.
+        # There is one before the first validation, and the last step is always saved.
         (2, {"max_steps": 7, "val_check_interval": 6}, [None, None, 2, 2, 4, 4, 6, 7]),
         (None, {"max_steps": 7, "val_check_interval": 3}, [None, None, None, 3, 3, 3, 6, 7]),
         (None, {"max_steps": 5, "limit_val_batches": 0}, [None] * 5 + [5]),
         (3, {"max_steps": 5, "limit_val_batches": 0}, [None, None, None, 3, 3, 5]),
         (None, {"max_steps": 5, "limit_val_batches": 0, "limit_train_batches": 2}, [None, None, 2, 2, 4, 5]),
-        # After two batches and a half, the step before is not written again: its successor is.
+        # A validation within an accumulation saves the following step, not the previous one again.
         (None, {"max_steps": 4, "val_check_interval": 3, "accumulate_grad_batches": 2}, [None, None, 2, 3, 4]),
     ],
 )
-def test_last_is_the_last(
+def test_last_checkpoint_is_from_the_last_step(
     tmp_path: Path, every: int | None, options: dict[str, Any], expected: list[int | None]
 ) -> None:
     folder = tmp_path / "checkpoints"
@@ -115,25 +115,28 @@ def test_last_is_the_last(
     assert [steps.found[step] for step in sorted(steps.found)] == expected
 
 
-def test_best_is_the_best(tmp_path: Path) -> None:
+def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
     folder, record = tmp_path / "run" / "checkpoints", Record()
     keep = BestCheckpoint(str(folder), every_n_train_steps=1)
-    # A rate that is too high from some step on: the best is neither the first nor the last.
+    # The learning rate becomes too high, so the best step is neither the first nor the last.
     run = trainer(tmp_path, record, keep, max_steps=10, val_check_interval=2)
-    run.fit(module(scheduler=lambda one: torch.optim.lr_scheduler.LambdaLR(one, rise)), datamodule=data(tmp_path))
-    scores = {batch + 1: float.fromhex(found["val_bits_per_byte"]) for batch, found in record.found.items()}
+    run.fit(
+        module(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rise)),
+        datamodule=data(tmp_path),
+    )
+    scores = {batch + 1: float.fromhex(metrics["val_bits_per_byte"]) for batch, metrics in record.found.items()}
     best = min(scores, key=lambda step: scores[step])
     assert best not in (2, 10)
     note = json.loads((folder / "best.json").read_text())
     assert note == {"path": f"step-{best:08d}.ckpt", "monitor": "val_bits_per_byte", "score": scores[best]}
     names = ["best.json", "earlier-00000009.ckpt", "last.ckpt", note["path"]]
-    assert sorted(one.name for one in folder.iterdir()) == names
+    assert sorted(file.name for file in folder.iterdir()) == names
     assert find_checkpoint(tmp_path / "run") == folder / note["path"]
-    # The weights are those that were measured.
-    (found,) = trainer(tmp_path).validate(
+    # The weights are the validated ones.
+    (metrics,) = trainer(tmp_path).validate(
         module(seed=3), datamodule=data(tmp_path), ckpt_path=str(folder / note["path"]), verbose=False
     )
-    assert found["val_bits_per_byte"] == note["score"]
+    assert metrics["val_bits_per_byte"] == note["score"]
     content = torch.load(folder / note["path"], weights_only=True)
     assert content["memtx"]["tokens_seen"] == best * 2 * 16
 
@@ -142,7 +145,7 @@ def rise(step: int) -> float:
     return 1.0 if step < 5 else 300.0
 
 
-def test_settings_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="every_n_train_steps is 0"):
         BestCheckpoint(every_n_train_steps=0)
 
@@ -163,7 +166,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         module().on_load_checkpoint(old)
 
 
-def test_memory_is_kept_by_stage() -> None:
+def test_state_is_kept_per_stage() -> None:
     reader, carry = model(), Carry()
     state = carry.get_state("train", reader, 2)
     tokens = torch.randint(0, 257, (2, 9))
@@ -173,7 +176,7 @@ def test_memory_is_kept_by_stage() -> None:
     assert carry.nbytes("val") == 0
     assert carry.get_state("val", reader, 2).position.tolist() == [0, 0]
     assert carry.get_state("train", reader, 2).position.tolist() == [9, 9]
-    assert carry.nbytes("train") == sum(one.nbytes for one in carry.state_dict("train").values())
+    assert carry.nbytes("train") == sum(tensor.nbytes for tensor in carry.state_dict("train").values())
     other = Carry()
     other.load_state_dict("train", carry.state_dict("train"))
     assert other.state_dict("train").keys() == carry.state_dict("train").keys()
@@ -188,7 +191,7 @@ def test_memory_is_kept_by_stage() -> None:
         other.get_state("train", model(memories=(memory(window=9),)), 2)
 
 
-def test_random_numbers_go_on(tmp_path: Path) -> None:
+def test_random_numbers_continue_after_restore(tmp_path: Path) -> None:
     import random
 
     import numpy
@@ -205,7 +208,7 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
     assert draw() == first
 
 
-def test_ctrl_c_saves_and_goes_on(program: Program, tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_run_resumes(program: Program, tmp_path: Path) -> None:
     config = changed(("trainer", "max_steps"), 6)
     config["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 5}
     at = runs.prepare(tmp_path, config)
@@ -214,22 +217,22 @@ def test_ctrl_c_saves_and_goes_on(program: Program, tmp_path: Path) -> None:
         done = runs.fit(program, at, "struck", strike=strike, signal=int(number))
         assert done.code == EXIT_INTERRUPTED, done
         assert "Traceback" not in done.err
-        # To the end of the optimiser's step, so that nothing accumulated is lost.
+        # The optimizer step is finished, so that no accumulated gradient is lost.
         assert max(runs.losses(at, "struck")) == last
     assert runs.fit(program, at, "struck").code == 0
     assert runs.losses(at, "struck") == runs.losses(at, "whole")
     assert runs.weights(at, "struck") == runs.weights(at, "whole")
 
 
-def test_signals_are_put_back(tmp_path: Path) -> None:
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+def test_signal_handlers_are_restored(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     trainer(tmp_path, StopOnInterrupt(), max_steps=1, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
-    # Where a process cannot listen, it trains all the same.
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    # A process that cannot handle signals still trains.
     thread = threading.Thread(target=lambda: StopOnInterrupt().on_train_start(trainer(tmp_path), module()), daemon=True)
     thread.start()
     thread.join()
-    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def test_speed_and_memory_are_logged(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The distilling configs from teacher to student at a tiny size, and `memtx distil report` beside them."""
+"""The distillation configs with tiny models, and `memtx distil report` on them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ SHORT = [
 TEACHER = "--model.distillation.init_args.teacher=teacher"
 
 
-def fit(program: Program, at: Path, config: str, run: str, *options: str) -> str:
-    done = program("fit", "--config", str(HOME / "configs" / config), "--run_dir", run, *SHORT, *options, at=at)
-    assert done.code == 0, done.err
-    return (at / run / "metrics.csv").read_text().partition("\n")[0]
+def fit(program: Program, workdir: Path, config: str, run: str, *options: str) -> set[str]:
+    """Train, and return the names of the logged metrics."""
+    path = str(HOME / "configs" / config)
+    result = program("fit", "--config", path, "--run_dir", run, *SHORT, *options, cwd=workdir)
+    assert result.code == 0, result.err
+    return set((workdir / run / "metrics.csv").read_text().partition("\n")[0].split(","))
 
 
-def books(at: Path) -> list[str]:
-    if not (at / "books").exists():
-        runs.write_books(at / "books")
+def books(workdir: Path) -> list[str]:
+    if not (workdir / "books").exists():
+        runs.write_books(workdir / "books")
     return ["--data.root=books", "--data.cache_dir=cache", "--data.num_workers=1", "--trainer.val_check_interval=2"]
 
 
@@ -43,61 +45,43 @@ def decoder(depth: int) -> list[str]:
 WINDOW = """--model.model.init_args.memories=[{class_path: memtx.RecurrentMemory, init_args: {window: 64}}]"""
 
 
-def test_a_long_teacher_teaches_a_memory(program: Program, tmp_path: Path) -> None:
+def test_a_long_window_is_distilled_into_a_memory(program: Program, tmp_path: Path) -> None:
     common = [*books(tmp_path), "--data.batch_size=2", "--data.segment_length=16"]
     fit(program, tmp_path, "pg19-mini.yaml", "teacher", *common, *decoder(4), WINDOW)
-    named = fit(program, tmp_path, "long-to-memory.yaml", "student", *common, *decoder(2), TEACHER)
-    assert {"train_soft_targets", "train_hard_labels", "train_hidden_cosine"} <= set(named.split(","))
-    asked = [
-        "distil",
-        "report",
-        "--teacher",
-        "teacher",
-        "--student",
-        "student",
-        "--data",
-        "books",
-        "--max-length",
-        "128",
-    ]
-    done = program(
-        *asked,
-        "--segment-length=16",
-        "--num-timed=2",
-        "--min-position=16",
-        "--plot=a.png",
-        "--json=a.json",
-        at=tmp_path,
-    )
-    assert done.code == 0, done.err
-    found = json.loads((tmp_path / "a.json").read_text())
-    (student,) = found["students"]
+    metrics = fit(program, tmp_path, "long-to-memory.yaml", "student", *common, *decoder(2), TEACHER)
+    assert {"train_soft_targets", "train_hard_labels", "train_hidden_cosine"} <= metrics
+    command = ["distil", "report", "--teacher", "teacher", "--student", "student", "--data", "books"]
+    options = ["--max-length=128", "--segment-length=16", "--num-timed=2", "--min-position=16"]
+    result = program(*command, *options, "--plot=a.png", "--json=a.json", cwd=tmp_path)
+    assert result.code == 0, result.err
+    report = json.loads((tmp_path / "a.json").read_text())
+    (student,) = report["students"]
     assert 0.3 < student["size_reduction"] < 0.6
     assert student["metric"] == "bits_per_byte"
-    assert student["score_retention"] == pytest.approx(found["teacher"]["score"] / student["score"])
-    assert f"{student['num_parameters']:,}" in done.out
+    assert student["score_retention"] == pytest.approx(report["teacher"]["score"] / student["score"])
+    assert f"{student['num_parameters']:,}" in result.out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    # The student is a run like any other.
-    read = program("read", "books/test/0.txt", "--checkpoint", "student", "--json", at=tmp_path)
+    # The student is a run as any other.
+    read = program("read", "books/test/0.txt", "--checkpoint", "student", "--json", cwd=tmp_path)
     assert read.code == 0, read.err
 
 
-def test_a_tasks_teacher_teaches_a_tiny_student(program: Program, tmp_path: Path) -> None:
+def test_a_task_model_is_distilled_into_a_smaller_one(program: Program, tmp_path: Path) -> None:
     root = [f"--data.root={folder(tmp_path / 'data', 'tagging', 8)}"]
     small = ["--model.backbone.init_args.dim=16", "--model.backbone.init_args.heads=4"]
     fit(program, tmp_path, "conll2000.yaml", "teacher", *root, *small)
-    named = fit(program, tmp_path, "tinybert-task.yaml", "student", *root, "--model.backbone.init_args.dim=8", TEACHER)
-    assert {"train_embedding_mse", "train_attention_mse", "train_hidden_mse", "train_soft_targets"} <= set(
-        named.split(",")
+    metrics = fit(
+        program, tmp_path, "tinybert-task.yaml", "student", *root, "--model.backbone.init_args.dim=8", TEACHER
     )
-    asked = ["distil", "report", "--teacher", "teacher", "--student", "student", "--data", "data", "--json", "-"]
-    done = program(*asked, "--num-timed=2", at=tmp_path)
-    assert done.code == 0, done.err
-    found = json.loads(done.out)
-    assert found["teacher"]["metric"] == "f1"
-    assert found["students"][0]["num_parameters"] < found["teacher"]["num_parameters"]
-    said = program("predict", "--checkpoint", "student", "--text", "captain Ahab swims", at=tmp_path)
-    assert said.code == 0, said.err
+    assert {"train_embedding_mse", "train_attention_mse", "train_hidden_mse", "train_soft_targets"} <= metrics
+    command = ["distil", "report", "--teacher", "teacher", "--student", "student", "--data", "data", "--json", "-"]
+    result = program(*command, "--num-timed=2", cwd=tmp_path)
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["teacher"]["metric"] == "f1"
+    assert report["students"][0]["num_parameters"] < report["teacher"]["num_parameters"]
+    result = program("predict", "--checkpoint", "student", "--text", "captain Ahab swims", cwd=tmp_path)
+    assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize(
@@ -107,7 +91,7 @@ def test_a_tasks_teacher_teaches_a_tiny_student(program: Program, tmp_path: Path
         ("tinybert-general", {"dim": 8, "depth": 1}, {"embedding_mse", "attention_mse", "hidden_mse"}),
     ],
 )
-def test_an_encoder_teaches_another(
+def test_an_encoder_is_distilled_into_another(
     program: Program, tmp_path: Path, name: str, student: dict[str, Any], losses: set[str]
 ) -> None:
     common = books(tmp_path)
@@ -115,42 +99,42 @@ def test_an_encoder_teaches_another(
     Encoder(301, 16, 2, 2, 32).save_pretrained(tmp_path / "teacher")
     sizes = {**student, "heads": 2, "hidden_dim": 32}
     options = [f"--model.model.init_args.{key}={value}" for key, value in sizes.items()]
-    named = fit(
+    metrics = fit(
         program, tmp_path, f"{name}.yaml", "student", *common, *options, TEACHER, "--data.batch_size=2",
         "--data.segment_length=16",
         "--data.tokenizer.init_args.vocab_size=300", "--trainer.accumulate_grad_batches=1",
         "--trainer.precision=32-true",
     )  # fmt: skip
-    assert {f"train_{one}" for one in losses} <= set(named.split(","))
+    assert {f"train_{name}" for name in losses} <= metrics
 
 
 @pytest.mark.parametrize("config", ["distilbert", "tinybert-general", "tinybert-task", "long-to-memory"])
-def test_without_a_teacher_it_says_how_to_name_one(program: Program, tmp_path: Path, config: str) -> None:
+def test_a_missing_teacher_is_reported_with_its_option(program: Program, tmp_path: Path, config: str) -> None:
     root = folder(tmp_path / "data", "tagging", 8) if config == "tinybert-task" else "embedded"
-    asked = ["fit", "--config", str(HOME / "configs" / f"{config}.yaml"), "--data.root", str(root)]
+    command = ["fit", "--config", str(HOME / "configs" / f"{config}.yaml"), "--data.root", str(root)]
     small = [] if config == "tinybert-task" else ["--data.cache_dir=cache", "--data.num_workers=1"]
     if config in ("distilbert", "tinybert-general"):
         small += ["--model.model.init_args.dim=24", "--data.tokenizer.init_args.vocab_size=300"]
-    done = program(*asked, *small, "--trainer.accelerator=cpu", at=tmp_path)
-    assert done.code == 2
-    assert "No teacher is given to be distilled. Add --model.distillation.init_args.teacher RUN" in done.err
+    result = program(*command, *small, "--trainer.accelerator=cpu", cwd=tmp_path)
+    assert result.code == 2
+    assert "No teacher is given to be distilled. Add --model.distillation.init_args.teacher RUN" in result.err
     assert not (tmp_path / "runs" / config).exists()
 
 
-def test_mistakes_are_one_line(program: Program, tmp_path: Path) -> None:
+def test_errors_are_one_line(program: Program, tmp_path: Path) -> None:
     books(tmp_path)
     runs.write(tmp_path)
-    assert program("fit", "--config", "c.yaml", at=tmp_path).code == 0
-    asked = ["distil", "report", "--teacher", "run", "--student", "run", "--data"]
-    for given, said in (
+    assert program("fit", "--config", "c.yaml", cwd=tmp_path).code == 0
+    command = ["distil", "report", "--teacher", "run", "--student", "run", "--data"]
+    for options, expected in (
         (["books", "--num-timed=0"], "--num-timed: must be at least 1, got 0"),
         (["books", "--min-position=99999"], "--min-position (99999) must be below --max-length (16384)"),
         (["books", "--plot=no/a.png"], "/no' does not exist"),
         (["nowhere"], "nowhere"),
     ):
-        done = program(*asked, *given, at=tmp_path)
-        assert (done.code, done.err.count("\n")) == (2, 1), done.err
-        assert said in done.err
-    done = program("distil", "report", "--teacher", "run", "--student", "none", "--data", "books", at=tmp_path)
-    assert done.code == 2
-    assert "'none' does not exist" in done.err
+        result = program(*command, *options, cwd=tmp_path)
+        assert (result.code, result.err.count("\n")) == (2, 1), result.err
+        assert expected in result.err
+    result = program("distil", "report", "--teacher", "run", "--student", "none", "--data", "books", cwd=tmp_path)
+    assert result.code == 2
+    assert "'none' does not exist" in result.err

@@ -1,4 +1,4 @@
-"""``memtx evaluate``: what it prints and writes of good input, and one line of bad."""
+"""``memtx evaluate``: its table, plot and JSON, and its errors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ STORY = "1 Ann is at home.\n2 Where is Ann? \thome\t1\n3 Bob is at sea.\n4 Where
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder of a model of AssociativeRecall's vocabulary, of nothing else that says so."""
-    path = tmp_path_factory.mktemp("drawn")
+def synthetic_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a model with the vocabulary of AssociativeRecall, but without the options of a task."""
+    path = tmp_path_factory.mktemp("synthetic")
     torch.manual_seed(0)
     MemoryTransformer(AssociativeRecall().vocab_size, dim=16, depth=1, heads=2).save_pretrained(path)
     return str(path)
@@ -36,16 +36,16 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder of a model of bytes."""
+    """Return the folder of a byte-level model."""
     return str(pretrained(tmp_path_factory.mktemp("reader")))
 
 
-def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["evaluate", *arguments, "--json", "-"]) == 0
     output = capsys.readouterr().out
     assert output.count("\n") == 1
-    found: dict[str, Any] = json.loads(output)
-    return found
+    report: dict[str, Any] = json.loads(output)
+    return report
 
 
 def test_distances() -> None:
@@ -56,43 +56,65 @@ def test_distances() -> None:
             parse_distances(wrong)
 
 
-def test_accuracy_by_distance(drawn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = ("--checkpoint", drawn, "--task", "recall", "--num-samples", "4", "--distances", "30,100,24")
-    found = said(capsys, *base, "--seed", "3")
-    # Rounded to whole segments, each once.
-    assert [one["distance"] for one in found["results"]] == [24, 96]
-    model = MemoryTransformer.from_pretrained(drawn)
-    for one in found["results"]:
-        assert one["accuracy"] == evaluate_accuracy(
-            model, AssociativeRecall(), one["distance"] // 24, num_samples=4, seed=3
-        )
-        assert one["chance"] == 1 / 32
-    assert (found["task"], found["num_samples"], found["seed"]) == ("recall", 4, 3)
+def test_accuracy_by_distance(synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = ("--checkpoint", synthetic_model, "--task", "recall", "--num-samples", "4", "--distances", "30,100,24")
+    report = evaluate(capsys, *base, "--seed", "3")
+    # Rounded to segments, without duplicates.
+    assert [result["distance"] for result in report["results"]] == [24, 96]
+    model = MemoryTransformer.from_pretrained(synthetic_model)
+    for result in report["results"]:
+        num_segments = result["distance"] // 24
+        accuracy = evaluate_accuracy(model, AssociativeRecall(), num_segments, num_samples=4, seed=3)
+        assert (result["accuracy"], result["chance"]) == (accuracy, 1 / 32)
+    assert (report["task"], report["num_samples"], report["seed"]) == ("recall", 4, 3)
     plot, figures = tmp_path / "a.png", tmp_path / "a.json"
     assert main(["evaluate", *base, "--plot", str(plot), "--json", str(figures)]) == 0
     table = capsys.readouterr().out
     assert all(part in table for part in ("recall", "accuracy", "chance", "0.031", "24", "96"))
     assert plot.read_bytes().startswith(PNG)
-    assert [one["distance"] for one in json.loads(figures.read_text())["results"]] == [24, 96]
+    assert [result["distance"] for result in json.loads(figures.read_text())["results"]] == [24, 96]
 
 
 @pytest.mark.parametrize(("task", "size"), [("overwrite", "num_overwrites=2"), ("capacity", "num_values=32")])
-def test_other_drawn_tasks(drawn: str, task: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = said(
-        capsys, "--checkpoint", drawn, "--task", task, "--num-samples", "2", "--distances", "48", "--task-arg", size
+def test_other_synthetic_tasks(synthetic_model: str, task: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    report = evaluate(
+        capsys,
+        "--checkpoint",
+        synthetic_model,
+        "--task",
+        task,
+        "--num-samples",
+        "2",
+        "--distances",
+        "48",
+        "--task-arg",
+        size,
     )
-    (only,) = found["results"]
+    (only,) = report["results"]
     if task == "capacity":
         assert (only["distance"], only["num_pairs"], only["pairs_per_kib"]) == (2, 0, 0.0)
-        assert only["state_bytes"] == MemoryTransformer.from_pretrained(drawn).init_state(1).nbytes
+        assert only["state_bytes"] == MemoryTransformer.from_pretrained(synthetic_model).init_state(1).nbytes
     else:
         assert 0 <= only["accuracy"] <= 1
 
 
-def test_capacity_by_default(drawn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_capacity_by_default(synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "a.png"
     assert (
-        main(["evaluate", "--checkpoint", drawn, "--task", "capacity", "--num-samples", "2", "--plot", str(plot)]) == 0
+        main(
+            [
+                "evaluate",
+                "--checkpoint",
+                synthetic_model,
+                "--task",
+                "capacity",
+                "--num-samples",
+                "2",
+                "--plot",
+                str(plot),
+            ]
+        )
+        == 0
     )
     table = capsys.readouterr().out
     assert all(part in table for part in ("pairs per KiB", " 3 ", " 32 ", "768"))
@@ -102,28 +124,20 @@ def test_capacity_by_default(drawn: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_needles_and_stories(reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "book.txt").write_text(BOOK, encoding="utf-8")
     (tmp_path / "qa1_where_test.txt").write_text(STORY, encoding="utf-8")
-    base = (
-        "--checkpoint",
-        reader,
-        "--num-samples",
-        "2",
-        "--haystack",
-        str(tmp_path / "book.txt"),
-        "--distances",
-        "300,40",
-    )
+    haystack = str(tmp_path / "book.txt")
+    base = ("--checkpoint", reader, "--num-samples", "2", "--haystack", haystack, "--distances", "300,40")
     needles = ("--task", "needle", "--num-depths", "2")
-    found = said(capsys, *base, *needles, "--distances", "300,200")
+    report = evaluate(capsys, *base, *needles, "--distances", "300,200")
     names = ["depth 0%", "depth 100%"] * 2 + ["all", "all"]
-    assert [one["name"] for one in found["results"]] == names
-    assert {one["chance"] for one in found["results"]} == {0.5}
+    assert [result["name"] for result in report["results"]] == names
+    assert {result["chance"] for result in report["results"]} == {0.5}
     assert main(["evaluate", *base, *needles]) == 2
     assert "do not fit into 40 tokens" in capsys.readouterr().err
-    # How it is cut does not matter.
-    assert said(capsys, *base, *needles, "--distances", "300,200", "--segment-length", "7") == found
+    # The result does not depend on the segmentation.
+    assert evaluate(capsys, *base, *needles, "--distances", "300,200", "--segment-length", "7") == report
     stories = ("--task", "babi", "--babi-dir", str(tmp_path))
-    found = said(capsys, *base, *stories)
-    assert [(one["name"], one["distance"]) for one in found["results"]] == [
+    report = evaluate(capsys, *base, *stories)
+    assert [(result["name"], result["distance"]) for result in report["results"]] == [
         ("qa1", 40), ("qa1", 300), ("all", 40), ("all", 300),
     ]  # fmt: skip
     plot = tmp_path / "a.png"
@@ -133,38 +147,38 @@ def test_needles_and_stories(reader: str, tmp_path: Path, capsys: pytest.Capture
     assert plot.read_bytes().startswith(PNG)
 
 
-def test_a_run_is_asked_what_it_was_trained_on(program: Program, tmp_path: Path) -> None:
+def test_a_run_is_evaluated_on_the_task_of_its_training(program: Program, tmp_path: Path) -> None:
     content = yaml.safe_load((HOME / "configs" / "recall.yaml").read_text())
     task = content["data"]["init_args"]["task"]["init_args"]
     task.update(segment_length=12, num_pairs=2, num_keys=5, num_values=7, num_noise_tokens=3)
     content["data"]["init_args"]["batch_size"] = 2
     content["trainer"].update(max_steps=3, val_check_interval=2)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(content))
-    done = program("fit", "--config", "c.yaml", "--run_dir", "run", at=tmp_path)
-    assert done.code == 0, done.err
+    result = program("fit", "--config", "c.yaml", "--run_dir", "run", cwd=tmp_path)
+    assert result.code == 0, result.err
     assert "val_accuracy" in (tmp_path / "run" / "metrics.csv").read_text().partition("\n")[0]
-    asked = ("evaluate", "--checkpoint", "run", "--num-samples", "2", "--distances", "36", "--json", "-")
-    done = program(*asked, "--task", "recall", at=tmp_path)
-    assert done.code == 0, done.err
-    (only,) = json.loads(done.out)["results"]
+    command = ("evaluate", "--checkpoint", "run", "--num-samples", "2", "--distances", "36", "--json", "-")
+    result = program(*command, "--task", "recall", cwd=tmp_path)
+    assert result.code == 0, result.err
+    (only,) = json.loads(result.out)["results"]
     model = MemoryTransformer.from_pretrained(find_checkpoint(tmp_path / "run"))
     assert only["accuracy"] == evaluate_accuracy(model, AssociativeRecall(**task), 3, num_samples=2)
     assert (only["distance"], only["chance"]) == (36, 1 / 7)
-    # The same sizes serve a task with more of them.
-    assert program(*asked, "--task", "overwrite", at=tmp_path).code == 0
-    done = program(*asked, "--task", "needle", at=tmp_path)
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "no tokenizer" in done.err
-    done = program("test", "--run_dir", "run", at=tmp_path)
-    assert done.code == 0, done.err
-    assert "test_accuracy" in done.out
+    # The sizes of the training apply to a task with further options, too.
+    assert program(*command, "--task", "overwrite", cwd=tmp_path).code == 0
+    result = program(*command, "--task", "needle", cwd=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "no tokenizer" in result.err
+    result = program("test", "--run_dir", "run", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "test_accuracy" in result.out
     more = ("--ckpt_path", "last", "--trainer.max_steps", "5")
-    done = program("fit", "--config", "c.yaml", "--run_dir", "run", *more, at=tmp_path)
-    assert done.code == 0, done.err
+    result = program("fit", "--config", "c.yaml", "--run_dir", "run", *more, cwd=tmp_path)
+    assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "expected"),
     [
         (["--task", "recal"], "invalid choice: 'recal'"),
         (["--task", "recall", "--distances", "1x"], "--distances has '1x'"),
@@ -190,31 +204,33 @@ def test_a_run_is_asked_what_it_was_trained_on(program: Program, tmp_path: Path)
         ([], "--task"),
     ],
 )
-def test_mistakes_are_one_line(drawn: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_one_line(
+    synthetic_model: str, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
-        code: Any = main(["evaluate", "--checkpoint", drawn, *arguments])
+        code: Any = main(["evaluate", "--checkpoint", synthetic_model, *arguments])
     except SystemExit as stopped:
         code = stopped.code
     output = capsys.readouterr()
     assert code == 2
-    assert says in output.err
+    assert expected in output.err
     assert output.err.count("\n") == 1
     assert output.out == ""
 
 
 def test_ctrl_c_writes_nothing(
-    drawn: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: Any, **__: Any) -> float:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("memtx.evaluation.accuracy.evaluate_accuracy", interrupted)
     target = tmp_path / "a.json"
-    assert main(["evaluate", "--checkpoint", drawn, "--task", "recall", "--json", str(target)]) == 130
+    assert main(["evaluate", "--checkpoint", synthetic_model, "--task", "recall", "--json", str(target)]) == 130
     assert not target.exists()
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_needles_in_the_embedded_texts(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
-    found = said(capsys, "--checkpoint", reader, "--task", "needle", "--num-samples", "1", "--distances", "600")
-    assert len(found["results"]) == 9
+    report = evaluate(capsys, "--checkpoint", reader, "--task", "needle", "--num-samples", "1", "--distances", "600")
+    assert len(report["results"]) == 9

@@ -38,8 +38,7 @@ def fill(disk: Path, remaining: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "writer",
-    [pytest.param("training.AtomicCheckpointIO", marks=pytest.mark.slow), "async_io.AsyncAtomicCheckpointIO"],
+    "writer", [pytest.param("training.AtomicCheckpointIO", marks=pytest.mark.slow), "async_io.AsyncAtomicCheckpointIO"]
 )
 def test_a_full_disk_keeps_the_last_checkpoint(program: Program, tmp_path: Path, disk: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 6)
@@ -49,7 +48,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(program: Program, tmp_path: Path,
     assert runs.fit(program, workdir, "whole").code == 0
     assert runs.fit(program, workdir, "disk/run", "--trainer.max_steps", "2").code == 0
     folder = disk / "run" / "checkpoints"
-    # No space workdir all, so that the log cannot be written; then space for the log but for no checkpoint.
+    # No space at all: the log cannot be written. Then space for the log but not for a checkpoint.
     for remaining, expected in ((0, "The disk is full"), (100_000, ".ckpt' could not be written: No space left")):
         fill(disk, remaining)
         result = runs.fit(program, workdir, "disk/run")

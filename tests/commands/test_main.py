@@ -24,8 +24,7 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["--version"], ["raed"], ["read", "--help"], ["generate", "--help"], ["serve", "--help"]],
+    "arguments", [["--help"], ["--version"], ["raed"], ["read", "--help"], ["generate", "--help"], ["serve", "--help"]]
 )
 def test_help_version_and_typos_do_not_import_torch(arguments: list[str]) -> None:
     code = (
@@ -92,11 +91,7 @@ def raise_error(error: BaseException) -> int:
         (DataError("Problem in\ntwo lines.", "A hint."), 2, "memtx: error: Problem in two lines. A hint.\n"),
         (FileNotFoundError(2, "x", "/no/such"), 2, "memtx: error: '/no/such' does not exist. Check the path.\n"),
         (IsADirectoryError(21, "x", "d"), 2, "memtx: error: 'd' is a folder, expected a file. Check the path.\n"),
-        (
-            PermissionError(13, "x", "p"),
-            2,
-            "memtx: error: 'p' cannot be opened (permission denied). Check the path.\n",
-        ),
+        (PermissionError(13, "x", "p"), 2, "memtx: error: 'p' cannot be opened (permission denied). Check the path.\n"),
         (KeyboardInterrupt("saved"), 130, "\nmemtx: interrupted: saved\n"),
     ],
 )

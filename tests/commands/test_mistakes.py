@@ -1,4 +1,4 @@
-"""What a user can get wrong around fit, validate, test and predict: one line, exit code 2, nothing half-written."""
+"""User errors of fit, validate, test and predict: one line, exit code 2, no partial files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ INIT = ("model", "model", "init_args")
 MEMORY = (*INIT, "memories", 0)
 
 
-def files(at: Path) -> dict[str, bytes]:
-    """Return every file under a folder, but not the caches, which are no result."""
-    found = (path for path in at.rglob("*") if path.is_file() and "cache" not in path.relative_to(at).parts)
-    return {str(path.relative_to(at)): path.read_bytes() for path in found}
+def files(folder: Path) -> dict[str, bytes]:
+    """Return every file under a folder except the caches."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and "cache" not in path.relative_to(folder).parts)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def refused(done: Done, *said: str) -> None:
-    assert done.code == 2, done
-    assert done.err.startswith("memtx: error: "), done.err
-    assert done.err.count("\n") == 1, done.err
-    assert "Traceback" not in done.err + done.out
-    for part in said:
-        assert part in done.err, done.err
+def refused(result: Done, *expected: str) -> None:
+    assert result.code == 2, result
+    assert result.err.startswith("memtx: error: "), result.err
+    assert result.err.count("\n") == 1, result.err
+    assert "Traceback" not in result.err + result.out
+    for part in expected:
+        assert part in result.err, result.err
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
+def workdir(tmp_path: Path) -> Path:
     write_books(tmp_path / "books")
     return tmp_path
 
 
 @pytest.mark.parametrize(
-    ("path", "typo", "key", "meant"),
+    ("path", "typo", "key", "closest"),
     [
         (("trainer",), "trianer", "trianer", "trainer"),
         (("run_dir",), "run_dri", "run_dri", "run_dir"),
@@ -50,12 +50,7 @@ def place(tmp_path: Path) -> Path:
         (("model", "model", "class_path"), "class_pth", "model.model.class_pth", "class_path"),
         (("model", "model", "init_args"), "init_arg", "model.model.init_arg", "init_args"),
         ((*INIT, "depth"), "deph", "model.model.init_args.deph", "depth"),
-        (
-            (*MEMORY, "init_args", "window"),
-            "windw",
-            "model.model.init_args.memories.0.init_args.windw",
-            "window",
-        ),
+        ((*MEMORY, "init_args", "window"), "windw", "model.model.init_args.memories.0.init_args.windw", "window"),
         (("model", "optimizer", "init_args", "lr"), "lrr", "model.optimizer.init_args.lrr", "lr"),
         (
             ("model", "scheduler", "init_args", "warmup_steps"),
@@ -65,37 +60,37 @@ def place(tmp_path: Path) -> Path:
         ),
     ],
 )
-def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
-    program: Program, place: Path, path: tuple[str | int, ...], typo: str, key: str, meant: str
+def test_a_mistyped_key_is_reported_with_its_file_and_the_closest_key(
+    program: Program, workdir: Path, path: tuple[str | int, ...], typo: str, key: str, closest: str
 ) -> None:
     config = renamed(path, typo)
     if typo == "class_pth":
-        # With no class at all the parser decides; with both it is a stray key.
+        # Without a class the parser decides; with both keys, the mistyped one is unknown.
         config["model"]["model"]["class_path"] = CONFIG["model"]["model"]["class_path"]
-    write(place, config)
-    before = files(place)
-    refused(program("fit", "--config", "c.yaml", at=place), "'c.yaml'", f"'{key}'", f"Did you mean '{meant}'?")
-    assert files(place) == before
+    write(workdir, config)
+    before = files(workdir)
+    refused(program("fit", "--config", "c.yaml", cwd=workdir), "'c.yaml'", f"'{key}'", f"Did you mean '{closest}'?")
+    assert files(workdir) == before
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "expected"),
     [
-        # A class that is not there.
+        # A class that does not exist.
         ((*MEMORY, "class_path"), "memtx.CompresedMemory", "Did you mean 'CompressedMemory'?"),
         ((*MEMORY, "class_path"), "memtx.memry.none.NoMemory", "Did you mean 'memory'?"),
         ((*MEMORY, "class_path"), "nowhere_at_all.Mine", "'nowhere_at_all'"),
         (("model", "model", "class_path"), "memtx.MemoryTransfomer", "Did you mean 'MemoryTransformer'?"),
         ((*MEMORY, "init_args", "compression"), "memtx.memory.compression.MeanPoolin", "Did you mean 'MeanPooling'?"),
         (("model", "optimizer", "class_path"), "torch.optim.AdamWW", "Did you mean 'AdamW'?"),
-        # A value of another type.
+        # A value of the wrong type.
         (("data", "batch_size"), "many", "'data.batch_size' is many, expected int."),
         ((*INIT, "depth"), "two", "'model.model.init_args.depth' is two, expected int."),
         ((*MEMORY, "init_args", "window"), "big", "init_args.window' is big, expected int."),
         (("model", "optimizer", "init_args", "lr"), "fast", "init_args.lr' is fast, expected float"),
         (("trainer", "precision"), "bf17", "'trainer.precision' is bf17, expected"),
         (("trainer", "callbacks"), [{"class_path": "LearningRateMonitorr"}], "trainer.callbacks"),
-        # A value out of its range, noticed by the part itself.
+        # A value out of range, which the class itself checks.
         ((*MEMORY, "init_args", "window"), 0, "window is 0"),
         ((*MEMORY, "init_args", "compression_rate"), 0, "compression_rate is 0"),
         ((*INIT, "heads"), 3, "Change dim or heads"),
@@ -110,23 +105,23 @@ def test_a_mistyped_key_is_named_with_its_file_and_the_nearest(
         (("trainer", "accelerator"), "gpuu", "accelerator='gpuu'"),
         (("trainer", "strategy"), "ddpp", "ddpp"),
         (("model", "segment_length"), 8, "'model.segment_length' follows from 'data.segment_length'"),
-        # Another program's function is no part.
+        # Functions of Python itself.
         (MEMORY, {"class_path": "os.system"}, "'os.system', which belongs to Python itself"),
         (MEMORY, {"class_path": "torch.os.system"}, "'torch.os.system', which"),
         (MEMORY, {"class_path": "memtx.memory.none.deeper.NoMemory"}, "there is no 'memtx.memory.none.deeper'"),
     ],
 )
 def test_a_wrong_value_is_one_line(
-    program: Program, place: Path, path: tuple[str | int, ...], value: Any, said: str
+    program: Program, workdir: Path, path: tuple[str | int, ...], value: Any, expected: str
 ) -> None:
-    write(place, changed(path, value))
-    before = files(place)
-    refused(program("fit", "--config", "c.yaml", at=place), said)
-    assert files(place) == before
+    write(workdir, changed(path, value))
+    before = files(workdir)
+    refused(program("fit", "--config", "c.yaml", cwd=workdir), expected)
+    assert files(workdir) == before
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         (b"data: [1\nrun_dir: 2\n", "line 2"),
         (b"data:\n\tbatch_size: 1\n", "line 2"),
@@ -135,20 +130,20 @@ def test_a_wrong_value_is_one_line(
         (b"run_dir: \xff\n", "not UTF-8: invalid start byte at byte 9"),
     ],
 )
-def test_a_config_that_is_no_config(program: Program, place: Path, content: bytes, said: str) -> None:
-    (place / "c.yaml").write_bytes(content)
-    refused(program("fit", "--config", "c.yaml", at=place), "c.yaml'", said)
+def test_an_invalid_config_is_one_line(program: Program, workdir: Path, content: bytes, expected: str) -> None:
+    (workdir / "c.yaml").write_bytes(content)
+    refused(program("fit", "--config", "c.yaml", cwd=workdir), "c.yaml'", expected)
 
 
-def test_a_config_that_is_not_there(program: Program, place: Path) -> None:
-    write(place)
-    refused(program("fit", "--config", "cc.yaml", at=place), "'cc.yaml' does not exist", "Did you mean 'c.yaml'?")
-    refused(program("fit", "--config=books", at=place), "'books' cannot be read")
-    refused(program("fit", "--config", at=place), "--config")
+def test_a_missing_config_is_one_line(program: Program, workdir: Path) -> None:
+    write(workdir)
+    refused(program("fit", "--config", "cc.yaml", cwd=workdir), "'cc.yaml' does not exist", "Did you mean 'c.yaml'?")
+    refused(program("fit", "--config=books", cwd=workdir), "'books' cannot be read")
+    refused(program("fit", "--config", cwd=workdir), "--config")
 
 
 @pytest.mark.parametrize(
-    ("argument", "said"),
+    ("argument", "expected"),
     [
         ("--data.rot=x", "Did you mean '--data.root'?"),
         ("--trainer.max_stepss=3", "Did you mean '--trainer.max_steps'?"),
@@ -159,84 +154,88 @@ def test_a_config_that_is_not_there(program: Program, place: Path) -> None:
         ("stray", "stray"),
     ],
 )
-def test_a_wrong_argument_is_one_line(program: Program, place: Path, argument: str, said: str) -> None:
-    write(place)
-    before = files(place)
-    refused(program("fit", "--config", "c.yaml", argument, at=place), said)
-    assert files(place) == before
+def test_a_wrong_argument_is_one_line(program: Program, workdir: Path, argument: str, expected: str) -> None:
+    write(workdir)
+    before = files(workdir)
+    refused(program("fit", "--config", "c.yaml", argument, cwd=workdir), expected)
+    assert files(workdir) == before
 
 
-def test_books_that_cannot_be_read(program: Program, place: Path) -> None:
-    write(place)
+def test_invalid_texts_are_one_line(program: Program, workdir: Path) -> None:
+    write(workdir)
     fit = ("fit", "--config", "c.yaml", "--data.root", "given")
-    (place / "given").mkdir()
-    refused(program(*fit, at=place), "'given' holds no text", "PG-19", "--data.root")
-    (place / "given" / "train").mkdir()
-    refused(program(*fit, at=place), "given")
-    book = place / "given" / "train" / "a.txt"
+    (workdir / "given").mkdir()
+    refused(program(*fit, cwd=workdir), "'given' holds no text", "PG-19", "--data.root")
+    (workdir / "given" / "train").mkdir()
+    refused(program(*fit, cwd=workdir), "given")
+    book = workdir / "given" / "train" / "a.txt"
     book.write_bytes(b"")
-    refused(program(*fit, at=place), "a.txt' is empty")
+    refused(program(*fit, cwd=workdir), "a.txt' is empty")
     book.write_bytes(b"abc" * 50 + b"\xff and more")
-    refused(program(*fit, at=place), "a.txt' is not UTF-8", "150")
-    assert not (place / "run").exists()
+    refused(program(*fit, cwd=workdir), "a.txt' is not UTF-8", "150")
+    assert not (workdir / "run").exists()
 
 
-def test_tokens_that_no_tokenizer_makes_leave_no_run(program: Program, place: Path) -> None:
-    """They are noticed when they are read: training has begun, and no step is done."""
-    write(place)
-    assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", at=place).code == 0
-    for shard in (place / "tokens" / "train").glob("*.bin"):
+def test_tokens_outside_the_vocabulary_leave_no_run(program: Program, workdir: Path) -> None:
+    """They are found when they are read: training has started, but no step is done."""
+    write(workdir)
+    assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", cwd=workdir).code == 0
+    for shard in (workdir / "tokens" / "train").glob("*.bin"):
         shard.write_bytes(b"\xff" * shard.stat().st_size)
-    before = files(place)
+    before = files(workdir)
     fit = ("fit", "--config", "c.yaml", "--data.root", "tokens", "--trainer.limit_val_batches", "1")
-    refused(program(*fit, at=place), "is damaged: it holds token 65535 of 257", "Prepare the data again")
-    assert files(place) == before
+    refused(program(*fit, cwd=workdir), "is damaged: it holds token 65535 of 257", "Prepare the data again")
+    assert files(workdir) == before
 
 
-def test_one_line_of_megabytes_is_a_book(program: Program, place: Path) -> None:
-    (place / "line.txt").write_bytes(b"word " * 1_000_000)
-    write(place)
-    done = program("fit", "--config", "c.yaml", "--data.root", "line.txt", "--trainer.limit_val_batches=1", at=place)
-    assert done.code == 0, done.err
-    assert (place / "run" / "checkpoints" / "last.ckpt").exists()
+def test_a_line_of_megabytes_is_a_book(program: Program, workdir: Path) -> None:
+    (workdir / "line.txt").write_bytes(b"word " * 1_000_000)
+    write(workdir)
+    result = program(
+        "fit", "--config", "c.yaml", "--data.root", "line.txt", "--trainer.limit_val_batches=1", cwd=workdir
+    )
+    assert result.code == 0, result.err
+    assert (workdir / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_a_checkpoint_that_cannot_be_used(program: Program, place: Path) -> None:
-    write(place)
-    assert program("fit", "--config", "c.yaml", at=place).code == 0
-    last = place / "run" / "checkpoints" / "last.ckpt"
+def test_an_unusable_checkpoint_is_one_line(program: Program, workdir: Path) -> None:
+    write(workdir)
+    assert program("fit", "--config", "c.yaml", cwd=workdir).code == 0
+    last = workdir / "run" / "checkpoints" / "last.ckpt"
     content = last.read_bytes()
-    (place / "cut.ckpt").write_bytes(content[: len(content) // 2])
-    (place / "empty.ckpt").write_bytes(b"")
-    torch.save({"state_dict": {}}, place / "foreign.ckpt")
-    write(place, changed((*INIT, "dim"), 32), "other.yaml")
-    before = files(place)
+    (workdir / "cut.ckpt").write_bytes(content[: len(content) // 2])
+    (workdir / "empty.ckpt").write_bytes(b"")
+    torch.save({"state_dict": {}}, workdir / "foreign.ckpt")
+    write(workdir, changed((*INIT, "dim"), 32), "other.yaml")
+    before = files(workdir)
     for command, run in (("fit", "new"), ("test", "run")):
         base = (command, "--config", "c.yaml", "--run_dir", run, "--ckpt_path")
-        refused(program(*base, "cut.ckpt", at=place), "'cut.ckpt' is not a whole checkpoint")
-        refused(program(*base, "foreign.ckpt", at=place), "'foreign.ckpt'", "something else")
+        refused(program(*base, "cut.ckpt", cwd=workdir), "'cut.ckpt' is not a whole checkpoint")
+        refused(program(*base, "foreign.ckpt", cwd=workdir), "'foreign.ckpt'", "something else")
         other = (command, "--config", "other.yaml", "--run_dir", run, "--ckpt_path", str(last))
-        refused(program(*other, at=place), "last.ckpt'", "another model", "dim")
+        refused(program(*other, cwd=workdir), "last.ckpt'", "another model", "dim")
     refused(
-        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", at=place), "'empty.ckpt' is not a whole"
+        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a whole"
     )
-    refused(program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", at=place), "'none.ckpt' does not exist")
-    refused(program("fit", "--config", "c.yaml", at=place), "'run' already holds a run", "--ckpt_path last")
-    refused(program("test", "--run_dir", "nothing", at=place), "'nothing' holds no checkpoint")
-    assert files(place) == before
+    refused(
+        program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", cwd=workdir), "'none.ckpt' does not exist"
+    )
+    refused(program("fit", "--config", "c.yaml", cwd=workdir), "'run' already holds a run", "--ckpt_path last")
+    refused(program("test", "--run_dir", "nothing", cwd=workdir), "'nothing' holds no checkpoint")
+    assert files(workdir) == before
 
 
-def test_the_installed_script_says_the_same(place: Path) -> None:
-    write(place, renamed(("data", "batch_size"), "batch_sizes"))
+def test_the_module_reports_the_same_errors(workdir: Path) -> None:
+    write(workdir, renamed(("data", "batch_size"), "batch_sizes"))
     environment = os.environ | {"PYTHONPATH": str(HOME)}
     command = [sys.executable, "-m", "memtx", "fit", "--config", "c.yaml"]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
-    refused(Done(done.returncode, done.stdout, done.stderr), "'data.batch_sizes'", "Did you mean 'batch_size'?")
+    result = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True)
+    refused(Done(result.returncode, result.stdout, result.stderr), "'data.batch_sizes'", "Did you mean 'batch_size'?")
 
 
-def test_a_traceback_can_be_asked_for(program: Program, place: Path) -> None:
-    write(place, changed(("data", "batch_size"), 0))
-    done = program("fit", "--config", "c.yaml", "--traceback", at=place)
-    assert done.code == 2
-    assert "Traceback" in done.err
-    assert done.err.splitlines()[-1].startswith("memtx: error: batch_size is 0")
+def test_the_traceback_option_prints_the_traceback(program: Program, workdir: Path) -> None:
+    write(workdir, changed(("data", "batch_size"), 0))
+    result = program("fit", "--config", "c.yaml", "--traceback", cwd=workdir)
+    assert result.code == 2
+    assert "Traceback" in result.err
+    assert result.err.splitlines()[-1].startswith("memtx: error: batch_size is 0")

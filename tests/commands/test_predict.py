@@ -1,4 +1,4 @@
-"""``memtx predict`` and ``memtx serve`` on the model of a task: good and bad input."""
+"""``memtx predict`` and ``memtx serve`` with task models: valid and invalid input."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.tasks import KINDS, folder, predictor, records, write_lines
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a model of every kind."""
-    at = tmp_path_factory.mktemp("tasks")
+    folder = tmp_path_factory.mktemp("tasks")
     for kind in KINDS:
-        predictor(kind).save(at / kind)
-    pretrained(at / "language")
-    return at
+        predictor(kind).save(folder / kind)
+    pretrained(folder / "language")
+    return folder
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -33,33 +33,32 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
         code = main(["predict", *arguments])
     except SystemExit as stopped:
         code = stopped.code  # type: ignore[assignment]
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_input_is_a_line(place: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = records(kind, 70)
-    path = write_lines(tmp_path / "in.jsonl", given)
-    code, out, err = run(capsys, "--checkpoint", str(place / kind), "--input", str(path))
+def test_each_input_gives_a_line(workdir: Path, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = records(kind, 70)
+    path = write_lines(tmp_path / "in.jsonl", inputs)
+    code, out, err = run(capsys, "--checkpoint", str(workdir / kind), "--input", str(path))
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in out.splitlines()]
-    wanted = predictor(kind).predict(given[:64]) + predictor(kind).predict(given[64:])
-    assert lines == wanted
-    code, nothing, _ = run(capsys, "--checkpoint", str(place / kind), str(path), "--output", str(tmp_path / "o"))
+    assert lines == predictor(kind).predict(inputs[:64]) + predictor(kind).predict(inputs[64:])
+    code, nothing, _ = run(capsys, "--checkpoint", str(workdir / kind), str(path), "--output", str(tmp_path / "o"))
     assert (code, nothing) == (0, "")
     assert (tmp_path / "o").read_text() == out
 
 
-def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    at = str(place / "tagging")
-    code, out, _ = run(capsys, "--checkpoint", at, "--text", "the white whale", "--text", "Ahab saw")
+def test_raw_texts(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    model = str(workdir / "tagging")
+    code, out, _ = run(capsys, "--checkpoint", model, "--text", "the white whale", "--text", "Ahab saw")
     assert code == 0
     assert [len(json.loads(line)["tags"]) for line in out.splitlines()] == [3, 2]
     (tmp_path / "a.txt").write_text("the white whale\n\nlost at sea\n")
-    assert len(json.loads(run(capsys, "--checkpoint", at, "--input", str(tmp_path / "a.txt"))[1])["tags"]) == 6
+    assert len(json.loads(run(capsys, "--checkpoint", model, "--input", str(tmp_path / "a.txt"))[1])["tags"]) == 6
     read = subprocess.run(
-        [sys.executable, "-m", "memtx", "predict", "--checkpoint", at, "-"],
+        [sys.executable, "-m", "memtx", "predict", "--checkpoint", model, "-"],
         input='{"text": "störm"}\n{"tokens": ["a"]}\n'.encode(), capture_output=True,
         env=os.environ | {"PYTHONPATH": str(HOME)}, timeout=60, check=False,
     )  # fmt: skip
@@ -68,7 +67,7 @@ def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "expected"),
     [
         (["--text", "a"], "arguments are required: --checkpoint"),
         (["--checkpoint", "none", "--text", "a"], "'none' does not exist"),
@@ -94,10 +93,14 @@ def test_raw_texts(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["--checkpoint", "classification", "--input", "latin.txt"], "latin.txt' is not UTF-8"),
     ],
 )
-def test_mistakes_are_one_line(
-    place: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_errors_are_one_line(
+    workdir: Path,
+    arguments: list[str],
+    expected: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(workdir)
     Path("bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     Path("other.jsonl").write_text('{"txt": "a"}\n')
     Path("long.jsonl").write_text('{"text": "a"}\n\n{"text": "' + "a " * 100 + '"}\n')
@@ -105,16 +108,16 @@ def test_mistakes_are_one_line(
     Path("latin.txt").write_bytes("störm".encode("latin-1"))
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
-    assert said in err
+    assert expected in err
     assert err.count("\n") == 1
 
 
-def test_a_run_is_served(place: Path) -> None:
+def test_a_task_model_is_served(workdir: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
     httpx = pytest.importorskip("httpx", reason="the package 'httpx' is not installed")
     server = subprocess.Popen(
-        [sys.executable, "-m", "memtx", "serve", "--checkpoint", str(place / "tagging"), "--port", "0"],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(HOME)}, cwd=place,
+        [sys.executable, "-m", "memtx", "serve", "--checkpoint", str(workdir / "tagging"), "--port", "0"],
+        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(HOME)}, cwd=workdir,
     )  # fmt: skip
     assert server.stderr is not None
     try:
@@ -122,20 +125,20 @@ def test_a_run_is_served(place: Path) -> None:
         assert "serving 'tagging'" in first
         assert "POST /v1/predict" in first
         address = first.split(" at ")[1].split()[0]
-        said = httpx.post(f"{address}/v1/predict", json={"input": "the white whale"}, timeout=30).json()
-        assert len(said["data"][0]["tags"]) == 3
-        said = httpx.post(f"{address}/v1/predict", json={"text": "the white whale"}, timeout=30).json()
-        assert "the fields are input, model" in said["error"]["message"]
-        assert not (place / "sessions").exists()
+        response = httpx.post(f"{address}/v1/predict", json={"input": "the white whale"}, timeout=30).json()
+        assert len(response["data"][0]["tags"]) == 3
+        response = httpx.post(f"{address}/v1/predict", json={"text": "the white whale"}, timeout=30).json()
+        assert "the fields are input, model" in response["error"]["message"]
+        assert not (workdir / "sessions").exists()
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(30)
         server.stderr.close()
-    assert server.returncode in (0, -signal.SIGTERM)  # as every server of uvicorn's ends
+    assert server.returncode in (0, -signal.SIGTERM)  # as uvicorn ends
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         (["--data.task.max_lenght", "64"], "Did you mean"),
         (["--data.batch_size", "0"], "batch_size is 0"),
@@ -144,30 +147,32 @@ def test_a_run_is_served(place: Path) -> None:
         (["--data.root", "none"], "'none' is no folder"),
     ],
 )
-def test_a_tasks_config_with_a_mistake(program: Program, tmp_path: Path, changes: list[str], said: str) -> None:
+def test_an_error_in_the_config_of_a_task_is_one_line(
+    program: Program, tmp_path: Path, changes: list[str], expected: str
+) -> None:
     root = str(folder(tmp_path / "data", "tagging", 8))
     config = str(HOME / "configs" / "conll2000.yaml")
-    done = program("fit", "--config", config, "--data.root", root, *changes, at=tmp_path)
-    assert done.code == 2
-    assert said in done.err
-    assert done.err.count("\n") == 1
+    result = program("fit", "--config", config, "--data.root", root, *changes, cwd=tmp_path)
+    assert result.code == 2
+    assert expected in result.err
+    assert result.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_broken_line_stops_a_run_before_it_is_one(program: Program, tmp_path: Path) -> None:
+def test_an_invalid_example_stops_a_run_before_it_starts(program: Program, tmp_path: Path) -> None:
     root = folder(tmp_path / "data", "tagging", 8)
     with (root / "validation.jsonl").open("a") as handle:
         handle.write('{"tokens": ["a"], "tags": ["B-NEW"]}\n')
     config = str(HOME / "configs" / "conll2000.yaml")
-    done = program("fit", "--config", config, "--data.root", str(root), at=tmp_path)
-    assert done.code == 2
-    assert "validation.jsonl', line 9: The label 'B-NEW' was never seen in training" in done.err
+    result = program("fit", "--config", config, "--data.root", str(root), cwd=tmp_path)
+    assert result.code == 2
+    assert "validation.jsonl', line 9: The label 'B-NEW' was never seen in training" in result.err
     assert not (tmp_path / "runs" / "conll2000").exists()
 
 
-def test_half_a_config_of_parts_is_refused(program: Program, tmp_path: Path) -> None:
+def test_a_config_with_one_class_path_is_refused(program: Program, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.finetuning.TaggingModule}\n")
-    done = program("fit", "--config", "c.yaml", at=tmp_path)
-    assert done.code == 2
-    assert "'data' has no class_path" in done.err
-    assert done.err.count("\n") == 1
+    result = program("fit", "--config", "c.yaml", cwd=tmp_path)
+    assert result.code == 2
+    assert "'data' has no class_path" in result.err
+    assert result.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""`memtx prepare`: what it makes is trained on, and killing it anywhere changes nothing."""
+"""`memtx prepare`: training on its output, and the same output after kills."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_a_folder_is_prepared_and_trained_on(program: Program, tmp_path: Path) -> None:
     write_books(tmp_path / "books")
-    done = program(
-        "prepare", "books", "--output-dir", "tokens", "--tokenizer", "300", "--num-workers", "1", at=tmp_path
+    result = program(
+        "prepare", "books", "--output-dir", "tokens", "--tokenizer", "300", "--num-workers", "1", cwd=tmp_path
     )
-    assert done.code == 0, done.err
-    assert done.out.splitlines()[1].split()[:2] == ["train", "3"]
-    assert "memtx fit --data.root tokens" in done.out
+    assert result.code == 0, result.err
+    assert result.out.splitlines()[1].split()[:2] == ["train", "3"]
+    assert "memtx fit --data.root tokens" in result.out
     write(tmp_path, changed(("data", "root"), "tokens"))
     (tmp_path / "books").rename(tmp_path / "elsewhere")
-    done = program("fit", "--config", "c.yaml", at=tmp_path)
-    assert done.code == 0, done.err
+    result = program("fit", "--config", "c.yaml", cwd=tmp_path)
+    assert result.code == 0, result.err
     assert not (tmp_path / "cache").exists()
-    assert program("test", "--run_dir", "run", at=tmp_path).code == 0
-    again = program("prepare", "elsewhere", "--output-dir", "other", "--json", at=tmp_path)
+    assert program("test", "--run_dir", "run", cwd=tmp_path).code == 0
+    again = program("prepare", "elsewhere", "--output-dir", "other", "--json", cwd=tmp_path)
     assert json.loads(again.out)["splits"]["test"]["documents"] == 3
 
 
-def test_mistakes(program: Program, tmp_path: Path) -> None:
+def test_errors_are_one_line(program: Program, tmp_path: Path) -> None:
     write_books(tmp_path / "books")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     before = files(tmp_path)
-    for arguments, said in (
+    for arguments, expected in (
         (("nowhere", "--output-dir", "o"), "'nowhere' holds no file"),
         (("books", "--output-dir", "o", "--tokenizer", "none.json"), "'none.json' does not exist"),
         (("books", "--output-dir", "o", "--tokenizer", "20"), "vocab_size is 20"),
@@ -58,45 +58,45 @@ def test_mistakes(program: Program, tmp_path: Path) -> None:
         (("books", "--output-dir", "full"), "'full' exists and is no prepared folder"),
         (("books", "--output-dir", "full/x/o"), "cannot be written to"),
     ):
-        refused(program("prepare", *arguments, at=tmp_path), said)
+        refused(program("prepare", *arguments, cwd=tmp_path), expected)
         assert {name for name in files(tmp_path) if not name.endswith(".lock")} == set(before), arguments
-    done = program("prepare", "books", "--output-dri", "o", at=tmp_path)
-    assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "Did you mean '--output-dir'?" in done.err
+    result = program("prepare", "books", "--output-dri", "o", cwd=tmp_path)
+    assert (result.code, result.err.count("\n")) == (2, 1)
+    assert "Did you mean '--output-dir'?" in result.err
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return 12 MB in so many files that a test which is kept waiting does not find them all read."""
+    """Return 12 MB in 12 files, so that a test on a slow machine still finds unread ones."""
     root = tmp_path_factory.mktemp("corpus")
-    drawn = random.Random(0)
-    words = ["".join(drawn.choices("etaoinshrdlu", k=drawn.randrange(1, 9))) for _ in range(500)]
+    rng = random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlu", k=rng.randrange(1, 9))) for _ in range(500)]
     for number in range(12):
         (root / f"{number}.jsonl").write_text(
-            "".join(json.dumps({"text": " ".join(drawn.choices(words, k=800))}) + "\n" for _ in range(225))
+            "".join(json.dumps({"text": " ".join(rng.choices(words, k=800))}) + "\n" for _ in range(225))
         )
     return root
 
 
 def start(corpus: Path, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "memtx", "prepare", str(corpus), "--output-dir", str(out), "--num-workers", "2"]
-    # A group of its own, so that Ctrl-C can be sent to all of it as a terminal does.
+    # In its own process group, so that Ctrl-C reaches all of it as in a terminal.
     return subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
 
 
-def test_killed_again_and_again_the_bytes_are_the_same(corpus: Path, tmp_path: Path) -> None:
+def test_kills_do_not_change_the_output(corpus: Path, tmp_path: Path) -> None:
     assert start(corpus, tmp_path / "whole").wait(120) == 0
-    drawn = random.Random(1)
+    rng = random.Random(1)
     out, building = tmp_path / "killed" / "out", tmp_path / "killed" / ".out.building"
     for kill in range(5):
         process = start(corpus, out)
-        # So far that it goes on from one kill to the next, and then anywhere in the next shard.
+        # Until one more shard is complete, and then anywhere in the next one.
         while len(list(building.glob("train/*.json"))) <= kill:
             assert process.poll() is None
             time.sleep(0.01)
-        time.sleep(drawn.uniform(0, 0.05))
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.wait()
         assert not out.exists()
@@ -105,7 +105,7 @@ def test_killed_again_and_again_the_bytes_are_the_same(corpus: Path, tmp_path: P
     assert [path.name for path in out.parent.iterdir() if not path.name.endswith(".lock")] == ["out"]
 
 
-def test_ctrl_c_keeps_what_is_done(corpus: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_finished_shards(corpus: Path, tmp_path: Path) -> None:
     out, building = tmp_path / "out", tmp_path / ".out.building"
     process = start(corpus, out)
     while not list(building.glob("train/*.json")):
@@ -116,7 +116,7 @@ def test_ctrl_c_keeps_what_is_done(corpus: Path, tmp_path: Path) -> None:
     assert process.returncode == 130
     assert err.decode().strip() == "memtx: interrupted: finished shards are kept; run the same command to resume"
     assert not out.exists()
-    kept = {path.name: path.stat().st_ino for path in building.glob("train/*.json")}
-    assert kept
+    inodes = {path.name: path.stat().st_ino for path in building.glob("train/*.json")}
+    assert inodes
     assert start(corpus, out).wait(120) == 0
-    assert {name: (out / "train" / name).stat().st_ino for name in kept} == kept
+    assert {name: (out / "train" / name).stat().st_ino for name in inodes} == inodes

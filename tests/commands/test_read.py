@@ -28,88 +28,88 @@ def book(tmp_path: Path) -> Path:
     return path
 
 
-def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def read_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["read", *arguments, "--json"]) == 0
     output = capsys.readouterr()
     assert output.err == ""
     assert output.out.count("\n") == 1
-    found: dict[str, Any] = json.loads(output.out)
-    return found
+    totals: dict[str, Any] = json.loads(output.out)
+    return totals
 
 
 SAME = ("nll", "tokens", "words", "bytes", "bits_per_byte", "word_perplexity")
 
 
 def test_json_adds_up(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = measured(capsys, str(book), "--checkpoint", model)
+    totals = read_json(capsys, str(book), "--checkpoint", model)
     size = len(BOOK.encode())
-    assert (found["tokens"], found["bytes"], found["words"]) == (size, size, len(BOOK.split()))
-    assert found["bits_per_byte"] == pytest.approx(found["nll"] / math.log(2) / size)
-    assert found["word_perplexity"] == pytest.approx(math.exp(found["nll"] / found["words"]))
-    assert min(found[name] for name in ("tokens_per_second", "state_bytes", "peak_memory_bytes")) > 0
+    assert (totals["tokens"], totals["bytes"], totals["words"]) == (size, size, len(BOOK.split()))
+    assert totals["bits_per_byte"] == pytest.approx(totals["nll"] / math.log(2) / size)
+    assert totals["word_perplexity"] == pytest.approx(math.exp(totals["nll"] / totals["words"]))
+    assert min(totals[name] for name in ("tokens_per_second", "state_bytes", "peak_memory_bytes")) > 0
 
 
-def test_how_it_is_read_does_not_matter(
+def test_the_totals_do_not_depend_on_chunks_and_segments(
     model: str, book: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = measured(capsys, str(book), "--checkpoint", model)
+    complete = read_json(capsys, str(book), "--checkpoint", model)
     # Chunks of 7 bytes cut characters.
     monkeypatch.setattr(command, "CHUNK_BYTES", 7)
-    chunked = measured(capsys, str(book), "--checkpoint", model)
-    assert [whole[name] for name in SAME] == [chunked[name] for name in SAME]
-    other = measured(capsys, str(book), "--checkpoint", model, "--segment-length", "100")
+    chunked = read_json(capsys, str(book), "--checkpoint", model)
+    assert [complete[name] for name in SAME] == [chunked[name] for name in SAME]
+    other = read_json(capsys, str(book), "--checkpoint", model, "--segment-length", "100")
     # Only the order of float32 sums differs.
-    assert other["nll"] == pytest.approx(whole["nll"], rel=1e-5)
+    assert other["nll"] == pytest.approx(complete["nll"], rel=1e-5)
 
 
-def test_the_report_has_a_line_a_chapter(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_has_a_line_per_chapter(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["read", str(book), "--checkpoint", model, "--report-every", "1000"]) == 0
-    said = capsys.readouterr().out
-    assert [line.split("  ")[0].strip() for line in said.splitlines() if line.startswith("CHAPTER")] == [
+    output = capsys.readouterr().out
+    assert [line.split("  ")[0].strip() for line in output.splitlines() if line.startswith("CHAPTER")] == [
         "CHAPTER I",
         "CHAPTER II",
         "CHAPTER III",
     ]
-    assert "tokens 1,000-2,000" in said
-    assert f"total: {len(BOOK.encode()):,} tokens" in said
+    assert "tokens 1,000-2,000" in output
+    assert f"total: {len(BOOK.encode()):,} tokens" in output
 
 
 def test_plot_and_session_are_written(
     model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plot, session = tmp_path / "p.png", tmp_path / "s"
-    first = measured(capsys, str(book), "--checkpoint", model, "--plot", str(plot), "--session", str(session))
+    first = read_json(capsys, str(book), "--checkpoint", model, "--plot", str(plot), "--session", str(session))
     assert plot.read_bytes()[:4] == b"\x89PNG"
-    again = measured(capsys, str(book), "--checkpoint", model, "--session", str(session))
+    again = read_json(capsys, str(book), "--checkpoint", model, "--session", str(session))
     assert [first[name] for name in SAME] == [again[name] for name in SAME]
 
 
-def test_a_session_can_be_read_by_whom_the_umask_lets(
+def test_the_umask_applies_to_a_session(
     model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = tmp_path / "s"
     before = os.umask(0o027)
     try:
-        measured(capsys, str(book), "--checkpoint", model, "--session", str(session))
+        read_json(capsys, str(book), "--checkpoint", model, "--session", str(session))
     finally:
         os.umask(before)
     assert session.stat().st_mode & 0o777 == 0o640
 
 
-def test_a_book_that_grew_is_gone_on_with(
+def test_a_session_continues_with_a_book_that_grew(
     model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = str(tmp_path / "s")
     book.write_bytes(BOOK.encode()[:1234])
-    measured(capsys, str(book), "--checkpoint", model, "--session", session)
+    read_json(capsys, str(book), "--checkpoint", model, "--session", session)
     book.write_bytes(BOOK.encode())
-    grown = measured(capsys, str(book), "--checkpoint", model, "--session", session)
-    whole = measured(capsys, str(book), "--checkpoint", model)
-    assert [grown[name] for name in SAME] == [whole[name] for name in SAME]
+    grown = read_json(capsys, str(book), "--checkpoint", model, "--session", session)
+    complete = read_json(capsys, str(book), "--checkpoint", model)
+    assert [grown[name] for name in SAME] == [complete[name] for name in SAME]
 
 
 @pytest.mark.parametrize("chunk", [301, command.CHUNK_BYTES])
-def test_interrupted_and_resumed_equals_read_at_once(
+def test_an_interrupted_and_resumed_reading_equals_a_whole_one(
     chunk: int,
     model: str,
     book: Path,
@@ -120,7 +120,7 @@ def test_interrupted_and_resumed_equals_read_at_once(
     session, plots = tmp_path / "s", (tmp_path / "a.png", tmp_path / "b.png")
     base = ["read", str(book), "--checkpoint", model, "--segment-length", "64", "--report-every", "500"]
     assert main([*base, "--plot", str(plots[0])]) == 0
-    whole = capsys.readouterr().out
+    complete = capsys.readouterr().out
     monkeypatch.setattr(command, "CHUNK_BYTES", chunk)
     score = StreamReader._score
 
@@ -133,16 +133,15 @@ def test_interrupted_and_resumed_equals_read_at_once(
     assert main([*base, "--session", str(session)]) == 130
     first = capsys.readouterr()
     assert "run the same command to resume" in first.err
-    assert len(first.out.splitlines()) == 4  # The head, CHAPTER I and two stretches: the rest was not read.
+    assert len(first.out.splitlines()) == 4  # header, CHAPTER I and two intervals; the rest was not read
     monkeypatch.setattr(StreamReader, "_score", score)
     assert main([*base, "--session", str(session), "--plot", str(plots[1])]) == 0
     rest = capsys.readouterr().out
 
     def lines(text: str) -> list[str]:
-        kept = [line for line in text.splitlines() if not line.startswith(("part", "  speed", "  state"))]
-        return kept
+        return [line for line in text.splitlines() if not line.startswith(("part", "  speed", "  state"))]
 
-    assert lines(first.out) + lines(rest) == lines(whole)
+    assert lines(first.out) + lines(rest) == lines(complete)
     assert plots[0].read_bytes() == plots[1].read_bytes()
 
 
@@ -162,7 +161,7 @@ def test_an_interrupt_without_a_session_saves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def read_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     try:
         code = main(["read", *arguments])
     except SystemExit as exit_:
@@ -174,62 +173,62 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return output.err
 
 
-def test_a_bad_book_is_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_book_is_one_line(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     session = tmp_path / "s"
     options = ("--checkpoint", model, "--session", str(session))
-    assert "does not exist" in mistake(capsys, str(tmp_path / "none.txt"), *options)
-    assert "is a folder" in mistake(capsys, str(tmp_path), *options)
+    assert "does not exist" in read_error(capsys, str(tmp_path / "none.txt"), *options)
+    assert "is a folder" in read_error(capsys, str(tmp_path), *options)
     path = tmp_path / "book.txt"
     path.write_bytes(b"")
-    assert "is empty" in mistake(capsys, str(path), *options)
+    assert "is empty" in read_error(capsys, str(path), *options)
     path.write_bytes("Caf\xe9 au lait".encode("latin-1"))
-    error = mistake(capsys, str(path), *options)
+    error = read_error(capsys, str(path), *options)
     assert "book.txt" in error
     assert "at byte 3" in error
     path.write_bytes("Café".encode()[:-1])
-    assert "at byte 3" in mistake(capsys, str(path), *options)
+    assert "at byte 3" in read_error(capsys, str(path), *options)
     assert not session.exists()
 
 
-def test_a_bad_checkpoint_is_one_line(
+def test_an_invalid_checkpoint_is_one_line(
     book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
-    assert "does not exist" in mistake(capsys, str(book), "--checkpoint", str(tmp_path / "none.ckpt"))
-    assert "not a whole checkpoint" in mistake(capsys, str(book), "--checkpoint", str(book))
+    assert "does not exist" in read_error(capsys, str(book), "--checkpoint", str(tmp_path / "none.ckpt"))
+    assert "not a whole checkpoint" in read_error(capsys, str(book), "--checkpoint", str(book))
     broken = pretrained(tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "not a whole safetensors" in mistake(capsys, str(book), "--checkpoint", str(broken))
+    assert "not a whole safetensors" in read_error(capsys, str(book), "--checkpoint", str(broken))
 
 
-def test_a_bad_session_is_one_line_and_stays(
+def test_an_invalid_session_is_one_line_and_stays(
     model: str, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     session = tmp_path / "s"
     options = (str(book), "--session", str(session), "--checkpoint")
-    measured(capsys, *options, model)
+    read_json(capsys, *options, model)
     good = session.read_bytes()
-    assert "another model" in mistake(capsys, *options, str(pretrained(tmp_path / "other", seed=1)))
+    assert "another model" in read_error(capsys, *options, str(pretrained(tmp_path / "other", seed=1)))
     book.write_bytes(b"Another book altogether." + BOOK.encode())
-    assert "belongs to another text" in mistake(capsys, *options, model)
+    assert "belongs to another text" in read_error(capsys, *options, model)
     assert session.read_bytes() == good
     session.write_bytes(good[:-1])
-    assert "not a whole safetensors" in mistake(capsys, *options, model)
+    assert "not a whole safetensors" in read_error(capsys, *options, model)
 
 
 def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = (str(book), "--checkpoint", model)
-    assert "--segment-length: must be at least 1, got 0" in mistake(capsys, *base, "--segment-length", "0")
-    assert "--report-every: must be at least 0, got -1" in mistake(capsys, *base, "--report-every", "-1")
-    assert "Did you mean '--session'?" in mistake(capsys, *base, "--sesion", "x")
-    assert "--plot: the folder '/no/such/folder' does not exist" in mistake(
+    assert "--segment-length: must be at least 1, got 0" in read_error(capsys, *base, "--segment-length", "0")
+    assert "--report-every: must be at least 0, got -1" in read_error(capsys, *base, "--report-every", "-1")
+    assert "Did you mean '--session'?" in read_error(capsys, *base, "--sesion", "x")
+    assert "--plot: the folder '/no/such/folder' does not exist" in read_error(
         capsys, *base, "--plot", "/no/such/folder/a.png"
     )
-    assert "required: --checkpoint" in mistake(capsys, str(book))
+    assert "required: --checkpoint" in read_error(capsys, str(book))
 
 
 def test_real_books(books: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "real.txt"
     path.write_bytes(sorted(books.glob("*/*.txt"))[0].read_bytes()[:20_000].decode(errors="ignore").encode())
-    found = measured(capsys, str(path), "--checkpoint", model)
-    assert found["words"] == len(path.read_text(encoding="utf-8").split())
+    totals = read_json(capsys, str(path), "--checkpoint", model)
+    assert totals["words"] == len(path.read_text(encoding="utf-8").split())

@@ -21,11 +21,11 @@ WORDS = ["whale", "ship", "sea", "captain", "harpoon", "night", "storm", "sail"]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("books")
-    drawn = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for split, count in (("train", 7), ("validation", 2), ("test", 3)):
         (root / split).mkdir()
         for number in range(count):
-            text = " ".join(drawn.choice(WORDS, 60 + 40 * number))
+            text = " ".join(generator.choice(WORDS, 60 + 40 * number))
             (root / split / f"{number}.txt").write_text(text + "\n")
     return root
 
@@ -50,8 +50,8 @@ class Recorder(LightningModule):
         return self.weight * batch.tokens.sum()
 
     def _evaluated(self, batch: Batch) -> None:
-        for place, amount in enumerate((batch.num_words, batch.num_bytes, batch.labels != IGNORE_INDEX)):
-            self.scored[place] += int(amount.sum())
+        for index, amount in enumerate((batch.num_words, batch.num_bytes, batch.labels != IGNORE_INDEX)):
+            self.scored[index] += int(amount.sum())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluated(batch)
@@ -89,12 +89,12 @@ def test_a_resumed_run_sees_the_very_same_batches(
     root: Path, cache: str, tmp_path: Path, accumulate: int, epochs: int, rest: int, options: dict[str, Any]
 ) -> None:
     options = {"accumulate_grad_batches": accumulate, "max_epochs": 3, **options}
-    whole = Recorder()
+    recorder = Recorder()
     module = data(root, cache)
-    trainer(tmp_path, enable_checkpointing=False, **options).fit(whole, datamodule=module)
+    trainer(tmp_path, enable_checkpointing=False, **options).fit(recorder, datamodule=module)
     per_epoch = len(module.train_dataloader())
-    assert len(whole.seen) == 3 * per_epoch
-    # The last accumulation of an epoch is a step, whole or not.
+    assert len(recorder.seen) == 3 * per_epoch
+    # The last accumulation of an epoch is a step, complete or not.
     steps = epochs * -(-per_epoch // accumulate) + rest
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=steps, save_top_k=-1, filename="{step}")
     first = Recorder()
@@ -104,7 +104,7 @@ def test_a_resumed_run_sees_the_very_same_batches(
         second, datamodule=data(root, cache), ckpt_path=str(tmp_path / f"step={steps}.ckpt"), weights_only=True
     )
     assert second.seen
-    assert second.seen == whole.seen[epochs * per_epoch + rest * accumulate :]
+    assert second.seen == recorder.seen[epochs * per_epoch + rest * accumulate :]
 
 
 def test_a_second_fit_begins_at_the_start(root: Path, cache: str, tmp_path: Path) -> None:
@@ -117,18 +117,18 @@ def test_a_second_fit_begins_at_the_start(root: Path, cache: str, tmp_path: Path
     assert seen[0] == seen[1]
 
 
-def test_rows_go_on_across_epochs(root: Path, cache: str) -> None:
+def test_streams_continue_across_epochs(root: Path, cache: str) -> None:
     streams = data(root, cache).train_dataloader()
-    rows = torch.cat([batch.tokens for _ in range(2) for batch in streams], 1)
+    streams_of_tokens = torch.cat([batch.tokens for _ in range(2) for batch in streams], 1)
     labels_end = streams.get_batch(len(streams) - 1).labels[:, -1]
-    following = rows[:, len(streams) * 64]
+    following = streams_of_tokens[:, len(streams) * 64]
     assert all(label in (IGNORE_INDEX, int(token)) for label, token in zip(labels_end.tolist(), following, strict=True))
-    assert rows.shape == (2, 2 * len(streams) * 64)
+    assert streams_of_tokens.shape == (2, 2 * len(streams) * 64)
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer, lambda: BytePairTokenizer(280)], ids=["byte", "bpe"])
 @pytest.mark.parametrize("eval_batch_size", [1, 3])
-def test_test_scores_the_whole_split(
+def test_the_test_stage_scores_the_whole_split(
     root: Path, cache: str, tmp_path: Path, tokenizer: Any, eval_batch_size: int
 ) -> None:
     recorder = Recorder()
@@ -139,7 +139,7 @@ def test_test_scores_the_whole_split(
     assert recorder.scored == [sum(len(text.split()) for text in texts), sum(map(len, texts)), tokens]
 
 
-def test_the_tokenizer_is_trained_once_and_its_size_known_before(
+def test_the_tokenizer_is_trained_once_and_its_size_is_known_before(
     root: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = data(root, cache, tokenizer=BytePairTokenizer(290))
@@ -154,7 +154,7 @@ def test_the_tokenizer_is_trained_once_and_its_size_known_before(
     assert len(module.state_dict()["tokenizer"]) > 500
 
 
-def test_a_checkpoint_of_other_data_is_refused(root: Path, cache: str) -> None:
+def test_a_checkpoint_of_other_data_is_rejected(root: Path, cache: str) -> None:
     module = data(root, cache)
     next(iter(module.train_dataloader()))
     saved = module.state_dict()
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_other_data_is_refused(root: Path, cache: str) -> None:
     assert {type(value) for value in saved.values()} <= {int, str, list}  # so that weights_only loads it
 
 
-def test_evaluation_takes_the_checkpoints_tokenizer(root: Path, cache: str, tmp_path: Path) -> None:
+def test_evaluation_uses_the_tokenizer_of_the_checkpoint(root: Path, cache: str, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
     options = {"max_steps": 2, "limit_val_batches": 0}
     first = data(root, cache, tokenizer=BytePairTokenizer(290))

@@ -16,29 +16,29 @@ OWN = tokenizer()
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-def test_offsets_are_ordered_places_of_the_text(text: str) -> None:
-    (found,) = OWN.encode_with_offsets([text])
-    assert len(found.ids) == len(found.offsets)
-    assert all(0 <= start <= stop <= len(text) for start, stop in found.offsets)
-    starts = found.offsets[:, 0].tolist()
-    assert starts == sorted(starts)
-    assert all(0 <= one < OWN.vocab_size for one in found.ids)
+def test_offsets_are_ordered_positions_in_the_text(text: str) -> None:
+    (encoding,) = OWN.encode_with_offsets([text])
+    assert len(encoding.ids) == len(encoding.offsets)
+    assert all(0 <= start <= stop <= len(text) for start, stop in encoding.offsets)
+    start_offsets = encoding.offsets[:, 0].tolist()
+    assert start_offsets == sorted(start_offsets)
+    assert all(0 <= token < OWN.vocab_size for token in encoding.ids)
 
 
-def test_a_token_stands_where_it_says() -> None:
+def test_offsets_spell_the_tokens() -> None:
     text = "the white  whale saw Ahab ."
-    (found,) = OWN.encode_with_offsets([text])
-    spelled = [text[start:stop] for start, stop in found.offsets]
+    (encoding,) = OWN.encode_with_offsets([text])
+    spelled = [text[start:stop] for start, stop in encoding.offsets]
     assert "".join(spelled) == text.replace(" ", "")
 
 
-def test_marks_are_no_text() -> None:
-    (found,) = OWN.encode_with_offsets(["[CLS] whale [SEP] [MASK]"])
-    assert not set(found.ids.tolist()) & {OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id}
+def test_special_tokens_in_a_text_are_plain_text() -> None:
+    (encoding,) = OWN.encode_with_offsets(["[CLS] whale [SEP] [MASK]"])
+    assert not set(encoding.ids.tolist()) & {OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id}
     assert len({OWN.cls_token_id, OWN.sep_token_id, OWN.mask_token_id, OWN.pad_token_id, OWN.unk_token_id}) == 5
 
 
-def test_what_is_kept_gives_the_same_ids() -> None:
+def test_a_saved_tokenizer_gives_the_same_ids() -> None:
     text = texts(1, seed=9)[0]
     for other in (hf_tokenizer_from_json(OWN.to_json()), pickle.loads(pickle.dumps(OWN)), tokenizer()):
         assert other.fingerprint == OWN.fingerprint
@@ -50,7 +50,7 @@ def test_what_is_kept_gives_the_same_ids() -> None:
         )
 
 
-def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
+def test_a_library_file_keeps_its_ids(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
     backend = Tokenizer(models.BPE())
@@ -61,8 +61,14 @@ def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
-    made = HFTokenizer(str(tmp_path / "tokenizer.json"))
-    assert (made.cls_token_id, made.pad_token_id, made.sep_token_id, made.unk_token_id, made.mask_token_id) == (
+    tokenizer_from_file = HFTokenizer(str(tmp_path / "tokenizer.json"))
+    assert (
+        tokenizer_from_file.cls_token_id,
+        tokenizer_from_file.pad_token_id,
+        tokenizer_from_file.sep_token_id,
+        tokenizer_from_file.unk_token_id,
+        tokenizer_from_file.mask_token_id,
+    ) == (
         0,
         1,
         2,
@@ -70,12 +76,12 @@ def test_a_librarys_file_is_read_with_its_own_ids(tmp_path: Path) -> None:
         4,
     )
     text = "the white whale saw Ahab ."
-    (found,) = made.encode_with_offsets([text])
-    # Neither cut nor filled up, and no token begins with the space before its word.
-    assert "".join(text[start:stop] for start, stop in found.offsets) == text.replace(" ", "")
+    (encoding,) = tokenizer_from_file.encode_with_offsets([text])
+    # Neither truncated nor padded, and no token begins with the space before its word.
+    assert "".join(text[start:stop] for start, stop in encoding.offsets) == text.replace(" ", "")
 
 
-def test_mistakes_are_said(tmp_path: Path) -> None:
+def test_mistakes_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         HFTokenizer(str(tmp_path / "no.json"))
     (tmp_path / "bad.json").write_text("{}")

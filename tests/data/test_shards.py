@@ -51,14 +51,14 @@ def test_documents_come_back_exactly(tmp_path: Path, workers: int) -> None:
         assert len(list(store.folder.glob("*.bin"))) > 2
         assert store.ids == [f"d{number}" for number in range(9)]
         assert store.titles[3] == "Title 3"
-        for place, text in enumerate(TEXTS):
-            tokens = store.document_tokens(place)
+        for index, text in enumerate(TEXTS):
+            tokens = store.document_tokens(index)
             assert tokens.dtype == np.uint16
             assert tokens[0] == tokenizer.bos_token_id
             assert np.array_equal(tokens[1:], tokenizer.encode(text))
-            assert len(tokens) == store.lengths[place]
-            assert (store.num_words[place], store.num_bytes[place]) == (len(text.split()), len(text.encode()))
-            assert np.array_equal(store.slice_tokens(place, 2, 9), tokens[2:9])
+            assert len(tokens) == store.lengths[index]
+            assert (store.num_words[index], store.num_bytes[index]) == (len(text.split()), len(text.encode()))
+            assert np.array_equal(store.slice_tokens(index, 2, 9), tokens[2:9])
         store.verify()
         assert store.num_tokens == store.lengths.sum()
 
@@ -103,28 +103,28 @@ def test_the_store_is_used_again_until_text_or_tokenizer_change(
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_damage_is_found_and_only_the_damaged_shard_made_again(tmp_path: Path) -> None:
+def test_damage_is_found_and_only_the_damaged_shard_is_rebuilt(tmp_path: Path) -> None:
     store = open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1)
     fingerprint = store.fingerprint
     bad, good = store.folder / "shard-00001.bin", store.folder / "shard-00000.bin"
-    whole, kept = bad.read_bytes(), good.stat().st_ino
-    bad.write_bytes(whole[:-2])
-    with pytest.raises(DataError, match=rf"shard-00001.bin' has {len(whole) - 2} bytes, expected {len(whole)}"):
+    content, inode = bad.read_bytes(), good.stat().st_ino
+    bad.write_bytes(content[:-2])
+    with pytest.raises(DataError, match=rf"shard-00001.bin' has {len(content) - 2} bytes, expected {len(content)}"):
         TokenStore(store.folder)
     assert open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1).fingerprint == fingerprint
-    assert bad.read_bytes() == whole
-    bad.write_bytes(whole[:-2] + b"\x01\x00")
+    assert bad.read_bytes() == content
+    bad.write_bytes(content[:-2] + b"\x01\x00")
     with pytest.raises(DataError, match=r"shard-00001\.bin' is damaged"):
         TokenStore(store.folder).verify()
     open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1, verify=True).verify()
-    assert bad.read_bytes() == whole
-    assert good.stat().st_ino == kept
+    assert bad.read_bytes() == content
+    assert good.stat().st_ino == inode
     (store.folder / "index.json").write_text("{")
     assert open_store(documents(), ByteTokenizer(), cache_dir=tmp_path, num_workers=1).fingerprint == fingerprint
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_an_interrupted_run_keeps_its_whole_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_keeps_its_complete_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = tokenize.write_job
     written: list[int] = []
 
@@ -181,7 +181,7 @@ def test_workers_start_without_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_other_mistakes(tmp_path: Path) -> None:
+def test_other_mistakes_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no documents"):
         open_store([], ByteTokenizer(), cache_dir=tmp_path)
     (tmp_path / "file").touch()
@@ -197,5 +197,5 @@ def test_other_mistakes(tmp_path: Path) -> None:
 @given(st.lists(st.integers(1, 200 << 20), min_size=1, max_size=60))
 def test_every_document_is_in_one_shard_of_bounded_size(sizes: list[int]) -> None:
     plan = plan_shards(sizes)
-    assert [place for shard in plan for place in shard] == list(range(len(sizes)))
-    assert all(len(shard) == 1 or sum(sizes[place] for place in shard) <= tokenize.MAX_SHARD_BYTES for shard in plan)
+    assert [index for shard in plan for index in shard] == list(range(len(sizes)))
+    assert all(len(shard) == 1 or sum(sizes[index] for index in shard) <= tokenize.MAX_SHARD_BYTES for shard in plan)

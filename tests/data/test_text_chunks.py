@@ -20,11 +20,11 @@ texts = st.lists(run, max_size=14).map(lambda runs: "".join(part * times for par
 
 @settings(deadline=None, max_examples=80)
 @given(texts, st.lists(st.integers(0, 40_000), max_size=12))
-def test_pieces_do_not_depend_on_how_the_text_arrives(text: str, cuts: list[int]) -> None:
+def test_chunks_do_not_depend_on_how_the_text_arrives(text: str, cuts: list[int]) -> None:
     splitter = TextSplitter()
-    places = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
+    borders = sorted({0, len(text), *(border % (len(text) + 1) for border in cuts)})
     pieces: list[str] = []
-    for begin, end in itertools.pairwise(places):
+    for begin, end in itertools.pairwise(borders):
         pieces += splitter.feed(text[begin:end])
         assert len(splitter.pending) <= HARD_LIMIT
     pieces += splitter.flush()
@@ -35,19 +35,19 @@ def test_pieces_do_not_depend_on_how_the_text_arrives(text: str, cuts: list[int]
 
 @settings(deadline=None, max_examples=8)
 @given(texts)
-def test_character_by_character(text: str) -> None:
+def test_character_by_character_gives_the_same_chunks(text: str) -> None:
     text = text[:20_000]
     splitter = TextSplitter()
     pieces = [piece for letter in text for piece in splitter.feed(letter)]
     assert pieces + splitter.flush() == split_text(text)
 
 
-def test_a_piece_ends_after_the_blank_lines_of_a_paragraph() -> None:
+def test_a_chunk_ends_after_the_blank_lines_of_a_paragraph() -> None:
     paragraph = "word " * 300 + "end.\n\n\n"
     assert split_text(paragraph * 4) == [paragraph] * 4
 
 
-def test_a_piece_ends_before_the_space_of_a_word() -> None:
+def test_a_chunk_ends_before_the_space_of_a_word() -> None:
     pieces = split_text("word " * 3000)
     assert all(piece.startswith(" word") and piece.endswith(" word") for piece in pieces[1:-1])
 
@@ -65,7 +65,7 @@ def test_one_long_line_takes_linear_time() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.text(), st.integers(1, 7))
-def test_decoding_in_any_portions(text: str, size: int) -> None:
+def test_utf8_decodes_in_any_portions(text: str, size: int) -> None:
     raw = text.encode()
     assert "".join(decode_utf8((raw[i : i + size] for i in range(0, len(raw), size)), "here")) == text
 
@@ -80,9 +80,9 @@ def test_the_first_bad_byte_is_named(text: str, bad: bytes, size: int) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.text(st.sampled_from("ab \n\u2003é"), max_size=6)))
-def test_words_are_those_of_the_whole_text(pieces: list[str]) -> None:
+def test_word_counts_are_those_of_the_whole_text(pieces: list[str]) -> None:
     counter = WordCounter()
     for piece in pieces:
         counter.update(piece)
-    whole = "".join(pieces)
-    assert (counter.num_words, counter.num_bytes) == (len(whole.split()), len(whole.encode()))
+    text = "".join(pieces)
+    assert (counter.num_words, counter.num_bytes) == (len(text.split()), len(text.encode()))

@@ -21,7 +21,7 @@ from memtx.errors import CheckpointError, DataError
 SHARES = {"validation": 0.2, "test": 0.2, "train": 0.6}
 
 
-def rows(path: Path, count: int = 60) -> Path:
+def write_rows(path: Path, count: int = 60) -> Path:
     lines = [
         json.dumps({"text": f"Row {number} is long. " * (number % 7), "key": f"k{number}"}) for number in range(count)
     ]
@@ -38,11 +38,11 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CorpusManifest:
     monkeypatch.setattr(tokenize, "MIN_SHARD_BYTES", 900)
     monkeypatch.setattr("memtx.data.sources.tables.BLOCK_BYTES", 500)
     return FileSource(
-        [str(rows(tmp_path / "a.jsonl"))], id_column="key", validation_fraction=0.2, test_fraction=0.2
+        [str(write_rows(tmp_path / "a.jsonl"))], id_column="key", validation_fraction=0.2, test_fraction=0.2
     ).scan()
 
 
-def test_every_row_is_in_the_split_of_its_name(source: CorpusManifest, tmp_path: Path) -> None:
+def test_every_row_is_in_the_split_of_its_id(source: CorpusManifest, tmp_path: Path) -> None:
     outs = [
         tokenize_corpus(tmp_path / f"out{workers}", source, ByteTokenizer(), num_workers=workers) for workers in (1, 2)
     ]
@@ -52,30 +52,30 @@ def test_every_row_is_in_the_split_of_its_name(source: CorpusManifest, tmp_path:
     for split in ("train", "validation", "test"):
         store = outs[0].open_split(split)
         store.verify()
-        for place, name in enumerate(store.ids):
+        for index, name in enumerate(store.ids):
             assert assign_split(name, SHARES) == split
-            seen[name] = bytes(store.document_tokens(place)[1:].astype("u1")).decode()
-            assert store.num_words[place] == len(seen[name].split())
-            assert store.num_bytes[place] == len(seen[name])
+            seen[name] = bytes(store.document_tokens(index)[1:].astype("u1")).decode()
+            assert store.num_words[index] == len(seen[name].split())
+            assert store.num_bytes[index] == len(seen[name])
     assert seen == {f"k{number}": f"Row {number} is long. " * (number % 7) for number in range(60) if number % 7}
     assert sum(facts["num_skipped"] for facts in outs[0].splits.values()) == 9
 
 
 @given(st.lists(st.text(max_size=8), max_size=40, unique=True))
-def test_a_document_is_dealt_by_its_name_alone(names: list[str]) -> None:
+def test_a_split_depends_on_the_document_id_alone(names: list[str]) -> None:
     for name in names:
         assert assign_split(name, SHARES) in SHARES
         assert assign_split(name, {"train": 1.0}) == "train"
 
 
-def test_shares_are_about_what_was_asked() -> None:
-    found = [assign_split(str(number), SHARES) for number in range(4000)]
+def test_split_fractions_are_about_as_requested() -> None:
+    splits = [assign_split(str(number), SHARES) for number in range(4000)]
     for split, share in SHARES.items():
         # Five standard deviations of a binomial.
-        assert abs(found.count(split) - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
+        assert abs(splits.count(split) - 4000 * share) < 5 * (4000 * share * (1 - share)) ** 0.5
 
 
-def test_a_folder_that_is_there_is_left_alone_or_refused(
+def test_an_existing_folder_is_kept_or_rejected(
     source: CorpusManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -86,7 +86,7 @@ def test_a_folder_that_is_there_is_left_alone_or_refused(
         tokenize_corpus(out, source, ByteTokenizer(), num_workers=1, verify=True)
     with pytest.raises(DataError, match="prepared from other texts, or these have changed"):
         tokenize_corpus(out, source, BytePairTokenizer(300), num_workers=1)
-    rows(tmp_path / "a.jsonl", 61)
+    write_rows(tmp_path / "a.jsonl", 61)
     changed = FileSource(
         [str(tmp_path / "a.jsonl")], id_column="key", validation_fraction=0.2, test_fraction=0.2
     ).scan()
@@ -103,31 +103,33 @@ def test_a_folder_that_is_there_is_left_alone_or_refused(
     assert files(tokenize_corpus(tmp_path / "empty", source, ByteTokenizer(), num_workers=1).folder) == before
 
 
-def test_damage_is_said_and_mended(source: CorpusManifest, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_reported_and_repaired(
+    source: CorpusManifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     tokenize_corpus(out, source, ByteTokenizer(), num_workers=1)
-    whole = files(out)
-    kept = (out / "train" / "shard-00002.bin").stat().st_ino
-    for name, said in (
+    content = files(out)
+    inode = (out / "train" / "shard-00002.bin").stat().st_ino
+    for name, message in (
         ("train/shard-00001.bin", "is damaged"),
         ("train/shard-00001.bin.json", "is damaged"),
         ("test/index.json", "is damaged"),
         ("tokenizer.json", "was changed|describes no"),
         ("prepared.json", "no whole prepared folder"),
     ):
-        raw = bytearray(whole[name])
-        # In the middle; of the folder's own facts, which no checksum covers, in a key that is looked for.
+        raw = bytearray(content[name])
+        # In the middle of the file; prepared.json has no checksum, so damage a key that is read.
         raw[raw.find(b"splits") if name == "prepared.json" else len(raw) // 2] ^= 1
         (out / name).write_bytes(raw)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             tokenize_corpus(out, source, ByteTokenizer(), num_workers=1, verify=True)
-        assert re.search(said, caplog.text), caplog.text
-        assert files(out) == whole, name
-    assert (out / "train" / "shard-00002.bin").stat().st_ino == kept
+        assert re.search(message, caplog.text), caplog.text
+        assert files(out) == content, name
+    assert (out / "train" / "shard-00002.bin").stat().st_ino == inode
 
 
-def test_what_an_earlier_source_left_is_gone(source: CorpusManifest, tmp_path: Path) -> None:
+def test_shards_of_an_earlier_source_are_removed(source: CorpusManifest, tmp_path: Path) -> None:
     fresh = files(tokenize_corpus(tmp_path / "fresh", source, ByteTokenizer(), num_workers=1).folder)
     building = tmp_path / ".out.building"
     for name in ("train/shard-00099.bin", "other/shard-00000.bin.json", "test/.shard.bin.0a.tmp"):
@@ -137,7 +139,7 @@ def test_what_an_earlier_source_left_is_gone(source: CorpusManifest, tmp_path: P
     assert not building.exists()
 
 
-def test_changed_texts_redo_their_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_texts_rebuild_their_shards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "MIN_SHARD_BYTES", 10)
     root = tmp_path / "texts"
     root.mkdir()
@@ -145,28 +147,28 @@ def test_changed_texts_redo_their_own_shards(tmp_path: Path, monkeypatch: pytest
         (root / f"{number:02}.txt").write_text(f"text {number:02} " * 30)
     (root / "17.txt").write_bytes(b"\xff" * 240)
 
-    def made() -> TokenizedCorpus:
+    def tokenized() -> TokenizedCorpus:
         return tokenize_corpus(tmp_path / "out", FileSource([str(root)]).scan(), ByteTokenizer(), num_workers=1)
 
     with pytest.raises(DataError, match=r"17\.txt' is not UTF-8"):
-        made()
+        tokenized()
     assert not (tmp_path / "out").exists()
     first = (tmp_path / ".out.building" / "train" / "shard-00000.bin").stat().st_ino
     (root / "17.txt").write_text("text 17 " * 30)
-    assert (made().folder / "train" / "shard-00000.bin").stat().st_ino == first
+    assert (tokenized().folder / "train" / "shard-00000.bin").stat().st_ino == first
 
 
 def test_a_tokenizer_is_trained_on_training_texts_alone(source: CorpusManifest, tmp_path: Path) -> None:
-    found = tokenize_corpus(tmp_path / "out", source, BytePairTokenizer(280), num_workers=1)
-    tokenizer = found.read_tokenizer()
+    corpus = tokenize_corpus(tmp_path / "out", source, BytePairTokenizer(280), num_workers=1)
+    tokenizer = corpus.read_tokenizer()
     assert tokenizer.vocab_size == 280
     sampled = "".join(tokenized_corpus._sample_texts(source))
-    # The rows of other splits are held back.
+    # Texts of other splits are not used.
     assert "Row 1 " in sampled or assign_split("k1", SHARES) != "train"
     held = next(number for number in range(60) if number % 7 and assign_split(f"k{number}", SHARES) == "test")
     assert f"Row {held} " not in sampled
     again = tokenize_corpus(tmp_path / "again", source, BytePairTokenizer(280), num_workers=1)
-    assert files(again.folder) == files(found.folder)
+    assert files(again.folder) == files(corpus.folder)
 
 
 def test_training_reads_the_folder(tmp_path: Path) -> None:
@@ -184,15 +186,15 @@ def test_training_reads_the_folder(tmp_path: Path) -> None:
     assert module.vocab_size == 270
     assert not module.has_split("test")
     for _ in range(2):
-        one, other = next(iter(module.train_dataloader())), next(iter(plain.train_dataloader()))
-        assert np.array_equal(one.tokens, other.tokens)
-    # So a run that began on the texts goes on with the folder.
+        batch, other = next(iter(module.train_dataloader())), next(iter(plain.train_dataloader()))
+        assert np.array_equal(batch.tokens, other.tokens)
+    # So a run that began on the texts continues with the folder.
     assert module.state_dict() == plain.state_dict()
     module.load_state_dict(plain.state_dict())
     BookDataModule(str(out), BytePairTokenizer(270))
-    for asked in (BytePairTokenizer(271), ByteTokenizer()):
+    for tokenizer in (BytePairTokenizer(271), ByteTokenizer()):
         with pytest.raises(DataError, match=r"with a BytePairTokenizer of 270 tokens, which is not the \w+ of"):
-            BookDataModule(str(out), asked)
+            BookDataModule(str(out), tokenizer)
     with pytest.raises(DataError, match="no split 'test', it has train, validation"):
         module.token_store("test")
     with pytest.raises(CheckpointError, match="another tokenizer"):
@@ -202,7 +204,7 @@ def test_training_reads_the_folder(tmp_path: Path) -> None:
         BookDataModule(str(out))
 
 
-def test_nothing_to_encode(tmp_path: Path) -> None:
+def test_an_empty_source_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no documents"):
         tokenize_corpus(tmp_path / "out", CorpusManifest("x"), ByteTokenizer())
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')

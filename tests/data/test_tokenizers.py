@@ -46,7 +46,7 @@ def test_round_trip_however_the_text_arrives(kind: str, text: str, size: int) ->
     text = text + "<|begin|>\r\n" + text * 200
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert b"".join(tokenizer.token_bytes(int(one)) for one in ids) == text.encode()
+    assert b"".join(tokenizer.token_bytes(int(token)) for token in ids) == text.encode()
     assert tokenizer.bos_token_id not in ids
     assert not len(ids) or int(ids.max()) < tokenizer.vocab_size
     portions = [text[i : i + size * 100] for i in range(0, len(text), size * 100)]
@@ -64,7 +64,7 @@ def test_json_and_file_keep_everything(tokenizer: Tokenizer, tmp_path: Path) -> 
         assert np.array_equal(copy.encode(text), tokenizer.encode(text))
 
 
-def test_begin_is_no_text(tokenizer: Tokenizer) -> None:
+def test_the_begin_token_has_no_text(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_bytes(tokenizer.bos_token_id) == b""
     assert tokenizer.decode([tokenizer.bos_token_id, *tokenizer.encode("ab").tolist()]) == "ab"
     assert len(tokenizer.encode("")) == 0
@@ -72,18 +72,18 @@ def test_begin_is_no_text(tokenizer: Tokenizer) -> None:
 
 def test_training_is_deterministic_and_the_size_is_known_before() -> None:
     assert BytePairTokenizer(5000).vocab_size == 5000
-    one, two = trained(5000), trained(5000)
-    assert one.fingerprint == two.fingerprint
-    assert one.vocab_size == 5000  # although these texts cannot yield as many
-    assert len(one.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 3
-    assert one.token_bytes(4999) == b""
+    first, second = trained(5000), trained(5000)
+    assert first.fingerprint == second.fingerprint
+    assert first.vocab_size == 5000  # although these texts cannot yield as many
+    assert len(first.encode(TEXTS[0])) < len(TEXTS[0].encode()) / 3
+    assert first.token_bytes(4999) == b""
 
 
 def test_half_a_character_decodes_to_the_replacement() -> None:
     assert ByteTokenizer().decode("aé".encode()[:2]) == "a\ufffd"
 
 
-def test_a_given_tokenizer_keeps_its_ids(tmp_path: Path) -> None:
+def test_a_tokenizer_file_keeps_its_ids(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 

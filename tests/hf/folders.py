@@ -1,4 +1,4 @@
-"""Small checkpoints in the published layouts, written without the library they come from."""
+"""Small checkpoints in Hugging Face layouts, written without transformers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BERT: dict[str, Any] = {
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Random weights, wide enough that a wrong term shows; norms near 1."""
+    """Return random weights, large enough that a wrong term shows; norms near 1."""
     generator = torch.Generator().manual_seed(seed)
-    made = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
-    return {name: x + 1.0 if "norm" in name.lower() and "weight" in name else x for name, x in made.items()}
+    tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    return {name: x + 1.0 if "norm" in name.lower() and "weight" in name else x for name, x in tensors.items()}
 
 
 def bert(config: dict[str, Any] = BERT, prefix: str = "bert.", head: bool = True) -> dict[str, Tensor]:
-    """BERT's tensors by the layout's names; a head for masked tokens tied to the embedding."""
+    """Return BERT's tensors by their names in the layout, with an MLM head tied to the embedding."""
     dim, hidden, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {
         f"{prefix}embeddings.word_embeddings.weight": (vocab, dim),
@@ -71,7 +71,7 @@ def bert(config: dict[str, Any] = BERT, prefix: str = "bert.", head: bool = True
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
     """Write a folder of one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Not as we would indent it: it is to be kept word for word.
+    # Indented differently from ours, because it must be kept verbatim.
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n\n")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

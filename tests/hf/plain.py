@@ -1,4 +1,4 @@
-"""Decoders of the published layouts written out in float64, with no part of the library: what a folder means."""
+"""Plain float64 reference decoders of the Hugging Face layouts, without any part of memtx."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GPT2: dict[str, Any] = {
 
 
 def llama(config: dict[str, Any]) -> dict[str, Tensor]:
-    """Random tensors of a config of Llama's family."""
+    """Return random tensors for a config of Llama's family."""
     dim, inner, head_dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     wide, narrow = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
     kind = config["model_type"]
@@ -65,7 +65,7 @@ def llama(config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def gpt2(config: dict[str, Any] = GPT2) -> dict[str, Tensor]:
-    """Random tensors of a GPT-2."""
+    """Return random tensors for a GPT-2."""
     dim = config["n_embd"]
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.wte.weight": (config["vocab_size"], dim),
@@ -83,12 +83,12 @@ def gpt2(config: dict[str, Any] = GPT2) -> dict[str, Tensor]:
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:
-    """Divide by the root of the mean square."""
+    """Return x divided by its root mean square."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention of (heads, n, width), of the newest ``window`` positions, side by side by head."""
+    """Return causal attention over the newest ``window`` positions, heads ``(heads, n, width)`` concatenated."""
     n = q.shape[1]
     age = torch.arange(n)[:, None] - torch.arange(n)
     seen = (age >= 0) & (age < (window if window is not None else n))
@@ -97,7 +97,7 @@ def attended(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 
 def llama_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Tensor, inverse: Tensor) -> Tensor:
-    """Return (n, vocab) of tokens (n,); ``inverse`` is how far each pair turns a position."""
+    """Return logits ``(n, vocab)`` of tokens ``(n,)``; ``inverse`` has each pair's angle per position."""
     weights = {name: x.double() for name, x in tensors.items()}
     heads, groups = config["num_attention_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
     angle = torch.arange(len(tokens)).double()[:, None] * inverse.double()
@@ -125,7 +125,7 @@ def llama_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Ten
             return out if norm is None else rms(out, norm)
 
         q, k, v = turned(mapped("q")), turned(mapped("k")), mapped("v")
-        k, v = (one.repeat_interleave(groups, dim=0) for one in (k, v))
+        k, v = (tensor.repeat_interleave(groups, dim=0) for tensor in (k, v))
         assert q.shape[0] == heads
         x = x + attended(q, k, v, windowed(layer)) @ weights[f"{at}self_attn.o_proj.weight"].mT
         normed = rms(x, weights[f"{at}post_attention_layernorm.weight"])
@@ -136,7 +136,7 @@ def llama_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Ten
 
 
 def gpt2_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """Return (n, vocab) of tokens (n,)."""
+    """Return logits ``(n, vocab)`` of tokens ``(n,)``."""
     weights = {name.removeprefix("transformer."): x.double() for name, x in tensors.items()}
 
     def normed(x: Tensor, name: str) -> Tensor:
@@ -148,7 +148,7 @@ def gpt2_logits(config: dict[str, Any], tensors: dict[str, Tensor], tokens: Tens
     x = weights["wte.weight"][tokens] + weights["wpe.weight"][: len(tokens)]
     for layer in range(config["n_layer"]):
         q, k, v = mapped(normed(x, f"h.{layer}.ln_1"), f"h.{layer}.attn.c_attn").chunk(3, dim=-1)
-        by_head = (one.view(len(tokens), config["n_head"], -1).transpose(0, 1) for one in (q, k, v))
+        by_head = (tensor.view(len(tokens), config["n_head"], -1).transpose(0, 1) for tensor in (q, k, v))
         x = x + mapped(attended(*by_head, None), f"h.{layer}.attn.c_proj")
         inner = mapped(normed(x, f"h.{layer}.ln_2"), f"h.{layer}.mlp.c_fc")
         inner = 0.5 * inner * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))

@@ -1,4 +1,4 @@
-"""Published decoders: a plain float64 reference, streams cut anywhere, what is written back, what is refused."""
+"""Hugging Face decoders: equal to a plain float64 reference, in segments, saved unchanged, invalid folders refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def unscaled(config: dict[str, Any]) -> Tensor:
     return torch.tensor([config["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
 
 
-def wanted(config: dict[str, Any], inverse: Tensor | None = None) -> Tensor:
+def expected_logits(config: dict[str, Any], inverse: Tensor | None = None) -> Tensor:
     if config["model_type"] == "gpt2":
         return plain.gpt2_logits(config, tensors_of(config), TOKENS[0])
     inverse = unscaled(config) if inverse is None else inverse
@@ -63,11 +63,11 @@ def streamed(model: MemoryTransformer, lengths: list[int], tokens: Tensor = TOKE
 @pytest.mark.parametrize("lengths", [[31], [1] * 31, [3, 17, 1, 10]])
 def test_any_segmentation_gives_the_reference(tmp_path: Path, kind: str, lengths: list[int]) -> None:
     model = read(write(tmp_path, CONFIGS[kind], tensors_of(CONFIGS[kind])))
-    torch.testing.assert_close(streamed(model, lengths), wanted(CONFIGS[kind]), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(streamed(model, lengths), expected_logits(CONFIGS[kind]), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_recorded_folders_streamed(parity: Path, kind: str) -> None:
+def test_recorded_folders_match_in_streams(parity: Path, kind: str) -> None:
     for folder in folders(parity, kind):
         io = load_file(folder / "io.safetensors")
         model = MemoryTransformer.from_pretrained(folder)
@@ -79,7 +79,7 @@ def test_recorded_folders_streamed(parity: Path, kind: str) -> None:
                     out = model(part, state)
                 state = out.state
                 parts.append(out.logits)
-            # float32, sums in another order; the project's own promise.
+            # float32, sums in another order
             assert (torch.cat(parts, dim=1) - io["logits"]).abs().max() < 1e-4, f"{folder.name}: {lengths}"
 
 
@@ -97,7 +97,7 @@ def llama3(pair: float, turns: float) -> float:
 
 
 def yarn(pair: float, turns: float) -> float:
-    def at(turns: float) -> float:  # the pair that turns so often in 32 positions
+    def at(turns: float) -> float:  # the pair with that many turns in 32 positions
         return 16 * math.log(32 / (2 * math.pi * turns)) / (2 * math.log(100.0))
 
     low, high = max(math.floor(at(3.0)), 0), min(math.ceil(at(0.5)), 15)
@@ -118,7 +118,7 @@ def test_scaled_rotary(tmp_path: Path, scaling: Any, options: dict[str, Any], sp
     config = {**LLAMA, "head_dim": 16}
     tensors = plain.llama(config)
     inverse = unscaled(config)
-    scaled = [one * scaling(i, 32 * one.item() / (2 * math.pi)) for i, one in enumerate(inverse)]
+    scaled = [frequency * scaling(i, 32 * frequency.item() / (2 * math.pi)) for i, frequency in enumerate(inverse)]
     rope = {**options, "factor": 4.0, "original_max_position_embeddings": 32}
     written = {key: value for key, value in config.items() if key != "rope_theta"}
     if spelling == "older":
@@ -129,7 +129,7 @@ def test_scaled_rotary(tmp_path: Path, scaling: Any, options: dict[str, Any], sp
     model = read(write(tmp_path, written, tensors))
     expected = plain.llama_logits(config, tensors, TOKENS[0], torch.stack(scaled))
     torch.testing.assert_close(streamed(model, [5, 26]), expected, rtol=0, atol=TOLERANCE)
-    assert not torch.allclose(expected, wanted(config), atol=1e-3)
+    assert not torch.allclose(expected, expected_logits(config), atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -139,11 +139,11 @@ def test_decoding_in_place_gives_the_reference(tmp_path: Path, kind: str) -> Non
         rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.3}
         config = {**config, "rope_scaling": rope}
     model = read(write(tmp_path, config, tensors_of(config)))
-    whole = streamed(model, [31])
+    expected = streamed(model, [31])
     with torch.no_grad():
         decoder = Decoder(model, model(TOKENS[:, :12]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at])[0] for at in range(12, 31)])
-    torch.testing.assert_close(steps, whole[12:], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(steps, expected[12:], rtol=0, atol=TOLERANCE)
 
 
 def test_yarn_sharpens_scores(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_written_back_byte_for_byte(tmp_path: Path, kind: str, dtype: torch.dtyp
     assert {p.dtype for p in model.parameters()} == {dtype}
     memtx.hf.save(model, tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
-    # In our own format it needs the folder no more.
+    # Our own format does not need the folder.
     model.save_pretrained(tmp_path / "own")
     again = MemoryTransformer.from_pretrained(tmp_path / "own")
     assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
@@ -177,17 +177,17 @@ def test_every_form_on_disk_gives_one_model(tmp_path: Path, form: Any) -> None:
     assert torch.equal(read(folder)(TOKENS).logits, expected)
 
 
-def test_a_body_alone_with_old_tables_and_a_tied_head_that_is_written(tmp_path: Path) -> None:
+def test_backbone_with_legacy_tables_and_stored_tied_head(tmp_path: Path) -> None:
     tensors = {name.removeprefix("transformer."): x for name, x in plain.gpt2().items()}
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "lm_head.weight": tensors["wte.weight"] + 0}
     folder = write(tmp_path / "read", GPT2, tensors)
     model = read(folder)
-    torch.testing.assert_close(streamed(model, [31]), wanted(GPT2), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(streamed(model, [31]), expected_logits(GPT2), rtol=0, atol=TOLERANCE)
     memtx.hf.save(MemoryTransformer.from_pretrained(folder), tmp_path / "written")
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
-def test_numbers_of_several_types_are_held_in_the_widest_and_written_as_they_were(tmp_path: Path) -> None:
+def test_mixed_dtypes_load_in_the_widest_and_save_unchanged(tmp_path: Path) -> None:
     tensors = tensors_of(LLAMA)
     mixed = {name: x if "norm" in name else x.bfloat16() for name, x in tensors.items()}
     folder = write(tmp_path / "read", LLAMA, mixed)
@@ -197,7 +197,7 @@ def test_numbers_of_several_types_are_held_in_the_widest_and_written_as_they_wer
     assert_kept(tmp_path / "written", mixed, (folder / "config.json").read_text())
 
 
-def test_the_window_is_the_models_own_or_as_asked(tmp_path: Path) -> None:
+def test_window_defaults_to_the_models_or_is_set(tmp_path: Path) -> None:
     def seen(folder: Path, **options: Any) -> list[int]:
         return [block.attention.memory.window for block in read(folder, **options).blocks]
 
@@ -214,12 +214,12 @@ def test_the_window_is_the_models_own_or_as_asked(tmp_path: Path) -> None:
         MemoryTransformer.from_pretrained(tmp_path / "own", window=9)
 
 
-def test_a_gpt2_reads_on_past_its_last_position(tmp_path: Path) -> None:
+def test_gpt2_reads_past_its_last_position(tmp_path: Path) -> None:
     model = read(write(tmp_path, GPT2, tensors_of(GPT2)))
     tokens = TOKENS.repeat(1, 6)
-    whole = streamed(model, [tokens.shape[1]], tokens)
-    assert whole.isfinite().all()
-    torch.testing.assert_close(streamed(model, [50, 30, 106], tokens), whole, rtol=0, atol=TOLERANCE)
+    expected = streamed(model, [tokens.shape[1]], tokens)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(streamed(model, [50, 30, 106], tokens), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -231,18 +231,18 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     tensors["model.norm.weight"] = torch.zeros(12, dtype=torch.int64)
     with pytest.raises(CheckpointError) as error:
         memtx.from_pretrained(write(tmp_path, QWEN2, tensors))
-    for said in (
+    for message in (
         "lacks model.layers.1.self_attn.k_proj.bias",
         "has model.layers.2.mlp.up_proj.weight, unknown",
         "has something.else, unknown",
         "has model.layers.0.self_attn.v_proj.weight of shape (12, 13) instead of (12, 12)",
         "has model.norm.weight as torch.int64",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("config", "change", "said"),
+    ("config", "change", "message"),
     [
         (LLAMA, {"model_type": "lama"}, "lama.*known are.*Did you mean 'llama'"),
         (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "longrope.*known are"),
@@ -255,21 +255,21 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         (QWEN2, {"layer_types": ["full_attention"]}, "layer_types"),
         (MISTRAL, {"sliding_window": 0}, "sliding_window"),
         (GPT2, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
-        (GPT2, {"n_head": 5}, "5 heads"),
+        (GPT2, {"n_head": 5}, r"dim \(12\) must be divisible by heads \(5\)"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(
-    tmp_path: Path, config: dict[str, Any], change: dict[str, Any], said: str
+def test_error_names_the_config_key(
+    tmp_path: Path, config: dict[str, Any], change: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(MemtxError, match=said):
+    with pytest.raises(MemtxError, match=message):
         memtx.from_pretrained(write(tmp_path, {**config, **change}, tensors_of(config)))
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     folder = write(tmp_path, LLAMA, tensors_of(LLAMA))
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-5])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5])
     with pytest.raises(CheckpointError, match="not a whole safetensors"):
         memtx.from_pretrained(folder)
     save_file({"a": torch.zeros(1).to(torch.float8_e4m3fn)}, weights)
@@ -308,18 +308,18 @@ def test_loading_holds_the_weights_and_little_more(tmp_path: Path, kind: str) ->
     assert grown < 1.1 * weights, f"{grown / weights:.3f} of the weights"
 
 
-def test_the_folders_tokenizer_is_used(tmp_path: Path) -> None:
+def test_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
     from memtx.checkpoint.load import load_model_and_tokenizer
     from memtx.data.tokenizers import BytePairTokenizer
 
-    tokenizer = BytePairTokenizer(vocab_size=300)
-    tokenizer.train(["some words, and some other words. " * 20])
+    trained = BytePairTokenizer(vocab_size=300)
+    trained.train(["some words, and some other words. " * 20])
     config = {**LLAMA, "vocab_size": 320}
     folder = write(tmp_path, config, plain.llama(config))
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         load_model_and_tokenizer(folder)
-    described = json.loads(tokenizer.to_json())["model"]
+    described = json.loads(trained.to_json())["model"]
     (folder / "tokenizer.json").write_text(json.dumps(described))
-    model, found = load_model_and_tokenizer(folder)
+    model, tokenizer = load_model_and_tokenizer(folder)
     assert model.vocab_size == 320
-    assert list(found.encode("some words")) == list(tokenizer.encode("some words"))
+    assert list(tokenizer.encode("some words")) == list(trained.encode("some words"))

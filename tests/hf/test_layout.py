@@ -1,4 +1,4 @@
-"""Reading and writing the published layout: all forms on disk, byte-equal round trips, every misfit named."""
+"""Hugging Face folders: all formats on disk, byte-equal round trips, every mismatch named."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def assert_kept(folder: Path, original: dict[str, Tensor], config: str) -> None:
         assert torch.equal(written[name].view(torch.uint8), tensor.view(torch.uint8)), name
     assert (folder / "config.json").read_text() == config
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
-        assert handle.metadata()["format"] == "pt"  # the library refuses a file without it
+        assert handle.metadata()["format"] == "pt"  # transformers refuses a file without it
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -44,7 +44,7 @@ def test_read_and_written_back_byte_for_byte(tmp_path: Path, dtype: torch.dtype)
     assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
-def test_what_the_layout_holds_beside_the_model_is_kept(tmp_path: Path) -> None:
+def test_extra_tensors_of_the_layout_are_kept(tmp_path: Path) -> None:
     tensors = bert()
     embedding = tensors["bert.embeddings.word_embeddings.weight"]
     tensors |= {
@@ -53,7 +53,7 @@ def test_what_the_layout_holds_beside_the_model_is_kept(tmp_path: Path) -> None:
         "cls.seq_relationship.bias": torch.randn(2),
         "bert.pooler.dense.weight": torch.randn(8, 8),
         "bert.pooler.dense.bias": torch.randn(8),
-        # One weight under two names, as files without sharing hold it.
+        # One weight under two names, as in files that do not share tensors.
         "cls.predictions.decoder.weight": embedding.clone(),
         "cls.predictions.decoder.bias": tensors["cls.predictions.bias"].clone(),
     }
@@ -71,7 +71,7 @@ def test_what_the_layout_holds_beside_the_model_is_kept(tmp_path: Path) -> None:
         assert torch.equal(trained[name], embedding + 1.0)
 
 
-def test_a_decoder_with_numbers_of_its_own_is_not_the_embedding(tmp_path: Path) -> None:
+def test_decoder_with_other_values_is_untied(tmp_path: Path) -> None:
     tensors = bert()
     tensors["cls.predictions.decoder.weight"] = torch.randn(20, 8)
     folder = write(tmp_path / "read", BERT, tensors)
@@ -87,10 +87,10 @@ def test_a_decoder_with_numbers_of_its_own_is_not_the_embedding(tmp_path: Path) 
 def in_parts(folder: Path, tensors: dict[str, Tensor]) -> None:
     (folder / "model.safetensors").unlink()
     names = sorted(tensors)
-    places = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
-    for part in set(places.values()):
-        save_file({name: tensors[name] for name in names if places[name] == part}, folder / part)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    weight_map = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    for part in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == part}, folder / part)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def pickled(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -113,10 +113,10 @@ def old_norms(folder: Path, tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("form", [in_parts, pickled, without_prefix, old_norms])
 def test_every_form_on_disk_gives_one_model(tmp_path: Path, form: Callable[[Path, dict[str, Tensor]], None]) -> None:
     tensors = bert()
-    wanted = memtx.from_pretrained(write(tmp_path / "one", BERT, tensors))(TOKENS).logits
+    expected = memtx.from_pretrained(write(tmp_path / "one", BERT, tensors))(TOKENS).logits
     folder = write(tmp_path / "other", BERT, tensors)
     form(folder, tensors)
-    assert torch.equal(memtx.from_pretrained(folder)(TOKENS).logits, wanted)
+    assert torch.equal(memtx.from_pretrained(folder)(TOKENS).logits, expected)
 
 
 def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -128,18 +128,18 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
     tensors["bert.encoder.layer.0.output.dense.bias"] = torch.zeros(9)
     with pytest.raises(CheckpointError) as error:
         memtx.from_pretrained(write(tmp_path, BERT, tensors))
-    for said in (
+    for message in (
         "lacks bert.encoder.layer.1.attention.self.query.bias",
         "lacks bert.embeddings.LayerNorm.weight",
         "has bert.encoder.layer.2.output.dense.weight, unknown",
         "has something.else, unknown",
         "has bert.encoder.layer.0.output.dense.bias of shape (9,) instead of (8,)",
     ):
-        assert said in str(error.value)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"model_type": "berd"}, "berd.*known are.*Did you mean 'bert'"),
         ({"model_type": "llamas"}, "known are .*distilbert"),
@@ -152,8 +152,8 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
         ({"num_hidden_layers": 3}, "lacks bert.encoder.layer.2"),
     ],
 )
-def test_a_config_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, object], said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_error_names_the_config_key(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         memtx.from_pretrained(write(tmp_path, {**BERT, **change}, bert()))
 
 
@@ -165,8 +165,8 @@ class Evil:
 def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write(tmp_path / "x", BERT, bert())
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-5])
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-5])
     with pytest.raises(CheckpointError, match="not a whole safetensors"):
         memtx.from_pretrained(folder)
     weights.unlink()
@@ -181,13 +181,13 @@ def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "ran" not in capsys.readouterr().out
     (folder / "pytorch_model.bin").unlink()
     index = folder / "model.safetensors.index.json"
-    for content, said in (
+    for content, message in (
         ({"weight_map": {"a": "../outside.safetensors"}}, "no file beside it"),
         ({"weight_map": {"a": "model-1.safetensors"}}, r"lacks model-1\.safetensors"),
         ({"other": 1}, "no weight_map"),
     ):
         index.write_text(json.dumps(content))
-        with pytest.raises(CheckpointError, match=said):
+        with pytest.raises(CheckpointError, match=message):
             memtx.from_pretrained(folder)
     save_file({"b": torch.zeros(1)}, folder / "model-1.safetensors")
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
@@ -198,7 +198,7 @@ def test_damaged_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture
         memtx.from_pretrained(folder)
 
 
-def test_a_model_of_our_own_has_no_layout_to_go_back_to(tmp_path: Path) -> None:
+def test_own_model_has_no_hf_layout(tmp_path: Path) -> None:
     model = Encoder(20, dim=8, depth=1, heads=2).eval()
     with pytest.raises(MemtxError, match="save_pretrained"):
         memtx.hf.save(model, tmp_path)

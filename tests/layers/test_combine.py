@@ -37,10 +37,10 @@ def test_readouts_with_log_sum_exp_join_one_softmax(seed: int, sizes: list[int])
 @given(st.integers(0, 999))
 def test_gated_and_added_readouts_follow_in_order(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    attended, gated, added = (torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=generator) for _ in range(3))
+    attended, gated_out, added = (torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=generator) for _ in range(3))
     gate = torch.rand(1, 3, 1, 1, dtype=torch.float64, generator=generator)
-    mixed = gate * gated + (1 - gate) * attended
+    mixed = gate * gated_out + (1 - gate) * attended
     assert (
-        combine_readouts(attended, None, [Readout(gated, gate=gate), Readout(added)]) - (mixed + added)
+        combine_readouts(attended, None, [Readout(gated_out, gate=gate), Readout(added)]) - (mixed + added)
     ).abs().max() < EXACT
     assert combine_readouts(attended, None, []) is attended

@@ -1,4 +1,4 @@
-"""Memory added to a trained model: nothing changes within the window, nor beyond it before the memory has learned."""
+"""Memory added to a trained model changes nothing within the window, and nothing beyond it before training."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ KINDS: dict[str, list[Any]] = {
 
 def base(**options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
-    given = {"dim": 16, "depth": 3, "heads": 4, "memories": [partial(RecurrentMemory, window=64)], **options}
-    model = MemoryTransformer(40, **given).double().eval()
+    arguments = {"dim": 16, "depth": 3, "heads": 4, "memories": [partial(RecurrentMemory, window=64)], **options}
+    model = MemoryTransformer(40, **arguments).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from even
+            parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from uniform
     return model
 
 
@@ -66,7 +66,7 @@ def logits(model: MemoryTransformer, tokens: torch.Tensor = TOKENS, *lengths: in
 
 
 def opened(model: MemoryTransformer) -> MemoryTransformer:
-    """Open all gates, as training may."""
+    """Open all gates, as training could."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("attention.gate"):
@@ -76,97 +76,95 @@ def opened(model: MemoryTransformer) -> MemoryTransformer:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", [{}, {"positions": Alibi, "kv_heads": 2}], ids=["rotary", "alibi"])
-def test_within_the_window_nothing_changes_and_beyond_it_nothing_but_the_window(
-    kind: str, options: dict[str, Any]
-) -> None:
+def test_closed_gates_change_nothing_but_the_window(kind: str, options: dict[str, Any]) -> None:
     model = base(**options)
-    made = model.with_memory(KINDS[kind], window=WINDOW, num_sinks=0)
-    torch.testing.assert_close(logits(made)[:, :WINDOW], logits(model)[:, :WINDOW], rtol=0, atol=EXACT)
+    adapted = model.with_memory(KINDS[kind], window=WINDOW, num_sinks=0)
+    torch.testing.assert_close(logits(adapted)[:, :WINDOW], logits(model)[:, :WINDOW], rtol=0, atol=EXACT)
     alone = model.with_memory(window=WINDOW, num_sinks=0)
-    if not any(one.func is CompressedMemory for one in KINDS[kind]):  # which sees up to a block more exactly
-        torch.testing.assert_close(logits(made), logits(alone), rtol=0, atol=EXACT)
-    # The gates are what holds it back.
+    if not any(memory.func is CompressedMemory for memory in KINDS[kind]):  # which sees up to a block more exactly
+        torch.testing.assert_close(logits(adapted), logits(alone), rtol=0, atol=EXACT)
+    # Only the gates hide the memory.
     if KINDS[kind]:
-        assert (logits(opened(made)) - logits(alone)).abs().max() > 1e-3
+        assert (logits(opened(adapted)) - logits(alone)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_how_a_stream_is_cut_does_not_matter(kind: str) -> None:
-    made = opened(base().with_memory(KINDS[kind], window=WINDOW, num_sinks=2))
-    whole = logits(made)
-    torch.testing.assert_close(logits(made, TOKENS, 3, 1, 20, 26), whole, rtol=0, atol=EXACT)
+def test_segmentation_invariance(kind: str) -> None:
+    adapted = opened(base().with_memory(KINDS[kind], window=WINDOW, num_sinks=2))
+    expected = logits(adapted)
+    torch.testing.assert_close(logits(adapted, TOKENS, 3, 1, 20, 26), expected, rtol=0, atol=EXACT)
     with torch.no_grad():
-        decoder = Decoder(made, made(TOKENS[:, :30]).state)
+        decoder = Decoder(adapted, adapted(TOKENS[:, :30]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(30, 50)], dim=1)
-    torch.testing.assert_close(steps, whole[:, 30:], rtol=0, atol=EXACT)
+    torch.testing.assert_close(steps, expected[:, 30:], rtol=0, atol=EXACT)
 
 
-def test_a_gate_of_one_is_one_softmax_with_the_bank() -> None:
+def test_gate_of_one_equals_a_joint_softmax() -> None:
     memory = partial(CompressedMemory, window=WINDOW, compression_rate=2, num_entries=6, compression=MeanPooling)
-    made = base().with_memory([memory], num_sinks=0)
+    adapted = base().with_memory([memory], num_sinks=0)
     with torch.no_grad():
-        for block in made.blocks:
+        for block in adapted.blocks:
             block.attention.gate.fill_(30.0)  # whose tanh is 1 in float64
     joined = base().with_memory([memory], num_sinks=0, gated_memory=False)
-    torch.testing.assert_close(logits(made), logits(joined), rtol=0, atol=EXACT)
+    torch.testing.assert_close(logits(adapted), logits(joined), rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]])
-def test_gates_learn_at_once_and_what_they_hold_back_from_then_on(kind: str) -> None:
-    made = base().with_memory(KINDS[kind], window=WINDOW, num_sinks=1).train()
-    memory = made.memory_parameters()
-    made(TOKENS, labels=TOKENS).loss.backward()
-    gates = [one for name, one in memory.items() if name.endswith(".attention.gate")]
+def test_gates_learn_first_and_memories_once_gates_open(kind: str) -> None:
+    adapted = base().with_memory(KINDS[kind], window=WINDOW, num_sinks=1).train()
+    memory = adapted.memory_parameters()
+    adapted(TOKENS, labels=TOKENS).loss.backward()
+    gates = [parameter for name, parameter in memory.items() if name.endswith(".attention.gate")]
     assert len(gates) == 3
     assert all(gate.grad.isfinite().all() and (gate.grad != 0).any(-1).all() for gate in gates)
-    opened(made)(TOKENS, labels=TOKENS).loss.backward()
-    assert all(one.grad is not None and one.grad.isfinite().all() for one in memory.values())
+    opened(adapted)(TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in memory.values())
 
 
-def test_the_weights_are_shared_and_the_chosen_layers_alone_get_it() -> None:
+def test_weights_are_shared_and_only_chosen_layers_change() -> None:
     model = base()
-    made = model.with_memory([partial(AssociativeMemory, heads=2)], window=WINDOW, layers=[-1])
-    assert [len(block.attention.extra_memories) for block in made.blocks] == [1, 1, 2]
-    assert [block.attention.gate is not None for block in made.blocks] == [False, False, True]
-    assert all(".2." in name for name in made.memory_parameters())
-    own = dict(made.named_parameters())
+    adapted = model.with_memory([partial(AssociativeMemory, heads=2)], window=WINDOW, layers=[-1])
+    assert [len(block.attention.extra_memories) for block in adapted.blocks] == [1, 1, 2]
+    assert [block.attention.gate is not None for block in adapted.blocks] == [False, False, True]
+    assert all(".2." in name for name in adapted.memory_parameters())
+    parameters = dict(adapted.named_parameters())
     for name, parameter in model.named_parameters():
-        assert own[name] is parameter
-    assert len(list(own)) == len(list(model.parameters())) + len(made.memory_parameters())
-    # The one it was made of is as it was.
+        assert parameters[name] is parameter
+    assert len(list(parameters)) == len(list(model.parameters())) + len(adapted.memory_parameters())
+    # The original is unchanged.
     assert len(model.blocks[2].attention.extra_memories) == 0
     assert model.blocks[0].attention.memory.window == 64
 
 
-def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
-    made = opened(base().with_memory(KINDS["several"], window=WINDOW, layers=[0, 2]))
-    made.save_pretrained(tmp_path)
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    adapted = opened(base().with_memory(KINDS["several"], window=WINDOW, layers=[0, 2]))
+    adapted.save_pretrained(tmp_path)
     again = MemoryTransformer.from_pretrained(tmp_path)
-    assert torch.equal(logits(again), logits(made))
-    assert again.fingerprint == made.fingerprint
+    assert torch.equal(logits(again), logits(adapted))
+    assert again.fingerprint == adapted.fingerprint
 
 
-def test_a_narrower_window_of_a_layers_own_is_kept() -> None:
-    model = base(memories=[partial(RecurrentMemory, window=own) for own in (64, 5, 64)])
-    made = model.with_memory(window=WINDOW)
-    assert [block.attention.memory.window for block in made.blocks] == [8, 5, 8]
-    assert [block.attention.extra_memories[0].exclude_recent for block in made.blocks] == [8, 5, 8]
+def test_narrower_layer_window_is_kept() -> None:
+    model = base(memories=[partial(RecurrentMemory, window=window) for window in (64, 5, 64)])
+    adapted = model.with_memory(window=WINDOW)
+    assert [block.attention.memory.window for block in adapted.blocks] == [8, 5, 8]
+    assert [block.attention.extra_memories[0].exclude_recent for block in adapted.blocks] == [8, 5, 8]
 
 
-def test_a_published_folder_gets_one_in_one_call(tmp_path: Path) -> None:
+def test_retrofit_adds_memory_to_an_hf_folder(tmp_path: Path) -> None:
     folder = write(tmp_path, plain.QWEN3, plain.llama(plain.QWEN3))
     memory = partial(CompressedMemory, window=WINDOW, compression_rate=2, num_entries=6)
-    made = Retrofit(str(folder), [memory])(40).eval()
-    assert made.blocks[0].attention.extra_memories[0].exclude_recent == WINDOW + 1
-    given = TOKENS[:, :WINDOW]
-    assert (logits(made, given) - logits(memtx.from_pretrained(folder), given)).abs().max() < 1e-5
-    memtx.hf.save(made, tmp_path / "back")
+    adapted = Retrofit(str(folder), [memory])(40).eval()
+    assert adapted.blocks[0].attention.extra_memories[0].exclude_recent == WINDOW + 1
+    tokens = TOKENS[:, :WINDOW]
+    assert (logits(adapted, tokens) - logits(memtx.from_pretrained(folder), tokens)).abs().max() < 1e-5
+    memtx.hf.save(adapted, tmp_path / "back")
     assert torch.equal(logits(memtx.from_pretrained(tmp_path / "back")), logits(memtx.from_pretrained(folder)))
     with pytest.raises(MemtxError, match="41 ids"):
         Retrofit(str(folder))(41)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     model = base()
     with pytest.raises(MemtxError, match="layers names 3"):
         model.with_memory(layers=[3])

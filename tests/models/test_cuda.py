@@ -1,4 +1,4 @@
-"""On a GPU: the whole model computes what it computes on the CPU, and graphs replay what eager steps do."""
+"""The whole model on a GPU: equal to the CPU, and CUDA graphs equal eager steps."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ pytestmark = [
 ]
 
 
-def made(device: str) -> MemoryTransformer:
+def create_model(device: str) -> MemoryTransformer:
     torch.manual_seed(0)
     memory = partial(CompressedMemory, window=40, compression_rate=4, num_entries=8)
     return MemoryTransformer(50, dim=128, depth=2, heads=2, memories=[memory]).to(device)
 
 
-def test_two_segments_and_their_gradients_equal_the_cpu_s() -> None:
+def test_two_segments_and_gradients_match_cpu() -> None:
     tokens = torch.randint(0, 50, (3, 101), generator=torch.Generator().manual_seed(1))
     losses, grads = [], []
     for device in ("cpu", "cuda"):
-        model, here = made(device), tokens.to(device)
-        state = model(here[:, :50]).state
-        loss = model(here[:, 50:-1], state, document_starts=here[:, 50:-1] == 3, labels=here[:, 51:]).loss
+        model, inputs = create_model(device), tokens.to(device)
+        state = model(inputs[:, :50]).state
+        loss = model(inputs[:, 50:-1], state, document_starts=inputs[:, 50:-1] == 3, labels=inputs[:, 51:]).loss
         assert loss is not None
         loss.backward()
         losses.append(loss.item())
         grads.append([weight.grad.cpu() for weight in model.parameters() if weight.grad is not None])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
-    for one, two in zip(*grads, strict=True):
+    for cpu_grad, cuda_grad in zip(*grads, strict=True):
         # float32 through two layers; tensor cores may round products to TF32's 11 bits.
-        torch.testing.assert_close(one, two, rtol=1e-2, atol=1e-4)
+        torch.testing.assert_close(cpu_grad, cuda_grad, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("how", ["graph", "compiled"])
 def test_replayed_steps_equal_eager_ones(how: str) -> None:
-    model = made("cuda")
+    model = create_model("cuda")
     tokens = torch.randint(0, 50, (60, 3), device="cuda")
     state = model(tokens[:30].T).state
     plain = Decoder(model, state, use_cuda_graph=False)
@@ -52,8 +52,8 @@ def test_replayed_steps_equal_eager_ones(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["graph", "compiled"])
-def test_replayed_steps_equal_eager_ones_while_rows_come_and_go(how: str) -> None:
-    model = made("cuda")
+def test_replayed_steps_equal_eager_ones_while_streams_change(how: str) -> None:
+    model = create_model("cuda")
     tokens = torch.randint(0, 50, (60, 5), device="cuda")
     state = model(tokens[:30].T).state
     plain = Decoder(model, state.select([0]), use_cuda_graph=False)

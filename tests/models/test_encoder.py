@@ -1,4 +1,4 @@
-"""Encoders against plain float64 ones, and what they refuse."""
+"""Encoders compared with plain float64 ones, and their errors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRESENT[2, :2] = 0
 
 
 def widened(model: Encoder) -> Encoder:
-    """The model in float64 with weights wide enough that a wrong term shows."""
+    """Return the model in float64 with weights large enough that a wrong term shows."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,8 +29,8 @@ def widened(model: Encoder) -> Encoder:
 
 
 def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-    """Hidden states and logits as the paper writes them; seen: (rows, length, length) bool."""
-    rows, length = tokens.shape
+    """Return hidden states and logits by the paper's formulas; seen: ``(batch, length, length)`` bool."""
+    batch_size, length = tokens.shape
     embed = model.embedding
     x = embed.word_embeddings.weight[tokens] + embed.position_embeddings.weight[:length]
     if embed.token_type_embeddings is not None:
@@ -41,12 +41,12 @@ def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = N
         part = block.attention
         width = model.dim // part.heads
         out = torch.empty_like(x)
-        for row in range(rows):
+        for stream in range(batch_size):
             for head in range(part.heads):
                 at = slice(head * width, (head + 1) * width)
-                q, k, v = (m(x[row])[:, at] for m in (part.query, part.key, part.value))
-                score = (q @ k.T / width**0.5).masked_fill(~seen[row], float("-inf"))
-                out[row, :, at] = torch.softmax(score, -1) @ v
+                q, k, v = (m(x[stream])[:, at] for m in (part.query, part.key, part.value))
+                score = (q @ k.T / width**0.5).masked_fill(~seen[stream], float("-inf"))
+                out[stream, :, at] = torch.softmax(score, -1) @ v
         x = block.attention_norm(x + part.out(out))
         x = block.feed_forward_norm(x + block.feed_forward.out(block.feed_forward.activation(block.feed_forward.up(x))))
         hidden.append(x)
@@ -56,25 +56,25 @@ def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = N
 
 
 @pytest.mark.parametrize("types", [0, 2])
-def test_everyone_sees_every_token_and_no_padding(types: int) -> None:
+def test_full_attention_ignores_padding(types: int) -> None:
     embeddings = partial(TextEmbeddings, num_positions=20, type_vocab_size=types, pad_token_id=0)
     model = widened(Encoder(20, 8, 2, 2, embeddings=embeddings))
     token_types = (TOKENS > 9).long() if types else None
     seen = (PRESENT > 0)[:, None, :].expand(-1, 13, -1)
     hidden, logits = plain(model, TOKENS, seen, token_types)
     out = model(TOKENS, PRESENT, token_types, output_hidden_states=True)
-    for own, wanted in zip(out.hidden_states, hidden, strict=True):
-        assert torch.allclose(own, wanted, rtol=0, atol=1e-12)  # float64, sums of a dozen terms
+    for actual, expected in zip(out.hidden_states, hidden, strict=True):
+        assert torch.allclose(actual, expected, rtol=0, atol=1e-12)  # float64, sums of a dozen terms
     assert torch.allclose(out.logits, logits, rtol=0, atol=1e-11)
     assert torch.equal(out.last_hidden_state, out.hidden_states[-1])
     assert model(TOKENS).hidden_states is None
-    wanted_grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
-    own_grads = torch.autograd.grad(out.logits.square().sum(), list(model.parameters()))
-    for one, other in zip(own_grads, wanted_grads, strict=True):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+    expected_grads = torch.autograd.grad(logits.square().sum(), list(model.parameters()))
+    actual_grads = torch.autograd.grad(out.logits.square().sum(), list(model.parameters()))
+    for actual_grad, expected_grad in zip(actual_grads, expected_grads, strict=True):
+        assert torch.allclose(actual_grad, expected_grad, rtol=1e-9, atol=1e-9)
 
 
-def test_what_cannot_be_is_named() -> None:
+def test_invalid_settings_are_refused() -> None:
     embeddings = partial(TextEmbeddings, num_positions=15, pad_token_id=0)
     model = Encoder(20, 8, 1, 2, embeddings=embeddings)
     with pytest.raises(MemtxError, match=r"20 tokens needs 20 positions, the model has 15"):

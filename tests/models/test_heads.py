@@ -1,4 +1,4 @@
-"""The model of a task: what its scores depend on, that it is kept, and that a document may be read by segments."""
+"""Task models: independence of padding and segments, gradients, saving and loading."""
 
 from __future__ import annotations
 
@@ -50,31 +50,31 @@ def model(body: str = "encoder", head: str = "mean", seed: int = 0) -> TaskModel
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("head", HEADS)
 def test_padding_changes_nothing(body: str, head: str) -> None:
-    made = model(body, head)
+    task_model = model(body, head)
     tokens = torch.randint(0, 50, (2, 21))
     present = torch.ones_like(tokens)
-    alone = made(tokens, present, torch.zeros_like(tokens), torch.zeros_like(tokens))
-    padded, there = (torch.nn.functional.pad(part, (0, 6)) for part in (tokens, present))
-    beside = made(padded, there)
-    torch.testing.assert_close(beside[:, :21] if head == "tokens" else beside, alone, atol=1e-10, rtol=0)
+    alone = task_model(tokens, present, torch.zeros_like(tokens), torch.zeros_like(tokens))
+    padded, padded_mask = (torch.nn.functional.pad(part, (0, 6)) for part in (tokens, present))
+    with_padding = task_model(padded, padded_mask)
+    torch.testing.assert_close(with_padding[:, :21] if head == "tokens" else with_padding, alone, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_every_parameter_learns(body: str) -> None:
-    made = model(body, "tokens").train()
+    task_model = model(body, "tokens").train()
     tokens = torch.randint(0, 50, (2, 21))
     marked = torch.zeros_like(tokens)
     marked[:, 0] = 1
-    made(tokens, torch.ones_like(tokens), None, marked).square().sum().backward()
-    assert [name for name, one in made.named_parameters() if one.grad is None] == []
+    task_model(tokens, torch.ones_like(tokens), None, marked).square().sum().backward()
+    assert [name for name, parameter in task_model.named_parameters() if parameter.grad is None] == []
 
 
-def test_a_document_is_scored_alike_however_it_is_cut() -> None:
+def test_document_score_is_independent_of_segment_length() -> None:
     tokens = torch.randint(0, 50, (2, 37))
-    found = []
+    results = []
     for segment in (5, 8, 64):
         torch.manual_seed(0)
-        made = (
+        task_model = (
             TaskModel(
                 50,
                 3,
@@ -84,23 +84,23 @@ def test_a_document_is_scored_alike_however_it_is_cut() -> None:
             .double()
             .eval()
         )
-        out = made(tokens, torch.ones_like(tokens))
+        out = task_model(tokens, torch.ones_like(tokens))
         out.sum().backward()
-        grads = [one.grad for _, one in made.named_parameters()]
-        found.append((out, torch.cat([one.flatten() for one in grads if one is not None])))
-    for out, grads in found[1:]:
-        torch.testing.assert_close(out, found[0][0], atol=1e-10, rtol=0)
-        torch.testing.assert_close(grads, found[0][1], atol=1e-9, rtol=0)
+        grads = [parameter.grad for parameter in task_model.parameters()]
+        results.append((out, torch.cat([grad.flatten() for grad in grads if grad is not None])))
+    for out, grads in results[1:]:
+        torch.testing.assert_close(out, results[0][0], atol=1e-10, rtol=0)
+        torch.testing.assert_close(grads, results[0][1], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("body", BODIES)
-def test_it_is_kept_and_read_again(body: str, tmp_path: Path) -> None:
-    made = model(body, "first").float()
-    made.save_pretrained(tmp_path)
+def test_save_and_load_round_trip(body: str, tmp_path: Path) -> None:
+    task_model = model(body, "first").float()
+    task_model.save_pretrained(tmp_path)
     again = TaskModel.from_pretrained(tmp_path)
-    assert again.fingerprint == made.fingerprint
+    assert again.fingerprint == task_model.fingerprint
     tokens = torch.randint(0, 50, (1, 9))
-    assert torch.equal(again(tokens, torch.ones_like(tokens)), made(tokens, torch.ones_like(tokens)))
+    assert torch.equal(again(tokens, torch.ones_like(tokens)), task_model(tokens, torch.ones_like(tokens)))
 
 
 def test_pooling() -> None:
@@ -108,7 +108,7 @@ def test_pooling() -> None:
     torch.testing.assert_close(MeanPooling(8)(x, present), torch.stack([x[0, :2].mean(0), x[1].mean(0)]))
 
 
-def test_what_cannot_be_a_body_is_refused() -> None:
+def test_invalid_backbones_are_refused() -> None:
     with pytest.raises(MemtxError, match="backbone is a Reformer"):
         TaskModel(50, 2, Reformer)
     with pytest.raises(MemtxError, match="num_labels is 0"):

@@ -1,4 +1,4 @@
-"""Long calls without a gradient are read in parts: the same function, and a published schedule stays whole."""
+"""Long calls without gradient are read in chunks with equal results, except with a per-segment schedule."""
 
 from __future__ import annotations
 
@@ -14,45 +14,47 @@ ROUNDING = 1e-10
 """float64, sums in another order."""
 
 
-def _model(per_call: bool) -> MemoryTransformer:
+def _model(compress_per_segment: bool) -> MemoryTransformer:
     torch.manual_seed(0)
-    memory = partial(CompressedMemory, window=16, compression_rate=4, num_entries=4, compress_per_segment=per_call)
+    memory = partial(
+        CompressedMemory, window=16, compression_rate=4, num_entries=4, compress_per_segment=compress_per_segment
+    )
     return MemoryTransformer(11, dim=8, depth=2, heads=2, memories=[memory]).double().eval()
 
 
-def _tokens(rows: int) -> torch.Tensor:
-    return torch.randint(11, (rows, LENGTH), generator=torch.Generator().manual_seed(1))
+def _tokens(batch_size: int) -> torch.Tensor:
+    return torch.randint(11, (batch_size, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def _widest(model: MemoryTransformer, tokens: torch.Tensor, starts: torch.Tensor | None) -> int:
-    """Return the longest part that a layer is given."""
+def _widest(model: MemoryTransformer, tokens: torch.Tensor, document_starts: torch.Tensor | None) -> int:
+    """Return the length of the longest chunk that a layer receives."""
     seen: list[int] = []
     hook = model.get_submodule("blocks.0.feed_forward").register_forward_hook(
-        lambda _, given, out: seen.append(given[0].shape[1])
+        lambda _, inputs, out: seen.append(inputs[0].shape[1])
     )
     with torch.no_grad():
-        model(tokens, document_starts=starts)
+        model(tokens, document_starts=document_starts)
     hook.remove()
     return max(seen)
 
 
-def test_parts_are_the_whole() -> None:
+def test_chunked_call_equals_whole_call() -> None:
     model, tokens = _model(per_call=False), _tokens(2)
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
-    starts[1, MIN_CHUNK_LENGTH + 5] = True
-    whole = model(tokens, document_starts=starts, return_hidden_states=True)
-    assert _widest(model, tokens, starts) == MAX_CHUNK_TOKENS // 2
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    document_starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
+    document_starts[1, MIN_CHUNK_LENGTH + 5] = True
+    expected = model(tokens, document_starts=document_starts, return_hidden_states=True)
+    assert _widest(model, tokens, document_starts) == MAX_CHUNK_TOKENS // 2
     with torch.no_grad():
-        parts = model(tokens, document_starts=starts, return_hidden_states=True)
-    assert (whole.logits - parts.logits).abs().max() < ROUNDING
-    pairs = zip(whole.hidden_states, parts.hidden_states, strict=True)
-    assert max((one - other).abs().max() for one, other in pairs) < ROUNDING
-    assert torch.equal(whole.state.position, parts.state.position)
-    for layer, other in zip(whole.state.layers, parts.state.layers, strict=True):
-        assert (layer[0].hidden - other[0].hidden).abs().max() < ROUNDING
-        assert (layer[0].bank - other[0].bank).abs().max() < ROUNDING
+        parts = model(tokens, document_starts=document_starts, return_hidden_states=True)
+    assert (expected.logits - parts.logits).abs().max() < ROUNDING
+    pairs = zip(expected.hidden_states, parts.hidden_states, strict=True)
+    assert max((whole_hidden - parts_hidden).abs().max() for whole_hidden, parts_hidden in pairs) < ROUNDING
+    assert torch.equal(expected.state.position, parts.state.position)
+    for (state,), (parts_state,) in zip(expected.state.layers, parts.state.layers, strict=True):
+        assert (state.hidden - parts_state.hidden).abs().max() < ROUNDING
+        assert (state.bank - parts_state.bank).abs().max() < ROUNDING
 
 
-def test_a_schedule_by_calls_is_not_cut() -> None:
+def test_per_segment_schedule_is_not_chunked() -> None:
     assert _widest(_model(per_call=True), _tokens(1), None) == LENGTH

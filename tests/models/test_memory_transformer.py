@@ -1,4 +1,4 @@
-"""The model's promises to a person who imports it: outputs, options, training, keeping on disk, errors."""
+"""MemoryTransformer's outputs, options, training, saving and errors."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def test_output_fields() -> None:
     labels[:, -1] = -100
     scored = model(TOKENS, labels=labels)
     assert scored.logits is None
-    wanted = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
-    assert torch.allclose(scored.nll, wanted, atol=1e-5)  # float32
-    assert torch.allclose(scored.loss, wanted[:, :-1].mean(), atol=1e-5)
+    expected = F.cross_entropy(out.logits.transpose(1, 2), labels, reduction="none")
+    assert torch.allclose(scored.nll, expected, atol=1e-5)  # float32
+    assert torch.allclose(scored.loss, expected[:, :-1].mean(), atol=1e-5)
     assert (scored.nll[:, -1] == 0).all()
 
 
-def test_labels_that_are_all_ignored_cost_nothing() -> None:
+def test_all_labels_ignored_gives_zero_loss() -> None:
     out = small()(TOKENS, labels=torch.full_like(TOKENS, -100))
     assert out.loss == 0.0
     out.loss.backward()
 
 
 @pytest.mark.parametrize("name", sorted(COMPRESSIONS.keys() - {"mean", "max", "most_used"}))
-def test_a_learned_compression_learns_from_the_language_model_at_horizon_one(name: str) -> None:
+def test_learned_compression_learns_from_language_loss_with_one_segment(name: str) -> None:
     memory = partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, compression=COMPRESSIONS[name])
     model = small(memories=[memory])
     state = model(TOKENS[:, :8]).state.detach()
-    # One step first: a map that begins at zero passes no gradient to what is before it.
+    # One step first: a layer initialized to zero passes no gradient on.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for part in (slice(8, 20), slice(20, 39)):
         model.zero_grad()
@@ -86,15 +86,15 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
             parameter.add_(torch.randn_like(parameter) * 0.3)
     out = model(TOKENS[:, :-1], labels=TOKENS[:, 1:])
     (loss,) = out.aux_losses.values()
-    found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
-    for (parameter, _), gradient in zip(model.named_parameters(), found, strict=True):
-        own = ".compression." in parameter or ".reconstruction." in parameter
-        if own:
+    grads = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True, retain_graph=True)
+    for (parameter, _), gradient in zip(model.named_parameters(), grads, strict=True):
+        has_own_loss = ".compression." in parameter or ".reconstruction." in parameter
+        if has_own_loss:
             assert gradient is not None, parameter
             assert gradient.abs().max() > 0, parameter
         else:
             assert gradient is None or gradient.abs().max() == 0, parameter
-    # And the model's own loss still reaches everything: nothing was detached in place.
+    # The language loss still reaches everything: nothing was detached in place.
     out.loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     for parameter, tensor in model.named_parameters():
@@ -105,14 +105,14 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
     assert all(tensor.grad.abs().max() > 0 for name, tensor in model.named_parameters() if "key_value" in name)
 
 
-def test_reconstruction_is_for_training_alone() -> None:
+def test_reconstruction_runs_in_training_only() -> None:
     model = small(
         memories=[partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)]
     )
     assert model.eval()(TOKENS[:, :-1], labels=TOKENS[:, 1:]).aux_losses == {}
 
 
-def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
+def test_every_parameter_has_a_gradient_without_compressed_blocks() -> None:
     memory = partial(CompressedMemory, window=50, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)
     model = small(memories=[memory])
     model(TOKENS[:, :2], labels=TOKENS[:, 1:3]).loss.backward()
@@ -134,7 +134,7 @@ def test_every_parameter_has_a_gradient_even_where_no_block_is_born() -> None:
         {"memories": [partial(CompressedMemory, compression=partial(AttentionPooling, heads=2))]},
     ],
 )
-def test_kept_on_disk_and_read_back(options: dict[str, Any], tmp_path: Path) -> None:
+def test_save_and_load_round_trip(options: dict[str, Any], tmp_path: Path) -> None:
     model = small(**options).eval()
     model.save_pretrained(tmp_path / "model")
     for loaded in (memtx.from_pretrained(tmp_path / "model"), MemoryTransformer.from_pretrained(tmp_path / "model")):
@@ -145,19 +145,19 @@ def test_kept_on_disk_and_read_back(options: dict[str, Any], tmp_path: Path) -> 
     assert sorted(file.name for file in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_kept_in_half_precision(tmp_path: Path) -> None:
+def test_half_precision_round_trip(tmp_path: Path) -> None:
     model = small().to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert MemoryTransformer.from_pretrained(tmp_path).embedding.weight.dtype == torch.bfloat16
 
 
 def test_the_fingerprint_tells_models_apart() -> None:
-    one, other = small(), small()
-    assert one.fingerprint == other.fingerprint
+    first, second = small(), small()
+    assert first.fingerprint == second.fingerprint
     with torch.no_grad():
-        other.norm.weight[0] += 1e-3
-    assert one.fingerprint != other.fingerprint
-    assert one.fingerprint != small(positions=Alibi).fingerprint
+        second.norm.weight[0] += 1e-3
+    assert first.fingerprint != second.fingerprint
+    assert first.fingerprint != small(positions=Alibi).fingerprint
 
 
 def _changed(folder: Path, change: Any) -> None:
@@ -167,7 +167,7 @@ def _changed(folder: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda c: c["init_args"].update(dimm=8), "dimm"),
         (lambda c: c["init_args"].update(depth=3), "lacks"),
@@ -179,10 +179,10 @@ def _changed(folder: Path, change: Any) -> None:
         (lambda c: c.clear(), "does not describe"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, change: Any, said: str) -> None:
+def test_mismatched_folder_is_refused(tmp_path: Path, change: Any, message: str) -> None:
     small().save_pretrained(tmp_path)
     _changed(tmp_path, change)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         memtx.from_pretrained(tmp_path)
 
 
@@ -205,7 +205,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"dim": 9}, r"dim \(9\) must be divisible by heads \(\d\)"),
         ({"heads": 0}, "heads is 0"),
@@ -216,12 +216,12 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
         ({"dim": 6, "heads": 2}, "even width"),
     ],
 )
-def test_settings_that_cannot_be_are_named(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_invalid_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         small(**options)
 
 
-def test_calls_that_cannot_be_are_named() -> None:
+def test_invalid_calls_are_refused() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])
@@ -241,42 +241,42 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> Non
     with torch.autocast("cpu", torch.bfloat16):
         rough = model(TOKENS)
     assert rough.state.layers[0][0].hidden.dtype == torch.float32
-    # bf16 keeps 8 bits: a hundredth of the logits' size.
+    # bf16 has 8 bits of precision: a hundredth of the logits.
     assert (exact.logits - rough.logits).abs().max() < 0.02 * max(1.0, exact.logits.abs().max())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_gives_the_same_gradients_and_keeps_less(dropout: float) -> None:
+def test_activation_checkpointing_gives_equal_gradients_and_stores_less(dropout: float) -> None:
     torch.manual_seed(0)
     memory = partial(
         CompressedMemory, window=8, compression_rate=2, num_entries=4, reconstruction=AttentionReconstruction
     )
     model = MemoryTransformer(11, dim=16, depth=4, heads=2, memories=[memory], dropout=dropout)
     tokens, labels = torch.randint(0, 11, (2, 2, 20)).unbind()
-    starts = torch.rand(2, 20) < 0.1
+    document_starts = torch.rand(2, 20) < 0.1
 
-    def run(checkpointing: bool) -> tuple[list[Tensor], int]:
-        model.activation_checkpointing, kept = checkpointing, {}
+    def run(activation_checkpointing: bool) -> tuple[list[Tensor], int]:
+        model.activation_checkpointing, saved_bytes = activation_checkpointing, {}
         torch.manual_seed(1)
         state = model(tokens).state.detach()
 
         def count(x: Tensor) -> Tensor:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            saved_bytes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            loss = model(tokens, state, document_starts=starts, labels=labels).loss
+            loss = model(tokens, state, document_starts=document_starts, labels=labels).loss
         assert loss is not None
-        return list(torch.autograd.grad(loss, list(model.parameters()))), sum(kept.values())
+        return list(torch.autograd.grad(loss, list(model.parameters()))), sum(saved_bytes.values())
 
     (plain, all_kept), (again, some_kept) = run(False), run(True)
-    # The same operations on the same numbers, dropout's draws included.
-    assert all(torch.equal(one, two) for one, two in zip(plain, again, strict=True))
-    # What is left is the layers' inputs and states, and the loss's.
+    # The same operations on the same numbers, including dropout masks.
+    assert all(torch.equal(grad, expected) for grad, expected in zip(again, plain, strict=True))
+    # The inputs and states of the layers and the loss remain.
     assert some_kept < all_kept / 3
 
 
-def test_a_compiled_model_is_made_once_however_full_its_memory() -> None:
+def test_compiles_once_at_any_memory_fill() -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     model = small()

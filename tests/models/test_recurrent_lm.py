@@ -1,4 +1,4 @@
-"""Every recurrent language model takes the calls of the protocol."""
+"""Recurrent language models implement the protocol."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def test_models_fit_the_protocol(model_class: Any) -> None:
     assert len(model.fingerprint) == 64
     state = model.init_state(2, dtype=torch.float64, device=torch.device("cpu"))
     assert (state.batch_size, state.position.device.type) == (2, "cpu")
-    starts = torch.zeros_like(TOKENS, dtype=torch.bool)
-    state = model(TOKENS, model.init_state(2), document_starts=starts).state
-    output = model(TOKENS, state, document_starts=starts, labels=TOKENS, return_hidden_states=True)
+    document_starts = torch.zeros_like(TOKENS, dtype=torch.bool)
+    state = model(TOKENS, model.init_state(2), document_starts=document_starts).state
+    output = model(TOKENS, state, document_starts=document_starts, labels=TOKENS, return_hidden_states=True)
     assert isinstance(output, MemoryOutput)
     assert output.state.position.tolist() == [18, 18]
     assert output.loss is not None

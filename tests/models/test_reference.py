@@ -1,4 +1,4 @@
-"""The whole model against a plain float64 one that reads like the papers: one position at a time, one document."""
+"""The whole model compared with a plain float64 one: one position at a time, one document."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from memtx.memory.compression import MaxPooling, MeanPooling, StridedConvolution
 def entries_seen(
     h: Tensor, t: int, window: int, rate: int, length: int, compress: object
 ) -> tuple[Tensor, list[float]]:
-    """Return what position t sees of layer inputs h, oldest first, and where it stands (design: e(t))."""
+    """Return the entries of layer inputs h that position t sees, oldest first, and their positions."""
     edge = rate * max(0, (t - window + 1) // rate)
     blocks = range(max(0, edge // rate - length), edge // rate)
-    made = [compress(h[None, None, b * rate : (b + 1) * rate])[0, 0] for b in blocks]  # type: ignore[operator]
+    entries = [compress(h[None, None, b * rate : (b + 1) * rate])[0, 0] for b in blocks]  # type: ignore[operator]
     at = [b * rate + (rate - 1) / 2 for b in blocks]
-    return torch.stack([*made, *h[edge : t + 1]]), [*at, *range(edge, t + 1)]
+    return torch.stack([*entries, *h[edge : t + 1]]), [*at, *range(edge, t + 1)]
 
 
 def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotate (entries, heads, head_dim) by their positions, pair by pair."""
+    """Rotate ``(entries, heads, head_dim)`` by their positions, pair by pair."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
     for i in range(half):
@@ -40,29 +40,29 @@ def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
 
 
 def plain(model: MemoryTransformer, tokens: Tensor, window: int, rate: int, length: int) -> Tensor:
-    """Return the logits of one document (n,) by loops."""
+    """Return the logits of one document ``(n,)``, computed in loops."""
     x = model.embedding.weight[tokens]
     for block in model._layers():
         h, attention = block.attention_norm(x), block.attention
         compress = getattr(attention.memory, "compression", None)
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
-        rows = []
+        outputs = []
         for t in range(len(tokens)):
             e, at = entries_seen(h, t, window, rate, length, compress)
             q = attention.query(h[t]).view(1, heads, size)
             k, v = attention.key_value(e).view(len(e), 2, kv_heads, size).unbind(1)
-            place = torch.tensor(at, dtype=torch.float64)
+            key_position = torch.tensor(at, dtype=torch.float64)
             if isinstance(attention.positions, Rotary):
-                q, k = turned(q, torch.tensor([float(t)], dtype=torch.float64)), turned(k, place)
+                q, k = turned(q, torch.tensor([float(t)], dtype=torch.float64)), turned(k, key_position)
             out = []
             for head in range(heads):
-                own = head // (heads // kv_heads)
-                score = k[:, own] @ q[0, head] / size**0.5
+                kv_head = head // (heads // kv_heads)
+                score = k[:, kv_head] @ q[0, head] / size**0.5
                 if isinstance(attention.positions, Alibi):
-                    score = score - 2.0 ** (-8.0 * (head + 1) / heads) * (t - place)
-                out.append(torch.softmax(score, 0) @ v[:, own])
-            rows.append(attention.out(torch.cat(out)))
-        x = x + torch.stack(rows)
+                    score = score - 2.0 ** (-8.0 * (head + 1) / heads) * (t - key_position)
+                out.append(torch.softmax(score, 0) @ v[:, kv_head])
+            outputs.append(attention.out(torch.cat(out)))
+        x = x + torch.stack(outputs)
         h = block.feed_forward_norm(x)
         if isinstance(block.feed_forward, SwiGLU):
             gate, up = block.feed_forward.gate_up(h).chunk(2, -1)
@@ -94,16 +94,16 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
             parameter.add_(torch.randn_like(parameter) * 0.3)
     tokens = torch.randint(0, 7, (data.draw(st.integers(2, 24)),))
     truth = F.cross_entropy(plain(model, tokens[:-1], window, rate, length), tokens[1:])
-    wanted = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
+    expected_grads = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
     out = model(tokens[None, :-1], labels=tokens[None, 1:])
     got = torch.autograd.grad(out.loss, list(model.parameters()))
     assert abs(out.loss - truth) < 1e-10  # float64, sums in another order
-    for a, b in zip(wanted, got, strict=True):
-        # Where the plain model never compressed, ours has a gradient of zeros.
+    for a, b in zip(expected_grads, got, strict=True):
+        # Without compression, the plain model has no gradient and ours is zero.
         assert ((a if a is not None else 0.0) - b).abs().max() < 1e-9
 
 
-def test_a_window_that_holds_all_is_the_plain_causal_transformer() -> None:
+def test_full_window_equals_plain_causal_transformer() -> None:
     torch.manual_seed(0)
     model = MemoryTransformer(7, dim=8, depth=2, heads=2, memories=[partial(RecurrentMemory, window=64)]).double()
     tokens = torch.randint(0, 7, (30,))

@@ -1,4 +1,4 @@
-"""Reformer against a plain float64 one, its gradients without kept states, and its memory by depth."""
+"""Reformer compared with a plain float64 one, its reversible gradients, and its memory use by depth."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memtx.ops.lsh import choose_bucket_factors, sample_rotations
 
 
 def small(attentions: list[Any], **options: Any) -> Reformer:
-    """A model in float64 with weights wide enough that a wrong term shows."""
+    """Return a model in float64 with weights large enough that a wrong term shows."""
     torch.manual_seed(1)
     settings: dict[str, Any] = {"positions": partial(AxialPositionEmbeddings, shape=[8, 8], axis_dims=[3, 5])}
     model = Reformer(20, 8, 2, attentions, 12, **{**settings, **options})
@@ -40,7 +40,7 @@ def softmaxed(scores: list[Tensor], values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tensor:
-    """One row (n, dim), one query at a time."""
+    """Return the attention of one text ``(n, dim)``, one query at a time."""
     n, width, chunk = len(x), part.head_dim, part.chunk_length
     out = torch.zeros(n, part.heads * width, dtype=x.dtype)
     for head in range(part.heads):
@@ -58,18 +58,18 @@ def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tens
             factors = part.bucket_factors or choose_bucket_factors(n, chunk, part.max_length)
             directions = sample_rotations(part.heads, width, rounds, factors, part.seed, x)[head]
             order = []
-            for one in range(rounds):
+            for hash_index in range(rounds):
                 buckets = []
                 for t in range(n):
-                    turned, bucket, worth, used = q[t] @ directions[:, one], 0, 1, 0
+                    turned, bucket, scale, used = q[t] @ directions[:, hash_index], 0, 1, 0
                     for factor in factors:
                         piece = turned[used : used + factor // 2]
-                        bucket += worth * int(torch.cat([piece, -piece]).argmax())
-                        used, worth = used + factor // 2, worth * factor
-                    buckets.append(bucket if present[t] else worth)
+                        bucket += scale * int(torch.cat([piece, -piece]).argmax())
+                        used, scale = used + factor // 2, scale * factor
+                    buckets.append(bucket if present[t] else scale)
                 order += sorted(range(n), key=lambda t, buckets=buckets: (buckets[t], t))
         chunks = [order] if n <= chunk else [order[i : i + chunk] for i in range(0, len(order), chunk)]
-        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n)]
+        results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(n)]
         for number, queries in enumerate(chunks):
             keys = []
             for step in range(-part.num_chunks_before, part.num_chunks_after + 1) if len(chunks) > 1 else [0]:
@@ -83,18 +83,18 @@ def plain_attention(part: ReformerAttention, x: Tensor, present: Tensor) -> Tens
                     if isinstance(part, LSHAttention) and j == t:
                         score = torch.full_like(score, -1e5)
                     scores.append(score)
-                found[t].append(softmaxed(scores, v[keys]))
-        for t, made in enumerate(found):
-            shares = torch.softmax(torch.stack([lse for _, lse in made]), 0)
-            out[t, at] = sum(share * one for share, (one, _) in zip(shares, made, strict=True))
+                results[t].append(softmaxed(scores, v[keys]))
+        for t, chunk_results in enumerate(results):
+            shares = torch.softmax(torch.stack([lse for _, lse in chunk_results]), 0)
+            out[t, at] = sum(share * result for share, (result, _) in zip(shares, chunk_results, strict=True))
     return part.out(out)
 
 
 def plain(model: Reformer, tokens: Tensor, present: Tensor) -> Tensor:
-    """Logits of one row whose chunks are whole."""
+    """Return the logits of one text of whole chunks."""
     weights = model.positions.weights
-    place = torch.arange(len(tokens))
-    x1 = model.embedding.weight[tokens] + torch.cat([weights[0][place // 8, 0], weights[1][0, place % 8]], -1)
+    position = torch.arange(len(tokens))
+    x1 = model.embedding.weight[tokens] + torch.cat([weights[0][position // 8, 0], weights[1][0, position % 8]], -1)
     x2 = x1
     for block in model._layers():
         x1 = x1 + plain_attention(block.attention, block.attention_norm(x2), present)
@@ -104,7 +104,7 @@ def plain(model: Reformer, tokens: Tensor, present: Tensor) -> Tensor:
 
 @given(data=st.data())
 @settings(max_examples=8)
-def test_logits_and_gradients_are_the_articles(data: st.DataObject) -> None:
+def test_logits_and_gradients_match_plain_reformer(data: st.DataObject) -> None:
     causal = data.draw(st.booleans())
     chunk = data.draw(st.sampled_from([2, 4]))
 
@@ -123,44 +123,44 @@ def test_logits_and_gradients_are_the_articles(data: st.DataObject) -> None:
     ]
     model = small(attentions, causal=causal, feed_forward_chunk_size=data.draw(st.sampled_from([0, 3])))
     length = data.draw(st.integers(1, 12))
-    whole = length if length <= chunk else -(-length // chunk) * chunk
+    padded_length = length if length <= chunk else -(-length // chunk) * chunk
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     tokens = torch.randint(1, 20, (2, length))
     present = torch.rand(2, length) < data.draw(st.sampled_from([0.6, 1.0]))
     out = model(tokens, present.long())
-    padded = torch.nn.functional.pad(tokens, (0, whole - length))
-    there = torch.nn.functional.pad(present, (0, whole - length))
-    wanted = torch.stack([plain(model, padded[row], there[row])[:length] for row in range(2)])
-    # float64, but a query that sees nothing has scores of -1e9, of which it keeps seven digits behind the point.
-    assert torch.allclose(out.logits, wanted, rtol=0, atol=1e-5)
-    upstream = torch.randn_like(wanted)
+    padded = torch.nn.functional.pad(tokens, (0, padded_length - length))
+    padded_mask = torch.nn.functional.pad(present, (0, padded_length - length))
+    expected = torch.stack([plain(model, padded[stream], padded_mask[stream])[:length] for stream in range(2)])
+    # float64, but a query without visible keys has scores of -1e9, with seven decimals left.
+    assert torch.allclose(out.logits, expected, rtol=0, atol=1e-5)
+    upstream = torch.randn_like(expected)
     parameters = list(model.parameters())
-    own = torch.autograd.grad((out.logits * upstream).sum(), parameters, allow_unused=True)
-    truth = torch.autograd.grad((wanted * upstream).sum(), parameters, allow_unused=True)
-    for one, other in zip(own, truth, strict=True):
-        # A place that sees itself alone takes no part in its scores.
-        one, other = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (one, other))
-        assert torch.allclose(one, other, rtol=0, atol=1e-4)
+    grads = torch.autograd.grad((out.logits * upstream).sum(), parameters, allow_unused=True)
+    expected_grads = torch.autograd.grad((expected * upstream).sum(), parameters, allow_unused=True)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        # A query that sees only itself has no gradient through its scores.
+        grad, expected_grad = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (grad, expected_grad))
+        assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-4)
 
 
 LAYERS = [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2)]
 TOKENS = torch.randint(1, 20, (2, 32), generator=torch.Generator().manual_seed(0))
 
 
-def test_hidden_states_do_not_change_the_rest() -> None:
+def test_requesting_hidden_states_changes_nothing_else() -> None:
     model = small(
         [partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, num_hashes=2, seed=3)]
     )
-    kept = model(TOKENS, output_hidden_states=True)
-    assert [tuple(h.shape) for h in kept.hidden_states] == [(2, 32, 8)] * 3
+    out = model(TOKENS, output_hidden_states=True)
+    assert [tuple(h.shape) for h in out.hidden_states] == [(2, 32, 8)] * 3
     assert model(TOKENS).hidden_states is None
-    assert torch.allclose(model(TOKENS).logits, kept.logits, rtol=0, atol=1e-12)
-    assert kept.last_hidden_state.shape == (2, 32, 16)
+    assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
+    assert out.last_hidden_state.shape == (2, 32, 16)
     with torch.no_grad():
-        assert torch.allclose(model(TOKENS).logits, kept.logits, rtol=0, atol=1e-12)
+        assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
 
 
-def test_what_is_dropped_forward_is_dropped_backward() -> None:
+def test_dropout_is_equal_in_forward_and_backward() -> None:
     attentions = [
         partial(LocalAttention, chunk_length=4, dropout=0.3),
         partial(LSHAttention, chunk_length=4, dropout=0.3, seed=1),
@@ -175,27 +175,27 @@ def test_what_is_dropped_forward_is_dropped_backward() -> None:
     value = loss()
     state = torch.get_rng_state()
     grads = torch.autograd.grad(value, parameters)
-    assert torch.equal(torch.get_rng_state(), state)  # the way back leaves the generator alone
+    assert torch.equal(torch.get_rng_state(), state)  # the backward pass does not change the generator
     torch.manual_seed(2)
-    # The same places fall into the same buckets under so small a step.
+    # Such a small step leaves all hash buckets unchanged.
     direction = [torch.randn_like(p) * 1e-7 for p in parameters]
 
     def moved(sign: float) -> float:
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.add_(d, alpha=sign)
-        found = float(loss().detach())
+        moved_loss = float(loss().detach())
         with torch.no_grad():
             for p, d in zip(parameters, direction, strict=True):
                 p.sub_(d, alpha=sign)
-        return found
+        return moved_loss
 
     slope = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
-    assert slope == pytest.approx((moved(1.0) - moved(-1.0)) / 2, rel=1e-4)  # a central difference of a step of 1e-7
+    assert slope == pytest.approx((moved(1.0) - moved(-1.0)) / 2, rel=1e-4)  # central difference with a step of 1e-7
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made under it that are alive."""
+    """Counts the bytes of live storages created within it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -227,16 +227,16 @@ def test_the_memory_of_a_step_does_not_grow_with_depth() -> None:
         live = Live()
         with live:
             model(tokens, output_hidden_states=keep).logits.square().mean().backward()
-        # Gradients are of the weights' size, and are held once by the layers and once by the sum.
+        # Gradients have the weights' size and exist twice: in the layers and in the sum.
         return live.most - 2 * weights
 
     few, many = peak(4), peak(16)
     assert many < 1.1 * few
-    # The measure sees what is kept where hidden states are asked for, and layers run as they do elsewhere.
+    # With hidden states requested, the same measure sees the stored activations.
     assert peak(16, keep=True) > 2 * few
 
 
-def test_ever_new_directions_without_a_seed() -> None:
+def test_rotations_are_random_without_a_seed() -> None:
     model = small([partial(LSHAttention, chunk_length=4, num_buckets=8)])
     with torch.no_grad():
         assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
@@ -245,7 +245,7 @@ def test_ever_new_directions_without_a_seed() -> None:
         assert torch.equal(seeded(TOKENS).logits, seeded(TOKENS).logits)
 
 
-def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     model = small([partial(LocalAttention, chunk_length=4), partial(LSHAttention, chunk_length=4, seed=1)]).float()
     model.save_pretrained(tmp_path)
     again = memtx.from_pretrained(tmp_path)
@@ -254,7 +254,7 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: LocalAttention(8, 3), r"dim \(8\) must be divisible by heads \(3\)"),
         (lambda: LocalAttention(8, 2, chunk_length=0), "chunk_length is 0"),
@@ -269,6 +269,6 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
         (lambda: small(LAYERS)(TOKENS, TOKENS[:, 1:]), "attention_mask is"),
     ],
 )
-def test_what_cannot_be_is_named(make: Any, said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_invalid_settings_are_refused(make: Any, message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         make()

@@ -1,4 +1,4 @@
-"""A layer may have several memories: one exact, others beside it; kept, configured and refused as one would expect."""
+"""Layers with several memories: state, saving, configuration and errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def small(*memories: Any, depth: int = 2) -> MemoryTransformer:
 
 
 @pytest.mark.parametrize("memories", [(STACK,), (STACK, NoMemory), (WINDOW, [NoMemory, RunningMean])])
-def test_kept_on_disk_and_read_back(memories: Any, tmp_path: Path) -> None:
+def test_save_and_load_round_trip(memories: Any, tmp_path: Path) -> None:
     model = small(*memories)
     model.save_pretrained(tmp_path / "model")
     loaded = memtx.from_pretrained(tmp_path / "model")
@@ -45,13 +45,13 @@ def test_every_memory_of_a_stack_has_a_state_and_weights_of_its_own() -> None:
     names = set(model(TOKENS).state.named_tensors())
     assert names == {"position", "layers[0][0].hidden", "layers[0][1].total", "layers[0][2].total"}
     first, second = (block.attention.memories for block in model.blocks)
-    assert [type(one) for one in first] == [RecurrentMemory, RunningMean, RunningMean]
-    assert [type(one) for one in second] == [NoMemory]
+    assert [type(memory) for memory in first] == [RecurrentMemory, RunningMean, RunningMean]
+    assert [type(memory) for memory in second] == [NoMemory]
     assert first[1].map.weight is not first[2].map.weight
 
 
-def test_a_layer_with_one_memory_is_what_it_was() -> None:
-    """Names of weights and states, and the config, are those of files written before there were stacks."""
+def test_single_memory_layer_is_unchanged() -> None:
+    """Names of weights and states and the config equal those of files written without stacks."""
     model = small(partial(CompressedMemory, window=4, compression_rate=2, num_entries=3), depth=1)
     assert not any("extra_memories" in name for name in model.state_dict())
     assert "blocks.0.attention.memory.compression.proj.weight" in model.state_dict()
@@ -66,19 +66,19 @@ def test_a_layer_with_one_memory_is_what_it_was() -> None:
 
 @pytest.mark.parametrize("kind", ["associative-gated", "associative-infini", "slots", "retrieval", "sinks"])
 def test_a_stack_is_compiled_as_one_graph(kind: str) -> None:
-    """Memory tokens alone are not: how a call is cut for them depends on where its rows stand."""
+    """Except with memory tokens, whose chunk ends depend on the streams' positions."""
     torch._dynamo.reset()
     stack: Stack = KINDS[kind](6, 3, 4)
     model = small(stack)
     compiled = torch.compile(model.forward, backend="eager", fullgraph=True, dynamic=False)
     with torch.no_grad():
-        plain, found = model(TOKENS), compiled(TOKENS, model.init_state(2))
-    # float32: what is compiled may lay tensors out otherwise, and products then sum in another order.
-    torch.testing.assert_close(found.logits, plain.logits, atol=1e-5, rtol=1e-4)
-    assert found.state.equals(plain.state, 1e-5)
+        plain, actual = model(TOKENS), compiled(TOKENS, model.init_state(2))
+    # float32: compiled code may change the memory layout, so products sum in another order.
+    torch.testing.assert_close(actual.logits, plain.logits, atol=1e-5, rtol=1e-4)
+    assert actual.state.equals(plain.state, 1e-5)
 
 
-def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -> None:
+def test_extra_memory_reaches_past_window_unless_gate_is_zero() -> None:
     other = TOKENS.clone()
     other[:, 0] = (other[:, 0] + 1) % 11
     near, far = small([WINDOW, RunningMean], depth=1), small([WINDOW, partial(RunningMean, gain=0.0)], depth=1)
@@ -87,7 +87,7 @@ def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -
 
 
 @pytest.mark.parametrize(
-    ("memories", "said"),
+    ("memories", "message"),
     [
         (([RunningMean, WINDOW],), "RunningMean is the first memory"),
         ((RunningMean,), "RunningMean is the first memory"),
@@ -96,6 +96,6 @@ def test_one_beside_reaches_past_the_window_and_a_gain_of_zero_takes_it_away() -
         ((STACK, STACK, STACK), "3 memories for 2 layers"),
     ],
 )
-def test_stacks_that_cannot_be_are_named(memories: Any, said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_invalid_stacks_are_refused(memories: Any, message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         small(*memories)

@@ -1,4 +1,4 @@
-"""Transformer-XL against a plain float64 one that reads like the article, and the promises of everything recurrent."""
+"""Transformer-XL compared with a plain float64 one, and the properties of every recurrent model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = torch.randint(0, 30, (3, 26), generator=torch.Generator().manual_seed(0
 
 
 def small(**options: Any) -> TransformerXL:
-    """A model in float64 with weights wide enough that a wrong term shows."""
+    """Return a model in float64 with weights large enough that a wrong term shows."""
     torch.manual_seed(1)
     settings: dict[str, Any] = {
         "dim": 8,
@@ -40,20 +40,20 @@ def small(**options: Any) -> TransformerXL:
 
 
 def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities of one row's segment (n,), and the layers' inputs; memory: (places, dim) a layer."""
+    """Return log-probabilities of a segment ``(n,)`` and the layers' inputs; memory: ``(length, dim)`` per layer."""
     clusters, n = model.embedding.clusters, len(tokens)
     x = torch.zeros(n, model.dim, dtype=torch.float64)
     for t, token in enumerate(tokens.tolist()):
         cluster = next(i for i, (low, high) in enumerate(clusters.bounds) if low <= token < high)
-        own, projection = model.embedding.cluster_table(cluster), model.embedding.cluster_projection(cluster)
-        found = own[token - clusters.bounds[cluster][0]]
-        x[t] = (found if projection is None else projection @ found) * math.sqrt(model.dim)
+        table, projection = model.embedding.cluster_table(cluster), model.embedding.cluster_projection(cluster)
+        vector = table[token - clusters.bounds[cluster][0]]
+        x[t] = (vector if projection is None else projection @ vector) * math.sqrt(model.dim)
     inputs = []
-    for block, carried in zip(model._layers(), memory, strict=True):
+    for block, cache in zip(model._layers(), memory, strict=True):
         inputs.append(x)
         part = block.attention
-        m, width = len(carried), part.head_dim
-        read = torch.cat([carried, x])
+        m, width = len(cache), part.head_dim
+        read = torch.cat([cache, x])
         read = block.attention_norm(read) if block.pre_norm else read
         q, k, v = part.query_key_value(read).chunk(3, -1)
         u = part.content_bias if part.content_bias is not None else model.content_bias
@@ -86,14 +86,10 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
 
     def scores_of(cluster: int) -> Tensor:
         low, high = clusters.bounds[cluster]
-        own = softmax.tables[0 if clusters.has_single_table else cluster] if len(softmax.tables) else None
-        table = (
-            model.embedding.cluster_table(cluster)
-            if own is None
-            else own[low:high]
-            if clusters.has_single_table
-            else own
-        )
+        if not len(softmax.tables):
+            table = model.embedding.cluster_table(cluster)
+        else:
+            table = softmax.tables[0][low:high] if clusters.has_single_table else softmax.tables[cluster]
         bias = softmax.biases[0][low:high] if clusters.has_single_table else softmax.biases[cluster]
         if cluster == 0 and softmax.cluster_weight is not None:
             table, bias = torch.cat([table, softmax.cluster_weight]), torch.cat([bias, softmax.cluster_bias])
@@ -122,66 +118,66 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_every_segment_is_the_articles(options: dict[str, Any]) -> None:
+def test_every_segment_matches_plain_transformer_xl(options: dict[str, Any]) -> None:
     model = small(**options)
     state, memory = None, [torch.zeros(6, 8, dtype=torch.float64)] * 2
     for part in (TOKENS[:1, :5], TOKENS[:1, 5:6], TOKENS[:1, 6:16]):
         out = model(part, state)
-        wanted, inputs = plain(model, part[0], memory)
-        assert torch.allclose(out.logits[0], wanted, rtol=0, atol=1e-10)  # float64
+        expected, inputs = plain(model, part[0], memory)
+        assert torch.allclose(out.logits[0], expected, rtol=0, atol=1e-10)  # float64
         memory = [torch.cat([old, new])[-6:] for old, new in zip(memory, inputs, strict=True)]
         state = out.state
-        for (layer,), own in zip(state.layers, memory, strict=True):
-            assert torch.allclose(layer.hidden[0], own, rtol=0, atol=1e-11)
+        for (layer,), cache in zip(state.layers, memory, strict=True):
+            assert torch.allclose(layer.hidden[0], cache, rtol=0, atol=1e-11)
     labels = TOKENS[:1, 7:17].clone()
     labels[0, 3] = -100
     scored = model(TOKENS[:1, 6:16], labels=labels)
     truth, _ = plain(model, TOKENS[0, 6:16], [torch.zeros(6, 8, dtype=torch.float64)] * 2)
-    wanted_nll = F.nll_loss(truth, labels[0], reduction="none")
-    assert torch.allclose(scored.nll[0], wanted_nll, rtol=0, atol=1e-10)
-    own = torch.autograd.grad(scored.loss, list(model.parameters()), allow_unused=True)
-    grads = torch.autograd.grad(wanted_nll.sum() / 9, list(model.parameters()), allow_unused=True)
-    for one, other in zip(own, grads, strict=True):
-        one, other = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (one, other))
-        assert torch.allclose(one, other, rtol=0, atol=1e-9)
+    expected_nll = F.nll_loss(truth, labels[0], reduction="none")
+    assert torch.allclose(scored.nll[0], expected_nll, rtol=0, atol=1e-10)
+    grads = torch.autograd.grad(scored.loss, list(model.parameters()), allow_unused=True)
+    expected_grads = torch.autograd.grad(expected_nll.sum() / 9, list(model.parameters()), allow_unused=True)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        grad, expected_grad = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (grad, expected_grad))
+        assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-9)
 
 
 @given(cuts=st.lists(st.integers(1, 25), max_size=4))
-def test_how_a_stream_is_cut_does_not_matter_where_every_query_sees_as_many(cuts: list[int]) -> None:
+def test_same_length_is_invariant_to_segmentation(cuts: list[int]) -> None:
     model = small(same_length=True)
-    starts = torch.zeros(3, 26, dtype=torch.bool)
-    starts[1, 9], starts[2, 0], starts[2, 20] = True, True, True
-    whole = model(TOKENS, document_starts=starts)
+    document_starts = torch.zeros(3, 26, dtype=torch.bool)
+    document_starts[1, 9], document_starts[2, 0], document_starts[2, 20] = True, True, True
+    expected = model(TOKENS, document_starts=document_starts)
     state, logits = None, []
     bounds = sorted({0, 26, *cuts})
     for low, high in itertools.pairwise(bounds):
-        out = model(TOKENS[:, low:high], state, document_starts=starts[:, low:high])
+        out = model(TOKENS[:, low:high], state, document_starts=document_starts[:, low:high])
         state = out.state
         logits.append(out.logits)
     assert state is not None
-    assert torch.allclose(torch.cat(logits, 1), whole.logits, rtol=0, atol=1e-10)
-    assert state.equals(whole.state, 1e-10)
+    assert torch.allclose(torch.cat(logits, 1), expected.logits, rtol=0, atol=1e-10)
+    assert state.equals(expected.state, 1e-10)
 
 
-def test_rows_and_documents_are_alone_and_the_old_state_stays() -> None:
+def test_streams_and_documents_are_independent_and_state_is_unchanged() -> None:
     model = small(same_length=True)
     before = model(TOKENS).state
-    kept = before.map(torch.clone)
+    copy = before.map(torch.clone)
     out = model(TOKENS[:, :9], before)
-    assert before.equals(kept)
+    assert before.equals(copy)
     for row in range(3):
         alone = model(TOKENS[row : row + 1, :9], before.select([row]))
         assert torch.allclose(alone.logits[0], out.logits[row], rtol=0, atol=1e-12)
-    starts = torch.zeros(3, 26, dtype=torch.bool)
-    starts[0, 11] = True
-    packed = model(TOKENS, before, document_starts=starts)
+    document_starts = torch.zeros(3, 26, dtype=torch.bool)
+    document_starts[0, 11] = True
+    packed = model(TOKENS, before, document_starts=document_starts)
     assert torch.allclose(packed.logits[0, 11:], model(TOKENS[:1, 11:]).logits[0], rtol=0, atol=1e-10)
     assert torch.allclose(packed.logits[0, :11], model(TOKENS[:1, :11], before.select([0])).logits[0], atol=1e-10)
     fresh = model(TOKENS[:, :4], before.reset(torch.ones(3, dtype=torch.bool)))
     assert torch.equal(fresh.logits, model(TOKENS[:, :4]).logits)
 
 
-def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
     model = small(**OPTIONS[4]).float()
     model.save_pretrained(tmp_path)
     again = memtx.from_pretrained(tmp_path)
@@ -191,7 +187,7 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"cutoffs": [20, 10]}, "cutoffs is"),
         ({"cutoffs": [30]}, "cutoffs is"),
@@ -203,12 +199,12 @@ def test_kept_on_disk_and_read_back(tmp_path: Path) -> None:
         ({"depth": 0}, "depth is 0"),
     ],
 )
-def test_settings_that_cannot_be_are_named(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_invalid_settings_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         small(**options)
 
 
-def test_calls_that_cannot_be_are_named() -> None:
+def test_invalid_calls_are_refused() -> None:
     model = small()
     with pytest.raises(MemtxError, match="tokens is"):
         model(TOKENS[0])

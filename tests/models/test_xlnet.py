@@ -1,4 +1,4 @@
-"""Two streams: what is guessed depends on nothing that is read later, and on the place but not the token itself."""
+"""XLNet: a prediction depends on the position and earlier tokens of the order, not on later ones or its own token."""
 
 from __future__ import annotations
 
@@ -17,93 +17,93 @@ from memtx.models.xlnet import XLNet
 
 def model(depth: int = 3) -> XLNet:
     torch.manual_seed(0)
-    made = XLNet(40, dim=16, depth=depth, heads=2).double().eval()
-    for part in made.parameters():
-        torch.nn.init.normal_(part, std=0.3)  # far from the start, where every place would say the same
-    return made
+    xlnet = XLNet(40, dim=16, depth=depth, heads=2).double().eval()
+    for part in xlnet.parameters():
+        torch.nn.init.normal_(part, std=0.3)  # far from the initial values, at which all positions would be equal
+    return xlnet
 
 
 @given(st.integers(1, 9))
-def test_scores_by_place_are_those_of_the_distance(n: int) -> None:
+def test_relative_shift_selects_the_distance(n: int) -> None:
     scores = torch.randn(2, n, 2 * n - 1)
-    found = bidirectional_relative_shift(scores)
+    actual = bidirectional_relative_shift(scores)
     for query in range(n):
         for key in range(n):
             # Column p is distance n - 1 - p, and the distance is query - key.
-            assert torch.equal(found[:, query, key], scores[:, query, n - 1 - query + key])
+            assert torch.equal(actual[:, query, key], scores[:, query, n - 1 - query + key])
 
 
-def test_attention_is_its_definition() -> None:
+def test_two_stream_attention_matches_definition() -> None:
     torch.manual_seed(0)
     layer = TwoStreamAttention(8, 2).double()
     torch.nn.init.normal_(layer.content_bias)
     torch.nn.init.normal_(layer.position_bias)
-    asking, content = torch.randn(2, 1, 5, 8, dtype=torch.float64)
+    query_stream, content = torch.randn(2, 1, 5, 8, dtype=torch.float64)
     distances = bidirectional_sinusoids(5, content)
     seen = torch.rand(1, 5, 5) < 0.6
     seen[0, 2] = False
-    found = layer(asking, content, distances, seen)
+    actual = layer(query_stream, content, distances, seen)
     k, v = layer.key_value(content).view(1, 5, 2, 2, 4).unbind(2)
-    q, r = layer.query(asking).view(1, 5, 2, 4), layer.distance(distances).view(9, 2, 4)
+    q, r = layer.query(query_stream).view(1, 5, 2, 4), layer.distance(distances).view(9, 2, 4)
     for query in range(5):
         parts = torch.zeros(2, 4, dtype=torch.float64)
         keys = seen[0, query].nonzero().flatten().tolist()
         for head in range(2):
             if not keys:
                 continue
-            own = q[0, query, head]
+            head_query = q[0, query, head]
             scores = torch.stack(
                 [
-                    ((own + layer.content_bias[head]) @ k[0, key, head]
-                     + (own + layer.position_bias[head]) @ r[4 - (query - key), head]) / 2
+                    ((head_query + layer.content_bias[head]) @ k[0, key, head]
+                     + (head_query + layer.position_bias[head]) @ r[4 - (query - key), head]) / 2
                     for key in keys
                 ]
             )  # fmt: skip
             parts[head] = scores.softmax(0) @ v[0, keys, head]
-        torch.testing.assert_close(found[0, query], layer.out(parts.flatten()), atol=1e-12, rtol=0)
+        torch.testing.assert_close(actual[0, query], layer.out(parts.flatten()), atol=1e-12, rtol=0)
 
 
-def test_a_guess_sees_what_was_read_before_it_and_not_itself() -> None:
-    made, n = model(), 9
+def test_prediction_sees_earlier_ranks_but_not_itself() -> None:
+    xlnet, n = model(), 9
     tokens = torch.randint(0, 40, (1, n))
     rank = torch.randperm(n)[None]
-    before = made(tokens, permutation_rank=rank).logits
-    for place in range(n):
+    before = xlnet(tokens, permutation_rank=rank).logits
+    for index in range(n):
         other = tokens.clone()
-        other[0, place] = (other[0, place] + 1) % 40
-        changed = (made(other, permutation_rank=rank).logits - before).abs().amax(-1)[0] > 1e-9
-        assert torch.equal(changed, rank[0] > rank[0, place])
+        other[0, index] = (other[0, index] + 1) % 40
+        changed = (xlnet(other, permutation_rank=rank).logits - before).abs().amax(-1)[0] > 1e-9
+        assert torch.equal(changed, rank[0] > rank[0, index])
 
 
-def test_the_same_words_elsewhere_are_guessed_otherwise() -> None:
-    # The query knows where it stands.
-    made = model()
+def test_prediction_depends_on_position() -> None:
+    # The query knows its position.
+    xlnet = model()
     tokens = torch.tensor([[5, 6, 7, 8]])
-    logits = made(tokens, permutation_rank=torch.tensor([[0, 1, 2, 3]])).logits
-    other = made(tokens, permutation_rank=torch.tensor([[0, 1, 3, 2]])).logits
+    logits = xlnet(tokens, permutation_rank=torch.tensor([[0, 1, 2, 3]])).logits
+    other = xlnet(tokens, permutation_rank=torch.tensor([[0, 1, 3, 2]])).logits
     assert (logits[0, 3] - other[0, 3]).abs().max() > 1e-3
 
 
-def test_read_both_ways_it_is_an_encoder_for_tasks(tmp_path: Path) -> None:
-    made = model()
+def test_bidirectional_xlnet_works_as_task_backbone(tmp_path: Path) -> None:
+    xlnet = model()
     tokens = torch.randint(0, 40, (2, 7))
-    alone = made(tokens).last_hidden_state
+    alone = xlnet(tokens).last_hidden_state
     present = torch.nn.functional.pad(torch.ones_like(tokens), (0, 3))
-    padded = made(torch.nn.functional.pad(tokens, (0, 3)), present).last_hidden_state
+    padded = xlnet(torch.nn.functional.pad(tokens, (0, 3)), present).last_hidden_state
     torch.testing.assert_close(padded[:, :7], alone, atol=1e-12, rtol=0)
     task = TaskModel(40, 3, XLNet)
     assert task(tokens, torch.ones_like(tokens)).shape == (2, 3)
-    made.float().save_pretrained(tmp_path)
-    assert XLNet.from_pretrained(tmp_path).fingerprint == made.fingerprint
+    xlnet.float().save_pretrained(tmp_path)
+    assert XLNet.from_pretrained(tmp_path).fingerprint == xlnet.fingerprint
 
 
-def test_only_what_is_scored_is_spelled() -> None:
-    made = model()
+def test_logits_mask_selects_positions() -> None:
+    xlnet = model()
     tokens, rank = torch.randint(0, 40, (2, 7)), torch.randperm(7).expand(2, -1)
     scored = torch.rand(2, 7) < 0.5
-    whole = made(tokens, permutation_rank=rank).logits
-    torch.testing.assert_close(made(tokens, permutation_rank=rank, logits_mask=scored).logits, whole[scored])
+    expected = xlnet(tokens, permutation_rank=rank).logits
+    torch.testing.assert_close(xlnet(tokens, permutation_rank=rank, logits_mask=scored).logits, expected[scored])
     with pytest.raises(MemtxError, match="rank is"):
-        made(tokens, permutation_rank=rank[:, :3])
+        xlnet(tokens, permutation_rank=rank[:, :3])
     with pytest.raises(MemtxError, match=r"dim \(16\) must be even and divisible by heads \(3\)"):
         XLNet(40, dim=16, heads=3)

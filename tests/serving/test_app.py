@@ -1,4 +1,4 @@
-"""Keys, limits and mistakes, without a network."""
+"""API key, limits and errors, without a network."""
 
 from __future__ import annotations
 
@@ -29,54 +29,54 @@ def client(folder: Path, limits: Limits | None = None, key: str | None = None, *
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[TestClient]:
-    with client(tmp_path / "s") as made:
-        yield made
+    with client(tmp_path / "s") as web:
+        yield web
 
 
 def error(response: Any, status: int) -> str:
     assert response.status_code == status, response.text
-    said = response.json()["error"]
-    assert said["message"]
-    assert said["detail"]
+    fields = response.json()["error"]
+    assert fields["message"]
+    assert fields["detail"]
     assert "Traceback" not in response.text
-    return str(said["message"])
+    return str(fields["message"])
 
 
-def test_the_key_is_asked_for(tmp_path: Path) -> None:
+def test_an_api_key_is_required(tmp_path: Path) -> None:
     with client(tmp_path, key="k" * 16) as web:
         assert web.get("/health").status_code == 200
         assert web.get("/").status_code == 200
-        for given in (None, "Bearer wrong", "k" * 16, "Bearer é", "Bearer"):
-            told = {"Authorization": given.encode("latin-1")} if given is not None else {}
-            assert "no valid API key" in error(web.get("/v1/models", headers=told), 401)
-            error(web.post("/v1/sessions", json={}, headers=told), 401)
-            error(web.get("/metrics", headers=told), 401)
+        for credentials in (None, "Bearer wrong", "k" * 16, "Bearer é", "Bearer"):
+            headers = {"Authorization": credentials.encode("latin-1")} if credentials is not None else {}
+            assert "no valid API key" in error(web.get("/v1/models", headers=headers), 401)
+            error(web.post("/v1/sessions", json={}, headers=headers), 401)
+            error(web.get("/metrics", headers=headers), 401)
         good = {"Authorization": f"Bearer {'k' * 16}"}
         assert web.get("/v1/models", headers=good).status_code == 200
-        # With a key, other names may lead here.
+        # With a key, the server may have other names.
         assert web.get("/v1/models", headers=good | {"Host": "example.org"}).status_code == 200
 
 
-def test_other_sites_are_kept_out(web: TestClient) -> None:
+def test_other_sites_are_rejected(web: TestClient) -> None:
     error(web.post("/v1/sessions", json={}, headers={"Origin": "http://evil.example"}), 403)
     error(web.get("/v1/models", headers={"Host": "evil.example"}), 403)
     assert web.post("/v1/sessions", json={}, headers={"Origin": "http://testserver"}).status_code == 201
     assert web.get("/v1/models", headers={"Host": "[::1]:8000"}).status_code == 200
 
 
-def test_bodies_have_an_end(tmp_path: Path) -> None:
+def test_the_size_of_a_body_is_limited(tmp_path: Path) -> None:
     with client(tmp_path, Limits(max_body_bytes=1000)) as web:
         assert "more than 1000 bytes" in error(web.post("/v1/sessions", json={"text": "x" * 1000}), 413)
-        parts = iter([b'{"text": "'] + [b"x" * 100] * 20)  # Of no length that is said before.
-        said = web.post("/v1/sessions", content=parts, headers={"Content-Type": "application/json"})
-        assert "more than 1000 bytes" in error(said, 413)
-        name = web.post("/v1/sessions", json={}).json()["id"]
-        content = web.get(f"/v1/sessions/{name}/export").content
+        parts = iter([b'{"text": "'] + [b"x" * 100] * 20)  # without Content-Length
+        response = web.post("/v1/sessions", content=parts, headers={"Content-Type": "application/json"})
+        assert "more than 1000 bytes" in error(response, 413)
+        session_id = web.post("/v1/sessions", json={}).json()["id"]
+        content = web.get(f"/v1/sessions/{session_id}/export").content
         assert len(content) > 1000
         assert web.post("/v1/sessions/import", content=content).status_code == 201
 
 
-def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
+def test_a_full_server_asks_to_retry_later(tmp_path: Path) -> None:
     with client(tmp_path, Limits(max_concurrent_requests=1), max_sessions=2) as web:
         for _ in range(2):
             assert web.post("/v1/sessions", json={}).status_code == 201
@@ -93,32 +93,32 @@ def test_a_full_server_says_when_to_come_back(tmp_path: Path) -> None:
         assert web.get("/health").status_code == 200
 
 
-def test_time_has_an_end(tmp_path: Path) -> None:
+def test_requests_time_out(tmp_path: Path) -> None:
     with client(tmp_path, Limits(max_seconds=0.3, max_tokens=10**9)) as web:
-        began = time.monotonic()
+        start = time.monotonic()
         body = {"model": "m", "prompt": "x", "max_tokens": 10**9}
         assert "timed out" in error(web.post("/v1/completions", json=body), 408)
-        said = web.post("/v1/completions", json=body | {"stream": True})
-        assert said.status_code == 200
-        assert "timed out" in said.text.rstrip().splitlines()[-1]
-        name = web.post("/v1/sessions", json={}).json()["id"]
-        error(web.post(f"/v1/sessions/{name}/generate", json={"max_tokens": 10**9, "update_session": True}), 408)
-        assert web.get(f"/v1/sessions/{name}").json()["bytes"] == 0
-        assert time.monotonic() - began < 20
+        response = web.post("/v1/completions", json=body | {"stream": True})
+        assert response.status_code == 200
+        assert "timed out" in response.text.rstrip().splitlines()[-1]
+        session_id = web.post("/v1/sessions", json={}).json()["id"]
+        error(web.post(f"/v1/sessions/{session_id}/generate", json={"max_tokens": 10**9, "update_session": True}), 408)
+        assert web.get(f"/v1/sessions/{session_id}").json()["bytes"] == 0
+        assert time.monotonic() - start < 20
 
 
 @pytest.mark.parametrize(
     "name", ["..%2f..%2fetc%2fpasswd", "x", "%00", "a" * 32, "." * 32, "A" * 32, "%2e%2e", "0" * 31 + "/", "import"]
 )
-def test_no_name_is_a_path(web: TestClient, name: str) -> None:
+def test_a_session_id_is_never_a_path(web: TestClient, name: str) -> None:
     for method, end in (("GET", ""), ("GET", "/export"), ("DELETE", ""), ("POST", "/save"), ("POST", "/fork")):
         assert web.request(method, f"/v1/sessions/{name}{end}").status_code in (404, 405), (method, end)
     assert web.post(f"/v1/sessions/{name}/feed", json={"text": "x"}).status_code in (404, 405)
 
 
-def test_mistakes_are_one_object(web: TestClient) -> None:
-    name = web.post("/v1/sessions", json={}).json()["id"]
-    feed = f"/v1/sessions/{name}/feed"
+def test_errors_are_one_object(web: TestClient) -> None:
+    session_id = web.post("/v1/sessions", json={}).json()["id"]
+    feed = f"/v1/sessions/{session_id}/feed"
     assert "Did you mean 'text'?" in error(web.post(feed, json={"txt": "x"}), 400)
     error(web.post(feed, content=b"{", headers={"Content-Type": "application/json"}), 400)
     error(web.post(feed, content=b"\xff", headers={"Content-Type": "application/json"}), 400)
@@ -127,26 +127,25 @@ def test_mistakes_are_one_object(web: TestClient) -> None:
     error(web.post(feed, content=b"[" * 100_000, headers={"Content-Type": "application/json"}), 400)
     error(web.post(feed, json={"text": 3}), 400)
     error(web.post("/v1/sessions/import", content=b"no such file"), 400)
-    error(web.post(f"/v1/sessions/{name}/generate", json={"update_session": True, "n": 2}), 400)
+    error(web.post(f"/v1/sessions/{session_id}/generate", json={"update_session": True, "n": 2}), 400)
     error(web.get("/nowhere"), 404)
     error(web.delete("/v1/models"), 405)
 
 
-def test_a_session_that_keeps_streams_too(web: TestClient) -> None:
-    name = web.post("/v1/sessions", json={"text": TEXT[:50]}).json()["id"]
+def test_generation_that_updates_the_session_can_be_streamed(web: TestClient) -> None:
+    session_id = web.post("/v1/sessions", json={"text": TEXT[:50]}).json()["id"]
     body = {"max_tokens": 8, "seed": 1, "update_session": True, "stream": True, "prompt": " And"}
-    said = web.post(f"/v1/sessions/{name}/generate", json=body).text
-    assert said.endswith("data: [DONE]\n\n")
-    assert web.get(f"/v1/sessions/{name}").json()["bytes"] > 54
+    text = web.post(f"/v1/sessions/{session_id}/generate", json=body).text
+    assert text.endswith("data: [DONE]\n\n")
+    assert web.get(f"/v1/sessions/{session_id}").json()["bytes"] > 54
 
 
-def test_a_servers_own_mistake_is_not_told(web: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_is_not_shown_to_the_client(web: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object) -> object:
         raise RuntimeError("secret")
 
     monkeypatch.setattr(SessionPool, "create", failing)
-    said = web.post("/v1/sessions", json={})
-    assert "secret" not in error(said, 500)
+    assert "secret" not in error(web.post("/v1/sessions", json={}), 500)
 
 
 def test_limits_are_checked() -> None:

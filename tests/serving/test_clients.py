@@ -1,4 +1,4 @@
-"""The server as its clients meet it: OpenAI's package, curl, and the signals that end a process."""
+"""The server with OpenAI's package, curl, and signals that end the process."""
 
 from __future__ import annotations
 
@@ -29,56 +29,56 @@ def client(server: Server) -> Any:
     return openai.OpenAI(base_url=f"{server.address}/v1", api_key="none needed", max_retries=0)
 
 
-def written(place: Path, prompt: str, **options: Any) -> str:
-    model, tokenizer = load_model_and_tokenizer(place / "model")
+def generate_text(workdir: Path, prompt: str, **options: Any) -> str:
+    model, tokenizer = load_model_and_tokenizer(workdir / "model")
     return "".join(generate(model, tokenizer, prompt, segment_length=32, **options))
 
 
-def test_openai_completes(client: Any, place: Path) -> None:
-    made = client.completions.create(model="model", prompt="It was", max_tokens=20, seed=3, temperature=0.8)
-    choice = made.choices[0]
-    assert choice.text == written(
-        place, "It was", max_tokens=20, seed=3, sampling_params=SamplingParams(temperature=0.8)
+def test_openai_completes(client: Any, workdir: Path) -> None:
+    response = client.completions.create(model="model", prompt="It was", max_tokens=20, seed=3, temperature=0.8)
+    choice = response.choices[0]
+    assert choice.text == generate_text(
+        workdir, "It was", max_tokens=20, seed=3, sampling_params=SamplingParams(temperature=0.8)
     )
     assert choice.finish_reason == "length"
-    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (6, 20)
+    assert (response.usage.prompt_tokens, response.usage.completion_tokens) == (6, 20)
     assert client.models.list().data[0].id == "model"
     assert client.models.retrieve("model").id == "model"
 
 
-def test_openai_streams(client: Any, place: Path) -> None:
+def test_openai_streams(client: Any, workdir: Path) -> None:
     options = {"model": "model", "prompt": ["It was", "A"], "max_tokens": 12, "seed": 1, "n": 2}
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
-    whole = client.completions.create(**options)
+    response = client.completions.create(**options)
     for index in range(4):
-        parts = [one.choices[0] for one in chunks if one.choices and one.choices[0].index == index]
-        assert "".join(part.text for part in parts) == whole.choices[index].text
-        assert parts[-1].finish_reason == whole.choices[index].finish_reason == "length"
-    assert chunks[-1].usage == whole.usage
-    # Choice by choice, each text has the seed that its place adds to.
-    assert whole.choices[3].text == written(place, "A", max_tokens=12, seed=4)
+        parts = [chunk.choices[0] for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        assert "".join(part.text for part in parts) == response.choices[index].text
+        assert parts[-1].finish_reason == response.choices[index].finish_reason == "length"
+    assert chunks[-1].usage == response.usage
+    # The index of a choice is added to the seed.
+    assert response.choices[3].text == generate_text(workdir, "A", max_tokens=12, seed=4)
 
 
-def test_openai_scores_by_echo(client: Any, place: Path) -> None:
-    made = client.completions.create(model="model", prompt="störmy", max_tokens=0, echo=True, logprobs=1)
-    choice = made.choices[0]
-    reader = StreamReader(*load_model_and_tokenizer(place / "model"), 32)
+def test_openai_scores_by_echo(client: Any, workdir: Path) -> None:
+    response = client.completions.create(model="model", prompt="störmy", max_tokens=0, echo=True, logprobs=1)
+    choice = response.choices[0]
+    reader = StreamReader(*load_model_and_tokenizer(workdir / "model"), 32)
     nll = [value for part in (*reader.feed("störmy"), *reader.finish()) for value in part.nll.tolist()]
     assert choice.text == "störmy"
-    assert [-one for one in choice.logprobs.token_logprobs] == pytest.approx(nll, abs=1e-5)  # float32
+    assert [-logprob for logprob in choice.logprobs.token_logprobs] == pytest.approx(nll, abs=1e-5)  # float32
     assert choice.logprobs.tokens == ["s", "t", "bytes:\\xc3", "bytes:\\xb6", "r", "m", "y"]
     assert choice.logprobs.text_offset == [0, 1, 2, 2, 3, 4, 5]
-    for told, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True):
-        assert max(top.values()) >= told - 1e-5
+    for logprob, top in zip(choice.logprobs.token_logprobs, choice.logprobs.top_logprobs, strict=True):
+        assert max(top.values()) >= logprob - 1e-5
     tokens = client.completions.create(model="model", prompt=list(b"It"), max_tokens=3, echo=True, logprobs=0, seed=1)
     assert tokens.choices[0].text.startswith("It")
     assert len(tokens.choices[0].logprobs.tokens) >= 5 - 3
 
 
-def test_openai_is_told_what_is_wrong(client: Any) -> None:
+def test_openai_shows_errors(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="only 'model'"):
         client.completions.create(model="gpt", prompt="x")
-    for wrong, said in (
+    for options, message in (
         ({"temperature": -1}, "temperature is -1"),
         ({"top_p": 0}, "top_p is 0"),
         ({"max_tokens": 10**6}, r"max_tokens \(1000000\) must be at most 4096"),
@@ -89,73 +89,75 @@ def test_openai_is_told_what_is_wrong(client: Any) -> None:
         ({"prompt": [999]}, "Token 999"),
         ({"prompt": []}, "empty list"),
     ):
-        with pytest.raises(openai.BadRequestError, match=said):
-            client.completions.create(**({"model": "model", "prompt": "x"} | wrong))
+        with pytest.raises(openai.BadRequestError, match=message):
+            client.completions.create(**({"model": "model", "prompt": "x"} | options))
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_reads_a_book(server: Server, place: Path) -> None:
+def test_curl_reads_a_book(server: Server, workdir: Path) -> None:
     def curl(method: str, path: str, body: object | None = None) -> Any:
-        given = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body is not None else []
-        command = ["curl", "-sS", "--fail-with-body", "-X", method, *given, f"{server.address}{path}"]
-        said = subprocess.run(command, capture_output=True, check=True).stdout
-        return json.loads(said) if said else None
+        data = ["-H", "Content-Type: application/json", "-d", json.dumps(body)] if body is not None else []
+        command = ["curl", "-sS", "--fail-with-body", "-X", method, *data, f"{server.address}{path}"]
+        content = subprocess.run(command, capture_output=True, check=True).stdout
+        return json.loads(content) if content else None
 
-    one = curl("POST", "/v1/sessions", {"text": BOOK[:1500]})
-    address = f"/v1/sessions/{one['id']}"
+    first = curl("POST", "/v1/sessions", {"text": BOOK[:1500]})
+    address = f"/v1/sessions/{first['id']}"
     rest = curl("POST", f"{address}/feed", {"text": BOOK[1500:], "end_of_text": True})
-    model, tokenizer = load_model_and_tokenizer(place / "model")
+    model, tokenizer = load_model_and_tokenizer(workdir / "model")
     reader = StreamReader(model, tokenizer, 32)
     list(reader.feed(BOOK))
     list(reader.finish())
     assert rest["nll"] == pytest.approx(reader.totals.nll, rel=1e-5)
     assert rest["bytes"] == len(BOOK.encode())
-    parts = [*one["segments"], *rest["segments"]]
+    parts = [*first["segments"], *rest["segments"]]
     assert sum(sum(part["byte_lengths"]) for part in parts) == len(BOOK.encode())
     score = curl("POST", f"{address}/score", {"text": "It was", "logprobs": 2, "return_hidden_states": True})
     assert score["tokens"] == 6
     assert len(score["segments"][0]["hidden_states"][0]) == 16
     branch = curl("POST", f"{address}/fork")
-    made = curl("POST", f"/v1/sessions/{branch['id']}/generate", {"max_tokens": 9, "seed": 2, "update_session": True})
-    assert made["choices"][0]["text"] == written(place, BOOK, max_tokens=9, seed=2)
+    updated = curl(
+        "POST", f"/v1/sessions/{branch['id']}/generate", {"max_tokens": 9, "seed": 2, "update_session": True}
+    )
+    assert updated["choices"][0]["text"] == generate_text(workdir, BOOK, max_tokens=9, seed=2)
     again = curl("POST", f"{address}/generate", {"max_tokens": 9, "seed": 2})
-    assert again["choices"][0]["text"] == made["choices"][0]["text"]
+    assert again["choices"][0]["text"] == updated["choices"][0]["text"]
     assert curl("GET", address)["tokens"] == rest["tokens"]
-    assert {one["id"], branch["id"]} <= {each["id"] for each in curl("GET", "/v1/sessions")["data"]}
+    assert {first["id"], branch["id"]} <= {session["id"] for session in curl("GET", "/v1/sessions")["data"]}
     assert curl("DELETE", address) is None
     assert httpx.get(f"{server.address}{address}").status_code == 404
     assert "memtx_tokens_read" in httpx.get(f"{server.address}/metrics").text
     assert httpx.get(f"{server.address}/health").json() == {"status": "ok"}
 
 
-def test_sessions_survive_the_process(place: Path) -> None:
-    folder = ["--session-dir", str(place / "kept")]
-    first = Server(place, *folder)
+def test_sessions_survive_the_process(workdir: Path) -> None:
+    folder = ["--session-dir", str(workdir / "saved")]
+    first = Server(workdir, *folder)
     saved = httpx.post(f"{first.address}/v1/sessions", json={"text": BOOK[:2000], "save": True}).json()
     httpx.post(f"{first.address}/v1/sessions", json={"text": BOOK[:2000]})
     assert saved["saved"]
     first.end(signal.SIGKILL)
-    second = Server(place, *folder)
+    second = Server(workdir, *folder)
     listed = httpx.get(f"{second.address}/v1/sessions").json()["data"]
-    assert [one["id"] for one in listed] == [saved["id"]], "what was not acknowledged as saved is gone"
+    assert [session["id"] for session in listed] == [saved["id"]], "only the session acknowledged as saved"
     assert listed[0]["nll"] == saved["nll"]
     unsaved = httpx.post(f"{second.address}/v1/sessions", json={"text": BOOK[:1700]}).json()
     assert not unsaved["saved"]
     second.end(signal.SIGTERM)
-    third = Server(place, *folder)
-    back = {one["id"]: one for one in httpx.get(f"{third.address}/v1/sessions").json()["data"]}
-    assert back.keys() == {saved["id"], unsaved["id"]}
+    third = Server(workdir, *folder)
+    restored = {session["id"]: session for session in httpx.get(f"{third.address}/v1/sessions").json()["data"]}
+    assert restored.keys() == {saved["id"], unsaved["id"]}
     text = {"text": BOOK[1700:], "end_of_text": True}
     rest = httpx.post(f"{third.address}/v1/sessions/{unsaved['id']}/feed", json=text).json()
-    reader = StreamReader(load_model_and_tokenizer(place / "model")[0], ByteTokenizer(), 32)
+    reader = StreamReader(load_model_and_tokenizer(workdir / "model")[0], ByteTokenizer(), 32)
     list(reader.feed(BOOK))
     list(reader.finish())
     assert rest["nll"] == pytest.approx(reader.totals.nll, rel=1e-5)
     third.end()
 
 
-def test_what_is_being_made_is_told_of_the_end(place: Path) -> None:
-    server = Server(place, "--session-dir", str(place / "ended"), "--max-tokens", "1000000")
+def test_a_stream_ends_with_an_error_when_the_server_stops(workdir: Path) -> None:
+    server = Server(workdir, "--session-dir", str(workdir / "ended"), "--max-tokens", "1000000")
     body = {"model": "model", "prompt": "x", "max_tokens": 1_000_000, "stream": True}
     session = httpx.post(f"{server.address}/v1/sessions", json={"text": BOOK[:100]}).json()["id"]
     with httpx.stream("POST", f"{server.address}/v1/completions", json=body) as stream:
@@ -164,9 +166,9 @@ def test_what_is_being_made_is_told_of_the_end(place: Path) -> None:
         server.process.send_signal(signal.SIGTERM)
         last = [line for line in lines if line][-1]
     assert "was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
-    # Of its own, long before answers would be cut off.
+    # By itself, long before responses would be cut.
     server.process.wait(5)
     assert server.process.stderr is not None
     assert server.process.stderr.read() == ""
     server.process.stderr.close()
-    assert (place / "ended" / f"{session}.session").exists()
+    assert (workdir / "ended" / f"{session}.session").exists()

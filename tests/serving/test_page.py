@@ -1,4 +1,4 @@
-"""The page in a browser: it reads a text, shades it and goes on with it; by keyboard and on a phone."""
+"""The page in a browser: it reads, shades and continues a text, by keyboard and on a phone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
 PAGE = resources.files("memtx.serving").joinpath("page/index.html").read_text(encoding="utf-8")
 
 
-def test_nothing_comes_from_elsewhere() -> None:
+def test_the_page_loads_nothing_from_other_sites() -> None:
     assert not re.findall(r"(?:https?:)?//[a-z]", re.sub(r"^\s*//.*$|  // .*$", "", PAGE, flags=re.M))
     assert "@import" not in PAGE
 
@@ -30,18 +30,18 @@ def browser() -> Iterator[Any]:
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as made:
-        opened = made.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.mark.parametrize("size", [(1200, 900), (360, 740)])
 def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[int, int]) -> None:
     page = browser.new_page(viewport={"width": size[0], "height": size[1]})
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    messages: list[str] = []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(server.address)
     page.locator("#book").fill(BOOK)
     page.locator("#book").focus()
@@ -53,16 +53,16 @@ def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[in
     assert page.locator("#output").inner_text() == BOOK
     assert page.locator("#tokens").inner_text() == f"{len(BOOK.encode()):,} tokens"
     shades = page.evaluate("[...document.querySelectorAll('#output i')].slice(0, 300).map(i => i.style.background)")
-    assert len(set(shades)) > 5, "more and less surprising tokens differ"
-    assert page.evaluate("new Set(stateSizes.map(one => one[1])).size") == 1, "the state's size is flat"
+    assert len(set(shades)) > 5, "tokens of different surprisal have different shades"
+    assert page.evaluate("new Set(stateSizes.map(point => point[1])).size") == 1, "the size of the state is constant"
     assert page.locator("#loss-curve polyline").count() == 1
     page.locator("#max-tokens").fill("15")
     page.locator("#max-tokens").press("Enter")
     page.get_by_text("This is the continuation by the model").wait_for(timeout=20_000)
     assert page.locator(".generated").inner_text()
-    # A phone shows all of it without scrolling sideways.
+    # A phone shows the page without horizontal scrolling.
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]
     if shots := os.environ.get("MEMTX_SCREENSHOTS"):
         page.screenshot(path=str(Path(shots) / f"page-{size[0]}.png"), full_page=True)
     page.close()
-    assert not said
+    assert not messages

@@ -175,7 +175,7 @@ def test_a_sharded_checkpoint_is_consolidated(program: Program, place: Path) -> 
 
 def test_unsupported_options_are_reported_in_one_line(program: Program, place: Path) -> None:
     for options, word in (
-        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "does not support a strategy that shards"),
+        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "a strategy that shards"),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
         (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Use fsdp2"),
     ):

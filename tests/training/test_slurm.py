@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from memtx.cli.errors import EXIT_INTERRUPTED
-from memtx.cli.launcher import get_trainer_kwargs
+from memtx.cli.lightning_cli import get_launcher_kwargs
 from memtx.errors import MemtxError
 from memtx.training import slurm
 from tests.commands.program import Program, free_port
@@ -86,10 +86,10 @@ def test_job_id_and_requeue_command(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_launcher_sets_the_number_of_processes() -> None:
-    assert get_trainer_kwargs({}) == {}
+    assert get_launcher_kwargs({}) == {}
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
-    assert get_trainer_kwargs(torchrun) == {"devices": 4, "num_nodes": 2}
+    assert get_launcher_kwargs(torchrun) == {"devices": 4, "num_nodes": 2}
     slurm = {"SLURM_NTASKS": "6", "SLURM_NNODES": "3", "SLURM_JOB_NAME": "train"}
-    assert get_trainer_kwargs(slurm) == {"devices": 2, "num_nodes": 3}
-    assert get_trainer_kwargs(slurm | {"SLURM_JOB_NAME": "interactive"}) == {}
-    assert get_trainer_kwargs(slurm | torchrun) == {"devices": 4, "num_nodes": 2}
+    assert get_launcher_kwargs(slurm) == {"devices": 2, "num_nodes": 3}
+    assert get_launcher_kwargs(slurm | {"SLURM_JOB_NAME": "interactive"}) == {}
+    assert get_launcher_kwargs(slurm | torchrun) == {"devices": 4, "num_nodes": 2}

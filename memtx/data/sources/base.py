@@ -1,35 +1,32 @@
-"""Sources of text: documents, the parts they are read from, and the splits they belong to."""
+"""Sources of text: documents, their parts and splits, and files wherever fsspec finds them."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 from memtx.data.text_chunks import decode_utf8
-from memtx.errors import DataError, closest_match
+from memtx.errors import DataError, MemtxError, closest_match
 
-READ_SIZE = 1 << 20
-"""Bytes of a file read at once."""
-
+COMPRESSION_BY_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
+ACCESS_HINT = "Check it, and the access to it."
+READ_SIZE = 1 << 20  # bytes of a file read at once
 SPLITS = ("train", "validation", "test")
-
 SPLIT_ALIASES = {**{name: name for name in SPLITS}, "valid": "validation", "val": "validation", "dev": "validation"}
-"""Our name of a split by the names that others use."""
 
 
 class SourcePart(ABC):
     """A part of a source that one process reads: a file, a byte range of lines, some rows of a table.
 
     Subclasses are frozen dataclasses of plain values, so that a worker process can be sent one.
-
-    Attributes:
-        size: Bytes in the source (compressed bytes of a compressed one), for planning and progress.
     """
 
-    size: int
+    size: int  # bytes in the source (compressed bytes of a compressed one), for planning and progress
 
     @property
     def is_process_local(self) -> bool:
@@ -45,32 +42,21 @@ class SourcePart(ABC):
     def iter_documents(self) -> Iterator[Document]:
         """Yield whole documents in a fixed order; read each before asking for the next.
 
-        Raises:
-            DataError: The part cannot be read; names it and the position in it.
+        Raises DataError with the name of a part that cannot be read, and the position in it.
         """
 
 
 @dataclass(frozen=True)
 class Document(SourcePart):
-    """One text, not read yet.
+    """One text, not read yet."""
 
-    Attributes:
-        id: Name, unique within the split.
-        title: Display name; the id where nothing better is known.
-        size: Bytes of UTF-8.
-        path: File, or None if ``text`` holds the text.
-        byte_offset: Byte of the file where the document begins.
-        text: The text itself, for sources without a file.
-        is_table_row: True for a row of a table, which is skipped if it has no word.
-    """
-
-    id: str
-    title: str
-    size: int
-    path: str | None = None
-    byte_offset: int = 0
+    id: str  # unique within the split
+    title: str  # display name; the id where nothing better is known
+    size: int  # bytes of UTF-8
+    path: str | None = None  # file, or None if `text` holds the text
+    byte_offset: int = 0  # where the document begins in the file
     text: str = ""
-    is_table_row: bool = False
+    is_table_row: bool = False  # a row of a table is skipped if it has no word
 
     @property
     def cache_key(self) -> str:
@@ -86,8 +72,7 @@ class Document(SourcePart):
     def iter_text(self) -> Iterator[str]:
         """Yield the text in portions of about 1 MB.
 
-        Raises:
-            DataError: The file cannot be read or is not UTF-8; names it and the byte.
+        Raises DataError with the file that cannot be read, or the byte that is not UTF-8.
         """
         if self.path is None:
             yield self.text
@@ -112,17 +97,12 @@ class Document(SourcePart):
 
 @dataclass(frozen=True)
 class CorpusManifest:
-    """All parts of a source, and the split of each document.
+    """All parts of a source, and the split of each document."""
 
-    Attributes:
-        name: Name of the source, for messages.
-        split_parts: Parts of each split, where the source has splits; in a fixed order.
-        unsplit_parts: Parts whose documents are assigned to splits by their ids.
-        split_fractions: Fraction of those documents for each split; positive, with a sum of 1.
-    """
-
-    name: str
+    name: str  # for messages
+    # Parts of each split, where the source has splits; in a fixed order.
     split_parts: Mapping[str, Sequence[SourcePart]] = field(default_factory=dict)
+    # Parts whose documents are assigned to splits by their ids, and the fraction of each split: positive, adding to 1.
     unsplit_parts: Sequence[SourcePart] = ()
     split_fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 1.0})
 
@@ -149,11 +129,7 @@ class Corpus(CorpusManifest):
     split_parts: Mapping[str, Sequence[Document]] = field(default_factory=dict)
 
     def get_split(self, split: str) -> Sequence[Document]:
-        """Return the documents of a split.
-
-        Raises:
-            DataError: There is no such split.
-        """
+        """Return the documents of a split; raises DataError if there is no such split."""
         if split not in self.splits:
             raise DataError(
                 f"'{self.name}' has no split '{split}', it has {', '.join(self.splits) or 'none'}."
@@ -182,8 +158,108 @@ class TextSource(ABC):
 
     @abstractmethod
     def scan(self) -> CorpusManifest:
-        """List the parts.
+        """List the parts; raises DataError if nothing is there, or it cannot be read."""
 
-        Raises:
-            DataError: Nothing is there, or it cannot be read.
-        """
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that was found."""
+
+    url: str  # path or URL that opens it
+    name: str  # path below the requested folder, without the suffix of a compression
+    size: int  # bytes as they are stored
+    version: str  # text that changes when the file is rewritten
+    is_seekable: bool  # True if reading can start at any byte at no cost
+    is_process_local: bool  # True if only this process can read it
+
+    @property
+    def suffix(self) -> str:
+        """Suffix of the name in lower case, such as ``.txt``."""
+        return PurePosixPath(self.name).suffix.lower()
+
+
+@contextlib.contextmanager
+def open_file(url: str) -> Iterator[IO[bytes]]:
+    """Open a file for reading, decompressed; raises DataError for any error of its file system or compression."""
+    import fsspec
+
+    try:
+        with fsspec.open(url, "rb", compression=COMPRESSION_BY_SUFFIX.get(PurePosixPath(url).suffix.lower())) as file:
+            yield file
+    except MemtxError:
+        raise
+    except Exception as error:  # every file system and compression has its own errors
+        raise DataError(f"'{url}' could not be read: {describe_error(error)}.", ACCESS_HINT) from error
+
+
+def list_files(path_or_url: str) -> list[RemoteFile]:
+    """List the files of a path, a pattern with ``*``, or a URL of fsspec, sorted by path.
+
+    A folder stands for all files below it except hidden ones, ``x.zip`` for its content. Raises DataError if there is
+    no file, or the file system cannot be read.
+    """
+    import fsspec
+
+    url = f"zip://::{path_or_url}" if path_or_url.lower().endswith(".zip") and "::" not in path_or_url else path_or_url
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        wildcards = [index for index, letter in enumerate(path) if letter in "*?["]
+        if wildcards:
+            infos, base = filesystem.glob(path, detail=True), path[: wildcards[0]].rpartition("/")[0]
+        elif filesystem.isdir(path):
+            infos, base = filesystem.find(path, detail=True), path
+        elif filesystem.exists(path):
+            infos, base = {path: filesystem.info(path)}, path.rstrip("/").rpartition("/")[0]
+        else:
+            infos, base = {}, path
+        infos = {file: info for file, info in sorted(infos.items()) if info.get("type", "file") == "file"}
+        files = [_make_remote_file(filesystem, url, base, file, info) for file, info in infos.items()]
+    except Exception as error:  # as above; the package of a protocol may be missing as well
+        raise DataError(f"'{path_or_url}' could not be listed: {describe_error(error)}.", ACCESS_HINT) from error
+    files = [file for file in files if not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
+    if not files:
+        raise DataError(f"'{path_or_url}' holds no file, expected texts or tables of texts.", "Check the path.")
+    return files
+
+
+def _make_remote_file(filesystem: Any, pattern: str, base: str, path: str, info: dict[str, Any]) -> RemoteFile:
+    protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
+    _, chained, outer = pattern.partition("::")
+    url = path if protocol in ("file", "local") else filesystem.unstrip_protocol(path)
+    suffix = PurePosixPath(path).suffix.lower()
+    name = path.removeprefix(base).lstrip("/") or PurePosixPath(path).name
+    if suffix in COMPRESSION_BY_SUFFIX:
+        name = name[: -len(suffix)]
+    versions = [info[key] for key in ("mtime", "ETag", "etag", "LastModified", "created", "CRC") if key in info]
+    return RemoteFile(
+        f"{url}::{outer}" if chained else url,
+        name,
+        int(info.get("size") or 0),
+        str(versions[0]) if versions else "",
+        is_seekable=not chained and suffix not in COMPRESSION_BY_SUFFIX,
+        is_process_local=protocol == "memory" or outer.startswith("memory:"),
+    )
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type and text of another library's error on one line."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@dataclass(frozen=True)
+class RemoteDocument(Document):
+    """A text that is a whole file anywhere; ``size`` is its stored size, ``version`` changes with the file."""
+
+    version: str = ""
+    is_process_local: bool = False
+
+    @property
+    def cache_key(self) -> str:
+        """Id, path, size and version of the file."""
+        return f"{self.id}:{self.path}:{self.size}:{self.version}"
+
+    def _read_bytes(self, path: str) -> Iterator[bytes]:
+        with open_file(path) as file:
+            while block := file.read(READ_SIZE):
+                yield block

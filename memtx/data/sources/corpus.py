@@ -26,21 +26,18 @@ PG19_HINT = (
     "Give the folder that holds them with --data.root PATH, or use --data.root embedded to try without."
 )
 METADATA_NAME = "metadata.csv"
-MIN_WHOLE_DOCUMENTS = 10
-"""Number of documents from which whole documents go to the splits; of fewer, each is cut into splits."""
-MIN_TOPIC_LENGTH = 8000
-"""Characters from which a help topic is a document; shorter ones are joined in alphabetical order."""
+MIN_WHOLE_DOCUMENTS = 10  # from which whole documents go to the splits; of fewer, each is cut into splits
+MIN_TOPIC_LENGTH = 8000  # characters from which a help topic is a document; shorter ones are joined in order
 
 
 def open_corpus(root: str | os.PathLike[str]) -> Corpus:
     """List the documents under a root.
 
+    Raises DataError if the root does not exist, holds no text, or a file is empty.
+
     Args:
         root: ``embedded`` (Python's help topics), ``embedded+sources`` (with the sources of the standard library), a
             folder in the PG-19 layout, any other folder of text files, or one file.
-
-    Raises:
-        DataError: The root does not exist, holds no text, or a file is empty.
     """
     name = str(root)
     if name in BUILTIN_ROOTS:
@@ -53,13 +50,8 @@ def open_corpus(root: str | os.PathLike[str]) -> Corpus:
         raise DataError(f"'{root}' does not exist, expected a folder of texts or one text file.{match}", PG19_HINT)
     if any((path / split).is_dir() for split in SPLITS):
         return Corpus(name, _pg19_splits(path))
-    ids = sorted(
-        file.relative_to(path).as_posix()
-        for file in path.rglob("*")
-        if file.suffix in TEXT_SUFFIXES
-        and file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    )
+    files = [file.relative_to(path) for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file()]
+    ids = sorted(file.as_posix() for file in files if not any(part.startswith(".") for part in file.parts))
     documents = [_file_document(path / document_id, document_id) for document_id in ids]
     if not documents:
         raise DataError(f"'{root}' holds no text, expected files ending in {', '.join(TEXT_SUFFIXES)}.", PG19_HINT)
@@ -134,35 +126,27 @@ def _paragraph_end(document: Document, fraction: float) -> int:
 def _builtin_splits(*, include_stdlib: bool) -> dict[str, list[Document]]:
     """Return the interpreter's help topics (``pydoc_data.topics``), every tenth in validation and every tenth in test.
 
-    They change with the version of Python; the fingerprint of the tokens covers that.
-
-    Args:
-        include_stdlib: If True, add the top-level source files of the standard library, about 10 MB.
-
-    Raises:
-        DataError: This Python was built without its help texts.
+    They change with the version of Python; the fingerprint of the tokens covers that. With ``include_stdlib`` the
+    top-level source files of the standard library are added, about 10 MB.
     """
     if importlib.util.find_spec("pydoc_data") is None:
-        raise DataError(
-            "This Python has no pydoc_data, the source of the embedded corpus.", "Give texts with --data.root PATH."
-        )
+        message = "This Python has no pydoc_data, the source of the embedded corpus."
+        raise DataError(message, "Give texts with --data.root PATH.")
     from pydoc_data.topics import topics
 
     documents: list[Document] = []
     names: list[str] = []
     text = ""
-    last = max(topics)
     for name in sorted(topics):
         names.append(name)
         text += topics[name].strip("\n") + "\n\n\n"
-        if len(text) >= MIN_TOPIC_LENGTH or name == last:
+        if len(text) >= MIN_TOPIC_LENGTH or name == max(topics):
             title = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             documents.append(Document("+".join(names), title, len(text.encode()), text=text))
             names, text = [], ""
     if include_stdlib:
-        for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-            if size := path.stat().st_size:
-                documents.append(Document(path.name, path.name, size, str(path)))
+        paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        documents += [_file_document(path, path.name) for path in paths if path.stat().st_size]
     return {
         "train": [document for index, document in enumerate(documents) if index % 10 not in (4, 9)],
         "validation": documents[4::10],

@@ -6,15 +6,22 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from memtx.data.sources.base import SPLIT_ALIASES, SPLITS, CorpusManifest, SourcePart
+from memtx.data.sources.base import (
+    COMPRESSION_BY_SUFFIX,
+    SPLIT_ALIASES,
+    SPLITS,
+    CorpusManifest,
+    RemoteDocument,
+    RemoteFile,
+    SourcePart,
+    list_files,
+    open_file,
+)
 from memtx.data.sources.corpus import BUILTIN_ROOTS, METADATA_NAME, TEXT_SUFFIXES, open_corpus, read_titles
-from memtx.data.sources.remote_files import COMPRESSION_BY_SUFFIX, RemoteDocument, RemoteFile, list_files, open_file
 from memtx.data.sources.tables import TableColumns, TableSource, json_lines_parts, parquet_parts
 from memtx.errors import DataError
 
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet",)
-TABLE_SUFFIXES = JSON_LINES_SUFFIXES + PARQUET_SUFFIXES
+TABLE_PARTS = {".jsonl": json_lines_parts, ".ndjson": json_lines_parts, ".parquet": parquet_parts}
 
 _SPLIT_PREFIX = re.compile(rf"({'|'.join(SPLIT_ALIASES)})(?=[-_.]|$)")
 
@@ -24,7 +31,7 @@ class FileSource(TableSource):
 
     Splits follow the layout: folders ``train``, ``validation`` and ``test``, or tables named so (``train-0.parquet``).
     Without such a layout, or if a fraction is given, documents are assigned to splits by their ids. Text files beside
-    tables (a README) are ignored.
+    tables (a README) are ignored. Raises DataError if a fraction is out of range.
 
     Args:
         paths: Paths, patterns with ``*`` or URLs. ``x.zip`` stands for its content; ``.gz``, ``.bz2``, ``.xz`` and
@@ -34,9 +41,6 @@ class FileSource(TableSource):
         validation_fraction: Fraction of the documents, chosen by their ids. None keeps the layout, or takes 0.05 if
             there is none.
         test_fraction: The same for the test split.
-
-    Raises:
-        DataError: A fraction is out of range.
     """
 
     def __init__(
@@ -57,15 +61,14 @@ class FileSource(TableSource):
         name = self.paths[0] if len(self.paths) == 1 else f"{self.paths[0]} and {len(self.paths) - 1} more"
         if len(self.paths) == 1 and not self.has_explicit_fractions and _is_plain_corpus(self.paths[0]):
             return open_corpus(self.paths[0])
-        listed: list[RemoteFile] = []
-        chosen: list[RemoteFile] = []
+        listed, chosen = list[RemoteFile](), list[RemoteFile]()
         for path in self.paths:
             files = list_files(path)
             listed += files
-            tables = [file for file in files if file.suffix in TABLE_SUFFIXES]
+            tables = [file for file in files if file.suffix in TABLE_PARTS]
             chosen += tables or [file for file in files if file.suffix in TEXT_SUFFIXES]
         if not chosen:
-            suffixes = ", ".join((*TEXT_SUFFIXES, *TABLE_SUFFIXES))
+            suffixes = ", ".join((*TEXT_SUFFIXES, *TABLE_PARTS))
             raise DataError(f"'{name}' holds no text, expected files ending in {suffixes}.", "They may be compressed.")
         splits = {} if self.has_explicit_fractions else {file.url: _infer_split(file) for file in chosen}
         if not any(splits.values()):
@@ -85,28 +88,23 @@ class FileSource(TableSource):
     def _make_parts(self, file: RemoteFile, titles: dict[str, str]) -> Sequence[SourcePart]:
         if file.size == 0:
             raise DataError(f"'{file.url}' is empty, expected a text.", "Remove the file or restore its text.")
-        if file.suffix in JSON_LINES_SUFFIXES:
-            return json_lines_parts(file, self.columns)
-        if file.suffix in PARQUET_SUFFIXES:
-            return parquet_parts(file, self.columns)
+        if make_parts := TABLE_PARTS.get(file.suffix):
+            return make_parts(file, self.columns)
         # In the PG-19 layout a document is named after its file alone.
         in_layout = not self.has_explicit_fractions and _infer_split(file) is not None
         document_id = PurePosixPath(file.name).stem if in_layout else file.name
         title = titles.get(document_id, document_id)
-        return [
-            RemoteDocument(
-                document_id, title, file.size, file.url, version=file.version, is_process_local=file.is_process_local
-            )
-        ]
+        local = file.is_process_local
+        return [RemoteDocument(document_id, title, file.size, file.url, version=file.version, is_process_local=local)]
 
 
 def _is_plain_corpus(root: str) -> bool:
-    """Return True for a local file or folder without tables and archives, which training would read as it is."""
+    """Return True for a local file or folder without tables and archives, which training reads as it is."""
     if root in BUILTIN_ROOTS:
         return True
     path = Path(root).expanduser()
     files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
-    suffixes = (*TABLE_SUFFIXES, *COMPRESSION_BY_SUFFIX, ".zip")
+    suffixes = (*TABLE_PARTS, *COMPRESSION_BY_SUFFIX, ".zip")
     return path.exists() and not any(file.suffix.lower() in suffixes for file in files)
 
 
@@ -116,5 +114,5 @@ def _infer_split(file: RemoteFile) -> str | None:
     for part in path.parts[:-1]:
         if part in SPLIT_ALIASES:
             return SPLIT_ALIASES[part]
-    match = _SPLIT_PREFIX.match(path.name) if file.suffix in TABLE_SUFFIXES else None
+    match = _SPLIT_PREFIX.match(path.name) if file.suffix in TABLE_PARTS else None
     return SPLIT_ALIASES[match[1]] if match else None

@@ -6,37 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart
-from memtx.data.sources.remote_files import describe_error
+from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart, describe_error
 from memtx.data.sources.tables import TableColumns, TableSource
 from memtx.errors import DataError, MemtxError
 
-DEFAULT_SHARD_BYTES = 64 << 20
-"""Assumed bytes of a shard of a dataset, if the dataset does not say."""
+DEFAULT_SHARD_BYTES = 64 << 20  # assumed bytes of a shard, if the dataset does not say
 
 DataFiles = str | Sequence[str] | Mapping[str, str | Sequence[str]] | None
 
 
 @dataclass(frozen=True)
 class HubShard(SourcePart):
-    """One of the shards that a split of a dataset is stored in.
+    """One of the shards that a split of a dataset is stored in."""
 
-    Attributes:
-        load_kwargs: Arguments of ``datasets.load_dataset``.
-        split: The dataset's name of the split.
-        shard_index: Index of the shard.
-        num_shards: Number of shards of the split.
-        size: Bytes, as far as they are known.
-        version: Text that changes when the dataset does.
-        columns: Columns of the table.
-    """
-
-    load_kwargs: dict[str, Any]
-    split: str
+    load_kwargs: dict[str, Any]  # of `datasets.load_dataset`
+    split: str  # as the dataset names it
     shard_index: int
     num_shards: int
-    size: int
-    version: str
+    size: int  # bytes, as far as they are known
+    version: str  # text that changes when the dataset does
     columns: TableColumns
 
     @property
@@ -63,7 +51,7 @@ class HubDataset(TableSource):
     """A dataset of the ``datasets`` library: a name on the hub, a folder, or a builder such as ``json`` with files.
 
     Its splits are kept if it has train, validation and test. Otherwise, or if a fraction is given, the documents of
-    "train" are assigned to splits by their ids.
+    "train" are assigned to splits by their ids. Raises DataError if a fraction is out of range.
 
     Args:
         path: As ``datasets.load_dataset`` takes it; no code of the dataset is run.
@@ -75,9 +63,6 @@ class HubDataset(TableSource):
         validation_fraction: Fraction of the documents, chosen by their ids. None keeps the dataset's splits, or takes
             0.05 if there are none.
         test_fraction: The same for the test split.
-
-    Raises:
-        DataError: A fraction is out of range.
     """
 
     def __init__(
@@ -107,9 +92,8 @@ class HubDataset(TableSource):
         shards = {str(split): self._make_parts(builder, str(split), stream) for split, stream in streams.items()}
         split_parts = {SPLIT_ALIASES[split]: parts for split, parts in shards.items() if split in SPLIT_ALIASES}
         if "train" not in split_parts:
-            raise DataError(
-                f"The dataset '{self.path}' has no split 'train', it has {', '.join(shards)}.", "Use another dataset."
-            )
+            message = f"The dataset '{self.path}' has no split 'train', it has {', '.join(shards)}."
+            raise DataError(message, "Use another dataset.")
         if self.has_explicit_fractions or len(split_parts) == 1:
             return CorpusManifest(self.path, unsplit_parts=split_parts["train"], split_fractions=self.split_fractions)
         return CorpusManifest(self.path, split_parts)
@@ -122,10 +106,8 @@ class HubDataset(TableSource):
         size = max(1, num_bytes // stream.num_shards) if num_bytes else DEFAULT_SHARD_BYTES
         files = (builder.config.data_files or {}).get(split)
         version = f"{builder.hash}:{getattr(files, 'origin_metadata', '')}"
-        return [
-            HubShard(self.load_kwargs, split, index, stream.num_shards, size, version, self.columns)
-            for index in range(stream.num_shards)
-        ]
+        count = stream.num_shards
+        return [HubShard(self.load_kwargs, split, i, count, size, version, self.columns) for i in range(count)]
 
 
 def _import_datasets() -> Any:

@@ -7,31 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
-from memtx.data.sources.base import READ_SIZE, Document, SourcePart, TextSource
-from memtx.data.sources.remote_files import RemoteFile, open_file
+from memtx.data.sources.base import READ_SIZE, Document, RemoteFile, SourcePart, TextSource, open_file
 from memtx.data.text_chunks import encode_utf8
 from memtx.errors import DataError, MemtxError, closest_match
 
-BLOCK_BYTES = 8 << 20
-"""Bytes of a part of a JSON lines file."""
-MAX_LINE_BYTES = 128 << 20
-"""Maximum bytes of a line, which is parsed as a whole."""
-PARQUET_BATCH_SIZE = 16
-"""Rows of a Parquet file in memory."""
-
-
-DEFAULT_EVAL_FRACTION = 0.05
-"""Fraction of the documents for each of validation and test, if a source has no splits."""
+BLOCK_BYTES = 8 << 20  # of a part of a JSON lines file
+MAX_LINE_BYTES = 128 << 20  # a line is parsed as a whole
+PARQUET_BATCH_SIZE = 16  # rows in memory
+DEFAULT_EVAL_FRACTION = 0.05  # of the documents for each of validation and test, if a source has no splits
 
 
 @dataclass(frozen=True)
 class TableColumns:
-    """Columns of a table of texts.
-
-    Attributes:
-        text: Column of the texts.
-        id: Column of the document ids. None uses the row's position.
-    """
+    """Columns of the texts and of the document ids in a table; None as ``id`` uses the row's position."""
 
     text: str = "text"
     id: str | None = None
@@ -46,21 +34,13 @@ class TableColumns:
         for name, option in zip(self.names, ("--text-column", "--id-column"), strict=False):
             if name not in available:
                 match = closest_match(name, available)
-                raise DataError(
-                    f"{table} has no column '{name}', it has {', '.join(available[:20])}.{match}",
-                    f"Name another column with {option}.",
-                )
+                message = f"{table} has no column '{name}', it has {', '.join(available[:20])}.{match}"
+                raise DataError(message, f"Name another column with {option}.")
 
     def to_document(self, location: str, record: Mapping[str, Any], default_id: str) -> Document:
-        """Return the document of a row.
+        """Return the document of a row; messages name its ``location``, and ``default_id`` is for tables without ids.
 
-        Args:
-            location: Position of the row, for messages.
-            record: Values of the row by column.
-            default_id: Id of the document if there is no column for it.
-
-        Raises:
-            DataError: A column is missing, or holds no text or no id.
+        Raises DataError if a column is missing, or holds no text or no id.
         """
         hint = "Name the column of the texts with --text-column."
         if self.text not in record:
@@ -81,11 +61,7 @@ class TableColumns:
 
 
 class TableSource(TextSource):
-    """Base of sources that may hold tables and may be split by fractions; see :class:`FileSource` for the arguments.
-
-    Raises:
-        DataError: A fraction is out of range.
-    """
+    """Base of sources that may hold tables and may be split by fractions; see :class:`FileSource`."""
 
     def __init__(self, columns: TableColumns, validation_fraction: float | None, test_fraction: float | None) -> None:
         self.columns = columns
@@ -94,27 +70,18 @@ class TableSource(TextSource):
         fractions = {split: DEFAULT_EVAL_FRACTION if value is None else value for split, value in requested.items()}
         for split, fraction in fractions.items():
             if not 0 <= fraction < 1:
-                raise DataError(
-                    f"{split}_fraction is {fraction}, expected a share from 0 up to 1.", "Give for example 0.01."
-                )
+                message = f"{split}_fraction is {fraction}, expected a share from 0 up to 1."
+                raise DataError(message, "Give for example 0.01.")
         fractions["train"] = 1 - sum(fractions.values())
         if fractions["train"] <= 0:
-            raise DataError(
-                f"The shares validation_fraction and test_fraction add up to {1 - fractions['train']}.",
-                "Give smaller ones, so that some documents are left to train on.",
-            )
+            message = f"The shares validation_fraction and test_fraction add up to {1 - fractions['train']}."
+            raise DataError(message, "Give smaller ones, so that some documents are left to train on.")
         self.split_fractions = {split: fraction for split, fraction in fractions.items() if fraction > 0}
 
 
 @dataclass(frozen=True)
 class TablePart(SourcePart):
-    """Some rows of a file.
-
-    Attributes:
-        file: The file.
-        columns: Columns of the table.
-        size: Bytes of the rows.
-    """
+    """Some rows of a file; ``size`` is their bytes."""
 
     file: RemoteFile
     columns: TableColumns
@@ -135,11 +102,9 @@ class TablePart(SourcePart):
 
 @dataclass(frozen=True)
 class JsonLinesPart(TablePart):
-    """The lines that begin within a byte range of a file of JSON objects, one a line; ``size`` is as stored.
+    """The lines that begin at bytes ``start`` to ``stop`` (None: the end) of a file of JSON objects.
 
-    Attributes:
-        start: First byte of the range.
-        stop: Byte after the range. None reads to the end of the file.
+    ``size`` is as stored.
     """
 
     start: int
@@ -194,9 +159,8 @@ def _iter_lines(file: IO[bytes], path: str, start: int, stop: int | None) -> Ite
         searched = len(buffer)
         if len(buffer) > MAX_LINE_BYTES:
             if not in_previous_line:
-                raise DataError(
-                    f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes.", "Split the text."
-                )
+                message = f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes."
+                raise DataError(message, "Split the text.")
             # The part in which the line begins raises the error.
             buffer, searched, offset = b"", 0, offset + len(buffer)
             if stop is not None and offset >= stop:
@@ -207,15 +171,10 @@ def _iter_lines(file: IO[bytes], path: str, start: int, stop: int | None) -> Ite
 
 @dataclass(frozen=True)
 class ParquetPart(TablePart):
-    """A row group of a Parquet file; ``size`` counts its texts, uncompressed.
-
-    Attributes:
-        row_group: Index of the row group.
-        first_row: Index of its first row in the file.
-    """
+    """A row group of a Parquet file, whose texts have ``size`` bytes, uncompressed."""
 
     row_group: int
-    first_row: int
+    first_row: int  # index in the file
 
     @property
     def cache_key(self) -> str:
@@ -247,8 +206,7 @@ def json_lines_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]
 def parquet_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
     """Return the parts of a Parquet file, one a row group.
 
-    Raises:
-        DataError: pyarrow is not installed, the file is not Parquet, or a column is missing.
+    Raises DataError if pyarrow is not installed, the file is not Parquet, or a column is missing.
     """
     parquet = _import_parquet()
     parts: list[TablePart] = []
@@ -269,7 +227,6 @@ def _import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            "Parquet is read with pyarrow, which is not installed.", "pip install 'memtx[data]'."
-        ) from error
+        message = "Parquet is read with pyarrow, which is not installed."
+        raise DataError(message, "pip install 'memtx[data]'.") from error
     return pyarrow.parquet

@@ -13,11 +13,9 @@ from torch import Tensor
 from memtx.data.batch import IGNORE_INDEX
 from memtx.errors import MemtxError, check_at_least
 
-QueryMode = Literal["later", "last"]
-"""Segments with queries: every one after the content, as for training, or the last one alone."""
-
+QueryMode = Literal["later", "last"]  # segments with queries: every one after the content, or the last one alone
+# Tokens and labels of one segment, each (batch, segment_length) int64; a label is -100 where nothing is asked.
 LabelledSegment = tuple[Tensor, Tensor]
-"""Tokens and labels of one segment, each ``(batch, segment_length)`` int64; a label is -100 where nothing is asked."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,14 @@ class SyntheticTask(ABC):
     def iter_segments(
         self, batch_size: int, num_segments: int, generator: torch.Generator, *, query_mode: QueryMode = "later"
     ) -> Iterator[LabelledSegment]:
-        """Yield an episode segment by segment, so its length costs no memory.
+        """Yield a batch of episodes segment by segment, so their length costs no memory.
 
-        Args:
-            batch_size: Number of episodes.
-            num_segments: Segments of an episode, more than ``num_write_segments``; the distance is the difference.
-            generator: Random generator.
-            query_mode: Segments with queries.
-
-        Raises:
-            MemtxError: There are too few segments, or the query mode is unknown.
+        ``num_segments`` must be more than ``num_write_segments``: the difference is the distance. Raises MemtxError for
+        too few segments, or an unknown query mode.
         """
         if num_segments <= self.num_write_segments or query_mode not in ("later", "last"):
-            raise MemtxError(
-                f"Got {num_segments} segments and query_mode {query_mode!r}.",
-                f"Give at least {self.num_write_segments + 1} segments, and 'later' or 'last'.",
-            )
+            message = f"Got {num_segments} segments and query_mode {query_mode!r}."
+            raise MemtxError(message, f"Give at least {self.num_write_segments + 1} segments, and 'later' or 'last'.")
         return self._iter_segments(batch_size, num_segments, generator, query_mode)
 
     @abstractmethod

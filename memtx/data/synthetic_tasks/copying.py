@@ -17,15 +17,12 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class SelectiveCopying(SyntheticTask):
-    """Tokens: the query for the next symbol, symbols, noise.
+    """Tokens: the query for the next symbol, symbols, noise. Raises MemtxError if the symbols do not fit.
 
     Attributes:
         num_copied: Number of symbols to copy.
         num_symbols: Number of different symbols.
         spread: Number of segments with symbols.
-
-    Raises:
-        MemtxError: The symbols do not fit.
     """
 
     num_copied: int = 16
@@ -35,10 +32,8 @@ class SelectiveCopying(SyntheticTask):
     def __post_init__(self) -> None:
         self._check_sizes(num_copied=self.num_copied, num_symbols=self.num_symbols, spread=self.spread)
         if self.num_copied > self.segment_length:
-            raise MemtxError(
-                f"num_copied ({self.num_copied}) must be at most segment_length ({self.segment_length}).",
-                "Give a longer segment or fewer symbols.",
-            )
+            message = f"num_copied ({self.num_copied}) must be at most segment_length ({self.segment_length})."
+            raise MemtxError(message, "Give a longer segment or fewer symbols.")
 
     @property
     def num_content_tokens(self) -> int:

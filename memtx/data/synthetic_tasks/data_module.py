@@ -21,8 +21,7 @@ from memtx.data.batch import (
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
-TRAINING, VALIDATION, TEST = 0, 1, 2
-"""Purposes of a batch; each has episodes of its own, whatever the seed."""
+TRAINING, VALIDATION, TEST = 0, 1, 2  # purposes of a batch; each has its own episodes, whatever the seed
 
 
 def task_to_config(task: SyntheticTask) -> dict[str, Any]:
@@ -32,19 +31,10 @@ def task_to_config(task: SyntheticTask) -> dict[str, Any]:
 
 
 def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: tuple[int, ...]) -> Batch:
-    """Return whole episodes, a function of the arguments only.
+    """Return whole episodes, ``(batch, num_segments * segment_length)``; each begins a document.
 
-    A label is at the query token and is its answer, not the next token. A query counts as one word and one byte, so
-    bits per byte are bits per answer.
-
-    Args:
-        task: Task to generate.
-        batch_size: Number of episodes; each begins a document.
-        num_segments: Segments of an episode.
-        seed: Non-negative numbers.
-
-    Returns:
-        A batch of ``(batch, num_segments * task.segment_length)``.
+    A function of the arguments only; the seed is non-negative numbers. A label is at the query token and is its answer,
+    not the next token. A query counts as one word and one byte, so bits per byte are bits per answer.
     """
     # Hashed, so that neighboring numbers give unrelated episodes.
     hashed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -57,16 +47,7 @@ def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: 
 
 
 class SyntheticBatches(ResumableBatches):
-    """Batches of new episodes for training, with a position that can be set.
-
-    Args:
-        task: Task to generate.
-        batch_size: Episodes of a batch.
-        num_segments: Segments of an episode.
-        seed: Seed of the episodes. At least 0.
-        steps_per_epoch: Batches of an epoch.
-        rank: Rank of this process, which has episodes of its own.
-    """
+    """Batches of new episodes for training, with a position that can be set; each rank has its own episodes."""
 
     def __init__(
         self, task: SyntheticTask, batch_size: int, num_segments: int, seed: int, steps_per_epoch: int, rank: int = 0
@@ -82,6 +63,8 @@ class SyntheticBatches(ResumableBatches):
 class SyntheticDataModule(LightningDataModule):
     """Episodes of a synthetic task, whole in every batch, so that one gradient goes through all of an episode.
 
+    Raises DataError if a number is out of range.
+
     Args:
         task: Task such as ``AssociativeRecall``, which sets the model's vocabulary size and segment length.
         batch_size: Episodes of a batch on each device. At least 1.
@@ -90,9 +73,6 @@ class SyntheticDataModule(LightningDataModule):
         steps_per_epoch: Batches of an epoch; each epoch has new episodes.
         eval_batch_size: Episodes of a batch in evaluation. None uses ``batch_size``.
         eval_steps: Batches of validation and of test. At least 1.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     def __init__(
@@ -110,10 +90,8 @@ class SyntheticDataModule(LightningDataModule):
         check_counts(eval_batch_size=eval_batch_size, eval_steps=eval_steps)
         check_seed(seed)
         if num_segments <= task.num_write_segments:
-            raise DataError(
-                f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}.",
-                f"Change --data.num_segments to at least {task.num_write_segments + 1}.",
-            )
+            message = f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}."
+            raise DataError(message, f"Change --data.num_segments to at least {task.num_write_segments + 1}.")
         self.task, self.batch_size, self.num_segments, self.seed = task, batch_size, num_segments, seed
         self.steps_per_epoch = steps_per_epoch
         self.eval_batch_size, self.eval_steps = eval_batch_size or batch_size, eval_steps
@@ -139,7 +117,7 @@ class SyntheticDataModule(LightningDataModule):
         """Return this rank's batches from the position on."""
         rank, _ = rank_and_world_size(self.trainer)
         batches = SyntheticBatches(self.task, self.batch_size, self.num_segments, self.seed, self.steps_per_epoch, rank)
-        batches.position = self._current_position
+        batches.position = self._position if self._batches is None else self._batches.position
         self._batches = batches
         return batches
 
@@ -163,30 +141,18 @@ class SyntheticDataModule(LightningDataModule):
 
         return FixedBatches(self.eval_steps, get_batch)
 
-    @property
-    def _current_position(self) -> int:
-        return self._position if self._batches is None else self._batches.position
-
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what identifies the episodes."""
-        return {"position": self._current_position, **self._identity()}
-
-    def _identity(self) -> dict[str, Any]:
-        names = ("batch_size", "num_segments", "seed")
-        return {"task": task_to_config(self.task), **{name: getattr(self, name) for name in names}}
+        identity = {name: getattr(self, name) for name in ("batch_size", "num_segments", "seed")}
+        position = self._position if self._batches is None else self._batches.position
+        return {"position": position, "task": task_to_config(self.task), **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position.
-
-        Raises:
-            CheckpointError: The position is in other episodes.
-        """
-        for name, value in self._identity().items():
-            if (saved := state_dict.get(name)) != value:
-                raise CheckpointError(
-                    f"The checkpoint's episodes have {name} {saved}, this run's {value}.",
-                    "Use the config saved beside the checkpoint.",
-                )
+        """Restore a checkpoint's position; raises CheckpointError if it is in other episodes."""
+        for name, value in self.state_dict().items():
+            if (saved := state_dict.get(name)) != value and name != "position":
+                message = f"The checkpoint's episodes have {name} {saved}, this run's {value}."
+                raise CheckpointError(message, "Use the config saved beside the checkpoint.")
         self._position = int(state_dict["position"])
         if self._batches is not None:
             self._batches.position = self._position

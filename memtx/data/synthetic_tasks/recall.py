@@ -1,8 +1,6 @@
-"""Recall across segments: key-value pairs, long noise, then queries for the values of keys.
+"""Recall across segments: key-value pairs among noise, long noise, then queries for the values of keys.
 
-A window alone cannot solve these tasks beyond its reach, so they measure whether a memory remembers and for how long.
-The first segments hold the pairs at random positions among noise; later ones hold noise, and queries. The answer is
-never repeated, so it can only come from the first segments.
+The answer is never repeated, so beyond its window a model answers only if its memory remembers the first segments.
 """
 
 from __future__ import annotations
@@ -21,15 +19,12 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class KeyValueTask(SyntheticTask):
-    """Base of tasks of keys and values. Tokens: the query, keys, values, noise.
+    """Base of tasks of keys and values. Tokens: the query, keys, values, noise. MemtxError if the pairs do not fit.
 
     Attributes:
         num_pairs: Pairs to remember, and queries in a segment with queries.
         num_keys: Number of different keys.
         num_values: Number of different values.
-
-    Raises:
-        MemtxError: The pairs do not fit.
     """
 
     num_pairs: int = 4
@@ -68,11 +63,7 @@ class KeyValueTask(SyntheticTask):
     ) -> Tensor:
         """Return noise with the pairs of ``(batch, num_pairs)`` tokens in it, each at an even index.
 
-        Args:
-            first: First token of each pair.
-            second: Second token of each pair.
-            generator: Random generator.
-            mask: ``(batch, num_pairs)`` bool, True for the pairs to write. None writes all.
+        With a mask, ``(batch, num_pairs)`` bool, only the pairs where it is True.
         """
         batch_size = first.shape[0]
         index = 2 * sample_distinct(batch_size, self.segment_length // 2, self.num_pairs, generator)
@@ -112,8 +103,8 @@ class KeyValueTask(SyntheticTask):
 class AssociativeRecall(KeyValueTask):
     """T1, associative recall: queries for the pairs of the first segment.
 
-    With more pairs it measures how much a memory holds (T2; multi-query associative recall, Arora et al. 2024,
-    section 3).
+    With more pairs it measures how much a memory holds (T2; multi-query associative recall, Arora et al. 2024, section
+    3).
     """
 
     def _iter_segments(
@@ -135,9 +126,6 @@ class Overwrite(KeyValueTask):
         num_overwrites: Number of times that a key gets a new value, each in another segment.
         spread: Number of segments with content, including the first.
         query_first: If True, ask for the first value, else for the newest.
-
-    Raises:
-        MemtxError: The pairs or the overwrites do not fit.
     """
 
     num_overwrites: int = 1

@@ -23,7 +23,7 @@ class StateTracking(SyntheticTask):
     """Tokens: a query for each position, the elements that answer, a swap for each two positions, noise.
 
     Segment 0 begins with the initial state, a pair of query and answer for each position. A segment with queries has
-    one for each position, after its swaps. With two elements the task is parity.
+    one for each position, after its swaps. With two elements the task is parity. Raises MemtxError if they do not fit.
 
     The initial state is random, so without it every answer is equally likely, however few swaps there were. Each swap
     takes place at random: a known number of swaps would give away the permutation's sign, which for two elements is the
@@ -34,9 +34,6 @@ class StateTracking(SyntheticTask):
     Attributes:
         num_elements: Number of elements.
         max_swaps: Maximum swaps of a segment; a quarter of them on average.
-
-    Raises:
-        MemtxError: The swaps and queries do not fit.
     """
 
     num_elements: int = 5
@@ -45,9 +42,8 @@ class StateTracking(SyntheticTask):
     def __post_init__(self) -> None:
         self._check_sizes(max_swaps=self.max_swaps)
         if self.num_elements < 2:
-            raise MemtxError(
-                f"num_elements is {self.num_elements}, expected at least 2.", "Give at least 2 elements to swap."
-            )
+            message = f"num_elements is {self.num_elements}, expected at least 2."
+            raise MemtxError(message, "Give at least 2 elements to swap.")
         if self.max_swaps + 2 * self.num_elements > self.segment_length:
             raise MemtxError(
                 f"{self.max_swaps} swaps after {self.num_elements} pairs do not fit into segment_length "
@@ -78,11 +74,8 @@ class StateTracking(SyntheticTask):
         swap_prob = torch.rand(batch_size, 1, generator=generator) / 2
         for index in range(num_segments):
             tokens, labels = self._noise_segment(batch_size, generator)
-            swaps_start, swaps_stop = (
-                (2 * count, self.segment_length) if index == 0 else (0, self.segment_length - count)
-            )
-            positions = sample_distinct(batch_size, swaps_stop - swaps_start, self.max_swaps, generator).sort(1).values
-            positions += swaps_start
+            start, stop = (2 * count, self.segment_length) if index == 0 else (0, self.segment_length - count)
+            positions = start + sample_distinct(batch_size, stop - start, self.max_swaps, generator).sort(1).values
             if index == 0:
                 tokens[:, 0 : 2 * count : 2] = torch.arange(count)
                 tokens[:, 1 : 2 * count : 2] = count + state
@@ -92,8 +85,8 @@ class StateTracking(SyntheticTask):
             state = self._apply_swaps(state, swaps, mask)
             if index > 0 and (query_mode == "later" or index == num_segments - 1):
                 queries = torch.rand(batch_size, count, generator=generator).argsort(1)
-                tokens[:, swaps_stop:] = queries
-                labels[:, swaps_stop:] = count + state.gather(1, queries)
+                tokens[:, stop:] = queries
+                labels[:, stop:] = count + state.gather(1, queries)
             yield tokens, labels
 
     def _apply_swaps(self, state: Tensor, swap_indices: Tensor, mask: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""A task for a model: examples encoded as token windows, and logits decoded as predictions.
+"""Base of tasks: examples encoded as token windows, and logits decoded as predictions.
 
-Each task type (classification, tagging, question answering) decides how its examples are laid out in a window, which
-tokens are global (Longformer, Beltagy et al. 2020, section 3.1), and how the model's logits are read.
+Each task sets which tokens are global (Longformer, Beltagy et al. 2020, section 3.1).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,58 +18,36 @@ from memtx.data.batch import IGNORE_INDEX
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
 from memtx.errors import DataError, closest_match
 
-FORMAT = "memtx.task"
-FORMAT_VERSION = 2
+FORMAT, FORMAT_VERSION = "memtx.task", 2
 
 IntArray = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
-NO_TARGET = np.array([IGNORE_INDEX], dtype=np.int64)
-"""Target of an example without a label."""
+NO_TARGET = np.array([IGNORE_INDEX], dtype=np.int64)  # of an example without a label
 
 _TASKS_BY_KIND: dict[str, type[Task]] = {}
 
 
+@dataclass(eq=False)
 class EncodedExample:
-    """A window: an example, or a part of one that is longer than the model's input.
+    """A window: an example, or a part of one that is longer than the model's input."""
 
-    No dataclass, because Lightning looks into those for tensors.
-
-    Attributes:
-        ids: ``(length,)`` tokens with special tokens.
-        token_type_ids: ``(length,)`` 0 for the first text and 1 for the second.
-        global_attention_mask: ``(length,)`` bool, True for global tokens.
-        input_start: Index in the window of the first token of the part.
-        text_start: Index in the text that may be split of that token.
-        text_stop: Index in the text after the part's last token.
-        target: Labels to learn; meaningless if the example has none.
-    """
-
-    def __init__(
-        self,
-        ids: IntArray,
-        token_type_ids: IntArray,
-        global_attention_mask: NDArray[np.bool_],
-        input_start: int,
-        text_start: int,
-        text_stop: int,
-        target: IntArray | None = None,
-    ) -> None:
-        self.ids, self.token_type_ids, self.global_attention_mask = ids, token_type_ids, global_attention_mask
-        self.input_start, self.text_start, self.text_stop = input_start, text_start, text_stop
-        self.target = target
+    ids: IntArray  # (length,) tokens with special tokens
+    token_type_ids: IntArray  # (length,) 0 for the first text and 1 for the second
+    global_attention_mask: NDArray[np.bool_]  # (length,) True for global tokens
+    input_start: int  # index in the window of the first token of the part
+    text_start: int  # index of that token in the text that may be split
+    text_stop: int  # index in that text after the part's last token
+    target: IntArray | None = None  # labels to learn; meaningless if the example has none
 
 
 class Task(ABC):
-    """Base of all tasks.
+    """Base of all tasks. Raises DataError if a number is out of range, or labels repeat.
 
     Args:
         labels: Labels in order. None takes those of the training examples.
         max_length: Maximum tokens of a window, with special tokens.
         stride: Tokens from the start of one window to the next in a longer text. None rejects a longer text.
-
-    Raises:
-        DataError: A number is out of range, or labels repeat.
     """
 
     kind: ClassVar[str]
@@ -84,9 +62,8 @@ class Task(ABC):
 
     def __init__(self, labels: Sequence[str] | None = None, max_length: int = 512, stride: int | None = None) -> None:
         if max_length < 8:
-            raise DataError(
-                f"max_length is {max_length}, expected at least 8 tokens.", "Change --data.task.max_length."
-            )
+            message = f"max_length is {max_length}, expected at least 8 tokens."
+            raise DataError(message, "Change --data.task.max_length.")
         if stride is not None and not 1 <= stride < max_length:
             raise DataError(f"stride is {stride}, expected 1 to {max_length - 1}.", "Change --data.task.stride.")
         self.labels = tuple(labels or ())
@@ -100,11 +77,7 @@ class Task(ABC):
 
     @abstractmethod
     def from_text(self, text: str) -> Any:
-        """Return a raw text as an example without a label.
-
-        Raises:
-            DataError: The task needs more than one text.
-        """
+        """Return a raw text as an example without a label; raises DataError if the task needs more than one text."""
 
     @abstractmethod
     def get_texts(self, example: Any) -> tuple[str, ...]:
@@ -125,51 +98,35 @@ class Task(ABC):
             self.labels = tuple(sorted({label for example in examples for label in self.get_labels(example)}))
 
     def label_to_id(self, label: str) -> int:
-        """Return the index of a label.
-
-        Raises:
-            DataError: There is no such label.
-        """
+        """Return the index of a label; raises DataError if there is no such label."""
         try:
             return self.labels.index(label)
         except ValueError:
-            known = ", ".join(self.labels[:20])
-            raise DataError(
-                f"The label '{label}' was never seen in training, known are {known}."
-                f"{closest_match(label, self.labels)}",
-                "Correct it, or train with examples of it.",
-            ) from None
+            known = f"{', '.join(self.labels[:20])}.{closest_match(label, self.labels)}"
+            message = f"The label '{label}' was never seen in training, known are {known}"
+            raise DataError(message, "Correct it, or train with examples of it.") from None
 
     @abstractmethod
     def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:
         """Return the windows of an example.
 
-        Raises:
-            DataError: The example is too long and there is no stride, or a label is unknown.
+        Raises DataError if the example is too long and there is no stride, or a label is unknown.
         """
 
     @abstractmethod
     def postprocess(
         self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
     ) -> dict[str, Any]:
-        """Return the prediction for an example as JSON values.
+        """Return the prediction for an example, with or without a label, as JSON values.
 
-        Args:
-            example: Example with or without a label.
-            encodings: Encodings of its texts.
-            windows: Windows of the example.
-            logits: Logits of each window, ``(num_labels,)`` or ``(length, num_labels)``.
+        ``logits`` holds those of each window, ``(num_labels,)`` or ``(length, num_labels)``.
         """
 
     def split_windows(self, num_tokens: int, num_reserved: int) -> list[tuple[int, int]]:
         """Return the first and last (exclusive) tokens of each window of a text.
 
-        Args:
-            num_tokens: Tokens of the text.
-            num_reserved: Tokens of each window that are not of the text.
-
-        Raises:
-            DataError: The text does not fit and there is no stride, or no token would fit.
+        ``num_reserved`` tokens of a window are not of the text. Raises DataError if the text does not fit and there is
+        no stride, or no token would fit.
         """
         room = self.max_length - num_reserved
         if num_tokens <= room:
@@ -187,8 +144,8 @@ class Task(ABC):
                 "Lower --data.task.stride, or raise --data.task.max_length.",
             )
         # The last window is as long as the others, so the end of a text has context before it.
-        starts = [*range(0, num_tokens - room, self.stride), num_tokens - room]
-        return [(start, start + room) for start in starts]
+        window_starts = [*range(0, num_tokens - room, self.stride), num_tokens - room]
+        return [(start, start + room) for start in window_starts]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the kind and the constructor's arguments as JSON values."""
@@ -203,8 +160,7 @@ def task_to_json(task: Task) -> str:
 def task_from_json(text: str) -> Task:
     """Return the task that :func:`task_to_json` wrote.
 
-    Raises:
-        DataError: The text is no such description, or of a version or kind that this release does not know.
+    Raises DataError if the text is no such description, or of a version or kind that this release does not know.
     """
     # They register their kinds.
     from memtx.data.tasks import classification, question_answering, tagging  # noqa: F401

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -17,69 +18,52 @@ from memtx.errors import CheckpointError
 
 B = TypeVar("B")
 
-SORT_POOL_BATCHES = 50
-"""Number of batches whose windows are sorted by length together, to reduce padding."""
+SORT_POOL_BATCHES = 50  # whose windows are sorted by length together, to reduce padding
 
 
+@dataclass(eq=False)
 class PreparedExample:
-    """An example, the encodings of its texts, and its windows.
+    """An example, the encodings of its texts, and its windows."""
 
-    No dataclass, because Lightning looks into those for tensors.
-    """
-
-    def __init__(self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample]) -> None:
-        self.example, self.encodings, self.windows = example, encodings, windows
+    example: Any
+    encodings: Sequence[Encoding]
+    windows: Sequence[EncodedExample]
 
 
 class BatchExamples:
-    """The examples of a batch and their task, to turn logits into predictions."""
+    """The examples of a batch and their task, to turn logits into predictions.
+
+    No dataclass, because Lightning looks into those for tensors.
+    """
 
     def __init__(self, task: Task, examples: Sequence[PreparedExample]) -> None:
         self.task, self.examples = task, examples
 
     def postprocess(self, logits: Sequence[Logits]) -> list[dict[str, Any]]:
-        """Return one prediction per example.
-
-        Args:
-            logits: Logits of every window, example after example, each ``(num_labels,)`` or ``(length, num_labels)``.
-        """
+        """Return one prediction per example; ``logits`` are those of every window, example after example."""
         predictions, start = [], 0
         for prepared in self.examples:
             stop = start + len(prepared.windows)
-            predictions.append(
-                self.task.postprocess(prepared.example, prepared.encodings, prepared.windows, logits[start:stop])
-            )
+            example, encodings, windows = prepared.example, prepared.encodings, prepared.windows
+            predictions.append(self.task.postprocess(example, encodings, windows, logits[start:stop]))
             start = stop
         return predictions
 
 
 class TaskBatch(NamedTuple):
-    """Windows of a task.
+    """Windows of a task; integers are int64."""
 
-    Attributes:
-        tokens: ``(batch, length)`` int64.
-        attention_mask: ``(batch, length)`` int64, 1 for a token and 0 for padding.
-        token_type_ids: ``(batch, length)`` int64, 1 for tokens of a second text.
-        global_attention_mask: ``(batch, length)`` int64, 1 for global tokens.
-        labels: ``(batch,)`` classes, ``(batch, length)`` tags, or ``(batch, 2)`` first and last position of an answer;
-            ``IGNORE_INDEX`` where there is no label.
-        batch_examples: Whole examples in evaluation; None in training.
-    """
-
-    tokens: Tensor
-    attention_mask: Tensor
-    token_type_ids: Tensor
-    global_attention_mask: Tensor
+    tokens: Tensor  # (batch, length)
+    attention_mask: Tensor  # (batch, length) 1 for a token and 0 for padding
+    token_type_ids: Tensor  # (batch, length) 1 for tokens of a second text
+    global_attention_mask: Tensor  # (batch, length) 1 for global tokens
+    # (batch,) classes, (batch, length) tags, or (batch, 2) first and last position of an answer; IGNORE_INDEX for none
     labels: Tensor
-    batch_examples: BatchExamples | None
+    batch_examples: BatchExamples | None  # whole examples in evaluation; None in training
 
 
 def encode_examples(examples: Sequence[Any], task: Task, tokenizer: HFTokenizer) -> list[PreparedExample]:
-    """Encode examples.
-
-    Raises:
-        DataError: See :meth:`memtx.data.tasks.base.Task.encode`.
-    """
+    """Encode examples; raises as :meth:`memtx.data.tasks.base.Task.encode`."""
     texts = [task.get_texts(example) for example in examples]
     all_encodings = iter(tokenizer.encode_with_offsets([text for example_texts in texts for text in example_texts]))
     prepared = []
@@ -125,16 +109,8 @@ class TrainingBatches(Generic[B]):
     """Endless passes over all windows, windows of similar length together; the position is a few integers.
 
     Resumed with another batch size or world size, what is left of the pass is assigned to these. Windows that do not
-    make a batch for each rank are left out at the end of a pass.
-
-    Args:
-        examples: Training examples.
-        batch_size: Windows of a batch.
-        pad_token_id: Id of padding.
-        seed: Seed of the order.
-        rank: Rank of this process.
-        world_size: Number of processes; each gets the same number of batches.
-        collate_fn: Makes a batch from windows and the padding id.
+    make a batch for each rank are left out at the end of a pass, so each rank gets the same number of batches.
+    ``collate_fn`` makes a batch from windows and the padding id.
     """
 
     def __init__(
@@ -212,22 +188,14 @@ class TrainingBatches(Generic[B]):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to a saved position.
-
-        Raises:
-            CheckpointError: The position is in other data.
-        """
+        """Go to a saved position; raises CheckpointError if it is in other data."""
         saved = {**(current := self.state_dict()), **state_dict}
         for key in ("seed", "num_windows"):
             if saved[key] != current[key]:
-                raise CheckpointError(
-                    f"The checkpoint's data position belongs to {key} {saved[key]}, this run has {current[key]}.",
-                    "Resume with the config saved beside the checkpoint and its data.",
-                )
+                message = f"The checkpoint's data position belongs to {key} {saved[key]}, this run has {current[key]}."
+                raise CheckpointError(message, "Resume with the config saved beside the checkpoint and its data.")
         self.epoch, self.position = int(saved["epoch"]), int(saved["position"])
-        self._assignments = [
-            (batch_size, world_size, num_read) for batch_size, world_size, num_read in saved["assignments"]
-        ]
+        self._assignments = [tuple(assignment) for assignment in saved["assignments"]]
         if (saved["batch_size"], saved["world_size"]) != (self.batch_size, self.world_size):
             self._reassign(saved["batch_size"], saved["world_size"])
 
@@ -248,16 +216,7 @@ def _batches_per_rank(num_windows: int, batch_size: int, world_size: int) -> int
 
 
 class EvaluationBatches(FixedBatches[TaskBatch]):
-    """Every example once, all windows of one example in the same batch.
-
-    Args:
-        examples: Examples to evaluate.
-        task: Task of the examples.
-        batch_size: Windows of a batch; more if one example has more.
-        pad_token_id: Id of padding.
-        rank: Rank of this process.
-        world_size: Number of processes.
-    """
+    """Every example once, all windows of one in the same batch of ``batch_size`` windows, or more if it has more."""
 
     def __init__(
         self,
@@ -270,9 +229,8 @@ class EvaluationBatches(FixedBatches[TaskBatch]):
     ) -> None:
         batches: list[list[PreparedExample]] = []
         room = 0
-        for example in sorted(
-            examples[rank::world_size], key=lambda example: max(len(window.ids) for window in example.windows)
-        ):
+        rank_examples = examples[rank::world_size]
+        for example in sorted(rank_examples, key=lambda example: max(len(window.ids) for window in example.windows)):
             if room < len(example.windows):
                 batches.append([])
                 room = batch_size

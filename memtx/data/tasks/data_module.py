@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
@@ -22,6 +22,7 @@ from memtx.data.tasks.batches import (
     encode_examples,
 )
 from memtx.data.tasks.examples import read_examples, split_path
+from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError
 
 B = TypeVar("B")
@@ -31,15 +32,14 @@ R = TypeVar("R", bound=HasWindows)
 class ExampleDataModule(LightningDataModule, Generic[R, B]):
     """Base of data modules over ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` in a folder.
 
-    Args:
-        root: Folder of the files.
-        batch_size: Windows of a batch on each device. At least 1.
-        seed: Seed of the order of examples.
-        **counts: Further options by name, each at least 1 or None.
-
-    Raises:
-        DataError: A number is out of range.
+    ``**counts`` are further options by name; as ``batch_size``, each must be at least 1 or None, or DataError is
+    raised.
     """
+
+    REQUIRED_TEXTS: ClassVar[tuple[str, ...]] = (
+        "tokenizer",
+    )  # texts of a checkpoint that must be those of this module
+    tokenizer: Tokenizer
 
     def __init__(self, root: str | None, batch_size: int, seed: int, **counts: int | None) -> None:
         super().__init__()
@@ -49,11 +49,22 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         self._batches: TrainingBatches[B] | None = None
         self._restored_position: dict[str, Any] | None = None
 
-    # Implemented by subclasses
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary size; known before any text is read."""
+        return self.tokenizer.vocab_size
 
     @abstractmethod
-    def _encode_split(self, split: str) -> list[R]:
-        """Read and encode a split; raises DataError with file and line."""
+    def _read_split(self, split: str) -> list[tuple[int, Any]]:
+        """Return line numbers and examples; raises DataError with file and line."""
+
+    @abstractmethod
+    def _get_texts(self, example: Any) -> tuple[str, ...]:
+        """Return the texts to train a tokenizer on."""
+
+    @abstractmethod
+    def _encode_example(self, example: Any) -> list[R]:
+        """Encode an example; raises DataError if it cannot be used."""
 
     @abstractmethod
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], B]]:
@@ -67,30 +78,28 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     def _checkpoint_texts(self) -> dict[str, str]:
         """Return what a checkpoint holds beside the position, as texts, fitted to the training examples if needed."""
 
-    # Called by Lightning and by training
-
     def encoded_examples(self, split: str) -> list[R]:
         """Return the encoded examples of a split, read once.
 
-        Raises:
-            DataError: An example cannot be used; names file and line.
+        Raises DataError with the file and line of an example that cannot be used.
         """
         if split not in self._encoded_examples:
-            self._encoded_examples[split] = self._encode_split(split)
+            self._fit_to_training_examples()
+            encoded: list[R] = []
+            for line, example in self._read_split(split):
+                try:
+                    encoded += self._encode_example(example)
+                except DataError as error:
+                    location = f"'{split_path(self.root, split)}', line {line}"
+                    raise DataError(f"{location}: {error.message}", error.hint) from error
+            self._encoded_examples[split] = encoded
         return self._encoded_examples[split]
 
-    def _encode_lines(
-        self, split: str, examples: Sequence[tuple[int, Any]], encode: Callable[[Any], list[R]]
-    ) -> list[R]:
-        """Encode examples with line numbers; errors name file and line."""
-        encoded: list[R] = []
-        for line, example in examples:
-            try:
-                encoded += encode(example)
-            except DataError as error:
-                location = f"'{split_path(self.root, split)}', line {line}"
-                raise DataError(f"{location}: {error.message}", error.hint) from error
-        return encoded
+    def _fit_to_training_examples(self) -> None:
+        """Train the tokenizer on the training examples, if it is not trained."""
+        if not self.tokenizer.is_trained:
+            examples = self._read_split("train")
+            self.tokenizer.train(text for _, example in examples for text in self._get_texts(example))
 
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs; a fit begins at the start of the data unless a checkpoint is restored."""
@@ -129,22 +138,13 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         position = self._batches.state_dict() if self._batches is not None else self._restored_position or {}
         return {**position, **self._checkpoint_texts()}
 
-    def _restore(self, state_dict: dict[str, Any], required: Sequence[str]) -> None:
-        """Restore a checkpoint's position.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-            required: Names of the texts that must equal this module's.
-
-        Raises:
-            CheckpointError: One of them differs.
-        """
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a checkpoint's position; raises CheckpointError if its tokenizer or task is another one."""
+        self._fit_to_training_examples()
         texts = self._checkpoint_texts()
-        if any(state_dict.get(name) != texts[name] for name in required):
-            raise CheckpointError(
-                f"The checkpoint was trained with another {' or '.join(required)}.",
-                "Use the config saved beside the checkpoint and its data.",
-            )
+        if any(state_dict.get(name) != texts[name] for name in self.REQUIRED_TEXTS):
+            message = f"The checkpoint was trained with another {' or '.join(self.REQUIRED_TEXTS)}."
+            raise CheckpointError(message, "Use the config saved beside the checkpoint and its data.")
         self._restored_position = {key: value for key, value in state_dict.items() if key not in texts} or None
         if self._batches is not None and self._restored_position is not None:
             self._batches.load_state_dict(self._restored_position)
@@ -154,7 +154,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
     """Examples of a task in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
 
-    Labels and a trained tokenizer come from the training examples, and are in the checkpoint with the task.
+    Labels and a trained tokenizer come from the training examples, and are in the checkpoint with the task. Raises
+    DataError if a number is out of range.
 
     Args:
         root: Folder of the files.
@@ -164,10 +165,10 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         batch_size: Windows of a batch on each device. At least 1.
         eval_batch_size: Windows of a batch in evaluation. None uses ``batch_size``.
         seed: Seed of the order of examples.
-
-    Raises:
-        DataError: A number is out of range.
     """
+
+    REQUIRED_TEXTS = ("tokenizer", "task")
+    tokenizer: HFTokenizer
 
     def __init__(
         self,
@@ -184,11 +185,6 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         self._examples: dict[str, list[tuple[int, Any]]] = {}
 
     @property
-    def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
-        return self.tokenizer.vocab_size
-
-    @property
     def mask_token_id(self) -> int:
         """Id of a masked token."""
         self._fit_to_training_examples()
@@ -200,28 +196,23 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         self._fit_labels()
         return self.task.num_labels
 
-    def load_examples(self, split: str) -> list[Any]:
-        """Return the examples of a split; raises DataError with file and line."""
+    def _read_split(self, split: str) -> list[tuple[int, Any]]:
         if split not in self._examples:
             self._examples[split] = read_examples(split_path(self.root, split), self.task.parse)
-        return [example for _, example in self._examples[split]]
+        return self._examples[split]
 
-    def _encode_split(self, split: str) -> list[PreparedExample]:
-        self._fit_to_training_examples()
-        self.load_examples(split)
-        return self._encode_lines(
-            split, self._examples[split], lambda example: encode_examples([example], self.task, self.tokenizer)
-        )
+    def _get_texts(self, example: Any) -> tuple[str, ...]:
+        return self.task.get_texts(example)
+
+    def _encode_example(self, example: Any) -> list[PreparedExample]:
+        return encode_examples([example], self.task, self.tokenizer)
 
     def _fit_labels(self) -> None:
         if not self.task.num_labels:
-            self.task.fit_labels(self.load_examples("train"))
+            self.task.fit_labels(example for _, example in self._read_split("train"))
 
     def _fit_to_training_examples(self) -> None:
-        """Learn tokens and labels from the training examples, where there are none yet."""
-        if not self.tokenizer.is_trained:
-            examples = self.load_examples("train")
-            self.tokenizer.train(text for example in examples for text in self.task.get_texts(example))
+        super()._fit_to_training_examples()
         self._fit_labels()
 
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], TaskBatch]]:
@@ -233,12 +224,3 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "task": task_to_json(self.task)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position.
-
-        Raises:
-            CheckpointError: Its tokenizer or task is another one.
-        """
-        self._fit_to_training_examples()
-        self._restore(state_dict, ("tokenizer", "task"))

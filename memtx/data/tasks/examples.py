@@ -1,8 +1,8 @@
 """Examples of tasks: one JSON object a line, checked as it is read; errors name file and line.
 
-The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``,
-``{"tokens", "tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}``, and
-``{"text", "summary"}``. Further fields are ignored.
+The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", "text_b", "label"}``, ``{"tokens",
+"tags"}`` (CoNLL), SQuAD's ``{"id", "title", "context", "question", "answers", "is_impossible"}`` and ``{"text",
+"summary"}``. Further fields are ignored.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from memtx.errors import DataError, closest_match
 
 E = TypeVar("E")
 
-MAX_PREVIEW_LENGTH = 60
-"""Maximum characters of a value in a message."""
-
+MAX_PREVIEW_LENGTH = 60  # characters of a value in a message
 LAYOUT_HINT = "It holds train.jsonl, validation.jsonl and test.jsonl, one JSON object a line."
 
 
@@ -114,9 +112,8 @@ class QuestionExample:
         if impossible and answers:
             raise DataError(f"The question is impossible and has {len(answers)} answers.", "Change one of the two.")
         if not impossible and not answers:
-            raise DataError(
-                "'answers' is empty and 'is_impossible' is not true.", "Give an answer, or set is_impossible to true."
-            )
+            message = "'answers' is empty and 'is_impossible' is not true."
+            raise DataError(message, "Give an answer, or set is_impossible to true.")
         return cls(context, question, answers, example_id, title)
 
 
@@ -136,14 +133,9 @@ class SummaryExample:
 
 @dataclass(frozen=True)
 class SummaryPrompt:
-    """The strings around a text and its summary, in training and generation alike.
+    """The strings around a text and its summary, in training and generation; no summary contains ``stop_sequence``.
 
-    Attributes:
-        prompt: String between text and summary.
-        stop_sequence: String after the summary; no summary contains it.
-
-    Raises:
-        DataError: One of them is empty.
+    Raises DataError if one of them is empty.
     """
 
     prompt: str = "\nSummary: "
@@ -159,15 +151,10 @@ class SummaryPrompt:
         return text + self.prompt
 
     def format_completion(self, summary: str) -> str:
-        """Return the text to generate.
-
-        Raises:
-            DataError: The summary contains the stop sequence.
-        """
+        """Return the text to generate; raises DataError if the summary contains the stop sequence."""
         if self.stop_sequence in summary:
-            raise DataError(
-                f"The summary holds the stop sequence {self.stop_sequence!r}.", "Change --data.stop_sequence."
-            )
+            message = f"The summary holds the stop sequence {self.stop_sequence!r}."
+            raise DataError(message, "Change --data.stop_sequence.")
         return summary + self.stop_sequence
 
 
@@ -176,13 +163,12 @@ def read_examples(
 ) -> list[tuple[int, E]]:
     """Read a file of examples, each with its line number (from 1).
 
+    Raises DataError if the file is missing or empty, or a line is broken; it names file and line.
+
     Args:
         path: File with one JSON object a line, in UTF-8; blank lines are skipped.
         parse: ``parse`` of an example class or a task.
         labelled: If True, every line must have its labels.
-
-    Raises:
-        DataError: The file is missing or empty, or a line is broken; names file and line.
     """
     try:
         with open(path, "rb") as file:
@@ -210,11 +196,7 @@ def iter_examples(
 
 
 def split_path(root: str | None, split: str) -> Path:
-    """Return the file of a split in a folder of examples.
-
-    Raises:
-        DataError: There is no such file.
-    """
+    """Return the file of a split in a folder of examples; raises DataError if there is no such file."""
     if root is None:
         raise DataError("data.root is not set, expected a folder of examples.", LAYOUT_HINT)
     folder = Path(root).expanduser()
@@ -298,8 +280,6 @@ def _parse_answer(value: Any, index: int, context: str) -> Answer:
             "answer_start counts characters from 0.",
         )
     if (actual := context[start : start + len(text)]) != text:
-        raise DataError(
-            f"answers[{index}] is {_preview(text)}, the context has {_preview(actual)} at {start}.",
-            "answer_start counts characters (not bytes) from 0.",
-        )
+        message = f"answers[{index}] is {_preview(text)}, the context has {_preview(actual)} at {start}."
+        raise DataError(message, "answer_start counts characters (not bytes) from 0.")
     return Answer(text, start)

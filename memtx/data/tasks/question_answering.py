@@ -12,24 +12,20 @@ from memtx.data.tasks.base import EncodedExample, IntArray, Logits, Task, build_
 from memtx.data.tasks.examples import QuestionExample
 from memtx.errors import DataError
 
-START, END = 0, 1
-"""Indices of a token's two logits: the answer starts with it, the answer ends with it."""
+START, END = 0, 1  # a token's two logits: the answer starts with it, the answer ends with it
 
 
 class QuestionAnswering(Task):
     """``{"context", "question", "answers", "is_impossible"}``. ``[CLS]`` and the question are global.
 
     The target of a question without an answer, and of a window without the answer, is ``[CLS]`` (Devlin et al. 2019,
-    section 4.3).
+    section 4.3). Raises DataError if a number is out of range.
 
     Args:
         max_length: Maximum tokens of a window, with special tokens and the question.
         stride: Tokens from the start of one window to the next in a longer context. None rejects a longer one.
         max_answer_length: Maximum tokens of an answer.
         answer_threshold: Difference by which the best span's score must exceed that of ``[CLS]``.
-
-    Raises:
-        DataError: A number is out of range.
     """
 
     kind = "questions"
@@ -44,10 +40,8 @@ class QuestionAnswering(Task):
     ) -> None:
         super().__init__((), max_length, stride)
         if max_answer_length < 1:
-            raise DataError(
-                f"max_answer_length is {max_answer_length}, expected at least 1 token.",
-                "Change --data.task.max_answer_length.",
-            )
+            message = f"max_answer_length is {max_answer_length}, expected at least 1 token."
+            raise DataError(message, "Change --data.task.max_answer_length.")
         self.max_answer_length, self.answer_threshold = max_answer_length, answer_threshold
 
     @property
@@ -57,9 +51,8 @@ class QuestionAnswering(Task):
 
     def from_text(self, text: str) -> QuestionExample:
         """Raise DataError: a text alone is no question."""
-        raise DataError(
-            "This model answers a question about a context.", 'Give {"context": ..., "question": ...} as JSON.'
-        )
+        message = "This model answers a question about a context."
+        raise DataError(message, 'Give {"context": ..., "question": ...} as JSON.')
 
     def get_texts(self, example: QuestionExample) -> tuple[str, ...]:
         """Return question and context."""
@@ -128,9 +121,9 @@ def _answer_token_range(example: QuestionExample, context: Encoding) -> tuple[in
     if not example.answers:
         return None
     answer = example.answers[0]
-    starts: IntArray = context.offsets[:, 0]
-    stops: IntArray = context.offsets[:, 1]
-    indices = np.flatnonzero((stops > answer.start) & (starts < answer.start + len(answer.text)))
+    first_characters: IntArray = context.offsets[:, 0]
+    end_characters: IntArray = context.offsets[:, 1]
+    indices = np.flatnonzero((end_characters > answer.start) & (first_characters < answer.start + len(answer.text)))
     return (int(indices[0]), int(indices[-1])) if len(indices) else None
 
 

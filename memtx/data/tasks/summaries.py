@@ -1,8 +1,6 @@
-"""Texts and what follows them, as sequences for a decoder that is trained on the completion alone.
+"""Texts and completions, such as summaries, replies or translations, for a decoder that is trained on the completion.
 
-A sequence is the text, a prompt, the summary and a stop sequence; the trained model is asked with text and prompt, and
-generates up to the stop sequence. The fields are ``{"text", "summary"}``, whatever the completion is: a summary, a
-reply, a translation.
+A sequence is the text, a prompt, the completion and a stop sequence, up to which the trained model generates.
 """
 
 from __future__ import annotations
@@ -25,19 +23,12 @@ from memtx.errors import DataError
 
 @dataclass
 class EncodedSummary:
-    """A text and its summary as tokens.
+    """A text and its summary as tokens."""
 
-    Attributes:
-        ids: ``(length,)`` begin token, text, prompt, summary and stop sequence.
-        summary_start: Index of the summary's first token.
-        num_words: Words of the summary.
-        num_bytes: UTF-8 bytes of the summary with the stop sequence.
-    """
-
-    ids: IntArray
-    summary_start: int
-    num_words: int
-    num_bytes: int
+    ids: IntArray  # (length,) begin token, text, prompt, summary and stop sequence
+    summary_start: int  # index of the summary's first token
+    num_words: int  # of the summary
+    num_bytes: int  # UTF-8 bytes of the summary with the stop sequence
 
     @property
     def windows(self) -> list[EncodedSummary]:
@@ -64,6 +55,8 @@ def collate_summaries(examples: Sequence[EncodedSummary], pad_token_id: int) -> 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     """Texts and summaries in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
 
+    Raises DataError if a number is out of range, or prompt or stop_sequence is empty.
+
     Args:
         root: Folder of the files.
         tokenizer: Tokenizer, such as ``BytePairTokenizer``, which is trained on the training examples. Defaults to
@@ -74,9 +67,6 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         segment_length: Tokens of an example in one call of the model. At least 1.
         max_length: Maximum tokens of an example. None for no limit, since a memory reads texts of any length.
         seed: Seed of the order of examples.
-
-    Raises:
-        DataError: A number is out of range, or prompt or stop_sequence is empty.
     """
 
     def __init__(
@@ -93,40 +83,25 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         super().__init__(root, batch_size, seed, segment_length=segment_length, max_length=max_length)
         self.summary_prompt = SummaryPrompt(prompt, stop_sequence)
         self.segment_length, self.max_length = segment_length, max_length
-        self.tokenizer: Tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
-
-    @property
-    def vocab_size(self) -> int:
-        """Vocabulary size; known before any text is read."""
-        return self.tokenizer.vocab_size
+        self.tokenizer = tokenizer if tokenizer is not None else ByteTokenizer()
 
     def _read_split(self, split: str) -> list[tuple[int, SummaryExample]]:
         return read_examples(split_path(self.root, split), SummaryExample.parse)
 
-    def _encode_split(self, split: str) -> list[EncodedSummary]:
-        self._train_tokenizer()
-        return self._encode_lines(split, self._read_split(split), lambda example: [self._encode_example(example)])
-
-    def _prompt_and_completion(self, example: SummaryExample) -> tuple[str, str]:
+    def _get_texts(self, example: SummaryExample) -> tuple[str, str]:
         prompt = self.summary_prompt.format_prompt(example.text)
         return prompt, self.summary_prompt.format_completion(example.summary or "")
 
-    def _encode_example(self, example: SummaryExample) -> EncodedSummary:
+    def _encode_example(self, example: SummaryExample) -> list[EncodedSummary]:
         assert example.summary is not None
-        prompt, completion = self._prompt_and_completion(example)
+        prompt, completion = self._get_texts(example)
         prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
         ids = np.concatenate([[self.tokenizer.bos_token_id], prompt_ids, completion_ids])
         if self.max_length is not None and len(ids) > self.max_length:
-            raise DataError(
-                f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}.", "Raise --data.max_length."
-            )
+            message = f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}."
+            raise DataError(message, "Raise --data.max_length.")
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
-        return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
-
-    def _train_tokenizer(self) -> None:
-        if not self.tokenizer.is_trained:
-            examples = self._read_split("train")
-            self.tokenizer.train(text for _, example in examples for text in self._prompt_and_completion(example))
+        return [EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)]
 
     def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], Batch]]:
         return self.tokenizer.bos_token_id, collate_summaries
@@ -134,22 +109,13 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
         rank, world_size = rank_and_world_size(self.trainer)
         examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
-        starts = range(0, len(examples), self.batch_size)
+        batch_starts = range(0, len(examples), self.batch_size)
 
         def get_batch(index: int) -> Batch:
-            start = starts[index]
+            start = batch_starts[index]
             return collate_summaries(examples[start : start + self.batch_size], self.tokenizer.bos_token_id)
 
-        return FixedBatches(len(starts), get_batch)
+        return FixedBatches(len(batch_starts), get_batch)
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's position; in evaluation its tokenizer is already this module's.
-
-        Raises:
-            CheckpointError: Its tokenizer is another one.
-        """
-        self._train_tokenizer()
-        self._restore(state_dict, ("tokenizer",))

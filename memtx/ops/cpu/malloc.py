@@ -10,7 +10,7 @@ import ctypes
 import os
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 """Parameters of mallopt(3)."""
 
 _RETAIN_SETTINGS = {_TRIM_THRESHOLD: -1, _MMAP_THRESHOLD: 32 << 20}
@@ -43,3 +43,8 @@ def release_freed_memory() -> bool:
     if done:
         ctypes.CDLL(None).malloc_trim(0)
     return done
+
+
+def limit_arenas(max_arenas: int) -> bool:
+    """Let threads share heaps; return True on success. By default each has one of its own, which keeps freed memory."""
+    return _set_mallopt({_ARENA_MAX: max_arenas})

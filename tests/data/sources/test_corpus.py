@@ -22,13 +22,15 @@ def book_root(root: Path) -> Path:
 
 def test_the_layout_of_pg19(tmp_path: Path) -> None:
     corpus = open_corpus(book_root(tmp_path))
-    assert [one.id for one in corpus.get_split("train")] == ["t0", "t1", "t2"]
-    assert [one.title for one in corpus.get_split("train")] == ["t0", "A Title, with comma", "t2"]
+    assert [document.id for document in corpus.get_split("train")] == ["t0", "t1", "t2"]
+    assert [document.title for document in corpus.get_split("train")] == ["t0", "A Title, with comma", "t2"]
     assert corpus.get_split("test")[1].read() == "Book 1 of test.\r\n"  # newlines as in the file
 
 
 def joined(corpus: Corpus) -> str:
-    return "".join(one.read() for split in ("train", "validation", "test") for one in corpus.split_parts[split])
+    return "".join(
+        document.read() for split in ("train", "validation", "test") for document in corpus.split_parts[split]
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -50,7 +52,7 @@ def test_one_file_is_cut_at_paragraph_ends(tmp_path: Path) -> None:
     assert len(texts[0]) / sum(map(len, texts)) == pytest.approx(0.9, abs=0.01)  # one paragraph is 0.2 %
 
 
-def test_a_folder_deals_whole_documents_by_name(tmp_path: Path) -> None:
+def test_a_folder_assigns_whole_documents_by_id(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / "deep").mkdir(exist_ok=True)
         (tmp_path / "deep" / f"{number}.md").write_text(f"text {number}")
@@ -61,7 +63,7 @@ def test_a_folder_deals_whole_documents_by_name(tmp_path: Path) -> None:
         "validation": 2,
         "test": 2,
     }
-    ids = [one.id for documents in first.split_parts.values() for one in documents]
+    ids = [document.id for documents in first.split_parts.values() for document in documents]
     assert sorted(ids) == sorted(f"deep/{number}.md" for number in range(40))
     assert open_corpus(tmp_path) == first
 
@@ -69,7 +71,7 @@ def test_a_folder_deals_whole_documents_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("root", ["embedded", "embedded+sources"])
 def test_embedded_is_disjoint_and_repeatable(root: str) -> None:
     corpus = open_corpus(root)
-    ids = [one.id for documents in corpus.split_parts.values() for one in documents]
+    ids = [document.id for documents in corpus.split_parts.values() for document in documents]
     assert len(ids) == len(set(ids))
     assert all(corpus.get_split(name) for name in ("train", "validation", "test"))
     assert open_corpus(root) == corpus

@@ -16,13 +16,17 @@ from memtx.errors import DataError
 
 def texts(source: CorpusManifest) -> dict[str, dict[str, str]]:
     """Return all texts by split and name, as a writer would read them."""
-    found: dict[str, dict[str, str]] = {}
+    texts_by_split: dict[str, dict[str, str]] = {}
     for split in source.split_parts:
         for part in source.split_parts[split]:
-            found.setdefault(split, {}).update({one.id: one.read() for one in part.iter_documents()})
+            texts_by_split.setdefault(split, {}).update(
+                {document.id: document.read() for document in part.iter_documents()}
+            )
     for part in source.unsplit_parts:
-        found.setdefault("mixed", {}).update({one.id: one.read() for one in part.iter_documents()})
-    return found
+        texts_by_split.setdefault("mixed", {}).update(
+            {document.id: document.read() for document in part.iter_documents()}
+        )
+    return texts_by_split
 
 
 @pytest.fixture
@@ -34,7 +38,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "books"
 
 
-def test_a_local_folder_is_what_training_makes_of_it(root: Path) -> None:
+def test_a_local_folder_has_the_splits_of_training(root: Path) -> None:
     source = FileSource([str(root)]).scan()
     assert source.split_parts == open_corpus(root).split_parts
     assert source.splits == ("train", "validation", "test")
@@ -51,7 +55,7 @@ def test_the_same_books_from_anywhere(root: Path, tmp_path: Path) -> None:
             packed = tmp_path / "packed" / f"{name}.gz"
             packed.parent.mkdir(parents=True, exist_ok=True)
             packed.write_bytes(gzip.compress(path.read_bytes()))
-    for place in (
+    for path in (
         f"file://{root}",
         "memory://prepared-test",
         str(tmp_path / "books.zip"),
@@ -60,38 +64,40 @@ def test_the_same_books_from_anywhere(root: Path, tmp_path: Path) -> None:
         str(tmp_path / "packed"),
         f"{root}/*/*.txt",
     ):
-        source = FileSource([place]).scan()
-        assert texts(source) == expected, place
-        here = {part.is_process_local for part, _ in source.iter_parts()}
-        assert here == {place.startswith("memory")}, place
+        source = FileSource([path]).scan()
+        assert texts(source) == expected, path
+        is_process_local = {part.is_process_local for part, _ in source.iter_parts()}
+        assert is_process_local == {path.startswith("memory")}, path
     (book,) = [
-        one for one in FileSource([f"file://{root}"]).scan().split_parts["train"] if one.cache_key.startswith("1:")
+        part for part in FileSource([f"file://{root}"]).scan().split_parts["train"] if part.cache_key.startswith("1:")
     ]
     assert next(iter(book.iter_documents())).title == "Moby, a Whale"
 
 
-def test_stated_shares_go_before_the_layout(root: Path) -> None:
+def test_explicit_fractions_override_the_layout(root: Path) -> None:
     source = FileSource([str(root)], validation_fraction=0.2, test_fraction=0).scan()
     assert not source.split_parts
     assert source.split_fractions == {"validation": 0.2, "train": 0.8}
     assert sorted(texts(source)["mixed"]) == ["test/4.txt", "train/1.txt", "train/2.txt", "validation/3.txt"]
 
 
-def test_tables_are_in_the_split_that_their_name_says(tmp_path: Path) -> None:
+def test_table_names_set_the_split(tmp_path: Path) -> None:
     for name in ("train-0.jsonl", "train.1.jsonl", "dev_0.jsonl", "deep/test/0.jsonl", "testing.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     (tmp_path / "README.md").write_text("No text to train on.")
     (tmp_path / ".hidden.jsonl").write_text("no json")
-    found = {split: sorted(own.values()) for split, own in texts(FileSource([str(tmp_path)]).scan()).items()}
-    assert found == {
+    sorted_texts = {
+        split: sorted(split_texts.values()) for split, split_texts in texts(FileSource([str(tmp_path)]).scan()).items()
+    }
+    assert sorted_texts == {
         "train": ["train-0.jsonl", "train.1.jsonl"],
         "validation": ["dev_0.jsonl"],
         "test": ["deep/test/0.jsonl"],
     }
 
 
-def test_several_places_are_one_source(root: Path, tmp_path: Path) -> None:
+def test_several_paths_are_one_source(root: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("More.")
     source = FileSource([str(root / "train"), str(tmp_path / "more.txt")]).scan()
     assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "more.txt"]
@@ -101,15 +107,15 @@ def test_several_places_are_one_source(root: Path, tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    for places, said in (
+    for paths, message in (
         ([], "No source"),
         ([str(tmp_path / "none")], "holds no file"),
         ([str(tmp_path / "none*")], "holds no file"),
         (["nosuch://x"], r"'nosuch://x' could not be listed: ValueError: Protocol not known: nosuch"),
         (["s3://bucket/x"], "could not be listed: ImportError: .*s3fs"),
     ):
-        with pytest.raises(DataError, match=said):
-            FileSource(places).scan()
+        with pytest.raises(DataError, match=message):
+            FileSource(paths).scan()
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(DataError, match=r"holds no text, expected files ending in \.txt"):
         FileSource([f"file://{tmp_path}"]).scan()

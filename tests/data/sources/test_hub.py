@@ -20,25 +20,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "set"
     root.mkdir()
     for number in range(3):
-        rows = [{"text": f"train {number} row {row}", "key": f"{number}.{row}"} for row in range(5)]
-        (root / f"train-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        records = [{"text": f"train {number} row {row}", "key": f"{number}.{row}"} for row in range(5)]
+        (root / f"train-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records))
     (root / "test-0.jsonl").write_text(json.dumps({"text": "one test", "key": "t"}) + "\n")
     return root
 
 
-def test_a_data_set_is_prepared_piece_by_piece(folder: Path, tmp_path: Path) -> None:
+def test_a_dataset_is_tokenized_shard_by_shard(folder: Path, tmp_path: Path) -> None:
     source = HubDataset(str(folder)).scan()
     assert [len(source.split_parts[split]) for split in ("train", "test")] == [3, 1]
     for workers in (1, 2):
-        found = tokenize_corpus(tmp_path / f"out{workers}", source, ByteTokenizer(), num_workers=workers)
-        store = found.open_split("train")
-        said = [bytes(store.document_tokens(place)[1:].astype("u1")).decode() for place in range(len(store))]
-        assert said == [f"train {number} row {row}" for number in range(3) for row in range(5)]
+        corpus = tokenize_corpus(tmp_path / f"out{workers}", source, ByteTokenizer(), num_workers=workers)
+        store = corpus.open_split("train")
+        decoded = [bytes(store.document_tokens(index)[1:].astype("u1")).decode() for index in range(len(store))]
+        assert decoded == [f"train {number} row {row}" for number in range(3) for row in range(5)]
         assert store.ids[6] == f"{folder}/train-1@1"
     assert HubDataset(str(folder), id_column="key").scan().split_parts["train"][0].cache_key
 
 
-def test_training_reads_it_by_its_class_path(folder: Path, tmp_path: Path) -> None:
+def test_training_reads_a_dataset_by_class_path(folder: Path, tmp_path: Path) -> None:
     module = BookDataModule(
         source=HubDataset(str(folder), validation_fraction=0.5, test_fraction=0),
         cache_dir=str(tmp_path / "c"),

@@ -10,14 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.data.sources import tables
-from memtx.data.sources.base import Document, SourcePart
-from memtx.data.sources.remote_files import list_files
+from memtx.data.sources.base import Document, SourcePart, list_files
 from memtx.data.sources.tables import TableColumns
 from memtx.errors import DataError
 
 
 def read(parts: list[SourcePart]) -> list[Document]:
-    return [one for part in parts for one in part.iter_documents()]
+    return [document for part in parts for document in part.iter_documents()]
 
 
 @given(
@@ -36,10 +35,10 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
         patch.setattr(tables, "BLOCK_BYTES", block)
         patch.setattr(tables, "READ_SIZE", chunk)
         parts = tables.json_lines_parts(list_files(str(path))[0], TableColumns()) if raw else []
-        found = read(parts)
-    assert [one.text for one in found] == lines
-    places = [int(one.id.removeprefix("a.jsonl@")) for one in found]
-    assert [json.loads(raw[place:].split(b"\n")[0])["text"] for place in places] == lines
+        documents = read(parts)
+    assert [document.text for document in documents] == lines
+    offsets = [int(document.id.removeprefix("a.jsonl@")) for document in documents]
+    assert [json.loads(raw[offset:].split(b"\n")[0])["text"] for offset in offsets] == lines
     assert sum(part.size for part in parts) == len(raw)
 
 
@@ -47,11 +46,11 @@ def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b", "n": 7}\n{"text": null, "n": 8}\n'))
     parts = tables.json_lines_parts(list_files(str(tmp_path / "a.jsonl.gz"))[0], TableColumns(id="n"))
     assert len(parts) == 1
-    assert [(one.id, one.text) for one in read(parts)] == [("7", "a b"), ("8", "")]
+    assert [(document.id, document.text) for document in read(parts)] == [("7", "a b"), ("8", "")]
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b"{", r"a\.jsonl', byte 14: the line is no JSON"),
         (b"[1]", "byte 14: the line is a list, expected a JSON object"),
@@ -62,13 +61,13 @@ def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
         (b"[" * 100_000, "byte 14: the line is no JSON"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path: Path, line: bytes, said: str) -> None:
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         read(tables.json_lines_parts(list_files(str(tmp_path))[0], TableColumns()))
 
 
-def test_a_line_too_long_to_be_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_that_is_too_long_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables, "MAX_LINE_BYTES", 100)
     monkeypatch.setattr(tables, "READ_SIZE", 10)
     monkeypatch.setattr(tables, "BLOCK_BYTES", 30)
@@ -77,8 +76,8 @@ def test_a_line_too_long_to_be_parsed(tmp_path: Path, monkeypatch: pytest.Monkey
     parts = tables.json_lines_parts(list_files(str(tmp_path))[0], TableColumns())
     with pytest.raises(DataError, match="byte 0: the line has more than 100 bytes"):
         read(parts[:1])
-    # The parts that lie inside the line leave it to the one that it begins in.
-    assert [one.text for one in read(parts[1:])] == ["y"]
+    # Parts inside the line leave it to the part in which it begins.
+    assert [document.text for document in read(parts[1:])] == ["y"]
 
 
 def parquet(path: Path, **columns: Any) -> None:
@@ -86,25 +85,25 @@ def parquet(path: Path, **columns: Any) -> None:
     parquet.write_table(pytest.importorskip("pyarrow").table(columns), path, row_group_size=3)
 
 
-def test_parquet_by_row_groups(tmp_path: Path) -> None:
+def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=[f"text {number}" for number in range(7)] + [None], key=list(range(8)))
-    (place,) = list_files(str(tmp_path))
-    parts = tables.parquet_parts(place, TableColumns())
+    (file,) = list_files(str(tmp_path))
+    parts = tables.parquet_parts(file, TableColumns())
     assert len(parts) == 3
-    assert [(one.id, one.text) for one in read(parts)] == [
+    assert [(document.id, document.text) for document in read(parts)] == [
         *((f"a.parquet@{number}", f"text {number}") for number in range(7)),
         ("a.parquet@7", ""),
     ]
-    assert [one.id for one in read(tables.parquet_parts(place, TableColumns(id="key")))] == [
+    assert [document.id for document in read(tables.parquet_parts(file, TableColumns(id="key")))] == [
         str(number) for number in range(8)
     ]
     with pytest.raises(DataError, match=r"no column 'txt', it has text, key\. Did you mean 'text'.*--text-column"):
-        tables.parquet_parts(place, TableColumns("txt"))
+        tables.parquet_parts(file, TableColumns("txt"))
     with pytest.raises(DataError, match="row 0: 'key' is a int, expected a text"):
-        read(tables.parquet_parts(place, TableColumns("key")))
+        read(tables.parquet_parts(file, TableColumns("key")))
 
 
-def test_damaged_parquet(tmp_path: Path) -> None:
+def test_damaged_parquet_is_reported(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=["some words"] * 100)
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[:-9])

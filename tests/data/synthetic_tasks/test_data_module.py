@@ -1,4 +1,4 @@
-"""Episodes as batches: what they hold, a function of seed and position alone, and that a run goes on exactly."""
+"""Episodes as batches: their content, a function of seed and position alone, and exact resume."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from memtx.errors import CheckpointError, DataError
 TASKS: list[SyntheticTask] = [AssociativeRecall(), Overwrite(), SelectiveCopying(), StateTracking()]
 
 
-def equal(one: Batch, two: Batch) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+def equal(first: Batch, second: Batch) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: type(task).__name__)
@@ -34,7 +34,7 @@ def test_a_batch_is_whole_episodes(task: SyntheticTask) -> None:
     assert batch.document_starts[:, 0].all()
     assert not batch.document_starts[:, 1:].any()
     scored = batch.labels != IGNORE_INDEX
-    # Nothing is asked before all was told, but for a task that goes on telling.
+    # No query comes before the content ends, except in a task with content all along.
     assert not scored[:, : task.num_write_segments * task.segment_length].any()
     assert scored.any(1).all()
     assert torch.equal(batch.num_words, scored.sum(1))
@@ -43,7 +43,7 @@ def test_a_batch_is_whole_episodes(task: SyntheticTask) -> None:
 
 
 @given(st.integers(0, 99), st.integers(0, 11), st.integers(0, 3))
-def test_a_position_is_all_there_is_to_it(seed: int, position: int, rank: int) -> None:
+def test_a_batch_depends_on_seed_and_position_alone(seed: int, position: int, rank: int) -> None:
     task = AssociativeRecall(segment_length=8, num_pairs=2)
     through = SyntheticBatches(task, 2, 3, seed, 4, rank)
     batches = [batch for _ in range(4) for batch in through]
@@ -55,31 +55,31 @@ def test_a_position_is_all_there_is_to_it(seed: int, position: int, rank: int) -
     assert all(equal(*pair) for pair in zip(rest, batches[position:], strict=False))
 
 
-def test_no_two_draws_are_alike() -> None:
+def test_all_batches_differ() -> None:
     task = AssociativeRecall()
     module = SyntheticDataModule(task, batch_size=2, steps_per_epoch=3, eval_steps=2)
-    drawn = [*module.train_dataloader(), *module.val_dataloader(), *module.test_dataloader()]
-    drawn += [
+    batches = [*module.train_dataloader(), *module.val_dataloader(), *module.test_dataloader()]
+    batches += [
         *SyntheticBatches(task, 2, 4, 0, 3, rank=1),
         *SyntheticDataModule(task, batch_size=2, steps_per_epoch=3, seed=1).val_dataloader(),
     ]
-    assert not any(equal(*pair) for pair in itertools.combinations(drawn, 2))
+    assert not any(equal(*pair) for pair in itertools.combinations(batches, 2))
     assert all(equal(*pair) for pair in zip(module.val_dataloader(), module.val_dataloader(), strict=True))
 
 
-def test_a_checkpoint_goes_on_in_the_same_episodes_only() -> None:
+def test_a_checkpoint_resumes_in_the_same_episodes_only() -> None:
     first = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
     walk = iter(first.train_dataloader())
     next(walk)
-    kept = first.state_dict()
-    assert kept["position"] == 1
+    state = first.state_dict()
+    assert state["position"] == 1
     second = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
-    second.load_state_dict(kept)
+    second.load_state_dict(state)
     assert equal(next(iter(second.train_dataloader())), next(walk))
-    # Also where it is loaded after the loader was made.
+    # Also if the state is loaded after the loader was created.
     third = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
     loader = third.train_dataloader()
-    third.load_state_dict(kept)
+    third.load_state_dict(state)
     assert loader.position == 1
     for other in (
         SyntheticDataModule(AssociativeRecall(num_pairs=3), batch_size=2),
@@ -89,15 +89,15 @@ def test_a_checkpoint_goes_on_in_the_same_episodes_only() -> None:
         SyntheticDataModule(SelectiveCopying(), batch_size=2, num_segments=5),
     ):
         with pytest.raises(CheckpointError):
-            other.load_state_dict(kept)
+            other.load_state_dict(state)
 
 
-def test_it_says_what_the_model_is_made_for() -> None:
+def test_the_module_sets_vocabulary_and_segment_length() -> None:
     module = SyntheticDataModule(Overwrite(segment_length=30, num_noise_tokens=9), num_segments=6)
     assert (module.vocab_size, module.segment_length) == (1 + 32 + 32 + 9, 30)
 
 
-def test_numbers_that_cannot_be_are_named() -> None:
+def test_numbers_out_of_range_are_rejected() -> None:
     for wrong in (
         {"batch_size": 0},
         {"num_segments": 1},

@@ -1,4 +1,4 @@
-"""Overwriting, copying and tracking against plain readers of their tokens, and that the answer stands nowhere near."""
+"""Overwriting, copying and tracking against plain readers of their tokens; the answer is far from its query."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ ROWS = 3
 asks = st.sampled_from(["later", "last"])
 
 
-def drawn(task: SyntheticTask, segments: int, seed: int, ask: QueryMode) -> tuple[Tensor, Tensor]:
+def sample_episode(task: SyntheticTask, segments: int, seed: int, ask: QueryMode) -> tuple[Tensor, Tensor]:
     parts = list(task.iter_segments(ROWS, segments, torch.Generator().manual_seed(seed), query_mode=ask))
     tokens, labels = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     assert tokens.shape == labels.shape == (ROWS, segments * task.segment_length)
     assert 0 <= tokens.min() <= tokens.max() < task.vocab_size
-    asking = (labels.view(ROWS, segments, -1) != IGNORE_INDEX).any(-1)
+    has_queries = (labels.view(ROWS, segments, -1) != IGNORE_INDEX).any(-1)
     first = task.num_write_segments if ask == "later" else segments - 1
-    assert asking.tolist() == [[number >= first for number in range(segments)]] * ROWS
+    assert has_queries.tolist() == [[number >= first for number in range(segments)]] * ROWS
     return tokens, labels
 
 
@@ -50,22 +50,24 @@ overwriting = st.integers(1, 4).flatmap(
 
 
 @given(overwriting, st.integers(1, 3), st.integers(0, 99), asks)
-def test_overwritten_values(task: Overwrite, distance: int, seed: int, ask: QueryMode) -> None:
-    tokens, labels = drawn(task, task.num_write_segments + distance, seed, ask)
+def test_queries_ask_for_overwritten_values(task: Overwrite, distance: int, seed: int, ask: QueryMode) -> None:
+    tokens, labels = sample_episode(task, task.num_write_segments + distance, seed, ask)
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
-        told: dict[int, list[int]] = {}
+        values_by_key: dict[int, list[int]] = {}
         for at in range(task.spread * task.segment_length):
             if 1 <= row[at] <= task.num_keys:
                 assert task.num_keys < row[at + 1] <= task.num_keys + task.num_values
-                told.setdefault(row[at], []).append(row[at + 1])
-        assert len(told) == task.num_pairs
-        # Each change is a change, and they are as many as said.
-        assert all(len(values) == 1 + task.num_overwrites for values in told.values())
-        assert all(one != two for values in told.values() for one, two in itertools.pairwise(values))
+                values_by_key.setdefault(row[at], []).append(row[at + 1])
+        assert len(values_by_key) == task.num_pairs
+        # Every overwrite changes the value, and their number is as requested.
+        assert all(len(values) == 1 + task.num_overwrites for values in values_by_key.values())
+        assert all(
+            value != next_value for values in values_by_key.values() for value, next_value in itertools.pairwise(values)
+        )
         for at, answer in enumerate(answers):
             if answer != IGNORE_INDEX:
                 assert row[at - 1] == Overwrite.QUERY_TOKEN
-                assert answer == told[row[at]][0 if task.query_first else -1]
+                assert answer == values_by_key[row[at]][0 if task.query_first else -1]
         assert not any(
             token > task.num_keys and token < task.num_content_tokens
             for token in row[task.spread * task.segment_length :]
@@ -83,15 +85,15 @@ copying = st.builds(
 
 
 @given(copying, st.integers(1, 3), st.integers(0, 99), asks)
-def test_copied_symbols(task: SelectiveCopying, distance: int, seed: int, ask: QueryMode) -> None:
-    tokens, labels = drawn(task, task.num_write_segments + distance, seed, ask)
+def test_queries_ask_for_the_symbols_in_order(task: SelectiveCopying, distance: int, seed: int, ask: QueryMode) -> None:
+    tokens, labels = sample_episode(task, task.num_write_segments + distance, seed, ask)
     border = task.spread * task.segment_length
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
-        kept = [token for token in row[:border] if 1 <= token <= task.num_symbols]
-        assert len(kept) == task.num_copied
+        symbols = [token for token in row[:border] if 1 <= token <= task.num_symbols]
+        assert len(symbols) == task.num_copied
         assert not any(1 <= token <= task.num_symbols for token in row[border:])
-        asked = [(row[at], answer) for at, answer in enumerate(answers) if answer != IGNORE_INDEX]
-        assert asked == [(0, symbol) for symbol in kept] * (len(asked) // task.num_copied)
+        queries = [(row[at], answer) for at, answer in enumerate(answers) if answer != IGNORE_INDEX]
+        assert queries == [(0, symbol) for symbol in symbols] * (len(queries) // task.num_copied)
 
 
 tracking = st.builds(
@@ -104,18 +106,18 @@ tracking = st.builds(
 
 
 @given(tracking, st.integers(1, 4), st.integers(0, 99), asks)
-def test_tracked_elements(task: StateTracking, distance: int, seed: int, ask: QueryMode) -> None:
-    tokens, labels = drawn(task, task.num_write_segments + distance, seed, ask)
+def test_queries_ask_for_the_tracked_elements(task: StateTracking, distance: int, seed: int, ask: QueryMode) -> None:
+    tokens, labels = sample_episode(task, task.num_write_segments + distance, seed, ask)
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
-        told = 2 * task.num_elements
-        assert row[0:told:2] == list(range(task.num_elements))
-        where = [token - task.num_elements for token in row[1:told:2]]
+        state_end = 2 * task.num_elements
+        assert row[0:state_end:2] == list(range(task.num_elements))
+        where = [token - task.num_elements for token in row[1:state_end:2]]
         assert sorted(where) == list(range(task.num_elements))
         exchanges = 0
         for token, answer in zip(row, answers, strict=True):
             if 2 * task.num_elements <= token < task.num_content_tokens:
-                one, two = task.swap_pairs[token - 2 * task.num_elements]
-                where[one], where[two] = where[two], where[one]
+                first, second = task.swap_pairs[token - 2 * task.num_elements]
+                where[first], where[second] = where[second], where[first]
                 exchanges += 1
             if answer != IGNORE_INDEX:
                 assert answer == task.num_elements + where[token]
@@ -125,34 +127,34 @@ def test_tracked_elements(task: StateTracking, distance: int, seed: int, ask: Qu
 @pytest.mark.parametrize("elements", [2, 3, 5])
 @pytest.mark.parametrize("distance", [1, 2])
 def test_tracking_needs_the_first_segment(elements: int, distance: int) -> None:
-    """Who follows every exchange but has not read segment 0 knows nothing: each answer is as likely as any other."""
-    task, rows = StateTracking(num_elements=elements), 4000
-    parts = list(task.iter_segments(rows, 1 + distance, torch.Generator().manual_seed(0), query_mode="last"))
+    """After every exchange but without segment 0, each answer is as likely as any other."""
+    task, batch_size = StateTracking(num_elements=elements), 4000
+    parts = list(task.iter_segments(batch_size, 1 + distance, torch.Generator().manual_seed(0), query_mode="last"))
     tokens, labels = (torch.cat(part, 1)[:, task.segment_length :] for part in zip(*parts, strict=True))
     counts = torch.zeros(elements, elements)
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
         where = list(range(elements))
-        asked = []
+        queries = []
         for token, answer in zip(row, answers, strict=True):
             if 2 * elements <= token < task.num_content_tokens:
-                one, two = task.swap_pairs[token - 2 * elements]
-                where[one], where[two] = where[two], where[one]
+                first, second = task.swap_pairs[token - 2 * elements]
+                where[first], where[second] = where[second], where[first]
             if answer != IGNORE_INDEX:
-                asked.append((where[token], answer - elements))
-        # One question a row, since those of a row depend on each other.
-        counts[asked[0]] += 1
+                queries.append((where[token], answer - elements))
+        # One query per episode, since queries of an episode depend on each other.
+        counts[queries[0]] += 1
     shares = counts / counts.sum(1, keepdim=True)
-    # Five standard deviations of a share among a row's draws.
+    # Five standard deviations of a share.
     spread = (task.chance_accuracy * (1 - task.chance_accuracy) / counts.sum(1, keepdim=True)) ** 0.5
     assert ((shares - task.chance_accuracy).abs() < 5 * spread).all()
 
 
 @given(st.integers(0, 99))
-def test_the_number_of_exchanges_tells_nothing(seed: int) -> None:
+def test_the_number_of_swaps_reveals_nothing(seed: int) -> None:
     """With two elements the answer is their parity, so it must be open."""
-    tokens, _ = drawn(StateTracking(num_elements=2, max_swaps=4), 9, seed, "last")
+    tokens, _ = sample_episode(StateTracking(num_elements=2, max_swaps=4), 9, seed, "last")
     counts = (tokens.view(ROWS, 9, -1) == 4).sum(-1)
-    # 27 fair draws of parity are all alike once in 67 million.
+    # 27 fair draws of parity are all equal once in 67 million.
     assert 0 < (counts % 2).sum() < counts.numel()
 
 
@@ -164,7 +166,7 @@ def test_guessing_is_chance(task: SyntheticTask) -> None:
     )
     scored = labels[labels != IGNORE_INDEX]
     best = scored.bincount().max() / scored.numel()
-    # Five standard deviations of a share, answers of an episode being anything but independent at worst.
+    # Five standard deviations of a share, as if the answers of an episode were fully dependent.
     per_episode = scored.numel() / 2000
     spread = (task.chance_accuracy * (1 - task.chance_accuracy) / scored.numel() * per_episode) ** 0.5
     assert best < task.chance_accuracy + 5 * spread
@@ -181,6 +183,6 @@ def test_guessing_is_chance(task: SyntheticTask) -> None:
         (StateTracking, {"max_swaps": 20}),
     ],
 )
-def test_tasks_that_cannot_be_are_named(kind: Any, options: dict[str, int]) -> None:
+def test_impossible_tasks_are_rejected(kind: Any, options: dict[str, int]) -> None:
     with pytest.raises(MemtxError):
         kind(**options)

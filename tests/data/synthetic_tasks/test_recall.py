@@ -1,4 +1,4 @@
-"""The recall task is honest, seeded and solvable, and its measure counts what it says."""
+"""The recall task is seeded and solvable from its first segment alone, and its accuracy counts answers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ tasks = st.integers(1, 5).flatmap(
 )
 
 
-def drawn(task: AssociativeRecall, segments: int, seed: int, ask: str = "later") -> tuple[Tensor, Tensor]:
+def sample_episode(task: AssociativeRecall, segments: int, seed: int, ask: str = "later") -> tuple[Tensor, Tensor]:
     parts = list(task.iter_segments(3, segments, torch.Generator().manual_seed(seed), query_mode=ask))
     tokens, labels = (torch.cat(part, 1) for part in zip(*parts, strict=True))
     assert tokens.shape == labels.shape == (3, segments * task.segment_length)
@@ -37,32 +37,32 @@ def drawn(task: AssociativeRecall, segments: int, seed: int, ask: str = "later")
 
 
 @given(tasks, st.integers(2, 5), st.integers(0, 99), st.sampled_from(["later", "last"]))
-def test_every_question_has_its_answer_in_the_first_segment_alone(
+def test_every_query_has_its_answer_in_the_first_segment_alone(
     task: AssociativeRecall, segments: int, seed: int, ask: str
 ) -> None:
-    tokens, labels = drawn(task, segments, seed, ask)
+    tokens, labels = sample_episode(task, segments, seed, ask)
     assert 0 <= tokens.min() <= tokens.max() < task.vocab_size
     for row, answers in zip(tokens.tolist(), labels.tolist(), strict=True):
         first = row[: task.segment_length]
         known = {first[at]: first[at + 1] for at in range(task.segment_length) if 1 <= first[at] <= task.num_keys}
         assert len(known) == task.num_pairs
         assert all(task.num_keys < value <= task.num_keys + task.num_values for value in known.values())
-        asked = [at for at, answer in enumerate(answers) if answer != IGNORE_INDEX]
-        asking = segments - 1 if ask == "later" else 1
-        assert len(asked) == task.num_pairs * asking
-        assert min(asked) >= task.segment_length * (segments - asking)
-        assert all(row[at - 1] == 0 and answers[at] == known[row[at]] for at in asked)
-        # Nothing else is a question, a key or a value.
-        rest = [token for at, token in enumerate(row) if at >= task.segment_length and at not in asked]
-        assert sum(token == 0 for token in rest) == len(asked)
+        queries = [at for at, answer in enumerate(answers) if answer != IGNORE_INDEX]
+        query_segments = segments - 1 if ask == "later" else 1
+        assert len(queries) == task.num_pairs * query_segments
+        assert min(queries) >= task.segment_length * (segments - query_segments)
+        assert all(row[at - 1] == 0 and answers[at] == known[row[at]] for at in queries)
+        # All other tokens are noise.
+        rest = [token for at, token in enumerate(row) if at >= task.segment_length and at not in queries]
+        assert sum(token == 0 for token in rest) == len(queries)
         assert not any(1 <= token <= task.num_keys + task.num_values for token in rest)
 
 
 @given(tasks, st.integers(0, 99))
 def test_equal_seeds_give_equal_episodes(task: AssociativeRecall, seed: int) -> None:
-    assert torch.equal(drawn(task, 3, seed)[0], drawn(task, 3, seed)[0])
+    assert torch.equal(sample_episode(task, 3, seed)[0], sample_episode(task, 3, seed)[0])
     many = AssociativeRecall(segment_length=30, num_pairs=3, num_keys=30, num_values=30, num_noise_tokens=30)
-    assert not torch.equal(drawn(many, 3, seed)[0], drawn(many, 3, seed + 1)[0])
+    assert not torch.equal(sample_episode(many, 3, seed)[0], sample_episode(many, 3, seed + 1)[0])
 
 
 @dataclass
@@ -118,7 +118,7 @@ def test_a_long_distance_is_read_in_calls_of_bounded_length() -> None:
     assert reader.calls == [256, 256, 7 * 8]
 
 
-def test_tasks_that_cannot_be_are_named() -> None:
+def test_impossible_tasks_are_rejected() -> None:
     for sizes in ({"num_pairs": 0}, {"num_pairs": 13}, {"num_keys": 3}, {"num_values": 0}, {"num_noise_tokens": 0}):
         with pytest.raises(MemtxError):
             AssociativeRecall(**sizes)

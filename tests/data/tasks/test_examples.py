@@ -32,12 +32,12 @@ def test_every_line_is_an_example_with_its_number(kind: str, tmp_path: Path) -> 
     lines = records(kind)
     path = write_lines(tmp_path / "a.jsonl", lines)
     path.write_text(path.read_text().replace("\n", "\n\n", 1))  # A blank line counts as a line.
-    found = read_examples(path, KINDS[kind].parse)
-    assert [number for number, _ in found] == [1, *range(3, len(lines) + 2)]
+    examples = read_examples(path, KINDS[kind].parse)
+    assert [number for number, _ in examples] == [1, *range(3, len(lines) + 2)]
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ('{"text": "a", "label": "b"', "line 2: Not JSON"),
         ("[1]", "line 2: A list, expected a JSON object"),
@@ -50,17 +50,17 @@ def test_every_line_is_an_example_with_its_number(kind: str, tmp_path: Path) -> 
         ("[" * 100_000, "line 2: Not JSON"),
     ],
 )
-def test_a_broken_line_is_named_by_file_and_number(line: str, said: str, tmp_path: Path) -> None:
+def test_a_broken_line_is_named_by_file_and_number(line: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a", "label": "b"}\n' + line.encode("utf-8", "surrogateescape") + b"\n")
     with pytest.raises(DataError) as raised:
         read_examples(path, TextExample.parse)
-    assert f"'{path}', {said}" in str(raised.value)
+    assert f"'{path}', {message}" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         ({"text": "night", "answer_start": 30}, "outside its context"),
         ({"text": "night", "answer_start": -1}, "outside its context"),
@@ -70,13 +70,13 @@ def test_a_broken_line_is_named_by_file_and_number(line: str, said: str, tmp_pat
         ("night", "expected text and answer_start"),
     ],
 )
-def test_an_answer_must_be_in_its_context(answer: Any, said: str) -> None:
+def test_an_answer_must_be_in_its_context(answer: Any, message: str) -> None:
     record = {"context": "It was a dark night.", "question": "What was?", "answers": [answer], "is_impossible": False}
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         QuestionExample.parse(record)
 
 
-def test_whether_there_is_an_answer_is_said_once() -> None:
+def test_answers_and_is_impossible_must_agree() -> None:
     record: dict[str, Any] = {"context": "a", "question": "b", "answers": [], "is_impossible": False}
     with pytest.raises(DataError, match="'is_impossible' is not true"):
         QuestionExample.parse(record)
@@ -86,7 +86,7 @@ def test_whether_there_is_an_answer_is_said_once() -> None:
     assert QuestionExample.parse({"context": "a", "question": "b"}, False).answers is None
 
 
-def test_labels_may_be_missing_where_they_are_to_be_found() -> None:
+def test_labels_may_be_missing_in_prediction() -> None:
     assert TextExample.parse({"text": "a"}, False) == TextExample("a")
     assert SummaryExample.parse({"text": "a"}, False) == SummaryExample("a")
     assert TaggedExample.parse({"tokens": ["a"]}, False) == TaggedExample(("a",))
@@ -95,7 +95,7 @@ def test_labels_may_be_missing_where_they_are_to_be_found() -> None:
     assert TextExample.parse({"text": "a", "label": 3}).label == "3"
 
 
-def test_missing_and_empty_files_are_said(tmp_path: Path) -> None:
+def test_missing_and_empty_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_examples(tmp_path / "no.jsonl", TextExample.parse)
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -111,13 +111,13 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(FIELDS), VALUES), st.sampled_from(list(KINDS)), st.booleans())
-def test_whatever_stands_there_is_an_example_or_a_clear_error(record: Any, kind: str, labelled: bool) -> None:
+def test_any_record_is_an_example_or_a_clear_error(record: Any, kind: str, labelled: bool) -> None:
     try:
-        made = KINDS[kind].parse(json.loads(json.dumps(record)), labelled)
+        example = KINDS[kind].parse(json.loads(json.dumps(record)), labelled)
     except DataError as error:
-        said = error
+        refusal = error
     else:
-        assert isinstance(made, KINDS[kind])
+        assert isinstance(example, KINDS[kind])
         return
-    assert said.message
-    assert said.hint
+    assert refusal.message
+    assert refusal.hint

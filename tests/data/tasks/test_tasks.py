@@ -1,4 +1,4 @@
-"""How examples become rows, and scores answers."""
+"""Examples become windows and batches, and logits become predictions."""
 
 from __future__ import annotations
 
@@ -23,47 +23,47 @@ SHORT = {"classification": 12, "tagging": 12, "matching": 22, "questions": 22}
 """Tokens into which the examples do not fit."""
 
 
-def made(kind: str, count: int = 12, **options: Any) -> list[Any]:
-    own = task(kind, **options)
-    return encode_examples([own.parse(record) for record in records(kind, count)], own, OWN)
+def encoded_examples(kind: str, count: int = 12, **options: Any) -> list[Any]:
+    a_task = task(kind, **options)
+    return encode_examples([a_task.parse(record) for record in records(kind, count)], a_task, OWN)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_that_are_the_targets_give_the_labels_back(kind: str) -> None:
-    for longest, stride in ((64, None), (SHORT[kind], 4)):
-        own = task(kind, longest, stride)
-        for one in made(kind, max_length=longest, stride=stride):
+def test_logits_equal_to_the_targets_give_the_labels(kind: str) -> None:
+    for max_length, stride in ((64, None), (SHORT[kind], 4)):
+        a_task = task(kind, max_length, stride)
+        for prepared in encoded_examples(kind, max_length=max_length, stride=stride):
             scores = []
-            for window in one.windows:
+            for window in prepared.windows:
                 if kind in ("classification", "matching"):
-                    scores.append(np.eye(own.num_labels, dtype=np.float32)[window.target[0]])
+                    scores.append(np.eye(a_task.num_labels, dtype=np.float32)[window.target[0]])
                     continue
-                row = np.zeros((len(window.ids), own.num_labels), dtype=np.float32)
+                row = np.zeros((len(window.ids), a_task.num_labels), dtype=np.float32)
                 if kind == "tagging":
-                    for place, target in enumerate(window.target):
-                        row[place, max(target, 0)] = 1
+                    for index, target in enumerate(window.target):
+                        row[index, max(target, 0)] = 1
                 else:
                     for which in (0, 1):
                         row[window.target[which], which] = 1
                 scores.append(row)
-            said = own.postprocess(one.example, one.encodings, one.windows, scores)
+            prediction = a_task.postprocess(prepared.example, prepared.encodings, prepared.windows, scores)
             if kind == "tagging":
-                assert said["tags"] == list(one.example.tags)
+                assert prediction["tags"] == list(prepared.example.tags)
             elif kind == "questions":
-                wanted = one.example.answers[0].text if one.example.answers else ""
-                assert (said["answer"], said["is_impossible"]) == (wanted, not wanted)
+                answer = prepared.example.answers[0].text if prepared.example.answers else ""
+                assert (prediction["answer"], prediction["is_impossible"]) == (answer, not answer)
             else:
-                assert said["label"] == one.example.label
-                assert sum(said["scores"].values()) == pytest.approx(1, abs=1e-4)  # rounded to six places each
+                assert prediction["label"] == prepared.example.label
+                assert sum(prediction["scores"].values()) == pytest.approx(1, abs=1e-4)  # rounded to six places each
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_cover_the_text_and_overlap(kind: str) -> None:
-    for one in made(kind, max_length=SHORT[kind], stride=4):
-        text = one.encodings[1 if kind == "questions" else 0]
-        assert len(one.windows) > 1
+    for prepared in encoded_examples(kind, max_length=SHORT[kind], stride=4):
+        text = prepared.encodings[1 if kind == "questions" else 0]
+        assert len(prepared.windows) > 1
         seen = np.zeros(len(text), dtype=int)
-        for window in one.windows:
+        for window in prepared.windows:
             assert len(window.ids) <= SHORT[kind]
             seen[window.text_start : window.text_stop] += 1
             part = window.ids[window.input_start : window.input_start + window.text_stop - window.text_start]
@@ -73,44 +73,49 @@ def test_windows_cover_the_text_and_overlap(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_longer_text_is_refused_with_the_cure(kind: str) -> None:
+def test_a_text_that_is_too_long_is_rejected_with_a_hint(kind: str) -> None:
     with pytest.raises(DataError, match=r"fit into what the model reads at once \(14\).*stride"):
-        made(kind, max_length=14)
+        encoded_examples(kind, max_length=14)
 
 
-def test_global_tokens_are_the_tasks() -> None:
-    for one in made("classification") + made("matching"):
-        assert one.windows[0].global_attention_mask.nonzero()[0].tolist() == [0]
-    for one in made("questions"):
-        window = one.windows[0]
-        assert window.global_attention_mask.nonzero()[0].tolist() == list(range(len(one.encodings[0]) + 2))
+def test_each_task_sets_its_global_tokens() -> None:
+    for prepared in encoded_examples("classification") + encoded_examples("matching"):
+        assert prepared.windows[0].global_attention_mask.nonzero()[0].tolist() == [0]
+    for prepared in encoded_examples("questions"):
+        window = prepared.windows[0]
+        assert window.global_attention_mask.nonzero()[0].tolist() == list(range(len(prepared.encodings[0]) + 2))
         assert window.token_type_ids.tolist() == [0] * window.input_start + [1] * (len(window.ids) - window.input_start)
-    assert not any(one.windows[0].global_attention_mask.any() for one in made("tagging"))
+    assert not any(prepared.windows[0].global_attention_mask.any() for prepared in encoded_examples("tagging"))
 
 
-def test_an_unknown_label_is_said() -> None:
-    own = task("classification")
+def test_an_unknown_label_is_reported() -> None:
+    a_task = task("classification")
     with pytest.raises(DataError, match=r"'poz' was never seen in training, known are neg, pos. Did you mean 'pos'"):
-        encode_examples([own.parse({"text": "a", "label": "poz"})], own, OWN)
+        encode_examples([a_task.parse({"text": "a", "label": "poz"})], a_task, OWN)
     tags = Tagging(["O", "B-X"])
     with pytest.raises(DataError, match="'B-Y' was never seen"):
         encode_examples([TaggedExample(("a",), ("B-Y",))], tags, OWN)
 
 
 def test_a_word_without_tokens_has_a_tag_too() -> None:
-    own = Tagging(["B-X", "O"])
+    a_task = Tagging(["B-X", "O"])
     example = TaggedExample(("whale", "\x00", "\u200b", "sea"), ("B-X", "O", "O", "B-X"))
-    (one,) = encode_examples([example], own, OWN)
-    scores = [np.zeros((len(window.ids), 2), dtype=np.float32) for window in one.windows]
-    assert own.postprocess(example, one.encodings, one.windows, scores)["tags"][0] == "B-X"
-    assert len(own.postprocess(example, one.encodings, one.windows, scores)["tags"]) == 4
+    (prepared,) = encode_examples([example], a_task, OWN)
+    scores = [np.zeros((len(window.ids), 2), dtype=np.float32) for window in prepared.windows]
+    assert a_task.postprocess(example, prepared.encodings, prepared.windows, scores)["tags"][0] == "B-X"
+    assert len(a_task.postprocess(example, prepared.encodings, prepared.windows, scores)["tags"]) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_task_comes_back_from_json(kind: str) -> None:
-    own = task(kind, 32, 8)
-    assert task_from_json(task_to_json(own)).to_dict() == own.to_dict()
-    for text in ("", "[]", '{"format": "memtx.task", "version": 2, "kind": "x"}', task_to_json(own).replace("2", "3")):
+    a_task = task(kind, 32, 8)
+    assert task_from_json(task_to_json(a_task)).to_dict() == a_task.to_dict()
+    for text in (
+        "",
+        "[]",
+        '{"format": "memtx.task", "version": 2, "kind": "x"}',
+        task_to_json(a_task).replace("2", "3"),
+    ):
         with pytest.raises(DataError):
             task_from_json(text)
 
@@ -127,39 +132,39 @@ def test_spans_follow_seqeval() -> None:
         ("O O", []),
         ("B-A-B I-A-B", [("A-B", 0, 2)]),
     ]
-    for tags, wanted in cases:
-        assert extract_spans(tags.split()) == wanted, tags
+    for tags, expected in cases:
+        assert extract_spans(tags.split()) == expected, tags
 
 
 @given(st.lists(st.sampled_from(["O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B"]), max_size=12))
-def test_spans_equal_seqevals_own(tags: list[str]) -> None:
+def test_spans_equal_those_of_seqeval(tags: list[str]) -> None:
     labeling = pytest.importorskip("seqeval.metrics.sequence_labeling", reason="the package 'seqeval' is not installed")
     assert extract_spans(tags) == [(kind, start, stop + 1) for kind, start, stop in labeling.get_entities(tags)]
 
 
-def test_words_of_a_raw_text() -> None:
+def test_a_raw_text_is_split_into_words() -> None:
     text = "Boeing Co. won't sell Tulsa's 747-400 unit (yet)."
     assert [text[start:stop] for start, stop in find_words(text)] == [
         "Boeing", "Co", ".", "wo", "n't", "sell", "Tulsa", "'s", "747-400", "unit", "(", "yet", ")", "."
     ]  # fmt: skip
 
 
-def test_a_pass_holds_every_row_once_and_the_next_another_order() -> None:
-    examples = made("classification", 21)
+def test_a_pass_holds_every_window_once_and_the_next_has_another_order() -> None:
+    examples = encoded_examples("classification", 21)
     batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
     passes = [[batch.tokens for batch in batches] for _ in range(2)]
-    for rows in passes:
-        assert len(rows) == len(batches) == 6
-        assert sum(len(part) for part in rows) == 21
-        texts = sorted(tuple(row[row != OWN.pad_token_id].tolist()) for part in rows for row in part)
-        assert texts == sorted(tuple(one.windows[0].ids.tolist()) for one in examples)
+    for batches_of_ids in passes:
+        assert len(batches_of_ids) == len(batches) == 6
+        assert sum(len(part) for part in batches_of_ids) == 21
+        texts = sorted(tuple(row[row != OWN.pad_token_id].tolist()) for part in batches_of_ids for row in part)
+        assert texts == sorted(tuple(example.windows[0].ids.tolist()) for example in examples)
     assert any(a.shape != b.shape or (a != b).any() for a, b in zip(*passes, strict=True))
 
 
-def test_a_position_is_gone_on_from() -> None:
-    examples = made("tagging", 21)
-    whole = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
-    wanted = [batch.tokens.tolist() for _ in range(3) for batch in whole]
+def test_training_resumes_at_a_position() -> None:
+    examples = encoded_examples("tagging", 21)
+    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+    expected = [batch.tokens.tolist() for _ in range(3) for batch in batches]
     for stop in (0, 1, 5, 6, 7, 13):
         first, taken = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate), []
         while len(taken) < stop:
@@ -169,23 +174,23 @@ def test_a_position_is_gone_on_from() -> None:
                     break
         second = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
         second.load_state_dict(first.state_dict())
-        while len(taken) < len(wanted):
+        while len(taken) < len(expected):
             taken += [batch.tokens.tolist() for batch in second]
-        assert taken == wanted
+        assert taken == expected
     with pytest.raises(CheckpointError, match="belongs to seed 4"):
         second.load_state_dict(first.state_dict() | {"seed": 4})
 
 
-def test_ranks_share_the_rows() -> None:
-    examples = made("classification", 21)
+def test_ranks_share_the_windows() -> None:
+    examples = encoded_examples("classification", 21)
     for world in (2, 5):
         parts = [
             TrainingBatches(examples, 2, OWN.pad_token_id, 0, rank, world, collate_fn=collate) for rank in range(world)
         ]
         counts = {len(list(part)) for part in parts}
         assert counts == {len(parts[0])}
-    seen = [one for rank in range(2) for batch in EvaluationBatches(examples, task("classification"), 4, 0, rank, 2)
-            for one in batch.batch_examples.examples]  # fmt: skip
+    seen = [example for rank in range(2) for batch in EvaluationBatches(examples, task("classification"), 4, 0, rank, 2)
+            for example in batch.batch_examples.examples]  # fmt: skip
     assert len(seen) == 21
 
 
@@ -194,22 +199,28 @@ def test_ranks_share_the_rows() -> None:
     st.integers(1, 40),
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 6)), min_size=1, max_size=4),
 )
-def test_what_is_left_of_a_pass_is_dealt_to_other_ranks(count: int, stages: list[tuple[int, int, int]]) -> None:
-    numbered = [SimpleNamespace(windows=[SimpleNamespace(ids=[place] * (1 + place % 5))]) for place in range(count)]
+def test_the_rest_of_a_pass_is_assigned_to_other_ranks(count: int, stages: list[tuple[int, int, int]]) -> None:
+    numbered = [SimpleNamespace(windows=[SimpleNamespace(ids=[index] * (1 + index % 5))]) for index in range(count)]
     seen: list[int] = []
     state: dict[str, Any] = {}
-    rows = ranks = 1
-    for rows, ranks, steps in [*stages, (*stages[-1][:2], count)]:
+    batch_size = ranks = 1
+    for batch_size, ranks, steps in [*stages, (*stages[-1][:2], count)]:
         parts: list[Any] = [
             TrainingBatches(
-                numbered, rows, 0, 3, rank, ranks, collate_fn=lambda chosen, _: [one.ids[0] for one in chosen]
+                numbered,
+                batch_size,
+                0,
+                3,
+                rank,
+                ranks,
+                collate_fn=lambda chosen, _: [window.ids[0] for window in chosen],
             )
             for rank in range(ranks)
         ]
         for part in parts if state else ():
             part.load_state_dict(state)
-        if count < rows * ranks:
-            return  # A batch for each rank there is not: all have one.
+        if count < batch_size * ranks:
+            return  # Fewer batches than ranks: every rank has one.
         left = [len(part) - part.position for part in parts]
         assert len(set(left)) == 1
         read = min(steps, left[0])
@@ -222,11 +233,11 @@ def test_what_is_left_of_a_pass_is_dealt_to_other_ranks(count: int, stages: list
         if read == left[0]:
             break
     assert len(set(seen)) == len(seen)
-    # What makes no batch for every rank.
-    assert count - len(seen) <= (ranks - 1) * rows
+    # Windows that do not make a batch for every rank are left out.
+    assert count - len(seen) <= (ranks - 1) * batch_size
 
 
-def test_labels_are_ignored_where_nothing_is_to_be_learned() -> None:
-    for batch in EvaluationBatches(made("tagging"), task("tagging"), 4, OWN.pad_token_id):
+def test_labels_are_ignored_where_there_is_no_target() -> None:
+    for batch in EvaluationBatches(encoded_examples("tagging"), task("tagging"), 4, OWN.pad_token_id):
         assert (batch.labels[batch.attention_mask == 0] == IGNORE_INDEX).all()
         assert (batch.labels[:, 0] == IGNORE_INDEX).all()

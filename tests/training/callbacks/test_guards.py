@@ -200,9 +200,7 @@ def spiked(
 
 
 @pytest.mark.parametrize("plugin", [None, AsyncAtomicCheckpointIO()])
-def test_a_spike_is_rewound_and_skipped(
-    tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_spike_is_rewound_and_skipped(tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]) -> None:
     at = 2 * NUM_RECENT + 4
     run, _, rise, guard = spiked(tmp_path, "spiked", at, at + 2 * NUM_RECENT, plugin=plugin)
     assert guard.num_rewinds == 1

@@ -1,0 +1,40 @@
+"""README.md: its length, its links, its code, and its commands' files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.readme_memory import README, memory_source
+
+ROOT = README.parent
+PAGES = (README, ROOT / "scripts" / "README.md")
+
+
+def test_the_readme_is_a_front_door() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 160
+    assert len(memory_source().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_named_files_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", text)
+    for path, heading in links:
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE) if heading else []
+        slugs = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in headings}
+        assert not heading or heading in slugs, heading
+    files = re.findall(r"(?:configs|scripts|tests)/[\w./-]*\.(?:yaml|py|sh|md)", text)
+    assert files
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_every_script_has_its_place_on_the_page_of_scripts() -> None:
+    text = PAGES[1].read_text(encoding="utf-8")
+    helpers = {"benchmarking", "corruption", "http_client", "memory_stacks", "peers", "training_runs"}
+    scripts = {path.name for path in (ROOT / "scripts").glob("*.py") if path.stem not in helpers}
+    assert {name for name in scripts if name not in text} == set()
