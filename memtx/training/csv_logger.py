@@ -38,8 +38,8 @@ class _ResumableWriter(ExperimentWriter):
 
     def _truncate_at(self, step: int) -> None:
         # A killed run logged steps after its last checkpoint, which are repeated.
-        rows, self.metrics_keys = self._read_rows()
-        self._write_rows([row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
+        lines, self.metrics_keys = self._read_rows()
+        self._write_rows([row for row in lines if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self._write_rows(self._read_rows()[0])
@@ -48,15 +48,15 @@ class _ResumableWriter(ExperimentWriter):
         """Return the complete rows and their columns; a kill can truncate the last row."""
         with self._fs.open(self.metrics_file_path, "r", newline="") as file:
             reader = csv.DictReader(file)
-            rows = [row for row in reader if None not in row.values()]
-            return rows, sorted(reader.fieldnames or ())
+            lines = [row for row in reader if None not in row.values()]
+            return lines, sorted(reader.fieldnames or ())
 
-    def _write_rows(self, rows: list[dict[str, str]]) -> None:
+    def _write_rows(self, lines: list[dict[str, str]]) -> None:
         """Replace the file atomically."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=self.metrics_keys, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(lines)
         files.write_text(self.metrics_file_path, text.getvalue())
 
 

@@ -186,13 +186,13 @@ class PermutedModule(TokenPredictionModule):
     def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """Sample an order and predict its last tokens."""
         special_token_ids, fraction = (self.bos_token_id(),), self.predict_fraction
-        permuted = objectives.sample_permutation(
+        masked = objectives.sample_permutation(
             batch.tokens, predict_fraction=fraction, special_token_ids=special_token_ids, generator=generator
         )
-        scored = permuted.labels != IGNORE_INDEX
-        logits = self.model(batch.tokens, permutation_rank=permuted.rank, logits_mask=scored).logits
+        scored = masked.labels != IGNORE_INDEX
+        logits = self.model(batch.tokens, permutation_rank=masked.rank, logits_mask=scored).logits
         assert logits is not None
-        return logits, permuted.labels[scored]
+        return logits, masked.labels[scored]
 
 
 class CausalModule(BaseModule):

@@ -20,8 +20,8 @@ from tests.training import runs
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
 
 
-def config(rows: int, **trainer: Any) -> dict[str, Any]:
-    content = changed(("data", "batch_size"), rows)
+def config(batch_size: int, **trainer: Any) -> dict[str, Any]:
+    content = changed(("data", "batch_size"), batch_size)
     content["trainer"] |= {"val_check_interval": 3, "max_steps": 8} | trainer
     content["checkpoint"] = {"every_n_train_steps": 2}
     return content
@@ -44,12 +44,12 @@ def test_gradients_and_metrics_equal_one_process(program: Program, tmp_path: Pat
     for name, options in (("one", ()), ("two", (*TWO, "--data.batch_size", "1"))):
         done = runs.fit(program, at, name, *options, gradients=True)
         assert done.code == 0, done.err
-    one, two = (
+    item, two = (
         files.load_tensors(at / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
         for name in ("one", "two")
     )
-    assert one.keys() == two.keys()
-    for name, gradient in one.items():
+    assert item.keys() == two.keys()
+    for name, gradient in item.items():
         assert float(gradient.abs().max()) > 0, name
         # float32: sums in another order
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
@@ -74,9 +74,9 @@ def test_a_stopped_run_of_two_processes_resumes(program: Program, tmp_path: Path
     assert runs.losses(at, "whole", 0) != runs.losses(at, "whole", 1)
     assert runs.weights(at, "whole", 0) == runs.weights(at, "whole", 1)
     # Each its own memory.
-    kept = read_checkpoint(at / "whole" / "checkpoints" / "last.ckpt")["memtx"]["ranks"]
-    assert len(kept) == 2
-    memories = [torch.cat([tensor.double().flatten() for tensor in rank["carry"].values()]) for rank in kept]
+    saved = read_checkpoint(at / "whole" / "checkpoints" / "last.ckpt")["memtx"]["ranks"]
+    assert len(saved) == 2
+    memories = [torch.cat([tensor.double().flatten() for tensor in rank["carry"].values()]) for rank in saved]
     assert not torch.equal(*memories)
 
 

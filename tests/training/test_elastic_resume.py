@@ -24,20 +24,20 @@ from tests.training.small import Record, data, module, trainer
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
 def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: int) -> None:
-    whole = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
+    full = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
-        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in whole.split(saved)
+        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in full.split(saved)
     ]
     reassigned = [reassign_streams(parts, batch_size, rank) for rank in range(ranks)]
     if not sum(saved):
         assert reassigned == [{}] * ranks
         return
-    together = torch.cat([one["layers[0].hidden"] for one in reassigned])
+    together = torch.cat([item["layers[0].hidden"] for item in reassigned])
     assert len(together) == batch_size * ranks
-    stay = min(len(whole), len(together))
-    assert torch.equal(together[:stay], whole[:stay])
+    stay = min(len(full), len(together))
+    assert torch.equal(together[:stay], full[:stay])
     assert not together[stay:].any()
-    assert torch.equal(together[:, 0], torch.cat([one["position"] for one in reassigned]))
+    assert torch.equal(together[:, 0], torch.cat([item["position"] for item in reassigned]))
 
 
 def test_different_memories_are_rejected() -> None:
@@ -77,10 +77,10 @@ def test_a_run_resumes_with_another_batch_size(
     taught = module(seed=5)
     going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     # To within a batch and an accumulation, which the pass's end rounds to.
-    whole = 8 * (2 * done + batch_size * len(record.losses))
-    assert abs(whole - 2 * total) <= 8 * (2 + batch_size * (2 + accumulate))
+    full = 8 * (2 * done + batch_size * len(record.losses))
+    assert abs(full - 2 * total) <= 8 * (2 + batch_size * (2 + accumulate))
     assert going.current_epoch == 2
-    assert taught.tokens_seen == whole
+    assert taught.tokens_seen == full
     batches = sorted(record.losses)
     assert batches == list(range(batches[0], batches[0] + len(batches)))
 
@@ -90,7 +90,7 @@ def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
     options: dict[str, Any] = {"limit_val_batches": 0}
     trainer(tmp_path, BestCheckpoint(folder), max_steps=3, **options).fit(module(), datamodule=data(tmp_path))
     last = str(tmp_path / "checkpoints" / "last.ckpt")
-    kept = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
+    stored = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
     for batch_size in (1, 4):
         taught = module(seed=5)
         trainer(tmp_path, max_steps=4, **options).fit(
@@ -99,7 +99,7 @@ def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
         position = taught.carry.state_dict("train")["position"]
         assert len(position) == batch_size
         # A batch of 16 tokens more, unless a document ended within it.
-        for row, before in itertools.product(range(min(2, batch_size)), [kept]):
+        for row, before in itertools.product(range(min(2, batch_size)), [stored]):
             assert int(position[row]) == int(before[row]) + 16 or int(position[row]) < 16
         assert (position[2:] <= 16).all()
 

@@ -43,8 +43,8 @@ def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     total: Any = 0.0
     for at in (0, SEGMENT * HORIZON):
         part = slice(at, at + SEGMENT * HORIZON)
-        given = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
-        out = unroll(model, *given, segment_length=SEGMENT, **options)
+        inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
+        out = unroll(model, *inputs, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
     return total
 
@@ -99,43 +99,43 @@ class Step(nn.Module):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return them whole, zero where a parameter took no part."""
-    found = {}
+    result = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return found
+        result[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return result
 
 
 def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
     make, loss = CASES[name]
     torch.manual_seed(0)
-    whole = make().double()
-    for parameter in whole.parameters():
+    full = make().double()
+    for parameter in full.parameters():
         nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * HORIZON))
-    own = tokens[rank : rank + 1]
+    trained_module = tokens[rank : rank + 1]
     for parallel in ("ddp", "fsdp2"):
-        whole.zero_grad()
-        spread = copy.deepcopy(whole)
+        full.zero_grad()
+        spread = copy.deepcopy(full)
         if rank == 1:  # the first process's numbers count
             for parameter in spread.parameters():
                 parameter.data.zero_()
-        loss(whole, tokens).backward()
-        wanted = gradients(whole)
-        assert sum(bool(gradient.abs().max() > 0) for gradient in wanted.values()) > len(wanted) // 2
+        loss(full, tokens).backward()
+        expected = gradients(full)
+        assert sum(bool(gradient.abs().max() > 0) for gradient in expected.values()) > len(expected) // 2
         if parallel == "ddp":
             # Longformer's global projections take no part where no token is global.
             ddp = DistributedDataParallel(Step(spread, loss), find_unused_parameters=name == "encoder")
-            ddp(own).backward()
+            ddp(trained_module).backward()
         else:
             shard_model(spread, mesh, torch.device("cpu"))
-            assert any(isinstance(one, DTensor) for one in spread.parameters())
-            loss(spread, own).backward()
-        found = gradients(spread)
-        assert found.keys() == wanted.keys()
-        for key, gradient in wanted.items():
+            assert any(isinstance(item, DTensor) for item in spread.parameters())
+            loss(spread, trained_module).backward()
+        result = gradients(spread)
+        assert result.keys() == expected.keys()
+        for key, gradient in expected.items():
             # float64: sums in another order
-            torch.testing.assert_close(found[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}")
+            torch.testing.assert_close(result[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}")
 
 
 def process(rank: int, at: str) -> None:
@@ -166,4 +166,4 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_one_process(messages: list[dict[str, str]], name: str) -> None:
-    assert [one[name] for one in messages] == ["", ""]
+    assert [item[name] for item in messages] == ["", ""]

@@ -53,8 +53,8 @@ STACKS: dict[str, Callable[[], Any]] = {
 
 def base(memories: Any, **options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
-    given = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
-    model = MemoryTransformer(40, memories=[memories], **given).double().eval()
+    inputs = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
+    model = MemoryTransformer(40, memories=[memories], **inputs).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from even
@@ -66,22 +66,22 @@ def learned(model: MemoryTransformer, *targets: str, **options: Any) -> dict[str
     adapters = LoRA(RANK, ALPHA, target_modules=targets or ("attention.*", "feed_forward.*"), **options)(model)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for one in adapters.values():
-            one.copy_(torch.randn(one.shape, generator=draw) * 0.2)
+        for item in adapters.values():
+            item.copy_(torch.randn(item.shape, generator=draw) * 0.2)
     return adapters
 
 
 def by_hand(plain: MemoryTransformer, adapters: dict[str, torch.nn.Parameter]) -> MemoryTransformer:
     """Return the model with W + (alpha / rank) B A in the place of every adapted W."""
-    made = copy.deepcopy(plain)
-    own = dict(made.named_parameters())
+    built = copy.deepcopy(plain)
+    trained_module = dict(built.named_parameters())
     with torch.no_grad():
         for name, down in adapters.items():
-            part, found, _ = name.partition(".lora_A.")
-            if found:
+            part, result, _ = name.partition(".lora_A.")
+            if result:
                 up = adapters[name.replace(".lora_A.", ".lora_B.")]
-                own[f"{part}.weight"] += ALPHA / RANK * up @ down
-    return made
+                trained_module[f"{part}.weight"] += ALPHA / RANK * up @ down
+    return built
 
 
 def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
@@ -103,14 +103,14 @@ def test_every_use_of_a_weight_sees_its_adapter(kind: str) -> None:
     torch.testing.assert_close(logits(untouched), before, rtol=0, atol=EXACT)
     adapters = learned(adapted)
     expected = by_hand(plain, adapters)
-    whole = logits(expected)
-    assert (whole - before).abs().max() > 0.1
-    torch.testing.assert_close(logits(adapted), whole, rtol=0, atol=EXACT)
-    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), whole, rtol=0, atol=EXACT)
+    full = logits(expected)
+    assert (full - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapted), full, rtol=0, atol=EXACT)
+    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), full, rtol=0, atol=EXACT)
     with torch.no_grad():
         decoder = Decoder(adapted, adapted(TOKENS[:, :20]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(20, 30)], dim=1)
-    torch.testing.assert_close(steps, whole[:, 20:], rtol=0, atol=EXACT)
+    torch.testing.assert_close(steps, full[:, 20:], rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("kind", STACKS)
@@ -122,10 +122,10 @@ def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
     expected = by_hand(plain, adapters)
     for model in (adapted, expected):
         model.train()(TOKENS, labels=TOKENS).loss.backward()
-    wanted = {name: one.grad for name, one in expected.named_parameters()}
+    wanted = {name: item.grad for name, item in expected.named_parameters()}
     for name, down in adapters.items():
-        part, found, _ = name.partition(".lora_A.")
-        if not found:
+        part, result, _ = name.partition(".lora_A.")
+        if not result:
             continue
         up = adapters[name.replace(".lora_A.", ".lora_B.")]
         grad = wanted[f"{part}.weight"]
@@ -139,9 +139,9 @@ def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
 def test_hugging_face_models_are_adapted_and_saved(parity: Path, kind: str, tmp_path: Path) -> None:
-    for place in folders(parity, kind):
+    for folder in folders(parity, kind):
         memory = partial(CompressedMemory, window=8, compression_rate=2, num_entries=6)
-        plain = memtx.from_pretrained(place).double().with_memory([memory], window=8, num_sinks=2)
+        plain = memtx.from_pretrained(folder).double().with_memory([memory], window=8, num_sinks=2)
         with torch.no_grad():
             for name, parameter in plain.memory_parameters().items():
                 if name.endswith(".gate"):
@@ -152,28 +152,32 @@ def test_hugging_face_models_are_adapted_and_saved(parity: Path, kind: str, tmp_
         assert (logits(plain) - expected).abs().max() > 0.1
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
         torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
-        memtx.hf.save(adapted, tmp_path / place.name)
-        own, original = (load_file(one / "model.safetensors") for one in (tmp_path / place.name, place))
-        assert own.keys() == original.keys()
+        memtx.hf.save(adapted, tmp_path / folder.name)
+        trained_module, original = (load_file(item / "model.safetensors") for item in (tmp_path / folder.name, folder))
+        assert trained_module.keys() == original.keys()
         for name, tensor in original.items():
-            assert torch.equal(own[name], tensor) == (tensor.dim() < 2 or ("attn" not in name and "mlp" not in name))
-        again = memtx.from_pretrained(tmp_path / place.name).double().without_memory(64)
+            assert torch.equal(trained_module[name], tensor) == (
+                tensor.dim() < 2 or ("attn" not in name and "mlp" not in name)
+            )
+        again = memtx.from_pretrained(tmp_path / folder.name).double().without_memory(64)
         # Rounded to the folder's float32.
         torch.testing.assert_close(logits(again), logits(adapted.without_memory(64)), rtol=1e-4, atol=1e-4)
 
 
 def retrofitted(vocab_size: int) -> MemoryTransformer:
     torch.manual_seed(0)
-    made = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
-    return made.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
+    built = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
+    return built.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
 
 
 def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
-    own = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options)
+    trained_module = LanguageModule(
+        retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options
+    )
     run = trainer(at, max_steps=4, limit_val_batches=0)
-    run.fit(own, data(at))
+    run.fit(trained_module, data(at))
     run.save_checkpoint(at / "run.ckpt")
-    return own
+    return trained_module
 
 
 @pytest.mark.parametrize(
@@ -182,12 +186,12 @@ def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
     ids=["plain", "all"],
 )
 def test_only_memories_and_adapters_are_trained(tmp_path: Path, options: dict[str, Any]) -> None:
-    before = {name: one.clone() for name, one in retrofitted(257).state_dict().items()}
-    own = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
-    memory = own.model.memory_parameters()
+    before = {name: item.clone() for name, item in retrofitted(257).state_dict().items()}
+    trained_module = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
+    memory = trained_module.model.memory_parameters()
     assert memory
     adapted = 0
-    for name, parameter in own.model.named_parameters():
+    for name, parameter in trained_module.model.named_parameters():
         if name in memory:
             assert not torch.equal(parameter, before[name]), name
         elif ".lora_" in name:
@@ -201,29 +205,29 @@ def test_only_memories_and_adapters_are_trained(tmp_path: Path, options: dict[st
 
 
 def test_a_model_without_memory_trains_adapters_alone(tmp_path: Path) -> None:
-    own = LanguageModule(
+    trained_module = LanguageModule(
         lambda size: retrofitted(size).without_memory(6), segment_length=SEGMENT, freeze_base=True, lora=LoRA()
     )
-    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(own, data(tmp_path))
-    learning = {name for name, one in own.model.named_parameters() if one.requires_grad}
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(trained_module, data(tmp_path))
+    learning = {name for name, item in trained_module.model.named_parameters() if item.requires_grad}
     assert learning
     assert all(".lora_" in name for name in learning)
 
 
 def test_a_checkpoint_loads_merged_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
+    trained_module = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = MemoryTransformer.from_pretrained(tmp_path / "run.ckpt")
     assert loaded.state_dict().keys() == retrofitted(257).state_dict().keys()
-    own.model.eval()
+    trained_module.model.eval()
     # float32, sums in another order
-    torch.testing.assert_close(logits(loaded), logits(own.model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(trained_module.model), rtol=1e-5, atol=1e-5)
     assert (logits(loaded) - logits(retrofitted(257).eval())).abs().max() > 1e-3
-    own.model.save_pretrained(tmp_path / "kept")
+    trained_module.model.save_pretrained(tmp_path / "kept")
     again = MemoryTransformer.from_pretrained(tmp_path / "kept")
     assert torch.equal(logits(again), logits(loaded))
     # So a session goes on in any of them.
-    assert own.model.fingerprint == loaded.fingerprint == again.fingerprint
+    assert trained_module.model.fingerprint == loaded.fingerprint == again.fingerprint
 
 
 def test_a_run_resumes_only_with_equal_adapters(tmp_path: Path) -> None:
@@ -245,19 +249,19 @@ def test_adapters_of_half_precision_weights_are_float32() -> None:
     model = base(partial(RecurrentMemory, window=8)).bfloat16()
     before = logits(model)
     adapters = LoRA()(model)
-    assert {one.dtype for one in adapters.values()} == {torch.float32}
+    assert {item.dtype for item in adapters.values()} == {torch.float32}
     # A few roundings of bfloat16: sums in another order.
     torch.testing.assert_close(logits(model), before, rtol=2**-6, atol=2**-6)
 
 
 def test_invalid_options_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options, said in (
+    for options, message in (
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"dropout": 1.0}, "dropout is 1"),
         ({"target_modules": []}, "target_modules is empty"),
     ):
-        with pytest.raises(MemtxError, match=said):
+        with pytest.raises(MemtxError, match=message):
             LoRA(**options)  # type: ignore[arg-type]
     model = retrofitted(11)
     names = "attention.query, attention.key_value, attention.out, feed_forward.gate_up, feed_forward.out"

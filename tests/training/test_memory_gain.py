@@ -28,12 +28,12 @@ def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
             part = slice(at, min(at + SEGMENT, count))
             inputs, labels = tokens[:, part], tokens[:, part.start + 1 : part.stop + 1]
             with torch.no_grad():
-                kept, cleared = (measured.model(inputs, one, labels=labels) for one in (state, None))
-            state = kept.state
-            for place, gain in enumerate((cleared.nll - kept.nll)[0].tolist(), at):
+                saved, cleared = (measured.model(inputs, item, labels=labels) for item in (state, None))
+            state = saved.state
+            for position, gain in enumerate((cleared.nll - saved.nll)[0].tolist(), at):
                 names = ["memory_gain"]
-                if place >= SEGMENT:
-                    names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(place / SEGMENT, 4) + 1e-9))}")
+                if position >= SEGMENT:
+                    names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(position / SEGMENT, 4) + 1e-9))}")
                 for name in names:
                     nats[name] = nats.get(name, 0.0) + gain
                     units[name] = units.get(name, 0.0) + float(store.num_bytes[document]) / count
@@ -58,11 +58,11 @@ def test_gain_is_the_difference_of_two_passes(tmp_path: Path) -> None:
 
 
 def test_no_gain_without_memory_or_when_disabled(tmp_path: Path) -> None:
-    for one in (
+    for item in (
         LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment_length=SEGMENT),
         module(measure_memory_gain=False),
     ):
-        (metrics,) = trainer(tmp_path).validate(one, datamodule=data(tmp_path), verbose=False)
+        (metrics,) = trainer(tmp_path).validate(item, datamodule=data(tmp_path), verbose=False)
         assert not any("memory" in name for name in metrics)
 
 

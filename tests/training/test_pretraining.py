@@ -84,14 +84,14 @@ def test_resuming_is_exact(name: str, root: Path, tmp_path: Path) -> None:
             pl.seed_everything(99)
         path = None if stop is None else str(tmp_path / "half.ckpt")
         trainer(max_steps=6, max_epochs=-1, limit_val_batches=0).fit(module, data, ckpt_path=path)
-        sums.append([float(one.detach().sum()) for one in module.model.parameters()])
+        sums.append([float(item.detach().sum()) for item in module.model.parameters()])
     assert sums[0] == sums[1]
 
 
 def test_the_mask_token_is_added_or_given() -> None:
     assert MaskedModule(ENCODER, 50).model.vocab_size == 51
-    own = MaskedModule(ENCODER, 50, mask_id=4)
-    assert (own.model.vocab_size, own.mask_id) == (50, 4)
+    trained_module = MaskedModule(ENCODER, 50, mask_id=4)
+    assert (trained_module.model.vocab_size, trained_module.mask_id) == (50, 4)
 
 
 def test_only_masked_tokens_are_scored() -> None:

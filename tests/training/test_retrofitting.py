@@ -35,12 +35,12 @@ def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
 
 def test_only_added_memory_is_trained(tmp_path: Path) -> None:
     language_module = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
-    before = {name: one.clone() for name, one in language_module.model.state_dict().items()}
+    before = {name: item.clone() for name, item in language_module.model.state_dict().items()}
     trainer(tmp_path, max_steps=4).fit(language_module, data(tmp_path))
     added = language_module.model.memory_parameters()
     assert added
-    for name, one in language_module.model.state_dict().items():
-        assert torch.equal(one, before[name]) == (name not in added), name
+    for name, item in language_module.model.state_dict().items():
+        assert torch.equal(item, before[name]) == (name not in added), name
 
 
 def test_a_frozen_model_without_memory_is_rejected() -> None:
@@ -52,10 +52,10 @@ def test_a_rate_is_sampled_for_every_step_and_restored(tmp_path: Path, monkeypat
     seen: list[tuple[int, int]] = []
     read = CompressedMemory.read
 
-    def spy(self: CompressedMemory, *given: Any) -> Any:
+    def spy(self: CompressedMemory, *inputs: Any) -> Any:
         if self.training:
             seen.append((self.compression_rate, self.cache_length))
-        return read(self, *given)
+        return read(self, *inputs)
 
     monkeypatch.setattr(CompressedMemory, "read", spy)
     language_module = LanguageModule(partial(retrofitted), segment_length=SEGMENT, optimizer=adam, compression_rates=[])

@@ -67,8 +67,8 @@ def test_a_refused_requeue_is_reported(program: Program, tmp_path: Path) -> None
     config = changed(("trainer", "max_steps"), 4)
     config["trainer"]["limit_val_batches"] = 0
     at = runs.prepare(tmp_path, config)
-    given = tasks(1, scontrol(tmp_path, 1), SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
-    done = runs.fit(program, at, "told", environments=given, strike=1, signal=int(signal.SIGUSR1))
+    inputs = tasks(1, scontrol(tmp_path, 1), SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
+    done = runs.fit(program, at, "told", environments=inputs, strike=1, signal=int(signal.SIGUSR1))
     assert done.code == 2
     assert "`scontrol requeue 12_3` failed: no such job" in done.err
     assert "Traceback" not in done.err

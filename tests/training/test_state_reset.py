@@ -52,15 +52,15 @@ def test_unbounded_memories_are_reset_by_default(kinds: list[Any], unbounded: bo
 
 
 def test_a_reset_step_ignores_the_step_before(tmp_path: Path) -> None:
-    found = {}
+    result = {}
     for share in (0.0, 1.0):
         still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=share)
         record = Record()
         trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(still, data(tmp_path))
-        found[share] = [float.fromhex(loss) for loss in record.losses.values()]
+        result[share] = [float.fromhex(loss) for loss in record.losses.values()]
     books = data(tmp_path)
     books.setup("fit")
-    for batch, loss in zip(books.train_dataloader(), found[1.0], strict=False):
+    for batch, loss in zip(books.train_dataloader(), result[1.0], strict=False):
         state, nll, scored = still.model.init_state(2), 0.0, 0
         for part in (slice(0, 8), slice(8, 16)):
             out = still.model(
@@ -73,8 +73,8 @@ def test_a_reset_step_ignores_the_step_before(tmp_path: Path) -> None:
             scored += int((batch.labels[:, part] != -100).sum())
         # float32: sums in another order
         assert loss == pytest.approx(nll / scored, rel=1e-5)
-    assert found[0.0][0] == found[1.0][0]
-    assert found[0.0][1:] != pytest.approx(found[1.0][1:], rel=1e-4)
+    assert result[0.0][0] == result[1.0][0]
+    assert result[0.0][1:] != pytest.approx(result[1.0][1:], rel=1e-4)
 
 
 def test_processes_share_one_sample() -> None:

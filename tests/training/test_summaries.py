@@ -70,21 +70,21 @@ def test_only_the_summary_has_labels(root: Path) -> None:
 
 def test_a_run_learns_and_generates_from_its_checkpoint(root: Path, tmp_path: Path) -> None:
     module, data = parts(root)
-    made = trainer(max_epochs=12)
-    made.fit(module, data)
-    assert float(made.callback_metrics["val_bits_per_byte"]) < 0.3
-    made.save_checkpoint(tmp_path / "a.ckpt")
+    built = trainer(max_epochs=12)
+    built.fit(module, data)
+    assert float(built.callback_metrics["val_bits_per_byte"]) < 0.3
+    built.save_checkpoint(tmp_path / "a.ckpt")
     assert is_task_model(tmp_path / "a.ckpt")
-    found = load_predictor(tmp_path / "a.ckpt")
-    assert isinstance(found, Summarizer)
-    assert found.predict(["yes yes yes", {"text": "no no no no"}]) == [
+    result = load_predictor(tmp_path / "a.ckpt")
+    assert isinstance(result, Summarizer)
+    assert result.predict(["yes yes yes", {"text": "no no no no"}]) == [
         {"summary": "good", "complete": True},
         {"summary": "bad", "complete": True},
     ]
-    found.max_tokens = 2
-    assert found.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
+    result.max_tokens = 2
+    assert result.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
     with pytest.raises(MemtxError, match="Input 1: 'text' is"):
-        found.predict(["a", " "])
+        result.predict(["a", " "])
     with pytest.raises(CheckpointError):
         Predictor.load(tmp_path / "a.ckpt")
 
@@ -94,13 +94,13 @@ def test_resuming_is_exact(root: Path, tmp_path: Path) -> None:
     for stop in (None, 5):
         module, data = parts(root)
         if stop is not None:
-            made = trainer(max_steps=stop, limit_val_batches=0)
-            made.fit(module, data)
-            made.save_checkpoint(tmp_path / "half.ckpt")
+            built = trainer(max_steps=stop, limit_val_batches=0)
+            built.fit(module, data)
+            built.save_checkpoint(tmp_path / "half.ckpt")
             module, data = parts(root)
         path = None if stop is None else str(tmp_path / "half.ckpt")
         trainer(max_steps=10, limit_val_batches=0).fit(module, data, ckpt_path=path)
-        sums.append([float(one.detach().sum()) for one in module.model.parameters()])
+        sums.append([float(item.detach().sum()) for item in module.model.parameters()])
     assert sums[0] == sums[1]
 
 

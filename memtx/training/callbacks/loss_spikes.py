@@ -80,7 +80,7 @@ class RewindOnSpike(pl.Callback):
 
     @property
     def is_unstable(self) -> bool:
-        """Whether the last loss is high, so that a checkpoint might be of a spike."""
+        """True if the last loss is high, so that a checkpoint might be of a spike."""
         return len(self._losses) == self.window + NUM_RECENT and self._losses[-1][1] > self._upper_bound()
 
     def _upper_bound(self) -> float:

@@ -61,7 +61,7 @@ class SkipNonFinite(pl.Callback):
 
     @property
     def is_unstable(self) -> bool:
-        """Whether the last step was skipped."""
+        """True if the last step was skipped."""
         return self.num_consecutive > 0
 
     def on_train_batch_start(

@@ -119,7 +119,7 @@ class Distillation(nn.Module):
 
     @property
     def uses_cache(self) -> bool:
-        """Whether the teacher's logits are cached."""
+        """True if the teacher's logits are cached."""
         return self.cache_dir is not None
 
     def needs_hidden_states(self, progress: float) -> bool:

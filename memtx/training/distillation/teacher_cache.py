@@ -86,9 +86,9 @@ class _LogitFile:
                 f"'{self.path}' cannot be written: {error.strerror}.", "Choose another cache_dir."
             ) from error
 
-    def _pack(self, logits: Tensor, classes: Tensor, rows: Any) -> _Records:
-        records = np.zeros(len(rows), self.dtype)
-        records["values"], records["index"] = logits.cpu().numpy()[rows], classes.cpu().numpy()[rows]
+    def _pack(self, logits: Tensor, classes: Tensor, selected: Any) -> _Records:
+        records = np.zeros(len(selected), self.dtype)
+        records["values"], records["index"] = logits.cpu().numpy()[selected], classes.cpu().numpy()[selected]
         return records
 
     @staticmethod
@@ -134,13 +134,13 @@ class LogitCache(_LogitFile):
 
     def put(self, keys: Sequence[bytes], logits: Tensor, classes: Tensor) -> None:
         """Store logits and classes, each ``(n, top_k)``, of n keys; stored keys keep their record."""
-        rows = {key: row for row, key in enumerate(keys) if key not in self._record_numbers}
-        records = self._pack(logits, classes, list(rows.values()))
-        records["key"] = [np.void(key) for key in rows]
+        selected = {key: row for row, key in enumerate(keys) if key not in self._record_numbers}
+        records = self._pack(logits, classes, list(selected.values()))
+        records["key"] = [np.void(key) for key in selected]
         self._file.write(records.tobytes())
         self._file.flush()
         first = len(self._record_numbers)
-        self._record_numbers.update({key: first + number for number, key in enumerate(rows)})
+        self._record_numbers.update({key: first + number for number, key in enumerate(selected)})
 
 
 class LogitTable(_LogitFile):
@@ -163,7 +163,7 @@ class LogitTable(_LogitFile):
 
     @property
     def is_complete(self) -> bool:
-        """Whether every token is stored."""
+        """True if every token is stored."""
         return not self._num_missing
 
     def get(self, token_indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,9 +173,9 @@ class LogitTable(_LogitFile):
     def put(self, token_indices: Tensor, logits: Tensor, classes: Tensor) -> None:
         """Store logits and classes, each ``(n, top_k)``, of ``(n,)`` int64 token indices; stored tokens stay."""
         # Streams of a batch may read the same document, if there are few.
-        indices, rows = np.unique(token_indices.numpy(), return_index=True)
+        indices, selected = np.unique(token_indices.numpy(), return_index=True)
         new = ~self._records["known"][indices]
-        records = self._pack(logits, classes, rows[new])
+        records = self._pack(logits, classes, selected[new])
         records["known"] = True
         self._records[indices[new]] = records
         self._num_missing -= len(records)

@@ -35,7 +35,7 @@ class Poison(pl.Callback):
         self.bad = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def spoil(part: nn.Module, given: Any, out: Tensor) -> Tensor:
+        def spoil(part: nn.Module, inputs: Any, out: Tensor) -> Tensor:
             if self.bad and self.back and out.requires_grad:
                 out.register_hook(lambda gradient: gradient * math.inf)
             return out * math.nan if self.bad and not self.back else out
@@ -54,7 +54,7 @@ class Watched(pl.Callback):
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
         self.moments: list[dict[str, Tensor]] = []
-        self.carried: list[dict[str, Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
         self.batches: list[Batch] = []
 
     def on_train_batch_end(
@@ -62,9 +62,9 @@ class Watched(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
         self.weights.append(weights(pl_module.model))
-        found = trainer.optimizers[0].state_dict()["state"].items()
-        self.moments.append({f"{one}.{name}": part.clone() for one, kept in found for name, part in kept.items()})
-        self.carried.append({name: one.clone() for name, one in pl_module.carry.state_dict("train").items()})
+        result = trainer.optimizers[0].state_dict()["state"].items()
+        self.moments.append({f"{item}.{name}": part.clone() for item, saved in result for name, part in saved.items()})
+        self.states.append({name: item.clone() for name, item in pl_module.carry.state_dict("train").items()})
         self.batches.append(batch)
 
 
@@ -86,11 +86,11 @@ def test_a_nonfinite_step_is_skipped(
     # The memory too, but for rows where a document began in what was skipped.
     began = torch.cat([batch.document_starts for batch in watched.batches[before + 1 : last + 1]], dim=1).any(1)
     assert not began.all()
-    for name, tensor in watched.carried[last].items():
-        assert torch.equal(tensor[~began], watched.carried[before][name][~began]), name
+    for name, tensor in watched.states[last].items():
+        assert torch.equal(tensor[~began], watched.states[before][name][~began]), name
         assert not tensor[began].any()
     # Then it goes on.
-    assert any(not torch.equal(one, watched.weights[last][name]) for name, one in watched.weights[-1].items())
+    assert any(not torch.equal(item, watched.weights[last][name]) for name, item in watched.weights[-1].items())
     assert (run.global_step, guard.num_skipped, guard.num_consecutive) == (3, 1, 0)
     assert run.callback_metrics["skipped_steps"] == 1
     assert run.callback_metrics["grad_norm"] > 0
@@ -109,21 +109,21 @@ def test_guards_do_not_change_a_run(tmp_path: Path) -> None:
         trainer(tmp_path, record, *guards, max_steps=4, val_check_interval=2).fit(module(), datamodule=data(tmp_path))
         records.append(record)
     assert records[0].losses == records[1].losses
-    assert records[0].found == records[1].found
+    assert records[0].results == records[1].results
 
 
 def test_a_skip_does_not_change_the_random_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read again to find the layer must not change what is drawn and counted afterwards."""
-    drawn, counted = [], []
+    samples, counted = [], []
     for reads in (True, False):
         if not reads:
             monkeypatch.setattr(skip_nonfinite, "find_first_nonfinite", lambda *_: "")
         taught, record = module(), Record()
         run = trainer(tmp_path, SkipNonFinite(), Poison((1,)), record, max_steps=3, limit_val_batches=0)
         run.fit(taught, datamodule=data(tmp_path))
-        drawn.append((torch.get_rng_state().tolist(), record.losses[2]))
+        samples.append((torch.get_rng_state().tolist(), record.losses[2]))
         counted.append((taught.tokens_seen, sorted(run.callback_metrics)))
-    assert drawn[0] == drawn[1]
+    assert samples[0] == samples[1]
     assert counted[0] == counted[1]
 
 
@@ -156,15 +156,15 @@ def test_nonfinite_memory_is_reset(tmp_path: Path) -> None:
     state = reader(torch.arange(16).view(2, 8)).state
     second = torch.tensor([1])
     carry.set_state(
-        "train", state.map(lambda one: one.index_fill(0, second, math.nan) if one.is_floating_point() else one)
+        "train", state.map(lambda item: item.index_fill(0, second, math.nan) if item.is_floating_point() else item)
     )
     carry.snapshot("train")
     carry.get_state("train", reader, 2)
     carry.set_state("train", reader.init_state(2))
     carry.rollback("train")
-    found = carry.get_state("train", reader, 2)
-    assert found.select([0]).equals(state.select([0]))
-    assert found.select([1]).equals(reader.init_state(1))
+    result = carry.get_state("train", reader, 2)
+    assert result.select([0]).equals(state.select([0]))
+    assert result.select([1]).equals(reader.init_state(1))
 
 
 # Spikes
@@ -260,11 +260,11 @@ def test_norms_of_every_layer_are_logged(tmp_path: Path) -> None:
     taught = module()
     run = trainer(tmp_path, MemoryNormMonitor(every_n_batches=3), max_steps=3, limit_val_batches=0)
     run.fit(taught, datamodule=data(tmp_path))
-    carried = taught.carry.state_dict("train")
+    states = taught.carry.state_dict("train")
     for layer in (0, 1):
-        parts = [one.double() for name, one in carried.items() if name.startswith(f"layers[{layer}]")]
-        parts = [one for one in parts if one.is_floating_point()]
-        expected = math.sqrt(sum(float(one.square().sum()) for one in parts) / sum(one.numel() for one in parts))
+        parts = [item.double() for name, item in states.items() if name.startswith(f"layers[{layer}]")]
+        parts = [item for item in parts if item.is_floating_point()]
+        expected = math.sqrt(sum(float(item.square().sum()) for item in parts) / sum(item.numel() for item in parts))
         assert float(run.callback_metrics[f"memory_rms_{layer}"]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -285,8 +285,8 @@ class Stub:
 def test_memory_warnings_are_written_once(seen: list[float], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     guard = MemoryNormMonitor()
     for _ in range(2):
-        for one in seen:
-            guard._check_history(Stub(), "layers[1][0].bank", one)  # type: ignore[arg-type]
+        for item in seen:
+            guard._check_history(Stub(), "layers[1][0].bank", item)  # type: ignore[arg-type]
         guard._rms_history.clear()
     err = capfd.readouterr().err
     assert err.count("layers[1][0].bank") == bool(message)
@@ -343,7 +343,7 @@ def test_out_of_memory_hints_name_options(
     with pytest.raises(type(error)) as caught:
         run.fit(module(), datamodule=data(tmp_path, **options))
     message = caught.value.__notes__[-1]
-    assert all(one in message for one in expected), message
+    assert all(item in message for item in expected), message
     error.__notes__.clear()
 
 

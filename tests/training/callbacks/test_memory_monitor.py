@@ -22,7 +22,7 @@ def test_the_closed_fraction_is_logged(tmp_path: Path, closed: float) -> None:
     taught = LanguageModule(lambda vocabulary: model(vocabulary, memories=(stack,)), segment_length=SEGMENT)
     logged = trainer(tmp_path, ClosedGateMonitor())
     texts = data(tmp_path)
-    gates = [one for one in taught.modules() if isinstance(one, Gate)]
+    gates = [item for item in taught.modules() if isinstance(item, Gate)]
     assert gates
     with torch.no_grad():
         for gate in gates:

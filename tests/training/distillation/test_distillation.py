@@ -75,9 +75,9 @@ def masked(at: Path, seed: int = 0) -> MaskedModule:
 def task_teacher(at: Path, kind: str = "tagging") -> tuple[str, Path]:
     root = folder(at / "data", kind)
     module, examples = parts(kind, root)
-    made = task_trainer(max_steps=3)
-    made.fit(module, examples)
-    made.save_checkpoint(at / "teacher.ckpt")
+    built = task_trainer(max_steps=3)
+    built.fit(module, examples)
+    built.save_checkpoint(at / "teacher.ckpt")
     return str(at / "teacher.ckpt"), root
 
 
@@ -87,8 +87,8 @@ def test_the_teacher_is_frozen_and_not_saved(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=3)
     run.fit(module, data(tmp_path))
     (teacher,) = module.distillation._teacher
-    kept = MemoryTransformer.from_pretrained(tmp_path / "teacher")
-    assert_equal(small.weights(teacher), small.weights(kept))
+    saved = MemoryTransformer.from_pretrained(tmp_path / "teacher")
+    assert_equal(small.weights(teacher), small.weights(saved))
     assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters())
     assert not teacher.training
     learning = {id(weight) for group in run.optimizers[0].param_groups for weight in group["params"]}
@@ -97,7 +97,7 @@ def test_the_teacher_is_frozen_and_not_saved(tmp_path: Path) -> None:
     assert learning == {id(weight) for weight in module.parameters()}
     run.save_checkpoint(tmp_path / "a.ckpt")
     names = set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
-    maps = {f"distillation.losses.{place}.project.weight" for place in (2, 3, 5)}
+    maps = {f"distillation.losses.{position}.project.weight" for position in (2, 3, 5)}
     assert {name for name in names if not name.startswith("model.")} == maps
 
 
@@ -109,9 +109,9 @@ def test_evaluation_needs_no_teacher(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "a.ckpt")
     shutil.rmtree(tmp_path / "teacher")
     path = str(tmp_path / "a.ckpt")
-    (found,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
-    (wanted,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
-    assert found == wanted
+    (result,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
+    (targets,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
+    assert result == targets
     assert_equal(small.weights(MemoryTransformer.from_pretrained(tmp_path / "a.ckpt")), small.weights(module.model))
     with pytest.raises(CheckpointError, match="teacher' does not exist"):
         trainer(tmp_path, max_steps=4).fit(language(tmp_path), data(tmp_path), ckpt_path=path)
@@ -122,28 +122,28 @@ def test_resuming_is_exact(kind: str, tmp_path: Path) -> None:
     if kind == "language":
         decoder_teacher(tmp_path)
     make: Any = {"language": language, "masked": masked}[kind]
-    whole, record = make(tmp_path), Record()
+    full, record = make(tmp_path), Record()
     run = trainer(tmp_path, record, Keep(5, tmp_path / "half.ckpt"), max_steps=8, limit_val_batches=0)
-    run.fit(whole, data(tmp_path))
+    run.fit(full, data(tmp_path))
     again, resumed = make(tmp_path, 9), Record()
     trainer(tmp_path, resumed, max_steps=8, limit_val_batches=0).fit(
         again, data(tmp_path), ckpt_path=str(tmp_path / "half.ckpt")
     )
     assert sorted(resumed.losses) == [5, 6, 7]
     assert resumed.losses == {batch: record.losses[batch] for batch in resumed.losses}
-    assert_equal(small.weights(again), small.weights(whole))
+    assert_equal(small.weights(again), small.weights(full))
 
 
 def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
-    found = []
+    result = []
     for path in (None, str(tmp_path / "half.ckpt")):
         module, examples = parts("tagging", root, token_mask_prob=0.3, distillation=Distillation(teacher, ALL))
         pl.seed_everything(0 if path is None else 99)
         keep = [Keep(7, tmp_path / "half.ckpt")] if path is None else []
         task_trainer(max_steps=12, callbacks=keep).fit(module, examples, ckpt_path=path)
-        found.append(small.weights(module.model))
-    assert_equal(*found)
+        result.append(small.weights(module.model))
+    assert_equal(*result)
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
@@ -152,9 +152,9 @@ def test_cached_logits_give_the_same_losses(kind: str, tmp_path: Path, monkeypat
     reads: list[bool] = []
     layers_and_scores = TaskModel.forward_with_hidden_states
 
-    def spy(self: TaskModel, *given: Any, **options: Any) -> Any:
+    def spy(self: TaskModel, *inputs: Any, **options: Any) -> Any:
         reads.append(self.training)
-        return layers_and_scores(self, *given, **options)
+        return layers_and_scores(self, *inputs, **options)
 
     monkeypatch.setattr(TaskModel, "forward_with_hidden_states", spy)
     losses: list[dict[int, str]] = []
@@ -182,9 +182,9 @@ def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.Mon
     heard: list[bool] = []
     read = LanguageDistillation._teacher_hidden_states
 
-    def spy(self: LanguageDistillation, *given: Any) -> Any:
+    def spy(self: LanguageDistillation, *inputs: Any) -> Any:
         heard.append(True)
-        return read(self, *given)
+        return read(self, *inputs)
 
     monkeypatch.setattr(LanguageDistillation, "_teacher_hidden_states", spy)
     losses, steps = [], 28
@@ -195,8 +195,8 @@ def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.Mon
             language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache_dir=folder, top_k=top),
             Record(),
         )
-        made = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
-        made.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
+        built = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
+        built.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
         losses.append(record.losses)
         return module.distillation.logit_table
 
@@ -224,15 +224,15 @@ def test_a_loss_is_active_in_its_fraction_of_the_run(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     losses = [partial(HiddenMSE, end=0.5), partial(SoftTargets, begin=0.5)]
     module = language(tmp_path, losses=losses)
-    found: list[tuple[float, float]] = []
+    result: list[tuple[float, float]] = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             logged = trainer.callback_metrics
-            found.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
+            result.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
 
     trainer(tmp_path, Watch(), max_steps=4, limit_val_batches=0).fit(module, data(tmp_path))
-    assert [(hidden > 0, soft > 0) for hidden, soft in found] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [(hidden > 0, soft > 0) for hidden, soft in result] == [(True, False)] * 2 + [(False, True)] * 2
 
 
 def test_the_student_is_initialized_from_every_second_layer(tmp_path: Path) -> None:
@@ -243,21 +243,21 @@ def test_the_student_is_initialized_from_every_second_layer(tmp_path: Path) -> N
     module.model = MemoryTransformer(257, dim=24, depth=2, heads=2, memories=(small.memory(),))
     module.make_optimizer = partial(small.sgd, lr=0.0)
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(tmp_path))
-    for own, other in ((0, 1), (1, 3)):
-        kept = module.model.blocks[own].feed_forward.state_dict()
-        assert_equal(dict(kept), dict(teacher.blocks[other].feed_forward.state_dict()))
+    for trained_module, other in ((0, 1), (1, 3)):
+        saved = module.model.blocks[trained_module].feed_forward.state_dict()
+        assert_equal(dict(saved), dict(teacher.blocks[other].feed_forward.state_dict()))
 
 
 def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_teacher(tmp_path)
     losses = []
-    for asked, fast in ((False, True), (True, True), (True, False)):
+    for requested, fast in ((False, True), (True, True), (True, False)):
         monkeypatch.setattr(cpu_info, "is_cpu_bf16_fast", lambda fast=fast: fast)
-        module = language(tmp_path, bf16=asked)
+        module = language(tmp_path, bf16=requested)
         record = Record()
         trainer(tmp_path, record, max_steps=2, limit_val_batches=0).fit(module, data(tmp_path))
         (teacher,) = module.distillation._teacher
-        assert next(teacher.parameters()).dtype == (torch.bfloat16 if asked and fast else torch.float32)
+        assert next(teacher.parameters()).dtype == (torch.bfloat16 if requested and fast else torch.float32)
         losses.append([float.fromhex(loss) for loss in record.losses.values()])
     assert losses[0] == losses[2] != losses[1]
     # Three digits of what the teacher says.

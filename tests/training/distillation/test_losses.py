@@ -69,8 +69,8 @@ def kl(p: list[float], q: list[float]) -> float:
 
 
 def softmax(scores: list[float]) -> list[float]:
-    powers = [math.exp(one - max(scores)) for one in scores]
-    return [one / sum(powers) for one in powers]
+    powers = [math.exp(item - max(scores)) for item in scores]
+    return [item / sum(powers) for item in powers]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -78,36 +78,39 @@ def softmax(scores: list[float]) -> list[float]:
 def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
     make = partial(kinds.SoftTargets, temperature=temperature)
-    found, student_out, teacher_out, _ = pair(encoder(8, 1), encoder(12, 2), make)
+    result, student_out, teacher_out, _ = pair(encoder(8, 1), encoder(12, 2), make)
     assert student_out.features is not None
     assert teacher_out.features is not None
     each = [
-        kl(softmax([one / temperature for one in wanted]), softmax([one / temperature for one in student_values]))
-        for student_values, wanted in zip(student_out.features.tolist(), teacher_out.features.tolist(), strict=True)
+        kl(softmax([item / temperature for item in targets]), softmax([item / temperature for item in student_values]))
+        for student_values, targets in zip(student_out.features.tolist(), teacher_out.features.tolist(), strict=True)
     ]
-    assert found == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
+    assert result == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
 
 
 def test_soft_targets_of_top_k_logits() -> None:
-    found, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
+    result, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
     assert student_out.features is not None
     assert teacher_out.features is not None
 
-    def kept(top: int) -> float:
+    def saved(top: int) -> float:
         values, index = top_k_logits(teacher_out.features, top)
         return float(loss(student_out, ModelOutputs(values.double(), class_indices=index)).detach())
 
     each = []
-    for student_values, wanted in zip(
+    for student_values, targets in zip(
         student_out.features.tolist(), teacher_out.features.float().tolist(), strict=True
     ):
-        chosen = sorted(range(VOCAB), key=lambda position: -wanted[position])[:4]
-        target, own_all = softmax([wanted[one] / 2 for one in chosen]), softmax([one / 2 for one in student_values])
-        each.append(kl(target, [own_all[one] for one in chosen]))
-    assert kept(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
+        chosen = sorted(range(VOCAB), key=lambda position: -targets[position])[:4]
+        target, own_all = (
+            softmax([targets[item] / 2 for item in chosen]),
+            softmax([item / 2 for item in student_values]),
+        )
+        each.append(kl(target, [own_all[item] for item in chosen]))
+    assert saved(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
     # Whoever keeps all of them loses nothing but float64's digits; more than there are is filled up.
-    assert kept(VOCAB) == pytest.approx(found, rel=1e-5)
-    assert kept(VOCAB + 3) == pytest.approx(found, rel=1e-5)
+    assert saved(VOCAB) == pytest.approx(result, rel=1e-5)
+    assert saved(VOCAB + 3) == pytest.approx(result, rel=1e-5)
 
 
 @pytest.mark.parametrize("dim", [8, 12])
@@ -118,7 +121,7 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
         "cosine": partial(kinds.HiddenCosine, layers=ExplicitLayers([(0, 0), (1, 3)])),
         "embeddings": kinds.EmbeddingMSE,
     }[kind]
-    found, student_out, teacher_out, loss = pair(encoder(8, 2), encoder(dim, 4), make)
+    result, student_out, teacher_out, loss = pair(encoder(8, 2), encoder(dim, 4), make)
     layers = {"mse": [(1, 2), (2, 4)], "cosine": [(1, 1), (2, 4)], "embeddings": [(0, 0)]}[kind]
     weight = dict(loss.named_parameters()).get("project.weight")
     assert (weight is None) == (dim == 8)
@@ -131,14 +134,14 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
                 teacher_out.hidden_states[teacher_layer][row, position].tolist(),
             )
             if weight is not None:
-                x = [sum(w * one for w, one in zip(line, x, strict=True)) for line in weight.tolist()]
+                x = [sum(w * item for w, item in zip(line, x, strict=True)) for line in weight.tolist()]
             if kind == "cosine":
                 dot = sum(a * b for a, b in zip(x, y, strict=True))
                 each.append(1 - dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
             else:
                 each.append(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(y))
         means.append(sum(each) / len(each))
-    assert found == pytest.approx(sum(means) / len(means), **CLOSE)
+    assert result == pytest.approx(sum(means) / len(means), **CLOSE)
 
 
 def by_heads(model: Encoder, outputs: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
@@ -155,11 +158,11 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(layer_losses, "QUERY_CHUNK_SIZE", queries)
     attention: Any = FullAttention if window is None else partial(LongformerAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
-    found, student_out, teacher_out, loss = pair(student, teacher, kinds.AttentionMSE)
+    result, student_out, teacher_out, loss = pair(student, teacher, kinds.AttentionMSE)
 
     def expected(marked: list[tuple[int, int]]) -> float:
         read_by = ((student, student_out, 0), (teacher, teacher_out, 1))
-        parts = [by_heads(*one, name, 2) for one in read_by for name in ("query", "key")]
+        parts = [by_heads(*item, name, 2) for item in read_by for name in ("query", "key")]
         each = []
         for row in range(ROWS):
             positions = student_out.token_mask[row].nonzero().flatten().tolist()
@@ -176,7 +179,7 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
                         each.append((scores[0] - scores[1]) ** 2)
         return sum(each) / len(each)
 
-    assert found == pytest.approx(expected([]), **CLOSE)
+    assert result == pytest.approx(expected([]), **CLOSE)
     # Global tokens ask with other projections: their rows are no part of it.
     marked = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     marked[0, 2] = True
@@ -187,7 +190,7 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("heads", [None, 4])
 def test_value_relations(heads: int | None) -> None:
     student, teacher = encoder(8, 1, 2), encoder(12, 2, 2)
-    found, student_out, teacher_out, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
+    result, student_out, teacher_out, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
     count = heads or 2
     student_values, teacher_values = (
         by_heads(student, student_out, 0, "value", count),
@@ -209,7 +212,7 @@ def test_value_relations(heads: int | None) -> None:
                     for v in (teacher_values, student_values)
                 ]
                 each.append(kl(*relations))
-    assert found == pytest.approx(sum(each) / len(each), **CLOSE)
+    assert result == pytest.approx(sum(each) / len(each), **CLOSE)
 
 
 def test_value_relations_of_decoders_look_back_within_documents() -> None:
@@ -227,9 +230,9 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
         hidden = model(tokens, document_starts=document_starts, return_hidden_states=True).hidden_states
         outputs.append(collect_language_outputs(model, hidden, tokens, document_starts))
     sizes = ModelDims.from_model(models[0])
-    found = float(kinds.ValueRelations(sizes, sizes)(*outputs).detach())
+    result = float(kinds.ValueRelations(sizes, sizes)(*outputs).detach())
     each = []
-    values = [one.values(0)[0].tolist() for one in outputs]
+    values = [item.values(0)[0].tolist() for item in outputs]
     for head in range(2):
         for i in range(6):
             back = range(4 if i >= 4 else 0, i + 1)
@@ -239,7 +242,7 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
                 for v in (values[1], values[0])
             ]
             each.append(kl(*relations))
-    assert found == pytest.approx(sum(each) / len(each), **CLOSE)
+    assert result == pytest.approx(sum(each) / len(each), **CLOSE)
 
 
 def test_hard_labels_return_the_students_loss() -> None:
@@ -270,8 +273,15 @@ def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict
 
 
 def test_dims_match_the_model() -> None:
-    found = ModelDims.from_model(encoder(8, 2, 4))
-    assert (found.dim, found.depth, found.heads, found.value_dim, found.num_classes, found.has_attention_maps) == (
+    result = ModelDims.from_model(encoder(8, 2, 4))
+    assert (
+        result.dim,
+        result.depth,
+        result.heads,
+        result.value_dim,
+        result.num_classes,
+        result.has_attention_maps,
+    ) == (
         8,
         2,
         4,

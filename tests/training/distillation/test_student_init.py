@@ -38,25 +38,25 @@ def test_layers_are_copied_by_the_map_and_memories_stay() -> None:
     init_student(student, teacher, EveryKthLayer())
     memories = student.memory_parameters()
     assert memories
-    given = teacher.state_dict()
+    inputs = teacher.state_dict()
     for name, tensor in student.state_dict().items():
         if name in memories:
             assert torch.equal(tensor, before[name])
             continue
         source = name.replace("blocks.1.", "blocks.3.").replace("blocks.0.", "blocks.1.")
-        assert torch.equal(tensor, given[source]), name
-        assert tensor.data_ptr() != given[source].data_ptr()
+        assert torch.equal(tensor, inputs[source]), name
+        assert tensor.data_ptr() != inputs[source].data_ptr()
 
 
 def test_unmapped_layers_stay() -> None:
     teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, ExplicitLayers([(1, 0)]))
-    found = student.state_dict()
-    assert all(torch.equal(found[name], before[name]) for name in found if name.startswith("blocks.0."))
+    result = student.state_dict()
+    assert all(torch.equal(result[name], before[name]) for name in result if name.startswith("blocks.0."))
     name = "blocks.1.attention.query.weight"
-    assert torch.equal(found[name], teacher.state_dict()["blocks.0.attention.query.weight"])
-    assert torch.equal(found["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
+    assert torch.equal(result[name], teacher.state_dict()["blocks.0.attention.query.weight"])
+    assert torch.equal(result["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
 
 
 def test_an_encoder_initializes_the_backbone_of_a_task_model() -> None:
@@ -115,19 +115,19 @@ def test_projected_vectors_keep_their_normalized_values(dim: int, more: int, cen
 
 @pytest.mark.parametrize("task", [False, True])
 def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
-    def made(dim: int) -> Any:
+    def built(dim: int) -> Any:
         body = partial(Encoder, dim=dim, depth=2, heads=2)
         return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
 
-    teacher, student = made(16), made(8)
+    teacher, student = built(16), built(8)
     wide, narrow = (model.backbone if task else model for model in (teacher, student))
     with torch.no_grad():
         wide.embedding.word_embeddings.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
         wide.embedding.position_embeddings.weight[:4] = wide.embedding.word_embeddings.weight[:4]
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
-    tokens, given = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
-    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+    tokens, inputs = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
+    assert torch.allclose(tokens @ tokens.T, inputs @ inputs.T, atol=1e-4)
     assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.removeprefix("backbone.") for name in changed} == {
@@ -141,8 +141,8 @@ def test_a_narrower_decoder_gets_projected_embeddings() -> None:
     with torch.no_grad():
         teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
     init_student(student, teacher, NoLayers())
-    tokens, given = student.embedding.weight, teacher.embedding.weight
-    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+    tokens, inputs = student.embedding.weight, teacher.embedding.weight
+    assert torch.allclose(tokens @ tokens.T, inputs @ inputs.T, atol=1e-4)
 
 
 def test_no_layers_copies_everything_else_at_equal_widths() -> None:

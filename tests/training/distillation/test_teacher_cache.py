@@ -26,10 +26,10 @@ def test_the_next_run_finds_cached_logits(tmp_path: Path) -> None:
     first.put(names(2, 3, 4), values[2:], index[2:])
     for cache in (first, LogitCache(tmp_path / "new", "a" * 64, 3)):
         assert len(cache) == 5
-        found = cache.get(names(4, 0, 4))
-        assert found is not None
-        assert torch.equal(found[0], values[[4, 0, 4]])
-        assert torch.equal(found[1], index[[4, 0, 4]])
+        result = cache.get(names(4, 0, 4))
+        assert result is not None
+        assert torch.equal(result[0], values[[4, 0, 4]])
+        assert torch.equal(result[1], index[[4, 0, 4]])
         assert cache.get(names(0, 9)) is None
     # Of another teacher, or with other numbers of scores, nothing is known.
     assert len(LogitCache(tmp_path / "new", "b" * 64, 3)) == 0
@@ -45,14 +45,14 @@ def test_a_truncated_record_is_overwritten(tmp_path: Path) -> None:
     again = LogitCache(tmp_path, "a" * 64, 2)
     assert len(again) == 2
     again.put(names(2), values[2:], index[2:])
-    found = LogitCache(tmp_path, "a" * 64, 2).get(names(2, 1, 0))
-    assert found is not None
-    assert torch.equal(found[0], values[[2, 1, 0]])
+    result = LogitCache(tmp_path, "a" * 64, 2).get(names(2, 1, 0))
+    assert result is not None
+    assert torch.equal(result[0], values[[2, 1, 0]])
 
 
 @given(st.lists(st.binary(max_size=3), max_size=3), st.lists(st.binary(max_size=3), max_size=3))
-def test_keys_depend_on_the_boundaries_of_parts(one: list[bytes], other: list[bytes]) -> None:
-    assert (make_key(*one) == make_key(*other)) == (one == other)
+def test_keys_depend_on_the_boundaries_of_parts(item: list[bytes], other: list[bytes]) -> None:
+    assert (make_key(*item) == make_key(*other)) == (item == other)
 
 
 def test_unwritable_folders_are_named(tmp_path: Path) -> None:
@@ -66,8 +66,8 @@ def test_unwritable_folders_are_named(tmp_path: Path) -> None:
 def test_a_table_tracks_stored_tokens_and_completeness(tmp_path: Path) -> None:
     values, index = top_k_logits(torch.randn(6, 9), 3)
     table = LogitTable(tmp_path, "a" * 64, 6, 3)
-    places = torch.tensor([[4, 2], [0, 1]])
-    table.put(places.flatten(), values[places.flatten()], index[places.flatten()])
+    positions = torch.tensor([[4, 2], [0, 1]])
+    table.put(positions.flatten(), values[positions.flatten()], index[positions.flatten()])
     assert not table.is_complete
     # What is there stays, and so does the first of two in one batch.
     table.put(torch.tensor([4, 1, 1]), values[[0, 1, 0]], index[[0, 1, 0]])
@@ -76,6 +76,6 @@ def test_a_table_tracks_stored_tokens_and_completeness(tmp_path: Path) -> None:
     again.put(torch.tensor([3, 5]), values[[3, 5]], index[[3, 5]])
     assert again.is_complete
     assert LogitTable(tmp_path, "a" * 64, 6, 3).is_complete
-    found = again.get(places)
-    assert torch.equal(found[0], values[places])
-    assert torch.equal(found[1], index[places])
+    result = again.get(positions)
+    assert torch.equal(result[0], values[positions])
+    assert torch.equal(result[1], index[positions])
