@@ -47,7 +47,7 @@ def test_pairs_in_a_window_do_not_depend_on_the_segment() -> None:
     built = model(memories=[partial(RecurrentMemory, window=6)], feed_forward=FeedForward)
     matrices = 3 * (4 * 16 * 16 + 2 * 16 * 64) + 16 * 32
     for segment in (4, 32):
-        # The five positions before the segment are projected to keys and values anew.
+        # The five positions before the segment are projected to keys and values again.
         again = 3 * 2 * 16 * 16 * 5 / segment
         assert cost.count_flops(built, segment).forward == 2 * (matrices + again) + 3 * 4 * 16 * 6
 

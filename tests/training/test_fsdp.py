@@ -151,7 +151,7 @@ def test_loading_executes_no_code(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_sharded_checkpoint_is_consolidated(program: Program, folder: Path) -> None:
-    """What two processes wrote is one model: for convert, and for whatever loads a checkpoint."""
+    """The checkpoint of two processes is one model, for convert and for every loader."""
     for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
         done = program("convert", source, "out", "--overwrite", cwd=folder)
         assert done.code == 0, done.err

@@ -30,19 +30,19 @@ from memtx.training.fsdp import shard_model
 from memtx.training.tbptt import unroll
 from tests.memory_zoo import KINDS
 
-VOCAB, SEGMENT, HORIZON = 20, 6, 3
+VOCAB, SEGMENT, BPTT_SEGMENTS = 20, 6, 3
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
-    """Two horizons, so that there is a state when the second begins."""
+    """Two batches, so that there is a state when the second begins."""
     state = model.init_state(tokens.shape[0], dtype=torch.float64)
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     document_starts[:, 0] = True
     document_starts[:, SEGMENT + 2] = True
     total: Any = 0.0
-    for at in (0, SEGMENT * HORIZON):
-        part = slice(at, at + SEGMENT * HORIZON)
+    for at in (0, SEGMENT * BPTT_SEGMENTS):
+        part = slice(at, at + SEGMENT * BPTT_SEGMENTS)
         inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
         out = unroll(model, *inputs, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
@@ -54,9 +54,9 @@ def squares(model: Any, tokens: Tensor) -> Tensor:
     return loss
 
 
-def transformer(stack: Any, checkpointing: bool = False, **options: Any) -> nn.Module:
+def transformer(stack: Any, recompute: bool = False, **options: Any) -> nn.Module:
     model = MemoryTransformer(VOCAB, dim=8, depth=2, heads=2, memories=[stack], **options)
-    model.activation_checkpointing = checkpointing
+    model.activation_checkpointing = recompute
     return model
 
 
@@ -112,7 +112,7 @@ def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
     full = make().double()
     for parameter in full.parameters():
         nn.init.normal_(parameter, std=0.3)
-    tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * HORIZON))
+    tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * BPTT_SEGMENTS))
     trained_module = tokens[rank : rank + 1]
     for parallel in ("ddp", "fsdp2"):
         full.zero_grad()
@@ -156,7 +156,7 @@ def process(rank: int, at: str) -> None:
 
 @pytest.fixture(scope="module")
 def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What went wrong with each case on each of two processes, which are started once for all."""
+    """Errors of each case on each of two processes, which are started once for all."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     at = tmp_path_factory.mktemp("processes")

@@ -34,7 +34,7 @@ def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: 
 
 
 def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
-    """What training loses on a document is what is lost on it read alone, whatever batches and rows it lay in."""
+    """The loss of a document in training equals that of the document read alone, in any batch and stream."""
     steps = 30
     taught, record, texts = module(dropout=0.0, optimizer=constant, scheduler=None), Record(), data(tmp_path)
     trainer(tmp_path, record, max_steps=steps, limit_val_batches=0, limit_train_batches=4).fit(taught, datamodule=texts)

@@ -122,19 +122,19 @@ def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
     expected = by_hand(plain, adapters)
     for model in (adapted, expected):
         model.train()(TOKENS, labels=TOKENS).loss.backward()
-    wanted = {name: item.grad for name, item in expected.named_parameters()}
+    grads = {name: item.grad for name, item in expected.named_parameters()}
     for name, down in adapters.items():
         part, result, _ = name.partition(".lora_A.")
         if not result:
             continue
         up = adapters[name.replace(".lora_A.", ".lora_B.")]
-        grad = wanted[f"{part}.weight"]
+        grad = grads[f"{part}.weight"]
         assert grad is not None
         torch.testing.assert_close(down.grad, ALPHA / RANK * up.T @ grad, rtol=0, atol=EXACT)
         torch.testing.assert_close(up.grad, ALPHA / RANK * grad @ down.T, rtol=0, atol=EXACT)
     for name, parameter in adapted.named_parameters():
         if name not in adapters:
-            torch.testing.assert_close(parameter.grad, wanted[name.replace(".base_layer.", ".")], rtol=0, atol=EXACT)
+            torch.testing.assert_close(parameter.grad, grads[name.replace(".base_layer.", ".")], rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])

@@ -169,7 +169,7 @@ class Gradients(pl.Callback):
 
 
 def test_accumulated_gradients_are_the_mean(tmp_path: Path) -> None:
-    """Of batches that follow one another, memory and all; a rate of 0 keeps the weights where they are."""
+    """Gradients of consecutive batches with memory; a learning rate of 0 keeps the weights."""
     still = partial(sgd, lr=0.0)
     item, three = Gradients(), Gradients()
     for steps, accumulate, keep in ((3, 1, item), (1, 3, three)):

@@ -24,12 +24,12 @@ class Watch(pl.Callback):
 
     Args:
         to: folder.
-        strike: the batch in which a signal is sent.
-        moment: before "forward", "step" (the optimiser's), or "score" (a validation batch after the one to strike in).
-        signal: its number.
-        rank: of the process to strike.
-        gradients: whether to keep those of the first step.
-        spoil: the batch in which the loss of the process to strike, but not its gradient, is made NaN.
+        strike: Batch in which a signal is sent.
+        moment: Before "forward", "step" (the optimizer's), or "score" (a validation batch after the one to strike in).
+        signal: Signal number.
+        rank: Rank of the process to signal.
+        gradients: If True, save the gradients of the first step.
+        spoil: Batch in which the loss of that process, but not its gradient, is made NaN.
     """
 
     def __init__(

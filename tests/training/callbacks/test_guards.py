@@ -113,7 +113,7 @@ def test_guards_do_not_change_a_run(tmp_path: Path) -> None:
 
 
 def test_a_skip_does_not_change_the_random_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read again to find the layer must not change what is drawn and counted afterwards."""
+    """The second pass that finds the layer changes no later random number and no count."""
     samples, counted = [], []
     for reads in (True, False):
         if not reads:

@@ -213,7 +213,7 @@ def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.Mon
     for step, loss in losses[0].items():
         # The same numbers in float32, added up in another order.
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
-    # Killed in the first pass and gone on with, with few of the scores.
+    # Killed in the first pass and resumed, with few cached logits.
     half = tmp_path / "half.ckpt"
     run("few", 4, Keep(8, half, tmp_path / "few"))
     assert run("few.then", 4, seed=9, path=str(half)).is_complete

@@ -40,7 +40,7 @@ def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention
 
 
 def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
-    """What an encoder shows of drawn rows, the second one padded."""
+    """Outputs of an encoder for random texts, the second of them padded."""
     tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     present = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     present[1, 5:] = False
@@ -108,7 +108,7 @@ def test_soft_targets_of_top_k_logits() -> None:
         )
         each.append(kl(target, [own_all[item] for item in chosen]))
     assert saved(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
-    # Whoever keeps all of them loses nothing but float64's digits; more than there are is filled up.
+    # With all classes only float64 digits are lost; missing classes are padded.
     assert saved(VOCAB) == pytest.approx(result, rel=1e-5)
     assert saved(VOCAB + 3) == pytest.approx(result, rel=1e-5)
 
