@@ -1,4 +1,4 @@
-"""Compression rates sampled anew for every step, so that one model serves many (Activation Beacon, Zhang et al. 2024).
+"""Compression rates sampled for every step, so that one model serves many (Activation Beacon, Zhang et al. 2024).
 
 As in section 3.3 there, each step samples a rate from a set. Blocks differ between rates, so every step starts with
 fresh streams.

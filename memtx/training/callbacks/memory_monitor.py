@@ -154,5 +154,5 @@ class UnusedMemoryWarning(pl.Callback):
         trainer_state.write_status(
             trainer,
             f"The memory is not used: cleared at every segment, validation is {change} in bits per byte. Shorter "
-            "segments, a longer horizon or more steps may help.",
+            "segments, more bptt_segments or more steps may help.",
         )
