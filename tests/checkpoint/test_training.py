@@ -124,7 +124,7 @@ def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
         module(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rise)),
         datamodule=data(tmp_path),
     )
-    scores = {batch + 1: float.fromhex(metrics["val_bits_per_byte"]) for batch, metrics in record.found.items()}
+    scores = {batch + 1: float.fromhex(metrics["val_bits_per_byte"]) for batch, metrics in record.results.items()}
     best = min(scores, key=lambda step: scores[step])
     assert best not in (2, 10)
     note = json.loads((folder / "best.json").read_text())
