@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheck
     if is_folder and hf.is_hf_folder(path):
         return LoadedCheckpoint(path, hf.load(path, window), pretrained.read_sidecars(path), {})
     if window is not None:
-        message = f"window ({window}) is given, but '{path}' is no Hugging Face decoder."
+        message = f"window ({window}) is given, but '{path}' is not a Hugging Face decoder."
         raise MemtxError(message, "Remove window; with_memory sets the window of a MemoryTransformer.")
     if is_folder:
         config = files.read_json(path / pretrained.CONFIG_FILE)

@@ -92,7 +92,7 @@ def test_conversion_to_hf_drops_added_memories(tmp_path: Path) -> None:
     other = MemoryTransformer(40, dim=16, depth=1, heads=2)
     with pytest.raises(CheckpointError, match="does not have the layout"):
         convert(checkpoint(tmp_path / "b.ckpt", other), tmp_path / "wrong", layout=base)
-    with pytest.raises(CheckpointError, match="no Hugging Face folder"):
+    with pytest.raises(CheckpointError, match="is not a Hugging Face folder"):
         convert(tmp_path / "a.ckpt", tmp_path / "wrong", layout=tmp_path)
     assert not (tmp_path / "wrong").exists()
 

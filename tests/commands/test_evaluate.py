@@ -200,7 +200,7 @@ def test_a_run_is_evaluated_on_the_task_of_its_training(program: Program, tmp_pa
         (["--task", "needle", "--haystack", "/no/such/text"], "'/no/such/text' does not exist"),
         (["--task", "needle", "--task-arg", "num_pairs=3"], "--task-arg does not apply to needle"),
         (["--task", "babi"], "--babi-dir is not set"),
-        (["--task", "babi", "--babi-dir", "/no/such/folder"], "'/no/such/folder' is no folder"),
+        (["--task", "babi", "--babi-dir", "/no/such/folder"], "'/no/such/folder' is not a folder"),
         ([], "--task"),
     ],
 )

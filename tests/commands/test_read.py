@@ -198,7 +198,7 @@ def test_an_invalid_checkpoint_is_one_line(
     broken = pretrained(tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "not a whole safetensors" in read_error(capsys, str(book), "--checkpoint", str(broken))
+    assert "not a valid safetensors" in read_error(capsys, str(book), "--checkpoint", str(broken))
 
 
 def test_an_invalid_session_is_one_line_and_stays(
@@ -213,7 +213,7 @@ def test_an_invalid_session_is_one_line_and_stays(
     assert "belongs to another text" in read_error(capsys, *options, model)
     assert session.read_bytes() == good
     session.write_bytes(good[:-1])
-    assert "not a whole safetensors" in read_error(capsys, *options, model)
+    assert "not a valid safetensors" in read_error(capsys, *options, model)
 
 
 def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:

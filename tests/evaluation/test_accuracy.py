@@ -69,7 +69,7 @@ def test_explicit_task_options_override_those_of_the_run() -> None:
     )
     for name, value, message in (
         ("num_pears", "5", "'num_pairs'"),
-        ("num_pairs", "five", "whole"),
+        ("num_pairs", "five", "an integer"),
         ("num_pairs", "99", "do not fit"),
     ):
         with pytest.raises(MemtxError, match=message):

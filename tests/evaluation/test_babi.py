@@ -73,7 +73,7 @@ def test_malformed_files_are_reported(folder: Path) -> None:
     (folder / "qa1_where_test.txt").write_bytes(b"1 \xff\n")
     with pytest.raises(DataError, match="not UTF-8"):
         load_tasks(str(folder))
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         load_tasks(str(folder / "none"))
 
 

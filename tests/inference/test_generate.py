@@ -199,7 +199,7 @@ def test_invalid_generation_configs_are_refused() -> None:
     for options, message in (
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"logprobs": -1}, "logprobs is -1"),
-        ({"seed": 2**64}, "64 bits"),
+        ({"seed": 2**64}, "64-bit integer"),
         ({"stop": ("",)}, "stop string is empty"),
     ):
         with pytest.raises(MemtxError, match=message):

@@ -28,7 +28,7 @@ from tests.ops.attention.test_backends import VISIBILITY, Q, causal_window
         (Q[0], Q[0], {}, "expected"),
         (Q[:1], Q, {}, "expected"),
         (Q, Q.double(), {}, "Cast them to one dtype"),
-        (Q, Q, {"backend": "fast"}, "no attention backend 'fast'"),
+        (Q, Q, {"backend": "fast"}, "attention backend 'fast' does not exist"),
         (Q, Q, {"backend": "flex", "dropout": 0.1}, "'flex' does not support attention dropout"),
         (Q.clone().requires_grad_(), Q, {"backend": "flex"}, "no gradient on the CPU"),
         (Q, Q, {"bias": AlibiBias(torch.ones(3), VISIBILITY.visible_from.double())}, "3 heads"),
