@@ -30,7 +30,7 @@ class CheckpointError(MemtxError):
 
 def corrupt_checkpoint_error(path: object, reason: str) -> CheckpointError:
     """Return the error for a truncated, modified or foreign checkpoint; ``reason`` ends its sentence."""
-    return CheckpointError(f"'{path}' is not a whole checkpoint{reason}.", "Use another copy, or an earlier one.")
+    return CheckpointError(f"'{path}' is not a valid checkpoint{reason}.", "Use another copy, or an earlier one.")
 
 
 def missing_package_error(feature: str, error: ImportError, extra: str) -> MemtxError:

@@ -57,7 +57,7 @@ def test_existing_target_is_kept(tmp_path: Path, byte_model: MemoryTransformer) 
     with pytest.raises(MemtxError, match="is the source"):
         convert(path, path, overwrite=True)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         convert(path, tmp_path / "out", overwrite=True)
     with pytest.raises(CheckpointError, match="does not exist"):
         convert(tmp_path / "none", tmp_path / "out", overwrite=True)

@@ -56,7 +56,7 @@ def test_newest_undamaged_checkpoint_is_found(tmp_path: Path) -> None:
         "earlier-00000006.ckpt",
         ["last.ckpt"],
     )
-    assert "last.ckpt' is not a whole checkpoint" in recovered.describe_damage()
+    assert "last.ckpt' is not a valid checkpoint" in recovered.describe_damage()
     assert "earlier-00000006.ckpt', of step 6" in recovered.describe_damage()
     (tmp_path / "earlier-00000006.ckpt").write_bytes(b"")
     recovered = recovery.find_latest_valid(tmp_path)
@@ -221,7 +221,7 @@ def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path:
     done = runs.fit(program, at, "struck")
     assert done.code == 0, done.err
     (line,) = [line for line in done.err.splitlines() if line.startswith("memtx: ")]
-    assert "last.ckpt' is not a whole checkpoint" in line
+    assert "last.ckpt' is not a valid checkpoint" in line
     assert "Going on from 'struck/checkpoints/" in line
     assert runs.losses(at, "struck") == runs.losses(at, "whole")
     assert runs.weights(at, "struck") == runs.weights(at, "whole")

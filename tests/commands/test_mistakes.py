@@ -210,12 +210,12 @@ def test_an_unusable_checkpoint_is_one_line(program: Program, workdir: Path) -> 
     before = files(workdir)
     for command, run in (("fit", "new"), ("test", "run")):
         base = (command, "--config", "c.yaml", "--run_dir", run, "--ckpt_path")
-        refused(program(*base, "cut.ckpt", cwd=workdir), "'cut.ckpt' is not a whole checkpoint")
+        refused(program(*base, "cut.ckpt", cwd=workdir), "'cut.ckpt' is not a valid checkpoint")
         refused(program(*base, "foreign.ckpt", cwd=workdir), "'foreign.ckpt'", "something else")
         other = (command, "--config", "other.yaml", "--run_dir", run, "--ckpt_path", str(last))
         refused(program(*other, cwd=workdir), "last.ckpt'", "another model", "dim")
     refused(
-        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a whole"
+        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a valid checkpoint"
     )
     refused(
         program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", cwd=workdir), "'none.ckpt' does not exist"

@@ -194,7 +194,7 @@ def test_an_invalid_checkpoint_is_one_line(
     book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
     assert "does not exist" in read_error(capsys, str(book), "--checkpoint", str(tmp_path / "none.ckpt"))
-    assert "not a whole checkpoint" in read_error(capsys, str(book), "--checkpoint", str(book))
+    assert "not a valid checkpoint" in read_error(capsys, str(book), "--checkpoint", str(book))
     broken = pretrained(tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

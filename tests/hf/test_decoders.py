@@ -114,9 +114,7 @@ def yarn(pair: float, turns: float) -> float:
     ],
 )
 @pytest.mark.parametrize("spelling", ["older", "newer"])
-def test_scaled_rotary_gives_the_reference(
-    tmp_path: Path, scaling: Any, options: dict[str, Any], spelling: str
-) -> None:
+def test_scaled_rotary_fits_the_reference(tmp_path: Path, scaling: Any, options: dict[str, Any], spelling: str) -> None:
     config = {**LLAMA, "head_dim": 16}
     tensors = plain.llama(config)
     inv_freq = unscaled(config)

@@ -31,9 +31,7 @@ def test_a_checkpoint_is_loaded(tmp_path: Path, byte_model: MemoryTransformer, b
     assert not model.training
 
 
-def test_pretrained_folders_are_loaded(
-    tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer
-) -> None:
+def test_pretrained_folder_is_loaded(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
     byte_model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         load_model_and_tokenizer(tmp_path)
@@ -62,7 +60,7 @@ def test_a_run_folder_gives_its_best_or_newest(tmp_path: Path, byte_model: Memor
 def test_a_truncated_checkpoint_is_refused(tmp_path: Path, size: int, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         load_model_and_tokenizer(path)
 
 
@@ -72,7 +70,7 @@ def test_other_files_are_refused(tmp_path: Path, byte_model: MemoryTransformer) 
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_model_and_tokenizer(tmp_path)
     (tmp_path / "book.txt").write_text("CHAPTER I")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         load_model_and_tokenizer(tmp_path / "book.txt")
     torch.save({"state_dict": {}}, tmp_path / "else.ckpt")
     with pytest.raises(CheckpointError, match="something else"):

@@ -94,7 +94,7 @@ def test_models_without_a_task_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Predictor.load(tmp_path / "no")
     (tmp_path / "x.ckpt").write_bytes(b"no checkpoint")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         Predictor.load(tmp_path / "x.ckpt")
     task_predictor = predictor("classification")
     task_predictor.model.num_labels = 5
