@@ -215,7 +215,7 @@ def test_an_unusable_checkpoint_is_one_line(program: Program, workdir: Path) -> 
         other = (command, "--config", "other.yaml", "--run_dir", run, "--ckpt_path", str(last))
         refused(program(*other, cwd=workdir), "last.ckpt'", "another model", "dim")
     refused(
-        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a valid checkpoint"
+        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a valid"
     )
     refused(
         program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", cwd=workdir), "'none.ckpt' does not exist"

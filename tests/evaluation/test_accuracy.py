@@ -14,7 +14,7 @@ from tests.data.synthetic_tasks.test_recall import Said
 
 
 class HoldsPairs:
-    """Keeps the first ``count`` pairs of each stream; for other keys it predicts a token that is no value."""
+    """Keeps the first ``count`` pairs of each stream; for other keys it predicts a token that is not a value."""
 
     def __init__(self, task: AssociativeRecall, count: int) -> None:
         self.task, self.count = task, count

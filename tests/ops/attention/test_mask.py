@@ -73,7 +73,7 @@ def test_groups_of_keys_share_the_bounds_of_one_key(
 def test_attending_queries_invert_visible_keys(
     num_keys: int, min_visible_from: int, stride: int, max_span: int | None, group_size: int
 ) -> None:
-    """A query sees into a block of keys by one method exactly if the block is attended by the query by the other."""
+    """A query sees keys of a block by one method exactly if it attends to the block by the other."""
     key_range, num_queries = KeyRange(num_keys, min_visible_from, stride, max_span, group_size), 23
     for low in range(0, num_keys, 7):
         high = min(low + 7, num_keys)
@@ -123,4 +123,4 @@ def test_mask_of_a_block_is_a_slice_of_the_mask() -> None:
     mask = create_mask(visibility)
     assert mask.shape == (1, 9, 12)
     assert torch.equal(create_mask(visibility, (2, 7), (4, 10)), mask[:, 2:7, 4:10])
-    assert [int(line.sum()) for line in mask[0]] == [4] * 9
+    assert [int(query_mask.sum()) for query_mask in mask[0]] == [4] * 9
