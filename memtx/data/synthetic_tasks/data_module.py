@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
+from memtx.class_config import to_config
 from memtx.data.batch import (
     IGNORE_INDEX,
     Batch,
@@ -22,12 +24,6 @@ from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
 TRAINING, VALIDATION, TEST = 0, 1, 2  # purposes of a batch; each has its own episodes, whatever the seed
-
-
-def task_to_config(task: SyntheticTask) -> dict[str, Any]:
-    """Return a task's class path and arguments as JSON values, as a checkpoint holds them."""
-    kind = type(task)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dataclasses.asdict(task)}
 
 
 def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: tuple[int, ...]) -> Batch:
@@ -86,8 +82,8 @@ class SyntheticDataModule(LightningDataModule):
         eval_steps: int = 4,
     ) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-        check_counts(eval_batch_size=eval_batch_size, eval_steps=eval_steps)
+        check_counts(batch_size=batch_size, steps_per_epoch=steps_per_epoch, eval_steps=eval_steps)
+        check_counts(eval_batch_size=eval_batch_size)
         check_seed(seed)
         if num_segments <= task.num_write_segments:
             message = f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}."
@@ -126,12 +122,10 @@ class SyntheticDataModule(LightningDataModule):
         return self._evaluation_batches(VALIDATION)
 
     def test_dataloader(self) -> FixedBatches[Batch]:
-        """Return this rank's test episodes, the same every time."""
+        """Return this rank's test episodes, the same every time; also for prediction."""
         return self._evaluation_batches(TEST)
 
-    def predict_dataloader(self) -> FixedBatches[Batch]:
-        """Return this rank's test episodes, the same every time."""
-        return self._evaluation_batches(TEST)
+    predict_dataloader = test_dataloader
 
     def _evaluation_batches(self, purpose: int) -> FixedBatches[Batch]:
         rank, _ = rank_and_world_size(self.trainer)
@@ -145,7 +139,8 @@ class SyntheticDataModule(LightningDataModule):
         """Return the position and what identifies the episodes."""
         identity = {name: getattr(self, name) for name in ("batch_size", "num_segments", "seed")}
         position = self._position if self._batches is None else self._batches.position
-        return {"position": position, "task": task_to_config(self.task), **identity}
+        task = to_config(functools.partial(type(self.task), **dataclasses.asdict(self.task)))
+        return {"position": position, "task": task, **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position; raises CheckpointError if it is in other episodes."""

@@ -41,6 +41,15 @@ class EncodedExample:
     target: IntArray | None = None  # labels to learn; meaningless if the example has none
 
 
+@dataclass(eq=False)
+class PreparedExample:
+    """An example, the encodings of its texts, and its windows."""
+
+    example: Any
+    encodings: Sequence[Encoding]
+    windows: Sequence[EncodedExample]
+
+
 class Task(ABC):
     """Base of all tasks. Raises DataError if a number is out of range, or labels repeat.
 
@@ -83,9 +92,9 @@ class Task(ABC):
     def get_texts(self, example: Any) -> tuple[str, ...]:
         """Return the texts to encode."""
 
-    @abstractmethod
     def get_labels(self, example: Any) -> tuple[str, ...]:
-        """Return the labels of an example."""
+        """Return the labels of an example; none by default."""
+        return ()
 
     @property
     def num_labels(self) -> int:
@@ -114,9 +123,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def postprocess(
-        self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return the prediction for an example, with or without a label, as JSON values.
 
         ``logits`` holds those of each window, ``(num_labels,)`` or ``(length, num_labels)``.
@@ -183,19 +190,8 @@ def build_inputs(
 
     ``[CLS]`` is global.
     """
-    parts = [np.array([tokenizer.cls_token_id]), first_ids, np.array([tokenizer.sep_token_id])]
-    token_type_ids = [np.zeros(len(first_ids) + 2, dtype=np.int64)]
-    if second_ids is not None:
-        parts += [second_ids, np.array([tokenizer.sep_token_id])]
-        token_type_ids.append(np.ones(len(second_ids) + 1, dtype=np.int64))
-    ids = np.concatenate(parts).astype(np.int64)
-    global_attention_mask = np.zeros(len(ids), dtype=np.bool_)
-    global_attention_mask[0] = True
-    return ids, np.concatenate(token_type_ids), global_attention_mask
-
-
-def softmax(logits: Logits) -> NDArray[np.float64]:
-    """Return the softmax over the last axis, float64."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    probabilities: NDArray[np.float64] = exponentials / exponentials.sum(-1, keepdims=True)
-    return probabilities
+    sep = np.array([tokenizer.sep_token_id])
+    second_parts = () if second_ids is None else (second_ids, sep)
+    ids = np.concatenate([[tokenizer.cls_token_id], first_ids, sep, *second_parts]).astype(np.int64)
+    positions = np.arange(len(ids))
+    return ids, (positions >= len(first_ids) + 2).astype(np.int64), positions == 0

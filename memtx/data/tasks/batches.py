@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -12,22 +11,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX, FixedBatches
-from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, Task
+from memtx.data.hf_tokenizers import HFTokenizer
+from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, PreparedExample, Task
 from memtx.errors import CheckpointError
 
 B = TypeVar("B")
 
 SORT_POOL_BATCHES = 50  # whose windows are sorted by length together, to reduce padding
-
-
-@dataclass(eq=False)
-class PreparedExample:
-    """An example, the encodings of its texts, and its windows."""
-
-    example: Any
-    encodings: Sequence[Encoding]
-    windows: Sequence[EncodedExample]
 
 
 class BatchExamples:
@@ -44,8 +34,7 @@ class BatchExamples:
         predictions, start = [], 0
         for prepared in self.examples:
             stop = start + len(prepared.windows)
-            example, encodings, windows = prepared.example, prepared.encodings, prepared.windows
-            predictions.append(self.task.postprocess(example, encodings, windows, logits[start:stop]))
+            predictions.append(self.task.postprocess(prepared, logits[start:stop]))
             start = stop
         return predictions
 
@@ -229,8 +218,9 @@ class EvaluationBatches(FixedBatches[TaskBatch]):
     ) -> None:
         batches: list[list[PreparedExample]] = []
         room = 0
-        rank_examples = examples[rank::world_size]
-        for example in sorted(rank_examples, key=lambda example: max(len(window.ids) for window in example.windows)):
+        for example in sorted(
+            examples[rank::world_size], key=lambda example: max(len(window.ids) for window in example.windows)
+        ):
             if room < len(example.windows):
                 batches.append([])
                 room = batch_size

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import NO_TARGET, EncodedExample, IntArray, Logits, Task, build_inputs, softmax
+from memtx.data.tasks.base import NO_TARGET, EncodedExample, IntArray, Logits, PreparedExample, Task, build_inputs
 from memtx.data.tasks.examples import PairExample, TextExample
 from memtx.errors import DataError
 
@@ -23,12 +24,10 @@ class _SingleLabelTask(Task):
     def _make_target(self, label: str | None) -> IntArray:
         return NO_TARGET if label is None else np.array([self.label_to_id(label)], dtype=np.int64)
 
-    def postprocess(
-        self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return ``label``, its probability ``score``, and the probabilities of all labels as ``scores``."""
-        probabilities = softmax(np.stack(logits)).mean(0)
-        scores = {label: round(float(score), 6) for label, score in zip(self.labels, probabilities, strict=True)}
+        probabilities = torch.from_numpy(np.stack(logits)).double().softmax(-1).mean(0)
+        scores = {label: round(score, 6) for label, score in zip(self.labels, probabilities.tolist(), strict=True)}
         best = self.labels[int(probabilities.argmax())]
         return {"label": best, "score": scores[best], "scores": scores}
 

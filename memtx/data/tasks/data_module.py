@@ -11,11 +11,10 @@ from lightning.pytorch import LightningDataModule
 
 from memtx.data.batch import check_counts, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
-from memtx.data.tasks.base import Task, task_to_json
+from memtx.data.tasks.base import PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import (
     EvaluationBatches,
     HasWindows,
-    PreparedExample,
     TaskBatch,
     TrainingBatches,
     collate,
@@ -36,9 +35,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     raised.
     """
 
-    REQUIRED_TEXTS: ClassVar[tuple[str, ...]] = (
-        "tokenizer",
-    )  # texts of a checkpoint that must be those of this module
+    # Texts of a checkpoint that must be those of this module.
+    REQUIRED_TEXTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
     tokenizer: Tokenizer
 
     def __init__(self, root: str | None, batch_size: int, seed: int, **counts: int | None) -> None:

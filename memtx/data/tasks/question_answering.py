@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import EncodedExample, IntArray, Logits, Task, build_inputs
+from memtx.data.tasks.base import EncodedExample, IntArray, Logits, PreparedExample, Task, build_inputs
 from memtx.data.tasks.examples import QuestionExample
 from memtx.errors import DataError
 
@@ -58,10 +58,6 @@ class QuestionAnswering(Task):
         """Return question and context."""
         return (example.question, example.context)
 
-    def get_labels(self, example: QuestionExample) -> tuple[str, ...]:
-        """Return nothing: there are no labels."""
-        return ()
-
     def encode(
         self, example: QuestionExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
@@ -81,31 +77,26 @@ class QuestionAnswering(Task):
             )
         return windows
 
-    def postprocess(
-        self,
-        example: QuestionExample,
-        encodings: Sequence[Encoding],
-        windows: Sequence[EncodedExample],
-        logits: Sequence[Logits],
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return ``answer``, ``start`` and ``end`` in characters, ``score`` and ``is_impossible``.
 
         ``score`` is the probability that the best span beats no answer. If no answer wins, ``is_impossible`` is True
         and ``answer`` empty.
         """
         best_score, best_span, no_answer_score = -np.inf, (0, 0), np.inf
-        for window, window_logits in zip(windows, logits, strict=True):
+        for window, window_logits in zip(prepared.windows, logits, strict=True):
             no_answer_score = min(no_answer_score, float(window_logits[0, START] + window_logits[0, END]))
             context_stop = window.input_start + window.text_stop - window.text_start
             score, start, end = _best_span(window_logits[window.input_start : context_stop], self.max_answer_length)
             if score > best_score:
                 best_score, best_span = score, (window.text_start + start, window.text_start + end)
         margin = best_score - no_answer_score
+        example: QuestionExample = prepared.example
         prediction: dict[str, Any] = {"id": example.id} if example.id else {}
         probability = round(float(1 / (1 + np.exp(-np.clip(margin, -50, 50)))), 6)
         if margin <= self.answer_threshold:
             return prediction | {"answer": "", "start": None, "end": None, "score": probability, "is_impossible": True}
-        offsets = encodings[1].offsets
+        offsets = prepared.encodings[1].offsets
         start, end = int(offsets[best_span[0], 0]), int(offsets[best_span[1], 1])
         answer = example.context[start:end]
         return prediction | {"answer": answer, "start": start, "end": end, "score": probability, "is_impossible": False}

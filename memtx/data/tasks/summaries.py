@@ -6,12 +6,14 @@ A sequence is the text, a prompt, the completion and a stop sequence, up to whic
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, rank_and_world_size
 from memtx.data.tasks.base import IntArray
@@ -38,18 +40,16 @@ class EncodedSummary:
 
 def collate_summaries(examples: Sequence[EncodedSummary], pad_token_id: int) -> Batch:
     """Return a batch with one document per example, whose labels are the tokens of the summaries."""
-    length = max(len(example.ids) for example in examples) - 1
-    tokens = np.full((len(examples), length), pad_token_id, dtype=np.int64)
-    labels = np.full((len(examples), length), IGNORE_INDEX, dtype=np.int64)
-    for index, example in enumerate(examples):
-        end = len(example.ids) - 1
-        tokens[index, :end] = example.ids[:-1]
-        labels[index, example.summary_start - 1 : end] = example.ids[example.summary_start :]
-    document_starts = torch.zeros(len(examples), length, dtype=torch.bool)
+    ids = [torch.from_numpy(example.ids) for example in examples]
+    tokens = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=pad_token_id)
+    labels = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_INDEX)
+    for row, example in zip(labels, examples, strict=True):
+        row[: example.summary_start - 1] = IGNORE_INDEX
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     document_starts[:, 0] = True
     num_words = torch.tensor([example.num_words for example in examples])
     num_bytes = torch.tensor([example.num_bytes for example in examples])
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), document_starts, num_words, num_bytes)
+    return Batch(tokens, labels, document_starts, num_words, num_bytes)
 
 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
@@ -109,13 +109,12 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
         rank, world_size = rank_and_world_size(self.trainer)
         examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
-        batch_starts = range(0, len(examples), self.batch_size)
 
         def get_batch(index: int) -> Batch:
-            start = batch_starts[index]
+            start = index * self.batch_size
             return collate_summaries(examples[start : start + self.batch_size], self.tokenizer.bos_token_id)
 
-        return FixedBatches(len(batch_starts), get_batch)
+        return FixedBatches(math.ceil(len(examples) / self.batch_size), get_batch)
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}

@@ -46,7 +46,7 @@ def test_logits_equal_to_the_targets_give_the_labels(kind: str) -> None:
                     for which in (0, 1):
                         row[window.target[which], which] = 1
                 scores.append(row)
-            prediction = a_task.postprocess(prepared.example, prepared.encodings, prepared.windows, scores)
+            prediction = a_task.postprocess(prepared, scores)
             if kind == "tagging":
                 assert prediction["tags"] == list(prepared.example.tags)
             elif kind == "questions":
@@ -102,8 +102,8 @@ def test_a_word_without_tokens_has_a_tag_too() -> None:
     example = TaggedExample(("whale", "\x00", "\u200b", "sea"), ("B-X", "O", "O", "B-X"))
     (prepared,) = encode_examples([example], a_task, OWN)
     scores = [np.zeros((len(window.ids), 2), dtype=np.float32) for window in prepared.windows]
-    assert a_task.postprocess(example, prepared.encodings, prepared.windows, scores)["tags"][0] == "B-X"
-    assert len(a_task.postprocess(example, prepared.encodings, prepared.windows, scores)["tags"]) == 4
+    assert a_task.postprocess(prepared, scores)["tags"][0] == "B-X"
+    assert len(a_task.postprocess(prepared, scores)["tags"]) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
