@@ -189,12 +189,10 @@ class BookDataModule(LightningDataModule):
         return self._evaluation_streams("validation", self.eval_tokens)
 
     def test_dataloader(self) -> EvaluationStreams:
-        """Return the whole test split in streams."""
+        """Return the whole test split in streams; also for prediction."""
         return self._evaluation_streams("test", None)
 
-    def predict_dataloader(self) -> EvaluationStreams:
-        """Return the whole test split in streams."""
-        return self._evaluation_streams("test", None)
+    predict_dataloader = test_dataloader
 
     def _evaluation_streams(self, split: str, limit_tokens: int | None) -> EvaluationStreams:
         store, ranks = self.token_store(split), rank_and_world_size(self.trainer)

@@ -99,23 +99,20 @@ class TrainingBatches(Generic[B]):
 
     Resumed with another batch size or world size, what is left of the pass is assigned to these. Windows that do not
     make a batch for each rank are left out at the end of a pass, so each rank gets the same number of batches.
-    ``collate_fn`` makes a batch from windows and the padding id.
+    ``collate_fn`` makes a batch from windows.
     """
 
     def __init__(
         self,
         examples: Sequence[HasWindows],
         batch_size: int,
-        pad_token_id: int,
+        collate_fn: Callable[[Sequence[Any]], B],
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        *,
-        collate_fn: Callable[[Sequence[Any], int], B],
     ) -> None:
-        self.collate_fn = collate_fn
         self.windows: list[Any] = [window for example in examples for window in example.windows]
-        self.batch_size, self.pad_token_id, self.seed = batch_size, pad_token_id, seed
+        self.batch_size, self.collate_fn, self.seed = batch_size, collate_fn, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
         # Earlier batches of this pass: their size, the number of ranks, and how many batches each rank read.
@@ -162,7 +159,7 @@ class TrainingBatches(Generic[B]):
             indices = batches[self.position - len(self)]
             # Before the yield: a checkpoint written after this batch's step must count it.
             self.position += 1
-            yield self.collate_fn([self.windows[index] for index in indices], self.pad_token_id)
+            yield self.collate_fn([self.windows[index] for index in indices])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what identifies the data."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -65,8 +65,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         """Encode an example; raises DataError if it cannot be used."""
 
     @abstractmethod
-    def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], B]]:
-        """Return the padding id, and the function that makes a batch from windows and that id."""
+    def _collate(self, windows: Sequence[Any]) -> B:
+        """Return windows as one batch, padded at the end to the longest."""
 
     @abstractmethod
     def _evaluation_batches(self, split: str) -> Any:
@@ -113,9 +113,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     def train_dataloader(self) -> TrainingBatches[B]:
         """Return this rank's batches from the position on."""
         examples = self.encoded_examples("train")
-        pad_token_id, collate_fn = self._train_collation()
         ranks = rank_and_world_size(self.trainer)
-        batches = TrainingBatches(examples, self.batch_size, pad_token_id, self.seed, *ranks, collate_fn=collate_fn)
+        batches = TrainingBatches(examples, self.batch_size, self._collate, self.seed, *ranks)
         if self._batches is not None:  # called again within a run
             batches.load_state_dict(self._batches.state_dict())
         elif self._restored_position is not None:
@@ -213,8 +212,8 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         super()._fit_to_training_examples()
         self._fit_labels()
 
-    def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], TaskBatch]]:
-        return self.tokenizer.pad_token_id, collate
+    def _collate(self, windows: Sequence[Any]) -> TaskBatch:
+        return collate(windows, self.tokenizer.pad_token_id)
 
     def _evaluation_batches(self, split: str) -> EvaluationBatches:
         examples, ranks = self.encoded_examples(split), rank_and_world_size(self.trainer)

@@ -6,10 +6,8 @@ A sequence is the text, a prompt, the completion and a stop sequence, up to whic
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,20 +34,6 @@ class EncodedSummary:
     def windows(self) -> list[EncodedSummary]:
         """The sequence itself, which is never split."""
         return [self]
-
-
-def collate_summaries(examples: Sequence[EncodedSummary], pad_token_id: int) -> Batch:
-    """Return a batch with one document per example, whose labels are the tokens of the summaries."""
-    ids = [torch.from_numpy(example.ids) for example in examples]
-    tokens = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=pad_token_id)
-    labels = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_INDEX)
-    for row, example in zip(labels, examples, strict=True):
-        row[: example.summary_start - 1] = IGNORE_INDEX
-    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
-    document_starts[:, 0] = True
-    num_words = torch.tensor([example.num_words for example in examples])
-    num_bytes = torch.tensor([example.num_bytes for example in examples])
-    return Batch(tokens, labels, document_starts, num_words, num_bytes)
 
 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
@@ -103,18 +87,25 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
         return [EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)]
 
-    def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], Batch]]:
-        return self.tokenizer.bos_token_id, collate_summaries
+    def _collate(self, windows: Sequence[EncodedSummary]) -> Batch:
+        """Return a batch with one document per example, whose labels are the tokens of the summaries."""
+        ids = [torch.from_numpy(window.ids) for window in windows]
+        tokens = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=self.tokenizer.bos_token_id)
+        labels = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_INDEX)
+        for row, window in zip(labels, windows, strict=True):
+            row[: window.summary_start - 1] = IGNORE_INDEX
+        document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+        document_starts[:, 0] = True
+        num_words = torch.tensor([window.num_words for window in windows])
+        num_bytes = torch.tensor([window.num_bytes for window in windows])
+        return Batch(tokens, labels, document_starts, num_words, num_bytes)
 
     def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
         rank, world_size = rank_and_world_size(self.trainer)
         examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
-
-        def get_batch(index: int) -> Batch:
-            start = index * self.batch_size
-            return collate_summaries(examples[start : start + self.batch_size], self.tokenizer.bos_token_id)
-
-        return FixedBatches(math.ceil(len(examples) / self.batch_size), get_batch)
+        batch_starts = range(0, len(examples), self.batch_size)
+        batches = [examples[start : start + self.batch_size] for start in batch_starts]
+        return FixedBatches(len(batches), lambda index: self._collate(batches[index]))
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}

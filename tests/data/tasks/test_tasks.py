@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.base import task_from_json, task_to_json
-from memtx.data.tasks.batches import EvaluationBatches, TrainingBatches, collate, encode_examples
+from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate, encode_examples
 from memtx.data.tasks.examples import TaggedExample
 from memtx.data.tasks.tagging import Tagging, extract_spans, find_words
 from memtx.errors import CheckpointError, DataError
@@ -21,6 +21,10 @@ from tests.tasks import KINDS, records, task, tokenizer
 OWN = tokenizer()
 SHORT = {"classification": 12, "tagging": 12, "matching": 22, "questions": 22}
 """Tokens into which the examples do not fit."""
+
+
+def pad_own(windows: list[Any]) -> TaskBatch:
+    return collate(windows, OWN.pad_token_id)
 
 
 def encoded_examples(kind: str, count: int = 12, **options: Any) -> list[Any]:
@@ -151,7 +155,7 @@ def test_a_raw_text_is_split_into_words() -> None:
 
 def test_a_pass_holds_every_window_once_and_the_next_has_another_order() -> None:
     examples = encoded_examples("classification", 21)
-    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+    batches = TrainingBatches(examples, 4, pad_own, seed=3)
     passes = [[batch.tokens for batch in batches] for _ in range(2)]
     for batches_of_ids in passes:
         assert len(batches_of_ids) == len(batches) == 6
@@ -163,16 +167,16 @@ def test_a_pass_holds_every_window_once_and_the_next_has_another_order() -> None
 
 def test_training_resumes_at_a_position() -> None:
     examples = encoded_examples("tagging", 21)
-    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+    batches = TrainingBatches(examples, 4, pad_own, seed=3)
     expected = [batch.tokens.tolist() for _ in range(3) for batch in batches]
     for stop in (0, 1, 5, 6, 7, 13):
-        first, taken = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate), []
+        first, taken = TrainingBatches(examples, 4, pad_own, seed=3), []
         while len(taken) < stop:
             for batch in first:
                 taken.append(batch.tokens.tolist())
                 if len(taken) == stop:
                     break
-        second = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+        second = TrainingBatches(examples, 4, pad_own, seed=3)
         second.load_state_dict(first.state_dict())
         while len(taken) < len(expected):
             taken += [batch.tokens.tolist() for batch in second]
@@ -184,9 +188,7 @@ def test_training_resumes_at_a_position() -> None:
 def test_ranks_share_the_windows() -> None:
     examples = encoded_examples("classification", 21)
     for world in (2, 5):
-        parts = [
-            TrainingBatches(examples, 2, OWN.pad_token_id, 0, rank, world, collate_fn=collate) for rank in range(world)
-        ]
+        parts = [TrainingBatches(examples, 2, pad_own, 0, rank, world) for rank in range(world)]
         counts = {len(list(part)) for part in parts}
         assert counts == {len(parts[0])}
     seen = [example for rank in range(2) for batch in EvaluationBatches(examples, task("classification"), 4, 0, rank, 2)
@@ -206,15 +208,7 @@ def test_the_rest_of_a_pass_is_assigned_to_other_ranks(count: int, stages: list[
     batch_size = ranks = 1
     for batch_size, ranks, steps in [*stages, (*stages[-1][:2], count)]:
         parts: list[Any] = [
-            TrainingBatches(
-                numbered,
-                batch_size,
-                0,
-                3,
-                rank,
-                ranks,
-                collate_fn=lambda chosen, _: [window.ids[0] for window in chosen],
-            )
+            TrainingBatches(numbered, batch_size, lambda windows: [window.ids[0] for window in windows], 3, rank, ranks)
             for rank in range(ranks)
         ]
         for part in parts if state else ():
