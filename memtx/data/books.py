@@ -75,8 +75,10 @@ class BookDataModule(LightningDataModule):
         check_seed(seed)
         self.root, self.source, self.seed = root, source, seed
         self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
+        self.length = segment_length * bptt_segments  # tokens of a stream in a batch
         self.eval_batch_size, self.eval_tokens = eval_batch_size or batch_size, eval_tokens
-        self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.num_workers = num_workers
         self._tokenized_corpus: TokenizedCorpus | None = None
         if source is None and is_tokenized_corpus(root):
             self._tokenized_corpus = TokenizedCorpus(Path(root).expanduser())
@@ -92,26 +94,17 @@ class BookDataModule(LightningDataModule):
         """Vocabulary size; known before any text is read."""
         return self.tokenizer.vocab_size
 
-    @property
-    def length(self) -> int:
-        """Tokens of a stream in a batch: segment_length * bptt_segments."""
-        return self.segment_length * self.bptt_segments
-
     @cached_property
     def corpus(self) -> Corpus:
         """Documents of every split of ``root``, listed on first use."""
         return open_corpus(self.root)
 
-    @property
-    def _cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser() if self.cache_dir is not None else default_cache_dir()
-
     def _open_tokenized_corpus(self) -> TokenizedCorpus | None:
         """Return the folder that holds every split, or None if each split is encoded when it is needed."""
         if self._tokenized_corpus is None and self.source is not None:
             manifest = self.source.scan()
-            self.tokenizer = train_tokenizer(self.tokenizer, manifest, self._cache_path)
-            folder = self._cache_path / f"texts-{compute_fingerprint(manifest, self.tokenizer)[:16]}"
+            self.tokenizer = train_tokenizer(self.tokenizer, manifest, self.cache_dir)
+            folder = self.cache_dir / f"texts-{compute_fingerprint(manifest, self.tokenizer)[:16]}"
             self._tokenized_corpus = tokenize_corpus(folder, manifest, self.tokenizer, num_workers=self.num_workers)
         return self._tokenized_corpus
 
@@ -119,7 +112,7 @@ class BookDataModule(LightningDataModule):
         """Train the tokenizer on the training split, or read the one that an earlier run trained on it."""
         if not self.tokenizer.is_trained and self._open_tokenized_corpus() is None:
             training_texts = Corpus(self.root, {"train": self.corpus.get_split("train")})
-            self.tokenizer = train_tokenizer(self.tokenizer, training_texts, self._cache_path)
+            self.tokenizer = train_tokenizer(self.tokenizer, training_texts, self.cache_dir)
 
     def has_split(self, split: str) -> bool:
         """Return whether there are documents in a split."""

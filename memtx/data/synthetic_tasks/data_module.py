@@ -89,20 +89,11 @@ class SyntheticDataModule(LightningDataModule):
             message = f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}."
             raise DataError(message, f"Change --data.num_segments to at least {task.num_write_segments + 1}.")
         self.task, self.batch_size, self.num_segments, self.seed = task, batch_size, num_segments, seed
+        self.vocab_size, self.segment_length = task.vocab_size, task.segment_length
         self.steps_per_epoch = steps_per_epoch
         self.eval_batch_size, self.eval_steps = eval_batch_size or batch_size, eval_steps
         self._batches: SyntheticBatches | None = None
         self._position = 0
-
-    @property
-    def vocab_size(self) -> int:
-        """Vocabulary size of the task."""
-        return self.task.vocab_size
-
-    @property
-    def segment_length(self) -> int:
-        """Tokens of an episode in one call of the model."""
-        return self.task.segment_length
 
     def setup(self, stage: str | None = None) -> None:
         """Begin at the start of the data, unless a checkpoint is restored later."""

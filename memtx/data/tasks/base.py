@@ -65,6 +65,9 @@ class Task(ABC):
     example_type: ClassVar[Any]
     """Class of the examples, of :mod:`memtx.data.tasks.examples`."""
 
+    text_fields: ClassVar[tuple[str, ...]]
+    """Attributes of an example that hold its texts."""
+
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):
             _TASKS_BY_KIND[cls.kind] = cls
@@ -88,9 +91,9 @@ class Task(ABC):
     def from_text(self, text: str) -> Any:
         """Return a raw text as an example without a label; raises DataError if the task needs more than one text."""
 
-    @abstractmethod
     def get_texts(self, example: Any) -> tuple[str, ...]:
         """Return the texts to encode."""
+        return tuple(getattr(example, name) for name in self.text_fields)
 
     def get_labels(self, example: Any) -> tuple[str, ...]:
         """Return the labels of an example; none by default."""

@@ -30,6 +30,7 @@ class QuestionAnswering(Task):
 
     kind = "questions"
     example_type = QuestionExample
+    text_fields = ("question", "context")
 
     def __init__(
         self,
@@ -54,10 +55,6 @@ class QuestionAnswering(Task):
         message = "This model answers a question about a context."
         raise DataError(message, 'Give {"context": ..., "question": ...} as JSON.')
 
-    def get_texts(self, example: QuestionExample) -> tuple[str, ...]:
-        """Return question and context."""
-        return (example.question, example.context)
-
     def encode(
         self, example: QuestionExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
@@ -67,14 +64,12 @@ class QuestionAnswering(Task):
         context_start = len(question) + 2
         windows = []
         for start, stop in self.split_windows(len(context), len(question) + 3):
-            ids, token_type_ids, global_attention_mask = build_inputs(tokenizer, question.ids, context.ids[start:stop])
-            global_attention_mask[:context_start] = True
             target = np.zeros(2, dtype=np.int64)
             if answer is not None and start <= answer[0] and answer[1] < stop:
                 target[:] = context_start + np.array(answer) - start
-            windows.append(
-                EncodedExample(ids, token_type_ids, global_attention_mask, context_start, start, stop, target)
-            )
+            inputs = build_inputs(tokenizer, question.ids, context.ids[start:stop])
+            windows.append(EncodedExample(*inputs, context_start, start, stop, target))
+            windows[-1].global_attention_mask[:context_start] = True
         return windows
 
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
