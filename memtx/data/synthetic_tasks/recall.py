@@ -51,11 +51,11 @@ class KeyValueTask(SyntheticTask):
         """Accuracy of guessing a value."""
         return 1 / self.num_values
 
-    def _sample_keys(self, batch_size: int, generator: Generator) -> Tensor:
-        return 1 + sample_distinct(batch_size, self.num_keys, self.num_pairs, generator)
-
-    def _sample_values(self, batch_size: int, generator: Generator) -> Tensor:
-        return 1 + self.num_keys + torch.randint(self.num_values, (batch_size, self.num_pairs), generator=generator)
+    def _sample_pairs(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return keys and values, each ``(batch, num_pairs)``; the keys of an episode are distinct."""
+        keys = 1 + sample_distinct(batch_size, self.num_keys, self.num_pairs, generator)
+        values = torch.randint(self.num_values, (batch_size, self.num_pairs), generator=generator)
+        return keys, 1 + self.num_keys + values
 
     def _scatter_pairs(self, first: Tensor, second: Tensor, generator: Generator, mask: Tensor | None = None) -> Tensor:
         """Return noise with the pairs of ``(batch, num_pairs)`` tokens in it, each at an even index.
@@ -105,7 +105,7 @@ class AssociativeRecall(KeyValueTask):
     """
 
     def _iter_segments(self, batch_size: int, num_segments: int, first_query: int, generator: Generator) -> Segments:
-        keys, values = self._sample_keys(batch_size, generator), self._sample_values(batch_size, generator)
+        keys, values = self._sample_pairs(batch_size, generator)
         yield self._pair_segment(keys, values, generator)
         yield from self._read_segments(keys, values, num_segments, first_query, generator)
 
@@ -141,7 +141,7 @@ class Overwrite(KeyValueTask):
         return self.spread
 
     def _iter_segments(self, batch_size: int, num_segments: int, first_query: int, generator: Generator) -> Segments:
-        keys, first_values = self._sample_keys(batch_size, generator), self._sample_values(batch_size, generator)
+        keys, first_values = self._sample_pairs(batch_size, generator)
         yield self._pair_segment(keys, first_values, generator)
         values = first_values
         # (batch, num_pairs, spread - 1): for every key a random choice of `num_overwrites` segments.

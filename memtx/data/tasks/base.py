@@ -125,6 +125,11 @@ class Task(ABC):
         Raises DataError if the example is too long and there is no stride, or a label is unknown.
         """
 
+    def prepare(self, example: Any, tokenizer: HFTokenizer) -> PreparedExample:
+        """Encode the texts of an example, and its windows; raises as :meth:`encode`."""
+        encodings = tokenizer.encode_with_offsets(self.get_texts(example))
+        return PreparedExample(example, encodings, self.encode(example, encodings, tokenizer))
+
     @abstractmethod
     def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return the prediction for an example, with or without a label, as JSON values.

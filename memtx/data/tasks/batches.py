@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX, FixedBatches
-from memtx.data.hf_tokenizers import HFTokenizer
 from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, PreparedExample, Task
 from memtx.errors import CheckpointError
 
@@ -51,17 +50,6 @@ class TaskBatch(NamedTuple):
     batch_examples: BatchExamples | None  # whole examples in evaluation; None in training
 
 
-def encode_examples(examples: Sequence[Any], task: Task, tokenizer: HFTokenizer) -> list[PreparedExample]:
-    """Encode examples; raises as :meth:`memtx.data.tasks.base.Task.encode`."""
-    texts = [task.get_texts(example) for example in examples]
-    all_encodings = iter(tokenizer.encode_with_offsets([text for example_texts in texts for text in example_texts]))
-    prepared = []
-    for example, example_texts in zip(examples, texts, strict=True):
-        encodings = [next(all_encodings) for _ in example_texts]
-        prepared.append(PreparedExample(example, encodings, task.encode(example, encodings, tokenizer)))
-    return prepared
-
-
 def collate(
     windows: Sequence[EncodedExample], pad_token_id: int, batch_examples: BatchExamples | None = None
 ) -> TaskBatch:
@@ -86,14 +74,6 @@ def collate(
     )
 
 
-class HasWindows(Protocol):
-    """An encoded example."""
-
-    @property
-    def windows(self) -> Sequence[Any]:
-        """Windows of the example."""
-
-
 class TrainingBatches(Generic[B]):
     """Endless passes over all windows, windows of similar length together; the position is a few integers.
 
@@ -104,15 +84,14 @@ class TrainingBatches(Generic[B]):
 
     def __init__(
         self,
-        examples: Sequence[HasWindows],
+        windows: Sequence[Any],
         batch_size: int,
         collate_fn: Callable[[Sequence[Any]], B],
         seed: int,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self.windows: list[Any] = [window for example in examples for window in example.windows]
-        self.batch_size, self.collate_fn, self.seed = batch_size, collate_fn, seed
+        self.windows, self.batch_size, self.collate_fn, self.seed = windows, batch_size, collate_fn, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
         # Earlier batches of this pass: their size, the number of ranks, and how many batches each rank read.

@@ -30,11 +30,6 @@ class EncodedSummary:
     num_words: int  # of the summary
     num_bytes: int  # UTF-8 bytes of the summary with the stop sequence
 
-    @property
-    def windows(self) -> list[EncodedSummary]:
-        """The sequence itself, which is never split."""
-        return [self]
-
 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
     """Texts and summaries in ``train.jsonl``, ``validation.jsonl`` and ``test.jsonl`` of a folder.
@@ -76,7 +71,7 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         prompt = self.summary_prompt.format_prompt(example.text)
         return prompt, self.summary_prompt.format_completion(example.summary or "")
 
-    def _encode_example(self, example: SummaryExample) -> list[EncodedSummary]:
+    def _encode_example(self, example: SummaryExample) -> EncodedSummary:
         assert example.summary is not None
         prompt, completion = self._get_texts(example)
         prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
@@ -85,7 +80,10 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
             message = f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}."
             raise DataError(message, "Raise --data.max_length.")
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
-        return [EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)]
+        return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
+
+    def _training_windows(self) -> list[EncodedSummary]:
+        return self.encoded_examples("train")
 
     def _collate(self, windows: Sequence[EncodedSummary]) -> Batch:
         """Return a batch with one document per example, whose labels are the tokens of the summaries."""
