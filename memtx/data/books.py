@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.batch import check_counts, check_seed, rank_and_world_size
+from memtx.data.batch import check_options, rank_and_world_size
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -70,9 +70,9 @@ class BookDataModule(LightningDataModule):
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
-        check_counts(eval_batch_size=eval_batch_size, eval_tokens=eval_tokens, num_workers=num_workers)
-        check_seed(seed)
+        check_options(1, batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
+        check_options(1, eval_batch_size=eval_batch_size, eval_tokens=eval_tokens, num_workers=num_workers)
+        check_options(0, seed=seed)
         self.root, self.source, self.seed = root, source, seed
         self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
         self.length = segment_length * bptt_segments  # tokens of a stream in a batch

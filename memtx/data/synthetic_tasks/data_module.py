@@ -11,15 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from memtx.class_config import to_config
-from memtx.data.batch import (
-    IGNORE_INDEX,
-    Batch,
-    FixedBatches,
-    ResumableBatches,
-    check_counts,
-    check_seed,
-    rank_and_world_size,
-)
+from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, ResumableBatches, check_options, rank_and_world_size
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
@@ -82,9 +74,9 @@ class SyntheticDataModule(LightningDataModule):
         eval_steps: int = 4,
     ) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, steps_per_epoch=steps_per_epoch, eval_steps=eval_steps)
-        check_counts(eval_batch_size=eval_batch_size)
-        check_seed(seed)
+        check_options(1, batch_size=batch_size, steps_per_epoch=steps_per_epoch, eval_steps=eval_steps)
+        check_options(1, eval_batch_size=eval_batch_size)
+        check_options(0, seed=seed)
         if num_segments <= task.num_write_segments:
             message = f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}."
             raise DataError(message, f"Change --data.num_segments to at least {task.num_write_segments + 1}.")

@@ -111,12 +111,11 @@ class Task(ABC):
 
     def label_to_id(self, label: str) -> int:
         """Return the index of a label; raises DataError if there is no such label."""
-        try:
-            return self.labels.index(label)
-        except ValueError:
+        if label not in self.labels:
             known = f"{', '.join(self.labels[:20])}.{closest_match(label, self.labels)}"
             message = f"The label '{label}' was never seen in training, known are {known}"
-            raise DataError(message, "Correct it, or train with examples of it.") from None
+            raise DataError(message, "Correct it, or train with examples of it.")
+        return self.labels.index(label)
 
     @abstractmethod
     def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:

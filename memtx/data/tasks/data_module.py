@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
-from memtx.data.batch import check_counts, rank_and_world_size
+from memtx.data.batch import check_options, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
@@ -34,7 +34,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
     def __init__(self, root: str | None, batch_size: int, seed: int, **counts: int | None) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, **counts)
+        check_options(1, batch_size=batch_size, **counts)
         self.root, self.batch_size, self.seed = root, batch_size, seed
         self._encoded_examples: dict[str, list[R]] = {}
         self._batches: TrainingBatches[B] | None = None
