@@ -10,6 +10,7 @@ import bisect
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,9 +30,7 @@ class StreamPlan:
     def __init__(self, num_streams: int) -> None:
         # Of each stream's documents: the ascending offset of the start, the index, and the first token that the stream
         # reads, 0 unless another stream began the document.
-        self.start_offsets: list[list[int]] = [[] for _ in range(num_streams)]
-        self.document_indices: list[list[int]] = [[] for _ in range(num_streams)]
-        self.first_tokens: list[list[int]] = [[] for _ in range(num_streams)]
+        self.documents: list[list[tuple[int, int, int]]] = [[] for _ in range(num_streams)]
         # End of each stream's last document so far, and a heap of the same, the earliest first.
         self.end_offsets = [0] * num_streams
         self._end_heap = [(0, stream) for stream in range(num_streams)]
@@ -39,19 +38,18 @@ class StreamPlan:
     def append(self, document: int, length: int, first_token: int = 0) -> None:
         """Append a document, from token ``first_token`` on, to the stream that ends earliest."""
         end_offset, stream = self._end_heap[0]
-        self.start_offsets[stream].append(end_offset)
-        self.document_indices[stream].append(document)
-        self.first_tokens[stream].append(first_token)
+        self.documents[stream].append((end_offset, document, first_token))
         self.end_offsets[stream] = end_offset + length - first_token
         heapq.heapreplace(self._end_heap, (self.end_offsets[stream], stream))
 
     def iter_documents(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the documents of a stream within offsets ``start`` to ``stop``: index, start offset, first token."""
-        start_offsets = self.start_offsets[stream]
-        for position in range(max(0, bisect.bisect_right(start_offsets, start) - 1), len(start_offsets)):
-            if start_offsets[position] >= stop:
-                return
-            yield self.document_indices[stream][position], start_offsets[position], self.first_tokens[stream][position]
+        documents = self.documents[stream]
+        position = max(0, bisect.bisect_right(documents, start, key=operator.itemgetter(0)) - 1)
+        while position < len(documents) and documents[position][0] < stop:
+            start_offset, document, first_token = documents[position]
+            yield document, start_offset, first_token
+            position += 1
 
 
 class EndlessStreamPlan(StreamPlan):
@@ -90,15 +88,13 @@ class EndlessStreamPlan(StreamPlan):
         for stream in range(num_streams):
             plan.end_offsets[stream] = offset
             if stream < len(self.end_offsets) and self.end_offsets[stream] > offset:
-                plan.start_offsets[stream] = self.start_offsets[stream][-1:]
-                plan.document_indices[stream] = self.document_indices[stream][-1:]
-                plan.first_tokens[stream] = self.first_tokens[stream][-1:]
+                plan.documents[stream] = self.documents[stream][-1:]
                 plan.end_offsets[stream] = self.end_offsets[stream]
         # In reverse, since the next document is last.
         for stream in reversed(range(num_streams, len(self.end_offsets))):
             if self.end_offsets[stream] > offset:
-                first_token = offset - self.start_offsets[stream][-1] + self.first_tokens[stream][-1]
-                plan._remaining.append((self.document_indices[stream][-1], first_token))
+                start_offset, document, first_token = self.documents[stream][-1]
+                plan._remaining.append((document, offset - start_offset + first_token))
         plan._end_heap = [(end, stream) for stream, end in enumerate(plan.end_offsets)]
         heapq.heapify(plan._end_heap)
         return plan
