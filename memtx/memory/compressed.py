@@ -171,14 +171,9 @@ class CompressedMemory(Memory[CompressedState]):
         self.window = window
         self.compression_rate = compression_rate
         self.num_entries = num_entries
-        self.compress_per_segment = compress_per_segment
+        self.compress_per_segment = self.depends_on_segmentation = compress_per_segment
         self.compression = compression(dim, compression_rate)
         self.reconstruction = reconstruction(dim, compression_rate) if reconstruction is not None else None
-
-    @property
-    def depends_on_segmentation(self) -> bool:
-        """True if ``compress_per_segment``."""
-        return self.compress_per_segment
 
     @property
     def cache_length(self) -> int:
@@ -225,8 +220,7 @@ class CompressedMemory(Memory[CompressedState]):
     def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
         """Compress one block per stream."""
         usage = _attention_usage(recent[:, None], block[:, None], attention) if self.compression.needs_usage else None
-        entry: Tensor = self.compression(block[:, None], usage)
-        return entry[:, 0]
+        return self.compression(block[:, None], usage)[:, 0]
 
     def _compress(
         self, cache: Tensor, x: Tensor, evicted: EvictedBlocks, attention: ContentAttention
