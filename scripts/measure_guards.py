@@ -27,8 +27,8 @@ from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
 from memtx.data.books import BookDataModule
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.loss_spikes import RewindOnSpike
+from memtx.training.callbacks.memory_monitor import MemoryNormMonitor
 from memtx.training.callbacks.oom import OutOfMemoryHint
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.language import LanguageModule

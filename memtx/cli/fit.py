@@ -17,14 +17,12 @@ from memtx.cli.config import add_run_config
 from memtx.cli.errors import EXIT_INTERRUPTED, EXIT_USAGE_ERROR, run
 from memtx.cli.lightning_cli import MemtxCLI, SaveConfig
 from memtx.cli.main import program_name
-from memtx.training.callbacks.gates import ClosedGateMonitor
-from memtx.training.callbacks.health import MemoryNormMonitor
 from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE, StopOnInterrupt
+from memtx.training.callbacks.memory_monitor import ClosedGateMonitor, MemoryNormMonitor, UnusedMemoryWarning
 from memtx.training.callbacks.oom import OutOfMemoryHint
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.callbacks.throughput import Throughput
-from memtx.training.callbacks.worth import UnusedMemoryWarning
 
 # Advice to install other products, and warnings about choices made on purpose.
 _SUPPRESSED_LOGS = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")

@@ -1,55 +1,55 @@
-"""What every training module does alike: optimiser and schedule, and what a checkpoint holds beside the weights."""
+"""Base of all training modules: optimizer and schedule, shared steps, and the contents of a checkpoint."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from memtx.checkpoint import pretrained, rng
 from memtx.errors import CheckpointError, MemtxError
 from memtx.training.callbacks import trainer_state
 from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.model_outputs import ModelOutputs
-from memtx.training.elastic_resume import sync_batch_progress
 from memtx.training.fsdp import configure_sharding
-from memtx.training.optimizers import WarmupCosine, make_param_groups
+from memtx.training.optimizers import (
+    OptimizerFactory,
+    SchedulerFactory,
+    WarmupCosine,
+    default_optimizer,
+    make_param_groups,
+)
 
 _DISTILLATION_PREFIX = "distillation."
-"""What the names of a distillation's own weights begin with in a checkpoint."""
-
-
-def default_optimizer(params: Iterable[Any]) -> Optimizer:
-    """Return AdamW (Loshchilov and Hutter 2019) with the usual settings of language models."""
-    return AdamW(params, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+"""Prefix of a distillation's own weights in a checkpoint."""
 
 
 class BaseModule(pl.LightningModule):
-    """A Lightning module around one model, which a run goes on with exactly.
+    """A Lightning module around one model, whose runs resume exactly.
 
     Attributes:
-        model: a model that knows how it was made; set by the subclass.
-        tokens_seen: in training, by all processes.
+        model: Model to train; set by the subclass.
+        tokens_seen: Training tokens of all processes so far.
 
     Args:
-        optimizer: makes the optimiser from parameter groups; None for AdamW (rate 1e-3, betas 0.9 and 0.95,
-            decay 0.1). Norms and biases are in a group of their own without decay.
-        scheduler: makes the schedule from the optimiser, stepped every optimiser step; None for a constant rate.
-        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
+        optimizer: Creates the optimizer from parameter groups: matrices, and norms and biases without decay. None means
+            AdamW with learning rate 1e-3, betas 0.9 and 0.95 and weight decay 0.1.
+        scheduler: Creates the schedule from the optimizer; stepped every optimizer step. Defaults to ``WarmupCosine``.
+            None means a constant rate.
+        distillation: Teacher and losses to train with, in addition to or instead of the labels. None disables it.
     """
 
     model: pretrained.PretrainedModel
 
     def __init__(
         self,
-        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
-        scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = WarmupCosine,
         distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
@@ -61,58 +61,78 @@ class BaseModule(pl.LightningModule):
         self._total_steps = 0
 
     def rank_state(self) -> dict[str, Any]:
-        """Return what this process has to keep, as tensors and plain values."""
+        """Return the state of this process for a checkpoint, as tensors and plain values."""
         return {}
 
     def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
-        """Take what :meth:`rank_state` returned on every process of the checkpoint, however many there are now."""
+        """Restore what :meth:`rank_state` returned on each process of the checkpoint; their number may differ."""
 
-    # Learning
-
-    def configure_model(self) -> None:
-        """Share the model out over the processes, under a strategy that does so; this may be asked again.
-
-        Raises:
-            MemtxError: it is to learn from a teacher, whose part in it is not shared out.
-        """
-        if self.device_mesh is not None and self.distillation is not None:
-            raise MemtxError(
-                "model.distillation does not go with a strategy that shares the weights out.",
-                "Leave it out, or take --trainer.strategy ddp.",
-            )
-        configure_sharding(self, self.model)
+    # Steps
 
     def setup(self, stage: str) -> None:
-        """Open the teacher, where there is one and training begins."""
+        """Load the teacher when training begins."""
         if stage == "fit" and self.distillation is not None:
             if self.distillation.uses_cache and self.trainer.world_size > 1:
                 raise MemtxError(
-                    "A teacher's scores are kept by one process alone.", "Leave cache_dir out, or use one."
+                    f"distillation.cache_dir works with one process, this run has {self.trainer.world_size}.",
+                    "Remove cache_dir, or train with one process.",
                 )
-            self.distillation.setup(self.model, getattr(self.trainer, "datamodule", None))
+            self.distillation.setup(self.model, self.datamodule)
+
+    @abstractmethod
+    def evaluate_batch(self, stage: str, batch: Any, batch_idx: int) -> None:
+        """Update and log the metrics of a stage, "val" or "test"."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate a validation batch."""
+        self.evaluate_batch("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluate a test batch."""
+        self.evaluate_batch("test", batch, batch_idx)
+
+    @property
+    def datamodule(self) -> Any:
+        """The trainer's data module, None without one."""
+        return getattr(self.trainer, "datamodule", None)
 
     @property
     def progress(self) -> float:
-        """The share of the run's optimiser steps that is done; 0 where their number is not known."""
+        """Fraction of the run's optimizer steps that are done; 0 if their number is unknown."""
         return self.trainer.global_step / self._total_steps if self._total_steps else 0.0
 
     def _distillation_loss(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
-        """Return the sum of the losses of a distillation, and log each."""
+        """Return the sum of the distillation losses and log each."""
         assert self.distillation is not None
-        named = self.distillation.compute_losses(student, teacher, self.progress)
-        for name, value in named.items():
+        losses = self.distillation.compute_losses(student, teacher, self.progress)
+        for name, value in losses.items():
             self.log(f"train_{name}", value.detach())
-        return torch.stack(list(named.values())).sum()
+        return torch.stack(list(losses.values())).sum()
 
     def _log_training_step(self, loss: Tensor, tokens: Tensor) -> Tensor:
-        """Count and log a training step, and return its loss."""
+        """Count the tokens of a training step, log its loss and return it."""
         self.tokens_seen += tokens.numel() * self.trainer.world_size
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
+    # Model, optimizer and schedule
+
+    def configure_model(self) -> None:
+        """Shard the model under a strategy that does so; idempotent.
+
+        Raises:
+            MemtxError: The module distills, whose losses are not sharded.
+        """
+        if self.device_mesh is not None and self.distillation is not None:
+            raise MemtxError(
+                "model.distillation does not support a strategy that shards the weights.",
+                "Remove model.distillation, or use --trainer.strategy ddp.",
+            )
+        configure_sharding(self, self.model)
+
     def configure_optimizers(self) -> Any:
-        """Return the optimiser and its schedule, stepped with it."""
-        # Here, before the position in the data is restored: see _compute_total_steps.
+        """Return the optimizer and its schedule."""
+        # Computed before the data position is restored: see _compute_total_steps.
         self._total_steps = self._compute_total_steps() if self.distillation is not None else 0
         optimizer = self.make_optimizer(make_param_groups(self))
         if self.make_scheduler is None:
@@ -123,79 +143,86 @@ class BaseModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _compute_total_steps(self) -> int:
-        # Not trainer.estimated_stepping_batches: it sets the loaders up before the checkpoint's position is
-        # restored, which is then lost (Lightning issue 20550).
+        # Not trainer.estimated_stepping_batches: it sets up the loaders before the checkpoint's position is restored,
+        # which is then lost (Lightning issue 20550).
         if self.trainer.max_steps > 0:
             return self.trainer.max_steps
-        data = getattr(self.trainer, "datamodule", None)
-        if data is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
+        if self.datamodule is None or not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             return 0
-        # An epoch's last batch is stepped on, however few were accumulated.
-        return math.ceil(len(data.train_dataloader()) / self.trainer.accumulate_grad_batches) * self.trainer.max_epochs
+        # An epoch ends with an optimizer step, however few batches were accumulated.
+        batches = len(self.datamodule.train_dataloader())
+        return math.ceil(batches / self.trainer.accumulate_grad_batches) * self.trainer.max_epochs
 
-    # What a checkpoint holds beside the weights
+    # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the model's description, and of every rank its state and the random states."""
-        own = {**self.rank_state(), "rng_state": rng.get_rng_state()}
-        ranks = [own]
+        """Add the model's description, and the state and random state of each rank."""
+        rank_state = {**self.rank_state(), "rng_state": rng.get_rng_state()}
+        rank_states = [rank_state]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [own] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, own)
+            rank_states = [rank_state] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(rank_states, rank_state)
         checkpoint[pretrained.CHECKPOINT_KEY] = {
             "model": pretrained.describe_model(self.model),
-            "lora": self._lora_config_dict(),
-            "ranks": ranks,
+            "lora": _lora_config(self.model),
+            "ranks": rank_states,
             "tokens_seen": self.tokens_seen,
-            # Whether a run can go on from it exactly: it cannot in the middle of an accumulation.
+            # A run cannot resume exactly from the middle of an accumulation.
             "has_stepped": trainer_state.has_stepped(self.trainer),
         }
 
-    def _lora_config_dict(self) -> dict[str, Any] | None:
-        return None if self.model.adapter_config is None else self.model.adapter_config.to_dict()
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them back, if training goes on."""
-        if pretrained.CHECKPOINT_KEY not in checkpoint:
-            raise CheckpointError("The checkpoint is of something else.", "Give one that memtx wrote.")
+        """Check that the checkpoint fits the model, and keep its states for :meth:`on_train_start`.
+
+        Raises:
+            CheckpointError: It belongs to another program, format version or model.
+        """
+        entry = checkpoint.get(pretrained.CHECKPOINT_KEY)
+        if entry is None:
+            raise CheckpointError("The checkpoint was not written by memtx.", "Use a checkpoint of a memtx run.")
         if self.distillation is None or not self.distillation.losses:
-            # Maps that learn with a student: of no use where no teacher is.
-            weights = checkpoint.get("state_dict", {})  # shares of several processes are read apart
+            # Trained projections of a student are useless without a teacher.
+            weights = checkpoint.get("state_dict", {})  # absent from a sharded checkpoint
             for name in [name for name in weights if name.startswith(_DISTILLATION_PREFIX)]:
                 del weights[name]
-        kept = checkpoint[pretrained.CHECKPOINT_KEY]
-        if (version := kept["model"].get("version")) != pretrained.FORMAT_VERSION:
-            raise CheckpointError(
-                f"The checkpoint has format version {version}, this release reads {pretrained.FORMAT_VERSION}.",
-                "Use the release that wrote it.",
-            )
-        if kept["model"] != (own := pretrained.describe_model(self.model)):
-            changed = sorted(
-                key
-                for key in {*kept["model"].get("init_args", {}), *own["init_args"]}
-                if kept["model"].get("init_args", {}).get(key) != own["init_args"].get(key)
-            )
-            raise CheckpointError(
-                f"The checkpoint is of another model: {', '.join(changed) or 'its class'} differs.",
-                "Use the config saved beside the checkpoint.",
-            )
-        if kept.get("lora") != self._lora_config_dict():
-            raise CheckpointError(
-                f"The checkpoint's LoRA is {kept.get('lora') or 'none'}, "
-                f"this run's {self._lora_config_dict() or 'none'}.",
-                "Use the config saved beside the checkpoint.",
-            )
-        self.tokens_seen = kept["tokens_seen"]
-        self._resume_state = kept
+        _check_same_model(entry, self.model)
+        self.tokens_seen = entry["tokens_seen"]
+        self._resume_state = entry
 
     def on_train_start(self) -> None:
-        """Put the random states back: later than loading, since setting up draws numbers."""
-        if (kept := self._resume_state) is None:
+        """Restore the states of this rank: after setup, which draws random numbers."""
+        if (entry := self._resume_state) is None:
             return
         self._resume_state = None
-        ranks, rank = kept["ranks"], self.trainer.global_rank
+        ranks, rank = entry["ranks"], self.trainer.global_rank
         self.restore_rank_states(ranks)
         rng.set_rng_state(ranks[rank % len(ranks)]["rng_state"])
         if rank >= len(ranks):
             rng.reseed_for_rank(rank)
-        sync_batch_progress(self.trainer)
+        trainer_state.sync_batch_progress(self.trainer)
+
+
+def _lora_config(model: pretrained.PretrainedModel) -> dict[str, Any] | None:
+    return None if model.adapter_config is None else model.adapter_config.to_dict()
+
+
+def _check_same_model(entry: Mapping[str, Any], model: pretrained.PretrainedModel) -> None:
+    """Raise CheckpointError unless memtx's entry in a checkpoint describes this model."""
+    saved, current = entry["model"], pretrained.describe_model(model)
+    if (version := saved.get("version")) != pretrained.FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has format version {version}, this release reads {pretrained.FORMAT_VERSION}.",
+            "Use the release that wrote it.",
+        )
+    if saved != current:
+        old, new = saved.get("init_args", {}), current["init_args"]
+        changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+        raise CheckpointError(
+            f"The checkpoint belongs to another model: {', '.join(changed) or 'its class'} differs.",
+            "Use the config saved beside the checkpoint.",
+        )
+    if entry.get("lora") != _lora_config(model):
+        raise CheckpointError(
+            f"The checkpoint's LoRA is {entry.get('lora') or 'none'}, this run's {_lora_config(model) or 'none'}.",
+            "Use the config saved beside the checkpoint.",
+        )

@@ -1,78 +1,71 @@
-"""A compression rate drawn anew for every step, so that one model serves many (Activation Beacon, Zhang et al. 2024).
+"""Compression rates sampled for every step, so that one model serves many (Activation Beacon, Zhang et al. 2024).
 
-There (section 3.3) the ratio of a step is drawn from a set; here too. The blocks of another rate are other blocks, so a
-step begins with fresh streams.
+As in section 3.3 there, each step samples a rate from a set. Blocks differ between rates, so every step starts with
+fresh streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from memtx.errors import MemtxError, check_at_least
 from memtx.layers.attention import MemoryAttention
 from memtx.memory.compressed import CompressedMemory
 from memtx.memory.sinks import SinkMemory
-from memtx.models.memory_transformer import MemoryTransformer
 
 
 class CompressionRateSampler:
-    """Draws the rate of a model's compressed memories.
+    """Sets a random compression rate in all compressed memories of a model.
 
     Args:
-        model: the model.
-        rates: positions an entry stands for, one of which is drawn a step; empty for the model's own always.
+        model: Model with ``CompressedMemory`` in its layers.
+        rates: Positions per entry to sample from. If empty, the model keeps its own rates.
 
     Raises:
-        MemtxError: a rate is not positive, or a compression is made for one rate alone.
+        MemtxError: A rate is not positive, or a memory supports a single rate.
     """
 
-    def __init__(self, model: MemoryTransformer, rates: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, rates: Sequence[int]) -> None:
         for rate in rates:
             check_at_least(1, rate=rate)
         self.rates = list(rates)
-        # Not attributes of the module that trains: they are the model's.
-        self.default_rates = [(attention, memory.compression_rate) for attention, memory in _compressed_memories(model)]
-        if not self.rates:
-            return
-        if not self.default_rates:
+        self._default_rates = [
+            (module, module.memory, module.memory.compression_rate)
+            for module in (model.modules() if self.rates else ())
+            if isinstance(module, MemoryAttention) and isinstance(module.memory, CompressedMemory)
+        ]
+        if self.rates and not self._default_rates:
             raise MemtxError(
-                "compression_rates are to be drawn for a model without CompressedMemory.",
-                "Leave compression_rates out.",
+                f"compression_rates is {self.rates}, but the model has no CompressedMemory.",
+                "Remove compression_rates.",
             )
-        for _, memory in _compressed_memories(model):
+        for _, memory, _ in self._default_rates:
             if not memory.compression.supports_any_rate or memory.reconstruction is not None:
                 raise MemtxError(
-                    "compression_rates are to be drawn, but "
-                    f"{type(memory.compression).__name__} is made for one alone.",
-                    "Use MeanPooling, MaxPooling or MostUsed, without a reconstruction loss.",
+                    f"compression_rates is {self.rates}, but {type(memory.compression).__name__}, or its "
+                    "reconstruction loss, supports a single rate.",
+                    "Use MeanPooling, MaxPooling or MostUsed without a reconstruction loss.",
                 )
 
     def sample(self) -> None:
-        """Take a rate for the next step, from torch's generator, which checkpoints keep."""
+        """Set a rate for the next step, sampled with torch's default generator, whose state checkpoints contain."""
         if self.rates:
             rate = self.rates[int(torch.randint(len(self.rates), ()))]
-            for attention, _ in self.default_rates:
-                _set_rate(attention, rate)
+            for attention, memory, _ in self._default_rates:
+                _set_rate(attention, memory, rate)
 
     def restore_default(self) -> None:
-        """Go back to the model's own."""
-        for attention, rate in self.default_rates if self.rates else ():
-            _set_rate(attention, rate)
+        """Set the model's own rates."""
+        for attention, memory, rate in self._default_rates:
+            _set_rate(attention, memory, rate)
 
 
-def _compressed_memories(model: MemoryTransformer) -> Iterator[tuple[MemoryAttention, CompressedMemory]]:
-    for module in model.modules():
-        if isinstance(module, MemoryAttention) and isinstance(module.memory, CompressedMemory):
-            yield module, module.memory
-
-
-def _set_rate(attention: MemoryAttention, rate: int) -> None:
-    memory = attention.memory
-    assert isinstance(memory, CompressedMemory)
-    for one in attention.extra_memories:
+def _set_rate(attention: MemoryAttention, memory: CompressedMemory, rate: int) -> None:
+    for extra in attention.extra_memories:
         # Sinks begin where the exact states end.
-        if isinstance(one, SinkMemory) and one.exclude_recent == memory.cache_length:
-            one.exclude_recent = memory.window + rate - 1
+        if isinstance(extra, SinkMemory) and extra.exclude_recent == memory.cache_length:
+            extra.exclude_recent = memory.window + rate - 1
     memory.compression_rate = rate

@@ -1,4 +1,4 @@
-"""metrics.csv of a run, kept when the run goes on: what was logged up to where it resumes stays."""
+"""Logger of metrics.csv that keeps earlier rows when a run resumes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memtx import files
 
 
 class _ResumableWriter(ExperimentWriter):
-    """Appends where Lightning's deletes the file it finds, whatever the run."""
+    """Appends to an existing file, which Lightning's writer deletes."""
 
     def __init__(self, log_dir: str, resume: bool) -> None:
         super().__init__(log_dir)
@@ -28,7 +28,7 @@ class _ResumableWriter(ExperimentWriter):
         return
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        return  # They are all in config.yaml.
+        return  # config.yaml has them all.
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         if self._needs_truncation and step is not None:
@@ -37,35 +37,35 @@ class _ResumableWriter(ExperimentWriter):
         super().log_metrics(metrics_dict, step)
 
     def _truncate_at(self, step: int) -> None:
-        # A run that was killed logged steps after its last checkpoint: these are taken again.
-        rows, self.metrics_keys = self._read_rows()
-        self._write_rows([row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
+        # A killed run logged steps after its last checkpoint, which are repeated.
+        lines, self.metrics_keys = self._read_rows()
+        self._write_rows([row for row in lines if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self._write_rows(self._read_rows()[0])
 
     def _read_rows(self) -> tuple[list[dict[str, str]], list[str]]:
-        """Return the rows that are whole, and the names of their columns: a kill can cut the last one short."""
+        """Return the complete rows and their columns; a kill can truncate the last row."""
         with self._fs.open(self.metrics_file_path, "r", newline="") as file:
-            rows = csv.DictReader(file)
-            found = [row for row in rows if None not in row.values()]
-            return found, sorted(rows.fieldnames or ())
+            reader = csv.DictReader(file)
+            lines = [row for row in reader if None not in row.values()]
+            return lines, sorted(reader.fieldnames or ())
 
-    def _write_rows(self, rows: list[dict[str, str]]) -> None:
-        """Write the file anew, whole or not at all."""
+    def _write_rows(self, lines: list[dict[str, str]]) -> None:
+        """Replace the file atomically."""
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, fieldnames=self.metrics_keys, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(lines)
         files.write_text(self.metrics_file_path, text.getvalue())
 
 
 class ResumableCSVLogger(CSVLogger):
-    """Writes ``metrics.csv`` into the run's folder.
+    """Writes ``metrics.csv`` to the run folder.
 
     Args:
-        save_dir: the run's.
-        resume: whether rows that are there, before the first step logged now, stay.
+        save_dir: Run folder.
+        resume: If True, keep existing rows of steps before the first one that is logged.
     """
 
     def __init__(self, save_dir: str | os.PathLike[str], resume: bool = False) -> None:
@@ -75,7 +75,7 @@ class ResumableCSVLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer, made when first asked for."""
+        """The writer, created on first use."""
         if self._experiment is None:
             self._experiment = _ResumableWriter(self.log_dir, self._resume)
         return self._experiment

@@ -1,57 +1,56 @@
-"""Fine-tuning: a body, a head, and what the task is measured by, each kind of task a module."""
+"""Fine-tuning modules, one per task type: encoder, head and metrics."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from memtx import class_config
-from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import from_pretrained
+from memtx.checkpoint.pretrained import resolve_model_path
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.batches import BatchExamples, TaskBatch
 from memtx.data.tasks.examples import QuestionExample, TaggedExample
 from memtx.data.tasks.tagging import extract_spans
-from memtx.errors import MemtxError
+from memtx.errors import MemtxError, check_probability
 from memtx.metrics import AnswerExactMatch, AnswerF1, SpanF1
 from memtx.models.encoder import Encoder
 from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClassificationHead
 from memtx.training.base_module import BaseModule
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.model_outputs import ModelOutputs
-from memtx.training.distillation.reading import forward_task, make_task_keys
-from memtx.training.optimizers import WarmupCosine
+from memtx.training.distillation.model_outputs import ModelOutputs, forward_task
+from memtx.training.distillation.teacher_cache import make_task_keys
+from memtx.training.optimizers import OptimizerFactory, SchedulerFactory, WarmupCosine
 
 
 class TaskModule(BaseModule):
-    """Trains a model on a task's examples.
+    """Trains a model on the examples of a task.
 
     Args:
-        backbone: makes what reads, from the size of the vocabulary: ``Encoder``, or ``MemoryTransformerBackbone``.
-        head: makes what scores, from width and num_labels; None for the task's own.
-        pretrained: a folder of a published encoder or of our own format, a checkpoint, or a run's folder, whose weights
-            the body begins with; ``backbone`` is then not looked at.
-        vocab_size: of the tokenizer; flows from the data.
-        num_labels: scores a text or a token; flows from the data.
-        token_mask_prob: share of a training row's tokens, marks apart, that are replaced by ``mask_token_id``; keeps a
-            model from learning few texts by heart.
-        mask_token_id: the id that they are replaced by; flows from the data.
-        optimizer: makes the optimiser from parameter groups.
-        scheduler: makes the schedule from the optimiser, stepped every optimiser step.
-        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
+        backbone: Creates the model below the head from the vocabulary size: ``Encoder`` or
+            ``MemoryTransformerBackbone``.
+        head: Creates the head from width and ``num_labels``. None means the task's default head.
+        pretrained: Folder of a Hugging Face or memtx encoder, checkpoint or run folder to initialize the backbone from;
+            ``backbone`` is then ignored.
+        vocab_size: Vocabulary size; set from the data module.
+        num_labels: Logits per text or token; set from the data module.
+        token_mask_prob: Probability that a training token, other than special tokens, is replaced by ``mask_token_id``,
+            against overfitting to few texts.
+        mask_token_id: Id of the mask token; set from the data module.
+        optimizer: Creates the optimizer from parameter groups.
+        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
+        distillation: Teacher and losses to train with, in addition to or instead of the labels. None disables it.
 
     Raises:
-        MemtxError: a number is out of range, or the pretrained model is no encoder or of a smaller vocabulary.
+        MemtxError: A number is out of range, or the pretrained model is no encoder or has a smaller vocabulary.
     """
 
     model: TaskModel
@@ -66,23 +65,21 @@ class TaskModule(BaseModule):
         num_labels: int = 2,
         token_mask_prob: float = 0.0,
         mask_token_id: int = 0,
-        optimizer: Callable[[Iterable[Any]], Optimizer] | None = None,
-        scheduler: Callable[[Optimizer], LRScheduler] | None = WarmupCosine,
+        optimizer: OptimizerFactory | None = None,
+        scheduler: SchedulerFactory | None = WarmupCosine,
         distillation: Distillation | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, distillation)
-        if not 0.0 <= token_mask_prob < 1.0:
-            raise MemtxError(f"token_mask_prob is {token_mask_prob}.", "Give a share from 0 up to, not including, 1.")
-        made = None if pretrained is None else _load_encoder(pretrained, vocab_size)
-        if made is not None:
-            backbone = class_config.from_config(
-                {**made.config, "init_args": _without_key(made.config["init_args"], "vocab_size")}
-            )
-            vocab_size = made.vocab_size
+        check_probability(token_mask_prob=token_mask_prob)
+        encoder = None if pretrained is None else _load_encoder(pretrained, vocab_size)
+        if encoder is not None:
+            init_args = {name: value for name, value in encoder.config["init_args"].items() if name != "vocab_size"}
+            backbone = class_config.from_config({**encoder.config, "init_args": init_args})
+            vocab_size = encoder.vocab_size
         self.model = TaskModel(vocab_size, num_labels, backbone, head if head is not None else type(self).default_head)
-        if made is not None:
-            weights = self.model.backbone.state_dict()
-            self.model.backbone.load_state_dict({name: made.state_dict()[name] for name in weights})
+        if encoder is not None:
+            weights, names = encoder.state_dict(), self.model.backbone.state_dict().keys()
+            self.model.backbone.load_state_dict({name: weights[name] for name in names})
         self.token_mask_prob, self.mask_token_id = token_mask_prob, mask_token_id
         self.metrics = nn.ModuleDict()
         for stage in ("val", "test"):
@@ -92,110 +89,98 @@ class TaskModule(BaseModule):
 
     @abstractmethod
     def make_metrics(self, num_labels: int) -> dict[str, Metric]:
-        """Return what the task is measured by, by name."""
+        """Return the metrics of the task by name."""
 
     @abstractmethod
     def update_metrics(self, stage: str, batch_examples: BatchExamples, predictions: Sequence[dict[str, Any]]) -> None:
-        """Add a batch's answers to the stage's measures."""
+        """Add the predictions for a batch to the metrics of a stage."""
 
     def compute_loss(self, logits: Tensor, batch: TaskBatch) -> Tensor:
-        """Return the mean loss of scores (rows, num_labels) or (rows, length, num_labels) against batch.labels."""
+        """Return the mean loss of logits ``(batch, num_labels)`` or ``(batch, length, num_labels)``."""
         return F.cross_entropy(self.flatten_logits(logits, batch), batch.labels.flatten(), ignore_index=IGNORE_INDEX)
 
     def flatten_logits(self, logits: Tensor, batch: TaskBatch) -> Tensor:
-        """Return (n, classes) of scores (rows, num_labels) or (rows, length, num_labels): a row for each label."""
+        """Return the logits as ``(n, classes)``, one row per label."""
         return logits.flatten(0, -2)
 
     def get_metric(self, stage: str, name: str) -> Metric:
-        """Return a stage's measure."""
+        """Return a metric of a stage."""
         return cast(Metric, self.metrics[f"{stage}_{name}"])
 
-    def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
-        """Return the batch's loss."""
-        read = batch._replace(tokens=self._mask_random_tokens(batch))
-        if self.distillation is None:
-            loss = self.compute_loss(
-                self.model(read.tokens, read.attention_mask, read.token_type_ids, read.global_attention_mask), read
-            )
-        else:
-            loss = self._distillation_step(self.distillation, read)
-        return self._log_training_step(loss, batch.tokens)
-
-    def _distillation_step(self, distillation: Distillation, batch: TaskBatch) -> Tensor:
-        """Return the losses of a batch that teacher and student read alike."""
-        keep = distillation.needs_hidden_states(self.progress)
-        teacher = distillation.get_teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
-
-        def read() -> ModelOutputs:
-            return forward_task(teacher, batch, self.flatten_logits, output_hidden_states=keep)
-
-        heard = distillation.get_teacher_outputs(read, lambda: make_task_keys(batch))
-        return self._distillation_loss(
-            forward_task(self.model, batch, self.flatten_logits, output_hidden_states=keep, loss_fn=self.compute_loss),
-            heard,
+    def _logits(self, batch: TaskBatch) -> Tensor:
+        logits: Tensor = self.model(
+            batch.tokens, batch.attention_mask, batch.token_type_ids, batch.global_attention_mask
         )
+        return logits
+
+    def training_step(self, batch: TaskBatch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch, or its distillation losses."""
+        batch = batch._replace(tokens=self._mask_random_tokens(batch))
+        if self.distillation is None:
+            return self._log_training_step(self.compute_loss(self._logits(batch), batch), batch.tokens)
+        needs_hidden = self.distillation.needs_hidden_states(self.progress)
+        teacher = self.distillation.get_teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
+
+        def run_teacher() -> ModelOutputs:
+            return forward_task(teacher, batch, self.flatten_logits, output_hidden_states=needs_hidden)
+
+        teacher_outputs = self.distillation.get_teacher_outputs(run_teacher, lambda: make_task_keys(batch))
+        outputs = forward_task(
+            self.model, batch, self.flatten_logits, output_hidden_states=needs_hidden, loss_fn=self.compute_loss
+        )
+        return self._log_training_step(self._distillation_loss(outputs, teacher_outputs), batch.tokens)
 
     def setup(self, stage: str) -> None:
-        """Open the teacher, where there is one and training begins."""
+        """Load the teacher when training begins."""
         if self.distillation is not None and self.distillation.uses_cache and self.token_mask_prob:
             raise MemtxError(
-                f"token_mask_prob is {self.token_mask_prob}, so no text comes again as it was, and a teacher's scores "
-                "are to be kept.",
-                "Set token_mask_prob to 0, or leave the distillation's cache_dir out.",
+                f"distillation.cache_dir caches the teacher's logits, but token_mask_prob ({self.token_mask_prob}) "
+                "changes the texts in every epoch.",
+                "Set token_mask_prob to 0, or remove cache_dir from model.distillation.",
             )
         super().setup(stage)
 
     def _mask_random_tokens(self, batch: TaskBatch) -> Tensor:
         if not self.token_mask_prob:
             return batch.tokens
-        chosen = torch.rand(batch.tokens.shape, device=batch.tokens.device) < self.token_mask_prob
-        chosen &= (batch.global_attention_mask == 0) & (batch.attention_mask == 1)
-        return torch.where(chosen, self.mask_token_id, batch.tokens)
+        selected = torch.rand(batch.tokens.shape, device=batch.tokens.device) < self.token_mask_prob
+        selected &= (batch.global_attention_mask == 0) & (batch.attention_mask == 1)
+        return torch.where(selected, self.mask_token_id, batch.tokens)
 
-    def _evaluate(self, stage: str, batch: TaskBatch) -> None:
+    def evaluate_batch(self, stage: str, batch: TaskBatch, batch_idx: int) -> None:
+        """Update and log the metrics of a stage."""
         assert batch.batch_examples is not None
-        scores = self.model(batch.tokens, batch.attention_mask, batch.token_type_ids, batch.global_attention_mask)
-        rows = scores.shape[0]
-        self.get_metric(stage, "loss").update(self.compute_loss(scores, batch), rows)
-        answers = batch.batch_examples.postprocess([np.asarray(row) for row in scores.float().cpu()])
-        self.update_metrics(stage, batch.batch_examples, answers)
+        logits, batch_size = self._logits(batch), batch.tokens.shape[0]
+        self.get_metric(stage, "loss").update(self.compute_loss(logits, batch), batch_size)
+        predictions = batch.batch_examples.postprocess([np.asarray(window) for window in logits.float().cpu()])
+        self.update_metrics(stage, batch.batch_examples, predictions)
         for key, metric in self.metrics.items():
             if key.startswith(f"{stage}_"):
-                self.log(key, cast(Metric, metric), prog_bar=True, on_step=False, on_epoch=True, batch_size=rows)
-
-    def validation_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: TaskBatch, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluate("test", batch)
+                self.log(key, cast(Metric, metric), prog_bar=True, on_step=False, on_epoch=True, batch_size=batch_size)
 
 
 class ClassificationModule(TaskModule):
-    """One label a text or a pair of texts: ``accuracy``, and ``f1``, the mean of the labels' own."""
+    """One label per text or pair of texts; logs ``accuracy`` and macro-averaged ``f1``."""
 
     default_head = SequenceClassificationHead
 
     def make_metrics(self, num_labels: int) -> dict[str, Metric]:
         """Return accuracy and macro F1."""
-        labels = max(2, num_labels)
-        return {
-            "accuracy": MulticlassAccuracy(labels, average="micro"),
-            "f1": MulticlassF1Score(labels, average="macro"),
-        }
+        num_labels = max(2, num_labels)
+        accuracy = MulticlassAccuracy(num_labels, average="micro")
+        return {"accuracy": accuracy, "f1": MulticlassF1Score(num_labels, average="macro")}
 
     def update_metrics(self, stage: str, batch_examples: BatchExamples, predictions: Sequence[dict[str, Any]]) -> None:
         """Compare labels."""
-        number = batch_examples.task.label_to_id
-        given = torch.tensor([number(one["label"]) for one in predictions], device=self.device)
-        wanted = torch.tensor([number(one.example.label) for one in batch_examples.examples], device=self.device)
+        label_id = batch_examples.task.label_to_id
+        predicted = torch.tensor([label_id(prediction["label"]) for prediction in predictions], device=self.device)
+        targets = torch.tensor([label_id(item.example.label) for item in batch_examples.examples], device=self.device)
         for name in ("accuracy", "f1"):
-            self.get_metric(stage, name).update(given, wanted)
+            self.get_metric(stage, name).update(predicted, targets)
 
 
 class TaggingModule(TaskModule):
-    """A tag a word: ``f1`` of spans by seqeval's rules, and ``accuracy``, the share of words with the right tag."""
+    """One tag per word; logs ``f1`` of spans by seqeval's rules and ``accuracy`` of tags."""
 
     default_head = TokenClassificationHead
 
@@ -205,15 +190,15 @@ class TaggingModule(TaskModule):
 
     def update_metrics(self, stage: str, batch_examples: BatchExamples, predictions: Sequence[dict[str, Any]]) -> None:
         """Compare spans and tags."""
-        for one, said in zip(batch_examples.examples, predictions, strict=True):
-            wanted = cast(TaggedExample, one.example).tags or ()
-            self.get_metric(stage, "f1").update(extract_spans(said["tags"]), extract_spans(wanted))
-            right = sum(given == true for given, true in zip(said["tags"], wanted, strict=True))
-            self.get_metric(stage, "accuracy").update(right / len(wanted), len(wanted))
+        for item, prediction in zip(batch_examples.examples, predictions, strict=True):
+            predicted, targets = prediction["tags"], cast(TaggedExample, item.example).tags or ()
+            self.get_metric(stage, "f1").update(extract_spans(predicted), extract_spans(targets))
+            num_correct = sum(tag == target for tag, target in zip(predicted, targets, strict=True))
+            self.get_metric(stage, "accuracy").update(num_correct / len(targets), len(targets))
 
 
 class QuestionAnsweringModule(TaskModule):
-    """Spans that answer questions: SQuAD's ``exact_match`` and ``f1``, unanswerable questions among them."""
+    """Answers as spans of a text; logs ``exact_match`` and ``f1`` of SQuAD, unanswerable questions included."""
 
     default_head = TokenClassificationHead
 
@@ -222,30 +207,25 @@ class QuestionAnsweringModule(TaskModule):
         return {"exact_match": AnswerExactMatch(), "f1": AnswerF1()}
 
     def flatten_logits(self, logits: Tensor, batch: TaskBatch) -> Tensor:
-        """Return (2 rows, length): of each row the scores of first and of last places, among which one is chosen."""
+        """Return ``(2 * batch, length)``: for each text the logits of the answer's first and of its last position."""
         logits = logits.masked_fill(batch.attention_mask[..., None] == 0, torch.finfo(logits.dtype).min)
         return logits.transpose(1, 2).flatten(0, 1)
 
     def update_metrics(self, stage: str, batch_examples: BatchExamples, predictions: Sequence[dict[str, Any]]) -> None:
-        """Compare texts."""
-        for one, said in zip(batch_examples.examples, predictions, strict=True):
-            wanted = [answer.text for answer in cast(QuestionExample, one.example).answers or ()]
+        """Compare answers."""
+        for item, prediction in zip(batch_examples.examples, predictions, strict=True):
+            targets = [answer.text for answer in cast(QuestionExample, item.example).answers or ()]
             for name in ("exact_match", "f1"):
-                self.get_metric(stage, name).update(said["answer"], wanted)
-
-
-def _without_key(arguments: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return arguments but for one."""
-    return {name: value for name, value in arguments.items() if name != key}
+                self.get_metric(stage, name).update(prediction["answer"], targets)
 
 
 def _load_encoder(path: str, vocab_size: int) -> Encoder:
-    made = from_pretrained(pretrained.resolve_model_path(path))
-    if not isinstance(made, Encoder):
-        raise MemtxError(f"'{path}' holds a {type(made).__name__}, expected an encoder.", "Change model.pretrained.")
-    if made.vocab_size < vocab_size:
+    model = from_pretrained(resolve_model_path(path))
+    if not isinstance(model, Encoder):
+        raise MemtxError(f"'{path}' contains {type(model).__name__}, not an encoder.", "Change model.pretrained.")
+    if model.vocab_size < vocab_size:
         raise MemtxError(
-            f"'{path}' knows {made.vocab_size} tokens, the tokenizer has {vocab_size}.",
-            "Give the tokenizer.json that it was trained with: data.tokenizer, HFTokenizer and its path.",
+            f"'{path}' has {model.vocab_size} tokens, the tokenizer has {vocab_size}.",
+            "Set data.tokenizer to an HFTokenizer of the tokenizer.json that it was trained with.",
         )
-    return made
+    return model

@@ -1,7 +1,7 @@
-"""LoRA (Hu et al. 2021): maps of a frozen base learn by low-rank matrices beside them, through the package peft.
+"""Training beside a frozen base: memories alone, or with LoRA (Hu et al. 2021) by the optional package peft.
 
-The package is optional, and imported here alone when an adapter is asked for. It puts a module in each map's place, and
-whatever uses the map calls that module: memories that project by a layer's maps see what these have learned.
+peft replaces each adapted layer by a module. Code that uses the layer calls that module, so memories that project with
+a layer's weights see the adapted ones.
 """
 
 from __future__ import annotations
@@ -15,26 +15,32 @@ import torch
 from torch import nn
 
 from memtx.checkpoint.lora import BASE_LAYER, LoRAConfig, is_lora_parameter
-from memtx.errors import MemtxError, check_at_least, check_positive, closest_match, missing_package_error
+from memtx.errors import (
+    MemtxError,
+    check_at_least,
+    check_positive,
+    check_probability,
+    closest_match,
+    missing_package_error,
+)
 from memtx.models.memory_transformer import MemoryTransformer
 
 
 class LoRA:
-    """Puts low-rank matrices beside maps of a model's layers: W x becomes W x + (alpha / rank) B A x.
+    """Adds low-rank matrices to linear layers of a model: W x becomes W x + (alpha / rank) B A x.
 
-    A is drawn and B begins at 0, so that the model computes what it computed. What is kept of it for reading, by
-    ``save_pretrained``, :func:`memtx.hf.save` or ``from_pretrained`` of a run's checkpoint, has B A added to W.
+    A is random and B is zero at first, so the model's outputs do not change. Models written or opened by
+    ``save_pretrained``, :func:`memtx.hf.save` or ``from_pretrained`` of a run's checkpoint have B A merged into W.
 
     Args:
-        rank: width between A, (rank, into), and B, (out, rank).
-        alpha: B A counts alpha / rank.
-        dropout: of what A is given, in training.
-        target_modules: maps, by patterns of their names within a layer, such as ``attention.query``,
-            ``attention.key_value`` (which is both in one), ``attention.out`` and ``feed_forward.*``; a memory's own are
-            none of them.
+        rank: Rank of A ``(rank, in)`` and B ``(out, rank)``.
+        alpha: Scale of B A is ``alpha / rank``.
+        dropout: Dropout rate of A's input.
+        target_modules: Patterns of names within a layer, such as ``attention.query``, ``attention.key_value`` (both in
+            one), ``attention.out`` and ``feed_forward.*``; linear layers of memories are never adapted.
 
     Raises:
-        MemtxError: a number is out of range, there is no target, or the package peft is not installed.
+        MemtxError: A number is out of range, ``target_modules`` is empty, or peft is not installed.
     """
 
     def __init__(
@@ -46,10 +52,9 @@ class LoRA:
     ) -> None:
         check_at_least(1, rank=rank)
         check_positive(alpha=alpha)
-        if not 0.0 <= dropout < 1.0:
-            raise MemtxError(f"dropout is {dropout}.", "Give a probability from 0 up to, not including, 1.")
+        check_probability(dropout=dropout)
         if not target_modules:
-            raise MemtxError("LoRA got no target_modules.", "Name maps of a layer, such as attention.query.")
+            raise MemtxError("LoRA's target_modules is empty.", "Name linear layers, such as attention.query.")
         _import_peft()
         self.lora_config = LoRAConfig(rank, alpha, dropout, tuple(target_modules))
 
@@ -57,36 +62,57 @@ class LoRA:
         """Adapt a model in place.
 
         Returns:
-            What is to learn: every A and B, by its name in the model. Other parameters learn if they did.
+            Every A and B by name in the model. Other parameters keep their ``requires_grad``.
 
         Raises:
-            MemtxError: the model is adapted already, or a target is none of its layers' maps.
+            MemtxError: The model is adapted already, or a pattern matches no linear layer.
         """
         if model.adapter_config is not None:
-            raise MemtxError("The model is adapted by LoRA already.", "Adapt it once, naming all targets.")
-        peft, own = _import_peft(), self.lora_config
-        wanted = _match_targets(_linear_layer_names(model), own.target_modules)
-        learned = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        config = peft.LoraConfig(
-            r=own.rank,
-            lora_alpha=own.alpha,
-            lora_dropout=own.dropout,
-            # As a pattern: names in a list would also be taken for the ends of other names.
-            target_modules="|".join(map(re.escape, wanted)),
+            raise MemtxError("The model is adapted by LoRA already.", "Adapt it once, with all target_modules.")
+        peft, config = _import_peft(), self.lora_config
+        names = _match_targets(_linear_layer_names(model), config.target_modules)
+        requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        peft_config = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            # A pattern, because peft takes names in a list for suffixes too.
+            target_modules="|".join(map(re.escape, names)),
         )
-        # Into the layers alone: it would take the model's config for one of its own kind.
-        peft.inject_adapter_in_model(config, model.blocks)
-        model.adapter_config = own
-        found = {}
+        # The layers only, because peft would take the model's config for one of its own type.
+        peft.inject_adapter_in_model(peft_config, model.blocks)
+        model.adapter_config = config
+        adapters = {}
         for name, parameter in model.named_parameters():
             if is_lora_parameter(name):
-                found[name] = parameter
-                # In half precision small steps would be lost.
+                adapters[name] = parameter
+                # Small steps would be lost in half precision.
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             else:
-                # All the others were frozen.
-                parameter.requires_grad_(learned[name.replace(BASE_LAYER, ".")])
-        return found
+                # peft froze all others.
+                parameter.requires_grad_(requires_grad[name.replace(BASE_LAYER, ".")])
+        return adapters
+
+
+def freeze_base_model(model: nn.Module, lora: LoRA | None = None) -> None:
+    """Freeze all parameters but those of memories and, with ``lora``, the adapters.
+
+    Raises:
+        MemtxError: The model supports no memories, or nothing would be trained.
+    """
+    if not isinstance(model, MemoryTransformer):
+        raise MemtxError(
+            f"freeze_base trains added memory, which {type(model).__name__} does not support.", "Remove freeze_base."
+        )
+    adapters = lora(model) if lora is not None else {}
+    trained = {id(parameter) for parameter in (*model.memory_parameters().values(), *adapters.values())}
+    if not trained:
+        raise MemtxError(
+            "freeze_base leaves nothing to train: the model has no memory with parameters.",
+            "Add one, such as CompressedMemory with its gates, adapt the model with lora, or remove freeze_base.",
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 def _import_peft() -> Any:
@@ -98,24 +124,23 @@ def _import_peft() -> Any:
 
 
 def _linear_layer_names(model: MemoryTransformer) -> list[str]:
-    """Return the names of the layers' linear maps, without the memories' own: ``0.attention.query``, ..."""
+    """Return the names of the linear layers outside memories: ``0.attention.query``, ..."""
     memories = (".attention.memory.", ".attention.extra_memories.")
-    named = model.blocks.named_modules()
-    return [name for name, one in named if isinstance(one, nn.Linear) and not any(part in name for part in memories)]
+    return [
+        name
+        for name, module in model.blocks.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in memories)
+    ]
 
 
 def _match_targets(layer_names: Iterable[str], target_modules: Sequence[str]) -> list[str]:
-    """Return those of the maps that a target's pattern fits.
-
-    Raises:
-        MemtxError: a pattern fits none.
-    """
-    within = {name: name.partition(".")[2] for name in layer_names}
+    """Return the layer names that match a pattern; raise MemtxError for a pattern without a match."""
+    short_names = {name: name.partition(".")[2] for name in layer_names}
     for target in target_modules:
-        if not any(fnmatchcase(name, target) for name in within.values()):
-            names = list(dict.fromkeys(within.values()))
+        if not any(fnmatchcase(name, target) for name in short_names.values()):
+            names = list(dict.fromkeys(short_names.values()))
             raise MemtxError(
-                f"LoRA's target_modules name '{target}', which is no map of the layers.{closest_match(target, names)}",
-                f"There are {', '.join(names)}.",
+                f"LoRA's target_modules has '{target}', which matches no linear layer.{closest_match(target, names)}",
+                f"Choose from {', '.join(names)}.",
             )
-    return [name for name, short in within.items() if any(fnmatchcase(short, target) for target in target_modules)]
+    return [name for name, short in short_names.items() if any(fnmatchcase(short, target) for target in target_modules)]

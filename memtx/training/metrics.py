@@ -1,28 +1,36 @@
-"""What language modelling is measured by in validation and test: loss, bits per byte, word perplexity."""
+"""Metrics of language modeling: loss, bits per byte, word perplexity, and the gain from memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torchmetrics import MeanMetric, Metric
 
-from memtx.data.batch import Batch
+from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.metrics import BitsPerByte, WordPerplexity
+from memtx.models.recurrent_lm import RecurrentLanguageModel
+from memtx.segment import Segment
+from memtx.state import MemoryState
+
+NUM_DISTANCE_RANGES = 5
+"""Number of ranges of distance from the start of a document, each four times as long as the one before."""
 
 
 class LanguageMetrics(nn.ModuleDict):
-    """The measures of both stages, each under ``stage_name``."""
+    """Metrics of validation and test, named ``val_loss``, ``test_bits_per_byte`` and so on."""
 
     def __init__(self) -> None:
-        kinds: dict[str, type[Metric]] = {
+        classes: dict[str, type[Metric]] = {
             "bits_per_byte": BitsPerByte,
             "word_perplexity": WordPerplexity,
             "loss": MeanMetric,
         }
-        super().__init__({f"{stage}_{name}": kind() for stage in ("val", "test") for name, kind in kinds.items()})
+        super().__init__({f"{stage}_{name}": make() for stage in ("val", "test") for name, make in classes.items()})
         for stage in ("val", "test"):
             # A float32 sum stops growing after some ten million tokens.
             self._get_metric(stage, "loss").set_dtype(torch.float64)
@@ -33,20 +41,88 @@ class LanguageMetrics(nn.ModuleDict):
     def update_and_log(
         self, module: pl.LightningModule, stage: str, batch: Batch, nll_sum: Tensor, num_scored: Tensor
     ) -> None:
-        """Add a batch, and log.
+        """Add a batch and log the metrics.
 
         Args:
-            module: that logs.
+            module: Module that logs.
             stage: "val" or "test".
-            batch: what was read.
-            nll_sum: () float64, the sum over scored labels.
-            num_scored: (), how many there are.
+            batch: Batch that was read.
+            nll_sum: Sum over the scored labels in nats, ``()`` float64.
+            num_scored: Number of scored labels, ``()``.
         """
         for name, amount in (("bits_per_byte", batch.num_bytes), ("word_perplexity", batch.num_words)):
             self._get_metric(stage, name).update(nll_sum, amount.sum())
         self._get_metric(stage, "loss").update(nll_sum / num_scored.clamp(min=1), num_scored)
-        # On every rank whatever it has scored: a rank that logged nothing would leave the others waiting for it.
+        # On every rank, whatever it scored: the others would wait forever for a rank that logs nothing.
         for name in ("bits_per_byte", "word_perplexity", "loss"):
-            metric, rows = self._get_metric(stage, name), batch.tokens.shape[0]
-            shown = name != "loss"
-            module.log(f"{stage}_{name}", metric, prog_bar=shown, on_step=False, on_epoch=True, batch_size=rows)
+            metric, batch_size = self._get_metric(stage, name), batch.tokens.shape[0]
+            show = name != "loss"
+            module.log(f"{stage}_{name}", metric, prog_bar=show, on_step=False, on_epoch=True, batch_size=batch_size)
+
+
+class MemoryGain(nn.Module):
+    """Bits per byte with the memory cleared at every segment, minus bits per byte with the memory.
+
+    It tells a memory that is used from one that is only carried: the loss falls in both cases.
+
+    Args:
+        segment_length: Tokens per call; memory makes no difference before the second segment of a document.
+    """
+
+    def __init__(self, segment_length: int) -> None:
+        super().__init__()
+        self.segment_length = segment_length
+        self.total = BitsPerByte()
+        self.by_distance = nn.ModuleList(BitsPerByte() for _ in range(NUM_DISTANCE_RANGES))
+
+    def _distance_ranges(self) -> Iterator[tuple[int, BitsPerByte]]:
+        for number, metric in enumerate(self.by_distance):
+            assert isinstance(metric, BitsPerByte)
+            yield self.segment_length * 4**number, metric
+
+    @torch.no_grad()
+    def update(self, model: RecurrentLanguageModel, batch: Batch, nll: Tensor, state: MemoryState) -> None:
+        """Read a batch again, each segment with a fresh state; do nothing for a model without memory.
+
+        Args:
+            model: Model in eval mode.
+            batch: Batch of whole segments, except for the last.
+            nll: Negative log-likelihood of each label with the memory, ``(batch, length)`` in nats.
+            state: State before the batch.
+        """
+        if not any(leaf.numel() for leaf in pytree.tree_leaves(state.layers)):
+            return
+        length = batch.tokens.shape[1]
+        nll_without_memory = []
+        for start in range(0, length, self.segment_length):
+            part = slice(start, start + self.segment_length)
+            output = model(
+                batch.tokens[:, part],
+                model.init_state(batch.tokens.shape[0]),
+                document_starts=batch.document_starts[:, part],
+                labels=batch.labels[:, part],
+            )
+            assert output.nll is not None
+            nll_without_memory.append(output.nll)
+        gain = torch.cat(nll_without_memory, dim=1).double() - nll.double()
+        scored = batch.labels != IGNORE_INDEX
+        # The bytes of a stream are known, not those of a token: they are spread evenly over its scored tokens.
+        token_bytes = batch.num_bytes.double() / scored.sum(1).clamp(min=1)
+        self.total.update(gain, batch.num_bytes)
+        positions = Segment.from_document_starts(state.position, length, batch.document_starts).position
+        last = self.segment_length * 4 ** (NUM_DISTANCE_RANGES - 1)
+        for low, metric in self._distance_ranges():
+            in_range = (positions >= low) & ((positions < 4 * low) | (low == last))
+            metric.update(gain * in_range, (scored & in_range).sum(1) * token_bytes)
+
+    def compute_and_reset(self) -> dict[str, Tensor]:
+        """Return ``memory_gain`` of all bytes and ``memory_gain_N`` of those N to 4 N tokens into a document.
+
+        The last range has no end. Ranges that no text reached are left out, on all ranks alike.
+        """
+        metrics = {"memory_gain": self.total}
+        metrics |= {f"memory_gain_{low}": metric for low, metric in self._distance_ranges()}
+        values = {name: metric.compute().float() for name, metric in metrics.items() if metric.update_called}
+        for metric in metrics.values():
+            metric.reset()
+        return {name: value for name, value in values.items() if not value.isnan()}

@@ -1,6 +1,6 @@
-"""What is to be guessed of a text: masked tokens, or tokens in an order drawn at random. Functions of tokens alone.
+"""Pretraining objectives as functions of tokens: masked and permuted language modeling.
 
-The causal objective needs no function: labels are the tokens that follow, as the data has them.
+The causal objective needs no function, because batches of text have the next tokens as labels.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from memtx.errors import MemtxError
 
 
 class WordBoundaries(NamedTuple):
-    """Which tokens are within words.
+    """Positions of tokens within words.
 
     Attributes:
-        continues_word: (vocab,) bool, whether a token begins with a letter or digit, so that it goes on with a word if
-            the token before ends within one.
-        ends_in_word: (vocab,) bool, whether a token ends with a letter or digit.
+        continues_word: ``(vocab,)`` bool, True if a token begins with a letter or digit, so that it continues the word
+            of a preceding token that ends in one.
+        ends_in_word: ``(vocab,)`` bool, True if a token ends with a letter or digit.
     """
 
     continues_word: Tensor
@@ -30,29 +30,29 @@ class WordBoundaries(NamedTuple):
 
 
 def find_word_boundaries(tokenizer: Tokenizer) -> WordBoundaries:
-    """Return the edges of a fitted tokenizer's tokens, bytes or byte pairs."""
+    """Return the word boundaries of a trained tokenizer's tokens."""
 
-    def within(byte: int) -> bool:
+    def is_letter(byte: int) -> bool:
         # Parts of characters beyond ASCII count as letters.
         return byte >= 0x80 or chr(byte).isalnum()
 
     contents = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
-    goes_on = torch.tensor([bool(content) and within(content[0]) for content in contents])
-    stays = torch.tensor([bool(content) and within(content[-1]) for content in contents])
-    return WordBoundaries(goes_on, stays)
+    continues_word = torch.tensor([bool(content) and is_letter(content[0]) for content in contents])
+    ends_in_word = torch.tensor([bool(content) and is_letter(content[-1]) for content in contents])
+    return WordBoundaries(continues_word, ends_in_word)
 
 
 def compute_word_ids(tokens: Tensor, boundaries: WordBoundaries) -> Tensor:
-    """Return (rows, length) int64, the number of the word that each token is of, counted from 0 in each row."""
-    goes_on = boundaries.continues_word[tokens]
-    goes_on[:, 1:] &= boundaries.ends_in_word[tokens[:, :-1]]
-    goes_on[:, 0] = False
-    numbers: Tensor = (~goes_on).cumsum(1) - 1
-    return numbers
+    """Return the index of each token's word in its text, ``(batch, length)`` int64."""
+    continues_word = boundaries.continues_word[tokens]
+    continues_word[:, 1:] &= boundaries.ends_in_word[tokens[:, :-1]]
+    continues_word[:, 0] = False
+    word_ids: Tensor = (~continues_word).cumsum(1) - 1
+    return word_ids
 
 
 class MaskedTokens(NamedTuple):
-    """Tokens (rows, length) with some hidden, and labels (rows, length): hidden ones, else ``IGNORE_INDEX``."""
+    """Tokens ``(batch, length)``, some of them masked, and labels ``(batch, length)``, ``IGNORE_INDEX`` elsewhere."""
 
     tokens: Tensor
     labels: Tensor
@@ -68,51 +68,54 @@ def mask_tokens(
     word_boundaries: WordBoundaries | None = None,
     generator: torch.Generator | None = None,
 ) -> MaskedTokens:
-    """Hide tokens to be guessed (BERT, Devlin et al. 2019, section 3.1).
+    """Select tokens to predict and mask them (BERT, Devlin et al. 2019, section 3.1).
 
-    Of those chosen 80% become ``mask_token_id``, 10% a token drawn at random, and 10% stay.
+    Of the selected tokens, 80% become ``mask_token_id``, 10% become a random token, and 10% stay.
 
     Args:
-        tokens: (rows, length) int64.
-        mask_token_id: the id that stands for a hidden token.
-        vocab_size: random tokens are drawn below it.
-        mask_prob: probability of each token, or of each word where edges are given, to be chosen.
-        special_token_ids: ids that are never chosen, such as what begins a document.
-        word_boundaries: of words, to choose whole words.
-        generator: draws, on the tokens' device; torch's own by default.
+        tokens: ``(batch, length)`` int64.
+        mask_token_id: Id of the mask token.
+        vocab_size: Random tokens are sampled below it.
+        mask_prob: Probability that a token, or a word if ``word_boundaries`` is given, is selected.
+        special_token_ids: Ids that are never selected, such as the one that begins a document.
+        word_boundaries: Word boundaries of the tokens, to select whole words.
+        generator: Random number generator on the tokens' device. Defaults to torch's own.
 
     Raises:
-        MemtxError: mask_prob is not between 0 and 1.
+        MemtxError: ``mask_prob`` is not between 0 and 1.
     """
     if not 0.0 < mask_prob < 1.0:
-        raise MemtxError(f"mask_prob is {mask_prob}.", "Give a probability between 0 and 1, such as 0.15.")
+        raise MemtxError(f"mask_prob is {mask_prob}.", "Choose a probability between 0 and 1, such as 0.15.")
 
-    def draw() -> Tensor:
+    def uniform() -> Tensor:
         return torch.rand(tokens.shape, generator=generator, device=tokens.device)
 
-    chosen = draw() < mask_prob
+    selected = uniform() < mask_prob
     if word_boundaries is not None:
-        # A word is chosen by what was drawn at its first token.
-        chosen = chosen.gather(1, _find_word_starts(compute_word_ids(tokens, word_boundaries)))
-    for one in special_token_ids:
-        chosen &= tokens != one
-    labels = torch.where(chosen, tokens, IGNORE_INDEX)
-    how = draw()
-    other = torch.randint(vocab_size, tokens.shape, generator=generator, device=tokens.device)
-    hidden = torch.where(chosen & (how < 0.8), mask_token_id, tokens)
-    return MaskedTokens(torch.where(chosen & (how >= 0.9), other, hidden), labels)
+        # A word is selected if its first token is.
+        selected = selected.gather(1, _find_word_starts(compute_word_ids(tokens, word_boundaries)))
+    for token_id in special_token_ids:
+        selected &= tokens != token_id
+    labels = torch.where(selected, tokens, IGNORE_INDEX)
+    replacement = uniform()
+    random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator, device=tokens.device)
+    masked = torch.where(selected & (replacement < 0.8), mask_token_id, tokens)
+    return MaskedTokens(torch.where(selected & (replacement >= 0.9), random_tokens, masked), labels)
 
 
 def _find_word_starts(word_ids: Tensor) -> Tensor:
-    """Return (rows, length), the place of the first token of each token's word."""
-    place = torch.arange(word_ids.shape[1], device=word_ids.device).expand_as(word_ids)
-    begins = torch.ones_like(word_ids, dtype=torch.bool)
-    begins[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
-    return torch.where(begins, place, 0).cummax(1).values
+    """Return the index of the first token of each token's word, ``(batch, length)``."""
+    index = torch.arange(word_ids.shape[1], device=word_ids.device).expand_as(word_ids)
+    is_first = torch.ones_like(word_ids, dtype=torch.bool)
+    is_first[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
+    return torch.where(is_first, index, 0).cummax(1).values
 
 
 class PermutedTokens(NamedTuple):
-    """``rank`` (rows, length): when a place is read; ``labels`` (rows, length): the last, else ``IGNORE_INDEX``."""
+    """A factorization order: rank of each position and labels of the last, ``IGNORE_INDEX`` elsewhere.
+
+    Both are ``(batch, length)``.
+    """
 
     rank: Tensor
     labels: Tensor
@@ -125,22 +128,22 @@ def sample_permutation(
     special_token_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
 ) -> PermutedTokens:
-    """Draw the order in which a text is read, and what of it is guessed (XLNet, Yang et al. 2019, sections 2.2, 2.3).
+    """Sample a factorization order and select its last positions (XLNet, Yang et al. 2019, sections 2.2 and 2.3).
 
     Args:
-        tokens: (rows, length) int64.
-        predict_fraction: of places that are guessed, the last of the order (1 / K of the article).
-        special_token_ids: ids that are never guessed.
-        generator: draws, on the tokens' device; torch's own by default.
+        tokens: ``(batch, length)`` int64.
+        predict_fraction: Fraction of the positions to predict, 1 / K in the paper.
+        special_token_ids: Ids that are never predicted.
+        generator: Random number generator on the tokens' device. Defaults to torch's own.
 
     Raises:
-        MemtxError: predict_fraction is not between 0 and 1.
+        MemtxError: ``predict_fraction`` is not between 0 and 1.
     """
     if not 0.0 < predict_fraction < 1.0:
-        raise MemtxError(f"predict_fraction is {predict_fraction}.", "Give a share between 0 and 1, such as 0.17.")
+        raise MemtxError(f"predict_fraction is {predict_fraction}.", "Choose a fraction between 0 and 1, such as 0.17.")
     order = torch.rand(tokens.shape, generator=generator, device=tokens.device).argsort(1)
     rank = order.argsort(1)
-    last = rank >= tokens.shape[1] - max(1, round(predict_fraction * tokens.shape[1]))
-    for one in special_token_ids:
-        last &= tokens != one
-    return PermutedTokens(rank, torch.where(last, tokens, IGNORE_INDEX))
+    predicted = rank >= tokens.shape[1] - max(1, round(predict_fraction * tokens.shape[1]))
+    for token_id in special_token_ids:
+        predicted &= tokens != token_id
+    return PermutedTokens(rank, torch.where(predicted, tokens, IGNORE_INDEX))

@@ -1,17 +1,15 @@
-"""Pretraining on streams of text: masked, permuted and causal, for models that read a row at once and carry nothing."""
+"""Masked, permuted and causal pretraining on text, for models without a state between batches."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanMetric, Metric
 
 from memtx.data.batch import IGNORE_INDEX, Batch
@@ -22,29 +20,23 @@ from memtx.models.xlnet import XLNet
 from memtx.training import objectives
 from memtx.training.base_module import BaseModule
 from memtx.training.distillation.distillation import Distillation
-from memtx.training.distillation.reading import forward_masked_lm
+from memtx.training.distillation.model_outputs import forward_masked_lm
 from memtx.training.metrics import LanguageMetrics
-from memtx.training.optimizers import WarmupCosine
-
-OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
-SchedulerFactory = Callable[[Optimizer], LRScheduler]
+from memtx.training.optimizers import OptimizerFactory, SchedulerFactory, WarmupCosine
 
 EVAL_SEED = 20_000
-"""Of what is hidden in evaluation: the same at every validation, of every run."""
+"""Seed of the masks in evaluation, equal in every validation of every run."""
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean loss of scores (n, vocab) against labels (n,), in nats; 0 where there are none."""
+    """Return the mean loss in nats of logits ``(n, vocab)`` against labels ``(n,)``; 0 if there are none."""
     return F.cross_entropy(logits.float(), labels, reduction="sum") / max(1, len(labels))
 
 
 class TokenPredictionModule(BaseModule):
-    """Trains a model to guess tokens of rows of text, and measures how often it is right.
+    """Trains a model to predict selected tokens of a text; logs loss and accuracy.
 
-    Args:
-        optimizer: makes the optimiser from parameter groups.
-        scheduler: makes the schedule from the optimiser, stepped every optimiser step.
-        distillation: see :class:`MaskedModule`.
+    See :class:`memtx.training.base_module.BaseModule` for the arguments.
     """
 
     def __init__(
@@ -54,57 +46,45 @@ class TokenPredictionModule(BaseModule):
         distillation: Distillation | None = None,
     ) -> None:
         super().__init__(optimizer, scheduler, distillation)
-        kinds = ("loss", "accuracy")
-        self.metrics = nn.ModuleDict({f"{stage}_{kind}": MeanMetric() for stage in ("val", "test") for kind in kinds})
+        names = [f"{stage}_{name}" for stage in ("val", "test") for name in ("loss", "accuracy")]
+        self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
 
     @abstractmethod
     def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Return scores (n, vocab) and labels (n,) of what is to be guessed of a batch; generator draws what."""
+        """Return logits ``(n, vocab)`` and labels ``(n,)`` of the selected tokens; the generator samples them."""
 
     def bos_token_id(self) -> int:
-        """Return the id that begins a document, which is never guessed."""
-        data = getattr(self.trainer, "datamodule", None)
-        return int(data.tokenizer.bos_token_id) if data is not None else -1
+        """Return the id that begins a document, which is never selected; -1 without data."""
+        return int(self.datamodule.tokenizer.bos_token_id) if self.datamodule is not None else -1
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of what is guessed; 0 where nothing is."""
-        scores, labels = self.predict_tokens(batch, None)
-        return self._log_training_step(mean_cross_entropy(scores, labels), batch.tokens)
+        """Return the mean loss of the selected tokens; 0 if there are none."""
+        return self._log_training_step(mean_cross_entropy(*self.predict_tokens(batch, None)), batch.tokens)
 
-    def _evaluate(self, stage: str, batch: Batch, batch_idx: int) -> None:
+    def evaluate_batch(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        """Update and log loss and accuracy of a stage."""
         generator = torch.Generator(batch.tokens.device).manual_seed(EVAL_SEED + batch_idx)
-        scores, labels = self.predict_tokens(batch, generator)
-        count = max(1, len(labels))
-        figures = {
-            "loss": mean_cross_entropy(scores, labels),
-            "accuracy": (scores.argmax(-1) == labels).sum() / count,
-        }
-        for name, value in figures.items():
+        logits, labels = self.predict_tokens(batch, generator)
+        num_correct = (logits.argmax(-1) == labels).sum()
+        values = {"loss": mean_cross_entropy(logits, labels), "accuracy": num_correct / max(1, len(labels))}
+        for name, value in values.items():
             metric = cast(Metric, self.metrics[f"{stage}_{name}"])
             metric.update(value, len(labels))
             self.log(f"{stage}_{name}", metric, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(labels))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluate("val", batch, batch_idx)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluate("test", batch, batch_idx)
-
 
 class MaskedModule(TokenPredictionModule):
-    """Masked language modelling (BERT, Devlin et al. 2019, section 3.1; Longformer and Big Bird as well).
+    """Masked language modeling (BERT, Devlin et al. 2019, section 3.1; also Longformer and Big Bird).
 
     Args:
-        model: makes the encoder from the vocabulary's size.
-        vocab_size: of the tokenizer; flows from the data.
-        mask_id: the id of a hidden token, where the vocabulary has one; None for a new one behind its last.
-        mask_prob: of tokens, or words, that are guessed.
-        whole_words: whether all tokens of a word are hidden together.
-        optimizer: makes the optimiser from parameter groups.
-        scheduler: makes the schedule from the optimiser, stepped every optimiser step.
-        distillation: a teacher and what of it the model is to learn beside, or instead of, the labels; None for none.
+        model: Creates the encoder from the vocabulary size.
+        vocab_size: Vocabulary size; set from the data module.
+        mask_id: Id of the mask token, if the vocabulary has one. None adds it after the last id.
+        mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
+        whole_words: If True, select all tokens of a word together.
+        optimizer: Creates the optimizer from parameter groups.
+        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
+        distillation: Teacher and losses to train with, in addition to or instead of the labels. None disables it.
     """
 
     model: Encoder
@@ -128,64 +108,65 @@ class MaskedModule(TokenPredictionModule):
         self._word_boundaries: objectives.WordBoundaries | None = None
 
     def setup(self, stage: str) -> None:
-        """Open the teacher, where there is one, and look up where words begin, if that matters."""
+        """Load the teacher, and find the word boundaries if whole words are masked."""
         if self.distillation is not None and self.distillation.uses_cache:
             raise MemtxError(
-                "Other tokens are hidden in each pass, so a teacher's scores of the last one are of no use.",
-                "Leave the distillation's cache_dir out.",
+                "distillation.cache_dir caches the teacher's logits, but masks differ in every epoch.",
+                "Remove cache_dir from model.distillation.",
             )
         super().setup(stage)
         if self.whole_words and self._word_boundaries is None:
-            tokenizer = cast(Any, self.trainer).datamodule.tokenizer
-            self._word_boundaries = objectives.find_word_boundaries(tokenizer)
+            self._word_boundaries = objectives.find_word_boundaries(self.datamodule.tokenizer)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the mean loss of what is guessed, or the distillation's losses."""
+        """Return the mean loss of the masked tokens, or the distillation losses."""
         if self.distillation is None:
             return super().training_step(batch, batch_idx)
-        found = self._mask_batch(batch, None)
-        scored, keep = found.labels != IGNORE_INDEX, self.distillation.needs_hidden_states(self.progress)
-        teacher = self.distillation.get_teacher(batch.tokens.device, self.model, batch.tokens.shape[1])
-        heard = self.distillation.get_teacher_outputs(
-            lambda: forward_masked_lm(cast(Encoder, teacher), found.tokens, scored, output_hidden_states=keep)
+        masked = self._mask_batch(batch, None)
+        scored = masked.labels != IGNORE_INDEX
+        needs_hidden = self.distillation.needs_hidden_states(self.progress)
+        teacher = cast(Encoder, self.distillation.get_teacher(batch.tokens.device, self.model, batch.tokens.shape[1]))
+        teacher_outputs = self.distillation.get_teacher_outputs(
+            lambda: forward_masked_lm(teacher, masked.tokens, scored, output_hidden_states=needs_hidden)
         )
-        student = forward_masked_lm(self.model, found.tokens, scored, output_hidden_states=keep)
-        assert student.features is not None
-        loss = mean_cross_entropy(student.features, found.labels[scored])
-        return self._log_training_step(self._distillation_loss(replace(student, loss=loss), heard), batch.tokens)
+        outputs = forward_masked_lm(self.model, masked.tokens, scored, output_hidden_states=needs_hidden)
+        assert outputs.features is not None
+        outputs = replace(outputs, loss=mean_cross_entropy(outputs.features, masked.labels[scored]))
+        return self._log_training_step(self._distillation_loss(outputs, teacher_outputs), batch.tokens)
 
     def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Hide some tokens and read the rest."""
-        found = self._mask_batch(batch, generator)
-        scored = found.labels != IGNORE_INDEX
-        logits = self.model(found.tokens, logits_mask=scored).logits
+        """Mask some tokens and predict them."""
+        masked = self._mask_batch(batch, generator)
+        scored = masked.labels != IGNORE_INDEX
+        logits = self.model(masked.tokens, logits_mask=scored).logits
         assert logits is not None
-        return logits, found.labels[scored]
+        return logits, masked.labels[scored]
 
     def _mask_batch(self, batch: Batch, generator: torch.Generator | None) -> objectives.MaskedTokens:
-        edges = self._word_boundaries
-        if edges is not None and edges.continues_word.device != batch.tokens.device:
-            edges = self._word_boundaries = objectives.WordBoundaries(*(part.to(batch.tokens.device) for part in edges))
+        boundaries, device = self._word_boundaries, batch.tokens.device
+        if boundaries is not None and boundaries.continues_word.device != device:
+            boundaries = objectives.WordBoundaries(*(tensor.to(device) for tensor in boundaries))
+            self._word_boundaries = boundaries
         return objectives.mask_tokens(
             batch.tokens,
             mask_token_id=self.mask_id,
             vocab_size=self.data_vocab_size,
             mask_prob=self.mask_prob,
             special_token_ids=(self.bos_token_id(),),
-            word_boundaries=edges,
+            word_boundaries=boundaries,
             generator=generator,
         )
 
 
 class PermutedModule(TokenPredictionModule):
-    """Permuted language modelling (XLNet, Yang et al. 2019).
+    """Permuted language modeling (XLNet, Yang et al. 2019).
 
     Args:
-        model: makes the encoder from the vocabulary's size.
-        vocab_size: of the tokenizer; flows from the data.
-        predict_fraction: of places that are guessed.
-        optimizer: makes the optimiser from parameter groups.
-        scheduler: makes the schedule from the optimiser, stepped every optimiser step.
+        model: Creates the model from the vocabulary size.
+        vocab_size: Vocabulary size; set from the data module.
+        predict_fraction: Fraction of the positions to predict. Defaults to 1/6.
+        optimizer: Creates the optimizer from parameter groups.
+        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
     """
 
     model: XLNet
@@ -203,29 +184,27 @@ class PermutedModule(TokenPredictionModule):
         self.predict_fraction = predict_fraction
 
     def predict_tokens(self, batch: Batch, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Draw an order and guess what comes last in it."""
-        found = objectives.sample_permutation(
-            batch.tokens,
-            predict_fraction=self.predict_fraction,
-            special_token_ids=(self.bos_token_id(),),
-            generator=generator,
+        """Sample an order and predict its last tokens."""
+        special_token_ids, fraction = (self.bos_token_id(),), self.predict_fraction
+        masked = objectives.sample_permutation(
+            batch.tokens, predict_fraction=fraction, special_token_ids=special_token_ids, generator=generator
         )
-        scored = found.labels != IGNORE_INDEX
-        logits = self.model(batch.tokens, permutation_rank=found.rank, logits_mask=scored).logits
+        scored = masked.labels != IGNORE_INDEX
+        logits = self.model(batch.tokens, permutation_rank=masked.rank, logits_mask=scored).logits
         assert logits is not None
-        return logits, found.labels[scored]
+        return logits, masked.labels[scored]
 
 
 class CausalModule(BaseModule):
-    """Causal language modelling of a model that carries nothing from row to row (Reformer, Kitaev et al. 2020).
+    """Causal language modeling without a state between batches (Reformer, Kitaev et al. 2020).
 
-    What carries a memory is trained by :class:`memtx.training.language.LanguageModule`.
+    :class:`memtx.training.language.LanguageModule` trains models with memory.
 
     Args:
-        model: makes the decoder from the vocabulary's size.
-        vocab_size: of the tokenizer; flows from the data.
-        optimizer: makes the optimiser from parameter groups.
-        scheduler: makes the schedule from the optimiser, stepped every optimiser step.
+        model: Creates the decoder from the vocabulary size.
+        vocab_size: Vocabulary size; set from the data module.
+        optimizer: Creates the optimizer from parameter groups.
+        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
     """
 
     model: Reformer
@@ -242,7 +221,7 @@ class CausalModule(BaseModule):
         self.metrics = LanguageMetrics()
 
     def _nll(self, batch: Batch) -> Tensor:
-        """Return the negative log-likelihood of every scored label, (n,) nats."""
+        """Return the negative log-likelihood of each scored label in nats, ``(n,)``."""
         scored = batch.labels != IGNORE_INDEX
         logits = self.model(batch.tokens).logits
         assert logits is not None
@@ -251,17 +230,9 @@ class CausalModule(BaseModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss."""
         nll = self._nll(batch)
-        loss = nll.sum() / max(1, len(nll))
-        return self._log_training_step(loss, batch.tokens)
+        return self._log_training_step(nll.sum() / max(1, len(nll)), batch.tokens)
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def evaluate_batch(self, stage: str, batch: Batch, batch_idx: int) -> None:
+        """Update and log the metrics of a stage."""
         nll = self._nll(batch).double()
         self.metrics.update_and_log(self, stage, batch, nll.sum(), torch.tensor(len(nll), device=nll.device))
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluate("val", batch)
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Measure a batch."""
-        self._evaluate("test", batch)

@@ -1,41 +1,39 @@
-"""Truncated back-propagation through time over the segments of one batch (Williams and Peng 1990).
+"""Truncated back-propagation through time over the segments of a batch (Williams and Peng 1990).
 
-With replay only the states between the segments are kept, and a segment is read again when its gradient is due:
-Memformer's memory replay (Wu et al. 2020, section 3.5), which is checkpointing at segment borders (Chen et al. 2016),
-for every kind of memory.
+With replay, only the states between segments are stored, and each segment is recomputed in the backward pass: memory
+replay back-propagation (Memformer, Wu et al. 2020, section 3.5), which is checkpointing at segment boundaries (Chen et
+al. 2016), for every kind of memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from memtx.memory.base import Losses
-from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.recurrent_lm import MemoryOutput
+from memtx.models.recurrent_lm import MemoryOutput, RecurrentLanguageModel
 from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.state import MemoryState
 
 LossFn = Callable[[MemoryOutput, slice], Losses]
-"""Makes losses of a segment's output, hidden states in it, and of the segment's places in the batch."""
+"""Computes named losses of one segment from its output, hidden states included, and its slice of the batch."""
 
 
 @dataclass(frozen=True)
 class UnrollOutput:
-    """A horizon's result.
+    """Result of a batch of segments.
 
     Attributes:
-        loss: mean negative log-likelihood of all scored labels (nats), or what was judged in its place, plus the
-            auxiliary losses' means over the segments; its graph spans the horizon.
-        nll: (rows, horizon * segment), each label's negative log-likelihood, 0 where not scored.
-        num_scored: how many labels were scored.
-        losses: the auxiliary losses, and those that were judged, by name, detached.
-        state: after the last segment, cut from the graph.
+        loss: Mean negative log-likelihood of all scored labels in nats, or the losses of ``loss_fn`` in its place, plus
+            the auxiliary losses averaged over segments; its graph spans the batch.
+        nll: Negative log-likelihood of each label, ``(batch, length)``, 0 where a label is ignored.
+        num_scored: Number of scored labels, ``()``.
+        losses: Auxiliary losses and those of ``loss_fn`` by name, detached.
+        state: State after the last segment, detached.
     """
 
     loss: Tensor
@@ -46,7 +44,7 @@ class UnrollOutput:
 
 
 def unroll(
-    model: MemoryTransformer,
+    model: RecurrentLanguageModel,
     tokens: Tensor,
     labels: Tensor,
     document_starts: Tensor,
@@ -56,56 +54,66 @@ def unroll(
     replay: bool = False,
     loss_fn: LossFn | None = None,
 ) -> UnrollOutput:
-    """Read a batch segment by segment with one graph through all of them.
+    """Read a batch segment by segment, with one graph through all segments.
 
     Args:
-        model: the model.
-        tokens: (rows, horizon * segment) int64; a shorter last segment is read as it is.
-        labels: likewise, -100 where nothing is scored.
-        document_starts: likewise bool, where documents begin.
-        state: as the previous batch left it, cut from its graph.
-        segment_length: tokens a call.
-        replay: keep states alone and read every segment once more in the backward pass: the same gradients, about
-            a third more time, and the memory of one segment however many there are.
-        loss_fn: what is learned in place of the labels' likelihood, of each segment; weighed as that is.
+        model: Model to read with.
+        tokens: ``(batch, length)`` int64; the last segment may be shorter than the others.
+        labels: ``(batch, length)`` int64, -100 where nothing is scored.
+        document_starts: ``(batch, length)`` bool, True where a document begins.
+        state: Detached state after the previous batch.
+        segment_length: Tokens per call.
+        replay: If True, recompute each segment in the backward pass and store only the states between segments: equal
+            gradients, about a third more time, and activations of a single segment.
+        loss_fn: Losses to train on in place of the labels' likelihood, weighted like it.
     """
 
-    def read(tokens: Tensor, state: MemoryState, starts: Tensor, labels: Tensor, part: slice) -> Any:
-        out = model(tokens, state, document_starts=starts, labels=labels, return_hidden_states=loss_fn is not None)
-        return (out, {}) if loss_fn is None else (replace(out, hidden_states=None), loss_fn(out, part))
-
-    scored = (labels != IGNORE_INDEX).sum()
-    language: Tensor | float = 0.0
-    judged: dict[str, Tensor] = {}
-    nll: list[Tensor] = []
-    named: dict[str, list[Tensor]] = {}
-    for at in range(0, tokens.shape[1], segment_length):
-        part = slice(at, at + segment_length)
-        given = (
-            tokens[:, part],
-            state,
-            document_starts[:, part],
-            labels[:, part],
-            part,
+    def read(
+        tokens: Tensor, state: MemoryState, document_starts: Tensor, labels: Tensor, part: slice
+    ) -> tuple[MemoryOutput, Losses | None]:
+        output = model(
+            tokens, state, document_starts=document_starts, labels=labels, return_hidden_states=loss_fn is not None
         )
-        out, own = checkpoint(read, *given, use_reentrant=False) if replay else read(*given)
-        state = out.state
-        # Every label weighs alike, so the mean is over the horizon, not of its segments' means.
-        dtype = torch.promote_types(out.language_loss.dtype, torch.float32)
-        share = (labels[:, part] != IGNORE_INDEX).sum().clamp(min=1).to(dtype) / scored.clamp(min=1)
-        language = language + (sum(own.values()) if loss_fn is not None else out.language_loss) * share
-        for name, value in own.items():
-            judged[name] = judged.get(name, 0.0) + (value * share).detach()
-        nll.append(out.nll)
-        for name, value in out.aux_losses.items():
-            named.setdefault(name, []).append(value)
-    losses = {name: torch.stack(values).mean() for name, values in named.items()}
-    loss = language + sum(losses.values())
-    assert isinstance(loss, Tensor)
-    return UnrollOutput(
-        loss,
-        torch.cat(nll, dim=1),
-        scored,
-        {**{name: value.detach() for name, value in losses.items()}, **judged},
-        state.detach(),
-    )
+        return (output, None) if loss_fn is None else (replace(output, hidden_states=None), loss_fn(output, part))
+
+    totals = _Totals((labels != IGNORE_INDEX).sum())
+    for start in range(0, tokens.shape[1], segment_length):
+        part = slice(start, start + segment_length)
+        inputs = (tokens[:, part], state, document_starts[:, part], labels[:, part], part)
+        output, losses = checkpoint(read, *inputs, use_reentrant=False) if replay else read(*inputs)
+        totals.add(output, losses, (labels[:, part] != IGNORE_INDEX).sum())
+        state = output.state
+    return totals.result(state)
+
+
+class _Totals:
+    """Sums over the segments of a batch."""
+
+    def __init__(self, num_scored: Tensor) -> None:
+        self.num_scored = num_scored
+        self.loss: Tensor | float = 0.0
+        self.nll: list[Tensor] = []
+        self.aux_losses: dict[str, list[Tensor]] = {}
+        self.named_losses: dict[str, Tensor] = {}
+
+    def add(self, output: MemoryOutput, losses: Losses | None, num_scored: Tensor) -> None:
+        """Add a segment with ``num_scored`` labels; its ``losses`` replace the language loss unless None."""
+        assert output.language_loss is not None
+        assert output.nll is not None
+        # Every label has the same weight, so the mean is over the batch, not over the means of its segments.
+        dtype = torch.promote_types(output.language_loss.dtype, torch.float32)
+        weight = num_scored.clamp(min=1).to(dtype) / self.num_scored.clamp(min=1)
+        self.loss = self.loss + (output.language_loss if losses is None else sum(losses.values())) * weight
+        for name, value in (losses or {}).items():
+            self.named_losses[name] = self.named_losses.get(name, 0.0) + (value * weight).detach()
+        self.nll.append(output.nll)
+        for name, value in output.aux_losses.items():
+            self.aux_losses.setdefault(name, []).append(value)
+
+    def result(self, state: MemoryState) -> UnrollOutput:
+        """Return the totals; ``state`` is the one after the last segment."""
+        aux_losses = {name: torch.stack(values).mean() for name, values in self.aux_losses.items()}
+        loss = self.loss + sum(aux_losses.values())
+        assert isinstance(loss, Tensor)
+        losses = {name: value.detach() for name, value in aux_losses.items()} | self.named_losses
+        return UnrollOutput(loss, torch.cat(self.nll, dim=1), self.num_scored, losses, state.detach())

@@ -109,10 +109,10 @@ def test_last_checkpoint_is_from_the_last_step(
     tmp_path: Path, every: int | None, options: dict[str, Any], expected: list[int | None]
 ) -> None:
     folder = tmp_path / "checkpoints"
-    steps = Steps(folder / "last.ckpt")
+    recorded = Steps(folder / "last.ckpt")
     keep = BestCheckpoint(str(folder), every_n_train_steps=every)
-    trainer(tmp_path, steps, keep, **options).fit(module(), datamodule=data(tmp_path))
-    assert [steps.found[step] for step in sorted(steps.found)] == expected
+    trainer(tmp_path, recorded, keep, **options).fit(module(), datamodule=data(tmp_path))
+    assert [recorded.steps[step] for step in sorted(recorded.steps)] == expected
 
 
 def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_best_checkpoint_has_the_best_score(tmp_path: Path) -> None:
         module(scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, rise)),
         datamodule=data(tmp_path),
     )
-    scores = {batch + 1: float.fromhex(metrics["val_bits_per_byte"]) for batch, metrics in record.found.items()}
+    scores = {batch + 1: float.fromhex(metrics["val_bits_per_byte"]) for batch, metrics in record.results.items()}
     best = min(scores, key=lambda step: scores[step])
     assert best not in (2, 10)
     note = json.loads((folder / "best.json").read_text())

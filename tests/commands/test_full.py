@@ -83,6 +83,6 @@ def test_full_memory_is_one_line(program: Program, tmp_path: Path) -> None:
     assert result.code == 2, result.err
     assert "Traceback" not in result.err
     (line,) = [line for line in result.err.splitlines() if line.startswith("memtx: error:")]
-    assert "The machine's memory is full in training." in line
-    assert "--data.batch_size 1 halves these" in line
-    assert "2 rows x 1 segment x 16 tokens" in line
+    assert "Out of memory in training." in line
+    assert "--data.batch_size 1 halves them" in line
+    assert "batch size 2 x 1 segment x 16 tokens" in line

@@ -39,7 +39,7 @@ def _widest(model: MemoryTransformer, tokens: torch.Tensor, document_starts: tor
 
 
 def test_chunked_call_equals_whole_call() -> None:
-    model, tokens = _model(per_call=False), _tokens(2)
+    model, tokens = _model(compress_per_segment=False), _tokens(2)
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     document_starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
     document_starts[1, MIN_CHUNK_LENGTH + 5] = True
@@ -57,4 +57,4 @@ def test_chunked_call_equals_whole_call() -> None:
 
 
 def test_per_segment_schedule_is_not_chunked() -> None:
-    assert _widest(_model(per_call=True), _tokens(1), None) == LENGTH
+    assert _widest(_model(compress_per_segment=True), _tokens(1), None) == LENGTH

@@ -41,11 +41,11 @@ def fit(
 
 def losses(at: Path, run: str, rank: int = 0) -> dict[int, str]:
     """Return every batch's loss; what was read twice has to have been the same both times."""
-    found: dict[int, str] = {}
+    result: dict[int, str] = {}
     for line in (at / f"{run}-watched" / f"losses-{rank}").read_text().splitlines():
         batch, loss = line.split()
-        assert found.setdefault(int(batch), loss) == loss, f"batch {batch}"
-    return found
+        assert result.setdefault(int(batch), loss) == loss, f"batch {batch}"
+    return result
 
 
 def weights(at: Path, run: str, rank: int = 0) -> str:

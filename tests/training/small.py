@@ -63,7 +63,7 @@ def trainer(root: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(one, pl.callbacks.ModelCheckpoint) for one in callbacks),
+        "enable_checkpointing": any(isinstance(item, pl.callbacks.ModelCheckpoint) for item in callbacks),
         "default_root_dir": root,
         "plugins": [AtomicCheckpointIO()],
         "max_epochs": -1,
@@ -78,7 +78,7 @@ class Record(pl.Callback):
 
     def __init__(self) -> None:
         self.losses: dict[int, str] = {}
-        self.found: dict[int, dict[str, str]] = {}
+        self.results: dict[int, dict[str, str]] = {}
 
     @staticmethod
     def _batches(trainer: pl.Trainer) -> int:
@@ -92,14 +92,14 @@ class Record(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             metrics = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-            self.found[self._batches(trainer)] = {name: float(value).hex() for name, value in metrics.items()}
+            self.results[self._batches(trainer)] = {name: float(value).hex() for name, value in metrics.items()}
 
 
 def weights(of: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in of.state_dict().items()}
 
 
-def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, tensor in one.items():
+def assert_equal(item: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert item.keys() == other.keys()
+    for name, tensor in item.items():
         assert torch.equal(tensor, other[name]), name

@@ -1,4 +1,4 @@
-"""Two processes are one run: the same gradients, figures and, resumed, the same losses."""
+"""Two processes equal one: gradients, metrics and, after a resume, losses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.training import runs
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
 
 
-def config(rows: int, **trainer: Any) -> dict[str, Any]:
-    content = changed(("data", "batch_size"), rows)
+def config(batch_size: int, **trainer: Any) -> dict[str, Any]:
+    content = changed(("data", "batch_size"), batch_size)
     content["trainer"] |= {"val_check_interval": 3, "max_steps": 8} | trainer
     content["checkpoint"] = {"every_n_train_steps": 2}
     return content
@@ -33,7 +33,7 @@ def _gloo() -> None:
         pytest.skip("this torch has no gloo")
 
 
-def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_path: Path) -> None:
+def test_gradients_and_metrics_equal_one_process(program: Program, tmp_path: Path) -> None:
     content = config(2, max_steps=1, val_check_interval=1)
     # Dropout draws by process. In the first batch no document ends, so all rows score alike and the mean over
     # processes is the mean over labels.
@@ -44,12 +44,12 @@ def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_pa
     for name, options in (("one", ()), ("two", (*TWO, "--data.batch_size", "1"))):
         done = runs.fit(program, at, name, *options, gradients=True)
         assert done.code == 0, done.err
-    one, two = (
+    item, two = (
         files.load_tensors(at / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
         for name in ("one", "two")
     )
-    assert one.keys() == two.keys()
-    for name, gradient in one.items():
+    assert item.keys() == two.keys()
+    for name, gradient in item.items():
         assert float(gradient.abs().max()) > 0, name
         # float32: sums in another order
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
@@ -58,7 +58,7 @@ def test_gradients_and_figures_are_those_of_one_process(program: Program, tmp_pa
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_of_two_processes_resumes(program: Program, tmp_path: Path, number: signal.Signals) -> None:
     at = runs.prepare(tmp_path, config(1))
     done = runs.fit(program, at, "whole", *TWO)
     assert done.code == 0, done.err
@@ -74,20 +74,20 @@ def test_a_stopped_run_of_two_goes_on(program: Program, tmp_path: Path, number: 
     assert runs.losses(at, "whole", 0) != runs.losses(at, "whole", 1)
     assert runs.weights(at, "whole", 0) == runs.weights(at, "whole", 1)
     # Each its own memory.
-    kept = read_checkpoint(at / "whole" / "checkpoints" / "last.ckpt")["memtx"]["ranks"]
-    assert len(kept) == 2
-    memories = [torch.cat([tensor.double().flatten() for tensor in rank["carry"].values()]) for rank in kept]
+    saved = read_checkpoint(at / "whole" / "checkpoints" / "last.ckpt")["memtx"]["ranks"]
+    assert len(saved) == 2
+    memories = [torch.cat([tensor.double().flatten() for tensor in rank["carry"].values()]) for rank in saved]
     assert not torch.equal(*memories)
 
 
-def test_all_processes_skip_alike(program: Program, tmp_path: Path) -> None:
+def test_all_processes_skip_the_same_steps(program: Program, tmp_path: Path) -> None:
     at = runs.prepare(tmp_path, config(1, max_steps=3, limit_val_batches=0))
     for name, spoil in (("plain", -1), ("spoiled", 1)):
         done = runs.fit(program, at, name, *TWO, spoil=spoil, rank=1)
         assert done.code == 0, done.err
     # Said by the first process, whose own loss was finite.
     assert "loss of another process" in done.err
-    assert "1 in a row, 1 in all" in done.err
+    assert "1 in a row, 1 in total" in done.err
     assert runs.weights(at, "spoiled", 0) == runs.weights(at, "spoiled", 1)
     assert runs.weights(at, "spoiled", 0) != runs.weights(at, "plain", 0)
 
@@ -108,7 +108,7 @@ STACK = [
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_no_kind_leaves_a_parameter_without_gradient(program: Program, tmp_path: Path, replay: bool) -> None:
+def test_every_memory_gives_every_parameter_a_gradient(program: Program, tmp_path: Path, replay: bool) -> None:
     """DDP stops at a parameter that took no part, from the second step on; the strategy has no flag against it."""
     content = config(1, max_steps=3)
     content["model"]["replay"] = replay

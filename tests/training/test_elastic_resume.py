@@ -1,9 +1,10 @@
-"""A run that goes on with other rows or processes: no token lost, the rows that stay keep what they carry."""
+"""Resuming with another batch size or number of processes loses no token and no memory of remaining streams."""
 
 from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from memtx.checkpoint.pretrained import read_checkpoint
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.errors import CheckpointError
-from memtx.training.elastic_resume import reassign_streams
+from memtx.training.carry import reassign_streams, restore_rank_state
 from tests.commands.program import Program
 from tests.commands.runs import changed
 from tests.training import runs
@@ -22,34 +23,45 @@ from tests.training.small import Record, data, module, trainer
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
-def test_the_first_rows_carry_on(saved: list[int], rows: int, ranks: int) -> None:
-    whole = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
+def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: int) -> None:
+    full = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
-        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in whole.split(saved)
+        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in full.split(saved)
     ]
-    own = [reassign_streams(parts, rows, rank) for rank in range(ranks)]
+    reassigned = [reassign_streams(parts, batch_size, rank) for rank in range(ranks)]
     if not sum(saved):
-        assert own == [{}] * ranks
+        assert reassigned == [{}] * ranks
         return
-    together = torch.cat([one["layers[0].hidden"] for one in own])
-    assert len(together) == rows * ranks
-    stay = min(len(whole), len(together))
-    assert torch.equal(together[:stay], whole[:stay])
+    together = torch.cat([item["layers[0].hidden"] for item in reassigned])
+    assert len(together) == batch_size * ranks
+    stay = min(len(full), len(together))
+    assert torch.equal(together[:stay], full[:stay])
     assert not together[stay:].any()
-    assert torch.equal(together[:, 0], torch.cat([one["position"] for one in own]))
+    assert torch.equal(together[:, 0], torch.cat([item["position"] for item in reassigned]))
 
 
-def test_other_memories_are_refused() -> None:
+def test_different_memories_are_rejected() -> None:
     with pytest.raises(CheckpointError, match="different memories"):
         reassign_streams([{"position": torch.zeros(2)}, {"other": torch.zeros(2)}], 2, 0)
     with pytest.raises(CheckpointError, match="different memories"):
         reassign_streams([{"position": torch.tensor(1)}], 2, 0)
 
 
+def test_a_plain_data_loader_does_not_tell_its_streams() -> None:
+    """torch's DataLoader has a batch_size too, which need not be a number of streams."""
+    states = [{"position": torch.tensor([rank])} for rank in range(2)]
+    loader = torch.utils.data.DataLoader(torch.zeros(4), batch_size=4)
+    assert restore_rank_state(states, loader, 1, 2) is states[1]
+    with pytest.raises(CheckpointError, match="from 2 processes, this run has 1"):
+        restore_rank_state(states, loader, 0, 1)
+    streams = SimpleNamespace(batch_size=2, position=0)
+    assert restore_rank_state(states, streams, 0, 1)["position"].tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_run_goes_on_with_other_rows(
-    tmp_path: Path, rows: int, accumulate: int, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_run_resumes_with_another_batch_size(
+    tmp_path: Path, batch_size: int, accumulate: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
     folder = str(tmp_path / "checkpoints")
@@ -60,39 +72,39 @@ def test_a_run_goes_on_with_other_rows(
     epoch, total = len(first._streams), first._streams.store.num_tokens
     done = 7 * accumulate
     assert done < epoch
-    second, record = data(tmp_path, bptt_segments=1, batch_size=rows), Record()
+    second, record = data(tmp_path, bptt_segments=1, batch_size=batch_size), Record()
     going = trainer(tmp_path, record, max_epochs=2, **options)
     taught = module(seed=5)
     going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     # To within a batch and an accumulation, which the pass's end rounds to.
-    whole = 8 * (2 * done + rows * len(record.losses))
-    assert abs(whole - 2 * total) <= 8 * (2 + rows * (2 + accumulate))
+    full = 8 * (2 * done + batch_size * len(record.losses))
+    assert abs(full - 2 * total) <= 8 * (2 + batch_size * (2 + accumulate))
     assert going.current_epoch == 2
-    assert taught.tokens_seen == whole
+    assert taught.tokens_seen == full
     batches = sorted(record.losses)
     assert batches == list(range(batches[0], batches[0] + len(batches)))
 
 
-def test_a_memory_goes_where_its_row_goes(tmp_path: Path) -> None:
+def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
     folder = str(tmp_path / "checkpoints")
     options: dict[str, Any] = {"limit_val_batches": 0}
     trainer(tmp_path, BestCheckpoint(folder), max_steps=3, **options).fit(module(), datamodule=data(tmp_path))
     last = str(tmp_path / "checkpoints" / "last.ckpt")
-    kept = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
-    for rows in (1, 4):
+    stored = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
+    for batch_size in (1, 4):
         taught = module(seed=5)
         trainer(tmp_path, max_steps=4, **options).fit(
-            taught, datamodule=data(tmp_path, batch_size=rows), ckpt_path=last
+            taught, datamodule=data(tmp_path, batch_size=batch_size), ckpt_path=last
         )
         position = taught.carry.state_dict("train")["position"]
-        assert len(position) == rows
+        assert len(position) == batch_size
         # A batch of 16 tokens more, unless a document ended within it.
-        for row, before in itertools.product(range(min(2, rows)), [kept]):
+        for row, before in itertools.product(range(min(2, batch_size)), [stored]):
             assert int(position[row]) == int(before[row]) + 16 or int(position[row]) < 16
         assert (position[2:] <= 16).all()
 
 
-def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_processes(program: Program, tmp_path: Path) -> None:
     """Two processes of one row each and one process of two are the same run, wherever it changes over."""
     config = changed(("data", "batch_size"), 2)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0}
@@ -111,8 +123,9 @@ def test_other_processes_go_on(program: Program, tmp_path: Path) -> None:
         for key, weight in last[0]["state_dict"].items():
             # float32, six steps of Adam: sums in another order
             torch.testing.assert_close(last[1]["state_dict"][key], weight, atol=1e-4, rtol=1e-3)
-        own, other = (torch.cat([one["carry"]["position"] for one in content["memtx"]["ranks"]]) for content in last)
-        assert torch.equal(own, other)
+        ranks = [content["memtx"]["ranks"] for content in last]
+        before, after = (torch.cat([state["carry"]["position"] for state in states]) for states in ranks)
+        assert torch.equal(before, after)
         assert len(last[1]["memtx"]["ranks"]) == (1 if name == "fewer" else 2)
     # And with other rows than before, which is said.
     done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")

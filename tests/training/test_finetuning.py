@@ -1,4 +1,4 @@
-"""Fine-tuning modules: each learns what can be learned, measures it as it should, and goes on exactly."""
+"""Fine-tuning modules learn simple rules, evaluate correctly, and resume exactly."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ def trainer(**options: Any) -> pl.Trainer:
 
 
 @pytest.mark.parametrize(("kind", "measure"), [("classification", "accuracy"), ("tagging", "f1"), ("questions", "f1")])
-def test_it_learns_what_can_be_read_off(kind: str, measure: str, tmp_path: Path) -> None:
+def test_each_task_learns_a_simple_rule(kind: str, measure: str, tmp_path: Path) -> None:
     module, data = parts(kind, folder(tmp_path, kind, 48))
-    made = trainer(max_epochs=25)
-    made.fit(module, data)
+    built = trainer(max_epochs=25)
+    built.fit(module, data)
     # Guessing reaches half of that at most.
-    assert float(made.callback_metrics[f"val_{measure}"]) > 0.8
+    assert float(built.callback_metrics[f"val_{measure}"]) > 0.8
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_alone_predicts(kind: str, tmp_path: Path) -> None:
     module, data = parts(kind, folder(tmp_path / "data", kind))
-    made = trainer(max_epochs=1)
-    made.fit(module, data)
-    made.save_checkpoint(tmp_path / "a.ckpt")
-    found = Predictor.load(tmp_path / "a.ckpt")
+    built = trainer(max_epochs=1)
+    built.fit(module, data)
+    built.save_checkpoint(tmp_path / "a.ckpt")
+    result = Predictor.load(tmp_path / "a.ckpt")
     assert is_task_model(tmp_path / "a.ckpt")
     module.eval()
-    wanted = Predictor(module.model, data.tokenizer, data.task)
-    assert found.predict(records(kind, 5)) == wanted.predict(records(kind, 5))
+    expected = Predictor(module.model, data.tokenizer, data.task)
+    assert result.predict(records(kind, 5)) == expected.predict(records(kind, 5))
 
 
 def test_resuming_is_exact(tmp_path: Path) -> None:
@@ -79,54 +79,54 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         module, data = parts("tagging", root, token_mask_prob=0.3)
         module.train()
         if stop is None:
-            made = trainer(max_steps=14)
-            made.fit(module, data)
+            built = trainer(max_steps=14)
+            built.fit(module, data)
         else:
-            made = trainer(max_steps=stop)
-            made.fit(module, data)
-            made.save_checkpoint(tmp_path / "half.ckpt")
+            built = trainer(max_steps=stop)
+            built.fit(module, data)
+            built.save_checkpoint(tmp_path / "half.ckpt")
             module, data = parts("tagging", root, token_mask_prob=0.3)
             pl.seed_everything(99)
-            made = trainer(max_steps=14)
-            made.fit(module, data, ckpt_path=str(tmp_path / "half.ckpt"))
-        losses.append([float(one.detach().sum()) for one in module.model.parameters()])
+            built = trainer(max_steps=14)
+            built.fit(module, data, ckpt_path=str(tmp_path / "half.ckpt"))
+        losses.append([float(item.detach().sum()) for item in module.model.parameters()])
     assert losses[0] == losses[1]
 
 
-def test_frozen_parts_keep_their_weights_until_they_thaw(tmp_path: Path) -> None:
+def test_frozen_parameters_keep_their_weights_until_their_epoch(tmp_path: Path) -> None:
     module, data = parts("classification", folder(tmp_path, "classification"))
     seen: list[dict[str, float]] = []
 
     class Watch(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            seen.append({name: float(one.detach().abs().sum()) for name, one in pl_module.model.named_parameters()})
+            seen.append({name: float(item.detach().abs().sum()) for name, item in pl_module.model.named_parameters()})
 
-    before = {name: float(one.detach().abs().sum()) for name, one in module.model.named_parameters()}
+    before = {name: float(item.detach().abs().sum()) for name, item in module.model.named_parameters()}
     trainer(max_epochs=3, callbacks=[Freeze(["backbone.*"], epochs=2), Watch()]).fit(module, data)
     names = [name for name in before if name.startswith("backbone.embedding")]
     assert all(seen[1][name] == before[name] for name in before if name.startswith("backbone."))
     assert all(seen[0][name] != before[name] for name in ("head.out.weight", "head.out.bias"))
     assert any(seen[2][name] != before[name] for name in names)
-    with pytest.raises(MemtxError, match="No parameter is named 'bodi"):
+    with pytest.raises(MemtxError, match="No parameter matches 'bodi"):
         trainer(max_epochs=1, callbacks=[Freeze(["bodi.*"])]).fit(*parts("classification", tmp_path))
 
 
-def test_a_published_encoder_is_begun_from(parity: Path, tmp_path: Path) -> None:
+def test_a_hugging_face_encoder_initializes_the_backbone(parity: Path, tmp_path: Path) -> None:
     from memtx import from_pretrained
 
-    place = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
-    made: Any = from_pretrained(place)
-    module = ClassificationModule(pretrained=str(place), vocab_size=50, num_labels=3)
-    own = module.model.backbone.state_dict()
-    assert own
-    assert all(torch.equal(own[name], made.state_dict()[name]) for name in own)
+    position = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
+    built: Any = from_pretrained(position)
+    module = ClassificationModule(pretrained=str(position), vocab_size=50, num_labels=3)
+    trained_module = module.model.backbone.state_dict()
+    assert trained_module
+    assert all(torch.equal(trained_module[name], built.state_dict()[name]) for name in trained_module)
     module.model.save_pretrained(tmp_path)
     assert type(module.model).from_pretrained(tmp_path).fingerprint == module.model.fingerprint
-    with pytest.raises(MemtxError, match="the tokenizer has 1000000"):
-        ClassificationModule(pretrained=str(place), vocab_size=10**6)
+    with pytest.raises(MemtxError, match="tokens, the tokenizer has 1000000"):
+        ClassificationModule(pretrained=str(position), vocab_size=10**6)
 
 
-def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+def test_unusable_data_is_named(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", "classification")
     write_lines(root / "validation.jsonl", [{"text": "a", "label": "pos"}, {"text": "a", "label": "poz"}])
     data = TaskDataModule(task("classification"), str(root))
@@ -141,12 +141,12 @@ def test_data_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         TaskDataModule(task("classification"), str(root), batch_size=0)
 
 
-def test_a_checkpoint_of_another_task_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_task_is_rejected(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", "classification")
     module, data = parts("classification", root)
-    made = trainer(max_steps=1)
-    made.fit(module, data)
-    made.save_checkpoint(tmp_path / "a.ckpt")
+    built = trainer(max_steps=1)
+    built.fit(module, data)
+    built.save_checkpoint(tmp_path / "a.ckpt")
     write_lines(root / "train.jsonl", records("classification", 8, seed=77))
     with pytest.raises(CheckpointError, match="another tokenizer or task"):
         trainer(max_steps=2).fit(*parts("classification", root), ckpt_path=str(tmp_path / "a.ckpt"))

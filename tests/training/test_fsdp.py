@@ -1,4 +1,4 @@
-"""Weights shared out over two processes: the same gradients and the same run, and checkpoints of both."""
+"""Weights sharded over two processes: equal gradients and runs, and checkpoints."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.training import runs
 FSDP2 = ("--trainer.strategy", "fsdp2")
 
 
-def config(rows: int, **trainer: Any) -> dict[str, Any]:
-    content = changed(("data", "batch_size"), rows)
+def config(batch_size: int, **trainer: Any) -> dict[str, Any]:
+    content = changed(("data", "batch_size"), batch_size)
     content["data"]["bptt_segments"] = 2
     content["trainer"] |= {"val_check_interval": 3, "max_steps": 6} | trainer
     content["checkpoint"] = {"every_n_train_steps": 2}
@@ -40,7 +40,7 @@ def _gloo() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a whole run of two processes, and one of a single process on the same rows."""
     at = runs.prepare(tmp_path_factory.mktemp("place"), config(1))
     done = runs.fit(program, at, "whole", *FSDP2, ranks=2, gradients=True)
@@ -54,67 +54,67 @@ def last(at: Path, run: str) -> Path:
     return at / run / "checkpoints" / "last.ckpt"
 
 
-def assert_same_weights(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, weight in one["state_dict"].items():
+def assert_same_weights(item: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    assert item["state_dict"].keys() == other["state_dict"].keys()
+    for name, weight in item["state_dict"].items():
         torch.testing.assert_close(other["state_dict"][name], weight, atol=tolerance, rtol=0.0)
 
 
-def test_gradients_and_figures_are_those_of_one_process(place: Path) -> None:
-    one, two = (
-        files.load_tensors(place / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
+def test_gradients_and_metrics_equal_one_process(folder: Path) -> None:
+    item, two = (
+        files.load_tensors(folder / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
         for name in ("one", "whole")
     )
-    assert one.keys() == two.keys()
-    for name, gradient in one.items():
+    assert item.keys() == two.keys()
+    for name, gradient in item.items():
         assert float(gradient.abs().max()) > 0, name
         # float32: sums in another order
         torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
-    best = [json.loads((place / name / "checkpoints" / "best.json").read_text()) for name in ("one", "whole")]
+    best = [json.loads((folder / name / "checkpoints" / "best.json").read_text()) for name in ("one", "whole")]
     assert best[0]["score"] == pytest.approx(best[1]["score"], rel=1e-3)
     # six steps of Adam make of such differences more
-    assert_same_weights(*(pretrained.read_checkpoint(last(place, name)) for name in ("one", "whole")), tolerance=1e-3)
+    assert_same_weights(*(pretrained.read_checkpoint(last(folder, name)) for name in ("one", "whole")), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_stopped_run_goes_on_exactly(program: Program, place: Path, number: signal.Signals) -> None:
+def test_a_stopped_run_resumes_exactly(program: Program, folder: Path, number: signal.Signals) -> None:
     run = f"struck-{number}"
-    done = runs.fit(program, place, run, *FSDP2, ranks=2, strike=3, signal=int(number), rank=1)
+    done = runs.fit(program, folder, run, *FSDP2, ranks=2, strike=3, signal=int(number), rank=1)
     assert done.code != 0
-    done = runs.fit(program, place, run, *FSDP2, ranks=2)
+    done = runs.fit(program, folder, run, *FSDP2, ranks=2)
     assert done.code == 0, done.err
     for rank in (0, 1):
-        assert runs.losses(place, run, rank) == runs.losses(place, "whole", rank)
-        assert runs.weights(place, run, rank) == runs.weights(place, "whole", rank)
-    assert not [one for one in (place / run / "checkpoints").iterdir() if one.name.startswith(".")]
+        assert runs.losses(folder, run, rank) == runs.losses(folder, "whole", rank)
+        assert runs.weights(folder, run, rank) == runs.weights(folder, "whole", rank)
+    assert not [item for item in (folder / run / "checkpoints").iterdir() if item.name.startswith(".")]
 
 
-def test_the_strategy_may_change(program: Program, place: Path) -> None:
+def test_the_strategy_may_change(program: Program, folder: Path) -> None:
     """A run goes on from the other kind of checkpoint: weights, optimiser, memory and data."""
     three = ("--trainer.max_steps", "3")
     for run, ranks, first, then in (
         ("apart-then-whole", (2, 0), FSDP2, ("--data.batch_size", "2")),
         ("whole-then-apart", (0, 2), ("--data.batch_size", "2"), FSDP2),
     ):
-        done = runs.fit(program, place, run, *three, *first, ranks=ranks[0])
+        done = runs.fit(program, folder, run, *three, *first, ranks=ranks[0])
         assert done.code == 0, done.err
-        done = runs.fit(program, place, run, *then, ranks=ranks[1])
+        done = runs.fit(program, folder, run, *then, ranks=ranks[1])
         assert done.code == 0, done.err
-        assert last(place, run).is_dir() == (ranks[1] == 2)
-        contents = [pretrained.read_checkpoint(last(place, name)) for name in ("whole", run)]
+        assert last(folder, run).is_dir() == (ranks[1] == 2)
+        contents = [pretrained.read_checkpoint(last(folder, name)) for name in ("whole", run)]
         assert_same_weights(*contents, tolerance=1e-3)
         steps = [
-            [float(one["step"]) for one in content["optimizer_states"][0]["state"].values()] for content in contents
+            [float(item["step"]) for item in content["optimizer_states"][0]["state"].values()] for content in contents
         ]
         assert set(steps[0]) == set(steps[1]) == {6.0}
 
 
-def test_damage_is_noticed(place: Path, tmp_path: Path) -> None:
-    whole = last(place, "whole")
-    sharded.verify_checksums(whole)
-    for file in sorted(whole.iterdir()):
+def test_damaged_checkpoints_are_rejected(folder: Path, tmp_path: Path) -> None:
+    full = last(folder, "whole")
+    sharded.verify_checksums(full)
+    for file in sorted(full.iterdir()):
         copy = tmp_path / "copy.ckpt"
-        shutil.copytree(whole, copy)
+        shutil.copytree(full, copy)
         content = bytearray((copy / file.name).read_bytes())
         content[len(content) // 2] ^= 1
         (copy / file.name).write_bytes(content)
@@ -135,14 +135,14 @@ class Evil:
         return (Evil.ran.append, (1,))
 
 
-def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
+def test_loading_executes_no_code(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.ckpt"
-    shutil.copytree(last(place, "whole"), copy)
+    shutil.copytree(last(folder, "whole"), copy)
     for name, content in ((sharded.DCP_METADATA_FILE, pickle.dumps(Evil())), (sharded.META_FILE, pickle.dumps(Evil()))):
         before = (copy / name).read_bytes()
         (copy / name).write_bytes(content)
         sharded.write_checksums(
-            copy, {one.name: files.checksum(one) for one in copy.iterdir() if one.name != sharded.CHECKSUMS_FILE}
+            copy, {item.name: files.checksum(item) for item in copy.iterdir() if item.name != sharded.CHECKSUMS_FILE}
         )
         with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
             pretrained.read_checkpoint(copy)
@@ -150,37 +150,37 @@ def test_nothing_in_it_is_run(place: Path, tmp_path: Path) -> None:
     assert Evil.ran == []
 
 
-def test_it_is_put_together(program: Program, place: Path) -> None:
-    """What two processes wrote is one model: for convert, and for whatever loads a checkpoint."""
+def test_a_sharded_checkpoint_is_consolidated(program: Program, folder: Path) -> None:
+    """The checkpoint of two processes is one model, for convert and for every loader."""
     for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
-        done = program("convert", source, "out", "--overwrite", cwd=place)
+        done = program("convert", source, "out", "--overwrite", cwd=folder)
         assert done.code == 0, done.err
         assert "a MemoryTransformer of" in done.out
-        assert sorted(one.name for one in (place / "out").iterdir()) == [
+        assert sorted(item.name for item in (folder / "out").iterdir()) == [
             "config.json", "model.safetensors", "tokenizer.json",
         ]  # fmt: skip
-        model, tokenizer = load_model_and_tokenizer(place / source)
-        made, read = load_model_and_tokenizer(place / "out")
-        assert made.fingerprint == model.fingerprint
+        model, tokenizer = load_model_and_tokenizer(folder / source)
+        built, read = load_model_and_tokenizer(folder / "out")
+        assert built.fingerprint == model.fingerprint
         assert read.to_json() == tokenizer.to_json()
-    assert not [one for one in place.iterdir() if one.name.startswith(".")]
+    assert not [item for item in folder.iterdir() if item.name.startswith(".")]
     for command in (
-        ("read", "books/test/0.txt", "--checkpoint", "whole"),
+        ("read", "books/test/0.txt", "--checkpoint", "full"),
         ("read", "books/test/0.txt", "--checkpoint", "out"),
-        ("test", "--run_dir", "whole", "--trainer.strategy", "auto"),
+        ("test", "--run_dir", "full", "--trainer.strategy", "auto"),
     ):
-        done = program(*command, cwd=place)
+        done = program(*command, cwd=folder)
         assert done.code == 0, done.err
 
 
-def test_what_does_not_go_is_said_in_a_line(program: Program, place: Path) -> None:
+def test_unsupported_options_are_reported_in_one_line(program: Program, folder: Path) -> None:
     for options, word in (
-        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "does not go with a strategy"),
+        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "a strategy that shards"),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
-        (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Give fsdp2"),
+        (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Use fsdp2"),
     ):
-        done = runs.fit(program, place, "refused", *FSDP2, *options, ranks=2)
+        done = runs.fit(program, folder, "refused", *FSDP2, *options, ranks=2)
         assert done.code == 2, done.err
         assert "Traceback" not in done.err
         assert word in done.err
-        assert not (place / "refused" / "config.yaml").exists()
+        assert not (folder / "refused" / "config.yaml").exists()

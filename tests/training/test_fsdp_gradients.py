@@ -1,4 +1,4 @@
-"""Gradients of two processes, weights whole (DDP) or shared out (FSDP2), are those of one: every kind, in float64."""
+"""Gradients of two processes with DDP or FSDP2 equal those of one, for every memory, in float64."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from memtx.training.fsdp import shard_model
 from memtx.training.tbptt import unroll
 from tests.memory_zoo import KINDS
 
-VOCAB, SEGMENT, HORIZON = 20, 6, 3
+VOCAB, SEGMENT, BPTT_SEGMENTS = 20, 6, 3
 Loss = Callable[[nn.Module, Tensor], Tensor]
 
 
 def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
-    """Two horizons, so that there is a state when the second begins."""
+    """Two batches, so that there is a state when the second begins."""
     state = model.init_state(tokens.shape[0], dtype=torch.float64)
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, 0] = True
-    starts[:, SEGMENT + 2] = True
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    document_starts[:, 0] = True
+    document_starts[:, SEGMENT + 2] = True
     total: Any = 0.0
-    for at in (0, SEGMENT * HORIZON):
-        part = slice(at, at + SEGMENT * HORIZON)
-        given = tokens[:, part], tokens[:, part].roll(-1, 1), starts[:, part] & (at == 0), state
-        out = unroll(model, *given, segment_length=SEGMENT, **options)
+    for at in (0, SEGMENT * BPTT_SEGMENTS):
+        part = slice(at, at + SEGMENT * BPTT_SEGMENTS)
+        inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
+        out = unroll(model, *inputs, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
     return total
 
@@ -54,9 +54,9 @@ def squares(model: Any, tokens: Tensor) -> Tensor:
     return loss
 
 
-def transformer(stack: Any, checkpointing: bool = False, **options: Any) -> nn.Module:
+def transformer(stack: Any, recompute: bool = False, **options: Any) -> nn.Module:
     model = MemoryTransformer(VOCAB, dim=8, depth=2, heads=2, memories=[stack], **options)
-    model.activation_checkpointing = checkpointing
+    model.activation_checkpointing = recompute
     return model
 
 
@@ -64,7 +64,7 @@ CHOSEN = (
     "compressed-convolution", "compressed-queries", "dual", "associative-gated", "slots", "retrieval",
     "sinks-with-positions", "tokens", "ernie-doc", "third-party",
 )  # fmt: skip
-"""Kinds of memory with parameters of every sort and every way of being written."""
+"""Memories with every kind of parameter and write."""
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     **{kind: (partial(transformer, KINDS[kind](5, 2, 3)), through_time) for kind in CHOSEN},
@@ -99,43 +99,43 @@ class Step(nn.Module):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return them whole, zero where a parameter took no part."""
-    found = {}
+    result = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return found
+        result[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return result
 
 
 def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
     make, loss = CASES[name]
     torch.manual_seed(0)
-    whole = make().double()
-    for parameter in whole.parameters():
+    full = make().double()
+    for parameter in full.parameters():
         nn.init.normal_(parameter, std=0.3)
-    tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * HORIZON))
-    own = tokens[rank : rank + 1]
+    tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * BPTT_SEGMENTS))
+    trained_module = tokens[rank : rank + 1]
     for parallel in ("ddp", "fsdp2"):
-        whole.zero_grad()
-        spread = copy.deepcopy(whole)
+        full.zero_grad()
+        spread = copy.deepcopy(full)
         if rank == 1:  # the first process's numbers count
             for parameter in spread.parameters():
                 parameter.data.zero_()
-        loss(whole, tokens).backward()
-        wanted = gradients(whole)
-        assert sum(bool(gradient.abs().max() > 0) for gradient in wanted.values()) > len(wanted) // 2
+        loss(full, tokens).backward()
+        expected = gradients(full)
+        assert sum(bool(gradient.abs().max() > 0) for gradient in expected.values()) > len(expected) // 2
         if parallel == "ddp":
             # Longformer's global projections take no part where no token is global.
             ddp = DistributedDataParallel(Step(spread, loss), find_unused_parameters=name == "encoder")
-            ddp(own).backward()
+            ddp(trained_module).backward()
         else:
             shard_model(spread, mesh, torch.device("cpu"))
-            assert any(isinstance(one, DTensor) for one in spread.parameters())
-            loss(spread, own).backward()
-        found = gradients(spread)
-        assert found.keys() == wanted.keys()
-        for key, gradient in wanted.items():
+            assert any(isinstance(item, DTensor) for item in spread.parameters())
+            loss(spread, trained_module).backward()
+        result = gradients(spread)
+        assert result.keys() == expected.keys()
+        for key, gradient in expected.items():
             # float64: sums in another order
-            torch.testing.assert_close(found[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}")
+            torch.testing.assert_close(result[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}")
 
 
 def process(rank: int, at: str) -> None:
@@ -143,20 +143,20 @@ def process(rank: int, at: str) -> None:
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     dist.init_process_group("gloo", init_method=f"file://{at}/meet", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
-    said = {}
+    messages = {}
     for name in CASES:
-        said[name] = ""
+        messages[name] = ""
         try:
             compare(name, rank, mesh)
         except Exception as error:
-            said[name] = "".join(traceback.format_exception(error))[-2000:]
-    (Path(at) / f"said-{rank}.json").write_text(json.dumps(said))
+            messages[name] = "".join(traceback.format_exception(error))[-2000:]
+    (Path(at) / f"said-{rank}.json").write_text(json.dumps(messages))
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """What went wrong with each case on each of two processes, which are started once for all."""
+def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Errors of each case on each of two processes, which are started once for all."""
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     at = tmp_path_factory.mktemp("processes")
@@ -165,5 +165,5 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradients_are_those_of_one_process(said: list[dict[str, str]], name: str) -> None:
-    assert [one[name] for one in said] == ["", ""]
+def test_gradients_equal_one_process(messages: list[dict[str, str]], name: str) -> None:
+    assert [item[name] for item in messages] == ["", ""]

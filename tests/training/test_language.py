@@ -1,4 +1,4 @@
-"""Training carries its memory as reading on would; measuring is exact and leaves training alone."""
+"""Training carries memory as continuous reading does; evaluation is exact and does not change training."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: 
     return nll
 
 
-def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
-    """What training loses on a document is what is lost on it read alone, whatever batches and rows it lay in."""
+def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
+    """The loss of a document in training equals that of the document read alone, in any batch and stream."""
     steps = 30
     taught, record, texts = module(dropout=0.0, optimizer=constant, scheduler=None), Record(), data(tmp_path)
     trainer(tmp_path, record, max_steps=steps, limit_val_batches=0, limit_train_batches=4).fit(taught, datamodule=texts)
@@ -44,17 +44,17 @@ def test_memory_is_carried_as_in_reading_on(tmp_path: Path) -> None:
     # Documents end and begin within these batches.
     streams._plan.extend_to(steps * length)
     assert all(begins[1] < (steps - 1) * length for begins in streams._plan.start_offsets)
-    whole = [alone(taught.model, texts, "train", one, int(lengths[one]) - 1) for one in range(len(lengths))]
+    full = [alone(taught.model, texts, "train", item, int(lengths[item]) - 1) for item in range(len(lengths))]
     for step in range(steps):
-        found: list[float] = []
+        result: list[float] = []
         for row in range(2):
             for document, begin, _ in streams._plan.iter_documents(row, step * length, (step + 1) * length):
                 first, last = max(step * length - begin, 0), (step + 1) * length - begin
-                found += whole[document][first:last].tolist()
-        assert float.fromhex(record.losses[step]) == pytest.approx(sum(found) / len(found), **CLOSE), step
+                result += full[document][first:last].tolist()
+        assert float.fromhex(record.losses[step]) == pytest.approx(sum(result) / len(result), **CLOSE), step
 
 
-def test_validation_leaves_training_alone(tmp_path: Path) -> None:
+def test_validation_does_not_change_training(tmp_path: Path) -> None:
     """Memory and random numbers (dropout) are as if there had been none; so with the sanity check."""
     losses = []
     for options in (
@@ -72,68 +72,68 @@ def test_validation_leaves_training_alone(tmp_path: Path) -> None:
 class Keep(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.kept: dict[Path, dict[str, float]] = {}
+        self.saved: dict[Path, dict[str, float]] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             path = self.path / f"{trainer.global_step}.ckpt"
             trainer.save_checkpoint(path)
             metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name[:4] == "val_"}
-            self.kept[path] = metrics
+            self.saved[path] = metrics
 
 
-def test_figures_in_training_are_those_of_measuring(tmp_path: Path) -> None:
+def test_metrics_in_training_equal_those_of_evaluation(tmp_path: Path) -> None:
     keep = Keep(tmp_path)
     trainer(tmp_path, keep, max_steps=6, val_check_interval=3).fit(module(), datamodule=data(tmp_path))
-    assert len(keep.kept) == 2
-    for path, metrics in keep.kept.items():
+    assert len(keep.saved) == 2
+    for path, metrics in keep.saved.items():
         fresh = trainer(tmp_path)
-        (found,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
-        assert found == metrics
-    assert len({tuple(metrics.values()) for metrics in keep.kept.values()}) == 2
+        (result,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
+        assert result == metrics
+    assert len({tuple(metrics.values()) for metrics in keep.saved.values()}) == 2
 
 
-@pytest.mark.parametrize(("rows", "horizon"), [(1, 1), (2, 3), (3, 1), (5, 2)])
-def test_figures_are_those_of_the_whole_texts(tmp_path: Path, rows: int, horizon: int) -> None:
-    texts, measured = data(tmp_path, eval_batch_size=rows, bptt_segments=horizon), module()
-    (found,) = trainer(tmp_path).test(measured, datamodule=texts, verbose=False)
+@pytest.mark.parametrize(("batch_size", "num_segments"), [(1, 1), (2, 3), (3, 1), (5, 2)])
+def test_metrics_equal_those_of_whole_documents(tmp_path: Path, batch_size: int, num_segments: int) -> None:
+    texts, measured = data(tmp_path, eval_batch_size=batch_size, bptt_segments=num_segments), module()
+    (result,) = trainer(tmp_path).test(measured, datamodule=texts, verbose=False)
     store = texts.token_store("test")
     measured.model.eval()
     count = range(len(store.lengths))
     nats = [
-        float(alone(measured.model, texts, "test", one, int(store.lengths[one]) - 1).double().sum()) for one in count
+        float(alone(measured.model, texts, "test", item, int(store.lengths[item]) - 1).double().sum()) for item in count
     ]
     content = [path.read_bytes() for path in (tmp_path / "books" / "test").iterdir()]
     words, size = sum(len(text.split()) for text in content), sum(map(len, content))
-    assert found["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
-    assert found["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
-    assert found["test_loss"] == pytest.approx(sum(nats) / sum(int(one) - 1 for one in store.lengths), **CLOSE)
+    assert result["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
+    assert result["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
+    assert result["test_loss"] == pytest.approx(sum(nats) / sum(int(item) - 1 for item in store.lengths), **CLOSE)
 
 
-def test_a_part_of_the_validation_is_measured_alike(tmp_path: Path) -> None:
+def test_limited_validation_is_deterministic(tmp_path: Path) -> None:
     texts = data(tmp_path, eval_tokens=64)
-    (found,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
-    (whole,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
-    assert found != whole
-    assert found.keys() <= whole.keys()  # the meter tells only of distances that were reached
+    (result,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
+    (full,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
+    assert result != full
+    assert result.keys() <= full.keys()  # the meter tells only of distances that were reached
 
 
-def test_predictions_are_each_labels_likelihood(tmp_path: Path) -> None:
+def test_predictions_are_the_nll_of_each_label(tmp_path: Path) -> None:
     texts, measured = data(tmp_path, eval_batch_size=2), module()
-    found: Any = trainer(tmp_path).predict(measured, datamodule=texts)
+    result: Any = trainer(tmp_path).predict(measured, datamodule=texts)
     batches: list[Batch] = list(texts.predict_dataloader())
-    assert [one.shape for one in found] == [one.labels.shape for one in batches]
+    assert [item.shape for item in result] == [item.labels.shape for item in batches]
     measured.model.eval()
     plan = texts.predict_dataloader()._plan
-    rows = torch.cat(found, dim=1)
+    batch_size = torch.cat(result, dim=1)
     for row in range(2):
-        for document, begin, _ in plan.iter_documents(row, 0, rows.shape[1]):
+        for document, begin, _ in plan.iter_documents(row, 0, batch_size.shape[1]):
             tokens = int(texts.token_store("test").lengths[document]) - 1
             expected = alone(measured.model, texts, "test", document, tokens)
-            torch.testing.assert_close(rows[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(batch_size[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_logged(tmp_path: Path) -> None:
+def test_logged_metrics(tmp_path: Path) -> None:
     taught = module()
     run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
     run.fit(taught, datamodule=data(tmp_path))
@@ -145,6 +145,6 @@ def test_what_is_logged(tmp_path: Path) -> None:
     assert taught.tokens_seen == 2 * 2 * 2 * SEGMENT
 
 
-def test_a_segment_has_tokens() -> None:
+def test_an_empty_segment_is_rejected() -> None:
     with pytest.raises(MemtxError, match="segment_length is 0"):
         LanguageModule(segment_length=0)

@@ -1,4 +1,4 @@
-"""LoRA: a model without adapters whose weights are W + (alpha / rank) B A, whatever reads them; the base stays."""
+"""LoRA equals a model with weights W + (alpha / rank) B A, and the base stays frozen."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ STACKS: dict[str, Callable[[], Any]] = {
 
 def base(memories: Any, **options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
-    given = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
-    model = MemoryTransformer(40, memories=[memories], **given).double().eval()
+    inputs = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
+    model = MemoryTransformer(40, memories=[memories], **inputs).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from even
@@ -66,22 +66,22 @@ def learned(model: MemoryTransformer, *targets: str, **options: Any) -> dict[str
     adapters = LoRA(RANK, ALPHA, target_modules=targets or ("attention.*", "feed_forward.*"), **options)(model)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for one in adapters.values():
-            one.copy_(torch.randn(one.shape, generator=draw) * 0.2)
+        for item in adapters.values():
+            item.copy_(torch.randn(item.shape, generator=draw) * 0.2)
     return adapters
 
 
 def by_hand(plain: MemoryTransformer, adapters: dict[str, torch.nn.Parameter]) -> MemoryTransformer:
     """Return the model with W + (alpha / rank) B A in the place of every adapted W."""
-    made = copy.deepcopy(plain)
-    own = dict(made.named_parameters())
+    built = copy.deepcopy(plain)
+    trained_module = dict(built.named_parameters())
     with torch.no_grad():
         for name, down in adapters.items():
-            part, found, _ = name.partition(".lora_A.")
-            if found:
+            part, result, _ = name.partition(".lora_A.")
+            if result:
                 up = adapters[name.replace(".lora_A.", ".lora_B.")]
-                own[f"{part}.weight"] += ALPHA / RANK * up @ down
-    return made
+                trained_module[f"{part}.weight"] += ALPHA / RANK * up @ down
+    return built
 
 
 def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
@@ -95,7 +95,7 @@ def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_every_use_of_a_weight_sees_what_adapts_it(kind: str) -> None:
+def test_every_use_of_a_weight_sees_its_adapter(kind: str) -> None:
     plain = base(STACKS[kind](), kv_heads=2)
     adapted = copy.deepcopy(plain)
     before = logits(plain)
@@ -103,18 +103,18 @@ def test_every_use_of_a_weight_sees_what_adapts_it(kind: str) -> None:
     torch.testing.assert_close(logits(untouched), before, rtol=0, atol=EXACT)
     adapters = learned(adapted)
     expected = by_hand(plain, adapters)
-    whole = logits(expected)
-    assert (whole - before).abs().max() > 0.1
-    torch.testing.assert_close(logits(adapted), whole, rtol=0, atol=EXACT)
-    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), whole, rtol=0, atol=EXACT)
+    full = logits(expected)
+    assert (full - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapted), full, rtol=0, atol=EXACT)
+    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), full, rtol=0, atol=EXACT)
     with torch.no_grad():
         decoder = Decoder(adapted, adapted(TOKENS[:, :20]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(20, 30)], dim=1)
-    torch.testing.assert_close(steps, whole[:, 20:], rtol=0, atol=EXACT)
+    torch.testing.assert_close(steps, full[:, 20:], rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_matrices_get_the_gradient_of_the_weight_that_they_are_in(kind: str) -> None:
+def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
     """By the chain rule, from a model of merged weights; what is frozen in it is frozen in them."""
     plain = base(STACKS[kind](), kv_heads=2)
     adapted = copy.deepcopy(plain)
@@ -122,26 +122,26 @@ def test_matrices_get_the_gradient_of_the_weight_that_they_are_in(kind: str) -> 
     expected = by_hand(plain, adapters)
     for model in (adapted, expected):
         model.train()(TOKENS, labels=TOKENS).loss.backward()
-    wanted = {name: one.grad for name, one in expected.named_parameters()}
+    grads = {name: item.grad for name, item in expected.named_parameters()}
     for name, down in adapters.items():
-        part, found, _ = name.partition(".lora_A.")
-        if not found:
+        part, result, _ = name.partition(".lora_A.")
+        if not result:
             continue
         up = adapters[name.replace(".lora_A.", ".lora_B.")]
-        grad = wanted[f"{part}.weight"]
+        grad = grads[f"{part}.weight"]
         assert grad is not None
         torch.testing.assert_close(down.grad, ALPHA / RANK * up.T @ grad, rtol=0, atol=EXACT)
         torch.testing.assert_close(up.grad, ALPHA / RANK * grad @ down.T, rtol=0, atol=EXACT)
     for name, parameter in adapted.named_parameters():
         if name not in adapters:
-            torch.testing.assert_close(parameter.grad, wanted[name.replace(".base_layer.", ".")], rtol=0, atol=EXACT)
+            torch.testing.assert_close(parameter.grad, grads[name.replace(".base_layer.", ".")], rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
-def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, tmp_path: Path) -> None:
-    for place in folders(parity, kind):
+def test_hugging_face_models_are_adapted_and_saved(parity: Path, kind: str, tmp_path: Path) -> None:
+    for folder in folders(parity, kind):
         memory = partial(CompressedMemory, window=8, compression_rate=2, num_entries=6)
-        plain = memtx.from_pretrained(place).double().with_memory([memory], window=8, num_sinks=2)
+        plain = memtx.from_pretrained(folder).double().with_memory([memory], window=8, num_sinks=2)
         with torch.no_grad():
             for name, parameter in plain.memory_parameters().items():
                 if name.endswith(".gate"):
@@ -152,28 +152,32 @@ def test_a_published_model_is_adapted_and_written_back(parity: Path, kind: str, 
         assert (logits(plain) - expected).abs().max() > 0.1
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
         torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
-        memtx.hf.save(adapted, tmp_path / place.name)
-        own, original = (load_file(one / "model.safetensors") for one in (tmp_path / place.name, place))
-        assert own.keys() == original.keys()
+        memtx.hf.save(adapted, tmp_path / folder.name)
+        trained_module, original = (load_file(item / "model.safetensors") for item in (tmp_path / folder.name, folder))
+        assert trained_module.keys() == original.keys()
         for name, tensor in original.items():
-            assert torch.equal(own[name], tensor) == (tensor.dim() < 2 or ("attn" not in name and "mlp" not in name))
-        again = memtx.from_pretrained(tmp_path / place.name).double().without_memory(64)
+            assert torch.equal(trained_module[name], tensor) == (
+                tensor.dim() < 2 or ("attn" not in name and "mlp" not in name)
+            )
+        again = memtx.from_pretrained(tmp_path / folder.name).double().without_memory(64)
         # Rounded to the folder's float32.
         torch.testing.assert_close(logits(again), logits(adapted.without_memory(64)), rtol=1e-4, atol=1e-4)
 
 
 def retrofitted(vocab_size: int) -> MemoryTransformer:
     torch.manual_seed(0)
-    made = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
-    return made.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
+    built = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
+    return built.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
 
 
 def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
-    own = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options)
+    trained_module = LanguageModule(
+        retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options
+    )
     run = trainer(at, max_steps=4, limit_val_batches=0)
-    run.fit(own, data(at))
+    run.fit(trained_module, data(at))
     run.save_checkpoint(at / "run.ckpt")
-    return own
+    return trained_module
 
 
 @pytest.mark.parametrize(
@@ -181,13 +185,13 @@ def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
     [{}, {"replay": True, "activation_checkpointing": True, "distillation": SelfDistillation()}],
     ids=["plain", "all"],
 )
-def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, Any]) -> None:
-    before = {name: one.clone() for name, one in retrofitted(257).state_dict().items()}
-    own = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
-    memory = own.model.memory_parameters()
+def test_only_memories_and_adapters_are_trained(tmp_path: Path, options: dict[str, Any]) -> None:
+    before = {name: item.clone() for name, item in retrofitted(257).state_dict().items()}
+    trained_module = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
+    memory = trained_module.model.memory_parameters()
     assert memory
     adapted = 0
-    for name, parameter in own.model.named_parameters():
+    for name, parameter in trained_module.model.named_parameters():
         if name in memory:
             assert not torch.equal(parameter, before[name]), name
         elif ".lora_" in name:
@@ -200,33 +204,33 @@ def test_memories_and_adapters_alone_learn(tmp_path: Path, options: dict[str, An
     assert adapted == 2 * 2 * 2  # A and B of two maps in two layers
 
 
-def test_a_model_without_memory_may_learn_by_them_alone(tmp_path: Path) -> None:
-    own = LanguageModule(
+def test_a_model_without_memory_trains_adapters_alone(tmp_path: Path) -> None:
+    trained_module = LanguageModule(
         lambda size: retrofitted(size).without_memory(6), segment_length=SEGMENT, freeze_base=True, lora=LoRA()
     )
-    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(own, data(tmp_path))
-    learning = {name for name, one in own.model.named_parameters() if one.requires_grad}
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(trained_module, data(tmp_path))
+    learning = {name for name, item in trained_module.model.named_parameters() if item.requires_grad}
     assert learning
     assert all(".lora_" in name for name in learning)
 
 
-def test_a_checkpoint_is_read_merged_and_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
+def test_a_checkpoint_loads_merged_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained_module = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = MemoryTransformer.from_pretrained(tmp_path / "run.ckpt")
     assert loaded.state_dict().keys() == retrofitted(257).state_dict().keys()
-    own.model.eval()
+    trained_module.model.eval()
     # float32, sums in another order
-    torch.testing.assert_close(logits(loaded), logits(own.model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(trained_module.model), rtol=1e-5, atol=1e-5)
     assert (logits(loaded) - logits(retrofitted(257).eval())).abs().max() > 1e-3
-    own.model.save_pretrained(tmp_path / "kept")
+    trained_module.model.save_pretrained(tmp_path / "kept")
     again = MemoryTransformer.from_pretrained(tmp_path / "kept")
     assert torch.equal(logits(again), logits(loaded))
     # So a session goes on in any of them.
-    assert own.model.fingerprint == loaded.fingerprint == again.fingerprint
+    assert trained_module.model.fingerprint == loaded.fingerprint == again.fingerprint
 
 
-def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
+def test_a_run_resumes_only_with_equal_adapters(tmp_path: Path) -> None:
     trained(tmp_path, LoRA(rank=2, alpha=8))
     content = pretrained.read_checkpoint(tmp_path / "run.ckpt")
     for other in (
@@ -241,35 +245,35 @@ def test_a_run_goes_on_with_its_own_adapters_alone(tmp_path: Path) -> None:
     LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=LoRA(2, 8)).on_load_checkpoint(content)
 
 
-def test_beside_weights_of_half_precision_they_learn_in_float32() -> None:
+def test_adapters_of_half_precision_weights_are_float32() -> None:
     model = base(partial(RecurrentMemory, window=8)).bfloat16()
     before = logits(model)
     adapters = LoRA()(model)
-    assert {one.dtype for one in adapters.values()} == {torch.float32}
+    assert {item.dtype for item in adapters.values()} == {torch.float32}
     # A few roundings of bfloat16: sums in another order.
     torch.testing.assert_close(logits(model), before, rtol=2**-6, atol=2**-6)
 
 
-def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for options, said in (
+def test_invalid_options_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, message in (
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"dropout": 1.0}, "dropout is 1"),
-        ({"target_modules": []}, "no target_modules"),
+        ({"target_modules": []}, "target_modules is empty"),
     ):
-        with pytest.raises(MemtxError, match=said):
+        with pytest.raises(MemtxError, match=message):
             LoRA(**options)  # type: ignore[arg-type]
     model = retrofitted(11)
     names = "attention.query, attention.key_value, attention.out, feed_forward.gate_up, feed_forward.out"
-    with pytest.raises(MemtxError, match=rf"'attention.qury'.* Did you mean 'attention.query'\?.* There are {names}\."):
+    with pytest.raises(MemtxError, match=rf"'attention.qury'.* Did you mean 'attention.query'\? Choose from {names}\."):
         LoRA(target_modules=["attention.out", "attention.qury"])(model)
     assert model.adapter_config is None
     LoRA()(model)
     with pytest.raises(MemtxError, match="adapted by LoRA already"):
         LoRA()(model)
-    with pytest.raises(MemtxError, match="freeze_base to true"):
+    with pytest.raises(MemtxError, match=r"freeze_base is false\. Set freeze_base"):
         LanguageModule(retrofitted, lora=LoRA())
-    with pytest.raises(MemtxError, match="a TransformerXL has none"):
+    with pytest.raises(MemtxError, match="added memory, which TransformerXL does not support"):
         LanguageModule(partial(TransformerXL, dim=16, depth=1, heads=2), freeze_base=True)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MemtxError, match=r"LoRA needs peft\. Install it: pip install 'memtx\[retrofit\]'"):

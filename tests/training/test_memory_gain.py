@@ -1,4 +1,4 @@
-"""What a memory is worth is a difference that anyone can compute, and a run that does not use it says so."""
+"""The gain from memory equals a difference computed by hand, and unused memory is reported."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from memtx.memory.none import NoMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.callbacks.worth import UnusedMemoryWarning
+from memtx.training.callbacks.memory_monitor import UnusedMemoryWarning
 from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, data, model, module, trainer
 
@@ -28,19 +28,19 @@ def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
             part = slice(at, min(at + SEGMENT, count))
             inputs, labels = tokens[:, part], tokens[:, part.start + 1 : part.stop + 1]
             with torch.no_grad():
-                kept, cleared = (measured.model(inputs, one, labels=labels) for one in (state, None))
-            state = kept.state
-            for place, gain in enumerate((cleared.nll - kept.nll)[0].tolist(), at):
+                saved, cleared = (measured.model(inputs, item, labels=labels) for item in (state, None))
+            state = saved.state
+            for position, gain in enumerate((cleared.nll - saved.nll)[0].tolist(), at):
                 names = ["memory_gain"]
-                if place >= SEGMENT:
-                    names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(place / SEGMENT, 4) + 1e-9))}")
+                if position >= SEGMENT:
+                    names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(position / SEGMENT, 4) + 1e-9))}")
                 for name in names:
                     nats[name] = nats.get(name, 0.0) + gain
                     units[name] = units.get(name, 0.0) + float(store.num_bytes[document]) / count
     return {name: nats[name] / units[name] / math.log(2) for name in nats}
 
 
-def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
+def test_gain_is_the_difference_of_two_passes(tmp_path: Path) -> None:
     # As many rows as documents, so that every document begins where a segment does.
     texts, measured = data(tmp_path, eval_batch_size=1), module(dropout=0.0)
     with torch.no_grad():
@@ -48,22 +48,22 @@ def test_it_is_the_difference_of_two_readings(tmp_path: Path) -> None:
             weight.add_(torch.randn_like(weight) * 0.2)  # so that a memory makes a difference
     texts.setup("validate")
     texts.eval_batch_size = len(texts.token_store("validation").lengths)
-    (found,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
+    (metrics,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
     expected = by_hand(measured, texts)
     assert len(expected) >= 3
     assert max(map(abs, expected.values())) > 0.01
     for name, value in expected.items():
         # Bytes are spread over a whole document by hand, over a batch's rows in the meter.
-        assert found[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
+        assert metrics[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
 
 
-def test_nothing_is_measured_where_nothing_is_carried_or_it_is_not_wanted(tmp_path: Path) -> None:
-    for one in (
+def test_no_gain_without_memory_or_when_disabled(tmp_path: Path) -> None:
+    for item in (
         LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment_length=SEGMENT),
         module(measure_memory_gain=False),
     ):
-        (found,) = trainer(tmp_path).validate(one, datamodule=data(tmp_path), verbose=False)
-        assert not any("memory" in name for name in found)
+        (metrics,) = trainer(tmp_path).validate(item, datamodule=data(tmp_path), verbose=False)
+        assert not any("memory" in name for name in metrics)
 
 
 class Deaf(MemoryTransformer):
@@ -75,7 +75,7 @@ class Deaf(MemoryTransformer):
 
 
 @pytest.mark.parametrize("deaf", [False, True])
-def test_a_memory_that_is_not_used_is_said_so(tmp_path: Path, deaf: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_memory_is_reported(tmp_path: Path, deaf: bool, capsys: pytest.CaptureFixture[str]) -> None:
     taught = module(dropout=0.0)
     if deaf:
         taught.model.__class__ = Deaf
@@ -86,9 +86,9 @@ def test_a_memory_that_is_not_used_is_said_so(tmp_path: Path, deaf: bool, capsys
     options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 2}
     fitting = trainer(tmp_path, UnusedMemoryWarning(), **options)
     fitting.fit(taught, datamodule=data(tmp_path))
-    said = capsys.readouterr().err
+    message = capsys.readouterr().err
     gain = float(fitting.callback_metrics["val_memory_gain"])
-    assert ("The memory is not used" in said) == (gain < 1e-3)
+    assert ("The memory is not used" in message) == (gain < 1e-3)
     if deaf:
         assert gain == pytest.approx(0.0, abs=1e-9)
-        assert said.count("only 0.0000 worse") + said.count("0.0000 better") == 2
+        assert message.count("only 0.0000 worse") + message.count("0.0000 better") == 2

@@ -15,32 +15,32 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_of_the_chosen_most_are_masked_some_others_some_left() -> None:
+def test_selected_tokens_are_masked_replaced_or_kept() -> None:
     tokens = torch.randint(0, 1000, (40, 1000), generator=seeded())
-    found = mask_tokens(
+    result = mask_tokens(
         tokens, mask_token_id=1000, vocab_size=1000, mask_prob=0.15, special_token_ids=(7,), generator=seeded(1)
     )
-    chosen = found.labels != IGNORE_INDEX
-    assert torch.equal(found.labels[chosen], tokens[chosen])
-    assert torch.equal(found.tokens[~chosen], tokens[~chosen])
+    chosen = result.labels != IGNORE_INDEX
+    assert torch.equal(result.labels[chosen], tokens[chosen])
+    assert torch.equal(result.tokens[~chosen], tokens[~chosen])
     assert not chosen[tokens == 7].any()
     count = int(chosen.sum())
     # 40,000 draws at 15%, and 6,000 at 80%, 10%, 10%: five standard deviations.
     assert count / tokens.numel() == pytest.approx(0.15, abs=0.01)
-    hidden = (found.tokens == 1000) & chosen
-    same = (found.tokens == tokens) & chosen
+    hidden = (result.tokens == 1000) & chosen
+    same = (result.tokens == tokens) & chosen
     assert int(hidden.sum()) / count == pytest.approx(0.8, abs=0.026)
     assert int(same.sum()) / count == pytest.approx(0.1, abs=0.02)
     again = mask_tokens(
         tokens, mask_token_id=1000, vocab_size=1000, mask_prob=0.15, special_token_ids=(7,), generator=seeded(1)
     )
-    assert torch.equal(again.tokens, found.tokens)
+    assert torch.equal(again.tokens, result.tokens)
 
 
 def pieces(kind: str) -> tuple[Tokenizer, torch.Tensor]:
-    made: Tokenizer = ByteTokenizer() if kind == "bytes" else BytePairTokenizer(300)
-    made.train([TEXT * 20])
-    return made, torch.from_numpy(made.encode(TEXT).astype("int64"))[None]
+    built: Tokenizer = ByteTokenizer() if kind == "bytes" else BytePairTokenizer(300)
+    built.train([TEXT * 20])
+    return built, torch.from_numpy(built.encode(TEXT).astype("int64"))[None]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pairs"])
@@ -54,21 +54,21 @@ def test_words_are_runs_of_letters_and_digits(kind: str) -> None:
     spelled = [part.decode().strip() for part in content]
     assert "".join(part.decode() for part in content) == TEXT
     for word in ("Captain", "Ahab", "white", "whale", "störm", "19th", "the", "end", "Call"):
-        assert any(word in one for one in spelled), word
+        assert any(word in item for item in spelled), word
         if kind == "bytes":
             assert word in spelled
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pairs"])
-def test_whole_words_are_hidden_together(kind: str) -> None:
-    tokenizer, one = pieces(kind)
-    tokens = one.expand(200, -1)
+def test_whole_words_are_masked_together(kind: str) -> None:
+    tokenizer, item = pieces(kind)
+    tokens = item.expand(200, -1)
     edges = find_word_boundaries(tokenizer)
     words = compute_word_ids(tokens, edges)
-    found = mask_tokens(
+    result = mask_tokens(
         tokens, mask_token_id=400, vocab_size=300, mask_prob=0.3, word_boundaries=edges, generator=seeded()
     )
-    chosen = found.labels != IGNORE_INDEX
+    chosen = result.labels != IGNORE_INDEX
     for row in range(len(tokens)):
         for word in words[row].unique():
             assert chosen[row][words[row] == word].unique().numel() == 1
@@ -76,17 +76,17 @@ def test_whole_words_are_hidden_together(kind: str) -> None:
     assert float(chosen.float().mean()) == pytest.approx(0.3, abs=0.05)
 
 
-def test_an_order_is_a_permutation_and_the_last_are_guessed() -> None:
+def test_the_last_of_a_permutation_are_predicted() -> None:
     tokens = torch.randint(0, 50, (8, 30), generator=seeded())
-    found = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
-    assert torch.equal(found.rank.sort(1).values, torch.arange(30).expand(8, -1))
-    guessed = found.labels != IGNORE_INDEX
-    assert torch.equal(guessed, (found.rank >= 25) & (tokens != 3))
-    assert torch.equal(found.labels[guessed], tokens[guessed])
+    result = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
+    assert torch.equal(result.rank.sort(1).values, torch.arange(30).expand(8, -1))
+    guessed = result.labels != IGNORE_INDEX
+    assert torch.equal(guessed, (result.rank >= 25) & (tokens != 3))
+    assert torch.equal(result.labels[guessed], tokens[guessed])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])
-def test_shares_are_checked(share: float) -> None:
+def test_probabilities_are_checked(share: float) -> None:
     tokens = torch.zeros(1, 4, dtype=torch.int64)
     with pytest.raises(MemtxError, match="mask_prob is"):
         mask_tokens(tokens, mask_token_id=1, vocab_size=1, mask_prob=share)

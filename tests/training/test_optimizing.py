@@ -1,4 +1,4 @@
-"""What a step does to the weights: optimiser, schedule, clipping, accumulation, precision."""
+"""Effect of a step on the weights: optimizer, schedule, clipping, accumulation and precision."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from tests.training.small import SEGMENT, Record, data, model, module, sgd, trai
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float((after[name] - one).double().square().sum()) for name, one in before.items()))
+    return math.sqrt(sum(float((after[name] - item).double().square().sum()) for name, item in before.items()))
 
 
-def own(params: Any) -> torch.optim.Optimizer:
+def trained_module(params: Any) -> torch.optim.Optimizer:
     return sgd(params, lr=1.0)
 
 
@@ -32,9 +32,9 @@ def test_every_parameter_has_a_gradient(kind: str) -> None:
     """From the very first batch, when nothing is remembered yet: DDP stops at a parameter without one."""
     reader = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 3))
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    unroll(reader, tokens, tokens, starts, reader.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
-    assert [name for name, one in reader.named_parameters() if one.grad is None] == []
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    unroll(reader, tokens, tokens, document_starts, reader.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
+    assert [name for name, item in reader.named_parameters() if item.grad is None] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -43,38 +43,38 @@ def test_every_parameter_learns(kind: str) -> None:
     torch.manual_seed(0)
     reader = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 32))
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     steps = torch.optim.AdamW(reader.parameters(), lr=0.01)
     for _ in range(3):
         steps.zero_grad()
-        unroll(reader, tokens, tokens, starts, reader.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
+        unroll(reader, tokens, tokens, document_starts, reader.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
         steps.step()
-    still = [name for name, one in reader.named_parameters() if one.grad is None or not one.grad.abs().max() > 0]
+    still = [name for name, item in reader.named_parameters() if item.grad is None or not item.grad.abs().max() > 0]
     assert still == []
 
 
-def test_decay_is_for_matrices() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     reader = model(30, bias=True)
     decayed, free = make_param_groups(reader)
     assert "weight_decay" not in decayed
     assert free["weight_decay"] == 0.0
-    parameters = {id(one): one for one in reader.parameters()}
+    parameters = {id(item): item for item in reader.parameters()}
     assert sorted(map(id, decayed["params"] + free["params"])) == sorted(parameters)
-    assert {one.dim() for one in free["params"]} == {1}
-    assert all(one.dim() >= 2 for one in decayed["params"])
-    for one in reader.parameters():
-        one.requires_grad_(one.dim() < 2)
+    assert {item.dim() for item in free["params"]} == {1}
+    assert all(item.dim() >= 2 for item in decayed["params"])
+    for item in reader.parameters():
+        item.requires_grad_(item.dim() < 2)
     (only,) = make_param_groups(reader)
     assert only["weight_decay"] == 0.0
 
 
-def rates(schedule: WarmupCosine, steps: int) -> list[float]:
-    found = []
+def learning_rates(schedule: WarmupCosine, steps: int) -> list[float]:
+    result = []
     for _ in range(steps):
-        found.append(float(schedule.get_last_lr()[0]))
+        result.append(float(schedule.get_last_lr()[0]))
         schedule.optimizer.step()
         schedule.step()
-    return found
+    return result
 
 
 def optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
@@ -82,29 +82,29 @@ def optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
 
 
 def test_warmup_then_cosine() -> None:
-    found = rates(WarmupCosine(optimizer(), warmup_steps=4, total_steps=12, min_lr_ratio=0.1), 15)
-    assert found[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert found[4] == pytest.approx(2.0)
+    result = learning_rates(WarmupCosine(optimizer(), warmup_steps=4, total_steps=12, min_lr_ratio=0.1), 15)
+    assert result[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert result[4] == pytest.approx(2.0)
     # Half of the way down, half of the range.
-    assert found[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
-    assert found[12:] == pytest.approx([0.2] * 3)
-    assert found[4:13] == sorted(found[4:13], reverse=True)
-    assert rates(WarmupCosine(optimizer(), warmup_steps=0, total_steps=0), 3) == [2.0] * 3
+    assert result[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert result[12:] == pytest.approx([0.2] * 3)
+    assert result[4:13] == sorted(result[4:13], reverse=True)
+    assert learning_rates(WarmupCosine(optimizer(), warmup_steps=0, total_steps=0), 3) == [2.0] * 3
     for wrong in ({"warmup_steps": -1}, {"total_steps": -1}, {"min_lr_ratio": 1.5}, {"min_lr_ratio": -0.1}):
         with pytest.raises(MemtxError, match="schedule"):
             WarmupCosine(optimizer(), **wrong)
 
 
-def test_a_schedule_that_goes_on_has_the_runs_settings() -> None:
+def test_a_resumed_schedule_has_the_new_settings() -> None:
     short = WarmupCosine(optimizer(), warmup_steps=2, total_steps=4)
-    rates(short, 4)
+    learning_rates(short, 4)
     # More steps were asked for when the run went on: the rate rises to where it is in the longer run.
     longer = WarmupCosine(optimizer(), warmup_steps=2, total_steps=8)
     longer.load_state_dict(short.state_dict() | {"total_steps": 4})  # as an earlier release saved it
     assert longer.last_epoch == 4
     assert longer.total_steps == 8
-    whole = rates(WarmupCosine(optimizer(), warmup_steps=2, total_steps=8), 8)
-    assert rates(longer, 4)[1:] == pytest.approx(whole[5:])
+    complete = learning_rates(WarmupCosine(optimizer(), warmup_steps=2, total_steps=8), 8)
+    assert learning_rates(longer, 4)[1:] == pytest.approx(complete[5:])
 
 
 @pytest.mark.parametrize(
@@ -125,13 +125,15 @@ def test_the_schedule_ends_with_the_run(tmp_path: Path, options: dict[str, Any],
     assert schedule.get_last_lr()[0] == pytest.approx(0.01 * 0.1)
 
 
-def test_optimizer_and_schedule_are_ones_own(tmp_path: Path) -> None:
+def test_custom_optimizer_and_schedule(tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
-    run.fit(module(optimizer=own, scheduler=partial(StepLR, step_size=1, gamma=0.5)), datamodule=data(tmp_path))
+    run.fit(
+        module(optimizer=trained_module, scheduler=partial(StepLR, step_size=1, gamma=0.5)), datamodule=data(tmp_path)
+    )
     assert isinstance(run.optimizers[0], torch.optim.SGD)
     assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.125, 0.125]
     run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
-    run.fit(module(optimizer=own, scheduler=None), datamodule=data(tmp_path))
+    run.fit(module(optimizer=trained_module, scheduler=None), datamodule=data(tmp_path))
     assert run.lr_scheduler_configs == []
     assert [group["lr"] for group in run.optimizers[0].param_groups] == [1.0, 1.0]
     run = trainer(tmp_path, limit_val_batches=0, max_steps=1)
@@ -142,7 +144,7 @@ def test_optimizer_and_schedule_are_ones_own(tmp_path: Path) -> None:
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     lengths = []
     for clip in (None, 0.01):
-        taught = module(optimizer=own, scheduler=None)
+        taught = module(optimizer=trained_module, scheduler=None)
         before = weights(taught.model)
         run = trainer(tmp_path, limit_val_batches=0, max_steps=1, gradient_clip_val=clip)
         run.fit(taught, datamodule=data(tmp_path))
@@ -156,26 +158,26 @@ def test_clipping_bounds_the_step(tmp_path: Path) -> None:
 
 class Gradients(pl.Callback):
     def __init__(self) -> None:
-        self.found: list[dict[str, torch.Tensor]] = []
+        self.results: list[dict[str, torch.Tensor]] = []
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.found.append(
-            {name: one.grad.clone() for name, one in pl_module.named_parameters() if one.grad is not None}
+        self.results.append(
+            {name: item.grad.clone() for name, item in pl_module.named_parameters() if item.grad is not None}
         )
 
 
 def test_accumulated_gradients_are_the_mean(tmp_path: Path) -> None:
-    """Of batches that follow one another, memory and all; a rate of 0 keeps the weights where they are."""
+    """Gradients of consecutive batches with memory; a learning rate of 0 keeps the weights."""
     still = partial(sgd, lr=0.0)
-    one, three = Gradients(), Gradients()
-    for steps, accumulate, keep in ((3, 1, one), (1, 3, three)):
+    item, three = Gradients(), Gradients()
+    for steps, accumulate, keep in ((3, 1, item), (1, 3, three)):
         run = trainer(tmp_path, keep, limit_val_batches=0, max_steps=steps, accumulate_grad_batches=accumulate)
         run.fit(module(dropout=0.0, optimizer=still, scheduler=None), datamodule=data(tmp_path))
-    assert (len(one.found), len(three.found)) == (3, 1)
-    for name, gradient in three.found[0].items():
-        mean = torch.stack([found[name] for found in one.found]).mean(0)
+    assert (len(item.results), len(three.results)) == (3, 1)
+    for name, gradient in three.results[0].items():
+        mean = torch.stack([result[name] for result in item.results]).mean(0)
         # float32: sums in another order
         torch.testing.assert_close(gradient, mean, atol=1e-6, rtol=1e-4)
 
@@ -186,13 +188,13 @@ def test_mixed_precision_is_close_to_full(tmp_path: Path) -> None:
         taught, record = module(dropout=0.0), Record()
         run = trainer(tmp_path, record, max_steps=5, val_check_interval=5, precision=precision)
         run.fit(taught, datamodule=data(tmp_path))
-        assert {one.dtype for one in taught.parameters()} == {torch.float32}
+        assert {item.dtype for item in taught.parameters()} == {torch.float32}
         records.append(record)
-    full, mixed = ([float.fromhex(loss) for loss in one.losses.values()] for one in records)
+    full, mixed = ([float.fromhex(loss) for loss in item.losses.values()] for item in records)
     assert mixed != full
     # bfloat16 has 8 bits: some 0.4% on each number, less on their mean
     assert mixed == pytest.approx(full, rel=0.01)
-    figures = [float.fromhex(one.found[4]["val_bits_per_byte"]) for one in records]
+    figures = [float.fromhex(item.results[4]["val_bits_per_byte"]) for item in records]
     assert figures[1] == pytest.approx(figures[0], rel=0.01)
 
 
@@ -210,7 +212,7 @@ def test_compiled_is_close_to_eager(tmp_path: Path) -> None:
     assert names[0] == names[1]
 
 
-def test_a_validation_that_diverged_is_said(tmp_path: Path) -> None:
+def test_a_diverged_validation_is_reported(tmp_path: Path) -> None:
     measured = module()
     torch.nn.init.constant_(measured.model.embedding.weight, math.nan)
     with pytest.raises(MemtxError, match="nan"):

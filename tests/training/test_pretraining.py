@@ -1,4 +1,4 @@
-"""Each objective learns a text that repeats itself, measures what it guesses, and goes on exactly."""
+"""Each pretraining objective learns a repeated text, scores its predictions, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ def parts(name: str, root: Path) -> tuple[Any, BookDataModule]:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_it_learns_what_repeats(name: str, root: Path) -> None:
+def test_each_objective_learns_repetition(name: str, root: Path) -> None:
     module, data = parts(name, root)
     steps = {"permuted": 400}.get(name, 150)
-    made = trainer(max_steps=steps, max_epochs=-1, val_check_interval=steps, check_val_every_n_epoch=None)
-    made.fit(module, data)
+    run = trainer(max_steps=steps, max_epochs=-1, val_check_interval=steps, check_val_every_n_epoch=None)
+    run.fit(module, data)
     # Fifteen kinds of letters, one of them twice, make 2.7 nats where nothing is known of the others.
-    assert float(made.callback_metrics["val_loss"]) < 1.0
-    again = made.validate(module, data, verbose=False)
-    assert again == made.validate(module, data, verbose=False)
+    assert float(run.callback_metrics["val_loss"]) < 1.0
+    again = run.validate(module, data, verbose=False)
+    assert again == run.validate(module, data, verbose=False)
 
 
 @pytest.mark.parametrize("name", ["masked", "permuted", "causal"])
@@ -77,25 +77,25 @@ def test_resuming_is_exact(name: str, root: Path, tmp_path: Path) -> None:
     for stop in (None, 3):
         module, data = parts(name, root)
         if stop is not None:
-            made = trainer(max_steps=stop, max_epochs=-1, limit_val_batches=0)
-            made.fit(module, data)
-            made.save_checkpoint(tmp_path / "half.ckpt")
+            run = trainer(max_steps=stop, max_epochs=-1, limit_val_batches=0)
+            run.fit(module, data)
+            run.save_checkpoint(tmp_path / "half.ckpt")
             module, data = parts(name, root)
             pl.seed_everything(99)
         path = None if stop is None else str(tmp_path / "half.ckpt")
         trainer(max_steps=6, max_epochs=-1, limit_val_batches=0).fit(module, data, ckpt_path=path)
-        sums.append([float(one.detach().sum()) for one in module.model.parameters()])
+        sums.append([float(item.detach().sum()) for item in module.model.parameters()])
     assert sums[0] == sums[1]
 
 
-def test_a_mask_is_one_token_more_or_one_that_is_there() -> None:
+def test_the_mask_token_is_added_or_given() -> None:
     assert MaskedModule(ENCODER, 50).model.vocab_size == 51
-    own = MaskedModule(ENCODER, 50, mask_id=4)
-    assert (own.model.vocab_size, own.mask_id) == (50, 4)
+    trained_module = MaskedModule(ENCODER, 50, mask_id=4)
+    assert (trained_module.model.vocab_size, trained_module.mask_id) == (50, 4)
 
 
-def test_only_what_is_hidden_is_scored() -> None:
-    made = ENCODER(50)
+def test_only_masked_tokens_are_scored() -> None:
+    run = ENCODER(50)
     tokens = torch.randint(0, 50, (2, 9))
     scored = torch.rand(2, 9) < 0.5
-    torch.testing.assert_close(made(tokens, logits_mask=scored).logits, made(tokens).logits[scored])
+    torch.testing.assert_close(run(tokens, logits_mask=scored).logits, run(tokens).logits[scored])

@@ -28,47 +28,47 @@ def unrolled(reader: MemoryTransformer, seed: int, segment: int, length: int, *,
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=5)
 @given(segment=st.integers(1, 7), length=st.integers(1, 24), seed=st.integers(0, 99))
-def test_gradients_are_those_of_plain_backpropagation(kind: str, segment: int, length: int, seed: int) -> None:
+def test_gradients_equal_plain_backpropagation(kind: str, segment: int, length: int, seed: int) -> None:
     """Dropout and auxiliary losses included: what was drawn is drawn again."""
     torch.manual_seed(seed)
     reader = model(30, memories=(KINDS[kind](4, 2, 3),), dropout=0.2).double().train()
     plain = unrolled(reader, seed, segment, length, replay=False)
     expected = gradients(reader, plain.loss)
-    found = unrolled(reader, seed, segment, length, replay=True)
-    assert torch.equal(found.loss, plain.loss)
-    assert torch.equal(found.nll, plain.nll)
-    assert found.state.equals(plain.state)
-    for name, one in gradients(reader, found.loss).items():
-        torch.testing.assert_close(one, expected[name], **EXACT)
+    result = unrolled(reader, seed, segment, length, replay=True)
+    assert torch.equal(result.loss, plain.loss)
+    assert torch.equal(result.nll, plain.nll)
+    assert result.state.equals(plain.state)
+    for name, item in gradients(reader, result.loss).items():
+        torch.testing.assert_close(item, expected[name], **EXACT)
 
 
-def peak(reader: MemoryTransformer, horizon: int, *, replay: bool) -> int:
+def peak(reader: MemoryTransformer, num_segments: int, *, replay: bool) -> int:
     # Gradients of weights are there already, as from the second segment on.
     unrolled(reader, 0, 16, 16, replay=False).loss.backward()  # type: ignore[no-untyped-call]
     reader.zero_grad(set_to_none=False)
     with TensorMemoryTracker() as alive:
-        unrolled(reader, 0, 16, 16 * horizon, replay=replay).loss.backward()  # type: ignore[no-untyped-call]
+        unrolled(reader, 0, 16, 16 * num_segments, replay=replay).loss.backward()  # type: ignore[no-untyped-call]
     return alive.peak
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "compressed-convolution", "associative", "slots"])
-def test_memory_grows_by_states_alone(kind: str) -> None:
+def test_replay_stores_states_only(kind: str) -> None:
     reader = model(30, memories=(KINDS[kind](8, 8, 3),), dim=32)
     state = reader.init_state(2).nbytes
-    one, many = (peak(reader, horizon, replay=True) for horizon in (2, 16))
+    item, many = (peak(reader, num_segments, replay=True) for num_segments in (2, 16))
     # Fourteen states more, each with its tokens and the random state that dropout may be drawn from again.
     random, batch = torch.get_rng_state().numel(), 2 * 16 * (8 + 8 + 1 + 4)
-    assert many - one < 14 * 1.1 * (state + random + batch)
+    assert many - item < 14 * 1.1 * (state + random + batch)
     assert peak(reader, 16, replay=False) > 5 * many
 
 
-def test_a_run_with_replay_is_the_run_without(tmp_path: Any) -> None:
-    kept = []
+def test_replay_does_not_change_a_run(tmp_path: Any) -> None:
+    saved = []
     for replay in (False, True):
         taught, record = module(replay=replay), Record()
         run = trainer(tmp_path, record, max_steps=4, val_check_interval=4)
         run.fit(taught, datamodule=data(tmp_path, bptt_segments=3))
-        kept.append((record.losses, record.found, weights(taught)))
-    assert kept[0][:2] == kept[1][:2]
-    for name, tensor in kept[0][2].items():
-        assert torch.equal(kept[1][2][name], tensor), name
+        saved.append((record.losses, record.results, weights(taught)))
+    assert saved[0][:2] == saved[1][:2]
+    for name, tensor in saved[0][2].items():
+        assert torch.equal(saved[1][2][name], tensor), name

@@ -1,4 +1,4 @@
-"""Promise 6: a run that was stopped anywhere goes on with the same losses and weights, bit for bit."""
+"""Promise 6: a run that was stopped anywhere resumes with the same losses and weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ class Copy(pl.Callback):
         ({"precision": "bf16-mixed", "val_check_interval": 4, "max_steps": 8}, 3, (4, 7)),
     ],
 )
-def test_going_on_from_anywhere(
+def test_a_run_resumes_exactly_from_anywhere(
     tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...]
 ) -> None:
     goes_on(tmp_path, options, every, kills)
 
 
-def test_going_on_with_what_adapts_a_frozen_base(tmp_path: Path) -> None:
+def test_lora_beside_a_frozen_base_resumes_exactly(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
     adapted = {"freeze_base": True, "lora": LoRA(rank=2, dropout=0.3)}
     goes_on(tmp_path, {"limit_val_batches": 0, "max_steps": 8}, 1, (3, 6), **adapted)
 
 
-def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...], **made: Any) -> None:
+def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...], **built: Any) -> None:
     last = tmp_path / "run" / "last.ckpt"
     copies = {batch: tmp_path / f"{batch}.ckpt" for batch in kills}
-    whole, record = module(**made), Record()
+    full, record = module(**built), Record()
     keep = BestCheckpoint(str(last.parent), every_n_train_steps=every)
     run = trainer(tmp_path, record, Copy(last, copies), keep, gradient_clip_val=1.0, **options)
-    run.fit(whole, datamodule=data(tmp_path))
+    run.fit(full, datamodule=data(tmp_path))
     assert len(record.losses) >= 8
     compared = 0
     for copy in copies.values():
@@ -77,7 +77,7 @@ def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: t
             continue
         compared += 1
         # Other weights and random numbers: all has to come from the checkpoint.
-        again, resumed = module(seed=7, **made), Record()
+        again, resumed = module(seed=7, **built), Record()
         other = BestCheckpoint(str(last.parent), every_n_train_steps=every)
         going = trainer(tmp_path, resumed, other, gradient_clip_val=1.0, **options)
         going.fit(again, datamodule=data(tmp_path), ckpt_path=str(copy))
@@ -85,10 +85,10 @@ def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: t
         assert resumed.losses
         first = min(resumed.losses)
         assert resumed.losses == {batch: loss for batch, loss in record.losses.items() if batch >= first}
-        assert resumed.found == {batch: found for batch, found in record.found.items() if batch >= first}
-        assert_equal(small.weights(again), small.weights(whole))
+        assert resumed.results == {batch: result for batch, result in record.results.items() if batch >= first}
+        assert_equal(small.weights(again), small.weights(full))
         assert other.best_model_score == keep.best_model_score
-        assert again.tokens_seen == whole.tokens_seen
+        assert again.tokens_seen == full.tokens_seen
     assert compared >= 2
 
 
@@ -96,12 +96,12 @@ def metrics(run: Path) -> list[tuple[str, ...]]:
     """Return what metrics.csv says of each step, without how long it took."""
     columns = ("step", "train_loss", "train_bits_per_byte", "val_loss", "val_bits_per_byte", "val_word_perplexity")
     with (run / "metrics.csv").open() as file:
-        found = [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
-    return [row for row in found if any(row[1:])]
+        result = [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
+    return [row for row in result if any(row[1:])]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_killed_run_goes_on(program: Program, tmp_path: Path, accumulate: int) -> None:
+def test_a_killed_run_resumes(program: Program, tmp_path: Path, accumulate: int) -> None:
     config = changed(("trainer", "max_steps"), 12 // accumulate)
     config["trainer"] |= {"val_check_interval": 4, "accumulate_grad_batches": accumulate}
     config["checkpoint"] = {"every_n_train_steps": 3 // accumulate}

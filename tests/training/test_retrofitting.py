@@ -1,4 +1,4 @@
-"""Training what was added to a model: the base stays, rates are drawn and put back."""
+"""Training of added memory: a frozen base, and sampled compression rates."""
 
 from __future__ import annotations
 
@@ -33,58 +33,58 @@ def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
     )
 
 
-def test_what_was_added_alone_learns(tmp_path: Path) -> None:
-    own = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
-    before = {name: one.clone() for name, one in own.model.state_dict().items()}
-    trainer(tmp_path, max_steps=4).fit(own, data(tmp_path))
-    added = own.model.memory_parameters()
+def test_only_added_memory_is_trained(tmp_path: Path) -> None:
+    language_module = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
+    before = {name: item.clone() for name, item in language_module.model.state_dict().items()}
+    trainer(tmp_path, max_steps=4).fit(language_module, data(tmp_path))
+    added = language_module.model.memory_parameters()
     assert added
-    for name, one in own.model.state_dict().items():
-        assert torch.equal(one, before[name]) == (name not in added), name
+    for name, item in language_module.model.state_dict().items():
+        assert torch.equal(item, before[name]) == (name not in added), name
 
 
-def test_a_model_without_memory_has_nothing_to_learn() -> None:
-    with pytest.raises(MemtxError, match="nothing that learns"):
+def test_a_frozen_model_without_memory_is_rejected() -> None:
+    with pytest.raises(MemtxError, match="leaves nothing to train"):
         LanguageModule(base, freeze_base=True)
 
 
-def test_a_rate_is_drawn_for_every_step_and_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_is_sampled_for_every_step_and_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     read = CompressedMemory.read
 
-    def spy(self: CompressedMemory, *given: Any) -> Any:
+    def spy(self: CompressedMemory, *inputs: Any) -> Any:
         if self.training:
             seen.append((self.compression_rate, self.cache_length))
-        return read(self, *given)
+        return read(self, *inputs)
 
     monkeypatch.setattr(CompressedMemory, "read", spy)
-    own = LanguageModule(partial(retrofitted), segment_length=SEGMENT, optimizer=adam, compression_rates=[])
-    assert own.rate_sampler.rates == []
-    own = LanguageModule(
+    language_module = LanguageModule(partial(retrofitted), segment_length=SEGMENT, optimizer=adam, compression_rates=[])
+    assert language_module.rate_sampler.rates == []
+    language_module = LanguageModule(
         lambda size: retrofitted(size, MEAN), segment_length=SEGMENT, optimizer=adam, compression_rates=[1, 3, 4]
     )
-    trainer(tmp_path, max_steps=12).fit(own, data(tmp_path))
+    trainer(tmp_path, max_steps=12).fit(language_module, data(tmp_path))
     assert {rate for rate, _ in seen} == {1, 3, 4}
-    assert {block.attention.memory.compression_rate for block in own.model.blocks} == {2}
+    assert {block.attention.memory.compression_rate for block in language_module.model.blocks} == {2}
     assert all(cached == 6 + rate - 1 for rate, cached in seen)
 
 
-def test_sinks_begin_where_the_exact_states_of_the_rate_end() -> None:
+def test_sinks_exclude_the_cache_of_the_sampled_rate() -> None:
     model = retrofitted(11, MEAN)
-    rates = CompressionRateSampler(model, [5])
+    sampler = CompressionRateSampler(model, [5])
     sink = model.blocks[0].attention.extra_memories[0]
     assert isinstance(sink, SinkMemory)
     assert sink.exclude_recent == 7
-    rates.sample()
+    sampler.sample()
     assert sink.exclude_recent == 10
-    rates.restore_default()
+    sampler.restore_default()
     assert sink.exclude_recent == 7
 
 
-def test_rates_that_cannot_be_drawn_are_refused() -> None:
-    with pytest.raises(MemtxError, match="StridedConvolution is made for one alone"):
+def test_unsupported_rates_are_rejected() -> None:
+    with pytest.raises(MemtxError, match="StridedConvolution, or its reconstruction loss, supports a single rate"):
         CompressionRateSampler(retrofitted(11), [2])
-    with pytest.raises(MemtxError, match="without CompressedMemory"):
+    with pytest.raises(MemtxError, match="the model has no CompressedMemory"):
         CompressionRateSampler(base(11), [2])
     with pytest.raises(MemtxError, match="rate is 0"):
         CompressionRateSampler(retrofitted(11, MEAN), [0])

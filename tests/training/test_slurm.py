@@ -1,4 +1,4 @@
-"""A job that SLURM is about to end saves, goes back into the queue, and goes on exactly when it is begun anew."""
+"""A SLURM job that is about to end saves, is requeued, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def tasks(count: int, path: Path, **more: str) -> list[dict[str, str]]:
     return [common | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(count)]
 
 
-def test_it_goes_back_into_the_queue_and_goes_on(program: Program, tmp_path: Path) -> None:
+def test_a_requeued_job_resumes_exactly(program: Program, tmp_path: Path) -> None:
     config = changed(("data", "batch_size"), 1)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0, "accumulate_grad_batches": 2}
     at = runs.prepare(tmp_path, config)
@@ -52,7 +52,7 @@ def test_it_goes_back_into_the_queue_and_goes_on(program: Program, tmp_path: Pat
     # One task alone is told; both save at the same step's end, and the first one asks.
     done = runs.fit(program, at, "told", environments=tasks(2, path), strike=4, signal=int(signal.SIGUSR1), rank=1)
     assert done.code == EXIT_INTERRUPTED, done.err
-    assert "job 4711 is back in the queue" in done.err
+    assert "job 4711 is requeued" in done.err
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     assert max(runs.losses(at, "told")) == 5
     assert not list((at / "told").glob("hpc_ckpt*"))
@@ -63,19 +63,19 @@ def test_it_goes_back_into_the_queue_and_goes_on(program: Program, tmp_path: Pat
         assert runs.weights(at, "told", rank) == runs.weights(at, "whole", rank)
 
 
-def test_a_refusal_is_said(program: Program, tmp_path: Path) -> None:
+def test_a_refused_requeue_is_reported(program: Program, tmp_path: Path) -> None:
     config = changed(("trainer", "max_steps"), 4)
     config["trainer"]["limit_val_batches"] = 0
     at = runs.prepare(tmp_path, config)
-    given = tasks(1, scontrol(tmp_path, 1), SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
-    done = runs.fit(program, at, "told", environments=given, strike=1, signal=int(signal.SIGUSR1))
+    inputs = tasks(1, scontrol(tmp_path, 1), SLURM_ARRAY_JOB_ID="12", SLURM_ARRAY_TASK_ID="3")
+    done = runs.fit(program, at, "told", environments=inputs, strike=1, signal=int(signal.SIGUSR1))
     assert done.code == 2
     assert "`scontrol requeue 12_3` failed: no such job" in done.err
     assert "Traceback" not in done.err
     assert (at / "told" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_the_job_and_what_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_id_and_requeue_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slurm.get_job_id({}) is None
     assert slurm.get_job_id({"SLURM_JOB_ID": "12"}) == "12"
     assert slurm.get_job_id({"SLURM_JOB_ID": "14", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}) == "12_3"
@@ -85,7 +85,7 @@ def test_the_job_and_what_asks_for_it(tmp_path: Path, monkeypatch: pytest.Monkey
         slurm.requeue("12")
 
 
-def test_processes_are_the_launchers() -> None:
+def test_the_launcher_sets_the_number_of_processes() -> None:
     assert get_launcher_kwargs({}) == {}
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     assert get_launcher_kwargs(torchrun) == {"devices": 4, "num_nodes": 2}

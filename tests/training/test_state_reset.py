@@ -1,10 +1,9 @@
-"""Training begins afresh now and then, so that no model leans on what a memory took up long ago."""
+"""Random state resets in training."""
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -21,6 +20,7 @@ from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.memory.top_k import TopKMemory
 from memtx.state import MemoryState
+from memtx.training.carry import StateReset
 from memtx.training.language import LanguageModule
 from tests.training.small import Record, data, model, module, sgd, trainer
 
@@ -28,7 +28,7 @@ CACHE = partial(RecurrentMemory, window=6)
 
 
 @pytest.mark.parametrize(
-    ("kinds", "lasting"),
+    ("kinds", "unbounded"),
     [
         ([NoMemory], False),
         ([CACHE], False),
@@ -41,26 +41,26 @@ CACHE = partial(RecurrentMemory, window=6)
         ([partial(TopKMemory, window=6, compression_rate=1, num_entries=6)], True),
     ],
 )
-def test_what_lasts_is_begun_afresh_unless_it_is_said_otherwise(kinds: list[Any], lasting: bool) -> None:
+def test_unbounded_memories_are_reset_by_default(kinds: list[Any], unbounded: bool) -> None:
     make = partial(model, memories=[kinds])
-    assert LanguageModule(make).state_reset_prob == (0.05 if lasting else 0.0)
-    assert LanguageModule(make, state_reset_prob=0.0).state_reset_prob == 0.0
-    assert LanguageModule(make, state_reset_prob=0.5).state_reset_prob == 0.5
+    assert LanguageModule(make).state_reset.prob == (0.05 if unbounded else 0.0)
+    assert LanguageModule(make, state_reset_prob=0.0).state_reset.prob == 0.0
+    assert LanguageModule(make, state_reset_prob=0.5).state_reset.prob == 0.5
     for wrong in (-0.1, 1.1):
-        with pytest.raises(MemtxError, match=f"state_reset_prob is {wrong}, expected a share from 0 to 1"):
+        with pytest.raises(MemtxError, match=f"state_reset_prob is {wrong}, expected a probability from 0 to 1"):
             LanguageModule(make, state_reset_prob=wrong)
 
 
-def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: Path) -> None:
-    found = {}
+def test_a_reset_step_ignores_the_step_before(tmp_path: Path) -> None:
+    result = {}
     for share in (0.0, 1.0):
         still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=share)
         record = Record()
         trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(still, data(tmp_path))
-        found[share] = [float.fromhex(loss) for loss in record.losses.values()]
-    texts = data(tmp_path)
-    texts.setup("fit")
-    for batch, loss in zip(texts.train_dataloader(), found[1.0], strict=False):
+        result[share] = [float.fromhex(loss) for loss in record.losses.values()]
+    books = data(tmp_path)
+    books.setup("fit")
+    for batch, loss in zip(books.train_dataloader(), result[1.0], strict=False):
         state, nll, scored = still.model.init_state(2), 0.0, 0
         for part in (slice(0, 8), slice(8, 16)):
             out = still.model(
@@ -73,21 +73,21 @@ def test_a_step_that_is_begun_afresh_knows_nothing_of_the_one_before(tmp_path: P
             scored += int((batch.labels[:, part] != -100).sum())
         # float32: sums in another order
         assert loss == pytest.approx(nll / scored, rel=1e-5)
-    assert found[0.0][0] == found[1.0][0]
-    assert found[0.0][1:] != pytest.approx(found[1.0][1:], rel=1e-4)
+    assert result[0.0][0] == result[1.0][0]
+    assert result[0.0][1:] != pytest.approx(result[1.0][1:], rel=1e-4)
 
 
-def test_processes_draw_their_rows_of_one_draw() -> None:
-    own = module(state_reset_prob=0.4)
+def test_processes_share_one_sample() -> None:
+    decoder = model()
+    reset = StateReset(decoder, 0.4)
 
-    def drawn(rank: int, ranks: int, rows: int, seen: int) -> list[bool]:
-        own._trainer = cast(Any, SimpleNamespace(global_rank=rank, world_size=ranks))
-        own.tokens_seen = seen
-        state = own.model.init_state(rows)
-        begun = MemoryState(torch.full_like(state.position, 5), state.layers)
-        return cast(list[bool], (own._reset_random_streams(begun).position == 0).tolist())
+    def sample(rank: int, world_size: int, batch_size: int, seed: int) -> list[bool]:
+        fresh = decoder.init_state(batch_size)
+        state = MemoryState(torch.full_like(fresh.position, 5), fresh.layers)
+        state = reset(state, seed=seed, rank=rank, world_size=world_size)
+        return cast(list[bool], (state.position == 0).tolist())
 
-    steps = [drawn(0, 1, 6, 96 * step) for step in range(50)]
-    assert steps == [drawn(0, 2, 3, 96 * step) + drawn(1, 2, 3, 96 * step) for step in range(50)]
-    # 300 draws of 0.4: five deviations are 0.14.
+    steps = [sample(0, 1, 6, 96 * step) for step in range(50)]
+    assert steps == [sample(0, 2, 3, 96 * step) + sample(1, 2, 3, 96 * step) for step in range(50)]
+    # 300 samples of 0.4: five standard deviations are 0.14.
     assert 0.26 < sum(map(sum, steps)) / 300 < 0.54

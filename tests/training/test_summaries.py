@@ -1,4 +1,4 @@
-"""A decoder that writes what follows: what it learns from, that it learns it, and that its run alone is enough."""
+"""Summarization: labels of the summary alone, learning, and generation from a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memtx.errors import CheckpointError, DataError, MemtxError
 from memtx.inference.predictor import Predictor, Summarizer, is_task_model, load_predictor
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.summaries import SummaryModule
+from memtx.training.language import SummaryModule
 from tests.tasks import write_lines
 from tests.training.test_finetuning import trainer
 
@@ -54,37 +54,37 @@ def parts(root: Path, **options: Any) -> tuple[SummaryModule, SummaryDataModule]
     return SummaryModule(MODEL, data.vocab_size, data.segment_length, adam, None, measure_memory_gain=False), data
 
 
-def test_only_the_summary_is_learned(root: Path) -> None:
+def test_only_the_summary_has_labels(root: Path) -> None:
     _, data = parts(root)
     data.setup("fit")
     for batch in data.val_dataloader():
         assert batch.document_starts[:, 0].all()
         assert not batch.document_starts[:, 1:].any()
         for row, labels in zip(batch.tokens, batch.labels, strict=True):
-            said = data.tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
-            assert said in ("good\n\n", "bad\n\n")
+            decoded = data.tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
+            assert decoded in ("good\n\n", "bad\n\n")
             first = int((labels != IGNORE_INDEX).nonzero()[0])
             assert data.tokenizer.decode(row[1 : first + 1].tolist()).endswith("\nSummary: ")
         assert (batch.num_words == 1).all()
 
 
-def test_it_learns_and_its_run_alone_writes(root: Path, tmp_path: Path) -> None:
+def test_a_run_learns_and_generates_from_its_checkpoint(root: Path, tmp_path: Path) -> None:
     module, data = parts(root)
-    made = trainer(max_epochs=12)
-    made.fit(module, data)
-    assert float(made.callback_metrics["val_bits_per_byte"]) < 0.3
-    made.save_checkpoint(tmp_path / "a.ckpt")
+    built = trainer(max_epochs=12)
+    built.fit(module, data)
+    assert float(built.callback_metrics["val_bits_per_byte"]) < 0.3
+    built.save_checkpoint(tmp_path / "a.ckpt")
     assert is_task_model(tmp_path / "a.ckpt")
-    found = load_predictor(tmp_path / "a.ckpt")
-    assert isinstance(found, Summarizer)
-    assert found.predict(["yes yes yes", {"text": "no no no no"}]) == [
+    result = load_predictor(tmp_path / "a.ckpt")
+    assert isinstance(result, Summarizer)
+    assert result.predict(["yes yes yes", {"text": "no no no no"}]) == [
         {"summary": "good", "complete": True},
         {"summary": "bad", "complete": True},
     ]
-    found.max_tokens = 2
-    assert found.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
+    result.max_tokens = 2
+    assert result.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
     with pytest.raises(MemtxError, match="Input 1: 'text' is"):
-        found.predict(["a", " "])
+        result.predict(["a", " "])
     with pytest.raises(CheckpointError):
         Predictor.load(tmp_path / "a.ckpt")
 
@@ -94,17 +94,17 @@ def test_resuming_is_exact(root: Path, tmp_path: Path) -> None:
     for stop in (None, 5):
         module, data = parts(root)
         if stop is not None:
-            made = trainer(max_steps=stop, limit_val_batches=0)
-            made.fit(module, data)
-            made.save_checkpoint(tmp_path / "half.ckpt")
+            built = trainer(max_steps=stop, limit_val_batches=0)
+            built.fit(module, data)
+            built.save_checkpoint(tmp_path / "half.ckpt")
             module, data = parts(root)
         path = None if stop is None else str(tmp_path / "half.ckpt")
         trainer(max_steps=10, limit_val_batches=0).fit(module, data, ckpt_path=path)
-        sums.append([float(one.detach().sum()) for one in module.model.parameters()])
+        sums.append([float(item.detach().sum()) for item in module.model.parameters()])
     assert sums[0] == sums[1]
 
 
-def test_mistakes_are_said(root: Path, tmp_path: Path) -> None:
+def test_mistakes_are_reported(root: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="stop_sequence is empty"):
         SummaryPrompt(stop_sequence="")
     with pytest.raises(DataError, match=r"train.jsonl', line 1: Text and summary have \d+ tokens, max_length is 9"):

@@ -1,4 +1,4 @@
-"""Truncation: full gradients within the horizon, none beyond, and no graph that outlives its batch."""
+"""Truncated back-propagation: full gradients within a batch, none beyond, and no graph kept after it."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from tests.training.small import data, memory, model, module, trainer
 EXACT: Any = {"atol": 1e-12, "rtol": 1e-9}
 
 
-def texts(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+def texts(seed: int, batch_size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return tokens, labels and starts, with documents that begin and labels that are missing anywhere."""
     draw = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, 30, (rows, length + 1), generator=draw)
+    tokens = torch.randint(0, 30, (batch_size, length + 1), generator=draw)
     labels = tokens[:, 1:].clone()
     labels[torch.rand(labels.shape, generator=draw) < 0.1] = IGNORE_INDEX
     return tokens[:, :-1], labels, torch.rand(labels.shape, generator=draw) < 0.1
@@ -37,75 +37,77 @@ def texts(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
 def gradients(of: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
     of.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    return {name: torch.zeros_like(one) if one.grad is None else one.grad for name, one in of.named_parameters()}
+    return {name: torch.zeros_like(item) if item.grad is None else item.grad for name, item in of.named_parameters()}
 
 
 @given(
     segment=st.integers(1, 7),
-    horizon=st.integers(1, 4),
+    bptt_segments=st.integers(1, 4),
     short=st.integers(0, 6),
     before=st.integers(0, 12),
     seed=st.integers(0, 1000),
 )
-def test_gradients_are_those_of_plain_backpropagation(
-    segment: int, horizon: int, short: int, before: int, seed: int
+def test_gradients_equal_plain_backpropagation(
+    segment: int, bptt_segments: int, short: int, before: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     reader = model(30).double()
-    length = max(1, segment * horizon - short)
-    tokens, labels, starts = texts(seed, 2, before + length)
+    length = max(1, segment * bptt_segments - short)
+    tokens, labels, document_starts = texts(seed, 2, before + length)
     state = reader.init_state(2)
     if before:
         first = slice(0, before)
         # With a graph behind it, were it not cut.
         state = unroll(
-            reader, tokens[:, first], labels[:, first], starts[:, first], state, segment_length=segment
+            reader, tokens[:, first], labels[:, first], document_starts[:, first], state, segment_length=segment
         ).state
     part = slice(before, before + length)
-    found = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment_length=segment)
+    result = unroll(reader, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=segment)
     # All of it in one call and in torch's own terms, from the same state as a constant.
     constant = state.with_named_tensors(
         {name: tensor.detach().clone() for name, tensor in state.named_tensors().items()}
     )
-    logits = reader(tokens[:, part], constant, document_starts=starts[:, part]).logits
+    logits = reader(tokens[:, part], constant, document_starts=document_starts[:, part]).logits
     plain = F.cross_entropy(logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     scored = (labels[:, part] != IGNORE_INDEX).sum()
     plain = plain / scored.clamp(min=1)
-    assert found.num_scored == scored
-    torch.testing.assert_close(found.loss, plain, **EXACT)
-    torch.testing.assert_close(found.nll.sum() / scored.clamp(min=1), plain.detach(), **EXACT)
-    whole = gradients(reader, plain)
-    for name, one in gradients(reader, found.loss).items():
-        torch.testing.assert_close(one, whole[name], **EXACT)
+    assert result.num_scored == scored
+    torch.testing.assert_close(result.loss, plain, **EXACT)
+    torch.testing.assert_close(result.nll.sum() / scored.clamp(min=1), plain.detach(), **EXACT)
+    full = gradients(reader, plain)
+    for name, item in gradients(reader, result.loss).items():
+        torch.testing.assert_close(item, full[name], **EXACT)
 
 
 def test_a_longer_horizon_has_other_gradients() -> None:
     """The memory between the segments is learned through: cutting it is felt."""
     reader = model(30).double()
     tokens, labels, _ = texts(0, 2, 24)
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    whole = gradients(reader, unroll(reader, tokens, labels, starts, reader.init_state(2), segment_length=8).loss)
+    document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+    full = gradients(
+        reader, unroll(reader, tokens, labels, document_starts, reader.init_state(2), segment_length=8).loss
+    )
     state, losses = reader.init_state(2), []
     for at in (0, 8, 16):
         part = slice(at, at + 8)
-        out = unroll(reader, tokens[:, part], labels[:, part], starts[:, part], state, segment_length=8)
+        out = unroll(reader, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=8)
         state = out.state
         losses.append(out.loss * (out.num_scored / (labels != IGNORE_INDEX).sum()))
-    cut = gradients(reader, torch.stack(losses).sum())
-    assert any(not torch.allclose(cut[name], one, atol=1e-6, rtol=1e-3) for name, one in whole.items())
+    truncated = gradients(reader, torch.stack(losses).sum())
+    assert any(not torch.allclose(truncated[name], item, atol=1e-6, rtol=1e-3) for name, item in full.items())
 
 
-def test_auxiliary_losses_are_the_segments_mean() -> None:
+def test_auxiliary_losses_are_averaged_over_segments() -> None:
     torch.manual_seed(0)
     reader = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
-    tokens, labels, starts = texts(0, 2, 24)
-    out = unroll(reader, tokens, labels, starts, reader.init_state(2), segment_length=8)
+    tokens, labels, document_starts = texts(0, 2, 24)
+    out = unroll(reader, tokens, labels, document_starts, reader.init_state(2), segment_length=8)
     state, named = reader.init_state(2), list[Tensor]()
     for at in (0, 8, 16):
         part = slice(at, at + 8)
-        one = reader(tokens[:, part], state, document_starts=starts[:, part], labels=labels[:, part])
-        state = one.state
-        named.append(sum(one.aux_losses.values()))
+        item = reader(tokens[:, part], state, document_starts=document_starts[:, part], labels=labels[:, part])
+        state = item.state
+        named.append(sum(item.aux_losses.values()))
     scored = (labels != IGNORE_INDEX).sum()
     torch.testing.assert_close(out.loss, out.nll.sum() / scored + torch.stack(named).mean(), **EXACT)
     assert out.losses
@@ -134,7 +136,7 @@ class Graph(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         gc.collect()
-        self.counts.append(sum(type(one) is Tensor and one.grad_fn is not None for one in gc.get_objects()))
+        self.counts.append(sum(type(item) is Tensor and item.grad_fn is not None for item in gc.get_objects()))
         carry: Any = pl_module.carry
         assert all(free(state) for state in carry._states.values())
 
@@ -147,10 +149,10 @@ def test_no_graph_is_kept_between_batches(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [1, 3])
-def test_short_rests_weigh_by_their_labels(rate: int) -> None:
+def test_short_segments_are_weighted_by_their_labels(rate: int) -> None:
     """A segment of one label does not weigh as much as a full one."""
     torch.manual_seed(0)
     reader = model(30, memories=(partial(memory(), compression_rate=rate),)).double()
-    tokens, labels, starts = texts(1, 1, 17)
-    out = unroll(reader, tokens, labels, starts, reader.init_state(1), segment_length=8)
+    tokens, labels, document_starts = texts(1, 1, 17)
+    out = unroll(reader, tokens, labels, document_starts, reader.init_state(1), segment_length=8)
     torch.testing.assert_close(out.loss, out.nll.sum() / (labels != IGNORE_INDEX).sum(), **EXACT)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from memtx import files
 
 
-def whole(tensor: Any) -> Any:
+def full(tensor: Any) -> Any:
     """Put a tensor together that is shared out over processes."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -24,12 +24,12 @@ class Watch(pl.Callback):
 
     Args:
         to: folder.
-        strike: the batch in which a signal is sent.
-        moment: before "forward", "step" (the optimiser's), or "score" (a validation batch after the one to strike in).
-        signal: its number.
-        rank: of the process to strike.
-        gradients: whether to keep those of the first step.
-        spoil: the batch in which the loss of the process to strike, but not its gradient, is made NaN.
+        strike: Batch in which a signal is sent.
+        moment: Before "forward", "step" (the optimizer's), or "score" (a validation batch after the one to strike in).
+        signal: Signal number.
+        rank: Rank of the process to signal.
+        gradients: If True, save the gradients of the first step.
+        spoil: Batch in which the loss of that process, but not its gradient, is made NaN.
     """
 
     def __init__(
@@ -63,17 +63,12 @@ class Watch(pl.Callback):
     ) -> None:
         self._at(trainer, "step", trainer.fit_loop.epoch_loop.total_batch_idx)
         if self.gradients and trainer.global_step == 0:
-            found = {name: whole(one.grad) for name, one in pl_module.named_parameters()}
+            result = {name: full(item.grad) for name, item in pl_module.named_parameters()}
             if trainer.is_global_zero:
-                files.save_tensors(self.to / "gradients", found, kind="gradients", version=1)
+                files.save_tensors(self.to / "gradients", result, kind="gradients", version=1)
 
     def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if not trainer.sanity_checking and batch_idx == 1:
             self._at(trainer, "score", trainer.fit_loop.epoch_loop.total_batch_idx)
@@ -88,5 +83,5 @@ class Watch(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         digest = hashlib.sha256()
         for name, tensor in sorted(pl_module.state_dict().items()):
-            digest.update(name.encode() + whole(tensor.detach()).cpu().numpy().tobytes())
+            digest.update(name.encode() + full(tensor.detach()).cpu().numpy().tobytes())
         (self.to / f"weights-{trainer.global_rank}").write_text(digest.hexdigest())

@@ -1,1 +1,1 @@
-"""What a run does beside training: keep checkpoints, show and log how fast it goes."""
+"""Lightning callbacks of a training run."""

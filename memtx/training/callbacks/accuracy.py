@@ -1,8 +1,8 @@
-"""How often the likeliest token is the label, for tasks that ask little: no logits are kept while training."""
+"""Accuracy of predicted tokens, for synthetic tasks; training computes no logits."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,60 +13,47 @@ from memtx.training.language import LanguageModule
 
 
 class TokenAccuracy(pl.Callback):
-    """Logs ``val_accuracy`` and ``test_accuracy``, the share of labels that are the likeliest token.
+    """Logs ``val_accuracy`` and ``test_accuracy``, the fraction of labels that are the most likely token.
 
-    Every batch is read once more for its logits, and each of them must begin with documents, as episodes do.
+    Reads every batch once more for its logits. Batches must begin with documents, as those of synthetic tasks do.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, MulticlassAccuracy] = {}
 
-    def _update(self, stage: str, module: Any, batch: Batch) -> None:
-        language = cast(LanguageModule, module)
+    @torch.no_grad()
+    def _update(self, stage: str, module: pl.LightningModule, batch: Batch) -> None:
+        assert isinstance(module, LanguageModule)
         if stage not in self._metrics:
-            kind = MulticlassAccuracy(language.model.vocab_size, average="micro", ignore_index=IGNORE_INDEX)
-            self._metrics[stage] = kind.to(language.device)
-        metric = self._metrics[stage]
-        state = language.model.init_state(batch.tokens.shape[0])
-        with torch.no_grad():
-            for at in range(0, batch.tokens.shape[1], language.segment_length):
-                part = slice(at, at + language.segment_length)
-                said = language.model(batch.tokens[:, part], state, document_starts=batch.document_starts[:, part])
-                state = said.state
-                metric.update(said.logits.argmax(-1), batch.labels[:, part])
+            metric = MulticlassAccuracy(module.model.vocab_size, average="micro", ignore_index=IGNORE_INDEX)
+            self._metrics[stage] = metric.to(module.device)
+        state = module.model.init_state(batch.tokens.shape[0])
+        for start in range(0, batch.tokens.shape[1], module.segment_length):
+            part = slice(start, start + module.segment_length)
+            output = module.model(batch.tokens[:, part], state, document_starts=batch.document_starts[:, part])
+            state = output.state
+            self._metrics[stage].update(output.logits.argmax(-1), batch.labels[:, part])
 
     def _log(self, stage: str, module: pl.LightningModule) -> None:
         if (metric := self._metrics.pop(stage, None)) is not None:
             module.log(f"{stage}_accuracy", metric.compute(), prog_bar=True)
 
     def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Count the batch's answers."""
+        """Add the predictions for a validation batch."""
         self._update("val", pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log their share."""
+        """Log the accuracy of validation."""
         self._log("val", pl_module)
 
     def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Count the batch's answers."""
+        """Add the predictions for a test batch."""
         self._update("test", pl_module, batch)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log their share."""
+        """Log the accuracy of testing."""
         self._log("test", pl_module)

@@ -1,4 +1,4 @@
-"""Parts of a model that keep their weights for some epochs: a pretrained body while a new head finds its place."""
+"""Parameters frozen for some epochs, such as a pretrained backbone while a new head adapts."""
 
 from __future__ import annotations
 
@@ -12,63 +12,63 @@ from memtx.errors import MemtxError, closest_match
 
 
 class Freeze(pl.Callback):
-    """Keeps parameters as they are until an epoch begins.
+    """Freezes parameters until an epoch begins; use several for parts that are unfrozen one after another.
 
-    Set as one of ``trainer.callbacks``, several times for parts that thaw one after another. The optimiser knows frozen
-    parameters from the start and leaves them alone, decay included, while they have no gradient.
+    The optimizer has frozen parameters from the start and skips them, weight decay included, while they have no
+    gradient. (Lightning's BaseFinetuning adds them as parameter groups later, which the schedule does not know.)
 
     Args:
-        parameters: patterns of names in the model, such as ``backbone.*`` or ``backbone.blocks.[0-5].*``.
-        epochs: how many they are frozen for; null for all.
+        parameters: Patterns of parameter names, such as ``backbone.*`` or ``backbone.blocks.[0-5].*``.
+        epochs: Epochs to freeze them for. None means all.
 
     Raises:
-        MemtxError: there is no pattern, or epochs is not positive.
+        MemtxError: There is no pattern, or ``epochs`` is not positive.
     """
 
     def __init__(self, parameters: Sequence[str] = ("backbone.*",), epochs: int | None = None) -> None:
         if not parameters or (epochs is not None and epochs < 1):
             raise MemtxError(
-                f"Freeze got {len(parameters)} patterns and {epochs} epochs.", "Give at least one of each, or null."
+                f"Freeze has {len(parameters)} patterns and {epochs} epochs.", "Give at least one of each, or null."
             )
         self.parameters, self.epochs = tuple(parameters), epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze; here, since the optimiser takes only what learns when it is made.
+        """Freeze the parameters, after the optimizer was created with them.
 
         Raises:
-            MemtxError: a pattern fits no parameter.
+            MemtxError: A pattern matches no parameter.
         """
-        named = dict(self._get_model(pl_module).named_parameters())
+        names = [name for name, _ in _model(pl_module).named_parameters()]
         for pattern in self.parameters:
-            if not any(fnmatchcase(name, pattern) for name in named):
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise MemtxError(
-                    f"No parameter is named '{pattern}'.{closest_match(pattern, named)}",
-                    f"Names are such as '{next(iter(named))}'; * stands for anything.",
+                    f"No parameter matches '{pattern}'.{closest_match(pattern, names)}",
+                    f"Use names such as '{names[0]}'; * matches anything.",
                 )
         self._update_requires_grad(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Thaw when it is time."""
+        """Unfreeze the parameters when their epoch begins."""
         self._update_requires_grad(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the model as it was."""
+        """Unfreeze all parameters."""
         for parameter in self._matching_parameters(pl_module):
             parameter.requires_grad_(True)
 
     def _update_requires_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        learns = self.epochs is not None and trainer.current_epoch >= self.epochs
+        is_trained = self.epochs is not None and trainer.current_epoch >= self.epochs
         for parameter in self._matching_parameters(pl_module):
-            if parameter.requires_grad and not learns:
+            if parameter.requires_grad and not is_trained:
                 parameter.grad = None
-            parameter.requires_grad_(learns)
-
-    @staticmethod
-    def _get_model(pl_module: pl.LightningModule) -> nn.Module:
-        model = getattr(pl_module, "model", pl_module)
-        assert isinstance(model, nn.Module)
-        return model
+            parameter.requires_grad_(is_trained)
 
     def _matching_parameters(self, pl_module: pl.LightningModule) -> list[nn.Parameter]:
-        named = self._get_model(pl_module).named_parameters()
-        return [one for name, one in named if any(fnmatchcase(name, pattern) for pattern in self.parameters)]
+        named = _model(pl_module).named_parameters()
+        return [weight for name, weight in named if any(fnmatchcase(name, pattern) for pattern in self.parameters)]
+
+
+def _model(pl_module: pl.LightningModule) -> nn.Module:
+    model = getattr(pl_module, "model", pl_module)
+    assert isinstance(model, nn.Module)
+    return model

@@ -1,4 +1,4 @@
-"""A signal without loss: the batch in hand is finished, its end is saved, then the run stops or its job is requeued."""
+"""Lossless interruption: finish and save the current step, then stop the run or requeue its job."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from memtx.training import slurm
 from memtx.training.callbacks import trainer_state
 
 INTERRUPT_EXIT_CODE = 130
-"""The exit code of a process that the trainer forked or spawned, where it was interrupted: 128 and SIGINT's number."""
+"""Exit code of an interrupted process that the trainer forked or spawned: 128 plus the number of SIGINT."""
 
 
 class StopOnInterrupt(pl.Callback):
-    """Turns Ctrl-C, SIGTERM or SIGUSR1 into a save at the next optimiser step of all processes, and then a stop.
+    """On Ctrl-C, SIGTERM or SIGUSR1, saves a checkpoint at the next optimizer step of all processes and stops.
 
-    A second Ctrl-C stops at once, where no launcher passes the first one on a second time. In a job of SLURM, the
-    signal that it was told to send before it ends the job (``--signal=SIGUSR1@90``) puts the job back into the queue.
+    A second Ctrl-C stops at once, unless a launcher forwards the first one twice. In a SLURM job, the signal that
+    announces its end (``--signal=SIGUSR1@90``) requeues the job.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class StopOnInterrupt(pl.Callback):
         self._original_requeue_handler: Any = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """In a job of SLURM, come before Lightning, which would save within the handler, wherever the step stands."""
+        """In a SLURM job, install the handler before Lightning's, which would save in the middle of a step."""
         environment = getattr(trainer.strategy, "cluster_environment", None)
         self._launched_externally = environment is not None and environment.creates_processes_externally
         if isinstance(environment, SLURMEnvironment):
@@ -46,13 +46,13 @@ class StopOnInterrupt(pl.Callback):
             self._original_requeue_handler = self._previous_handlers.get(self._requeue_signal)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen, where a process can (the main thread)."""
+        """Install the handlers; Python allows it in the main thread only."""
         self._install_handlers(signal.SIGINT, signal.SIGTERM, self._requeue_signal)
 
     def _install_handlers(self, *signums: int) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in signums:
-                self._previous_handlers.setdefault(number, signal.signal(number, self._handle_signal))
+            for signum in signums:
+                self._previous_handlers.setdefault(signum, signal.signal(signum, self._handle_signal))
 
     def _handle_signal(self, signum: int, frame: FrameType | None) -> None:
         self._stop_requested = True
@@ -61,48 +61,48 @@ class StopOnInterrupt(pl.Callback):
             signal.signal(signum, self._previous_handlers.pop(signum))
 
     def _restore_handlers(self) -> None:
-        for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
         self._previous_handlers.clear()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop, if asked to and no accumulated gradient would be lost."""
+        """Save and stop if requested, unless accumulated gradients would be lost."""
         if not trainer_state.has_stepped(trainer):
             return
-        # All processes alike: the signal need not have come to each of them, or not before the same step.
+        # Agreed on by all processes, as the signal may reach only some of them, or at different steps.
         if not trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False):
             return
-        kept = trainer.checkpoint_callback
-        if isinstance(kept, ModelCheckpoint) and kept.dirpath:
-            trainer.save_checkpoint(Path(kept.dirpath) / f"{kept.CHECKPOINT_NAME_LAST}.ckpt")
+        callback = trainer.checkpoint_callback
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath:
+            trainer.save_checkpoint(Path(callback.dirpath) / f"{callback.CHECKPOINT_NAME_LAST}.ckpt")
         if trainer_state.will_validate(trainer):
-            return  # Its figures would be missing from the run; the next step is the last one.
+            return  # The run would lack its metrics; stop after the next step.
         if trainer.strategy.reduce_boolean_decision(self._requeue_requested, all=False):
             self._requeue_job(trainer)
         if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-            # torch takes a KeyboardInterrupt in a process it made for a good end, and its parent waits for a result.
+            # torch takes a KeyboardInterrupt in its child process for success, and the parent waits for a result.
             raise SystemExit(INTERRUPT_EXIT_CODE)
         raise KeyboardInterrupt
 
     @staticmethod
     def _requeue_job(trainer: pl.Trainer) -> None:
-        environment, number = getattr(trainer.strategy, "cluster_environment", None), slurm.get_job_id(os.environ)
-        asks = not isinstance(environment, SLURMEnvironment) or environment.auto_requeue
-        if number is not None and asks and trainer.is_global_zero:
-            slurm.requeue(number)
-            rank_zero_info(f"The checkpoint is written, and SLURM's job {number} is back in the queue.")
+        environment, job_id = getattr(trainer.strategy, "cluster_environment", None), slurm.get_job_id(os.environ)
+        auto_requeue = not isinstance(environment, SLURMEnvironment) or environment.auto_requeue
+        if job_id is not None and auto_requeue and trainer.is_global_zero:
+            slurm.requeue(job_id)
+            rank_zero_info(f"The checkpoint is written, and SLURM job {job_id} is requeued.")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop listening."""
+        """Restore the previous handlers."""
         self._restore_handlers()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop listening once more: Lightning puts back what it found, which was listening already."""
+        """Restore the handler that Lightning took for the original one, which was ours."""
         if self._original_requeue_handler is not None:
             signal.signal(self._requeue_signal, self._original_requeue_handler)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop listening."""
+        """Restore the previous handlers."""
         self._restore_handlers()

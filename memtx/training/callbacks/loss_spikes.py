@@ -1,7 +1,7 @@
-"""A loss that jumps and stays up: back to the weights from before, and past the data that it jumped on.
+"""Recovery from loss spikes: restore earlier weights and skip the data that caused the spike.
 
-As PaLM was trained (Chowdhery et al. 2022, section 5.1): the run went on from a checkpoint of some 100 steps before the
-spike without the batches around it, and the spikes did not come again.
+PaLM was trained this way (Chowdhery et al. 2022, section 5.1): from a checkpoint about 100 steps before the spike and
+without the batches around it, the spikes did not recur.
 """
 
 from __future__ import annotations
@@ -22,32 +22,31 @@ from memtx.training.carry import get_carry
 from memtx.training.fsdp import FullyShardedStrategy
 
 NUM_RECENT = 8
-"""The newest losses, of which more than half have to be up: one hard batch is no spike."""
+"""Number of recent losses, more than half of which must be high, because one hard batch is no spike."""
 
 MIN_RELATIVE_RISE = 0.1
-"""Of the loss: a rise by less is none, however steady the loss was."""
+"""Smallest rise of a spike relative to the loss, however steady the loss was."""
 
 
 class RewindOnSpike(pl.Callback):
-    """Goes back to the newest checkpoint from before a spike of the loss, and goes on with the data after it.
+    """Restores the newest checkpoint from before a spike of the loss and continues with the data after it.
 
-    A spike is there when more than half of the last 8 losses are above the median of those before by ``factor`` times
-    their spread (1.4826 times the median deviation: a normal distribution's standard deviation) and by a tenth.
+    A spike is when more than half of the last 8 losses exceed the median of those before by ``factor`` times their
+    spread (1.4826 times the median absolute deviation, the standard deviation of a normal distribution) and by a tenth.
 
-    Weights and the optimiser's state are then those of the checkpoint. All else stays where it is: the step, the
-    schedule, random numbers and the data's position, so that what was read since the checkpoint is passed over and a
-    run that is killed and goes on does the same again, to the bit. The carried memory begins fresh, as at a document's
-    beginning. While the loss is up no checkpoint is written, so that the newest is from before.
+    Only weights and optimizer state are restored. Step, schedule, random state and data position stay, so the data read
+    since the checkpoint is skipped, and a killed run that resumes does the same bit for bit. The carried memory starts
+    fresh. While the loss is high no checkpoint is written, so that the newest is from before the spike.
 
-    Not on by default: on few rows a run may meet a document that is that hard.
+    Not enabled by default, because with few streams a run may meet a document that is this hard.
 
     Args:
-        factor: spreads that the loss rises.
-        window: losses that it is compared with; nothing is a spike before there are as many.
-        max_rewinds: spikes of a run after which it stops.
+        factor: Rise of the loss in spreads.
+        window: Number of losses to compare with; no spike is detected before there are as many.
+        max_rewinds: Number of spikes after which another one stops the run.
 
     Raises:
-        MemtxError: a number is too small; while training, there is one spike more than ``max_rewinds``.
+        MemtxError: A number is too small; in training, there are more than ``max_rewinds`` spikes.
     """
 
     def __init__(self, factor: float = 6.0, window: int = 128, max_rewinds: int = 5) -> None:
@@ -59,29 +58,29 @@ class RewindOnSpike(pl.Callback):
         self._losses: list[tuple[int, float]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse weights that are shared out.
+        """Check that the weights are not sharded.
 
         Raises:
-            MemtxError: each process holds a share of them.
+            MemtxError: They are.
         """
         if isinstance(trainer.strategy, FullyShardedStrategy):
             raise MemtxError(
-                "RewindOnSpike goes back to whole weights, and fsdp2 shares them out.",
-                "Leave it out, or train with --trainer.strategy ddp.",
+                "RewindOnSpike does not support fsdp2, which shards the weights.",
+                "Remove RewindOnSpike, or use --trainer.strategy ddp.",
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the losses that the next ones are compared with, and the count."""
-        return {"losses": [list(one) for one in self._losses], "num_rewinds": self.num_rewinds}
+        """Return the recent losses and the number of rewinds."""
+        return {"losses": [list(entry) for entry in self._losses], "num_rewinds": self.num_rewinds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them."""
+        """Restore the recent losses and the number of rewinds."""
         self._losses = [(int(step), float(loss)) for step, loss in state_dict["losses"]]
         self.num_rewinds = int(state_dict["num_rewinds"])
 
     @property
     def is_unstable(self) -> bool:
-        """Whether the newest loss is up, so that a checkpoint might be of a spike."""
+        """True if the last loss is high, so that a checkpoint might be of a spike."""
         return len(self._losses) == self.window + NUM_RECENT and self._losses[-1][1] > self._upper_bound()
 
     def _upper_bound(self) -> float:
@@ -90,68 +89,64 @@ class RewindOnSpike(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare, and go back if it has to be."""
+        """Compare the loss with earlier ones and rewind after a spike."""
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
-        if math.isfinite(loss):  # What is not is another's to skip.
+        if math.isfinite(loss):  # SkipNonFinite handles others.
             self._losses.append((trainer.global_step, loss))
             del self._losses[: -(self.window + NUM_RECENT)]
         if len(self._losses) < self.window + NUM_RECENT or not trainer_state.has_stepped(trainer):
             return
         bound = self._upper_bound()
-        up = [one for one in self._losses[-NUM_RECENT:] if one[1] > bound]
-        if len(up) > NUM_RECENT // 2:
-            del self._losses[self._losses.index(up[0]) :]
-            self._rewind(trainer, pl_module, up[0][0] - 1, f"The loss rose above {bound:.4g}, to {up[-1][1]:.4g}")
+        high = [entry for entry in self._losses[-NUM_RECENT:] if entry[1] > bound]
+        if len(high) > NUM_RECENT // 2:
+            del self._losses[self._losses.index(high[0]) :]
+            self._rewind(trainer, pl_module, high[0][0] - 1, f"The loss rose above {bound:.4g}, to {high[-1][1]:.4g}")
 
     def _rewind(self, trainer: pl.Trainer, module: pl.LightningModule, max_step: int, reason: str) -> None:
         if self.num_rewinds == self.max_rewinds:
             raise MemtxError(
-                f"{reason} at step {trainer.global_step}, the {self.max_rewinds + 1}. spike of this run.",
-                "Lower the learning rate, or give RewindOnSpike a higher max_rewinds.",
+                f"{reason} at step {trainer.global_step}, spike {self.max_rewinds + 1} of this run.",
+                "Lower the learning rate, or raise max_rewinds of RewindOnSpike.",
             )
         self.num_rewinds += 1
-        found = _find_checkpoint_before(trainer, max_step)
-        if found is None:
-            trainer_state.write_status(trainer, f"{reason}, and there is no checkpoint from before it to go back to.")
+        recovered = _find_checkpoint_before(trainer, max_step)
+        if recovered is None:
+            trainer_state.write_status(trainer, f"{reason}, and no checkpoint from before it exists.")
             return
-        _restore_weights(trainer, found.content)
+        _restore_weights(trainer, recovered.content)
         if (carry := get_carry(module)) is not None:
             carry.reset("train")
         trainer_state.write_status(
-            trainer, f"{reason}: going on from '{found.path}', of step {found.step}, past the data read since."
+            trainer,
+            f"{reason}: continuing from the weights of step {recovered.step} ('{recovered.path}') and the next data.",
         )
 
 
 def loss_upper_bound(losses: Sequence[float], factor: float) -> float:
-    """Return what later losses do not exceed without being up.
-
-    Args:
-        losses: before them.
-        factor: spreads above the median that they may be.
-    """
-    middle = statistics.median(losses)
-    spread = 1.4826 * statistics.median(abs(one - middle) for one in losses)
-    return middle + max(factor * spread, MIN_RELATIVE_RISE * abs(middle))
+    """Return the bound above which a loss is high: ``factor`` spreads, at least a tenth, above the median."""
+    median = statistics.median(losses)
+    spread = 1.4826 * statistics.median(abs(loss - median) for loss in losses)
+    return median + max(factor * spread, MIN_RELATIVE_RISE * abs(median))
 
 
 def _find_checkpoint_before(trainer: pl.Trainer, max_step: int) -> recovery.RecoveredCheckpoint | None:
-    kept = trainer.checkpoint_callback
-    if not isinstance(kept, ModelCheckpoint) or not kept.dirpath:
+    callback = trainer.checkpoint_callback
+    if not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
         return None
-    # Ends what is being written in the background.
+    # Waits for checkpoints that are written in the background.
     trainer.strategy.checkpoint_io.teardown()
     trainer.strategy.barrier("checkpoints are written")
     try:
-        return recovery.find_latest_valid(Path(kept.dirpath), max_step=max_step)
+        return recovery.find_latest_valid(Path(callback.dirpath), max_step=max_step)
     except CheckpointError:
         return None
 
 
 def _restore_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    groups = [[dict(group) for group in one.param_groups] for one in trainer.optimizers]
+    current_groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
     trainer.strategy.load_model_state_dict(checkpoint, strict=True)
     trainer.strategy.load_optimizer_state_dict(checkpoint)
-    for optimizer, before in zip(trainer.optimizers, groups, strict=True):
-        for group, settings in zip(optimizer.param_groups, before, strict=True):
-            # The schedule goes on: its rates are this step's, not the checkpoint's.
+    for optimizer, groups in zip(trainer.optimizers, current_groups, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            # The schedule continues, so the learning rates are those of this step.
             group.update({name: value for name, value in settings.items() if name != "params"})

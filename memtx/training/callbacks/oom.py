@@ -1,4 +1,4 @@
-"""A memory that is full, of the GPU or the machine: which setting halves what a step holds, with the run's numbers."""
+"""Hints for out-of-memory errors: which option halves the memory of a step, with the numbers of the run."""
 
 from __future__ import annotations
 
@@ -12,78 +12,70 @@ _OOM_MESSAGES = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory could not be had: torch's on GPU or CPU, or Python's."""
+    """Return whether an error is about memory: torch's on GPU or CPU, or Python's."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error) for said in _OOM_MESSAGES)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OOM_MESSAGES)
 
 
 class OutOfMemoryHint(pl.Callback):
-    """Adds to an error about memory what to change; the command line says it in one line, Python below the error."""
+    """Adds a hint to out-of-memory errors, which the command line prints and Python shows below the traceback."""
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Add the note."""
+        """Add the hint as a note."""
         if is_out_of_memory(exception):
             exception.add_note(format_hint(trainer, pl_module))
 
 
 def format_hint(trainer: pl.Trainer, module: pl.LightningModule) -> str:
-    """Return what to change, in sentences.
-
-    Args:
-        trainer: of the run, as it stopped.
-        module: the module that was trained or measured.
-    """
+    """Return sentences that name options to change, for a trainer as it stopped."""
     data: Any = getattr(trainer, "datamodule", None)
-    where = "GPU's memory" if module.device.type == "cuda" else "machine's memory"
-    if trainer.state.stage not in (RunningStage.TRAINING, None):
-        rows = int(getattr(data, "eval_batch_size", None) or getattr(data, "batch_size", None) or 1)
-        if rows > 1:
-            setting = "eval_batch_size" if hasattr(data, "eval_batch_size") else "batch_size"
-            return (
-                f"The {where} is full while {rows} rows are measured at once: --data.{setting} {rows // 2} halves what "
-                "they hold, and changes no figure."
-            )
-        return f"The {where} is full while one row is measured: give a smaller model or a shorter segment."
-    return f"The {where} is full in training. {_describe_usage(module)}{_suggest_options(trainer, module, data)}"
+    memory = "GPU memory" if module.device.type == "cuda" else "memory"
+    if trainer.state.stage in (RunningStage.TRAINING, None):
+        return f"Out of {memory} in training. {_describe_usage(module)}{_suggest_options(trainer, module, data)}"
+    batch_size = int(getattr(data, "eval_batch_size", None) or getattr(data, "batch_size", None) or 1)
+    if batch_size == 1:
+        return f"Out of {memory} in evaluation with batch size 1: use a smaller model or shorter segments."
+    option = "eval_batch_size" if hasattr(data, "eval_batch_size") else "batch_size"
+    return (
+        f"Out of {memory} in evaluation with batch size {batch_size}: --data.{option} {batch_size // 2} halves the "
+        "activations and changes no result."
+    )
 
 
 def _describe_usage(module: pl.LightningModule) -> str:
-    parameters = [one for one in module.parameters() if one.requires_grad]
-    weights = sum(one.numel() * one.element_size() for one in module.parameters())
-    # A gradient for each that learns, and the two means of Adam and its kin.
-    learning = 3 * sum(one.numel() * one.element_size() for one in parameters)
-    return (
-        f"Weights, gradients and optimiser take about {_format_bytes(weights + learning)}, "
-        "the rest is a step's activations. "
-    )
+    num_bytes = {True: 0, False: 0}
+    for parameter in module.parameters():
+        num_bytes[parameter.requires_grad] += parameter.numel() * parameter.element_size()
+    # The weights, and for trained ones a gradient and two moments of Adam.
+    size = _format_bytes(num_bytes[False] + 4 * num_bytes[True])
+    return f"Weights, gradients and optimizer take about {size}, the rest is activations. "
 
 
 def _suggest_options(trainer: pl.Trainer, module: Any, data: Any) -> str:
-    rows, segment, horizon = (
-        getattr(data, name, None) or 1 for name in ("batch_size", "segment_length", "bptt_segments")
-    )
+    names = ("batch_size", "segment_length", "bptt_segments")
+    batch_size, segment_length, bptt_segments = (getattr(data, name, None) or 1 for name in names)
     depth = len(getattr(module.model, "blocks", ()) or ())
-    held = f"{rows} rows x {horizon} {'segment' if horizon == 1 else 'segments'} x {segment} tokens"
-    cures = []
-    # A run that goes on has to keep its rows: they are streams.
-    if rows > 1 and trainer.ckpt_path is None:
-        steps = trainer.accumulate_grad_batches * 2
-        cures.append(
-            f"--data.batch_size {rows // 2} halves these, and with --trainer.accumulate_grad_batches {steps} "
-            "a step learns from as many tokens"
+    hints = []
+    # A resumed run must keep its batch size: it is the number of its streams.
+    if batch_size > 1 and trainer.ckpt_path is None:
+        hints.append(
+            f"--data.batch_size {batch_size // 2} halves them, and with --trainer.accumulate_grad_batches "
+            f"{trainer.accumulate_grad_batches * 2} the tokens per step stay the same"
         )
-    elif horizon > 1:
-        cures.append(f"--data.bptt_segments {horizon // 2} halves these")
-    elif segment > 1:
-        cures.append(f"--data.segment_length {segment // 2} halves these")
-    if horizon > 1 and getattr(module, "replay", True) is False:
-        cures.append(f"--model.replay true keeps one segment's instead of {horizon}, for a third more time")
+    elif bptt_segments > 1:
+        hints.append(f"--data.bptt_segments {bptt_segments // 2} halves them")
+    elif segment_length > 1:
+        hints.append(f"--data.segment_length {segment_length // 2} halves them")
+    if bptt_segments > 1 and getattr(module, "replay", True) is False:
+        hints.append(f"--model.replay true stores one segment's instead of {bptt_segments}, for a third more time")
     if depth > 1 and getattr(module.model, "activation_checkpointing", True) is False:
-        cures.append(
-            f"--model.activation_checkpointing true keeps one layer's instead of {depth}, for a third more time"
+        hints.append(
+            f"--model.activation_checkpointing true stores one layer's instead of {depth}, for a third more time"
         )
-    return f"They are of {held}: {'; '.join(cures) or 'use a smaller model'}."
+    segments = f"{bptt_segments} segment{'s' * (bptt_segments != 1)}"
+    shape = f"batch size {batch_size} x {segments} x {segment_length} tokens"
+    return f"They are those of {shape}: {'; '.join(hints) or 'use a smaller model'}."
 
 
 def _format_bytes(num_bytes: float) -> str:

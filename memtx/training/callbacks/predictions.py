@@ -1,4 +1,4 @@
-"""What `memtx predict` leaves: every document's figures as a line of JSON, and the surprise of its every token."""
+"""Output of ``memtx predict``: metrics of each document as JSON lines, and the surprisal of each token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from memtx import files
@@ -27,22 +26,22 @@ FORMAT_VERSION = 1
 
 @dataclass
 class _Document:
-    """One document of a row, as far as it was read."""
+    """The part of a document that was read."""
 
     nll_chunks: list[Tensor] = field(default_factory=list)
     stream: int = 0
-    start_offset: int = 0  # the row's offset at which it begins
+    start_offset: int = 0  # in the stream
 
 
-class PredictionWriter(Callback):
-    """Writes two files when prediction ends, whole or not at all.
+class PredictionWriter(pl.Callback):
+    """Writes two files atomically when prediction ends.
 
-    ``documents.jsonl``: a line a document, with id, title, tokens, words, bytes, nll (nats), bits_per_byte and
-    word_perplexity. ``surprisal.safetensors``: under each document's id, (tokens,) float32, the negative log-likelihood
-    of its every token in nats. The id that begins a document is no token of it.
+    ``documents.jsonl`` has one line per document with id, title, tokens, words, bytes, nll (nats), bits_per_byte and
+    word_perplexity. ``surprisal.safetensors`` has the negative log-likelihood of each token in nats, ``(tokens,)``
+    float32, by document id. The id that begins a document does not count as a token.
 
     Args:
-        output_dir: where to.
+        output_dir: Folder of the files.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str]) -> None:
@@ -52,83 +51,71 @@ class PredictionWriter(Callback):
         self._offset = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin fresh."""
+        """Drop all documents."""
         self._open_documents, self._finished_documents, self._offset = {}, [], 0
 
     def on_predict_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Take the batch's figures, (rows, tokens) float nats, apart into documents."""
-        nll, labels, starts = (one.cpu() for one in (outputs, batch.labels, batch.document_starts))
-        for row in range(nll.shape[0]):
-            cuts = [0, *(starts[row].nonzero().flatten().tolist()), nll.shape[1]]
-            for begin, end in itertools.pairwise(cuts):
-                if begin == end:
+        """Split the predictions of a batch, ``(batch, length)`` nats, into documents."""
+        nll, labels, document_starts = (tensor.cpu() for tensor in (outputs, batch.labels, batch.document_starts))
+        length = nll.shape[1]
+        for stream in range(nll.shape[0]):
+            boundaries = [0, *document_starts[stream].nonzero().flatten().tolist(), length]
+            for start, end in itertools.pairwise(boundaries):
+                if start == end:
                     continue
-                if starts[row, begin]:
-                    self._close_document(row)
-                    self._open_documents[row] = _Document(stream=row, start_offset=self._offset + begin)
-                scored = labels[row, begin:end] != IGNORE_INDEX
-                self._open_documents[row].nll_chunks.append(nll[row, begin:end][scored].float())
-        self._offset += nll.shape[1]
+                if document_starts[stream, start]:
+                    self._close_document(stream)
+                    self._open_documents[stream] = _Document(stream=stream, start_offset=self._offset + start)
+                scored = labels[stream, start:end] != IGNORE_INDEX
+                self._open_documents[stream].nll_chunks.append(nll[stream, start:end][scored].float())
+        self._offset += length
 
     def _close_document(self, stream: int) -> None:
-        # A padded place begins a document of its own, with nothing in it.
-        if (document := self._open_documents.pop(stream, None)) is not None and any(
-            len(part) for part in document.nll_chunks
-        ):
+        document = self._open_documents.pop(stream, None)
+        # Padding begins a document without tokens.
+        if document is not None and any(len(chunk) for chunk in document.nll_chunks):
             self._finished_documents.append(document)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what all processes have read."""
-        for row in list(self._open_documents):
-            self._close_document(row)
-        loader: Any = trainer.predict_dataloaders
-        own = list(_document_records(self._finished_documents, loader))
-        ranks = [own]
+        """Write the documents of all processes."""
+        for stream in list(self._open_documents):
+            self._close_document(stream)
+        records = list(_document_records(self._finished_documents, trainer.predict_dataloaders))
+        rank_records = [records]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            ranks = [own] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(ranks, own)
+            rank_records = [records] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(rank_records, records)
         if trainer.is_global_zero:
-            found = sorted((one for rank in ranks for one in rank), key=lambda one: str(one[0]["id"]))
-            surprise = {str(facts["id"]): values for facts, values in found}
-            files.save_tensors(self.output_dir / SURPRISAL_FILE, surprise, kind=FILE_KIND, version=FORMAT_VERSION)
-            lines = [json.dumps(facts, ensure_ascii=False) + "\n" for facts, _ in found]
+            records = sorted(itertools.chain(*rank_records), key=lambda record: str(record[0]["id"]))
+            surprisal = {str(metrics["id"]): nll for metrics, nll in records}
+            files.save_tensors(self.output_dir / SURPRISAL_FILE, surprisal, kind=FILE_KIND, version=FORMAT_VERSION)
+            lines = [json.dumps(metrics, ensure_ascii=False) + "\n" for metrics, _ in records]
             files.write_text(self.output_dir / DOCUMENTS_FILE, "".join(lines))
 
 
 def _document_records(documents: Sequence[_Document], dataloader: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
-    """Yield each document's facts and its tokens' surprise; ``dataloader`` is an EvaluationStreams."""
+    """Yield metrics and surprisal of each document; ``dataloader`` is an EvaluationStreams."""
     store = dataloader.store
     for document in documents:
-        values = torch.cat(document.nll_chunks)
-        row = dataloader.rank * dataloader.batch_size + document.stream
-        index = next(
-            place
-            for place, _, _ in dataloader._plan.iter_documents(row, document.start_offset, document.start_offset + 1)
-        )
-        nats, words, size = float(values.double().sum()), int(store.num_words[index]), int(store.num_bytes[index])
-        whole = len(values) == int(store.lengths[index]) - 1
-        yield (
-            {
-                "id": store.ids[index],
-                "title": store.titles[index],
-                "tokens": len(values),
-                "words": words,
-                "bytes": size,
-                "nll": nats,
-                # Of a document that was not read to its end, the text's size is not that of what was scored.
-                "bits_per_byte": nats / math.log(2) / size if whole and size else None,
-                "word_perplexity": _safe_exp(nats / words) if whole and words else None,
-            },
-            values,
-        )
+        values, start = torch.cat(document.nll_chunks), document.start_offset
+        stream = dataloader.rank * dataloader.batch_size + document.stream
+        index = next(index for index, _, _ in dataloader._plan.iter_documents(stream, start, start + 1))
+        nll, num_words, num_bytes = float(values.double().sum()), store.num_words[index], store.num_bytes[index]
+        # The text's size is not that of the scored part if the document was not read to its end.
+        is_complete = len(values) == int(store.lengths[index]) - 1
+        metrics = {
+            "id": store.ids[index],
+            "title": store.titles[index],
+            "tokens": len(values),
+            "words": int(num_words),
+            "bytes": int(num_bytes),
+            "nll": nll,
+            "bits_per_byte": nll / math.log(2) / int(num_bytes) if is_complete and num_bytes else None,
+            "word_perplexity": _safe_exp(nll / int(num_words)) if is_complete and num_words else None,
+        }
+        yield metrics, values
 
 
 def _safe_exp(value: float) -> float | None:

@@ -1,4 +1,4 @@
-"""How far a run is: a bar where there is a terminal, else a line from time to time."""
+"""Progress of a run: a bar in a terminal, else a line every half minute."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _SHORT_NAMES = {
 
 
 def _format_metrics(metrics: Mapping[str, Any], names: tuple[tuple[str, str, str], ...]) -> str:
-    return "".join(f"  {text} {float(metrics[name]):{form}}" for name, text, form in names if name in metrics)
+    return "".join(f"  {label} {float(metrics[name]):{spec}}" for name, label, spec in names if name in metrics)
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as a reader wants it: ``45 s``, ``12 min``, ``3 h 05 min``."""
+    """Return a duration such as ``45 s``, ``12 min`` or ``3 h 05 min``."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -45,12 +45,12 @@ def format_duration(seconds: float) -> str:
 
 
 class PlainProgress(pl.Callback):
-    """Writes a line to stderr from time to time and at each validation, for logs and pipes.
+    """Writes a line to stderr at intervals and at each validation, for logs and pipes.
 
     Args:
-        interval_seconds: between two lines, at least.
-        write: takes a line's text with its end; stderr by default.
-        clock: seconds that run on.
+        interval_seconds: Seconds between two lines, at least.
+        write: Takes a line with its end. Defaults to ``sys.stderr.write``.
+        clock: Returns monotonic seconds.
     """
 
     def __init__(
@@ -65,57 +65,56 @@ class PlainProgress(pl.Callback):
 
     def _write_line(self, trainer: pl.Trainer, text: str) -> None:
         if trainer.is_global_zero:
-            # Looked up now, not when this was made: a test or a caller may have put another one there.
+            # Looked up on each call, as sys.stderr may have been replaced.
             write = self._write if self._write is not None else sys.stderr.write
             total = trainer_state.total_steps(trainer)
             write(f"step {trainer.global_step}{'' if total is None else f'/{total}'}{text}\n")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count."""
+        """Start the clock."""
         self._start_time = self._last_time = self._clock()
-        self._first_step = trainer.global_step
-        self._num_tokens = 0
+        self._first_step, self._num_tokens = trainer.global_step, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count, and write a line if it is time."""
+        """Count the tokens, and write a line if the interval is over."""
         self._num_tokens += batch.tokens.numel() * trainer.world_size
         now = self._clock()
         if now - self._last_time < self._interval_seconds or not trainer_state.has_stepped(trainer):
             return
         rate = f"  {self._num_tokens / max(now - self._last_time, 1e-9):.0f} tokens/s"
-        left, total = "", trainer_state.total_steps(trainer)
-        if total is not None and (done := trainer.global_step - self._first_step):
-            # All that has passed counts: validations and checkpoints will come again.
-            left = f"  {format_duration((now - self._start_time) / done * (total - trainer.global_step))} left"
-        self._write_line(trainer, _format_metrics(trainer.callback_metrics, _TRAIN_METRICS) + rate + left)
+        remaining, total = "", trainer_state.total_steps(trainer)
+        if total is not None and (num_steps := trainer.global_step - self._first_step):
+            # All the time since the start counts, because validations and checkpoints will recur.
+            seconds = (now - self._start_time) / num_steps * (total - trainer.global_step)
+            remaining = f"  {format_duration(seconds)} left"
+        self._write_line(trainer, _format_metrics(trainer.callback_metrics, _TRAIN_METRICS) + rate + remaining)
         self._last_time, self._num_tokens = now, 0
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what was found."""
+        """Write the metrics of validation, whose time does not count as training."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
         self._write_line(trainer, "  validation" + _format_metrics(trainer.callback_metrics, _VAL_METRICS))
-        # Its time is not training's.
         self._last_time, self._num_tokens = self._clock(), 0
 
 
 class StepProgressBar(RichProgressBar):
-    """One bar for the whole run, in optimiser steps, where Lightning's counts an epoch's batches."""
+    """One bar for the whole run in optimizer steps; Lightning's counts the batches of an epoch."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return f"{'Step':{len(self.validation_description)}}"
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar, once."""
+        """Show the bar in the first epoch."""
         self._ensure_bar(trainer)
 
     def _ensure_bar(self, trainer: pl.Trainer) -> None:
         if self.is_disabled or self.progress is None or self.train_progress_bar_id is not None:
             return
         total = trainer_state.total_steps(trainer)
-        # From where a run goes on, so that its speed is not that of a jump.
+        # A resumed run starts at its step, so that the bar's speed is right.
         self.train_progress_bar_id = self.progress.add_task(
             self._get_train_description(trainer.current_epoch),
             total=math.inf if total is None else total,
@@ -126,18 +125,18 @@ class StepProgressBar(RichProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on."""
-        self._ensure_bar(trainer)  # in the middle of an epoch, where a run goes on
+        """Advance the bar."""
+        self._ensure_bar(trainer)  # A resumed run may start in the middle of an epoch.
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Return what is shown beside the bar."""
-        found = super().get_metrics(trainer, pl_module)
-        # Neither is looked at while waiting, and a line has to hold the rest.
+        """Return the metrics beside the bar."""
+        metrics = super().get_metrics(trainer, pl_module)
+        # Left out, because the line must hold the others.
         for name in ("v_num", "val_word_perplexity"):
-            found.pop(name, None)
-        if isinstance(rate := found.get("tokens_per_second"), float):
-            found["tokens_per_second"] = f"{rate:.0f}"
-        return {_SHORT_NAMES.get(name, name): value for name, value in found.items()}
+            metrics.pop(name, None)
+        if isinstance(rate := metrics.get("tokens_per_second"), float):
+            metrics["tokens_per_second"] = f"{rate:.0f}"
+        return {_SHORT_NAMES.get(name, name): value for name, value in metrics.items()}

@@ -1,43 +1,45 @@
-"""Steps whose loss or gradient is not finite: skipped, counted, and too many in a row stop the run."""
+"""Skipping of optimizer steps with a non-finite loss or gradient, and the search for its source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
+from memtx.checkpoint import rng
 from memtx.errors import MemtxError, check_at_least
-from memtx.training import nonfinite_trace
 from memtx.training.callbacks import trainer_state
 from memtx.training.carry import get_carry
 
+ALL_FINITE = "In a second pass, the outputs of all layers were finite."
+
 
 class SkipNonFinite(pl.Callback):
-    """Skips an optimiser step whose loss or gradient is not finite, and stops after too many in a row.
+    """Skips optimizer steps with a non-finite loss or gradient, and stops the run after too many in a row.
 
-    A skipped step changes neither weights nor the optimiser's state, and the memory that is carried goes on as it was
-    before the step's first batch: what the step read is not in it. A row begins fresh where what is skipped holds the
-    beginning of a document, or where the memory was no longer finite itself. The step counts as one of the run's, so
-    that schedule and data position go on. All processes skip alike.
+    A skipped step changes neither weights nor optimizer state, and the carried memory returns to its state before the
+    step's first batch. A stream is reset if a document begins in the skipped batches or its memory was not finite. The
+    step counts as one of the run, so schedule and data position advance. All processes skip the same steps.
 
-    Logs ``grad_norm``, before clipping, and ``skipped_steps``, of the whole run, once there is one.
+    Logs ``grad_norm``, before clipping, and after the first skipped step ``skipped_steps``, the total of the run.
 
-    It looks once an optimiser step, between backward pass and update, which on a GPU waits for the backward pass.
-    With ``precision: 16-mixed`` a gradient that overflows is the scaler's to skip, and not counted here.
+    Checks once per optimizer step, between backward pass and update, which on a GPU waits for the backward pass. With
+    ``precision: 16-mixed``, the gradient scaler skips overflows, and they are not counted here.
 
     Args:
-        patience: steps in a row that may be skipped before the run stops.
+        patience: Consecutive steps that may be skipped before the run stops. Defaults to 10.
 
     Attributes:
-        num_skipped: steps skipped in the whole run.
-        num_consecutive: steps skipped since the last good one.
+        num_skipped: Skipped steps of the whole run.
+        num_consecutive: Skipped steps since the last good one.
 
     Raises:
-        MemtxError: patience is below 1; while training, more steps in a row are not finite than that.
+        MemtxError: ``patience`` is below 1; in training, it is exceeded.
     """
 
     def __init__(self, patience: int = 10) -> None:
@@ -54,18 +56,18 @@ class SkipNonFinite(pl.Callback):
         return {"num_skipped": self.num_skipped, "num_consecutive": self.num_consecutive}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Count on."""
+        """Restore the counts."""
         self.num_skipped, self.num_consecutive = state_dict["num_skipped"], state_dict["num_consecutive"]
 
     @property
     def is_unstable(self) -> bool:
-        """Whether the newest step was skipped."""
+        """True if the last step was skipped."""
         return self.num_consecutive > 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Have the memory remembered as it is before a step's first batch."""
+        """Take a snapshot of the memory before a step's first batch."""
         self._batch = batch
         if (carry := get_carry(pl_module)) is None:
             return
@@ -75,25 +77,25 @@ class SkipNonFinite(pl.Callback):
         self._document_starts.append(batch.document_starts)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Remember the loss, (); a step has as many as batches are accumulated."""
+        """Remember the loss; a step has one per accumulated batch."""
         self._losses.append(loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look, and take the gradients away if the step is not to be."""
+        """Skip the step if a loss or gradient is non-finite on any process."""
         losses, self._losses = self._losses, []
-        norm = _compute_grad_norm(optimizer)
-        pl_module.log("grad_norm", norm)
+        grad_norm = _compute_grad_norm(optimizer)
+        pl_module.log("grad_norm", grad_norm)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        looked = losses if scaler is not None else [*losses, norm]
-        wrong = ~torch.stack([one.float() for one in looked]).isfinite().all()
+        values = losses if scaler is not None else [*losses, grad_norm]
+        is_bad = ~torch.stack([value.float() for value in values]).isfinite().all()
         if trainer.world_size > 1:
-            wrong = trainer.strategy.reduce(wrong.float(), reduce_op="sum")
-        if not bool(wrong):
+            is_bad = trainer.strategy.reduce(is_bad.float(), reduce_op="sum")
+        if bool(is_bad):
+            self._skip_step(trainer, pl_module, optimizer, losses, grad_norm)
+        else:
             self.num_consecutive, self._batch = 0, None
-            return
-        self._skip_step(trainer, pl_module, optimizer, losses, norm)
 
     def _skip_step(
         self,
@@ -107,38 +109,100 @@ class SkipNonFinite(pl.Callback):
         if carry is not None:
             carry.rollback("train")
         if not self.num_consecutive:
-            self._nonfinite_source = nonfinite_trace.find_first_nonfinite(trainer, module, self._batch)
+            self._nonfinite_source = find_first_nonfinite(trainer, module, self._batch)
         if carry is not None:
             carry.rollback("train", torch.cat(self._document_starts, dim=1).any(1))
-        # An optimiser leaves alone, with all it knows of it, what has no gradient.
+        # Optimizers ignore parameters without a gradient, and keep their state.
         optimizer.zero_grad(set_to_none=True)
         self.num_skipped, self.num_consecutive, self._batch = self.num_skipped + 1, self.num_consecutive + 1, None
         module.log("skipped_steps", float(self.num_skipped))
-        bad = next((f"loss is {float(one)}" for one in losses if not one.isfinite()), None)
-        what = bad or (
-            f"gradient's norm is {float(grad_norm)}" if not grad_norm.isfinite() else "loss of another process is nan"
-        )
+        problem = next((f"loss is {float(loss)}" for loss in losses if not loss.isfinite()), None)
+        if problem is None:
+            is_local = not grad_norm.isfinite()
+            problem = f"gradient norm is {float(grad_norm)}" if is_local else "loss of another process is nan"
         if self.num_consecutive >= self.patience:
             raise MemtxError(
-                f"The {what} at step {trainer.global_step}, and {self.num_consecutive} steps in a row were skipped for "
-                f"that. {self._nonfinite_source}",
-                "Training diverged: lower the learning rate, warm up longer or clip the gradient; the run's last "
-                "checkpoint is from before.",
+                f"The {problem} at step {trainer.global_step}, and {self.num_consecutive} steps in a row were skipped. "
+                f"{self._nonfinite_source}",
+                "Training diverged: lower the learning rate, warm up longer or clip the gradient; the last checkpoint "
+                "of the run is from before.",
             )
         trainer_state.write_status(
             trainer,
-            f"The {what}: the step is skipped, and the memory goes on as before it "
-            f"({self.num_consecutive} in a row, {self.num_skipped} in all). {self._nonfinite_source}",
+            f"The {problem}: the step is skipped, and the memory returns to its state before it "
+            f"({self.num_consecutive} in a row, {self.num_skipped} in total). {self._nonfinite_source}",
         )
 
 
-def _local_gradients(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if (gradient := parameter.grad) is not None:
-                yield gradient.to_local() if isinstance(gradient, DTensor) else gradient
-
-
 def _compute_grad_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the norm of all gradients, or of this process' part of them, (); not finite if one of them is not."""
-    return torch.nn.utils.get_total_norm(list(_local_gradients(optimizer)))
+    """Return the norm of all gradients of this process, ``()``; non-finite if one of them is."""
+    gradients = (parameter.grad for group in optimizer.param_groups for parameter in group["params"])
+    return torch.nn.utils.get_total_norm(
+        [
+            gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            for gradient in gradients
+            if gradient is not None
+        ]
+    )
+
+
+def _is_nonfinite(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and not bool(value.isfinite().all())
+
+
+def find_first_nonfinite(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
+    """Return a sentence that names the first layer with non-finite numbers after the backward pass of a batch.
+
+    Reads the batch once more without gradients and checks every output, so it is meant for a step that failed. The
+    state of the random number generators does not change.
+    """
+    message = _find_on_this_rank(trainer, module, batch)
+    if trainer.world_size == 1:
+        return message
+    messages: list[str] = [message] * trainer.world_size
+    torch.distributed.all_gather_object(messages, message)
+    # A rank that found the source knows more than those that its gradient reached.
+    sources = (f"{text[:-1]} (process {rank})." for rank, text in enumerate(messages) if text != ALL_FINITE)
+    return next(sources, ALL_FINITE)
+
+
+def _find_on_this_rank(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
+    weights = [name for name, parameter in module.named_parameters() if _is_nonfinite(parameter.detach())]
+    if weights:
+        return f"The weights of {weights[0]} are the first that are not finite."
+    # Gradients spread toward the input, so the last layer with a non-finite one is the source.
+    gradients = [name for name, parameter in module.named_parameters() if _is_nonfinite(parameter.grad)]
+    if layer := _find_nonfinite_layer(trainer, module, batch):
+        return f"The output of {layer} is the first that is not finite."
+    if gradients:
+        return (
+            f"The outputs are finite; in the backward pass, the gradient of {gradients[-1]} is the first that is not."
+        )
+    return ALL_FINITE
+
+
+def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
+    """Return the name of the first layer with a non-finite output; empty if there is none."""
+    layers: list[str] = []
+
+    def check_output(name: str, layer: nn.Module) -> RemovableHandle:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            if not layers and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
+                layers.append(name)
+
+        return layer.register_forward_hook(hook)
+
+    # A module's hook runs after those of its submodules, so the innermost comes first.
+    handles = [check_output(name, layer) for name, layer in module.named_modules() if name]
+    rng_state, tokens_seen = rng.get_rng_state(), getattr(module, "tokens_seen", 0)
+    module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), trainer.precision_plugin.train_step_context():
+            module.training_step(batch, 0)
+    finally:
+        rng.set_rng_state(rng_state)
+        module.tokens_seen = tokens_seen  # type: ignore[assignment]
+        del module.log
+        for handle in handles:
+            handle.remove()
+    return layers[0] if layers else ""

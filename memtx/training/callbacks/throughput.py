@@ -1,4 +1,4 @@
-"""How fast a run goes, how much of the machine it uses, and what it holds."""
+"""Speed, hardware utilization and memory of a training run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from memtx.training.carry import get_carry
 from memtx.training.language import LanguageModule
 
 MATRIX_SIZES = {"cuda": 4096}
-"""Of the matrices that a device's peak is measured with; it takes a tenth of a second."""
+"""Size of the matrices that measure a device's peak, by device type; the measurement takes a tenth of a second."""
 DEFAULT_MATRIX_SIZE = 1024
 
 logger = logging.getLogger(__name__)
 
 
 def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Return the most memory held so far: of the GPU where ``device`` is one, else of the process."""
+    """Return the peak memory in bytes of a CUDA device, else of this process."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -34,7 +34,7 @@ def peak_memory_bytes(device: torch.device | None = None) -> int:
 
 
 def current_memory_bytes(device: torch.device) -> int | None:
-    """Return the memory held now, by the same count; None where the system does not say."""
+    """Return the memory in use in bytes, as for the peak; None if the system does not report it."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     try:
@@ -44,7 +44,7 @@ def current_memory_bytes(device: torch.device) -> int | None:
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
-    """Return the type that a precision of Lightning's multiplies matrices in."""
+    """Return the dtype of matrix products under one of Lightning's precisions."""
     if "bf16" in precision:
         return torch.bfloat16
     if "16" in precision:
@@ -53,18 +53,18 @@ def matmul_dtype(precision: str) -> torch.dtype:
 
 
 class Throughput(pl.Callback):
-    """Logs how training goes, validation's time left out.
+    """Logs speed and memory of training, without the time of validation.
 
-    ``tokens_per_second`` (all ranks), ``memory_mib`` and ``peak_memory_mib`` (of this rank's GPU, else of its process),
-    ``state_mib``, and for language models ``model_tflops`` and ``mfu``: the operations a second
-    that the model asks for (see :mod:`memtx.training.cost`), and their share of what the devices can do.
+    Logs ``tokens_per_second`` (all ranks), ``memory_mib`` and ``peak_memory_mib`` (this rank's GPU, else its process),
+    ``state_mib``, and for language models ``model_tflops`` and ``mfu``: the model operations per second (see
+    :mod:`memtx.training.cost`) and their fraction of the devices' peak.
 
     Args:
-        every_n_batches: training batches between two figures.
-        peak_tflops: of one device, in the run's precision; None to measure it by a product of matrices once.
+        every_n_batches: Training batches between two logs. Defaults to 10.
+        peak_tflops: Peak of one device in the run's precision. None measures it once with a matrix product.
 
     Raises:
-        MemtxError: a number is not positive.
+        MemtxError: A number is not positive.
     """
 
     def __init__(self, every_n_batches: int = 10, peak_tflops: float | None = None) -> None:
@@ -72,8 +72,7 @@ class Throughput(pl.Callback):
         if peak_tflops is not None:
             check_positive(peak_tflops=peak_tflops)
         self.every_n_batches, self.peak_tflops = every_n_batches, peak_tflops
-        self._start_time = 0.0
-        self._num_tokens = 0
+        self._start_time, self._num_tokens = 0.0, 0
         self._flops_per_token: float | None = None
         self._flops_counted = False
 
@@ -81,47 +80,48 @@ class Throughput(pl.Callback):
         self._start_time, self._num_tokens = time.perf_counter(), 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count."""
+        """Start the clock."""
         self._reset_window()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the validation's time out."""
+        """Restart the clock after validation."""
         self._reset_window()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count, and log from time to time."""
+        """Count the tokens, and log every ``every_n_batches`` batches."""
         self._num_tokens += batch.tokens.numel() * trainer.world_size
         if (batch_idx + 1) % self.every_n_batches:
             return
         rate = self._num_tokens / max(time.perf_counter() - self._start_time, 1e-9)
         device = pl_module.device
-        figures = {"peak_memory_mib": peak_memory_bytes(device) / 2**20}
-        if (held := current_memory_bytes(device)) is not None:
-            figures["memory_mib"] = held / 2**20
+        metrics = {"peak_memory_mib": peak_memory_bytes(device) / 2**20}
+        if (memory := current_memory_bytes(device)) is not None:
+            metrics["memory_mib"] = memory / 2**20
         if (carry := get_carry(pl_module)) is not None:
-            figures["state_mib"] = carry.nbytes("train") / 2**20
-        if (flops := self._get_flops_per_token(trainer, pl_module, batch)) is not None and self.peak_tflops is not None:
-            figures["model_tflops"] = rate * flops / 1e12
-            figures["mfu"] = rate * flops / (1e12 * self.peak_tflops * trainer.world_size)
+            metrics["state_mib"] = carry.nbytes("train") / 2**20
+        if (flops := self._get_flops_per_token(trainer, pl_module)) is not None and self.peak_tflops is not None:
+            metrics["model_tflops"] = rate * flops / 1e12
+            metrics["mfu"] = rate * flops / (1e12 * self.peak_tflops * trainer.world_size)
         pl_module.log_dict({"tokens_per_second": rate}, prog_bar=True)
-        pl_module.log_dict(figures)
+        pl_module.log_dict(metrics)
         self._reset_window()
 
-    def _get_flops_per_token(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> float | None:
-        """Return the model operations of a token's training, counted when first asked for; None where unknown."""
-        if not self._flops_counted:
-            self._flops_counted = True
-            if isinstance(module, LanguageModule):
-                try:
-                    found = cost.count_flops(module.model, module.segment_length)
-                except Exception as error:  # a part from elsewhere; a run does not end for a figure
-                    logger.info("The model's operations could not be counted: %s", error)
-                else:
-                    self._flops_per_token = found.training if found.includes_attention else None
-            if self._flops_per_token is not None and self.peak_tflops is None:
-                device = module.device
-                size = MATRIX_SIZES.get(device.type, DEFAULT_MATRIX_SIZE)
-                self.peak_tflops = cost.measure_peak_flops(device, matmul_dtype(str(trainer.precision)), size) / 1e12
+    def _get_flops_per_token(self, trainer: pl.Trainer, module: pl.LightningModule) -> float | None:
+        """Return the training operations per token, counted on first use; None if unknown."""
+        if self._flops_counted:
+            return self._flops_per_token
+        self._flops_counted = True
+        if isinstance(module, LanguageModule):
+            try:
+                flops = cost.count_flops(module.model, module.segment_length)
+            except Exception as error:  # A third party's module must not end the run.
+                logger.info("The model's operations could not be counted: %s", error)
+            else:
+                self._flops_per_token = flops.training if flops.includes_attention else None
+        if self._flops_per_token is not None and self.peak_tflops is None:
+            size = MATRIX_SIZES.get(module.device.type, DEFAULT_MATRIX_SIZE)
+            dtype = matmul_dtype(str(trainer.precision))
+            self.peak_tflops = cost.measure_peak_flops(module.device, dtype, size) / 1e12
         return self._flops_per_token

@@ -1,4 +1,4 @@
-"""Where in a step a callback stands: what may be saved, and what comes next."""
+"""State of a Lightning trainer within a step, for callbacks: progress, safe points to save, and status lines."""
 
 from __future__ import annotations
 
@@ -10,44 +10,57 @@ import lightning.pytorch as pl
 
 
 def has_stepped(trainer: pl.Trainer) -> bool:
-    """Return whether the batch in hand ended in an optimiser step.
+    """Return whether the current batch ended in an optimizer step.
 
-    If not, gradients are half accumulated, and a checkpoint would lose them.
+    If not, gradients are being accumulated, and a checkpoint would lose them.
     """
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 def is_unstable(trainer: pl.Trainer) -> bool:
-    """Return whether a guard sees the run in trouble, so that a checkpoint would be no good one."""
-    return any(getattr(one, "is_unstable", False) for one in cast(Any, trainer).callbacks)
+    """Return whether a callback considers the run unstable, so that no checkpoint should be written."""
+    return any(getattr(callback, "is_unstable", False) for callback in cast(Any, trainer).callbacks)
 
 
 def will_validate(trainer: pl.Trainer) -> bool:
-    """Return whether validation follows on the batch in hand.
+    """Return whether validation follows the current batch.
 
-    A checkpoint written before it counts it as done: the run that goes on from there would never have it.
+    A checkpoint written before it counts it as done, so a resumed run would never run it.
     """
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 def is_last_step(trainer: pl.Trainer) -> bool:
-    """Return whether the batch in hand is the run's last."""
+    """Return whether the current batch is the last of the run."""
     if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
         return True
-    ends = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
-    return ends and trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return ends_epoch and trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
 
 
 def total_steps(trainer: pl.Trainer) -> int | None:
-    """Return the optimiser steps of the whole run, None where it has no end."""
+    """Return the optimizer steps of the whole run; None if it is endless."""
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
     if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
         limits.append(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
     return min(limits) if limits else None
 
 
+def sync_batch_progress(trainer: pl.Trainer) -> None:
+    """Set the trainer's batch count of the epoch to the data's, which differs after an elastic resume."""
+    loader = trainer.train_dataloader
+    position = getattr(loader, "position", None)
+    if loader is None or not isinstance(position, int):
+        return
+    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    # At a checkpoint of an epoch's last batch, the data is in the next epoch and Lightning is not.
+    shift = (position % len(loader) or (len(loader) if progress.ready else 0)) - progress.ready
+    for name in ("ready", "started", "processed", "completed"):
+        setattr(progress, name, getattr(progress, name) + shift)
+
+
 def write_status(trainer: pl.Trainer, message: str) -> None:
-    """Write a line on stderr, once for all processes, with the step that it is of."""
+    """Write a line with the current step to stderr, on rank 0 only."""
     if trainer.is_global_zero:
         sys.stderr.write(f"step {trainer.global_step}  {message}\n")

@@ -1,17 +1,9 @@
-"""Distillation: a teacher, a student, and what the one is to have like the other."""
+"""Distillation: a teacher, a student, and the losses between them."""
 
-from memtx.training.distillation.distillation import Distillation
+from memtx.training.distillation.distillation import Distillation, SelfDistillation
+from memtx.training.distillation.layer_losses import AttentionMSE, HiddenCosine, HiddenMSE, ValueRelations
 from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, LastLayer, NoLayers
-from memtx.training.distillation.losses import (
-    AttentionMSE,
-    EmbeddingMSE,
-    HardLabels,
-    HiddenCosine,
-    HiddenMSE,
-    SoftTargets,
-    ValueRelations,
-)
-from memtx.training.distillation.self_distillation import SelfDistillation
+from memtx.training.distillation.losses import EmbeddingMSE, HardLabels, SoftTargets
 
 __all__ = [
     "AttentionMSE",

@@ -1,7 +1,7 @@
-"""A teacher and what of it a student is to learn: the part that makes a training module distil.
+"""Distillation as a part of a training module: the teacher, its losses and its cached logits.
 
-The teacher is opened when training begins and is in no checkpoint: a run's student is loaded, measured and served
-without it, and going on with the run opens it again.
+The teacher is loaded when training begins and is in no checkpoint: a run's student is loaded, evaluated and served
+without it, and a resumed run loads it again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from memtx.checkpoint import pretrained
 from memtx.data.books import BookDataModule
 from memtx.errors import MemtxError
 from memtx.memory.base import Losses
+from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import DistillationLoss, HardLabels, SoftTargets
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
@@ -25,34 +26,36 @@ from memtx.training.distillation.student_init import init_student
 from memtx.training.distillation.teacher import check_teacher_data, check_teacher_type, load_teacher
 from memtx.training.distillation.teacher_cache import LogitCache, LogitTable, top_k_logits
 
+LossFactory = Callable[[ModelDims, ModelDims], DistillationLoss]
+
 _WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
 class Distillation(nn.Module):
-    """Distillation of a teacher into the model that a module trains (Hinton et al. 2015; Sanh et al. 2019).
+    """Distillation of a teacher into the trained model (Hinton et al. 2015; Sanh et al. 2019).
 
     Attributes:
-        losses: what the student is to have like the teacher; empty until training begins.
-        logit_table: the teacher's scores of a corpus, where they are kept.
+        losses: The losses; empty until training begins.
+        logit_table: Cached logits of a book corpus; None without a cache.
 
     Args:
-        teacher: a run's folder, a checkpoint, or a folder of ours or of a published model.
-        losses: makes the losses from the sizes of student and teacher; ``HardLabels`` is what would be learned without
-            a teacher.
-        student_init: which layer of the teacher each of the student's begins as; None for a student drawn at random.
-        bf16: whether the teacher is held and run in bfloat16; in float32 all the same on CPUs that are slow in it.
-        cache_dir: a folder in which the teacher's highest scores are kept, so that it reads each text once; None to let
-            it read every time. For losses of scores alone and texts that come again as they were.
-        top_k: how many scores a place are kept there.
+        teacher: Run folder, checkpoint, or pretrained folder of memtx or ``transformers``.
+        losses: Creates the losses from the dimensions of student and teacher; ``HardLabels`` is the loss without a
+            teacher. Defaults to ``SoftTargets`` and ``HardLabels``.
+        student_init: Teacher layers to initialize the student's layers from. None keeps the random initialization.
+        bf16: If True, store and run the teacher in bfloat16, except on CPUs that are slow in it.
+        cache_dir: Folder for the teacher's top-k logits, so that it reads each text once, for losses of logits and
+            texts that are repeated unchanged. None disables the cache.
+        top_k: Cached logits per position. Defaults to 64.
     """
 
     resets_every_step = False
-    """Whether every step of a language model is to begin with fresh streams."""
+    """If True, a language model starts every step with fresh streams."""
 
     def __init__(
         self,
         teacher: str | None = None,
-        losses: Sequence[Callable[[ModelDims, ModelDims], DistillationLoss]] = (SoftTargets, HardLabels),
+        losses: Sequence[LossFactory] = (SoftTargets, HardLabels),
         student_init: LayerMap | None = None,
         bf16: bool = False,
         cache_dir: str | None = None,
@@ -62,76 +65,69 @@ class Distillation(nn.Module):
         self.teacher_path, self.loss_factories, self.student_init, self.bf16 = teacher, list(losses), student_init, bf16
         self.cache_dir, self.top_k = cache_dir, top_k
         self.losses = nn.ModuleList()
-        # Not a part of this module: neither its optimiser nor its checkpoints are to know the teacher.
+        # In a list, so that it is no submodule: the teacher is neither optimized nor saved.
         self._teacher: list[nn.Module] = []
         self._logit_cache: LogitCache | None = None
         self.logit_table: LogitTable | None = None
 
     def setup(self, student: nn.Module, datamodule: Any = None) -> None:
-        """Open the teacher and make the losses; where ``student_init`` says so, let the student begin as the teacher.
+        """Load the teacher, create the losses, and initialize the student if ``student_init`` is given.
 
         Args:
-            student: what is trained.
-            datamodule: the run's data module, to be compared with what the teacher was trained on.
+            student: Model that is trained.
+            datamodule: Data module of the run, compared with the teacher's data.
 
         Raises:
-            MemtxError: no teacher is named, or it does not fit the student, the data or the losses.
+            MemtxError: No teacher is given, or it does not fit the student, the data or the losses.
         """
         if self.teacher_path is None:
             raise MemtxError(
-                "No teacher is given to be distilled.",
-                "Add --model.distillation.init_args.teacher RUN: a run's folder, a checkpoint or a published folder.",
+                "distillation.teacher is not set.",
+                "Add --model.distillation.init_args.teacher with a run folder, a checkpoint or a pretrained folder.",
             )
-        kept = load_teacher(self.teacher_path, bf16=self.bf16)
-        check_teacher_type(kept, student)
-        check_teacher_data(kept, datamodule)
-        self._teacher = [kept.model]
-        self._build_losses(ModelDims.from_model(student), ModelDims.from_model(kept.model))
+        teacher = load_teacher(self.teacher_path, bf16=self.bf16)
+        check_teacher_type(teacher, student)
+        check_teacher_data(teacher, datamodule)
+        self._teacher = [teacher.model]
+        self._create_losses(ModelDims.from_model(student), ModelDims.from_model(teacher.model))
         if self.cache_dir is not None:
-            self._open_cache(kept.model, datamodule)
+            self._open_cache(self.cache_dir, teacher.model, datamodule)
         if self.student_init is not None:
-            init_student(student, kept.model, self.student_init)
+            init_student(student, teacher.model, self.student_init)
 
-    def _build_losses(self, student: ModelDims, teacher: ModelDims) -> None:
+    def _create_losses(self, student: ModelDims, teacher: ModelDims) -> None:
         if not self.loss_factories:
-            raise MemtxError("There are no losses to distil by.", "Give some, such as SoftTargets.")
-        self.losses = nn.ModuleList(make(student, teacher) for make in self.loss_factories)
+            raise MemtxError("distillation.losses is empty.", "Add at least one, such as SoftTargets.")
+        self.losses = nn.ModuleList(create(student, teacher) for create in self.loss_factories)
 
-    def _open_cache(self, teacher: nn.Module, datamodule: Any) -> None:
-        assert self.cache_dir is not None
-        if layers := [type(one).__name__ for one in self._loss_modules() if one.required_outputs == "hidden"]:
+    def _open_cache(self, cache_dir: str, teacher: nn.Module, datamodule: Any) -> None:
+        if names := [type(loss).__name__ for loss in self._loss_modules() if loss.required_outputs == "hidden"]:
             raise MemtxError(
-                f"The cache holds a teacher's scores, and {', '.join(layers)} asks for its layers.",
-                "Leave out cache_dir, or these losses.",
+                f"The cache stores a teacher's logits, but {', '.join(names)} needs its layers.",
+                "Remove cache_dir, or these losses.",
             )
         assert isinstance(teacher, pretrained.PretrainedModel)
         if isinstance(datamodule, BookDataModule):
             store = datamodule.token_store("train")
-            both = sha256((teacher.fingerprint + store.fingerprint).encode()).hexdigest()
-            self.logit_table = LogitTable(self.cache_dir, both, store.num_tokens, self.top_k)
+            fingerprint = sha256((teacher.fingerprint + store.fingerprint).encode()).hexdigest()
+            self.logit_table = LogitTable(cache_dir, fingerprint, store.num_tokens, self.top_k)
         else:
-            self._logit_cache = LogitCache(self.cache_dir, teacher.fingerprint, self.top_k)
+            self._logit_cache = LogitCache(cache_dir, teacher.fingerprint, self.top_k)
 
     def _loss_modules(self) -> list[DistillationLoss]:
-        return [one for one in self.losses if isinstance(one, DistillationLoss)]
+        return [loss for loss in self.losses if isinstance(loss, DistillationLoss)]
 
     @property
     def uses_cache(self) -> bool:
-        """Whether scores are kept on disk."""
+        """True if the teacher's logits are cached."""
         return self.cache_dir is not None
 
     def needs_hidden_states(self, progress: float) -> bool:
-        """Return whether a loss that counts now compares layers."""
-        return any(one.required_outputs == "hidden" and one.is_active(progress) for one in self._loss_modules())
+        """Return whether a loss that is active at this fraction of the run compares layers."""
+        return any(loss.required_outputs == "hidden" and loss.is_active(progress) for loss in self._loss_modules())
 
     def get_teacher(self, device: torch.device, student: nn.Module, length: int) -> nn.Module:
-        """Return the teacher on a device.
-
-        Args:
-            device: the student's.
-            student: what is trained.
-            length: of a row of the batch.
-        """
+        """Return the teacher on the device of the student, for batches of ``length`` tokens per stream."""
         (teacher,) = self._teacher
         if next(teacher.parameters()).device != device:
             teacher.to(device)
@@ -141,43 +137,71 @@ class Distillation(nn.Module):
     def get_teacher_outputs(
         self, run_teacher: Callable[[], ModelOutputs], make_keys: Callable[[], Sequence[bytes]] = list
     ) -> ModelOutputs:
-        """Return what the teacher shows, from disk if it is there.
+        """Return the teacher's outputs for a batch, from the cache if it has them.
 
-        Args:
-            run_teacher: reads with the teacher.
-            make_keys: makes the key of each scored place; asked only where scores are kept.
+        ``run_teacher`` reads the batch, and ``make_keys``, called only with a cache, returns a key per scored position.
         """
         if self._logit_cache is None:
             return run_teacher()
-        names = make_keys()
-        found = self._logit_cache.get(names)
-        if found is None:
-            shown = run_teacher()
-            assert shown.features is not None
-            scores = shown.features if shown.head is None else shown.head(shown.features)
-            self._logit_cache.put(names, *top_k_logits(scores, self.top_k))
-            found = self._logit_cache.get(names)
-            assert found is not None
+        keys = make_keys()
+        cached = self._logit_cache.get(keys)
+        if cached is None:
+            outputs = run_teacher()
+            assert outputs.features is not None
+            logits = outputs.features if outputs.head is None else outputs.head(outputs.features)
+            self._logit_cache.put(keys, *top_k_logits(logits, self.top_k))
+            cached = self._logit_cache.get(keys)
+            assert cached is not None
         device = next(self._teacher[0].parameters()).device
-        return ModelOutputs(found[0].to(device), class_indices=found[1].to(device))
+        return ModelOutputs(cached[0].to(device), class_indices=cached[1].to(device))
 
     def compute_losses(self, student: ModelOutputs, teacher: ModelOutputs, progress: float) -> Losses:
-        """Return the weighted losses by name.
-
-        Args:
-            student: what it shows, with gradient.
-            teacher: what it shows of the same text.
-            progress: of the run that is done, from 0 to 1.
-        """
-        named: Losses = {}
-        for one in self._loss_modules():
-            if one.is_active(progress):
-                value = one.weight * one(student, teacher)
-            elif own := list(one.parameters()):
-                # In the graph all the same, as several processes need it.
-                value = torch.stack([weight.sum() * 0.0 for weight in own]).sum()
+        """Return the weighted losses by name at ``progress``, the fraction of the run that is done."""
+        losses: Losses = {}
+        for loss in self._loss_modules():
+            if loss.is_active(progress):
+                value = loss.weight * loss(student, teacher)
+            elif parameters := list(loss.parameters()):
+                # In the graph anyway, because DDP needs a gradient for every parameter.
+                value = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
             else:
                 continue
-            name = _WORD_BOUNDARY.sub("_", type(one).__name__).lower()
-            named[name] = named[name] + value if name in named else value
-        return named
+            name = _WORD_BOUNDARY.sub("_", type(loss).__name__).lower()
+            losses[name] = losses[name] + value if name in losses else value
+        return losses
+
+
+class SelfDistillation(Distillation):
+    """Distillation of a memory transformer's full attention over a batch into its memory.
+
+    The teacher has the student's current weights, no memory, and every token of the batch visible, so batches should
+    be no longer than the model was trained on. Every step starts with fresh streams, so that both read the same text.
+
+    Args:
+        losses: Creates the losses from the dimensions of student and teacher. Defaults to ``SoftTargets`` and
+            ``HardLabels``.
+    """
+
+    resets_every_step = True
+
+    def __init__(self, losses: Sequence[LossFactory] = (SoftTargets, HardLabels)) -> None:
+        super().__init__(None, losses)
+
+    def setup(self, student: nn.Module, datamodule: Any = None) -> None:
+        """Create the losses.
+
+        Raises:
+            MemtxError: The student is no memory transformer, or the losses do not fit it.
+        """
+        if not isinstance(student, MemoryTransformer):
+            raise MemtxError(
+                f"SelfDistillation needs a model with memory, not {type(student).__name__}.",
+                "Use a MemoryTransformer, or Distillation with another teacher.",
+            )
+        dims = ModelDims.from_model(student)
+        self._create_losses(dims, dims)
+
+    def get_teacher(self, device: torch.device, student: nn.Module, length: int) -> nn.Module:
+        """Return the student's weights with ``length`` visible tokens, in eval mode."""
+        assert isinstance(student, MemoryTransformer)
+        return student.without_memory(length).eval()

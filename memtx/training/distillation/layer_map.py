@@ -1,4 +1,4 @@
-"""Which layer of a student is to be like which of its teacher."""
+"""Maps from the layers of a student to those of its teacher."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ class LayerMap(ABC):
 
     @abstractmethod
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-        """Return (student's layer, teacher's layer) pairs of models of so many layers.
+        """Return (student layer, teacher layer) pairs for models of these depths.
 
         Raises:
-            MemtxError: the depths do not fit the map; says which would.
+            MemtxError: The depths do not fit the map.
         """
 
 
 class EveryKthLayer(LayerMap):
-    """Layer i stands for layers k i to k i + k - 1 of the teacher, and is to be like the last of them.
+    """Each student layer paired with the last of k teacher layers, k being the quotient of the depths.
 
-    The uniform map of TinyBERT (Jiao et al. 2020, section 3: g(m) = k m), with k the quotient of the depths.
+    The uniform map of TinyBERT (Jiao et al. 2020, section 3: g(m) = k m): layer i stands for layers k i to k i + k - 1.
     """
 
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-        """Return a pair a layer of the student."""
+        """Return one pair per student layer."""
         if teacher_depth % student_depth:
-            fitting = ", ".join(str(depth) for depth in range(1, teacher_depth + 1) if teacher_depth % depth == 0)
+            divisors = ", ".join(str(depth) for depth in range(1, teacher_depth + 1) if teacher_depth % depth == 0)
             raise MemtxError(
                 f"The student has {student_depth} layers, which do not divide the teacher's {teacher_depth}.",
-                f"Give it {fitting} layers, or name the pairs by ExplicitLayers.",
+                f"Choose a depth of {divisors}, or name the pairs with ExplicitLayers.",
             )
         k = teacher_depth // student_depth
         return [(layer, k * layer + k - 1) for layer in range(student_depth)]
@@ -42,44 +42,44 @@ class ExplicitLayers(LayerMap):
     """Pairs given one by one.
 
     Args:
-        pairs: (student's layer, teacher's layer), from 0, negative from the end.
+        pairs: (student layer, teacher layer) pairs, counted from 0, or from the end if negative.
 
     Raises:
-        MemtxError: there is none.
+        MemtxError: There are no pairs.
     """
 
     def __init__(self, pairs: Sequence[tuple[int, int]]) -> None:
         if not pairs:
-            raise MemtxError("A map of layers has no pairs.", "Give at least one, such as [[0, 1]].")
-        self.layer_pairs = [(int(own), int(other)) for own, other in pairs]
+            raise MemtxError("The layer map has no pairs.", "Add at least one, such as [[0, 1]].")
+        self.layer_pairs = [(int(student), int(teacher)) for student, teacher in pairs]
 
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
         """Return the pairs, counted from 0."""
-        found = []
-        for own, other in self.layer_pairs:
-            for whose, layer, depth in (("student", own, student_depth), ("teacher", other, teacher_depth)):
+        pairs = []
+        for student, teacher in self.layer_pairs:
+            for name, layer, depth in (("student", student, student_depth), ("teacher", teacher, teacher_depth)):
                 if not -depth <= layer < depth:
                     raise MemtxError(
-                        f"The map of layers names layer {layer} of the {whose}, which has {depth}.",
-                        f"Give {-depth} to {depth - 1}.",
+                        f"The layer map names layer {layer} of the {name}, which has {depth} layers.",
+                        f"Choose {-depth} to {depth - 1}.",
                     )
-            found.append((own % student_depth, other % teacher_depth))
-        return found
+            pairs.append((student % student_depth, teacher % teacher_depth))
+        return pairs
 
 
 class LastLayer(ExplicitLayers):
-    """The last layers alone (MiniLM, Wang et al. 2020, section 3.1), so that depths need not fit."""
+    """The last layers only, for models of any depths (MiniLM, Wang et al. 2020, section 3.1)."""
 
     def __init__(self) -> None:
         super().__init__([(-1, -1)])
 
 
 class NoLayers(LayerMap):
-    """No layers: a student that starts so has the embeddings of its teacher, and what else is outside the layers.
+    """No layers: a student initialized with it gets the teacher's embeddings and everything else outside the layers.
 
-    From a wider teacher it has the embeddings alone, along the directions in which these vary most.
+    From a wider teacher it gets the embeddings alone, projected to their principal components.
     """
 
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-        """Return no pair."""
+        """Return no pairs."""
         return []

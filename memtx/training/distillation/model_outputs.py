@@ -1,4 +1,4 @@
-"""What a model shows of a text it has read: all that the losses compare of a student and its teacher."""
+"""Outputs of a model that distillation losses compare, and the ways to obtain them for each kind of training."""
 
 from __future__ import annotations
 
@@ -9,33 +9,40 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from memtx.data.batch import IGNORE_INDEX
+from memtx.data.tasks.batches import TaskBatch
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
-from memtx.models.heads import TaskModel
+from memtx.models.heads import TaskModel, run_encoder
 from memtx.models.memory_transformer import MemoryTransformer
 
 ALL_POSITIONS = slice(None)
-"""Every place."""
 
 
 def get_backbone(model: nn.Module) -> nn.Module:
-    """Return what reads: a task's model without its head, any other as it is."""
+    """Return a task model without its head, any other model as it is."""
     return model.backbone if isinstance(model, TaskModel) else model
+
+
+def get_blocks(model: nn.Module) -> list[Any]:
+    """Return the layers of an encoder, a task model's encoder or a memory transformer; empty for other models."""
+    backbone = get_backbone(model)
+    return list(backbone.blocks) if isinstance(backbone, Encoder | MemoryTransformer) else []
 
 
 @dataclass(frozen=True)
 class ModelDims:
-    """What must fit for two models to be compared.
+    """Dimensions that must match for two models to be compared.
 
     Attributes:
-        name: the model's class.
-        dim: width of the hidden states.
-        depth: layers whose hidden states it shows; 0 if it shows none.
-        heads: query heads a layer.
-        value_dim: of a layer's values, all heads together.
-        num_classes: scores a place, or a text; 0 if it has no head for what is trained.
-        has_attention_maps: whether the distance of two tokens decides whether one sees the other, so that the scores
-            that attention gives pairs can be compared.
+        name: Class of the model.
+        dim: Width of the hidden states.
+        depth: Layers whose hidden states the model returns; 0 if it returns none.
+        heads: Query heads per layer.
+        value_dim: Width of a layer's values, over all heads.
+        num_classes: Logits per position or text; 0 without a head for the training objective.
+        has_attention_maps: If True, visibility depends on the distance of two tokens alone, so that attention scores
+            can be compared.
     """
 
     name: str
@@ -48,51 +55,51 @@ class ModelDims:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self:
-        """Return the sizes of a model.
+        """Return the dimensions of a model.
 
         Raises:
-            MemtxError: it is of a kind that neither teaches nor learns from a teacher.
+            MemtxError: The model can be neither teacher nor student.
         """
-        body = get_backbone(model)
-        name = type(body).__name__
-        if isinstance(body, Encoder):
-            outputs = model.num_labels if isinstance(model, TaskModel) else body.vocab_size * (body.head is not None)
-            attentions = [block.attention for block in get_blocks(body)]
-            maps = all(one.within_window(torch.zeros(1, dtype=torch.int64)) is not None for one in attentions)
-            return cls(name, body.dim, body.depth, attentions[0].heads, body.dim, outputs, maps)
+        backbone = get_backbone(model)
+        name = type(backbone).__name__
+        if isinstance(backbone, Encoder):
+            attentions = [block.attention for block in get_blocks(backbone)]
+            distance = torch.zeros(1, dtype=torch.int64)
+            return cls(
+                name,
+                backbone.dim,
+                backbone.depth,
+                attentions[0].heads,
+                backbone.dim,
+                model.num_labels if isinstance(model, TaskModel) else backbone.vocab_size * (backbone.head is not None),
+                has_attention_maps=all(attention.within_window(distance) is not None for attention in attentions),
+            )
         if isinstance(model, TaskModel):
             return cls(name, model.backbone.dim, 0, 0, 0, model.num_labels, has_attention_maps=False)
-        if isinstance(body, MemoryTransformer):
-            attention = get_blocks(body)[0].attention
-            width = attention.heads * attention.head_dim
-            return cls(name, body.dim, body.depth, attention.heads, width, body.vocab_size, has_attention_maps=False)
+        if isinstance(backbone, MemoryTransformer):
+            attention = get_blocks(backbone)[0].attention
+            width, classes = attention.heads * attention.head_dim, backbone.vocab_size
+            return cls(name, backbone.dim, backbone.depth, attention.heads, width, classes, has_attention_maps=False)
         raise MemtxError(
-            f"A {name} can be no teacher and no student.", "Give an Encoder, a task's model or a MemoryTransformer."
+            f"A {name} can be neither teacher nor student.", "Use an Encoder, a task model or a MemoryTransformer."
         )
-
-
-def get_blocks(model: nn.Module) -> list[Any]:
-    """Return the layers of an encoder, of a task's encoder or of a memory transformer; none of other models."""
-    body = get_backbone(model)
-    return list(body.blocks) if isinstance(body, Encoder | MemoryTransformer) else []
 
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What one model makes of rows of text.
+    """Outputs of one model for a batch.
 
     Attributes:
-        features: (n, width), one for each place, or text, that is scored.
-        head: makes (m, classes) scores of (m, width) of the states; None where the states are scores.
-        class_indices: (n, width) int64, the class of each score, where the states are those of some classes alone; a
-            score of minus infinity fills up.
-        hidden_states: (rows, length, dim) each, what the embeddings made and what every layer made.
-        blocks: the layers.
-        attention_mask: (rows, length) bool, where a token is and no padding; None for everywhere.
-        global_attention_mask: (rows, length) bool, which tokens are global; None where none is.
-        document_starts: of a model that sees the past alone, (rows, length) bool, where a document begins; None of
-            others.
-        loss: what the student loses by the labels, a scalar; None of a teacher.
+        features: Features ``(n, width)`` of each scored position or text; logits if ``head`` is None.
+        head: Computes logits ``(m, classes)`` from features ``(m, width)``.
+        class_indices: Class of each logit, ``(n, width)`` int64, if the features are logits of some classes only; a
+            logit of minus infinity is padding.
+        hidden_states: Outputs of the embeddings and of every layer, each ``(batch, length, dim)``.
+        blocks: The layers.
+        attention_mask: ``(batch, length)`` bool, False for padding; None without padding.
+        global_attention_mask: ``(batch, length)`` bool, True for global tokens; None without any.
+        document_starts: For causal models, ``(batch, length)`` bool, True where a document begins; None for others.
+        loss: Loss of the student on the labels, ``()``; None for a teacher.
     """
 
     features: Tensor | None
@@ -106,49 +113,126 @@ class ModelOutputs:
     loss: Tensor | None = None
 
     def attention_scores(self, layer: int, queries: slice, keys: slice) -> Tensor:
-        """Return (rows, heads, queries, keys) of a layer, before masks and softmax."""
-        out: Tensor = self.blocks[layer].attention.attention_scores(self.hidden_states[layer], queries, keys)
-        return out
+        """Return a layer's scores ``(batch, heads, queries, keys)`` before masks and softmax."""
+        scores: Tensor = self.blocks[layer].attention.attention_scores(self.hidden_states[layer], queries, keys)
+        return scores
 
     def values(self, layer: int) -> Tensor:
-        """Return (rows, length, heads * head_dim) of a layer."""
-        out: Tensor = self.blocks[layer].project_values(self.hidden_states[layer])
-        return out
+        """Return a layer's values ``(batch, length, heads * head_dim)``."""
+        values: Tensor = self.blocks[layer].project_values(self.hidden_states[layer])
+        return values
 
     def window_mask(self, layer: int, queries: slice, keys: slice) -> Tensor:
-        """Return (rows or 1, queries, keys) bool, which places each place sees in a layer.
+        """Return the visibility ``(batch or 1, queries, keys)`` bool of a layer.
 
-        Global tokens' own rows are left out: they ask with projections of their own.
+        The queries of global tokens are masked out: they use projections of their own.
         """
-        place = torch.arange(self.hidden_states[0].shape[1], device=self.hidden_states[0].device)
-        found: Tensor = self.blocks[layer].attention.within_window(place[keys] - place[queries, None])[None]
-        return found if self.global_attention_mask is None else found & ~self.global_attention_mask[:, queries, None]
+        position = torch.arange(self.hidden_states[0].shape[1], device=self.hidden_states[0].device)
+        distance = position[keys] - position[queries, None]
+        mask: Tensor = self.blocks[layer].attention.within_window(distance)[None]
+        return mask if self.global_attention_mask is None else mask & ~self.global_attention_mask[:, queries, None]
 
     def distance_range(self, layer: int) -> tuple[int, int]:
-        """Return the least and the greatest distance at which a place sees another in a layer."""
+        """Return the smallest and largest visible distance, key minus query, in a layer."""
         length = self.hidden_states[0].shape[1]
         distance = torch.arange(1 - length, length)
-        seen = distance[self.blocks[layer].attention.within_window(distance)]
-        return int(seen[0]), int(seen[-1])
+        visible = distance[self.blocks[layer].attention.within_window(distance)]
+        return int(visible[0]), int(visible[-1])
 
     @property
     def token_mask(self) -> Tensor:
-        """(rows, length) bool, where a token is."""
-        x = self.hidden_states[0]
-        return (
-            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-            if self.attention_mask is None
-            else self.attention_mask
-        )
+        """``(batch, length)`` bool, False for padding."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return torch.ones(self.hidden_states[0].shape[:2], dtype=torch.bool, device=self.hidden_states[0].device)
 
     def pair_mask(self, queries: slice = ALL_POSITIONS, keys: slice = ALL_POSITIONS) -> Tensor:
-        """Return (rows, queries, keys) bool, which places each place may be compared with."""
+        """Return ``(batch, queries, keys)`` bool, True for pairs of tokens that may be compared."""
         pairs = self.token_mask[:, queries, None] & self.token_mask[:, None, keys]
         if self.document_starts is None:
             return pairs
-        place, document = (
-            torch.arange(self.document_starts.shape[1], device=self.document_starts.device),
-            self.document_starts.cumsum(1),
-        )
-        past = place[queries, None] >= place[keys]
+        document = self.document_starts.cumsum(1)
+        position = torch.arange(document.shape[1], device=document.device)
+        past = position[queries, None] >= position[keys]
         return pairs & past & (document[:, queries, None] == document[:, None, keys])
+
+
+def forward_task(
+    model: nn.Module,
+    batch: TaskBatch,
+    flatten_logits: Callable[[Tensor, TaskBatch], Tensor],
+    *,
+    output_hidden_states: bool,
+    loss_fn: Callable[[Tensor, TaskBatch], Tensor] | None = None,
+) -> ModelOutputs:
+    """Read a batch of task examples.
+
+    Args:
+        model: Task model, or an encoder, which has no logits.
+        batch: Batch to read.
+        flatten_logits: Reshapes logits to ``(n, classes)``, one row per label.
+        output_hidden_states: If True, return the layers' outputs.
+        loss_fn: Loss of the student's logits. None computes none.
+    """
+    inputs = (batch.tokens, batch.attention_mask, batch.token_type_ids, batch.global_attention_mask)
+    backbone = get_backbone(model)
+    has_global_attention = isinstance(backbone, Encoder) and backbone.supports_global_attention
+    masks: dict[str, Any] = {
+        "blocks": get_blocks(model),
+        "attention_mask": batch.attention_mask.bool(),
+        "global_attention_mask": batch.global_attention_mask.bool() if has_global_attention else None,
+    }
+    if isinstance(model, Encoder):
+        output = run_encoder(model, *inputs, return_hidden_states=output_hidden_states)
+        return ModelOutputs(None, hidden_states=output.hidden_states or (), **masks)
+    assert isinstance(model, TaskModel)
+    hidden_states, logits = model.forward_with_hidden_states(*inputs, return_hidden_states=output_hidden_states)
+    scored = batch.labels.flatten() != IGNORE_INDEX
+    return ModelOutputs(
+        flatten_logits(logits, batch)[scored],
+        hidden_states=hidden_states,
+        loss=loss_fn(logits, batch) if loss_fn is not None else None,
+        **masks,
+    )
+
+
+def forward_masked_lm(model: Encoder, tokens: Tensor, scored: Tensor, *, output_hidden_states: bool) -> ModelOutputs:
+    """Read ``(batch, length)`` int64 tokens; ``scored``, ``(batch, length)`` bool, is True where they are masked."""
+    output = model(tokens, logits_mask=scored, output_hidden_states=output_hidden_states)
+    return ModelOutputs(output.logits, hidden_states=output.hidden_states or (), blocks=get_blocks(model))
+
+
+def get_output_head(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
+    """Return a function from last-layer outputs ``(n, dim)`` to logits ``(n, vocab)``."""
+
+    def head(x: Tensor) -> Tensor:
+        logits: Tensor = model.head(model.norm(x))
+        return logits
+
+    return head
+
+
+def collect_language_outputs(
+    model: MemoryTransformer,
+    hidden_states: tuple[Tensor, ...],
+    labels: Tensor,
+    document_starts: Tensor,
+    loss: Tensor | None = None,
+) -> ModelOutputs:
+    """Return the outputs of a memory transformer for tokens that it has read.
+
+    Args:
+        model: The model.
+        hidden_states: Outputs of the embedding and of every layer, each ``(batch, length, dim)``.
+        labels: ``(batch, length)`` int64, -100 where nothing is scored.
+        document_starts: ``(batch, length)`` bool, True where a document begins.
+        loss: Loss of the student on the labels.
+    """
+    return ModelOutputs(
+        hidden_states[-1][labels != IGNORE_INDEX],
+        get_output_head(model),
+        hidden_states=hidden_states,
+        blocks=get_blocks(model),
+        document_starts=document_starts,
+        loss=loss,
+    )

@@ -1,4 +1,4 @@
-"""A student that begins with its teacher's weights: embeddings, heads, and some of the layers.
+"""Initialization of a student from its teacher: embeddings, heads, and some of the layers.
 
 DistilBERT (Sanh et al. 2019, section 3) takes every second layer.
 """
@@ -9,76 +9,76 @@ import re
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memtx.errors import MemtxError
+from memtx.layers.embeddings import TextEmbeddings
 from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.layer_map import LayerMap, NoLayers
 from memtx.training.distillation.model_outputs import ModelDims, get_backbone
-from memtx.training.distillation.pca_init import init_embeddings_by_pca
 
 _LAYER_NAME = re.compile(r"^((?:backbone\.)?blocks\.)(\d+)(\..+)$")
 
 
 @torch.no_grad()
 def init_student(student: nn.Module, teacher: nn.Module, layer_map: LayerMap) -> None:
-    """Copy into the student what the teacher has under the same names, each layer's from the one the map names.
+    """Copy the teacher's weights into parameters of the same names, each layer from the one it is mapped to.
 
-    What is of memories, and what only one of the two has outside its layers, such as a head, is left as it is.
+    Memories, and parts outside the layers that only one of the two has, such as a head, keep their weights.
 
     Args:
-        student: of the teacher's width; with ``NoLayers`` also narrower.
-        teacher: of the same kind; an encoder may also begin the body of a task's model.
-        layer_map: which layer begins as which.
+        student: Model as wide as the teacher; with ``NoLayers`` it may be narrower.
+        teacher: Model of the same class; an encoder may also initialize the backbone of a task model.
+        layer_map: Pairs of student and teacher layers.
 
     Raises:
-        MemtxError: kinds, widths, or the parts of layers differ.
+        MemtxError: The classes, widths or parts of layers differ.
     """
     if isinstance(student, TaskModel) and isinstance(teacher, Encoder):
         student = student.backbone
-    kinds = type(student), type(teacher)
-    if kinds[0] is not kinds[1]:
+    if type(student) is not type(teacher):
         raise MemtxError(
-            f"The student is a {kinds[0].__name__}, the teacher a {kinds[1].__name__}: it cannot begin as the other.",
-            "Leave student_init out, or give models of one kind.",
+            f"The student ({type(student).__name__}) cannot be initialized from the teacher "
+            f"({type(teacher).__name__}).",
+            "Remove student_init, or use models of the same class.",
         )
-    own, other = ModelDims.from_model(student), ModelDims.from_model(teacher)
-    narrow, wide = get_backbone(student), get_backbone(teacher)
-    if (
-        isinstance(layer_map, NoLayers)
-        and own.dim < other.dim
-        and isinstance(narrow, Encoder | MemoryTransformer)
-        and isinstance(wide, Encoder | MemoryTransformer)
-    ):
-        init_embeddings_by_pca(narrow, wide)
-        return
-    if own.dim != other.dim or not own.depth or not other.depth:
+    dims, teacher_dims = ModelDims.from_model(student), ModelDims.from_model(teacher)
+    if isinstance(layer_map, NoLayers) and dims.dim < teacher_dims.dim:
+        narrow, wide = get_backbone(student), get_backbone(teacher)
+        if isinstance(narrow, Encoder | MemoryTransformer) and isinstance(wide, Encoder | MemoryTransformer):
+            init_embeddings_by_pca(narrow, wide)
+            return
+    if dims.dim != teacher_dims.dim or not dims.depth or not teacher_dims.depth:
         raise MemtxError(
-            f"The student is {own.dim} wide and shows {own.depth} layers, the teacher {other.dim} and {other.depth}: "
-            "it cannot begin with its layers.",
-            f"Leave student_init out, give the student dim {other.dim} and an encoder's or a decoder's layers, or "
-            "start a narrower one by NoLayers.",
+            f"The student, {dims.dim} wide with {dims.depth} layers, cannot be initialized from the layers of the "
+            f"teacher, {teacher_dims.dim} wide with {teacher_dims.depth} layers.",
+            f"Remove student_init, use dim {teacher_dims.dim} and the layers of an encoder or a decoder, or initialize "
+            "a narrower student with NoLayers.",
         )
-    source = dict(layer_map.pairs(own.depth, other.depth))
+    _copy_weights(student, teacher, dict(layer_map.pairs(dims.depth, teacher_dims.depth)))
+
+
+def _copy_weights(student: nn.Module, teacher: nn.Module, teacher_layers: Mapping[int, int]) -> None:
+    """Copy parameters; ``teacher_layers`` maps student layers to teacher layers."""
     memories = _memory_parameter_names(student)
-    given, wrong = teacher.state_dict(), _find_unmatched(student, teacher, source)
+    weights, errors = teacher.state_dict(), _find_unmatched(student, teacher, teacher_layers)
     for name, tensor in student.state_dict(keep_vars=True).items():
-        found = _LAYER_NAME.match(name)
-        if name in memories or (found is not None and int(found[2]) not in source):
+        match = _LAYER_NAME.match(name)
+        if name in memories or (match is not None and int(match[2]) not in teacher_layers):
             continue
-        there = given.get(name if found is None else f"{found[1]}{source[int(found[2])]}{found[3]}")
-        if there is None:
-            wrong += [f"the teacher has no {name}"] if found is not None else []
-        elif there.shape != tensor.shape:
-            wrong.append(f"{name} is {tuple(tensor.shape)}, the teacher's {tuple(there.shape)}")
+        source = weights.get(name if match is None else f"{match[1]}{teacher_layers[int(match[2])]}{match[3]}")
+        if source is None:
+            errors += [f"the teacher has no {name}"] if match is not None else []
+        elif source.shape != tensor.shape:
+            errors.append(f"{name} is {tuple(tensor.shape)}, the teacher's {tuple(source.shape)}")
         else:
-            tensor.copy_(there)
-    if wrong:
+            tensor.copy_(source)
+    if errors:
         raise MemtxError(
-            f"The student cannot begin with the teacher's layers: {'; '.join(wrong[:3])}.",
-            "Give it layers of the same parts and sizes, or leave student_init out.",
+            f"The student cannot be initialized from the teacher's layers: {'; '.join(errors[:3])}.",
+            "Use layers of the same parts and sizes, or remove student_init.",
         )
 
 
@@ -87,13 +87,85 @@ def _memory_parameter_names(model: nn.Module) -> set[str]:
 
 
 def _find_unmatched(student: nn.Module, teacher: nn.Module, teacher_layers: Mapping[int, int]) -> list[str]:
-    """Return what is wrong where the teacher's layers have parts, such as biases, that the student's have not."""
-    own, used = student.state_dict(), set(teacher_layers.values())
-    layer = {other: mine for mine, other in teacher_layers.items()}
-    wrong = []
+    """Return an error for each part of the used teacher layers, such as a bias, that the student's layers lack."""
+    student_names = student.state_dict().keys()
+    student_layers = {teacher_layer: layer for layer, teacher_layer in teacher_layers.items()}
+    errors = []
     for name in teacher.state_dict().keys() - _memory_parameter_names(teacher):
-        found = _LAYER_NAME.match(name)
-        if found is not None and int(found[2]) in used:
-            mine = f"{found[1]}{layer[int(found[2])]}{found[3]}"
-            wrong += [f"the student has no {mine}"] if mine not in own else []
-    return sorted(wrong)
+        match = _LAYER_NAME.match(name)
+        if match is not None and int(match[2]) in student_layers:
+            student_name = f"{match[1]}{student_layers[int(match[2])]}{match[3]}"
+            errors += [f"the student has no {student_name}"] if student_name not in student_names else []
+    return sorted(errors)
+
+
+@torch.no_grad()
+def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encoder | MemoryTransformer) -> None:
+    """Initialize the student's embeddings with the principal components of the teacher's.
+
+    SliceGPT cuts whole models to the principal components (Ashkboos et al. 2024, section 3); here they are those of the
+    token embeddings, and layers and heads keep their weights.
+
+    Args:
+        student: Model narrower than the teacher.
+        teacher: Model of the same class.
+
+    Raises:
+        MemtxError: Only one of the models has an embedding table, or the tables have different numbers of entries.
+    """
+    tables, teacher_tables = _embedding_tables(student), _embedding_tables(teacher)
+    errors = []
+    for name in sorted(tables.keys() | teacher_tables.keys()):
+        size, teacher_size = (len(part[name].weight) if name in part else 0 for part in (tables, teacher_tables))
+        if size != teacher_size:
+            errors.append(f"{name} has {size} entries, the teacher's {teacher_size}")
+    if errors:
+        raise MemtxError(
+            f"The student cannot be initialized from the teacher's embeddings: {'; '.join(errors)}.",
+            "Use tables of the same number of entries, or remove student_init.",
+        )
+    embedding = teacher.embedding
+    tokens = embedding.word_embeddings if isinstance(embedding, TextEmbeddings) else embedding
+    directions = principal_directions(tokens.weight, student.dim, centered=_subtracts_mean(student))
+    for name, table in tables.items():
+        table.weight.copy_(teacher_tables[name].weight.to(directions) @ directions)
+    if isinstance(student.embedding, TextEmbeddings) and isinstance(embedding, TextEmbeddings):
+        # Token embeddings may be scaled by the square root of the width, which differs.
+        student.embedding.word_embeddings.weight.mul_(embedding.scale / student.embedding.scale)
+
+
+def principal_directions(embeddings: Tensor, dim: int, *, centered: bool) -> Tensor:
+    """Return a projection ``(width, dim)`` float64 that keeps as much of the embeddings' squared norm as possible.
+
+    Args:
+        embeddings: Embedding table, ``(entries, width)``.
+        dim: Target width, at most ``width``.
+        centered: If True, the following norm subtracts the mean of a vector, in either width. Means are then dropped,
+            and projected vectors have mean zero, so that no dimension is wasted on them.
+    """
+    x = embeddings.double()
+    if centered:
+        x = x - x.mean(1, keepdim=True)
+    top: Tensor = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
+    if not centered:
+        return top[:, :dim]
+    # An orthonormal basis whose first vector, the direction of the mean, is dropped.
+    mean_first = torch.eye(dim, dtype=x.dtype, device=x.device)
+    mean_first[:, 0] = 1.0
+    basis: Tensor = torch.linalg.qr(mean_first).Q[:, 1:]
+    return top[:, : dim - 1] @ basis.T
+
+
+def _subtracts_mean(model: Encoder | MemoryTransformer) -> bool:
+    norm = model.norm if isinstance(model, MemoryTransformer) else model.embedding.norm
+    return isinstance(norm, nn.LayerNorm)
+
+
+def _embedding_tables(model: Encoder | MemoryTransformer) -> dict[str, nn.Embedding]:
+    """Return the embedding tables by name."""
+    tables: dict[str, nn.Embedding] = {}
+    for prefix in ("embedding", "absolute_positions"):
+        if (part := getattr(model, prefix, None)) is not None:
+            named = part.named_modules(prefix=prefix)
+            tables |= {name: module for name, module in named if isinstance(module, nn.Embedding)}
+    return tables

@@ -1,4 +1,4 @@
-"""The teacher as it was kept: its model, frozen, and what it was trained to read."""
+"""The frozen teacher of a distillation, and checks that it fits the student and the data."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from memtx.ops.cpu.cpu_info import is_bf16_slow
 
 @dataclass(frozen=True)
 class Teacher:
-    """A teacher.
+    """A loaded teacher.
 
     Attributes:
-        path: as the user gave it.
-        model: in eval mode, of parameters that do not learn.
-        tokenizer: as JSON text; None where it was kept without one.
-        labels: of the task it was trained on; empty without one.
+        path: Path as given by the user.
+        model: Model in eval mode, frozen.
+        tokenizer: Its tokenizer as JSON text; None if the checkpoint has none.
+        labels: Labels of the task it was trained on; empty without a task.
     """
 
     path: str
@@ -37,23 +37,22 @@ class Teacher:
 
 
 def load_teacher(path: str | os.PathLike[str], *, bf16: bool = False) -> Teacher:
-    """Open a teacher.
+    """Load a teacher.
 
     Args:
-        path: a run's folder (of which the best checkpoint is taken), a checkpoint, or a folder of ours or in the layout
-            of the ``transformers`` library.
-        bf16: whether to hold and run it in bfloat16, unless this machine is slow in it.
+        path: Run folder (its best checkpoint is used), checkpoint, or pretrained folder of memtx or ``transformers``.
+        bf16: If True, store and run it in bfloat16, unless this machine is slow in it.
 
     Raises:
-        CheckpointError: missing, damaged or of something else.
+        CheckpointError: The path is missing, damaged or not a model.
     """
-    place = pretrained.resolve_model_path(path)
-    model = from_pretrained(place).requires_grad_(False).eval()
+    model_path = pretrained.resolve_model_path(path)
+    model = from_pretrained(model_path).requires_grad_(False).eval()
     if bf16 and not is_bf16_slow():
         model.to(torch.bfloat16)
-    texts = pretrained.read_sidecars(place) if place.is_file() else {}
-    labels = tuple(json.loads(texts["task"]).get("labels", ())) if "task" in texts else ()
-    return Teacher(str(path), model, texts.get("tokenizer"), labels)
+    sidecars = pretrained.read_sidecars(model_path) if model_path.is_file() else {}
+    labels = tuple(json.loads(sidecars["task"]).get("labels", ())) if "task" in sidecars else ()
+    return Teacher(str(path), model, sidecars.get("tokenizer"), labels)
 
 
 TEACHER_TYPES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
@@ -61,51 +60,51 @@ TEACHER_TYPES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
     Encoder: (Encoder,),
     MemoryTransformer: (MemoryTransformer,),
 }
-"""Whom models of a kind can learn from: who reads the same batches."""
+"""Teachers that read the same batches, by class of the student."""
 
 
 def check_teacher_type(teacher: Teacher, student: nn.Module) -> None:
-    """Raise unless the teacher reads what the student reads.
+    """Check that the teacher reads the student's batches.
 
     Raises:
-        MemtxError: it is of another kind.
+        MemtxError: It belongs to another class.
     """
-    for kind, teachers in TEACHER_TYPES.items():
-        if isinstance(student, kind) and not isinstance(teacher.model, teachers):
-            known = " or ".join(f"a {one.__name__}" for one in teachers)
+    for student_type, types in TEACHER_TYPES.items():
+        if isinstance(student, student_type) and not isinstance(teacher.model, types):
             raise MemtxError(
-                f"The teacher in '{teacher.path}' is a {type(teacher.model).__name__}, the student a {kind.__name__}.",
-                f"It learns from {known}.",
+                f"The teacher in '{teacher.path}' ({type(teacher.model).__name__}) does not fit the student "
+                f"({student_type.__name__}).",
+                f"Use a teacher of class {' or '.join(kind.__name__ for kind in types)}.",
             )
 
 
 def check_teacher_data(teacher: Teacher, datamodule: Any) -> None:
-    """Raise unless the teacher reads tokens, and names labels, as the run's data do.
+    """Check that the teacher was trained with the tokens and labels of the run's data.
 
     Args:
-        teacher: the teacher.
-        datamodule: the run's data module; what it does not have is not looked at.
+        teacher: The teacher.
+        datamodule: Data module of the run; a tokenizer or task that it lacks is not checked.
 
     Raises:
-        CheckpointError: the tokenizers or the labels differ.
-        MemtxError: the tokenizer has tokens that the teacher does not know.
+        CheckpointError: The tokenizers or the labels differ.
+        MemtxError: The tokenizer has more tokens than the teacher.
     """
     tokenizer = getattr(datamodule, "tokenizer", None)
     if tokenizer is not None and teacher.tokenizer is not None and tokenizer.to_json() != teacher.tokenizer:
         raise CheckpointError(
-            f"The teacher in '{teacher.path}' was trained with another tokenizer: its token ids mean something else.",
-            "Give both the same tokenizer, trained on the same texts (data.root, data.tokenizer).",
+            f"The teacher in '{teacher.path}' was trained with another tokenizer, so its token ids differ.",
+            "Use the same tokenizer for both, trained on the same texts (data.root, data.tokenizer).",
         )
-    known = getattr(teacher.model, "vocab_size", None)
-    if tokenizer is not None and known is not None and tokenizer.vocab_size > known:
+    vocab_size = getattr(teacher.model, "vocab_size", None)
+    if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise MemtxError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens, the teacher in '{teacher.path}' knows {known}.",
-            "Give data.tokenizer the tokenizer.json that the teacher was trained with.",
+            f"The tokenizer has {tokenizer.vocab_size} tokens, the teacher in '{teacher.path}' has {vocab_size}.",
+            "Set data.tokenizer to the tokenizer.json that the teacher was trained with.",
         )
     labels = tuple(getattr(getattr(datamodule, "task", None), "labels", ()))
     if labels and teacher.labels and labels != teacher.labels:
         raise CheckpointError(
-            f"The teacher in '{teacher.path}' names the labels {', '.join(teacher.labels[:10])}, the data "
+            f"The teacher in '{teacher.path}' has the labels {', '.join(teacher.labels[:10])}, the data "
             f"{', '.join(labels[:10])}.",
-            "Give the teacher's labels in its order: data.task.labels.",
+            "Set data.task.labels to the teacher's labels in their order.",
         )

@@ -1,150 +1,193 @@
-"""A teacher's highest scores on disk, memory-mapped, so that what it read once it need not read again.
+"""Top-k logits of a teacher in memory-mapped files, so that it reads each text once.
 
-Of examples by a key of what was read; of streams of text by the token's place, where each is read once a pass, with all
-that comes before it in its document: what a memory transformer says there is a function of the place.
+``LogitCache`` stores them by a key of the tokens read; ``LogitTable`` by the position of each token in a corpus that is
+read in whole documents, where a memory transformer's logits are a function of the position.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from memtx.data.batch import IGNORE_INDEX
+from memtx.data.tasks.batches import TaskBatch
 from memtx.errors import MemtxError, check_at_least
+from memtx.training.distillation.losses import CHUNK_SIZE
+
+_Records = np.ndarray[Any, np.dtype[np.void]]
 
 KEY_BYTES = 16
-"""Bytes of a key."""
+"""Bytes per key."""
 
 
 def make_key(*parts: bytes) -> bytes:
-    """Return the key of what stands in the parts, whose borders count."""
+    """Return a key of the parts; their boundaries count."""
     digest = blake2b(digest_size=KEY_BYTES)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.digest()
 
 
+def make_task_keys(batch: TaskBatch) -> list[bytes]:
+    """Return a key for each scored label of a batch, from the unpadded tokens of its text and the label's number."""
+    keys = []
+    scored = (batch.labels != IGNORE_INDEX).reshape(len(batch.tokens), -1)
+    for row, mask in enumerate(batch.attention_mask.bool()):
+        parts = [
+            tensor[row][mask].cpu().numpy().tobytes()
+            for tensor in (batch.tokens, batch.token_type_ids, batch.global_attention_mask)
+        ]
+        keys += [make_key(*parts, bytes(str(int(index)), "ascii")) for index in scored[row].nonzero()[:, 0]]
+    return keys
+
+
 def top_k_logits(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return the highest (n, top) of scores (n, classes), float32, and their classes, int64.
+    """Return the top k of ``(n, classes)`` logits, ``(n, top_k)`` float32, and their classes, int64.
 
-    Where there are fewer classes, minus infinity fills up.
+    With fewer classes, the values are padded with minus infinity.
     """
-    values, index = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
-    more = top_k - values.shape[-1]
-    return torch.nn.functional.pad(values, (0, more), value=float("-inf")), torch.nn.functional.pad(index, (0, more))
+    values, classes = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
+    padding = (0, top_k - values.shape[-1])
+    return torch.nn.functional.pad(values, padding, value=float("-inf")), torch.nn.functional.pad(classes, padding)
 
 
-class LogitCache:
-    """The scores of one teacher in one file of records of one size, appended to.
+class _LogitFile:
+    """A file of fixed-size records: a field of the subclass and the top-k logits of one position.
 
-    A record that was cut short by a kill is overwritten. Keys are kept in memory, scores are not.
+    ``num_records`` is their fixed number, or None for a file that grows.
+    """
+
+    def __init__(
+        self,
+        cache_dir: str | os.PathLike[str],
+        name: str,
+        top_k: int,
+        field: tuple[str, str],
+        num_records: int | None = None,
+    ) -> None:
+        check_at_least(1, top_k=top_k)
+        self.top_k = top_k
+        self.path = Path(cache_dir).expanduser() / name
+        self.dtype = np.dtype([field, ("values", "<f4", (top_k,)), ("index", "<i4", (top_k,))])
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.path, "a+b")  # noqa: SIM115  (open for as long as the run)
+            if num_records is not None:
+                self._file.truncate(num_records * self.dtype.itemsize)
+        except OSError as error:
+            raise MemtxError(
+                f"'{self.path}' cannot be written: {error.strerror}.", "Choose another cache_dir."
+            ) from error
+
+    def _pack(self, logits: Tensor, classes: Tensor, selected: Any) -> _Records:
+        records = np.zeros(len(selected), self.dtype)
+        records["values"], records["index"] = logits.cpu().numpy()[selected], classes.cpu().numpy()[selected]
+        return records
+
+    @staticmethod
+    def _unpack(records: _Records) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(records["values"].copy()), torch.from_numpy(records["index"].astype(np.int64))
+
+
+class LogitCache(_LogitFile):
+    """Logits of one teacher by key, in a file that grows.
+
+    A record that was cut short by a kill is overwritten. Keys are kept in memory, logits are not.
 
     Args:
-        cache_dir: made where it is missing; each teacher has a file of its own in it, so several runs may follow one
-            another there, but not run at once.
-        fingerprint: tells teachers, and how they read, apart.
-        top_k: scores kept of each place.
+        cache_dir: Folder of the cache; created if missing. Each teacher has its own file, which runs can share one
+            after another but not at the same time.
+        fingerprint: Identifies the teacher.
+        top_k: Logits per position.
 
     Raises:
-        MemtxError: the file cannot be written to, or top_k is not positive.
+        MemtxError: The file cannot be written, or ``top_k`` is not positive.
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str], fingerprint: str, top_k: int) -> None:
-        check_at_least(1, top_k=top_k)
-        self.top_k = top_k
-        self.path = Path(cache_dir).expanduser() / f"{fingerprint[:32]}-{top_k}.scores"
-        self.dtype = np.dtype([("key", f"V{KEY_BYTES}"), ("values", "<f4", (top_k,)), ("index", "<i4", (top_k,))])
+        super().__init__(cache_dir, f"{fingerprint[:32]}-{top_k}.scores", top_k, ("key", f"V{KEY_BYTES}"))
         self._record_numbers: dict[bytes, int] = {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # noqa: SIM115  (for as long as the run)
-        except OSError as error:
-            raise MemtxError(
-                f"'{self.path}' cannot be written: {error.strerror}.", "Give the cache another folder."
-            ) from error
-        whole = self.path.stat().st_size // self.dtype.itemsize
-        self._file.truncate(whole * self.dtype.itemsize)
-        if whole:
-            self._record_numbers = {one.tobytes(): place for place, one in enumerate(self._map_records()["key"])}
+        num_records = self.path.stat().st_size // self.dtype.itemsize
+        self._file.truncate(num_records * self.dtype.itemsize)
+        if num_records:
+            self._record_numbers = {key.tobytes(): number for number, key in enumerate(self._map_records()["key"])}
 
     def __len__(self) -> int:
         return len(self._record_numbers)
 
-    def _map_records(self) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+    def _map_records(self) -> _Records:
         return np.memmap(self.path, self.dtype, mode="r")
 
     def get(self, keys: Sequence[bytes]) -> tuple[Tensor, Tensor] | None:
-        """Return the (n, top) scores and classes of n keys; None unless all of them are there."""
-        places = [self._record_numbers.get(one, -1) for one in keys]
-        if -1 in places:
+        """Return logits and classes, each ``(n, top_k)``, of n keys; None unless all are stored."""
+        numbers = [self._record_numbers.get(key, -1) for key in keys]
+        if -1 in numbers:
             return None
-        found = self._map_records()[places] if places else np.zeros(0, self.dtype)
-        return torch.from_numpy(found["values"].copy()), torch.from_numpy(found["index"].astype(np.int64))
+        return self._unpack(self._map_records()[numbers] if numbers else np.zeros(0, self.dtype))
 
-    def put(self, keys: Sequence[bytes], logits: Tensor, class_indices: Tensor) -> None:
-        """Keep scores and classes, (n, top) each, of n keys; what is there stays."""
-        new = {one: row for row, one in enumerate(keys) if one not in self._record_numbers}
-        made = np.zeros(len(new), self.dtype)
-        rows = list(new.values())
-        made["key"] = [np.void(one) for one in new]
-        made["values"], made["index"] = logits.cpu().numpy()[rows], class_indices.cpu().numpy()[rows]
-        self._file.write(made.tobytes())
+    def put(self, keys: Sequence[bytes], logits: Tensor, classes: Tensor) -> None:
+        """Store logits and classes, each ``(n, top_k)``, of n keys; stored keys keep their record."""
+        selected = {key: row for row, key in enumerate(keys) if key not in self._record_numbers}
+        records = self._pack(logits, classes, list(selected.values()))
+        records["key"] = [np.void(key) for key in selected]
+        self._file.write(records.tobytes())
         self._file.flush()
-        self._record_numbers.update({one: len(self._record_numbers) + place for place, one in enumerate(new)})
+        first = len(self._record_numbers)
+        self._record_numbers.update({key: first + number for number, key in enumerate(selected)})
 
 
-class LogitTable:
-    """The scores of one teacher at every token of one store, in one file; it is sparse until it is filled.
+class LogitTable(_LogitFile):
+    """Logits of one teacher at every token of one corpus, in a file that is sparse until it is filled.
 
     Args:
-        cache_dir: made where it is missing.
-        fingerprint: tells teachers and stores apart.
-        num_tokens: of the store.
-        top_k: scores kept of each token.
+        cache_dir: Folder of the cache; created if missing.
+        fingerprint: Identifies the teacher and the corpus.
+        num_tokens: Tokens of the corpus.
+        top_k: Logits per token.
 
     Raises:
-        MemtxError: the file cannot be written to, or top_k is not positive.
+        MemtxError: The file cannot be written, or ``top_k`` is not positive.
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str], fingerprint: str, num_tokens: int, top_k: int) -> None:
-        check_at_least(1, top_k=top_k)
-        self.top_k = top_k
-        self.path = Path(cache_dir).expanduser() / f"{fingerprint[:32]}-{top_k}.table"
-        dtype = np.dtype([("known", "?"), ("values", "<f4", (top_k,)), ("index", "<i4", (top_k,))])
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as handle:
-                handle.truncate(num_tokens * dtype.itemsize)
-        except OSError as error:
-            raise MemtxError(
-                f"'{self.path}' cannot be written: {error.strerror}.", "Give the cache another folder."
-            ) from error
-        self._records = np.memmap(self.path, dtype, mode="r+", shape=(num_tokens,))
+        super().__init__(cache_dir, f"{fingerprint[:32]}-{top_k}.table", top_k, ("known", "?"), num_tokens)
+        self._records = np.memmap(self.path, self.dtype, mode="r+", shape=(num_tokens,))
         self._num_missing = num_tokens - int(self._records["known"].sum())
 
     @property
     def is_complete(self) -> bool:
-        """Whether every token is there."""
+        """True if every token is stored."""
         return not self._num_missing
 
     def get(self, token_indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Return scores and classes, (..., top) each, of (...) int64 places in the store."""
-        found = self._records[token_indices.numpy()]
-        return torch.from_numpy(found["values"].copy()), torch.from_numpy(found["index"].astype(np.int64))
+        """Return logits and classes, each ``(..., top_k)``, of ``(...)`` int64 token indices."""
+        return self._unpack(self._records[token_indices.numpy()])
 
-    def put(self, token_indices: Tensor, logits: Tensor, class_indices: Tensor) -> None:
-        """Keep scores and classes, (n, top) each, of (n,) int64 places; what is there stays."""
-        # Rows of a batch may read the same document, where there are few.
-        where, first = np.unique(token_indices.numpy(), return_index=True)
-        new = ~self._records["known"][where]
-        where, first = where[new], first[new]
-        made = np.zeros(len(where), self._records.dtype)
-        made["known"] = True
-        made["values"], made["index"] = logits.cpu().numpy()[first], class_indices.cpu().numpy()[first]
-        self._records[where] = made
-        self._num_missing -= len(made)
+    def put(self, token_indices: Tensor, logits: Tensor, classes: Tensor) -> None:
+        """Store logits and classes, each ``(n, top_k)``, of ``(n,)`` int64 token indices; stored tokens stay."""
+        # Streams of a batch may read the same document, if there are few.
+        indices, selected = np.unique(token_indices.numpy(), return_index=True)
+        new = ~self._records["known"][indices]
+        records = self._pack(logits, classes, selected[new])
+        records["known"] = True
+        self._records[indices[new]] = records
+        self._num_missing -= len(records)
+
+    @torch.no_grad()
+    def fill(self, token_indices: Tensor, head: Callable[[Tensor], Tensor], hidden_states: Tensor) -> None:
+        """Store the logits of a batch.
+
+        ``token_indices`` are ``(batch, length)`` int64, ``head`` computes logits ``(n, vocab)`` from ``(n, dim)``, and
+        ``hidden_states`` are the outputs of the teacher's last layer, ``(batch, length, dim)``.
+        """
+        indices, hidden = token_indices.flatten(), hidden_states.flatten(0, 1)
+        for start in range(0, len(indices), CHUNK_SIZE):
+            part = slice(start, start + CHUNK_SIZE)
+            self.put(indices[part], *top_k_logits(head(hidden[part]), self.top_k))

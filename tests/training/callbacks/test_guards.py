@@ -1,4 +1,4 @@
-"""Guards: what is not finite is skipped, a spike is rewound, memories and memory that is full are said in words."""
+"""Guards of a run: non-finite steps, loss spikes, memory norms and out-of-memory hints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError
-from memtx.training import nonfinite_trace
-from memtx.training.callbacks import health
-from memtx.training.callbacks.health import MemoryNormMonitor
+from memtx.training.callbacks import skip_nonfinite
 from memtx.training.callbacks.loss_spikes import NUM_RECENT, RewindOnSpike, loss_upper_bound
+from memtx.training.callbacks.memory_monitor import NUM_CHECKS, MemoryNormMonitor
 from memtx.training.callbacks.oom import OutOfMemoryHint, is_out_of_memory
 from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
 from memtx.training.carry import Carry
@@ -36,7 +35,7 @@ class Poison(pl.Callback):
         self.bad = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        def spoil(part: nn.Module, given: Any, out: Tensor) -> Tensor:
+        def spoil(part: nn.Module, inputs: Any, out: Tensor) -> Tensor:
             if self.bad and self.back and out.requires_grad:
                 out.register_hook(lambda gradient: gradient * math.inf)
             return out * math.nan if self.bad and not self.back else out
@@ -55,7 +54,7 @@ class Watched(pl.Callback):
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
         self.moments: list[dict[str, Tensor]] = []
-        self.carried: list[dict[str, Tensor]] = []
+        self.states: list[dict[str, Tensor]] = []
         self.batches: list[Batch] = []
 
     def on_train_batch_end(
@@ -63,15 +62,15 @@ class Watched(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
         self.weights.append(weights(pl_module.model))
-        found = trainer.optimizers[0].state_dict()["state"].items()
-        self.moments.append({f"{one}.{name}": part.clone() for one, kept in found for name, part in kept.items()})
-        self.carried.append({name: one.clone() for name, one in pl_module.carry.state_dict("train").items()})
+        result = trainer.optimizers[0].state_dict()["state"].items()
+        self.moments.append({f"{item}.{name}": part.clone() for item, saved in result for name, part in saved.items()})
+        self.states.append({name: item.clone() for name, item in pl_module.carry.state_dict("train").items()})
         self.batches.append(batch)
 
 
 @pytest.mark.parametrize("back", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_step_that_is_not_finite_is_skipped(
+def test_a_nonfinite_step_is_skipped(
     tmp_path: Path, back: bool, accumulate: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     guard, watched = SkipNonFinite(), Watched()
@@ -87,48 +86,48 @@ def test_a_step_that_is_not_finite_is_skipped(
     # The memory too, but for rows where a document began in what was skipped.
     began = torch.cat([batch.document_starts for batch in watched.batches[before + 1 : last + 1]], dim=1).any(1)
     assert not began.all()
-    for name, tensor in watched.carried[last].items():
-        assert torch.equal(tensor[~began], watched.carried[before][name][~began]), name
+    for name, tensor in watched.states[last].items():
+        assert torch.equal(tensor[~began], watched.states[before][name][~began]), name
         assert not tensor[began].any()
     # Then it goes on.
-    assert any(not torch.equal(one, watched.weights[last][name]) for name, one in watched.weights[-1].items())
+    assert any(not torch.equal(item, watched.weights[last][name]) for name, item in watched.weights[-1].items())
     assert (run.global_step, guard.num_skipped, guard.num_consecutive) == (3, 1, 0)
     assert run.callback_metrics["skipped_steps"] == 1
     assert run.callback_metrics["grad_norm"] > 0
-    said = capfd.readouterr().err
-    assert "step 1  The " in said
-    assert "1 in a row, 1 in all" in said
-    # Down to the layer: going backward, the first of its parameters that the poisoned gradient reaches.
+    message = capfd.readouterr().err
+    assert "step 1  The " in message
+    assert "1 in a row, 1 in total" in message
+    # Down to the layer: in the backward pass, the first of its parameters that the poisoned gradient reaches.
     layer = "model.blocks.1.feed_forward"
-    assert (f"going backward, the gradient of {layer}" if back else f"output of {layer} is") in said
+    assert (f"in the backward pass, the gradient of {layer}" if back else f"output of {layer} is") in message
 
 
-def test_nothing_else_changes(tmp_path: Path) -> None:
+def test_guards_do_not_change_a_run(tmp_path: Path) -> None:
     records = []
     for guards in ((), (SkipNonFinite(), MemoryNormMonitor(every_n_batches=1), OutOfMemoryHint())):
         record = Record()
         trainer(tmp_path, record, *guards, max_steps=4, val_check_interval=2).fit(module(), datamodule=data(tmp_path))
         records.append(record)
     assert records[0].losses == records[1].losses
-    assert records[0].found == records[1].found
+    assert records[0].results == records[1].results
 
 
-def test_a_skip_draws_no_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is read again to find the layer must not change what is drawn and counted afterwards."""
-    drawn, counted = [], []
+def test_a_skip_does_not_change_the_random_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second pass that finds the layer changes no later random number and no count."""
+    samples, counted = [], []
     for reads in (True, False):
         if not reads:
-            monkeypatch.setattr(nonfinite_trace, "find_first_nonfinite", lambda *_: "")
+            monkeypatch.setattr(skip_nonfinite, "find_first_nonfinite", lambda *_: "")
         taught, record = module(), Record()
         run = trainer(tmp_path, SkipNonFinite(), Poison((1,)), record, max_steps=3, limit_val_batches=0)
         run.fit(taught, datamodule=data(tmp_path))
-        drawn.append((torch.get_rng_state().tolist(), record.losses[2]))
+        samples.append((torch.get_rng_state().tolist(), record.losses[2]))
         counted.append((taught.tokens_seen, sorted(run.callback_metrics)))
-    assert drawn[0] == drawn[1]
+    assert samples[0] == samples[1]
     assert counted[0] == counted[1]
 
 
-def test_a_run_that_diverged_stops_and_says_where(tmp_path: Path) -> None:
+def test_a_diverged_run_stops_and_names_the_layer(tmp_path: Path) -> None:
     keep = BestCheckpoint(str(tmp_path / "checkpoints"), every_n_train_steps=1)
     explode = partial(sgd, lr=1e30)
     run = trainer(tmp_path, SkipNonFinite(patience=3), keep, max_steps=10, limit_val_batches=0)
@@ -140,7 +139,7 @@ def test_a_run_that_diverged_stops_and_says_where(tmp_path: Path) -> None:
     load_model_and_tokenizer(last)
 
 
-def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
+def test_a_resumed_run_continues_the_counts(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     for steps, poisoned, begin in ((3, (0, 2), None), (5, (3, 4), str(folder / "last.ckpt"))):
         guard, keep = SkipNonFinite(), BestCheckpoint(str(folder))
@@ -152,20 +151,20 @@ def test_a_resumed_run_counts_on(tmp_path: Path) -> None:
         SkipNonFinite(patience=0)
 
 
-def test_memory_that_is_not_finite_begins_fresh(tmp_path: Path) -> None:
+def test_nonfinite_memory_is_reset(tmp_path: Path) -> None:
     reader, carry = module().model, Carry()
     state = reader(torch.arange(16).view(2, 8)).state
     second = torch.tensor([1])
     carry.set_state(
-        "train", state.map(lambda one: one.index_fill(0, second, math.nan) if one.is_floating_point() else one)
+        "train", state.map(lambda item: item.index_fill(0, second, math.nan) if item.is_floating_point() else item)
     )
     carry.snapshot("train")
     carry.get_state("train", reader, 2)
     carry.set_state("train", reader.init_state(2))
     carry.rollback("train")
-    found = carry.get_state("train", reader, 2)
-    assert found.select([0]).equals(state.select([0]))
-    assert found.select([1]).equals(reader.init_state(1))
+    result = carry.get_state("train", reader, 2)
+    assert result.select([0]).equals(state.select([0]))
+    assert result.select([1]).equals(reader.init_state(1))
 
 
 # Spikes
@@ -201,15 +200,15 @@ def spiked(
 
 
 @pytest.mark.parametrize("plugin", [None, AsyncAtomicCheckpointIO()])
-def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_spike_is_rewound_and_skipped(tmp_path: Path, plugin: Any, capfd: pytest.CaptureFixture[str]) -> None:
     at = 2 * NUM_RECENT + 4
     run, _, rise, guard = spiked(tmp_path, "spiked", at, at + 2 * NUM_RECENT, plugin=plugin)
     assert guard.num_rewinds == 1
-    said = capfd.readouterr().err
-    assert "The loss rose above" in said
-    assert "past the data read since" in said
+    message = capfd.readouterr().err
+    assert "The loss rose above" in message
+    assert "and the next data" in message
     # From before the spike: nothing was written while the loss was up.
-    assert at - 3 <= int(said.replace(",", "").split("of step ")[1].split()[0]) <= at
+    assert at - 3 <= int(message.replace(",", "").split("weights of step ")[1].split()[0]) <= at
     assert float(run.callback_metrics["train_loss"]) < 6.0
     # The data went on: what an undisturbed run reads.
     plain = Rise(-1)
@@ -219,7 +218,7 @@ def test_a_spike_is_rewound_past_its_data(tmp_path: Path, plugin: Any, capfd: py
     assert rise.read == plain.read
 
 
-def test_a_rewound_run_goes_on_to_the_bit(tmp_path: Path) -> None:
+def test_a_rewound_run_resumes_exactly(tmp_path: Path) -> None:
     at = 2 * NUM_RECENT + 4
     run, taught, _, _ = spiked(tmp_path, "whole", at, at + 2 * NUM_RECENT)
     # Killed after the spike began, and after the rewind.
@@ -230,7 +229,7 @@ def test_a_rewound_run_goes_on_to_the_bit(tmp_path: Path) -> None:
         assert_equal(weights(other), weights(taught))
 
 
-def test_losses_that_only_vary_are_no_spike() -> None:
+def test_noise_is_no_spike() -> None:
     draw = torch.Generator().manual_seed(0)
     losses = (3.0 + 0.2 * torch.randn(1000, generator=draw, dtype=torch.float64)).tolist()
     for step in range(128, 1000):
@@ -247,7 +246,7 @@ def test_spikes_that_cannot_be_rewound(tmp_path: Path, capfd: pytest.CaptureFixt
     run.fit(module(dropout=0.0, scheduler=None), datamodule=data(tmp_path))
     assert "no checkpoint from before it" in capfd.readouterr().err
     guard.max_rewinds, guard.num_rewinds = 1, 1
-    with pytest.raises(MemtxError, match="spike of this run"):
+    with pytest.raises(MemtxError, match="spike 2 of this run"):
         guard._rewind(run, module(), 1, "The loss rose")
     for wrong in ({"window": 1}, {"max_rewinds": 0}, {"factor": 0.0}):
         with pytest.raises(MemtxError):
@@ -261,12 +260,12 @@ def test_norms_of_every_layer_are_logged(tmp_path: Path) -> None:
     taught = module()
     run = trainer(tmp_path, MemoryNormMonitor(every_n_batches=3), max_steps=3, limit_val_batches=0)
     run.fit(taught, datamodule=data(tmp_path))
-    carried = taught.carry.state_dict("train")
+    states = taught.carry.state_dict("train")
     for layer in (0, 1):
-        parts = [one.double() for name, one in carried.items() if name.startswith(f"layers[{layer}]")]
-        parts = [one for one in parts if one.is_floating_point()]
-        wanted = math.sqrt(sum(float(one.square().sum()) for one in parts) / sum(one.numel() for one in parts))
-        assert float(run.callback_metrics[f"memory_rms_{layer}"]) == pytest.approx(wanted, rel=1e-5)
+        parts = [item.double() for name, item in states.items() if name.startswith(f"layers[{layer}]")]
+        parts = [item for item in parts if item.is_floating_point()]
+        expected = math.sqrt(sum(float(item.square().sum()) for item in parts) / sum(item.numel() for item in parts))
+        assert float(run.callback_metrics[f"memory_rms_{layer}"]) == pytest.approx(expected, rel=1e-5)
 
 
 class Stub:
@@ -274,26 +273,24 @@ class Stub:
 
 
 @pytest.mark.parametrize(
-    ("seen", "said"),
+    ("seen", "message"),
     [
-        ([0.0] * health.NUM_CHECKS, "nothing is written"),
+        ([0.0] * NUM_CHECKS, "nothing is written"),
         ([0.0, 0.0, 0.1, 0.0, 0.0], ""),
         ([1.0, 4.0, 20.0, 70.0, 200.0], "grew from 1 to 200"),
         ([1.0, 4.0, 3.0, 70.0, 200.0], ""),
         ([1.0, 1.1, 1.2, 1.3, 1.4], ""),
     ],
 )
-def test_what_is_wrong_with_a_memory_is_said_once(
-    seen: list[float], said: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_memory_warnings_are_written_once(seen: list[float], message: str, capfd: pytest.CaptureFixture[str]) -> None:
     guard = MemoryNormMonitor()
     for _ in range(2):
-        for one in seen:
-            guard._check_history(Stub(), "layers[1][0].bank", one)  # type: ignore[arg-type]
+        for item in seen:
+            guard._check_history(Stub(), "layers[1][0].bank", item)  # type: ignore[arg-type]
         guard._rms_history.clear()
     err = capfd.readouterr().err
-    assert err.count("layers[1][0].bank") == bool(said)
-    assert said in err
+    assert err.count("layers[1][0].bank") == bool(message)
+    assert message in err
     with pytest.raises(MemtxError, match="every_n_batches is 0"):
         MemoryNormMonitor(every_n_batches=0)
 
@@ -318,38 +315,38 @@ CPU = "[enforce fail at alloc_cpu.cpp:123] DefaultCPUAllocator: can't allocate m
 
 @pytest.mark.parametrize("error", [RuntimeError(CPU), torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 @pytest.mark.parametrize(
-    ("validation", "options", "wanted"),
+    ("validation", "options", "expected"),
     [
         (
             False,
             {"batch_size": 6, "bptt_segments": 3},
-            ("--data.batch_size 3 halves", "accumulate_grad_batches 2", "6 rows x 3 segments x 8"),
+            ("--data.batch_size 3 halves", "accumulate_grad_batches 2", "batch size 6 x 3 segments x 8"),
         ),
         (
             False,
             {"batch_size": 1, "bptt_segments": 4},
-            ("--data.bptt_segments 2 halves", "--model.replay true keeps one", "instead of 4"),
+            ("--data.bptt_segments 2 halves", "--model.replay true stores one", "instead of 4"),
         ),
         (
             False,
             {"batch_size": 1, "bptt_segments": 1},
             ("--data.segment_length 4 halves", "--model.activation_checkpointing true", "instead of 2"),
         ),
-        (True, {"eval_batch_size": 4}, ("--data.eval_batch_size 2 halves", "changes no figure")),
+        (True, {"eval_batch_size": 4}, ("--data.eval_batch_size 2 halves", "changes no result")),
     ],
 )
-def test_full_memory_says_what_halves_it(
-    tmp_path: Path, error: BaseException, validation: bool, options: dict[str, Any], wanted: tuple[str, ...]
+def test_out_of_memory_hints_name_options(
+    tmp_path: Path, error: BaseException, validation: bool, options: dict[str, Any], expected: tuple[str, ...]
 ) -> None:
     assert is_out_of_memory(error)
     run = trainer(tmp_path, OutOfMemoryHint(), Full(error, validation), max_steps=1, num_sanity_val_steps=1)
     with pytest.raises(type(error)) as caught:
         run.fit(module(), datamodule=data(tmp_path, **options))
-    said = caught.value.__notes__[-1]
-    assert all(one in said for one in wanted), said
+    message = caught.value.__notes__[-1]
+    assert all(item in message for item in expected), message
     error.__notes__.clear()
 
 
-def test_other_errors_are_none_of_memory() -> None:
+def test_other_errors_are_not_out_of_memory() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
     assert not is_out_of_memory(ValueError("not enough memory"))

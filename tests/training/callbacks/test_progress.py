@@ -1,4 +1,4 @@
-"""How far a run is, with a terminal and without."""
+"""Progress of a run, with and without a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.training.small import data, module, trainer
     ("seconds", "text"),
     [(0.2, "0 s"), (59, "59 s"), (60, "1 min"), (3540, "59 min"), (3600, "1 h 00 min"), (100_000, "27 h 47 min")],
 )
-def test_durations_are_read_at_a_glance(seconds: float, text: str) -> None:
+def test_durations_are_formatted(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
@@ -45,29 +45,29 @@ def lines(tmp_path: Path, seconds: float, **options: Any) -> list[str]:
     return [line.rstrip("\n") for line in written]
 
 
-def test_a_line_now_and_then(tmp_path: Path) -> None:
-    found = lines(tmp_path, 30)
-    assert [line.split("  ")[0] for line in found] == ["step 3/12", "step 6/12", "step 9/12", "step 12/12"]
+def test_a_line_per_interval(tmp_path: Path) -> None:
+    result = lines(tmp_path, 30)
+    assert [line.split("  ")[0] for line in result] == ["step 3/12", "step 6/12", "step 9/12", "step 12/12"]
     # 32 tokens in each of three batches, thirty seconds; nine steps to go at ten seconds.
-    assert re.fullmatch(r"step 3/12  loss \d\.\d{3}  bits/byte \d\.\d{3}  3 tokens/s  2 min left", found[0])
-    assert found[-1].endswith("0 s left")
+    assert re.fullmatch(r"step 3/12  loss \d\.\d{3}  bits/byte \d\.\d{3}  3 tokens/s  2 min left", result[0])
+    assert result[-1].endswith("0 s left")
 
 
-def test_a_line_at_every_validation(tmp_path: Path) -> None:
-    found = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
-    assert len(found) == 2
+def test_a_line_per_validation(tmp_path: Path) -> None:
+    result = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
+    assert len(result) == 2
     pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  word perplexity \S+"
     pattern += r"  memory gain -?\d\.\d{{4}}"
-    assert re.fullmatch(pattern.format(5), found[0])
-    assert re.fullmatch(pattern.format(10), found[1])
+    assert re.fullmatch(pattern.format(5), result[0])
+    assert re.fullmatch(pattern.format(10), result[1])
 
 
-def test_steps_are_the_optimisers(tmp_path: Path) -> None:
-    found = lines(tmp_path, 10, max_steps=3, accumulate_grad_batches=2)
-    assert [line.split("  ")[0] for line in found] == ["step 1/3", "step 2/3", "step 3/3"]
+def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
+    result = lines(tmp_path, 10, max_steps=3, accumulate_grad_batches=2)
+    assert [line.split("  ")[0] for line in result] == ["step 1/3", "step 2/3", "step 3/3"]
 
 
-def test_what_goes_on_is_not_taken_for_work_done(tmp_path: Path) -> None:
+def test_resumed_steps_do_not_count_for_the_estimate(tmp_path: Path) -> None:
     keep = BestCheckpoint(str(tmp_path / "checkpoints"))
     trainer(tmp_path, keep, max_steps=10, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
     written: list[str] = []
@@ -88,24 +88,24 @@ def test_what_goes_on_is_not_taken_for_work_done(tmp_path: Path) -> None:
         ({"max_epochs": 2, "limit_train_batches": 5, "max_steps": 70}, 10),
     ],
 )
-def test_the_runs_steps_are_known(tmp_path: Path, options: dict[str, Any], total: int) -> None:
+def test_total_steps_and_last_step(tmp_path: Path, options: dict[str, Any], total: int) -> None:
     class Last(pl.Callback):
-        found: list[bool] = []  # noqa: RUF012
+        result: list[bool] = []  # noqa: RUF012
 
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-            self.found.append(trainer_state.is_last_step(trainer))
+            self.result.append(trainer_state.is_last_step(trainer))
             assert trainer_state.total_steps(trainer) == total
 
     last = Last()
-    last.found = []
+    last.result = []
     run = trainer(tmp_path, last, limit_val_batches=0, **options)
     run.fit(module(), datamodule=data(tmp_path))
     assert run.global_step == total
-    assert last.found[-1]
-    assert not any(last.found[:-1])
+    assert last.result[-1]
+    assert not any(last.result[:-1])
 
 
-def test_the_bar_counts_the_runs_steps(tmp_path: Path) -> None:
+def test_the_bar_counts_optimizer_steps(tmp_path: Path) -> None:
     """One bar over all epochs, which goes on where a run does."""
     screen = io.StringIO()
     options = {"limit_train_batches": 5, "limit_val_batches": 1, "val_check_interval": 4, "enable_progress_bar": True}
@@ -120,8 +120,8 @@ def test_the_bar_counts_the_runs_steps(tmp_path: Path) -> None:
             task = bar.train_progress_bar
             assert (task.completed, task.total) == (steps, steps)
             assert task.description.strip() == "Step"
-            shown = bar.get_metrics(run, run.lightning_module)
-            assert shown.keys() == {"loss", "bits/byte", "val bits/byte"}
+            metrics = bar.get_metrics(run, run.lightning_module)
+            assert metrics.keys() == {"loss", "bits/byte", "val bits/byte"}
         finally:
             rich.reconfigure()
     text = screen.getvalue()
@@ -130,7 +130,7 @@ def test_the_bar_counts_the_runs_steps(tmp_path: Path) -> None:
     assert "Epoch" not in text
 
 
-def test_a_bar_without_end_is_drawn(tmp_path: Path) -> None:
+def test_an_endless_bar(tmp_path: Path) -> None:
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
             trainer.should_stop = trainer.global_step == 3

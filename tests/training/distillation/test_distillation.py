@@ -1,4 +1,4 @@
-"""Modules that distil: the teacher stays as it is and out of checkpoints, resuming is exact, disk equals reading."""
+"""Distillation in training modules: a frozen, unsaved teacher, exact resume, and cached logits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from memtx.training.distillation import (
     SoftTargets,
     ValueRelations,
 )
-from memtx.training.language import LanguageModule
+from memtx.training.distillation.language import LanguageDistillation
 from memtx.training.pretraining import MaskedModule
 from tests.tasks import body, folder, records, write_lines
 from tests.training import small
@@ -75,20 +75,20 @@ def masked(at: Path, seed: int = 0) -> MaskedModule:
 def task_teacher(at: Path, kind: str = "tagging") -> tuple[str, Path]:
     root = folder(at / "data", kind)
     module, examples = parts(kind, root)
-    made = task_trainer(max_steps=3)
-    made.fit(module, examples)
-    made.save_checkpoint(at / "teacher.ckpt")
+    built = task_trainer(max_steps=3)
+    built.fit(module, examples)
+    built.save_checkpoint(at / "teacher.ckpt")
     return str(at / "teacher.ckpt"), root
 
 
-def test_the_teacher_learns_nothing_and_is_in_no_checkpoint(tmp_path: Path) -> None:
+def test_the_teacher_is_frozen_and_not_saved(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     module = language(tmp_path)
     run = trainer(tmp_path, max_steps=3)
     run.fit(module, data(tmp_path))
     (teacher,) = module.distillation._teacher
-    kept = MemoryTransformer.from_pretrained(tmp_path / "teacher")
-    assert_equal(small.weights(teacher), small.weights(kept))
+    saved = MemoryTransformer.from_pretrained(tmp_path / "teacher")
+    assert_equal(small.weights(teacher), small.weights(saved))
     assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters())
     assert not teacher.training
     learning = {id(weight) for group in run.optimizers[0].param_groups for weight in group["params"]}
@@ -97,11 +97,11 @@ def test_the_teacher_learns_nothing_and_is_in_no_checkpoint(tmp_path: Path) -> N
     assert learning == {id(weight) for weight in module.parameters()}
     run.save_checkpoint(tmp_path / "a.ckpt")
     names = set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
-    maps = {f"distillation.losses.{place}.project.weight" for place in (2, 3, 5)}
+    maps = {f"distillation.losses.{position}.project.weight" for position in (2, 3, 5)}
     assert {name for name in names if not name.startswith("model.")} == maps
 
 
-def test_a_run_needs_its_teacher_no_more(tmp_path: Path) -> None:
+def test_evaluation_needs_no_teacher(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     module = language(tmp_path)
     run = trainer(tmp_path, max_steps=2)
@@ -109,9 +109,9 @@ def test_a_run_needs_its_teacher_no_more(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "a.ckpt")
     shutil.rmtree(tmp_path / "teacher")
     path = str(tmp_path / "a.ckpt")
-    (found,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
-    (wanted,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
-    assert found == wanted
+    (result,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
+    (targets,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
+    assert result == targets
     assert_equal(small.weights(MemoryTransformer.from_pretrained(tmp_path / "a.ckpt")), small.weights(module.model))
     with pytest.raises(CheckpointError, match="teacher' does not exist"):
         trainer(tmp_path, max_steps=4).fit(language(tmp_path), data(tmp_path), ckpt_path=path)
@@ -122,39 +122,39 @@ def test_resuming_is_exact(kind: str, tmp_path: Path) -> None:
     if kind == "language":
         decoder_teacher(tmp_path)
     make: Any = {"language": language, "masked": masked}[kind]
-    whole, record = make(tmp_path), Record()
+    full, record = make(tmp_path), Record()
     run = trainer(tmp_path, record, Keep(5, tmp_path / "half.ckpt"), max_steps=8, limit_val_batches=0)
-    run.fit(whole, data(tmp_path))
+    run.fit(full, data(tmp_path))
     again, resumed = make(tmp_path, 9), Record()
     trainer(tmp_path, resumed, max_steps=8, limit_val_batches=0).fit(
         again, data(tmp_path), ckpt_path=str(tmp_path / "half.ckpt")
     )
     assert sorted(resumed.losses) == [5, 6, 7]
     assert resumed.losses == {batch: record.losses[batch] for batch in resumed.losses}
-    assert_equal(small.weights(again), small.weights(whole))
+    assert_equal(small.weights(again), small.weights(full))
 
 
 def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
-    found = []
+    result = []
     for path in (None, str(tmp_path / "half.ckpt")):
         module, examples = parts("tagging", root, token_mask_prob=0.3, distillation=Distillation(teacher, ALL))
         pl.seed_everything(0 if path is None else 99)
         keep = [Keep(7, tmp_path / "half.ckpt")] if path is None else []
         task_trainer(max_steps=12, callbacks=keep).fit(module, examples, ckpt_path=path)
-        found.append(small.weights(module.model))
-    assert_equal(*found)
+        result.append(small.weights(module.model))
+    assert_equal(*result)
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
-def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_logits_give_the_same_losses(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, root = task_teacher(tmp_path, kind)
     reads: list[bool] = []
     layers_and_scores = TaskModel.forward_with_hidden_states
 
-    def spy(self: TaskModel, *given: Any, **options: Any) -> Any:
+    def spy(self: TaskModel, *inputs: Any, **options: Any) -> Any:
         reads.append(self.training)
-        return layers_and_scores(self, *given, **options)
+        return layers_and_scores(self, *inputs, **options)
 
     monkeypatch.setattr(TaskModel, "forward_with_hidden_states", spy)
     losses: list[dict[int, str]] = []
@@ -177,16 +177,16 @@ def test_scores_from_disk_teach_as_reading_does(kind: str, tmp_path: Path, monke
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4)
 
 
-def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_teacher(tmp_path)
     heard: list[bool] = []
-    read = LanguageModule._teacher_hidden_states
+    read = LanguageDistillation._teacher_hidden_states
 
-    def spy(self: LanguageModule, *given: Any) -> Any:
+    def spy(self: LanguageDistillation, *inputs: Any) -> Any:
         heard.append(True)
-        return read(self, *given)
+        return read(self, *inputs)
 
-    monkeypatch.setattr(LanguageModule, "_teacher_hidden_states", spy)
+    monkeypatch.setattr(LanguageDistillation, "_teacher_hidden_states", spy)
     losses, steps = [], 28
 
     def run(cache: str, top: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
@@ -195,8 +195,8 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
             language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache_dir=folder, top_k=top),
             Record(),
         )
-        made = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
-        made.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
+        built = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
+        built.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
         losses.append(record.losses)
         return module.distillation.logit_table
 
@@ -213,58 +213,58 @@ def test_a_corpus_is_read_by_the_teacher_once(tmp_path: Path, monkeypatch: pytes
     for step, loss in losses[0].items():
         # The same numbers in float32, added up in another order.
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
-    # Killed in the first pass and gone on with, with few of the scores.
+    # Killed in the first pass and resumed, with few cached logits.
     half = tmp_path / "half.ckpt"
     run("few", 4, Keep(8, half, tmp_path / "few"))
     assert run("few.then", 4, seed=9, path=str(half)).is_complete
     assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
 
 
-def test_a_loss_counts_in_its_share_of_the_run(tmp_path: Path) -> None:
+def test_a_loss_is_active_in_its_fraction_of_the_run(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     losses = [partial(HiddenMSE, end=0.5), partial(SoftTargets, begin=0.5)]
     module = language(tmp_path, losses=losses)
-    found: list[tuple[float, float]] = []
+    result: list[tuple[float, float]] = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             logged = trainer.callback_metrics
-            found.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
+            result.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
 
     trainer(tmp_path, Watch(), max_steps=4, limit_val_batches=0).fit(module, data(tmp_path))
-    assert [(hidden > 0, soft > 0) for hidden, soft in found] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [(hidden > 0, soft > 0) for hidden, soft in result] == [(True, False)] * 2 + [(False, True)] * 2
 
 
-def test_the_student_begins_as_every_second_layer(tmp_path: Path) -> None:
+def test_the_student_is_initialized_from_every_second_layer(tmp_path: Path) -> None:
     teacher = MemoryTransformer.from_pretrained(decoder_teacher(tmp_path))
     module = small.module(distillation=Distillation(str(tmp_path / "teacher"), student_init=EveryKthLayer()))
-    with pytest.raises(MemtxError, match="16 wide and shows 2 layers, the teacher 24 and 4"):
+    with pytest.raises(MemtxError, match=r"16 wide with 2 layers, .* 24 wide with 4 layers"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
     module.model = MemoryTransformer(257, dim=24, depth=2, heads=2, memories=(small.memory(),))
     module.make_optimizer = partial(small.sgd, lr=0.0)
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(tmp_path))
-    for own, other in ((0, 1), (1, 3)):
-        kept = module.model.blocks[own].feed_forward.state_dict()
-        assert_equal(dict(kept), dict(teacher.blocks[other].feed_forward.state_dict()))
+    for trained_module, other in ((0, 1), (1, 3)):
+        saved = module.model.blocks[trained_module].feed_forward.state_dict()
+        assert_equal(dict(saved), dict(teacher.blocks[other].feed_forward.state_dict()))
 
 
 def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_teacher(tmp_path)
     losses = []
-    for asked, fast in ((False, True), (True, True), (True, False)):
+    for requested, fast in ((False, True), (True, True), (True, False)):
         monkeypatch.setattr(cpu_info, "is_cpu_bf16_fast", lambda fast=fast: fast)
-        module = language(tmp_path, bf16=asked)
+        module = language(tmp_path, bf16=requested)
         record = Record()
         trainer(tmp_path, record, max_steps=2, limit_val_batches=0).fit(module, data(tmp_path))
         (teacher,) = module.distillation._teacher
-        assert next(teacher.parameters()).dtype == (torch.bfloat16 if asked and fast else torch.float32)
+        assert next(teacher.parameters()).dtype == (torch.bfloat16 if requested and fast else torch.float32)
         losses.append([float.fromhex(loss) for loss in record.losses.values()])
     assert losses[0] == losses[2] != losses[1]
     # Three digits of what the teacher says.
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
-def test_a_whole_texts_teacher_teaches_a_reader_by_segments(tmp_path: Path) -> None:
+def test_a_task_encoder_teaches_a_memory_transformer(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path, "classification")
     module, examples = parts("classification", root, distillation=Distillation(teacher))
     reader = partial(
@@ -274,31 +274,31 @@ def test_a_whole_texts_teacher_teaches_a_reader_by_segments(tmp_path: Path) -> N
     task_trainer(max_steps=2).fit(module, examples)
     module, examples = parts("classification", root, distillation=Distillation(teacher, [HiddenMSE]))
     module.model = TaskModel(module.model.vocab_size, 2, reader)
-    with pytest.raises(MemtxError, match="the student, a MemoryTransformerBackbone, shows none"):
+    with pytest.raises(MemtxError, match=r"and the student \(MemoryTransformerBackbone\) returns none"):
         task_trainer(max_steps=2).fit(module, examples)
 
 
-def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
+def test_unusable_teachers_are_rejected(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
 
     def begun(distillation: Distillation, at: Path = root, **options: Any) -> None:
         task_trainer(max_steps=1).fit(*parts("tagging", at, distillation=distillation, **options))
 
-    with pytest.raises(MemtxError, match=r"No teacher is given to be distilled. Add --model.distillation"):
+    with pytest.raises(MemtxError, match=r"distillation.teacher is not set. Add --model.distillation"):
         begun(Distillation())
-    with pytest.raises(MemtxError, match="no losses"):
+    with pytest.raises(MemtxError, match="losses is empty"):
         begun(Distillation(teacher, []))
-    with pytest.raises(MemtxError, match="a teacher's scores, and HiddenMSE asks for its layers"):
+    with pytest.raises(MemtxError, match="stores a teacher's logits, but HiddenMSE needs its layers"):
         begun(Distillation(teacher, [HiddenMSE], cache_dir=str(tmp_path / "kept")))
-    with pytest.raises(MemtxError, match=r"token_mask_prob is 0.3, so no text comes again"):
+    with pytest.raises(MemtxError, match=r"caches the teacher's logits, but token_mask_prob \(0.3\) changes the texts"):
         begun(Distillation(teacher, cache_dir=str(tmp_path / "kept")), token_mask_prob=0.3)
     other = folder(tmp_path / "other", "tagging")
     write_lines(other / "train.jsonl", records("tagging", 24, seed=99))
-    with pytest.raises(CheckpointError, match="trained with another tokenizer: its token ids mean something else"):
+    with pytest.raises(CheckpointError, match="trained with another tokenizer, so its token ids differ"):
         begun(Distillation(teacher), other)
     torch.manual_seed(0)
     body()(20).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(MemtxError, match=r"The tokenizer has 200 tokens, the teacher in '.*narrow' knows 20"):
+    with pytest.raises(MemtxError, match=r"The tokenizer has 200 tokens, the teacher in '.*narrow' has 20"):
         begun(Distillation(str(tmp_path / "narrow"), [HiddenMSE]))
     body()(200).save_pretrained(tmp_path / "encoder")
     with pytest.raises(MemtxError, match=r"no head for the task. Fine-tune it first"):
@@ -306,21 +306,21 @@ def test_what_a_teacher_cannot_teach_is_refused(tmp_path: Path) -> None:
     begun(Distillation(str(tmp_path / "encoder"), [HiddenMSE, HardLabels]))
     module = MaskedModule(partial(Encoder, dim=8, depth=1, heads=2))
     module.distillation = Distillation(teacher, cache_dir=str(tmp_path / "kept"))
-    with pytest.raises(MemtxError, match="Other tokens are hidden in each pass"):
+    with pytest.raises(MemtxError, match="masks differ in every epoch"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
     assert not (tmp_path / "kept").exists()
 
 
-def test_teachers_of_another_kind_are_refused(tmp_path: Path) -> None:
+def test_teachers_of_another_class_are_rejected(tmp_path: Path) -> None:
     torch.manual_seed(0)
     Encoder(257, 8, 1, 2).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(MemtxError, match=r"is a Encoder, the student a MemoryTransformer. It learns from a Memory"):
+    with pytest.raises(MemtxError, match=r"\(Encoder\) does not fit .* \(MemoryTransformer\)\. Use .* class Memory"):
         trainer(tmp_path, max_steps=1).fit(language(tmp_path), data(tmp_path))
 
 
-def test_labels_in_another_order_are_refused(tmp_path: Path) -> None:
+def test_labels_in_another_order_are_rejected(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
     module, examples = parts("tagging", root, distillation=Distillation(teacher))
     examples.task.labels = tuple(reversed(examples.task.labels))
-    with pytest.raises(CheckpointError, match="names the labels B-WHO, O, the data O, B-WHO"):
+    with pytest.raises(CheckpointError, match="has the labels B-WHO, O, the data O, B-WHO"):
         task_trainer(max_steps=1).fit(module, examples)

@@ -1,4 +1,4 @@
-"""Every loss against plain loops in float64, over what the models' own weights say; and what is refused."""
+"""Every loss against plain loops in float64 on the models' weights, and rejected arguments."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from memtx.layers.longformer import LongformerAttention
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.models.encoder import Encoder
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.training.distillation import losses as kinds
+from memtx.training import distillation as kinds
+from memtx.training.distillation import layer_losses, losses
 from memtx.training.distillation.layer_map import ExplicitLayers, NoLayers
-from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, get_blocks
-from memtx.training.distillation.reading import collect_language_outputs
+from memtx.training.distillation.losses import DistillationLoss
+from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, collect_language_outputs, get_blocks
 from memtx.training.distillation.teacher_cache import top_k_logits
 
 ROWS, LENGTH, VOCAB = 2, 7, 11
@@ -39,7 +40,7 @@ def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention
 
 
 def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
-    """What an encoder shows of drawn rows, the second one padded."""
+    """Outputs of an encoder for random texts, the second of them padded."""
     tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
     present = torch.ones(ROWS, LENGTH, dtype=torch.bool)
     present[1, 5:] = False
@@ -56,13 +57,11 @@ def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
     )
 
 
-def pair(
-    student: Encoder, teacher: Encoder, make: Any
-) -> tuple[float, ModelOutputs, ModelOutputs, kinds.DistillationLoss]:
+def pair(student: Encoder, teacher: Encoder, make: Any) -> tuple[float, ModelOutputs, ModelOutputs, DistillationLoss]:
     torch.manual_seed(3)
     loss = make(ModelDims.from_model(student), ModelDims.from_model(teacher)).double()
-    own, other = read(student), read(teacher)
-    return float(loss(own, other).detach()), own, other, loss
+    student_out, teacher_out = read(student), read(teacher)
+    return float(loss(student_out, teacher_out).detach()), student_out, teacher_out, loss
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -70,43 +69,48 @@ def kl(p: list[float], q: list[float]) -> float:
 
 
 def softmax(scores: list[float]) -> list[float]:
-    powers = [math.exp(one - max(scores)) for one in scores]
-    return [one / sum(powers) for one in powers]
+    powers = [math.exp(item - max(scores)) for item in scores]
+    return [item / sum(powers) for item in powers]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("chunk", [2, 512])
 def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "CHUNK_SIZE", chunk)
+    monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
     make = partial(kinds.SoftTargets, temperature=temperature)
-    found, own, other, _ = pair(encoder(8, 1), encoder(12, 2), make)
-    assert own.features is not None
-    assert other.features is not None
+    result, student_out, teacher_out, _ = pair(encoder(8, 1), encoder(12, 2), make)
+    assert student_out.features is not None
+    assert teacher_out.features is not None
     each = [
-        kl(softmax([one / temperature for one in wanted]), softmax([one / temperature for one in mine]))
-        for mine, wanted in zip(own.features.tolist(), other.features.tolist(), strict=True)
+        kl(softmax([item / temperature for item in targets]), softmax([item / temperature for item in student_values]))
+        for student_values, targets in zip(student_out.features.tolist(), teacher_out.features.tolist(), strict=True)
     ]
-    assert found == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
+    assert result == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
 
 
-def test_soft_targets_of_the_highest_scores_alone() -> None:
-    found, own, other, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
-    assert own.features is not None
-    assert other.features is not None
+def test_soft_targets_of_top_k_logits() -> None:
+    result, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
+    assert student_out.features is not None
+    assert teacher_out.features is not None
 
-    def kept(top: int) -> float:
-        values, index = top_k_logits(other.features, top)
-        return float(loss(own, ModelOutputs(values.double(), class_indices=index)).detach())
+    def saved(top: int) -> float:
+        values, index = top_k_logits(teacher_out.features, top)
+        return float(loss(student_out, ModelOutputs(values.double(), class_indices=index)).detach())
 
     each = []
-    for mine, wanted in zip(own.features.tolist(), other.features.float().tolist(), strict=True):
-        chosen = sorted(range(VOCAB), key=lambda place: -wanted[place])[:4]
-        target, own_all = softmax([wanted[one] / 2 for one in chosen]), softmax([one / 2 for one in mine])
-        each.append(kl(target, [own_all[one] for one in chosen]))
-    assert kept(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
-    # Whoever keeps all of them loses nothing but float64's digits; more than there are is filled up.
-    assert kept(VOCAB) == pytest.approx(found, rel=1e-5)
-    assert kept(VOCAB + 3) == pytest.approx(found, rel=1e-5)
+    for student_values, targets in zip(
+        student_out.features.tolist(), teacher_out.features.float().tolist(), strict=True
+    ):
+        chosen = sorted(range(VOCAB), key=lambda position: -targets[position])[:4]
+        target, own_all = (
+            softmax([targets[item] / 2 for item in chosen]),
+            softmax([item / 2 for item in student_values]),
+        )
+        each.append(kl(target, [own_all[item] for item in chosen]))
+    assert saved(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
+    # With all classes only float64 digits are lost; missing classes are padded.
+    assert saved(VOCAB) == pytest.approx(result, rel=1e-5)
+    assert saved(VOCAB + 3) == pytest.approx(result, rel=1e-5)
 
 
 @pytest.mark.parametrize("dim", [8, 12])
@@ -117,30 +121,33 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
         "cosine": partial(kinds.HiddenCosine, layers=ExplicitLayers([(0, 0), (1, 3)])),
         "embeddings": kinds.EmbeddingMSE,
     }[kind]
-    found, own, other, loss = pair(encoder(8, 2), encoder(dim, 4), make)
+    result, student_out, teacher_out, loss = pair(encoder(8, 2), encoder(dim, 4), make)
     layers = {"mse": [(1, 2), (2, 4)], "cosine": [(1, 1), (2, 4)], "embeddings": [(0, 0)]}[kind]
     weight = dict(loss.named_parameters()).get("project.weight")
     assert (weight is None) == (dim == 8)
     means = []
-    for mine, theirs in layers:
+    for student_layer, teacher_layer in layers:
         each = []
-        for row, place in own.token_mask.nonzero().tolist():
-            x, y = own.hidden_states[mine][row, place].tolist(), other.hidden_states[theirs][row, place].tolist()
+        for row, position in student_out.token_mask.nonzero().tolist():
+            x, y = (
+                student_out.hidden_states[student_layer][row, position].tolist(),
+                teacher_out.hidden_states[teacher_layer][row, position].tolist(),
+            )
             if weight is not None:
-                x = [sum(w * one for w, one in zip(line, x, strict=True)) for line in weight.tolist()]
+                x = [sum(w * item for w, item in zip(line, x, strict=True)) for line in weight.tolist()]
             if kind == "cosine":
                 dot = sum(a * b for a, b in zip(x, y, strict=True))
                 each.append(1 - dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
             else:
                 each.append(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(y))
         means.append(sum(each) / len(each))
-    assert found == pytest.approx(sum(means) / len(means), **CLOSE)
+    assert result == pytest.approx(sum(means) / len(means), **CLOSE)
 
 
-def by_heads(model: Encoder, shown: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
+def by_heads(model: Encoder, outputs: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
     """[row][head][place] -> numbers, by the layer's own map and nothing else of it."""
     linear = getattr(model.blocks[layer].attention, part)
-    x = shown.hidden_states[layer] @ linear.weight.T + linear.bias
+    x = outputs.hidden_states[layer] @ linear.weight.T + linear.bias
     width = x.shape[-1] // heads
     return [[x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(ROWS)]
 
@@ -148,20 +155,20 @@ def by_heads(model: Encoder, shown: ModelOutputs, layer: int, part: str, heads: 
 @pytest.mark.parametrize("queries", [1, 3, 128])
 @pytest.mark.parametrize("window", [None, 4])
 def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinds, "QUERY_CHUNK_SIZE", queries)
+    monkeypatch.setattr(layer_losses, "QUERY_CHUNK_SIZE", queries)
     attention: Any = FullAttention if window is None else partial(LongformerAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
-    found, own, other, loss = pair(student, teacher, kinds.AttentionMSE)
+    result, student_out, teacher_out, loss = pair(student, teacher, kinds.AttentionMSE)
 
     def expected(marked: list[tuple[int, int]]) -> float:
-        read_by = ((student, own, 0), (teacher, other, 1))
-        parts = [by_heads(*one, name, 2) for one in read_by for name in ("query", "key")]
+        read_by = ((student, student_out, 0), (teacher, teacher_out, 1))
+        parts = [by_heads(*item, name, 2) for item in read_by for name in ("query", "key")]
         each = []
         for row in range(ROWS):
-            places = own.token_mask[row].nonzero().flatten().tolist()
+            positions = student_out.token_mask[row].nonzero().flatten().tolist()
             for head in range(2):
-                for i in places:
-                    for j in places:
+                for i in positions:
+                    for j in positions:
                         if (window is not None and abs(i - j) > window // 2) or (row, i) in marked:
                             continue
                         scores = [
@@ -172,37 +179,40 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
                         each.append((scores[0] - scores[1]) ** 2)
         return sum(each) / len(each)
 
-    assert found == pytest.approx(expected([]), **CLOSE)
+    assert result == pytest.approx(expected([]), **CLOSE)
     # Global tokens ask with other projections: their rows are no part of it.
     marked = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     marked[0, 2] = True
-    without = loss(replace(own, global_attention_mask=marked), other)
+    without = loss(replace(student_out, global_attention_mask=marked), teacher_out)
     assert float(without.detach()) == pytest.approx(expected([(0, 2)]), **CLOSE)
 
 
 @pytest.mark.parametrize("heads", [None, 4])
 def test_value_relations(heads: int | None) -> None:
     student, teacher = encoder(8, 1, 2), encoder(12, 2, 2)
-    found, own, other, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
+    result, student_out, teacher_out, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
     count = heads or 2
-    mine, theirs = by_heads(student, own, 0, "value", count), by_heads(teacher, other, 1, "value", count)
+    student_values, teacher_values = (
+        by_heads(student, student_out, 0, "value", count),
+        by_heads(teacher, teacher_out, 1, "value", count),
+    )
     each = []
     for row in range(ROWS):
-        places = own.token_mask[row].nonzero().flatten().tolist()
+        positions = student_out.token_mask[row].nonzero().flatten().tolist()
         for head in range(count):
-            for i in places:
+            for i in positions:
                 relations = [
                     softmax(
                         [
                             sum(a * b for a, b in zip(v[row][head][i], v[row][head][j], strict=True))
                             / math.sqrt(len(v[row][head][i]))
-                            for j in places
+                            for j in positions
                         ]
                     )
-                    for v in (theirs, mine)
+                    for v in (teacher_values, student_values)
                 ]
                 each.append(kl(*relations))
-    assert found == pytest.approx(sum(each) / len(each), **CLOSE)
+    assert result == pytest.approx(sum(each) / len(each), **CLOSE)
 
 
 def test_value_relations_of_decoders_look_back_within_documents() -> None:
@@ -213,16 +223,16 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
         for weight in model.parameters():
             nn.init.normal_(weight, std=0.5)
     tokens = torch.randint(VOCAB, (1, 6))
-    starts = torch.zeros(1, 6, dtype=torch.bool)
-    starts[0, 4] = True
-    shown = []
+    document_starts = torch.zeros(1, 6, dtype=torch.bool)
+    document_starts[0, 4] = True
+    outputs = []
     for model in models:
-        hidden = model(tokens, document_starts=starts, return_hidden_states=True).hidden_states
-        shown.append(collect_language_outputs(model, hidden, tokens, starts))
+        hidden = model(tokens, document_starts=document_starts, return_hidden_states=True).hidden_states
+        outputs.append(collect_language_outputs(model, hidden, tokens, document_starts))
     sizes = ModelDims.from_model(models[0])
-    found = float(kinds.ValueRelations(sizes, sizes)(*shown).detach())
+    result = float(kinds.ValueRelations(sizes, sizes)(*outputs).detach())
     each = []
-    values = [one.values(0)[0].tolist() for one in shown]
+    values = [item.values(0)[0].tolist() for item in outputs]
     for head in range(2):
         for i in range(6):
             back = range(4 if i >= 4 else 0, i + 1)
@@ -232,39 +242,46 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
                 for v in (values[1], values[0])
             ]
             each.append(kl(*relations))
-    assert found == pytest.approx(sum(each) / len(each), **CLOSE)
+    assert result == pytest.approx(sum(each) / len(each), **CLOSE)
 
 
-def test_hard_labels_are_the_students_own() -> None:
+def test_hard_labels_return_the_students_loss() -> None:
     lost = torch.tensor(2.5)
     assert kinds.HardLabels(SIZES, SIZES)(ModelOutputs(None, loss=lost), ModelOutputs(None)) is lost
 
 
 @pytest.mark.parametrize(
-    ("make", "teacher", "said"),
+    ("make", "teacher", "message"),
     [
         (kinds.SoftTargets, {"num_classes": 0}, "no head for the task. Fine-tune it first"),
-        (kinds.SoftTargets, {"num_classes": 12}, "scores 11 classes, the teacher 12. Both need the same vocabulary"),
+        (kinds.SoftTargets, {"num_classes": 12}, "student has 11 classes, the teacher 12. Use the same vocabulary"),
         (partial(kinds.SoftTargets, temperature=0.0), {}, "temperature is 0"),
         (partial(kinds.SoftTargets, weight=-1.0), {}, "SoftTargets's weight is -1"),
-        (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets counts from 0.5 to 0.5"),
-        (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Give it 1, 3 layers"),
-        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its map names none. Give EveryKthLayer"),
-        (kinds.HiddenMSE, {"depth": 0}, "the teacher, a Encoder, shows none"),
-        (kinds.AttentionMSE, {"heads": 4}, "2 heads a layer, the teacher 4.* Give the student 4"),
-        (kinds.AttentionMSE, {"has_attention_maps": False}, "the teacher, a Encoder, sees random blocks or a memory"),
-        (kinds.ValueRelations, {"heads": 4}, "2 heads a layer, the teacher 4.* heads that divide both widths"),
-        (partial(kinds.ValueRelations, heads=3), {}, "8 wide, which 3 heads do not divide"),
+        (partial(kinds.SoftTargets, begin=0.5, end=0.5), {}, "SoftTargets begins at 0.5 and ends at 0.5"),
+        (kinds.HiddenMSE, {"depth": 3}, "2 layers, which do not divide the teacher's 3. Choose a depth of 1, 3"),
+        (partial(kinds.HiddenMSE, layers=NoLayers()), {}, "its layer map has none. Use EveryKthLayer"),
+        (kinds.HiddenMSE, {"depth": 0}, r"the teacher \(Encoder\) returns none"),
+        (kinds.AttentionMSE, {"heads": 4}, "2 heads per layer, the teacher 4.* Use 4 heads in the student"),
+        (kinds.AttentionMSE, {"has_attention_maps": False}, r"\(Encoder\) attends to random blocks or a memory"),
+        (kinds.ValueRelations, {"heads": 4}, "2 heads per layer, the teacher 4.* heads that divide both widths"),
+        (partial(kinds.ValueRelations, heads=3), {}, r"value width \(8\) is not divisible by heads \(3\)"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(make: Any, teacher: dict[str, Any], said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict[str, Any], message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         make(SIZES, replace(SIZES, **teacher))
 
 
-def test_sizes_are_those_of_the_model() -> None:
-    found = ModelDims.from_model(encoder(8, 2, 4))
-    assert (found.dim, found.depth, found.heads, found.value_dim, found.num_classes, found.has_attention_maps) == (
+def test_dims_match_the_model() -> None:
+    result = ModelDims.from_model(encoder(8, 2, 4))
+    assert (
+        result.dim,
+        result.depth,
+        result.heads,
+        result.value_dim,
+        result.num_classes,
+        result.has_attention_maps,
+    ) == (
         8,
         2,
         4,
@@ -276,5 +293,5 @@ def test_sizes_are_those_of_the_model() -> None:
     assert not ModelDims.from_model(
         encoder(8, 2, 4, partial(LongformerAttention, window=4, num_random_tokens=1))
     ).has_attention_maps
-    with pytest.raises(MemtxError, match="A Linear can be no teacher"):
+    with pytest.raises(MemtxError, match="A Linear can be neither teacher nor student"):
         ModelDims.from_model(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""A memory taught by its model's own attention: the same weights with everything in sight, fresh at every step."""
+"""Self-distillation: a teacher of equal weights with full attention, and fresh streams in every step."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from torch.nn import functional as F
 from memtx.errors import MemtxError
 from memtx.models.encoder import Encoder
 from memtx.training.distillation import SelfDistillation, SoftTargets
+from memtx.training.distillation.language import LanguageDistillation
 from memtx.training.tbptt import unroll
 from tests.training.small import data, module, trainer
 from tests.training.test_retrofitting import MEAN, base, retrofitted
 
 
 @pytest.mark.parametrize("replay", [False, True])
-def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None:
+def test_the_teacher_is_the_model_with_full_attention(replay: bool) -> None:
     module_ = module(distillation=SelfDistillation([SoftTargets]), replay=replay)
     model = module_.model = retrofitted(11, MEAN).double()
     module_.distillation.setup(model)
-    module_._total_steps = 0
     tokens, labels = torch.randint(0, 11, (2, 2, 20))
     labels[:, 3] = -100
-    starts = torch.zeros(2, 20, dtype=torch.bool)
-    starts[1, 9] = True
-    batch: Any = type("Batch", (), {"tokens": tokens, "labels": labels, "document_starts": starts})
-    judge = module_._make_loss_fn(module_.distillation, batch)
-    out = unroll(model, tokens, labels, starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=judge)
+    document_starts = torch.zeros(2, 20, dtype=torch.bool)
+    document_starts[1, 9] = True
+    batch: Any = type("Batch", (), {"tokens": tokens, "labels": labels, "document_starts": document_starts})
+    loss_fn = LanguageDistillation(module_.distillation, None).make_loss_fn(model, batch, progress=0.0)
+    out = unroll(
+        model, tokens, labels, document_starts, model.init_state(2), segment_length=8, replay=replay, loss_fn=loss_fn
+    )
     wide = base(11).double().without_memory(20)
-    expected = F.softmax(wide(tokens, document_starts=starts).logits / 2, dim=-1)
-    mine = F.log_softmax(model(tokens, document_starts=starts).logits / 2, dim=-1)
+    expected = F.softmax(wide(tokens, document_starts=document_starts).logits / 2, dim=-1)
+    mine = F.log_softmax(model(tokens, document_starts=document_starts).logits / 2, dim=-1)
     plain = 4 * F.kl_div(mine, expected, reduction="none").sum(-1)[labels != -100].mean()
     # Segments of unequal length, each label of equal weight.
     assert out.loss.item() == pytest.approx(plain.item(), rel=1e-9)
@@ -42,13 +44,13 @@ def test_its_teacher_is_the_model_with_everything_in_sight(replay: bool) -> None
     assert all(gate.grad is not None and gate.grad.isfinite().all() for gate in gates)
 
 
-def test_steps_begin_with_fresh_streams(tmp_path: Path) -> None:
-    own = module(distillation=SelfDistillation())
-    trainer(tmp_path, max_steps=3).fit(own, data(tmp_path))
-    assert own.carry.nbytes("train") == own.carry.nbytes("teacher") == 0
-    assert not own.rank_state()["teacher"]
+def test_steps_start_with_fresh_streams(tmp_path: Path) -> None:
+    language_module = module(distillation=SelfDistillation())
+    trainer(tmp_path, max_steps=3).fit(language_module, data(tmp_path))
+    assert language_module.carry.nbytes("train") == language_module.carry.nbytes("teacher") == 0
+    assert not language_module.rank_state()["teacher"]
 
 
-def test_a_model_without_memory_is_refused() -> None:
-    with pytest.raises(MemtxError, match="A Encoder has no memory to be taught by its own attention"):
+def test_a_model_without_memory_is_rejected() -> None:
+    with pytest.raises(MemtxError, match="SelfDistillation needs a model with memory, not Encoder"):
         SelfDistillation().setup(Encoder(11, 8, 1, 2))

@@ -1,4 +1,4 @@
-"""A student that begins as its teacher: which weights it has, and which models it cannot begin as."""
+"""Initialization of a student from its teacher: copied weights, and rejected models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from memtx.models.encoder import Encoder
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers, NoLayers
-from memtx.training.distillation.pca_init import principal_directions
-from memtx.training.distillation.student_init import init_student
+from memtx.training.distillation.student_init import init_student, principal_directions
 
 VOCAB = 11
 
@@ -33,34 +32,34 @@ def decoder(depth: int, memory: Any = WINDOW, **options: Any) -> MemoryTransform
     return MemoryTransformer(VOCAB, **({"dim": 8, "depth": depth, "heads": 2, "memories": [memory]} | options))
 
 
-def test_layers_are_those_of_the_map_and_memories_stay() -> None:
+def test_layers_are_copied_by_the_map_and_memories_stay() -> None:
     teacher, student = decoder(4), decoder(2, partial(CompressedMemory, window=8, compression_rate=2, num_entries=3))
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, EveryKthLayer())
     memories = student.memory_parameters()
     assert memories
-    given = teacher.state_dict()
-    for name, one in student.state_dict().items():
+    inputs = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
         if name in memories:
-            assert torch.equal(one, before[name])
+            assert torch.equal(tensor, before[name])
             continue
         source = name.replace("blocks.1.", "blocks.3.").replace("blocks.0.", "blocks.1.")
-        assert torch.equal(one, given[source]), name
-        assert one.data_ptr() != given[source].data_ptr()
+        assert torch.equal(tensor, inputs[source]), name
+        assert tensor.data_ptr() != inputs[source].data_ptr()
 
 
-def test_a_layer_that_the_map_leaves_out_stays() -> None:
+def test_unmapped_layers_stay() -> None:
     teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, ExplicitLayers([(1, 0)]))
-    found = student.state_dict()
-    assert all(torch.equal(found[name], before[name]) for name in found if name.startswith("blocks.0."))
+    result = student.state_dict()
+    assert all(torch.equal(result[name], before[name]) for name in result if name.startswith("blocks.0."))
     name = "blocks.1.attention.query.weight"
-    assert torch.equal(found[name], teacher.state_dict()["blocks.0.attention.query.weight"])
-    assert torch.equal(found["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
+    assert torch.equal(result[name], teacher.state_dict()["blocks.0.attention.query.weight"])
+    assert torch.equal(result["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
 
 
-def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
+def test_an_encoder_initializes_the_backbone_of_a_task_model() -> None:
     teacher = Encoder(VOCAB, 8, 4, 2)
     student = TaskModel(VOCAB, 3, partial(Encoder, dim=8, depth=2, heads=2))
     head = student.head.out.weight.clone()
@@ -73,88 +72,88 @@ def test_an_encoder_begins_the_body_of_a_tasks_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "said"),
+    ("student", "message"),
     [
-        (Encoder(VOCAB, 8, 2, 2), "a Encoder, the teacher a MemoryTransformer.* Leave student_init out"),
-        (decoder(2, dim=12), "12 wide and shows 2 layers, the teacher 8 and 4.* give the student dim 8"),
+        (Encoder(VOCAB, 8, 2, 2), r"student \(Encoder\) .* teacher \(MemoryTransformer\).* Remove student_init"),
+        (decoder(2, dim=12), "12 wide with 2 layers, .* 8 wide with 4 layers.* use dim 8"),
         (decoder(3), "3 layers, which do not divide"),
         (decoder(2, kv_heads=1), r"key_value.weight is \(8, 8\), the teacher's \(16, 8\)"),
         (decoder(2, bias=True), "the teacher has no blocks.0.attention.query.bias"),
     ],
 )
-def test_models_that_it_cannot_begin_as_are_named(student: Any, said: str) -> None:
-    with pytest.raises(MemtxError, match=said):
+def test_mismatched_models_are_rejected(student: Any, message: str) -> None:
+    with pytest.raises(MemtxError, match=message):
         init_student(student, decoder(4), EveryKthLayer())
 
 
-def test_what_the_teachers_layers_have_besides_is_named() -> None:
+def test_extra_parameters_of_the_teacher_are_named() -> None:
     with pytest.raises(MemtxError, match=r"the student has no blocks.0.attention.key_value.bias"):
         init_student(decoder(2), decoder(4, bias=True), EveryKthLayer())
 
 
-def low(rows: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
+def low(entries: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
     """Return a table of that rank; with means of zero where norms take them off."""
     draw = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, rank, generator=draw, dtype=torch.float64)
+    x = torch.randn(entries, rank, generator=draw, dtype=torch.float64)
     y = torch.randn(rank, width, generator=draw, dtype=torch.float64)
     return x @ (y - y.mean(1, keepdim=True) if centred else y)
 
 
 @given(st.integers(2, 9), st.integers(0, 6), st.booleans(), st.integers(0, 99))
-def test_what_a_narrower_norm_sees_is_what_the_wider_one_saw(dim: int, more: int, centred: bool, seed: int) -> None:
+def test_projected_vectors_keep_their_normalized_values(dim: int, more: int, centred: bool, seed: int) -> None:
     width, rank = dim + more, dim - 1 if centred else dim
     x = low(12, width, rank, seed, centred=centred)
-    kept = principal_directions(x, dim, centered=centred)
+    directions = principal_directions(x, dim, centered=centred)
     # Float64's rounding, a hundred times over for vectors near zero that norms magnify.
     close = {"atol": 1e-9, "rtol": 1e-9}
-    assert torch.allclose((x @ kept) @ (x @ kept).T, x @ x.T, **close)
+    assert torch.allclose((x @ directions) @ (x @ directions).T, x @ x.T, **close)
     norm = F.layer_norm if centred else F.rms_norm
     assert torch.allclose(
-        norm(x @ kept, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ kept / width**0.5, **close
+        norm(x @ directions, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ directions / width**0.5, **close
     )
 
 
 @pytest.mark.parametrize("task", [False, True])
-def test_a_narrower_encoder_begins_with_the_embeddings(task: bool) -> None:
-    def made(dim: int) -> Any:
+def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
+    def built(dim: int) -> Any:
         body = partial(Encoder, dim=dim, depth=2, heads=2)
         return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
 
-    teacher, student = made(16), made(8)
+    teacher, student = built(16), built(8)
     wide, narrow = (model.backbone if task else model for model in (teacher, student))
     with torch.no_grad():
         wide.embedding.word_embeddings.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
         wide.embedding.position_embeddings.weight[:4] = wide.embedding.word_embeddings.weight[:4]
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
-    tokens, given = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
-    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+    tokens, inputs = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
+    assert torch.allclose(tokens @ tokens.T, inputs @ inputs.T, atol=1e-4)
     assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
-    changed = {name for name, one in student.state_dict().items() if not torch.equal(one, before[name])}
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.removeprefix("backbone.") for name in changed} == {
         "embedding.word_embeddings.weight",
         "embedding.position_embeddings.weight",
     }
 
 
-def test_a_narrower_decoder_begins_with_the_embeddings() -> None:
+def test_a_narrower_decoder_gets_projected_embeddings() -> None:
     teacher, student = decoder(3, dim=16), decoder(2)
     with torch.no_grad():
         teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
     init_student(student, teacher, NoLayers())
-    tokens, given = student.embedding.weight, teacher.embedding.weight
-    assert torch.allclose(tokens @ tokens.T, given @ given.T, atol=1e-4)
+    tokens, inputs = student.embedding.weight, teacher.embedding.weight
+    assert torch.allclose(tokens @ tokens.T, inputs @ inputs.T, atol=1e-4)
 
 
-def test_of_equal_widths_all_but_the_layers_is_taken() -> None:
+def test_no_layers_copies_everything_else_at_equal_widths() -> None:
     teacher, student = decoder(4), decoder(2)
-    before = {name: one.clone() for name, one in student.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
-    for name, one in student.state_dict().items():
-        assert torch.equal(one, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, before[name] if name.startswith("blocks.") else teacher.state_dict()[name]), name
 
 
-def test_tables_that_do_not_fit_a_narrower_student_are_named() -> None:
+def test_mismatched_embedding_tables_are_named() -> None:
     student = Encoder(VOCAB, 8, 2, 2, embeddings=partial(TextEmbeddings, num_positions=32))
     with pytest.raises(MemtxError, match=r"embedding.position_embeddings has 32 entries, the teacher's 512"):
         init_student(student, Encoder(VOCAB, 16, 2, 2), NoLayers())

@@ -1,4 +1,4 @@
-"""Scores on disk: what was put is what is found, also after a kill in the middle of a record."""
+"""Cached logits on disk, also after a kill in the middle of a record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def names(*numbers: int) -> list[bytes]:
     return [make_key(bytes([number])) for number in numbers]
 
 
-def test_what_was_put_is_found_by_the_next_run(tmp_path: Path) -> None:
+def test_the_next_run_finds_cached_logits(tmp_path: Path) -> None:
     scores = torch.randn(5, 9)
     values, index = top_k_logits(scores, 3)
     first = LogitCache(tmp_path / "new", "a" * 64, 3)
@@ -26,17 +26,17 @@ def test_what_was_put_is_found_by_the_next_run(tmp_path: Path) -> None:
     first.put(names(2, 3, 4), values[2:], index[2:])
     for cache in (first, LogitCache(tmp_path / "new", "a" * 64, 3)):
         assert len(cache) == 5
-        found = cache.get(names(4, 0, 4))
-        assert found is not None
-        assert torch.equal(found[0], values[[4, 0, 4]])
-        assert torch.equal(found[1], index[[4, 0, 4]])
+        result = cache.get(names(4, 0, 4))
+        assert result is not None
+        assert torch.equal(result[0], values[[4, 0, 4]])
+        assert torch.equal(result[1], index[[4, 0, 4]])
         assert cache.get(names(0, 9)) is None
     # Of another teacher, or with other numbers of scores, nothing is known.
     assert len(LogitCache(tmp_path / "new", "b" * 64, 3)) == 0
     assert len(LogitCache(tmp_path / "new", "a" * 64, 4)) == 0
 
 
-def test_a_record_cut_short_is_written_again(tmp_path: Path) -> None:
+def test_a_truncated_record_is_overwritten(tmp_path: Path) -> None:
     values, index = top_k_logits(torch.randn(3, 9), 2)
     cache = LogitCache(tmp_path, "a" * 64, 2)
     cache.put(names(0, 1), values[:2], index[:2])
@@ -45,29 +45,29 @@ def test_a_record_cut_short_is_written_again(tmp_path: Path) -> None:
     again = LogitCache(tmp_path, "a" * 64, 2)
     assert len(again) == 2
     again.put(names(2), values[2:], index[2:])
-    found = LogitCache(tmp_path, "a" * 64, 2).get(names(2, 1, 0))
-    assert found is not None
-    assert torch.equal(found[0], values[[2, 1, 0]])
+    result = LogitCache(tmp_path, "a" * 64, 2).get(names(2, 1, 0))
+    assert result is not None
+    assert torch.equal(result[0], values[[2, 1, 0]])
 
 
 @given(st.lists(st.binary(max_size=3), max_size=3), st.lists(st.binary(max_size=3), max_size=3))
-def test_keys_tell_parts_apart(one: list[bytes], other: list[bytes]) -> None:
-    assert (make_key(*one) == make_key(*other)) == (one == other)
+def test_keys_depend_on_the_boundaries_of_parts(item: list[bytes], other: list[bytes]) -> None:
+    assert (make_key(*item) == make_key(*other)) == (item == other)
 
 
-def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+def test_unwritable_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(MemtxError, match=r"cannot be written: .* Give the cache another folder"):
+    with pytest.raises(MemtxError, match=r"cannot be written: .* Choose another cache_dir"):
         LogitCache(tmp_path / "file" / "below", "a" * 64, 2)
     with pytest.raises(MemtxError, match="top_k is 0"):
         LogitCache(tmp_path, "a" * 64, 0)
 
 
-def test_a_table_knows_what_was_read_and_when_it_is_whole(tmp_path: Path) -> None:
+def test_a_table_tracks_stored_tokens_and_completeness(tmp_path: Path) -> None:
     values, index = top_k_logits(torch.randn(6, 9), 3)
     table = LogitTable(tmp_path, "a" * 64, 6, 3)
-    places = torch.tensor([[4, 2], [0, 1]])
-    table.put(places.flatten(), values[places.flatten()], index[places.flatten()])
+    positions = torch.tensor([[4, 2], [0, 1]])
+    table.put(positions.flatten(), values[positions.flatten()], index[positions.flatten()])
     assert not table.is_complete
     # What is there stays, and so does the first of two in one batch.
     table.put(torch.tensor([4, 1, 1]), values[[0, 1, 0]], index[[0, 1, 0]])
@@ -76,6 +76,6 @@ def test_a_table_knows_what_was_read_and_when_it_is_whole(tmp_path: Path) -> Non
     again.put(torch.tensor([3, 5]), values[[3, 5]], index[[3, 5]])
     assert again.is_complete
     assert LogitTable(tmp_path, "a" * 64, 6, 3).is_complete
-    found = again.get(places)
-    assert torch.equal(found[0], values[places])
-    assert torch.equal(found[1], index[places])
+    result = again.get(positions)
+    assert torch.equal(result[0], values[positions])
+    assert torch.equal(result[1], index[positions])

@@ -1,0 +1,32 @@
+"""Public names of memtx, the one list of them: ``lazy_loader`` reads it, and type checkers do."""
+
+__version__: str
+
+from . import hf as hf
+from .checkpoint.load import from_pretrained as from_pretrained
+from .data.books import BookDataModule as BookDataModule
+from .errors import MemtxError as MemtxError
+from .inference.generate import generate as generate
+from .inference.predictor import load_predictor as load_predictor
+from .inference.reader import StreamReader as StreamReader
+from .layers.feed_forward import FeedForward as FeedForward
+from .layers.feed_forward import SwiGLU as SwiGLU
+from .layers.positions.base import Alibi as Alibi
+from .layers.positions.rotary import Rotary as Rotary
+from .memory.associative import AssociativeMemory as AssociativeMemory
+from .memory.compressed import CompressedMemory as CompressedMemory
+from .memory.ernie_doc import ErnieDocMemory as ErnieDocMemory
+from .memory.memory_tokens import TokenMemory as TokenMemory
+from .memory.none import NoMemory as NoMemory
+from .memory.recurrent import RecurrentMemory as RecurrentMemory
+from .memory.retrieval import RetrievalMemory as RetrievalMemory
+from .memory.sinks import SinkMemory as SinkMemory
+from .memory.slots import SlotMemory as SlotMemory
+from .memory.top_k import TopKMemory as TopKMemory
+from .models.encoder import Encoder as Encoder
+from .models.memory_transformer import MemoryTransformer as MemoryTransformer
+from .models.recurrent_lm import MemoryOutput as MemoryOutput
+from .models.reformer import Reformer as Reformer
+from .models.transformer_xl import TransformerXL as TransformerXL
+from .state import MemoryState as MemoryState
+from .training.language import LanguageModule as LanguageModule

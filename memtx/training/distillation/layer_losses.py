@@ -1,0 +1,204 @@
+"""Distillation losses of pairs of layers: hidden states, attention scores and value relations."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from memtx.errors import MemtxError, check_at_least
+from memtx.training.distillation.layer_map import EveryKthLayer, LastLayer, LayerMap
+from memtx.training.distillation.losses import DistillationLoss, upcast
+from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
+
+QUERY_CHUNK_SIZE = 128
+"""Queries whose attention scores are in memory at a time, for student and teacher."""
+
+
+class LayerwiseLoss(DistillationLoss):
+    """Mean loss over pairs of layers.
+
+    Args:
+        student: Dimensions of the student.
+        teacher: Dimensions of the teacher.
+        layers: Pairs of layers to compare. Defaults to ``default_layers`` of the class.
+        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
+
+    Raises:
+        MemtxError: A number is out of range, or the models do not fit each other or the map.
+    """
+
+    default_layers: ClassVar[type[LayerMap]] = EveryKthLayer
+
+    def __init__(
+        self, student: ModelDims, teacher: ModelDims, layers: LayerMap | None = None, **options: float
+    ) -> None:
+        super().__init__(student, teacher, **options)
+        self.layer_pairs = (layers or self.default_layers()).pairs(student.depth, teacher.depth)
+        if not self.layer_pairs:
+            raise MemtxError(
+                f"{type(self).__name__} compares layers, but its layer map has none.",
+                "Use EveryKthLayer, ExplicitLayers or LastLayer.",
+            )
+
+    @abstractmethod
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
+        """Return the loss of one pair of layers, ``()``."""
+
+    def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
+        """Return the mean over pairs of layers."""
+        losses = [self.compare_layers(student, teacher, *pair) for pair in self.layer_pairs]
+        return torch.stack(losses).mean()
+
+
+class HiddenMSE(LayerwiseLoss):
+    """Mean squared difference of layer outputs (TinyBERT, Jiao et al. 2020, section 3, eq. 8).
+
+    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to every k-th.
+    """
+
+    has_projection = True
+
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
+        """Return the mean over tokens and dimensions."""
+        return F.mse_loss(*self.aligned_hidden(student, teacher, student_layer + 1, teacher_layer + 1))
+
+
+class HiddenCosine(LayerwiseLoss):
+    """One minus the cosine of layer outputs (DistilBERT, Sanh et al. 2019, section 2).
+
+    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to the last ones.
+    """
+
+    has_projection = True
+    default_layers = LastLayer
+
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
+        """Return the mean over tokens."""
+        hidden = self.aligned_hidden(student, teacher, student_layer + 1, teacher_layer + 1)
+        return (1.0 - F.cosine_similarity(*hidden, dim=-1)).mean()
+
+
+class AttentionMSE(LayerwiseLoss):
+    """Mean squared difference of attention scores (TinyBERT, Jiao et al. 2020, section 3, eq. 7).
+
+    The scores are those before the softmax, of pairs of tokens that are visible in both models. Arguments as for
+    :class:`LayerwiseLoss`; ``layers`` defaults to every k-th.
+
+    Raises:
+        MemtxError: The heads or layers do not match, or a model has random blocks or a memory.
+    """
+
+    def check_dims(self, student: ModelDims, teacher: ModelDims) -> None:
+        """Raise MemtxError unless both models have comparable attention scores."""
+        super().check_dims(student, teacher)
+        for name, dims in (("student", student), ("teacher", teacher)):
+            if not dims.has_attention_maps:
+                raise MemtxError(
+                    f"AttentionMSE compares scores of token pairs, but the {name} ({dims.name}) attends to random "
+                    "blocks or a memory.",
+                    "Use FullAttention or LongformerAttention in both, or compare ValueRelations or HiddenMSE instead.",
+                )
+        if student.heads != teacher.heads:
+            raise MemtxError(
+                f"The student has {student.heads} heads per layer, the teacher {teacher.heads}, but AttentionMSE "
+                "compares them one by one.",
+                f"Use {teacher.heads} heads in the student, or ValueRelations with heads that divide both widths.",
+            )
+
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
+        """Return the mean over heads and pairs of tokens."""
+        ranges = (student.distance_range(student_layer), teacher.distance_range(teacher_layer))
+        nearest, farthest = max(low for low, _ in ranges), min(high for _, high in ranges)
+        length = student.token_mask.shape[1]
+
+        def squared_error(queries: slice, keys: slice) -> tuple[Tensor, Tensor]:
+            visible = (
+                student.pair_mask(queries, keys)
+                & student.window_mask(student_layer, queries, keys)
+                & teacher.window_mask(teacher_layer, queries, keys)
+            )
+            target = upcast(teacher.attention_scores(teacher_layer, queries, keys)).detach()
+            difference = upcast(student.attention_scores(student_layer, queries, keys)) - target
+            return (difference.square() * visible[:, None]).sum(), difference.shape[1] * visible.sum()
+
+        total, count = upcast(student.hidden_states[0]).sum() * 0.0, student.token_mask.new_zeros((), dtype=torch.int64)
+        for start in range(0, length, QUERY_CHUNK_SIZE):
+            stop = min(start + QUERY_CHUNK_SIZE, length)
+            # Keys outside both windows are not computed.
+            keys = slice(max(start + nearest, 0), min(stop + farthest, length))
+            error, pairs = checkpoint(squared_error, slice(start, stop), keys, use_reentrant=False)
+            total, count = total + error, count + pairs
+        return total / count.clamp(min=1)
+
+
+class ValueRelations(LayerwiseLoss):
+    """Divergence of softmax(V V' / sqrt(head_dim)) (MiniLM, Wang et al. 2020, section 3.2, eq. 6).
+
+    In decoders, tokens relate to themselves and to earlier tokens of their document in the same segment.
+
+    Args:
+        student: Dimensions of the student.
+        teacher: Dimensions of the teacher.
+        layers: Pairs of layers to compare. Defaults to the last ones.
+        heads: Number of heads to split the values into (MiniLMv2, Wang et al. 2021, section 3.2). Defaults to the
+            layers' own.
+        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
+
+    Raises:
+        MemtxError: The heads or layers do not match.
+    """
+
+    default_layers = LastLayer
+
+    def __init__(
+        self,
+        student: ModelDims,
+        teacher: ModelDims,
+        layers: LayerMap | None = None,
+        heads: int | None = None,
+        **options: float,
+    ) -> None:
+        super().__init__(student, teacher, layers, **options)
+        if heads is None and student.heads != teacher.heads:
+            raise MemtxError(
+                f"The student has {student.heads} heads per layer, the teacher {teacher.heads}.",
+                f"Use {teacher.heads} heads in the student, or ValueRelations with heads that divide both widths.",
+            )
+        self.heads = heads if heads is not None else student.heads
+        check_at_least(1, heads=self.heads)
+        for name, dims in (("student", student), ("teacher", teacher)):
+            if dims.value_dim % self.heads:
+                raise MemtxError(
+                    f"The {name}'s value width ({dims.value_dim}) is not divisible by heads ({self.heads}).",
+                    "Choose a divisor of both widths.",
+                )
+
+    def compare_layers(
+        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
+    ) -> Tensor:
+        """Return the mean over heads and tokens in nats."""
+        mask = student.pair_mask()[:, None]
+        log_probs = self._log_relations(student.values(student_layer), mask)
+        log_target = self._log_relations(teacher.values(teacher_layer), mask).detach()
+        total = torch.where(mask, log_target.exp() * (log_target - log_probs), 0.0).sum()
+        return total / (self.heads * student.token_mask.sum()).clamp(min=1)
+
+    def _log_relations(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Return log relations ``(batch, heads, length, length)`` of ``(batch, length, value_dim)`` values."""
+        x = upcast(values).view(*values.shape[:2], self.heads, -1).transpose(1, 2)
+        # The fill value is finite: a padded query has no relation at all, and is masked out later.
+        scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~mask, torch.finfo(x.dtype).min)
+        return F.log_softmax(scores, dim=-1)
