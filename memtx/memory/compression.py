@@ -1,8 +1,7 @@
-"""Functions that compress a block of hidden states to one entry, and auxiliary losses that train them.
+"""Compressions of a block of hidden states to one entry, and losses that train them (Rae et al. 2020, section 3.1).
 
-The functions are those of the Compressive Transformer (Rae et al. 2020, section 3.1); learned ones start as mean
-pooling, the best compression without weights. The losses (section 3.2) detach their inputs and use the layer's
-projections frozen, so they train only the compression; the language model's loss keeps training all weights.
+Learned compressions start as mean pooling, the best one without weights. The losses (section 3.2) detach their inputs
+and freeze the layer's projections, so they train the compression alone, beside the language model's loss.
 """
 
 from __future__ import annotations
