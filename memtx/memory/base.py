@@ -1,8 +1,8 @@
 """The interface of every memory: ``read`` opens it for a segment, ``write`` closes it.
 
-``read`` joins the old state with the segment and says from when to when each entry is visible; attention runs over
-these entries, and ``write`` trims them to the next state. A block compressed in a segment thus serves its later queries,
-and a dropped entry its earlier ones. Visibility depends on positions alone, so results do not depend on segmentation.
+``read`` joins the old state with the segment and says from when to when each entry is visible. Attention runs over
+these entries, and ``write`` trims them to the next state. So a block compressed inside a segment serves that segment's
+later queries, and an entry dropped by the trim its earlier ones. Visibility is a function of positions alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Compressions of a block of hidden states to one entry, and losses that train them (Rae et al. 2020, section 3.1).
 
 Learned compressions start as mean pooling, the best one without weights. The losses (section 3.2) detach their inputs
-and freeze the layer's projections, so they train the compression alone, beside the language model's loss.
+and freeze the layer's projections, so they train only the compression; the language model's loss trains all weights.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A bank that keeps the highest-scoring entries instead of the newest.
 
 The choice has no gradient, but the learned score is also the entry's log-weight in attention and learns through it. An
-entry is visible until ``num_entries`` entries with higher scores have been evicted in its document, a function of the
-entries alone, so results do not depend on segmentation. With ``compression_rate=1`` next to fast weights this is HOLA's
-pair (2026) of a delta state and a small exact bank, which is scored there by the fast weights' own error.
+entry is visible from its eviction until ``num_entries`` entries with higher scores have been evicted in its document, a
+function of the entries alone, so results do not depend on segmentation. With ``compression_rate=1``, next to
+fast weights, this is HOLA's pair (2026) of a delta state and an exact bank, scored there by the fast weights' error.
 """
 
 from __future__ import annotations
