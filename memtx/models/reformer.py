@@ -50,7 +50,7 @@ class ReformerBlock(nn.Module):
 
     def has_dropout(self) -> bool:
         """Return whether dropout is active."""
-        return self.training and (self.dropout.p > 0 or self.attention.dropout_rate > 0)
+        return self.training and (self.dropout.p > 0 or self.attention.dropout > 0)
 
     def attend(
         self, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None
