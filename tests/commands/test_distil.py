@@ -61,7 +61,7 @@ def test_a_long_window_is_distilled_into_a_memory(program: Program, tmp_path: Pa
     assert student["score_retention"] == pytest.approx(report["teacher"]["score"] / student["score"])
     assert f"{student['num_parameters']:,}" in result.out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    # The student is a run as any other.
+    # The student is a run like any other.
     read = program("read", "books/test/0.txt", "--checkpoint", "student", "--json", cwd=tmp_path)
     assert read.code == 0, read.err
 
