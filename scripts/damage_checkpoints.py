@@ -1,11 +1,11 @@
-"""Damage checkpoints in many ways and look for the newest valid one: every damage must be detected.
+"""Damage checkpoints in many ways and look for the newest valid one: all damage must be detected.
 
     python scripts/damage_checkpoints.py [--count 1000] [--seed 0] [--run-dir RUN] [--json FILE] [--markdown FILE]
 
 The newest checkpoint of a run, by default of a small one trained here on the texts that come with Python, is truncated,
 emptied, filled with zeros, changed by a bit or by noise, spliced with another one, reordered, extended, stripped of its
-checksum, or replaced with another one. A damage is detected if `--ckpt_path last` would go back to the checkpoint
-before and report the reason. For comparison, the files that `torch.load` reads without an error are counted. Ctrl-C
+checksum, or replaced with another one. Damage is detected if `--ckpt_path last` would fall back to the previous
+checkpoint and report the reason. For comparison, the files that `torch.load` reads without an error are counted. Ctrl-C
 ends the script with the results so far.
 """
 
@@ -34,7 +34,7 @@ Damage = Callable[[bytes, bytes, random.Random], bytes]
 
 
 def ignore_other(damage: Callable[[bytes, random.Random], bytes]) -> Damage:
-    """Return a damage that has no use for the other checkpoint."""
+    """Return a damage function that ignores the other checkpoint."""
 
     @functools.wraps(damage)
     def apply(content: bytes, other: bytes, rng: random.Random) -> bytes:
@@ -103,7 +103,7 @@ def train_run(folder: Path) -> Path:
 
 
 def apply_damage(content: bytes, other: bytes, damage: Damage, rng: random.Random) -> bytes:
-    """Damage the content until it differs, as it does at nearly every first try."""
+    """Damage the content until it differs, which it nearly always does at the first try."""
     while (damaged := damage(content, other, rng)) == content:
         pass
     return damaged
