@@ -3,8 +3,8 @@
     python scripts/bench_step.py [--json FILE] [--plot PNG] [--markdown FILE]
 
 Training: forward, backward and fused AdamW on one segment a step, with the carried state detached. Reading: the loss of
-the next tokens in inference mode, with the state carried. Each measurement runs in a process of its own, so that its
-peak memory is its own (including imports, also reported alone), and warms up until the memory is full. Rounds
+the next tokens in inference mode, with the state carried. Each measurement runs in a fresh process, so that its peak
+memory includes nothing else but imports, which are also reported alone, and warms up until the memory is full. Rounds
 alternate between the systems, so that drift of the machine affects all alike, and ratios are taken within a round.
 Useful FLOPs are counted from the visible pairs and the weights, and compared with the matrix peak measured in the same
 round. Peers that are not installed are listed with the command that installs them.

@@ -49,7 +49,7 @@ TASKS: dict[str, SyntheticTask] = {
 }
 DISTANCES = {name: [3, 100, 1000] if name == "T1 recall" else [1, 3, 32] for name in TASKS}
 TRAINING_SEGMENTS = 3
-"""Segments after the written ones in training."""
+"""Number of segments after those that are written, in training."""
 
 ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
 """Stacks that run only if --memories names them."""

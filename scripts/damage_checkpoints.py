@@ -15,6 +15,7 @@ import argparse
 import functools
 import io
 import random
+import struct
 import sys
 import tempfile
 import zipfile
@@ -76,7 +77,7 @@ def strip_checksum(content: bytes, other: bytes, rng: random.Random) -> bytes:
     with zipfile.ZipFile(io.BytesIO(plain)) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
     header_end = largest.header_offset + 30
-    name_length, extra_length = (int.from_bytes(plain[header_end - k : header_end - k + 2], "little") for k in (4, 2))
+    name_length, extra_length = struct.unpack_from("<HH", plain, header_end - 4)
     index = header_end + name_length + extra_length + rng.randrange(largest.file_size)
     plain[index] ^= 1 << rng.randrange(8)
     return bytes(plain)

@@ -4,7 +4,7 @@
 
 hypothesis generates texts of arbitrary bytes, lines of JSON, damaged prepared folders and checkpoints, and configs with
 replaced keys and values. The program's entry point is called in this process with its output captured; one in a hundred
-refused inputs also runs in a process of its own. Failures are a traceback, another exit code, more than one line, or a
+refused inputs also runs in a separate process. Failures are a traceback, another exit code, more than one line, or a
 file written for a refused input.
 """
 
@@ -138,7 +138,7 @@ def check_outcome(tally: Tally, argv: tuple[str, ...], input_kind: str, outputs:
         process = subprocess.run(command, capture_output=True, text=True, errors="replace")
         tally.subprocess_runs += 1
         if process.returncode != 2 or process.stderr.count("\n") != 1 or "Traceback" in process.stderr:
-            problem = f"in a process of its own: {process.returncode} {process.stderr[-300:]!r}"
+            problem = f"in a separate process: {process.returncode} {process.stderr[-300:]!r}"
     if problem:
         tally.failures.append(f"{input_kind}: {problem} {' '.join(trace.strip().splitlines()[-4:-1])}")
         if tally.failures.count(tally.failures[-1]) == 1:

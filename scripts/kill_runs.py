@@ -6,9 +6,9 @@ A small run on the texts that come with Python is trained undisturbed. The same 
 and resumed by `--ckpt_path last`, half of the kills with checkpoints written in place and half with checkpoints written
 by a thread. A kill comes after a random time or within a write: at a random byte, before the sync, before the rename or
 after it. If the run finishes before all kills are used, another run starts. After each kill, the newest checkpoint must
-be valid; at each end, weights, optimizer states and all logged rows must equal the undisturbed run's, bit for bit. A row
-may be missing: Lightning logs a step after the callbacks that save, so a kill between the two leaves the checkpoint of a
-step that was not logged. Ctrl-C ends the script with the results so far.
+be valid; at each end, weights, optimizer states and all logged rows must equal the undisturbed run's, bit for bit. Rows
+may be missing: Lightning logs a step after the callbacks that save, so a kill between the two leaves the checkpoint of
+a step that was not logged. Ctrl-C ends the script with the results so far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run many clients against a server, each with sessions of its own, and check that no session gets another's results.
+"""Run many clients against a server, each with its own sessions, and check that no session gets another's results.
 
     memtx serve --checkpoint RUN --port 8000 &
     python scripts/load_sessions.py http://127.0.0.1:8000 [--num-sessions 64] [--duration 180] [--json FILE]

@@ -26,7 +26,7 @@ def config_path(name: str) -> str:
 
 
 def memtx_command(*arguments: str) -> list[str]:
-    """Return the command line that runs `memtx` in a process of its own."""
+    """Return the command line that runs `memtx` in a separate process."""
     return [sys.executable, "-m", "memtx", *arguments]
 
 

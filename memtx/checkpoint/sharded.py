@@ -156,7 +156,7 @@ def _empty_tensor(metadata: Any) -> Tensor | None:
 
 
 def _optimizer_state_by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state with numbered parameters, as a single process stores it, instead of named ones."""
+    """Return an optimizer's state with parameters numbered, as a single process stores it, instead of named."""
     groups = state["param_groups"]
     groups = [groups[index] for index in sorted(groups)] if isinstance(groups, dict) else groups
     indices = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}

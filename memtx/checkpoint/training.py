@@ -31,7 +31,7 @@ _EARLIER_NAME = re.compile(r"earlier-(\d{8,})\.ckpt")
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes atomically with a checksum of every byte, and reads without unpickling code.
 
-    Lightning's own moves a file into place without syncing it, so that a power cut can leave an empty file under the
+    Lightning's plugin moves a file into place without syncing it, so that a power cut can leave an empty file under the
     right name, and does not notice a flipped bit when reading.
     """
 

@@ -44,7 +44,7 @@ def run(body: Callable[[], int | None], *, traceback: bool = False) -> int:
     """Call the body of a command, print a user error as one line on stderr, and return the exit code.
 
     The exit code is the body's (None is 0), 2 for a user error, 130 for Ctrl-C or 141 for a closed pipe. If
-    ``traceback`` is True, print the traceback of a user error as well.
+    ``traceback`` is True, also print the traceback of a user error.
     """
     try:
         code = body() or 0
@@ -55,7 +55,7 @@ def run(body: Callable[[], int | None], *, traceback: bool = False) -> int:
         sys.stderr.write(f"\nmemtx: interrupted{f': {error}' if str(error) else ''}\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout again at exit, which must not fail as well.
+        # Python flushes stdout again at exit, which must not fail.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

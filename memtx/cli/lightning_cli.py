@@ -111,7 +111,7 @@ class MemtxCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the run folder and the checkpoints, and link the options that follow from the data."""
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Folder of the run.")
-        parser.add_argument("--traceback", action="store_true", help="Print the traceback of an error as well.")
+        parser.add_argument("--traceback", action="store_true", help="Also print the traceback of an error.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         if not self.subclass_mode_data:
             parser.link_arguments("data.segment_length", "model.segment_length")

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = closest_match(name, COMMANDS) or f" `{program} --help` lists the commands."
         sys.stderr.write(f"{program}: error: '{name}' is not a command.{hint}\n")
         return 2
-    is_lightning = name in {"fit", "validate", "test"}  # LightningCLI parses the subcommand as well
+    is_lightning = name in {"fit", "validate", "test"}  # LightningCLI also parses the subcommand
     try:
         from importlib import import_module
 

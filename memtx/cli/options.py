@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
         # No abbreviations: a unique one would become ambiguous when an option is added.
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
         self._argv: Sequence[str] = ()
-        self.add_argument("--traceback", action="store_true", help="print the traceback of an error as well")
+        self.add_argument("--traceback", action="store_true", help="also print the traceback of an error")
 
     def format_help(self) -> str:
         """Return the help without defaults that say nothing."""

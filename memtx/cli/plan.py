@@ -32,7 +32,7 @@ class _PlanCLI(MemtxCLI):
     """CLI that builds module and data, but no trainer and no run."""
 
     def before_instantiate_classes(self) -> None:
-        """Skip the checks of data and checkpoint; a config without texts gets the embedded ones."""
+        """Skip the checks of data and checkpoint; a config without texts uses the embedded texts."""
         self._checkpoint = None
         data_options = get_data_options(self.config["fit"])
         if data_options.get("root", "") is None:
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
     parser = options.Parser(
         "memtx plan",
         "Estimate parameters, memory per device, operations, tokens per second and days of a training run. Trains "
-        "nothing and reads no text. Takes the options of `memtx fit` as well, such as --data.batch_size 16.",
+        "nothing and reads no text. Also takes the options of `memtx fit`, such as --data.batch_size 16.",
     )
     add, positive_float = parser.add_argument, options.positive_float
     add("--config", "-c", action="append", required=True, metavar="FILE", help="as in `memtx fit`")

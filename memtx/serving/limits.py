@@ -34,7 +34,7 @@ class Limits:
         max_choices: Generated texts per request.
         max_inputs: Predicted inputs per request.
         max_seconds: Seconds per request.
-        max_concurrent_requests: Requests in progress; further ones are told to retry.
+        max_concurrent_requests: Requests in progress; further requests are told to retry.
     """
 
     max_body_bytes: int = 8 << 20

@@ -119,7 +119,7 @@ class CreateBody(RequestBody):
 
 
 class FeedBody(RequestBody):
-    """``POST /v1/sessions/ID/feed``; with ``end_of_text``, a remainder shorter than a segment is read as well."""
+    """``POST /v1/sessions/ID/feed``; with ``end_of_text``, a remainder shorter than a segment is also read."""
 
     text: Text
     end_of_text: bool = False
