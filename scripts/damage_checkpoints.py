@@ -76,9 +76,8 @@ def strip_checksum(content: bytes, other: bytes, rng: random.Random) -> bytes:
     # Within an entry: nothing reads the bytes between the zip's records.
     with zipfile.ZipFile(io.BytesIO(plain)) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    header_end = largest.header_offset + 30
-    name_length, extra_length = struct.unpack_from("<HH", plain, header_end - 4)
-    index = header_end + name_length + extra_length + rng.randrange(largest.file_size)
+    name_length, extra_length = struct.unpack_from("<HH", plain, largest.header_offset + 26)
+    index = largest.header_offset + 30 + name_length + extra_length + rng.randrange(largest.file_size)
     plain[index] ^= 1 << rng.randrange(8)
     return bytes(plain)
 

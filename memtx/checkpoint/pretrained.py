@@ -198,7 +198,7 @@ def extract_model(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 
 def drop_tied_aliases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights, each tied one only under the first of its names."""
+    """Return the weights, with tied ones only under the first of their names."""
     names: dict[int, str] = {}
     return {
         name: tensor

@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--traceback", action="store_true", help="also print the traceback of an error")
 
     def format_help(self) -> str:
-        """Return the help without defaults that say nothing."""
+        """Format the help without the defaults None, False and []."""
         return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
     def add_output_options(self, plot: str) -> None:
-        """Add ``--plot``, whose help is "plot ``plot``", and ``--json``."""
+        """Add ``--plot``, described by ``plot``, and ``--json``."""
         self.add_argument("--plot", type=output_path, metavar="PNG", help=f"plot {plot}")
         self.add_argument("--json", type=output_path, metavar="FILE", help="write JSON to a file; - prints only JSON")
 
@@ -146,7 +146,7 @@ def name_in_errors(name: str) -> Iterator[None]:
 
 
 def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return device and dtype as keywords of ``nn.Module.to``, before loading; raises MemtxError for a bad device."""
+    """Return device and dtype as keywords of ``nn.Module.to``; raises MemtxError if the device cannot be used."""
     import torch
 
     try:
