@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
             "Give a checkpoint of one of these.",
         )
     if window is not None and model_type not in DECODERS:
-        raise MemtxError(f"window ({window}) is given, but '{path}' is no Hugging Face decoder.", "Remove window.")
+        raise MemtxError(f"window ({window}) is given, but '{path}' is not a Hugging Face decoder.", "Remove window.")
     module, _, function = MODEL_TYPES[model_type].partition(":")
     build = getattr(importlib.import_module(module), function)
     options = {"window": window} if model_type in DECODERS else {}

@@ -210,7 +210,7 @@ def test_window_defaults_to_the_models_or_is_set(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="window is 0"):
         read(folder, window=0)
     read(folder).save_pretrained(tmp_path / "own")
-    with pytest.raises(MemtxError, match=r"window \(9\).*no Hugging Face decoder"):
+    with pytest.raises(MemtxError, match=r"window \(9\).*not a Hugging Face decoder"):
         MemoryTransformer.from_pretrained(tmp_path / "own", window=9)
 
 
