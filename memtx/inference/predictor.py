@@ -19,8 +19,8 @@ from memtx import files
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import load, load_model_and_tokenizer
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
-from memtx.data.tasks.base import EncodedExample, Logits, Task, task_from_json, task_to_json
-from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
+from memtx.data.tasks.base import EncodedExample, Logits, PreparedExample, Task, task_from_json, task_to_json
+from memtx.data.tasks.batches import BatchExamples, collate
 from memtx.data.tasks.examples import SummaryExample, SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
@@ -140,7 +140,7 @@ class Predictor(BasePredictor):
             example = self.to_example(raw_input)
             # Labels are ignored, so they need not be valid.
             labels = {field.name for field in fields(example)} & {"label", "tags", "answers"}
-            return encode_examples([replace(example, **dict.fromkeys(labels))], self.task, self.tokenizer)[0]
+            return self.task.prepare(replace(example, **dict.fromkeys(labels)), self.tokenizer)
 
         examples = self._map_inputs(inputs, encode)
         windows = [window for example in examples for window in example.windows]

@@ -50,9 +50,9 @@ def test_existing_target_is_kept(tmp_path: Path, byte_model: MemoryTransformer) 
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(MemtxError, match=r"exists already.*--overwrite"):
+    with pytest.raises(MemtxError, match=r"already exists.*--overwrite"):
         convert(path, tmp_path / "out")
-    with pytest.raises(MemtxError, match="exists already"):
+    with pytest.raises(MemtxError, match="already exists"):
         convert(path, path)
     with pytest.raises(MemtxError, match="is the source"):
         convert(path, path, overwrite=True)

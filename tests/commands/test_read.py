@@ -227,7 +227,7 @@ def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.Captu
     assert "required: --checkpoint" in read_error(capsys, str(book))
 
 
-def test_real_books(books: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_book_is_read(books: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "real.txt"
     path.write_bytes(sorted(books.glob("*/*.txt"))[0].read_bytes()[:20_000].decode(errors="ignore").encode())
     totals = read_json(capsys, str(path), "--checkpoint", model)

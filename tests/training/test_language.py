@@ -43,7 +43,7 @@ def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
     length = texts.length
     # Documents end and begin within these batches.
     streams._plan.extend_to(steps * length)
-    assert all(begins[1] < (steps - 1) * length for begins in streams._plan.start_offsets)
+    assert all(documents[1][0] < (steps - 1) * length for documents in streams._plan.documents)
     full = [alone(taught.model, texts, "train", item, int(lengths[item]) - 1) for item in range(len(lengths))]
     for step in range(steps):
         result: list[float] = []
