@@ -216,13 +216,18 @@ def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path:
     folder = workdir / "struck" / "checkpoints"
     last = checksummed_zip.read_step(folder / "last.ckpt")
     assert last is not None
+    # A run that is killed while it writes in the background may leave a last.ckpt older than another checkpoint.
+    is_newest = last == max(checksummed_zip.read_step(path) or 0 for path in folder.glob("*.ckpt"))
+    assert is_newest or writer.startswith("async_io")
     flip(folder / "last.ckpt")
     shutil.copytree(folder, workdir / "copy")
     result = runs.fit(program, workdir, "struck")
     assert result.code == 0, result.err
-    (line,) = [line for line in result.err.splitlines() if line.startswith("memtx: ")]
-    assert "last.ckpt' is not a valid checkpoint" in line
-    assert "Resuming from 'struck/checkpoints/" in line
+    lines = [line for line in result.err.splitlines() if line.startswith("memtx: ")]
+    assert len(lines) == is_newest
+    for line in lines:
+        assert "last.ckpt' is not a valid checkpoint" in line
+        assert "Resuming from 'struck/checkpoints/" in line
     assert runs.losses(workdir, "struck") == runs.losses(workdir, "whole")
     assert runs.weights(workdir, "struck") == runs.weights(workdir, "whole")
     # Without an undamaged checkpoint, the run does not start again by itself.
