@@ -32,6 +32,7 @@ class Segment(Memo):
         past_document_end: ``(batch,)`` int64, offset at which that document ends; INFINITE_OFFSET if it is still open.
         valid_length: ``(batch,)`` int64, number of tokens before the padding, which is neither visible nor carried
             over. None if there is no padding.
+        has_document_starts: False if no document can start in the call, known without looking at values.
     """
 
     position: Tensor
@@ -40,6 +41,7 @@ class Segment(Memo):
     past_length: Tensor
     past_document_end: Tensor
     valid_length: Tensor | None = None
+    has_document_starts: bool = True
 
     @property
     def length(self) -> int:
@@ -86,7 +88,8 @@ class Segment(Memo):
             open_end = torch.full_like(past_length, INFINITE_OFFSET)
             position = past_length[:, None] + offset
             document_end = open_end[:, None].expand_as(position)
-            return cls(position, torch.zeros_like(position), document_end, past_length, open_end, valid_length)
+            document_id = torch.zeros_like(position)
+            return cls(position, document_id, document_end, past_length, open_end, valid_length, False)
         if document_starts.dtype != torch.bool or document_starts.shape != (past_length.shape[0], length):
             expected = f"expected bool ({past_length.shape[0]}, {length})."
             message = f"document_starts is {document_starts.dtype} {tuple(document_starts.shape)}, {expected}"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
 
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_window_memories
-from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
+from memtx.hf.layout import KeyMapping, WeightEntry
 from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.positions.absolute import LearnedPositions
@@ -74,13 +76,6 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
 
 
 def _build_entries(weights: Mapping[str, Tensor]) -> list[WeightEntry]:
-    entries: list[WeightEntry] = []
-    for name in weights:
-        if ".attention.key_value." in name:
-            continue
-        slices = [RowSlice(name)]
-        if ".attention.query." in name:
-            slices.append(RowSlice(name.replace(".query.", ".key_value.")))
-        is_matrix = name.endswith(".weight") and (".attention." in name or ".feed_forward." in name)
-        entries.append((WeightTransform(tuple(slices), transposed=is_matrix), GPT2.candidate_keys(name)))
-    return entries
+    is_matrix = re.compile(r".*\.(attention|feed_forward)\..*\.weight").fullmatch
+    entries = GPT2.entries(weights)
+    return [(replace(source, transposed=bool(is_matrix(source.slices[0].name))), keys) for source, keys in entries]

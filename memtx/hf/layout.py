@@ -6,7 +6,7 @@ Rows are only moved, so saving a loaded model gives the same bytes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -159,6 +159,12 @@ class KeyMapping:
         assert module in self.hf_keys, f"the layout does not say where {parameter_name} is stored"
         return [f"{key.format(*indices)}.{leaf}" for key in self.hf_keys[module]]
 
-    def entries(self, parameter_names: Iterable[str]) -> list[WeightEntry]:
-        """Return one entry per parameter of the model."""
-        return [(WeightTransform.from_slice(name), self.candidate_keys(name)) for name in parameter_names]
+    def entries(self, parameter_names: Collection[str]) -> list[WeightEntry]:
+        """Return one entry per parameter of the model; a ``key_value`` is stored together with its ``query``."""
+        entries: list[WeightEntry] = []
+        for name in parameter_names:
+            if ".attention.key_value." not in name:
+                names = dict.fromkeys([name, name.replace(".attention.query.", ".attention.key_value.")])
+                slices = tuple(RowSlice(part) for part in names if part in parameter_names)
+                entries.append((WeightTransform(slices), self.candidate_keys(name)))
+        return entries

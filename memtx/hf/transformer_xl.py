@@ -16,7 +16,8 @@ HF_KEYS = {
     # The softmax's names come second: if tied, its weights are the embedding's.
     "embedding.tables.{}.weight": ["word_emb.emb_layers.{}.weight", "crit.out_layers.{}.weight"],
     "embedding.projections.{}": ["word_emb.emb_projs.{}", "crit.out_projs.{}"],
-    "blocks.{}.attention.query_key_value": ["layers.{}.dec_attn.qkv_net"],
+    # Joined with key_value.
+    "blocks.{}.attention.query": ["layers.{}.dec_attn.qkv_net"],
     "blocks.{}.attention.distance": ["layers.{}.dec_attn.r_net"],
     "blocks.{}.attention.out": ["layers.{}.dec_attn.o_net"],
     "blocks.{}.attention.content_bias": ["layers.{}.dec_attn.r_w_bias"],
@@ -25,11 +26,11 @@ HF_KEYS = {
     "blocks.{}.feed_forward.up": ["layers.{}.pos_ff.CoreNet.0"],
     "blocks.{}.feed_forward.out": ["layers.{}.pos_ff.CoreNet.3"],
     "blocks.{}.feed_forward_norm": ["layers.{}.pos_ff.layer_norm"],
-    "softmax.tables.{}": ["crit.out_layers.{}.weight"],
-    "softmax.biases.{}": ["crit.out_layers.{}.bias"],
-    "softmax.projections.{}": ["crit.out_projs.{}"],
-    "softmax.cluster_weight": ["crit.cluster_weight"],
-    "softmax.cluster_bias": ["crit.cluster_bias"],
+    "head.tables.{}": ["crit.out_layers.{}.weight"],
+    "head.biases.{}": ["crit.out_layers.{}.bias"],
+    "head.projections.{}": ["crit.out_projs.{}"],
+    "head.cluster_weight": ["crit.cluster_weight"],
+    "head.cluster_bias": ["crit.cluster_bias"],
 }
 
 

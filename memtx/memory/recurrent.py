@@ -32,7 +32,7 @@ class RecurrentMemory(Memory[RecurrentState]):
             Transformer-XL is trained, and results depend on the lengths of the calls.
 
     Raises:
-        MemtxError: window is not positive.
+        MemtxError: window is not positive; it may be 0 without ``same_length``.
     """
 
     supports_padding = True
@@ -40,7 +40,7 @@ class RecurrentMemory(Memory[RecurrentState]):
 
     def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
         super().__init__(dim)
-        check_at_least(1, window=window)
+        check_at_least(1 if same_length else 0, window=window)
         self.window = window
         self.same_length = same_length
         self.depends_on_segmentation = not same_length

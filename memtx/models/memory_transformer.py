@@ -19,6 +19,7 @@ from memtx.errors import MemtxError, check_at_least, check_probability
 from memtx.layers.attention import MemoryAttention
 from memtx.layers.block import Block
 from memtx.layers.feed_forward import SwiGLU, reset_linear
+from memtx.layers.lm_head import LinearHead, LMHead
 from memtx.layers.positions.base import Positions
 from memtx.layers.positions.rotary import Rotary
 from memtx.memory.base import Losses, Memory
@@ -34,8 +35,7 @@ from memtx.models.segmented_forward import (
 )
 from memtx.models.validation import check_segment, check_valid_length
 from memtx.ops.attention.dispatch import AttentionBackend
-from memtx.ops.cpu.linear import Linear
-from memtx.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.segment import Segment
 from memtx.state import MemoryState
 
@@ -82,6 +82,9 @@ class MemoryTransformer(PretrainedModel):
         MemtxError: A number is out of range, or numbers do not divide as they must.
     """
 
+    # A subclass that creates parts of its own inherits the rest.
+    embedding: nn.Module
+    head: LMHead
     memory_tokens: MemoryTokens | None
     write_tokens: nn.Parameter
 
@@ -114,7 +117,7 @@ class MemoryTransformer(PretrainedModel):
         self.save_init_args(arguments)
         self.vocab_size, self.dim, self.depth = vocab_size, dim, depth
         self.activation_checkpointing = False
-        self.embedding = nn.Embedding(vocab_size, dim)
+        self.embedding = embedding = nn.Embedding(vocab_size, dim)
         self.absolute_positions = absolute_positions(dim) if absolute_positions is not None else None
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
@@ -143,10 +146,10 @@ class MemoryTransformer(PretrainedModel):
         )
         self.init_memory_tokens()
         self.norm = norm(dim)
-        self.head = Linear(dim, vocab_size, bias=False)
+        self.head = head = LinearHead(dim, vocab_size)
         self.reset_parameters()
         if tie_embeddings:
-            self.head.weight = self.embedding.weight
+            head.weight = embedding.weight
 
     def with_memory(
         self,
@@ -189,8 +192,8 @@ class MemoryTransformer(PretrainedModel):
     def reset_parameters(self) -> None:
         """Initialize all weights by GPT-2's rule: residual projections are scaled by 1 / sqrt(number of them)."""
         std, residual_std = 0.02, 0.02 / (2 * self.depth) ** 0.5
-        nn.init.normal_(self.embedding.weight, std=std)
-        nn.init.normal_(self.head.weight, std=std)
+        for weight in (*self.embedding.parameters(), *self.head.parameters()):
+            nn.init.normal_(weight, std=std)
         if self.memory_tokens is not None:
             nn.init.normal_(self.write_tokens, std=std)
         for block in self._layers():
@@ -202,7 +205,7 @@ class MemoryTransformer(PretrainedModel):
     ) -> MemoryState:
         """Return the state of ``batch_size`` (at least 1) fresh streams; dtype and device default to the weights'."""
         check_at_least(1, batch_size=batch_size)
-        weight = self.embedding.weight
+        weight = next(self.embedding.parameters())
         like = torch.empty(0, dtype=dtype or weight.dtype, device=device or weight.device)
         layers = tuple(
             tuple(memory.init_state(batch_size, like=like) for memory in block.attention.memories)
@@ -263,7 +266,7 @@ class MemoryTransformer(PretrainedModel):
             logits = self.head(x)
         else:
             flat_labels = labels.reshape(-1)
-            nll_sum, nll = linear_cross_entropy(x.flatten(0, 1), self.head.weight, flat_labels)
+            nll_sum, nll = self.head.nll(x.flatten(0, 1), flat_labels)
             nll = nll.view_as(labels)
             language_loss = nll_sum / (flat_labels != IGNORE_INDEX).sum().clamp(min=1)
             loss = language_loss + sum(losses.values())

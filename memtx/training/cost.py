@@ -23,14 +23,11 @@ from memtx import class_config
 from memtx.errors import MemtxError
 from memtx.memory.base import Memory
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.transformer_xl import TransformerXL
 from memtx.ops.attention.dispatch import use_attention_hook
 from memtx.ops.attention.mask import Visibility, num_visible_pairs
 from memtx.ops.cpu.linear import linear
 from memtx.state import MemoryState
 from memtx.training.optimizers import make_param_groups
-
-LanguageModel = MemoryTransformer | TransformerXL
 
 FAR_POSITION = 1 << 20
 """Position at which operations are counted, so that every memory is full."""
@@ -55,13 +52,13 @@ class FlopsPerToken:
     includes_attention: bool
 
 
-def count_flops(model: LanguageModel, segment_length: int) -> FlopsPerToken:
+def count_flops(model: MemoryTransformer, segment_length: int) -> FlopsPerToken:
     """Count the operations per token of a stream that is read ``segment_length`` tokens per call."""
     try:
         num_vectors, pairs = _record_operations(make_narrow_copy(model), segment_length)
         includes_attention = True
     except (MemtxError, TypeError, KeyError, ValueError):
-        # For classes other than MemoryTransformer, only linear layers can be counted.
+        # For subclasses with other arguments, only linear layers can be counted.
         with _fake_tensor_mode():
             num_vectors, pairs = _record_operations(copy_to_cpu(model), segment_length)
         includes_attention = False
@@ -81,7 +78,7 @@ def count_flops(model: LanguageModel, segment_length: int) -> FlopsPerToken:
 
 
 def _record_operations(
-    model: LanguageModel, segment_length: int
+    model: MemoryTransformer, segment_length: int
 ) -> tuple[Counter[tuple[str, bool]], list[tuple[int, bool]]]:
     """Read one segment of one stream.
 
@@ -110,7 +107,7 @@ def _record_operations(
     return num_vectors, pairs
 
 
-def make_narrow_copy(model: LanguageModel) -> LanguageModel:
+def make_narrow_copy(model: MemoryTransformer) -> MemoryTransformer:
     """Return a model on the CPU with the same layers, heads and memories, but narrow heads.
 
     Raises:
@@ -125,7 +122,7 @@ def make_narrow_copy(model: LanguageModel) -> LanguageModel:
         "dropout": 0.0,
     }
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        copy: LanguageModel = class_config.from_config({**model.config, "init_args": {**init_args, **narrow_args}})()
+        copy: MemoryTransformer = class_config.from_config({**model.config, "init_args": init_args | narrow_args})()
     _copy_requires_grad(copy, model)
     return copy.train()
 
@@ -137,10 +134,10 @@ def _fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def copy_to_cpu(model: LanguageModel) -> LanguageModel:
+def copy_to_cpu(model: MemoryTransformer) -> MemoryTransformer:
     """Return a copy on the CPU without the weights' values; call it under a fake tensor mode."""
     with torch.device("cpu"):
-        copy: LanguageModel = class_config.from_config(model.config)()
+        copy: MemoryTransformer = class_config.from_config(model.config)()
     _copy_requires_grad(copy, model)
     return copy.train()
 
@@ -151,7 +148,7 @@ def _copy_requires_grad(target: nn.Module, source: nn.Module) -> None:
 
 
 def activation_bytes(
-    model: LanguageModel,
+    model: MemoryTransformer,
     batch_size: int,
     segment_length: int,
     bptt_segments: int = 1,
@@ -172,8 +169,7 @@ def activation_bytes(
     storages: dict[int, Any] = {}
     with _fake_tensor_mode():
         fake = copy_to_cpu(model)
-        if isinstance(fake, MemoryTransformer):
-            fake.activation_checkpointing = False
+        fake.activation_checkpointing = False
         weights = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -189,7 +185,7 @@ def activation_bytes(
         with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), hooks:
             fake(tokens, state, document_starts=document_starts, labels=tokens)
     size = sum(int(storage.nbytes()) for storage in storages.values())
-    if isinstance(model, MemoryTransformer) and model.activation_checkpointing:
+    if model.activation_checkpointing:
         # The inputs of every layer, and the activations of one.
         depth = len(model.blocks)
         size = size // depth + depth * batch_size * segment_length * model.dim * 4
@@ -218,7 +214,7 @@ def _classify_parameter(name: str, owners: Iterable[nn.Module]) -> str:
     return next((kind for kind in kinds if kind in name), "other")
 
 
-def optimizer_bytes(model: LanguageModel, make_optimizer: Callable[[Any], Optimizer]) -> int:
+def optimizer_bytes(model: MemoryTransformer, make_optimizer: Callable[[Any], Optimizer]) -> int:
     """Return the bytes of the optimizer's state; ``make_optimizer`` takes parameter groups."""
     with _fake_tensor_mode():
         optimizer = make_optimizer(make_param_groups(copy_to_cpu(model)))

@@ -13,7 +13,6 @@ from memtx.data.batch import Batch
 from memtx.errors import MemtxError, check_at_least
 from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
-from memtx.models.transformer_xl import TransformerXL
 from memtx.state import MemoryState
 from memtx.training.base_module import BaseModule
 from memtx.training.carry import Carry, StateReset, restore_rank_state
@@ -66,13 +65,13 @@ class LanguageModule(BaseModule):
         MemtxError: A number is out of range, nothing would be trained, or ``lora`` is given without ``freeze_base``.
     """
 
-    model: MemoryTransformer | TransformerXL
+    model: MemoryTransformer
     carries_state: ClassVar[bool] = True
     """If False, every batch starts with fresh streams."""
 
     def __init__(
         self,
-        model: Callable[[int], MemoryTransformer | TransformerXL] | Retrofit = MemoryTransformer,
+        model: Callable[[int], MemoryTransformer] | Retrofit = MemoryTransformer,
         vocab_size: int = 257,
         segment_length: int = 512,
         optimizer: OptimizerFactory | None = None,
@@ -90,13 +89,7 @@ class LanguageModule(BaseModule):
         super().__init__(optimizer, scheduler, distillation)
         check_at_least(1, segment_length=segment_length)
         self.model = model(vocab_size)
-        if isinstance(self.model, MemoryTransformer):
-            self.model.activation_checkpointing = activation_checkpointing
-        elif activation_checkpointing:
-            raise MemtxError(
-                f"{type(self.model).__name__} does not support activation_checkpointing.",
-                "Remove model.activation_checkpointing.",
-            )
+        self.model.activation_checkpointing = activation_checkpointing
         self.rate_sampler = CompressionRateSampler(self.model, compression_rates)
         self.state_reset = StateReset(self.model, state_reset_prob)
         if freeze_base:

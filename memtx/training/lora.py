@@ -94,21 +94,17 @@ class LoRA:
         return adapters
 
 
-def freeze_base_model(model: nn.Module, lora: LoRA | None = None) -> None:
+def freeze_base_model(model: MemoryTransformer, lora: LoRA | None = None) -> None:
     """Freeze all parameters but those of memories and, with ``lora``, the adapters.
 
     Raises:
-        MemtxError: The model supports no memories, or nothing would be trained.
+        MemtxError: Nothing would be trained.
     """
-    if not isinstance(model, MemoryTransformer):
-        raise MemtxError(
-            f"freeze_base trains added memory, which {type(model).__name__} does not support.", "Remove freeze_base."
-        )
     adapters = lora(model) if lora is not None else {}
     trained = {id(parameter) for parameter in (*model.memory_parameters().values(), *adapters.values())}
     if not trained:
         raise MemtxError(
-            "freeze_base leaves nothing to train: the model has no memory with parameters.",
+            f"freeze_base leaves nothing to train: the {type(model).__name__} has no memory with parameters.",
             "Add one, such as CompressedMemory with its gates, adapt the model with lora, or remove freeze_base.",
         )
     for parameter in model.parameters():

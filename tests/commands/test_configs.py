@@ -250,6 +250,12 @@ def test_a_small_model_of_the_config_trains(program: Program, tmp_path: Path, na
     result = program("test", "--run_dir", str(run), "--trainer.limit_test_batches=2", cwd=tmp_path)
     assert result.code == 0, result.err
     assert "test_loss" in result.out
+    if name == "transformer-xl-wt103":
+        (tmp_path / "text.txt").write_text("It was a bright cold day in April.")
+        arguments = ["--checkpoint", str(run), "--session", str(tmp_path / "session")]
+        for command in (["read", "text.txt", *arguments], ["generate", *arguments, "--max-tokens", "8"]):
+            result = program(*command, cwd=tmp_path)
+            assert result.code == 0, result.err
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -20,13 +20,21 @@ from memtx.inference.generate import (
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.models.transformer_xl import TransformerXL
 
 GREEDY = SamplingParams(greedy=True)
 
 
+@pytest.mark.parametrize("model_class", [MemoryTransformer, TransformerXL])
 def test_greedy_text_equals_the_argmax_over_the_whole_text(
-    pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str
+    pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str, model_class: type[MemoryTransformer]
 ) -> None:
+    if model_class is TransformerXL:
+        torch.manual_seed(0)
+        vocab_size = pair_tokenizer.vocab_size
+        pair_model = TransformerXL(vocab_size, 16, 2, 2, memory_length=24, same_length=True, cutoffs=[100]).eval()
+        for parameter in pair_model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)  # so that every token has another successor
     prompt = text[:300]
     ids = [pair_tokenizer.bos_token_id, *pair_tokenizer.encode(prompt).tolist()]
     expected = []

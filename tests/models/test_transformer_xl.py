@@ -41,11 +41,22 @@ def small(**options: Any) -> TransformerXL:
 
 def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Return log-probabilities of a segment ``(n,)`` and the layers' inputs; memory: ``(length, dim)`` per layer."""
+    settings = model.config["init_args"]
     clusters, n = model.embedding.clusters, len(tokens)
+    tables = [table.weight for table in model.embedding.tables]
+
+    def cluster_table(tables: Any, cluster: int) -> Tensor:
+        low, high = clusters.bounds[cluster]
+        return tables[0][low:high] if clusters.has_single_table else tables[cluster]
+
+    def cluster_projection(cluster: int) -> Tensor | None:
+        projections = model.embedding.projections
+        return projections[0 if clusters.has_single_table else cluster] if len(projections) else None
+
     x = torch.zeros(n, model.dim, dtype=torch.float64)
     for t, token in enumerate(tokens.tolist()):
         cluster = next(i for i, (low, high) in enumerate(clusters.bounds) if low <= token < high)
-        table, projection = model.embedding.cluster_table(cluster), model.embedding.cluster_projection(cluster)
+        table, projection = cluster_table(tables, cluster), cluster_projection(cluster)
         vector = table[token - clusters.bounds[cluster][0]]
         x[t] = (vector if projection is None else projection @ vector) * math.sqrt(model.dim)
     inputs = []
@@ -55,19 +66,19 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
         m, width = len(cache), part.head_dim
         read = torch.cat([cache, x])
         read = block.attention_norm(read) if block.pre_norm else read
-        q, k, v = part.query_key_value(read).chunk(3, -1)
+        q, (k, v) = part.query(read), part.key_value(read).chunk(2, -1)
         u = part.content_bias if part.content_bias is not None else model.content_bias
         w = part.position_bias if part.position_bias is not None else model.position_bias
         out = torch.zeros(n, part.heads * width, dtype=torch.float64)
         for i in range(n):
-            first = i + 1 if model.same_length else 0
+            first = i + 1 if settings["same_length"] else 0
             for head in range(part.heads):
                 at = slice(head * width, (head + 1) * width)
                 scores = []
                 for j in range(first, m + i + 1):
                     distance = m + i - j
-                    if model.clamp_length > 0:
-                        distance = min(distance, model.clamp_length)
+                    if settings["clamp_length"] > 0:
+                        distance = min(distance, settings["clamp_length"])
                     angle = [distance / 10000 ** (2 * f / model.dim) for f in range(model.dim // 2)]
                     waves = [math.sin(a) for a in angle] + [math.cos(a) for a in angle]
                     code = torch.tensor(waves, dtype=torch.float64)
@@ -81,22 +92,18 @@ def plain(model: TransformerXL, tokens: Tensor, memory: list[Tensor]) -> tuple[T
         else:
             x = block.attention_norm(x + part.out(out))
             x = block.feed_forward_norm(x + forward(x))
-    softmax = model.softmax
-    assert softmax is not None
+    softmax = model.head
+    ties = settings["tie_projections"] or [cluster > 0 for cluster in range(len(clusters.bounds))]
 
     def scores_of(cluster: int) -> Tensor:
         low, high = clusters.bounds[cluster]
-        if not len(softmax.tables):
-            table = model.embedding.cluster_table(cluster)
-        else:
-            table = softmax.tables[0][low:high] if clusters.has_single_table else softmax.tables[cluster]
+        table = cluster_table(tables if settings["tie_embeddings"] else softmax.tables, cluster)
         bias = softmax.biases[0][low:high] if clusters.has_single_table else softmax.biases[cluster]
         if cluster == 0 and softmax.cluster_weight is not None:
             table, bias = torch.cat([table, softmax.cluster_weight]), torch.cat([bias, softmax.cluster_bias])
-        name = str(cluster)
-        projection = (
-            softmax.projections[name] if name in softmax.projections else model.embedding.cluster_projection(cluster)
-        )
+        projection = cluster_projection(cluster)
+        if projection is not None and not ties[cluster]:
+            projection = softmax.projections[cluster]
         return (x if projection is None else x @ projection) @ table.T + bias
 
     head = torch.softmax(scores_of(0), -1)
@@ -175,6 +182,41 @@ def test_streams_and_documents_are_independent_and_state_is_unchanged() -> None:
     assert torch.allclose(packed.logits[0, :11], model(TOKENS[:1, :11], before.select([0])).logits[0], atol=1e-10)
     fresh = model(TOKENS[:, :4], before.reset(torch.ones(3, dtype=torch.bool)))
     assert torch.equal(fresh.logits, model(TOKENS[:, :4]).logits)
+
+
+@pytest.mark.parametrize("same_length", [False, True])
+def test_padding_changes_nothing(same_length: bool) -> None:
+    model = small(same_length=same_length)
+    assert model.supports_padding
+    state, lengths = model(TOKENS[:, 9:]).state, [4, 0, 9]
+    out = model(TOKENS[:, :9], state, valid_length=torch.tensor(lengths))
+    for row, length in enumerate(lengths):
+        expected_state = state.select([row])
+        if length:
+            alone = model(TOKENS[row : row + 1, :length], expected_state)
+            assert torch.allclose(out.logits[row, :length], alone.logits[0], rtol=0, atol=1e-12)
+            expected_state = alone.state
+        assert out.state.select([row]).equals(expected_state, 1e-12)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_recomputed_layers_give_equal_gradients(options: dict[str, Any]) -> None:
+    # The distance embeddings have a dropout of their own, which all layers share.
+    model = small(**options, dropout=0.3, attention_dropout=0.2).train()
+    grads = []
+    for model.activation_checkpointing in (False, True):
+        torch.manual_seed(2)
+        loss = model(TOKENS, labels=TOKENS.roll(-1, 1), document_starts=TOKENS == 3).loss
+        grads.append(torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    for grad, expected in zip(*grads, strict=True):
+        assert (grad is None) == (expected is None)
+        assert grad is None or torch.equal(grad, expected)
+
+
+def test_no_other_memory_can_be_added() -> None:
+    for change in (TransformerXL.with_memory, lambda model: model.without_memory(4)):
+        with pytest.raises(MemtxError, match="Transformer-XL cannot read RecurrentMemory"):
+            change(small(same_length=True))
 
 
 def test_save_and_load_round_trip(tmp_path: Path) -> None:

@@ -72,6 +72,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
     "checkpointing": (partial(transformer, KINDS["dual"](5, 2, 3), True), through_time),
     "replay": (partial(transformer, KINDS["dual"](5, 2, 3)), partial(through_time, replay=True)),
     "transformer-xl": (partial(TransformerXL, VOCAB, dim=8, depth=2, heads=2, memory_length=5), through_time),
+    "transformer-xl-shared": (
+        partial(
+            TransformerXL, VOCAB, dim=8, depth=2, heads=2, memory_length=5, cutoffs=[8], div_value=2, share_biases=True
+        ),
+        through_time,
+    ),
     "reformer": (
         partial(Reformer, VOCAB, 8, 2, [partial(LocalAttention, chunk_length=4)] * 2, 8),
         squares,

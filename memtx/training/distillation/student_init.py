@@ -119,13 +119,14 @@ def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encode
         size, teacher_size = (len(part[name].weight) if name in part else 0 for part in (tables, teacher_tables))
         if size != teacher_size:
             errors.append(f"{name} has {size} entries, the teacher's {teacher_size}")
+        elif (width := teacher_tables[name].weight.shape[1]) != teacher.dim:
+            errors.append(f"{name} of the teacher has width {width}, its layers {teacher.dim}")
     if errors:
         raise MemtxError(
             f"The student cannot be initialized from the teacher's embeddings: {'; '.join(errors)}.",
             "Use tables of the same number of entries, or remove student_init.",
         )
-    embedding = teacher.embedding
-    tokens = embedding.word_embeddings if isinstance(embedding, TextEmbeddings) else embedding
+    tokens, embedding = next(iter(teacher_tables.values())), teacher.embedding
     directions = principal_directions(tokens.weight, student.dim, centered=_subtracts_mean(student))
     for name, table in tables.items():
         table.weight.copy_(teacher_tables[name].weight.to(directions) @ directions)

@@ -1,21 +1,44 @@
-"""Adaptive embeddings and softmax: the vocabulary is cut into a short list and clusters of rarer, cheaper tokens.
+"""Heads of a language model: one projection, or an adaptive softmax with its embeddings.
 
-Adaptive softmax of Grave et al. 2017, section 4; adaptive embeddings of Baevski and Auli 2019, section 3. As in
-Transformer-XL, each cluster may be narrower than the previous one by a factor, with a projection to the model's width.
+The adaptive softmax cuts the vocabulary into a short list and clusters of rarer, cheaper tokens (Grave et al. 2017,
+section 4; embeddings of Baevski and Auli 2019, section 3). As in Transformer-XL, each cluster may be narrower than the
+previous one by a factor, with a projection to the model's width.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError
-from memtx.ops.cpu.linear import linear
+from memtx.ops.cpu.linear import Linear, linear
+from memtx.ops.cross_entropy import linear_cross_entropy
+
+
+class LinearHead(Linear):
+    """A projection from ``dim`` to ``vocab_size``."""
+
+    def __init__(self, dim: int, vocab_size: int) -> None:
+        super().__init__(dim, vocab_size, bias=False)
+
+    def nll(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the negative log-likelihood of labels; see :func:`memtx.ops.cross_entropy.linear_cross_entropy`."""
+        return linear_cross_entropy(x, self.weight, labels)
+
+
+class NoHead(nn.Module):
+    """The head of a model that returns hidden states alone."""
+
+    def forward(self, x: Tensor) -> None:
+        """Return None."""
+
+    def nll(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Raise MemtxError."""
+        raise MemtxError("labels were given to a model without a softmax.", "Remove labels, or set add_lm_head.")
 
 
 class VocabClusters:
@@ -56,12 +79,11 @@ class VocabClusters:
             [(vocab_size, embed_dim)] if self.has_single_table else list(zip(sizes, self.embed_dims, strict=True))
         )
 
-    def select(self, tables: Sequence[Tensor] | nn.ParameterList, cluster: int) -> Tensor:
+    def select(self, tables: nn.ParameterList, cluster: int) -> Tensor:
         """Return a cluster's part of ``table_shapes``' tables, or of one vector of values for each."""
-        if not self.has_single_table:
-            return tables[cluster]
         low, high = self.bounds[cluster]
-        return tables[0][low:high]
+        part: Tensor = tables[0][low:high] if self.has_single_table else tables[cluster]
+        return part
 
 
 class AdaptiveEmbedding(nn.Module):
@@ -82,17 +104,6 @@ class AdaptiveEmbedding(nn.Module):
             torch.empty(dim, width) for _, width in clusters.table_shapes if is_projected
         )
 
-    def cluster_table(self, cluster: int) -> Tensor:
-        """Return the embeddings of a cluster, ``(tokens of the cluster, its width)``."""
-        return self.clusters.select([cast(nn.Embedding, table).weight for table in self.tables], cluster)
-
-    def cluster_projection(self, cluster: int) -> Tensor | None:
-        """Return the projection of a cluster, ``(dim, its width)``, or None if there is none."""
-        if not len(self.projections):
-            return None
-        projection: Tensor = self.projections[0 if self.clusters.has_single_table else cluster]
-        return projection
-
     def forward(self, tokens: Tensor) -> Tensor:
         """Embed tokens ``(batch, length)`` as ``(batch, length, dim)``."""
         x: Tensor
@@ -112,54 +123,66 @@ class AdaptiveSoftmax(nn.Module):
     """Log-probabilities by cluster: over the short list and the clusters, then over the tokens of each cluster.
 
     Args:
-        clusters: Partition of the vocabulary.
-        dim: Width of the hidden states.
+        embedding: Input embedding, whose clusters and width are used.
         tie_embeddings: If True, output weights are the embeddings.
-        tie_projections: For each cluster, True if its projection is the embedding's.
+        tie_projections: For each cluster, True if its projection is the embedding's. Defaults to all but the first, as
+            in Transformer-XL.
+
+    Raises:
+        MemtxError: ``tie_projections`` does not have one entry per cluster.
     """
 
     def __init__(
-        self, clusters: VocabClusters, dim: int, *, tie_embeddings: bool, tie_projections: Sequence[bool]
+        self,
+        embedding: AdaptiveEmbedding,
+        *,
+        tie_embeddings: bool = True,
+        tie_projections: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
-        self.clusters = clusters
-        num_clusters = len(clusters.bounds) - 1
-        width = clusters.embed_dims[0]
-        is_projected = not (clusters.has_single_table and width == dim)
-        self.tables = nn.ParameterList(torch.empty(shape) for shape in clusters.table_shapes if not tie_embeddings)
-        self.biases = nn.ParameterList(torch.zeros(size) for size, _ in clusters.table_shapes)
-        # Keyed by cluster, since tied clusters have no projection here.
-        self.projections = nn.ParameterDict(
-            {
-                str(cluster): torch.empty(dim, clusters.embed_dims[cluster])
-                for cluster in range(num_clusters + 1)
-                if is_projected and not tie_projections[cluster]
-            }
+        self.clusters = clusters = embedding.clusters
+        num_clusters = len(clusters.bounds)
+        ties = [cluster > 0 for cluster in range(num_clusters)] if tie_projections is None else tie_projections
+        if len(ties) != num_clusters:
+            message = f"tie_projections has {len(ties)} entries for {num_clusters} clusters of the vocabulary."
+            raise MemtxError(message, "Give one per cluster.")
+        self.tables = nn.ParameterList(
+            table.weight if tie_embeddings else torch.empty(shape)
+            for table, shape in zip(embedding.tables, clusters.table_shapes, strict=True)
         )
-        self.cluster_weight = nn.Parameter(torch.zeros(num_clusters, width)) if num_clusters else None
-        self.cluster_bias = nn.Parameter(torch.zeros(num_clusters)) if num_clusters else None
+        self.biases = nn.ParameterList(torch.zeros(size) for size, _ in clusters.table_shapes)
+        self.projections = nn.ParameterList(
+            embedding.projections[0 if clusters.has_single_table else cluster]
+            if is_tied
+            else torch.empty(embedding.dim, clusters.embed_dims[cluster])
+            for cluster, is_tied in enumerate(ties)
+            if len(embedding.projections)
+        )
+        has_clusters = num_clusters > 1
+        width = clusters.embed_dims[0]
+        self.cluster_weight = nn.Parameter(torch.zeros(num_clusters - 1, width)) if has_clusters else None
+        self.cluster_bias = nn.Parameter(torch.zeros(num_clusters - 1)) if has_clusters else None
 
-    def forward(self, x: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the log-probabilities ``(..., vocab)`` of x ``(..., dim)``."""
-        head = F.log_softmax(self._cluster_logits(x, embedding, 0), dim=-1)
+        head = F.log_softmax(self._cluster_logits(x, 0), dim=-1)
         short = self.clusters.bounds[0][1]
         parts = [head[..., :short]]
         for cluster in range(1, len(self.clusters.bounds)):
-            within = F.log_softmax(self._cluster_logits(x, embedding, cluster), dim=-1)
+            within = F.log_softmax(self._cluster_logits(x, cluster), dim=-1)
             parts.append(head[..., short + cluster - 1, None] + within)
         return torch.cat(parts, dim=-1)
 
-    def nll(self, x: Tensor, labels: Tensor, embedding: AdaptiveEmbedding) -> Tensor:
-        """Return the negative log-likelihood of each label in nats, ``(n,)``, 0 where a label is -100.
+    def nll(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the negative log-likelihood of the labels in nats, summed with gradient, and of each without.
 
         Only the label's own cluster is computed for each token, which is what makes this cheap.
 
         Args:
             x: Hidden states, ``(n, dim)``.
-            labels: Token ids, ``(n,)`` int64.
-            embedding: Input embedding.
+            labels: Token ids, ``(n,)`` int64; -100 counts 0.
         """
-        head = F.log_softmax(self._cluster_logits(x, embedding, 0), dim=-1)
+        head = F.log_softmax(self._cluster_logits(x, 0), dim=-1)
         short = self.clusters.bounds[0][1]
         nll = x.new_zeros(labels.shape, dtype=head.dtype)
         for cluster, (low, high) in enumerate(self.clusters.bounds):
@@ -167,18 +190,18 @@ class AdaptiveSoftmax(nn.Module):
             if cluster == 0:
                 log_probs = head[index].gather(1, labels[index, None])[:, 0]
             else:
-                within = F.log_softmax(self._cluster_logits(x[index], embedding, cluster), dim=-1)
+                within = F.log_softmax(self._cluster_logits(x[index], cluster), dim=-1)
                 log_probs = head[index, short + cluster - 1] + within.gather(1, labels[index, None] - low)[:, 0]
             nll = nll.index_put((index,), -log_probs)
-        return nll
+        return nll.sum(), nll.detach()
 
-    def _cluster_logits(self, x: Tensor, embedding: AdaptiveEmbedding, cluster: int) -> Tensor:
+    def _cluster_logits(self, x: Tensor, cluster: int) -> Tensor:
         """Return the logits of a cluster's tokens; those of the short list are followed by the clusters' own."""
-        bias = self.clusters.select(self.biases, cluster)
-        is_tied = not len(self.tables)
-        weight = embedding.cluster_table(cluster) if is_tied else self.clusters.select(self.tables, cluster)
+        weight, bias = (self.clusters.select(values, cluster) for values in (self.tables, self.biases))
         if cluster == 0 and self.cluster_weight is not None and self.cluster_bias is not None:
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
-        name = str(cluster)
-        projection = self.projections[name] if name in self.projections else embedding.cluster_projection(cluster)
-        return linear(x if projection is None else x @ projection, weight, bias)
+        return linear(x @ self.projections[cluster] if len(self.projections) else x, weight, bias)
+
+
+LMHead = LinearHead | AdaptiveSoftmax | NoHead
+"""``head(x)`` returns logits, ``head.nll(x, labels)`` the summed and each label's negative log-likelihood."""
