@@ -65,9 +65,7 @@ class StopOnInterrupt(pl.Callback):
             signal.signal(signum, handler)
         self._previous_handlers.clear()
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save and stop if requested, unless accumulated gradients would be lost."""
         if not trainer_state.has_stepped(trainer):
             return

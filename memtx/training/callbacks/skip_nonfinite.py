@@ -8,8 +8,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from memtx.checkpoint import rng
 from memtx.errors import MemtxError, check_at_least
@@ -183,17 +183,15 @@ def _find_on_this_rank(trainer: pl.Trainer, module: pl.LightningModule, batch: A
 
 def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
     """Return the name of the first layer with a non-finite output; empty if there is none."""
-    layers: list[str] = []
-
-    def check_output(name: str, layer: nn.Module) -> RemovableHandle:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not layers and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
-                layers.append(name)
-
-        return layer.register_forward_hook(hook)
+    names = {layer: name for name, layer in module.named_modules() if name}
+    nonfinite: list[str] = []
 
     # A module's hook runs after those of its submodules, so the innermost comes first.
-    handles = [check_output(name, layer) for name, layer in module.named_modules() if name]
+    def check_output(layer: nn.Module, inputs: Any, output: Any) -> None:
+        if not nonfinite and layer in names and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
+            nonfinite.append(names[layer])
+
+    hook = register_module_forward_hook(check_output)
     rng_state, tokens_seen = rng.get_rng_state(), getattr(module, "tokens_seen", 0)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     try:
@@ -203,6 +201,5 @@ def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch
         rng.set_rng_state(rng_state)
         module.tokens_seen = tokens_seen  # type: ignore[assignment]
         del module.log
-        for handle in handles:
-            handle.remove()
-    return layers[0] if layers else ""
+        hook.remove()
+    return nonfinite[0] if nonfinite else ""

@@ -23,7 +23,7 @@ from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import DistillationLoss, HardLabels, SoftTargets
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
 from memtx.training.distillation.student_init import init_student
-from memtx.training.distillation.teacher import check_teacher_data, check_teacher_type, load_teacher
+from memtx.training.distillation.teacher import check_teacher, load_teacher
 from memtx.training.distillation.teacher_cache import LogitCache, LogitTable, top_k_logits
 
 LossFactory = Callable[[ModelDims, ModelDims], DistillationLoss]
@@ -86,8 +86,7 @@ class Distillation(nn.Module):
                 "Add --model.distillation.init_args.teacher with a run folder, a checkpoint or a pretrained folder.",
             )
         teacher = load_teacher(self.teacher_path, bf16=self.bf16)
-        check_teacher_type(teacher, student)
-        check_teacher_data(teacher, datamodule)
+        check_teacher(teacher, student, datamodule)
         self._teacher = [teacher.model]
         self._create_losses(ModelDims.from_model(student), ModelDims.from_model(teacher.model))
         if self.cache_dir is not None:

@@ -77,15 +77,16 @@ class DistillationLoss(nn.Module, ABC):
         """Return the unweighted loss, ``()``."""
 
     def aligned_hidden(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_index: int, teacher_index: int
+        self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Return ``(tokens, dim)`` hidden states of both at unpadded positions, the student's projected.
 
-        The indices are those of ``ModelOutputs.hidden_states``.
+        ``layers`` are the student's and the teacher's; -1 means the embeddings.
         """
         mask = student.token_mask
-        student_hidden = student.hidden_states[student_index][mask]
-        teacher_hidden = teacher.hidden_states[teacher_index][mask]
+        student_hidden, teacher_hidden = (
+            outputs.hidden_states[layer + 1][mask] for outputs, layer in zip((student, teacher), layers, strict=True)
+        )
         return upcast(self.project(student_hidden)), upcast(teacher_hidden.detach())
 
 
@@ -173,7 +174,7 @@ class EmbeddingMSE(DistillationLoss):
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the mean over tokens and dimensions."""
-        return F.mse_loss(*self.aligned_hidden(student, teacher, 0, 0))
+        return F.mse_loss(*self.aligned_hidden(student, teacher, (-1, -1)))
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -204,12 +204,7 @@ def forward_masked_lm(model: Encoder, tokens: Tensor, scored: Tensor, *, output_
 
 def get_output_head(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
     """Return a function from last-layer outputs ``(n, dim)`` to logits ``(n, vocab)``."""
-
-    def head(x: Tensor) -> Tensor:
-        logits: Tensor = model.head(model.norm(x))
-        return logits
-
-    return head
+    return lambda x: model.head(model.norm(x))
 
 
 def collect_language_outputs(

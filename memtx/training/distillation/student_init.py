@@ -62,19 +62,23 @@ def init_student(student: nn.Module, teacher: nn.Module, layer_map: LayerMap) ->
 
 def _copy_weights(student: nn.Module, teacher: nn.Module, teacher_layers: Mapping[int, int]) -> None:
     """Copy parameters; ``teacher_layers`` maps student layers to teacher layers."""
-    memories = _memory_parameter_names(student)
-    weights, errors = teacher.state_dict(), _find_unmatched(student, teacher, teacher_layers)
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        match = _LAYER_NAME.match(name)
-        if name in memories or (match is not None and int(match[2]) not in teacher_layers):
-            continue
-        source = weights.get(name if match is None else f"{match[1]}{teacher_layers[int(match[2])]}{match[3]}")
-        if source is None:
-            errors += [f"the teacher has no {name}"] if match is not None else []
-        elif source.shape != tensor.shape:
-            errors.append(f"{name} is {tuple(tensor.shape)}, the teacher's {tuple(source.shape)}")
+    sources: dict[str, Tensor] = {}
+    for name, tensor in _tensors_without_memories(teacher).items():
+        if (match := _LAYER_NAME.match(name)) is None:
+            sources[name] = tensor
         else:
-            tensor.copy_(source)
+            layers = (layer for layer, teacher_layer in teacher_layers.items() if teacher_layer == int(match[2]))
+            sources |= {f"{match[1]}{layer}{match[3]}": tensor for layer in layers}
+    targets = _tensors_without_memories(student)
+    errors = [f"the student has no {name}" for name in sorted(sources.keys() - targets) if _LAYER_NAME.match(name)]
+    for name, target in targets.items():
+        match, source = _LAYER_NAME.match(name), sources.get(name)
+        if source is None:
+            errors += [f"the teacher has no {name}"] if match is not None and int(match[2]) in teacher_layers else []
+        elif source.shape != target.shape:
+            errors.append(f"{name} is {tuple(target.shape)}, the teacher's {tuple(source.shape)}")
+        else:
+            target.copy_(source)
     if errors:
         raise MemtxError(
             f"The student cannot be initialized from the teacher's layers: {'; '.join(errors[:3])}.",
@@ -82,21 +86,9 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, teacher_layers: Mappin
         )
 
 
-def _memory_parameter_names(model: nn.Module) -> set[str]:
-    return set(model.memory_parameters()) if isinstance(model, MemoryTransformer) else set()
-
-
-def _find_unmatched(student: nn.Module, teacher: nn.Module, teacher_layers: Mapping[int, int]) -> list[str]:
-    """Return an error for each part of the used teacher layers, such as a bias, that the student's layers lack."""
-    student_names = student.state_dict().keys()
-    student_layers = {teacher_layer: layer for layer, teacher_layer in teacher_layers.items()}
-    errors = []
-    for name in teacher.state_dict().keys() - _memory_parameter_names(teacher):
-        match = _LAYER_NAME.match(name)
-        if match is not None and int(match[2]) in student_layers:
-            student_name = f"{match[1]}{student_layers[int(match[2])]}{match[3]}"
-            errors += [f"the student has no {student_name}"] if student_name not in student_names else []
-    return sorted(errors)
+def _tensors_without_memories(model: nn.Module) -> dict[str, Tensor]:
+    memories = model.memory_parameters() if isinstance(model, MemoryTransformer) else {}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in memories}
 
 
 @torch.no_grad()

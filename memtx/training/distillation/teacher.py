@@ -63,11 +63,17 @@ TEACHER_TYPES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 """Teachers that read the same batches, by class of the student."""
 
 
-def check_teacher_type(teacher: Teacher, student: nn.Module) -> None:
-    """Check that the teacher reads the student's batches.
+def check_teacher(teacher: Teacher, student: nn.Module, datamodule: Any) -> None:
+    """Check that the teacher reads the student's batches and was trained with the tokens and labels of the run's data.
+
+    Args:
+        teacher: Loaded teacher.
+        student: Model that is trained.
+        datamodule: Data module of the run; a tokenizer or task that it lacks is not checked.
 
     Raises:
-        MemtxError: It belongs to another class.
+        CheckpointError: The tokenizers or the labels differ.
+        MemtxError: The teacher belongs to another class, or its vocabulary is smaller than the tokenizer's.
     """
     for student_type, types in TEACHER_TYPES.items():
         if isinstance(student, student_type) and not isinstance(teacher.model, types):
@@ -76,19 +82,6 @@ def check_teacher_type(teacher: Teacher, student: nn.Module) -> None:
                 f"({student_type.__name__}).",
                 f"Use a teacher of class {' or '.join(kind.__name__ for kind in types)}.",
             )
-
-
-def check_teacher_data(teacher: Teacher, datamodule: Any) -> None:
-    """Check that the teacher was trained with the tokens and labels of the run's data.
-
-    Args:
-        teacher: The teacher.
-        datamodule: Data module of the run; a tokenizer or task that it lacks is not checked.
-
-    Raises:
-        CheckpointError: The tokenizers or the labels differ.
-        MemtxError: The tokenizer has more tokens than the teacher.
-    """
     tokenizer = getattr(datamodule, "tokenizer", None)
     if tokenizer is not None and teacher.tokenizer is not None and tokenizer.to_json() != teacher.tokenizer:
         raise CheckpointError(
