@@ -24,20 +24,20 @@ from tests.training.small import Record, data, module, trainer
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
 def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: int) -> None:
-    full = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
+    tensor = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
-        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in full.split(saved)
+        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in tensor.split(saved)
     ]
     reassigned = [reassign_streams(parts, batch_size, rank) for rank in range(ranks)]
     if not sum(saved):
         assert reassigned == [{}] * ranks
         return
-    together = torch.cat([item["layers[0].hidden"] for item in reassigned])
+    together = torch.cat([state["layers[0].hidden"] for state in reassigned])
     assert len(together) == batch_size * ranks
-    stay = min(len(full), len(together))
-    assert torch.equal(together[:stay], full[:stay])
-    assert not together[stay:].any()
-    assert torch.equal(together[:, 0], torch.cat([item["position"] for item in reassigned]))
+    num_kept = min(len(tensor), len(together))
+    assert torch.equal(together[:num_kept], tensor[:num_kept])
+    assert not together[num_kept:].any()
+    assert torch.equal(together[:, 0], torch.cat([state["position"] for state in reassigned]))
 
 
 def test_different_memories_are_rejected() -> None:
@@ -69,18 +69,18 @@ def test_a_run_resumes_with_another_batch_size(
     keep, options = BestCheckpoint(folder), {"limit_val_batches": 0, "accumulate_grad_batches": accumulate}
     trainer(tmp_path, keep, max_steps=7, **options).fit(module(), datamodule=first)
     assert first._streams is not None
-    epoch, total = len(first._streams), first._streams.store.num_tokens
-    done = 7 * accumulate
-    assert done < epoch
+    epoch, epoch_tokens = len(first._streams), first._streams.store.num_tokens
+    num_batches = 7 * accumulate
+    assert num_batches < epoch
     second, record = data(tmp_path, bptt_segments=1, batch_size=batch_size), Record()
-    going = trainer(tmp_path, record, max_epochs=2, **options)
-    taught = module(seed=5)
-    going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    resumed_run = trainer(tmp_path, record, max_epochs=2, **options)
+    resumed_module = module(seed=5)
+    resumed_run.fit(resumed_module, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     # To within a batch and an accumulation, which the pass's end rounds to.
-    full = 8 * (2 * done + batch_size * len(record.losses))
-    assert abs(full - 2 * total) <= 8 * (2 + batch_size * (2 + accumulate))
-    assert going.current_epoch == 2
-    assert taught.tokens_seen == full
+    num_tokens = 8 * (2 * num_batches + batch_size * len(record.losses))
+    assert abs(num_tokens - 2 * epoch_tokens) <= 8 * (2 + batch_size * (2 + accumulate))
+    assert resumed_run.current_epoch == 2
+    assert resumed_module.tokens_seen == num_tokens
     batches = sorted(record.losses)
     assert batches == list(range(batches[0], batches[0] + len(batches)))
 
@@ -105,7 +105,7 @@ def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
 
 
 def test_a_run_resumes_with_other_processes(program: Program, tmp_path: Path) -> None:
-    """Two processes of one row each and one process of two are the same run, wherever it changes over."""
+    """Two processes of one stream each and one process of two are the same run, wherever it changes over."""
     config = changed(("data", "batch_size"), 2)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0}
     config["model"]["scheduler"]["init_args"]["total_steps"] = 100

@@ -41,9 +41,9 @@ def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     document_starts[:, 0] = True
     document_starts[:, SEGMENT + 2] = True
     total: Any = 0.0
-    for at in (0, SEGMENT * BPTT_SEGMENTS):
-        part = slice(at, at + SEGMENT * BPTT_SEGMENTS)
-        inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
+    for start in (0, SEGMENT * BPTT_SEGMENTS):
+        part = slice(start, start + SEGMENT * BPTT_SEGMENTS)
+        inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (start == 0), state
         out = unroll(model, *inputs, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
     return total
@@ -113,25 +113,25 @@ def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
     for parameter in full.parameters():
         nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * BPTT_SEGMENTS))
-    trained_module = tokens[rank : rank + 1]
+    rank_tokens = tokens[rank : rank + 1]
     for parallel in ("ddp", "fsdp2"):
         full.zero_grad()
-        spread = copy.deepcopy(full)
+        parallel_model = copy.deepcopy(full)
         if rank == 1:  # the first process's numbers count
-            for parameter in spread.parameters():
+            for parameter in parallel_model.parameters():
                 parameter.data.zero_()
         loss(full, tokens).backward()
         expected = gradients(full)
         assert sum(bool(gradient.abs().max() > 0) for gradient in expected.values()) > len(expected) // 2
         if parallel == "ddp":
             # Longformer's global projections take no part where no token is global.
-            ddp = DistributedDataParallel(Step(spread, loss), find_unused_parameters=name == "encoder")
-            ddp(trained_module).backward()
+            ddp = DistributedDataParallel(Step(parallel_model, loss), find_unused_parameters=name == "encoder")
+            ddp(rank_tokens).backward()
         else:
-            shard_model(spread, mesh, torch.device("cpu"))
-            assert any(isinstance(item, DTensor) for item in spread.parameters())
-            loss(spread, trained_module).backward()
-        result = gradients(spread)
+            shard_model(parallel_model, mesh, torch.device("cpu"))
+            assert any(isinstance(parameter, DTensor) for parameter in parallel_model.parameters())
+            loss(parallel_model, rank_tokens).backward()
+        result = gradients(parallel_model)
         assert result.keys() == expected.keys()
         for key, gradient in expected.items():
             # float64: sums in another order

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 
 from memtx.checkpoint import rng
@@ -183,15 +183,15 @@ def _find_on_this_rank(trainer: pl.Trainer, module: pl.LightningModule, batch: A
 
 def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
     """Return the name of the first layer with a non-finite output; empty if there is none."""
-    names = {layer: name for name, layer in module.named_modules() if name}
     nonfinite: list[str] = []
 
-    # A module's hook runs after those of its submodules, so the innermost comes first.
-    def check_output(layer: nn.Module, inputs: Any, output: Any) -> None:
-        if not nonfinite and layer in names and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
-            nonfinite.append(names[layer])
+    def check_output(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if not nonfinite and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
+            nonfinite.append(name)
 
-    hook = register_module_forward_hook(check_output)
+    # A module's hook runs after those of its submodules, so the innermost comes first.
+    layers = [(name, layer) for name, layer in module.named_modules() if name]
+    handles = [layer.register_forward_hook(partial(check_output, name)) for name, layer in layers]
     rng_state, tokens_seen = rng.get_rng_state(), getattr(module, "tokens_seen", 0)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     try:
@@ -201,5 +201,6 @@ def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch
         rng.set_rng_state(rng_state)
         module.tokens_seen = tokens_seen  # type: ignore[assignment]
         del module.log
-        hook.remove()
+        for handle in handles:
+            handle.remove()
     return nonfinite[0] if nonfinite else ""

@@ -58,7 +58,7 @@ class LayerwiseLoss(DistillationLoss):
 class HiddenMSE(LayerwiseLoss):
     """Mean squared difference of layer outputs (TinyBERT, Jiao et al. 2020, section 3, eq. 8).
 
-    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to every k-th.
+    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to every k-th layer.
     """
 
     has_projection = True
@@ -71,7 +71,7 @@ class HiddenMSE(LayerwiseLoss):
 class HiddenCosine(LayerwiseLoss):
     """One minus the cosine of layer outputs (DistilBERT, Sanh et al. 2019, section 2).
 
-    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to the last ones.
+    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to the last layers.
     """
 
     has_projection = True
@@ -86,8 +86,8 @@ class HiddenCosine(LayerwiseLoss):
 class AttentionMSE(LayerwiseLoss):
     """Mean squared difference of attention scores (TinyBERT, Jiao et al. 2020, section 3, eq. 7).
 
-    The scores are those before the softmax, of pairs of tokens that are visible in both models. Arguments as for
-    :class:`LayerwiseLoss`; ``layers`` defaults to every k-th.
+    Compares the scores before the softmax of pairs of tokens that are visible in both models. Arguments as for
+    :class:`LayerwiseLoss`; ``layers`` defaults to every k-th layer.
 
     Raises:
         MemtxError: The heads or layers do not match, or a model has random blocks or a memory.
@@ -145,7 +145,7 @@ class ValueRelations(LayerwiseLoss):
     Args:
         student: Dimensions of the student.
         teacher: Dimensions of the teacher.
-        layers: Pairs of layers to compare. Defaults to the last ones.
+        layers: Pairs of layers to compare. Defaults to the last layers.
         heads: Heads to split the values into (MiniLMv2, Wang et al. 2021, section 3.2). None means the layers' own.
         **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
@@ -189,6 +189,6 @@ class ValueRelations(LayerwiseLoss):
     def _log_relations(self, values: Tensor, mask: Tensor) -> Tensor:
         """Return log relations ``(batch, heads, length, length)`` of ``(batch, length, value_dim)`` values."""
         x = upcast(values).view(*values.shape[:2], self.heads, -1).transpose(1, 2)
-        # The fill value is finite: a padded query has no relation at all, and is masked out later.
+        # The fill value is finite, because a padded query has no unmasked key; its relations are masked out later.
         scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~mask, torch.finfo(x.dtype).min)
         return F.log_softmax(scores, dim=-1)

@@ -1,6 +1,6 @@
 """Distillation losses: the base class, and losses of logits, labels and embeddings.
 
-Everything is compared in float32 or better, without gradient for the teacher.
+Outputs are compared in float32 or better, without gradients for the teacher.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class DistillationLoss(nn.Module, ABC):
         self.check_dims(student, teacher)
         self.weight, self.begin, self.end = weight, begin, end
         if self.has_projection:
-            same = student.dim == teacher.dim
-            self.project = nn.Identity() if same else Linear(student.dim, teacher.dim, bias=False)
+            equal_dims = student.dim == teacher.dim
+            self.project = nn.Identity() if equal_dims else Linear(student.dim, teacher.dim, bias=False)
 
     def check_dims(self, student: ModelDims, teacher: ModelDims) -> None:
         """Raise MemtxError unless the loss can compare models of these dimensions."""
@@ -151,7 +151,7 @@ class SoftTargets(DistillationLoss):
                 target = F.softmax(upcast(teacher_logits) / self.temperature, dim=-1)
             if classes is not None:
                 log_probs = log_probs.gather(-1, classes)
-            # 0 log 0 = 0, for classes that fill up the top k.
+            # 0 log 0 = 0, for the padding of the top k.
             return (torch.xlogy(target, target) - torch.where(target > 0, target * log_probs, 0.0)).sum()
 
         count = len(student.features)

@@ -24,9 +24,9 @@ _LAYER_NAME = re.compile(r"^((?:backbone\.)?blocks\.)(\d+)(\..+)$")
 
 @torch.no_grad()
 def init_student(student: nn.Module, teacher: nn.Module, layer_map: LayerMap) -> None:
-    """Copy the teacher's weights into parameters of the same names, each layer from the one it is mapped to.
+    """Copy the teacher's weights by name, into each layer those of the teacher layer that it is mapped to.
 
-    Memories, and parts outside the layers that only one of the two has, such as a head, keep their weights.
+    Memories, and parts outside the layers that only one of the models has, such as a head, keep their weights.
 
     Args:
         student: Model as wide as the teacher; with ``NoLayers`` it may be narrower.
@@ -95,8 +95,8 @@ def _tensors_without_memories(model: nn.Module) -> dict[str, Tensor]:
 def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encoder | MemoryTransformer) -> None:
     """Initialize the student's embeddings with the principal components of the teacher's.
 
-    SliceGPT cuts whole models to the principal components (Ashkboos et al. 2024, section 3); here they are those of the
-    token embeddings, and layers and heads keep their weights.
+    SliceGPT projects whole models (Ashkboos et al. 2024, section 3). Here only the embedding tables are projected, to
+    the principal components of the token embeddings, and layers and heads keep their weights.
 
     Args:
         student: Model narrower than the teacher.
@@ -108,7 +108,7 @@ def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encode
     tables, teacher_tables = _embedding_tables(student), _embedding_tables(teacher)
     errors = []
     for name in sorted(tables.keys() | teacher_tables.keys()):
-        size, teacher_size = (len(part[name].weight) if name in part else 0 for part in (tables, teacher_tables))
+        size, teacher_size = (len(named[name].weight) if name in named else 0 for named in (tables, teacher_tables))
         if size != teacher_size:
             errors.append(f"{name} has {size} entries, the teacher's {teacher_size}")
     if errors:
@@ -138,14 +138,14 @@ def principal_directions(embeddings: Tensor, dim: int, *, centered: bool) -> Ten
     x = embeddings.double()
     if centered:
         x = x - x.mean(1, keepdim=True)
-    top: Tensor = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
+    directions: Tensor = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
     if not centered:
-        return top[:, :dim]
+        return directions[:, :dim]
     # An orthonormal basis whose first vector, the direction of the mean, is dropped.
     mean_first = torch.eye(dim, dtype=x.dtype, device=x.device)
     mean_first[:, 0] = 1.0
     basis: Tensor = torch.linalg.qr(mean_first).Q[:, 1:]
-    return top[:, : dim - 1] @ basis.T
+    return directions[:, : dim - 1] @ basis.T
 
 
 def _subtracts_mean(model: Encoder | MemoryTransformer) -> bool:
@@ -158,6 +158,6 @@ def _embedding_tables(model: Encoder | MemoryTransformer) -> dict[str, nn.Embedd
     tables: dict[str, nn.Embedding] = {}
     for prefix in ("embedding", "absolute_positions"):
         if (part := getattr(model, prefix, None)) is not None:
-            named = part.named_modules(prefix=prefix)
-            tables |= {name: module for name, module in named if isinstance(module, nn.Embedding)}
+            modules = part.named_modules(prefix=prefix)
+            tables |= {name: module for name, module in modules if isinstance(module, nn.Embedding)}
     return tables

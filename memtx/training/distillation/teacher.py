@@ -21,7 +21,7 @@ from memtx.ops.cpu.cpu_info import is_bf16_slow
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher.
+    """Loaded teacher.
 
     Attributes:
         path: Path as given by the user.
@@ -41,7 +41,7 @@ def load_teacher(path: str | os.PathLike[str], *, bf16: bool = False) -> Teacher
 
     Args:
         path: Run folder (its best checkpoint is used), checkpoint, or pretrained folder of memtx or ``transformers``.
-        bf16: If True, store and run it in bfloat16, unless this machine is slow in it.
+        bf16: If True, store and run it in bfloat16, unless that is slow on this machine.
 
     Raises:
         CheckpointError: The path is missing, damaged or not a model.
@@ -80,7 +80,7 @@ def check_teacher(teacher: Teacher, student: nn.Module, datamodule: Any) -> None
             raise MemtxError(
                 f"The teacher in '{teacher.path}' ({type(teacher.model).__name__}) does not fit the student "
                 f"({student_type.__name__}).",
-                f"Use a teacher of class {' or '.join(kind.__name__ for kind in types)}.",
+                f"Use a teacher of class {' or '.join(teacher_type.__name__ for teacher_type in types)}.",
             )
     tokenizer = getattr(datamodule, "tokenizer", None)
     if tokenizer is not None and teacher.tokenizer is not None and tokenizer.to_json() != teacher.tokenizer:
