@@ -52,7 +52,7 @@ def test_pairs_in_a_window_do_not_depend_on_the_segment() -> None:
         assert cost.count_flops(decoder, segment).forward == 2 * (matrices + again) + 3 * 4 * 16 * 6
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("bptt_segments", [1, 2])
 def test_activation_bytes_equal_a_real_pass(bf16: bool, bptt_segments: int) -> None:
     decoder = model()

@@ -35,10 +35,10 @@ def _gloo() -> None:
 
 def test_gradients_and_metrics_equal_one_process(program: Program, tmp_path: Path) -> None:
     content = config(2, max_steps=1, val_check_interval=1)
-    # Dropout draws by process. In the first batch no document ends, so all rows score alike and the mean over
+    # Dropout draws by process. In the first batch no document ends, so all streams score alike and the mean over
     # processes is the mean over labels.
     content["model"]["model"]["init_args"]["dropout"] = 0.0
-    # More rows than books: some processes score nothing, and must not keep the others waiting.
+    # More streams than books: some processes score nothing, and must not keep the others waiting.
     content["data"]["eval_batch_size"] = 3
     at = runs.prepare(tmp_path, content)
     for name, options in (("one", ()), ("parallel", (*TWO, "--data.batch_size", "1"))):

@@ -24,9 +24,9 @@ from tests.training.small import Record, data, module, trainer
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
 def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: int) -> None:
-    tensor = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
+    tokens = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
-        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in tensor.split(saved)
+        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in tokens.split(saved)
     ]
     reassigned = [reassign_streams(parts, batch_size, rank) for rank in range(ranks)]
     if not sum(saved):
@@ -34,8 +34,8 @@ def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: in
         return
     together = torch.cat([state["layers[0].hidden"] for state in reassigned])
     assert len(together) == batch_size * ranks
-    num_kept = min(len(tensor), len(together))
-    assert torch.equal(together[:num_kept], tensor[:num_kept])
+    num_kept = min(len(tokens), len(together))
+    assert torch.equal(together[:num_kept], tokens[:num_kept])
     assert not together[num_kept:].any()
     assert torch.equal(together[:, 0], torch.cat([state["position"] for state in reassigned]))
 
@@ -63,7 +63,7 @@ def test_a_plain_data_loader_does_not_tell_its_streams() -> None:
 def test_a_run_resumes_with_another_batch_size(
     tmp_path: Path, batch_size: int, accumulate: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
+    """Every token of an epoch is read, and the epoch ends where its tokens do, whichever streams read its rest."""
     folder = str(tmp_path / "checkpoints")
     first = data(tmp_path, bptt_segments=1)
     keep, options = BestCheckpoint(folder), {"limit_val_batches": 0, "accumulate_grad_batches": accumulate}
@@ -92,15 +92,15 @@ def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     stored = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
     for batch_size in (1, 4):
-        taught = module(seed=5)
+        language_module = module(seed=5)
         trainer(tmp_path, max_steps=4, **options).fit(
-            taught, datamodule=data(tmp_path, batch_size=batch_size), ckpt_path=last
+            language_module, datamodule=data(tmp_path, batch_size=batch_size), ckpt_path=last
         )
-        position = taught.carry.state_dict("train")["position"]
+        position = language_module.carry.state_dict("train")["position"]
         assert len(position) == batch_size
         # A batch of 16 tokens more, unless a document ended within it.
-        for row, before in itertools.product(range(min(2, batch_size)), [stored]):
-            assert int(position[row]) == int(before[row]) + 16 or int(position[row]) < 16
+        for stream, before in itertools.product(range(min(2, batch_size)), [stored]):
+            assert int(position[stream]) == int(before[stream]) + 16 or int(position[stream]) < 16
         assert (position[2:] <= 16).all()
 
 
@@ -127,7 +127,7 @@ def test_a_run_resumes_with_other_processes(program: Program, tmp_path: Path) ->
         before, after = (torch.cat([state["carry"]["position"] for state in states]) for states in ranks)
         assert torch.equal(before, after)
         assert len(last[1]["memtx"]["ranks"]) == (1 if name == "fewer" else 2)
-    # And with other rows than before, which is said.
+    # Another number of streams is reported.
     done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")
     assert done.code == 0, done.err
     assert "The checkpoint has 2 streams, this run 3" in done.err

@@ -41,7 +41,7 @@ def _gloo() -> None:
 
 @pytest.fixture(scope="module")
 def folder(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a whole run of two processes, and one of a single process on the same rows."""
+    """Return a folder with a whole run of two processes, and one of a single process on the same streams."""
     at = runs.prepare(tmp_path_factory.mktemp("runs"), config(1))
     done = runs.fit(program, at, "whole", *FSDP2, ranks=2, gradients=True)
     assert done.code == 0, done.err

@@ -99,11 +99,11 @@ class Step(nn.Module):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return them whole, zero where a parameter took no part."""
-    result = {}
+    whole_gradients = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        result[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return result
+        whole_gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return whole_gradients
 
 
 def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
@@ -131,11 +131,13 @@ def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
             shard_model(parallel_model, mesh, torch.device("cpu"))
             assert any(isinstance(parameter, DTensor) for parameter in parallel_model.parameters())
             loss(parallel_model, rank_tokens).backward()
-        result = gradients(parallel_model)
-        assert result.keys() == expected.keys()
+        parallel_gradients = gradients(parallel_model)
+        assert parallel_gradients.keys() == expected.keys()
         for key, gradient in expected.items():
             # float64: sums in another order
-            torch.testing.assert_close(result[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}")
+            torch.testing.assert_close(
+                parallel_gradients[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}"
+            )
 
 
 def process(rank: int, at: str) -> None:
@@ -150,7 +152,7 @@ def process(rank: int, at: str) -> None:
             compare(name, rank, mesh)
         except Exception as error:
             messages[name] = "".join(traceback.format_exception(error))[-2000:]
-    (Path(at) / f"said-{rank}.json").write_text(json.dumps(messages))
+    (Path(at) / f"errors-{rank}.json").write_text(json.dumps(messages))
     dist.destroy_process_group()
 
 
@@ -161,9 +163,9 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         pytest.skip("this torch has no gloo")
     at = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.start_processes(process, (str(at),), nprocs=2, start_method="fork")
-    return [json.loads((at / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((at / f"errors-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_one_process(messages: list[dict[str, str]], name: str) -> None:
-    assert [item[name] for item in messages] == ["", ""]
+    assert [errors[name] for errors in messages] == ["", ""]

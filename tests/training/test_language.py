@@ -47,7 +47,7 @@ def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
     streams._plan.extend_to(steps * length)
     assert all(begins[1] < (steps - 1) * length for begins in streams._plan.start_offsets)
     document_nll = [
-        alone(language_module.model, texts, "train", item, int(lengths[item]) - 1) for item in range(len(lengths))
+        alone(language_module.model, texts, "train", number, int(lengths[number]) - 1) for number in range(len(lengths))
     ]
     for step in range(steps):
         batch_nll: list[float] = []
@@ -112,9 +112,7 @@ def test_metrics_equal_those_of_whole_documents(tmp_path: Path, batch_size: int,
     words, size = sum(len(text.split()) for text in content), sum(map(len, content))
     assert metrics["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
     assert metrics["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
-    assert metrics["test_loss"] == pytest.approx(
-        sum(nats) / sum(int(document) - 1 for document in store.lengths), **CLOSE
-    )
+    assert metrics["test_loss"] == pytest.approx(sum(nats) / sum(int(length) - 1 for length in store.lengths), **CLOSE)
 
 
 def test_limited_validation_is_deterministic(tmp_path: Path) -> None:
@@ -122,14 +120,14 @@ def test_limited_validation_is_deterministic(tmp_path: Path) -> None:
     (metrics,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
     (full_metrics,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
     assert metrics != full_metrics
-    assert metrics.keys() <= full_metrics.keys()  # the meter tells only of distances that were reached
+    assert metrics.keys() <= full_metrics.keys()  # distances that no text reached are left out
 
 
 def test_predictions_are_the_nll_of_each_label(tmp_path: Path) -> None:
     texts, language_module = data(tmp_path, eval_batch_size=2), module()
     predictions: Any = trainer(tmp_path).predict(language_module, datamodule=texts)
     batches: list[Batch] = list(texts.predict_dataloader())
-    assert [item.shape for item in predictions] == [item.labels.shape for item in batches]
+    assert [nll.shape for nll in predictions] == [batch.labels.shape for batch in batches]
     language_module.model.eval()
     plan = texts.predict_dataloader()._plan
     nll = torch.cat(predictions, dim=1)

@@ -20,7 +20,7 @@ from tests.training.small import SEGMENT, Record, data, model, module, sgd, trai
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float((after[name] - item).double().square().sum()) for name, item in before.items()))
+    return math.sqrt(sum(float((after[name] - tensor).double().square().sum()) for name, tensor in before.items()))
 
 
 def unit_sgd(params: Any) -> torch.optim.Optimizer:

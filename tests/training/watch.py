@@ -1,4 +1,4 @@
-"""A callback for runs in processes of their own: writes down what they do, and strikes them down where asked to."""
+"""A callback for runs in separate processes: records losses, gradients and weights, and sends signals."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def test_a_diverged_run_stops_and_names_the_layer(tmp_path: Path) -> None:
     run = trainer(tmp_path, SkipNonFinite(patience=3), keep, max_steps=10, limit_val_batches=0)
     with pytest.raises(MemtxError, match=r"is (nan|inf) at step 3, and 3 steps in a row .*first .* learning rate"):
         run.fit(module(optimizer=explode, scheduler=None), datamodule=data(tmp_path))
-    # What is kept is from before: nothing was written while steps were skipped.
+    # The checkpoint is from before: none was written while steps were skipped.
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 1
     load_model_and_tokenizer(last)

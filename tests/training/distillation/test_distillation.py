@@ -136,14 +136,14 @@ def test_resuming_is_exact(kind: str, tmp_path: Path) -> None:
 
 def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
-    runs = []
+    final_weights = []
     for path in (None, str(tmp_path / "half.ckpt")):
         module, examples = parts("tagging", root, token_mask_prob=0.3, distillation=Distillation(teacher, ALL))
         pl.seed_everything(0 if path is None else 99)
         keep = [Keep(7, tmp_path / "half.ckpt")] if path is None else []
         task_trainer(max_steps=12, callbacks=keep).fit(module, examples, ckpt_path=path)
-        runs.append(small.weights(module.model))
-    assert_equal(*runs)
+        final_weights.append(small.weights(module.model))
+    assert_equal(*final_weights)
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
@@ -189,25 +189,25 @@ def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(LanguageDistillation, "_teacher_hidden_states", spy)
     losses, steps = [], 28
 
-    def run(cache: str, top_k: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
+    def train(cache: str, top_k: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
         folder = None if not cache else str(tmp_path / cache)
         module, record = (
             language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache_dir=folder, top_k=top_k),
             Record(),
         )
-        run_trainer = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
-        run_trainer.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
+        run = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
+        run.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
         losses.append(record.losses)
         return module.distillation.logit_table
 
-    run("", 1)
+    train("", 1)
     assert len(teacher_reads) == steps
     teacher_reads.clear()
-    assert run("all", 257).is_complete
+    assert train("all", 257).is_complete
     # Until every stream has begun the second pass.
     assert 10 < len(teacher_reads) < steps
     teacher_reads.clear()
-    run("all", 257)
+    train("all", 257)
     assert not teacher_reads
     assert losses[1] == losses[2]
     for step, loss in losses[0].items():
@@ -215,8 +215,8 @@ def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.Mon
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
     # Killed in the first pass and resumed, with few cached logits.
     half = tmp_path / "half.ckpt"
-    run("few", 4, Keep(8, half, tmp_path / "few"))
-    assert run("few.then", 4, seed=9, path=str(half)).is_complete
+    train("few", 4, Keep(8, half, tmp_path / "few"))
+    assert train("few.then", 4, seed=9, path=str(half)).is_complete
     assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
 
 

@@ -108,10 +108,10 @@ def test_soft_targets_of_top_k_logits() -> None:
     ):
         top_classes = sorted(range(VOCAB), key=lambda index: -teacher_logits[index])[:4]
         teacher_probs, student_probs = (
-            softmax([teacher_logits[item] / 2 for item in top_classes]),
-            softmax([item / 2 for item in student_logits]),
+            softmax([teacher_logits[index] / 2 for index in top_classes]),
+            softmax([logit / 2 for logit in student_logits]),
         )
-        divergences.append(kl(teacher_probs, [student_probs[item] for item in top_classes]))
+        divergences.append(kl(teacher_probs, [student_probs[index] for index in top_classes]))
     assert loss_of_top_k(4) == pytest.approx(4 * sum(divergences) / len(divergences), **CLOSE)
     # With all classes only float64 digits are lost; missing classes are padded.
     assert loss_of_top_k(VOCAB) == pytest.approx(loss_value, rel=1e-5)
@@ -133,16 +133,13 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
     means = []
     for student_layer, teacher_layer in layers:
         distances = []
-        for row, position in student_out.token_mask.nonzero().tolist():
+        for text, position in student_out.token_mask.nonzero().tolist():
             x, y = (
-                student_out.hidden_states[student_layer][row, position].tolist(),
-                teacher_out.hidden_states[teacher_layer][row, position].tolist(),
+                student_out.hidden_states[student_layer][text, position].tolist(),
+                teacher_out.hidden_states[teacher_layer][text, position].tolist(),
             )
             if weight is not None:
-                x = [
-                    sum(w * item for w, item in zip(output_weights, x, strict=True))
-                    for output_weights in weight.tolist()
-                ]
+                x = [sum(a * b for a, b in zip(output_weights, x, strict=True)) for output_weights in weight.tolist()]
             if kind == "cosine":
                 dot = sum(a * b for a, b in zip(x, y, strict=True))
                 distances.append(1 - dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
@@ -158,7 +155,7 @@ def by_heads(model: Encoder, outputs: ModelOutputs, layer: int, part: str, heads
     x = outputs.hidden_states[layer] @ linear.weight.T + linear.bias
     width = x.shape[-1] // heads
     return [
-        [x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(BATCH_SIZE)
+        [x[text, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for text in range(BATCH_SIZE)
     ]
 
 
@@ -174,16 +171,16 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
         read_by = ((student, student_out, 0), (teacher, teacher_out, 1))
         parts = [by_heads(*inputs, name, 2) for inputs in read_by for name in ("query", "key")]
         squared_errors = []
-        for row in range(BATCH_SIZE):
-            positions = student_out.token_mask[row].nonzero().flatten().tolist()
+        for text in range(BATCH_SIZE):
+            positions = student_out.token_mask[text].nonzero().flatten().tolist()
             for head in range(2):
                 for i in positions:
                     for j in positions:
-                        if (window is not None and abs(i - j) > window // 2) or (row, i) in global_tokens:
+                        if (window is not None and abs(i - j) > window // 2) or (text, i) in global_tokens:
                             continue
                         scores = [
-                            sum(a * b for a, b in zip(q[row][head][i], k[row][head][j], strict=True))
-                            / math.sqrt(len(q[row][head][i]))
+                            sum(a * b for a, b in zip(q[text][head][i], k[text][head][j], strict=True))
+                            / math.sqrt(len(q[text][head][i]))
                             for q, k in (parts[:2], parts[2:])
                         ]
                         squared_errors.append((scores[0] - scores[1]) ** 2)
@@ -206,23 +203,23 @@ def test_value_relations(heads: int | None) -> None:
         by_heads(student, student_out, 0, "value", count),
         by_heads(teacher, teacher_out, 1, "value", count),
     )
-    each = []
-    for row in range(BATCH_SIZE):
-        positions = student_out.token_mask[row].nonzero().flatten().tolist()
+    divergences = []
+    for text in range(BATCH_SIZE):
+        positions = student_out.token_mask[text].nonzero().flatten().tolist()
         for head in range(count):
             for i in positions:
                 relations = [
                     softmax(
                         [
-                            sum(a * b for a, b in zip(v[row][head][i], v[row][head][j], strict=True))
-                            / math.sqrt(len(v[row][head][i]))
+                            sum(a * b for a, b in zip(v[text][head][i], v[text][head][j], strict=True))
+                            / math.sqrt(len(v[text][head][i]))
                             for j in positions
                         ]
                     )
                     for v in (teacher_values, student_values)
                 ]
-                each.append(kl(*relations))
-    assert loss_value == pytest.approx(sum(each) / len(each), **CLOSE)
+                divergences.append(kl(*relations))
+    assert loss_value == pytest.approx(sum(divergences) / len(divergences), **CLOSE)
 
 
 def test_value_relations_of_decoders_look_back_within_documents() -> None:
@@ -241,7 +238,7 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
         outputs.append(collect_language_outputs(model, hidden, tokens, document_starts))
     dims = ModelDims.from_model(models[0])
     loss_value = float(kinds.ValueRelations(dims, dims)(*outputs).detach())
-    each = []
+    divergences = []
     values = [output.values(0)[0].tolist() for output in outputs]
     for head in range(2):
         for i in range(6):
@@ -251,8 +248,8 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
                 softmax([sum(a * b for a, b in zip(v[i][part], v[j][part], strict=True)) / 2 for j in visible])
                 for v in (values[1], values[0])
             ]
-            each.append(kl(*relations))
-    assert loss_value == pytest.approx(sum(each) / len(each), **CLOSE)
+            divergences.append(kl(*relations))
+    assert loss_value == pytest.approx(sum(divergences) / len(divergences), **CLOSE)
 
 
 def test_hard_labels_return_the_students_loss() -> None:

@@ -31,7 +31,7 @@ def test_the_next_run_finds_cached_logits(tmp_path: Path) -> None:
         assert torch.equal(cached[0], values[[4, 0, 4]])
         assert torch.equal(cached[1], index[[4, 0, 4]])
         assert cache.get(keys_of(0, 9)) is None
-    # Of another teacher, or with other numbers of logits, nothing is known.
+    # Caches of another teacher or another top_k are separate.
     assert len(LogitCache(tmp_path / "new", "b" * 64, 3)) == 0
     assert len(LogitCache(tmp_path / "new", "a" * 64, 4)) == 0
 
