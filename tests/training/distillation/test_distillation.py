@@ -158,7 +158,7 @@ def test_cached_logits_give_the_same_losses(kind: str, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(TaskModel, "forward_with_hidden_states", spy)
     losses: list[dict[int, str]] = []
-    for cache in (None, tmp_path / "cache", tmp_path / "cache"):
+    for cache in (None, tmp_path / "logits", tmp_path / "logits"):
         reads.clear()
         distillation = Distillation(
             teacher, [SoftTargets, HardLabels], cache_dir=None if cache is None else str(cache), top_k=200
@@ -289,9 +289,9 @@ def test_unusable_teachers_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(MemtxError, match="losses is empty"):
         train(Distillation(teacher, []))
     with pytest.raises(MemtxError, match="stores a teacher's logits, but HiddenMSE needs its layers"):
-        train(Distillation(teacher, [HiddenMSE], cache_dir=str(tmp_path / "cache")))
+        train(Distillation(teacher, [HiddenMSE], cache_dir=str(tmp_path / "logits")))
     with pytest.raises(MemtxError, match=r"caches the teacher's logits, but token_mask_prob \(0.3\) changes the texts"):
-        train(Distillation(teacher, cache_dir=str(tmp_path / "cache")), token_mask_prob=0.3)
+        train(Distillation(teacher, cache_dir=str(tmp_path / "logits")), token_mask_prob=0.3)
     other = folder(tmp_path / "other", "tagging")
     write_lines(other / "train.jsonl", records("tagging", 24, seed=99))
     with pytest.raises(CheckpointError, match="trained with another tokenizer, so its token ids differ"):
@@ -305,10 +305,10 @@ def test_unusable_teachers_are_rejected(tmp_path: Path) -> None:
         train(Distillation(str(tmp_path / "encoder")))
     train(Distillation(str(tmp_path / "encoder"), [HiddenMSE, HardLabels]))
     module = MaskedModule(partial(Encoder, dim=8, depth=1, heads=2))
-    module.distillation = Distillation(teacher, cache_dir=str(tmp_path / "cache"))
+    module.distillation = Distillation(teacher, cache_dir=str(tmp_path / "logits"))
     with pytest.raises(MemtxError, match="masks differ in every epoch"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "logits").exists()
 
 
 def test_teachers_of_another_class_are_rejected(tmp_path: Path) -> None:
