@@ -155,7 +155,7 @@ def test_a_sharded_checkpoint_is_consolidated(program: Program, folder: Path) ->
     for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
         done = program("convert", source, "out", "--overwrite", cwd=folder)
         assert done.code == 0, done.err
-        assert "a MemoryTransformer of" in done.out
+        assert "'out': MemoryTransformer with " in done.out
         assert sorted(path.name for path in (folder / "out").iterdir()) == [
             "config.json", "model.safetensors", "tokenizer.json",
         ]  # fmt: skip
@@ -165,8 +165,8 @@ def test_a_sharded_checkpoint_is_consolidated(program: Program, folder: Path) ->
         assert converted_tokenizer.to_json() == tokenizer.to_json()
     assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     for command in (
-        ("converted_tokenizer", "books/test/0.txt", "--checkpoint", "whole"),
-        ("converted_tokenizer", "books/test/0.txt", "--checkpoint", "out"),
+        ("read", "books/test/0.txt", "--checkpoint", "whole"),
+        ("read", "books/test/0.txt", "--checkpoint", "out"),
         ("test", "--run_dir", "whole", "--trainer.strategy", "auto"),
     ):
         done = program(*command, cwd=folder)
