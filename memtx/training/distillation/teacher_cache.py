@@ -146,14 +146,7 @@ class LogitCache(_LogitFile):
 class LogitTable(_LogitFile):
     """Logits of one teacher at every token of one corpus, in a file that is sparse until it is filled.
 
-    Args:
-        cache_dir: Folder of the cache; created if missing.
-        fingerprint: Identifies the teacher and the corpus.
-        num_tokens: Tokens of the corpus.
-        top_k: Logits per token.
-
-    Raises:
-        MemtxError: The file cannot be written, or ``top_k`` is not positive.
+    Arguments and errors as for :class:`LogitCache`; ``fingerprint`` identifies the corpus too, of ``num_tokens``.
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str], fingerprint: str, num_tokens: int, top_k: int) -> None:
