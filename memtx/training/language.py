@@ -68,6 +68,7 @@ class LanguageModule(BaseModule):
         model: Callable[[int], MemoryTransformer | TransformerXL] | Retrofit = MemoryTransformer,
         vocab_size: int = 257,
         segment_length: int = 512,
+        *,
         compile: bool = False,
         activation_checkpointing: bool = False,
         measure_memory_gain: bool = True,

@@ -78,11 +78,11 @@ def test_whole_words_are_masked_together(kind: str) -> None:
 
 def test_the_last_of_a_permutation_are_predicted() -> None:
     tokens = torch.randint(0, 50, (8, 30), generator=seeded())
-    permuted = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
-    assert torch.equal(permuted.rank.sort(1).values, torch.arange(30).expand(8, -1))
-    predicted = permuted.labels != IGNORE_INDEX
-    assert torch.equal(predicted, (permuted.rank >= 25) & (tokens != 3))
-    assert torch.equal(permuted.labels[predicted], tokens[predicted])
+    permutation = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
+    assert torch.equal(permutation.rank.sort(1).values, torch.arange(30).expand(8, -1))
+    predicted = permutation.labels != IGNORE_INDEX
+    assert torch.equal(predicted, (permutation.rank >= 25) & (tokens != 3))
+    assert torch.equal(permutation.labels[predicted], tokens[predicted])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])

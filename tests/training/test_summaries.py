@@ -51,7 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(root: Path, **options: Any) -> tuple[SummaryModule, SummaryDataModule]:
     pl.seed_everything(0)
     data = SummaryDataModule(str(root), batch_size=8, segment_length=16, **options)
-    return SummaryModule(MODEL, data.vocab_size, data.segment_length, adam, None, measure_memory_gain=False), data
+    return SummaryModule(
+        MODEL, data.vocab_size, data.segment_length, optimizer=adam, scheduler=None, measure_memory_gain=False
+    ), data
 
 
 def test_only_the_summary_has_labels(root: Path) -> None:
