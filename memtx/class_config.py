@@ -1,7 +1,7 @@
 """Factories as data: ``partial(Class, a=1)`` <-> ``{"class_path": "module.Class", "init_args": {"a": 1}}``.
 
-The parts of a model are configured by factories that wait for a number that their owner knows (a width, a rate). In
-Python a factory is a partial or a class, in YAML a class_path with init_args; config.json stores the second form.
+Model parts are configured by factories, which their owner calls with the arguments it knows (a width, a rate). In
+Python a factory is a partial or a class; in YAML and config.json it is a class_path with init_args.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from memtx.errors import CheckpointError, closest_match
 
 TRUSTED_PACKAGES = ("memtx", "torch.nn")
-"""Packages from which a class path in a file may be imported; others must have been imported already."""
+"""Packages from which a class path in a file may be imported; other packages must be imported already."""
 
 CONFIGURABLE_PACKAGES = ("memory", "layers", "models")
-"""Folders of memtx whose classes and functions may stand in a config."""
+"""Subpackages of memtx whose classes and functions may appear in a config."""
 
 
 def _class_path(target: Any) -> str:
@@ -27,17 +27,17 @@ def _class_path(target: Any) -> str:
 
 
 def to_config(value: Any) -> Any:
-    """Return ``value`` as numbers, strings, lists and dicts that JSON can hold.
+    """Convert ``value`` to JSON-serializable numbers, strings, lists and dicts.
 
     Raises:
-        TypeError: It contains something without a class path, such as a lambda.
+        TypeError: ``value`` contains an object without a class path, such as a lambda.
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): to_config(item) for key, item in value.items()}
+        return {str(key): to_config(element) for key, element in value.items()}
     if isinstance(value, list | tuple):
-        return [to_config(item) for item in value]
+        return [to_config(element) for element in value]
     if isinstance(value, functools.partial):
         target = value.func
         if value.args and inspect.isclass(value.args[-1]):
@@ -58,7 +58,7 @@ def _is_configurable(target: Any) -> bool:
 
     if inspect.isclass(target) and issubclass(target, nn.Module):
         return True
-    # Functions and classes that memtx defines beside its modules, but nothing that its files merely import.
+    # Also allow functions and other classes that memtx defines, but nothing that its files merely import.
     module_name = str(getattr(target, "__module__", ""))
     return callable(target) and module_name.startswith(tuple(f"memtx.{folder}." for folder in CONFIGURABLE_PACKAGES))
 
@@ -86,25 +86,25 @@ def _import_target(class_path: str) -> Any:
 
 
 def from_config(value: Any) -> Any:
-    """Return ``value`` with the factories that :func:`to_config` described; other values pass unchanged.
+    """Rebuild the factories that :func:`to_config` described; other values pass unchanged.
 
     Raises:
-        CheckpointError: A class path is unknown or untrusted, or does not take the arguments.
+        CheckpointError: A class path is unknown or untrusted, or does not accept the arguments.
     """
     if isinstance(value, list):
-        return [from_config(item) for item in value]
+        return [from_config(element) for element in value]
     if not isinstance(value, Mapping):
         return value
     if "class_path" not in value:
-        return {key: from_config(item) for key, item in value.items()}
+        return {key: from_config(element) for key, element in value.items()}
     factory = _import_target(str(value["class_path"]))
-    arguments = {key: from_config(item) for key, item in (value.get("init_args") or {}).items()}
+    arguments = {key: from_config(element) for key, element in (value.get("init_args") or {}).items()}
     parameters = inspect.signature(factory).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in arguments:
         if key not in parameters and not takes_any:
             raise CheckpointError(
-                f"The config gives '{key}' to {value['class_path']}, which takes no such argument."
+                f"The config passes '{key}' to {value['class_path']}, which does not accept it."
                 f"{closest_match(key, parameters)}",
                 "Use the release that wrote it.",
             )

@@ -1,4 +1,4 @@
-"""Exceptions for mistakes of the user, each with a remedy, and checks that raise them."""
+"""Exceptions for user mistakes, each with a remedy, and checks that raise them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class MemtxError(ValueError):
 
 
 class DataError(MemtxError):
-    """A text, tokenizer or token shard that cannot be used."""
+    """An unusable text, tokenizer or token shard."""
 
 
 class CheckpointError(MemtxError):
-    """A checkpoint, pretrained folder or saved state that is damaged or belongs to something else."""
+    """A checkpoint, pretrained folder or saved state that is damaged or does not fit."""
 
 
 def corrupt_checkpoint_error(path: object, reason: str) -> CheckpointError:
-    """Return the error for a checkpoint that is truncated, changed, or something else; ``reason`` ends the sentence."""
-    return CheckpointError(f"'{path}' is not a whole checkpoint{reason}.", "Use another copy, or an earlier one.")
+    """Return the error for a truncated, modified or foreign checkpoint; ``reason`` ends its sentence."""
+    return CheckpointError(f"'{path}' is not a valid checkpoint{reason}.", "Use another copy, or an earlier one.")
 
 
 def missing_package_error(feature: str, error: ImportError, extra: str) -> MemtxError:
@@ -45,21 +45,21 @@ def closest_match(name: str, candidates: Iterable[str]) -> str:
 
 
 def check_at_least(minimum: int, /, **values: float) -> None:
-    """Raise MemtxError for the first of the named values below ``minimum``."""
+    """Raise MemtxError for the first named value below ``minimum``."""
     for name, value in values.items():
         if value < minimum:
             raise MemtxError(f"{name} is {value}.", f"Give at least {minimum}.")
 
 
 def check_positive(**values: float) -> None:
-    """Raise MemtxError for the first of the named values that is not above 0."""
+    """Raise MemtxError for the first named value that is not above 0."""
     for name, value in values.items():
         if not value > 0:
             raise MemtxError(f"{name} is {value}.", "Give a number above 0.")
 
 
 def check_probability(**values: float) -> None:
-    """Raise MemtxError for the first of the named values that is not in [0, 1)."""
+    """Raise MemtxError for the first named value that is not in [0, 1)."""
     for name, value in values.items():
         if not 0.0 <= value < 1.0:
             raise MemtxError(f"{name} is {value}.", "Give a number of at least 0 and below 1.")

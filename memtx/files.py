@@ -1,4 +1,4 @@
-"""Files that appear completely or not at all: written to a temporary name, synced, renamed, and checked when read.
+"""Atomic files: written to a temporary path, synced, renamed, and checked when read.
 
 Tensors are stored as safetensors, never as pickle, with the file's kind and version in the header.
 """
@@ -25,7 +25,7 @@ DISK_FULL_HINT = "Free some space; existing files are unchanged, and a run resum
 
 
 def default_cache_dir() -> Path:
-    """Return ``~/.cache/memtx``, the default folder of files that can be computed again."""
+    """Return ``~/.cache/memtx``, the default folder for files that can be recomputed."""
     return Path("~/.cache/memtx").expanduser()
 
 
@@ -35,7 +35,7 @@ def is_disk_full(error: OSError) -> bool:
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make a rename in ``directory`` survive a power cut (a folder's entries are synced separately)."""
+    """Make a rename in ``directory`` survive a power failure (a folder's entries are synced separately)."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -44,7 +44,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a temporary path beside ``path``, random so that two processes never share one."""
+    """Return a random temporary path beside ``path``, so that processes do not collide."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
@@ -91,10 +91,10 @@ def atomic_open(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Move a folder to ``target`` in place of an existing folder or file, or a file in place of a folder.
+    """Replace ``target``, if it exists, by ``source``; either may be a file or a folder.
 
-    ``source`` is beside the target, with its files synced. No single rename does this: the old content is moved aside
-    for a moment; see :func:`recover`.
+    ``source`` must be in the same folder, with its files synced. A single rename cannot replace a folder, so the old
+    content is first moved aside; see :func:`recover`.
     """
     backup = _backup_path(target)
     recover(target)
@@ -109,7 +109,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Restore the old content that an interrupted :func:`replace` left aside."""
+    """Restore the content that an interrupted :func:`replace` moved aside."""
     if not path.exists():
         with contextlib.suppress(FileNotFoundError):
             _backup_path(path).rename(path)
@@ -129,13 +129,13 @@ def _backup_path(path: Path) -> Path:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` as UTF-8, completely or not at all."""
+    """Write ``text`` as UTF-8, atomically."""
     with atomic_open(path) as handle:
         handle.write(text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` as indented JSON, completely or not at all."""
+    """Write ``value`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
@@ -167,7 +167,7 @@ def save_tensors(
     metadata = {"format": "pt", "kind": kind, "version": str(version), **extra_metadata}
     content = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with atomic_path(path) as temporary:
-        # save_file makes the file readable by its owner alone; restore the mode that the umask gives every other file.
+        # save_file makes the file readable by its owner only; restore the mode that the umask gives other files.
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
@@ -205,7 +205,7 @@ def _read_tensors(
             # state must continue bit for bit.
             tensors = {name: handle.get_tensor(name).clone() for name in (handle.keys() if with_tensors else ())}
     except (SafetensorError, OSError, ValueError) as error:
-        message = f"'{path}' is not a whole safetensors file: {error}."
+        message = f"'{path}' is not a valid safetensors file: {error}."
         raise CheckpointError(message, "Restore it from a copy or write it again.") from error
     if metadata.get("kind") != kind:
         message = f"'{path}' holds '{metadata.get('kind', 'something unnamed')}', expected '{kind}'."

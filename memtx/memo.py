@@ -11,12 +11,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Memo:
-    """Base class of values that cache what is computed from them."""
+    """Base class of values that cache results derived from them."""
 
     _values: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     def memo(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Return ``compute()``, called only the first time that ``key`` is used."""
+        """Return ``compute()``, which is called only once per ``key``."""
         if key not in self._values:
             self._values[key] = compute()
         return cast(T, self._values[key])

@@ -1,7 +1,7 @@
 """Metrics that torchmetrics lacks: bits per byte, PG-19's word perplexity, SQuAD's and CoNLL's scores.
 
-The first two count in float64 and divide once, at the end: a mean of batch means would weigh a short batch as much as a
-long one, and a float32 sum stops growing after some ten million tokens.
+The first two sum in float64 and divide once, at the end: a mean of batch means would weight short and long batches
+equally, and a float32 sum stops growing after about ten million tokens.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _SumMetric(Metric):
 
 
 class _NllPerUnit(_SumMetric):
-    """Sum of negative log-likelihoods divided by the number of units of the raw text."""
+    """Sum of negative log-likelihoods, divided by the number of bytes or words in the raw text."""
 
     higher_is_better = False
     unit = "units"
@@ -60,7 +60,7 @@ class _NllPerUnit(_SumMetric):
 
         Args:
             nll: Negative log-likelihood in nats: a sum, or a tensor of any shape to sum.
-            units: Bytes or words of the raw text that the tokens stand for: a sum, or a tensor of any shape to sum.
+            units: Number of bytes or words in the raw text of the tokens: a sum, or a tensor of any shape to sum.
 
         Raises:
             MemtxError: The likelihood is not finite, or the number of units is negative.
@@ -143,8 +143,8 @@ class _AnswerScore(_SumMetric, ABC):
         self._add_sums("num_questions", dtype=torch.int64)
 
     def update(self, prediction: str, targets: Sequence[str]) -> None:
-        """Add one question: the predicted answer (empty for none) and the true ones (empty if there are none)."""
-        # Answers that normalize to nothing, such as "the", do not count among several (SQuAD 2.0's evaluation).
+        """Add the predicted answer of a question (empty for none) and its true answers (an empty list for none)."""
+        # Answers that normalize to nothing, such as "the", count only if there are no others (SQuAD 2.0's evaluation).
         answers = [answer for target in targets if (answer := normalize_answer(target))] or [""]
         self.total_score += max(self.score(normalize_answer(prediction), answer) for answer in answers)
         self.num_questions += 1
@@ -169,7 +169,7 @@ class AnswerExactMatch(_AnswerScore):
 
 
 class AnswerF1(_AnswerScore):
-    """F1 of the answers' words (Rajpurkar et al. 2016, section 6.1); with an empty answer, 1 if both are empty."""
+    """F1 of the words in an answer (Rajpurkar et al. 2016, section 6.1); 1 if both answers are empty, 0 if one is."""
 
     @staticmethod
     def score(prediction: str, target: str) -> float:
@@ -181,6 +181,6 @@ class AnswerF1(_AnswerScore):
 
 
 def normalize_answer(text: str) -> str:
-    """Return an answer in lower case without punctuation, articles and repeated spaces."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    """Return an answer in lower case, without punctuation, articles and repeated spaces."""
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

@@ -1,7 +1,7 @@
-"""Arrays drawn as PNG files: surprisal along a book, loss curves, comparisons with seeds and spread.
+"""Plots as PNG files: surprisal along a book, loss curves, accuracy by distance, comparisons of models and seeds.
 
-Every function writes its file completely or not at all, and raises MemtxError for empty or unequal columns or a file
-that cannot be written. matplotlib's Figure is used without pyplot, whose global state is not safe in threads.
+Every function writes its file atomically, and raises MemtxError for empty columns, columns of unequal length, or a file
+that cannot be written. Figures are created without pyplot, whose global state is not thread-safe.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _as_equal_columns(**columns: ArrayLike) -> list[FloatArray]:
     arrays = [np.asarray(column, dtype=np.float64) for column in columns.values()]
     if len({array.shape for array in arrays}) != 1 or arrays[0].ndim != 1 or not arrays[0].size:
         shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(columns, arrays, strict=True))
-        raise MemtxError(f"A plot needs columns of one length of at least 1, got {shapes}.")
+        raise MemtxError(f"A plot needs non-empty columns of equal length, got {shapes}.")
     return arrays
 
 
@@ -89,7 +89,7 @@ def _draw_surprisal_curve(axes: Any, curve: tuple[ArrayLike, ArrayLike]) -> None
     position, mean = _as_equal_columns(position=curve[0], mean=curve[1])
     radius = max(1, len(mean) // 60)
     smooth = moving_average(mean, radius)
-    # The spread between chunks' means: that of single tokens would hide the line.
+    # The spread of the chunks' means; the spread of single tokens would hide the line.
     spread = np.sqrt(np.maximum(moving_average(mean**2, radius) - smooth**2, 0))
     axes.fill_between(position, smooth - spread, smooth + spread, color=BLUE, alpha=0.18, linewidth=0)
     axes.plot(position, smooth, color=BLUE, linewidth=1.8, solid_capstyle="round")
@@ -112,7 +112,7 @@ def _draw_loss_by_position(axes: Any, by_position: tuple[ArrayLike, ArrayLike, A
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(_format_count))
     axes.xaxis.set_minor_locator(NullLocator())
-    # The loss of the first tokens is far above all others and must not flatten them.
+    # The loss of the first tokens is far above the rest and must not flatten the curve.
     low, high = float(mean.min()), np.percentile(mean, 98)
     margin = 0.15 * max(high - low, 0.1)
     axes.set_ylim(max(0.0, low - margin), max(high, float(np.median(mean))) + margin)
@@ -161,7 +161,7 @@ def plot_loss_curves(
     x_label: str = "step",
     y_label: str = "nats per token",
 ) -> None:
-    """Draw losses over training steps, smoothed above the pale raw ones.
+    """Draw losses over training steps: smoothed curves over pale raw ones.
 
     ``curves`` maps a name to (steps, losses), ``(n,)`` each.
     """
@@ -215,7 +215,7 @@ def plot_accuracy(
 def plot_model_comparison(
     path: str | os.PathLike[str], panels: Mapping[str, Sequence[float]], model_names: Sequence[str], *, title: str = ""
 ) -> None:
-    """Draw one panel per measure, with one labeled bar per model, the first on top and in another color.
+    """Draw one panel per measure, with a labeled bar per model; the first is on top, in another color.
 
     ``panels`` maps a measure to one value per model, finite and not negative.
     """
@@ -252,13 +252,13 @@ def plot_seed_comparison(
 ) -> None:
     """Draw one row per variant, the best mean on top: a dot per seed, a line for the mean, a band for the range.
 
-    ``results`` maps a name to one value per seed, at least one; ``unit`` is their unit.
+    ``results`` maps a name to one or more values, one per seed; ``unit`` is their unit.
     """
     if not results:
         raise MemtxError("A comparison needs at least one row, got none.")
-    for name, seeds in results.items():
-        if not len(seeds) or not np.isfinite(np.asarray(seeds, dtype=np.float64)).all():
-            raise MemtxError(f"Row '{name}' is {list(seeds)}, expected finite values, one per seed.")
+    for name, seed_values in results.items():
+        if not len(seed_values) or not np.isfinite(np.asarray(seed_values, dtype=np.float64)).all():
+            raise MemtxError(f"Row '{name}' is {list(seed_values)}, expected finite values, one per seed.")
     # The axis grows upwards, so the best row comes last.
     table = sorted(results.items(), key=lambda row: float(np.mean(row[1])), reverse=lower_is_better)
     figure = _create_figure(8.5, 1.5 + 0.46 * len(table))
@@ -266,8 +266,8 @@ def plot_seed_comparison(
     direction = "lower" if lower_is_better else "higher"
     _style_axes(axes, title, f"{unit + ', ' if unit else ''}{direction} is better", "")
     axes.grid(False, axis="y")
-    for height, (_, seeds) in enumerate(table):
-        values = np.asarray(seeds, dtype=np.float64)
+    for height, (_, seed_values) in enumerate(table):
+        values = np.asarray(seed_values, dtype=np.float64)
         mean, is_best = float(values.mean()), height == len(table) - 1
         color = BLUE if is_best else MUTED_COLOR
         axes.barh(height, np.ptp(values), left=values.min(), height=0.42, color=color, alpha=0.2, linewidth=0)
@@ -281,7 +281,7 @@ def plot_seed_comparison(
         )
     axes.set_yticks(range(len(table)), [name for name, _ in table], fontsize=9, color=TEXT_COLOR)
     axes.set_ylim(-0.6, len(table) - 0.4)
-    # Without this, the end of a bar would be the end of the axis and cut off half of a dot.
+    # Otherwise the axis would end where a bar ends and cut off half of a dot.
     axes.use_sticky_edges = False
     axes.margins(x=0.08)
     _save_figure(figure, path)

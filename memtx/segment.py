@@ -1,7 +1,7 @@
 """Positions of the tokens of one call.
 
-An *offset* counts the tokens of the call and runs on across document starts: the first token has offset 0, the newest
-cached token -1. A *position* counts the tokens of one document. Visibility is a function of positions, shifted to
+An *offset* counts the tokens of the call across document starts: the first token has offset 0, the newest cached token
+-1. A *position* counts the tokens of one document. Visibility is a function of positions, shifted to
 offsets so that all tokens of a call can be compared.
 """
 
@@ -16,7 +16,7 @@ from memtx.errors import MemtxError
 from memtx.memo import Memo
 
 INFINITE_OFFSET = 1 << 40
-"""An offset that no stream reaches: "never" as a start, "not within this call" as an end."""
+"""An offset that no stream reaches: "never" as a start, "not in this call" as an end."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Segment(Memo):
         document_id: ``(batch, length)`` int64, 0 for the document that was open before the call, then 1, 2, ...
         document_end: ``(batch, length)`` int64, offset at which the token's document ends; INFINITE_OFFSET if it is
             still open.
-        past_length: ``(batch,)`` int64, number of tokens of the open document that were read before the call.
+        past_length: ``(batch,)`` int64, number of tokens of the open document read before the call.
         past_document_end: ``(batch,)`` int64, offset at which that document ends; INFINITE_OFFSET if it is still open.
-        valid_length: ``(batch,)`` int64, number of tokens before the padding. No token sees padding and none of it is
-            carried over. None if there is no padding.
+        valid_length: ``(batch,)`` int64, number of tokens before the padding, which is neither visible nor carried
+            over. None if there is no padding.
     """
 
     position: Tensor
@@ -48,7 +48,7 @@ class Segment(Memo):
 
     @property
     def next_position(self) -> Tensor:
-        """``(batch,)`` int64, position of the next token if it does not start a document."""
+        """``(batch,)`` int64, position of the next token unless it starts a document."""
         if self.valid_length is None:
             return self.position[:, -1] + 1
         last = self.position.gather(1, (self.valid_length - 1).clamp(min=0)[:, None])[:, 0]
@@ -66,10 +66,10 @@ class Segment(Memo):
     def from_document_starts(
         cls, past_length: Tensor, length: int, document_starts: Tensor | None = None, valid_length: Tensor | None = None
     ) -> Segment:
-        """Compute the positions of ``length`` tokens that follow ``past_length`` others.
+        """Compute the positions of ``length`` tokens that follow ``past_length`` earlier ones.
 
         Args:
-            past_length: ``(batch,)`` int64, number of tokens read so far of each open document.
+            past_length: ``(batch,)`` int64, number of tokens read so far in each open document.
             length: Number of tokens in the call, at least 1.
             document_starts: ``(batch, length)`` bool, True for the first token of a document. None if no document
                 starts in the call.
@@ -100,7 +100,7 @@ class Segment(Memo):
         return cls(position, document_id, document_end, past_length, next_start[:, 0], valid_length)
 
     def split_offsets(self, interval: int) -> list[int]:
-        """Return the offsets at which an interval has just ended for any batch entry, in order, then the length.
+        """Return the offsets at which an interval ends in any batch entry, in ascending order, and finally the length.
 
         Args:
             interval: Tokens per interval, counted from the start of each document.

@@ -1,7 +1,7 @@
-"""The state of a stream as a value: an immutable tree of tensors, stored on no module.
+"""The state of a stream as a value: an immutable tree of tensors, stored outside the modules.
 
-Two rules make every operation below work for every kind of memory: axis 0 of every leaf is the batch, and zeros are a
-fresh stream.
+Two rules make every operation below work for every kind of memory: dimension 0 of every leaf is the batch, and a fresh
+stream is all zeros.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class MemoryState:
     """Everything a model carries from one segment to the next, for a batch of streams.
 
     Attributes:
-        position: ``(batch,)`` int64, number of tokens read so far of each open document.
-        layers: One tuple per layer, with one state per memory of that layer.
+        position: ``(batch,)`` int64, number of tokens read so far in each open document.
+        layers: One tuple per layer, with one state per memory in that layer.
     """
 
     position: Tensor
@@ -62,7 +62,7 @@ class MemoryState:
         return self.map(torch.Tensor.detach)
 
     def reset(self, mask: Tensor) -> MemoryState:
-        """Replace the marked streams by fresh ones.
+        """Reset the marked streams to the initial state.
 
         Args:
             mask: ``(batch,)`` bool, True for the streams to reset.
@@ -77,7 +77,7 @@ class MemoryState:
         return self.map(lambda leaf: leaf.masked_fill(mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
 
     def select(self, indices: Sequence[int] | Tensor) -> MemoryState:
-        """Select streams by index, in the given order.
+        """Select streams by index, in the order of ``indices``.
 
         Args:
             indices: Indices from 0; an index may occur twice.
@@ -89,7 +89,7 @@ class MemoryState:
         if index.dtype == torch.bool or index.is_floating_point() or index.dim() != 1:
             message = f"select got {index.dtype} {tuple(index.shape)}, expected a list of indices."
             raise MemtxError(message, "Convert a mask with mask.nonzero().flatten().")
-        # On an accelerator the kernel checks the range: reading the indices here would synchronize.
+        # On an accelerator the kernel checks the range; reading the indices here would synchronize.
         if index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < self.batch_size:
             message = f"select got {index.tolist()} for a batch of {self.batch_size}."
             raise MemtxError(message, f"Use indices from 0 to {self.batch_size - 1}.")
@@ -98,7 +98,7 @@ class MemoryState:
 
     @staticmethod
     def concat(states: Sequence[MemoryState]) -> MemoryState:
-        """Join the batches of several states of one model.
+        """Concatenate the batches of several states of one model.
 
         Raises:
             MemtxError: If ``states`` is empty, or the states have different structures.
@@ -159,7 +159,7 @@ class MemoryState:
 
         Args:
             path: Path of the file.
-            fingerprint: Fingerprint of the model, without which :meth:`load` refuses the file.
+            fingerprint: Fingerprint of the model; :meth:`load` checks it.
             metadata: Additional strings for the header.
         """
         files.save_tensors(

@@ -5,9 +5,9 @@
 Two shapes: a batch of 4 with a segment of 512 after a cache of 511, and a single sequence of 4,096 to 65,536 positions,
 over which the time should grow linearly. Useful FLOPs count visible pairs (backward costs twice the forward pass;
 recomputed scores do not count) and are compared with the matrix peak measured in the same run, before each shape. Masks
-are made before the clock starts, since the layers of one call share them. Repeats alternate between the backends, so
-that a drift of the machine affects all alike. Backends that need a number for each pair of positions are skipped, and
-reported, where it does not fit.
+are built before the clock starts, since the layers of one call share them. Repeats alternate between the backends, so
+that drift of the machine affects all alike. Backends that store a score or mask for each pair of positions are skipped,
+and listed, where these do not fit into memory.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def build_attention(
     # Fused attention needs one dense mask; unfused attention needs its size for every head.
     dense = {"sdpa-dense": mask, "reference": heads * mask, "flex": heads * mask if device == "cpu" else 0.0}
     if dense.get(name, 0) > max_bytes:
-        return f"a number for each pair takes too much memory ({dense[name] / 2**30:,.1f} GiB at {shape})"
+        return f"dense scores or masks take too much memory ({dense[name] / 2**30:,.1f} GiB at {shape})"
     if name in MEMTX_BACKENDS:
         return lambda q, k, v: segment_attention(q, k, v, visibility, backend=name)[0]  # type: ignore[arg-type]
     if name == "sdpa-dense":
@@ -98,7 +98,7 @@ def build_attention(
 
 
 def build_flash_attention(window: int) -> AttentionFn:
-    """Return flash-attention's own window for inputs of shape (batch, heads, length, head_dim)."""
+    """Return flash-attention with its own window, for inputs of shape (batch, heads, length, head_dim)."""
     library: Any = importlib.import_module("flash_attn")
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def measure(
                 continue
             case = Case(attend, inputs, grad)
             try:
-                # The first call makes masks, or compiles.
+                # The first call builds masks or compiles.
                 _, row["peak_bytes"] = benchmarking.call_with_peak(case, device)
             except (MemtxError, RuntimeError) as error:
                 row["skipped_reason"] = str(error).splitlines()[0]
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=list(benchmarking.DTYPES), default=list(benchmarking.DTYPES))
     parser.add_argument("--batch-size", type=int, default=4, help="batch size of the short segment")
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])
-    parser.add_argument("--max-dense-gib", type=float, default=0.6, help="limit of a number for each pair, in GiB")
+    parser.add_argument("--max-dense-gib", type=float, default=0.6, help="maximum GiB of dense scores or masks")
     benchmarking.add_size_options(parser, repeats=5, segment_length=512, window=512, heads=8, head_dim=64)
     benchmarking.add_benchmark_options(parser)
     arguments = parser.parse_args()

@@ -3,9 +3,9 @@
     python scripts/bench_step.py [--json FILE] [--plot PNG] [--markdown FILE]
 
 Training: forward, backward and fused AdamW on one segment a step, with the carried state detached. Reading: the loss of
-the next tokens in inference mode, with the state carried. Each measurement runs in a process of its own, so that its
-peak memory is its own (imports included; they are reported apart), and warms up until the memory is full. Rounds
-alternate between the systems, so that a drift of the machine affects all alike, and ratios are taken within a round.
+the next tokens in inference mode, with the state carried. Each measurement runs in a fresh process, so that its peak
+memory includes nothing else but imports, which are also reported alone, and warms up until the memory is full. Rounds
+alternate between the systems, so that drift of the machine affects all alike, and ratios are taken within a round.
 Useful FLOPs are counted from the visible pairs and the weights, and compared with the matrix peak measured in the same
 round. Peers that are not installed are listed with the command that installs them.
 """
@@ -165,7 +165,7 @@ def format_table(results: dict[str, Any]) -> list[str]:
 
 
 def plot_results(path: str, results: dict[str, Any], modes: list[str]) -> None:
-    """Plot one picture for each mode; with two modes, the file names end in them."""
+    """Plot one picture for each mode; with two modes, the file names end in the mode."""
     from memtx import plots
 
     for mode in modes:
@@ -190,7 +190,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=list(benchmarking.DTYPES), default=list(benchmarking.DTYPES))
     parser.add_argument("--peer-dtypes", nargs="+", choices=list(benchmarking.DTYPES), default=["fp32"])
     parser.add_argument(
-        "--steps", type=benchmarking.positive_int, default=3, help="timed steps in each round; their median counts"
+        "--steps", type=benchmarking.positive_int, default=3, help="timed steps in each round; the median is used"
     )
     for field in dataclasses.fields(Job):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)

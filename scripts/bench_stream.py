@@ -5,7 +5,7 @@
 Single tokens, by the decoder that carries keys and values and by calls of the model: the memory is filled and the
 state's position is then set, so that a million tokens need not be read; near and far tokens alternate and are compared
 within a round. Reading: the same tokens from a fresh state in calls of each length; every length must give the same
-losses and the same state, and its rate is compared with the first one's within a round. --plot writes two pictures, the
+losses and state, and its rate is compared with that of the first length within a round. --plot writes two pictures, the
 second with "-decoding" in its name.
 """
 
@@ -31,7 +31,7 @@ from memtx.ops.cpu.malloc import retain_freed_memory
 from memtx.state import MemoryState
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
-"""Largest difference of losses and states between call lengths: the promise in float32, rounding in bf16."""
+"""Maximum difference of losses and states between call lengths: the guarantee in float32, rounding errors in bf16."""
 
 
 def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
@@ -215,7 +215,7 @@ def main() -> None:
     benchmarking.add_benchmark_options(parser)
     arguments = parser.parse_args()
     benchmarking.apply_benchmark_options(arguments)
-    retain_freed_memory()  # like the commands
+    retain_freed_memory()  # as the commands do
     torch.manual_seed(0)
     memory = partial(
         CompressedMemory, window=arguments.window, compression_rate=arguments.compression_rate,
@@ -223,12 +223,12 @@ def main() -> None:
     )  # fmt: skip
     model = MemoryTransformer(arguments.vocab_size, arguments.dim, arguments.depth, arguments.heads, memories=[memory])
     model.to(arguments.device).eval()
-    needed = max(
+    num_tokens = max(
         arguments.tokens,
         arguments.window + arguments.memory_length * arguments.compression_rate,
         arguments.decode_tokens,
     )
-    tokens = torch.randint(0, arguments.vocab_size, (1, needed + 1), device=arguments.device)
+    tokens = torch.randint(0, arguments.vocab_size, (1, num_tokens + 1), device=arguments.device)
     decoding, reading = [], []
     with benchmarking.progress_bar() as bar, torch.inference_mode():
         task = bar.add_task("", total=2 * len(arguments.dtypes))

@@ -52,7 +52,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def time_call(function: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one call, the device's work included."""
+    """Return the seconds of one call, including the device's work."""
     synchronize(device)
     start = time.perf_counter()
     function()
@@ -61,7 +61,7 @@ def time_call(function: Callable[[], object], device: torch.device) -> float:
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
-    """Return bf16 autocast for "bf16" and a context without effect for "fp32"."""
+    """Return bf16 autocast for "bf16", and a context without effect for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16")
 
 
@@ -99,7 +99,7 @@ def memory_bytes(device: torch.device) -> int | None:
 
 
 def call_with_peak(function: Callable[[], T], device: torch.device) -> tuple[T, int | None]:
-    """Return the result of a call and the bytes it took at its peak; None if the system does not report them."""
+    """Return the result of a call and the peak bytes that it used; None if the system does not report them."""
     is_reset, before = reset_peak_memory(device), memory_bytes(device)
     result = function()
     synchronize(device)
@@ -193,12 +193,12 @@ def add_data_option(parser: argparse.ArgumentParser, flag: str, *parts: str, tex
         flag: Option, such as ``--root``.
         *parts: Path below ``MEMTX_DATA``.
         text: Help text.
-        required: If True, the option must be given where ``MEMTX_DATA`` is not set.
+        required: If True, the option is required unless ``MEMTX_DATA`` is set.
     """
     root = os.environ.get("MEMTX_DATA")
     parser.add_argument(
         flag, type=Path, default=Path(root, *parts) if root else None, required=required and not root, metavar="FOLDER",
-        help=f"{text}; by default {'/'.join(('MEMTX_DATA', *parts))}",
+        help=f"{text}; defaults to {'/'.join(('MEMTX_DATA', *parts))}",
     )  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def add_output_options(parser: argparse.ArgumentParser, *, plot: bool = False) -
 def add_benchmark_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of every benchmark of a model."""
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda")
-    parser.add_argument("--num-threads", type=int, help="torch's CPU threads; by default torch's own choice")
+    parser.add_argument("--num-threads", type=int, help="number of CPU threads of torch; defaults to torch's choice")
     parser.add_argument("--peak-size", type=int, help="size of the matrices that measure the matrix peak")
     add_output_options(parser, plot=True)
 
@@ -229,7 +229,7 @@ def apply_benchmark_options(arguments: argparse.Namespace) -> None:
 
 
 def progress_bar() -> Progress:
-    """Return a progress bar on standard error, so that standard output holds results alone."""
+    """Return a progress bar on standard error, so that standard output holds only results."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True), transient=True)
 

@@ -1,16 +1,16 @@
-"""Compare the memories at equal parameters and equal tokens, on the synthetic tasks T1-T5 and on books, three seeds.
+"""Compare the memories at equal parameters and tokens, on the synthetic tasks T1-T5 and on books, with three seeds.
 
     python scripts/compare_memories.py [--tasks NAME ...] [--memories NAME ...] [--seeds 0 1 2]
         [--books small shipped] [--root PATH/pg19-mini]
 
 Synthetic tasks: two layers, a window of one segment in every stack, back-propagation through whole episodes, the loss
-on answers alone; accuracy at distances far beyond the trained ones. --books small: configs/pg19-mini.yaml with each
+on answers alone; accuracy at distances far beyond those in training. --books small: configs/pg19-mini.yaml with each
 memory in three layers of 128, 600 steps of a batch of 16 with 2 segments of 64 bytes; validation bits per byte.
-Parameters of a memory are taken from the feed-forward layers. --books shipped: the config as it is, with the exact
-cache alone, with nothing carried and with a convolution that compresses.
+Feed-forward layers shrink by a memory's parameters. --books shipped: the config as it is, with the exact cache alone,
+with nothing carried and with a convolution that compresses.
 
 Figures are saved in --output-dir as soon as they are measured, so the script can be interrupted and restarted; the
-tables show all that are there. Seconds are CPU seconds on one thread.
+tables show all saved figures. Seconds are CPU seconds on one thread.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ TASKS: dict[str, SyntheticTask] = {
 }
 DISTANCES = {name: [3, 100, 1000] if name == "T1 recall" else [1, 3, 32] for name in TASKS}
 TRAINING_SEGMENTS = 3
-"""Segments after the written ones in training."""
+"""Number of segments after those that are written, in training."""
 
 ABLATIONS = ("associative, plain sigmoid", "associative, no delta rule")
 """Stacks that run only if --memories names them."""
@@ -95,7 +95,7 @@ def train_on_task(name: str, memory: str, seed: int, arguments: argparse.Namespa
             task.vocab_size, dim, 2, 2, memories=[memories], feed_forward=partial(FeedForward, hidden_dim=hidden_dim)
         )
 
-    # All have as many parameters as the largest stack with a feed-forward width of 2 dim.
+    # All models have as many parameters as the largest stack with a feed-forward width of 2 dim.
     largest = max(count_parameters(build_model(2 * dim, stack)) for stack in stacks.values())
     torch.manual_seed(seed)
     model = build_model(arguments.hidden_dim or match_hidden_dim(build_model, largest))
@@ -227,7 +227,7 @@ def format_shipped_table(figures: Figures) -> list[str]:
 
 
 def plot_results(figures: Figures, path: Path) -> None:
-    """Plot the mean accuracy on T1 by distance, and the gains of the shipped config into a second picture."""
+    """Plot the mean accuracy on T1 by distance, and the gains of the shipped config in a second picture."""
     curves = {}
     for memory in comparison_stacks(1):
         if runs := runs_of(figures, "T1 recall", memory):
@@ -275,7 +275,7 @@ def main() -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     path = arguments.output_dir / "figures.json"
     figures: Figures = json.loads(path.read_text()) if path.exists() else {}
-    # Seed by seed, so that an interrupted comparison has whole seeds.
+    # Seed by seed, so that an interrupted comparison has complete seeds.
     jobs: dict[str, Callable[[], dict[str, Any]]] = {
         f"{task}/{memory}/{seed}": partial(train_on_task, task, memory, seed, arguments)
         for task in arguments.tasks
@@ -294,7 +294,7 @@ def main() -> None:
             for name in names
         }
     missing = {key: job for key, job in jobs.items() if key not in figures}
-    # CPU seconds of several trainings at once would not be told apart: only the shipped config runs in parallel.
+    # Parallel runs could not tell their CPU seconds apart, so only the shipped config runs in parallel.
     shipped = {key: job for key, job in missing.items() if key.startswith("shipped/")}
 
     def save(key: str, result: dict[str, Any]) -> None:

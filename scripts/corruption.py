@@ -20,11 +20,11 @@ def flip_bit(content: bytes, rng: random.Random) -> bytes:
 
 
 def overwrite_with_noise(content: bytes, rng: random.Random) -> bytes:
-    """Random bytes over up to 5,000."""
+    """Up to 5,000 bytes overwritten with random ones."""
     start, size = rng.randrange(len(content)), rng.randrange(1, 5000)
     return content[:start] + rng.randbytes(len(content[start : start + size])) + content[start + size :]
 
 
 def append_bytes(content: bytes, rng: random.Random) -> bytes:
-    """Random bytes after the end."""
+    """Random bytes appended."""
     return content + rng.randbytes(rng.randrange(1, 200))

@@ -1,11 +1,11 @@
-"""Damage checkpoints in many ways and look for the newest valid one: every damage must be detected.
+"""Damage checkpoints in many ways and look for the newest valid one: all damage must be detected.
 
     python scripts/damage_checkpoints.py [--count 1000] [--seed 0] [--run-dir RUN] [--json FILE] [--markdown FILE]
 
 The newest checkpoint of a run, by default of a small one trained here on the texts that come with Python, is truncated,
 emptied, filled with zeros, changed by a bit or by noise, spliced with another one, reordered, extended, stripped of its
-checksum, or replaced with another one. A damage is detected if `--ckpt_path last` would go back to the checkpoint
-before and report the reason. For comparison, the files that `torch.load` reads without an error are counted. Ctrl-C
+checksum, or replaced with another one. Damage is detected if `--ckpt_path last` would fall back to the previous
+checkpoint and report the reason. For comparison, the files that `torch.load` reads without an error are counted. Ctrl-C
 ends the script with the results so far.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import functools
 import io
 import random
+import struct
 import sys
 import tempfile
 import zipfile
@@ -34,7 +35,7 @@ Damage = Callable[[bytes, bytes, random.Random], bytes]
 
 
 def ignore_other(damage: Callable[[bytes, random.Random], bytes]) -> Damage:
-    """Return a damage that has no use for the other checkpoint."""
+    """Return a damage function that ignores the other checkpoint."""
 
     @functools.wraps(damage)
     def apply(content: bytes, other: bytes, rng: random.Random) -> bytes:
@@ -75,9 +76,8 @@ def strip_checksum(content: bytes, other: bytes, rng: random.Random) -> bytes:
     # Within an entry: nothing reads the bytes between the zip's records.
     with zipfile.ZipFile(io.BytesIO(plain)) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    header_end = largest.header_offset + 30
-    name_length, extra_length = (int.from_bytes(plain[header_end - k : header_end - k + 2], "little") for k in (4, 2))
-    index = header_end + name_length + extra_length + rng.randrange(largest.file_size)
+    name_length, extra_length = struct.unpack_from("<HH", plain, largest.header_offset + 26)
+    index = largest.header_offset + 30 + name_length + extra_length + rng.randrange(largest.file_size)
     plain[index] ^= 1 << rng.randrange(8)
     return bytes(plain)
 
@@ -103,7 +103,7 @@ def train_run(folder: Path) -> Path:
 
 
 def apply_damage(content: bytes, other: bytes, damage: Damage, rng: random.Random) -> bytes:
-    """Damage the content until it differs, as it does at nearly every first try."""
+    """Damage the content until it differs, which it nearly always does at the first try."""
     while (damaged := damage(content, other, rng)) == content:
         pass
     return damaged

@@ -34,7 +34,7 @@ GAP, CELL, HIDDEN_COLOR = 0.7, 0.9, "#f1f4f8"
 
 @dataclass(frozen=True)
 class Column:
-    """One entry of the opened memory."""
+    """One entry of the memory as the segment reads it."""
 
     x: float
     color: str

@@ -1,11 +1,11 @@
-"""Run the program on random and damaged input files: each is used, or refused in one line with exit code 2.
+"""Run the program on random and damaged input files: each is used, or refused with one line and exit code 2.
 
     python scripts/fuzz_inputs.py [--count 10000] [--seed 0] [--kinds text jsonl shards checkpoints configs]
 
 hypothesis generates texts of arbitrary bytes, lines of JSON, damaged prepared folders and checkpoints, and configs with
 replaced keys and values. The program's entry point is called in this process with its output captured; one in a hundred
-refused inputs also runs in a process of its own. Reported as failures: a traceback, another exit code, more than one
-line, and a file that a refused input wrote.
+refused inputs also runs in a separate process. Failures are a traceback, another exit code, more than one line, or a
+file written for a refused input.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ CONFIG: dict[str, Any] = {
     "checkpoint": {"every_n_train_steps": None},
     "trainer": {"max_epochs": -1, "limit_val_batches": 1, "num_sanity_val_steps": 0, "accelerator": "cpu"},
 }  # fmt: skip
-# Whatever a config asks for, it trains for one step on one device.
+# Every config trains for one step on one device.
 FIT = ("fit", "--config", "c.yaml", "--trainer.max_steps=1", "--trainer.devices=1", "--trainer.num_nodes=1")
 PREPARE_OPTIONS = ("--output-dir", "out", "--num-workers", "1")
 KIND_FRACTIONS = {"text": 0.34, "jsonl": 0.26, "checkpoints": 0.26, "shards": 0.08, "configs": 0.06}
@@ -138,7 +138,7 @@ def check_outcome(tally: Tally, argv: tuple[str, ...], input_kind: str, outputs:
         process = subprocess.run(command, capture_output=True, text=True, errors="replace")
         tally.subprocess_runs += 1
         if process.returncode != 2 or process.stderr.count("\n") != 1 or "Traceback" in process.stderr:
-            problem = f"in a process of its own: {process.returncode} {process.stderr[-300:]!r}"
+            problem = f"in a separate process: {process.returncode} {process.stderr[-300:]!r}"
     if problem:
         tally.failures.append(f"{input_kind}: {problem} {' '.join(trace.strip().splitlines()[-4:-1])}")
         if tally.failures.count(tally.failures[-1]) == 1:

@@ -1,10 +1,10 @@
-"""Send corrupted session files to a running server: each must be refused, and the server must stay alive.
+"""Send corrupted session files to a running server: it must refuse all of them and stay alive.
 
     memtx serve --checkpoint RUN --port 8000 &
     python scripts/fuzz_sessions.py http://127.0.0.1:8000 [--count 1000] [--seed 0]
 
 An exported session is truncated, changed by a bit or by noise, extended, assigned to another model, or replaced by a
-pickle; session ids that are paths are requested too. Printed: how many of each kind were refused with a clear error.
+pickle; session ids that are paths are requested too. Prints the number of each kind refused with a clear error.
 """
 
 from __future__ import annotations

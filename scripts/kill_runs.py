@@ -1,14 +1,14 @@
-"""Kill a run again and again, at random times and within checkpoint writes: its final state must not change.
+"""Kill a run repeatedly, at random times and within checkpoint writes: its final state must not change.
 
     python scripts/kill_runs.py [--kills 50] [--steps 90] [--seed 0] [--json FILE] [--markdown FILE]
 
 A small run on the texts that come with Python is trained undisturbed. The same run is then started, killed by SIGKILL
 and resumed by `--ckpt_path last`, half of the kills with checkpoints written in place and half with checkpoints written
 by a thread. A kill comes after a random time or within a write: at a random byte, before the sync, before the rename or
-after it. If the run finishes before all kills are used, another one starts from the beginning. After each kill, the
-newest checkpoint must be valid; at each end, weights, optimizer states and all logged rows must equal the undisturbed
-run's, bit for bit. A row may be missing: Lightning logs a step after the callbacks that save, so a kill between the two
-leaves the checkpoint of a step that was not logged. Ctrl-C ends the script with the results so far.
+after it. If the run finishes before all kills are used, another run starts. After each kill, the newest checkpoint must
+be valid; at each end, weights, optimizer states and all logged rows must equal the undisturbed run's, bit for bit. Rows
+may be missing: Lightning logs a step after the callbacks that save, so a kill between the two leaves the checkpoint of
+a step that was not logged. Ctrl-C ends the script with the results so far.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def trees_equal(actual: Any, expected: Any) -> bool:
 
 @dataclass
 class Tally:
-    """Results of one way of writing."""
+    """Results of one writer."""
 
     kills: Counter[str] = field(default_factory=Counter)
     intact: Counter[str] = field(default_factory=Counter)

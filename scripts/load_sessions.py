@@ -1,11 +1,11 @@
-"""Run many clients against a server, each with sessions of its own, and check that no session gets another's results.
+"""Run many clients against a server, each with its own sessions, and check that no session gets another's results.
 
     memtx serve --checkpoint RUN --port 8000 &
     python scripts/load_sessions.py http://127.0.0.1:8000 [--num-sessions 64] [--duration 180] [--json FILE]
 
 Every client feeds its text in three requests, ends it, generates a continuation, and compares the NLL with that of the
-same text on the idle server. Printed: requests, errors, mismatches, median and 99th percentile of the latency, and the
-server's memory: the peak, the median of a ninth of the time after the first third (warm-up), and that of the last
+same text on the idle server. Prints requests, errors, mismatches, median and 99th percentile of the latency, and the
+server's memory: the peak, the median over a ninth of the time after the first third (warm-up), and over the last
 ninth. The server must be on this machine.
 """
 
@@ -89,8 +89,8 @@ def run_client(url: str, tally: Tally, index: int, text: str, expected: Any, dea
             with tally.lock:
                 tally.errors.append(f"{type(error).__name__}: {error}")
             return
-        # Another batch may change the last bits of the NLL, another text its first ones. The generated text is not
-        # compared: a greedy choice between equal tokens may turn on the last bits.
+        # Another batch may change the last bits of the NLL; another text changes the first. The generated text is not
+        # compared, because a greedy choice between equally likely tokens may depend on the last bits.
         if result is not None and (result[1] != expected[1] or abs(result[0] - expected[0]) > 1e-4 * abs(expected[0])):
             with tally.lock:
                 tally.mismatches.append(f"client {index}: {result[:2]} instead of {expected[:2]}")

@@ -1,4 +1,4 @@
-"""Measure distillation: students against their teachers, and against themselves trained without one, seed by seed.
+"""Measure distillation: students against their teachers, and against the same students trained alone, seed by seed.
 
     python scripts/measure_distillation.py [--data FOLDER] [--output-dir runs/distillation] [--seeds 0 1 2]
         [--experiments NAME ...]
@@ -95,7 +95,7 @@ DISTILBERT_LOSSES = format_losses(
     HiddenCosine={"layers": {"class_path": f"{LOSSES_MODULE}.LastLayer"}}, EmbeddingMSE={},
 )  # fmt: skip
 TINYBERT_LOSSES = format_losses(
-    # Small weights, together with the targets from the start: with weight 1, so narrow a student stayed at chance for
+    # Small weights, together with the targets from the start: with weight 1, a student this narrow stayed at chance for
     # 1,000 steps.
     EmbeddingMSE={"weight": 0.1, "end": 0.3},
     AttentionMSE={"weight": 0.1, "end": 0.3},
@@ -106,7 +106,7 @@ TINYBERT_LOSSES = format_losses(
 
 
 def schedule_options(epochs: int, learning_rate: float) -> list[str]:
-    """Return options for fewer epochs and a learning rate of a narrow model, with and without a teacher alike."""
+    """Return options for fewer epochs and a narrow model's learning rate, the same with and without a teacher."""
     return [f"--trainer.max_epochs={epochs}", f"--model.optimizer.init_args.lr={learning_rate}"]
 
 
@@ -235,12 +235,12 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--experiments", nargs="+", choices=list(EXPERIMENTS), default=list(EXPERIMENTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=0, help="training steps; by default the configs' own")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; defaults to the configs'")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with benchmarking.progress_bar() as bar:
-        # Seed by seed, so that an interrupted comparison has whole seeds.
+        # Seed by seed, so that an interrupted comparison has complete seeds.
         jobs = [(name, seed) for seed in arguments.seeds for name in arguments.experiments]
         for name, seed in bar.track(jobs, description="teachers and students"):
             rows += run_experiment(name, seed, arguments)

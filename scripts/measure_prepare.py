@@ -74,7 +74,7 @@ def generate_corpus(root: Path, num_bytes: int, seed: int) -> tuple[list[Path], 
 
 
 class PrepareProcess:
-    """A ``memtx prepare`` whose memory is watched."""
+    """A process of ``memtx prepare`` whose memory is watched."""
 
     def __init__(self, sources: list[Path], output_dir: Path, num_workers: int, tokenizer: str) -> None:
         command = memtx_command(
@@ -100,7 +100,7 @@ class PrepareProcess:
         return True
 
     def finish(self) -> dict[str, Any]:
-        """Wait for the end and return the JSON that it printed, with seconds and peak memory."""
+        """Wait for the process to end and return its JSON output, with seconds and peak memory."""
         self.watch()
         out, _ = self.process.communicate()
         if self.process.returncode:

@@ -56,7 +56,7 @@ def save_small_model(folder: Path) -> Path:
 
 
 def repeat_books(root: Path | None) -> Iterator[bytes]:
-    """Yield the books in chunks, again and again; made-up words if there are no books."""
+    """Yield the books in chunks, endlessly; made-up words if there are no books."""
     books = sorted(root.rglob("*.txt")) if root is not None else []
     if not books:
         words = [f"w{index}" for index in np.random.default_rng(0).integers(0, 5000, 20_000)]
@@ -162,7 +162,7 @@ def plot_results(path: str, tokens: int, rates: NDArray[np.float64], resident_by
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_size_options(parser, tokens=1_000_000, segment_length=512)
-    parser.add_argument("--checkpoint", help="run or checkpoint to read with; by default a small random model")
+    parser.add_argument("--checkpoint", help="run or checkpoint to read with; defaults to a small random model")
     add_data_option(parser, "--root", "pg19-mini", text="folder of .txt files, else made-up words", required=False)
     parser.add_argument("--plot", metavar="PNG")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")

@@ -4,10 +4,10 @@
 
 A byte-level model learns from pieces of books as long as its window, with full attention. It then reads the first 100
 windows of every test book with nothing carried from window to window; with all keys (the first book alone); with the
-newest window of keys; with sinks as well; and with a memory as well, which was trained for a tenth of the steps while
-the model was frozen. The same with the memory reset at every window tells recall from the effect of new parameters on
-any text. With --lora-rank 8, the last two repeat with low-rank matrices trained beside the memory, and a control reads
-with window and sinks and such matrices alone, trained for as many steps.
+newest window of keys; also with sinks; and with sinks and a memory, which was trained for a tenth of the steps while
+the model was frozen. Resetting the memory at every window separates recall from the effect of the new parameters on any
+text. With --lora-rank 8, the last two are repeated with low-rank matrices trained beside the memory, and a control
+reads with window, sinks and such matrices alone, trained for as many steps.
 """
 
 from __future__ import annotations

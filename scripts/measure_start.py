@@ -1,4 +1,4 @@
-"""Measure the start of the command line, beside Python itself and a bare `import torch`: medians in seconds.
+"""Measure the startup time of the command line, Python itself and a bare `import torch`: medians in seconds.
 
 python scripts/measure_start.py [--repeats 5] [--json]
 """

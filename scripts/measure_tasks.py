@@ -3,8 +3,8 @@
     python scripts/measure_tasks.py [--data FOLDER] [--tasks movie-reviews conll2000 rte squad2] [--seeds 0 1 2]
         [--output-dir runs/tasks]
 
-FOLDER holds a folder of examples for each task, named like its config. Each run is `memtx fit` and `memtx test`, as a
-user would start them.
+FOLDER holds a folder of examples for each task, named like its config. Each run calls `memtx fit` and `memtx test`, as
+a user would.
 """
 
 from __future__ import annotations

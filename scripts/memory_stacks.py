@@ -23,7 +23,7 @@ MemoryStacks = dict[str, list[MemoryFactory]]
 
 
 def comparison_stacks(window: int) -> MemoryStacks:
-    """Return every kind with a window of one segment, and ablations of the associative memory."""
+    """Return every kind of memory with a window of one segment, and ablations of the associative memory."""
     exact: MemoryFactory = partial(RecurrentMemory, window=window)
     quarter, reach = max(window // 4, 1), 3 * window // 2
     associative: Any = partial(AssociativeMemory, heads=2, decay_gate=None)
@@ -51,7 +51,7 @@ def comparison_stacks(window: int) -> MemoryStacks:
 
 
 def replay_stacks(window: int) -> MemoryStacks:
-    """Return the kinds whose training steps are measured with and without replay."""
+    """Return the memories whose training steps are measured with and without replay."""
     exact: MemoryFactory = partial(RecurrentMemory, window=window)
     slots: Any = partial(SlotMemory, num_slots=16, interval=window)
     return {

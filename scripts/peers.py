@@ -1,4 +1,4 @@
-"""The systems that bench_step.py compares, each as a function from a segment and a carried state to a loss.
+"""The systems that bench_step.py compares, each as a function of a segment and a carried state that returns a loss.
 
 Every peer is used as in its own README, with its defaults for everything that the job does not set. Its state is
 whatever it returns; bench_step.py detaches it.
@@ -119,7 +119,7 @@ def build_x_transformers(job: Job, *, cache_length: int, flash: bool = False) ->
 
 
 def build_compressive_transformer(job: Job) -> ModelAndForward:
-    """Build it with memories in all layers, like memtx; its auxiliary loss is always on."""
+    """Build the Compressive Transformer with memories in all layers, like memtx; its auxiliary loss is always on."""
     library: Any = importlib.import_module("compressive_transformer_pytorch")
     model = library.CompressiveTransformer(
         num_tokens=job.vocab_size, dim=job.dim, seq_len=job.segment_length, depth=job.depth, heads=job.heads,
@@ -134,7 +134,7 @@ def build_compressive_transformer(job: Job) -> ModelAndForward:
 
 
 def build_recurrent_memory_transformer(job: Job) -> ModelAndForward:
-    """Build it with a cache of one segment and ``memory_length`` memory tokens."""
+    """Build the Recurrent Memory Transformer with a cache of one segment and ``memory_length`` memory tokens."""
     library: Any = importlib.import_module("recurrent_memory_transformer_pytorch")
     model = library.RecurrentMemoryTransformer(
         dim=job.dim, num_tokens=job.vocab_size, depth=job.depth, num_memory_tokens=job.memory_length,
@@ -151,7 +151,7 @@ def build_recurrent_memory_transformer(job: Job) -> ModelAndForward:
 
 
 def build_block_recurrent_transformer(job: Job) -> ModelAndForward:
-    """Build it with a cache of one block and ``memory_length`` state vectors."""
+    """Build the Block-Recurrent Transformer with a cache of one block and ``memory_length`` state vectors."""
     library: Any = importlib.import_module("block_recurrent_transformer_pytorch")
     model = library.BlockRecurrentTransformer(
         num_tokens=job.vocab_size, dim=job.dim, depth=job.depth, dim_head=job.dim // job.heads, heads=job.heads,
@@ -167,7 +167,7 @@ def build_block_recurrent_transformer(job: Job) -> ModelAndForward:
 
 
 def build_memformer(job: Job) -> ModelAndForward:
-    """Build it with half the layers as encoder of the previous segment, which feeds the slots, half as decoder."""
+    """Build Memformer: half the layers encode the previous segment, which feeds the slots, and half decode."""
     library: Any = importlib.import_module("memformer")
     half = max(1, job.depth // 2)
     model = library.Memformer(
@@ -185,7 +185,7 @@ def build_memformer(job: Job) -> ModelAndForward:
 
 
 def build_infini_transformer(job: Job) -> ModelAndForward:
-    """Build it with the delta rule, as in its README: attention within the segment, the past in fast weights."""
+    """Build the Infini-Transformer with the delta rule: attention within the segment, the past in fast weights."""
     library: Any = importlib.import_module("infini_transformer_pytorch")
     model = library.InfiniTransformer(
         num_tokens=job.vocab_size, dim=job.dim, depth=job.depth, dim_head=job.dim // job.heads, heads=job.heads,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main use from start to end: train on texts that come with CPython, read an unseen text, generate a few lines and
-# plot the surprisal. A second run resumes where the first one stopped.
+# The main workflow: train on texts that come with CPython, read an unseen text, plot its surprisal and generate a few
+# lines. A second run resumes where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

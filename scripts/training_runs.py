@@ -26,7 +26,7 @@ def config_path(name: str) -> str:
 
 
 def memtx_command(*arguments: str) -> list[str]:
-    """Return the command line that runs `memtx` in a process of its own."""
+    """Return the command line that runs `memtx` in a separate process."""
     return [sys.executable, "-m", "memtx", *arguments]
 
 
@@ -42,7 +42,7 @@ def run_memtx(*arguments: str, num_threads: int | None = None, log: Path | None 
     Args:
         *arguments: Command line.
         num_threads: Threads of the process. None leaves the choice to torch.
-        log: File for everything that the command prints; nothing is returned then.
+        log: File for the command's output, which is then not returned.
     """
     with ExitStack() as stack:
         output = stack.enter_context(log.open("w+")) if log is not None else subprocess.PIPE
@@ -96,10 +96,10 @@ def train_on_episodes(
     num_segments: int,
     learning_rate: float,
 ) -> float:
-    """Train a model on episodes, back-propagating through each whole episode, and leave it in eval mode.
+    """Train a model by back-propagation through whole episodes, and leave it in eval mode.
 
     Returns:
-        CPU seconds of the training.
+        CPU seconds of training.
     """
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)

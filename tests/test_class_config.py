@@ -31,15 +31,15 @@ class Foreign(nn.Module):
         self.size = (dim, size)
 
 
-def same(a: Any, b: Any) -> bool:
+def is_equal(a: Any, b: Any) -> bool:
     if isinstance(a, partial) and isinstance(b, partial):
         return (
             a.func is b.func
             and a.keywords.keys() == b.keywords.keys()
-            and all(same(value, b.keywords[key]) for key, value in a.keywords.items())
+            and all(is_equal(value, b.keywords[key]) for key, value in a.keywords.items())
         )
     if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(is_equal, a, b))
     return bool(a == b)
 
 
@@ -47,18 +47,18 @@ def same(a: Any, b: Any) -> bool:
     "value",
     [1, 0.5, None, True, "text", [1, [2]], NESTED, RecurrentMemory, [NESTED, nn.Linear], partial(Foreign, size=3)],
 )
-def test_round_trip_through_json(value: Any) -> None:
-    assert same(from_config(json.loads(json.dumps(to_config(value)))), value)
+def test_factories_survive_json(value: Any) -> None:
+    assert is_equal(from_config(json.loads(json.dumps(to_config(value)))), value)
 
 
-def test_built_factories_work() -> None:
+def test_restored_factories_build_their_objects() -> None:
     memory = from_config(to_config(NESTED))(8)
     assert (memory.dim, memory.compression_rate, memory.compress_per_segment) == (8, 2, True)
     assert isinstance(memory.compression, AttentionPooling)
     assert memory.compression.heads == 2
 
 
-def test_partial_of_a_jsonargparse_instantiator() -> None:
+def test_jsonargparse_partials_are_saved_as_their_class() -> None:
     """jsonargparse passes a partial of its instantiator, with the class as the last positional argument."""
 
     def instantiator(*args: Any, **options: Any) -> Any:
@@ -75,7 +75,7 @@ def test_objects_without_class_path_are_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "arguments", "says"),
+    ("path", "arguments", "message"),
     [
         ("memtx.memory.compression.StridedConvolutoin", {}, "Did you mean 'StridedConvolution'"),
         ("memtx.nothing.Here", {}, "cannot be imported"),
@@ -90,6 +90,6 @@ def test_objects_without_class_path_are_refused(value: Any) -> None:
         ("memtx.class_config.importlib", {}, "neither a torch module nor a part of memtx"),
     ],
 )
-def test_refuses(path: str, arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(CheckpointError, match=says):
+def test_unknown_classes_are_refused(path: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
         from_config({"class_path": path, "init_args": arguments})

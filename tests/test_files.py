@@ -14,7 +14,7 @@ from memtx import files
 from memtx.errors import CheckpointError, MemtxError
 
 
-def names(folder: Path) -> list[str]:
+def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -22,15 +22,15 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "a"
     files.write_text(path, "old")
 
-    def interrupted() -> None:
+    def fail_during_write() -> None:
         with files.atomic_open(path) as handle:
             handle.write(b"half of the n")
             raise RuntimeError("killed")
 
     with pytest.raises(RuntimeError, match="killed"):
-        interrupted()
+        fail_during_write()
     assert path.read_text() == "old"
-    assert names(tmp_path) == ["a"]
+    assert file_names(tmp_path) == ["a"]
 
 
 def test_new_content_appears_only_on_success(tmp_path: Path) -> None:
@@ -40,10 +40,10 @@ def test_new_content_appears_only_on_success(tmp_path: Path) -> None:
         handle.flush()
         assert not path.exists()
     assert path.read_bytes() == b"new"
-    assert names(path.parent) == ["a"]
+    assert file_names(path.parent) == ["a"]
 
 
-def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
+def test_concurrent_writers_do_not_mix_content(tmp_path: Path) -> None:
     with files.atomic_open(tmp_path / "a") as first:
         with files.atomic_open(tmp_path / "a") as second:
             first.write(b"one")
@@ -62,25 +62,25 @@ def test_two_writers_do_not_share_a_name(tmp_path: Path) -> None:
 )
 def test_unwritable_folder_is_reported(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "file").write_text("")
-    path = tmp_path / "file" / "a"  # a file in the place of its folder
+    path = tmp_path / "file" / "a"  # its folder is a file
     with pytest.raises(MemtxError, match="could not be written"):
         write(path)
 
 
-def test_a_full_disk_under_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_tensors_reports_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import safetensors.torch
     from safetensors import SafetensorError
 
-    def full(*_: object, **__: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
     with pytest.raises(MemtxError, match="No space left"):
         files.save_tensors(tmp_path / "a", {"a": torch.zeros(1)}, kind="k", version=1)
-    assert names(tmp_path) == []
+    assert file_names(tmp_path) == []
 
 
-def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
+def test_json_is_read_back_and_invalid_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     files.write_json(path, {"b": [1, None, "ü"], "a": 0.1})
     assert files.read_json(path) == {"a": 0.1, "b": [1, None, "ü"]}
@@ -94,15 +94,15 @@ def test_json_round_trip_and_refusals(tmp_path: Path) -> None:
             files.read_json(path)
 
 
-def test_checksum(tmp_path: Path) -> None:
+def test_checksum_is_the_sha256_of_the_content(tmp_path: Path) -> None:
     content = os.urandom((1 << 20) + 17)
     (tmp_path / "a").write_bytes(content)
     assert files.checksum(tmp_path / "a") == hashlib.sha256(content).hexdigest()
 
 
-def test_tensors_that_share_memory_or_are_views_come_back(tmp_path: Path) -> None:
+def test_tensors_that_share_memory_are_restored(tmp_path: Path) -> None:
     base = torch.arange(12.0).view(3, 4)
-    written = {"base": base, "same": base, "turned": base.T, "part": base[1:], "empty": base[:0]}
+    written = {"base": base, "same": base, "transposed": base.T, "part": base[1:], "empty": base[:0]}
     files.save_tensors(tmp_path / "a", written, kind="k", version=3, note="n")
     tensors, header = files.load_tensors(tmp_path / "a", kind="k", version=3)
     assert header["note"] == "n"
@@ -112,7 +112,7 @@ def test_tensors_that_share_memory_or_are_views_come_back(tmp_path: Path) -> Non
 
 def test_a_pickle_is_refused_unopened(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="not a valid safetensors file"):
         files.load_tensors(tmp_path / "a.pt", kind="k", version=1)
 
 
@@ -125,7 +125,7 @@ def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
     target = tmp_path / "place"
     files.replace(folder("first", "1"), target)
     files.replace(folder("second", "2"), target)
-    assert names(tmp_path) == ["place"]
+    assert file_names(tmp_path) == ["place"]
     assert (target / "a").read_text() == "2"
     # A file replaces a folder, and a folder replaces a file.
     (tmp_path / "file").write_text("3")
@@ -133,30 +133,30 @@ def test_folder_replaces_folder_or_file(tmp_path: Path) -> None:
     assert target.read_text() == "3"
     files.replace(folder("third", "4"), target)
     assert (target / "a").read_text() == "4"
-    assert names(tmp_path) == ["place"]
+    assert file_names(tmp_path) == ["place"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_interrupted_replace_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
-    """Interrupted before any rename or removal, recover restores one of the two folders completely."""
+    """After an interrupt before any rename or removal, recover restores one of the two folders."""
     target, source = tmp_path / "place", tmp_path / "source"
     for folder in (target, source):
         folder.mkdir()
         (folder / "a").write_text(folder.name)
     calls = 0
 
-    def counted(function: Callable[..., object]) -> Callable[..., object]:
-        def called(*arguments: object) -> object:
+    def interrupt_at_stop(function: Callable[..., object]) -> Callable[..., object]:
+        def count_call(*arguments: object) -> object:
             nonlocal calls
             calls += 1
             if calls == stop:
                 raise KeyboardInterrupt
             return function(*arguments)
 
-        return called
+        return count_call
 
-    monkeypatch.setattr(Path, "rename", counted(Path.rename))
-    monkeypatch.setattr(files.shutil, "rmtree", counted(files.shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", interrupt_at_stop(Path.rename))
+    monkeypatch.setattr(files.shutil, "rmtree", interrupt_at_stop(files.shutil.rmtree))
     with pytest.raises(KeyboardInterrupt):
         files.replace(source, target)
     monkeypatch.undo()

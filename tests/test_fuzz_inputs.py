@@ -1,4 +1,4 @@
-"""A few hundred inputs of scripts/fuzz_inputs.py: each is used, or refused in one line."""
+"""Hundreds of inputs from scripts/fuzz_inputs.py: each is used, or refused in one line."""
 
 from __future__ import annotations
 

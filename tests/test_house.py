@@ -1,4 +1,4 @@
-"""Rules of layout: imports go one way, files have one subject, and only the command line prints."""
+"""Rules of layout: imports point downward, files are short, and only the command line prints."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_imports_point_downward(path: Path) -> None:
             assert relative(path).startswith(LIGHTNING_IMPORTERS), f"{path} may not import Lightning"
 
 
-def test_the_table_of_rows() -> None:
+def test_rows_forbid_upward_imports() -> None:
     assert may_import("memory", "ops")
     assert not may_import("ops", "memory")
     assert not may_import("models", "data")
@@ -134,7 +134,7 @@ def test_files_are_short_and_few() -> None:
     assert sum(num_lines.values()) <= MAX_TOTAL_LINES
 
 
-def test_no_file_for_everything() -> None:
+def test_no_module_has_a_catch_all_name() -> None:
     for path in SOURCES:
         names = (*path.relative_to(PACKAGE).parts[:-1], path.stem)
         assert not {"utils", "util", "helpers", "misc", "common"}.intersection(names), path

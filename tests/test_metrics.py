@@ -39,7 +39,7 @@ def test_small_batches_still_count_after_large_ones() -> None:
 
 
 def test_sums_stay_float64_when_the_model_is_cast() -> None:
-    for cast in (lambda m: m.half(), lambda m: m.to(torch.bfloat16), lambda m: torch.nn.ModuleList([m]).half()[0]):
+    for cast in (lambda x: x.half(), lambda x: x.to(torch.bfloat16), lambda x: torch.nn.ModuleList([x]).half()[0]):
         metric = BitsPerByte()
         metric.update(123456.789, 1)
         assert cast(metric).nll.dtype == torch.float64
@@ -79,9 +79,9 @@ def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
     metric.update([("A", 0, 2), ("B", 3, 4)], [("A", 0, 2), ("B", 3, 5), ("A", 6, 7)])
     metric.update([], [("A", 0, 1)])
     assert float(metric.compute()) == pytest.approx(2 * 1 / (2 + 4))
-    nothing = SpanF1()
-    nothing.update([], [])
-    assert float(nothing.compute()) == 0.0
+    empty = SpanF1()
+    empty.update([], [])
+    assert float(empty.compute()) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_span_f1_is_the_micro_average_of_whole_spans() -> None:
     ],
 )
 def test_answers_are_scored_as_squad_does(prediction: str, targets: list[str], exact: float, f1: float) -> None:
-    for kind, score in ((AnswerExactMatch, exact), (AnswerF1, f1)):
-        metric = kind()
+    for metric_class, score in ((AnswerExactMatch, exact), (AnswerF1, f1)):
+        metric = metric_class()
         metric.update(prediction, targets)
         assert float(metric.compute()) == pytest.approx(score)

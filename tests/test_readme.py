@@ -1,4 +1,4 @@
-"""README.md: its length, its links, its code, and its commands' files."""
+"""README.md: its length, links, code, and the files it names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = README.parent
 PAGES = (README, ROOT / "scripts" / "README.md")
 
 
-def test_the_readme_is_a_front_door() -> None:
+def test_the_readme_and_its_example_are_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 160
     assert len(memory_source().splitlines()) <= 40
 
@@ -33,7 +33,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
     assert [name for name in files if not (ROOT / name).exists()] == []
 
 
-def test_every_script_has_its_place_on_the_page_of_scripts() -> None:
+def test_the_scripts_readme_lists_every_script() -> None:
     text = PAGES[1].read_text(encoding="utf-8")
     helpers = {"benchmarking", "corruption", "http_client", "memory_stacks", "peers", "training_runs"}
     scripts = {path.name for path in (ROOT / "scripts").glob("*.py") if path.stem not in helpers}

@@ -1,4 +1,4 @@
-"""The benchmarks at a tiny size report complete and consistent JSON; the script of a GPU machine runs every part."""
+"""Scripts at a tiny size report complete and consistent JSON; the GPU script runs every part."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_bench_step_counts_flops_state_and_memory(tmp_path: Path) -> None:
     assert "| memtx fp32 |" in (tmp_path / "step.md").read_text()
 
 
-def test_useful_flops_equal_a_count_by_hand() -> None:
-    """With nothing carried, the count is that of the matrices and the causal half of the scores."""
+def test_useful_flops_equal_a_manual_count() -> None:
+    """Without a memory, FLOPs are those of the matrices and the causal half of the scores."""
     command = (
         "import sys; sys.path.insert(0, 'scripts')\n"
         "from bench_step import useful_flops\n"
@@ -141,7 +141,7 @@ def test_the_gpu_script_reports_a_missing_gpu(tmp_path: Path) -> None:
 
 
 def test_the_gpu_script_runs_every_part_and_reports_failures(tmp_path: Path) -> None:
-    """With an interpreter that only logs its arguments, and fails at the attention benchmarks."""
+    """Uses an interpreter that only logs its arguments and fails at the attention benchmarks."""
     log, interpreter = tmp_path / "log", tmp_path / "python"
     interpreter.write_text(f'#!/bin/sh\necho "$@" >> {log}\ncase "$*" in *bench_attention*) exit 3;; esac\n')
     interpreter.chmod(0o755)

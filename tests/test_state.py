@@ -1,4 +1,4 @@
-"""The state as a value: operations return a new state, and files return what was saved or raise."""
+"""The state as a value: operations return a new state; saved files load unchanged or raise."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_state_is_frozen() -> None:
         random_state().layers[0][0].bank = torch.zeros(3)
 
 
-def test_nbytes_and_batch_size() -> None:
+def test_nbytes_and_batch_size_match_the_tensors() -> None:
     state = random_state(batch_size=2)
     assert state.batch_size == 2
     assert state.nbytes == 2 * (8 + 4 * (4 * 2 + 5 * 2 + 3 * 2))
@@ -80,7 +80,7 @@ def test_reset_clears_nan() -> None:
 
 def test_select_and_concat_are_inverse() -> None:
     state = random_state()
-    parts = [state.select([i]) for i in range(3)]
+    parts = [state.select([index]) for index in range(3)]
     assert MemoryState.concat(parts).equals(state)
     repeated = state.select(torch.tensor([2, 2, 0]))
     assert repeated.select([0]).equals(repeated.select([1]))
@@ -163,7 +163,7 @@ def test_load_rejects_damaged_and_foreign_files(tmp_path: Path) -> None:
     check_rejected("lacks layers\\[2\\]", MemoryState(state.position, (*state.layers, state.layers[1])))
     for size in (0, 5, 40, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        check_rejected("not a whole safetensors file")
+        check_rejected("not a valid safetensors file")
     files.save_tensors(path, state.named_tensors(), kind="memtx.other", version=1, fingerprint="print")
     check_rejected("holds 'memtx.other', expected 'memtx.state'")
     files.save_tensors(path, state.named_tensors(), kind="memtx.state", version=1, fingerprint="print")

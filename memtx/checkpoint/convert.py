@@ -1,4 +1,4 @@
-"""Conversion of a stored model to a pretrained folder, of our format or in a Hugging Face layout."""
+"""Conversion of a stored model to a pretrained folder, in memtx's format or a Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def convert(
         source: Anything that :func:`memtx.checkpoint.load.load` takes.
         target: Folder to write.
         layout: Hugging Face folder whose layout and config.json are used; weights that it cannot hold, such as those of
-            added memories, are dropped. Defaults to our own format.
+            added memories, are dropped. Defaults to memtx's own format.
         overwrite: If True, replace an existing target.
 
     Raises:
@@ -54,7 +54,7 @@ def convert(
     """
     source, target = pretrained.resolve_model_path(source), Path(target)
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
-        raise MemtxError(f"'{target}' exists already.", "Give another folder, or add --overwrite.")
+        raise MemtxError(f"'{target}' already exists.", "Give another folder, or add --overwrite.")
     if source.resolve() == target.resolve():
         raise MemtxError(f"'{target}' is the source.", "Give another folder.")
     checkpoint = load(source)

@@ -51,21 +51,21 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheck
     """Load a model in eval mode, on the CPU, in the dtype of its stored weights.
 
     Args:
-        path: Run folder, of which the best checkpoint is taken or else the newest; training checkpoint (a file, or a
-            folder if sharded); pretrained folder; or Hugging Face folder (config.json with a ``model_type``).
+        path: Run folder (loads its best checkpoint, else the newest); training checkpoint (a file, or a folder if
+            sharded); pretrained folder; or Hugging Face folder (config.json with a ``model_type``).
         window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length, at most 4096. Layers
             trained with a narrower window keep it.
 
     Raises:
         CheckpointError: The model is missing, damaged, untrusted, or its tensors do not fit the configuration.
-        MemtxError: ``window`` is given for a model that is no Hugging Face decoder.
+        MemtxError: ``window`` is given for a model that is not a Hugging Face decoder.
     """
     path = pretrained.resolve_model_path(path)
     is_folder = (path / pretrained.CONFIG_FILE).is_file()
     if is_folder and hf.is_hf_folder(path):
         return LoadedCheckpoint(path, hf.load(path, window), pretrained.read_sidecars(path), {})
     if window is not None:
-        message = f"window ({window}) is given, but '{path}' is no Hugging Face decoder."
+        message = f"window ({window}) is given, but '{path}' is not a Hugging Face decoder."
         raise MemtxError(message, "Remove window; with_memory sets the window of a MemoryTransformer.")
     if is_folder:
         config = files.read_json(path / pretrained.CONFIG_FILE)

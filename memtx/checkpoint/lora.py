@@ -44,7 +44,7 @@ def is_lora_parameter(name: str) -> bool:
 
 
 def merge_lora(weights: Mapping[str, Tensor], rank: int, alpha: float) -> dict[str, Tensor]:
-    """Return the weights under their names without adapters, with alpha / rank B A added to those of adapted layers."""
+    """Return the weights without adapters, under their original names, with (alpha / rank) B A added where adapted."""
     merged = {}
     for name, tensor in weights.items():
         if is_lora_parameter(name):

@@ -28,7 +28,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 CHECKPOINT_KEY = "memtx"
-"""Key of a training checkpoint for the result of :func:`describe_model`."""
+"""Key of memtx's entry in a training checkpoint, whose "model" is the result of :func:`describe_model`."""
 
 CHECKPOINT_PREFIX = "model."
 """Prefix of the names of the model's weights in a training checkpoint."""
@@ -89,9 +89,9 @@ class PretrainedModel(nn.Module):
 
         Raises:
             CheckpointError: The model is missing, damaged or of another class.
-            MemtxError: ``window`` is given for a model that is no Hugging Face decoder.
+            MemtxError: ``window`` is given for a model that is not a Hugging Face decoder.
         """
-        # By name: the loader knows layouts that models must not depend on.
+        # Imported by name, because the loader knows layouts that models must not depend on.
         return cast(Self, importlib.import_module("memtx.checkpoint.load").load(path, window).model_as(cls))
 
 
@@ -138,7 +138,7 @@ def find_checkpoint(run_dir: Path) -> Path:
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a training checkpoint (file or folder of shards), verify every byte and execute nothing in it.
 
-    Raises CheckpointError if it is missing, damaged, or something else.
+    Raises CheckpointError if it is missing, damaged, or not a checkpoint.
     """
     path = Path(path)
     if sharded.is_sharded(path):
@@ -158,7 +158,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a training checkpoint as :func:`read_checkpoint`, a sharded one without weights and optimizer states."""
+    """Read a checkpoint like :func:`read_checkpoint`, but a sharded one without weights and optimizer states."""
     return sharded.read_metadata(path) if sharded.is_sharded(path) else read_checkpoint(path)
 
 
@@ -187,7 +187,7 @@ def extract_model(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -
     Raises CheckpointError if memtx did not write the checkpoint.
     """
     if CHECKPOINT_KEY not in checkpoint or "state_dict" not in checkpoint:
-        raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
+        raise CheckpointError(f"'{path}' was not written by memtx.", "Give a checkpoint of a memtx run.")
     tensors = checkpoint["state_dict"].items()
     prefix = CHECKPOINT_PREFIX
     weights = {name.removeprefix(prefix): tensor for name, tensor in tensors if name.startswith(prefix)}
@@ -198,7 +198,7 @@ def extract_model(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -
 
 
 def drop_tied_aliases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights with tied ones under the first of their names alone."""
+    """Return the weights, with tied ones only under the first of their names."""
     names: dict[int, str] = {}
     return {
         name: tensor

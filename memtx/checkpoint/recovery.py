@@ -1,4 +1,4 @@
-"""Choice of the checkpoint that a run resumes from: the newest one that is undamaged after a crash or disk error."""
+"""Choice of the checkpoint that a run resumes from after a crash or disk error: the newest undamaged one."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class RecoveredCheckpoint:
         if not self.damaged:
             return ""
         reasons = "; ".join(reason for _, reason in self.damaged)
-        return f"{reasons} Going on from '{self.path}', of step {self.step}."
+        return f"{reasons} Resuming from '{self.path}' at step {self.step}."
 
 
 def find_latest_valid(checkpoint_dir: Path, max_step: int | None = None) -> RecoveredCheckpoint | None:
-    """Return the newest undamaged checkpoint that a run can resume from exactly; None if there is no file.
+    """Return the newest undamaged checkpoint that a run can resume from exactly; None if there is none.
 
     Checkpoints after ``max_step`` are ignored. Raises CheckpointError if there are checkpoints and all are damaged.
     """
@@ -63,7 +63,7 @@ def find_latest_valid(checkpoint_dir: Path, max_step: int | None = None) -> Reco
         if content[pretrained.CHECKPOINT_KEY].get("has_stepped", True):
             return RecoveredCheckpoint(path, content, damaged)
     if damaged:
-        message = f"No checkpoint in '{checkpoint_dir}' is whole: {' '.join(reason for _, reason in damaged)}"
+        message = f"No checkpoint in '{checkpoint_dir}' is intact: {' '.join(reason for _, reason in damaged)}"
         raise CheckpointError(message, "Put a copy there, or start a new run with another --run_dir.")
     return None
 
@@ -92,7 +92,7 @@ def _read_verified(path: Path) -> dict[str, Any]:
         sharded.verify_checksums(path)
     content = pretrained.read_metadata(path)
     if pretrained.CHECKPOINT_KEY not in content or not isinstance(step := content.get("global_step"), int):
-        raise CheckpointError(f"'{path}' is a checkpoint of something else.", "Give one that memtx wrote.")
+        raise CheckpointError(f"'{path}' was not written by memtx.", "Give a checkpoint of a memtx run.")
     if (match := _STEP_IN_NAME.fullmatch(path.name)) and int(match[1]) != step:
-        raise CheckpointError(f"'{path}' is not the checkpoint of its name: it is of step {step}.", "Give another.")
+        raise CheckpointError(f"'{path}' does not match its name: it is from step {step}.", "Give another.")
     return content

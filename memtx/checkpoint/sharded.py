@@ -45,7 +45,7 @@ class _RestrictedUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
         if is_dtype or name in _SAFE_GLOBALS.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a checkpoint")
+        raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint")
 
 
 def is_sharded(path: str | os.PathLike[str]) -> bool:
@@ -92,8 +92,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_into(path: str | os.PathLike[str], state: dict[str, Any], *, no_dist: bool = False) -> None:
     """Fill the tensors (in place) and values of ``state``, which has the saved names and nesting, whole or sharded.
 
-    If ``no_dist``, this process reads alone; otherwise all processes read together. Raises CheckpointError if anything
-    is missing, damaged or of another shape.
+    If ``no_dist`` is True, this process reads alone; otherwise all processes read together. Raises CheckpointError if
+    anything is missing, damaged or of another shape.
     """
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.planner import ReadItem
@@ -110,7 +110,7 @@ def load_into(path: str | os.PathLike[str], state: dict[str, Any], *, no_dist: b
 
     try:
         load(state, storage_reader=_create_storage_reader(path), planner=Planner(), no_dist=no_dist)
-    except Exception as error:  # torch wraps the error of whichever process failed
+    except Exception as error:  # torch wraps the error of the process that failed
         raise _corrupt_error(path, error) from error
 
 
@@ -131,7 +131,7 @@ def _create_storage_reader(path: str | os.PathLike[str]) -> Any:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the whole checkpoint as a single process would have written it; raises as :func:`verify_checksums`."""
+    """Return the whole checkpoint as a single process would have written it; raises like :func:`verify_checksums`."""
     verify_checksums(path)
     content = read_metadata(path)
     try:
@@ -156,7 +156,7 @@ def _empty_tensor(metadata: Any) -> Tensor | None:
 
 
 def _optimizer_state_by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """Return an optimizer's state with numbered parameters, as a single process stores it, instead of named ones."""
+    """Return an optimizer's state with parameters numbered, as a single process stores it, instead of named."""
     groups = state["param_groups"]
     groups = [groups[index] for index in sorted(groups)] if isinstance(groups, dict) else groups
     indices = {name: index for index, name in enumerate(name for group in groups for name in group["params"])}
@@ -169,7 +169,7 @@ def _optimizer_state_by_index(state: dict[str, Any]) -> dict[str, Any]:
 def optimizer_state_by_name(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return an optimizer's state with its parameters named, as shards store it, instead of numbered.
 
-    Raises CheckpointError if the number of ``names`` is another than the state's.
+    Raises CheckpointError if the number of ``names`` differs from the state's.
     """
     groups = state["param_groups"]
     if (count := sum(len(group["params"]) for group in groups)) != len(names):

@@ -31,7 +31,7 @@ _EARLIER_NAME = re.compile(r"earlier-(\d{8,})\.ckpt")
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes atomically with a checksum of every byte, and reads without unpickling code.
 
-    Lightning's own moves a file into place without syncing it, so that a power cut can leave an empty file under the
+    Lightning's plugin moves a file into place without syncing it, so that a power cut can leave an empty file under the
     right name, and does not notice a flipped bit when reading.
     """
 
@@ -50,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint; raises CheckpointError if it is missing, damaged, or something else."""
+        """Read a checkpoint; raises CheckpointError if it is missing, damaged, or not a checkpoint."""
         return pretrained.read_checkpoint(path)
 
     def run_after_writes(self, callback: Callable[[], None]) -> None:
@@ -62,16 +62,16 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the best and the last checkpoints of a run, and names the best in best.json.
 
     last.ckpt is written at every validation, at the end, and every ``every_n_train_steps``; always after an optimizer
-    step, so that a run resumes from it exactly. The one that it replaces stays as earlier-N.ckpt (of step N), for a run
-    whose last one is damaged. The best checkpoint is stored as it was validated. A run without validation has no best
-    one, and also writes last.ckpt at the end of an epoch. While a guard reports an unstable run, nothing is written.
+    step, so that a run resumes from it exactly. The checkpoint that it replaces stays as earlier-N.ckpt (of step N), in
+    case last.ckpt is damaged. The best checkpoint is stored as it was validated. A run without validation has no best
+    checkpoint and also writes last.ckpt after each epoch. While a guard reports an unstable run, nothing is written.
 
     Args:
         dirpath: Folder of the checkpoints. Defaults to ``checkpoints`` in the run folder.
-        monitor: Validation metric that decides; null for the newest validated checkpoint.
+        monitor: Validation metric that ranks checkpoints; null keeps the newest validated one.
         mode: "min" or "max".
-        every_n_train_steps: Optimizer steps between checkpoints. None for validations and the end alone.
-        keep_last: Number of newest checkpoints to keep, last.ckpt included and the best excluded, at least 1.
+        every_n_train_steps: Optimizer steps between checkpoints. None saves only at validations and at the end.
+        keep_last: Number of newest checkpoints to keep, including last.ckpt but not the best, at least 1.
 
     Raises:
         MemtxError: A number is below 1.
@@ -104,7 +104,7 @@ class BestCheckpoint(ModelCheckpoint):
         self._owns_last = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Resolve the folder; a last.ckpt in it is kept as an earlier checkpoint if the run resumes from it."""
+        """Resolve the folder; if the run resumes from its last.ckpt, that is kept as an earlier checkpoint."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero:
             files.remove_temporary_files(self._last_path.parent)
@@ -143,7 +143,7 @@ class BestCheckpoint(ModelCheckpoint):
             return
         candidates = self._monitor_candidates(trainer)
         self._save_topk_checkpoint(trainer, candidates)
-        # In the middle of an accumulation, gradients would be lost: the end of the next step saves instead.
+        # In the middle of an accumulation, gradients would be lost, so the end of the next step saves instead.
         self._save_pending = not trainer_state.has_stepped(trainer) or trainer_state.is_unstable(trainer)
         if not self._save_pending:
             self._save_last_checkpoint(trainer, candidates)
@@ -189,11 +189,11 @@ def _keep_earlier(last_path: Path) -> None:
             shutil.copyfile(last_path, temporary)
 
 
-def _prune_earlier(checkpoint_dir: Path, num_kept: int, step: int) -> None:
+def _prune_earlier(folder: Path, num_kept: int, step: int) -> None:
     """Remove all but the newest ``num_kept`` earlier checkpoints, not counting those of later steps.
 
-    Checkpoints of later steps are from before the run went back; they count once the run is past them.
+    Checkpoints of later steps were written before the run went back; they count once the run is past them.
     """
-    earlier = [(int(m[1]), path) for path in checkpoint_dir.iterdir() if (m := _EARLIER_NAME.fullmatch(path.name))]
+    earlier = [(int(match[1]), path) for path in folder.iterdir() if (match := _EARLIER_NAME.fullmatch(path.name))]
     for _, path in sorted(entry for entry in earlier if entry[0] <= step)[::-1][num_kept:]:
         path.unlink(missing_ok=True)

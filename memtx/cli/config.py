@@ -1,4 +1,4 @@
-"""YAML configs of runs, checked before the parser, whose errors name neither the file nor the full key."""
+"""Checks of YAML configs before parsing, because the parser's errors name neither the file nor the full key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def get_option_values(argv: list[str], *options: str) -> list[str]:
 
 
 def add_run_config(argv: list[str]) -> list[str]:
-    """Add the config of the run (``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
+    """Add the run's config (from ``--run_dir``, else ``--ckpt_path``) to an evaluation without ``--config``."""
     if argv[0] == "fit" or get_option_values(argv, *CONFIG_OPTIONS) or "--help" in argv or "-h" in argv:
         return argv
     options = ("--run_dir", "--ckpt_path")
@@ -52,7 +52,7 @@ def add_run_config(argv: list[str]) -> list[str]:
 
 
 def uses_class_paths(argv: list[str]) -> bool:
-    """Return True if a config names its module or data by class path, as the configs of tasks do."""
+    """Return True if a config names its module or data by class path, as task configs do."""
     configs = map(read_config, get_option_values(argv, *CONFIG_OPTIONS))
     parts = [config.get(key) for config in configs for key in ("model", "data")]
     return any(isinstance(part, dict) and "class_path" in part for part in parts)
@@ -81,7 +81,7 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def check_config(path: str, config: Mapping[str, Any], known_keys: Iterable[str]) -> None:
-    """Raise MemtxError for a key that is not in ``known_keys``, or a class not found; ``path`` is for messages."""
+    """Raise MemtxError if a key is not in ``known_keys`` or a class does not exist; ``path`` is for messages."""
     keys = {key for key in known_keys if key.rpartition(".")[2] not in ("help", "print_config", "==SUPPRESS==")}
     _check_keys(f"'{path}'", config, "", sorted(keys))
 
@@ -90,7 +90,7 @@ def _check_keys(location: str, config: Mapping[str, Any], prefix: str, known_key
     for name, value in config.items():
         key = f"{prefix}{name}"
         if key in LINKED_KEYS:
-            # The parser would accept it and silently use the other one.
+            # The parser would accept this key and silently use the other.
             raise MemtxError(f"{location}: '{key}' follows from '{LINKED_KEYS[key]}'.", "Set that instead.")
         if any(known.startswith(f"{key}.") for known in known_keys):
             if isinstance(value, Mapping):
@@ -115,8 +115,8 @@ def _suggest_key(name: str, siblings: Iterable[str], known_keys: Iterable[str]) 
 
 def _check_class_config(location: str, value: Any, key: str) -> None:
     if isinstance(value, list):
-        for index, item in enumerate(value):
-            _check_class_config(location, item, f"{key}.{index}")
+        for index, element in enumerate(value):
+            _check_class_config(location, element, f"{key}.{index}")
     if not isinstance(value, Mapping) or not isinstance(class_path := value.get("class_path"), str):
         if isinstance(value, str) and re.fullmatch(r"(memtx|torch)(\.\w+)*\.[A-Z]\w*", value):
             _resolve_class(location, value, key)
@@ -125,7 +125,7 @@ def _check_class_config(location: str, value: Any, key: str) -> None:
         if name not in CLASS_CONFIG_KEYS:
             hint = closest_match(str(name), CLASS_CONFIG_KEYS)
             message = f"{location}: there is no key '{key}.{name}'.{hint}"
-            raise MemtxError(message, "Only init_args goes with class_path.")
+            raise MemtxError(message, "Put arguments under init_args.")
     # The parser resolves a short name (LearningRateMonitor), because it knows the expected type.
     target = _resolve_class(location, class_path, f"{key}.class_path") if "." in class_path else None
     init_args = value.get("init_args")
@@ -148,7 +148,7 @@ def _resolve_class(location: str, class_path: str, key: str) -> Any:
 
 
 def find_class(class_path: str) -> Any:
-    """Return the class or function of a class path; if there is none, the end of a sentence with the reason."""
+    """Return the class or function at a class path, or else the reason as the end of a sentence."""
     builtin = "belongs to Python itself and cannot be part of a model."
     module_name, _, name = class_path.rpartition(".")
     if module_name.partition(".")[0] in sys.stdlib_module_names:
@@ -161,21 +161,21 @@ def find_class(class_path: str) -> Any:
             return f"needs '{missing}', which is not installed."
         parent, _, last = missing.rpartition(".")
         if not parent:
-            return f"is in no module: there is no '{missing}'. Is its folder in PYTHONPATH?"
+            return f"cannot be imported: there is no module '{missing}'. Is its folder in PYTHONPATH?"
         siblings = pkgutil.iter_modules(getattr(importlib.import_module(parent), "__path__", ()))
         hint = closest_match(last, [sibling.name for sibling in siblings])
-        return f"is in no module: there is no '{missing}'.{hint}"
+        return f"cannot be imported: there is no module '{missing}'.{hint}"
     except (ImportError, SyntaxError) as error:
         return f"cannot be imported: {error}."
     target = getattr(module, name, None)
     if str(getattr(target, "__module__", "")).partition(".")[0] in sys.stdlib_module_names:
-        # os.system can be called with a number, as a memory class can: the parser would run it.
+        # os.system takes a number, as a memory class does, so the parser would call it.
         return builtin
     return f"does not exist.{closest_match(name, dir(module))}" if target is None else target
 
 
 def _get_parameter_names(target: Any) -> tuple[set[str], bool]:
-    """Return the parameter names of a class or function, and True if it takes any others as well."""
+    """Return the parameter names of a class or function, and whether it accepts any others."""
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
@@ -207,7 +207,7 @@ _UNKNOWN_OPTION = re.compile(r"Option '([^']+)' is not accepted")
 
 
 def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], known_keys: Iterable[str]) -> str:
-    """Rewrite a message of jsonargparse as one line with file (from ``configs``), full key, value and expected type."""
+    """Rewrite a jsonargparse message as one line: file (from ``configs``), full key, value and expected type."""
     if match := _UNKNOWN_OPTION.search(message):
         location, key, _ = _locate_key(match[1], None, configs)
         hint = shorten_message(message, known_keys).partition("is not accepted")[2].lstrip(". ")
@@ -232,7 +232,7 @@ def format_parser_error(message: str, configs: Mapping[str, Mapping[str, Any]], 
 
 
 def _locate_key(name: str, actual: str | None, configs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str, Any]:
-    """Return file, full key and value of a key that the parser names by its last parts."""
+    """Return the file, full name and value of a key that the parser names by its last parts."""
     for path, config in reversed(list(configs.items())):
         for key, value in _walk_config(config):
             is_match = key == name or key.endswith(f".{name}")
@@ -242,7 +242,7 @@ def _locate_key(name: str, actual: str | None, configs: Mapping[str, Mapping[str
 
 
 def _format_types(types: str) -> str:
-    """Return the types of a parser's message as they would be written in a config."""
+    """Return the types in a parser message as they are written in a config."""
     text = re.sub(r"<class '([\w.]+)'>", lambda match: match[1].rpartition(".")[2], types)
     text = re.sub(r"(?:typing\.)?Literal\[([^\]]*)\]", r"\1", text)
     text = re.sub(r"[\w.]*Callable\[\[.*?\], ([\w.]+)(?:\[[\w.]*\])?\]", r"\1", text)

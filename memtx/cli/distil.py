@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _get_display_names(paths: list[str]) -> list[str]:
-    """Return the last part of each path, or the full paths if two of these are equal."""
+    """Return the last part of each path, or the full paths if two last parts are equal."""
     names = [Path(path).resolve().name for path in paths]
     return names if len(set(names)) == len(names) else paths
 
@@ -30,7 +30,7 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
     task = predictors[0][1].task
     for name, predictor in predictors[1:]:
         if (predictor.task.kind, predictor.task.labels) != (task.kind, task.labels):
-            message = f"'{name}' has another task or other labels than its teacher."
+            message = f"'{name}' and its teacher differ in task or labels."
             raise MemtxError(message, "Give runs on the same examples.")
 
     def parse_example(record: Any, labelled: bool) -> ParsedRecord:
@@ -55,7 +55,7 @@ def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) ->
     teacher_tokenizer = loaded[0][1]
     for name, (_, tokenizer) in zip(names, loaded, strict=True):
         if tokenizer.to_json() != teacher_tokenizer.to_json():
-            message = f"'{name}' has another tokenizer than its teacher."
+            message = f"'{name}' and its teacher have different tokenizers."
             raise MemtxError(message, "Give runs on the same texts and tokenizer.")
     documents = open_corpus(arguments.data).get_split(arguments.split)[: arguments.limit]
     texts = TextBatch.from_documents(documents, teacher_tokenizer, arguments.max_length)
@@ -92,7 +92,7 @@ def _report(arguments: argparse.Namespace) -> None:
         paths = [arguments.teacher, *arguments.student]
         are_task_models = {is_task_model(path) for path in paths}
         if len(are_task_models) > 1:
-            raise MemtxError("Task models cannot be compared with language models.", "Give runs of one kind.")
+            raise MemtxError("Task models cannot be compared with language models.", "Compare models of the same kind.")
         compare = _compare_task_models if True in are_task_models else _compare_language_models
         comparisons = compare(arguments, paths)
     metric, teacher = comparisons[0].metric.replace("_", " "), comparisons[0]
@@ -113,20 +113,20 @@ def main(argv: list[str]) -> int:
     """Run ``memtx distil``."""
     parser = options.Parser(
         "memtx distil",
-        "Compare students with their teacher: parameters, milliseconds per call, and the score of a task or the bits "
-        "per byte of texts. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
+        "Compare students with their teacher: parameters, milliseconds per call, and the task's score or the texts' "
+        "bits per byte. To distil, train with a teacher: memtx fit --config configs/distilbert.yaml, "
         "tinybert-general, tinybert-task or long-to-memory.",
     )
     add = parser.add_argument
-    add("action", choices=("report",), help="action")
+    add("action", choices=("report",), help="print the comparison")
     add("--teacher", required=True, metavar="RUN", help="a run folder, a checkpoint or a model folder")
     add("--student", required=True, action="append", metavar="RUN", help="same as --teacher; repeatable")
-    add("--data", required=True, metavar="FOLDER", help="examples of the task, or a folder of texts")
+    add("--data", required=True, metavar="FOLDER", help="folder of the task's examples, or of texts")
     add("--split", default="test", choices=SPLITS, help="split to read")
-    add("--limit", type=options.positive_int, default=1000, help="maximum number of examples")
+    add("--limit", type=options.positive_int, default=1000, help="maximum number of examples or texts")
     add("--max-length", type=options.number_range(int, 2), default=16384, help="maximum tokens per text")
     parser.add_model_options(checkpoint=False, segment_length=256)
     add("--min-position", type=options.non_negative_int, default=0, help="first scored position of a text")
-    add("--num-timed", type=options.positive_int, default=20, help="inputs to time each model on")
+    add("--num-timed", type=options.positive_int, default=20, help="number of inputs to time each model on")
     parser.add_output_options("the comparison")
     return parser.run(argv, _report)

@@ -1,4 +1,4 @@
-"""Errors of all commands as one line on stderr, with a suggestion for a mistyped option or key."""
+"""One-line errors of all commands on stderr, with a suggestion for a mistyped option or key."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PATH_ERRORS: dict[type[OSError], str] = {
     FileNotFoundError: "does not exist",
     PermissionError: "cannot be opened (permission denied)",
     IsADirectoryError: "is a folder, expected a file",
-    NotADirectoryError: "goes through a file, expected a folder",
+    NotADirectoryError: "has a parent that is a file, expected a folder",
 }
 
 
@@ -43,19 +43,19 @@ def _format_os_error(error: OSError) -> str | None:
 def run(body: Callable[[], int | None], *, traceback: bool = False) -> int:
     """Call the body of a command, print a user error as one line on stderr, and return the exit code.
 
-    It is that of the body (None is 0), 2 for a user error, 130 for Ctrl-C or 141 for a closed pipe. If ``traceback`` is
-    True, the traceback of a user error is printed as well.
+    The exit code is the body's (None is 0), 2 for a user error, 130 for Ctrl-C or 141 for a closed pipe. If
+    ``traceback`` is True, also print the traceback of a user error.
     """
     try:
         code = body() or 0
-        # A closed pipe may only show when the buffer is written, so flush while it can still be handled.
+        # A closed pipe may show only when the buffer is written, so flush while the error can still be handled.
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as error:
         sys.stderr.write(f"\nmemtx: interrupted{f': {error}' if str(error) else ''}\n")
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout again at exit, which must not fail as well.
+        # Python flushes stdout again at exit, which must not fail.
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
@@ -89,7 +89,7 @@ def _find_unknown_key(message: str) -> str:
 
 
 def _suggest_option(name: str, known_keys: Iterable[str]) -> str:
-    """Return the hint for the closest key, by the full dotted name first and then by its last part."""
+    """Return the hint for the closest key: by the full dotted name first, then by the last part."""
     dashes = "--" if name.startswith("--") else ""
     # A parser may know its options by their keys in a config.
     keys = [key if not dashes or key.startswith("-") else dashes + key for key in known_keys]
@@ -103,13 +103,13 @@ def _suggest_option(name: str, known_keys: Iterable[str]) -> str:
 def shorten_message(message: str, known_keys: Iterable[str]) -> str:
     """Shorten a message of argparse or jsonargparse to one line and suggest the closest key for a typo.
 
-    The line has about 400 characters at most: the first one if it names the part, then the one about an unknown key,
-    else the last one that gives a reason.
+    The result, at most about 400 characters, joins the first line, which names the part, and the line about the unknown
+    key, else the last line that gives a reason.
     """
     lines = [line.strip().removeprefix("- ").strip() for line in message.splitlines()]
     lines = [line for line in lines if line and not _NOISE_PATTERN.match(line)]
     if not lines:
-        return "the arguments could not be understood"
+        return "the arguments could not be parsed"
     name = _find_unknown_key(message)
     reason = next((line for line in reversed(lines) if name and name in line and _find_unknown_key(line)), lines[-1])
     text = reason if lines[0] in reason else f"{lines[0].rstrip(':')}: {reason}"

@@ -66,7 +66,7 @@ def _load_model_and_task(arguments: argparse.Namespace) -> tuple[MemoryTransform
     if task.vocab_size != model.vocab_size:
         other = f"that of {arguments.task} with these sizes ({task.vocab_size})"
         message = f"The vocabulary of '{arguments.checkpoint}' ({model.vocab_size}) differs from {other}."
-        hint = "Give a model trained on this task (configs/recall.yaml), or its sizes with --task-arg."
+        hint = "Give a model trained on this task (configs/recall.yaml), or set its sizes with --task-arg."
         raise CheckpointError(message, hint)
     return model.to(**placement), task
 
@@ -99,7 +99,7 @@ def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> l
     if Path(arguments.haystack).is_file():
         documents = [document for split in SPLITS for document in splits.get(split, ())]
     else:
-        # The test texts if there are any, because the model was not trained on them.
+        # The test texts, if any, because the model was not trained on them.
         documents = next((list(splits[split]) for split in reversed(SPLITS) if splits.get(split)), [])
     model, tokenizer = options.load_model(arguments)
     haystack = Haystack(documents, tokenizer)
@@ -128,7 +128,7 @@ class _Report:
 
 
 def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
-    """Return one line per distance for a single condition, else one line per condition and one column per distance."""
+    """Return a line per distance for a single condition, else a line per condition and a column per distance."""
     names = dict.fromkeys(result.name for result in results)
     groups = {name: [result for result in results if result.name == name] for name in names}
     texts = {result: "too long" if result.accuracy is None else f"{result.accuracy:.3f}" for result in results}
@@ -212,14 +212,14 @@ def main(argv: list[str]) -> int:
     text = (
         "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and babi "
     )
-    text += f"the tokens of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
+    text += f"the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
     add("--distances", metavar="N,...", help=text)
     text = "size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable"
     add("--task-arg", action="append", default=[], metavar="NAME=N", help=text)
     add("--num-samples", type=options.positive_int, help="samples per distance (default: 32; needle: 8; babi: 16)")
     add("--seed", type=options.non_negative_int, default=0, help="random seed of the questions")
     parser.add_output_options("accuracy by distance")
-    add("--haystack", default="embedded", help="text around the needles: a file, or a folder's test texts")
+    add("--haystack", default="embedded", help="text to hide facts in: a file, or a folder's test texts")
     add("--num-depths", type=int, default=8, help="needles per context")
     add("--babi-dir", metavar="FOLDER", help="folder of the bAbI tasks, with files like qa1_..._test.txt")
     return parser.run(argv, _evaluate)

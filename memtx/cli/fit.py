@@ -40,7 +40,7 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 
 
 def _thread_excepthook(args: threading.ExceptHookArgs) -> None:
-    # TensorBoard's thread raises a full disk again at the next write, where the command reports it as one line.
+    # TensorBoard raises the error of a full disk again at its next write, where the command reports it as one line.
     if not isinstance(args.exc_value, OSError) or not files.is_disk_full(args.exc_value):
         threading.__excepthook__(args)
 
@@ -59,7 +59,7 @@ def install_warning_filters() -> None:
 def _run_cli(argv: list[str]) -> int:
     # Lightning starts the other processes of a run (strategy ddp) with these arguments.
     sys.argv[1:] = argv
-    # Classes of the user next to the config can be named by class path; last, so that the folder hides no module.
+    # A config may name classes in the current folder, which comes last so that it hides no module.
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
     interactive = sys.stderr.isatty() or sys.stdout.isatty()

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     add("--max-tokens", type=int, default=256, help="maximum number of new tokens")
     add("--temperature", type=float, default=1.0, help="sampling temperature; 0 is greedy")
     add("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0 disables it")
-    add("--top-p", type=float, default=1.0, help="sample from the most likely tokens that sum to p")
+    add("--top-p", type=float, default=1.0, help="sample from the most likely tokens with a total probability of p")
     add("--min-p", type=float, default=0.0, help="drop tokens less likely than p times the most likely one")
     add("--repetition-penalty", type=float, default=1.0, help="values above 1 make recent tokens less likely")
     add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")

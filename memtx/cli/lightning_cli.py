@@ -57,7 +57,7 @@ PREDICTION_DIR = "predictions"
 class OneLineParser(LightningArgumentParser):
     """Parser that reports an error as one line with the closest valid key and exits with code 2."""
 
-    # On the class, because the parser creates others of its class for nested parts, which name the file as well.
+    # Shared by the class: nested parts get parsers of their own, whose errors name the file as well.
     configs: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def parse_args(self, args: Any = None, *positional: Any, **keywords: Any) -> Any:
@@ -88,7 +88,7 @@ class OneLineParser(LightningArgumentParser):
 class MemtxCLI(LightningCLI):
     """LightningCLI with one folder per run: config.yaml, checkpoints/, metrics.csv and TensorBoard events.
 
-    A config with class paths for module and data, as those of tasks, may name any; others are language models on books.
+    A config may name module and data by class path, as task configs do; otherwise it trains a language model on books.
     """
 
     @classmethod
@@ -111,14 +111,14 @@ class MemtxCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the run folder and the checkpoints, and link the options that follow from the data."""
         parser.add_argument("--run_dir", type=str, default=DEFAULT_RUN_DIR, help="Folder of the run.")
-        parser.add_argument("--traceback", action="store_true", help="Print the traceback of an error as well.")
+        parser.add_argument("--traceback", action="store_true", help="Also print the traceback of an error.")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         if not self.subclass_mode_data:
             parser.link_arguments("data.segment_length", "model.segment_length")
             parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
             return
         for name in ("vocab_size", "segment_length", "num_labels", "mask_token_id"):
-            # From the object, because a link from a missing attribute makes Lightning read all data for its error.
+            # Linked from the object: if an attribute is missing, Lightning reads all data for its error message.
             get_value = partial(_get_attribute, name)
             parser.link_arguments("data", f"model.init_args.{name}", compute_fn=get_value, apply_on="instantiate")
 
@@ -178,7 +178,7 @@ class MemtxCLI(LightningCLI):
         """Raise if the config names no texts or examples."""
         for name in ("model", "data") if self.subclass_mode_data else ():
             if config.get(name) is None or "class_path" not in config[name]:
-                message = f"'{name}' has no class_path, but the other of model and data has."
+                message = f"Only one of model and data has a class_path; '{name}' has none."
                 raise MemtxError(message, "Set both class paths, or neither.")
         if get_data_options(config).get("root", "") is not None:
             return
@@ -194,7 +194,7 @@ class MemtxCLI(LightningCLI):
         raise DataError(f"data.root is not set, expected the folder of {content}{source}.", hint)
 
     def _restore_data_config(self, config: Any, checkpoint: dict[str, Any]) -> None:
-        """Use tokenizer and task of the checkpoint, because its model was trained with them."""
+        """Use the checkpoint's tokenizer and task, which its model was trained with."""
         options, sidecars = get_data_options(config), pretrained.sidecars_from_checkpoint(checkpoint)
         if "task" in sidecars and "task" in options:
             from memtx.data.hf_tokenizers import hf_tokenizer_from_json
@@ -206,13 +206,13 @@ class MemtxCLI(LightningCLI):
             options.tokenizer = tokenizer_from_json(sidecars["tokenizer"])
 
     def instantiate_classes(self) -> None:
-        """Build all objects, and turn the errors of their constructors into one line."""
+        """Build all objects and turn errors of their constructors into one line."""
         try:
             super().instantiate_classes()
         except Exception as error:  # of any class: null in place of a list is a TypeError
             raise _to_memtx_error(error) from error
         if self._checkpoint is not None:
-            # Lightning restores the checkpoint later; checked here before anything is written.
+            # Lightning restores the checkpoint later; check it before anything is written.
             checkpoint, self._checkpoint = self._checkpoint, None
             path = self.config[self.subcommand].ckpt_path
             try:
@@ -231,19 +231,19 @@ class MemtxCLI(LightningCLI):
                 TensorBoardLogger(config.run_dir, name="", version="", default_hp_metric=False),
             ]
         kwargs.setdefault("default_root_dir", config.run_dir)
-        # Not into the config, which must start the same run on another machine.
+        # Not in the config, which must start the same run on another machine.
         kwargs |= get_launcher_kwargs(os.environ)
         precision = choose_precision(str(trainer.precision), str(trainer.accelerator))
         if precision != str(trainer.precision):
             kwargs["precision"] = precision
-            reason = f"using {precision} instead of {trainer.precision}"
-            _print_rank_zero(f"memtx: this CPU is many times slower in bfloat16: {reason}.\n")
+            change = f"using {precision} instead of {trainer.precision}"
+            _print_rank_zero(f"memtx: this CPU is many times slower in bfloat16: {change}.\n")
         plugins = _to_list(trainer.plugins)
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(run_dir / CHECKPOINT_DIR)
-        # A callback of the user replaces the default of its class; LearningRateMonitor fails without a logger.
+        # A user's callback replaces the default of its class; LearningRateMonitor fails without a logger.
         replaced = {type(callback) for callback in _to_list(trainer.callbacks)}
         if not kwargs.get("logger", trainer.logger):
             replaced.add(LearningRateMonitor)
@@ -352,7 +352,7 @@ def _find_memtx_error(error: BaseException | None) -> MemtxError | None:
 
 
 def _to_memtx_error(error: Exception) -> MemtxError:
-    """Return the MemtxError that caused an error, else one of its first line."""
+    """Return the MemtxError that caused an error, or one with its first line."""
     if (cause := _find_memtx_error(error)) is not None:
         return cause
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -18,7 +18,7 @@ COMMANDS = {
     "convert": "convert a checkpoint, sharded or not, to a model folder",
     "generate": "continue a prompt, or a text that was read",
 }
-"""Command -> one-line help. ``main`` of its module in memtx.cli takes the arguments and returns the exit code."""
+"""Command -> one-line help. Its module in memtx.cli has ``main``, which takes arguments and returns the exit code."""
 
 
 def program_name(argv0: str) -> str:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = closest_match(name, COMMANDS) or f" `{program} --help` lists the commands."
         sys.stderr.write(f"{program}: error: '{name}' is not a command.{hint}\n")
         return 2
-    is_lightning = name in {"fit", "validate", "test"}  # LightningCLI parses the subcommand as well
+    is_lightning = name in {"fit", "validate", "test"}  # LightningCLI also parses the subcommand
     try:
         from importlib import import_module
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         command = import_module("memtx.cli.fit" if is_lightning else f"memtx.cli.{name}")
         code: int = command.main(arguments if is_lightning else arguments[1:])
     except KeyboardInterrupt:
-        # During the imports; a running command handles its own.
+        # Ctrl-C during the imports; a running command handles its own.
         sys.stderr.write(f"\n{program}: interrupted\n")
         return 130
     return code

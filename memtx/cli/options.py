@@ -1,4 +1,4 @@
-"""Options that commands share, and what they do: parsing, checkpoint loading, progress and output."""
+"""Shared parts of the commands: option parsing, checkpoint loading, progress and output."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -34,10 +35,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         formatter = argparse.ArgumentDefaultsHelpFormatter
-        # Without abbreviations: one that is unique today becomes ambiguous with the next option.
+        # No abbreviations: a unique one would become ambiguous when an option is added.
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
         self._argv: Sequence[str] = ()
-        self.add_argument("--traceback", action="store_true", help="print the traceback of an error as well")
+        self.add_argument("--traceback", action="store_true", help="also print the traceback of an error")
+
+    def format_help(self) -> str:
+        """Format the help without the defaults None, False and []."""
+        return re.sub(r"\s+\(default:\s+(None|False|\[\])\)", "", super().format_help())
 
     def parse(self, argv: list[str]) -> argparse.Namespace:
         """Parse the arguments, or exit with code 2 after one line on stderr."""
@@ -66,19 +71,18 @@ class Parser(argparse.ArgumentParser):
             text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
             self.add_argument("--checkpoint", required=True, help=text)
         if segment_length is not None:
-            text = "tokens per model call"
-            self.add_argument("--segment-length", type=positive_int, default=segment_length, help=text)
+            self.add_argument("--segment-length", type=positive_int, default=segment_length, help="tokens per call")
         self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
 
     def add_import_option(self) -> None:
         """Add ``--import``."""
-        text = "module of your own classes in the checkpoint, from this folder or PYTHONPATH; repeatable"
+        text = "module of your own classes that the checkpoint uses, in this folder or PYTHONPATH; repeatable"
         self.add_argument("--import", dest="modules", action="append", default=[], metavar="MODULE", help=text)
 
     def add_output_options(self, plot: str) -> None:
-        """Add ``--plot``, which draws what ``plot`` says, and ``--json``."""
+        """Add ``--plot``, described by ``plot``, and ``--json``."""
         self.add_argument("--plot", type=output_path, metavar="PNG", help=f"plot {plot}")
         self.add_argument("--json", type=output_path, metavar="FILE", help="write JSON to a file; - prints only JSON")
 
@@ -104,7 +108,7 @@ positive_int, non_negative_int, positive_float = number_range(int, 1), number_ra
 
 
 def output_path(text: str) -> str:
-    """Accept ``-`` or a file in an existing folder as an argparse type, so that no work is lost on a typo."""
+    """Argparse type that accepts ``-`` or a file in an existing folder, so that a typo fails before any work."""
     if text != "-":
         if not (folder := Path(text).absolute().parent).is_dir():
             raise argparse.ArgumentTypeError(f"the folder '{folder}' does not exist")
@@ -142,10 +146,7 @@ def name_in_errors(name: str) -> Iterator[None]:
 
 
 def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the device and dtype of the arguments as keywords of ``nn.Module.to``.
-
-    Raises MemtxError if the device cannot be used; call it before a checkpoint is loaded, so that this costs no time.
-    """
+    """Return device and dtype as keywords of ``nn.Module.to``; raises MemtxError if the device cannot be used."""
     import torch
 
     try:
@@ -159,7 +160,7 @@ def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def user_modules(names: Sequence[str]) -> Iterator[None]:
-    """Import the modules of ``--import``, or raise MemtxError; name that option if the block misses a class.
+    """Import the modules of ``--import``, or raise MemtxError; if the block lacks a class, its error names the option.
 
     A checkpoint never causes an import by itself.
     """
@@ -201,10 +202,9 @@ def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
 
 def load_reader(arguments: argparse.Namespace) -> StreamReader:
     """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
-    model, tokenizer = load_model(arguments)
     from memtx.inference.reader import StreamReader
 
-    return StreamReader(model, tokenizer, arguments.segment_length)
+    return StreamReader(*load_model(arguments), arguments.segment_length)
 
 
 @contextlib.contextmanager
@@ -216,7 +216,7 @@ def progress_bar(
     Args:
         description: Text before the bar.
         total: Amount of work. None if unknown.
-        completed: Part of it that was done before.
+        completed: Part of it that is already done.
         in_bytes: If True, amounts are bytes and their rate is shown.
     """
     if not sys.stderr.isatty():
@@ -229,7 +229,7 @@ def progress_bar(
     amount_columns = bytes_columns if in_bytes else (progress.MofNCompleteColumn(),)
     columns = (progress.TextColumn(description), progress.BarColumn(), *amount_columns)
     columns += (progress.TextColumn("{task.fields[note]}"), progress.TimeRemainingColumn())
-    # Printed lines go above the bar on a terminal; with stdout in a file, they stay there.
+    # Lines printed to a terminal go above the bar; lines printed to a file stay in it.
     redirect, console = sys.stdout.isatty(), Console(stderr=True)
     with progress.Progress(*columns, console=console, transient=True, redirect_stdout=redirect) as bar:
         task = bar.add_task("", total=total, completed=completed, note="")
@@ -237,7 +237,7 @@ def progress_bar(
 
 
 def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    """Print a table, its first column aligned to the left and the others to the right."""
+    """Print a table with the first column left-aligned and the others right-aligned."""
     from rich.console import Console
     from rich.table import Column, Table
 

@@ -25,21 +25,21 @@ DEFAULT_MFU = {2: 0.3, 4: 0.6, 8: 0.6}
 """Model FLOPs utilization of training by bytes per number, as scripts/bench_step.py measures it on a CPU."""
 
 SHARDED_STRATEGIES = ("fsdp", "modelparallel", "deepspeed")
-"""Parts of the names of strategies that shard weights over devices."""
+"""Substrings of the names of strategies that shard weights over devices."""
 
 
 class _PlanCLI(MemtxCLI):
     """CLI that builds module and data, but no trainer and no run."""
 
     def before_instantiate_classes(self) -> None:
-        """Skip the checks of data and checkpoint; a config without texts gets the embedded ones."""
+        """Skip the checks of data and checkpoint; a config without texts uses the embedded texts."""
         self._checkpoint = None
         data_options = get_data_options(self.config["fit"])
         if data_options.get("root", "") is None:
             data_options.root = "embedded"
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Build none."""
+        """Build no trainer."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -50,14 +50,14 @@ def _count_parameters_and_flops(module: LanguageModule) -> dict[str, Any]:
     return {
         "parameters": parameters,
         "num_parameters": sum(parameters.values()),
-        "num_trainable_parameters": sum(p.numel() for p in module.model.parameters() if p.requires_grad),
+        "num_trainable_parameters": sum(weight.numel() for weight in module.model.parameters() if weight.requires_grad),
         "flops_per_token": {"forward": flops.forward, "training": flops.training},
         "flops_include_attention": flops.includes_attention,
     }
 
 
 def _estimate_memory(module: LanguageModule, setup: dict[str, Any], num_shards: int) -> dict[str, Any]:
-    """Return the bytes per device, by their use and in total."""
+    """Return the bytes per device, by use and in total."""
     model, batch_size, precision = module.model, setup["batch_size"], setup["precision"]
     is_half = matmul_dtype(precision).itemsize == 2
     num_bytes = 2 if is_half and precision.endswith("true") else 4
@@ -93,7 +93,7 @@ def _estimate_speed(arguments: argparse.Namespace, setup: dict[str, Any], flops_
 
 
 def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[str, Any]:
-    """Return all figures of the plan from the options of ``memtx plan`` and those of ``memtx fit``."""
+    """Return all figures of the plan from the options of ``memtx plan`` and of ``memtx fit``."""
     configs = [argument for path in arguments.config for argument in ("--config", path)]
     with torch.device("meta"):
         cli = _PlanCLI.from_arguments(["fit", *configs, *fit_arguments], "memtx plan", save_config_callback=None)
@@ -146,7 +146,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     step = f"{plan['devices']} devices, {plan['tokens_per_step']:,} tokens per optimizer step"
     activations, state = (_format_bytes(plan[f"{name}_bytes_per_stream"]) for name in ("activation", "state"))
     forward, training = (f"{plan['flops_per_token'][name] / 1e6:,.1f} M" for name in ("forward", "training"))
-    attention = "" if plan["flops_include_attention"] else ", without the scores of attention"
+    attention = "" if plan["flops_include_attention"] else ", excluding attention scores"
     peak = f"{plan['peak_flops'] / 1e12:,.2f} TFLOP/s per device"
     measured = ", measured here" if plan["peak_flops_is_measured"] else ""
     lines = [
@@ -154,7 +154,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         ("trainable", f"{plan['num_trainable_parameters'] / 1e6:,.2f} M"),
         ("per device", f"{batch}, {plan['precision']}; {step}"),
         *((f"  {name}", _format_bytes(num_bytes)) for name, num_bytes in plan["memory_bytes"].items()),
-        ("  total", f"{_format_bytes(plan['memory_bytes_total'])} without the programs themselves"),
+        ("  total", f"{_format_bytes(plan['memory_bytes_total'])} excluding the process itself"),
         ("  per stream", f"{activations} activations, {state} state"),
         ("operations", f"{forward} per token in reading, {training} in training{attention}"),
         ("speed", f"{plan['tokens_per_second']:,.0f} tokens/s at {plan['mfu']:.0%} of {peak}{measured}"),
@@ -179,14 +179,14 @@ def main(argv: list[str]) -> int:
     parser = options.Parser(
         "memtx plan",
         "Estimate parameters, memory per device, operations, tokens per second and days of a training run. Trains "
-        "nothing and reads no text. Takes the options of `memtx fit` as well, such as --data.batch_size 16.",
+        "nothing and reads no text. Also takes the options of `memtx fit`, such as --data.batch_size 16.",
     )
     add, positive_float = parser.add_argument, options.positive_float
     add("--config", "-c", action="append", required=True, metavar="FILE", help="as in `memtx fit`")
     add("--devices", type=options.positive_int, metavar="N", help="number of devices; defaults to the config's, or 1")
     add("--tokens", type=positive_float, metavar="N", help="training tokens; defaults to a prepared folder's")
-    add("--peak-tflops", type=positive_float, metavar="X", help="peak of a device; measured here by default")
-    add("--mfu", type=positive_float, metavar="X", help="reached fraction of the peak (default: 0.6; 16 bits: 0.3)")
+    add("--peak-tflops", type=positive_float, metavar="X", help="peak TFLOP/s of a device; measured here by default")
+    add("--mfu", type=positive_float, metavar="X", help="fraction of the peak reached (default: 0.6; 16 bits: 0.3)")
     add("--json", action="store_true", help="print all figures as JSON")
     install_warning_filters()
     arguments, fit_arguments = parser.parse_known_args(argv)

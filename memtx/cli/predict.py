@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from memtx.inference.predictor import BasePredictor
 
 RUN_OPTIONS = ("--config", "-c", "--run_dir", "--ckpt_path")
-"""Options of a training run, whose test split is then read by ``memtx fit``'s parser and data module."""
+"""Options that name a training run; ``memtx fit``'s parser and data module then read its test split."""
 
 CHUNK_SIZE = 64
-"""Inputs per call, after which their lines are written."""
+"""Inputs per call; their lines are written after it."""
 
 Input = tuple[str, str | dict[str, Any]]
 """The location of an input for messages, and a raw text or the fields of an example."""
@@ -54,9 +54,9 @@ def _predict(arguments: argparse.Namespace) -> None:
         raise MemtxError(message, "Use memtx read to score texts and memtx generate to continue them.")
     predictor = options.load_task_predictor(arguments)
     # All inputs are checked before any output is written.
-    for location, value in inputs:
+    for location, content in inputs:
         with options.name_in_errors(location):
-            predictor.to_example(value)
+            predictor.to_example(content)
     lines: list[str] = []
     for start in range(0, len(inputs), CHUNK_SIZE):
         predictions = _predict_chunk(predictor, inputs[start : start + CHUNK_SIZE])
@@ -71,12 +71,12 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _predict_chunk(predictor: BasePredictor, inputs: list[Input]) -> list[dict[str, Any]]:
     try:
-        return predictor.predict([value for _, value in inputs])
+        return predictor.predict([content for _, content in inputs])
     except DataError:
-        # Again one by one, to name the location of the wrong input.
-        for location, value in inputs:
+        # Repeated one by one, to name the location of the invalid input.
+        for location, content in inputs:
             with options.name_in_errors(location):
-                predictor.predict([value])
+                predictor.predict([content])
         raise
 
 

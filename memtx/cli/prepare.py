@@ -26,18 +26,18 @@ PROGRESS_INTERVAL = 30.0
 
 def _build_text_source(arguments: argparse.Namespace) -> TextSource:
     names = ("text_column", "id_column", "validation_fraction", "test_fraction")
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    settings: dict[str, Any] = {name: getattr(arguments, name) for name in names}
     if not arguments.hf_dataset:
         if arguments.dataset_config is not None:
             raise MemtxError("--dataset-config needs a dataset.", "Add --hf-dataset.")
         from memtx.data.sources.files import FileSource
 
-        return FileSource(arguments.source, **options)
+        return FileSource(arguments.source, **settings)
     if len(arguments.source) > 1:
         raise MemtxError(f"--hf-dataset takes one source, got {len(arguments.source)}.", "Prepare them one by one.")
     from memtx.data.sources.hub import HubDataset
 
-    return HubDataset(arguments.source[0], arguments.dataset_config, **options)
+    return HubDataset(arguments.source[0], arguments.dataset_config, **settings)
 
 
 def _build_tokenizer(name: str) -> Tokenizer:
@@ -111,21 +111,21 @@ def main(argv: list[str]) -> int:
     """Run ``memtx prepare``."""
     parser = options.Parser(
         "memtx prepare",
-        "Tokenize texts into a folder for training. After an interruption, the same command resumes. The source does "
-        "not change.",
+        "Tokenize texts into a folder for training. After an interruption, the same command resumes. The source is "
+        "not modified.",
     )
     add = parser.add_argument
     text = "folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed"
     add("source", nargs="+", metavar="SOURCE", help=text)
     add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
     add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")
-    add("--text-column", default="text", help="column of the texts in tables")
-    add("--id-column", metavar="COLUMN", help="column of the document ids in tables")
+    add("--text-column", default="text", help="table column of the texts")
+    add("--id-column", metavar="COLUMN", help="table column of the document ids")
     for split in ("validation", "test"):
         text = f"fraction of documents for {split}; defaults to the source's own split, or 0.05"
         add(f"--{split}-fraction", type=float, metavar="FRACTION", help=text)
     add("--num-workers", type=options.positive_int, metavar="N", help="number of processes; defaults to one per core")
-    add("--hf-dataset", action="store_true", help="SOURCE is a name or folder of a dataset of the `datasets` library")
+    add("--hf-dataset", action="store_true", help="SOURCE is the name or folder of a dataset of the `datasets` library")
     add("--dataset-config", metavar="NAME", help="configuration of the dataset")
     add("--json", action="store_true", help="print the summary as JSON")
     return parser.run(argv, _prepare)

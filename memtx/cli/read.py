@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from memtx.inference.reader import StreamReader
 
 CHUNK_BYTES = 1 << 14
-"""Bytes per read of the file; small, because Ctrl-C waits until the reader has taken in one chunk."""
+"""Bytes per read of the file; small, because Ctrl-C waits until the reader has processed the current chunk."""
 
 
 class _Book:
-    """The bytes of the text, and their digest so far, which ties a session to its text."""
+    """Text as bytes, and the digest of those read so far, which ties a session to its text."""
 
     def __init__(self, path: str, stack: contextlib.ExitStack) -> None:
         self.name = options.input_name(path)
@@ -66,10 +66,10 @@ def _defer_interrupt() -> Iterator[list[int]]:
     """Collect Ctrl-C instead of raising it, so that reading stops between segments and the session can be saved."""
     interrupts: list[int] = []
 
-    def on_sigint(number: int, _: object) -> None:
+    def on_sigint(signum: int, _: object) -> None:
         if interrupts:  # the second one stops at once
             raise KeyboardInterrupt
-        interrupts.append(number)
+        interrupts.append(signum)
 
     is_main = threading.current_thread() is threading.main_thread()  # which alone may handle signals
     previous = signal.signal(signal.SIGINT, on_sigint) if is_main else None
@@ -97,7 +97,7 @@ def _read(arguments: argparse.Namespace) -> None:
         if session:
             from memtx.inference.sessions.file import save_session
 
-            # Saved before the end of the text is flushed, because the text may go on in the next call.
+            # Saved before the end of the text is flushed, because the next call may continue the text.
             metadata: dict[str, Any] = {"bytes_read": book.bytes_read, "text_sha256": book.digest.hexdigest()}
             metadata["report"] = report.state_dict()
             save_session(session, reader, metadata=metadata, extra_tensors=report.state_tensors())
@@ -164,5 +164,5 @@ def main(argv: list[str]) -> int:
     add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
     add("--json", action="store_true", help="print one JSON object instead of the report")
     add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")
-    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and save to")
+    add("--session", type=options.output_path, metavar="FILE", help="file to resume from, if it exists, and to save to")
     return parser.run(argv, _read)

@@ -26,7 +26,7 @@ def _get_api_key(arguments: argparse.Namespace) -> str | None:
     with contextlib.suppress(ValueError):
         is_local = is_local or ipaddress.ip_address(host).is_loopback
     if not is_local and key is None:
-        raise MemtxError(f"--host {host} accepts other machines and needs an API key.", f"Set {API_KEY_VARIABLE}.")
+        raise MemtxError(f"--host {host} is open to other machines and needs an API key.", f"Set {API_KEY_VARIABLE}.")
     return key
 
 
@@ -77,9 +77,9 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     parser.add_model_options()
     add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
-    add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any")
+    add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any free port")
     add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")
-    add("--api-key", metavar="KEY", help=f"key that clients must send; better set {API_KEY_VARIABLE}")
+    add("--api-key", metavar="KEY", help=f"key that clients must send; prefer the variable {API_KEY_VARIABLE}")
     add("--session-dir", metavar="FOLDER", default="sessions", help="folder of saved sessions")
     add("--max-in-memory", type=int, default=256, help="maximum sessions in memory; others go to disk")
     add("--max-sessions", type=int, default=4096, help="maximum number of sessions")

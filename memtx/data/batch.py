@@ -85,17 +85,11 @@ class FixedBatches(Generic[B]):
         return map(self._get_batch, range(self._num_batches))
 
 
-def check_counts(**options: int | None) -> None:
-    """Raise DataError for the first data option that is below 1; None passes."""
+def check_options(minimum: int, /, **options: int | None) -> None:
+    """Raise DataError for the first data option that is below ``minimum``; None passes."""
     for name, value in options.items():
-        if value is not None and value < 1:
-            raise DataError(f"{name} is {value}, expected at least 1.", f"Change --data.{name}.")
-
-
-def check_seed(seed: int) -> None:
-    """Raise DataError for a negative seed."""
-    if seed < 0:
-        raise DataError(f"seed is {seed}, expected at least 0.", "Change --data.seed.")
+        if value is not None and value < minimum:
+            raise DataError(f"{name} is {value}, expected at least {minimum}.", f"Change --data.{name}.")
 
 
 def rank_and_world_size(trainer: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from memtx.data.batch import check_counts, check_seed, rank_and_world_size
+from memtx.data.batch import check_options, rank_and_world_size
 from memtx.data.shards import TokenStore
 from memtx.data.sources.base import SPLITS, Corpus, TextSource
 from memtx.data.sources.corpus import open_corpus
@@ -70,13 +70,15 @@ class BookDataModule(LightningDataModule):
         num_workers: int | None = None,
     ) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
-        check_counts(eval_batch_size=eval_batch_size, eval_tokens=eval_tokens, num_workers=num_workers)
-        check_seed(seed)
+        check_options(1, batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
+        check_options(1, eval_batch_size=eval_batch_size, eval_tokens=eval_tokens, num_workers=num_workers)
+        check_options(0, seed=seed)
         self.root, self.source, self.seed = root, source, seed
         self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
+        self.length = segment_length * bptt_segments  # tokens of a stream in a batch
         self.eval_batch_size, self.eval_tokens = eval_batch_size or batch_size, eval_tokens
-        self.cache_dir, self.num_workers = cache_dir, num_workers
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.num_workers = num_workers
         self._tokenized_corpus: TokenizedCorpus | None = None
         if source is None and is_tokenized_corpus(root):
             self._tokenized_corpus = TokenizedCorpus(Path(root).expanduser())
@@ -92,26 +94,17 @@ class BookDataModule(LightningDataModule):
         """Vocabulary size; known before any text is read."""
         return self.tokenizer.vocab_size
 
-    @property
-    def length(self) -> int:
-        """Tokens of a stream in a batch: segment_length * bptt_segments."""
-        return self.segment_length * self.bptt_segments
-
     @cached_property
     def corpus(self) -> Corpus:
         """Documents of every split of ``root``, listed on first use."""
         return open_corpus(self.root)
 
-    @property
-    def _cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser() if self.cache_dir is not None else default_cache_dir()
-
     def _open_tokenized_corpus(self) -> TokenizedCorpus | None:
         """Return the folder that holds every split, or None if each split is encoded when it is needed."""
         if self._tokenized_corpus is None and self.source is not None:
             manifest = self.source.scan()
-            self.tokenizer = train_tokenizer(self.tokenizer, manifest, self._cache_path)
-            folder = self._cache_path / f"texts-{compute_fingerprint(manifest, self.tokenizer)[:16]}"
+            self.tokenizer = train_tokenizer(self.tokenizer, manifest, self.cache_dir)
+            folder = self.cache_dir / f"texts-{compute_fingerprint(manifest, self.tokenizer)[:16]}"
             self._tokenized_corpus = tokenize_corpus(folder, manifest, self.tokenizer, num_workers=self.num_workers)
         return self._tokenized_corpus
 
@@ -119,7 +112,7 @@ class BookDataModule(LightningDataModule):
         """Train the tokenizer on the training split, or read the one that an earlier run trained on it."""
         if not self.tokenizer.is_trained and self._open_tokenized_corpus() is None:
             training_texts = Corpus(self.root, {"train": self.corpus.get_split("train")})
-            self.tokenizer = train_tokenizer(self.tokenizer, training_texts, self._cache_path)
+            self.tokenizer = train_tokenizer(self.tokenizer, training_texts, self.cache_dir)
 
     def has_split(self, split: str) -> bool:
         """Return whether there are documents in a split."""
@@ -189,12 +182,10 @@ class BookDataModule(LightningDataModule):
         return self._evaluation_streams("validation", self.eval_tokens)
 
     def test_dataloader(self) -> EvaluationStreams:
-        """Return the whole test split in streams."""
+        """Return the whole test split in streams; also for prediction."""
         return self._evaluation_streams("test", None)
 
-    def predict_dataloader(self) -> EvaluationStreams:
-        """Return the whole test split in streams."""
-        return self._evaluation_streams("test", None)
+    predict_dataloader = test_dataloader
 
     def _evaluation_streams(self, split: str, limit_tokens: int | None) -> EvaluationStreams:
         store, ranks = self.token_store(split), rank_and_world_size(self.trainer)

@@ -93,8 +93,7 @@ class HFTokenizer(BackendTokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids, without special tokens, as the library spells it."""
-        text: str = self._require_backend().decode([int(token_id) for token_id in ids], skip_special_tokens=True)
-        return text
+        return str(self._require_backend().decode([int(token_id) for token_id in ids], skip_special_tokens=True))
 
 
 class WordPieceTokenizer(HFTokenizer):

@@ -10,6 +10,7 @@ import bisect
 import heapq
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,25 +30,26 @@ class StreamPlan:
     def __init__(self, num_streams: int) -> None:
         # Of each stream's documents: the ascending offset of the start, the index, and the first token that the stream
         # reads, 0 unless another stream began the document.
-        self.start_offsets: list[list[int]] = [[] for _ in range(num_streams)]
-        self.document_indices: list[list[int]] = [[] for _ in range(num_streams)]
-        self.first_tokens: list[list[int]] = [[] for _ in range(num_streams)]
-        self.end_offsets = [0] * num_streams  # at which the last document of each stream ends so far
+        self.documents: list[list[tuple[int, int, int]]] = [[] for _ in range(num_streams)]
+        # End of each stream's last document so far, and a heap of the same, the earliest first.
+        self.end_offsets = [0] * num_streams
+        self._end_heap = [(0, stream) for stream in range(num_streams)]
 
-    def append(self, stream: int, document: int, length: int, first_token: int = 0) -> None:
-        """Append a document to a stream, from token ``first_token`` on."""
-        self.start_offsets[stream].append(self.end_offsets[stream])
-        self.document_indices[stream].append(document)
-        self.first_tokens[stream].append(first_token)
-        self.end_offsets[stream] += length - first_token
+    def append(self, document: int, length: int, first_token: int = 0) -> None:
+        """Append a document, from token ``first_token`` on, to the stream that ends earliest."""
+        end_offset, stream = self._end_heap[0]
+        self.documents[stream].append((end_offset, document, first_token))
+        self.end_offsets[stream] = end_offset + length - first_token
+        heapq.heapreplace(self._end_heap, (self.end_offsets[stream], stream))
 
     def iter_documents(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the documents of a stream within offsets ``start`` to ``stop``: index, start offset, first token."""
-        start_offsets = self.start_offsets[stream]
-        for position in range(max(0, bisect.bisect_right(start_offsets, start) - 1), len(start_offsets)):
-            if start_offsets[position] >= stop:
-                return
-            yield self.document_indices[stream][position], start_offsets[position], self.first_tokens[stream][position]
+        documents = self.documents[stream]
+        position = max(0, bisect.bisect_right(documents, start, key=operator.itemgetter(0)) - 1)
+        while position < len(documents) and documents[position][0] < stop:
+            start_offset, document, first_token = documents[position]
+            yield document, start_offset, first_token
+            position += 1
 
 
 class EndlessStreamPlan(StreamPlan):
@@ -62,19 +64,16 @@ class EndlessStreamPlan(StreamPlan):
         self._lengths, self._seed = lengths, seed
         self._pass_index = 0
         self._remaining: list[tuple[int, int]] = []  # unassigned documents and their first tokens, the next one last
-        self._stream_heap = [(0, stream) for stream in range(num_streams)]
 
     def extend_to(self, offset: int) -> None:
         """Extend the plan until every stream has documents up to an offset; earlier assignments stay."""
-        while self._stream_heap[0][0] < offset:
+        while self._end_heap[0][0] < offset:
             if not self._remaining:
                 order = np.random.default_rng([self._seed, self._pass_index]).permutation(len(self._lengths))
                 self._remaining = [(document, 0) for document in order[::-1].tolist()]
                 self._pass_index += 1
             document, first_token = self._remaining.pop()
-            _, stream = self._stream_heap[0]
-            self.append(stream, document, int(self._lengths[document]), first_token)
-            heapq.heapreplace(self._stream_heap, (self.end_offsets[stream], stream))
+            self.append(document, int(self._lengths[document]), first_token)
 
     def reassign(self, num_streams: int, offset: int) -> EndlessStreamPlan:
         """Return a plan that assigns what is left from an offset on to another number of streams.
@@ -89,28 +88,23 @@ class EndlessStreamPlan(StreamPlan):
         for stream in range(num_streams):
             plan.end_offsets[stream] = offset
             if stream < len(self.end_offsets) and self.end_offsets[stream] > offset:
-                plan.start_offsets[stream] = self.start_offsets[stream][-1:]
-                plan.document_indices[stream] = self.document_indices[stream][-1:]
-                plan.first_tokens[stream] = self.first_tokens[stream][-1:]
+                plan.documents[stream] = self.documents[stream][-1:]
                 plan.end_offsets[stream] = self.end_offsets[stream]
         # In reverse, since the next document is last.
         for stream in reversed(range(num_streams, len(self.end_offsets))):
             if self.end_offsets[stream] > offset:
-                first_token = offset - self.start_offsets[stream][-1] + self.first_tokens[stream][-1]
-                plan._remaining.append((self.document_indices[stream][-1], first_token))
-        plan._stream_heap = [(end, stream) for stream, end in enumerate(plan.end_offsets)]
-        heapq.heapify(plan._stream_heap)
+                start_offset, document, first_token = self.documents[stream][-1]
+                plan._remaining.append((document, offset - start_offset + first_token))
+        plan._end_heap = [(end, stream) for stream, end in enumerate(plan.end_offsets)]
+        heapq.heapify(plan._end_heap)
         return plan
 
 
 def pack_documents(lengths: NDArray[np.int64], num_streams: int) -> StreamPlan:
     """Return a plan that reads each document once: longest first, each in the stream that ends earliest."""
     plan = StreamPlan(num_streams)
-    heap = [(0, stream) for stream in range(num_streams)]
     for document in np.argsort(-lengths, kind="stable").tolist():
-        _, stream = heap[0]
-        plan.append(stream, document, int(lengths[document]))
-        heapq.heapreplace(heap, (plan.end_offsets[stream], stream))
+        plan.append(document, int(lengths[document]))
     return plan
 
 
@@ -170,16 +164,14 @@ def _prorate(amount: int, start: int, stop: int, count: int) -> int:
     return amount * stop // count - amount * start // count if count else 0
 
 
-def _rank_streams(batch_size: int, rank: int) -> range:
-    return range(rank * batch_size, (rank + 1) * batch_size)
-
-
-def _check_arguments(batch_size: int, length: int, rank: int, world_size: int) -> None:
+def _rank_streams(batch_size: int, length: int, rank: int, world_size: int) -> range:
+    """Return the streams of a rank; raises DataError if a number is out of range."""
     for name, value in (("batch_size", batch_size), ("length", length), ("world_size", world_size)):
         if value < 1:
             raise DataError(f"{name} is {value}, expected at least 1.")
     if not 0 <= rank < world_size:
         raise DataError(f"rank is {rank}, expected 0 to {world_size - 1}.")
+    return range(rank * batch_size, (rank + 1) * batch_size)
 
 
 class DocumentStreams(ResumableBatches):
@@ -212,14 +204,14 @@ class DocumentStreams(ResumableBatches):
         world_size: int = 1,
         steps_per_epoch: int | None = None,
     ) -> None:
-        _check_arguments(batch_size, length, rank, world_size)
+        self._streams = _rank_streams(batch_size, length, rank, world_size)
         if steps_per_epoch is None:
             steps_per_epoch = max(1, store.num_tokens // (batch_size * world_size * length))
         elif steps_per_epoch < 1:
             raise DataError(f"steps_per_epoch is {steps_per_epoch}, expected at least 1.")
         super().__init__(steps_per_epoch)
         self.store, self.batch_size, self.length, self.seed = store, batch_size, length, seed
-        self.rank, self.world_size, self._streams = rank, world_size, _rank_streams(batch_size, rank)
+        self.world_size = world_size
         self._plan = EndlessStreamPlan(store.lengths, batch_size * world_size, seed)
         self.resume_message = ""
         # Earlier numbers of streams, each with the offset up to which it was read.
@@ -352,13 +344,12 @@ class EvaluationStreams(FixedBatches[Batch]):
         world_size: int = 1,
         limit_tokens: int | None = None,
     ) -> None:
-        _check_arguments(batch_size, length, rank, world_size)
+        streams = _rank_streams(batch_size, length, rank, world_size)
         if limit_tokens is not None and limit_tokens < 1:
             raise DataError(f"limit_tokens is {limit_tokens}, expected at least 1.", "Use null for all tokens.")
-        self.store, self.batch_size, self.length = store, batch_size, length
-        self.rank, self.world_size = rank, world_size
-        plan, streams = pack_documents(store.lengths, batch_size * world_size), _rank_streams(batch_size, rank)
-        self._plan, end = plan, max(plan.end_offsets)
+        self.store, self.batch_size, self.rank = store, batch_size, rank
+        self._plan = plan = pack_documents(store.lengths, batch_size * world_size)
+        end = max(plan.end_offsets)
         if limit_tokens is not None:
             end = min(end, math.ceil(limit_tokens / (batch_size * world_size)))
         num_batches = math.ceil(end / length)

@@ -128,7 +128,7 @@ def open_store(
     documents: Sequence[Document],
     tokenizer: Tokenizer,
     *,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: Path,
     split: str = "tokens",
     num_workers: int | None = None,
     verify: bool = False,
@@ -142,14 +142,13 @@ def open_store(
     Args:
         documents: Documents of the split.
         tokenizer: Trained tokenizer.
-        cache_dir: Folder of all stores. None uses ``~/.cache/memtx``.
+        cache_dir: Folder of all stores.
         split: Name of the split.
         num_workers: Number of processes. None uses one per core.
         verify: If True, compare the checksum of every shard, not only its size.
     """
     manifest = Corpus(split, {split: documents})
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else files.default_cache_dir()
-    folder = cache / f"{split}-{compute_fingerprint(manifest, tokenizer)[:16]}"
+    folder = cache_dir / f"{split}-{compute_fingerprint(manifest, tokenizer)[:16]}"
     return tokenize_corpus(folder, manifest, tokenizer, num_workers=num_workers, verify=verify).open_split(split)
 
 

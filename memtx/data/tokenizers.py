@@ -104,15 +104,8 @@ class Tokenizer(ABC):
 class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte, and 256 to begin a document: 257 ids, no training, any text."""
 
-    @property
-    def vocab_size(self) -> int:
-        """257: the bytes and ``bos_token_id``."""
-        return 257
-
-    @property
-    def bos_token_id(self) -> int:
-        """256."""
-        return 256
+    vocab_size = 257
+    bos_token_id = 256
 
     def encode_chunk(self, chunk: str) -> TokenIds:
         """Return the UTF-8 bytes of a chunk, ``(bytes,)`` uint16."""
@@ -256,7 +249,6 @@ class BytePairTokenizer(BackendTokenizer):
     """
 
     SPECIAL_TOKENS = {"bos": (BOS_TOKEN, "<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[CLS]")}  # noqa: RUF012
-    JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
     JSON_HEADER = {"format": FORMAT, "version": FORMAT_VERSION, "kind": "bpe"}  # noqa: RUF012
 
     def __init__(self, vocab_size: int = 8192, path: str | None = None) -> None:

@@ -1,1 +1,1 @@
-"""Evaluation of what a memory retains: accuracy by distance, capacity, needles, bAbI, and comparisons of models."""
+"""Evaluation of memories: accuracy by distance, capacity, needle tests, bAbI, and comparisons of models."""

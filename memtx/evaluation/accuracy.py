@@ -1,4 +1,4 @@
-"""Accuracy on synthetic tasks by distance, and capacity: how many pairs a memory holds, and per KiB of its state."""
+"""Accuracy on synthetic tasks by distance, and capacity: the number of pairs that a memory holds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memtx.models.recurrent_lm import RecurrentLanguageModel
 T = TypeVar("T", bound=SyntheticTask)
 
 ACCURACY_THRESHOLD = 0.9
-"""Accuracy from which a number of pairs counts as held."""
+"""Minimum accuracy at which a number of pairs counts as held."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class EvaluationResult:
     """Accuracy under one condition, such as a task or a depth, at a distance in tokens.
 
     Attributes:
-        accuracy: Fraction of correct answers; None if there was nothing to ask.
-        chance: Accuracy of guessing, or of always giving the most frequent answer if the answers are not balanced.
+        accuracy: Fraction of correct answers; None if there were no questions.
+        chance: Accuracy of guessing, or of always giving the most frequent answer if answers are unbalanced.
     """
 
     name: str
@@ -41,7 +41,7 @@ class EvaluationResult:
 
 
 def average_by_distance(name: str, results: list[EvaluationResult]) -> list[EvaluationResult]:
-    """Return the mean over conditions at each distance, without conditions that have no accuracy."""
+    """Return the mean over conditions at each distance, excluding conditions without accuracy."""
     averages = []
     for distance in dict.fromkeys(result.distance for result in results):
         group = [result for result in results if result.distance == distance]
@@ -63,7 +63,7 @@ def evaluate_accuracy(
     segments_per_call: int = 32,
     on_progress: Callable[[int], None] | None = None,
 ) -> float:
-    """Return the fraction of questions answered exactly.
+    """Return the fraction of questions answered correctly.
 
     Args:
         model: Model in eval mode. If its output depends on the segmentation, ``segments_per_call`` must be 1.
@@ -72,7 +72,7 @@ def evaluate_accuracy(
         num_samples: Number of episodes.
         seed: Seed of the episodes.
         segments_per_call: Segments per call of the model.
-        on_progress: Called after every call with the number of segments read.
+        on_progress: Called after every call of the model with the number of segments it read.
     """
     generator = torch.Generator().manual_seed(seed)
     state = model.init_state(num_samples)
@@ -88,7 +88,7 @@ def evaluate_accuracy(
         if on_progress is not None:
             on_progress(len(pending))
         state, pending = output.state, []
-    # Only the last segment asks.
+    # Only the last segment has questions.
     assert output.logits is not None
     is_question = labels != IGNORE_INDEX
     predictions = output.logits[:, -task.segment_length :].argmax(-1).cpu()
@@ -97,12 +97,12 @@ def evaluate_accuracy(
 
 @dataclass(frozen=True)
 class Capacity:
-    """Capacity of a memory (task T2; Arora et al. 2024, section 3).
+    """Capacity of a memory for key-value pairs (Arora et al. 2024, section 3).
 
     Attributes:
         distance: Distance in segments of the task.
-        num_pairs: Largest number of pairs held; 0 if none.
-        is_lower_bound: If True, all keys of the task were held, so the capacity may be larger.
+        num_pairs: Largest number of pairs held, or 0.
+        is_lower_bound: If True, pairs for all keys were held, so the capacity may be larger.
         accuracy_by_pairs: Accuracy for each number of pairs tried.
         state_bytes: Size of the state of one stream.
     """
@@ -120,7 +120,7 @@ class Capacity:
 
 
 def with_num_pairs(task: AssociativeRecall, num_pairs: int) -> AssociativeRecall:
-    """Return the task with another number of pairs; its segment is a multiple of the original that they fit into."""
+    """Return the task with another number of pairs, and a multiple of its segment length that fits them."""
     factor = -(-2 * num_pairs // task.segment_length)
     return dataclasses.replace(task, num_pairs=num_pairs, segment_length=task.segment_length * factor)
 
@@ -138,14 +138,14 @@ def evaluate_capacity(
 ) -> Capacity:
     """Return the largest number of pairs recalled, found by doubling and then by bisection.
 
-    Assumes that the accuracy falls with the number of pairs, which may exceed that of the training.
+    Assumes that accuracy falls with the number of pairs, which may exceed the number in training.
 
     Args:
         model: Model in eval mode; see :func:`evaluate_accuracy`.
         task: Task with keys, values and segment length; pairs that do not fit into a segment get a longer one.
-        distance: Distance in segments of the task, at least 1; about as many tokens for longer segments.
+        distance: Distance in segments of the task, at least 1; longer segments keep about the same number of tokens.
         state_bytes: Size of the state of one stream.
-        threshold: Accuracy from which a number of pairs counts as held.
+        threshold: Minimum accuracy at which a number of pairs counts as held.
         num_samples: Number of episodes.
         seed: Seed of the episodes.
         on_progress: Called with each number of pairs before it is tried.
@@ -177,10 +177,10 @@ def evaluate_capacity(
 
 
 def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
-    """Load a model (in eval mode, on the CPU) and the options of the synthetic task of its run, if it has one.
+    """Load a model (in eval mode, on the CPU) and the options of its run's synthetic task, if any.
 
     Raises:
-        CheckpointError: The checkpoint is missing, damaged, or not of memtx.
+        CheckpointError: The checkpoint is missing, damaged, or not from memtx.
     """
     checkpoint = load(path)
     entries = [entry.get("task") for entry in checkpoint.metadata.values() if isinstance(entry, Mapping)]
@@ -192,8 +192,8 @@ def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTra
 def build_task(task_class: type[T], trained_options: Mapping[str, Any], overrides: Mapping[str, str]) -> T:
     """Build a task from ``overrides``, then the options of a run, then the defaults of its class.
 
-    Options of the run that are unknown to ``task_class`` are ignored; ``overrides`` are given as text: an integer, or
-    true or false.
+    Options of the run that ``task_class`` does not have are ignored. Values of ``overrides`` are text: an integer, true
+    or false.
 
     Raises:
         MemtxError: An option is unknown, or its value is invalid.
@@ -207,6 +207,6 @@ def build_task(task_class: type[T], trained_options: Mapping[str, Any], override
         try:
             options[name] = {"true": True, "false": False}[text.lower()] if types[name] is bool else int(text)
         except (KeyError, ValueError) as error:
-            expected = "true or false" if types[name] is bool else "a whole number"
+            expected = "true or false" if types[name] is bool else "an integer"
             raise MemtxError(f"{name} is '{text}', expected {expected}.") from error
     return task_class(**options)

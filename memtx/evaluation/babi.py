@@ -32,7 +32,7 @@ class Story:
 
 
 def read_stories(path: Path) -> list[Story]:
-    """Return the questions in a file: lines are numbered from 1 in each story; a tab separates question and answer."""
+    """Read the questions in a file: lines of a story are numbered from 1; a tab separates question and answer."""
     stories: list[Story] = []
     facts: list[str] = []
     try:
@@ -43,7 +43,7 @@ def read_stories(path: Path) -> list[Story]:
         if not line.strip():
             continue
         if (match := _LINE_PATTERN.fullmatch(line.rstrip())) is None:
-            raise DataError(f"'{path}', line {line_number}: not a number and a sentence.", FORMAT_HINT)
+            raise DataError(f"'{path}', line {line_number} is not a number and a sentence.", FORMAT_HINT)
         if match[1] == "1":
             facts = []
         text, *answer = match[2].split("\t")
@@ -57,17 +57,17 @@ def read_stories(path: Path) -> list[Story]:
 
 
 def load_tasks(folder: str) -> dict[int, list[Story]]:
-    """Return the stories of each task with a test file in the folder, by the number of the task.
+    """Load the stories of each task that has a test file in the folder, by task number.
 
     Raises:
-        DataError: The folder does not exist, has no test file, or one is malformed, not UTF-8 or without questions.
+        DataError: The folder does not exist or has no test file, or a file is malformed, not UTF-8 or has no questions.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise DataError(f"'{folder}' is no folder.", FORMAT_HINT)
+        raise DataError(f"'{folder}' is not a folder.", FORMAT_HINT)
     paths = {int(match[1]): path for path in root.iterdir() if (match := _FILE_PATTERN.fullmatch(path.name))}
     if not paths:
-        raise DataError(f"'{folder}' has no bAbI task.", FORMAT_HINT)
+        raise DataError(f"'{folder}' has no bAbI test file.", FORMAT_HINT)
     return {number: read_stories(paths[number]) for number in sorted(paths)}
 
 
@@ -86,9 +86,9 @@ def evaluate_babi(
     """Return the accuracy on every task at every length; None if no story fits.
 
     The sentences of a story are hidden in order at random positions, and the question follows at the end. The answer is
-    chosen by likelihood among all answers of the task; chance is the frequency of the most common one.
+    chosen by likelihood among all answers of the task; chance is the frequency of the most common answer.
 
-    ``tasks`` are stories by task number and ``num_samples`` is the maximum number of questions per task and length; the
+    ``tasks`` maps task numbers to stories; ``num_samples`` is the maximum number of questions per task and length. The
     other arguments are those of :func:`~memtx.evaluation.haystack.evaluate_needle`.
     """
     generator = torch.Generator().manual_seed(seed)

@@ -29,14 +29,14 @@ ProgressCallback = Callable[[], None]
 """Called after each call of a model."""
 
 REPEATS = 5
-"""Calls per input, of which the fastest counts: other load makes a call slower, never faster."""
+"""Calls per input, of which the fastest counts, since other load only slows a call down."""
 
 
 @dataclass(frozen=True)
 class ModelComparison:
-    """Figures of one model: latency in milliseconds (see :func:`time_calls`), and score under ``metric``.
+    """Size, latency in milliseconds (see :func:`time_calls`) and score of one model.
 
-    ``metric`` is ``accuracy``, ``f1`` or ``bits_per_byte``.
+    ``metric`` is the name of the score: ``accuracy``, ``f1`` or ``bits_per_byte``.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ModelComparison:
         return teacher.latency_ms / self.latency_ms - 1.0
 
     def score_retention(self, teacher: ModelComparison) -> float:
-        """Return the fraction of the teacher's score that this model reaches; the inverse for bits per byte."""
+        """Return this model's score as a fraction of the teacher's; the inverse for bits per byte."""
         if self.metric == "bits_per_byte":
             return teacher.score / self.score
         return self.score / teacher.score if teacher.score else float("nan")
@@ -64,7 +64,7 @@ class ParameterizedLanguageModel(RecurrentLanguageModel, Protocol):
     """A language model whose parameters can be counted."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the parameters, tied ones once."""
+        """Yield the parameters; tied parameters once."""
         ...
 
 
@@ -78,7 +78,7 @@ def time_calls(
 ) -> list[float]:
     """Return the latency of each function in milliseconds: the median over inputs of the fastest of ``REPEATS`` calls.
 
-    The functions are called in turn with the index of an input, so that other load on the machine affects all alike.
+    The functions are called in turn with the index of an input, so that other load on the machine affects all equally.
 
     Raises:
         MemtxError: ``num_inputs`` is not positive.
@@ -118,7 +118,7 @@ def compute_task_score(task: Task, examples: Sequence[Any], predictions: Iterabl
 
 @dataclass(frozen=True)
 class ParsedRecord:
-    """Fields of an example in a file, and the example parsed from them."""
+    """The fields of an example, and the example parsed from them."""
 
     record: dict[str, Any]
     example: Any
@@ -131,7 +131,7 @@ def compare_task_models(
     num_timed: int = 20,
     on_progress: ProgressCallback = lambda: None,
 ) -> list[ModelComparison]:
-    """Compare models of one task on labeled examples, of which ``num_timed`` are timed; a call reads one example."""
+    """Compare models of one task on labeled examples, one per call; ``num_timed`` of them are timed."""
 
     def predict(predictor: Predictor, index: int) -> None:
         predictor.predict([examples[index].record])
@@ -178,7 +178,7 @@ class TextBatch:
             if len(ids) > 1:
                 sequences.append(torch.tensor(ids[: max_length + 1]))
         if not sequences:
-            raise DataError("There is no text to evaluate on.", "Give a folder with texts in that split.")
+            raise DataError("There is no text to evaluate on.", "Give a folder with texts in this split.")
         ids_batch = pad_sequence(sequences, batch_first=True, padding_value=IGNORE_INDEX)
         sizes = torch.tensor([len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)])
         tokens, labels = ids_batch[:, :-1], ids_batch[:, 1:]
@@ -195,7 +195,7 @@ def bits_per_byte(
     min_position: int = 0,
     on_progress: ProgressCallback = lambda: None,
 ) -> float:
-    """Return the bits per byte of the tokens at ``min_position`` or later in their documents."""
+    """Return the bits per byte of tokens at position ``min_position`` or later in their documents."""
     state = model.init_state(len(batch.tokens))
     device = state.position.device
     metric = BitsPerByte().to(device)
@@ -223,7 +223,7 @@ def compare_language_models(
 ) -> list[ModelComparison]:
     """Compare language models in eval mode, by the score of :func:`bits_per_byte`.
 
-    ``num_timed`` calls are timed; each reads one segment of the first text, which starts over at its end.
+    ``num_timed`` calls are timed; each reads one segment of the first text, restarting at its end.
     """
     num_segments = max(1, batch.tokens.shape[1] // segment_length)
 

@@ -1,4 +1,4 @@
-"""Haystack evaluation: sentences hidden in a text, questions about them, and answers chosen by likelihood."""
+"""Haystack evaluation: sentences are hidden in a text, and answers about them chosen by likelihood."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from memtx.state import MemoryState
 TokenIds = NDArray[np.int64]
 
 MAX_SENTENCE_CHARS = 600
-"""Maximum characters of a sentence: tables and lists have no full stops."""
+"""Maximum number of characters in a sentence: tables and lists have no full stops."""
 
 LOCATIONS = ("harbour", "mill", "tower", "bakery", "stable", "library", "chapel", "garden", "market", "bridge")
 PASSWORDS = ("copper", "winter", "violet", "seven", "thunder", "paper", "river", "candle", "marble", "orange")
 
-# After a full stop and a closing quotation mark or bracket.
+# After a full stop, optionally with a closing quotation mark or bracket, and at blank lines.
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"')\]\u201d\u2019])\s+|\n\s*\n")
 
 
@@ -45,14 +45,14 @@ def encode_ids(tokenizer: Tokenizer, text: str) -> TokenIds:
 
 
 class Haystack:
-    """Sentences of documents, in order and repeated, as tokens; raises DataError if there are none."""
+    """The sentences of documents in order, repeated, as tokens; raises DataError if there are none."""
 
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._sentences = [sentence for document in documents for sentence in split_sentences(document.read())]
         self._token_ids: dict[int, TokenIds] = {}
         if not self._sentences:
-            raise DataError("The texts have no sentences.", "Give texts that have some.")
+            raise DataError("The texts have no sentences.", "Give other texts.")
 
     def _encode_sentence(self, index: int) -> TokenIds:
         index %= len(self._sentences)
@@ -61,7 +61,7 @@ class Haystack:
         return self._token_ids[index]
 
     def sample_filler(self, length: int, generator: torch.Generator) -> list[TokenIds]:
-        """Return consecutive sentences from a random one on, ``length`` tokens in total; the first is cut to fit."""
+        """Return consecutive sentences from a random start, ``length`` tokens in total; the first is cut to fit."""
         index = int(torch.randint(len(self._sentences), (), generator=generator))
         sentences: list[TokenIds] = []
         total = 0
@@ -78,10 +78,10 @@ class Haystack:
     def hide(
         self, facts: Sequence[TokenIds], depths: Sequence[float], length: int, generator: torch.Generator
     ) -> TokenIds | None:
-        """Return ``(length,)`` tokens of randomly chosen sentences with facts among them; None if the facts are longer.
+        """Return ``(length,)`` tokens of random consecutive sentences with facts in between; None if facts do not fit.
 
-        ``depths`` is the fraction of the other text before each fact, ascending from 0 to 1; a fact is moved to the
-        nearest end of a sentence.
+        ``depths`` is the fraction of filler text before each fact, ascending from 0 to 1; facts are moved to the
+        nearest sentence boundary.
         """
         filler_length = length - sum(map(len, facts))
         if filler_length < 0:
@@ -111,7 +111,7 @@ def read_contexts(
     state = model.init_state(len(tokens))
     for start in range(0, tokens.shape[1], segment_length):
         segment = torch.from_numpy(tokens[:, start : start + segment_length]).to(state.position.device)
-        # With labels no logits are computed; none of them is scored.
+        # With labels, logits are not materialized; all labels are ignored.
         state = model(segment, state, labels=torch.full_like(segment, IGNORE_INDEX)).state
         if on_progress is not None:
             on_progress(segment.shape[1])
@@ -122,7 +122,7 @@ def read_contexts(
 def choose_answer(
     model: RecurrentLanguageModel, state: MemoryState, question: TokenIds, answers: Sequence[TokenIds]
 ) -> int:
-    """Return the index of the answer with the highest likelihood after ``state``, of batch size 1, and the question."""
+    """Return the index of the most likely answer to the question after ``state`` (batch size 1)."""
     device = state.position.device
     tokens = [torch.from_numpy(np.concatenate([question, answer])) for answer in answers]
     labels = [sequence.roll(-1) for sequence in tokens]
@@ -151,19 +151,19 @@ def evaluate_needle(
 ) -> list[EvaluationResult]:
     """Return the accuracy of the needle test (Kamradt 2023) at every length and depth.
 
-    Answers are chosen by likelihood, so the test applies to any language model. All possible answers are hidden, each
-    for another location, so knowing that an odd word occurred gives chance accuracy.
+    Answers are chosen by likelihood, so the test applies to any language model. Every possible answer is hidden, for a
+    different location each, so remembering only that an odd word occurred gives chance accuracy.
 
     Args:
         model: Model in eval mode.
         tokenizer: Tokenizer of the model.
         haystack: Text to hide the needles in.
-        lengths: Lengths of a context in tokens, needles included.
-        num_depths: Needles per context, evenly spaced, and answers to choose from; from 2 to 10.
-        num_samples: Contexts per length.
+        lengths: Lengths of the contexts in tokens, including needles.
+        num_depths: Number of needles per context, evenly spaced, and of answers to choose from; from 2 to 10.
+        num_samples: Number of contexts per length.
         seed: Seed for the choice of text, locations and passwords.
         segment_length: Tokens per call.
-        on_progress: Called after every call with the number of tokens read per context.
+        on_progress: Called after every call of the model with the number of tokens it read per context.
 
     Raises:
         MemtxError: ``num_depths`` is out of range, or the needles do not fit into a length.

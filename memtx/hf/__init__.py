@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of the Hugging Face ``transformers`` library; models do not import this package."""
+"""Checkpoints in layouts of Hugging Face ``transformers``; models do not import this package."""
 
 from memtx.hf.loader import is_hf_folder, load, save
 

@@ -1,4 +1,4 @@
-"""Layouts of BERT (Devlin et al. 2019) and DistilBERT (Sanh et al. 2019), and the parts that other encoders share."""
+"""Layouts of BERT (Devlin et al. 2019) and DistilBERT (Sanh et al. 2019), and parts shared with other encoders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EMBEDDING_KEY = "embeddings.word_embeddings.weight"
 DECODER_KEY = "cls.predictions.decoder.weight"
 
 BACKBONE_KEYS = {
-    # The MLM head's decoder is the embedding if the two are tied.
+    # The MLM head's decoder, if tied, is the embedding.
     "embedding.word_embeddings.weight": [EMBEDDING_KEY, DECODER_KEY],
     "embedding.position_embeddings": ["embeddings.position_embeddings"],
     "embedding.token_type_embeddings": ["embeddings.token_type_embeddings"],
@@ -37,7 +37,7 @@ BACKBONE_KEYS = {
     "blocks.{}.feed_forward.out": ["encoder.layer.{}.output.dense"],
     "blocks.{}.feed_forward_norm": ["encoder.layer.{}.output.LayerNorm"],
 }
-"""Keys of the backbone, shared by Longformer and Big Bird."""
+"""Keys of the backbone, shared with Longformer and Big Bird."""
 
 MLM_HEAD_KEYS = {
     "head.transform": ["cls.predictions.transform.dense"],
@@ -45,9 +45,9 @@ MLM_HEAD_KEYS = {
     "head.weight": [DECODER_KEY],
     "head.bias": ["cls.predictions.decoder.bias", "cls.predictions.bias"],
 }
-"""Keys of the MLM head, shared by Big Bird."""
+"""Keys of the MLM head, shared with Big Bird."""
 
-# Tables of indices, and the head for next-sentence prediction.
+# Index tables, and the head for next-sentence prediction.
 EXTRA_PATTERNS = (r"embeddings\.position_ids", r"embeddings\.token_type_ids", r"cls\.seq_relationship\.(weight|bias)")
 
 LEGACY_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -115,11 +115,11 @@ def build_encoder(
     activation: str = "gelu",
     mlm_head_activation: Callable[[], nn.Module] | None = None,
 ) -> Encoder:
-    """Return the encoder of a folder; raises CheckpointError if an option or a tensor does not fit.
+    """Build the encoder of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    ``decoder_key`` names the MLM head's last weights, which may be tied to the embeddings; ``attentions`` has a factory
-    for all layers or one per layer; ``keys`` defaults to BERT's options, ``mlm_head_activation`` to the feed-forward
-    activation. vocab_size, depth, max_length and activation stand for options that the config omits.
+    ``decoder_key`` is the MLM head's output weight, which may be tied to the embeddings; ``attentions`` has one factory
+    for all layers or one per layer; ``keys`` defaults to BERT's, ``mlm_head_activation`` to the feed-forward
+    activation. vocab_size, depth, max_length and activation are defaults of options that the config omits.
     """
     config, keys = HFConfig(hf_checkpoint.config), keys or EncoderConfigKeys()
     eps = config.get_float(keys.eps, 1e-12) if keys.eps is not None else 1e-12
@@ -153,7 +153,7 @@ def build_encoder(
 
 
 def build_bert(hf_checkpoint: HFCheckpoint) -> Encoder:
-    """Return the BERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    """Build the BERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     config.require("is_decoder", False, "decoders of this layout")
     config.require("position_embedding_type", "absolute", "other positions")
@@ -162,8 +162,8 @@ def build_bert(hf_checkpoint: HFCheckpoint) -> Encoder:
 
 
 def build_distilbert(hf_checkpoint: HFCheckpoint) -> Encoder:
-    """Return the DistilBERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    """Build the DistilBERT of a folder; raises CheckpointError if an option or a tensor does not fit."""
     attention = partial(FullAttention, dropout=HFConfig(hf_checkpoint.config).get_float("attention_dropout", 0.1))
-    # Sinusoidal positions are stored as a table, as learned ones are.
+    # Sinusoidal positions are stored as a table, like learned ones.
     keys = EncoderConfigKeys("dim", "n_layers", "n_heads", "hidden_dim", "activation", "dropout", None, None)
     return build_encoder(hf_checkpoint, DISTILBERT, DISTILBERT_DECODER_KEY, [attention], keys=keys, depth=6)

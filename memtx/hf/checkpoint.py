@@ -1,8 +1,8 @@
-"""A Hugging Face folder on disk: config.json, and tensors that stay on disk until they are read to their place.
+"""A Hugging Face folder: config.json, and tensors that stay on disk until they are read to their destination.
 
-The tensors are in model.safetensors, in several such files with an index, or in pytorch_model.bin, a pickle that is
-read for its tensors alone. A memory-mapped file counts as memory of the process once it was touched, so the weights
-would be held twice while they are copied; here the bytes of a tensor are read directly to their destination.
+Tensors are in model.safetensors, in several such files with an index, or in pytorch_model.bin, a pickle that is read
+for its tensors only. The touched pages of a memory-mapped file count as memory of the process, so copying from one
+would hold the weights twice; safetensors are therefore read directly to their destination.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Supported dtypes, by their names in a safetensors file."""
+"""Supported dtypes by their names in safetensors files."""
 
 CHUNK_BYTES = 1 << 20
-"""Bytes read at a time if they are not read to their destination."""
+"""Bytes read at a time if they cannot be read directly to their destination."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LazyTensor(ABC):
 
     @abstractmethod
     def read_into(self, target: Tensor, start: int = 0) -> None:
-        """Read the rows from ``start`` into ``target``, contiguous and of any dtype, as many as it has."""
+        """Fill ``target``, contiguous and of any dtype, with the rows from ``start``."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class SafetensorsTensor(LazyTensor):
     byte_offset: int
 
     def read_into(self, target: Tensor, start: int = 0) -> None:
-        """Read directly into ``target``, or in chunks if it has another dtype."""
+        """Read the rows directly into ``target``, or in chunks if it has another dtype."""
         row_bytes = prod(self.shape[1:]) * self.dtype.itemsize
         with open(self.path, "rb") as handle:
             handle.seek(self.byte_offset + start * row_bytes)
@@ -119,7 +119,7 @@ def tensors_equal(a: LazyTensor, b: LazyTensor) -> bool:
 
 
 def iter_chunks(tensor: LazyTensor) -> Iterator[Tensor]:
-    """Yield consecutive rows of a tensor, each time in the same buffer."""
+    """Yield consecutive rows of a tensor, always in the same buffer."""
     num_rows = min(max(1, CHUNK_BYTES // max(1, prod(tensor.shape[1:]) * tensor.dtype.itemsize)), tensor.shape[0])
     buffer = torch.empty((num_rows, *tensor.shape[1:]), dtype=tensor.dtype)
     for start in range(0, tensor.shape[0], max(num_rows, 1)):
@@ -133,9 +133,9 @@ class HFCheckpoint:
     """Content of a folder.
 
     Attributes:
-        path: The folder.
+        path: Path of the folder.
         config_text: Text of config.json.
-        config: The parsed config.json.
+        config: Parsed config.json.
         tensors: Tensors by name, still on disk.
     """
 
@@ -146,10 +146,10 @@ class HFCheckpoint:
 
 
 def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
-    """Return the text of a folder's config.json and the object; raises CheckpointError if it is missing or damaged."""
+    """Return a folder's config.json as text and parsed; raises CheckpointError if it is missing or damaged."""
     config_path = Path(path) / CONFIG_FILE
     if not config_path.is_file():
-        raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give the folder that holds the whole checkpoint.")
+        raise CheckpointError(f"'{path}' has no {CONFIG_FILE}.", "Give a folder with a complete checkpoint.")
     config = files.read_json(config_path)
     if not isinstance(config, dict):
         raise CheckpointError(f"'{config_path}' holds a {type(config).__name__}, not a JSON object.", "Restore it.")
@@ -159,7 +159,7 @@ def read_config(path: str | os.PathLike[str]) -> tuple[str, dict[str, Any]]:
 def open_checkpoint(path: str | os.PathLike[str]) -> HFCheckpoint:
     """Open a folder without reading its tensors; those of a pickle are memory-mapped.
 
-    Raises CheckpointError if a file is missing, damaged, or holds more than tensors.
+    Raises CheckpointError if a file is missing, is damaged, or holds more than tensors.
     """
     config_text, config = read_config(path)
     return HFCheckpoint(Path(path), config_text, config, _open_tensors(Path(path)))
@@ -182,7 +182,7 @@ def _open_tensors(folder: Path) -> dict[str, LazyTensor]:
                 tensors.update(shard)
             return tensors
     message = f"'{folder}' has neither {SAFETENSORS_FILE} nor {PICKLE_FILE}, nor an index of either."
-    raise CheckpointError(message, "Give the folder that holds the whole checkpoint.")
+    raise CheckpointError(message, "Give a folder with a complete checkpoint.")
 
 
 def _read_index(index_path: Path) -> dict[str, set[str]]:
@@ -193,16 +193,16 @@ def _read_index(index_path: Path) -> dict[str, set[str]]:
         raise CheckpointError(f"'{index_path}' has no weight_map.", "Download it again.")
     shards: dict[str, set[str]] = {}
     for name, file_name in weight_map.items():
-        # A downloaded index must not make us read files outside its folder.
+        # A downloaded index must not cause reads outside its folder.
         if not isinstance(file_name, str) or Path(file_name).name != file_name:
-            message = f"'{index_path}' puts {name} into {file_name!r}, which is no file beside it."
+            message = f"'{index_path}' puts {name} into {file_name!r}, which is not a file in its folder."
             raise CheckpointError(message, "Download it again.")
         shards.setdefault(file_name, set()).add(name)
     return shards
 
 
 def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Return the tensors of a safetensors file, after reading its header alone."""
+    """Return the tensors of a safetensors file, reading only its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -213,13 +213,13 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
             (header_length,) = struct.unpack("<Q", handle.read(8))
             header = json.loads(handle.read(header_length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"'{path}' is not a whole safetensors file: {error}.", "Download it again.") from error
+        raise CheckpointError(f"'{path}' is not a valid safetensors file: {error}.", "Download it again.") from error
     tensors: dict[str, LazyTensor] = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in DTYPES:
-            message = f"'{path}' holds {name} as {entry['dtype']}, supported are {', '.join(DTYPES)}."
+            message = f"'{path}' holds {name} as {entry['dtype']}, expected one of {', '.join(DTYPES)}."
             raise CheckpointError(message, "Convert the checkpoint to bfloat16.")
         offset = 8 + header_length + entry["data_offsets"][0]
         tensors[name] = SafetensorsTensor(DTYPES[entry["dtype"]], tuple(entry["shape"]), path, offset)
@@ -228,13 +228,13 @@ def _open_safetensors(path: Path) -> dict[str, LazyTensor]:
 
 def _open_pickle(path: Path) -> dict[str, LazyTensor]:
     try:
-        # Files from before torch 1.6 are no zip files and cannot be memory-mapped.
+        # Files from before torch 1.6 are not zip files and cannot be memory-mapped.
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        message = f"'{path}' holds more than tensors, and a pickle can execute anything."
+        message = f"'{path}' holds more than tensors, and a pickle can execute arbitrary code."
         raise CheckpointError(message, f"Convert it to {SAFETENSORS_FILE} if you trust it.") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        message = f"'{path}' is not a whole file ({type(error).__name__})."
+        message = f"'{path}' is not a valid checkpoint ({type(error).__name__})."
         raise CheckpointError(message, "Download it again.") from error
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
         raise CheckpointError(f"'{path}' does not hold tensors by name.", "Give the weights of a model.")
@@ -243,6 +243,6 @@ def _open_pickle(path: Path) -> dict[str, LazyTensor]:
 
 def write_checkpoint(path: str | os.PathLike[str], config_text: str, tensors: Mapping[str, Tensor]) -> None:
     """Write model.safetensors, then config.json; raises MemtxError if the folder cannot be written."""
-    # transformers requires the header's format "pt", which save_tensors writes.
+    # transformers requires the format "pt" in the header, which save_tensors writes.
     files.save_tensors(Path(path) / SAFETENSORS_FILE, tensors, kind="transformers", version=1)
     files.write_text(Path(path) / CONFIG_FILE, config_text)

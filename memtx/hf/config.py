@@ -1,4 +1,4 @@
-"""A Hugging Face config.json, read key by key: values that are missing or out of range are reported with their key."""
+"""A Hugging Face config.json, read key by key; errors name the key that is missing or out of range."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "sigmoid": nn.Sigmoid,
 }
-"""Activation names of the layouts; those written as a formula there equal ours in exact arithmetic."""
+"""Activations by their names in config.json; formulas of ``transformers`` equal these in exact arithmetic."""
 
 DEFAULT_MAX_WINDOW = 4096
-"""Largest window by default: every layer's state holds that many positions."""
+"""Maximum default window: every layer's state holds that many positions."""
 
 
 class HFConfig:
-    """Typed access to the content of config.json, or to an object in it.
+    """Typed access to config.json, or to an object in it.
 
-    The typed getters raise CheckpointError for a value that is missing without a default, of another type, or out of
+    The typed getters raise CheckpointError if a value is missing without a default, has another type, or is out of
     range.
     """
 
@@ -69,30 +69,30 @@ class HFConfig:
         return value
 
     def get_ints(self, key: str, count: int | None, default: Any = None, *, min_value: int = 1) -> list[int]:
-        """Return a list of integers, ``count`` unless None; a single integer stands for ``count`` of them."""
+        """Return ``count`` integers, or any number if None; a single integer is repeated ``count`` times."""
         value = self.get(key, default)
-        items = [value] * count if count is not None and _is_int(value) else value
+        integers = [value] * count if count is not None and _is_int(value) else value
         if (
-            not isinstance(items, list | tuple)
-            or not all(_is_int(item) and item >= min_value for item in items)
-            or (count is not None and len(items) != count)
+            not isinstance(integers, list | tuple)
+            or not all(_is_int(integer) and integer >= min_value for integer in integers)
+            or (count is not None and len(integers) != count)
         ):
             raise _invalid(key, value, f"{'' if count is None else f'{count} '}integers of at least {min_value}")
-        return list(items)
+        return list(integers)
 
     def get_activation(self, key: str, default: str) -> Callable[[], nn.Module]:
-        """Return the factory of an activation by its name in ``ACTIVATIONS``."""
+        """Return the factory of an activation named in ``ACTIVATIONS``."""
         name = str(self.get(key, default))
         if name not in ACTIVATIONS:
             raise CheckpointError(
-                f"config.json has {key} = '{name}', known are {', '.join(ACTIVATIONS)}."
+                f"config.json has {key} = '{name}', expected one of {', '.join(ACTIVATIONS)}."
                 f"{closest_match(name, ACTIVATIONS)}",
                 "Convert the model, or request this activation.",
             )
         return ACTIVATIONS[name]
 
     def require(self, key: str, supported: Any, feature: str) -> None:
-        """Raise CheckpointError unless a key is missing, null or ``supported``; ``feature`` names the others."""
+        """Raise CheckpointError unless a key is missing, null or ``supported``; ``feature`` names other values."""
         value = self.get(key, supported)
         if value != supported:
             message = f"config.json has {key} = {value!r}: {feature} are not supported."
@@ -112,8 +112,8 @@ def build_window_memories(
 ) -> list[Any]:
     """Return the memories of a decoder, an exact window in each layer.
 
-    The window defaults to ``max_length``, the trained length, at most ``DEFAULT_MAX_WINDOW``. No layer's window exceeds
-    its sliding window, which is None if it was trained on all positions.
+    The window defaults to ``max_length``, the trained length, but at most ``DEFAULT_MAX_WINDOW``. No layer's window
+    exceeds its sliding window, which is None for full attention.
     """
     if requested_window is not None:
         check_at_least(1, window=requested_window)
@@ -161,20 +161,20 @@ def _parse_yarn(rope: HFConfig, max_length: int) -> dict[str, Any]:
 
 ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | None] = {
     "default": None,
-    # Scales by the length of the input, and not at all up to the trained length, which no window exceeds.
+    # Scales only beyond the trained length, which no window exceeds.
     "dynamic": None,
     "linear": (LinearScaling, _parse_linear),
     "llama3": (Llama3Scaling, _parse_llama3),
     "yarn": (YarnScaling, _parse_yarn),
 }
-"""Scalings of rotary positions by their ``rope_type``; None for unscaled frequencies."""
+"""Scalings of rotary positions by ``rope_type``; None for unscaled frequencies."""
 
 
 def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int], Positions], int]:
     """Return the factory of a layer's rotary positions, and the number of positions that the model supports.
 
-    Reads both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. ``max_length`` is the number of
-    positions in the config. Raises CheckpointError if the scaling is unknown or lacks a number.
+    Reads both formats: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. ``max_length`` is the number of
+    positions in the config. Raises CheckpointError if the scaling is unknown or lacks an option.
     """
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
@@ -184,7 +184,7 @@ def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int]
     rope_type = str(rope.get("rope_type", rope.get("type", "default")))
     if rope_type not in ROPE_SCALINGS:
         raise CheckpointError(
-            f"config.json has rope_type = '{rope_type}', known are {', '.join(ROPE_SCALINGS)}."
+            f"config.json has rope_type = '{rope_type}', expected one of {', '.join(ROPE_SCALINGS)}."
             f"{closest_match(rope_type, ROPE_SCALINGS)}",
             "Convert the model, or request this scaling.",
         )

@@ -40,9 +40,9 @@ GPT2 = KeyMapping(
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Return the GPT-2 of a folder; raises CheckpointError if an option or a tensor does not fit.
+    """Build the GPT-2 of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    ``window`` is the number of exact positions seen. Defaults to the trained length, at most 4096.
+    ``window`` is the number of exact positions visible. Defaults to the trained length, at most 4096.
     """
     config = HFConfig(hf_checkpoint.config)
     config.require("add_cross_attention", False, "decoders with an encoder")

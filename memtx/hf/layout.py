@@ -1,6 +1,6 @@
-"""Correspondence of a checkpoint's tensors to a model's: names, and rows that are joined, transposed or permuted.
+"""Mapping between a checkpoint's tensors and a model's: names, and rows that are joined, transposed or permuted.
 
-Rows are only moved, so writing a loaded model gives the same bytes.
+Rows are only moved, so saving a loaded model gives the same bytes.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from memtx.hf.checkpoint import LazyTensor, iter_chunks
 
 @dataclass(frozen=True)
 class RowSlice:
-    """Consecutive rows of a tensor of the model.
+    """Consecutive rows of a model's tensor.
 
     Attributes:
         name: Name of the tensor.
         start: First row.
-        num_rows: Number of rows; None for all that follow.
+        num_rows: Number of rows; None for all remaining rows.
         rotary_heads: Number of heads whose rotary pairs are (i, i + head_dim / 2) in the checkpoint and (2i, 2i + 1) in
-            the model; 0 if the rows have the same order.
+            the model; 0 if both have the same order.
     """
 
     name: str
@@ -33,16 +33,16 @@ class RowSlice:
     rotary_heads: int = 0
 
     def select(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Return the rows in the order of the model."""
+        """Return the rows in the model's order, as a view."""
         return weights[self.name][self.start : None if self.num_rows is None else self.start + self.num_rows]
 
 
 @dataclass(frozen=True)
 class WeightTransform:
-    """A tensor of the checkpoint in terms of the model's tensors.
+    """A checkpoint's tensor in terms of the model's tensors.
 
     Attributes:
-        slices: Its rows in the model, in order.
+        slices: The tensor's rows in the model, in order.
         transposed: If True, the checkpoint stores ``(in, out)`` and the model ``(out, in)``.
     """
 
@@ -71,7 +71,7 @@ class WeightTransform:
         return out.mT if self.transposed else out
 
     def load_into(self, weights: Mapping[str, Tensor], tensor: LazyTensor) -> None:
-        """Read the checkpoint's tensor into the model's."""
+        """Read the checkpoint's tensor into the model's tensors."""
         if self.transposed:
             self._load_transposed(weights, tensor)
             return
@@ -97,32 +97,32 @@ class WeightTransform:
 
 
 def _interleave_rotary(head: Tensor) -> Tensor:
-    """Return ``(head_dim, ...)`` in pairs instead of halves."""
+    """Reorder ``(head_dim, ...)`` from halves to pairs."""
     return torch.stack(head.chunk(2), dim=1).flatten(0, 1)
 
 
 def _deinterleave_rotary(x: Tensor, heads: int) -> Tensor:
-    """Return ``(heads * head_dim, ...)`` in halves instead of pairs; unchanged if heads is 0."""
+    """Reorder ``(heads * head_dim, ...)`` from pairs to halves; unchanged if heads is 0."""
     if not heads:
         return x
     return x.view(heads, -1, 2, *x.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 WeightEntry = tuple[WeightTransform, Sequence[str]]
-"""A tensor of the checkpoint and the names it may have there, the preferred one first."""
+"""A tensor of the checkpoint and its possible names there, in order of preference."""
 
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """Names of a layout.
+    """Names of tensors in a layout.
 
     Attributes:
-        hf_keys: Parameter or module of the model -> names it may have in the checkpoint, the preferred one first,
-            without the prefix. ``{}`` stands for an index, such as a layer's.
+        hf_keys: Parameter or module of the model -> possible names in the checkpoint, in order of preference, without
+            prefix. ``{}`` stands for an index, such as a layer's.
         prefix: Prefix of the backbone's names in a checkpoint that also holds a head.
-        head_prefixes: Prefixes of the names of heads, which never carry ``prefix``.
-        extra_patterns: Patterns of names (without prefix) of the layout that belong to no part of the model.
-        legacy_suffixes: Older endings of names and their present form.
+        head_prefixes: Prefixes of the heads' names, which never have ``prefix``.
+        extra_patterns: Patterns of names (without prefix) that the layout may have but the model does not use.
+        legacy_suffixes: Old suffix of a name -> its current form.
     """
 
     hf_keys: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -132,7 +132,7 @@ class KeyMapping:
     legacy_suffixes: Mapping[str, str] = field(default_factory=dict)
 
     def normalize_key(self, key: str) -> str:
-        """Return the name in ``hf_keys`` of a tensor in the checkpoint."""
+        """Return a checkpoint's name as in ``hf_keys``: without prefix, in its current form."""
         key = key.removeprefix(self.prefix)
         for old, new in self.legacy_suffixes.items():
             if key.endswith(old):
@@ -140,15 +140,15 @@ class KeyMapping:
         return key
 
     def is_extra(self, key: str) -> bool:
-        """Return whether a normalized name belongs to no part of the model."""
+        """Return whether the model does not use a normalized name of the layout."""
         return any(re.fullmatch(pattern, key) for pattern in self.extra_patterns)
 
     def has_any(self, names: Iterable[str], *prefixes: str) -> bool:
-        """Return whether a tensor in the checkpoint has a normalized name with one of these prefixes."""
+        """Return whether any normalized name has one of these prefixes."""
         return any(self.normalize_key(name).startswith(prefixes) for name in names)
 
     def candidate_keys(self, parameter_name: str) -> list[str]:
-        """Return the normalized names that a parameter of the model may have in the checkpoint."""
+        """Return the possible normalized names of a model's parameter in the checkpoint."""
         indices = re.findall(r"(?<=\.)\d+(?=\.|$)", parameter_name)
         pattern = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", parameter_name)
         module, _, leaf = pattern.rpartition(".")
@@ -160,5 +160,5 @@ class KeyMapping:
         return [f"{key.format(*indices)}.{leaf}" for key in self.hf_keys[module]]
 
     def entries(self, parameter_names: Iterable[str]) -> list[WeightEntry]:
-        """Return one entry for each parameter of the model."""
+        """Return one entry per parameter of the model."""
         return [(WeightTransform.from_slice(name), self.candidate_keys(name)) for name in parameter_names]

@@ -1,4 +1,4 @@
-"""Layout of Llama (Touvron et al. 2023), and of Mistral, Qwen 2 and Qwen 3, which differ in options alone."""
+"""Layout of Llama (Touvron et al. 2023), and of Mistral, Qwen 2 and Qwen 3, which differ only in options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LLAMA = KeyMapping(
         "embedding.weight": [EMBEDDING_KEY, LM_HEAD_KEY],
         "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
         "blocks.{}.attention.query": ["layers.{}.self_attn.q_proj"],
-        # Two keys: each has half of the rows.
+        # Two keys, with half of the rows each.
         "blocks.{}.attention.key_value": ["layers.{}.self_attn.k_proj", "layers.{}.self_attn.v_proj"],
         "blocks.{}.attention.out": ["layers.{}.self_attn.o_proj"],
         "blocks.{}.attention.query_norm": ["layers.{}.self_attn.q_norm"],
@@ -42,17 +42,17 @@ LLAMA = KeyMapping(
 
 @dataclass(frozen=True)
 class ConfigDefaults:
-    """Values of options that a config.json omits, and differences between the models.
+    """Defaults of options that config.json omits, and differences between the models.
 
     Attributes:
         vocab_size: Vocabulary size.
-        intermediate_size: Hidden width of the feed-forward part.
+        intermediate_size: Hidden dimension of the feed-forward layers.
         max_position_embeddings: Number of positions.
-        kv_heads: Key-value heads; None for as many as query heads.
-        head_dim: Head width; None for dim / heads.
+        kv_heads: Number of key-value heads; None for as many as query heads.
+        head_dim: Dimension of a head; None for dim / heads.
         sliding_windows: Returns each layer's window, or None for full attention, from the config and depth.
-        qkv_bias: If True, queries, keys and values have biases; None for ``attention_bias`` of the config, which then
-            holds for the output projection too.
+        qkv_bias: If True, queries, keys and values have biases. None uses the config's ``attention_bias``, which also
+            applies to the output projection.
         qk_norm: If True, queries and keys are normalized per head.
     """
 
@@ -67,7 +67,7 @@ class ConfigDefaults:
 
 
 def _mistral_sliding_windows(config: HFConfig, depth: int) -> list[int | None]:
-    # null disables the window; only a missing key has the default.
+    # null disables the window; the default applies only if the key is missing.
     if "sliding_window" in config.values and config.values["sliding_window"] is None:
         return [None] * depth
     return [config.get_int("sliding_window", 4096)] * depth
@@ -103,9 +103,9 @@ CONFIG_DEFAULTS = {
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Return the decoder of a folder; raises CheckpointError if an option or a tensor does not fit.
+    """Build the decoder of a folder; raises CheckpointError if an option or a tensor does not fit.
 
-    ``window`` is the number of exact positions seen. Defaults to the trained length, at most 4096.
+    ``window`` is the number of exact positions visible. Defaults to the trained length, at most 4096.
     """
     config = HFConfig(hf_checkpoint.config)
     defaults = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]

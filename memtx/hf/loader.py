@@ -1,7 +1,7 @@
-"""Hugging Face folders loaded into models, all or nothing, and written back byte for byte.
+"""Load Hugging Face folders into models, all or nothing, and write them back byte for byte.
 
-The model is built with uninitialized weights, every name and shape is compared, and only then each tensor is read to
-its destination: memory never holds more than the weights and a chunk of one tensor.
+A model is built with uninitialized weights, every name and shape is checked, and only then is each tensor read to its
+destination, so memory never holds more than the weights and a chunk of one tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from memtx.hf.layout import KeyMapping, WeightEntry, WeightTransform
 
 ModelT = TypeVar("ModelT", bound=PretrainedModel)
 
-# model_type is the one name that stands for a class here: the format is not ours.
+# Only here does a short name, model_type, select a class: Hugging Face defines the format.
 ENCODERS = {
     "bert": "memtx.hf.bert:build_bert",
     "big_bird": "memtx.hf.sparse_encoders:build_bigbird",
@@ -57,32 +57,32 @@ MODEL_TYPES = ENCODERS | DECODERS
 
 
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
-    """Return whether ``path`` is a folder in a layout of ``transformers``, of any ``model_type``."""
+    """Return whether ``path`` is a folder in a ``transformers`` layout, with any ``model_type``."""
     return (Path(path) / CONFIG_FILE).is_file() and "model_type" in read_config(path)[1]
 
 
 def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedModel:
-    """Load a Hugging Face folder: a model in eval mode, on the CPU, in the dtype of its weights.
+    """Load a Hugging Face folder as a model in eval mode, on the CPU, in the dtype of its weights.
 
     Args:
         path: Folder with config.json and model.safetensors or pytorch_model.bin.
-        window: Exact positions seen by a decoder. Defaults to its trained length, at most 4096. Layers trained with a
-            narrower window keep it.
+        window: Number of exact positions visible to a decoder. Defaults to its trained length, at most 4096. Layers
+            trained with a narrower window keep it.
 
     Raises:
-        CheckpointError: The folder is missing, damaged, of an unknown ``model_type``, or has tensors that are missing,
+        CheckpointError: The folder is missing or damaged, its ``model_type`` is unknown, or tensors are missing,
             unknown or of another shape; the error names all of them.
         MemtxError: ``window`` is given for a model that is not a decoder.
     """
     model_type = str(read_config(path)[1].get("model_type"))
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
-            f"'{path}' has model_type '{model_type}', known are {', '.join(sorted(MODEL_TYPES))}."
+            f"'{path}' has model_type '{model_type}', expected one of {', '.join(sorted(MODEL_TYPES))}."
             f"{closest_match(model_type, MODEL_TYPES)}",
-            "Give a checkpoint of one of these.",
+            "Give a checkpoint of a supported type.",
         )
     if window is not None and model_type not in DECODERS:
-        raise MemtxError(f"window ({window}) is given, but '{path}' is no Hugging Face decoder.", "Remove window.")
+        raise MemtxError(f"window ({window}) is given, but '{path}' is not a Hugging Face decoder.", "Remove window.")
     module, _, function = MODEL_TYPES[model_type].partition(":")
     build = getattr(importlib.import_module(module), function)
     options = {"window": window} if model_type in DECODERS else {}
@@ -91,13 +91,13 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
 
 @dataclass(frozen=True)
 class HFOrigin:
-    """Everything beside the weights that :func:`save` needs to write a model back.
+    """Everything besides the weights that :func:`save` needs to write a model back.
 
     Attributes:
         config_text: Text of config.json.
         transforms: Name in the checkpoint -> the model's tensors stored under it.
         dtypes: Name in the checkpoint -> dtype on disk.
-        extra_tensors: Tensors that belong to no part of the model, by name.
+        extra_tensors: Tensors that the model does not use, by name.
     """
 
     config_text: str
@@ -112,13 +112,13 @@ def load_weights(
     mapping: KeyMapping,
     build_entries: Callable[[Mapping[str, Tensor]], Sequence[WeightEntry]] | None = None,
 ) -> ModelT:
-    """Return a model with the weights of a folder, in their dtype and in eval mode.
+    """Build a model and load the weights of a folder, in their dtype and in eval mode.
 
     Args:
         model_factory: Returns the model; its random initialization is skipped.
-        hf_checkpoint: The folder.
+        hf_checkpoint: Content of the folder.
         mapping: Names of the layout.
-        build_entries: Returns the correspondence of the tensors, given the model's. Defaults to ``mapping.entries``.
+        build_entries: Returns the checkpoint's entries, given the model's tensors. Defaults to ``mapping.entries``.
 
     Raises:
         CheckpointError: Tensors are missing, unknown or of another shape or dtype; the error names all of them.
@@ -150,7 +150,7 @@ def _match_tensors(
     entries: Sequence[WeightEntry],
     weights: Mapping[str, Tensor],
 ) -> tuple[dict[str, WeightTransform], dict[str, WeightTransform], dict[str, LazyTensor]]:
-    """Return the tensors to read, those to write back, and the extra ones, each by name in the checkpoint.
+    """Return the tensors to read, to write back, and to keep unused, each by name in the checkpoint.
 
     ``names`` maps normalized names to names in the checkpoint. Raises CheckpointError if anything does not fit.
     """
@@ -165,7 +165,7 @@ def _match_tensors(
         ]
         sources[first] = transform
         for name in others:
-            # Equal values under two names are one weight; other values are a tensor that the model does not use.
+            # Equal values under two names are one weight; a tensor with other values is unused.
             if tensors_equal(tensors[name], tensors[first]):
                 duplicates[name] = transform
             else:
@@ -185,7 +185,7 @@ def _match_tensors(
     ]
     if problems:
         message = f"'{hf_checkpoint.path}' {'; '.join(problems)}."
-        raise CheckpointError(message, "Its config.json and weights do not belong together.")
+        raise CheckpointError(message, "Use the config.json that belongs to these weights.")
     extra = {name: tensors[name] for name in names.values() if name in extra_names}
     return sources, transforms, extra
 
@@ -193,9 +193,9 @@ def _match_tensors(
 def has_tied_weights(
     hf_checkpoint: HFCheckpoint, mapping: KeyMapping, head: str, embedding: str, *, default: bool = True
 ) -> bool:
-    """Return whether a head shares the embedding's weights: the config ties them and the folder does not contradict.
+    """Return whether a head shares the embedding's weights: the config ties them and stored values do not differ.
 
-    ``head`` and ``embedding`` are normalized names of weights, ``default`` replaces a missing ``tie_word_embeddings``.
+    ``head`` and ``embedding`` are normalized names of weights; ``default`` replaces a missing ``tie_word_embeddings``.
     """
     if not HFConfig(hf_checkpoint.config).get_bool("tie_word_embeddings", default):
         return False
@@ -206,12 +206,12 @@ def has_tied_weights(
 def save(
     model: PretrainedModel, path: str | os.PathLike[str], *, layout: str | os.PathLike[str] | None = None
 ) -> list[str]:
-    """Write a model's present weights into a folder in a Hugging Face layout, with the layout's config.json unchanged.
+    """Write a model's current weights to a folder in a Hugging Face layout, with the layout's config.json unchanged.
 
     Args:
-        model: The model, with LoRA adapters merged.
-        path: Folder; its config.json and model.safetensors are replaced.
-        layout: Hugging Face folder of a model of equal shape. Defaults to the one that ``model`` was loaded from.
+        model: Model to save; LoRA adapters are merged.
+        path: Folder to write to; its config.json and model.safetensors are replaced.
+        layout: Hugging Face folder of a model with equal shapes. Defaults to the folder ``model`` was loaded from.
 
     Returns:
         Names of the model's weights that the layout cannot hold, such as those of added memories.
@@ -223,7 +223,7 @@ def save(
     template: PretrainedModel = model
     if layout is not None:
         if not is_hf_folder(layout):
-            raise CheckpointError(f"'{layout}' is no Hugging Face folder.", "Give the one that training started from.")
+            raise CheckpointError(f"'{layout}' is not a Hugging Face folder.", "Give the one training started from.")
         template = load(layout)
     origin = template.hf_origin
     if not isinstance(origin, HFOrigin):
@@ -234,16 +234,16 @@ def save(
     actual = {name: tuple(weights[name].shape) for name in expected if name in weights}
     if layout is not None and (problems := describe_mismatches(expected, actual)):
         message = f"The model does not have the layout of '{layout}': it {'; it '.join(problems[:3])}."
-        raise CheckpointError(message, "Give the folder that training started from.")
+        raise CheckpointError(message, "Give the folder training started from.")
     tensors = {name: source.export(weights).to(origin.dtypes[name]) for name, source in origin.transforms.items()}
     write_checkpoint(path, origin.config_text, {**origin.extra_tensors, **tensors})
-    # By address: tied weights have several names.
+    # Compared by address, since tied weights have several names.
     stored = {weights[part.name].data_ptr() for source in origin.transforms.values() for part in source.slices}
     return sorted(name for name, tensor in weights.items() if tensor.data_ptr() not in stored)
 
 
 _INIT_FUNCTIONS = {
-    # Both forms: some functions of nn.init dispatch as themselves.
+    # Both forms, since some functions of nn.init dispatch as themselves.
     *(Tensor.normal_, Tensor.uniform_),
     *(nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_),
 }

@@ -41,7 +41,7 @@ REFORMER = KeyMapping(
 
 
 def build(hf_checkpoint: HFCheckpoint) -> Reformer:
-    """Return the Reformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    """Build the Reformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     model_factory = partial(
         Reformer,
@@ -87,7 +87,7 @@ def _build_attentions(config: HFConfig) -> list[Callable[[int, int, bool], Refor
     }
     kinds = config.get("attn_layers", ["local", "lsh"] * 3)
     if unknown := [kind for kind in kinds if kind not in factories]:
-        message = f"config.json has attn_layers = {unknown[0]!r}, known are 'local', 'lsh'."
+        message = f"config.json has attn_layers = {unknown[0]!r}, expected 'local' or 'lsh'."
         raise CheckpointError(message, "Restore config.json.")
     return [factories[kind] for kind in kinds]
 

@@ -48,14 +48,14 @@ LONGFORMER = KeyMapping(
 
 
 def build_longformer(hf_checkpoint: HFCheckpoint) -> Encoder:
-    """Return the Longformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    """Build the Longformer of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     depth = config.get_int("num_hidden_layers", 12)
     windows = config.get_ints("attention_window", depth, 512, min_value=2)
     if odd_windows := [window for window in windows if window % 2]:
         message = f"config.json has attention_window = {odd_windows[0]}, expected even numbers."
         raise CheckpointError(message, "Restore config.json.")
-    # Written by the authors' code; transformers has no dilated windows.
+    # Written by the authors' code; transformers does not have dilated windows.
     dilations = config.get_ints("attention_dilation", depth, 1)
     dropout = config.get_float("attention_probs_dropout_prob", 0.1)
     return build_encoder(
@@ -81,7 +81,7 @@ BIGBIRD = KeyMapping(
 
 
 def build_bigbird(hf_checkpoint: HFCheckpoint) -> Encoder:
-    """Return the Big Bird of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    """Build the Big Bird of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     config.require("is_decoder", False, "decoders of this layout")
     return build_encoder(

@@ -13,7 +13,7 @@ from memtx.models.transformer_xl import TransformerXL
 HEAD_PREFIXES = ("crit.",)
 
 HF_KEYS = {
-    # The softmax's own names come second: its weights are the embedding's if the two are tied.
+    # The softmax's names come second: if tied, its weights are the embedding's.
     "embedding.tables.{}.weight": ["word_emb.emb_layers.{}.weight", "crit.out_layers.{}.weight"],
     "embedding.projections.{}": ["word_emb.emb_projs.{}", "crit.out_projs.{}"],
     "blocks.{}.attention.query_key_value": ["layers.{}.dec_attn.qkv_net"],
@@ -34,7 +34,7 @@ HF_KEYS = {
 
 
 def build(hf_checkpoint: HFCheckpoint) -> TransformerXL:
-    """Return the Transformer-XL of a folder; raises CheckpointError if an option or a tensor does not fit."""
+    """Build the Transformer-XL of a folder; raises CheckpointError if an option or a tensor does not fit."""
     config = HFConfig(hf_checkpoint.config)
     config.require("attn_type", 0, "absolute and learned positions")
     if config.get("sample_softmax", -1) != 0:
@@ -86,7 +86,7 @@ def build(hf_checkpoint: HFCheckpoint) -> TransformerXL:
 def _build_key_mapping(depth: int, num_clusters: int, has_single_table: bool) -> KeyMapping:
     hf_keys = dict(HF_KEYS)
     for name, hf_name in (("content_bias", "r_w_bias"), ("position_bias", "r_r_bias")):
-        # Biases that all layers share may be stored with each layer as well.
+        # Biases shared by all layers may also be stored with each layer.
         hf_keys[name] = [hf_name, *(f"layers.{layer}.dec_attn.{hf_name}" for layer in range(depth))]
     if has_single_table:
         projections = [f"crit.out_projs.{cluster}" for cluster in range(num_clusters)]

@@ -1,4 +1,4 @@
-"""Scoring segments of several streams in one call, and the choice of segments that share a call."""
+"""Score segments of several streams in one call, and select the segments that share a call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from memtx.ops.cross_entropy import IGNORE_INDEX
 from memtx.state import MemoryState
 
 CPU_CALL_COST_TOKENS = 32
-"""Number of tokens that cost as much compute as the overhead of a call on a CPU: more padding to save a call does not
-pay. Measured at 2.4 M parameters with one thread: 2 to 3 ms per call, 0.06 ms per token."""
+"""Number of tokens that cost as much as the overhead of a call on a CPU: more padding to save a call does not pay off.
+Measured with 2.4 M parameters and one thread: 2 to 3 ms per call, 0.06 ms per token."""
 
 MAX_PADDING_RATIO = 0.5
-"""Largest padding on an accelerator, as a fraction of the oldest segment: there a call costs more than its tokens."""
+"""Maximum padding on an accelerator, where calls cost more than tokens, as a fraction of the oldest segment."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class ScoreOutput:
     """The model's output for one request.
 
     Attributes:
-        state: Next state of the stream; the request's own state if it was to be discarded.
+        state: Next state of the stream; the request's state if ``discard_state``.
         nll: ``(length,)`` float32, negative log-likelihood of each label in nats.
-        top_tokens: If requested, ``(length, num_logprobs)`` int64, most likely tokens per position, descending.
+        top_tokens: If requested, ``(length, num_logprobs)`` int64, most likely tokens per position, best first.
         top_logprobs: If requested, ``(length, num_logprobs)`` float32, their log-probabilities in nats.
         hidden_states: If requested, ``(length, dim)`` float32, output of the last layer at each input token.
     """
@@ -71,10 +71,10 @@ def accepts_padding(model: RecurrentLanguageModel) -> bool:
 
 @torch.inference_mode()
 def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreRequest]) -> list[ScoreOutput]:
-    """Score one segment of each of several streams in one call of a model in eval mode.
+    """Score the next segments of several streams in one call of a model in eval mode.
 
-    Outputs equal those of a call for each request alone, up to rounding. All requests have the same output options. If
-    the model does not support padding, only segments with ``discard_state`` may be shorter than the longest.
+    Outputs equal those of separate calls, up to rounding. All requests must have the same output options. If the model
+    does not support padding, only segments with ``discard_state`` may be shorter than the longest.
     """
     first, lengths = requests[0], [len(request.tokens) for request in requests]
     device = first.state.position.device
@@ -118,12 +118,12 @@ def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreReques
 
 
 def default_batch_tokens(is_cpu: bool) -> int:
-    """Return the default limit of tokens per call; on a CPU larger calls only add latency."""
+    """Return the default maximum number of tokens per call; on a CPU, larger calls only add latency."""
     return 1024 if is_cpu else 4096
 
 
 def padding_limit(length: int, is_cpu: bool) -> int:
-    """Return how much the lengths in one call may differ, in tokens; ``length`` is that of the oldest segment."""
+    """Return the maximum difference of lengths in a call, in tokens; ``length`` is that of the oldest segment."""
     return CPU_CALL_COST_TOKENS if is_cpu else int(MAX_PADDING_RATIO * length)
 
 
@@ -133,9 +133,9 @@ def select_batch(
     """Return the ascending indices of the requests to score in one call.
 
     Args:
-        requests: At least one request, the oldest first; the oldest is always selected, so that none starves.
-        max_tokens: Limit of tokens in the padded batch; a single longer segment is still allowed.
-        max_padding: Limit of the difference in length, in tokens.
+        requests: One or more requests, oldest first; the oldest is always selected, so that none starves.
+        max_tokens: Maximum number of tokens in the padded batch; a single segment may exceed it.
+        max_padding: Maximum difference in length, in tokens.
         supports_padding: If False, only segments with ``discard_state`` may be padded.
     """
     first, selected = requests[0], [0]

@@ -14,16 +14,16 @@ from memtx.inference.reader import SegmentResult, nats_to_bits_per_byte
 MAX_HEADING_CHARS = 80
 
 MAX_LINE_BYTES = 4 * MAX_HEADING_CHARS + 4
-"""Bytes of a line that are stored: more than any heading has."""
+"""Maximum number of bytes stored of a line: more than any heading has."""
 
 MIN_CHAPTER_TOKENS = 200
-"""A heading within fewer tokens after another is its subtitle, or part of a table of contents."""
+"""A heading that follows another within fewer tokens is its subtitle, or part of a table of contents."""
 
 _NUMBER_WORDS = (
     "one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second|third|fourth|fifth|sixth|seventh|"
     "eighth|ninth|tenth|last|(?:thir|four|fif|six|seven|eigh|nine)teen|(?:twenty|thirty|forty|fifty)(?:-[a-z]+)?"
 )
-# The text after the number must not continue as a sentence: "Part I have kept" is no heading.
+# The text after the number must not continue as a sentence: "Part I have kept" is not a heading.
 _HEADING = re.compile(
     r"(?:CHAPTER|Chapter|BOOK|Book|PART|Part|CANTO|Canto|LETTER|Letter|STAVE|Stave|ACT|Act|VOLUME|Volume)\s+"
     rf"(?:[IVXLCDM]+|\d{{1,3}}|(?i:the\s+)?(?i:{_NUMBER_WORDS}))"
@@ -32,13 +32,13 @@ _HEADING = re.compile(
 
 
 def is_heading(line: str) -> bool:
-    """Return whether a line is the heading of a chapter: a word such as CHAPTER, then a number."""
+    """Return whether a line is a chapter heading: a word such as CHAPTER, then a number."""
     return len(line) <= MAX_HEADING_CHARS and _HEADING.fullmatch(line.strip(" _*\r\t")) is not None
 
 
 @dataclass(frozen=True)
 class BookSection:
-    """Scores of one part of a book: its heading, if any, the position of its first token, and sums (nll in nats)."""
+    """Scores of a part of a book: its heading, if any, position of its first token, and sums (nll in nats)."""
 
     title: str = ""
     start: int = 0
@@ -52,7 +52,7 @@ class BookSection:
         return nats_to_bits_per_byte(self.nll, self.num_bytes)
 
     def with_tokens(self, result: SegmentResult, start: int, end: int) -> BookSection:
-        """Return the section extended by the tokens of a segment from ``start`` up to ``end``."""
+        """Return the section extended by the tokens [start, end) of a segment."""
         nll = float(result.nll[start:end].sum(dtype=np.float64))
         num_bytes = sum(map(len, result.token_bytes[start:end]))
         first = self.start if self.num_tokens else result.start + start
@@ -64,9 +64,9 @@ class BookSection:
 
 
 class ChapterSplitter:
-    """Splits the results of a reader into chapters as they arrive.
+    """Splits a reader's results into chapters as they arrive.
 
-    The line of a heading, and the token with its line break, belong to the chapter that it begins.
+    A heading's line, including the token with its line break, belongs to the chapter that it begins.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class ChapterSplitter:
         for end in (*breaks, len(token_bytes)):
             self._line_section = self._line_section.with_tokens(result, start, min(end + 1, len(token_bytes)))
             head, newline, tail = b"".join(token_bytes[start : end + 1]).partition(b"\n")
-            # Longer lines are no headings, so a line of any length takes constant memory.
+            # Longer lines are not headings, so a line of any length takes constant memory.
             self._line_bytes = (self._line_bytes + head)[:MAX_LINE_BYTES]
             if newline:
                 yield from self._end_line()
@@ -107,12 +107,12 @@ class ChapterSplitter:
         return chapter
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the text, JSON-serializable."""
+        """Return the state as JSON-serializable values."""
         line = self._line_bytes.decode("latin-1")
         return {"chapter": asdict(self.chapter), "line": line, "line_section": asdict(self._line_section)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from the position of a :meth:`state_dict`."""
+        """Restore the state from :meth:`state_dict`."""
         self.chapter = BookSection(**state_dict["chapter"])
         self._line_section = BookSection(**state_dict["line_section"])
         self._line_bytes = str(state_dict["line"]).encode("latin-1")

@@ -1,4 +1,4 @@
-"""Deadlines of requests, as times of ``time.monotonic``, and the errors that end a request early."""
+"""Request deadlines, in ``time.monotonic`` seconds, and errors that end a request early."""
 
 from __future__ import annotations
 

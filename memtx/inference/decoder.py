@@ -1,6 +1,6 @@
-"""Token-by-token decoding in place: copies a state into key-value buffers of fixed shape and steps in them.
+"""Token-by-token decoding in place: a state is copied into key-value buffers of fixed shape, which each step updates.
 
-On a GPU a step is captured as a CUDA graph and replayed. New streams are appended; full buffers double.
+On a GPU, a step is captured as a CUDA graph and replayed. New streams are appended; full buffers double in size.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from memtx.state import MemoryState
 
 
 class Decoder:
-    """Decodes a batch of streams one token at a time; equals calls of the model with one token, up to rounding.
+    """Decodes a batch of streams one token at a time; equals calling the model with one token, up to rounding.
 
-    The streams may be at different positions, and may join and leave between steps. A model without rings is called
+    Streams may be at different positions, and may join and leave between steps. A model without rings is called
     instead.
 
     Args:
         model: Language model; a module is put into eval mode.
-        state: State to start from; it is left unchanged.
+        state: Initial state; it is left unchanged.
         torch_compile: If True, or a backend of ``torch.compile``, compile the step: once for steps that compress a
-            block and once for the others.
+            block, and once for all others.
         use_cuda_graph: If True, capture the step as a CUDA graph. Defaults to True on a GPU, unless compiled.
 
     Raises:
@@ -47,7 +47,7 @@ class Decoder:
             model.eval()
         self.model = model
         self._rings: list[KVRing] = []
-        # Exactly one of them is None: the content is in the state or in the rings of the model.
+        # Exactly one of the two is None: streams are held as a state or in the model's rings.
         self._state: MemoryState | None = state
         self._ring_model: MemoryTransformer | None = None
         with torch.inference_mode():
@@ -55,7 +55,7 @@ class Decoder:
             if isinstance(model, MemoryTransformer) and (rings := model.to_rings(state)) is not None:
                 self._ring_model, self._rings, self._state = model, rings, None
         self._capacity = state.batch_size
-        # Mirrored on the host, so that no step waits for the device.
+        # A copy on the host, so that no step waits for the device.
         self._host_positions: list[int] = state.position.tolist()
         self._layouts: list[RingLayout] = list(dict.fromkeys(ring.layout for ring in self._rings))
         self._torch_compile = torch_compile
@@ -88,7 +88,7 @@ class Decoder:
 
     @torch.inference_mode()
     def append(self, state: MemoryState) -> None:
-        """Add the streams of ``state``, which is left unchanged, after the others."""
+        """Append the streams of ``state``, which is left unchanged."""
         if self._ring_model is None:
             self._state = MemoryState.concat([self.state, state])
         else:
@@ -104,7 +104,7 @@ class Decoder:
 
     @torch.inference_mode()
     def select(self, indices: Sequence[int]) -> None:
-        """Keep the streams of these indices in this order; a stream that keeps its index is not copied.
+        """Keep the streams at ``indices``, in this order; a stream that keeps its index is not copied.
 
         Raises:
             MemtxError: An index is out of range or occurs twice.
@@ -131,7 +131,7 @@ class Decoder:
 
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Tensor:
-        """Read one token of every stream, ``(batch,)`` int64, and return the ``(batch, vocab)`` logits of the next.
+        """Read one token per stream, ``(batch,)`` int64, and return the logits of the next, ``(batch, vocab)``.
 
         Raises:
             MemtxError: ``tokens`` has another shape.
@@ -150,7 +150,7 @@ class Decoder:
         evicting = frozenset(layout for layout in self._layouts if any(map(layout.evicts_block, self._host_positions)))
         padded_size = batch_size
         if self._use_cuda_graph or self._torch_compile:
-            # A step is captured or compiled for each batch size: few sizes, so powers of two.
+            # A step is captured or compiled per batch size, so only powers of two are used.
             padded_size = min(1 << (batch_size - 1).bit_length(), self._capacity)
         if padded_size > batch_size:
             tokens = nn.functional.pad(tokens, (0, padded_size - batch_size))
@@ -161,7 +161,7 @@ class Decoder:
         return logits[:batch_size]
 
     def _build_step(self, evicting_layouts: frozenset[RingLayout], tokens: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return a step in which rings of these layouts evict a block."""
+        """Build a step in which rings with these layouts evict a block."""
         model = self._ring_model
         assert model is not None
         rings, position = [ring.narrow(len(tokens)) for ring in self._rings], self._position[: len(tokens)]
@@ -182,7 +182,7 @@ class Decoder:
 def _capture_graph(
     step_fn: Callable[[Tensor], Tensor], tokens: Tensor, buffers: list[Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """Capture a step as a CUDA graph; the buffers, which the warmup overwrites, are restored."""
+    """Capture a step as a CUDA graph; the buffers that the warmup overwrites are restored."""
     saved = [buffer.clone() for buffer in buffers]
     static_tokens, graph = tokens.clone(), torch.cuda.CUDAGraph()
     side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
-"""Engine: one thread that runs the model for many streams, with continuous batching (Yu et al. 2022, section 3).
+"""Engine: one thread that runs a model for many streams, with continuous batching (Yu et al. 2022, section 3).
 
-Pending segments are scored in one call, and running generations advance in one decoding step. A segment is never split
+Pending segments are scored in one call, and running generations advance in one decoding step. Segments are never split
 to fit a batch, so each stream is read as it would be alone; shorter segments are padded if the model allows it.
 """
 
@@ -34,22 +34,22 @@ from memtx.state import MemoryState
 
 BATCH_WAIT_SECONDS = 0.002
 """Time for the streams of the last call to submit their next segments, so that the first to wake is not scored alone.
-Far shorter than a call of a useful model."""
+It is far shorter than a call of a useful model."""
 
 WAIT_CREDIT = 0.8
-"""Fraction of a segment's waiting time by which the next segment of the text is advanced in the queue. At 0 a text
-would queue again for every segment; at 1 new requests would wait for all long texts being read. At 0.8 they wait for at
-most 1 / (1 - 0.8) segments of each."""
+"""Fraction of a segment's waiting time that is credited to the next segment of its text. At 0, a text would queue again
+for every segment; at 1, new requests would wait for all long texts being read. At 0.8, they wait for at most
+1 / (1 - 0.8) segments of each."""
 
 QueueItem = TextDelta | BaseException | None
-"""Output of a generation: text, an error, which is the last item, or None at the end."""
+"""Output of a generation: text, then None at the end; an error ends it too."""
 
 OutputFn = Callable[[QueueItem], object]
-"""Receives the output of a generation in the engine's thread; must not block."""
+"""Receives the output of a generation on the engine's thread; must not block."""
 
 
 class Generation:
-    """A text being generated: an iterator over its parts, for one thread; ``token_generator`` chooses the tokens."""
+    """A text being generated: an iterator over its parts, for one thread. ``token_generator`` chooses the tokens."""
 
     def __init__(self, token_generator: TokenGenerator, deadline: float | None, on_output: OutputFn | None) -> None:
         self.token_generator, self.deadline = token_generator, deadline
@@ -58,11 +58,11 @@ class Generation:
         self.on_output: OutputFn = on_output or self._queue.put
 
     def cancel(self) -> None:
-        """End the text before its next token; can be called from any thread."""
+        """Stop before the next token; can be called from any thread."""
         self.is_cancelled = True
 
     def finish_cancelled(self, error: BaseException | None = None) -> None:
-        """Report the end of the text without its completion; called by the engine."""
+        """Report that the text ends incomplete, with an optional error; called by the engine."""
         self.token_generator.finish_reason = "cancelled"
         self.on_output(error)
 
@@ -70,27 +70,27 @@ class Generation:
         """Yield the parts of the text as they are generated.
 
         Raises:
-            DeadlineExceededError: The deadline has passed; the generation is cancelled.
+            DeadlineExceededError: The deadline passed; the generation is cancelled.
             MemtxError: The logits were not finite, or the engine was closed.
         """
         try:
             while True:
                 try:
-                    item = self._queue.get(timeout=remaining_seconds(self.deadline))
+                    output = self._queue.get(timeout=remaining_seconds(self.deadline))
                 except queue.Empty:
                     continue  # remaining_seconds raises next.
-                if item is None:
+                if output is None:
                     return
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+                if isinstance(output, BaseException):
+                    raise output
+                yield output
         finally:
             self.cancel()
 
 
 @dataclass(frozen=True)
 class PendingSegment:
-    """A segment waiting to be scored; the one with the earliest ``arrival_time`` (``time.monotonic``) is next."""
+    """A segment waiting to be scored; the earliest ``arrival_time`` (``time.monotonic``) is scored next."""
 
     request: ScoreRequest
     arrival_time: float
@@ -98,11 +98,11 @@ class PendingSegment:
 
 
 class Engine:
-    """Runs a model for many streams at once; ``counters`` are calls of each kind, and the segments and tokens in them.
+    """Runs a model for many streams at once; ``counters`` counts calls, and the segments and tokens in them.
 
     Args:
         model: Model in eval mode; nothing else may use it while the engine runs.
-        max_batch_size: Maximum number of texts generated at once; more wait.
+        max_batch_size: Maximum number of texts generated at once; others wait.
         max_batch_tokens: Maximum number of tokens scored in one call, unless a single segment is longer. Defaults to a
             value for the model's device.
     """
@@ -122,7 +122,7 @@ class Engine:
         self._running: list[Generation] = []
         self._decoder: Decoder | None = None
         self._last_batch_size = 1
-        # Compute time that scoring took beyond its share.
+        # Compute time that scoring used beyond its share.
         self._scoring_excess_seconds = 0.0
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="memtx-engine", daemon=True)
@@ -139,9 +139,9 @@ class Engine:
         return len(self._running)
 
     def make_score_fn(self, deadline: float | None = None) -> Callable[[ScoreRequest], ScoreOutput]:
-        """Return a blocking function that scores segments of one text in order, batched with those of other streams.
+        """Return a blocking function that scores the segments of one text in order, batched with other streams.
 
-        It raises DeadlineExceededError after ``deadline``, a time of ``time.monotonic``, and ClosedError.
+        It raises DeadlineExceededError after ``deadline`` (``time.monotonic``), and ClosedError.
         """
         arrival_time: float | None = None
 
@@ -172,9 +172,9 @@ class Engine:
         deadline: float | None = None,
         on_output: OutputFn | None = None,
     ) -> Generation:
-        """Start to generate a text from a state of batch size 1; returns at once.
+        """Start generating a text from a state of batch size 1; return immediately.
 
-        ``on_output`` receives the output instead of the generation's own iterator, which ends at ``deadline``.
+        ``on_output``, if given, receives the output instead of the returned iterator, which raises at ``deadline``.
 
         Raises:
             ClosedError: The engine is closed.
@@ -213,7 +213,7 @@ class Engine:
                 num_segments, num_texts = len(self._pending_segments), len(self._waiting) + len(self._running)
                 batch = self._next_batch() if self._scoring_excess_seconds <= 0 or not num_texts else []
             start = time.perf_counter()
-            # Every pending segment and every text has the same claim to compute time.
+            # Every pending segment and every text gets an equal share of compute time.
             text_share = num_texts / max(num_segments + num_texts, 1)
             if batch:
                 self._last_batch_size = len(batch)
@@ -230,7 +230,7 @@ class Engine:
             generation.on_output(error)
 
     def _next_batch(self) -> list[PendingSegment]:
-        """Remove and return the oldest pending segment and those scored with it."""
+        """Remove and return the oldest pending segment and the segments to score with it."""
         pending = [segment for segment in self._pending_segments if not segment.future.cancelled()]
         pending.sort(key=lambda segment: segment.arrival_time)
         selected: list[int] = []
@@ -245,7 +245,7 @@ class Engine:
     def _score_batch(self, batch: list[PendingSegment]) -> None:
         try:
             outputs = score_segments(self.model, [segment.request for segment in batch])
-        except Exception as error:  # Raised in the callers; the thread goes on.
+        except Exception as error:  # Raised in the callers; the thread continues.
             for segment in batch:
                 segment.future.set_exception(error)
             return
@@ -274,7 +274,7 @@ class Engine:
             self._advance(generation, token_logits)
 
     def _update_running(self) -> None:
-        """Remove the streams of finished and cancelled texts, and add those of waiting ones."""
+        """Remove finished and cancelled texts from the batch and add waiting ones."""
         indices = []
         for index, generation in enumerate(self._running):
             if generation.token_generator.finish_reason is None and not generation.is_cancelled:
@@ -302,7 +302,7 @@ class Engine:
     def _advance(self, generation: Generation, logits: torch.Tensor) -> None:
         try:
             delta = generation.token_generator.advance(logits)
-        except Exception as error:  # Fails this text alone.
+        except Exception as error:  # Only this text fails.
             generation.finish_cancelled(error)
             return
         if delta.text or delta.token_logprobs:
@@ -312,7 +312,7 @@ class Engine:
 
 
 def _compact_order(indices: list[int]) -> list[int]:
-    """Return the ascending indices in an order that moves few streams: those at the end fill the gaps."""
+    """Reorder ascending indices so that few streams move: those at the end fill the gaps."""
     remaining = set(indices)
     moved = iter([index for index in indices if index >= len(indices)])
     return [index if index in remaining else next(moved) for index in range(len(indices))]

@@ -1,4 +1,4 @@
-"""Text generation: continues a text from a reader's state, so that a text is never read twice."""
+"""Text generation: continues a text from a reader's state, so that no text is read twice."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from memtx.inference.sampling import SamplingParams, sample_token
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
 REPETITION_WINDOW = 256
-"""Newest tokens subject to the repetition penalty; fixed, so that the cost of a token is constant."""
+"""Number of recent tokens subject to the repetition penalty; fixed, so that the cost per token is constant."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""Stop string, maximum number of tokens, or cancelled."""
+"""Reason: a stop string, the maximum number of tokens, or cancellation."""
 
 
 class StopFilter:
-    """Passes text up to the first stop string, of which none may be empty, and holds back text that may begin one."""
+    """Passes text up to the first stop string and holds back text that may begin one; no stop string may be empty."""
 
     def __init__(self, stop_strings: Sequence[str]) -> None:
         if "" in stop_strings:
@@ -39,7 +39,7 @@ class StopFilter:
         self._buffer = ""
 
     def feed(self, text: str) -> str:
-        """Return the text that is safe to show after ``text``; set ``is_stopped`` at a complete stop string."""
+        """Add ``text`` and return text that is safe to show; set ``is_stopped`` at a complete stop string."""
         self._buffer += text
         stops = [index for stop in self.stop_strings if (index := self._buffer.find(stop)) >= 0]
         if stops:
@@ -54,19 +54,19 @@ class StopFilter:
         return visible
 
     def finish(self) -> str:
-        """Return the text held back: no stop string can follow."""
+        """Return the text held back, since no more text follows."""
         visible, self._buffer = self._buffer, ""
         return visible
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of one token of a text.
+    """Log-probability of a token.
 
     Attributes:
         logprob: Log-probability in nats, before temperature and filters.
-        top_logprobs: Ids and log-probabilities of the most likely tokens at its position, in descending order.
-        text_offset: Number of complete characters before it.
+        top_logprobs: Ids and log-probabilities of the most likely tokens at its position, best first.
+        text_offset: Number of complete characters before the token.
     """
 
     token: int
@@ -77,7 +77,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """Complete characters of a generated text, and log-probabilities of the tokens that begin in it, if requested."""
+    """Complete characters of a generated text and, if requested, log-probabilities of the tokens that begin in them."""
 
     text: str = ""
     token_logprobs: tuple[TokenLogprob, ...] = ()
@@ -85,7 +85,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Options of one generated text; those not listed are as in :func:`generate`.
+    """Options of one generated text; see :func:`generate` for the others.
 
     Attributes:
         logprobs: Number of most likely tokens to return with each token. None disables log-probabilities.
@@ -105,7 +105,7 @@ class GenerationConfig:
             if value is not None and value < 0:
                 raise MemtxError(f"{name} is {value}, expected at least 0.")
         if not -(2**63) <= self.seed < 2**64:
-            raise MemtxError(f"seed is {self.seed}, expected a number of 64 bits.")
+            raise MemtxError(f"seed is {self.seed}, expected a 64-bit integer.")
         StopFilter(self.stop)
 
 
@@ -113,9 +113,9 @@ class TokenGenerator:
     """Turns the logits of one stream into tokens and text; it does not call the model.
 
     Attributes:
-        next_token: Token for the model to read next; at first ``last_token``, the newest of the text.
-        num_generated: Number of tokens so far.
-        finish_reason: Reason why the text ended; None while it continues.
+        next_token: Token for the model to read next; initially ``last_token``, the last token of the text.
+        num_generated: Number of tokens generated so far.
+        finish_reason: Reason for the end of the text; None until then.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TokenGenerator:
         self._pending_logprobs: deque[TokenLogprob] = deque()
 
     def advance(self, logits: Tensor) -> TextDelta:
-        """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that is then complete."""
+        """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that it completes."""
         logits = logits.detach().float().cpu()
         allowed = logits.clone()
         allowed[self.tokenizer.bos_token_id] = -math.inf
@@ -166,7 +166,7 @@ class TokenGenerator:
             text += "" if self._stop_filter.is_stopped else self._stop_filter.finish()
             self.finish_reason = "stop" if self._stop_filter.is_stopped else "length"
         self._num_emitted_chars += len(text)
-        # A token appears with its first character; one that only completes a character, with the tokens before it.
+        # A token is returned with its first character; one that only completes a character, with the tokens before it.
         end = math.inf if self.finish_reason == "length" else self._num_emitted_chars
         logprobs = []
         while self._pending_logprobs and self._pending_logprobs[0].text_offset < end:
@@ -186,23 +186,23 @@ def generate(
     stop: Sequence[str] = (),
     seed: int = 0,
 ) -> Iterator[str]:
-    """Generate a continuation of a text, in non-empty parts of complete characters.
+    """Generate a continuation of a text; yields non-empty parts of complete characters.
 
     Args:
         model: Language model; a module is put into eval mode.
         tokenizer: Tokenizer of the model.
         prompt: Text of any length, read in segments.
-        reader: Reader whose text the prompt continues; it is left unchanged. Defaults to a fresh document.
+        reader: Reader whose text the prompt continues; it is left unchanged. Defaults to a new document.
         segment_length: Tokens per segment of the prompt; unused with ``reader``.
         max_tokens: Maximum number of generated tokens.
         sampling_params: Sampling options. Defaults to plain sampling.
-        stop: Strings that end the text; they are not part of it.
-        seed: Seed; equal seeds give equal texts on the same machine and version of torch.
+        stop: Strings that end the text; they are not returned.
+        seed: Random seed; equal seeds give equal texts on the same machine and version of torch.
 
     Raises:
         MemtxError: ``max_tokens`` is negative, a stop string is empty, or the logits are not finite.
     """
-    # Checked here and not in the generator function, which runs only at the first next().
+    # Checked here because a generator function runs only at the first next().
     config = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
     return _generate(reader.fork() if reader else StreamReader(model, tokenizer, segment_length), prompt, config)
 

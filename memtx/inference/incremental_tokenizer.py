@@ -13,13 +13,13 @@ from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 
 CHUNK_SIZE = 1 << 16
-"""Characters or bytes processed at a time, so that a huge input is not copied whole."""
+"""Characters or bytes processed at a time, so that a huge input is not copied at once."""
 
 
 class IncrementalTokenizer:
-    """Tokenizes one text that arrives in chunks split anywhere, even inside a character.
+    """Tokenizes a text that arrives in chunks split anywhere, even inside a character.
 
-    Text whose tokens still depend on what follows is pending; its size is bounded, however long a line is.
+    Text is pending while its tokens depend on the text that follows; its size is bounded, even in very long lines.
 
     ``pending_text``, ``pending_bytes`` and ``bytes_consumed`` continue from another tokenizer; errors report offsets in
     the whole text.
@@ -43,7 +43,7 @@ class IncrementalTokenizer:
 
     @property
     def pending_bytes(self) -> bytes:
-        """First bytes of an incomplete character, at most 3."""
+        """Bytes of an incomplete character, at most 3."""
         return self._decoder.getstate()[0]
 
     def _encode(self, chunks: list[str]) -> NDArray[np.int64]:
@@ -61,10 +61,10 @@ class IncrementalTokenizer:
         return text
 
     def feed(self, text: str | bytes) -> Iterator[tuple[str, NDArray[np.int64]]]:
-        """Consume more text and yield each part, decoded, with the tokens that it completes, ``(length,)`` int64.
+        """Consume text and yield each decoded part with the tokens that it completes, ``(length,)`` int64.
 
         Raises:
-            DataError: The bytes are not UTF-8; the message holds the offset of the first invalid byte.
+            DataError: The bytes are not UTF-8; the message has the offset of the first invalid byte.
         """
         for start in range(0, len(text), CHUNK_SIZE):
             part = text[start : start + CHUNK_SIZE]
@@ -79,7 +79,7 @@ class IncrementalTokenizer:
             yield decoded, self._encode(self._splitter.feed(decoded))
 
     def finish(self) -> NDArray[np.int64]:
-        """Return the tokens of the pending text, ``(length,)`` int64; raises DataError inside a character."""
+        """Return the tokens of the pending text, ``(length,)`` int64; raises DataError if a character is incomplete."""
         if self.pending_bytes:
             self._decode(b"", final=True)
         return self._encode(self._splitter.flush())

@@ -19,8 +19,8 @@ from memtx import files
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import load, load_model_and_tokenizer
 from memtx.data.hf_tokenizers import HFTokenizer, hf_tokenizer_from_json
-from memtx.data.tasks.base import EncodedExample, Logits, Task, task_from_json, task_to_json
-from memtx.data.tasks.batches import BatchExamples, PreparedExample, collate, encode_examples
+from memtx.data.tasks.base import EncodedExample, Logits, PreparedExample, Task, task_from_json, task_to_json
+from memtx.data.tasks.batches import BatchExamples, collate
 from memtx.data.tasks.examples import SummaryExample, SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
@@ -37,7 +37,7 @@ PredictInput = str | Mapping[str, Any]
 
 
 class BasePredictor(ABC):
-    """A model that answers inputs; threads that share it take turns. ``num_tokens_read`` counts its input."""
+    """Base class of predictors; threads that share one take turns. ``num_tokens_read`` counts input tokens."""
 
     task_name: str
     model: nn.Module
@@ -47,25 +47,25 @@ class BasePredictor(ABC):
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Stop: running and later calls raise ClosedError before their next call of the model."""
+        """Close the predictor: running and later calls raise ClosedError before they next call the model."""
         self._closed = True
 
     @abstractmethod
     def to_example(self, raw_input: PredictInput) -> Any:
-        """Return an input as an example without labels; raises DataError if it does not fit the task."""
+        """Convert an input to an example without labels; raises DataError if it does not fit the task."""
 
     @abstractmethod
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
         """Return a JSON-serializable prediction per input.
 
         Raises:
-            DataError: An input does not fit the task or is too long; the message holds its index.
-            DeadlineExceededError: The deadline, a time of ``time.monotonic``, has passed.
+            DataError: An input does not fit the task or is too long; the message has its index.
+            DeadlineExceededError: The deadline (``time.monotonic``) passed.
             ClosedError: The predictor was closed.
         """
 
     def _map_inputs(self, inputs: Sequence[PredictInput], convert: Callable[[PredictInput], T]) -> list[T]:
-        """Convert every input; an error names the index of its input."""
+        """Convert every input; errors name the index of the input."""
         converted = []
         for index, raw_input in enumerate(inputs):
             try:
@@ -82,9 +82,9 @@ class BasePredictor(ABC):
 
 
 class Predictor(BasePredictor):
-    """Answers inputs of one task with a task model, which is put into eval mode.
+    """Predicts with a model of one task, which is put into eval mode.
 
-    ``max_batch_tokens`` limits the tokens in a batch, with padding; a longer window is read alone.
+    ``max_batch_tokens`` limits the tokens in a padded batch; a longer window is read alone.
 
     Raises:
         MemtxError: ``max_batch_tokens`` is not positive, or model, tokenizer and task do not fit together.
@@ -102,7 +102,7 @@ class Predictor(BasePredictor):
                 f"Model ({model.vocab_size} tokens, {model.num_labels} labels), "
                 f"tokenizer ({tokenizer.vocab_size} tokens) and task ({task.num_labels} labels)"
             )
-            raise CheckpointError(f"{sizes} do not belong together.", "Use those that the model was trained with.")
+            raise CheckpointError(f"{sizes} do not belong together.", "Use those of one training run.")
         self.model, self.tokenizer, self.task, self.max_batch_tokens = model.eval(), tokenizer, task, max_batch_tokens
         self.task_name = task.kind
 
@@ -111,36 +111,36 @@ class Predictor(BasePredictor):
         """Load a training checkpoint, the best checkpoint of a run folder, or a folder written by :meth:`save`.
 
         Raises:
-            CheckpointError: The checkpoint is missing, damaged, or not of a task model.
+            CheckpointError: The checkpoint is missing, damaged, or does not hold a task model.
         """
         checkpoint = load(path)
         tokenizer, task = checkpoint.sidecars.get("tokenizer"), checkpoint.sidecars.get("task")
         if tokenizer is None or task is None:
-            raise CheckpointError(f"'{checkpoint.path}' has no tokenizer or no task.", "Give a run on examples.")
+            raise CheckpointError(f"'{checkpoint.path}' has no tokenizer or no task.", "Give a run trained on a task.")
         return cls(checkpoint.model_as(TaskModel), hf_tokenizer_from_json(tokenizer), task_from_json(task))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write model, tokenizer and task into the folder ``path``; the files contain no code."""
+        """Write model, tokenizer and task to the folder ``path``; the files contain no code."""
         for name, content in (("tokenizer", self.tokenizer.to_json()), ("task", task_to_json(self.task))):
             files.write_text(Path(path) / pretrained.SIDECAR_FILES[name], content)
         self.model.save_pretrained(path)
 
     def to_example(self, raw_input: PredictInput) -> Any:
-        """Return a raw text, or the fields of an example, as an example of the task."""
+        """Convert a raw text, or the fields of an example, to an example of the task."""
         if not isinstance(raw_input, str):
             return self.task.parse(raw_input, False)
         if not raw_input.strip():
-            raise DataError("The text is empty.", "Give a text.")
+            raise DataError("The text is empty.", "Give at least one word.")
         return self.task.from_text(raw_input)
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
-        """Return the task's ``postprocess`` of each input."""
+        """Return the task's postprocessed prediction per input."""
 
         def encode(raw_input: PredictInput) -> PreparedExample:
             example = self.to_example(raw_input)
             # Labels are ignored, so they need not be valid.
             labels = {field.name for field in fields(example)} & {"label", "tags", "answers"}
-            return encode_examples([replace(example, **dict.fromkeys(labels))], self.task, self.tokenizer)[0]
+            return self.task.prepare(replace(example, **dict.fromkeys(labels)), self.tokenizer)
 
         examples = self._map_inputs(inputs, encode)
         windows = [window for example in examples for window in example.windows]
@@ -163,7 +163,7 @@ class Predictor(BasePredictor):
         return logits
 
     def _batch_indices(self, windows: Sequence[EncodedExample]) -> list[list[int]]:
-        """Return the indices of each batch, sorted by length."""
+        """Return the indices of the windows in each batch, sorted by length."""
         batches: list[list[int]] = [[]]
         for index in sorted(range(len(windows)), key=lambda index: len(windows[index].ids)):
             if batches[-1] and (len(batches[-1]) + 1) * len(windows[index].ids) > self.max_batch_tokens:
@@ -173,7 +173,7 @@ class Predictor(BasePredictor):
 
 
 class Summarizer(BasePredictor):
-    """Writes summaries, of at most ``max_tokens``, of texts of any length; the model is put into eval mode."""
+    """Summarizes texts of any length in at most ``max_tokens`` tokens; the model is put into eval mode."""
 
     task_name = "summary"
     model: MemoryTransformer
@@ -187,20 +187,20 @@ class Summarizer(BasePredictor):
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Load a checkpoint or run folder; raises CheckpointError if it is not trained on summaries, or damaged."""
+        """Load a checkpoint or run folder; raises CheckpointError if it is damaged or was not trained on summaries."""
         options = _read_sidecars(path).get("summary")
         try:
             summary_prompt = SummaryPrompt(**json.loads(str(options)))
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"'{path}' was not trained on summaries.", "Give a run on such examples.") from error
+            raise CheckpointError(f"'{path}' was not trained on summaries.", "Give a run that was.") from error
         return cls(*load_model_and_tokenizer(path), summary_prompt)
 
     def to_example(self, raw_input: PredictInput) -> SummaryExample:
-        """Return a raw text, or ``{"text": ...}``, as an example."""
+        """Convert a raw text, or ``{"text": ...}``, to an example."""
         return SummaryExample.parse({"text": raw_input} if isinstance(raw_input, str) else raw_input, False)
 
     def predict(self, inputs: Sequence[PredictInput], *, deadline: float | None = None) -> list[dict[str, Any]]:
-        """Return the ``summary`` of each input, and whether it is ``complete`` or cut at ``max_tokens``."""
+        """Return the ``summary`` of each input; ``complete`` is False if it was cut at ``max_tokens``."""
         texts = self._map_inputs(inputs, lambda raw_input: self.to_example(raw_input).text)
         with acquire_before(deadline, self._lock):
             return [self._summarize(text, deadline) for text in texts]
@@ -210,7 +210,7 @@ class Summarizer(BasePredictor):
         self.num_tokens_read += len(self.tokenizer.encode(prompt))
         greedy = SamplingParams(greedy=True)
         parts = []
-        # Not stopped by generate(), so that a complete summary can be told from one cut at max_tokens.
+        # Not stopped by generate(), to distinguish a complete summary from one cut at max_tokens.
         for part in generate(self.model, self.tokenizer, prompt, max_tokens=self.max_tokens, sampling_params=greedy):
             self._check_active(deadline)
             parts.append(part)
@@ -221,7 +221,7 @@ class Summarizer(BasePredictor):
 
 
 def load_predictor(path: str | os.PathLike[str]) -> Predictor | Summarizer:
-    """Load the predictor for the model at ``path``; raises what its ``load`` raises."""
+    """Load the predictor for the model at ``path``; raises like its ``load``."""
     return Summarizer.load(path) if "summary" in _read_sidecars(path) else Predictor.load(path)
 
 
@@ -229,7 +229,7 @@ def is_task_model(path: str | os.PathLike[str]) -> bool:
     """Return whether the model at ``path`` was trained on a task or on summaries.
 
     Raises:
-        CheckpointError: The checkpoint is missing, damaged or not of memtx.
+        CheckpointError: The checkpoint is missing, damaged, or not from memtx.
     """
     return not {"task", "summary"}.isdisjoint(_read_sidecars(path))
 

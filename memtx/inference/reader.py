@@ -42,7 +42,7 @@ class SegmentResult:
 
     @property
     def end(self) -> int:
-        """Position after the last token."""
+        """Position after the last token in the text."""
         return self.start + len(self.tokens)
 
 
@@ -53,14 +53,14 @@ def nats_to_bits_per_byte(nll: float, num_bytes: int) -> float:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over a stream.
+    """Sums over the text read so far.
 
     Attributes:
         nll: Negative log-likelihood of the scored tokens in nats.
         num_tokens: Number of scored tokens.
-        num_bytes: UTF-8 bytes of the text fed so far, scored or not.
-        num_words: Words of the text fed so far, as ``len(text.split())``.
-        in_word: If True, the text ends inside a word, which more text may continue.
+        num_bytes: Number of UTF-8 bytes fed so far, scored or not.
+        num_words: Number of words fed so far, as ``len(text.split())``.
+        in_word: If True, the text ends in a word, which more text may continue.
     """
 
     nll: float = 0.0
@@ -83,7 +83,7 @@ class Totals:
             return math.inf
 
     def with_text(self, text: str) -> Totals:
-        """Return the sums after ``text`` was fed."""
+        """Return the totals after feeding ``text``."""
         if not text:
             return self
         continues_word = self.in_word and not text[0].isspace()
@@ -94,12 +94,12 @@ class Totals:
 
 @dataclass(frozen=True)
 class ReaderSnapshot:
-    """Position of a reader in its text; restoring it is exact.
+    """Position of a reader in its text, from which it continues exactly.
 
     Attributes:
-        state: State of the model, batch size 1, after all tokens before ``last_token``, the newest scored token.
+        state: State of the model, batch size 1, after all tokens before ``last_token``, the last scored token.
         pending_tokens: ``(length,)`` int64, tokens that do not fill a segment yet.
-        pending_text, pending_bytes: Text that is not encoded yet, and first bytes of an incomplete character.
+        pending_text, pending_bytes: Text that is not encoded yet, and bytes of an incomplete character.
     """
 
     state: MemoryState
@@ -113,19 +113,19 @@ class ReaderSnapshot:
 class StreamReader:
     """Reads one text of any length, given in chunks of any size.
 
-    The text is read as ``[bos, tokens...]``, so its first token is scored too, and in segments of ``segment_length``
-    tokens however it arrives, so equal texts give bit-identical results.
+    The text is read as ``[bos, tokens...]``, so that its first token is scored too, and in segments of
+    ``segment_length`` tokens regardless of the chunks, so that equal texts give bit-identical results.
 
     Args:
         model: Language model; a module is put into eval mode.
         tokenizer: Tokenizer of the model.
-        segment_length: Tokens per segment. Longer segments are faster; results are equal up to rounding.
-        score_fn: Function that scores a segment. Defaults to a call of the model for this stream alone.
+        segment_length: Tokens per segment. Longer segments are faster, with equal results up to rounding.
+        score_fn: Function that scores a segment. Defaults to calling the model for this stream alone.
         num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
 
     Raises:
         MemtxError: ``segment_length`` is not positive.
-        CheckpointError: The tokenizer has ids that the model does not know.
+        CheckpointError: The tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -174,16 +174,16 @@ class StreamReader:
     def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
         self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
         while len(self._pending_tokens) >= self.segment_length:
-            # Removed before it is scored, scored before it is yielded: a caller that stops iterating loses nothing.
+            # A segment is removed, then scored, then yielded, so a caller that stops iterating loses nothing.
             segment, self._pending_tokens = np.split(self._pending_tokens, [self.segment_length])
             yield self._score(segment)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
-        """Consume more text, split anywhere (bytes are UTF-8), and yield the segments that it fills.
+        """Consume text, split anywhere (bytes are UTF-8), and yield the segments that it fills.
 
         The text is read as the iterator advances, so exhaust it. If ``text`` has at most
-        :data:`~memtx.inference.incremental_tokenizer.CHUNK_SIZE` characters or bytes, the part that was not reached is
-        read by the next call or by :meth:`finish`.
+        :data:`~memtx.inference.incremental_tokenizer.CHUNK_SIZE` characters or bytes, the next call or :meth:`finish`
+        reads the rest after an early stop.
 
         Raises:
             DataError: The bytes are not UTF-8.
@@ -196,18 +196,18 @@ class StreamReader:
         """Consume text as token ids; otherwise like :meth:`feed`.
 
         Raises:
-            DataError: An id is not in the vocabulary or begins a document, or text fed before is still pending.
+            DataError: An id is not in the vocabulary or begins a document, or earlier text is still pending.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         bos_token_id, vocab_size = self.tokenizer.bos_token_id, self.tokenizer.vocab_size
         if (unknown := ids[(ids < 0) | (ids >= vocab_size)]).size:
             raise DataError(f"Token {unknown[0]} is not in the vocabulary of {vocab_size}.", "Check the tokenizer.")
         if (ids == bos_token_id).any():
-            raise DataError(f"Token {bos_token_id} begins a document and is no text.", "Remove it from the tokens.")
+            raise DataError(f"Token {bos_token_id} begins a document and is not text.", "Remove it from the tokens.")
         if self._incremental_tokenizer.pending_text or self._incremental_tokenizer.pending_bytes:
             raise DataError("Tokens follow text that is still pending.", "Call finish() first, or feed text.")
         content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
-        # The tokens may end inside a character, whose replacement has another number of bytes.
+        # The tokens may end inside a character, and its replacement has a different number of bytes.
         totals = self.totals.with_text(content.decode("utf-8", "replace"))
         self.totals = replace(totals, num_bytes=self.totals.num_bytes + len(content))
         yield from self._score_full_segments(ids)
@@ -226,12 +226,12 @@ class StreamReader:
             yield self._score(segment, discard_state)
 
     def snapshot(self) -> ReaderSnapshot:
-        """Return the current position, for :meth:`restore`; nothing is copied."""
+        """Return the current position for :meth:`restore`, without copying."""
         text, content = self._incremental_tokenizer.pending_text, self._incremental_tokenizer.pending_bytes
         return ReaderSnapshot(self.state, self.last_token, self._pending_tokens, text, content, self.totals)
 
     def restore(self, snapshot: ReaderSnapshot) -> None:
-        """Return to a snapshot of a reader of the same model and tokenizer."""
+        """Restore a snapshot of a reader with the same model and tokenizer."""
         self.state, self.last_token, self.totals = snapshot.state, snapshot.last_token, snapshot.totals
         self._pending_tokens = snapshot.pending_tokens
         text, content = snapshot.pending_text, snapshot.pending_bytes
@@ -242,7 +242,7 @@ class StreamReader:
         )
 
     def fork(self) -> StreamReader:
-        """Return an independent reader that continues from here; the weights are shared."""
+        """Return an independent reader at the same position, which shares the model."""
         fork = copy.copy(self)
         fork.restore(self.snapshot())
         return fork

@@ -1,4 +1,4 @@
-"""Sampling of the next token: filters set the ``(vocab,)`` logits of excluded tokens to -inf; at least one remains."""
+"""Sampling of the next token: filters set the ``(vocab,)`` logits of excluded tokens to -inf, but never all."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def apply_repetition_penalty(logits: Tensor, recent_tokens: Tensor, penalty: flo
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Keep exactly the ``k`` largest logits, the first of equals; 0 keeps all."""
+    """Keep exactly the ``k`` largest logits, preferring lower ids among equals; 0 keeps all."""
     if k == 0 or k >= logits.shape[0]:
         return logits
     top = logits.sort(descending=True, stable=True).indices[:k]
@@ -89,16 +89,16 @@ def sample_token(
 ) -> int:
     """Return the id of the next token.
 
-    Sampling runs on the CPU, so that a seed gives the same text on every device.
+    Sampling runs on the CPU, so that a seed gives the same text on any device.
 
     Args:
         logits: ``(vocab,)`` floating point; -inf excludes a token.
         sampling_params: Sampling options.
         recent_tokens: ``(length,)`` int64, tokens subject to the repetition penalty.
-        generator: CPU generator, advanced by one draw unless the choice is greedy.
+        generator: CPU generator; unused if the choice is greedy.
 
     Raises:
-        MemtxError: A logit is NaN or +inf, or none is finite.
+        MemtxError: A logit is NaN or +inf, or all are -inf.
     """
     logits = logits.detach().float().cpu()
     if not logits.max().isfinite():  # NaN if any logit is NaN.

@@ -1,4 +1,4 @@
-"""Mean surprisal of a book in constant memory: along the book, and by distance from its beginning."""
+"""Mean surprisal of a book in constant memory: along the book, and by position on a logarithmic axis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 BINS_PER_OCTAVE = 3
 MIN_POSITION = 16
-"""Positions below this share one bin: the means of single tokens would be noise."""
+"""Positions below this share one bin, since means of single tokens would be noise."""
 
 FloatArray = NDArray[np.float64]
 
@@ -15,8 +15,8 @@ FloatArray = NDArray[np.float64]
 class SurprisalCurve:
     """Mean surprisal in at most ``num_bins`` (an even number) equal bins of a stream of any length.
 
-    A bin begins as one token (``bin_width``); when all are full, pairs of bins are merged. So sums are exact and memory
-    is constant.
+    Bins start one token wide (``bin_width``); when all are full, pairs are merged, so sums are exact and memory is
+    constant.
     """
 
     def __init__(self, num_bins: int = 1024) -> None:
@@ -64,7 +64,7 @@ class PositionSurprisalCurve:
         count, total, squares = self.sums[:, filled]
         mean = total / count
         centers = 2 ** ((np.arange(len(filled), dtype=np.float64) + 0.5) / BINS_PER_OCTAVE)
-        centers[np.flatnonzero(filled)[:1]] = MIN_POSITION / 2  # The first bin also holds all positions before it.
+        centers[np.flatnonzero(filled)[:1]] = MIN_POSITION / 2  # The first bin also holds all lower positions.
         return centers[filled], mean, np.sqrt(np.maximum(squares / count - mean**2, 0) / count)
 
 

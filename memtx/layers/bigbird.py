@@ -77,8 +77,7 @@ class BigBirdAttention(EncoderAttention):
         )
         middle = self.attend_visible(q[:, :, 2 * size :], k, v, middle_visibility)
         parts = [merge_heads(part) for part in (ends[:, :, :size], middle, ends[:, :, size:])]
-        out = torch.cat(parts, dim=1)[:, : inputs.length]
-        return out if inputs.attention_mask is None else out.masked_fill(~inputs.attention_mask[..., None], 0.0)
+        return inputs.zero_padding(torch.cat(parts, dim=1)[:, : inputs.length])
 
     def _global_blocks_first(self, x: Tensor) -> Tensor:
         """Move the last block of x ``(..., length, width)`` behind the first."""
@@ -88,20 +87,15 @@ class BigBirdAttention(EncoderAttention):
     def _pad_to_blocks(self, inputs: EncoderInputs) -> EncoderInputs:
         """Return the inputs padded to whole blocks, global blocks first."""
         padding = -inputs.length % self.block_size
-        mask = inputs.attention_mask
-        if mask is None and padding == 0:
+        if inputs.attention_mask is None and padding == 0:
             return inputs
-        if mask is None:
-            mask = torch.ones(1, inputs.length, dtype=torch.bool, device=inputs.device)
-        mask = self._global_blocks_first(F.pad(mask, (0, padding))[..., None])[..., 0]
+        mask = self._global_blocks_first(F.pad(inputs.present, (0, padding))[..., None])[..., 0]
         return EncoderInputs(inputs.length + padding, inputs.device, mask)
 
     def _middle_visibility(self, padded: EncoderInputs, random_blocks: Tensor | None) -> Visibility:
         """Return the visibility of [first | last | middle blocks] for the middle blocks."""
         size, num_queries = self.block_size, padded.length - 2 * self.block_size
-        mask = padded.attention_mask
-        if mask is None:
-            mask = torch.ones(1, padded.length, dtype=torch.bool, device=padded.device)
+        mask = padded.present
         block = torch.arange(num_queries, device=padded.device) // size
         ends = torch.zeros(2 * size, dtype=torch.int64, device=padded.device)
         visible_from = torch.cat([ends, (block - 1) * size]).expand_as(mask)

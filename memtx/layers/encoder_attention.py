@@ -36,6 +36,17 @@ class EncoderInputs(Memo):
     global_indices: Tensor | None = None
     random_blocks: Mapping[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def present(self) -> Tensor:
+        """The attention mask, or its form without padding, ``(1, length)`` bool."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return torch.ones(1, self.length, dtype=torch.bool, device=self.device)
+
+    def zero_padding(self, x: Tensor) -> Tensor:
+        """Return x ``(batch, length, dim)`` with zeros at padding."""
+        return x if self.attention_mask is None else x.masked_fill(~self.attention_mask[..., None], 0.0)
+
     @classmethod
     def from_masks(
         cls,

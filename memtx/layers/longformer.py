@@ -77,8 +77,7 @@ class LongformerAttention(EncoderAttention):
         settings = ("window", self.window, self.dilation, random_settings)
         visibility = inputs.memo(settings, lambda: self._visibility(inputs, x.shape[0]))
         out = merge_heads(self._unfold_dilation(self.attend_visible(q, k, v, visibility))[:, :, : inputs.length])
-        if inputs.attention_mask is not None:
-            out = out.masked_fill(~inputs.attention_mask[..., None], 0.0)
+        out = inputs.zero_padding(out)
         if inputs.global_indices is None:
             return out
         return self._apply_global_attention(out, x, inputs, inputs.global_indices)
@@ -125,9 +124,7 @@ class LongformerAttention(EncoderAttention):
         """Return the visibility of [global tokens | text] in each dilated sequence."""
         length, half = inputs.length, self.window // 2
         # Without dilation one mask serves all texts; each dilated sequence ends at its own offset.
-        in_window = torch.ones(1 if self.dilation == 1 else batch_size, length, dtype=torch.bool, device=inputs.device)
-        if inputs.attention_mask is not None:
-            in_window = inputs.attention_mask
+        in_window = inputs.present if self.dilation == 1 else inputs.present.expand(batch_size, -1)
         if inputs.global_indices is not None:
             # Global tokens precede the text's keys and must be seen only once.
             in_window = F.pad(in_window.expand(batch_size, -1), (0, 1))

@@ -61,7 +61,7 @@ class ReformerAttention(nn.Module, ABC):
         self.chunk_length = chunk_length
         self.num_chunks_before = num_chunks_before
         self.num_chunks_after = num_chunks_after
-        self.dropout_rate = dropout
+        self.dropout = dropout
         self.value = Linear(dim, heads * self.head_dim, bias=False)
         self.out = Linear(heads * self.head_dim, dim, bias=False)
         self._add_projections(dim, heads * self.head_dim)
@@ -80,19 +80,40 @@ class ReformerAttention(nn.Module, ABC):
             buckets: Buckets of an earlier call, to reproduce its result. None computes them.
         """
 
-    @property
-    def dropout(self) -> float:
-        """Current dropout rate: 0 in eval mode."""
-        return self.dropout_rate if self.training else 0.0
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, position: Tensor, mask: Tensor | None, *, mask_self: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Attend from each chunk to itself and its neighbors, for tokens in the order that is cut into chunks.
 
-    def split_chunks(self, x: Tensor) -> Tensor:
-        """Reshape ``(batch, heads, n, ...)`` to ``(batch, heads, chunks, min(chunk_length, n), ...)``."""
-        return x.reshape(*x.shape[:2], -1, min(self.chunk_length, x.shape[2]), *x.shape[3:])
+        Args:
+            q: Queries; keys and values have the same shape, ``(batch, heads, m, head_dim)``, as the output.
+            k: Keys.
+            v: Values.
+            position: Positions in the text, ``(batch or 1, heads or 1, m)`` int64.
+            mask: False for padding, ``(batch, heads or 1, m)`` bool. None if there is no padding.
+            mask_self: If True, a token sees itself only if it sees nothing else.
 
-    def chunks_with_neighbors(self, x: Tensor) -> Tensor:
-        """Split x into chunks as :meth:`split_chunks` does and join each with its neighbors."""
-        chunks = self.split_chunks(x)
-        return chunks if chunks.shape[2] == 1 else look_adjacent(chunks, self.num_chunks_before, self.num_chunks_after)
+        Returns:
+            Output and log-sum-exp, ``(batch, heads, m)``.
+        """
+
+        def split(x: Tensor, before: int = 0, after: int = 0) -> Tensor:
+            chunks = x.reshape(*x.shape[:2], -1, min(self.chunk_length, x.shape[2]), *x.shape[3:])
+            return chunks if chunks.shape[2] == 1 else look_adjacent(chunks, before, after)
+
+        visible = (self.num_chunks_before, self.num_chunks_after)
+        out, lse = attend_chunks(
+            split(q),
+            split(k, *visible) * self.head_dim**-0.5,
+            split(v, *visible),
+            split(position),
+            split(position, *visible),
+            split(mask, *visible) if mask is not None else None,
+            causal=self.causal,
+            mask_self=mask_self,
+            dropout=self.dropout if self.training else 0.0,
+        )
+        return out.flatten(2, 3), lse.flatten(2, 3)
 
 
 class LocalAttention(ReformerAttention):
@@ -107,18 +128,9 @@ class LocalAttention(ReformerAttention):
         """Return the output, ``(batch, n, dim)``, and None."""
         q, k, v = (split_heads(proj(x), self.heads) for proj in (self.query, self.key, self.value))
         position = torch.arange(x.shape[1], device=x.device)[None, None]
-        out, _ = attend_chunks(
-            self.split_chunks(q),
-            self.chunks_with_neighbors(k) * self.head_dim**-0.5,
-            self.chunks_with_neighbors(v),
-            self.split_chunks(position),
-            self.chunks_with_neighbors(position),
-            None if attention_mask is None else self.chunks_with_neighbors(attention_mask[:, None]),
-            causal=self.causal,
-            mask_self=False,
-            dropout=self.dropout,
-        )
-        projected: Tensor = self.out(merge_heads(out.flatten(2, 3)))
+        mask = attention_mask[:, None] if attention_mask is not None else None
+        out, _ = self.attend(q, k, v, position, mask, mask_self=False)
+        projected: Tensor = self.out(merge_heads(out))
         return projected, None
 
 
@@ -215,20 +227,9 @@ class LSHAttention(ReformerAttention):
     ) -> tuple[Tensor, Tensor]:
         """Return the output, ``(batch, heads, m, head_dim)``, and its log-sum-exp of sorted tokens at ``position``."""
         # Keys are queries normalized to a mean square of 1; the epsilon protects zero vectors.
-        k = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6) * self.head_dim**-0.5
+        k = q * torch.rsqrt(q.square().mean(-1, keepdim=True) + 1e-6)
         mask = None
         if attention_mask is not None:
             mask = attention_mask[:, None].expand(-1, position.shape[1], -1)
-            mask = self.chunks_with_neighbors(mask.gather(2, position.expand(attention_mask.shape[0], -1, -1)))
-        out, lse = attend_chunks(
-            self.split_chunks(q),
-            self.chunks_with_neighbors(k),
-            self.chunks_with_neighbors(v),
-            self.split_chunks(position),
-            self.chunks_with_neighbors(position),
-            mask,
-            causal=self.causal,
-            mask_self=True,
-            dropout=self.dropout,
-        )
-        return out.flatten(2, 3), lse.flatten(2, 3)
+            mask = mask.gather(2, position.expand(attention_mask.shape[0], -1, -1))
+        return self.attend(q, k, v, position, mask, mask_self=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memtx.layers.feed_forward import FeedForward
 from memtx.layers.transformer_xl import sinusoidal_embedding
+from memtx.memory.parts import merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
 
 
@@ -55,16 +56,16 @@ class TwoStreamAttention(nn.Module):
         Returns:
             ``(batch, n, dim)``; zero before the output projection where a query sees nothing.
         """
-        q = self.query(queries).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, n, head_dim)
-        k, v = self.key_value(content).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        r = self.distance(sinusoids).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (heads, 2n - 1, head_dim)
+        q = split_heads(self.query(queries), self.heads)  # (batch, heads, n, head_dim)
+        k, v = (split_heads(part, self.heads) for part in self.key_value(content).chunk(2, dim=-1))
+        r = split_heads(self.distance(sinusoids), self.heads)  # (heads, 2n - 1, head_dim)
         content_scores = (q + self.content_bias[:, None]) @ k.transpose(-1, -2)
         distance_scores = bidirectional_relative_shift((q + self.position_bias[:, None]) @ r.transpose(-1, -2))
         scores = (content_scores + distance_scores) * self.head_dim**-0.5
         weights = torch.softmax(scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
         # A query without visible keys would see all of them equally.
         weights = self.dropout(weights.masked_fill(~mask[:, None], 0.0))
-        out: Tensor = self.out((weights @ v).transpose(1, 2).flatten(2))
+        out: Tensor = self.out(merge_heads(weights @ v))
         return out
 
 

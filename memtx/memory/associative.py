@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import check_at_least, check_divisible
-from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Losses, Memory, Readout, View
 from memtx.memory.parts import FeatureMap, Gate, NormalizedFeatureMap, TokenShift, merge_heads, split_heads
 from memtx.ops.cpu.linear import Linear
 from memtx.ops.delta_rule import chunk_gated_delta_rule
@@ -38,13 +37,6 @@ class AssociativeState:
 
     matrix: Tensor
     last_input: Tensor
-
-
-@dataclass(frozen=True)
-class _ReadContext:
-    out: Tensor
-    write_strength: Tensor
-    next_state: AssociativeState
 
 
 class AssociativeMemory(Memory[AssociativeState]):
@@ -105,11 +97,8 @@ class AssociativeMemory(Memory[AssociativeState]):
         slowest = -math.log(1000.0)
         self.log_decay_rate = nn.Parameter(torch.linspace(0.0, slowest, heads)) if decay_gate is not None else None
         self.mix_gate = nn.Parameter(torch.zeros(heads)) if mix_gate else None
-
-    @property
-    def is_normalized(self) -> bool:
-        """If True, reads are divided by the sum of their weights."""
-        return self.feature_map.is_nonnegative and not self.delta_rule
+        # Reads are divided by the sum of their weights.
+        self.is_normalized = self.feature_map.is_nonnegative and not delta_rule
 
     def init_state(self, batch_size: int, *, like: Tensor) -> AssociativeState:
         """Return empty matrices."""
@@ -135,22 +124,15 @@ class AssociativeMemory(Memory[AssociativeState]):
         if self.is_normalized:
             # Reads as zero where nothing was written.
             out = out[..., :-1] / out[..., -1:].clamp(min=torch.finfo(dtype).eps)
-        next_state = AssociativeState(matrix, TokenShift.last_input(x))
-        return View.readout_only(segment, _ReadContext(out, strength, next_state))
+        losses: Losses = {}
+        if self.write_penalty and self.training:
+            losses["write_penalty"] = self.write_penalty * strength.mean()
+        return View.readout_only(segment, out, AssociativeState(matrix, TokenShift.last_input(x)), losses)
 
     def readout(self, view: View, q: Tensor) -> Readout:
         """Return the values read by the memory's own queries, split into the layer's heads."""
-        context: _ReadContext = view.context
-        out = split_heads(merge_heads(context.out), q.shape[2])
+        out = split_heads(merge_heads(view.context), q.shape[2])
         if self.mix_gate is None:
             return Readout(out)
         gate = torch.sigmoid(self.mix_gate).repeat_interleave(self.value_dim)
         return Readout(out, gate=split_heads(gate[None, None], q.shape[2]))
-
-    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[AssociativeState, Losses]:
-        """Keep the matrices."""
-        context: _ReadContext = view.context
-        losses: Losses = {}
-        if self.write_penalty and self.training:
-            losses["write_penalty"] = self.write_penalty * context.write_strength.mean()
-        return context.next_state, losses

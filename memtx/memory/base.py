@@ -1,20 +1,20 @@
 """The interface of every memory: ``read`` opens it for a segment, ``write`` closes it.
 
-``read`` joins the old state with the new segment and says from when to when each entry is visible. Attention runs over
-these entries, and ``write`` trims them to the next state. A block compressed inside a segment therefore serves that
-segment's later queries, and an entry dropped by the trim still serves its earlier ones. Visibility is a
-function of positions alone, so results do not depend on how a stream is cut into segments.
+``read`` joins the old state with the segment and says from when to when each entry is visible. Attention runs over
+these entries, and ``write`` trims them to the next state. So a block compressed inside a segment serves that segment's
+later queries, and an entry dropped by the trim its earlier ones. Visibility is a function of positions alone.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor, nn
 
+from memtx.errors import MemtxError
 from memtx.ops.attention.mask import Visibility
 from memtx.segment import Segment
 
@@ -68,24 +68,28 @@ class View:
             layer's first memory.
         entry_positions: Positions and visibility of the entries of all parts.
         context: Anything that ``readout`` and ``write`` of the same memory need.
+        next_state: State after the segment, if ``read`` computes it.
+        losses: Auxiliary losses, if ``read`` computes them.
         key_bias: Learnable log-weights of the first n entries, ``(batch, n)``, added to their scaled scores. None
             disables them.
     """
 
     parts: tuple[Tensor, ...]
     entry_positions: EntryPositions
-    context: Any
+    context: Any = None
+    next_state: Any = None
+    losses: Losses = field(default_factory=dict)
     key_bias: Tensor | None = None
 
     @classmethod
-    def readout_only(cls, segment: Segment, context: Any) -> View:
+    def readout_only(cls, segment: Segment, context: Any, next_state: Any = None, losses: Losses | None = None) -> View:
         """Return the view of a memory that adds no entries to the layer's attention."""
 
         def no_entries() -> EntryPositions:
             empty = segment.position.new_zeros(1, 0)
             return EntryPositions(empty.double(), Visibility(empty, empty, segment.length, ()))
 
-        return cls((), segment.memo("no entries", no_entries), context)
+        return cls((), segment.memo("no entries", no_entries), context, next_state, losses or {})
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ class Memory(nn.Module, ABC, Generic[S]):
             :attr:`memtx.segment.Segment.valid_length`), and nothing of the padding is carried.
         unbounded: If True, content can survive for as long as the document lasts, so training must start from a fresh
             state now and then (``state_reset_prob`` of :class:`memtx.training.language.LanguageModule`).
+        depends_on_segmentation: If True, results depend on how a stream is cut into segments, as in some published
+            schedules.
         interval: Tokens of a document between two writes. None means every token is written.
     """
 
@@ -150,16 +156,12 @@ class Memory(nn.Module, ABC, Generic[S]):
     needs_gate: ClassVar[bool] = True
     supports_padding: ClassVar[bool] = False
     unbounded: ClassVar[bool] = True
+    depends_on_segmentation: bool = False
     interval: int | None = None
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
-
-    @property
-    def depends_on_segmentation(self) -> bool:
-        """If True, results depend on how a stream is cut into segments, as in some published schedules."""
-        return False
 
     @property
     def needs_layer_output(self) -> bool:
@@ -181,9 +183,14 @@ class Memory(nn.Module, ABC, Generic[S]):
             attention: The layer's projections.
         """
 
-    @abstractmethod
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[S, Losses]:
-        """Close the memory: return the next state and the auxiliary losses; ``view`` is the segment's from ``read``."""
+        """Close the memory: return the next state and the auxiliary losses; ``view`` is the segment's from ``read``.
+
+        By default, those that ``read`` put into the view.
+        """
+        if view.next_state is None:
+            raise MemtxError(f"{type(self).__name__} gives no next state.", "Define write, or set View.next_state.")
+        return view.next_state, view.losses
 
     def on_layer_output(self, state: S, outputs: Tensor, segment: Segment) -> S:
         """Update the next state from the output of the whole layer, if the memory needs it.

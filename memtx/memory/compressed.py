@@ -52,8 +52,6 @@ class EvictedBlocks:
         recent_indices: Indices in [cache | segment] of the newest states when each block is evicted, in the same form.
         valid: Blocks that are evicted in this call, ``(batch, blocks)`` bool.
         evicted_at: Offset at which each block is evicted, ``(batch, blocks)`` int64.
-        document_end: Offset at which its document ends, ``(batch, blocks)`` int64.
-        document_id: Its document within the call, ``(batch, blocks)`` int64; 0 is the one open before the call.
         exact_offset: Offsets of the exact states of [cache | segment], ``(batch, cache + length)`` int64.
         exact_evicted_at: Offset at which each exact state's block is evicted; negative before its document.
         exact_document_end: Offset at which each exact state's document ends.
@@ -63,8 +61,6 @@ class EvictedBlocks:
     recent_indices: Tensor
     valid: Tensor
     evicted_at: Tensor
-    document_end: Tensor
-    document_id: Tensor
     exact_offset: Tensor
     exact_evicted_at: Tensor
     exact_document_end: Tensor
@@ -91,8 +87,6 @@ class EvictedBlocks:
             recent_indices=(stream * (cache_length + length) + index + cache_length - rate + 1).flatten(),
             valid=evicts.any(-1),
             evicted_at=evicted_at,
-            document_end=segment.document_end.gather(1, evicted_at),
-            document_id=segment.document_id.gather(1, evicted_at),
             exact_offset=exact_offset,
             exact_evicted_at=torch.where(position >= 0, exact_evicted_at, -INFINITE_OFFSET),
             exact_document_end=exact_document_end,
@@ -116,21 +110,6 @@ class BankPlan:
     def next_bank(self, bank: Tensor, entries: Tensor) -> Tensor:
         """Return the next bank, ``(batch, num_entries, dim)``, from the old one and the call's new entries."""
         return gather_entries(torch.cat([bank, entries], dim=1), self.indices).masked_fill(~self.occupied, 0.0)
-
-
-@dataclass(frozen=True)
-class BankContext:
-    """The plan of a call and the blocks compressed in it.
-
-    Attributes:
-        plan: Plan of the bank.
-        blocks: States of the blocks, ``(batch, blocks, compression_rate, dim)``.
-        usage: Attention to each state, ``(batch, blocks, compression_rate)``, if the compression needs it.
-    """
-
-    plan: BankPlan
-    blocks: Tensor
-    usage: Tensor | None
 
 
 class CompressedMemory(Memory[CompressedState]):
@@ -171,14 +150,9 @@ class CompressedMemory(Memory[CompressedState]):
         self.window = window
         self.compression_rate = compression_rate
         self.num_entries = num_entries
-        self.compress_per_segment = compress_per_segment
+        self.compress_per_segment = self.depends_on_segmentation = compress_per_segment
         self.compression = compression(dim, compression_rate)
         self.reconstruction = reconstruction(dim, compression_rate) if reconstruction is not None else None
-
-    @property
-    def depends_on_segmentation(self) -> bool:
-        """True if ``compress_per_segment``."""
-        return self.compress_per_segment
 
     @property
     def cache_length(self) -> int:
@@ -198,15 +172,14 @@ class CompressedMemory(Memory[CompressedState]):
         settings = (CompressedMemory, self.window, self.compression_rate, self.num_entries, self.compress_per_segment)
         plan: BankPlan = segment.memo(settings, lambda: self._bank_plan(segment, evicted))
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
-        blocks, usage, entries = self._compress(cache, x, evicted, attention)
-        return View((bank, entries, cache, x), plan.entry_positions, BankContext(plan, blocks, usage))
+        entries, losses = self._compress(cache, x, evicted, attention)
+        return View((bank, entries, cache, x), plan.entry_positions, plan, losses=losses)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[CompressedState, Losses]:
         """Keep the newest states and the newest entries of the open document."""
-        context: BankContext = view.context
+        plan: BankPlan = view.context
         bank, entries, cache, x = view.parts
-        losses = self._auxiliary_losses(context, segment, activations)
-        return CompressedState(update_cache(cache, x, segment), context.plan.next_bank(bank, entries)), losses
+        return CompressedState(update_cache(cache, x, segment), plan.next_bank(bank, entries)), view.losses
 
     def ring_layout(self) -> RingLayout | None:
         """Return slots for the bank and the cache, or None if ``compress_per_segment``."""
@@ -225,13 +198,12 @@ class CompressedMemory(Memory[CompressedState]):
     def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
         """Compress one block per stream."""
         usage = _attention_usage(recent[:, None], block[:, None], attention) if self.compression.needs_usage else None
-        entry: Tensor = self.compression(block[:, None], usage)
-        return entry[:, 0]
+        return self.compression(block[:, None], usage)[:, 0]
 
     def _compress(
         self, cache: Tensor, x: Tensor, evicted: EvictedBlocks, attention: ContentAttention
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the blocks evicted in the call, their usage if needed, and their entries, ``(batch, blocks, dim)``."""
+    ) -> tuple[Tensor, Losses]:
+        """Return the entries of the blocks evicted in the call, ``(batch, blocks, dim)``, and the auxiliary losses."""
         # Up to the window's length, all evicted states are in the cache, and no gradient enters the segment.
         source = cache if x.shape[1] <= self.window else torch.cat([cache, x], dim=1)
         shape = (*evicted.valid.shape, self.compression_rate, self.dim)
@@ -240,16 +212,13 @@ class CompressedMemory(Memory[CompressedState]):
         if self.compression.needs_usage:
             recent = torch.cat([cache, x], dim=1).flatten(0, 1).index_select(0, evicted.recent_indices).view(shape)
             usage = _attention_usage(recent, blocks, attention)
-        return blocks, usage, self.compression(blocks, usage).to(x.dtype)
-
-    def _auxiliary_losses(self, context: BankContext, segment: Segment, activations: LayerActivations) -> Losses:
-        if self.reconstruction is None or not self.training:
-            return {}
-        blocks = context.blocks.detach()
-        entries = self.compression(blocks, context.usage)
-        valid = self._evicted_blocks(segment).valid
-        loss = self.reconstruction(blocks, entries, valid, activations.inputs.detach(), activations.attention)
-        return {self.reconstruction.name: loss}
+        losses: Losses = {}
+        if self.reconstruction is not None and self.training:
+            detached = blocks.detach()
+            detached_entries = self.compression(detached, usage)
+            loss = self.reconstruction(detached, detached_entries, evicted.valid, x.detach(), attention)
+            losses[self.reconstruction.name] = loss
+        return self.compression(blocks, usage).to(x.dtype), losses
 
     def _evicted_blocks(self, segment: Segment) -> EvictedBlocks:
         return segment.memo(
@@ -265,7 +234,8 @@ class CompressedMemory(Memory[CompressedState]):
         num_evicted = ((past_length - self.window).clamp(min=-1) // rate).clamp(min=0)
         block = num_evicted - num_entries + torch.arange(num_entries, device=past_length.device)
         bank_from = (block + 1) * rate + self.window - 1 - past_length
-        bank_until, blocks_until = segment.past_document_end[:, None], evicted.document_end
+        bank_until = segment.past_document_end[:, None]
+        blocks_until = segment.document_end.gather(1, evicted.evicted_at)
         exact_until = evicted.exact_document_end
         if self.compress_per_segment:
             # All are seen by the whole call, exact states only if their block was not in the bank before it.
@@ -291,7 +261,7 @@ class CompressedMemory(Memory[CompressedState]):
 
         # The next bank: the newest entries of the newest document, oldest first.
         last_document = segment.last_document_id
-        in_document = evicted.valid & (evicted.document_id == last_document)
+        in_document = evicted.valid & (segment.document_id.gather(1, evicted.evicted_at) == last_document)
         if segment.valid_length is not None:
             in_document &= evicted.evicted_at < segment.valid_length[:, None]
         stays = torch.cat([(block >= 0) & (last_document == 0), in_document], dim=1)

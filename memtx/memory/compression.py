@@ -1,14 +1,14 @@
-"""Functions that compress a block of hidden states to one entry, and auxiliary losses that train them.
+"""Compressions of a block of hidden states to one entry, and losses that train them (Rae et al. 2020, section 3.1).
 
-The functions are those of the Compressive Transformer (Rae et al. 2020, section 3.1); learned ones start as mean
-pooling, the best compression without weights. The losses (section 3.2) detach their inputs and use the layer's
-projections frozen, so they train only the compression; the language model's loss keeps training all weights.
+Learned compressions start as mean pooling, the best one without weights. The losses (section 3.2) detach their inputs
+and freeze the layer's projections, so they train only the compression; the language model's loss trains all weights.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class Compression(nn.Module, ABC):
         dim: Width of the hidden states.
         compression_rate: States per block.
     """
+
+    __call__: Callable[..., Tensor]
 
     needs_usage = False
     """If True, ``forward`` needs the attention that each state of a block receives."""
@@ -164,7 +166,7 @@ class AttentionPooling(Compression):
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Attend to the states of each block."""
-        key, value = (proj(blocks).unflatten(-1, (self.heads, -1)) for proj in (self.key, self.value))
+        key, value = (proj(blocks).view(*blocks.shape[:-1], self.heads, -1) for proj in (self.key, self.value))
         scores = torch.einsum("bnchd,hd->bnhc", key, self.query.to(key.dtype)) * key.shape[-1] ** -0.5
         weights = torch.softmax(scores + self.position_bias.to(scores.dtype), dim=-1)
         return torch.einsum("bnhc,bnchd->bnhd", weights, value).flatten(2)
@@ -218,8 +220,7 @@ class AutoEncoding(Reconstruction):
         self, blocks: Tensor, entries: Tensor, valid: Tensor, queries: Tensor, attention: ContentAttention
     ) -> Tensor:
         """Decode the entries and compare them with the blocks."""
-        decoded = self.decoder(entries).unflatten(-1, (self.compression_rate, self.dim))
-        error = (decoded - blocks).square().mean(dim=(2, 3))
+        error = (self.decoder(entries).view(blocks.shape) - blocks).square().mean(dim=(2, 3))
         loss: Tensor = self.weight * (error * valid).sum() / valid.sum().clamp(min=1)
         return loss
 

@@ -1,9 +1,8 @@
 """Intervals of a document within a call, for memories that write once per interval.
 
-Intervals are counted from the start of the document, and documents start anywhere, so every stream has its own ends. Of
-any ``interval`` consecutive tokens at most one ends an interval. A call is therefore cut into chunks of ``interval``
-tokens, each with room for one version of the written content, and a chunk's queries meet three versions: the previous
-version, the version written in the chunk, and the initial one while a document is younger than an interval.
+Intervals are counted from the start of the document, so every stream has its own ends; of any ``interval`` consecutive
+tokens at most one ends an interval. A call is cut into chunks of ``interval`` tokens with one version of the written
+content each. Queries meet the previous version, the chunk's own, and the initial one in a document's first interval.
 """
 
 from __future__ import annotations

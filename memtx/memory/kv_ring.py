@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memtx.memo import Memo
 from memtx.memory.base import ContentAttention
+from memtx.memory.parts import gather_entries
 from memtx.ops.attention.mask import KeyRange, Visibility
 
 
@@ -229,5 +230,4 @@ def _gather_or_zero(x: Tensor, index: Tensor) -> Tensor:
     """Return x ``(batch, n, dim)`` at index ``(batch, m)``, zero where the index is negative."""
     if x.shape[1] == 0:
         return x.new_zeros(*index.shape, x.shape[2])
-    entries = x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-    return entries.masked_fill((index < 0)[..., None], 0.0)
+    return gather_entries(x, index.clamp(min=0)).masked_fill((index < 0)[..., None], 0.0)

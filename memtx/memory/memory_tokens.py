@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memtx.errors import check_at_least
-from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Memory, Readout, View
 from memtx.ops.attention.reference import softmax_attention
 from memtx.segment import Segment
 from memtx.state import state_dataclass
@@ -31,7 +31,6 @@ class TokenState:
 class _ReadContext:
     entries: Tensor
     in_first_interval: Tensor
-    next_state: TokenState
     attention: ContentAttention
 
 
@@ -64,13 +63,16 @@ class TokenMemory(Memory[TokenState]):
         return TokenState(like.new_zeros(batch_size, self.num_tokens, self.dim))
 
     def read(self, state: TokenState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
-        """Open the document's memory tokens, which are the learned ones in its first interval."""
+        """Open the document's memory tokens, which are the learned ones in its first interval.
+
+        The next state keeps them; the model replaces them where an interval ends.
+        """
         in_first_interval = segment.position < self.interval
         hidden = state.hidden.to(x.dtype)
         initial = self.initial_tokens.to(x.dtype).expand_as(hidden)
         next_state = TokenState(torch.where(in_first_interval[:, -1:, None], initial, hidden))
         entries = torch.cat([initial, hidden], dim=1)
-        return View.readout_only(segment, _ReadContext(entries, in_first_interval, next_state, attention))
+        return View.readout_only(segment, _ReadContext(entries, in_first_interval, attention), next_state)
 
     def readout(self, view: View, q: Tensor) -> Readout:
         """Attend to the memory tokens with the layer's own keys and values, without positions."""
@@ -81,8 +83,3 @@ class TokenMemory(Memory[TokenState]):
         mask = torch.stack([sees_initial, ~sees_initial], dim=-1).repeat_interleave(self.num_tokens, dim=-1)[:, None]
         out, lse = softmax_attention(q.transpose(1, 2) @ k.mT * q.shape[-1] ** -0.5, mask, v)
         return Readout(out, lse=lse)
-
-    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[TokenState, Losses]:
-        """Keep the memory tokens; the model replaces them where an interval ends."""
-        context: _ReadContext = view.context
-        return context.next_state, {}

@@ -43,12 +43,8 @@ class RecurrentMemory(Memory[RecurrentState]):
         check_at_least(1, window=window)
         self.window = window
         self.same_length = same_length
+        self.depends_on_segmentation = not same_length
         self.cache_length = window - 1 if same_length else window
-
-    @property
-    def depends_on_segmentation(self) -> bool:
-        """True unless ``same_length``."""
-        return not self.same_length
 
     def init_state(self, batch_size: int, *, like: Tensor) -> RecurrentState:
         """Return an empty cache."""
@@ -56,8 +52,9 @@ class RecurrentMemory(Memory[RecurrentState]):
 
     def read(self, state: RecurrentState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [cache | segment]."""
-        settings = (RecurrentMemory, self.window, self.same_length)
-        return View((state.hidden.to(x.dtype), x), segment.memo(settings, lambda: self._entry_positions(segment)), None)
+        settings = (self.cache_length, self.window if self.same_length else None)
+        entry_positions = segment.memo((RecurrentMemory, *settings), lambda: sliding_window(segment, *settings))
+        return View((state.hidden.to(x.dtype), x), entry_positions)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[RecurrentState, Losses]:
         """Keep the newest inputs."""
@@ -80,13 +77,6 @@ class RecurrentMemory(Memory[RecurrentState]):
         """Return the only state of each block, uncompressed."""
         return block[:, 0]
 
-    def _entry_positions(self, segment: Segment) -> EntryPositions:
-        offset, position, document_end = locate_entries(segment, self.cache_length)
-        visible_until = torch.minimum(offset + self.window, document_end) if self.same_length else document_end
-        visible_until = torch.where(position >= 0, visible_until, -INFINITE_OFFSET)
-        key_range = KeyRange(offset.shape[1], -self.cache_length, 1, self.window if self.same_length else None)
-        return EntryPositions(offset[:1].double(), Visibility(offset, visible_until, segment.length, (key_range,)))
-
 
 def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the offsets, positions (negative where nothing is cached) and document ends of [cache | segment].
@@ -98,6 +88,24 @@ def locate_entries(segment: Segment, cache_length: int) -> tuple[Tensor, Tensor,
     position = torch.cat([segment.past_length[:, None] + offset[:, :cache_length], segment.position], dim=1)
     past_end = segment.past_document_end[:, None].expand(-1, cache_length)
     return offset, position, torch.cat([past_end, segment.document_end], dim=1)
+
+
+def sliding_window(segment: Segment, cache_length: int, window: int | None, min_age: int = 0) -> EntryPositions:
+    """Return the positions of [cache | segment], visible to the document's later tokens while young enough.
+
+    Args:
+        segment: Positions of the call's tokens.
+        cache_length: Length of the cache.
+        window: Number of tokens that see each entry. None means all from ``min_age`` on.
+        min_age: Age in tokens from which an entry is visible; a token itself has age 0.
+    """
+    offset, position, visible_until = locate_entries(segment, cache_length)
+    if window is not None:
+        visible_until = torch.minimum(offset + (min_age + window), visible_until)
+    visible_until = torch.where(position >= 0, visible_until, -INFINITE_OFFSET)
+    key_range = KeyRange(offset.shape[1], min_age - cache_length, 1, window)
+    visibility = Visibility(offset + min_age, visible_until, segment.length, (key_range,))
+    return EntryPositions(offset[:1].double(), visibility)
 
 
 def update_cache(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:

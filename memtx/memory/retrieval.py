@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least, check_divisible, missing_package_error
-from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Memory, Readout, View
 from memtx.memory.parts import TokenShift, gather_entries, merge_heads, split_heads
-from memtx.memory.recurrent import locate_entries, update_cache
-from memtx.ops.attention.mask import KeyRange, Visibility, create_mask
+from memtx.memory.recurrent import sliding_window, update_cache
+from memtx.ops.attention.mask import Visibility, create_mask
 from memtx.ops.attention.reference import softmax_attention
 from memtx.ops.cpu.linear import Linear
-from memtx.segment import INFINITE_OFFSET, Segment
+from memtx.segment import Segment
 from memtx.state import state_dataclass
 
 MAX_SCORES = 1 << 22
@@ -187,7 +187,6 @@ class _ReadContext:
     queries: Tensor
     keys: Tensor
     values: Tensor
-    last_input: Tensor
     visibility: Visibility
 
 
@@ -227,6 +226,7 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.top_k = top_k
         self.exclude_recent = exclude_recent
         self.knn_index = knn_index()
+        self.depends_on_segmentation = self.knn_index.is_approximate
         self.heads = heads
         self.cache_length = capacity + exclude_recent - 1
         self.query, self.key, self.value = (Linear(dim, dim, bias=False) for _ in range(3))
@@ -235,11 +235,6 @@ class RetrievalMemory(Memory[RetrievalState]):
         self.mix_gate = nn.Parameter(torch.zeros(heads))
         self.token_shift = TokenShift(dim) if token_shift else None
 
-    @property
-    def depends_on_segmentation(self) -> bool:
-        """True if the index, rebuilt in each call, may miss some keys."""
-        return self.knn_index.is_approximate
-
     def init_state(self, batch_size: int, *, like: Tensor) -> RetrievalState:
         """Return an empty store."""
         keys, values = (like.new_zeros(batch_size, self.cache_length, self.dim) for _ in range(2))
@@ -247,14 +242,18 @@ class RetrievalMemory(Memory[RetrievalState]):
 
     def read(self, state: RetrievalState, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
         """Open [store | segment]."""
-        settings = (RetrievalMemory, self.capacity, self.exclude_recent)
-        visibility = segment.memo(settings, lambda: self._visibility(segment))
+        settings = (self.cache_length, self.capacity, self.exclude_recent)
+        window = segment.memo((RetrievalMemory, *settings), lambda: sliding_window(segment, *settings))
         shifted = self.token_shift(x, state.last_input, segment) if self.token_shift is not None else x
-        keys = torch.cat([state.keys.to(x.dtype), self._normalize_heads(self.key(shifted)).to(x.dtype)], dim=1)
-        values = torch.cat([state.values.to(x.dtype), self.value(x).to(x.dtype)], dim=1)
-        queries = self._normalize_heads(self.query(x)).to(x.dtype)
-        last_input = TokenShift.last_input(x) if self.token_shift is not None else state.last_input
-        return View.readout_only(segment, _ReadContext(queries, keys, values, last_input, visibility))
+        queries, new_keys = (self._normalize_heads(y).to(x.dtype) for y in (self.query(x), self.key(shifted)))
+        old_keys, old_values, new_values = state.keys.to(x.dtype), state.values.to(x.dtype), self.value(x).to(x.dtype)
+        keys, values = torch.cat([old_keys, new_keys], dim=1), torch.cat([old_values, new_values], dim=1)
+        next_state = RetrievalState(
+            update_cache(old_keys, new_keys, segment),
+            update_cache(old_values, new_values, segment),
+            TokenShift.last_input(x) if self.token_shift is not None else state.last_input,
+        )
+        return View.readout_only(segment, _ReadContext(queries, keys, values, window.visibility), next_state)
 
     def readout(self, view: View, q: Tensor) -> Readout:
         """Return the values retrieved by the memory's own queries, split into the layer's heads."""
@@ -268,23 +267,9 @@ class RetrievalMemory(Memory[RetrievalState]):
         gate = torch.sigmoid(self.mix_gate).repeat_interleave(self.dim // self.heads) * has_match
         return Readout(split_heads(out, heads), gate=split_heads(gate, heads))
 
-    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[RetrievalState, Losses]:
-        """Keep the newest keys and values."""
-        context: _ReadContext = view.context
-        length = segment.length
-        keys, values = (update_cache(x[:, :-length], x[:, -length:], segment) for x in (context.keys, context.values))
-        return RetrievalState(keys, values, context.last_input), {}
-
     def _normalize_heads(self, x: Tensor) -> Tensor:
         """Normalize each head's part of x ``(batch, length, dim)`` to unit length."""
         return F.normalize(x.view(*x.shape[:-1], self.heads, -1), dim=-1).flatten(-2)
-
-    def _visibility(self, segment: Segment) -> Visibility:
-        offset, position, document_end = locate_entries(segment, self.cache_length)
-        visible_until = torch.minimum(offset + self.exclude_recent + self.capacity, document_end)
-        visible_until = torch.where(position >= 0, visible_until, -INFINITE_OFFSET)
-        key_range = KeyRange(offset.shape[1], self.exclude_recent - self.cache_length, 1, self.capacity)
-        return Visibility(offset + self.exclude_recent, visible_until, segment.length, (key_range,))
 
     def _retrieve(self, context: _ReadContext, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Return the values ``(batch, queries, dim)`` for queries [start, stop), and True for those with any key."""

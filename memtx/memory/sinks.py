@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from memtx.errors import MemtxError, check_at_least
-from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Memory, Readout, View
 from memtx.memory.intervals import attend_by_chunk, split_into_chunks
 from memtx.memory.parts import gather_entries
 from memtx.segment import Segment
@@ -55,7 +55,6 @@ class _ReadContext:
     keys: Tensor
     values: Tensor
     mask: Tensor
-    next_state: SinkState
 
 
 class SinkMemory(Memory[SinkState]):
@@ -105,18 +104,13 @@ class SinkMemory(Memory[SinkState]):
         by_version = "b (v s) h d -> b v h s d"
         keys, values = (rearrange(part, by_version, s=self.num_sinks) for part in (keys, values))
         next_state = SinkState(gather_entries(entries, plan.next_indices).masked_fill(plan.next_missing, 0.0))
-        return View.readout_only(segment, _ReadContext(keys, values, plan.mask, next_state))
+        return View.readout_only(segment, _ReadContext(keys, values, plan.mask), next_state)
 
     def readout(self, view: View, q: Tensor) -> Readout:
         """Attend to the sinks of each query's document."""
         context: _ReadContext = view.context
         k, v = (torch.cat([part[:, :-1], part[:, 1:]], dim=-2) for part in (context.keys, context.values))
         return attend_by_chunk(q, k, v, context.mask)
-
-    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[SinkState, Losses]:
-        """Keep the first tokens of the newest document."""
-        context: _ReadContext = view.context
-        return context.next_state, {}
 
     def _build_plan(self, segment: Segment) -> SinkPlan:
         num_sinks, age, position, length = self.num_sinks, self.exclude_recent, segment.position, segment.length

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memtx.errors import MemtxError, check_at_least, check_divisible, check_positive
-from memtx.memory.base import ContentAttention, LayerActivations, Losses, Memory, Readout, View
+from memtx.memory.base import ContentAttention, Losses, Memory, Readout, View
 from memtx.memory.intervals import IntervalPlan, attend_by_chunk
 from memtx.memory.parts import Gate, TokenShift, merge_heads, split_heads
 from memtx.ops.attention.reference import merge_attention, softmax_attention
@@ -47,8 +47,6 @@ class SlotState:
 @dataclass(frozen=True)
 class _ReadContext:
     versions: Tensor
-    gates: Tensor
-    next_state: SlotState
     plan: IntervalPlan
 
 
@@ -148,7 +146,11 @@ class SlotMemory(Memory[SlotState]):
             lse.mT.to(dtype).masked_fill(open_is_empty, 0.0),
             TokenShift.last_input(x) if self.token_shift is not None else state.last_input,
         )
-        return View.readout_only(segment, _ReadContext(stacked, torch.stack(gates, dim=1), next_state, plan))
+        losses: Losses = {}
+        if self.write_penalty and self.training:
+            mean_gates = torch.stack(gates, dim=1).mean((-2, -1)) * plan.has_end
+            losses["write_penalty"] = self.write_penalty * mean_gates.sum() / plan.has_end.sum().clamp(min=1)
+        return View.readout_only(segment, _ReadContext(stacked, plan), next_state, losses)
 
     def readout(self, view: View, q: Tensor) -> Readout:
         """Attend from the layer's queries to the slots at each query's position."""
@@ -163,16 +165,6 @@ class SlotMemory(Memory[SlotState]):
 
         mask = mask.repeat_interleave(self.num_slots, dim=-1)
         return attend_by_chunk(q, visible(self.read_key), visible(self.read_value), mask)
-
-    def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[SlotState, Losses]:
-        """Keep the newest slots of the open document and their attention to its open interval."""
-        context: _ReadContext = view.context
-        losses: Losses = {}
-        if self.write_penalty and self.training:
-            has_end = context.plan.has_end
-            gates = context.gates.mean((-2, -1)) * has_end
-            losses["write_penalty"] = self.write_penalty * gates.sum() / has_end.sum().clamp(min=1)
-        return context.next_state, losses
 
     def _split_intervals(self, x: Tensor, plan: IntervalPlan) -> tuple[Tensor, ...]:
         """Return each interval's part of x ``(batch, length, dim)``, ``(batch, heads, chunk_length, head_dim)``."""

@@ -1,22 +1,20 @@
 """A bank that keeps the highest-scoring entries instead of the newest.
 
-A learned score decides which entries stay. The choice has no gradient, but the score is also the entry's log-weight in
-attention, through which it learns. An entry is visible from its eviction until ``num_entries`` entries with higher
-scores have been evicted in its document, a function of the entries alone, so results do not depend on segmentation.
-With ``compression_rate=1``, next to a fast-weight memory, this is HOLA's pair (2026) of a delta state and a small exact
-bank, which is scored there by the fast weights' own error.
+The choice has no gradient, but the learned score is also the entry's log-weight in attention and learns through it. An
+entry is visible from its eviction until ``num_entries`` entries with higher scores have been evicted in its document, a
+function of the entries alone, so results do not depend on segmentation. With ``compression_rate=1``, next to
+fast weights, this is HOLA's pair (2026) of a delta state and an exact bank, scored there by the fast weights' error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from memtx.memory.base import ContentAttention, EntryPositions, LayerActivations, Losses, View
-from memtx.memory.compressed import BankContext, BankPlan, CompressedMemory, CompressedState, EvictedBlocks
+from memtx.memory.compressed import BankPlan, CompressedMemory, CompressedState, EvictedBlocks
 from memtx.memory.compression import Compression, Reconstruction, StridedConvolution
 from memtx.memory.recurrent import update_cache
 from memtx.ops.attention.mask import KeyRange, Visibility
@@ -35,11 +33,6 @@ class TopKState(CompressedState):
     An age is the number of tokens read since the eviction, including the evicting token; 0 in empty slots.
     """
 
-    age: Tensor
-
-
-@dataclass(frozen=True)
-class _TopKContext(BankContext):
     age: Tensor
 
 
@@ -84,20 +77,19 @@ class TopKMemory(CompressedMemory):
         assert isinstance(state, TopKState)
         evicted = self._evicted_blocks(segment)
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
-        blocks, usage, entries = self._compress(cache, x, evicted, attention)
+        entries, losses = self._compress(cache, x, evicted, attention)
         scores: Tensor = self.score(torch.cat([bank, entries], dim=1))[..., 0]
         # Equal states must score equally in any batch, so rounding errors must not tell them apart.
         rounded = (scores.detach().double() / SCORE_RESOLUTION).round()
         plan, age = self._select_entries(segment, evicted, state.age, rounded)
-        context = _TopKContext(plan, blocks, usage, age)
-        return View((bank, entries, cache, x), plan.entry_positions, context, key_bias=scores)
+        parts = (bank, entries, cache, x)
+        return View(parts, plan.entry_positions, (plan, age), losses=losses, key_bias=scores)
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[TopKState, Losses]:
         """Keep the newest states and the highest-scoring entries of the open document."""
-        context: _TopKContext = view.context
+        plan, age = view.context
         bank, entries, cache, x = view.parts
-        losses = self._auxiliary_losses(context, segment, activations)
-        return TopKState(update_cache(cache, x, segment), context.plan.next_bank(bank, entries), context.age), losses
+        return TopKState(update_cache(cache, x, segment), plan.next_bank(bank, entries), age), view.losses
 
     def ring_layout(self) -> None:
         """Return None: entries leave from anywhere in the bank, so decoding runs one call per token."""
@@ -109,9 +101,10 @@ class TopKMemory(CompressedMemory):
         """Return the plan for the rounded scores of [bank | blocks], ``(batch, entries)``, and the next bank's ages."""
         num_candidates = scores.shape[1]
         exists = torch.cat([age > 0, evicted.valid], dim=1)
-        document = torch.cat([torch.zeros_like(age), evicted.document_id], dim=1)
         evicted_at = torch.cat([-age, evicted.evicted_at], dim=1)
-        document_end = torch.cat([segment.past_document_end[:, None].expand_as(age), evicted.document_end], dim=1)
+        ids, ends = (tensor.gather(1, evicted.evicted_at) for tensor in (segment.document_id, segment.document_end))
+        document = torch.cat([torch.zeros_like(age), ids], dim=1)
+        document_end = torch.cat([segment.past_document_end[:, None].expand_as(age), ends], dim=1)
 
         # (batch, entry, other): True if the other is of the same document and ranks higher; ties go to the newer.
         order = torch.arange(num_candidates, device=scores.device)

@@ -1,4 +1,4 @@
-"""Memories for the layers of a model that was trained without: an exact window, sinks, and others in chosen layers."""
+"""Memories added to the layers of a trained model: an exact window, sinks, and others in chosen layers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def add_memory(
         model: The model.
         memories: Factories of the memories of the chosen layers, given dim. One that carries the segment itself, such
             as ``CompressedMemory``, replaces the window there.
-        window: Exact positions seen, at most as many as now. Defaults to each layer's present window.
+        window: Exact positions seen, at most each layer's present window, which is the default.
         num_sinks: Number of first tokens of a document that every layer always sees.
         layers: Layers that get the memories, from 0, negative from the end. Defaults to all.
         gated_memory: If True, memories enter through gates that begin at 0, so that outputs change only with training.
@@ -81,7 +81,7 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:
         return set(range(depth))
     for layer in layers:
         if not -depth <= layer < depth:
-            raise MemtxError(f"layers names {layer}, the model has {depth}.", f"Give {-depth} to {depth - 1}.")
+            raise MemtxError(f"layers names {layer}, but there are {depth} layers.", f"Give {-depth} to {depth - 1}.")
     return {layer % depth for layer in layers}
 
 
@@ -102,7 +102,7 @@ def _build_stack(
     if not exact:
         factory = partial(RecurrentMemory, window=window)
         exact = [(factory, factory(present.dim))]
-    # A compressed memory may keep a block more than the window exact.
+    # A compressed memory may keep one exact block more than the window.
     cache_length = exact[0][1].cache_length if isinstance(exact[0][1], CompressedMemory) else window
     if num_sinks:
         sinks = partial(SinkMemory, num_sinks=num_sinks, exclude_recent=cache_length, use_positions=True)
@@ -157,7 +157,7 @@ class Retrofit:
         """
         if self.path is None:
             raise MemtxError(
-                "Retrofit has no path of a model.",
+                "Retrofit has no model path.",
                 "Add --model.model.init_args.path FOLDER --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
             )
         model = MemoryTransformer.from_pretrained(self.path)

@@ -83,7 +83,7 @@ class Encoder(PretrainedModel):
         dropout: Dropout rate of the residual branches.
 
     Raises:
-        MemtxError: A number is out of range, or numbers do not divide as they must.
+        MemtxError: A number is out of range or not divisible as required.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class Encoder(PretrainedModel):
         attentions = [block.attention for block in self._layers()]
         for layer in random_blocks or {}:
             if not (0 <= layer < self.depth and attentions[layer].supports_random_blocks):
-                raise MemtxError(f"random_blocks has an entry for layer {layer}, which has none.", "Remove the entry.")
+                raise MemtxError(f"random_blocks has an entry for layer {layer}, which uses none.", "Remove it.")
         inputs = EncoderInputs.from_masks(input_ids, attention_mask, global_attention_mask, random_blocks)
         x = self.embedding(input_ids, token_type_ids)
         hidden = [x]

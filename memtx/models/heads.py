@@ -152,7 +152,7 @@ class TaskModel(PretrainedModel):
             ``TokenClassificationHead``.
 
     Raises:
-        MemtxError: A number is out of range, or the backbone is of another kind.
+        MemtxError: A number is out of range, or the backbone is of another class.
     """
 
     def __init__(

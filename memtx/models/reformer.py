@@ -1,6 +1,6 @@
 """Reformer (Kitaev, Kaiser and Levskaya 2020): training memory does not grow with depth.
 
-It attends within chunks of the text and of positions with equal hashes, and has reversible layers, chunked feed-forward
+Layers attend within chunks of the text or of positions with equal hashes, and are reversible, with chunked feed-forward
 parts and axial positions.
 """
 
@@ -50,7 +50,7 @@ class ReformerBlock(nn.Module):
 
     def has_dropout(self) -> bool:
         """Return whether dropout is active."""
-        return self.training and (self.dropout.p > 0 or self.attention.dropout_rate > 0)
+        return self.training and (self.dropout.p > 0 or self.attention.dropout > 0)
 
     def attend(
         self, x: Tensor, attention_mask: Tensor | None, cached_buckets: Tensor | None
@@ -193,7 +193,7 @@ class Reformer(PretrainedModel):
         )
 
     def _pad_to_chunks(self, tokens: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return tokens and a bool mask, None for no padding, padded so that the chunks of every layer are whole."""
+        """Return tokens padded to whole chunks of every layer, and their bool mask; None for no padding."""
         chunk_lengths = {block.attention.chunk_length for block in self._layers()}
         multiple, length = math.lcm(*chunk_lengths), tokens.shape[1]
         mask = None

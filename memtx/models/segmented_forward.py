@@ -1,8 +1,8 @@
 """A call read in chunks: long calls in pieces that fit the CPU cache, and memory tokens interval by interval.
 
-Memory tokens are written at the top of the stack and read at its bottom, so a call is read up to the next interval end
-of any stream at a time. There the write tokens go through the layers after the interval, and their outputs go through
-the layers alone to become the memory tokens of the next one; streams whose interval has not ended keep theirs.
+Memory tokens are written at the top of the stack and read at its bottom, so chunks end where the interval of any stream
+ends. There the write tokens go through the layers after the interval, and their outputs go through the layers alone to
+become the memory tokens of the next interval; streams whose interval has not ended keep theirs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class MemoryTokens:
             return None
         settings = {(memory.num_tokens, memory.interval) for layer in per_layer for _, memory in layer}
         if any(len(layer) != 1 for layer in per_layer) or len(settings) != 1:
-            message = "Memory tokens go through all layers, but not all layers have one TokenMemory of equal settings."
+            message = "Memory tokens go through all layers, but not all have one TokenMemory with equal settings."
             raise MemtxError(message, "Give one list of memories for all layers.")
         return cls(tuple(layer[0][0] for layer in per_layer), *settings.pop())
 
@@ -116,8 +116,8 @@ def forward_in_chunks(
         if after_chunk is not None:
             layers = after_chunk(layers, position)
         chunks.append(hidden)
-        for name, value in chunk_losses.items():
-            weighted = value * ((end - start) / x.shape[1])
+        for name, loss in chunk_losses.items():
+            weighted = loss * ((end - start) / x.shape[1])
             losses[name] = losses[name] + weighted if name in losses else weighted
         start = end
     return [torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)], layers, losses
@@ -133,7 +133,7 @@ def forward_with_memory_tokens(
     state: MemoryState,
     document_starts: Tensor | None,
 ) -> tuple[list[Tensor], LayerStates, Losses]:
-    """Read a call up to an interval end at a time, and write the memory tokens there.
+    """Read a call in chunks that end at interval ends, and write the memory tokens there.
 
     The outputs of ``write_tokens``, learned inputs ``(num_tokens, dim)``, become the memory tokens; ``chunk_ends``
     contains all interval ends. Other arguments and results as in :func:`forward_in_chunks`.
@@ -144,7 +144,7 @@ def forward_with_memory_tokens(
         return _update_memory_tokens(blocks, memory_tokens, write_tokens, layers, position)
 
     hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, after_chunk)
-    # No later call of the backward pass may read the written tokens; DDP still needs a gradient, which is then zero.
+    # If no later call reads the written tokens, they have no gradient; DDP needs one, which is then zero.
     hidden[-1] = hidden[-1] + 0.0 * write_tokens.sum()
     return hidden, layers, losses
 

@@ -1,4 +1,4 @@
-"""XLNet (Yang et al. 2019): an encoder pretrained by predicting tokens in any order, and bidirectional when used."""
+"""XLNet (Yang et al. 2019): an encoder pretrained to predict tokens in permuted orders, and bidirectional in use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class XLNet(PretrainedModel):
         dropout: Dropout rate of the embeddings and the residual branches.
 
     Raises:
-        MemtxError: A number is out of range, or numbers do not divide as they must.
+        MemtxError: A number is out of range or not divisible as required.
     """
 
     supports_global_attention = False
@@ -84,16 +84,16 @@ class XLNet(PretrainedModel):
         content = self.dropout(self.embedding(input_ids))
         length = input_ids.shape[1]
         sinusoids = self.dropout(bidirectional_sinusoids(length, content))
-        present = torch.ones(1, 1, length, dtype=torch.bool, device=content.device)
+        is_token = torch.ones(1, 1, length, dtype=torch.bool, device=content.device)
         if attention_mask is not None:
-            present = attention_mask[:, None] > 0
+            is_token = attention_mask[:, None] > 0
         if permutation_rank is None:
-            visible = present.expand(-1, length, -1)
+            visible = is_token.expand(-1, length, -1)
             for block in self._layers():
                 content = block(content, content, sinusoids, visible)
             return EncoderOutput(content)
-        up_to_itself = (permutation_rank[:, None] <= permutation_rank[:, :, None]) & present
-        before_itself = (permutation_rank[:, None] < permutation_rank[:, :, None]) & present
+        up_to_itself = (permutation_rank[:, None] <= permutation_rank[:, :, None]) & is_token
+        before_itself = (permutation_rank[:, None] < permutation_rank[:, :, None]) & is_token
         query = self.dropout(self.mask_embedding).expand_as(content)
         for layer, block in enumerate(self._layers()):
             # Both streams attend to the content of the same layer.

@@ -1,1 +1,1 @@
-"""Pure functions of tensors: attention, the delta rule, rotary embeddings, losses."""
+"""Pure tensor functions: attention, hashing, the delta rule, rotary embeddings and losses."""

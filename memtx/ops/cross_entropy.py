@@ -1,7 +1,7 @@
 """Output projection and cross entropy in chunks of tokens, without the full logits.
 
-Gradients are computed in the forward pass while a chunk's logits exist: nothing is computed twice and nothing of the
-vocabulary's size is stored per token (as in Liger Kernel, Hsu et al. 2024).
+Gradients are computed in the forward pass, while a chunk's logits exist, so logits are neither recomputed nor stored
+(as in Liger Kernel, Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from torch import Tensor
 from memtx.ops.cpu.linear import accumulate_weight_grad, linear
 
 IGNORE_INDEX = -100
-"""Label of tokens that are not scored."""
+"""Label of tokens that do not count."""
 
 MAX_CHUNK_LOGITS = 1 << 21
-"""Maximum number of logits per chunk (8 MiB in float32), so that later passes find them in the cache."""
+"""Maximum number of logits per chunk: 8 MiB in float32, so that they stay in the cache."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -74,12 +74,12 @@ def linear_cross_entropy(
     Args:
         hidden_states: ``(tokens, dim)``.
         weight: ``(vocab, dim)``, the output projection.
-        labels: ``(tokens,)`` int64; -100 for tokens that are not scored.
+        labels: ``(tokens,)`` int64; -100 for tokens that do not count.
         max_chunk_logits: Maximum number of logits held at a time.
 
     Returns:
-        The sum, a scalar with gradient, and ``(tokens,)`` float32 (float64 for float64 input) without gradient, 0 for
-        tokens that are not scored.
+        The sum, a scalar with gradient, and the values ``(tokens,)`` without gradient, 0 for tokens that do not count.
+        Both are float32, or float64 for float64 input.
     """
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     total, nll = _LinearCrossEntropy.apply(hidden_states, weight, labels, needs_grad, max_chunk_logits)  # type: ignore[no-untyped-call]

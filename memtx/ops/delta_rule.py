@@ -1,11 +1,11 @@
 """Fast weights by the gated delta rule: one matrix per head, written at every token and read by queries.
 
-With decay a_t in (0, 1] and writing strength b_t in [0, 2] (Gated Delta Networks, Yang et al. 2024, equation 10):
+With decay a_t in (0, 1] and write strength b_t in [0, 2] (Gated Delta Networks, Yang et al. 2024, equation 10):
 
     S_t = a_t S_(t-1) + k_t u_t',    u_t = b_t (v_t - a_t S_(t-1)' k_t),    o_t = S_t' q_t
 
 A write removes the value stored under its key. A strength above 1 flips the sign of that value (Grazzi et al. 2024),
-and the matrix does not grow for keys of norm 1. Without removal, u_t = b_t v_t, this is linear attention
+and with keys of norm 1 the matrix does not grow. Without removal, u_t = b_t v_t, this is linear attention
 (Katharopoulos et al. 2020, section 3.3). The matrix is zero at a document's first token.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 32
-"""Tokens per chunk: fastest of 8 to 128 on one CPU thread, heads of 32 and 64, forward and backward."""
+"""Tokens per chunk: fastest of 8 to 128 on one CPU thread, forward and backward, with heads of 32 and 64."""
 
 
 def naive_recurrent_gated_delta_rule(
@@ -49,9 +49,9 @@ def chunk_gated_delta_rule(
 
     Args:
         q: ``(batch, heads, length, key_dim)``.
-        k: ``(batch, heads, length, key_dim)``; for the delta rule with norm at most 1, or writes overshoot.
+        k: ``(batch, heads, length, key_dim)``; for the delta rule of norm at most 1, or writes overshoot.
         v: ``(batch, heads, length, value_dim)``.
-        beta: ``(batch, heads, length)``, the strengths b.
+        beta: ``(batch, heads, length)``, the write strengths b.
         log_decay: ``(batch, heads, length)``, log a, finite and at most 0. None disables decay.
         state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
         document_starts: ``(batch, length)`` bool, True for the first token of a document.
@@ -59,8 +59,8 @@ def chunk_gated_delta_rule(
         chunk_size: Tokens per chunk.
 
     Returns:
-        ``(batch, heads, length, value_dim)``, each token's read after its own write, and the last matrix. Both have
-        the dtype of the inputs, which must all have the same; autocast does not apply.
+        ``(batch, heads, length, value_dim)``, each token's read after its own write, and the final matrix. Both have
+        the common dtype of the inputs; autocast is disabled.
     """
     length = q.shape[2]
     chunk_size = min(chunk_size, length)
@@ -98,7 +98,7 @@ def chunk_gated_delta_rule(
             w_chunks = w.unbind(2)
         else:
             u, w_chunks = b * v, None
-        # One unbind each: slicing chunk by chunk would allocate a full-size gradient per slice.
+        # unbind, since slicing chunk by chunk would allocate a full-size gradient per slice.
         operands = (u, weights, decay_from_state * q, (decay_to_end * k).mT, decay_from_state[..., -1:, :])
         chunks, outputs = zip(*(x.unbind(2) for x in operands), strict=True), []
         for index, (values, weight, query, key, state_decay) in enumerate(chunks):

@@ -1,4 +1,4 @@
-"""Attention within chunks, of neighbors in the text or of neighbors after sorting by a hash (Reformer).
+"""Attention within chunks of tokens, in text order or sorted by a hash (Reformer).
 
 Kitaev, Kaiser and Levskaya 2020, section 2. Chunks are cyclic: the last chunk precedes the first.
 """
@@ -15,11 +15,11 @@ MASK_VALUE = -1e9
 """Score of a masked key: finite, so that a fully masked query averages all keys."""
 
 SELF_MASK_VALUE = -1e5
-"""Score of a query's own position if queries are keys: attended to only if nothing else is (section 2)."""
+"""Score of a query's own position if queries are also keys: attended to only if nothing else is (section 2)."""
 
 
 def choose_bucket_factors(length: int, chunk_length: int, max_length: int) -> tuple[int, ...]:
-    """Choose the number of hash buckets for a text, as one number or as two factors of it.
+    """Choose the number of hash buckets for a text, as one number or two factors.
 
     About two buckets per chunk, as in the paper, rounded down to a power of two. ``max_length`` is the model's.
     """
@@ -34,7 +34,7 @@ def sample_rotations(
 ) -> Tensor:
     """Sample normal random directions for hashing, ``(heads, head_dim, num_hashes, sum(factors) // 2)``.
 
-    A seed samples on the CPU, None uses torch's global generator. ``like`` sets device and dtype.
+    A seed samples on the CPU; None uses torch's global generator. ``like`` sets device and dtype.
     """
     shape = (heads, head_dim, num_hashes, sum(factors) // 2)
     if seed is None:
@@ -69,7 +69,7 @@ def look_adjacent(x: Tensor, num_chunks_before: int, num_chunks_after: int) -> T
     if num_chunks_before == num_chunks_after == 0:
         return x
     chunks = x.shape[2]
-    # A neighbor farther away than the number of chunks is the chunk itself, as the published models were trained.
+    # A neighbor farther away than the number of chunks is the chunk itself, as in training of the published models.
     shifts = range(-num_chunks_before, num_chunks_after + 1)
     return torch.cat([x.roll(-shift, dims=2) if abs(shift) < chunks else x for shift in shifts], dim=3)
 

@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, Su et al. 2021, section 3.2).
 
-Only differences of angles matter, so angles are computed from offsets within the call: small numbers, however long the
-stream is.
+Only differences of angles matter, so angles are computed from offsets within the call, which stay small in streams of
+any length.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ def rotary_angles(offset: Tensor, inv_freq: Tensor, dtype: torch.dtype, attentio
     """Compute the cosines and sines of the rotations.
 
     Args:
-        offset: ``(batch, entries)``, any real numbers.
+        offset: ``(batch, entries)`` of any dtype.
         inv_freq: ``(head_dim / 2,)`` float64, angle per token for each pair of dimensions.
         dtype: Dtype of the result, float32 or float64; the angles themselves are float64.
-        attention_factor: Factor of the result.
+        attention_factor: Factor applied to the result.
 
     Returns:
         ``(batch, entries, 1, head_dim / 2, 2)``: cosine, then sine.

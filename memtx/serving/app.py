@@ -25,13 +25,13 @@ from memtx.serving.metrics import Metrics, PoolMetrics
 from memtx.serving.schemas import PredictBody
 
 SESSION_FILE_OVERHEAD = 1 << 20
-"""Maximum bytes of a session file without its state: the header and text that was not read yet."""
+"""Maximum bytes of a session file without its state: the header and unread text."""
 
 MAX_ARENAS = 2
-"""Heaps of the C library. With 64 sessions for three minutes, memory grew by 1.1% after the first one, not by 2.8%."""
+"""Maximum malloc arenas: with 64 sessions, memory grew by 1.1% after the first of three minutes, not by 2.8%."""
 
 SHUTDOWN_TIMEOUT = 10
-"""Seconds that responses get to finish after SIGTERM, before they are cut and the sessions are saved."""
+"""Seconds that responses have to finish after SIGTERM, before they are cut and the sessions are saved."""
 
 models_router, predict_router = APIRouter(), APIRouter()
 
@@ -77,7 +77,7 @@ def predict(body: PredictBody, request: Request, deadline: Deadline) -> dict[str
 
 
 def _reject_paths(app: FastAPI, paths: tuple[str, ...], message: str, hint: str) -> None:
-    """Reject all requests for the other kind of model with a message."""
+    """Reject all requests to the paths of the other kind of model."""
 
     async def reject() -> None:
         raise APIError(400, message, hint, code="unsupported_endpoint")
@@ -94,7 +94,7 @@ def create_app(
     Args:
         pool: Pool that reads and generates.
         model_name: Name of the model in requests.
-        limits: Limits of the requests.
+        limits: Request limits. Defaults to ``Limits()``.
         api_key: Key that clients must send. None disables it and restricts access to this machine.
     """
     limits, metrics = limits or Limits(), PoolMetrics(pool)
@@ -134,7 +134,7 @@ def create_task_app(
 def _create_base_app(
     model_name: str, limits: Limits, metrics: Metrics, stop: Callable[[], None], close: Callable[[], None]
 ) -> FastAPI:
-    """Return the part of all applications: errors, ``/health``, ``/metrics`` and ``/v1/models``.
+    """Return the common part of the applications: errors, ``/health``, ``/metrics`` and ``/v1/models``.
 
     The server calls ``stop`` before it waits for its responses to finish, and ``close`` after that.
     """

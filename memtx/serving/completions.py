@@ -75,7 +75,7 @@ class CompletionService:
     metrics: PoolMetrics
 
     def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
-        """Return the settings of all texts of a request, prompt by prompt.
+        """Return the settings of each text of a request, prompt by prompt.
 
         Raises:
             MemtxError: A number is out of range, or exceeds a limit (APIError).
@@ -90,7 +90,7 @@ class CompletionService:
         return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
 
     def prefill(self, reader: StreamReader, prompt: Prompt, *, echo: bool, will_generate: bool) -> PrefilledPrompt:
-        """Read a prompt; blocks."""
+        """Read a prompt; blocks until it is read."""
         segments = reader.feed(prompt) if isinstance(prompt, str) else reader.feed_tokens(prompt)
         results = list(chain(segments, reader.finish(discard_state=not will_generate)))
         text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)

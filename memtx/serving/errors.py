@@ -41,7 +41,7 @@ class APIError(MemtxError):
         status_code: HTTP status code of the response.
         message: Problem with the request, as one sentence.
         hint: Remedy, as one sentence.
-        code: Error code for programs. Defaults to the usual one of the status code.
+        code: Error code for programs. Defaults to that of the status code.
         param: Name of the invalid field.
     """
 
@@ -54,7 +54,7 @@ class APIError(MemtxError):
 
 
 def check_model(requested: str, model_name: str) -> None:
-    """Raise unless a request names the model that is served."""
+    """Raise APIError unless a request names the served model."""
     if requested != model_name:
         message = f"There is no model '{requested[:80]}', only '{model_name}'."
         raise APIError(404, message, "GET /v1/models lists it.", param="model")
@@ -105,7 +105,7 @@ def error_response(error: APIError) -> JSONResponse:
 
 
 def add_exception_handlers(app: FastAPI) -> None:
-    """Return all errors of an application in one format."""
+    """Make an application return all errors in one format."""
 
     async def handle_error(_: Request, error: Exception) -> JSONResponse:
         response = error_response(to_api_error(error))

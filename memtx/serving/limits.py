@@ -19,7 +19,7 @@ from memtx.serving.errors import APIError, error_response
 from memtx.serving.metrics import Metrics
 
 PUBLIC_PATHS = ("/health", "/", "/openapi.json", "/favicon.ico")
-"""Paths without an API key, which show nothing of any text."""
+"""Paths that need no API key, because they reveal no text."""
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "testserver")
 
@@ -34,7 +34,7 @@ class Limits:
         max_choices: Generated texts per request.
         max_inputs: Predicted inputs per request.
         max_seconds: Seconds per request.
-        max_concurrent_requests: Requests in progress; further ones are told to retry.
+        max_concurrent_requests: Requests in progress; further requests are told to retry.
     """
 
     max_body_bytes: int = 8 << 20
@@ -53,8 +53,8 @@ class Limits:
 class GuardMiddleware:
     """Middleware that checks every request, applies the limits and counts the responses.
 
-    Without ``api_key``, only this machine has access. ``max_import_bytes`` limits an imported session, if it is larger
-    than ``limits.max_body_bytes``.
+    Without ``api_key``, only this machine has access. The body of an imported session may have ``max_import_bytes`` or
+    ``limits.max_body_bytes``, whichever is larger.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class GuardMiddleware:
             finally:
                 self._count_active(-is_work)
         finally:
-            # The pattern of the route, because a session id in the path must not become a metric of its own.
+            # The route's pattern, because a session id in the path must not become a metric of its own.
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.observe_request(scope["method"], route, status, time.perf_counter() - start)
 
@@ -103,7 +103,7 @@ class GuardMiddleware:
             return error
         if self.api_key is not None and scope["path"] not in PUBLIC_PATHS:
             scheme, _, key = headers.get("authorization", "").partition(" ")
-            # Compared in constant time, so that the time reveals nothing of the key.
+            # Compared in constant time, so that the time reveals nothing about the key.
             if scheme.lower() != "bearer" or not hmac.compare_digest(key.strip().encode("latin-1"), self.api_key):
                 return APIError(401, "The request has no valid API key.", "Send 'Authorization: Bearer KEY'.")
         length = headers.get("content-length", "0")
@@ -116,14 +116,14 @@ class GuardMiddleware:
         return None
 
     def _check_origin(self, headers: Mapping[str, str]) -> APIError | None:
-        """Reject requests that the page of another site makes a browser send."""
+        """Reject requests that a browser sends for another site's page."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if origin is not None and origin != "null" and urlsplit(origin).netloc != host:
-            return APIError(403, "The request comes from the page of another site.", "Use the page at /, or a program.")
-        # Without a key only this machine has access, and not under another name that resolves to it.
+            return APIError(403, "The request comes from another site's page.", "Use the page at /, or a program.")
+        # Without a key, only this machine has access, and not by another name that resolves to it.
         name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
         if self.api_key is None and name.strip("[]") not in LOOPBACK_HOSTS:
-            return APIError(403, "The server accepts this machine only.", "Use 127.0.0.1, or start it with an API key.")
+            return APIError(403, "The server accepts only this machine.", "Use 127.0.0.1, or start it with an API key.")
         return None
 
     def _max_body_bytes(self, scope: Scope) -> int:
@@ -161,7 +161,7 @@ def _to_http_exception(error: APIError) -> HTTPException:
 
 
 async def get_deadline(request: Request) -> float:
-    """Return the time by which a request must be answered, as of ``time.monotonic``."""
+    """Return the time by which a request must be answered, on the clock of ``time.monotonic``."""
     deadline: float = request.state.deadline
     return deadline
 

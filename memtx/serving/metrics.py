@@ -40,7 +40,7 @@ class Metrics:
 
 
 class PoolMetrics(Metrics):
-    """Metrics of a server of a language model, with those of the pool."""
+    """Metrics of a language model's server, including those of its pool."""
 
     def __init__(self, pool: SessionPool) -> None:
         engine, sessions, counters = pool.engine, pool.registry, pool.engine.counters

@@ -24,11 +24,11 @@ DISCONNECT_POLL_SECONDS = 0.5
 """Seconds between checks that the client is still connected."""
 
 OutputStream = AsyncIterator[tuple[int, TextDelta]]
-"""Pairs of the index of a text and its next piece."""
+"""Pairs of a text's index and its next piece."""
 
 
 def format_token(tokenizer: Tokenizer, token: int) -> str:
-    """Return the text of a token; incomplete characters as escaped bytes, in OpenAI's notation."""
+    """Return the text of a token, with incomplete characters as escaped bytes in OpenAI's notation."""
     content = tokenizer.token_bytes(token)
     try:
         return content.decode("utf-8")
@@ -161,7 +161,7 @@ async def stream_sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str
     try:
         async for chunk in chunks:
             yield format_sse(chunk)
-    except Exception as error:  # the status is sent, so only the stream can carry the error
+    except Exception as error:  # the status has been sent, so only the stream can carry the error
         yield format_sse(error_body(to_api_error(error)))
         return
     yield "data: [DONE]\n\n"

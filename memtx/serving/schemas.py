@@ -34,7 +34,7 @@ class RequestBody(BaseModel):
     @classmethod
     def _reject_unknown_fields(cls, value: Any) -> Any:
         if isinstance(value, dict) and (unknown := sorted(value.keys() - cls.model_fields.keys())):
-            # A name may hold half of a surrogate pair, which no message can.
+            # A name may hold half of a surrogate pair, which a message cannot.
             name = str(unknown[0]).encode("utf-8", "replace").decode()[:80]
             context = {"name": name, "known": list(cls.model_fields)}
             raise PydanticCustomError("extra_forbidden", "'{name}' is not a field of this request", context)
@@ -67,7 +67,7 @@ class GenerationBody(RequestBody):
 
     @property
     def include_usage(self) -> bool:
-        """True if a stream ends with the usage."""
+        """If True, a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
 
 
@@ -119,7 +119,7 @@ class CreateBody(RequestBody):
 
 
 class FeedBody(RequestBody):
-    """``POST /v1/sessions/ID/feed``; with ``end_of_text``, the rest that fills no segment is read as well."""
+    """``POST /v1/sessions/ID/feed``; with ``end_of_text``, a remainder shorter than a segment is also read."""
 
     text: Text
     end_of_text: bool = False

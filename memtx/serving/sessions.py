@@ -55,7 +55,7 @@ def segment_to_dict(result: SegmentResult) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "start": result.start,
         "token_ids": result.tokens.tolist(),
-        "nll": [round(float(value), 6) for value in result.nll],
+        "nll": [round(float(nll), 6) for nll in result.nll],
         "byte_lengths": [len(content) for content in result.token_bytes],
     }
     if result.top_tokens is not None and result.top_logprobs is not None:
@@ -68,7 +68,7 @@ def segment_to_dict(result: SegmentResult) -> dict[str, Any]:
 
 @router.post("", status_code=201)
 def create(body: CreateBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
-    """Create a session, with the start of its text if there is one."""
+    """Create a session and read the start of its text, if given."""
     session_id = pool.create()
     try:
         results = pool.feed(session_id, body.text, save=body.save, deadline=deadline)
@@ -110,7 +110,7 @@ def delete(session_id: str, pool: Pool, deadline: Deadline) -> Response:
 def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
     """Read more text, all of it or nothing.
 
-    The rest that fills no segment waits for more text or ``end_of_text``.
+    A remainder shorter than a segment waits for more text or ``end_of_text``.
     """
     results = pool.feed(session_id, body.text, end_of_text=body.end_of_text, save=body.save, deadline=deadline)
     return describe_session(pool, session_id) | {"segments": [segment_to_dict(result) for result in results]}
@@ -118,14 +118,14 @@ def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dic
 
 @router.post("/{session_id}/score")
 def score(session_id: str, body: ScoreBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
-    """Score a continuation without changing the session; text that still waits in it is scored first."""
+    """Score a continuation without changing the session; text that waits in it is scored first."""
     settings: dict[str, Any] = {"num_logprobs": body.logprobs, "return_hidden_states": body.return_hidden_states}
-    before, results = pool.score(session_id, body.text, deadline=deadline, **settings)
+    totals, results = pool.score(session_id, body.text, deadline=deadline, **settings)
     nll = sum(float(result.nll.sum(dtype="float64")) for result in results)
     num_bytes = sum(len(content) for result in results for content in result.token_bytes)
     return {
         "object": "score",
-        "start": before.num_tokens,
+        "start": totals.num_tokens,
         "tokens": sum(len(result.tokens) for result in results),
         "bytes": num_bytes,
         "nll": nll,
@@ -167,7 +167,7 @@ def fork(session_id: str, pool: Pool, deadline: Deadline) -> dict[str, Any]:
 
 @router.post("/{session_id}/save")
 def save(session_id: str, pool: Pool, deadline: Deadline) -> dict[str, Any]:
-    """Write a session to disk; after the response it survives the end of the process."""
+    """Write a session to disk, so that it survives the end of the process."""
     pool.save(session_id, deadline=deadline)
     return describe_session(pool, session_id)
 

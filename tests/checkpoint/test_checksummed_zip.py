@@ -25,7 +25,7 @@ def write(path: Path, step: int = 3) -> bytes:
 
 @pytest.fixture(scope="module")
 def intact_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sealed") / "a.ckpt"
+    path = tmp_path_factory.mktemp("checksummed") / "a.ckpt"
     write(path)
     return path
 
@@ -48,7 +48,7 @@ def test_every_flipped_bit_is_detected(intact_file: Path, offset: int, bit: int)
     content[offset % len(content)] ^= 1 << bit
     other = intact_file.with_name("flipped")
     other.write_bytes(content)
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         checksummed_zip.verify(other)
 
 
@@ -60,7 +60,7 @@ def test_any_other_length_is_refused(intact_file: Path, size: int, more: bytes) 
     if changed == content:
         return
     other.write_bytes(changed)
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         checksummed_zip.verify(other)
 
 
@@ -68,7 +68,7 @@ def test_any_other_length_is_refused(intact_file: Path, size: int, more: bytes) 
 def test_arbitrary_bytes_are_no_checkpoint(intact_file: Path, content: bytes) -> None:
     other = intact_file.with_name("junk")
     other.write_bytes(content)
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         checksummed_zip.verify(other)
 
 
@@ -103,13 +103,13 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         def write(self, data: object) -> int:
             raise OSError(28, "No space left on device")
 
-    handle = checksummed_zip.ChecksummedZipWriter.__init__
+    init = checksummed_zip.ChecksummedZipWriter.__init__
 
-    def begin(self: checksummed_zip.ChecksummedZipWriter, at: Path) -> None:
-        handle(self, at)
-        self._file = Full(at, "w")  # type: ignore[assignment]
+    def init_full(self: checksummed_zip.ChecksummedZipWriter, temporary: Path) -> None:
+        init(self, temporary)
+        self._file = Full(temporary, "w")  # type: ignore[assignment]
 
-    monkeypatch.setattr(checksummed_zip.ChecksummedZipWriter, "__init__", begin)
+    monkeypatch.setattr(checksummed_zip.ChecksummedZipWriter, "__init__", init_full)
     with pytest.raises(MemtxError, match="No space left on device"):
         write(path)
     assert path.read_bytes() == before

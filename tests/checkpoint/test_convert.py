@@ -50,14 +50,14 @@ def test_existing_target_is_kept(tmp_path: Path, byte_model: MemoryTransformer) 
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(MemtxError, match=r"exists already.*--overwrite"):
+    with pytest.raises(MemtxError, match=r"already exists.*--overwrite"):
         convert(path, tmp_path / "out")
-    with pytest.raises(MemtxError, match="exists already"):
+    with pytest.raises(MemtxError, match="already exists"):
         convert(path, path)
     with pytest.raises(MemtxError, match="is the source"):
         convert(path, path, overwrite=True)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         convert(path, tmp_path / "out", overwrite=True)
     with pytest.raises(CheckpointError, match="does not exist"):
         convert(tmp_path / "none", tmp_path / "out", overwrite=True)
@@ -92,7 +92,7 @@ def test_conversion_to_hf_drops_added_memories(tmp_path: Path) -> None:
     other = MemoryTransformer(40, dim=16, depth=1, heads=2)
     with pytest.raises(CheckpointError, match="does not have the layout"):
         convert(checkpoint(tmp_path / "b.ckpt", other), tmp_path / "wrong", layout=base)
-    with pytest.raises(CheckpointError, match="no Hugging Face folder"):
+    with pytest.raises(CheckpointError, match="is not a Hugging Face folder"):
         convert(tmp_path / "a.ckpt", tmp_path / "wrong", layout=tmp_path)
     assert not (tmp_path / "wrong").exists()
 

@@ -8,8 +8,8 @@ from memtx.checkpoint.lora import merge_lora
 
 
 def test_adapters_are_merged_and_other_weights_unchanged() -> None:
-    draw = torch.Generator().manual_seed(0)
-    down, up, weight, bias = (torch.randn(size, generator=draw) for size in ((2, 5), (4, 2), (4, 5), (4,)))
+    generator = torch.Generator().manual_seed(0)
+    down, up, weight, bias = (torch.randn(size, generator=generator) for size in ((2, 5), (4, 2), (4, 5), (4,)))
     weights = {
         "norm.weight": torch.ones(5),
         "map.base_layer.weight": weight,
@@ -27,9 +27,9 @@ def test_adapters_are_merged_and_other_weights_unchanged() -> None:
 
 
 def test_half_precision_merge_rounds_once() -> None:
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, 64, generator=draw).bfloat16()
-    down, up = torch.randn(4, 64, generator=draw), torch.randn(64, 4, generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=generator).bfloat16()
+    down, up = torch.randn(4, 64, generator=generator), torch.randn(64, 4, generator=generator)
     weights = {"a.base_layer.weight": weight, "a.lora_A.default.weight": down, "a.lora_B.default.weight": up}
     merged = merge_lora(weights, rank=4, alpha=4.0)["a.weight"]
     assert merged.dtype == torch.bfloat16

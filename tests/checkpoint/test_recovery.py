@@ -56,14 +56,14 @@ def test_newest_undamaged_checkpoint_is_found(tmp_path: Path) -> None:
         "earlier-00000006.ckpt",
         ["last.ckpt"],
     )
-    assert "last.ckpt' is not a whole checkpoint" in recovered.describe_damage()
-    assert "earlier-00000006.ckpt', of step 6" in recovered.describe_damage()
+    assert "last.ckpt' is not a valid checkpoint" in recovered.describe_damage()
+    assert "earlier-00000006.ckpt' at step 6" in recovered.describe_damage()
     (tmp_path / "earlier-00000006.ckpt").write_bytes(b"")
     recovered = recovery.find_latest_valid(tmp_path)
     assert recovered is not None
     assert recovered.step == 4
     flip(tmp_path / "step-00000004.ckpt")
-    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole: .*last.ckpt"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is intact: .*last.ckpt"):
         recovery.find_latest_valid(tmp_path)
 
 
@@ -90,7 +90,7 @@ def test_checkpoint_within_a_step_is_skipped(tmp_path: Path) -> None:
 def test_exchanged_checkpoints_are_detected(tmp_path: Path) -> None:
     save(tmp_path / "earlier-00000005.ckpt", 3)
     save(tmp_path / "earlier-00000003.ckpt", 5)
-    with pytest.raises(CheckpointError, match="of step 5"):
+    with pytest.raises(CheckpointError, match="does not match its name: it is from step 5"):
         recovery.find_latest_valid(tmp_path)
 
 
@@ -102,12 +102,12 @@ def test_every_kind_of_damage_is_detected(tmp_path: Path, monkeypatch: pytest.Mo
     older = save(tmp_path / "earlier-00000003.ckpt", 3).read_bytes()
     newest = save(tmp_path / "earlier-00000005.ckpt", 5)
     content, generator = newest.read_bytes(), random.Random(0)
-    for number in range(20 * len(damage_checkpoints.DAMAGES)):
-        kind = damage_checkpoints.DAMAGES[number % len(damage_checkpoints.DAMAGES)]
-        newest.write_bytes(damage_checkpoints.apply_damage(content, older, kind, generator))
+    for index in range(20 * len(damage_checkpoints.DAMAGES)):
+        damage = damage_checkpoints.DAMAGES[index % len(damage_checkpoints.DAMAGES)]
+        newest.write_bytes(damage_checkpoints.apply_damage(content, older, damage, generator))
         recovered = recovery.find_latest_valid(tmp_path)
         assert recovered is not None
-        assert (recovered.step, [path for path, _ in recovered.damaged]) == (3, [newest]), kind.__name__
+        assert (recovered.step, [path for path, _ in recovered.damaged]) == (3, [newest]), damage.__name__
 
 
 @pytest.mark.parametrize("plugin", [AtomicCheckpointIO, AsyncAtomicCheckpointIO])
@@ -124,8 +124,8 @@ def test_keep_last_checkpoints_are_kept(
     assert names(folder) == [f"earlier-{step:08d}.ckpt" for step in earlier] + ["last.ckpt"]
     for path in folder.iterdir():
         checksummed_zip.verify(path)
-        named = int(path.stem[-8:]) if "-" in path.name else 8
-        assert torch.load(path, weights_only=True)["global_step"] == checksummed_zip.read_step(path) == named
+        step = int(path.stem[-8:]) if "-" in path.name else 8
+        assert torch.load(path, weights_only=True)["global_step"] == checksummed_zip.read_step(path) == step
 
 
 def test_temporary_files_of_a_killed_process_are_removed(tmp_path: Path) -> None:
@@ -142,13 +142,13 @@ def test_damaged_last_checkpoint_is_not_kept_as_earlier(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     settings: dict[str, Any] = {"limit_val_batches": 0}
     for steps in (4, 6):
-        begin = folder / "earlier-00000002.ckpt" if folder.exists() else None
+        resume_path = folder / "earlier-00000002.ckpt" if folder.exists() else None
         keep = BestCheckpoint(str(folder), every_n_train_steps=2)
         run = trainer(tmp_path, keep, max_steps=steps, **settings)
-        run.fit(module(), datamodule=data(tmp_path), ckpt_path=begin and str(begin))
-        if begin is None:
+        run.fit(module(), datamodule=data(tmp_path), ckpt_path=resume_path and str(resume_path))
+        if resume_path is None:
             flip(folder / "last.ckpt")
-    # Both runs write one of step 4, but only the second run's is undamaged.
+    # Both runs write a checkpoint of step 4, but only the second run's is undamaged.
     assert names(folder) == ["earlier-00000004.ckpt", "last.ckpt"]
     checksummed_zip.verify(folder / "earlier-00000004.ckpt")
 
@@ -166,40 +166,40 @@ def test_copy_is_independent_and_shares_storage(tmp_path: Path) -> None:
     assert copied["a"].untyped_storage().data_ptr() == copied["b"].untyped_storage().data_ptr()
 
 
-def save_on(writes: AtomicCheckpointIO, folder: Path, count: int) -> None:
+def save_steps(checkpoint_io: AtomicCheckpointIO, folder: Path, count: int) -> None:
     for step in range(4, 4 + count):
-        writes.save_checkpoint({"global_step": step}, folder / f"{step}")
+        checkpoint_io.save_checkpoint({"global_step": step}, folder / f"{step}")
 
 
 def test_async_writes_happen_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writes, waits = AsyncAtomicCheckpointIO(), []
+    writer, written_paths = AsyncAtomicCheckpointIO(), []
     save_checkpoint = AtomicCheckpointIO.save_checkpoint
 
-    def slow(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, options: Any = None) -> None:
-        waits.append(path)
+    def save_or_fail(self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, options: Any = None) -> None:
+        written_paths.append(path)
         if checkpoint["global_step"] == 3:
             raise MemtxError("No space.")
         save_checkpoint(self, checkpoint, path, options)
 
-    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", slow)
-    done: list[int] = []
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", save_or_fail)
+    counts: list[int] = []
     for step in range(1, 3):
-        writes.save_checkpoint({"global_step": step}, tmp_path / f"{step}")
-        writes.run_after_writes(lambda: done.append(len(waits)))
-    assert writes.load_checkpoint(tmp_path / "2") == {"global_step": 2}
-    assert done == [1, 2]
-    writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
+        writer.save_checkpoint({"global_step": step}, tmp_path / f"{step}")
+        writer.run_after_writes(lambda: counts.append(len(written_paths)))
+    assert writer.load_checkpoint(tmp_path / "2") == {"global_step": 2}
+    assert counts == [1, 2]
+    writer.save_checkpoint({"global_step": 3}, tmp_path / "3")
     # Operations after a failed write are skipped: the previous checkpoint stays.
-    writes.remove_checkpoint(tmp_path / "2")
+    writer.remove_checkpoint(tmp_path / "2")
     # Raised by the next save or, if that is faster than the thread, by one that waits for it.
     with pytest.raises(MemtxError, match="No space"):
-        save_on(writes, tmp_path, 1 + MAX_PENDING)
-    writes.teardown()
+        save_steps(writer, tmp_path, 1 + MAX_PENDING)
+    writer.teardown()
     assert (tmp_path / "2").exists()
     assert not (tmp_path / "3").exists()
-    writes.save_checkpoint({"global_step": 3}, tmp_path / "3")
+    writer.save_checkpoint({"global_step": 3}, tmp_path / "3")
     with pytest.raises(MemtxError, match="No space"):
-        writes.teardown()
+        writer.teardown()
 
 
 @pytest.mark.parametrize(
@@ -210,25 +210,25 @@ def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path:
     config = changed(("trainer", "max_steps"), 8)
     config["trainer"] |= {"plugins": [{"class_path": f"memtx.checkpoint.{writer}"}], "val_check_interval": 3}
     config["checkpoint"] = {"every_n_train_steps": 2}
-    at = runs.prepare(tmp_path, config)
-    assert runs.fit(program, at, "whole").code == 0
-    assert runs.fit(program, at, "struck", strike=7).code == -9
-    folder = at / "struck" / "checkpoints"
+    workdir = runs.prepare(tmp_path, config)
+    assert runs.fit(program, workdir, "whole").code == 0
+    assert runs.fit(program, workdir, "struck", strike=7).code == -9
+    folder = workdir / "struck" / "checkpoints"
     last = checksummed_zip.read_step(folder / "last.ckpt")
     assert last is not None
     flip(folder / "last.ckpt")
-    shutil.copytree(folder, at / "copy")
-    done = runs.fit(program, at, "struck")
-    assert done.code == 0, done.err
-    (line,) = [line for line in done.err.splitlines() if line.startswith("memtx: ")]
-    assert "last.ckpt' is not a whole checkpoint" in line
-    assert "Going on from 'struck/checkpoints/" in line
-    assert runs.losses(at, "struck") == runs.losses(at, "whole")
-    assert runs.weights(at, "struck") == runs.weights(at, "whole")
+    shutil.copytree(folder, workdir / "copy")
+    result = runs.fit(program, workdir, "struck")
+    assert result.code == 0, result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("memtx: ")]
+    assert "last.ckpt' is not a valid checkpoint" in line
+    assert "Resuming from 'struck/checkpoints/" in line
+    assert runs.losses(workdir, "struck") == runs.losses(workdir, "whole")
+    assert runs.weights(workdir, "struck") == runs.weights(workdir, "whole")
     # Without an undamaged checkpoint, the run does not start again by itself.
     for path in folder.glob("*.ckpt"):
         path.write_bytes(b"")
-    done = runs.fit(program, at, "struck")
-    assert done.code == 2
-    assert "No checkpoint in 'struck/checkpoints' is whole" in done.err
-    assert "Traceback" not in done.err
+    result = runs.fit(program, workdir, "struck")
+    assert result.code == 2
+    assert "No checkpoint in 'struck/checkpoints' is intact" in result.err
+    assert "Traceback" not in result.err

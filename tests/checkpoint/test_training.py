@@ -50,7 +50,7 @@ def test_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for size in (0, 1, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:size])
-        with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="not a valid checkpoint"):
             io.load_checkpoint(path)
 
 
@@ -67,7 +67,7 @@ def test_loading_executes_nothing(tmp_path: Path) -> None:
     io, path = AtomicCheckpointIO(), tmp_path / "a.ckpt"
     torch.save({"weights": Evil()}, path)
     # Also if the caller asks for weights_only=False.
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         io.load_checkpoint(path, weights_only=False)
     assert Evil.ran == []
 
@@ -79,23 +79,23 @@ class Steps(pl.Callback):
         self.last = last
         self.steps: dict[int, int | None] = {}
 
-    def _look(self, trainer: pl.Trainer) -> None:
+    def _record(self, trainer: pl.Trainer) -> None:
         step = torch.load(self.last, weights_only=True)["global_step"] if self.last.exists() else None
         self.steps[trainer.global_step] = step
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer)
+        self._record(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look(trainer)
+        self._record(trainer)
 
 
 @pytest.mark.parametrize(
     ("every", "options", "expected"),
     [
-        # There is one before the first validation, and the last step is always saved.
+        # A checkpoint precedes the first validation, and the last step is always saved.
         (2, {"max_steps": 7, "val_check_interval": 6}, [None, None, 2, 2, 4, 4, 6, 7]),
         (None, {"max_steps": 7, "val_check_interval": 3}, [None, None, None, 3, 3, 3, 6, 7]),
         (None, {"max_steps": 5, "limit_val_batches": 0}, [None] * 5 + [5]),
@@ -158,7 +158,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, max_steps=2).fit(module(dropout=0.2), datamodule=data(tmp_path), ckpt_path=last)
     with pytest.raises(CheckpointError, match="seed"):
         trainer(tmp_path, max_steps=2).fit(module(), datamodule=data(tmp_path, seed=3), ckpt_path=last)
-    with pytest.raises(CheckpointError, match="something else"):
+    with pytest.raises(CheckpointError, match="was not written by memtx"):
         module().on_load_checkpoint({"state_dict": {}})
     old = read_checkpoint(last)
     old["memtx"]["model"]["version"] = 1
@@ -180,11 +180,11 @@ def test_state_is_kept_per_stage() -> None:
     other = Carry()
     other.load_state_dict("train", carry.state_dict("train"))
     assert other.state_dict("train").keys() == carry.state_dict("train").keys()
-    taken = other.get_state("train", reader, 2)
+    restored = other.get_state("train", reader, 2)
     for name, tensor in carry.state_dict("train").items():
-        assert torch.equal(taken.named_tensors()[name], tensor), name
+        assert torch.equal(restored.named_tensors()[name], tensor), name
     other.load_state_dict("train", carry.state_dict("train"))
-    with pytest.raises(CheckpointError, match="rows"):
+    with pytest.raises(CheckpointError, match="memory of 2 streams, this run has 3"):
         other.get_state("train", reader, 3)
     other.load_state_dict("train", carry.state_dict("train"))
     with pytest.raises(CheckpointError):
@@ -211,17 +211,17 @@ def test_random_numbers_continue_after_restore(tmp_path: Path) -> None:
 def test_ctrl_c_saves_and_run_resumes(program: Program, tmp_path: Path) -> None:
     config = changed(("trainer", "max_steps"), 6)
     config["trainer"] |= {"accumulate_grad_batches": 2, "val_check_interval": 5}
-    at = runs.prepare(tmp_path, config)
-    assert runs.fit(program, at, "whole").code == 0
-    for number, strike, last in ((signal.SIGINT, 2, 3), (signal.SIGTERM, 7, 7)):
-        done = runs.fit(program, at, "struck", strike=strike, signal=int(number))
-        assert done.code == EXIT_INTERRUPTED, done
-        assert "Traceback" not in done.err
+    workdir = runs.prepare(tmp_path, config)
+    assert runs.fit(program, workdir, "whole").code == 0
+    for signum, strike, last in ((signal.SIGINT, 2, 3), (signal.SIGTERM, 7, 7)):
+        result = runs.fit(program, workdir, "struck", strike=strike, signal=int(signum))
+        assert result.code == EXIT_INTERRUPTED, result
+        assert "Traceback" not in result.err
         # The optimizer step is finished, so that no accumulated gradient is lost.
-        assert max(runs.losses(at, "struck")) == last
-    assert runs.fit(program, at, "struck").code == 0
-    assert runs.losses(at, "struck") == runs.losses(at, "whole")
-    assert runs.weights(at, "struck") == runs.weights(at, "whole")
+        assert max(runs.losses(workdir, "struck")) == last
+    assert runs.fit(program, workdir, "struck").code == 0
+    assert runs.losses(workdir, "struck") == runs.losses(workdir, "whole")
+    assert runs.weights(workdir, "struck") == runs.weights(workdir, "whole")
 
 
 def test_signal_handlers_are_restored(tmp_path: Path) -> None:
@@ -236,11 +236,11 @@ def test_signal_handlers_are_restored(tmp_path: Path) -> None:
 
 
 def test_speed_and_memory_are_logged(tmp_path: Path) -> None:
-    taught = module()
+    language_module = module()
     run = trainer(tmp_path, Throughput(every_n_batches=2), max_steps=4, val_check_interval=3)
-    run.fit(taught, datamodule=data(tmp_path))
+    run.fit(language_module, datamodule=data(tmp_path))
     logged = {name: float(value) for name, value in run.callback_metrics.items()}
     assert logged["tokens_per_second"] > 0
     assert logged["peak_memory_mib"] > 1
-    assert logged["state_mib"] == pytest.approx(taught.carry.nbytes("train") / 2**20)
+    assert logged["state_mib"] == pytest.approx(language_module.carry.nbytes("train") / 2**20)
     assert logged["state_mib"] > 0

@@ -58,22 +58,22 @@ CONFIG: dict[str, Any] = {
 
 def changed(path: tuple[str | int, ...], value: Any, config: dict[str, Any] = CONFIG) -> dict[str, Any]:
     """Return the config with one value changed."""
-    result = copy.deepcopy(config)
-    parent: Any = result
+    config = copy.deepcopy(config)
+    parent: Any = config
     for key in path[:-1]:
         parent = parent[key]
     parent[path[-1]] = value
-    return result
+    return config
 
 
 def renamed(path: tuple[str | int, ...], name: str) -> dict[str, Any]:
     """Return the config with one key renamed."""
-    result = copy.deepcopy(CONFIG)
-    parent: Any = result
+    config = copy.deepcopy(CONFIG)
+    parent: Any = config
     for key in path[:-1]:
         parent = parent[key]
     parent[name] = parent.pop(path[-1])
-    return result
+    return config
 
 
 def write(folder: Path, config: dict[str, Any] = CONFIG, name: str = "c.yaml") -> Path:

@@ -43,7 +43,7 @@ def test_all_configs_exist() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=NAMES)
-def test_it_is_complete_and_commented(path: Path) -> None:
+def test_a_config_is_complete_and_commented(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     assert text.count("\n") < 100

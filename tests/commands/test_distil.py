@@ -61,7 +61,7 @@ def test_a_long_window_is_distilled_into_a_memory(program: Program, tmp_path: Pa
     assert student["score_retention"] == pytest.approx(report["teacher"]["score"] / student["score"])
     assert f"{student['num_parameters']:,}" in result.out
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    # The student is a run as any other.
+    # The student is a run like any other.
     read = program("read", "books/test/0.txt", "--checkpoint", "student", "--json", cwd=tmp_path)
     assert read.code == 0, read.err
 
@@ -117,7 +117,7 @@ def test_a_missing_teacher_is_reported_with_its_option(program: Program, tmp_pat
         small += ["--model.model.init_args.dim=24", "--data.tokenizer.init_args.vocab_size=300"]
     result = program(*command, *small, "--trainer.accelerator=cpu", cwd=tmp_path)
     assert result.code == 2
-    assert "No teacher is given to be distilled. Add --model.distillation.init_args.teacher RUN" in result.err
+    assert "distillation.teacher is not set. Add --model.distillation.init_args.teacher with a run" in result.err
     assert not (tmp_path / "runs" / config).exists()
 
 

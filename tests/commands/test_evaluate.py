@@ -48,7 +48,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
     return report
 
 
-def test_distances() -> None:
+def test_distances_are_parsed_and_sorted() -> None:
     assert parse_distances("8k,1k,64k, 1000") == [1000, 8000, 64000]
     assert parse_distances("2.5K,1M,.1m") == [2500, 100_000, 1_000_000]
     for wrong in ("", "k", "1k,", "-5", "0", "1g", "1e3", "0.0001k", "9" * 20):
@@ -56,7 +56,9 @@ def test_distances() -> None:
             parse_distances(wrong)
 
 
-def test_accuracy_by_distance(synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_accuracy_is_reported_by_distance(
+    synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base = ("--checkpoint", synthetic_model, "--task", "recall", "--num-samples", "4", "--distances", "30,100,24")
     report = evaluate(capsys, *base, "--seed", "3")
     # Rounded to segments, without duplicates.
@@ -76,52 +78,31 @@ def test_accuracy_by_distance(synthetic_model: str, tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(("task", "size"), [("overwrite", "num_overwrites=2"), ("capacity", "num_values=32")])
-def test_other_synthetic_tasks(synthetic_model: str, task: str, size: str, capsys: pytest.CaptureFixture[str]) -> None:
-    report = evaluate(
-        capsys,
-        "--checkpoint",
-        synthetic_model,
-        "--task",
-        task,
-        "--num-samples",
-        "2",
-        "--distances",
-        "48",
-        "--task-arg",
-        size,
-    )
-    (only,) = report["results"]
+def test_other_synthetic_tasks_are_evaluated(
+    synthetic_model: str, task: str, size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--num-samples", "2", "--distances", "48", "--task-arg", size)
+    report = evaluate(capsys, "--checkpoint", synthetic_model, "--task", task, *options)
+    (result,) = report["results"]
     if task == "capacity":
-        assert (only["distance"], only["num_pairs"], only["pairs_per_kib"]) == (2, 0, 0.0)
-        assert only["state_bytes"] == MemoryTransformer.from_pretrained(synthetic_model).init_state(1).nbytes
+        assert (result["distance"], result["num_pairs"], result["pairs_per_kib"]) == (2, 0, 0.0)
+        assert result["state_bytes"] == MemoryTransformer.from_pretrained(synthetic_model).init_state(1).nbytes
     else:
-        assert 0 <= only["accuracy"] <= 1
+        assert 0 <= result["accuracy"] <= 1
 
 
-def test_capacity_by_default(synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_capacity_has_default_segments(
+    synthetic_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plot = tmp_path / "a.png"
-    assert (
-        main(
-            [
-                "evaluate",
-                "--checkpoint",
-                synthetic_model,
-                "--task",
-                "capacity",
-                "--num-samples",
-                "2",
-                "--plot",
-                str(plot),
-            ]
-        )
-        == 0
-    )
+    command = ["evaluate", "--checkpoint", synthetic_model, "--task", "capacity", "--num-samples", "2"]
+    assert main([*command, "--plot", str(plot)]) == 0
     table = capsys.readouterr().out
     assert all(part in table for part in ("pairs per KiB", " 3 ", " 32 ", "768"))
     assert plot.read_bytes().startswith(PNG)
 
 
-def test_needles_and_stories(reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_needles_and_stories_are_evaluated(reader: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "book.txt").write_text(BOOK, encoding="utf-8")
     (tmp_path / "qa1_where_test.txt").write_text(STORY, encoding="utf-8")
     haystack = str(tmp_path / "book.txt")
@@ -160,11 +141,11 @@ def test_a_run_is_evaluated_on_the_task_of_its_training(program: Program, tmp_pa
     command = ("evaluate", "--checkpoint", "run", "--num-samples", "2", "--distances", "36", "--json", "-")
     result = program(*command, "--task", "recall", cwd=tmp_path)
     assert result.code == 0, result.err
-    (only,) = json.loads(result.out)["results"]
+    (recall,) = json.loads(result.out)["results"]
     model = MemoryTransformer.from_pretrained(find_checkpoint(tmp_path / "run"))
-    assert only["accuracy"] == evaluate_accuracy(model, AssociativeRecall(**task), 3, num_samples=2)
-    assert (only["distance"], only["chance"]) == (36, 1 / 7)
-    # The sizes of the training apply to a task with further options, too.
+    assert recall["accuracy"] == evaluate_accuracy(model, AssociativeRecall(**task), 3, num_samples=2)
+    assert (recall["distance"], recall["chance"]) == (36, 1 / 7)
+    # The sizes in training also apply to a task with further options.
     assert program(*command, "--task", "overwrite", cwd=tmp_path).code == 0
     result = program(*command, "--task", "needle", cwd=tmp_path)
     assert (result.code, result.err.count("\n")) == (2, 1)
@@ -200,7 +181,7 @@ def test_a_run_is_evaluated_on_the_task_of_its_training(program: Program, tmp_pa
         (["--task", "needle", "--haystack", "/no/such/text"], "'/no/such/text' does not exist"),
         (["--task", "needle", "--task-arg", "num_pairs=3"], "--task-arg does not apply to needle"),
         (["--task", "babi"], "--babi-dir is not set"),
-        (["--task", "babi", "--babi-dir", "/no/such/folder"], "'/no/such/folder' is no folder"),
+        (["--task", "babi", "--babi-dir", "/no/such/folder"], "'/no/such/folder' is not a folder"),
         ([], "--task"),
     ],
 )
@@ -209,8 +190,8 @@ def test_errors_are_one_line(
 ) -> None:
     try:
         code: Any = main(["evaluate", "--checkpoint", synthetic_model, *arguments])
-    except SystemExit as stopped:
-        code = stopped.code
+    except SystemExit as error:
+        code = error.code
     output = capsys.readouterr()
     assert code == 2
     assert expected in output.err
@@ -231,6 +212,6 @@ def test_ctrl_c_writes_nothing(
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_needles_in_the_embedded_texts(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_needles_are_hidden_in_the_embedded_texts_by_default(reader: str, capsys: pytest.CaptureFixture[str]) -> None:
     report = evaluate(capsys, "--checkpoint", reader, "--task", "needle", "--num-samples", "1", "--distances", "600")
     assert len(report["results"]) == 9

@@ -187,7 +187,7 @@ def test_other_texts_are_read_with_the_checkpoints_tokenizer(program: Program, w
     assert own_texts == other_texts
 
 
-def test_a_class_of_the_user(program: Program, workdir: Path) -> None:
+def test_a_run_uses_a_memory_class_of_the_user(program: Program, workdir: Path) -> None:
     (workdir / "user_memory.py").write_text(USER_MEMORY)
     config = changed(
         ("model", "model", "init_args", "memories"),
@@ -265,7 +265,7 @@ def test_lightning_is_the_same_program(workdir: Path) -> None:
     assert help_texts[0].replace("lightning", "memtx") == help_texts[1]
 
 
-def test_a_runs_config_is_found(tmp_path: Path) -> None:
+def test_the_config_of_a_run_is_found(tmp_path: Path) -> None:
     run = tmp_path / "r"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").touch()

@@ -141,7 +141,7 @@ def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
             [],
             'key "model.lr": Expected a float. Got value: abc',
         ),
-        ("", [], "could not be understood"),
+        ("", [], "could not be parsed"),
         ("Option 'zzzzzz' is not accepted", ["dim"], "Option 'zzzzzz' is not accepted"),
         (
             'Parser key "model.model":\n  Does not validate against any of the Union subtypes\n  Errors:\n'
@@ -151,7 +151,7 @@ def test_a_closed_pipe_is_not_an_error(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_shorten_message(message: str, keys: list[str], expected: str) -> None:
+def test_a_parser_message_is_shortened_to_its_reason(message: str, keys: list[str], expected: str) -> None:
     text = errors.shorten_message(message, keys)
     assert text.endswith(expected)
     assert "\n" not in text

@@ -76,21 +76,21 @@ def test_a_mistyped_key_is_reported_with_its_file_and_the_closest_key(
 @pytest.mark.parametrize(
     ("path", "value", "expected"),
     [
-        # A class that does not exist.
+        # Classes that do not exist.
         ((*MEMORY, "class_path"), "memtx.CompresedMemory", "Did you mean 'CompressedMemory'?"),
         ((*MEMORY, "class_path"), "memtx.memry.none.NoMemory", "Did you mean 'memory'?"),
         ((*MEMORY, "class_path"), "nowhere_at_all.Mine", "'nowhere_at_all'"),
         (("model", "model", "class_path"), "memtx.MemoryTransfomer", "Did you mean 'MemoryTransformer'?"),
         ((*MEMORY, "init_args", "compression"), "memtx.memory.compression.MeanPoolin", "Did you mean 'MeanPooling'?"),
         (("model", "optimizer", "class_path"), "torch.optim.AdamWW", "Did you mean 'AdamW'?"),
-        # A value of the wrong type.
+        # Values of the wrong type.
         (("data", "batch_size"), "many", "'data.batch_size' is many, expected int."),
         ((*INIT, "depth"), "two", "'model.model.init_args.depth' is two, expected int."),
         ((*MEMORY, "init_args", "window"), "big", "init_args.window' is big, expected int."),
         (("model", "optimizer", "init_args", "lr"), "fast", "init_args.lr' is fast, expected float"),
         (("trainer", "precision"), "bf17", "'trainer.precision' is bf17, expected"),
         (("trainer", "callbacks"), [{"class_path": "LearningRateMonitorr"}], "trainer.callbacks"),
-        # A value out of range, which the class itself checks.
+        # Values out of range, which the class itself checks.
         ((*MEMORY, "init_args", "window"), 0, "window is 0"),
         ((*MEMORY, "init_args", "compression_rate"), 0, "compression_rate is 0"),
         ((*INIT, "heads"), 3, "Change dim or heads"),
@@ -108,7 +108,7 @@ def test_a_mistyped_key_is_reported_with_its_file_and_the_closest_key(
         # Functions of Python itself.
         (MEMORY, {"class_path": "os.system"}, "'os.system', which belongs to Python itself"),
         (MEMORY, {"class_path": "torch.os.system"}, "'torch.os.system', which"),
-        (MEMORY, {"class_path": "memtx.memory.none.deeper.NoMemory"}, "there is no 'memtx.memory.none.deeper'"),
+        (MEMORY, {"class_path": "memtx.memory.none.deeper.NoMemory"}, "there is no module 'memtx.memory.none.deeper'"),
     ],
 )
 def test_a_wrong_value_is_one_line(
@@ -177,7 +177,7 @@ def test_invalid_texts_are_one_line(program: Program, workdir: Path) -> None:
 
 
 def test_tokens_outside_the_vocabulary_leave_no_run(program: Program, workdir: Path) -> None:
-    """They are found when they are read: training has started, but no step is done."""
+    """The tokens are checked when they are read: training has started, but no step is done."""
     write(workdir)
     assert program("prepare", "books", "--output-dir", "tokens", "--num-workers", "1", cwd=workdir).code == 0
     for shard in (workdir / "tokens" / "train").glob("*.bin"):
@@ -210,12 +210,12 @@ def test_an_unusable_checkpoint_is_one_line(program: Program, workdir: Path) -> 
     before = files(workdir)
     for command, run in (("fit", "new"), ("test", "run")):
         base = (command, "--config", "c.yaml", "--run_dir", run, "--ckpt_path")
-        refused(program(*base, "cut.ckpt", cwd=workdir), "'cut.ckpt' is not a whole checkpoint")
-        refused(program(*base, "foreign.ckpt", cwd=workdir), "'foreign.ckpt'", "something else")
+        refused(program(*base, "cut.ckpt", cwd=workdir), "'cut.ckpt' is not a valid checkpoint")
+        refused(program(*base, "foreign.ckpt", cwd=workdir), "'foreign.ckpt'", "was not written by memtx")
         other = (command, "--config", "other.yaml", "--run_dir", run, "--ckpt_path", str(last))
         refused(program(*other, cwd=workdir), "last.ckpt'", "another model", "dim")
     refused(
-        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a whole"
+        program("validate", "--run_dir", "run", "--ckpt_path", "empty.ckpt", cwd=workdir), "'empty.ckpt' is not a valid"
     )
     refused(
         program("predict", "--run_dir", "run", "--ckpt_path", "none.ckpt", cwd=workdir), "'none.ckpt' does not exist"

@@ -20,7 +20,7 @@ STACK = [
 MEMORIES = ("model", "model", "init_args", "memories")
 
 
-def test_a_memory_class_of_the_user(program: Program, tmp_path: Path) -> None:
+def test_a_memory_class_of_the_user_is_trained_and_evaluated(program: Program, tmp_path: Path) -> None:
     shutil.copy(tests.third_party_memory.__file__, tmp_path / "their_memory.py")
     write_books(tmp_path / "books")
     write(tmp_path, changed(MEMORIES, STACK))

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,8 +30,8 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     try:
         code = main(["predict", *arguments])
-    except SystemExit as stopped:
-        code = stopped.code  # type: ignore[assignment]
+    except SystemExit as error:
+        code = error.code  # type: ignore[assignment]
     output = capsys.readouterr()
     return code, output.out, output.err
 
@@ -45,12 +44,12 @@ def test_each_input_gives_a_line(workdir: Path, kind: str, tmp_path: Path, capsy
     assert (code, err) == (0, "")
     lines = [json.loads(line) for line in out.splitlines()]
     assert lines == predictor(kind).predict(inputs[:64]) + predictor(kind).predict(inputs[64:])
-    code, nothing, _ = run(capsys, "--checkpoint", str(workdir / kind), str(path), "--output", str(tmp_path / "o"))
-    assert (code, nothing) == (0, "")
+    code, out_to_file, _ = run(capsys, "--checkpoint", str(workdir / kind), str(path), "--output", str(tmp_path / "o"))
+    assert (code, out_to_file) == (0, "")
     assert (tmp_path / "o").read_text() == out
 
 
-def test_raw_texts(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_raw_texts_are_accepted(workdir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(workdir / "tagging")
     code, out, _ = run(capsys, "--checkpoint", model, "--text", "the white whale", "--text", "Ahab saw")
     assert code == 0
@@ -174,5 +173,5 @@ def test_a_config_with_one_class_path_is_refused(program: Program, tmp_path: Pat
     (tmp_path / "c.yaml").write_text("model: {class_path: memtx.training.finetuning.TaggingModule}\n")
     result = program("fit", "--config", "c.yaml", cwd=tmp_path)
     assert result.code == 2
-    assert "'data' has no class_path" in result.err
+    assert "Only one of model and data has a class_path; 'data' has none" in result.err
     assert result.err.count("\n") == 1

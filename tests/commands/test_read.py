@@ -194,11 +194,11 @@ def test_an_invalid_checkpoint_is_one_line(
     book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
     assert "does not exist" in read_error(capsys, str(book), "--checkpoint", str(tmp_path / "none.ckpt"))
-    assert "not a whole checkpoint" in read_error(capsys, str(book), "--checkpoint", str(book))
+    assert "not a valid checkpoint" in read_error(capsys, str(book), "--checkpoint", str(book))
     broken = pretrained(tmp_path / "broken")
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
-    assert "not a whole safetensors" in read_error(capsys, str(book), "--checkpoint", str(broken))
+    assert "not a valid safetensors" in read_error(capsys, str(book), "--checkpoint", str(broken))
 
 
 def test_an_invalid_session_is_one_line_and_stays(
@@ -213,7 +213,7 @@ def test_an_invalid_session_is_one_line_and_stays(
     assert "belongs to another text" in read_error(capsys, *options, model)
     assert session.read_bytes() == good
     session.write_bytes(good[:-1])
-    assert "not a whole safetensors" in read_error(capsys, *options, model)
+    assert "not a valid safetensors" in read_error(capsys, *options, model)
 
 
 def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -227,7 +227,7 @@ def test_wrong_options_are_one_line(model: str, book: Path, capsys: pytest.Captu
     assert "required: --checkpoint" in read_error(capsys, str(book))
 
 
-def test_real_books(books: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_real_book_is_read(books: Path, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "real.txt"
     path.write_bytes(sorted(books.glob("*/*.txt"))[0].read_bytes()[:20_000].decode(errors="ignore").encode())
     totals = read_json(capsys, str(path), "--checkpoint", model)

@@ -10,8 +10,8 @@ from memtx.cli.main import main
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--host", "0.0.0.0"], "--host 0.0.0.0 accepts other machines"),
-        (["--host", "example.org"], "--host example.org accepts other machines"),
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 is open to other machines"),
+        (["--host", "example.org"], "--host example.org is open to other machines"),
         (["--api-key", "short"], "at least 16 printable"),
         (["--port", "70000"], "--port: must be at most 65535, got 70000"),
         (["--porrt", "1"], "Did you mean '--port'?"),

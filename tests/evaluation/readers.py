@@ -1,4 +1,4 @@
-"""Fake models that answer from text they remember, so that the result of an evaluation is known."""
+"""Fake models that answer from text they remember, so that evaluation results are known."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Output:
     state: MemoryState
 
 
-class RemembersText:
-    """Keeps the last ``reach`` bytes; an answer has no loss if they hold the question followed by the answer."""
+class RememberingModel:
+    """Remembers the last ``reach`` bytes; an answer has zero loss if they contain the question followed by it."""
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
@@ -42,4 +42,4 @@ class RemembersText:
 
 
 def remembers(reach: int) -> Any:
-    return RemembersText(reach)
+    return RememberingModel(reach)

@@ -14,7 +14,7 @@ from tests.data.synthetic_tasks.test_recall import Said
 
 
 class HoldsPairs:
-    """Keeps the first ``count`` pairs of each stream; for other keys it predicts a token that is no value."""
+    """Keeps the first ``count`` pairs of each stream; for other keys it predicts a token that is not a value."""
 
     def __init__(self, task: AssociativeRecall, count: int) -> None:
         self.task, self.count = task, count
@@ -69,7 +69,7 @@ def test_explicit_task_options_override_those_of_the_run() -> None:
     )
     for name, value, message in (
         ("num_pears", "5", "'num_pairs'"),
-        ("num_pairs", "five", "whole"),
+        ("num_pairs", "five", "an integer"),
         ("num_pairs", "99", "do not fit"),
     ):
         with pytest.raises(MemtxError, match=message):

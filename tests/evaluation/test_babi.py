@@ -51,7 +51,7 @@ def test_hidden_stories_are_answered_as_far_as_text_is_remembered(folder: Path) 
     ]  # fmt: skip
     assert results[0].chance == pytest.approx(1 / 3)
     short = evaluate_babi(remembers(10), TOKENIZER, HAYSTACK, {1: tasks[1]}, [2500], num_samples=3)
-    # It chooses the first answer, "home.", which is right for one of three.
+    # The model chooses the first answer, "home.", which is right for one of three.
     assert short[0].accuracy == pytest.approx(1 / 3)
     assert average_by_distance("all", results) == [
         EvaluationResult("all", 600, 1.0, pytest.approx(1 / 3)),
@@ -73,7 +73,7 @@ def test_malformed_files_are_reported(folder: Path) -> None:
     (folder / "qa1_where_test.txt").write_bytes(b"1 \xff\n")
     with pytest.raises(DataError, match="not UTF-8"):
         load_tasks(str(folder))
-    with pytest.raises(DataError, match="no folder"):
+    with pytest.raises(DataError, match="is not a folder"):
         load_tasks(str(folder / "none"))
 
 
@@ -84,7 +84,7 @@ def test_original_babi_files_are_read() -> None:
     stories = read_stories(folder / "qa1_single-supporting-fact_test.txt")
     assert len(stories) == 1000
     assert {story.answer for story in stories} == {"bathroom", "bedroom", "garden", "hallway", "kitchen", "office"}
-    # The answer is the place where the person in the question went last.
+    # The answer is the last place that the person in the question went to.
     for story in stories:
         person = story.question.removeprefix("Where is ").rstrip("? ")
         assert [fact for fact in story.facts if fact.startswith(person)][-1].endswith(f"{story.answer}.")

@@ -1,4 +1,4 @@
-"""Comparisons: sizes, scores as plain loops compute them, and latencies of alternating calls."""
+"""Comparisons: sizes, scores equal to plain loops, and latencies of alternating calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def text_batch(folder: Path, max_length: int = 64) -> TextBatch:
 
 @pytest.mark.parametrize("segment_length", [1, 4, 64])
 @pytest.mark.parametrize("min_position", [0, 3])
-def test_bits_per_byte_count_tokens_from_a_position_on(tmp_path: Path, segment_length: int, min_position: int) -> None:
+def test_bits_per_byte_count_tokens_from_min_position(tmp_path: Path, segment_length: int, min_position: int) -> None:
     reader, batch = model(), text_batch(tmp_path)
     nats, num_bytes = 0.0, 0
     for text in TEXTS:

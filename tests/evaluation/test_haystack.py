@@ -1,4 +1,4 @@
-"""Hiding keeps length, order and depth; chosen answers equal those of one pass over everything; needles are found."""
+"""Hiding keeps length, order and depth; answers equal those of one pass over all text; needles are found."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def model() -> MemoryTransformer:
     return MemoryTransformer(257, dim=16, depth=1, heads=2, memories=memories).double().eval()
 
 
-def test_chosen_answer_equals_that_of_one_pass_over_everything() -> None:
+def test_chosen_answer_equals_that_of_one_pass_over_all_text() -> None:
     reader, generator = model(), torch.Generator().manual_seed(0)
     contexts = [np.random.default_rng(seed).integers(0, 256, 50) for seed in range(3)]
     state = read_contexts(reader, contexts, TOKENIZER.bos_token_id, segment_length=7)

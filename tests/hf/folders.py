@@ -28,7 +28,7 @@ BERT: dict[str, Any] = {
 
 
 def draw(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Return random weights, large enough that a wrong term shows; norms near 1."""
+    """Return random weights, large enough to reveal a wrong term; norm weights are near 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
     return {name: x + 1.0 if "norm" in name.lower() and "weight" in name else x for name, x in tensors.items()}
@@ -45,8 +45,8 @@ def bert(config: dict[str, Any] = BERT, prefix: str = "bert.", head: bool = True
         f"{prefix}embeddings.LayerNorm.bias": (dim,),
     }
     for layer in range(config["num_hidden_layers"]):
-        at = f"{prefix}encoder.layer.{layer}."
-        for part, (out, into) in {
+        layer_prefix = f"{prefix}encoder.layer.{layer}."
+        for part, (out_dim, in_dim) in {
             "attention.self.query": (dim, dim),
             "attention.self.key": (dim, dim),
             "attention.self.value": (dim, dim),
@@ -54,9 +54,9 @@ def bert(config: dict[str, Any] = BERT, prefix: str = "bert.", head: bool = True
             "intermediate.dense": (hidden, dim),
             "output.dense": (dim, hidden),
         }.items():
-            shapes |= {f"{at}{part}.weight": (out, into), f"{at}{part}.bias": (out,)}
+            shapes |= {f"{layer_prefix}{part}.weight": (out_dim, in_dim), f"{layer_prefix}{part}.bias": (out_dim,)}
         for norm in ("attention.output.LayerNorm", "output.LayerNorm"):
-            shapes |= {f"{at}{norm}.weight": (dim,), f"{at}{norm}.bias": (dim,)}
+            shapes |= {f"{layer_prefix}{norm}.weight": (dim,), f"{layer_prefix}{norm}.bias": (dim,)}
     if head:
         shapes |= {
             "cls.predictions.transform.dense.weight": (dim, dim),
@@ -69,9 +69,9 @@ def bert(config: dict[str, Any] = BERT, prefix: str = "bert.", head: bool = True
 
 
 def write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
-    """Write a folder of one safetensors file."""
+    """Write a folder with one safetensors file."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Indented differently from ours, because it must be kept verbatim.
+    # Indented differently from ours, since it must be kept verbatim.
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n\n")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder

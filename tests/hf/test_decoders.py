@@ -21,7 +21,7 @@ from memtx.models.memory_transformer import MemoryTransformer
 from tests.hf import plain
 from tests.hf.folders import write
 from tests.hf.plain import GPT2, LLAMA, MISTRAL, QWEN2, QWEN3
-from tests.hf.test_layout import assert_kept, in_parts, pickled
+from tests.hf.test_layout import assert_unchanged, write_pickle, write_shards
 from tests.hf.test_parity import folders
 
 TOKENS = torch.randint(0, 40, (1, 31), generator=torch.Generator().manual_seed(0))
@@ -38,18 +38,18 @@ def unscaled(config: dict[str, Any]) -> Tensor:
     return torch.tensor([config["rope_theta"] ** (-i / pairs) for i in range(pairs)], dtype=torch.float64)
 
 
-def expected_logits(config: dict[str, Any], inverse: Tensor | None = None) -> Tensor:
+def expected_logits(config: dict[str, Any], inv_freq: Tensor | None = None) -> Tensor:
     if config["model_type"] == "gpt2":
         return plain.gpt2_logits(config, tensors_of(config), TOKENS[0])
-    inverse = unscaled(config) if inverse is None else inverse
-    return plain.llama_logits(config, tensors_of(config), TOKENS[0], inverse)
+    inv_freq = unscaled(config) if inv_freq is None else inv_freq
+    return plain.llama_logits(config, tensors_of(config), TOKENS[0], inv_freq)
 
 
 def read(folder: Path, **options: Any) -> MemoryTransformer:
     return MemoryTransformer.from_pretrained(folder, **options).double()
 
 
-def streamed(model: MemoryTransformer, lengths: list[int], tokens: Tensor = TOKENS) -> Tensor:
+def read_segments(model: MemoryTransformer, lengths: list[int], tokens: Tensor = TOKENS) -> Tensor:
     state, parts = None, []
     with torch.no_grad():
         for part in tokens.split(lengths, dim=1):
@@ -63,7 +63,7 @@ def streamed(model: MemoryTransformer, lengths: list[int], tokens: Tensor = TOKE
 @pytest.mark.parametrize("lengths", [[31], [1] * 31, [3, 17, 1, 10]])
 def test_any_segmentation_gives_the_reference(tmp_path: Path, kind: str, lengths: list[int]) -> None:
     model = read(write(tmp_path, CONFIGS[kind], tensors_of(CONFIGS[kind])))
-    torch.testing.assert_close(streamed(model, lengths), expected_logits(CONFIGS[kind]), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(read_segments(model, lengths), expected_logits(CONFIGS[kind]), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2"])
@@ -92,15 +92,15 @@ def llama3(pair: float, turns: float) -> float:
         return 1 / 4
     if turns > 4:
         return 1.0
-    share = (turns - 1.5) / (4 - 1.5)
-    return (1 - share) / 4 + share
+    fraction = (turns - 1.5) / (4 - 1.5)
+    return (1 - fraction) / 4 + fraction
 
 
 def yarn(pair: float, turns: float) -> float:
-    def at(turns: float) -> float:  # the pair with that many turns in 32 positions
+    def pair_at(turns: float) -> float:  # the pair with that many turns in 32 positions
         return 16 * math.log(32 / (2 * math.pi * turns)) / (2 * math.log(100.0))
 
-    low, high = max(math.floor(at(3.0)), 0), min(math.ceil(at(0.5)), 15)
+    low, high = max(math.floor(pair_at(3.0)), 0), min(math.ceil(pair_at(0.5)), 15)
     ramp = min(max((pair - low) / (high - low), 0.0), 1.0)
     return ramp / 4 + (1 - ramp)
 
@@ -114,21 +114,21 @@ def yarn(pair: float, turns: float) -> float:
     ],
 )
 @pytest.mark.parametrize("spelling", ["older", "newer"])
-def test_scaled_rotary(tmp_path: Path, scaling: Any, options: dict[str, Any], spelling: str) -> None:
+def test_scaled_rotary_fits_the_reference(tmp_path: Path, scaling: Any, options: dict[str, Any], spelling: str) -> None:
     config = {**LLAMA, "head_dim": 16}
     tensors = plain.llama(config)
-    inverse = unscaled(config)
-    scaled = [frequency * scaling(i, 32 * frequency.item() / (2 * math.pi)) for i, frequency in enumerate(inverse)]
+    inv_freq = unscaled(config)
+    scaled = [frequency * scaling(i, 32 * frequency.item() / (2 * math.pi)) for i, frequency in enumerate(inv_freq)]
     rope = {**options, "factor": 4.0, "original_max_position_embeddings": 32}
-    written = {key: value for key, value in config.items() if key != "rope_theta"}
+    hf_config = {key: value for key, value in config.items() if key != "rope_theta"}
     if spelling == "older":
         rope["type"] = rope.pop("rope_type")
-        written |= {"rope_theta": config["rope_theta"], "rope_scaling": rope}
+        hf_config |= {"rope_theta": config["rope_theta"], "rope_scaling": rope}
     else:
-        written["rope_parameters"] = {**rope, "rope_theta": config["rope_theta"]}
-    model = read(write(tmp_path, written, tensors))
+        hf_config["rope_parameters"] = {**rope, "rope_theta": config["rope_theta"]}
+    model = read(write(tmp_path, hf_config, tensors))
     expected = plain.llama_logits(config, tensors, TOKENS[0], torch.stack(scaled))
-    torch.testing.assert_close(streamed(model, [5, 26]), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(read_segments(model, [5, 26]), expected, rtol=0, atol=TOLERANCE)
     assert not torch.allclose(expected, expected_logits(config), atol=1e-3)
 
 
@@ -139,14 +139,14 @@ def test_decoding_in_place_gives_the_reference(tmp_path: Path, kind: str) -> Non
         rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.3}
         config = {**config, "rope_scaling": rope}
     model = read(write(tmp_path, config, tensors_of(config)))
-    expected = streamed(model, [31])
+    expected = read_segments(model, [31])
     with torch.no_grad():
         decoder = Decoder(model, model(TOKENS[:, :12]).state)
-        steps = torch.stack([decoder.step(TOKENS[:, at])[0] for at in range(12, 31)])
+        steps = torch.stack([decoder.step(TOKENS[:, index])[0] for index in range(12, 31)])
     torch.testing.assert_close(steps, expected[12:], rtol=0, atol=TOLERANCE)
 
 
-def test_yarn_sharpens_scores(tmp_path: Path) -> None:
+def test_yarn_has_an_attention_factor(tmp_path: Path) -> None:
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
     config = {**LLAMA, "rope_parameters": {**rope, "rope_theta": 100.0}}
     positions = read(write(tmp_path, config, plain.llama(LLAMA))).blocks[0].attention.positions
@@ -155,20 +155,20 @@ def test_yarn_sharpens_scores(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_written_back_byte_for_byte(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+def test_decoders_are_saved_byte_for_byte(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     tensors = {name: x.to(dtype) for name, x in tensors_of(CONFIGS[kind]).items()}
     folder = write(tmp_path / "read", CONFIGS[kind], tensors)
     model = memtx.from_pretrained(folder)
-    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
     memtx.hf.save(model, tmp_path / "written")
-    assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
+    assert_unchanged(tmp_path / "written", tensors, (folder / "config.json").read_text())
     # Our own format does not need the folder.
     model.save_pretrained(tmp_path / "own")
-    again = MemoryTransformer.from_pretrained(tmp_path / "own")
-    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+    reloaded = MemoryTransformer.from_pretrained(tmp_path / "own")
+    assert torch.equal(reloaded(TOKENS).logits, model(TOKENS).logits)
 
 
-@pytest.mark.parametrize("form", [in_parts, pickled])
+@pytest.mark.parametrize("form", [write_shards, write_pickle])
 def test_every_form_on_disk_gives_one_model(tmp_path: Path, form: Any) -> None:
     tensors = tensors_of(QWEN2)
     expected = read(write(tmp_path / "one", QWEN2, tensors))(TOKENS).logits
@@ -182,9 +182,9 @@ def test_backbone_with_legacy_tables_and_stored_tied_head(tmp_path: Path) -> Non
     tensors |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool), "lm_head.weight": tensors["wte.weight"] + 0}
     folder = write(tmp_path / "read", GPT2, tensors)
     model = read(folder)
-    torch.testing.assert_close(streamed(model, [31]), expected_logits(GPT2), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(read_segments(model, [31]), expected_logits(GPT2), rtol=0, atol=TOLERANCE)
     memtx.hf.save(MemoryTransformer.from_pretrained(folder), tmp_path / "written")
-    assert_kept(tmp_path / "written", tensors, (folder / "config.json").read_text())
+    assert_unchanged(tmp_path / "written", tensors, (folder / "config.json").read_text())
 
 
 def test_mixed_dtypes_load_in_the_widest_and_save_unchanged(tmp_path: Path) -> None:
@@ -192,34 +192,34 @@ def test_mixed_dtypes_load_in_the_widest_and_save_unchanged(tmp_path: Path) -> N
     mixed = {name: x if "norm" in name else x.bfloat16() for name, x in tensors.items()}
     folder = write(tmp_path / "read", LLAMA, mixed)
     model = memtx.from_pretrained(folder)
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     memtx.hf.save(model, tmp_path / "written")
-    assert_kept(tmp_path / "written", mixed, (folder / "config.json").read_text())
+    assert_unchanged(tmp_path / "written", mixed, (folder / "config.json").read_text())
 
 
-def test_window_defaults_to_the_models_or_is_set(tmp_path: Path) -> None:
-    def seen(folder: Path, **options: Any) -> list[int]:
+def test_window_defaults_to_the_trained_length(tmp_path: Path) -> None:
+    def layer_windows(folder: Path, **options: Any) -> list[int]:
         return [block.attention.memory.window for block in read(folder, **options).blocks]
 
     folder = write(tmp_path / "qwen2", QWEN2, tensors_of(QWEN2))
-    assert seen(folder) == [64, 5]
-    assert seen(folder, window=9) == [9, 5]
-    assert seen(folder, window=3) == [3, 3]
+    assert layer_windows(folder) == [64, 5]
+    assert layer_windows(folder, window=9) == [9, 5]
+    assert layer_windows(folder, window=3) == [3, 3]
     long = {**LLAMA, "max_position_embeddings": 131072}
-    assert seen(write(tmp_path / "long", long, tensors_of(long))) == [4096, 4096]
+    assert layer_windows(write(tmp_path / "long", long, tensors_of(long))) == [4096, 4096]
     with pytest.raises(MemtxError, match="window is 0"):
         read(folder, window=0)
     read(folder).save_pretrained(tmp_path / "own")
-    with pytest.raises(MemtxError, match=r"window \(9\).*no Hugging Face decoder"):
+    with pytest.raises(MemtxError, match=r"window \(9\).*not a Hugging Face decoder"):
         MemoryTransformer.from_pretrained(tmp_path / "own", window=9)
 
 
-def test_gpt2_reads_past_its_last_position(tmp_path: Path) -> None:
+def test_gpt2_reads_beyond_its_last_position(tmp_path: Path) -> None:
     model = read(write(tmp_path, GPT2, tensors_of(GPT2)))
     tokens = TOKENS.repeat(1, 6)
-    expected = streamed(model, [tokens.shape[1]], tokens)
+    expected = read_segments(model, [tokens.shape[1]], tokens)
     assert expected.isfinite().all()
-    torch.testing.assert_close(streamed(model, [50, 30, 106], tokens), expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(read_segments(model, [50, 30, 106], tokens), expected, rtol=0, atol=TOLERANCE)
 
 
 def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -244,8 +244,8 @@ def test_every_tensor_that_does_not_fit_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
-        (LLAMA, {"model_type": "lama"}, "lama.*known are.*Did you mean 'llama'"),
-        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "longrope.*known are"),
+        (LLAMA, {"model_type": "lama"}, "lama.*expected one of.*Did you mean 'llama'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "longrope"}}, "longrope.*expected one of"),
         (LLAMA, {"rope_scaling": {"rope_type": "linear"}}, "factor = None"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA, {"hidden_act": "sillu"}, "Did you mean 'silu'"),
@@ -270,7 +270,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-5])
-    with pytest.raises(CheckpointError, match="not a whole safetensors"):
+    with pytest.raises(CheckpointError, match="not a valid safetensors"):
         memtx.from_pretrained(folder)
     save_file({"a": torch.zeros(1).to(torch.float8_e4m3fn)}, weights)
     with pytest.raises(CheckpointError, match="F8_E4M3"):
@@ -291,7 +291,7 @@ print(peak() - before, sum(p.numel() * p.element_size() for p in model.parameter
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_loading_holds_the_weights_and_little_more(tmp_path: Path, kind: str) -> None:
+def test_loading_needs_little_more_memory_than_the_weights(tmp_path: Path, kind: str) -> None:
     # About 200 MB, in shards.
     if kind == "llama":
         config = {**LLAMA, "vocab_size": 16000, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
@@ -300,12 +300,12 @@ def test_loading_holds_the_weights_and_little_more(tmp_path: Path, kind: str) ->
         config = {**GPT2, "vocab_size": 16000, "n_embd": 768, "n_layer": 5, "n_head": 12, "n_positions": 1024}
     tensors = tensors_of(config)
     folder = write(tmp_path, config, tensors)
-    in_parts(folder, tensors)
+    write_shards(folder, tensors)
     del tensors
     run = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=True)
-    grown, weights = map(int, run.stdout.split())
+    peak_growth, weights = map(int, run.stdout.split())
     assert weights > 150e6
-    assert grown < 1.1 * weights, f"{grown / weights:.3f} of the weights"
+    assert peak_growth < 1.1 * weights, f"{peak_growth / weights:.3f} of the weights"
 
 
 def test_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
@@ -318,8 +318,8 @@ def test_tokenizer_of_the_folder_is_used(tmp_path: Path) -> None:
     folder = write(tmp_path, config, plain.llama(config))
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         load_model_and_tokenizer(folder)
-    described = json.loads(trained.to_json())["model"]
-    (folder / "tokenizer.json").write_text(json.dumps(described))
+    model_json = json.loads(trained.to_json())["model"]
+    (folder / "tokenizer.json").write_text(json.dumps(model_json))
     model, tokenizer = load_model_and_tokenizer(folder)
     assert model.vocab_size == 320
     assert list(tokenizer.encode("some words")) == list(trained.encode("some words"))

@@ -17,7 +17,7 @@ from memtx.models.transformer_xl import TransformerXL
 from memtx.ops.attention.sparse import sample_random_blocks
 
 TOLERANCE = 1e-4  # float32, sums in another order
-READERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")
+ENCODERS = ("bert", "big_bird", "distilbert", "longformer", "reformer")
 ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids", "global_attention_mask")
 
 
@@ -34,7 +34,7 @@ def folders(parity: Path, *kinds: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("kind", sorted(MODEL_TYPES))
-def test_written_back_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> None:
+def test_recorded_folders_are_saved_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> None:
     for folder in folders(parity, kind):
         memtx.hf.save(memtx.from_pretrained(folder), tmp_path / folder.name)
         actual = load_file(tmp_path / folder.name / "model.safetensors")
@@ -46,15 +46,15 @@ def test_written_back_byte_for_byte(parity: Path, kind: str, tmp_path: Path) -> 
         assert (tmp_path / folder.name / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
-@pytest.mark.parametrize("kind", READERS)
-def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_hidden_states_and_logits_match(parity: Path, kind: str) -> None:
     for folder in folders(parity, kind):
         io = load_file(folder / "io.safetensors")
         model = memtx.from_pretrained(folder)
         assert isinstance(model, Encoder | Reformer)
         with torch.no_grad():
             out = model(**{name: io[name] for name in ARGUMENTS if name in io}, output_hidden_states=True)
-        compared = 0
+        num_compared = 0
         for name, expected in io.items():
             part, _, layer = name.partition(".")
             if part == "hidden_states":
@@ -63,28 +63,28 @@ def test_every_hidden_state_and_logit(parity: Path, kind: str) -> None:
                 actual = getattr(out, part)
             else:
                 continue
-            compared += 1
+            num_compared += 1
             # transformers returns the hidden states of Big Bird and Reformer with their internal padding.
             assert (actual - expected[:, : actual.shape[1]]).abs().max() < TOLERANCE, f"{folder.name}: {name}"
-        assert compared, f"{folder.name} records nothing to compare"
+        assert num_compared, f"{folder.name} records nothing to compare"
 
 
-def test_every_segment_of_transformer_xl_and_its_state(parity: Path) -> None:
+def test_transformer_xl_matches_in_every_segment(parity: Path) -> None:
     for folder in folders(parity, "transfo-xl"):
         io = load_file(folder / "io.safetensors")
         model = memtx.from_pretrained(folder)
         assert isinstance(model, TransformerXL)
-        state, read = None, 0
+        state, start = None, 0
         for segment in range(sum(name.startswith("log_probs.") for name in io)):
             expected = io[f"log_probs.{segment}"]
             with torch.no_grad():
-                out = model(io["input_ids"][:, read : read + expected.shape[1]], state)
-            state, read = out.state, read + expected.shape[1]
+                out = model(io["input_ids"][:, start : start + expected.shape[1]], state)
+            state, start = out.state, start + expected.shape[1]
             assert out.logits is not None
             assert (out.logits - expected).abs().max() < TOLERANCE, f"{folder.name}: segment {segment}"
             for layer, (actual,) in enumerate(state.layers):
-                gap = actual.hidden.transpose(0, 1) - io[f"mems.{segment}.{layer}"]
-                assert gap.abs().max() < TOLERANCE, f"{folder.name}: memory {layer} after segment {segment}"
+                difference = actual.hidden.transpose(0, 1) - io[f"mems.{segment}.{layer}"]
+                assert difference.abs().max() < TOLERANCE, f"{folder.name}: memory {layer} after segment {segment}"
 
 
 def test_random_blocks_match_recorded_ones_and_can_be_passed(parity: Path) -> None:

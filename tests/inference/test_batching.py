@@ -1,4 +1,4 @@
-"""Requests scored in one call: always the oldest, never too much padding, never too many tokens."""
+"""Requests scored in one call include the oldest and respect the limits of padding and tokens."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ def test_headings_are_recognized(line: str) -> None:
     "line",
     ["Part I have kept for myself", "chapter of accidents", "He read CHAPTER IV", "Book I had read,", "", "x" * 99],
 )
-def test_prose_is_no_heading(line: str) -> None:
+def test_prose_is_not_a_heading(line: str) -> None:
     assert not is_heading(line)
 
 
-def results(text: str, lengths: list[int]) -> list[SegmentResult]:
+def segment_results(text: str, lengths: list[int]) -> list[SegmentResult]:
     borders = [0, *np.cumsum(lengths).tolist()]
     borders = sorted({min(border, len(text)) for border in borders} | {len(text)})
     return [
@@ -48,7 +48,7 @@ BOOK = "Preface" + "p" * 300 + "\nCHAPTER I\n" + "one " * 100 + "\nCHAPTER II\nT
 @given(st.lists(st.integers(0, 400), max_size=6), st.integers(0, 6))
 def test_chapters_do_not_depend_on_the_segments(lengths: list[int], resume_index: int) -> None:
     splitter, chapters = ChapterSplitter(), list[BookSection]()
-    for index, result in enumerate(results(BOOK, lengths)):
+    for index, result in enumerate(segment_results(BOOK, lengths)):
         if index == resume_index:
             # Through JSON, as in a session file.
             state_dict = json.loads(json.dumps(splitter.state_dict()))
@@ -65,5 +65,5 @@ def test_chapters_do_not_depend_on_the_segments(lengths: list[int], resume_index
 def test_a_table_of_contents_is_one_section() -> None:
     splitter = ChapterSplitter()
     text = "".join(f"CHAPTER {number}\n" for number in ("I", "II", "III")) + "x" * 300
-    assert [chapter for result in results(text, []) for chapter in splitter.feed(result)] == []
+    assert [chapter for result in segment_results(text, []) for chapter in splitter.feed(result)] == []
     assert splitter.finish().title == "CHAPTER III"

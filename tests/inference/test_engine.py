@@ -1,4 +1,4 @@
-"""Scheduling: segments of any length share a call, long texts delay nobody, scoring and generation share the time."""
+"""Scheduling: segments of any length share calls, long texts do not delay others, scoring and generation share time."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_long_text_does_not_delay_short_ones(byte_model: MemoryTransformer) ->
 def test_scoring_and_generation_share_the_time(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
     pool = SessionPool(byte_model, byte_tokenizer, segment_length=8)
     score_batch = pool.engine._score_batch
-    # A call as long as many decoding steps: by turns, generation would get one token in all that time.
+    # A call takes as long as many decoding steps: if they alternated, generation would get one token per call.
     pool.engine._score_batch = lambda batch: (time.sleep(0.1), score_batch(batch))[1]  # type: ignore[method-assign]
     (endless,) = pool.start_generation(pool.new_reader(), [], [GenerationConfig(10**9)])
     before = dict(pool.engine.counters)

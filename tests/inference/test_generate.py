@@ -65,7 +65,7 @@ def test_an_empty_prompt_begins_a_document(byte_model: MemoryTransformer, byte_t
     assert "".join(generate(byte_model, byte_tokenizer, max_tokens=5, sampling_params=GREEDY))
 
 
-class Spelling(MemoryTransformer):
+class SpellingModel(MemoryTransformer):
     """Generates ``content`` after any text; the begin token always has a higher logit."""
 
     content = b""
@@ -78,7 +78,7 @@ class Spelling(MemoryTransformer):
 
 
 def fixed_model(content: bytes) -> MemoryTransformer:
-    model = Spelling(257, dim=8, depth=1, heads=1)
+    model = SpellingModel(257, dim=8, depth=1, heads=1)
     model.content = content
     return model.eval()
 
@@ -125,7 +125,7 @@ def test_stop_filter_equals_a_search_in_the_whole_text(text: str, stops: list[st
     assert visible == (text[: min(ends)[1]] if ends else text)
 
 
-def test_the_penalty_prevents_repetition(byte_tokenizer: Tokenizer) -> None:
+def test_repetition_penalty_prevents_repetition(byte_tokenizer: Tokenizer) -> None:
     model = fixed_model(b"a")
     plain = "".join(generate(model, byte_tokenizer, max_tokens=4, sampling_params=GREEDY))
     penalty = SamplingParams(greedy=True, repetition_penalty=1e9)
@@ -146,7 +146,7 @@ def test_invalid_options_of_generate_are_refused_at_once(
 def logits_for(token: int) -> torch.Tensor:
     logits = torch.zeros(260)
     logits[token] = 5.0
-    logits[256] = 9.0  # The begin token, which is no text.
+    logits[256] = 9.0  # The begin token, which is not text.
     logits[259] = 9.0  # Beyond the tokenizer's vocabulary.
     return logits
 
@@ -199,7 +199,7 @@ def test_invalid_generation_configs_are_refused() -> None:
     for options, message in (
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"logprobs": -1}, "logprobs is -1"),
-        ({"seed": 2**64}, "64 bits"),
+        ({"seed": 2**64}, "64-bit integer"),
         ({"stop": ("",)}, "stop string is empty"),
     ):
         with pytest.raises(MemtxError, match=message):

@@ -25,13 +25,13 @@ def checkpoint(path: Path, model: MemoryTransformer, **changed: object) -> Path:
     return path
 
 
-def test_a_checkpoint(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
+def test_a_checkpoint_is_loaded(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
     model, tokenizer = load_model_and_tokenizer(checkpoint(tmp_path / "a.ckpt", byte_model))
     assert (model.fingerprint, tokenizer.fingerprint) == (byte_model.fingerprint, byte_tokenizer.fingerprint)
     assert not model.training
 
 
-def test_a_pretrained_folder(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
+def test_pretrained_folder_is_loaded(tmp_path: Path, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
     byte_model.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         load_model_and_tokenizer(tmp_path)
@@ -39,7 +39,7 @@ def test_a_pretrained_folder(tmp_path: Path, byte_model: MemoryTransformer, byte
     assert load_model_and_tokenizer(tmp_path)[0].fingerprint == byte_model.fingerprint
 
 
-def test_a_runs_folder_gives_its_best_then_its_newest(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+def test_a_run_folder_gives_its_best_or_newest(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     other = MemoryTransformer(257, dim=16, depth=1, heads=2)
     old = checkpoint(tmp_path / "checkpoints" / "old.ckpt", byte_model)
     new = checkpoint(tmp_path / "checkpoints" / "new.ckpt", other)
@@ -49,31 +49,31 @@ def test_a_runs_folder_gives_its_best_then_its_newest(tmp_path: Path, byte_model
         == load_model_and_tokenizer(tmp_path / "checkpoints")[0].fingerprint
         == other.fingerprint
     )
-    # Also where the run was moved since: the name counts.
+    # Even if the run was moved since: only the name counts.
     (tmp_path / "checkpoints" / "best.json").write_text(json.dumps({"path": "/elsewhere/checkpoints/old.ckpt"}))
     assert load_model_and_tokenizer(tmp_path)[0].fingerprint == byte_model.fingerprint
     old.unlink()
     assert load_model_and_tokenizer(tmp_path)[0].fingerprint == load_model_and_tokenizer(new)[0].fingerprint
 
 
-@pytest.mark.parametrize("keep", [0, 10, 2000, -100])
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path, keep: int, byte_model: MemoryTransformer) -> None:
+@pytest.mark.parametrize("size", [0, 10, 2000, -100])
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path, size: int, byte_model: MemoryTransformer) -> None:
     path = checkpoint(tmp_path / "a.ckpt", byte_model)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         load_model_and_tokenizer(path)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, byte_model: MemoryTransformer) -> None:
+def test_other_files_are_refused(tmp_path: Path, byte_model: MemoryTransformer) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         load_model_and_tokenizer(tmp_path / "none.ckpt")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         load_model_and_tokenizer(tmp_path)
     (tmp_path / "book.txt").write_text("CHAPTER I")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         load_model_and_tokenizer(tmp_path / "book.txt")
     torch.save({"state_dict": {}}, tmp_path / "else.ckpt")
-    with pytest.raises(CheckpointError, match="something else"):
+    with pytest.raises(CheckpointError, match="was not written by memtx"):
         load_model_and_tokenizer(tmp_path / "else.ckpt")
     with pytest.raises(CheckpointError, match="no tokenizer in it"):
         load_model_and_tokenizer(checkpoint(tmp_path / "b.ckpt", byte_model, BookDataModule={}))
@@ -81,7 +81,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, byte_model: MemoryTran
         load_model_and_tokenizer(checkpoint(tmp_path / "c.ckpt", byte_model, BookDataModule={"tokenizer": "{}"}))
 
 
-def test_nothing_in_a_checkpoint_is_run(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return os.mkdir, (str(tmp_path / "ran"),)

@@ -1,4 +1,4 @@
-"""Predictions from raw texts; equal in any batch, and from a saved folder alone."""
+"""Predictions from raw texts are equal in any batch and after loading a saved folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_saved_folder_is_complete(kind: str, tmp_path: Path) -> None:
     assert loaded.predict(records(kind, 3)) == task_predictor.predict(records(kind, 3))
 
 
-def test_a_raw_text_is_enough_for_tasks_on_one_text() -> None:
+def test_tasks_on_one_text_accept_raw_text() -> None:
     text = "Captain  Ahab saw (in the dark) the whale."
     (prediction,) = predictor("tagging").predict([text])
     assert len(prediction["tags"]) == len(prediction["tokens"]) == 11
@@ -94,7 +94,7 @@ def test_models_without_a_task_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="does not exist"):
         Predictor.load(tmp_path / "no")
     (tmp_path / "x.ckpt").write_bytes(b"no checkpoint")
-    with pytest.raises(CheckpointError, match="not a whole checkpoint"):
+    with pytest.raises(CheckpointError, match="not a valid checkpoint"):
         Predictor.load(tmp_path / "x.ckpt")
     task_predictor = predictor("classification")
     task_predictor.model.num_labels = 5

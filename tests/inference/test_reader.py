@@ -47,7 +47,7 @@ def test_any_recurrent_language_model_can_be_read(byte_tokenizer: Tokenizer, tex
 
 @settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(0, 1000), max_size=8), st.booleans())
-def test_results_do_not_depend_on_the_chunks_by_one_bit(
+def test_results_are_bit_identical_for_any_chunks(
     byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, text: str, offsets: list[int], as_bytes: bool
 ) -> None:
     content = text[:800].encode() if as_bytes else text[:800]
@@ -57,7 +57,7 @@ def test_results_do_not_depend_on_the_chunks_by_one_bit(
     assert np.array_equal(nll, read(StreamReader(byte_model, byte_tokenizer, segment_length=64), [text[:800]]))
 
 
-def test_results_cover_the_text(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
+def test_results_cover_all_of_the_text(pair_model: MemoryTransformer, pair_tokenizer: Tokenizer, text: str) -> None:
     reader = StreamReader(pair_model, pair_tokenizer, segment_length=100)
     results = [*reader.feed(text), *reader.finish()]
     assert [result.start for result in results] == [0, *(result.end for result in results[:-1])]
@@ -161,7 +161,7 @@ def test_most_likely_tokens_and_hidden_states_are_returned_on_request(
         assert result.hidden_states is not None
         assert result.top_tokens is not None
         assert result.top_logprobs is not None
-        # float32: one from whole logits, one from chunks of them.
+        # float32: computed from full logits or in chunks.
         assert np.abs(result.nll - other.nll).max() < 1e-5
         segment = slice(start, start + len(result.tokens))
         assert np.abs(result.hidden_states - output.hidden_states[-1][0, segment].numpy()).max() < 1e-4

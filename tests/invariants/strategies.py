@@ -43,7 +43,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, kind: str, batch_size: int | None = None) -> Case:
-    """Draw a model with memories of the kind, with weights large enough for every term to matter, and streams."""
+    """Draw streams and a model with memories of the kind, with weights large enough for every term to matter."""
     window, compression_rate, num_entries = draw(st.integers(1, 9)), draw(st.integers(1, 5)), draw(st.integers(0, 4))
     batch_size = batch_size or draw(st.integers(1, 3))
     length = draw(st.integers(1, 48))
@@ -78,7 +78,7 @@ def segment_bounds(draw: st.DrawFn, length: int) -> list[int]:
 
 
 def read(case: Case, bounds: list[int] | None = None, state: MemoryState | None = None) -> tuple[Tensor, MemoryState]:
-    """Read the streams in the given segments (one by default); return all logits and the last state."""
+    """Read the streams in segments (one by default); return all logits and the final state."""
     logits = []
     for start, stop in itertools.pairwise(bounds or [0, case.length]):
         out = case.model(case.tokens[:, start:stop], state, document_starts=case.document_starts[:, start:stop])

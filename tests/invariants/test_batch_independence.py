@@ -1,4 +1,4 @@
-"""Invariant 3: streams of a batch are independent, a reset stream is a fresh one, and packed documents are separate."""
+"""Invariant 3: streams in a batch are independent, reset streams are fresh, and packed documents are separate."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_padded_streams_equal_separate_ones(kind: str, data: st.DataObject) -> N
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith(("recurrent", "compressed"))])
-def test_other_kinds_reject_padding(kind: str) -> None:
+def test_kinds_without_padding_support_reject_it(kind: str) -> None:
     model = MemoryTransformer(11, dim=8, depth=1, heads=2, memories=[KINDS[kind](4, 2, 2)]).eval()
     with pytest.raises(MemtxError, match="valid_length was given to memories that do not support padding"):
         model(torch.zeros(2, 3, dtype=torch.int64), valid_length=torch.tensor([3, 1]))

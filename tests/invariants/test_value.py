@@ -1,4 +1,4 @@
-"""Invariant 1: the state is a value; one model serves many streams and stores nothing of them."""
+"""Invariant 1: the state is a value; a model serves many streams and stores none of their data."""
 
 from __future__ import annotations
 

@@ -139,7 +139,8 @@ def test_write_penalty_is_the_mean_gate_in_training_only() -> None:
     (penalty,) = memory.write(view, segment, None)[1].values()  # type: ignore[arg-type]
     shifted = x + memory.token_shift.mix_ratio * (torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) - x)
     close(penalty, 0.5 * memory.write_gate(shifted).mean())
-    assert memory.eval().write(view, segment, None)[1] == {}  # type: ignore[arg-type]
+    view = memory.eval().read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
+    assert memory.write(view, segment, None)[1] == {}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("feature", [NormalizedFeatureMap, EluFeatureMap, DPFPFeatureMap])

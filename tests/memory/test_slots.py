@@ -156,10 +156,11 @@ def test_write_penalty_is_the_mean_gate_in_training_only() -> None:
     for n, penalty in ((3, 0.0), (4, 0.25), (13, 0.25)):
         x = torch.randn(2, n, DIM, dtype=torch.float64)
         segment = Segment.from_document_starts(torch.zeros(2, dtype=torch.int64), n)
-        view = memory.read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
-        losses = memory.train().write(view, segment, None)[1]  # type: ignore[arg-type]
+        view = memory.train().read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
+        losses = memory.write(view, segment, None)[1]  # type: ignore[arg-type]
         assert losses["write_penalty"] == penalty
-        assert memory.eval().write(view, segment, None)[1] == {}  # type: ignore[arg-type]
+        view = memory.eval().read(memory.init_state(2, like=x), x, segment, None)  # type: ignore[arg-type]
+        assert memory.write(view, segment, None)[1] == {}  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_closed_gates_change_nothing_but_the_window(kind: str, options: dict[str
     adapted = model.with_memory(KINDS[kind], window=WINDOW, num_sinks=0)
     torch.testing.assert_close(logits(adapted)[:, :WINDOW], logits(model)[:, :WINDOW], rtol=0, atol=EXACT)
     alone = model.with_memory(window=WINDOW, num_sinks=0)
-    if not any(memory.func is CompressedMemory for memory in KINDS[kind]):  # which sees up to a block more exactly
+    if not any(memory.func is CompressedMemory for memory in KINDS[kind]):  # which may see one more block exactly
         torch.testing.assert_close(logits(adapted), logits(alone), rtol=0, atol=EXACT)
     # Only the gates hide the memory.
     if KINDS[kind]:
@@ -95,7 +95,7 @@ def test_segmentation_invariance(kind: str) -> None:
     torch.testing.assert_close(logits(adapted, TOKENS, 3, 1, 20, 26), expected, rtol=0, atol=EXACT)
     with torch.no_grad():
         decoder = Decoder(adapted, adapted(TOKENS[:, :30]).state)
-        steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(30, 50)], dim=1)
+        steps = torch.stack([decoder.step(TOKENS[:, index]) for index in range(30, 50)], dim=1)
     torch.testing.assert_close(steps, expected[:, 30:], rtol=0, atol=EXACT)
 
 
@@ -139,9 +139,9 @@ def test_weights_are_shared_and_only_chosen_layers_change() -> None:
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
     adapted = opened(base().with_memory(KINDS["several"], window=WINDOW, layers=[0, 2]))
     adapted.save_pretrained(tmp_path)
-    again = MemoryTransformer.from_pretrained(tmp_path)
-    assert torch.equal(logits(again), logits(adapted))
-    assert again.fingerprint == adapted.fingerprint
+    loaded = MemoryTransformer.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(adapted))
+    assert loaded.fingerprint == adapted.fingerprint
 
 
 def test_narrower_layer_window_is_kept() -> None:

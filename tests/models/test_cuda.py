@@ -39,30 +39,30 @@ def test_two_segments_and_gradients_match_cpu() -> None:
         torch.testing.assert_close(cpu_grad, cuda_grad, rtol=1e-2, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["graph", "compiled"])
-def test_replayed_steps_equal_eager_ones(how: str) -> None:
+@pytest.mark.parametrize("mode", ["graph", "compiled"])
+def test_replayed_steps_equal_eager_ones(mode: str) -> None:
     model = create_model("cuda")
     tokens = torch.randint(0, 50, (60, 3), device="cuda")
     state = model(tokens[:30].T).state
     plain = Decoder(model, state, use_cuda_graph=False)
-    fast = Decoder(model, state, use_cuda_graph=how == "graph", torch_compile=how == "compiled")
+    fast = Decoder(model, state, use_cuda_graph=mode == "graph", torch_compile=mode == "compiled")
     for token in tokens[30:]:
         torch.testing.assert_close(fast.step(token), plain.step(token), rtol=1e-3, atol=1e-4)
     assert fast.state.equals(plain.state, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["graph", "compiled"])
-def test_replayed_steps_equal_eager_ones_while_streams_change(how: str) -> None:
+@pytest.mark.parametrize("mode", ["graph", "compiled"])
+def test_replayed_steps_equal_eager_ones_while_streams_change(mode: str) -> None:
     model = create_model("cuda")
     tokens = torch.randint(0, 50, (60, 5), device="cuda")
     state = model(tokens[:30].T).state
     plain = Decoder(model, state.select([0]), use_cuda_graph=False)
-    fast = Decoder(model, state.select([0]), use_cuda_graph=how == "graph", torch_compile=how == "compiled")
-    for at, token in enumerate(tokens[30:]):
+    fast = Decoder(model, state.select([0]), use_cuda_graph=mode == "graph", torch_compile=mode == "compiled")
+    for index, token in enumerate(tokens[30:]):
         for decoder in (plain, fast):
-            if at in (3, 7, 8, 20):
-                decoder.append(state.select([at % 5]))
-            if at == 12:
+            if index in (3, 7, 8, 20):
+                decoder.append(state.select([index % 5]))
+            if index == 12:
                 decoder.select([0, 3, 2])
         token = token[: plain.batch_size]
         torch.testing.assert_close(fast.step(token), plain.step(token), rtol=1e-3, atol=1e-4)

@@ -14,9 +14,9 @@ from memtx.layers.encoder_attention import FullAttention
 from memtx.models.encoder import Encoder
 
 TOKENS = torch.randint(1, 20, (3, 13), generator=torch.Generator().manual_seed(0))
-PRESENT = torch.ones(3, 13, dtype=torch.int64)
-PRESENT[1, 9:] = 0
-PRESENT[2, :2] = 0
+MASK = torch.ones(3, 13, dtype=torch.int64)
+MASK[1, 9:] = 0
+MASK[2, :2] = 0
 
 
 def widened(model: Encoder) -> Encoder:
@@ -38,16 +38,16 @@ def plain(model: Encoder, tokens: Tensor, seen: Tensor, types: Tensor | None = N
     x = embed.norm(x)
     hidden = [x]
     for block in model._layers():
-        part = block.attention
-        width = model.dim // part.heads
+        attention = block.attention
+        width = model.dim // attention.heads
         out = torch.empty_like(x)
         for stream in range(batch_size):
-            for head in range(part.heads):
-                at = slice(head * width, (head + 1) * width)
-                q, k, v = (m(x[stream])[:, at] for m in (part.query, part.key, part.value))
+            for head in range(attention.heads):
+                columns = slice(head * width, (head + 1) * width)
+                q, k, v = (getattr(attention, name)(x[stream])[:, columns] for name in ("query", "key", "value"))
                 score = (q @ k.T / width**0.5).masked_fill(~seen[stream], float("-inf"))
-                out[stream, :, at] = torch.softmax(score, -1) @ v
-        x = block.attention_norm(x + part.out(out))
+                out[stream, :, columns] = torch.softmax(score, -1) @ v
+        x = block.attention_norm(x + attention.out(out))
         x = block.feed_forward_norm(x + block.feed_forward.out(block.feed_forward.activation(block.feed_forward.up(x))))
         hidden.append(x)
     head = model.head
@@ -60,9 +60,9 @@ def test_full_attention_ignores_padding(types: int) -> None:
     embeddings = partial(TextEmbeddings, num_positions=20, type_vocab_size=types, pad_token_id=0)
     model = widened(Encoder(20, 8, 2, 2, embeddings=embeddings))
     token_types = (TOKENS > 9).long() if types else None
-    seen = (PRESENT > 0)[:, None, :].expand(-1, 13, -1)
+    seen = (MASK > 0)[:, None, :].expand(-1, 13, -1)
     hidden, logits = plain(model, TOKENS, seen, token_types)
-    out = model(TOKENS, PRESENT, token_types, output_hidden_states=True)
+    out = model(TOKENS, MASK, token_types, output_hidden_states=True)
     for actual, expected in zip(out.hidden_states, hidden, strict=True):
         assert torch.allclose(actual, expected, rtol=0, atol=1e-12)  # float64, sums of a dozen terms
     assert torch.allclose(out.logits, logits, rtol=0, atol=1e-11)
@@ -80,12 +80,12 @@ def test_invalid_settings_are_refused() -> None:
     with pytest.raises(MemtxError, match=r"20 tokens needs 20 positions, the model has 15"):
         model(torch.ones(1, 20, dtype=torch.int64))
     with pytest.raises(MemtxError, match="attention_mask is"):
-        model(TOKENS, PRESENT[:, 1:])
+        model(TOKENS, MASK[:, 1:])
     with pytest.raises(MemtxError, match="the model has no token types"):
         model(TOKENS, token_type_ids=TOKENS)
     with pytest.raises(MemtxError, match="without global tokens"):
-        model(TOKENS, global_attention_mask=PRESENT)
-    with pytest.raises(MemtxError, match="layer 0, which has none"):
+        model(TOKENS, global_attention_mask=MASK)
+    with pytest.raises(MemtxError, match="layer 0, which uses none"):
         model(TOKENS, random_blocks={0: torch.zeros(2, 3, 1, dtype=torch.int64)})
     with pytest.raises(MemtxError, match="input_ids is"):
         model(TOKENS.float())

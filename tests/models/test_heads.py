@@ -31,9 +31,9 @@ MEMORY = partial(
     heads=2,
     memories=[partial(CompressedMemory, window=8, compression_rate=4, num_entries=4)],
 )
-BODIES: dict[str, Any] = {
+BACKBONES: dict[str, Any] = {
     "encoder": partial(Encoder, dim=16, depth=2, heads=2, attentions=[partial(LongformerAttention, window=4)]),
-    "document": partial(MemoryTransformerBackbone, model=MEMORY, segment_length=8),
+    "segmented": partial(MemoryTransformerBackbone, model=MEMORY, segment_length=8),
 }
 HEADS: dict[str, Any] = {
     "mean": SequenceClassificationHead,
@@ -42,26 +42,26 @@ HEADS: dict[str, Any] = {
 }
 
 
-def model(body: str = "encoder", head: str = "mean", seed: int = 0) -> TaskModel:
+def model(backbone: str = "encoder", head: str = "mean", seed: int = 0) -> TaskModel:
     torch.manual_seed(seed)
-    return TaskModel(50, 3, BODIES[body], HEADS[head]).double().eval()
+    return TaskModel(50, 3, BACKBONES[backbone], HEADS[head]).double().eval()
 
 
-@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("head", HEADS)
-def test_padding_changes_nothing(body: str, head: str) -> None:
-    task_model = model(body, head)
+def test_padding_changes_nothing(backbone: str, head: str) -> None:
+    task_model = model(backbone, head)
     tokens = torch.randint(0, 50, (2, 21))
-    present = torch.ones_like(tokens)
-    alone = task_model(tokens, present, torch.zeros_like(tokens), torch.zeros_like(tokens))
-    padded, padded_mask = (torch.nn.functional.pad(part, (0, 6)) for part in (tokens, present))
+    mask = torch.ones_like(tokens)
+    alone = task_model(tokens, mask, torch.zeros_like(tokens), torch.zeros_like(tokens))
+    padded, padded_mask = (torch.nn.functional.pad(part, (0, 6)) for part in (tokens, mask))
     with_padding = task_model(padded, padded_mask)
     torch.testing.assert_close(with_padding[:, :21] if head == "tokens" else with_padding, alone, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_every_parameter_learns(body: str) -> None:
-    task_model = model(body, "tokens").train()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_parameter_learns(backbone: str) -> None:
+    task_model = model(backbone, "tokens").train()
     tokens = torch.randint(0, 50, (2, 21))
     marked = torch.zeros_like(tokens)
     marked[:, 0] = 1
@@ -93,9 +93,9 @@ def test_document_score_is_independent_of_segment_length() -> None:
         torch.testing.assert_close(grads, results[0][1], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("body", BODIES)
-def test_save_and_load_round_trip(body: str, tmp_path: Path) -> None:
-    task_model = model(body, "first").float()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_save_and_load_round_trip(backbone: str, tmp_path: Path) -> None:
+    task_model = model(backbone, "first").float()
     task_model.save_pretrained(tmp_path)
     again = TaskModel.from_pretrained(tmp_path)
     assert again.fingerprint == task_model.fingerprint
@@ -103,13 +103,13 @@ def test_save_and_load_round_trip(body: str, tmp_path: Path) -> None:
     assert torch.equal(again(tokens, torch.ones_like(tokens)), task_model(tokens, torch.ones_like(tokens)))
 
 
-def test_pooling() -> None:
-    x, present = torch.randn(2, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
-    torch.testing.assert_close(MeanPooling(8)(x, present), torch.stack([x[0, :2].mean(0), x[1].mean(0)]))
+def test_mean_pooling_ignores_padding() -> None:
+    x, mask = torch.randn(2, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    torch.testing.assert_close(MeanPooling(8)(x, mask), torch.stack([x[0, :2].mean(0), x[1].mean(0)]))
 
 
 def test_invalid_backbones_are_refused() -> None:
     with pytest.raises(MemtxError, match="backbone is a Reformer"):
         TaskModel(50, 2, Reformer)
     with pytest.raises(MemtxError, match="num_labels is 0"):
-        TaskModel(50, 0, BODIES["encoder"])
+        TaskModel(50, 0, BACKBONES["encoder"])

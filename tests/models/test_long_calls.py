@@ -26,7 +26,7 @@ def _tokens(batch_size: int) -> torch.Tensor:
     return torch.randint(11, (batch_size, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
-def _widest(model: MemoryTransformer, tokens: torch.Tensor, document_starts: torch.Tensor | None) -> int:
+def _longest_chunk(model: MemoryTransformer, tokens: torch.Tensor, document_starts: torch.Tensor | None) -> int:
     """Return the length of the longest chunk that a layer receives."""
     seen: list[int] = []
     hook = model.get_submodule("blocks.0.feed_forward").register_forward_hook(
@@ -44,7 +44,7 @@ def test_chunked_call_equals_whole_call() -> None:
     document_starts[0, [MAX_CHUNK_TOKENS // 2, MAX_CHUNK_TOKENS // 2 + 3]] = True
     document_starts[1, MIN_CHUNK_LENGTH + 5] = True
     expected = model(tokens, document_starts=document_starts, return_hidden_states=True)
-    assert _widest(model, tokens, document_starts) == MAX_CHUNK_TOKENS // 2
+    assert _longest_chunk(model, tokens, document_starts) == MAX_CHUNK_TOKENS // 2
     with torch.no_grad():
         parts = model(tokens, document_starts=document_starts, return_hidden_states=True)
     assert (expected.logits - parts.logits).abs().max() < ROUNDING
@@ -57,4 +57,4 @@ def test_chunked_call_equals_whole_call() -> None:
 
 
 def test_per_segment_schedule_is_not_chunked() -> None:
-    assert _widest(_model(compress_per_segment=True), _tokens(1), None) == LENGTH
+    assert _longest_chunk(_model(compress_per_segment=True), _tokens(1), None) == LENGTH

@@ -27,7 +27,7 @@ def entries_seen(
     return torch.stack([*entries, *h[edge : t + 1]]), [*at, *range(edge, t + 1)]
 
 
-def turned(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
+def rotate(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
     """Rotate ``(entries, heads, head_dim)`` by their positions, pair by pair."""
     half = x.shape[-1] // 2
     out = torch.empty_like(x)
@@ -53,7 +53,7 @@ def plain(model: MemoryTransformer, tokens: Tensor, window: int, rate: int, leng
             k, v = attention.key_value(e).view(len(e), 2, kv_heads, size).unbind(1)
             key_position = torch.tensor(at, dtype=torch.float64)
             if isinstance(attention.positions, Rotary):
-                q, k = turned(q, torch.tensor([float(t)], dtype=torch.float64)), turned(k, key_position)
+                q, k = rotate(q, torch.tensor([float(t)], dtype=torch.float64)), rotate(k, key_position)
             out = []
             for head in range(heads):
                 kv_head = head // (heads // kv_heads)
@@ -93,14 +93,14 @@ def test_logits_and_gradients_equal_the_plain_model(compression: type, data: st.
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     tokens = torch.randint(0, 7, (data.draw(st.integers(2, 24)),))
-    truth = F.cross_entropy(plain(model, tokens[:-1], window, rate, length), tokens[1:])
-    expected_grads = torch.autograd.grad(truth, list(model.parameters()), allow_unused=True)
+    expected_loss = F.cross_entropy(plain(model, tokens[:-1], window, rate, length), tokens[1:])
+    expected_grads = torch.autograd.grad(expected_loss, list(model.parameters()), allow_unused=True)
     out = model(tokens[None, :-1], labels=tokens[None, 1:])
-    got = torch.autograd.grad(out.loss, list(model.parameters()))
-    assert abs(out.loss - truth) < 1e-10  # float64, sums in another order
-    for a, b in zip(expected_grads, got, strict=True):
+    grads = torch.autograd.grad(out.loss, list(model.parameters()))
+    assert abs(out.loss - expected_loss) < 1e-10  # float64, sums in another order
+    for expected, grad in zip(expected_grads, grads, strict=True):
         # Without compression, the plain model has no gradient and ours is zero.
-        assert ((a if a is not None else 0.0) - b).abs().max() < 1e-9
+        assert ((expected if expected is not None else 0.0) - grad).abs().max() < 1e-9
 
 
 def test_full_window_equals_plain_causal_transformer() -> None:

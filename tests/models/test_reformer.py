@@ -172,26 +172,26 @@ def test_dropout_is_equal_in_forward_and_backward() -> None:
         return model(TOKENS).logits.square().sum()
 
     parameters = list(model.parameters())
-    value = loss()
+    first_loss = loss()
     state = torch.get_rng_state()
-    grads = torch.autograd.grad(value, parameters)
+    grads = torch.autograd.grad(first_loss, parameters)
     assert torch.equal(torch.get_rng_state(), state)  # the backward pass does not change the generator
     torch.manual_seed(2)
-    # Such a small step leaves all hash buckets unchanged.
-    direction = [torch.randn_like(p) * 1e-7 for p in parameters]
+    # A central difference, whose steps are too small to change a hash bucket.
+    direction = [torch.randn_like(parameter) * 1e-7 for parameter in parameters]
 
-    def moved(sign: float) -> float:
+    def loss_after_step(sign: float) -> float:
         with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p.add_(d, alpha=sign)
+            for parameter, change in zip(parameters, direction, strict=True):
+                parameter.add_(change, alpha=sign)
         moved_loss = float(loss().detach())
         with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p.sub_(d, alpha=sign)
+            for parameter, change in zip(parameters, direction, strict=True):
+                parameter.sub_(change, alpha=sign)
         return moved_loss
 
-    slope = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
-    assert slope == pytest.approx((moved(1.0) - moved(-1.0)) / 2, rel=1e-4)  # central difference with a step of 1e-7
+    slope = sum(float((grad * change).sum()) for grad, change in zip(grads, direction, strict=True))
+    assert slope == pytest.approx((loss_after_step(1.0) - loss_after_step(-1.0)) / 2, rel=1e-4)
 
 
 class Live(TorchDispatchMode):
@@ -199,41 +199,41 @@ class Live(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
-        self.known: set[int] = set()
+        self.current = self.peak = 0
+        self.tracked: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.now += storage.nbytes()
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+                if storage._cdata not in self.tracked:
+                    self.tracked.add(storage._cdata)
+                    self.current += storage.nbytes()
+                    self.peak = max(self.peak, self.current)
+                    weakref.finalize(storage, self.release, storage._cdata, storage.nbytes())
         return out
 
-    def gone(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
+    def release(self, key: int, size: int) -> None:
+        self.tracked.discard(key)
+        self.current -= size
 
 
 def test_the_memory_of_a_step_does_not_grow_with_depth() -> None:
-    def peak(depth: int, keep: bool = False) -> int:
+    def measure_peak(depth: int, keep: bool = False) -> int:
         model = Reformer(20, 16, 2, LAYERS * (depth // 2), 32).train()
         tokens = torch.randint(1, 20, (1, 512))
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = sum(weight.nbytes for weight in model.parameters())
         live = Live()
         with live:
             model(tokens, output_hidden_states=keep).logits.square().mean().backward()
         # Gradients have the weights' size and exist twice: in the layers and in the sum.
-        return live.most - 2 * weights
+        return live.peak - 2 * weights
 
-    few, many = peak(4), peak(16)
+    few, many = measure_peak(4), measure_peak(16)
     assert many < 1.1 * few
     # With hidden states requested, the same measure sees the stored activations.
-    assert peak(16, keep=True) > 2 * few
+    assert measure_peak(16, keep=True) > 2 * few
 
 
 def test_rotations_are_random_without_a_seed() -> None:

@@ -53,9 +53,9 @@ def attended(block: Any, x: Tensor, keys: Tensor, entries: Tensor | None) -> Ten
     k, v = (attention.project(keys, part, frozen=True) for part in ("key", "value"))
     at = torch.arange(length, dtype=torch.float64)[None]
     rotate = partial(attention.positions.apply_absolute, memo=lambda _, make: make())
-    placed = [rotate(q, at[:, length - x.shape[1] :]), rotate(k, at)]
+    rotated = [rotate(q, at[:, length - x.shape[1] :]), rotate(k, at)]
     future = torch.arange(length) > torch.arange(length - x.shape[1], length)[:, None]
-    scores = torch.einsum("rqhd,rkhd->rhqk", *placed).masked_fill(future, float("-inf"))
+    scores = torch.einsum("rqhd,rkhd->rhqk", *rotated).masked_fill(future, float("-inf"))
     if entries is not None:
         ek, ev = (attention.project(entries, part, frozen=True) for part in ("key", "value"))
         scores = torch.cat([scores, torch.einsum("rqhd,rkhd->rhqk", q, ek)], dim=-1)
@@ -79,8 +79,8 @@ def by_hand(model: Any, tokens: Tensor, interval: int) -> Tensor:
         return x + block.feed_forward(block.feed_forward_norm(x)), keys
 
     logits = []
-    for begin in range(0, length, interval):
-        x = model.embedding(tokens[:, begin : begin + interval])
+    for start in range(0, length, interval):
+        x = model.embedding(tokens[:, start : start + interval])
         is_interval = x.shape[1] == interval
         for number in range(len(blocks)):
             x, past[number] = layer(number, x, past[number], entries[number])

@@ -18,8 +18,8 @@ from memtx.models.xlnet import XLNet
 def model(depth: int = 3) -> XLNet:
     torch.manual_seed(0)
     xlnet = XLNet(40, dim=16, depth=depth, heads=2).double().eval()
-    for part in xlnet.parameters():
-        torch.nn.init.normal_(part, std=0.3)  # far from the initial values, at which all positions would be equal
+    for weight in xlnet.parameters():
+        torch.nn.init.normal_(weight, std=0.3)  # far from the initial values, at which all positions would be equal
     return xlnet
 
 
@@ -88,8 +88,8 @@ def test_bidirectional_xlnet_works_as_task_backbone(tmp_path: Path) -> None:
     xlnet = model()
     tokens = torch.randint(0, 40, (2, 7))
     alone = xlnet(tokens).last_hidden_state
-    present = torch.nn.functional.pad(torch.ones_like(tokens), (0, 3))
-    padded = xlnet(torch.nn.functional.pad(tokens, (0, 3)), present).last_hidden_state
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (0, 3))
+    padded = xlnet(torch.nn.functional.pad(tokens, (0, 3)), mask).last_hidden_state
     torch.testing.assert_close(padded[:, :7], alone, atol=1e-12, rtol=0)
     task = TaskModel(40, 3, XLNet)
     assert task(tokens, torch.ones_like(tokens)).shape == (2, 3)

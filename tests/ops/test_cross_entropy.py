@@ -1,4 +1,4 @@
-"""The chunked loss equals the plain loss, values and gradients, without full logits."""
+"""The chunked loss equals the plain loss in values and gradients, without full logits."""
 
 from __future__ import annotations
 

@@ -26,10 +26,10 @@ class Problem:
 
     def solve(self, function: Any, **options: Any) -> tuple[Tensor, Tensor]:
         names = ("q", "k", "v", "beta", "log_decay", "state")
-        result: tuple[Tensor, Tensor] = function(
+        output: tuple[Tensor, Tensor] = function(
             *(self.tensors.get(name) for name in names), self.document_starts, delta_rule=self.delta_rule, **options
         )
-        return result
+        return output
 
 
 def random_inputs(
@@ -64,7 +64,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problems())
-def test_chunked_equals_recurrent(problem: Problem) -> None:
+def test_chunked_outputs_and_state_equal_the_recurrent_ones(problem: Problem) -> None:
     expected, expected_state = problem.solve(naive_recurrent_gated_delta_rule)
     out, state = problem.solve(chunk_gated_delta_rule, chunk_size=problem.chunk_size)
     torch.testing.assert_close(out, expected, **EXACT)
@@ -81,7 +81,7 @@ def test_every_gradient_equals_the_recurrent_one(problem: Problem) -> None:
         (chunk_gated_delta_rule, {"chunk_size": problem.chunk_size}),
     ):
         out, state = leaf_problem.solve(function, **options)
-        # Unequal weights, so that errors of sign do not cancel.
+        # Unequal weights, so that sign errors do not cancel.
         loss = (out * out.detach().cos()).sum() + (state.sin() * state).sum()
         grads.append(torch.autograd.grad(loss, list(leaves.values())))
     for name, expected, grad in zip(leaves, *grads, strict=True):
@@ -89,7 +89,7 @@ def test_every_gradient_equals_the_recurrent_one(problem: Problem) -> None:
 
 
 @given(problems(), st.lists(st.integers(0, 40), max_size=4))
-def test_segmentation_does_not_matter(problem: Problem, splits: list[int]) -> None:
+def test_result_does_not_depend_on_the_segmentation(problem: Problem, splits: list[int]) -> None:
     length = problem.document_starts.shape[1]
     expected, expected_state = problem.solve(chunk_gated_delta_rule)
     state, outputs, start = problem.tensors["state"], [], 0
@@ -122,7 +122,7 @@ def test_packed_documents_equal_separate_ones(problem: Problem) -> None:
 
 
 def test_delta_rule_overwrites_and_linear_attention_adds() -> None:
-    """Written at strength 1, a key returns its newest value; linear attention returns the sum."""
+    """With strength 1, a key returns its newest value; linear attention returns the sum."""
     tensors, document_starts = random_inputs(0, 1, 2, 0.0, None)
     key = tensors["k"][:, :, :1].expand(-1, -1, 2, -1)
     tensors |= {"q": key, "k": key, "beta": torch.ones(1, 2, 2).double()}
@@ -140,7 +140,7 @@ def test_float32_stays_close_over_thousands_of_tokens(delta_rule: bool) -> None:
     expected, _ = Problem(tensors, document_starts, delta_rule, 64).solve(naive_recurrent_gated_delta_rule)
     single = {name: tensor.float() for name, tensor in tensors.items()}
     out, _ = Problem(single, document_starts, delta_rule, 64).solve(chunk_gated_delta_rule)
-    # Each number is rounded to 6e-8 of its size some thousand times, with varying signs.
+    # Each number is rounded to 6e-8 of its size a few thousand times, with varying signs.
     assert (out - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
@@ -155,7 +155,7 @@ def test_autocast_does_not_apply() -> None:
 
 
 def test_writes_of_strength_two_track_swaps() -> None:
-    """The state follows 2,000 swaps of five elements, with a read of one element's slot after each."""
+    """The state tracks 2,000 swaps of five elements; one element's slot is read after each."""
     generator = torch.Generator().manual_seed(0)
     count, length = 5, 2000
     slots = torch.eye(count, dtype=torch.float64)

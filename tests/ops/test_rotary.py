@@ -1,4 +1,4 @@
-"""Rotary embedding: only differences of positions matter, norms stay, and distant positions lose no precision."""
+"""Rotary embedding: only position differences matter, the dtype is kept, and distant positions lose no precision."""
 
 from __future__ import annotations
 

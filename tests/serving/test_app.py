@@ -111,8 +111,8 @@ def test_requests_time_out(tmp_path: Path) -> None:
     "name", ["..%2f..%2fetc%2fpasswd", "x", "%00", "a" * 32, "." * 32, "A" * 32, "%2e%2e", "0" * 31 + "/", "import"]
 )
 def test_a_session_id_is_never_a_path(web: TestClient, name: str) -> None:
-    for method, end in (("GET", ""), ("GET", "/export"), ("DELETE", ""), ("POST", "/save"), ("POST", "/fork")):
-        assert web.request(method, f"/v1/sessions/{name}{end}").status_code in (404, 405), (method, end)
+    for method, path in (("GET", ""), ("GET", "/export"), ("DELETE", ""), ("POST", "/save"), ("POST", "/fork")):
+        assert web.request(method, f"/v1/sessions/{name}{path}").status_code in (404, 405), (method, path)
     assert web.post(f"/v1/sessions/{name}/feed", json={"text": "x"}).status_code in (404, 405)
 
 

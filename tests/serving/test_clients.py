@@ -34,7 +34,7 @@ def generate_text(workdir: Path, prompt: str, **options: Any) -> str:
     return "".join(generate(model, tokenizer, prompt, segment_length=32, **options))
 
 
-def test_openai_completes(client: Any, workdir: Path) -> None:
+def test_openai_completes_a_prompt(client: Any, workdir: Path) -> None:
     response = client.completions.create(model="model", prompt="It was", max_tokens=20, seed=3, temperature=0.8)
     choice = response.choices[0]
     assert choice.text == generate_text(
@@ -46,7 +46,7 @@ def test_openai_completes(client: Any, workdir: Path) -> None:
     assert client.models.retrieve("model").id == "model"
 
 
-def test_openai_streams(client: Any, workdir: Path) -> None:
+def test_openai_streams_several_choices(client: Any, workdir: Path) -> None:
     options = {"model": "model", "prompt": ["It was", "A"], "max_tokens": 12, "seed": 1, "n": 2}
     chunks = list(client.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     response = client.completions.create(**options)
@@ -75,7 +75,7 @@ def test_openai_scores_by_echo(client: Any, workdir: Path) -> None:
     assert len(tokens.choices[0].logprobs.tokens) >= 5 - 3
 
 
-def test_openai_shows_errors(client: Any) -> None:
+def test_openai_raises_the_server_errors(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="only 'model'"):
         client.completions.create(model="gpt", prompt="x")
     for options, message in (
@@ -131,20 +131,20 @@ def test_curl_reads_a_book(server: Server, workdir: Path) -> None:
 
 
 def test_sessions_survive_the_process(workdir: Path) -> None:
-    folder = ["--session-dir", str(workdir / "saved")]
-    first = Server(workdir, *folder)
+    options = ["--session-dir", str(workdir / "saved")]
+    first = Server(workdir, *options)
     saved = httpx.post(f"{first.address}/v1/sessions", json={"text": BOOK[:2000], "save": True}).json()
     httpx.post(f"{first.address}/v1/sessions", json={"text": BOOK[:2000]})
     assert saved["saved"]
     first.end(signal.SIGKILL)
-    second = Server(workdir, *folder)
+    second = Server(workdir, *options)
     listed = httpx.get(f"{second.address}/v1/sessions").json()["data"]
     assert [session["id"] for session in listed] == [saved["id"]], "only the session acknowledged as saved"
     assert listed[0]["nll"] == saved["nll"]
     unsaved = httpx.post(f"{second.address}/v1/sessions", json={"text": BOOK[:1700]}).json()
     assert not unsaved["saved"]
     second.end(signal.SIGTERM)
-    third = Server(workdir, *folder)
+    third = Server(workdir, *options)
     restored = {session["id"]: session for session in httpx.get(f"{third.address}/v1/sessions").json()["data"]}
     assert restored.keys() == {saved["id"], unsaved["id"]}
     text = {"text": BOOK[1700:], "end_of_text": True}
@@ -166,7 +166,7 @@ def test_a_stream_ends_with_an_error_when_the_server_stops(workdir: Path) -> Non
         server.process.send_signal(signal.SIGTERM)
         last = [line for line in lines if line][-1]
     assert "was closed" in json.loads(last.removeprefix("data: "))["error"]["message"]
-    # By itself, long before responses would be cut.
+    # The server stops by itself, long before responses would be cut.
     server.process.wait(5)
     assert server.process.stderr is not None
     assert server.process.stderr.read() == ""

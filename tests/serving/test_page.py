@@ -29,7 +29,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the package 'playwright' is not installed")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
-        pytest.skip("there is no Chromium")
+        pytest.skip("Chromium is not installed")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield browser
@@ -58,7 +58,7 @@ def test_a_text_is_read_by_keyboard(browser: Any, server: Server, size: tuple[in
     assert page.locator("#loss-curve polyline").count() == 1
     page.locator("#max-tokens").fill("15")
     page.locator("#max-tokens").press("Enter")
-    page.get_by_text("This is the continuation by the model").wait_for(timeout=20_000)
+    page.get_by_text("The model wrote this continuation").wait_for(timeout=20_000)
     assert page.locator(".generated").inner_text()
     # A phone shows the page without horizontal scrolling.
     assert page.evaluate("document.documentElement.scrollWidth") <= size[0]

@@ -35,7 +35,7 @@ def web() -> Iterator[TestClient]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_input_or_several(kind: str) -> None:
+def test_one_input_or_several_are_predicted(kind: str) -> None:
     inputs = records(kind, 3)
     expected = predictor(kind).predict(inputs)
     with client(kind) as web:
@@ -76,7 +76,7 @@ def test_routes_of_the_other_kind_of_model_are_rejected(web: TestClient, tmp_pat
         assert "/v1/completions" in error(texts.post("/v1/predict", json={"input": "x"}), 400)
 
 
-def test_health_models_and_metrics(web: TestClient) -> None:
+def test_health_models_and_metrics_are_served(web: TestClient) -> None:
     web.post("/v1/predict", json={"input": "the whale"})
     assert web.get("/health").json() == {"status": "ok"}
     assert [model["id"] for model in web.get("/v1/models").json()["data"]] == ["m"]

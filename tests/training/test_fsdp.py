@@ -118,10 +118,10 @@ def test_damaged_checkpoints_are_rejected(folder: Path, tmp_path: Path) -> None:
         content = bytearray((copy / file.name).read_bytes())
         content[len(content) // 2] ^= 1
         (copy / file.name).write_bytes(content)
-        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a valid checkpoint"):
             pretrained.read_checkpoint(copy)
         (copy / file.name).unlink()
-        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a valid checkpoint"):
             pretrained.read_checkpoint(copy)
         shutil.rmtree(copy)
 
@@ -144,7 +144,7 @@ def test_loading_executes_no_code(folder: Path, tmp_path: Path) -> None:
         sharded.write_checksums(
             copy, {path.name: files.checksum(path) for path in copy.iterdir() if path.name != sharded.CHECKSUMS_FILE}
         )
-        with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        with pytest.raises(CheckpointError, match="is not a valid checkpoint"):
             pretrained.read_checkpoint(copy)
         (copy / name).write_bytes(before)
     assert Evil.ran == []

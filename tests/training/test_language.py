@@ -45,7 +45,7 @@ def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
     length = texts.length
     # Documents end and begin within these batches.
     streams._plan.extend_to(steps * length)
-    assert all(begins[1] < (steps - 1) * length for begins in streams._plan.start_offsets)
+    assert all(documents[1][0] < (steps - 1) * length for documents in streams._plan.documents)
     document_nll = [
         alone(language_module.model, texts, "train", number, int(lengths[number]) - 1) for number in range(len(lengths))
     ]

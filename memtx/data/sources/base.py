@@ -14,7 +14,6 @@ from memtx.data.text_chunks import decode_utf8
 from memtx.errors import DataError, MemtxError, closest_match
 
 COMPRESSION_BY_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
-ACCESS_HINT = "Check it, and the access to it."
 READ_SIZE = 1 << 20  # bytes of a file read at once
 SPLITS = ("train", "validation", "test")
 SPLIT_ALIASES = {**{name: name for name in SPLITS}, "valid": "validation", "val": "validation", "dev": "validation"}
@@ -179,17 +178,25 @@ class RemoteFile:
 
 
 @contextlib.contextmanager
+def convert_errors(failure: str, hint: str = "Check it, and the access to it.") -> Iterator[None]:
+    """Raise any error of another library as DataError: each file system, compression and format has its own types."""
+    try:
+        yield
+    except MemtxError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}".removesuffix(": ")
+        raise DataError(f"{failure}: {reason}.", hint) from error
+
+
+@contextlib.contextmanager
 def open_file(url: str) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed; raises DataError for any error of its file system or compression."""
     import fsspec
 
-    try:
-        with fsspec.open(url, "rb", compression=COMPRESSION_BY_SUFFIX.get(PurePosixPath(url).suffix.lower())) as file:
-            yield file
-    except MemtxError:
-        raise
-    except Exception as error:  # every file system and compression has its own errors
-        raise DataError(f"'{url}' could not be read: {describe_error(error)}.", ACCESS_HINT) from error
+    compression = COMPRESSION_BY_SUFFIX.get(PurePosixPath(url).suffix.lower())
+    with convert_errors(f"'{url}' could not be read"), fsspec.open(url, "rb", compression=compression) as file:
+        yield file
 
 
 def list_files(path_or_url: str) -> list[RemoteFile]:
@@ -201,7 +208,7 @@ def list_files(path_or_url: str) -> list[RemoteFile]:
     import fsspec
 
     url = f"zip://::{path_or_url}" if path_or_url.lower().endswith(".zip") and "::" not in path_or_url else path_or_url
-    try:
+    with convert_errors(f"'{path_or_url}' could not be listed"):
         filesystem, path = fsspec.core.url_to_fs(url)
         wildcards = [index for index, letter in enumerate(path) if letter in "*?["]
         if wildcards:
@@ -214,8 +221,6 @@ def list_files(path_or_url: str) -> list[RemoteFile]:
             infos, base = {}, path
         infos = {file: info for file, info in sorted(infos.items()) if info.get("type", "file") == "file"}
         files = [_make_remote_file(filesystem, url, base, file, info) for file, info in infos.items()]
-    except Exception as error:  # as above; the package of a protocol may be missing as well
-        raise DataError(f"'{path_or_url}' could not be listed: {describe_error(error)}.", ACCESS_HINT) from error
     files = [file for file in files if not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
     if not files:
         raise DataError(f"'{path_or_url}' holds no file, expected texts or tables of texts.", "Check the path.")
@@ -239,12 +244,6 @@ def _make_remote_file(filesystem: Any, pattern: str, base: str, path: str, info:
         is_seekable=not chained and suffix not in COMPRESSION_BY_SUFFIX,
         is_process_local=protocol == "memory" or outer.startswith("memory:"),
     )
-
-
-def describe_error(error: Exception) -> str:
-    """Return the type and text of another library's error on one line."""
-    text = " ".join(str(error).split()).rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @dataclass(frozen=True)

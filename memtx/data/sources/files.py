@@ -72,7 +72,7 @@ class FileSource(TableSource):
             raise DataError(f"'{name}' holds no text, expected files ending in {suffixes}.", "They may be compressed.")
         splits = {} if self.has_explicit_fractions else {file.url: _infer_split(file) for file in chosen}
         if not any(splits.values()):
-            parts = [part for file in chosen for part in self._make_parts(file, {})]
+            parts = [part for file in chosen for part in self._make_parts(file, None, {})]
             return CorpusManifest(name, unsplit_parts=parts, split_fractions=self.split_fractions)
         titles: dict[str, str] = {}
         for file in listed:
@@ -82,17 +82,16 @@ class FileSource(TableSource):
         split_parts: dict[str, list[SourcePart]] = {split: [] for split in SPLITS}
         for file in chosen:
             if split := splits[file.url]:
-                split_parts[split] += self._make_parts(file, titles)
+                split_parts[split] += self._make_parts(file, split, titles)
         return CorpusManifest(name, split_parts)
 
-    def _make_parts(self, file: RemoteFile, titles: dict[str, str]) -> Sequence[SourcePart]:
+    def _make_parts(self, file: RemoteFile, split: str | None, titles: dict[str, str]) -> Sequence[SourcePart]:
         if file.size == 0:
             raise DataError(f"'{file.url}' is empty, expected a text.", "Remove the file or restore its text.")
         if make_parts := TABLE_PARTS.get(file.suffix):
             return make_parts(file, self.columns)
         # In the PG-19 layout a document is named after its file alone.
-        in_layout = not self.has_explicit_fractions and _infer_split(file) is not None
-        document_id = PurePosixPath(file.name).stem if in_layout else file.name
+        document_id = PurePosixPath(file.name).stem if split else file.name
         title = titles.get(document_id, document_id)
         local = file.is_process_local
         return [RemoteDocument(document_id, title, file.size, file.url, version=file.version, is_process_local=local)]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart, describe_error
+from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart, convert_errors
 from memtx.data.sources.tables import TableColumns, TableSource
-from memtx.errors import DataError, MemtxError
+from memtx.errors import DataError
 
 DEFAULT_SHARD_BYTES = 64 << 20  # assumed bytes of a shard, if the dataset does not say
 
@@ -36,15 +37,11 @@ class HubShard(SourcePart):
     def iter_documents(self) -> Iterator[Document]:
         """Yield one document a row."""
         name = f"{self.load_kwargs['path']}/{self.split}-{self.shard_index}"
-        try:
+        with _convert_errors(self.load_kwargs["path"]):
             stream = _import_datasets().load_dataset(**self.load_kwargs, split=self.split, streaming=True)
             shard = stream.shard(num_shards=self.num_shards, index=self.shard_index).select_columns(self.columns.names)
             for row, record in enumerate(shard):
                 yield self.columns.to_document(f"'{name}', row {row}", record, f"{name}@{row}")
-        except MemtxError:
-            raise
-        except Exception as error:  # the errors of every format and network it knows
-            raise _read_error(self.load_kwargs["path"], error) from error
 
 
 class HubDataset(TableSource):
@@ -84,11 +81,9 @@ class HubDataset(TableSource):
     def scan(self) -> CorpusManifest:
         """List the shards of the dataset's splits."""
         datasets = _import_datasets()
-        try:
+        with _convert_errors(self.path):
             builder = datasets.load_dataset_builder(**self.load_kwargs)
             streams = datasets.load_dataset(**self.load_kwargs, streaming=True)
-        except Exception as error:  # as above
-            raise _read_error(self.path, error) from error
         shards = {str(split): self._make_parts(builder, str(split), stream) for split, stream in streams.items()}
         split_parts = {SPLIT_ALIASES[split]: parts for split, parts in shards.items() if split in SPLIT_ALIASES}
         if "train" not in split_parts:
@@ -102,11 +97,10 @@ class HubDataset(TableSource):
         if stream.column_names is not None:
             self.columns.check(stream.column_names, f"The dataset '{self.path}'")
         info = (builder.info.splits or {}).get(split)
-        num_bytes = info.num_bytes if info is not None else None
-        size = max(1, num_bytes // stream.num_shards) if num_bytes else DEFAULT_SHARD_BYTES
+        count, num_bytes = stream.num_shards, info.num_bytes if info is not None else None
+        size = max(1, num_bytes // count) if num_bytes else DEFAULT_SHARD_BYTES
         files = (builder.config.data_files or {}).get(split)
         version = f"{builder.hash}:{getattr(files, 'origin_metadata', '')}"
-        count = stream.num_shards
         return [HubShard(self.load_kwargs, split, i, count, size, version, self.columns) for i in range(count)]
 
 
@@ -118,5 +112,5 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _read_error(path: str, error: Exception) -> DataError:
-    return DataError(f"The dataset '{path}' could not be read: {describe_error(error)}.", "Check its name.")
+def _convert_errors(path: str) -> AbstractContextManager[None]:
+    return convert_errors(f"The dataset '{path}' could not be read", "Check its name.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from memtx.data.sources.base import READ_SIZE, Document, RemoteFile, SourcePart, TextSource, open_file
 from memtx.data.text_chunks import encode_utf8
@@ -138,35 +140,21 @@ def _parse_line(line: bytes, location: str, *, is_first: bool) -> Mapping[str, A
 
 def _iter_lines(file: IO[bytes], path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
     """Yield the offset and the bytes of every line that begins at bytes ``start`` to ``stop``."""
-    buffer, searched, offset = b"", 0, start
+    reader, offset = io.BufferedReader(cast(io.RawIOBase, file), READ_SIZE), start
+    end = math.inf if stop is None else stop
     if start:
-        # The line before tells whether one begins right at `start`.
-        file.seek(start - 1)
-        offset -= 1
-    in_previous_line = bool(start)
-    while block := file.read(READ_SIZE):
-        buffer += block
-        line_start = 0
-        while (end := buffer.find(b"\n", max(line_start, searched))) >= 0:
-            if not in_previous_line:
-                yield offset, buffer[line_start : end + 1]
-            in_previous_line = False
-            offset += end + 1 - line_start
-            line_start = end + 1
-            if stop is not None and offset >= stop:
-                return
-        buffer = buffer[line_start:]
-        searched = len(buffer)
-        if len(buffer) > MAX_LINE_BYTES:
-            if not in_previous_line:
-                message = f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes."
-                raise DataError(message, "Split the text.")
-            # The part in which the line begins raises the error.
-            buffer, searched, offset = b"", 0, offset + len(buffer)
-            if stop is not None and offset >= stop:
-                return
-    if buffer and not in_previous_line:
-        yield offset, buffer
+        # The byte before tells whether a line begins right at `start`; the part in which a line begins yields it.
+        offset = reader.seek(start - 1)
+        while offset < end and (block := reader.readline(READ_SIZE)):
+            offset += len(block)
+            if block.endswith(b"\n"):
+                break
+    while offset < end and (line := reader.readline(MAX_LINE_BYTES + 1)):
+        if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            message = f"'{path}', byte {offset}: the line has more than {MAX_LINE_BYTES:,} bytes."
+            raise DataError(message, "Split the text.")
+        yield offset, line
+        offset += len(line)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ order of the queries, so only the memory tells which symbol is next.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Generator
 
-from memtx.data.synthetic_tasks.base import LabelledSegment, QueryMode, SyntheticTask, sample_distinct
+from memtx.data.synthetic_tasks.base import Segments, SyntheticTask, sample_distinct
 from memtx.errors import MemtxError
 
 
@@ -50,9 +50,7 @@ class SelectiveCopying(SyntheticTask):
         """Number of segments with symbols."""
         return self.spread
 
-    def _iter_segments(
-        self, batch_size: int, num_segments: int, generator: torch.Generator, query_mode: QueryMode
-    ) -> Iterator[LabelledSegment]:
+    def _iter_segments(self, batch_size: int, num_segments: int, first_query: int, generator: Generator) -> Segments:
         num_positions = self.spread * self.segment_length
         positions = sample_distinct(batch_size, num_positions, self.num_copied, generator).sort(1).values
         symbols = 1 + torch.randint(self.num_symbols, (batch_size, self.num_copied), generator=generator)
@@ -65,7 +63,7 @@ class SelectiveCopying(SyntheticTask):
                 padded = torch.nn.functional.pad(tokens, (0, 1))
                 padded.scatter_(1, torch.where(inside, relative, self.segment_length), symbols)
                 tokens = padded[:, : self.segment_length]
-            elif query_mode == "later" or index == num_segments - 1:
+            elif index >= first_query:
                 tokens[:, : self.num_copied] = 0
                 labels[:, : self.num_copied] = symbols
             yield tokens, labels

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 
-from memtx.data.batch import (
-    IGNORE_INDEX,
-    Batch,
-    FixedBatches,
-    ResumableBatches,
-    check_counts,
-    check_seed,
-    rank_and_world_size,
-)
+from memtx.class_config import to_config
+from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, ResumableBatches, check_options, rank_and_world_size
 from memtx.data.synthetic_tasks.base import SyntheticTask
 from memtx.errors import CheckpointError, DataError
 
 TRAINING, VALIDATION, TEST = 0, 1, 2  # purposes of a batch; each has its own episodes, whatever the seed
-
-
-def task_to_config(task: SyntheticTask) -> dict[str, Any]:
-    """Return a task's class path and arguments as JSON values, as a checkpoint holds them."""
-    kind = type(task)
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": dataclasses.asdict(task)}
 
 
 def sample_batch(task: SyntheticTask, batch_size: int, num_segments: int, seed: tuple[int, ...]) -> Batch:
@@ -86,27 +74,18 @@ class SyntheticDataModule(LightningDataModule):
         eval_steps: int = 4,
     ) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, steps_per_epoch=steps_per_epoch)
-        check_counts(eval_batch_size=eval_batch_size, eval_steps=eval_steps)
-        check_seed(seed)
+        check_options(1, batch_size=batch_size, steps_per_epoch=steps_per_epoch, eval_steps=eval_steps)
+        check_options(1, eval_batch_size=eval_batch_size)
+        check_options(0, seed=seed)
         if num_segments <= task.num_write_segments:
             message = f"num_segments is {num_segments}, but the task writes in {task.num_write_segments}."
             raise DataError(message, f"Change --data.num_segments to at least {task.num_write_segments + 1}.")
         self.task, self.batch_size, self.num_segments, self.seed = task, batch_size, num_segments, seed
+        self.vocab_size, self.segment_length = task.vocab_size, task.segment_length
         self.steps_per_epoch = steps_per_epoch
         self.eval_batch_size, self.eval_steps = eval_batch_size or batch_size, eval_steps
         self._batches: SyntheticBatches | None = None
         self._position = 0
-
-    @property
-    def vocab_size(self) -> int:
-        """Vocabulary size of the task."""
-        return self.task.vocab_size
-
-    @property
-    def segment_length(self) -> int:
-        """Tokens of an episode in one call of the model."""
-        return self.task.segment_length
 
     def setup(self, stage: str | None = None) -> None:
         """Begin at the start of the data, unless a checkpoint is restored later."""
@@ -126,12 +105,10 @@ class SyntheticDataModule(LightningDataModule):
         return self._evaluation_batches(VALIDATION)
 
     def test_dataloader(self) -> FixedBatches[Batch]:
-        """Return this rank's test episodes, the same every time."""
+        """Return this rank's test episodes, the same every time; also for prediction."""
         return self._evaluation_batches(TEST)
 
-    def predict_dataloader(self) -> FixedBatches[Batch]:
-        """Return this rank's test episodes, the same every time."""
-        return self._evaluation_batches(TEST)
+    predict_dataloader = test_dataloader
 
     def _evaluation_batches(self, purpose: int) -> FixedBatches[Batch]:
         rank, _ = rank_and_world_size(self.trainer)
@@ -145,7 +122,8 @@ class SyntheticDataModule(LightningDataModule):
         """Return the position and what identifies the episodes."""
         identity = {name: getattr(self, name) for name in ("batch_size", "num_segments", "seed")}
         position = self._position if self._batches is None else self._batches.position
-        return {"position": position, "task": task_to_config(self.task), **identity}
+        task = to_config(functools.partial(type(self.task), **dataclasses.asdict(self.task)))
+        return {"position": position, "task": task, **identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a checkpoint's position; raises CheckpointError if it is in other episodes."""

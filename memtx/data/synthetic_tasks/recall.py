@@ -5,15 +5,14 @@ The answer is never repeated, so beyond its window a model answers only if its m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from memtx.data.batch import IGNORE_INDEX
-from memtx.data.synthetic_tasks.base import LabelledSegment, QueryMode, SyntheticTask, sample_distinct
+from memtx.data.synthetic_tasks.base import LabelledSegment, Segments, SyntheticTask, sample_distinct
 from memtx.errors import MemtxError
 
 
@@ -52,15 +51,13 @@ class KeyValueTask(SyntheticTask):
         """Accuracy of guessing a value."""
         return 1 / self.num_values
 
-    def _sample_keys(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        return 1 + sample_distinct(batch_size, self.num_keys, self.num_pairs, generator)
+    def _sample_pairs(self, batch_size: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Return keys and values, each ``(batch, num_pairs)``; the keys of an episode are distinct."""
+        keys = 1 + sample_distinct(batch_size, self.num_keys, self.num_pairs, generator)
+        values = torch.randint(self.num_values, (batch_size, self.num_pairs), generator=generator)
+        return keys, 1 + self.num_keys + values
 
-    def _sample_values(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        return 1 + self.num_keys + torch.randint(self.num_values, (batch_size, self.num_pairs), generator=generator)
-
-    def _scatter_pairs(
-        self, first: Tensor, second: Tensor, generator: torch.Generator, mask: Tensor | None = None
-    ) -> Tensor:
+    def _scatter_pairs(self, first: Tensor, second: Tensor, generator: Generator, mask: Tensor | None = None) -> Tensor:
         """Return noise with the pairs of ``(batch, num_pairs)`` tokens in it, each at an even index.
 
         With a mask, ``(batch, num_pairs)`` bool, only the pairs where it is True.
@@ -74,13 +71,13 @@ class KeyValueTask(SyntheticTask):
         return tokens.scatter(1, index, first).scatter(1, index + 1, second)
 
     def _pair_segment(
-        self, keys: Tensor, values: Tensor, generator: torch.Generator, mask: Tensor | None = None
+        self, keys: Tensor, values: Tensor, generator: Generator, mask: Tensor | None = None
     ) -> LabelledSegment:
         """Return a segment with pairs and no labels; arguments as in :meth:`_scatter_pairs`."""
         tokens = self._scatter_pairs(keys, values, generator, mask)
         return tokens, torch.full_like(tokens, IGNORE_INDEX)
 
-    def _query_segment(self, keys: Tensor, values: Tensor, generator: torch.Generator) -> LabelledSegment:
+    def _query_segment(self, keys: Tensor, values: Tensor, generator: Generator) -> LabelledSegment:
         """Return a segment with a query for every key."""
         tokens = self._scatter_pairs(torch.full_like(keys, self.QUERY_TOKEN), keys, generator)
         # Every key of the segment follows a query: its label is its value.
@@ -89,11 +86,11 @@ class KeyValueTask(SyntheticTask):
         return tokens, labels.masked_fill(~is_key.any(-1), IGNORE_INDEX)
 
     def _read_segments(
-        self, keys: Tensor, values: Tensor, num_segments: int, generator: torch.Generator, query_mode: QueryMode
-    ) -> Iterator[LabelledSegment]:
+        self, keys: Tensor, values: Tensor, num_segments: int, first_query: int, generator: Generator
+    ) -> Segments:
         """Yield the segments after the content: queries or noise."""
         for index in range(self.num_write_segments, num_segments):
-            if query_mode == "later" or index == num_segments - 1:
+            if index >= first_query:
                 yield self._query_segment(keys, values, generator)
             else:
                 yield self._noise_segment(keys.shape[0], generator)
@@ -107,12 +104,10 @@ class AssociativeRecall(KeyValueTask):
     3).
     """
 
-    def _iter_segments(
-        self, batch_size: int, num_segments: int, generator: torch.Generator, query_mode: QueryMode
-    ) -> Iterator[LabelledSegment]:
-        keys, values = self._sample_keys(batch_size, generator), self._sample_values(batch_size, generator)
+    def _iter_segments(self, batch_size: int, num_segments: int, first_query: int, generator: Generator) -> Segments:
+        keys, values = self._sample_pairs(batch_size, generator)
         yield self._pair_segment(keys, values, generator)
-        yield from self._read_segments(keys, values, num_segments, generator, query_mode)
+        yield from self._read_segments(keys, values, num_segments, first_query, generator)
 
 
 @dataclass(frozen=True)
@@ -145,10 +140,8 @@ class Overwrite(KeyValueTask):
         """Number of segments with values."""
         return self.spread
 
-    def _iter_segments(
-        self, batch_size: int, num_segments: int, generator: torch.Generator, query_mode: QueryMode
-    ) -> Iterator[LabelledSegment]:
-        keys, first_values = self._sample_keys(batch_size, generator), self._sample_values(batch_size, generator)
+    def _iter_segments(self, batch_size: int, num_segments: int, first_query: int, generator: Generator) -> Segments:
+        keys, first_values = self._sample_pairs(batch_size, generator)
         yield self._pair_segment(keys, first_values, generator)
         values = first_values
         # (batch, num_pairs, spread - 1): for every key a random choice of `num_overwrites` segments.
@@ -157,9 +150,9 @@ class Overwrite(KeyValueTask):
             values = torch.where(changes, self._sample_other_values(values, generator), values)
             yield self._pair_segment(keys, values, generator, changes)
         answers = first_values if self.query_first else values
-        yield from self._read_segments(keys, answers, num_segments, generator, query_mode)
+        yield from self._read_segments(keys, answers, num_segments, first_query, generator)
 
-    def _sample_other_values(self, values: Tensor, generator: torch.Generator) -> Tensor:
+    def _sample_other_values(self, values: Tensor, generator: Generator) -> Tensor:
         """Return random values that differ from the given ones, if there are two."""
         start = 1 + self.num_keys
         step = torch.randint(1, max(self.num_values, 2), values.shape, generator=generator)

@@ -7,14 +7,13 @@ recurrent state can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from memtx.data.synthetic_tasks.base import LabelledSegment, QueryMode, SyntheticTask, sample_distinct
+from memtx.data.synthetic_tasks.base import Segments, SyntheticTask, sample_distinct
 from memtx.errors import MemtxError
 
 
@@ -66,9 +65,7 @@ class StateTracking(SyntheticTask):
         """Accuracy of guessing an element."""
         return 1 / self.num_elements
 
-    def _iter_segments(
-        self, batch_size: int, num_segments: int, generator: torch.Generator, query_mode: QueryMode
-    ) -> Iterator[LabelledSegment]:
+    def _iter_segments(self, batch_size: int, num_segments: int, first_query: int, generator: Generator) -> Segments:
         count = self.num_elements
         state = sample_distinct(batch_size, count, count, generator)
         swap_prob = torch.rand(batch_size, 1, generator=generator) / 2
@@ -83,7 +80,7 @@ class StateTracking(SyntheticTask):
             mask = torch.rand(batch_size, self.max_swaps, generator=generator) < swap_prob
             tokens.scatter_(1, positions, torch.where(mask, 2 * count + swaps, tokens.gather(1, positions)))
             state = self._apply_swaps(state, swaps, mask)
-            if index > 0 and (query_mode == "later" or index == num_segments - 1):
+            if index >= first_query:
                 queries = torch.rand(batch_size, count, generator=generator).argsort(1)
                 tokens[:, stop:] = queries
                 labels[:, stop:] = count + state.gather(1, queries)

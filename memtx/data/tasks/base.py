@@ -41,6 +41,15 @@ class EncodedExample:
     target: IntArray | None = None  # labels to learn; meaningless if the example has none
 
 
+@dataclass(eq=False)
+class PreparedExample:
+    """An example, the encodings of its texts, and its windows."""
+
+    example: Any
+    encodings: Sequence[Encoding]
+    windows: Sequence[EncodedExample]
+
+
 class Task(ABC):
     """Base of all tasks. Raises DataError if a number is out of range, or labels repeat.
 
@@ -55,6 +64,9 @@ class Task(ABC):
 
     example_type: ClassVar[Any]
     """Class of the examples, of :mod:`memtx.data.tasks.examples`."""
+
+    text_fields: ClassVar[tuple[str, ...]]
+    """Attributes of an example that hold its texts."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):
@@ -79,13 +91,13 @@ class Task(ABC):
     def from_text(self, text: str) -> Any:
         """Return a raw text as an example without a label; raises DataError if the task needs more than one text."""
 
-    @abstractmethod
     def get_texts(self, example: Any) -> tuple[str, ...]:
         """Return the texts to encode."""
+        return tuple(getattr(example, name) for name in self.text_fields)
 
-    @abstractmethod
     def get_labels(self, example: Any) -> tuple[str, ...]:
-        """Return the labels of an example."""
+        """Return the labels of an example; none by default."""
+        return ()
 
     @property
     def num_labels(self) -> int:
@@ -99,12 +111,11 @@ class Task(ABC):
 
     def label_to_id(self, label: str) -> int:
         """Return the index of a label; raises DataError if there is no such label."""
-        try:
-            return self.labels.index(label)
-        except ValueError:
+        if label not in self.labels:
             known = f"{', '.join(self.labels[:20])}.{closest_match(label, self.labels)}"
             message = f"The label '{label}' was never seen in training, known are {known}"
-            raise DataError(message, "Correct it, or train with examples of it.") from None
+            raise DataError(message, "Correct it, or train with examples of it.")
+        return self.labels.index(label)
 
     @abstractmethod
     def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:
@@ -113,10 +124,13 @@ class Task(ABC):
         Raises DataError if the example is too long and there is no stride, or a label is unknown.
         """
 
+    def prepare(self, example: Any, tokenizer: HFTokenizer) -> PreparedExample:
+        """Encode the texts of an example, and its windows; raises as :meth:`encode`."""
+        encodings = tokenizer.encode_with_offsets(self.get_texts(example))
+        return PreparedExample(example, encodings, self.encode(example, encodings, tokenizer))
+
     @abstractmethod
-    def postprocess(
-        self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return the prediction for an example, with or without a label, as JSON values.
 
         ``logits`` holds those of each window, ``(num_labels,)`` or ``(length, num_labels)``.
@@ -183,19 +197,8 @@ def build_inputs(
 
     ``[CLS]`` is global.
     """
-    parts = [np.array([tokenizer.cls_token_id]), first_ids, np.array([tokenizer.sep_token_id])]
-    token_type_ids = [np.zeros(len(first_ids) + 2, dtype=np.int64)]
-    if second_ids is not None:
-        parts += [second_ids, np.array([tokenizer.sep_token_id])]
-        token_type_ids.append(np.ones(len(second_ids) + 1, dtype=np.int64))
-    ids = np.concatenate(parts).astype(np.int64)
-    global_attention_mask = np.zeros(len(ids), dtype=np.bool_)
-    global_attention_mask[0] = True
-    return ids, np.concatenate(token_type_ids), global_attention_mask
-
-
-def softmax(logits: Logits) -> NDArray[np.float64]:
-    """Return the softmax over the last axis, float64."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    probabilities: NDArray[np.float64] = exponentials / exponentials.sum(-1, keepdims=True)
-    return probabilities
+    sep = np.array([tokenizer.sep_token_id])
+    second_parts = () if second_ids is None else (second_ids, sep)
+    ids = np.concatenate([[tokenizer.cls_token_id], first_ids, sep, *second_parts]).astype(np.int64)
+    positions = np.arange(len(ids))
+    return ids, (positions >= len(first_ids) + 2).astype(np.int64), positions == 0

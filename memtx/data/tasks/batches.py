@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -12,22 +11,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX, FixedBatches
-from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, Task
+from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, PreparedExample, Task
 from memtx.errors import CheckpointError
 
 B = TypeVar("B")
 
 SORT_POOL_BATCHES = 50  # whose windows are sorted by length together, to reduce padding
-
-
-@dataclass(eq=False)
-class PreparedExample:
-    """An example, the encodings of its texts, and its windows."""
-
-    example: Any
-    encodings: Sequence[Encoding]
-    windows: Sequence[EncodedExample]
 
 
 class BatchExamples:
@@ -44,8 +33,7 @@ class BatchExamples:
         predictions, start = [], 0
         for prepared in self.examples:
             stop = start + len(prepared.windows)
-            example, encodings, windows = prepared.example, prepared.encodings, prepared.windows
-            predictions.append(self.task.postprocess(example, encodings, windows, logits[start:stop]))
+            predictions.append(self.task.postprocess(prepared, logits[start:stop]))
             start = stop
         return predictions
 
@@ -60,17 +48,6 @@ class TaskBatch(NamedTuple):
     # (batch,) classes, (batch, length) tags, or (batch, 2) first and last position of an answer; IGNORE_INDEX for none
     labels: Tensor
     batch_examples: BatchExamples | None  # whole examples in evaluation; None in training
-
-
-def encode_examples(examples: Sequence[Any], task: Task, tokenizer: HFTokenizer) -> list[PreparedExample]:
-    """Encode examples; raises as :meth:`memtx.data.tasks.base.Task.encode`."""
-    texts = [task.get_texts(example) for example in examples]
-    all_encodings = iter(tokenizer.encode_with_offsets([text for example_texts in texts for text in example_texts]))
-    prepared = []
-    for example, example_texts in zip(examples, texts, strict=True):
-        encodings = [next(all_encodings) for _ in example_texts]
-        prepared.append(PreparedExample(example, encodings, task.encode(example, encodings, tokenizer)))
-    return prepared
 
 
 def collate(
@@ -97,36 +74,24 @@ def collate(
     )
 
 
-class HasWindows(Protocol):
-    """An encoded example."""
-
-    @property
-    def windows(self) -> Sequence[Any]:
-        """Windows of the example."""
-
-
 class TrainingBatches(Generic[B]):
     """Endless passes over all windows, windows of similar length together; the position is a few integers.
 
     Resumed with another batch size or world size, what is left of the pass is assigned to these. Windows that do not
     make a batch for each rank are left out at the end of a pass, so each rank gets the same number of batches.
-    ``collate_fn`` makes a batch from windows and the padding id.
+    ``collate_fn`` makes a batch from windows.
     """
 
     def __init__(
         self,
-        examples: Sequence[HasWindows],
+        windows: Sequence[Any],
         batch_size: int,
-        pad_token_id: int,
+        collate_fn: Callable[[Sequence[Any]], B],
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        *,
-        collate_fn: Callable[[Sequence[Any], int], B],
     ) -> None:
-        self.collate_fn = collate_fn
-        self.windows: list[Any] = [window for example in examples for window in example.windows]
-        self.batch_size, self.pad_token_id, self.seed = batch_size, pad_token_id, seed
+        self.windows, self.batch_size, self.collate_fn, self.seed = windows, batch_size, collate_fn, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = self.position = 0
         # Earlier batches of this pass: their size, the number of ranks, and how many batches each rank read.
@@ -173,7 +138,7 @@ class TrainingBatches(Generic[B]):
             indices = batches[self.position - len(self)]
             # Before the yield: a checkpoint written after this batch's step must count it.
             self.position += 1
-            yield self.collate_fn([self.windows[index] for index in indices], self.pad_token_id)
+            yield self.collate_fn([self.windows[index] for index in indices])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position and what identifies the data."""
@@ -229,8 +194,9 @@ class EvaluationBatches(FixedBatches[TaskBatch]):
     ) -> None:
         batches: list[list[PreparedExample]] = []
         room = 0
-        rank_examples = examples[rank::world_size]
-        for example in sorted(rank_examples, key=lambda example: max(len(window.ids) for window in example.windows)):
+        for example in sorted(
+            examples[rank::world_size], key=lambda example: max(len(window.ids) for window in example.windows)
+        ):
             if room < len(example.windows):
                 batches.append([])
                 room = batch_size

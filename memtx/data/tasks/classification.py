@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import NO_TARGET, EncodedExample, IntArray, Logits, Task, build_inputs, softmax
+from memtx.data.tasks.base import NO_TARGET, EncodedExample, Logits, PreparedExample, Task, build_inputs
 from memtx.data.tasks.examples import PairExample, TextExample
 from memtx.errors import DataError
 
@@ -20,15 +21,21 @@ class _SingleLabelTask(Task):
         """Return the label, if there is one."""
         return () if example.label is None else (example.label,)
 
-    def _make_target(self, label: str | None) -> IntArray:
-        return NO_TARGET if label is None else np.array([self.label_to_id(label)], dtype=np.int64)
+    def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:
+        """Return ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]`` in one or more windows."""
+        first, *others = encodings
+        second_ids = others[0].ids if others else None
+        num_reserved = 2 + sum(len(encoding) + 1 for encoding in others)
+        target = NO_TARGET if example.label is None else np.array([self.label_to_id(example.label)], dtype=np.int64)
+        return [
+            EncodedExample(*build_inputs(tokenizer, first.ids[start:stop], second_ids), 1, start, stop, target)
+            for start, stop in self.split_windows(len(first), num_reserved)
+        ]
 
-    def postprocess(
-        self, example: Any, encodings: Sequence[Encoding], windows: Sequence[EncodedExample], logits: Sequence[Logits]
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return ``label``, its probability ``score``, and the probabilities of all labels as ``scores``."""
-        probabilities = softmax(np.stack(logits)).mean(0)
-        scores = {label: round(float(score), 6) for label, score in zip(self.labels, probabilities, strict=True)}
+        probabilities = torch.from_numpy(np.stack(logits)).double().softmax(-1).mean(0)
+        scores = {label: round(score, 6) for label, score in zip(self.labels, probabilities.tolist(), strict=True)}
         best = self.labels[int(probabilities.argmax())]
         return {"label": best, "score": scores[best], "scores": scores}
 
@@ -38,24 +45,11 @@ class Classification(_SingleLabelTask):
 
     kind = "classification"
     example_type = TextExample
+    text_fields = ("text",)
 
     def from_text(self, text: str) -> TextExample:
         """Return a raw text as an example without a label."""
         return TextExample.parse({"text": text}, False)
-
-    def get_texts(self, example: TextExample) -> tuple[str, ...]:
-        """Return the text."""
-        return (example.text,)
-
-    def encode(
-        self, example: TextExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
-    ) -> list[EncodedExample]:
-        """Return ``[CLS] text [SEP]`` in one or more windows."""
-        target = self._make_target(example.label)
-        return [
-            EncodedExample(*build_inputs(tokenizer, encodings[0].ids[start:stop]), 1, start, stop, target)
-            for start, stop in self.split_windows(len(encodings[0]), 2)
-        ]
 
 
 class PairClassification(_SingleLabelTask):
@@ -66,22 +60,8 @@ class PairClassification(_SingleLabelTask):
 
     kind = "matching"
     example_type = PairExample
+    text_fields = ("text_a", "text_b")
 
     def from_text(self, text: str) -> PairExample:
         """Raise DataError: one text is no pair."""
         raise DataError("This model compares two texts.", 'Give {"text_a": ..., "text_b": ...} as JSON.')
-
-    def get_texts(self, example: PairExample) -> tuple[str, ...]:
-        """Return the two texts."""
-        return (example.text_a, example.text_b)
-
-    def encode(
-        self, example: PairExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
-    ) -> list[EncodedExample]:
-        """Return ``[CLS] text_a [SEP] text_b [SEP]`` in one or more windows."""
-        target = self._make_target(example.label)
-        first, second = encodings
-        return [
-            EncodedExample(*build_inputs(tokenizer, first.ids[start:stop], second.ids), 1, start, stop, target)
-            for start, stop in self.split_windows(len(first), len(second) + 3)
-        ]

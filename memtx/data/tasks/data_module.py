@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
-from memtx.data.batch import check_counts, rank_and_world_size
+from memtx.data.batch import check_options, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
-from memtx.data.tasks.base import Task, task_to_json
-from memtx.data.tasks.batches import (
-    EvaluationBatches,
-    HasWindows,
-    PreparedExample,
-    TaskBatch,
-    TrainingBatches,
-    collate,
-    encode_examples,
-)
+from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
+from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
 from memtx.data.tasks.examples import read_examples, split_path
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError
 
 B = TypeVar("B")
-R = TypeVar("R", bound=HasWindows)
+R = TypeVar("R")
 
 
 class ExampleDataModule(LightningDataModule, Generic[R, B]):
@@ -36,14 +28,13 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     raised.
     """
 
-    REQUIRED_TEXTS: ClassVar[tuple[str, ...]] = (
-        "tokenizer",
-    )  # texts of a checkpoint that must be those of this module
+    # Texts of a checkpoint that must be those of this module.
+    REQUIRED_TEXTS: ClassVar[tuple[str, ...]] = ("tokenizer",)
     tokenizer: Tokenizer
 
     def __init__(self, root: str | None, batch_size: int, seed: int, **counts: int | None) -> None:
         super().__init__()
-        check_counts(batch_size=batch_size, **counts)
+        check_options(1, batch_size=batch_size, **counts)
         self.root, self.batch_size, self.seed = root, batch_size, seed
         self._encoded_examples: dict[str, list[R]] = {}
         self._batches: TrainingBatches[B] | None = None
@@ -63,12 +54,16 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         """Return the texts to train a tokenizer on."""
 
     @abstractmethod
-    def _encode_example(self, example: Any) -> list[R]:
+    def _encode_example(self, example: Any) -> R:
         """Encode an example; raises DataError if it cannot be used."""
 
     @abstractmethod
-    def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], B]]:
-        """Return the padding id, and the function that makes a batch from windows and that id."""
+    def _training_windows(self) -> list[Any]:
+        """Return the windows of the training examples."""
+
+    @abstractmethod
+    def _collate(self, windows: Sequence[Any]) -> B:
+        """Return windows as one batch, padded at the end to the longest."""
 
     @abstractmethod
     def _evaluation_batches(self, split: str) -> Any:
@@ -88,7 +83,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
             encoded: list[R] = []
             for line, example in self._read_split(split):
                 try:
-                    encoded += self._encode_example(example)
+                    encoded.append(self._encode_example(example))
                 except DataError as error:
                     location = f"'{split_path(self.root, split)}', line {line}"
                     raise DataError(f"{location}: {error.message}", error.hint) from error
@@ -114,10 +109,8 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
     def train_dataloader(self) -> TrainingBatches[B]:
         """Return this rank's batches from the position on."""
-        examples = self.encoded_examples("train")
-        pad_token_id, collate_fn = self._train_collation()
-        ranks = rank_and_world_size(self.trainer)
-        batches = TrainingBatches(examples, self.batch_size, pad_token_id, self.seed, *ranks, collate_fn=collate_fn)
+        windows, ranks = self._training_windows(), rank_and_world_size(self.trainer)
+        batches = TrainingBatches(windows, self.batch_size, self._collate, self.seed, *ranks)
         if self._batches is not None:  # called again within a run
             batches.load_state_dict(self._batches.state_dict())
         elif self._restored_position is not None:
@@ -204,8 +197,8 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
     def _get_texts(self, example: Any) -> tuple[str, ...]:
         return self.task.get_texts(example)
 
-    def _encode_example(self, example: Any) -> list[PreparedExample]:
-        return encode_examples([example], self.task, self.tokenizer)
+    def _encode_example(self, example: Any) -> PreparedExample:
+        return self.task.prepare(example, self.tokenizer)
 
     def _fit_labels(self) -> None:
         if not self.task.num_labels:
@@ -215,8 +208,11 @@ class TaskDataModule(ExampleDataModule[PreparedExample, TaskBatch]):
         super()._fit_to_training_examples()
         self._fit_labels()
 
-    def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], TaskBatch]]:
-        return self.tokenizer.pad_token_id, collate
+    def _training_windows(self) -> list[EncodedExample]:
+        return [window for prepared in self.encoded_examples("train") for window in prepared.windows]
+
+    def _collate(self, windows: Sequence[Any]) -> TaskBatch:
+        return collate(windows, self.tokenizer.pad_token_id)
 
     def _evaluation_batches(self, split: str) -> EvaluationBatches:
         examples, ranks = self.encoded_examples(split), rank_and_world_size(self.trainer)

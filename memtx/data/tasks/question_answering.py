@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import EncodedExample, IntArray, Logits, Task, build_inputs
+from memtx.data.tasks.base import EncodedExample, IntArray, Logits, PreparedExample, Task, build_inputs
 from memtx.data.tasks.examples import QuestionExample
 from memtx.errors import DataError
 
@@ -30,6 +30,7 @@ class QuestionAnswering(Task):
 
     kind = "questions"
     example_type = QuestionExample
+    text_fields = ("question", "context")
 
     def __init__(
         self,
@@ -54,14 +55,6 @@ class QuestionAnswering(Task):
         message = "This model answers a question about a context."
         raise DataError(message, 'Give {"context": ..., "question": ...} as JSON.')
 
-    def get_texts(self, example: QuestionExample) -> tuple[str, ...]:
-        """Return question and context."""
-        return (example.question, example.context)
-
-    def get_labels(self, example: QuestionExample) -> tuple[str, ...]:
-        """Return nothing: there are no labels."""
-        return ()
-
     def encode(
         self, example: QuestionExample, encodings: Sequence[Encoding], tokenizer: HFTokenizer
     ) -> list[EncodedExample]:
@@ -71,41 +64,34 @@ class QuestionAnswering(Task):
         context_start = len(question) + 2
         windows = []
         for start, stop in self.split_windows(len(context), len(question) + 3):
-            ids, token_type_ids, global_attention_mask = build_inputs(tokenizer, question.ids, context.ids[start:stop])
-            global_attention_mask[:context_start] = True
             target = np.zeros(2, dtype=np.int64)
             if answer is not None and start <= answer[0] and answer[1] < stop:
                 target[:] = context_start + np.array(answer) - start
-            windows.append(
-                EncodedExample(ids, token_type_ids, global_attention_mask, context_start, start, stop, target)
-            )
+            inputs = build_inputs(tokenizer, question.ids, context.ids[start:stop])
+            windows.append(EncodedExample(*inputs, context_start, start, stop, target))
+            windows[-1].global_attention_mask[:context_start] = True
         return windows
 
-    def postprocess(
-        self,
-        example: QuestionExample,
-        encodings: Sequence[Encoding],
-        windows: Sequence[EncodedExample],
-        logits: Sequence[Logits],
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return ``answer``, ``start`` and ``end`` in characters, ``score`` and ``is_impossible``.
 
         ``score`` is the probability that the best span beats no answer. If no answer wins, ``is_impossible`` is True
         and ``answer`` empty.
         """
         best_score, best_span, no_answer_score = -np.inf, (0, 0), np.inf
-        for window, window_logits in zip(windows, logits, strict=True):
+        for window, window_logits in zip(prepared.windows, logits, strict=True):
             no_answer_score = min(no_answer_score, float(window_logits[0, START] + window_logits[0, END]))
             context_stop = window.input_start + window.text_stop - window.text_start
             score, start, end = _best_span(window_logits[window.input_start : context_stop], self.max_answer_length)
             if score > best_score:
                 best_score, best_span = score, (window.text_start + start, window.text_start + end)
         margin = best_score - no_answer_score
+        example: QuestionExample = prepared.example
         prediction: dict[str, Any] = {"id": example.id} if example.id else {}
         probability = round(float(1 / (1 + np.exp(-np.clip(margin, -50, 50)))), 6)
         if margin <= self.answer_threshold:
             return prediction | {"answer": "", "start": None, "end": None, "score": probability, "is_impossible": True}
-        offsets = encodings[1].offsets
+        offsets = prepared.encodings[1].offsets
         start, end = int(offsets[best_span[0], 0]), int(offsets[best_span[1], 1])
         answer = example.context[start:end]
         return prediction | {"answer": answer, "start": start, "end": end, "score": probability, "is_impossible": False}

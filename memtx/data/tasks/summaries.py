@@ -6,12 +6,12 @@ A sequence is the text, a prompt, the completion and a stop sequence, up to whic
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from memtx.data.batch import IGNORE_INDEX, Batch, FixedBatches, rank_and_world_size
 from memtx.data.tasks.base import IntArray
@@ -29,27 +29,6 @@ class EncodedSummary:
     summary_start: int  # index of the summary's first token
     num_words: int  # of the summary
     num_bytes: int  # UTF-8 bytes of the summary with the stop sequence
-
-    @property
-    def windows(self) -> list[EncodedSummary]:
-        """The sequence itself, which is never split."""
-        return [self]
-
-
-def collate_summaries(examples: Sequence[EncodedSummary], pad_token_id: int) -> Batch:
-    """Return a batch with one document per example, whose labels are the tokens of the summaries."""
-    length = max(len(example.ids) for example in examples) - 1
-    tokens = np.full((len(examples), length), pad_token_id, dtype=np.int64)
-    labels = np.full((len(examples), length), IGNORE_INDEX, dtype=np.int64)
-    for index, example in enumerate(examples):
-        end = len(example.ids) - 1
-        tokens[index, :end] = example.ids[:-1]
-        labels[index, example.summary_start - 1 : end] = example.ids[example.summary_start :]
-    document_starts = torch.zeros(len(examples), length, dtype=torch.bool)
-    document_starts[:, 0] = True
-    num_words = torch.tensor([example.num_words for example in examples])
-    num_bytes = torch.tensor([example.num_bytes for example in examples])
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), document_starts, num_words, num_bytes)
 
 
 class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
@@ -92,7 +71,7 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         prompt = self.summary_prompt.format_prompt(example.text)
         return prompt, self.summary_prompt.format_completion(example.summary or "")
 
-    def _encode_example(self, example: SummaryExample) -> list[EncodedSummary]:
+    def _encode_example(self, example: SummaryExample) -> EncodedSummary:
         assert example.summary is not None
         prompt, completion = self._get_texts(example)
         prompt_ids, completion_ids = (self.tokenizer.encode(text).astype(np.int64) for text in (prompt, completion))
@@ -101,21 +80,30 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
             message = f"Text and summary have {len(ids)} tokens, max_length is {self.max_length}."
             raise DataError(message, "Raise --data.max_length.")
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
-        return [EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)]
+        return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
 
-    def _train_collation(self) -> tuple[int, Callable[[Sequence[Any], int], Batch]]:
-        return self.tokenizer.bos_token_id, collate_summaries
+    def _training_windows(self) -> list[EncodedSummary]:
+        return self.encoded_examples("train")
+
+    def _collate(self, windows: Sequence[EncodedSummary]) -> Batch:
+        """Return a batch with one document per example, whose labels are the tokens of the summaries."""
+        ids = [torch.from_numpy(window.ids) for window in windows]
+        tokens = pad_sequence([row[:-1] for row in ids], batch_first=True, padding_value=self.tokenizer.bos_token_id)
+        labels = pad_sequence([row[1:] for row in ids], batch_first=True, padding_value=IGNORE_INDEX)
+        for row, window in zip(labels, windows, strict=True):
+            row[: window.summary_start - 1] = IGNORE_INDEX
+        document_starts = torch.zeros_like(tokens, dtype=torch.bool)
+        document_starts[:, 0] = True
+        num_words = torch.tensor([window.num_words for window in windows])
+        num_bytes = torch.tensor([window.num_bytes for window in windows])
+        return Batch(tokens, labels, document_starts, num_words, num_bytes)
 
     def _evaluation_batches(self, split: str) -> FixedBatches[Batch]:
         rank, world_size = rank_and_world_size(self.trainer)
         examples = sorted(self.encoded_examples(split)[rank::world_size], key=lambda example: len(example.ids))
         batch_starts = range(0, len(examples), self.batch_size)
-
-        def get_batch(index: int) -> Batch:
-            start = batch_starts[index]
-            return collate_summaries(examples[start : start + self.batch_size], self.tokenizer.bos_token_id)
-
-        return FixedBatches(len(batch_starts), get_batch)
+        batches = [examples[start : start + self.batch_size] for start in batch_starts]
+        return FixedBatches(len(batches), lambda index: self._collate(batches[index]))
 
     def _checkpoint_texts(self) -> dict[str, str]:
         return {"tokenizer": self.tokenizer.to_json(), "summary": json.dumps(vars(self.summary_prompt))}

@@ -10,7 +10,7 @@ import numpy as np
 
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.hf_tokenizers import Encoding, HFTokenizer
-from memtx.data.tasks.base import EncodedExample, IntArray, Logits, Task, build_inputs
+from memtx.data.tasks.base import EncodedExample, IntArray, Logits, PreparedExample, Task, build_inputs
 from memtx.data.tasks.examples import TaggedExample
 from memtx.errors import DataError
 
@@ -89,19 +89,15 @@ class Tagging(Task):
             windows.append(EncodedExample(ids, token_type_ids, global_attention_mask, 1, start, stop, target))
         return windows
 
-    def postprocess(
-        self,
-        example: TaggedExample,
-        encodings: Sequence[Encoding],
-        windows: Sequence[EncodedExample],
-        logits: Sequence[Logits],
-    ) -> dict[str, Any]:
+    def postprocess(self, prepared: PreparedExample, logits: Sequence[Logits]) -> dict[str, Any]:
         """Return ``tokens``, their ``tags`` and the resulting ``spans``: ``type``, ``start``, ``end``, ``text``.
 
         Start and end count words, or characters if the words come from a raw text.
         """
+        example: TaggedExample = prepared.example
+        windows = prepared.windows
         tags = []
-        for token in _first_tokens(example.tokens, encodings[0]):
+        for token in _first_tokens(example.tokens, prepared.encodings[0]):
             # Of the windows with a word, take the one with the most context on both sides of it.
             candidates = [
                 (min(token - window.text_start, window.text_stop - 1 - token), index)

@@ -1,6 +1,6 @@
-"""Session file: the state of a model and of its reader in one safetensors file, which may come from anywhere.
+"""Session file: the state of a model and its reader in one safetensors file, which may come from an untrusted source.
 
-It is written whole or not at all, and refused by another model or tokenizer, or if one bit of it changed.
+It is written atomically, and refused by another model or tokenizer, or if a single bit changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATE_PREFIX = "state."
 EXTRA_PREFIX = "extra."
 DIGEST_KEY = "digest"
 DIGESTED_KEYS = ("model", "tokenizer", "last_token", "totals", "metadata")
-"""Header entries covered by the digest, beside the tensors; format, kind and version are compared."""
+"""Header entries covered by the digest, in addition to the tensors; format, kind and version are compared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Fingerprints:
 
     @classmethod
     def from_model(cls, model: RecurrentLanguageModel, tokenizer: Tokenizer) -> Fingerprints:
-        """Compute both; that of the model hashes every weight."""
+        """Compute both fingerprints; the model's hashes every weight."""
         return cls(model.fingerprint, tokenizer.fingerprint)
 
 
@@ -63,8 +63,8 @@ def save_session(
     Args:
         path: File to write or replace.
         reader: Reader to save; it can continue afterwards.
-        metadata: Further JSON-serializable entries.
-        extra_tensors: Further tensors.
+        metadata: Additional JSON-serializable entries.
+        extra_tensors: Additional tensors.
         fingerprints: Fingerprints of the reader's model and tokenizer. Defaults to computing them.
 
     Raises:
@@ -95,14 +95,14 @@ def load_session(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore a reader of the same model and tokenizer from a saved session; on an error it is left unchanged.
 
-    Returns the metadata and the extra tensors of the session. If ``fingerprints`` is None, they are computed.
+    Returns the session's metadata and extra tensors. ``fingerprints`` are computed if None.
 
     Raises:
-        CheckpointError: The file is missing, damaged, of another format or version, or of another model or tokenizer.
+        CheckpointError: The file is missing, damaged, or of another format, version, model or tokenizer.
     """
     tensors, header = files.load_tensors(path, kind=KIND, version=VERSION)
     _check_fingerprints(path, header, fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer))
-    # Exactly the saved content: one bit more or less would continue another text.
+    # Accept exactly the saved content: a changed bit would continue another text.
     digested: dict[str, str] = {name: header[name] for name in DIGESTED_KEYS if name in header}
     others = header.keys() - digested.keys() - {DIGEST_KEY, "kind", "version"}
     if header.get(DIGEST_KEY) != _digest(tensors, digested) or others != {"format"} or header["format"] != "pt":
@@ -132,7 +132,7 @@ def load_session(
 
 
 def load_header(path: str | os.PathLike[str], fingerprints: Fingerprints) -> tuple[Totals, dict[str, Any]]:
-    """Return the totals and the metadata of a saved session, without its state; raises as :func:`load_session`."""
+    """Return the totals and metadata of a saved session without its state; raises like :func:`load_session`."""
     header = files.load_header(path, kind=KIND, version=VERSION)
     _check_fingerprints(path, header, fingerprints)
     with _report_damage(path):
@@ -144,7 +144,7 @@ def _check_fingerprints(path: str | os.PathLike[str], header: Mapping[str, str],
         if header.get(name) != expected:
             raise CheckpointError(
                 f"'{path}' is a session of another {name} ({header.get(name, 'none')[:12]}, expected {expected[:12]}).",
-                "Use the checkpoint and the precision that it was written with, or another session file.",
+                "Use the checkpoint and precision that it was written with, or another session file.",
             )
 
 
@@ -165,7 +165,7 @@ def _parse_header(header: Mapping[str, str]) -> tuple[Totals, dict[str, Any]]:
             raise ValueError(f"{field.name} is {value!r}")
     metadata = json.loads(header["metadata"])
     if not isinstance(metadata, dict):
-        raise TypeError("the metadata is no object")
+        raise TypeError("the metadata is not an object")
     return totals, metadata
 
 
@@ -177,7 +177,7 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(dict(header), sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        # Copied, since a tensor with one element may have any stride, which cannot be viewed as bytes.
+        # Copied, since a one-element tensor may have any stride and could not be viewed as bytes.
         content = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
         digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -19,24 +19,24 @@ from memtx.models.recurrent_lm import RecurrentLanguageModel
 class SessionPool:
     """Sessions of one model; every session has a state of the same fixed size.
 
-    Results equal those of a reader alone, up to rounding; so equal seeds give equal texts, except where a draw falls
-    within float32 rounding of the border between two tokens.
+    Results equal those of a single reader, up to rounding; so equal seeds give equal texts, unless a draw falls within
+    float32 rounding of the border between two tokens.
 
-    Methods can be called from any thread and block; requests to one session run one after the other. An unknown
-    ``session_id`` raises SessionNotFoundError; DeadlineExceededError is raised after ``deadline``, a time of
-    ``time.monotonic``. With ``save``, a session is written to disk before the method returns.
+    Methods can be called from any thread, and block; requests to one session run one after the other. An unknown
+    ``session_id`` raises SessionNotFoundError. DeadlineExceededError is raised after ``deadline``
+    (``time.monotonic``). With ``save``, a session is written to disk before the method returns.
 
     Args:
         model: Language model; a module is put into eval mode. Only the pool's thread may use it.
         tokenizer: Tokenizer of the model.
-        folder: Folder for saved and idle sessions; those in it are restored. None keeps all sessions in memory.
+        folder: Folder of saved and idle sessions, which are restored. None keeps all sessions in memory.
         segment_length: Tokens per segment.
         max_in_memory: Maximum number of sessions in memory; the least recently used are evicted to disk.
         max_sessions: Maximum number of sessions, including those on disk.
         max_batch_size, max_batch_tokens: As in :class:`~memtx.inference.engine.Engine`.
 
     Raises:
-        MemtxError: A number is out of range, or the folder cannot be used.
+        MemtxError: An argument is out of range, or the folder cannot be used.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SessionPool:
         max_batch_tokens: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
-        # New readers are forks of it, so that the initial state is created once.
+        # New readers are forked from it, so that the initial state is created once.
         self._template_reader = StreamReader(model, tokenizer, segment_length)
         self.session_bytes = self._template_reader.state.nbytes
         store = SessionStore(folder, Fingerprints.from_model(model, tokenizer)) if folder is not None else None
@@ -61,11 +61,11 @@ class SessionPool:
 
     @property
     def sessions_per_gb(self) -> int:
-        """Number of session states in 10^9 bytes, in memory or on disk, not counting pending text."""
+        """Number of session states per 10^9 bytes, in memory or on disk, without pending text."""
         return 10**9 // max(self.session_bytes, 1)
 
     def new_reader(self, *, num_logprobs: int = 0, deadline: float | None = None) -> StreamReader:
-        """Return a reader at the beginning of a text that is scored by the pool's engine; it is no session."""
+        """Return a reader of a new text that uses the pool's engine but is not a session."""
         reader = self._template_reader.fork()
         reader.num_logprobs, reader.score_fn = num_logprobs, self.engine.make_score_fn(deadline)
         return reader
@@ -75,11 +75,11 @@ class SessionPool:
         return self.registry.add(self.new_reader())
 
     def session_ids(self) -> list[str]:
-        """Return the ids of all sessions, the least recently used first."""
+        """Return the ids of all sessions, least recently used first."""
         return [session.info.session_id for session in self.registry.list_sessions()]
 
     def info(self, session_id: str) -> SessionInfo:
-        """Return the description of a session, as of its last request."""
+        """Return the description of a session as of its last request."""
         return self.registry.get(session_id).info
 
     def feed(
@@ -91,9 +91,9 @@ class SessionPool:
         save: bool = False,
         deadline: float | None = None,
     ) -> list[SegmentResult]:
-        """Read more text, split anywhere (bytes are UTF-8), in a session; on an error the session is left unchanged.
+        """Feed text, split anywhere (bytes are UTF-8), to a session; on an error the session is left unchanged.
 
-        With ``end_of_text``, the text ends here, and pending text is read too.
+        With ``end_of_text``, the text ends here and pending text is read too.
 
         Raises:
             DataError: The text is not UTF-8.
@@ -115,7 +115,7 @@ class SessionPool:
     ) -> tuple[Totals, list[SegmentResult]]:
         """Score a continuation of a session, which is left unchanged.
 
-        Returns the session's totals, and the results of its pending text and of ``text``.
+        Returns the session's totals, and the results for its pending text and ``text``.
         """
         fork = self.fork_reader(session_id, deadline=deadline)
         fork.num_logprobs, fork.return_hidden_states = num_logprobs, return_hidden_states
@@ -128,7 +128,7 @@ class SessionPool:
         return self._generate_from_prompt(self.fork_reader(session_id, deadline=deadline), prompt, configs, deadline)
 
     def fork_reader(self, session_id: str, *, deadline: float | None = None) -> StreamReader:
-        """Return a reader at the position of a session; it is no session."""
+        """Return a reader at the position of a session, independent of it."""
         with self.registry.acquire(session_id, deadline) as (_, reader):
             return self._fork(reader, deadline)
 
@@ -144,7 +144,7 @@ class SessionPool:
     ) -> Iterator[TextDelta]:
         """Generate a continuation of a session and append prompt and continuation to it.
 
-        The session is held until the iterator ends; if iteration stops early, it is left unchanged. ``on_start`` is
+        The session is locked until the iterator ends; if iteration stops early, it is left unchanged. ``on_start`` is
         called with the generation before the first part of the text.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
@@ -169,10 +169,10 @@ class SessionPool:
         deadline: float | None = None,
         on_outputs: Iterable[OutputFn] | None = None,
     ) -> list[Generation]:
-        """Start to generate a continuation per config from the position of a reader at the end of its text.
+        """Start generating a continuation per config from a reader at the end of its text.
 
-        Returns at once and leaves the reader unchanged. ``recent_tokens`` are subject to the repetition penalty;
-        ``on_outputs`` receive the output of each continuation instead of the generations' own iterators.
+        Returns immediately and leaves the reader unchanged. ``recent_tokens`` are subject to the repetition penalty;
+        ``on_outputs``, one per config, receive the outputs instead of the returned iterators.
         """
         generators = [TokenGenerator(self.tokenizer, reader.last_token, recent_tokens, config) for config in configs]
         if on_outputs is None:
@@ -185,7 +185,7 @@ class SessionPool:
         return self.registry.add(self.fork_reader(session_id, deadline=deadline))
 
     def save(self, session_id: str, *, deadline: float | None = None) -> None:
-        """Write a session to disk; raises MemtxError if there is no folder, or the file cannot be written."""
+        """Write a session to disk; raises MemtxError if the pool has no folder or the file cannot be written."""
         with self.registry.acquire(session_id, deadline) as (session, reader):
             self.registry.update(session, reader, save=True)
 
@@ -196,10 +196,10 @@ class SessionPool:
             return self.registry.store.path(session_id).read_bytes()
 
     def import_session(self, data: bytes) -> str:
-        """Create a session from the content of :meth:`export_session` and return its id; raises SessionLimitError.
+        """Create a session from the bytes of :meth:`export_session` and return its id; raises SessionLimitError.
 
         Raises:
-            CheckpointError: The content is damaged, or of another model or tokenizer.
+            CheckpointError: The bytes are damaged, or from another model or tokenizer.
         """
         self.registry.check_limit()
         reader = self.new_reader()
@@ -211,7 +211,7 @@ class SessionPool:
         self.registry.delete(session_id, deadline)
 
     def close(self) -> None:
-        """Stop the engine and save every session, if there is a folder."""
+        """Stop the engine and, if the pool has a folder, save every session."""
         self.engine.close()
         self.registry.close()
 

@@ -17,10 +17,10 @@ from memtx.inference.sessions.store import SESSION_ID_PATTERN, SessionStore
 
 
 class SessionNotFoundError(MemtxError):
-    """No session has this id."""
+    """A session id is unknown."""
 
     def __init__(self, session_id: str) -> None:
-        # Other strings are not echoed.
+        # Strings that are not ids are not echoed.
         name = f" '{session_id}'" if SESSION_ID_PATTERN.fullmatch(session_id) else ""
         super().__init__(f"The session{name} does not exist.", "Create one; a deleted session cannot be restored.")
 
@@ -33,7 +33,7 @@ class SessionLimitError(MemtxError):
 class SessionInfo:
     """Description of a session, as of its last request.
 
-    ``session_id`` has 32 hexadecimal digits; ``created`` is in seconds since 1970; ``is_saved`` if its file is current.
+    ``session_id`` has 32 hexadecimal digits, ``created`` is in Unix seconds, ``is_saved`` if its file is current.
     """
 
     session_id: str
@@ -45,7 +45,7 @@ class SessionInfo:
 
 @dataclass
 class Session:
-    """One session; ``reader`` is None while it is on disk. Hold ``lock`` to access it."""
+    """A session; ``reader`` is None while it is on disk. Hold ``lock`` to access it."""
 
     info: SessionInfo
     reader: StreamReader | None
@@ -79,19 +79,19 @@ class SessionRegistry:
 
     @property
     def store(self) -> SessionStore:
-        """Store of saved sessions; raises MemtxError if there is none."""
+        """Store of saved sessions; raises MemtxError without one."""
         if self._store is None:
             raise MemtxError("The pool has no folder to save sessions in.", "Create it with a folder.")
         return self._store
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of sessions ``in_memory``, and in ``total``."""
+        """Number of sessions ``in_memory`` and in ``total``."""
         sessions = self.list_sessions()
         return {"in_memory": sum(session.reader is not None for session in sessions), "total": len(sessions)}
 
     def list_sessions(self) -> list[Session]:
-        """Return all sessions, the least recently used first."""
+        """Return all sessions, least recently used first."""
         with self._lock:
             return list(self._sessions.values())
 
@@ -123,8 +123,8 @@ class SessionRegistry:
         """Hold a session exclusively, with its state in memory.
 
         Raises:
-            SessionNotFoundError: There is no such session.
-            DeadlineExceededError: The session was busy until the deadline.
+            SessionNotFoundError: The session does not exist.
+            DeadlineExceededError: The session is busy until the deadline.
             CheckpointError: The file of the session is damaged.
         """
         session = self.get(session_id)
@@ -139,14 +139,14 @@ class SessionRegistry:
         self._evict_idle()
 
     def update(self, session: Session, reader: StreamReader, *, save: bool) -> None:
-        """Move a session that the caller holds to the position of ``reader``, once its file is written if ``save``."""
+        """Move a session that the caller holds to the position of ``reader``; if ``save``, write its file first."""
         if save:
             self.store.save(session.info.session_id, reader, {"created": session.info.created})
         session.reader = reader
         session.info = replace(session.info, totals=reader.totals, is_saved=save)
 
     def delete(self, session_id: str, deadline: float | None = None) -> None:
-        """Remove a session and its file, damaged or not; raises what :meth:`acquire` raises otherwise."""
+        """Remove a session and its file, even if damaged; otherwise raises like :meth:`acquire`."""
         session = self.get(session_id)
         with _locked(session, deadline):
             if self._store is not None:

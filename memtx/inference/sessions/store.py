@@ -48,7 +48,7 @@ class SessionStore:
             message = f"The folder '{self.folder}' is used by another server."
             raise MemtxError(message, "Give each server its own folder.") from error
         for leftover in self.folder.glob(f".*{SUFFIX}.*.tmp"):
-            leftover.unlink(missing_ok=True)  # From a process that was killed while it wrote.
+            leftover.unlink(missing_ok=True)  # From a process killed while writing.
 
     def close(self) -> None:
         """Release the folder for another pool."""
@@ -68,7 +68,7 @@ class SessionStore:
                     yield session_id, *load_header(path, self.fingerprints)
 
     def save(self, session_id: str, reader: StreamReader, metadata: dict[str, Any]) -> None:
-        """Write a session, which then survives a power failure; raises SessionSaveError."""
+        """Write a session so that it survives a power failure; raises SessionSaveError."""
         path = self.path(session_id)
         try:
             save_session(path, reader, metadata=metadata, fingerprints=self.fingerprints)
@@ -80,7 +80,7 @@ class SessionStore:
         self._load(self.path(session_id), reader)
 
     def import_session(self, data: bytes, reader: StreamReader) -> None:
-        """Restore a reader from the content of a session file; raises what ``load_session`` raises."""
+        """Restore a reader from the bytes of a session file; raises like ``load_session``."""
         path = self.folder / f".{secrets.token_hex(16)}{SUFFIX}.in.tmp"
         try:
             path.write_bytes(data)
@@ -92,11 +92,11 @@ class SessionStore:
         try:
             load_session(path, reader, fingerprints=self.fingerprints)
         except CheckpointError as error:
-            # A caller need not know the server's paths.
+            # Do not expose the server's paths.
             raise CheckpointError(error.message.replace(f"'{path}'", "The session"), error.hint) from error
 
     def delete(self, session_id: str) -> None:
-        """Remove the file of a session, if it exists, even if the power fails afterwards."""
+        """Remove the file of a session, if it exists, so that it stays removed after a power failure."""
         try:
             self.path(session_id).unlink()
         except FileNotFoundError:

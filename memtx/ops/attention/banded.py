@@ -1,7 +1,7 @@
-"""Banded attention: each block of queries meets only the keys that it may see, through views.
+"""Banded attention: each block of queries attends only to the keys it may see, through views.
 
-The keys of a block form one or two ranges (compressed prefix, exact window). On the CPU each range is one fused call
-on slices of q, k and v, without copies, and ranges are merged by log-sum-exp. Cost and memory are linear in the number
+The keys of a block form one or two ranges (compressed prefix, exact window). On the CPU each range is one fused call on
+slices of q, k and v, without copies, and ranges are merged by log-sum-exp. Cost and memory are linear in the number
 of queries.
 """
 
@@ -21,11 +21,11 @@ BLOCK_SIZE = 128
 """Queries per block: fastest for forward and backward at window 512 on the CPU."""
 
 MAX_GAP = 160
-"""Maximum number of keys between two ranges that are merged into one call; another call costs about as much."""
+"""Maximum number of keys between two ranges that share a call; a second call costs about as much."""
 
 
 def split_queries(visibility: Visibility, block_size: int) -> list[tuple[int, int, list[tuple[int, int]]]]:
-    """Return the bounds of each block of queries and the ranges of keys it meets."""
+    """Return the bounds of each block of queries and the ranges of keys it may see."""
     blocks = []
     for start in range(0, visibility.num_queries, block_size):
         stop = min(start + block_size, visibility.num_queries)
@@ -70,8 +70,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Compute attention and its log-sum-exp, both with gradient.
 
-    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, and
-    ``block_size``, the number of queries per block. Without ``return_lse`` the log-sum-exp may be None.
+    Arguments are those of :func:`memtx.ops.attention.dispatch.segment_attention`, and ``block_size``, the number of
+    queries per block. Without ``return_lse`` the log-sum-exp may be None.
     """
     pattern = visibility.pattern
     has_random = pattern is not None and pattern.random_blocks is not None
@@ -134,7 +134,7 @@ def attend_unfused(
     k, v = repeat_kv(k, q.shape[1]), repeat_kv(v, q.shape[1])
     blocks = []
     for start, stop, key_ranges in split_queries(visibility, block_size):
-        # A block without keys gets its zeros from an empty product.
+        # A block without keys gets zeros from an empty product.
         key_ranges = key_ranges or [(0, 0)]
         keys, values = (torch.cat([x[:, :, low:high] for low, high in key_ranges], dim=2) for x in (k, v))
         scores = compute_scores(q[:, :, start:stop], keys, scale)

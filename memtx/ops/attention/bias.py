@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PAD_COLUMNS = 8
-"""Columns that a key bias adds per head; only the first is used, eight keep the heads aligned in memory."""
+"""Columns that a key bias adds per head: one is used, eight keep the heads aligned in memory."""
 
 
 # Compared by identity: backends cache what they compute from a bias with the object as key.
@@ -20,7 +20,7 @@ PAD_COLUMNS = 8
 class AlibiBias:
     """A penalty that grows linearly with distance (ALiBi, Press et al. 2022, section 3).
 
-    Create one for all layers that share a visibility: backends cache per object.
+    Share one object among layers with the same visibility: backends cache per object.
 
     Attributes:
         slopes: ``(heads,)``, penalty per token of distance.
@@ -80,17 +80,17 @@ ScoreBias = AlibiBias | RelativeBias
 
 
 def slice_bias(bias: ScoreBias | None, start: int, stop: int | None) -> ScoreBias | None:
-    """Return the bias of the keys [start, stop)."""
+    """Return the bias for the keys [start, stop)."""
     return None if bias is None else replace(bias, key_offset=bias.key_offset[:, start:stop])
 
 
 def bias_requires_grad(bias: ScoreBias | None) -> bool:
-    """Return True if a gradient of the bias is needed."""
+    """Return True if the bias needs a gradient."""
     return bias is not None and bias.weight.requires_grad and torch.is_grad_enabled()
 
 
 def compute_block_bias(bias: ScoreBias, query_range: tuple[int, int], key_range: tuple[int, int]) -> Tensor:
-    """Return the bias of a block of queries and keys, ``(batch or 1, heads, queries, keys)``."""
+    """Return the bias for a block of queries and keys, ``(batch or 1, heads, queries, keys)``."""
     offset = torch.arange(*query_range, device=bias.key_offset.device, dtype=bias.key_offset.dtype)
     distance = offset[None, :, None] - bias.key_offset[:, None, key_range[0] : key_range[1]]
     return bias.compute_bias(distance[:, None])

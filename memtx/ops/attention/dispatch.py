@@ -35,7 +35,7 @@ _HOOK: ContextVar[AttentionHook | None] = ContextVar("attention_hook", default=N
 
 @contextlib.contextmanager
 def use_attention_hook(hook: AttentionHook) -> Iterator[None]:
-    """Call ``hook`` for every attention call inside the context, to count its cost; compiled models skip it."""
+    """Call ``hook`` on every attention call in the context, for example to count its cost; compiled models skip it."""
     token = _HOOK.set(hook)
     try:
         yield
@@ -55,17 +55,17 @@ def segment_attention(
         k: ``(batch, kv_heads, keys, head_dim)``; heads must be a multiple of kv_heads.
         v: ``(batch, kv_heads, keys, head_dim)``.
         visibility: Visibility of the keys.
-        bias: Added to the scaled scores.
-        dropout: Dropout rate of the attention weights; not supported by fused kernels.
+        bias: Bias added to the scaled scores.
+        dropout: Dropout rate of the attention weights; fused kernels do not support it.
         scale: Factor of the scores. Defaults to 1 / sqrt(head_dim).
         backend: Implementation. "auto" chooses by device and arguments.
         return_lse: If True, return the log-sum-exp of the scores, with gradient, for
             :func:`memtx.ops.attention.reference.merge_attention`.
 
     Returns:
-        The output, ``(batch, heads, queries, head_dim)``, zero for fully masked queries, and the log-sum-exp,
-        ``(batch, heads, queries)`` in float32 or wider (the reference's in the dtype of q), minus infinity for those
-        queries; None unless ``return_lse`` is True.
+        The output, ``(batch, heads, queries, head_dim)``, zero for fully masked queries, and the log-sum-exp, None
+        unless ``return_lse`` is True: ``(batch, heads, queries)`` in float32 or wider (the reference's in the dtype of
+        q), minus infinity for those queries.
 
     Raises:
         MemtxError: If shapes do not fit, or the backend does not support the arguments.
@@ -126,7 +126,7 @@ def _choose_backend(q: Tensor, visibility: Visibility, bias: ScoreBias | None, d
 
 
 def _find_unfused_feature(visibility: Visibility, bias: ScoreBias | None, dropout: float) -> str | None:
-    """Return a feature of the call that only 'banded' and 'reference' support."""
+    """Return a feature of the call that only 'banded' and 'reference' support, or None."""
     if dropout > 0.0:
         return "attention dropout"
     if isinstance(bias, RelativeBias) or bias_requires_grad(bias):
@@ -146,7 +146,7 @@ def _check_backend(
         return
     if backend not in ("cpp", "flex", "triton"):
         hint = "Use auto, reference, banded, cpp, flex or triton."
-        raise MemtxError(f"There is no attention backend '{backend}'.", hint)
+        raise MemtxError(f"The attention backend '{backend}' does not exist.", hint)
     if feature := _find_unfused_feature(visibility, bias, dropout):
         raise MemtxError(f"The backend '{backend}' does not support {feature}.", "Use 'banded', 'reference' or 'auto'.")
     if backend == "triton":

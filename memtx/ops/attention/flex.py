@@ -1,7 +1,7 @@
-"""Attention by torch's flex_attention: intervals as a mask function, masked blocks skipped.
+"""Attention by torch's flex_attention, with the intervals as a mask function; masked blocks are skipped.
 
 Meant for CUDA, where it compiles to one kernel; on the CPU it runs uncompiled, for comparison. The block mask depends
-on the static key ranges alone and is cached by shape. The mask function reads the intervals as tensors, so nothing is
+only on the static key ranges and is cached by shape. The mask function reads the intervals as tensors, so nothing is
 rebuilt or recompiled as the memory fills.
 """
 
@@ -19,7 +19,7 @@ from memtx.ops.attention.bias import AlibiBias
 from memtx.ops.attention.mask import KeyRange, Visibility, build_key_bounds, is_inside
 
 BLOCK_SIZE = 128
-"""Queries, and keys, per block: the default of flex_attention."""
+"""Number of queries, and of keys, per block: the default of flex_attention."""
 
 
 @cache
@@ -32,7 +32,7 @@ def _load_flex_attention(compiled: bool) -> Callable[..., Any]:
 
 @lru_cache(maxsize=64)
 def create_static_block_mask(key_ranges: tuple[KeyRange, ...], num_queries: int, device: torch.device) -> Any:
-    """Return the BlockMask of all blocks that the key ranges do not rule out, without a mask function."""
+    """Return a BlockMask of all blocks that the key ranges do not exclude, without a mask function."""
     from torch.nn.attention.flex_attention import BlockMask
 
     num_keys = sum(key_range.num_keys for key_range in key_ranges)

@@ -1,8 +1,8 @@
-"""Visibility of keys as two integers per key: the query at offset t sees a key iff visible_from <= t < visible_until.
+"""Visibility as two integers per key: the query at offset t sees a key iff visible_from <= t < visible_until.
 
 These intervals express every causal memory (windows, compressed entries, documents), bidirectional windows (visible
-before the key's own offset) and global keys (visible to their whole document), so no backend knows a kind of memory.
-:class:`KeyRange` adds static bounds, with which a backend skips keys that no query of a block can see while all shapes
+before the key's own offset) and global keys (visible to their whole document), so backends know nothing of memories.
+:class:`KeyRange` adds static bounds, by which a backend skips keys that no query of a block can see while all shapes
 stay fixed. :class:`SparsePattern` adds what intervals cannot express: global queries and random blocks.
 """
 
@@ -22,15 +22,15 @@ INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True)
 class KeyRange:
-    """Consecutive keys whose intervals advance by a fixed stride, whatever the data.
+    """Consecutive keys whose intervals advance by a fixed stride, independent of the data.
 
     With b = i // group_size, key i of the range becomes visible no earlier than offset
-    ``min_visible_from + b * stride`` and is gone by offset ``min_visible_from + (b + 1) * stride - 1 + max_span``.
+    ``min_visible_from + b * stride`` and stops no later than ``min_visible_from + (b + 1) * stride - 1 + max_span``.
 
     Attributes:
         num_keys: Number of keys.
         min_visible_from: Earliest offset at which key 0 can become visible.
-        stride: Offsets from the bound of one group of keys to that of the next. 0 if no bound is known.
+        stride: Distance between the bounds of consecutive groups. 0 if no bound is known.
         max_span: Maximum length of an interval. None if no bound is known.
         group_size: Number of consecutive keys that share a bound.
     """
@@ -54,7 +54,7 @@ class KeyRange:
         return low, max(low, high)
 
     def find_attending_queries(self, low: int, high: int, num_queries: int) -> tuple[int, int]:
-        """Return the range of the queries 0 .. num_queries - 1 that can see any of the keys [low, high)."""
+        """Return the range of queries from 0 to num_queries - 1 that can see any of the keys [low, high)."""
         if self.stride == 0:
             return 0, num_queries
         low, high = low // self.group_size, -(-high // self.group_size)
@@ -65,7 +65,7 @@ class KeyRange:
 
 
 def find_key_bounds(key_ranges: Sequence[KeyRange], start: int, stop: int) -> list[tuple[int, int]]:
-    """Return for each key range the keys [low, high), if any, that queries at offsets [start, stop) can see."""
+    """Return the keys [low, high) of each key range that queries at offsets [start, stop) can see."""
     bounds, first_key = [], 0
     for key_range in key_ranges:
         low, high = key_range.find_visible_keys(start, stop)
@@ -76,7 +76,7 @@ def find_key_bounds(key_ranges: Sequence[KeyRange], start: int, stop: int) -> li
 
 @dataclass(frozen=True, eq=False)
 class SparsePattern:
-    """Additional pairs within documents, besides those of the intervals; a pair in both counts once by default.
+    """Additional visible pairs within documents; by default, a pair that an interval contains counts once.
 
     Longformer (Beltagy et al. 2020, section 3.1) and Big Bird (Zaheer et al. 2020, section 2).
 
@@ -91,7 +91,7 @@ class SparsePattern:
         block_size: Number of queries, and of keys, per block.
         first_key: Index of the first key of key block 0, such as the number of global keys before it.
         count_duplicates: If True, a key counts once for its interval and once per mention of its block, as in the
-            published Big Bird; a global query still counts every key once.
+            published Big Bird; global queries still count every key once.
     """
 
     document_start: Tensor
@@ -105,14 +105,14 @@ class SparsePattern:
 
 @dataclass(frozen=True)
 class Visibility(Memo):
-    """The keys that each of the queries at offsets 0 .. num_queries - 1 sees.
+    """Visible keys of the queries at offsets 0 to num_queries - 1.
 
     Attributes:
-        visible_from: ``(batch or 1, keys)`` int64, first offset that sees the key.
-        visible_until: ``(batch or 1, keys)`` int64, first offset that no longer sees it.
+        visible_from: ``(batch or 1, keys)`` int64, offset from which the key is visible.
+        visible_until: ``(batch or 1, keys)`` int64, offset from which it is no longer visible.
         num_queries: Number of queries.
-        key_ranges: Static bounds, in the order of the keys; their ``num_keys`` add up to all keys.
-        pattern: Additional pairs.
+        key_ranges: Static bounds in key order; their ``num_keys`` sum to the number of keys.
+        pattern: Additional visible pairs.
     """
 
     visible_from: Tensor
@@ -148,7 +148,7 @@ def is_inside(offset: Tensor, start: Tensor, end: Tensor) -> Tensor:
 def create_mask(
     visibility: Visibility, query_range: tuple[int, int] | None = None, key_range: tuple[int, int] | None = None
 ) -> Tensor:
-    """Return the mask of the intervals, ``(batch or 1, queries, keys)`` bool, for ranges of both or for all."""
+    """Return the mask of the intervals, ``(batch or 1, queries, keys)`` bool, for ranges of queries and keys."""
     start, stop = query_range or (0, visibility.num_queries)
     low, high = key_range or (0, visibility.num_keys)
     offset = torch.arange(start, stop, device=visibility.visible_from.device)[None, :, None]
@@ -178,7 +178,7 @@ def compute_key_counts(visibility: Visibility) -> Tensor:
 
 
 def num_visible_pairs(visibility: Visibility) -> Tensor:
-    """Return the number of visible pairs, ``(batch or 1,)`` int64; the mean over heads with different blocks."""
+    """Return the number of visible pairs, ``(batch or 1,)`` int64; the mean over heads if they differ."""
     if visibility.pattern is not None:
         mask = compute_key_counts(visibility) > 0
         return mask.sum((1, 2, 3)) // mask.shape[1]

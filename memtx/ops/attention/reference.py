@@ -1,6 +1,6 @@
 """Attention as in the papers, softmax(scale * q k' + bias) v over the visible keys, without fused kernels.
 
-All other backends are tested against it, in float64. Attention over parts of the keys is merged by log-sum-exp.
+All other backends are tested against it, in float64. Attention over parts of the keys can be merged by log-sum-exp.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 
 
     Args:
         scores: ``(..., queries, keys)``.
-        mask: Bool, broadcast to the scores; True for visible keys.
+        mask: Bool, broadcastable to the scores; True for visible keys.
         v: ``(..., keys, head_dim)``.
         dropout: Dropout rate of the attention weights.
 
@@ -38,7 +38,7 @@ def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 
         infinity for those.
     """
     scores = scores.masked_fill(~mask, float("-inf"))
-    # Finite scores for fully masked queries keep their gradient from being nan.
+    # Finite scores of fully masked queries prevent NaN gradients.
     fully_masked = ~mask.any(-1, keepdim=True)
     scores = scores.masked_fill(fully_masked, 0.0)
     weights = torch.softmax(scores, dim=-1).masked_fill(fully_masked, 0.0)

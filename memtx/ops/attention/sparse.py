@@ -1,7 +1,7 @@
-"""Attention that intervals cannot express: random blocks, merged by log-sum-exp, and global queries, written on top.
+"""Attention that intervals cannot express: random blocks, merged by log-sum-exp, and global queries.
 
-Both gather their operands, so the cost is that of the visible pairs: (queries x r blocks of keys) and
-(global queries x all keys). :func:`sample_random_blocks` samples the blocks of Big Bird as its checkpoints need them.
+Both gather their operands, so the cost is proportional to the visible pairs: queries x r blocks of keys, and global
+queries x all keys. :func:`sample_random_blocks` samples Big Bird's blocks as its checkpoints expect them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ PLANNED_LENGTHS = (1024, 3072, 4096)
 """Lengths in tokens, rounded up to whole blocks, that use the first rule of :func:`sample_random_blocks`."""
 
 MAX_PLANNED_POSITION = 1024
-"""Under the first rule random blocks lie within this many tokens from the start."""
+"""Under the first rule, random blocks lie within this many tokens of the start."""
 
 
 def mask_duplicates(indices: Tensor) -> Tensor:
-    """Replace every index of ``(..., n)`` that occurred before by -1."""
+    """Replace repeated indices in ``(..., n)`` by -1."""
     repeated = (indices[..., :, None] == indices[..., None, :]).tril(-1).any(-1)
     return indices.masked_fill(repeated, -1)
 
@@ -57,7 +57,7 @@ def _gather_per_key(x: Tensor, pattern: SparsePattern, table: Tensor, num_key_bl
 def find_key_blocks(visibility: Visibility) -> KeyBlocks:
     """Find the key blocks of a pattern.
 
-    Unless duplicates count, a block mentioned twice counts once, and keys visible by their intervals are masked.
+    Unless duplicates count, repeated blocks count once, and keys already visible by their intervals are masked.
     """
     pattern = visibility.pattern
     assert pattern is not None
@@ -118,7 +118,7 @@ def attend_global_queries(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias: ScoreBias | None, scale: float, dropout: float,
     local_attention: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Replace the output and log-sum-exp of ``local_attention`` by those of the global queries, at these queries."""
+    """Replace the rows of ``local_attention`` (output, log-sum-exp) at global queries by their global attention."""
     pattern = visibility.pattern
     assert pattern is not None
     assert pattern.global_queries is not None
@@ -147,8 +147,8 @@ def sample_random_blocks(
 ) -> Tensor:
     """Sample the random blocks that each query block but the first and the last sees (Big Bird, section 2).
 
-    The tables equal those that the ``transformers`` library samples in training with the layer's index as seed, so the
-    weights of a checkpoint meet the blocks they were trained with. There are two rules: one for texts of 1024, 3072
+    The tables equal those that the ``transformers`` library samples in training with the layer's index as seed, so a
+    checkpoint sees the blocks it was trained with. There are two rules: one for texts of 1024, 3072
     and 4096 tokens, the lengths of the paper's runs, and one for all other lengths.
 
     Args:
@@ -182,7 +182,7 @@ def sample_random_blocks(
 
 
 def _sample_outside_window(generator: np.random.RandomState, block: int, num_random_blocks: int) -> np.ndarray:
-    """Sample from the first ``5 + 2 * num_random_blocks`` blocks those that the query block does not see already."""
+    """Sample from the first ``5 + 2 * num_random_blocks`` blocks, except those that the query block already sees."""
     num_candidates = 5 + 2 * num_random_blocks
     excluded = {block - 1, block, block + 1, 0, num_candidates - 1}
     if block == 1:

@@ -1,12 +1,12 @@
 """A Triton kernel for [prefix | window] keys with intervals, forward and backward, in one pass over all keys.
 
-FlashAttention-2 (Dao 2023) with two integers per key in place of a causal mask. A block of queries visits the keys
-that the static key ranges allow, one range of keys per key range. For the gradients of keys and values the ranges are
-inverted: a block of keys visits the queries that can see it, so nothing is added atomically. The bounds depend on key
-ranges and lengths alone: nothing is compiled or copied to the device as the memory fills.
+FlashAttention-2 (Dao 2023) with two integers per key instead of a causal mask. A block of queries visits one range of
+keys per static key range. For the gradients of keys and values the ranges are inverted: a block of keys visits the
+queries that can see it, so no atomic adds are needed. The bounds depend only on key ranges and lengths, so nothing is
+recompiled or copied to the device as the memory fills.
 
-This file is imported only when the backend is used, since the package triton is optional. With TRITON_INTERPRET=1 set
-before the import it runs on the CPU, slowly, for tests.
+This file is imported only when the backend is used, since the package triton is optional. If TRITON_INTERPRET=1 is set
+before the import, it runs on the CPU, slowly, for tests.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def _backward_keys(  # type: ignore[no-untyped-def]
 
 
 def _choose_tiles(head_dim: int, dtype: torch.dtype, direction: str) -> dict[str, int]:
-    """Return queries (M) and keys (N) per tile, warps and stages, within an SM's shared memory and registers."""
+    """Return queries (M) and keys (N) per tile, warps and stages that fit an SM's shared memory and registers."""
     if IS_INTERPRETED:
         return {"M": 16, "N": 32}
     if dtype == torch.float32:
@@ -233,7 +233,7 @@ class _TritonAttention(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch_size, heads, queries, head_dim = q.shape
         start, end = get_int32_bounds(visibility)
-        # In memory (batch, queries, heads, head_dim), which the output projection reads without a copy.
+        # Laid out as (batch, queries, heads, head_dim), which the output projection reads without a copy.
         out = q.new_empty(batch_size, queries, heads, head_dim).transpose(1, 2)
         lse = torch.empty(batch_size, heads, queries, dtype=torch.float32, device=q.device)
         tiles = _choose_tiles(head_dim, q.dtype, "forward")
@@ -241,7 +241,7 @@ class _TritonAttention(torch.autograd.Function):
         ctx.constants = {
             "GROUP": heads // k.shape[1],
             "D": head_dim,
-            # float32 products keep 24 bits unless the user has allowed fewer for all products.
+            # float32 products keep 24 bits unless the user allows fewer.
             "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         }
         _forward[(key_bounds.shape[0], batch_size * heads)](

@@ -31,12 +31,12 @@ struct Strides {
 
 struct Shape {
     int64_t batch_size, heads, kv_heads, num_queries, head_dim, key_ranges;
-    int64_t interval_stride, offset_stride; /* from the intervals, and offsets, of a batch entry to the next; or 0 */
+    int64_t interval_stride, offset_stride; /* strides of intervals and key offsets between batch entries; 0 if shared */
     int64_t num_splits, split_stride;       /* parts of the queries for the gradients of keys and values */
     int64_t threads;
 };
 
-/* The keys as a block of queries sees them. */
+/* Keys as a block of queries sees them. */
 struct KeyInfo {
     const int32_t *visible_from, *visible_until; /* of one batch entry */
     const float *key_offset;                     /* offsets of the keys; null without a bias */

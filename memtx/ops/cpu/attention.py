@@ -1,9 +1,9 @@
-"""Attention on the CPU by our own C++ kernel (``attention.cpp``), forward and backward in one pass each.
+"""Attention on the CPU by a C++ kernel (``attention.cpp``), forward and backward in one pass each.
 
-torch's fused CPU kernel visits every key of a block's rectangle and reads a mask from memory. This kernel knows the
-intervals, skips keys that none of 32 queries sees, and keeps scores, weights and sums in the first two caches. It
-computes in float32 for bfloat16 inputs as well: on CPUs whose bfloat16 instructions multiply only twice as fast this is
-faster, and rounds less. Queries, keys and values are saved for the backward pass in their own dtype. Both passes are
+torch's fused CPU kernel visits every key of a block's rectangle and reads a mask from memory. This kernel evaluates the
+intervals, skips keys that none of 32 queries sees, and keeps scores, weights and sums in the L1 and L2 caches. It
+computes in float32 even for bfloat16 inputs: this rounds less, and is faster on CPUs whose bfloat16 instructions are
+only twice as fast. Queries, keys and values are saved for the backward pass in their own dtype. Both passes are
 custom operators, so ``torch.compile`` does not break the graph.
 """
 
@@ -27,7 +27,7 @@ BLOCK_SIZE, MAX_HEAD_DIM = 32, 256
 """Queries per block and maximum head dimension, as in the source."""
 
 MIN_QUERIES = 16
-"""Minimum number of queries for the backend "auto": a block costs the same however few queries it has."""
+"""Minimum number of queries for the backend "auto": a block with fewer queries costs the same."""
 
 HEAD_DIM_MULTIPLE = 16
 """Head dimensions are padded to a multiple of this."""
@@ -36,7 +36,7 @@ HEAD_DIM_MULTIPLE = 16
 # Both functions are evaluated while a model is compiled and become constants of the graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def is_faster(dtype: torch.dtype) -> bool:
-    """Return True if the kernel is faster than torch's for ``dtype``: always but in bfloat16 on CPUs with AMX."""
+    """Return True if the kernel is faster than torch's for ``dtype``: always, except for bfloat16 on CPUs with AMX."""
     return dtype == torch.float32 or not torch.cpu._is_amx_tile_supported()
 
 
@@ -57,8 +57,8 @@ def _call_kernel(
 ) -> None:  # fmt: skip
     """Call a function of the source with addresses, sizes and strides; tensors are in the order of its parameters.
 
-    ``key_tensors`` are both ends of the intervals, key bounds, slopes and key offsets, ``strided_tensors`` those with
-    heads, from q and k on. Queries are split into ``num_splits`` parts, whose gradients are ``split_stride`` apart.
+    ``key_tensors`` are both ends of the intervals, key bounds, slopes and key offsets; ``strided_tensors`` are those
+    with heads, q and k first. Queries are split into ``num_splits`` parts, whose gradients are ``split_stride`` apart.
     """
     q, k, *_ = strided_tensors
     visible_from, _, key_bounds, _, key_offset = key_tensors
@@ -87,7 +87,7 @@ def _unflatten_key_bounds(flat_key_ranges: list[int], num_queries: int) -> Tenso
 
 
 def _choose_num_splits(num_units: int, num_blocks: int) -> int:
-    """Return the number of parts of the queries, so that all threads have key gradients to compute."""
+    """Return the number of parts to split queries into, so that all threads have key gradients to compute."""
     threads = torch.get_num_threads()
     return 1 if num_units >= threads else min(num_blocks, -(-2 * threads // num_units))
 
@@ -132,7 +132,7 @@ def _backward(
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     key_bounds = _unflatten_key_bounds(flat_key_ranges, q.shape[2])
     num_splits = _choose_num_splits(q.shape[0] * k.shape[1], key_bounds.shape[0])
-    # Laid out as their inputs, so that the backward of the projections reads them without a copy.
+    # Laid out like their inputs, so that the backward of the projections reads them without a copy.
     grad_q = _empty_like_heads(q)
     grad_k, grad_v = _empty_like_heads(k, num_splits).zero_(), _empty_like_heads(v, num_splits).zero_()
     _call_kernel(
@@ -185,11 +185,11 @@ def attend(
     if padding := -head_dim % HEAD_DIM_MULTIPLE:
         q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
     # As integers, so that a model with varying lengths is compiled once and the table is built outside the graph.
-    flat_key_ranges = [
-        field
-        for r in visibility.key_ranges
-        for field in (r.num_keys, r.min_visible_from, r.stride, -1 if r.max_span is None else r.max_span, r.group_size)
-    ]
+    flat_key_ranges: list[int] = []
+    for key_range in visibility.key_ranges:
+        max_span = -1 if key_range.max_span is None else key_range.max_span
+        interval = (key_range.min_visible_from, key_range.stride, max_span)
+        flat_key_ranges += (key_range.num_keys, *interval, key_range.group_size)
     slopes = key_offset = None
     if bias is not None:
         slopes = bias.slopes.detach().to(torch.float32).contiguous()

@@ -1,8 +1,8 @@
 """C++ sources of the package, compiled once per machine for its processor, and loaded.
 
-A source includes no torch headers: it gets addresses, so compiling takes seconds and does not depend on the build of
+Sources receive addresses and include no torch headers, so compiling takes seconds and does not depend on the build of
 torch. Libraries are cached in ``~/.cache/memtx`` under a hash of source, flags and processor, and shared by all
-processes. Callers fall back to another implementation where no compiler is installed.
+processes. Callers fall back to another implementation if no compiler is installed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 COMPILER_FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno")
 COMPILE_ENV_VAR = "MEMTX_COMPILE"
-"""Environment variable; 0 disables compiling."""
+"""Environment variable; the value 0 disables compiling."""
 
 CPU_INFO_FIELDS = ("model name", "flags", "Features", "CPU part")
 """Fields that identify a processor, on x86 and on ARM."""
@@ -42,7 +42,7 @@ def find_compiler() -> str | None:
 
 @contextlib.contextmanager
 def _open_build_dir() -> Iterator[Path]:
-    """Yield the folder of compiled libraries; a temporary one, removed after loading, if that is not writable."""
+    """Yield the folder of compiled libraries; if it is not writable, a temporary one that is removed after loading."""
     cache_dir = files.default_cache_dir() / "compiled"
     with contextlib.suppress(OSError):
         cache_dir.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""The processor as the system describes it, and its speed in bfloat16."""
+"""Processor information, and whether bfloat16 is fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read_cpu_info() -> dict[str, str]:
 def is_cpu_bf16_fast() -> bool:
     """Return True if torch has fast bfloat16 kernels for this CPU.
 
-    Without AVX-512 it multiplies number by number: 0.8 GFLOP/s per core of an AMD EPYC with AVX2, 68 in float32.
+    Without AVX-512 torch multiplies element by element: 0.8 GFLOP/s per core of an AMD EPYC with AVX2, 68 in float32.
     """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -35,8 +35,8 @@ def is_bf16_slow(accelerator: str = "auto") -> bool:
 
 
 def choose_precision(precision: str, accelerator: str = "auto") -> str:
-    """Return Lightning's ``precision``, or ``32-true`` in place of ``bf16-mixed`` where bfloat16 is slow.
+    """Return ``precision`` (Lightning's name), or ``32-true`` instead of ``bf16-mixed`` where bfloat16 is slow.
 
-    The weights are float32 in both; their products are rounded less.
+    Weights are float32 in both; with ``32-true`` their products are rounded less.
     """
     return "32-true" if precision in ("bf16-mixed", "bf16") and is_bf16_slow(accelerator) else precision

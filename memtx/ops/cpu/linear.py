@@ -1,8 +1,8 @@
-"""Linear maps in float32 on CPUs where the library behind ``F.linear`` uses half of the vector width.
+"""Linear maps in float32 on CPUs where the library behind ``F.linear`` uses half the vector width.
 
 On AMD processors with AVX-512, MKL runs 256-bit kernels and oneDNN 512-bit ones. In float32 torch calls oneDNN only
-from compiled code, by an operator that this file calls too. Weights and inputs are read without a copy; the gradient
-of the weight copies its two factors.
+from compiled code, through an operator that this file calls too. Weights and inputs are read without a copy; the weight
+gradient copies its two factors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from memtx.ops.cpu import cpu_info
 
 MIN_MULTIPLY_ADDS = 1 << 21
-"""Minimum number of multiply-adds for oneDNN; below, the overhead of the call dominates."""
+"""Minimum number of multiply-adds for oneDNN; below it, call overhead dominates."""
 
 
 @cache
@@ -32,14 +32,14 @@ def is_onednn_faster() -> bool:
 def is_onednn_weight_grad_faster() -> bool:
     """Return True if the CPU has full 512-bit units, whose gain for weight gradients outweighs the copies.
 
-    Zen 4 (family 25) needs two cycles per operation, and there oneDNN is no faster than MKL even without copies.
+    Zen 4 (family 25) needs two cycles per operation: its oneDNN is no faster than MKL even without copies.
     """
     family = cpu_info.read_cpu_info().get("cpu family", "")
     return family.isdecimal() and int(family) >= 26
 
 
 def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x weight' + bias; the weight may be a transposed view, a transposed x is copied."""
+    """Return x weight' + bias; weight may be a transposed view, while a transposed x is copied."""
     return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
 
@@ -77,7 +77,7 @@ def _should_use_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute ``F.linear`` by the faster library for this CPU."""
+    """Compute ``F.linear`` with the faster library for this CPU."""
     if not _should_use_onednn(x, weight):
         return F.linear(x, weight, bias)
     out: Tensor = _OneDNNLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
-"""Freed memory kept by the process, where glibc allocates.
+"""Settings of glibc's malloc that keep freed memory in the process.
 
-By default glibc returns the end of its heap to the system at once, so a training step, which frees and allocates the
-same hundreds of MiB, has these pages cleared again: about 20,000 page faults per step of a small model.
+By default glibc returns the top of its heap to the system at once, so each training step, which frees and allocates the
+same hundreds of MiB, faults these pages in again: about 20,000 page faults per step of a small model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEFAULT_SETTINGS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_THRESHOLD: 128 << 10, _MM
 
 
 def _set_mallopt(settings: dict[int, int]) -> bool:
-    """Set parameters, unless environment variables configure malloc or it is not glibc's; return True on success."""
+    """Set parameters unless environment variables configure malloc or it is not glibc's; return True on success."""
     is_configured = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if is_configured or sys.platform != "linux" or not hasattr(library := ctypes.CDLL(None), "gnu_get_libc_version"):
         return False
@@ -29,10 +29,10 @@ def retain_freed_memory(*, include_large_blocks: bool = False) -> bool:
     """Keep freed memory for later allocations; return True on success.
 
     The process stays at its peak size. Blocks above 32 MiB, glibc's limit for this setting, are still allocated from
-    the system and returned to it one by one.
+    the system and returned to it individually.
 
     Args:
-        include_large_blocks: If True, keep those as well, for measurements; they may fragment the heap.
+        include_large_blocks: If True, keep these too, for measurements; they may fragment the heap.
     """
     return _set_mallopt(_RETAIN_SETTINGS | ({_MMAP_MAX: 0} if include_large_blocks else {}))
 
@@ -46,5 +46,5 @@ def release_freed_memory() -> bool:
 
 
 def limit_arenas(max_arenas: int) -> bool:
-    """Let threads share heaps; return True on success. By default each has one of its own, which keeps freed memory."""
+    """Let threads share heaps; return True on success. By default each thread's own heap keeps its freed memory."""
     return _set_mallopt({_ARENA_MAX: max_arenas})

@@ -1,6 +1,6 @@
-"""Bands and random blocks by the CPU's fused kernel, the one behind ``scaled_dot_product_attention``.
+"""Attention over bands and random blocks by the CPU's fused kernel behind ``scaled_dot_product_attention``.
 
-Called directly, it returns the log-sum-exp, by which the key ranges of a block are merged. The backward pass
+Called directly, the kernel returns the log-sum-exp, by which the key ranges of a block are merged. The backward pass
 gives the merged output and log-sum-exp to the fused backward of every range, which makes each range's gradient exact
 (as in ring attention, Liu et al. 2023, section 3).
 """
@@ -33,7 +33,7 @@ class Band:
         keys: Bounds of the keys.
         mask: ``(batch or 1, heads or 1, queries, keys)``, the additive mask in the dtype of the scores.
         fully_masked: ``(batch or 1, queries, heads or 1)`` bool, True for queries that see none of the keys.
-        has_bias: If True, the mask holds other values than 0 and minus infinity.
+        has_bias: If True, the mask holds values other than 0 and minus infinity.
     """
 
     queries: slice
@@ -45,10 +45,10 @@ class Band:
 
 @dataclass(frozen=True)
 class GatheredBlocks:
-    """Random blocks laid out for the fused kernel: every query block is a batch entry of its own.
+    """Random blocks laid out for the fused kernel: every query block is a batch entry.
 
-    Keys are gathered before the kernel and freed after it, forward and backward, and the mask has one line for all
-    queries of a block unless a document starts or ends in it: nothing as large as the scores is stored.
+    Keys are gathered before the kernel and freed after it, forward and backward, and all queries of a block share a row
+    of the mask unless a document starts or ends in it, so nothing as large as the scores is stored.
 
     Attributes:
         block_size: Number of queries, and of keys, per block.
@@ -56,7 +56,7 @@ class GatheredBlocks:
         num_query_blocks: Number of query blocks per sequence.
         num_key_blocks: Number of key blocks per sequence.
         indices: ``(batch * num_query_blocks * heads * r,)`` int64, key blocks among those of all sequences and heads.
-        mask: ``(batch * num_query_blocks, heads, block_size, r * block_size)``, the additive mask, possibly expanded.
+        mask: ``(batch * num_query_blocks, heads, block_size, r * block_size)``, additive mask, possibly expanded.
         fully_masked: ``(batch * num_query_blocks, block_size, heads)`` bool, True for queries that see none of the
             keys.
     """
@@ -88,7 +88,7 @@ class GatheredBlocks:
         return x.view(*self.mask.shape[:2], -1, width)
 
     def scatter_add_keys(self, grad_keys: Tensor, x: Tensor) -> None:
-        """Add x, shaped as by :meth:`gather_keys`, in place to the keys it was gathered from."""
+        """Add x, in the shape of :meth:`gather_keys`, in place to the keys it was gathered from."""
         batch_size, kv_heads, keys, width = grad_keys.shape
         total = x.new_zeros(batch_size * self.num_key_blocks * kv_heads, self.block_size * width)
         total.index_add_(0, self.indices, x.reshape(-1, self.block_size * width))
@@ -97,7 +97,7 @@ class GatheredBlocks:
 
 
 def get_gathered_blocks(q: Tensor, k: Tensor, visibility: Visibility, dtype: torch.dtype) -> GatheredBlocks:
-    """Return the layout of a visibility's random blocks for q and k, with a mask of ``dtype``; cached."""
+    """Return a visibility's random blocks, laid out for q and k with a mask in ``dtype``; cached."""
     batch_size, heads, kv_heads = q.shape[0], q.shape[1], k.shape[1]
 
     def build() -> GatheredBlocks:
@@ -211,7 +211,7 @@ class _BandedSDPA(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bands: list[Band], gathered: GatheredBlocks | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         batch_size, heads, num_queries, _ = q.shape
-        # In memory (batch, queries, heads, head_dim), which the output projection reads without a copy.
+        # Laid out as (batch, queries, heads, head_dim), which the output projection reads without a copy.
         out = q.new_zeros(batch_size, num_queries, heads, v.shape[-1])
         dtype = torch.promote_types(q.dtype, torch.float32)
         lse = torch.full((batch_size, num_queries, heads), float("-inf"), dtype=dtype, device=q.device)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from memtx.data.batch import IGNORE_INDEX
 from memtx.data.tasks.base import task_from_json, task_to_json
-from memtx.data.tasks.batches import EvaluationBatches, TrainingBatches, collate, encode_examples
+from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
 from memtx.data.tasks.examples import TaggedExample
 from memtx.data.tasks.tagging import Tagging, extract_spans, find_words
 from memtx.errors import CheckpointError, DataError
@@ -23,9 +23,17 @@ SHORT = {"classification": 12, "tagging": 12, "matching": 22, "questions": 22}
 """Tokens into which the examples do not fit."""
 
 
+def pad_own(windows: list[Any]) -> TaskBatch:
+    return collate(windows, OWN.pad_token_id)
+
+
 def encoded_examples(kind: str, count: int = 12, **options: Any) -> list[Any]:
     a_task = task(kind, **options)
-    return encode_examples([a_task.parse(record) for record in records(kind, count)], a_task, OWN)
+    return [a_task.prepare(a_task.parse(record), OWN) for record in records(kind, count)]
+
+
+def windows_of(examples: list[Any]) -> list[Any]:
+    return [window for example in examples for window in example.windows]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,7 +54,7 @@ def test_logits_equal_to_the_targets_give_the_labels(kind: str) -> None:
                     for which in (0, 1):
                         row[window.target[which], which] = 1
                 scores.append(row)
-            prediction = a_task.postprocess(prepared.example, prepared.encodings, prepared.windows, scores)
+            prediction = a_task.postprocess(prepared, scores)
             if kind == "tagging":
                 assert prediction["tags"] == list(prepared.example.tags)
             elif kind == "questions":
@@ -91,19 +99,19 @@ def test_each_task_sets_its_global_tokens() -> None:
 def test_an_unknown_label_is_reported() -> None:
     a_task = task("classification")
     with pytest.raises(DataError, match=r"'poz' was never seen in training, known are neg, pos. Did you mean 'pos'"):
-        encode_examples([a_task.parse({"text": "a", "label": "poz"})], a_task, OWN)
+        a_task.prepare(a_task.parse({"text": "a", "label": "poz"}), OWN)
     tags = Tagging(["O", "B-X"])
     with pytest.raises(DataError, match="'B-Y' was never seen"):
-        encode_examples([TaggedExample(("a",), ("B-Y",))], tags, OWN)
+        tags.prepare(TaggedExample(("a",), ("B-Y",)), OWN)
 
 
 def test_a_word_without_tokens_has_a_tag_too() -> None:
     a_task = Tagging(["B-X", "O"])
     example = TaggedExample(("whale", "\x00", "\u200b", "sea"), ("B-X", "O", "O", "B-X"))
-    (prepared,) = encode_examples([example], a_task, OWN)
+    prepared = a_task.prepare(example, OWN)
     scores = [np.zeros((len(window.ids), 2), dtype=np.float32) for window in prepared.windows]
-    assert a_task.postprocess(example, prepared.encodings, prepared.windows, scores)["tags"][0] == "B-X"
-    assert len(a_task.postprocess(example, prepared.encodings, prepared.windows, scores)["tags"]) == 4
+    assert a_task.postprocess(prepared, scores)["tags"][0] == "B-X"
+    assert len(a_task.postprocess(prepared, scores)["tags"]) == 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +159,7 @@ def test_a_raw_text_is_split_into_words() -> None:
 
 def test_a_pass_holds_every_window_once_and_the_next_has_another_order() -> None:
     examples = encoded_examples("classification", 21)
-    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+    batches = TrainingBatches(windows_of(examples), 4, pad_own, seed=3)
     passes = [[batch.tokens for batch in batches] for _ in range(2)]
     for batches_of_ids in passes:
         assert len(batches_of_ids) == len(batches) == 6
@@ -163,16 +171,16 @@ def test_a_pass_holds_every_window_once_and_the_next_has_another_order() -> None
 
 def test_training_resumes_at_a_position() -> None:
     examples = encoded_examples("tagging", 21)
-    batches = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+    batches = TrainingBatches(windows_of(examples), 4, pad_own, seed=3)
     expected = [batch.tokens.tolist() for _ in range(3) for batch in batches]
     for stop in (0, 1, 5, 6, 7, 13):
-        first, taken = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate), []
+        first, taken = TrainingBatches(windows_of(examples), 4, pad_own, seed=3), []
         while len(taken) < stop:
             for batch in first:
                 taken.append(batch.tokens.tolist())
                 if len(taken) == stop:
                     break
-        second = TrainingBatches(examples, 4, OWN.pad_token_id, seed=3, collate_fn=collate)
+        second = TrainingBatches(windows_of(examples), 4, pad_own, seed=3)
         second.load_state_dict(first.state_dict())
         while len(taken) < len(expected):
             taken += [batch.tokens.tolist() for batch in second]
@@ -184,9 +192,7 @@ def test_training_resumes_at_a_position() -> None:
 def test_ranks_share_the_windows() -> None:
     examples = encoded_examples("classification", 21)
     for world in (2, 5):
-        parts = [
-            TrainingBatches(examples, 2, OWN.pad_token_id, 0, rank, world, collate_fn=collate) for rank in range(world)
-        ]
+        parts = [TrainingBatches(windows_of(examples), 2, pad_own, 0, rank, world) for rank in range(world)]
         counts = {len(list(part)) for part in parts}
         assert counts == {len(parts[0])}
     seen = [example for rank in range(2) for batch in EvaluationBatches(examples, task("classification"), 4, 0, rank, 2)
@@ -200,21 +206,13 @@ def test_ranks_share_the_windows() -> None:
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 6)), min_size=1, max_size=4),
 )
 def test_the_rest_of_a_pass_is_assigned_to_other_ranks(count: int, stages: list[tuple[int, int, int]]) -> None:
-    numbered = [SimpleNamespace(windows=[SimpleNamespace(ids=[index] * (1 + index % 5))]) for index in range(count)]
+    numbered = [SimpleNamespace(ids=[index] * (1 + index % 5)) for index in range(count)]
     seen: list[int] = []
     state: dict[str, Any] = {}
     batch_size = ranks = 1
     for batch_size, ranks, steps in [*stages, (*stages[-1][:2], count)]:
         parts: list[Any] = [
-            TrainingBatches(
-                numbered,
-                batch_size,
-                0,
-                3,
-                rank,
-                ranks,
-                collate_fn=lambda chosen, _: [window.ids[0] for window in chosen],
-            )
+            TrainingBatches(numbered, batch_size, lambda windows: [window.ids[0] for window in windows], 3, rank, ranks)
             for rank in range(ranks)
         ]
         for part in parts if state else ():

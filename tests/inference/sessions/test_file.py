@@ -78,7 +78,7 @@ def test_a_truncated_file_is_refused(
     saved: Path, num_bytes: int, byte_model: MemoryTransformer, byte_tokenizer: Tokenizer
 ) -> None:
     saved.write_bytes(saved.read_bytes()[:num_bytes])
-    with pytest.raises(CheckpointError, match="not a whole safetensors"):
+    with pytest.raises(CheckpointError, match="not a valid safetensors"):
         load_session(saved, StreamReader(byte_model, byte_tokenizer))
 
 

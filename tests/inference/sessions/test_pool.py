@@ -1,4 +1,4 @@
-"""Sessions in a pool equal readers alone, and survive errors, eviction and restarts."""
+"""Sessions in a pool equal single readers, and survive errors, eviction and restarts."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def read_to_end(pool: SessionPool, text: str) -> Iterator[SegmentResult]:
 
 
 def test_texts_generated_at_once_equal_each_alone(pool: SessionPool, byte_model: MemoryTransformer) -> None:
-    # float32: equal unless a draw falls within rounding of the border of two tokens, which these seeds do not.
+    # float32: equal unless a draw falls within rounding of a border between tokens; for these seeds none does.
     prompts = [sample_text(number)[: 20 + 7 * number] for number in range(8)]
     session_ids = [pool.create() for _ in prompts]
     params = SamplingParams(temperature=0.9, top_k=40, repetition_penalty=1.1)
@@ -259,7 +259,7 @@ def test_a_session_can_append_its_generated_text(pool: SessionPool, byte_model: 
     assert pool.info(session_id) == before
 
 
-def test_a_session_that_cannot_be_saved_stays_as_it_was(
+def test_a_session_that_cannot_be_saved_is_unchanged(
     byte_model: MemoryTransformer, byte_tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pool = SessionPool(byte_model, byte_tokenizer, tmp_path, segment_length=32)
@@ -319,13 +319,13 @@ def test_sessions_can_be_exported_and_imported(pool: SessionPool) -> None:
     assert imported_id != session_id
     original, imported = (pool.feed(name, "x", end_of_text=True) for name in (session_id, imported_id))
     assert np.array_equal(all_nll(original), all_nll(imported))
-    with pytest.raises(CheckpointError, match="The session is not a whole") as raised:
+    with pytest.raises(CheckpointError, match="The session is not a valid") as raised:
         pool.import_session(content[:-1])
     assert "sessions/" not in str(raised.value)
     assert len(pool.session_ids()) == 2
 
 
-def test_limits_and_sizes_of_sessions(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
+def test_sessions_are_limited_in_number_and_size(byte_model: MemoryTransformer, byte_tokenizer: Tokenizer) -> None:
     pool = SessionPool(byte_model, byte_tokenizer, max_sessions=2)
     session_id = pool.create()
     pool.create()
@@ -343,7 +343,7 @@ def test_limits_and_sizes_of_sessions(byte_model: MemoryTransformer, byte_tokeni
     pool.close()
 
 
-def test_an_error_in_a_call_fails_its_callers_alone(pool: SessionPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_call_fails_only_its_callers(pool: SessionPool, monkeypatch: pytest.MonkeyPatch) -> None:
     session_id = pool.create()
 
     def fail(*_: object) -> object:

@@ -1,4 +1,4 @@
-"""Every attention backend computes what the float64 reference computes: outputs and all gradients."""
+"""Every attention backend matches the float64 reference: outputs and all gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def select_entry(x: Tensor, index: int) -> Tensor:
 
 
 def count_key(visibility: Visibility, batch: int, head: int, query: int, key: int) -> int:
-    """Count how often a key counts for a query, by the docstrings of Visibility and SparsePattern."""
+    """Return how often a key counts for a query, by the docstrings of Visibility and SparsePattern."""
     start, end = (select_entry(x, batch)[key] for x in (visibility.visible_from, visibility.visible_until))
     in_interval = int(start <= query < end)
     pattern = visibility.pattern
@@ -91,9 +91,9 @@ def solve(attend: Attend, problem: Problem, dtype: torch.dtype) -> Solution:
     assert lse is not None
     loss = torch.zeros((), dtype=torch.float64)
     lse = lse.masked_fill(lse == float("-inf"), -50.0)
-    for result in (out, lse):
-        weights = torch.linspace(-1, 1, result.numel(), dtype=torch.float64).view(result.shape)
-        loss = loss + (result.double() * weights).sum()
+    for output in (out, lse):
+        weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
+        loss = loss + (output.double() * weights).sum()
     # If all queries are fully masked, the gradient of a table may be missing; it counts as 0.
     grads = torch.autograd.grad(loss, inputs, allow_unused=True)
     filled = (torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True))
@@ -167,7 +167,7 @@ def test_banded_with_a_pattern_matches_the_reference(dtype: torch.dtype, toleran
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.bfloat16, 1e-1)])
 def test_unfused_blocks_match_the_reference(dtype: torch.dtype, tolerance: float) -> None:
-    """The path for a learned bias, and for the log-sum-exp on other devices, run on the CPU."""
+    """Runs the path for a learned bias, and for the log-sum-exp on other devices, on the CPU."""
 
     @given(problems(max_queries=30))
     @settings(deadline=None, max_examples=20)
@@ -184,7 +184,7 @@ def test_unfused_blocks_match_the_reference(dtype: torch.dtype, tolerance: float
 @given(problems(max_queries=30, biases=("none", "linear")))
 @settings(deadline=None, max_examples=20)
 def test_sdpa_blocks_match_the_reference(problem: Problem) -> None:
-    """The path for other devices, run on the CPU; it returns no log-sum-exp, so the reference's is used."""
+    """Runs the path for other devices on the CPU; it returns no log-sum-exp, so the reference's is used."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, **options: Any) -> tuple[Tensor, Tensor]:
         out = banded.attend_sdpa(q, k, v, visibility, **options, block_size=problem.block_size)
@@ -319,8 +319,8 @@ def test_learned_slopes_get_a_gradient(backend: AttentionBackend) -> None:
     assert float(slopes.grad.abs().min()) > 0
 
 
-def test_loss_of_the_log_sum_exp_only() -> None:
-    """The output then has no gradient at all, not zeros."""
+def test_log_sum_exp_alone_has_a_gradient() -> None:
+    """The output's gradient is then None, not zeros."""
     q = Q.double().requires_grad_()
     grads = []
     for backend in LSE_BACKENDS:
@@ -331,7 +331,7 @@ def test_loss_of_the_log_sum_exp_only() -> None:
 
 
 def test_cost_is_linear_in_length() -> None:
-    """Pairs of the fused calls grow with the number of queries, not with its square."""
+    """Pairs in fused calls grow with the number of queries, not with its square."""
 
     def count_pairs(queries: int) -> int:
         blocks = banded.split_queries(causal_window(queries), 16)

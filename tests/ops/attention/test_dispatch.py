@@ -1,4 +1,4 @@
-"""The entry point of attention: checks of the arguments, the choice of a backend and its log line."""
+"""The entry point of attention: argument checks, choice of a backend, and its log line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.ops.attention.test_backends import VISIBILITY, Q, causal_window
         (Q[0], Q[0], {}, "expected"),
         (Q[:1], Q, {}, "expected"),
         (Q, Q.double(), {}, "Cast them to one dtype"),
-        (Q, Q, {"backend": "fast"}, "no attention backend 'fast'"),
+        (Q, Q, {"backend": "fast"}, "attention backend 'fast' does not exist"),
         (Q, Q, {"backend": "flex", "dropout": 0.1}, "'flex' does not support attention dropout"),
         (Q.clone().requires_grad_(), Q, {"backend": "flex"}, "no gradient on the CPU"),
         (Q, Q, {"bias": AlibiBias(torch.ones(3), VISIBILITY.visible_from.double())}, "3 heads"),
@@ -85,15 +85,15 @@ def test_batch_size_of_the_visibility_must_fit() -> None:
         ({"backend": "flex"}, "does not support global queries or random blocks"),
     ],
 )
-def test_pattern_that_does_not_fit_raises(options: dict[str, Any], message: str) -> None:
+def test_patterns_with_wrong_shapes_or_sizes_raise(options: dict[str, Any], message: str) -> None:
     backend = options.pop("backend", "auto")
     pattern = replace(SparsePattern(torch.zeros(1, 10), torch.full((1, 10), 10)), **options)
     with pytest.raises(MemtxError, match=message):
         segment_attention(Q, Q, Q, replace(VISIBILITY, pattern=pattern), backend=backend)
 
 
-def test_auto_backend_on_a_gpu() -> None:
-    """With fake CUDA tensors."""
+def test_auto_chooses_the_fastest_backend_on_a_gpu() -> None:
+    """Uses fake CUDA tensors."""
     with FakeTensorMode():
         q = {head_dim: torch.empty(1, 2, 10, head_dim, device="cuda") for head_dim in (8, 64, 80)}
     bias = AlibiBias(torch.ones(2), VISIBILITY.visible_from.double())

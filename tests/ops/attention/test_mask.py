@@ -73,7 +73,10 @@ def test_groups_of_keys_share_the_bounds_of_one_key(
 def test_attending_queries_invert_visible_keys(
     num_keys: int, min_visible_from: int, stride: int, max_span: int | None, group_size: int
 ) -> None:
-    """A query sees into a block of keys by one method exactly if the block is attended by the query by the other."""
+    """A query sees keys of a block by one method exactly if it attends to the block by the other.
+
+    Empty intervals leave gaps between the queries of consecutive keys, so there one method may return more queries.
+    """
     key_range, num_queries = KeyRange(num_keys, min_visible_from, stride, max_span, group_size), 23
     for low in range(0, num_keys, 7):
         high = min(low + 7, num_keys)
@@ -81,7 +84,9 @@ def test_attending_queries_invert_visible_keys(
         assert 0 <= start <= stop <= num_queries
         for query in range(num_queries):
             visible = key_range.find_visible_keys(query, query + 1)
-            assert (max(low, visible[0]) < min(high, visible[1])) == (start <= query < stop)
+            sees, attends = max(low, visible[0]) < min(high, visible[1]), start <= query < stop
+            assert attends or not sees
+            assert sees or not attends or max_span == 0
 
 
 @given(problems())
@@ -123,4 +128,4 @@ def test_mask_of_a_block_is_a_slice_of_the_mask() -> None:
     mask = create_mask(visibility)
     assert mask.shape == (1, 9, 12)
     assert torch.equal(create_mask(visibility, (2, 7), (4, 10)), mask[:, 2:7, 4:10])
-    assert [int(line.sum()) for line in mask[0]] == [4] * 9
+    assert [int(query_mask.sum()) for query_mask in mask[0]] == [4] * 9

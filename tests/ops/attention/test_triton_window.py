@@ -1,4 +1,4 @@
-"""The Triton kernel matches the reference: by the interpreter on a CPU, and on a GPU if there is one.
+"""The Triton kernel matches the reference: interpreted on a CPU, and on a GPU if there is one.
 
 The interpreter has no bfloat16 products (Triton 3.9 multiplies their bits as integers): that dtype is compiled here and
 compared on a GPU only.
@@ -44,7 +44,7 @@ def test_interpreted_kernel_matches_the_reference() -> None:
 @needs_triton
 @pytest.mark.parametrize("kernel", ["_forward", "_backward_queries", "_backward_keys"])
 def test_kernels_compile_for_hopper_without_a_gpu(kernel: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To machine code in bfloat16, within the shared memory."""
+    """Compiles to machine code in bfloat16, within the shared memory."""
     compiler = pytest.importorskip("triton.compiler")
     backends = pytest.importorskip("triton.backends.compiler")
     triton_window = pytest.importorskip("memtx.ops.attention.triton_window")

@@ -19,7 +19,7 @@ from tests.ops.attention.test_backends import max_error, solve
 def attend(
     q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, *, bias: Any, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Call the kernel by the public function."""
+    """Call the kernel through the public function."""
     return segment_attention(q, k, v, visibility, bias=bias, scale=scale, backend="triton", return_lse=True)
 
 
@@ -37,7 +37,7 @@ def check_gradients(dtype: torch.dtype, tolerance: float, examples: int) -> None
 
 
 def check_strides() -> None:
-    """Compare on heads after tokens, as projections return them, and an inner stride that is not 1."""
+    """Compare with heads after tokens, as projections return them, and an inner stride that is not 1."""
     torch.manual_seed(0)
     offset = torch.arange(20)[None]
     visibility = Visibility(offset, offset + 8, 20, (KeyRange(20, 0, 1, 8),))

@@ -1,4 +1,4 @@
-"""The CPU's compiled kernel matches the reference for all supported arguments, eager and compiled."""
+"""The C++ kernel matches the reference for all supported arguments, eager and compiled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_qkv(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_kernel_matches_the_reference(threads: int) -> None:
-    """With head dimensions that fill its lanes or not; more threads than key heads split the queries."""
+    """Covers head dimensions that fill its lanes or not; more threads than key heads split the queries."""
 
     @given(problems(max_queries=130, biases=("none", "linear"), head_dims=(4, 16, 20, 48, 64)))
     @settings(deadline=None, max_examples=150)
@@ -76,7 +76,7 @@ def test_scores_far_apart_stay_distinct(size: float) -> None:
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_reaches_the_queries_that_see_it(index: int) -> None:
-    """A diverged run is detected by its loss, so no query may hide a nan that it saw."""
+    """A diverged run is detected by its loss, so no query may hide a nan that it sees."""
     inputs = random_qkv(1, 2, 70, 16)
     inputs[index][0, 1, 33] = float("nan")
     out, _ = segment_attention(*inputs, causal_window(70, window=20), backend="cpp")
@@ -96,7 +96,7 @@ def test_batch_entries_are_independent() -> None:
 
 
 def test_operators_pass_opcheck() -> None:
-    """Schemas, shapes without data and gradients by torch's own checks."""
+    """Checks schemas, fake tensors and gradients by torch's own tests."""
     q, k, v = (x.requires_grad_() for x in random_qkv(2, 2, 40, 16))
     visibility = causal_window(40, window=20)
     start, end = visibility.visible_from.int(), visibility.visible_until.int()

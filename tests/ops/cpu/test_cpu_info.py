@@ -1,4 +1,4 @@
-"""Precision on machines with slow and with fast bfloat16."""
+"""Choice of precision on machines with slow or fast bfloat16."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def test_float32_replaces_bf16_mixed_on_slow_cpus_only(fast: bool, monkeypatch: 
             assert cpu_info.is_bf16_slow(accelerator) == slow
             for precision in ("bf16-mixed", "bf16"):
                 assert cpu_info.choose_precision(precision, accelerator) == ("32-true" if slow else precision)
-            # Others stay: float16 needs its scaler, and bfloat16 weights half the memory.
+            # Others stay: float16 needs its scaler, and bfloat16 weights halve the memory.
             chosen = [cpu_info.choose_precision(precision, accelerator) for precision in OTHER_PRECISIONS]
             assert chosen == list(OTHER_PRECISIONS)

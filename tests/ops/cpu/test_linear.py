@@ -18,7 +18,7 @@ needs_onednn = pytest.mark.skipif(
 @needs_onednn
 @pytest.mark.parametrize("onednn_weight_grad", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_onednn_computes_the_same_map(
+def test_onednn_linear_equals_f_linear(
     has_bias: bool, onednn_weight_grad: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_module, "is_onednn_weight_grad_faster", lambda: onednn_weight_grad)

@@ -19,7 +19,7 @@ from tests.ops.attention.test_backends import causal_window
 def test_bf16_backward_error_is_close_to_the_fused_kernels(
     spread: float, kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From uniform weights to one key with all the weight."""
+    """Spreads range from uniform weights to one key with all the weight."""
     torch.manual_seed(0)
     offset = torch.arange(-60, 150)[None]
     end = torch.where(offset % 7 == 0, -100, offset + 60)
