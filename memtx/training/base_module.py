@@ -41,7 +41,8 @@ class BaseModule(pl.LightningModule):
             AdamW with learning rate 1e-3, betas 0.9 and 0.95 and weight decay 0.1.
         scheduler: Creates the schedule from the optimizer; stepped every optimizer step. Defaults to ``WarmupCosine``.
             None means a constant rate.
-        distillation: Teacher and losses to train with, in addition to or instead of the labels. None disables it.
+        distillation: Teacher and losses to train with, in addition to or instead of the labels; ``SelfDistillation``
+            teaches a memory the model's attention over a whole batch. None disables it.
     """
 
     model: pretrained.PretrainedModel

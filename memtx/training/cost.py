@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
 from memtx import class_config
@@ -34,6 +35,9 @@ FAR_POSITION = 1 << 20
 
 NARROW_HEAD_DIM = 8
 """Head dimension of the narrow copy."""
+
+PARAMETER_KINDS = ("embedding", "norm", "attention", "feed_forward", "head")
+"""Parts of a parameter's name that tell its kind, the first that matches."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +92,18 @@ def _record_operations(
     num_vectors: Counter[tuple[str, bool]] = Counter()
     pairs: list[tuple[int, bool]] = []
 
-    def count_vectors(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            num_vectors[name, inputs[0].requires_grad] += inputs[0].numel() // inputs[0].shape[-1]
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
-        return hook
+    def count_vectors(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if layer in names:
+            num_vectors[names[layer], inputs[0].requires_grad] += inputs[0].numel() // inputs[0].shape[-1]
 
     def count_pairs(q: Tensor, visibility: Visibility) -> None:
         pairs.append((int(num_visible_pairs(visibility).sum()), q.requires_grad))
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_pre_hook(count_vectors(name))
     fresh = model.init_state(1)
     state = MemoryState(torch.full_like(fresh.position, FAR_POSITION), fresh.layers)
-    with torch.enable_grad(), use_attention_hook(count_pairs):
+    with torch.enable_grad(), use_attention_hook(count_pairs), register_module_forward_pre_hook(count_vectors):
         model(torch.zeros(1, segment_length, dtype=torch.int64), state)
     return num_vectors, pairs
 
@@ -113,18 +114,15 @@ def make_narrow_copy(model: MemoryTransformer) -> MemoryTransformer:
     Raises:
         CheckpointError: The model's class takes other arguments.
     """
-    init_args = dict(model.config["init_args"])
     narrow_args = {
         "vocab_size": 2,
-        "dim": int(init_args["heads"]) * NARROW_HEAD_DIM,
+        "dim": int(model.config["init_args"]["heads"]) * NARROW_HEAD_DIM,
         "head_dim": None,
         "attention_backend": "auto",
         "dropout": 0.0,
     }
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        copy: MemoryTransformer = class_config.from_config({**model.config, "init_args": init_args | narrow_args})()
-    _copy_requires_grad(copy, model)
-    return copy.train()
+    with torch.random.fork_rng(devices=[]):
+        return copy_to_cpu(model, **narrow_args)
 
 
 def _fake_tensor_mode() -> Any:
@@ -134,17 +132,14 @@ def _fake_tensor_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def copy_to_cpu(model: MemoryTransformer) -> MemoryTransformer:
-    """Return a copy on the CPU without the weights' values; call it under a fake tensor mode."""
+def copy_to_cpu(model: MemoryTransformer, **changed_args: Any) -> MemoryTransformer:
+    """Return a copy on the CPU with new weights, or with none under a fake tensor mode."""
+    init_args = {**model.config["init_args"], **changed_args}
     with torch.device("cpu"):
-        copy: MemoryTransformer = class_config.from_config(model.config)()
-    _copy_requires_grad(copy, model)
-    return copy.train()
-
-
-def _copy_requires_grad(target: nn.Module, source: nn.Module) -> None:
-    for parameter, original in zip(target.parameters(), source.parameters(), strict=True):
+        copy: MemoryTransformer = class_config.from_config({**model.config, "init_args": init_args})()
+    for parameter, original in zip(copy.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(original.requires_grad)
+    return copy.train()
 
 
 def activation_bytes(
@@ -194,24 +189,12 @@ def activation_bytes(
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Return the number of parameters of each kind of module; shared ones count once."""
+    memories = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Memory))
     counts: Counter[str] = Counter()
-    counted: set[int] = set()
-    modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in counted:
-            continue
-        counted.add(id(parameter))
-        path = name.split(".")[:-1]
-        owners = [modules[".".join(path[:length])] for length in range(1, len(path) + 1)]
-        counts[_classify_parameter(name, owners)] += parameter.numel()
+    for name, parameter in model.named_parameters():
+        kind = next((kind for kind in PARAMETER_KINDS if kind in name), "other")
+        counts["memory" if name.startswith(memories) else kind] += parameter.numel()
     return dict(counts)
-
-
-def _classify_parameter(name: str, owners: Iterable[nn.Module]) -> str:
-    if any(isinstance(owner, Memory) for owner in owners):
-        return "memory"
-    kinds = ("embedding", "norm", "attention", "feed_forward", "head")
-    return next((kind for kind in kinds if kind in name), "other")
 
 
 def optimizer_bytes(model: MemoryTransformer, make_optimizer: Callable[[Any], Optimizer]) -> int:

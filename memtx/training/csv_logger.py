@@ -32,14 +32,11 @@ class _ResumableWriter(ExperimentWriter):
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
         if self._needs_truncation and step is not None:
+            # A killed run logged steps after its last checkpoint, which are repeated.
             self._needs_truncation = False
-            self._truncate_at(step)
+            lines, self.metrics_keys = self._read_rows()
+            self._write_rows([row for row in lines if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
         super().log_metrics(metrics_dict, step)
-
-    def _truncate_at(self, step: int) -> None:
-        # A killed run logged steps after its last checkpoint, which are repeated.
-        lines, self.metrics_keys = self._read_rows()
-        self._write_rows([row for row in lines if (row.get("step") or "").isdecimal() and int(row["step"]) < step])
 
     def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
         self._write_rows(self._read_rows()[0])

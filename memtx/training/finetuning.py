@@ -25,10 +25,8 @@ from memtx.metrics import AnswerExactMatch, AnswerF1, SpanF1
 from memtx.models.encoder import Encoder
 from memtx.models.heads import SequenceClassificationHead, TaskModel, TokenClassificationHead
 from memtx.training.base_module import BaseModule
-from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.model_outputs import ModelOutputs, forward_task
 from memtx.training.distillation.teacher_cache import make_task_keys
-from memtx.training.optimizers import OptimizerFactory, SchedulerFactory, WarmupCosine
 
 
 class TaskModule(BaseModule):
@@ -45,9 +43,7 @@ class TaskModule(BaseModule):
         token_mask_prob: Probability that a training token, other than special tokens, is replaced by ``mask_token_id``,
             against overfitting to few texts.
         mask_token_id: Id of the mask token; set from the data module.
-        optimizer: Creates the optimizer from parameter groups.
-        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
-        distillation: Teacher and losses to train with, in addition to or instead of the labels. None disables it.
+        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
 
     Raises:
         MemtxError: A number is out of range, or the pretrained model is no encoder or has a smaller vocabulary.
@@ -65,11 +61,9 @@ class TaskModule(BaseModule):
         num_labels: int = 2,
         token_mask_prob: float = 0.0,
         mask_token_id: int = 0,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = WarmupCosine,
-        distillation: Distillation | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler, distillation)
+        super().__init__(**options)
         check_probability(token_mask_prob=token_mask_prob)
         encoder = None if pretrained is None else _load_encoder(pretrained, vocab_size)
         if encoder is not None:

@@ -17,11 +17,9 @@ from memtx.state import MemoryState
 from memtx.training.base_module import BaseModule
 from memtx.training.carry import Carry, StateReset, restore_rank_state
 from memtx.training.compression_rates import CompressionRateSampler
-from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.language import TEACHER_STAGE, LanguageDistillation
 from memtx.training.lora import LoRA, freeze_base_model
 from memtx.training.metrics import LanguageMetrics, MemoryGain
-from memtx.training.optimizers import OptimizerFactory, SchedulerFactory, WarmupCosine
 from memtx.training.tbptt import UnrollOutput, unroll
 
 _SAVED_STAGES = {"carry": "train", "teacher": TEACHER_STAGE}
@@ -38,10 +36,6 @@ class LanguageModule(BaseModule):
         model: Creates the model from the vocabulary size; ``Retrofit`` loads it from a folder.
         vocab_size: Vocabulary size; set from the data module.
         segment_length: Tokens per call; set from the data module.
-        optimizer: Creates the optimizer from parameter groups. None means AdamW with learning rate 1e-3, betas 0.9 and
-            0.95 and weight decay 0.1, without decay of norms and biases.
-        scheduler: Creates the schedule from the optimizer; stepped every optimizer step. Defaults to ``WarmupCosine``.
-            None means a constant rate.
         compile: If True, run the model through ``torch.compile``.
         activation_checkpointing: If True, recompute each layer in the backward pass: about a third more time, and
             activations of a single layer.
@@ -53,13 +47,12 @@ class LanguageModule(BaseModule):
         freeze_base: If True, train the memories alone and keep the model that they were added to.
         compression_rates: Compression rates to sample from, one per training step, each with fresh streams. If empty,
             the model keeps its own.
-        distillation: Teacher and losses to train with, in addition to or instead of the labels; ``SelfDistillation``
-            teaches a memory the model's attention over a whole batch. None disables it.
         lora: Low-rank matrices to train beside a frozen base. Checkpoints store them apart from the base; a loaded
             model has them merged. None disables LoRA.
         state_reset_prob: Probability that a stream starts a step with a fresh state in the middle of its document. None
             means 0.05 if a memory is ``unbounded``, else 0. Without resets, an unbounded memory keeps what it stored
             before its gates learned to close, and the model relies on it as on a bias that the next document loses.
+        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
 
     Raises:
         MemtxError: A number is out of range, nothing would be trained, or ``lora`` is given without ``freeze_base``.
@@ -74,19 +67,18 @@ class LanguageModule(BaseModule):
         model: Callable[[int], MemoryTransformer] | Retrofit = MemoryTransformer,
         vocab_size: int = 257,
         segment_length: int = 512,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = WarmupCosine,
+        *,
         compile: bool = False,
         activation_checkpointing: bool = False,
         measure_memory_gain: bool = True,
         replay: bool = False,
         freeze_base: bool = False,
         compression_rates: Sequence[int] = (),
-        distillation: Distillation | None = None,
         lora: LoRA | None = None,
         state_reset_prob: float | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler, distillation)
+        super().__init__(**options)
         check_at_least(1, segment_length=segment_length)
         self.model = model(vocab_size)
         self.model.activation_checkpointing = activation_checkpointing
@@ -103,6 +95,7 @@ class LanguageModule(BaseModule):
         self.carry = Carry()
         self.metrics = LanguageMetrics()
         self.memory_gain = MemoryGain(segment_length) if measure_memory_gain else None
+        distillation = self.distillation
         self._resets_every_step = bool(compression_rates) or (
             distillation is not None and distillation.resets_every_step
         )
@@ -117,10 +110,12 @@ class LanguageModule(BaseModule):
 
     # Steps
 
-    def _initial_state(self, stage: str, batch: Batch) -> MemoryState:
+    def _initial_state(self, stage: str, batch: Batch, batch_idx: int) -> MemoryState:
         batch_size = batch.tokens.shape[0]
         if not self.carries_state or (stage == "train" and self._resets_every_step):
             return self.model.init_state(batch_size)
+        if stage != "train" and batch_idx == 0:
+            self.carry.reset(stage)
         state = self.carry.get_state(stage, self.model, batch_size)
         if stage != "train":
             return state
@@ -149,7 +144,7 @@ class LanguageModule(BaseModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         self.rate_sampler.sample()
-        output = self._read("train", batch, self._initial_state("train", batch))
+        output = self._read("train", batch, self._initial_state("train", batch, batch_idx))
         self._log_training_step(output.loss, batch.tokens)
         nll_per_byte = output.nll.sum(dtype=torch.float64) / batch.num_bytes.sum().clamp(min=1)
         self.log("train_bits_per_byte", (nll_per_byte / math.log(2)).float(), prog_bar=True)
@@ -163,7 +158,7 @@ class LanguageModule(BaseModule):
 
     def evaluate_batch(self, stage: str, batch: Batch, batch_idx: int) -> None:
         """Update and log the metrics of a stage."""
-        state = self._initial_state(stage, batch)
+        state = self._initial_state(stage, batch, batch_idx)
         output = self._read(stage, batch, state)
         if stage == "val" and self.memory_gain is not None:
             self.memory_gain.update(self.model, batch, output.nll, state)
@@ -171,28 +166,16 @@ class LanguageModule(BaseModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the negative log-likelihood of each label in nats, ``(batch, length)``."""
-        return self._read("predict", batch, self._initial_state("predict", batch)).nll
+        return self._read("predict", batch, self._initial_state("predict", batch, batch_idx)).nll
 
     def on_validation_epoch_end(self) -> None:
         """Log the gain from memory, in total and by distance."""
         if self.memory_gain is not None:
             self.log_dict({f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()})
 
-    def on_validation_start(self) -> None:
-        """Start validation with fresh streams."""
-        self.carry.reset("val")
-
     def on_validation_end(self) -> None:
         """Free the state of validation."""
         self.carry.reset("val")
-
-    def on_test_start(self) -> None:
-        """Start testing with fresh streams."""
-        self.carry.reset("test")
-
-    def on_predict_start(self) -> None:
-        """Start prediction with fresh streams."""
-        self.carry.reset("predict")
 
     # Checkpoints
 

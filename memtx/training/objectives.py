@@ -92,8 +92,8 @@ def mask_tokens(
 
     selected = uniform() < mask_prob
     if word_boundaries is not None:
-        # A word is selected if its first token is.
-        selected = selected.gather(1, _find_word_starts(compute_word_ids(tokens, word_boundaries)))
+        # All tokens of a word share one random number.
+        selected = selected.gather(1, compute_word_ids(tokens, word_boundaries))
     for token_id in special_token_ids:
         selected &= tokens != token_id
     labels = torch.where(selected, tokens, IGNORE_INDEX)
@@ -101,14 +101,6 @@ def mask_tokens(
     random_tokens = torch.randint(vocab_size, tokens.shape, generator=generator, device=tokens.device)
     masked = torch.where(selected & (replacement < 0.8), mask_token_id, tokens)
     return MaskedTokens(torch.where(selected & (replacement >= 0.9), random_tokens, masked), labels)
-
-
-def _find_word_starts(word_ids: Tensor) -> Tensor:
-    """Return the index of the first token of each token's word, ``(batch, length)``."""
-    index = torch.arange(word_ids.shape[1], device=word_ids.device).expand_as(word_ids)
-    is_first = torch.ones_like(word_ids, dtype=torch.bool)
-    is_first[:, 1:] = word_ids[:, 1:] != word_ids[:, :-1]
-    return torch.where(is_first, index, 0).cummax(1).values
 
 
 class PermutedTokens(NamedTuple):

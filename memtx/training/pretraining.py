@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from memtx.models.reformer import Reformer
 from memtx.models.xlnet import XLNet
 from memtx.training import objectives
 from memtx.training.base_module import BaseModule
-from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.model_outputs import forward_masked_lm
 from memtx.training.metrics import LanguageMetrics
-from memtx.training.optimizers import OptimizerFactory, SchedulerFactory, WarmupCosine
 
 EVAL_SEED = 20_000
 """Seed of the masks in evaluation, equal in every validation of every run."""
@@ -36,16 +34,12 @@ def mean_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class TokenPredictionModule(BaseModule):
     """Trains a model to predict selected tokens of a text; logs loss and accuracy.
 
-    See :class:`memtx.training.base_module.BaseModule` for the arguments.
+    Args:
+        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
     """
 
-    def __init__(
-        self,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = WarmupCosine,
-        distillation: Distillation | None = None,
-    ) -> None:
-        super().__init__(optimizer, scheduler, distillation)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         names = [f"{stage}_{name}" for stage in ("val", "test") for name in ("loss", "accuracy")]
         self.metrics = nn.ModuleDict({name: MeanMetric() for name in names})
 
@@ -82,9 +76,7 @@ class MaskedModule(TokenPredictionModule):
         mask_id: Id of the mask token, if the vocabulary has one. None adds it after the last id.
         mask_prob: Probability that a token or a word is selected. Defaults to 0.15.
         whole_words: If True, select all tokens of a word together.
-        optimizer: Creates the optimizer from parameter groups.
-        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
-        distillation: Teacher and losses to train with, in addition to or instead of the labels. None disables it.
+        **options: ``optimizer``, ``scheduler`` and ``distillation`` of :class:`BaseModule`.
     """
 
     model: Encoder
@@ -96,11 +88,9 @@ class MaskedModule(TokenPredictionModule):
         mask_id: int | None = None,
         mask_prob: float = 0.15,
         whole_words: bool = False,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = WarmupCosine,
-        distillation: Distillation | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler, distillation)
+        super().__init__(**options)
         self.data_vocab_size = vocab_size
         self.mask_id = vocab_size if mask_id is None else mask_id
         self.model = model(vocab_size + (mask_id is None))
@@ -165,8 +155,7 @@ class PermutedModule(TokenPredictionModule):
         model: Creates the model from the vocabulary size.
         vocab_size: Vocabulary size; set from the data module.
         predict_fraction: Fraction of the positions to predict. Defaults to 1/6.
-        optimizer: Creates the optimizer from parameter groups.
-        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
+        **options: ``optimizer`` and ``scheduler`` of :class:`BaseModule`.
     """
 
     model: XLNet
@@ -176,10 +165,9 @@ class PermutedModule(TokenPredictionModule):
         model: Callable[[int], XLNet] = XLNet,
         vocab_size: int = 257,
         predict_fraction: float = 1 / 6,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = WarmupCosine,
+        **options: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(distillation=None, **options)
         self.model = model(vocab_size)
         self.predict_fraction = predict_fraction
 
@@ -203,8 +191,7 @@ class CausalModule(BaseModule):
     Args:
         model: Creates the decoder from the vocabulary size.
         vocab_size: Vocabulary size; set from the data module.
-        optimizer: Creates the optimizer from parameter groups.
-        scheduler: Creates the schedule from the optimizer; stepped every optimizer step.
+        **options: ``optimizer`` and ``scheduler`` of :class:`BaseModule`.
     """
 
     model: Reformer
@@ -213,10 +200,9 @@ class CausalModule(BaseModule):
         self,
         model: Callable[[int], Reformer] = Reformer,
         vocab_size: int = 257,
-        optimizer: OptimizerFactory | None = None,
-        scheduler: SchedulerFactory | None = WarmupCosine,
+        **options: Any,
     ) -> None:
-        super().__init__(optimizer, scheduler)
+        super().__init__(distillation=None, **options)
         self.model = model(vocab_size)
         self.metrics = LanguageMetrics()
 

@@ -7,6 +7,7 @@ al. 2016), for every kind of memory.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -76,44 +77,27 @@ def unroll(
         )
         return (output, None) if loss_fn is None else (replace(output, hidden_states=None), loss_fn(output, part))
 
-    totals = _Totals((labels != IGNORE_INDEX).sum())
+    num_scored = (labels != IGNORE_INDEX).sum()
+    loss: Tensor | float = 0.0
+    nll, aux_losses, named_losses = [], defaultdict(list), dict[str, Tensor]()
     for start in range(0, tokens.shape[1], segment_length):
         part = slice(start, start + segment_length)
         inputs = (tokens[:, part], state, document_starts[:, part], labels[:, part], part)
         output, losses = checkpoint(read, *inputs, use_reentrant=False) if replay else read(*inputs)
-        totals.add(output, losses, (labels[:, part] != IGNORE_INDEX).sum())
-        state = output.state
-    return totals.result(state)
-
-
-class _Totals:
-    """Sums over the segments of a batch."""
-
-    def __init__(self, num_scored: Tensor) -> None:
-        self.num_scored = num_scored
-        self.loss: Tensor | float = 0.0
-        self.nll: list[Tensor] = []
-        self.aux_losses: dict[str, list[Tensor]] = {}
-        self.named_losses: dict[str, Tensor] = {}
-
-    def add(self, output: MemoryOutput, losses: Losses | None, num_scored: Tensor) -> None:
-        """Add a segment with ``num_scored`` labels; its ``losses`` replace the language loss unless None."""
         assert output.language_loss is not None
         assert output.nll is not None
         # Every label has the same weight, so the mean is over the batch, not over the means of its segments.
         dtype = torch.promote_types(output.language_loss.dtype, torch.float32)
-        weight = num_scored.clamp(min=1).to(dtype) / self.num_scored.clamp(min=1)
-        self.loss = self.loss + (output.language_loss if losses is None else sum(losses.values())) * weight
+        weight = (labels[:, part] != IGNORE_INDEX).sum().clamp(min=1).to(dtype) / num_scored.clamp(min=1)
+        loss = loss + (output.language_loss if losses is None else sum(losses.values())) * weight
         for name, value in (losses or {}).items():
-            self.named_losses[name] = self.named_losses.get(name, 0.0) + (value * weight).detach()
-        self.nll.append(output.nll)
+            named_losses[name] = named_losses.get(name, 0.0) + (value * weight).detach()
         for name, value in output.aux_losses.items():
-            self.aux_losses.setdefault(name, []).append(value)
-
-    def result(self, state: MemoryState) -> UnrollOutput:
-        """Return the totals; ``state`` is the one after the last segment."""
-        aux_losses = {name: torch.stack(values).mean() for name, values in self.aux_losses.items()}
-        loss = self.loss + sum(aux_losses.values())
-        assert isinstance(loss, Tensor)
-        losses = {name: value.detach() for name, value in aux_losses.items()} | self.named_losses
-        return UnrollOutput(loss, torch.cat(self.nll, dim=1), self.num_scored, losses, state.detach())
+            aux_losses[name].append(value)
+        nll.append(output.nll)
+        state = output.state
+    mean_aux_losses = {name: torch.stack(values).mean() for name, values in aux_losses.items()}
+    loss = loss + sum(mean_aux_losses.values())
+    assert isinstance(loss, Tensor)
+    detached = {name: value.detach() for name, value in mean_aux_losses.items()} | named_losses
+    return UnrollOutput(loss, torch.cat(nll, dim=1), num_scored, detached, state.detach())

@@ -41,11 +41,11 @@ def fit(
 
 def losses(at: Path, run: str, rank: int = 0) -> dict[int, str]:
     """Return every batch's loss; what was read twice has to have been the same both times."""
-    result: dict[int, str] = {}
+    losses_by_batch: dict[int, str] = {}
     for line in (at / f"{run}-watched" / f"losses-{rank}").read_text().splitlines():
         batch, loss = line.split()
-        assert result.setdefault(int(batch), loss) == loss, f"batch {batch}"
-    return result
+        assert losses_by_batch.setdefault(int(batch), loss) == loss, f"batch {batch}"
+    return losses_by_batch
 
 
 def weights(at: Path, run: str, rank: int = 0) -> str:

@@ -63,7 +63,7 @@ def trainer(root: Path, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "enable_checkpointing": any(isinstance(item, pl.callbacks.ModelCheckpoint) for item in callbacks),
+        "enable_checkpointing": any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks),
         "default_root_dir": root,
         "plugins": [AtomicCheckpointIO()],
         "max_epochs": -1,
@@ -95,11 +95,11 @@ class Record(pl.Callback):
             self.results[self._batches(trainer)] = {name: float(value).hex() for name, value in metrics.items()}
 
 
-def weights(of: torch.nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in of.state_dict().items()}
+def weights(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-def assert_equal(item: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert item.keys() == other.keys()
-    for name, tensor in item.items():
+def assert_equal(tensors: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert tensors.keys() == other.keys()
+    for name, tensor in tensors.items():
         assert torch.equal(tensor, other[name]), name

@@ -35,25 +35,27 @@ def _gloo() -> None:
 
 def test_gradients_and_metrics_equal_one_process(program: Program, tmp_path: Path) -> None:
     content = config(2, max_steps=1, val_check_interval=1)
-    # Dropout draws by process. In the first batch no document ends, so all rows score alike and the mean over
+    # Dropout draws by process. In the first batch no document ends, so all streams score alike and the mean over
     # processes is the mean over labels.
     content["model"]["model"]["init_args"]["dropout"] = 0.0
-    # More rows than books: some processes score nothing, and must not keep the others waiting.
+    # More streams than books: some processes score nothing, and must not keep the others waiting.
     content["data"]["eval_batch_size"] = 3
     at = runs.prepare(tmp_path, content)
-    for name, options in (("one", ()), ("two", (*TWO, "--data.batch_size", "1"))):
+    for name, options in (("one", ()), ("parallel", (*TWO, "--data.batch_size", "1"))):
         done = runs.fit(program, at, name, *options, gradients=True)
         assert done.code == 0, done.err
-    item, two = (
+    single, parallel = (
         files.load_tensors(at / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
-        for name in ("one", "two")
+        for name in ("one", "parallel")
     )
-    assert item.keys() == two.keys()
-    for name, gradient in item.items():
+    assert single.keys() == parallel.keys()
+    for name, gradient in single.items():
         assert float(gradient.abs().max()) > 0, name
         # float32: sums in another order
-        torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
-    scores = [json.loads((at / name / "checkpoints" / "best.json").read_text())["score"] for name in ("one", "two")]
+        torch.testing.assert_close(parallel[name], gradient, atol=1e-6, rtol=1e-4)
+    scores = [
+        json.loads((at / name / "checkpoints" / "best.json").read_text())["score"] for name in ("one", "parallel")
+    ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5)
 
 

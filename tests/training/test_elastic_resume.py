@@ -24,20 +24,20 @@ from tests.training.small import Record, data, module, trainer
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=4), st.integers(1, 4), st.integers(1, 4))
 def test_the_first_streams_continue(saved: list[int], batch_size: int, ranks: int) -> None:
-    full = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
+    tokens = torch.arange(1, 1 + 2 * sum(saved)).view(-1, 2)
     parts: list[dict[str, torch.Tensor]] = [
-        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in full.split(saved)
+        {"layers[0].hidden": part, "position": part[:, 0]} if len(part) else {} for part in tokens.split(saved)
     ]
     reassigned = [reassign_streams(parts, batch_size, rank) for rank in range(ranks)]
     if not sum(saved):
         assert reassigned == [{}] * ranks
         return
-    together = torch.cat([item["layers[0].hidden"] for item in reassigned])
+    together = torch.cat([state["layers[0].hidden"] for state in reassigned])
     assert len(together) == batch_size * ranks
-    stay = min(len(full), len(together))
-    assert torch.equal(together[:stay], full[:stay])
-    assert not together[stay:].any()
-    assert torch.equal(together[:, 0], torch.cat([item["position"] for item in reassigned]))
+    num_kept = min(len(tokens), len(together))
+    assert torch.equal(together[:num_kept], tokens[:num_kept])
+    assert not together[num_kept:].any()
+    assert torch.equal(together[:, 0], torch.cat([state["position"] for state in reassigned]))
 
 
 def test_different_memories_are_rejected() -> None:
@@ -63,24 +63,24 @@ def test_a_plain_data_loader_does_not_tell_its_streams() -> None:
 def test_a_run_resumes_with_another_batch_size(
     tmp_path: Path, batch_size: int, accumulate: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every token of an epoch is read, and the epoch ends where its tokens do, whatever rows read its rest."""
+    """Every token of an epoch is read, and the epoch ends where its tokens do, whichever streams read its rest."""
     folder = str(tmp_path / "checkpoints")
     first = data(tmp_path, bptt_segments=1)
     keep, options = BestCheckpoint(folder), {"limit_val_batches": 0, "accumulate_grad_batches": accumulate}
     trainer(tmp_path, keep, max_steps=7, **options).fit(module(), datamodule=first)
     assert first._streams is not None
-    epoch, total = len(first._streams), first._streams.store.num_tokens
-    done = 7 * accumulate
-    assert done < epoch
+    epoch, epoch_tokens = len(first._streams), first._streams.store.num_tokens
+    num_batches = 7 * accumulate
+    assert num_batches < epoch
     second, record = data(tmp_path, bptt_segments=1, batch_size=batch_size), Record()
-    going = trainer(tmp_path, record, max_epochs=2, **options)
-    taught = module(seed=5)
-    going.fit(taught, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    resumed_run = trainer(tmp_path, record, max_epochs=2, **options)
+    resumed_module = module(seed=5)
+    resumed_run.fit(resumed_module, datamodule=second, ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     # To within a batch and an accumulation, which the pass's end rounds to.
-    full = 8 * (2 * done + batch_size * len(record.losses))
-    assert abs(full - 2 * total) <= 8 * (2 + batch_size * (2 + accumulate))
-    assert going.current_epoch == 2
-    assert taught.tokens_seen == full
+    num_tokens = 8 * (2 * num_batches + batch_size * len(record.losses))
+    assert abs(num_tokens - 2 * epoch_tokens) <= 8 * (2 + batch_size * (2 + accumulate))
+    assert resumed_run.current_epoch == 2
+    assert resumed_module.tokens_seen == num_tokens
     batches = sorted(record.losses)
     assert batches == list(range(batches[0], batches[0] + len(batches)))
 
@@ -92,20 +92,20 @@ def test_a_memory_follows_its_stream(tmp_path: Path) -> None:
     last = str(tmp_path / "checkpoints" / "last.ckpt")
     stored = read_checkpoint(last)["memtx"]["ranks"][0]["carry"]["position"]
     for batch_size in (1, 4):
-        taught = module(seed=5)
+        language_module = module(seed=5)
         trainer(tmp_path, max_steps=4, **options).fit(
-            taught, datamodule=data(tmp_path, batch_size=batch_size), ckpt_path=last
+            language_module, datamodule=data(tmp_path, batch_size=batch_size), ckpt_path=last
         )
-        position = taught.carry.state_dict("train")["position"]
+        position = language_module.carry.state_dict("train")["position"]
         assert len(position) == batch_size
         # A batch of 16 tokens more, unless a document ended within it.
-        for row, before in itertools.product(range(min(2, batch_size)), [stored]):
-            assert int(position[row]) == int(before[row]) + 16 or int(position[row]) < 16
+        for stream, before in itertools.product(range(min(2, batch_size)), [stored]):
+            assert int(position[stream]) == int(before[stream]) + 16 or int(position[stream]) < 16
         assert (position[2:] <= 16).all()
 
 
 def test_a_run_resumes_with_other_processes(program: Program, tmp_path: Path) -> None:
-    """Two processes of one row each and one process of two are the same run, wherever it changes over."""
+    """Two processes of one stream each and one process of two are the same run, wherever it changes over."""
     config = changed(("data", "batch_size"), 2)
     config["trainer"] |= {"max_steps": 6, "limit_val_batches": 0}
     config["model"]["scheduler"]["init_args"]["total_steps"] = 100
@@ -127,7 +127,7 @@ def test_a_run_resumes_with_other_processes(program: Program, tmp_path: Path) ->
         before, after = (torch.cat([state["carry"]["position"] for state in states]) for states in ranks)
         assert torch.equal(before, after)
         assert len(last[1]["memtx"]["ranks"]) == (1 if name == "fewer" else 2)
-    # And with other rows than before, which is said.
+    # Another number of streams is reported.
     done = runs.fit(program, at, "whole", "--trainer.max_steps", "7", "--data.batch_size", "3")
     assert done.code == 0, done.err
     assert "The checkpoint has 2 streams, this run 3" in done.err

@@ -53,44 +53,44 @@ def trainer(**options: Any) -> pl.Trainer:
 @pytest.mark.parametrize(("kind", "measure"), [("classification", "accuracy"), ("tagging", "f1"), ("questions", "f1")])
 def test_each_task_learns_a_simple_rule(kind: str, measure: str, tmp_path: Path) -> None:
     module, data = parts(kind, folder(tmp_path, kind, 48))
-    built = trainer(max_epochs=25)
-    built.fit(module, data)
+    run = trainer(max_epochs=25)
+    run.fit(module, data)
     # Guessing reaches half of that at most.
-    assert float(built.callback_metrics[f"val_{measure}"]) > 0.8
+    assert float(run.callback_metrics[f"val_{measure}"]) > 0.8
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_alone_predicts(kind: str, tmp_path: Path) -> None:
     module, data = parts(kind, folder(tmp_path / "data", kind))
-    built = trainer(max_epochs=1)
-    built.fit(module, data)
-    built.save_checkpoint(tmp_path / "a.ckpt")
-    result = Predictor.load(tmp_path / "a.ckpt")
+    run = trainer(max_epochs=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    predictor = Predictor.load(tmp_path / "a.ckpt")
     assert is_task_model(tmp_path / "a.ckpt")
     module.eval()
     expected = Predictor(module.model, data.tokenizer, data.task)
-    assert result.predict(records(kind, 5)) == expected.predict(records(kind, 5))
+    assert predictor.predict(records(kind, 5)) == expected.predict(records(kind, 5))
 
 
 def test_resuming_is_exact(tmp_path: Path) -> None:
     root = folder(tmp_path / "data", "tagging")
-    losses: list[list[float]] = []
+    sums: list[list[float]] = []
     for stop in (None, 8):
         module, data = parts("tagging", root, token_mask_prob=0.3)
         module.train()
         if stop is None:
-            built = trainer(max_steps=14)
-            built.fit(module, data)
+            run = trainer(max_steps=14)
+            run.fit(module, data)
         else:
-            built = trainer(max_steps=stop)
-            built.fit(module, data)
-            built.save_checkpoint(tmp_path / "half.ckpt")
+            run = trainer(max_steps=stop)
+            run.fit(module, data)
+            run.save_checkpoint(tmp_path / "half.ckpt")
             module, data = parts("tagging", root, token_mask_prob=0.3)
             pl.seed_everything(99)
-            built = trainer(max_steps=14)
-            built.fit(module, data, ckpt_path=str(tmp_path / "half.ckpt"))
-        losses.append([float(item.detach().sum()) for item in module.model.parameters()])
-    assert losses[0] == losses[1]
+            run = trainer(max_steps=14)
+            run.fit(module, data, ckpt_path=str(tmp_path / "half.ckpt"))
+        sums.append([float(parameter.detach().sum()) for parameter in module.model.parameters()])
+    assert sums[0] == sums[1]
 
 
 def test_frozen_parameters_keep_their_weights_until_their_epoch(tmp_path: Path) -> None:
@@ -99,31 +99,33 @@ def test_frozen_parameters_keep_their_weights_until_their_epoch(tmp_path: Path) 
 
     class Watch(pl.Callback):
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-            seen.append({name: float(item.detach().abs().sum()) for name, item in pl_module.model.named_parameters()})
+            seen.append(
+                {name: float(parameter.detach().abs().sum()) for name, parameter in pl_module.model.named_parameters()}
+            )
 
-    before = {name: float(item.detach().abs().sum()) for name, item in module.model.named_parameters()}
+    before = {name: float(parameter.detach().abs().sum()) for name, parameter in module.model.named_parameters()}
     trainer(max_epochs=3, callbacks=[Freeze(["backbone.*"], epochs=2), Watch()]).fit(module, data)
     names = [name for name in before if name.startswith("backbone.embedding")]
     assert all(seen[1][name] == before[name] for name in before if name.startswith("backbone."))
     assert all(seen[0][name] != before[name] for name in ("head.out.weight", "head.out.bias"))
     assert any(seen[2][name] != before[name] for name in names)
-    with pytest.raises(MemtxError, match="No parameter matches 'bodi"):
+    with pytest.raises(MemtxError, match=r"No parameter matches 'bodi\.\*'\."):
         trainer(max_epochs=1, callbacks=[Freeze(["bodi.*"])]).fit(*parts("classification", tmp_path))
 
 
 def test_a_hugging_face_encoder_initializes_the_backbone(parity: Path, tmp_path: Path) -> None:
     from memtx import from_pretrained
 
-    position = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
-    built: Any = from_pretrained(position)
-    module = ClassificationModule(pretrained=str(position), vocab_size=50, num_labels=3)
-    trained_module = module.model.backbone.state_dict()
-    assert trained_module
-    assert all(torch.equal(trained_module[name], built.state_dict()[name]) for name in trained_module)
+    encoder_path = next(path for path in sorted(parity.iterdir()) if path.name.startswith("longformer"))
+    encoder: Any = from_pretrained(encoder_path)
+    module = ClassificationModule(pretrained=str(encoder_path), vocab_size=50, num_labels=3)
+    weights = module.model.backbone.state_dict()
+    assert weights
+    assert all(torch.equal(weights[name], encoder.state_dict()[name]) for name in weights)
     module.model.save_pretrained(tmp_path)
     assert type(module.model).from_pretrained(tmp_path).fingerprint == module.model.fingerprint
     with pytest.raises(MemtxError, match="tokens, the tokenizer has 1000000"):
-        ClassificationModule(pretrained=str(position), vocab_size=10**6)
+        ClassificationModule(pretrained=str(encoder_path), vocab_size=10**6)
 
 
 def test_unusable_data_is_named(tmp_path: Path) -> None:
@@ -144,9 +146,9 @@ def test_unusable_data_is_named(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_task_is_rejected(tmp_path: Path) -> None:
     root = folder(tmp_path / "a", "classification")
     module, data = parts("classification", root)
-    built = trainer(max_steps=1)
-    built.fit(module, data)
-    built.save_checkpoint(tmp_path / "a.ckpt")
+    run = trainer(max_steps=1)
+    run.fit(module, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
     write_lines(root / "train.jsonl", records("classification", 8, seed=77))
     with pytest.raises(CheckpointError, match="another tokenizer or task"):
         trainer(max_steps=2).fit(*parts("classification", root), ckpt_path=str(tmp_path / "a.ckpt"))

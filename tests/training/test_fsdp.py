@@ -41,8 +41,8 @@ def _gloo() -> None:
 
 @pytest.fixture(scope="module")
 def folder(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a whole run of two processes, and one of a single process on the same rows."""
-    at = runs.prepare(tmp_path_factory.mktemp("place"), config(1))
+    """Return a folder with a whole run of two processes, and one of a single process on the same streams."""
+    at = runs.prepare(tmp_path_factory.mktemp("runs"), config(1))
     done = runs.fit(program, at, "whole", *FSDP2, ranks=2, gradients=True)
     assert done.code == 0, done.err
     done = runs.fit(program, at, "one", "--data.batch_size", "2", gradients=True)
@@ -54,22 +54,22 @@ def last(at: Path, run: str) -> Path:
     return at / run / "checkpoints" / "last.ckpt"
 
 
-def assert_same_weights(item: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
-    assert item["state_dict"].keys() == other["state_dict"].keys()
-    for name, weight in item["state_dict"].items():
+def assert_same_weights(checkpoint: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
+    assert checkpoint["state_dict"].keys() == other["state_dict"].keys()
+    for name, weight in checkpoint["state_dict"].items():
         torch.testing.assert_close(other["state_dict"][name], weight, atol=tolerance, rtol=0.0)
 
 
 def test_gradients_and_metrics_equal_one_process(folder: Path) -> None:
-    item, two = (
+    single, parallel = (
         files.load_tensors(folder / f"{name}-watched" / "gradients", kind="gradients", version=1)[0]
         for name in ("one", "whole")
     )
-    assert item.keys() == two.keys()
-    for name, gradient in item.items():
+    assert single.keys() == parallel.keys()
+    for name, gradient in single.items():
         assert float(gradient.abs().max()) > 0, name
         # float32: sums in another order
-        torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(parallel[name], gradient, atol=1e-6, rtol=1e-4)
     best = [json.loads((folder / name / "checkpoints" / "best.json").read_text()) for name in ("one", "whole")]
     assert best[0]["score"] == pytest.approx(best[1]["score"], rel=1e-3)
     # six steps of Adam make of such differences more
@@ -86,11 +86,11 @@ def test_a_stopped_run_resumes_exactly(program: Program, folder: Path, number: s
     for rank in (0, 1):
         assert runs.losses(folder, run, rank) == runs.losses(folder, "whole", rank)
         assert runs.weights(folder, run, rank) == runs.weights(folder, "whole", rank)
-    assert not [item for item in (folder / run / "checkpoints").iterdir() if item.name.startswith(".")]
+    assert not [path for path in (folder / run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 def test_the_strategy_may_change(program: Program, folder: Path) -> None:
-    """A run goes on from the other kind of checkpoint: weights, optimiser, memory and data."""
+    """A run goes on from the other kind of checkpoint: weights, optimizer, memory and data."""
     three = ("--trainer.max_steps", "3")
     for run, ranks, first, then in (
         ("apart-then-whole", (2, 0), FSDP2, ("--data.batch_size", "2")),
@@ -104,17 +104,17 @@ def test_the_strategy_may_change(program: Program, folder: Path) -> None:
         contents = [pretrained.read_checkpoint(last(folder, name)) for name in ("whole", run)]
         assert_same_weights(*contents, tolerance=1e-3)
         steps = [
-            [float(item["step"]) for item in content["optimizer_states"][0]["state"].values()] for content in contents
+            [float(state["step"]) for state in content["optimizer_states"][0]["state"].values()] for content in contents
         ]
         assert set(steps[0]) == set(steps[1]) == {6.0}
 
 
 def test_damaged_checkpoints_are_rejected(folder: Path, tmp_path: Path) -> None:
-    full = last(folder, "whole")
-    sharded.verify_checksums(full)
-    for file in sorted(full.iterdir()):
+    checkpoint = last(folder, "whole")
+    sharded.verify_checksums(checkpoint)
+    for file in sorted(checkpoint.iterdir()):
         copy = tmp_path / "copy.ckpt"
-        shutil.copytree(full, copy)
+        shutil.copytree(checkpoint, copy)
         content = bytearray((copy / file.name).read_bytes())
         content[len(content) // 2] ^= 1
         (copy / file.name).write_bytes(content)
@@ -142,7 +142,7 @@ def test_loading_executes_no_code(folder: Path, tmp_path: Path) -> None:
         before = (copy / name).read_bytes()
         (copy / name).write_bytes(content)
         sharded.write_checksums(
-            copy, {item.name: files.checksum(item) for item in copy.iterdir() if item.name != sharded.CHECKSUMS_FILE}
+            copy, {path.name: files.checksum(path) for path in copy.iterdir() if path.name != sharded.CHECKSUMS_FILE}
         )
         with pytest.raises(CheckpointError, match="is not a valid checkpoint"):
             pretrained.read_checkpoint(copy)
@@ -155,32 +155,35 @@ def test_a_sharded_checkpoint_is_consolidated(program: Program, folder: Path) ->
     for source in ("whole", "whole/checkpoints/last.ckpt", "one"):
         done = program("convert", source, "out", "--overwrite", cwd=folder)
         assert done.code == 0, done.err
-        assert "a MemoryTransformer of" in done.out
-        assert sorted(item.name for item in (folder / "out").iterdir()) == [
+        assert "'out': MemoryTransformer with " in done.out
+        assert sorted(path.name for path in (folder / "out").iterdir()) == [
             "config.json", "model.safetensors", "tokenizer.json",
         ]  # fmt: skip
         model, tokenizer = load_model_and_tokenizer(folder / source)
-        built, read = load_model_and_tokenizer(folder / "out")
-        assert built.fingerprint == model.fingerprint
-        assert read.to_json() == tokenizer.to_json()
-    assert not [item for item in folder.iterdir() if item.name.startswith(".")]
+        converted, converted_tokenizer = load_model_and_tokenizer(folder / "out")
+        assert converted.fingerprint == model.fingerprint
+        assert converted_tokenizer.to_json() == tokenizer.to_json()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
     for command in (
-        ("read", "books/test/0.txt", "--checkpoint", "full"),
+        ("read", "books/test/0.txt", "--checkpoint", "whole"),
         ("read", "books/test/0.txt", "--checkpoint", "out"),
-        ("test", "--run_dir", "full", "--trainer.strategy", "auto"),
+        ("test", "--run_dir", "whole", "--trainer.strategy", "auto"),
     ):
         done = program(*command, cwd=folder)
         assert done.code == 0, done.err
 
 
 def test_unsupported_options_are_reported_in_one_line(program: Program, folder: Path) -> None:
-    for options, word in (
-        (("--model.distillation", "memtx.training.distillation.SelfDistillation"), "a strategy that shards"),
+    for options, message in (
+        (
+            ("--model.distillation", "memtx.training.distillation.SelfDistillation"),
+            "does not support a strategy that shards",
+        ),
         (("--trainer.strategy", "deepspeed_stage_2"), "DeepSpeed"),
         (("--trainer.strategy", '{"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}'), "Use fsdp2"),
     ):
         done = runs.fit(program, folder, "refused", *FSDP2, *options, ranks=2)
         assert done.code == 2, done.err
         assert "Traceback" not in done.err
-        assert word in done.err
+        assert message in done.err
         assert not (folder / "refused" / "config.yaml").exists()

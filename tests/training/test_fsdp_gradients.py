@@ -41,9 +41,9 @@ def through_time(model: Any, tokens: Tensor, **options: Any) -> Tensor:
     document_starts[:, 0] = True
     document_starts[:, SEGMENT + 2] = True
     total: Any = 0.0
-    for at in (0, SEGMENT * BPTT_SEGMENTS):
-        part = slice(at, at + SEGMENT * BPTT_SEGMENTS)
-        inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (at == 0), state
+    for start in (0, SEGMENT * BPTT_SEGMENTS):
+        part = slice(start, start + SEGMENT * BPTT_SEGMENTS)
+        inputs = tokens[:, part], tokens[:, part].roll(-1, 1), document_starts[:, part] & (start == 0), state
         out = unroll(model, *inputs, segment_length=SEGMENT, **options)
         total, state = total + out.loss, out.state
     return total
@@ -105,11 +105,11 @@ class Step(nn.Module):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Return them whole, zero where a parameter took no part."""
-    result = {}
+    whole_gradients = {}
     for name, parameter in model.named_parameters():
         grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        result[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
-    return result
+        whole_gradients[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return whole_gradients
 
 
 def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
@@ -119,29 +119,31 @@ def compare(name: str, rank: int, mesh: DeviceMesh) -> None:
     for parameter in full.parameters():
         nn.init.normal_(parameter, std=0.3)
     tokens = torch.randint(VOCAB, (2, 2 * SEGMENT * BPTT_SEGMENTS))
-    trained_module = tokens[rank : rank + 1]
+    rank_tokens = tokens[rank : rank + 1]
     for parallel in ("ddp", "fsdp2"):
         full.zero_grad()
-        spread = copy.deepcopy(full)
+        parallel_model = copy.deepcopy(full)
         if rank == 1:  # the first process's numbers count
-            for parameter in spread.parameters():
+            for parameter in parallel_model.parameters():
                 parameter.data.zero_()
         loss(full, tokens).backward()
         expected = gradients(full)
         assert sum(bool(gradient.abs().max() > 0) for gradient in expected.values()) > len(expected) // 2
         if parallel == "ddp":
             # Longformer's global projections take no part where no token is global.
-            ddp = DistributedDataParallel(Step(spread, loss), find_unused_parameters=name == "encoder")
-            ddp(trained_module).backward()
+            ddp = DistributedDataParallel(Step(parallel_model, loss), find_unused_parameters=name == "encoder")
+            ddp(rank_tokens).backward()
         else:
-            shard_model(spread, mesh, torch.device("cpu"))
-            assert any(isinstance(item, DTensor) for item in spread.parameters())
-            loss(spread, trained_module).backward()
-        result = gradients(spread)
-        assert result.keys() == expected.keys()
+            shard_model(parallel_model, mesh, torch.device("cpu"))
+            assert any(isinstance(parameter, DTensor) for parameter in parallel_model.parameters())
+            loss(parallel_model, rank_tokens).backward()
+        parallel_gradients = gradients(parallel_model)
+        assert parallel_gradients.keys() == expected.keys()
         for key, gradient in expected.items():
             # float64: sums in another order
-            torch.testing.assert_close(result[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}")
+            torch.testing.assert_close(
+                parallel_gradients[key], gradient, atol=1e-11, rtol=1e-8, msg=f"{parallel}: {key}"
+            )
 
 
 def process(rank: int, at: str) -> None:
@@ -156,7 +158,7 @@ def process(rank: int, at: str) -> None:
             compare(name, rank, mesh)
         except Exception as error:
             messages[name] = "".join(traceback.format_exception(error))[-2000:]
-    (Path(at) / f"said-{rank}.json").write_text(json.dumps(messages))
+    (Path(at) / f"errors-{rank}.json").write_text(json.dumps(messages))
     dist.destroy_process_group()
 
 
@@ -167,9 +169,9 @@ def messages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         pytest.skip("this torch has no gloo")
     at = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.start_processes(process, (str(at),), nprocs=2, start_method="fork")
-    return [json.loads((at / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((at / f"errors-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_equal_one_process(messages: list[dict[str, str]], name: str) -> None:
-    assert [item[name] for item in messages] == ["", ""]
+    assert [errors[name] for errors in messages] == ["", ""]

@@ -36,22 +36,26 @@ def alone(model: MemoryTransformer, data: BookDataModule, split: str, document: 
 def test_training_carries_memory_as_continuous_reading(tmp_path: Path) -> None:
     """The loss of a document in training equals that of the document read alone, in any batch and stream."""
     steps = 30
-    taught, record, texts = module(dropout=0.0, optimizer=constant, scheduler=None), Record(), data(tmp_path)
-    trainer(tmp_path, record, max_steps=steps, limit_val_batches=0, limit_train_batches=4).fit(taught, datamodule=texts)
+    language_module, record, texts = module(dropout=0.0, optimizer=constant, scheduler=None), Record(), data(tmp_path)
+    trainer(tmp_path, record, max_steps=steps, limit_val_batches=0, limit_train_batches=4).fit(
+        language_module, datamodule=texts
+    )
     streams = texts.train_dataloader()
     lengths = streams.store.lengths
     length = texts.length
     # Documents end and begin within these batches.
     streams._plan.extend_to(steps * length)
     assert all(documents[1][0] < (steps - 1) * length for documents in streams._plan.documents)
-    full = [alone(taught.model, texts, "train", item, int(lengths[item]) - 1) for item in range(len(lengths))]
+    document_nll = [
+        alone(language_module.model, texts, "train", number, int(lengths[number]) - 1) for number in range(len(lengths))
+    ]
     for step in range(steps):
-        result: list[float] = []
-        for row in range(2):
-            for document, begin, _ in streams._plan.iter_documents(row, step * length, (step + 1) * length):
+        batch_nll: list[float] = []
+        for stream in range(2):
+            for document, begin, _ in streams._plan.iter_documents(stream, step * length, (step + 1) * length):
                 first, last = max(step * length - begin, 0), (step + 1) * length - begin
-                result += full[document][first:last].tolist()
-        assert float.fromhex(record.losses[step]) == pytest.approx(sum(result) / len(result), **CLOSE), step
+                batch_nll += document_nll[document][first:last].tolist()
+        assert float.fromhex(record.losses[step]) == pytest.approx(sum(batch_nll) / len(batch_nll), **CLOSE), step
 
 
 def test_validation_does_not_change_training(tmp_path: Path) -> None:
@@ -88,61 +92,62 @@ def test_metrics_in_training_equal_those_of_evaluation(tmp_path: Path) -> None:
     assert len(keep.saved) == 2
     for path, metrics in keep.saved.items():
         fresh = trainer(tmp_path)
-        (result,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
-        assert result == metrics
+        (evaluated,) = fresh.validate(module(seed=5), datamodule=data(tmp_path), ckpt_path=str(path), verbose=False)
+        assert evaluated == metrics
     assert len({tuple(metrics.values()) for metrics in keep.saved.values()}) == 2
 
 
 @pytest.mark.parametrize(("batch_size", "num_segments"), [(1, 1), (2, 3), (3, 1), (5, 2)])
 def test_metrics_equal_those_of_whole_documents(tmp_path: Path, batch_size: int, num_segments: int) -> None:
-    texts, measured = data(tmp_path, eval_batch_size=batch_size, bptt_segments=num_segments), module()
-    (result,) = trainer(tmp_path).test(measured, datamodule=texts, verbose=False)
+    texts, language_module = data(tmp_path, eval_batch_size=batch_size, bptt_segments=num_segments), module()
+    (metrics,) = trainer(tmp_path).test(language_module, datamodule=texts, verbose=False)
     store = texts.token_store("test")
-    measured.model.eval()
-    count = range(len(store.lengths))
+    language_module.model.eval()
+    documents = range(len(store.lengths))
     nats = [
-        float(alone(measured.model, texts, "test", item, int(store.lengths[item]) - 1).double().sum()) for item in count
+        float(alone(language_module.model, texts, "test", document, int(store.lengths[document]) - 1).double().sum())
+        for document in documents
     ]
     content = [path.read_bytes() for path in (tmp_path / "books" / "test").iterdir()]
     words, size = sum(len(text.split()) for text in content), sum(map(len, content))
-    assert result["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
-    assert result["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
-    assert result["test_loss"] == pytest.approx(sum(nats) / sum(int(item) - 1 for item in store.lengths), **CLOSE)
+    assert metrics["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
+    assert metrics["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
+    assert metrics["test_loss"] == pytest.approx(sum(nats) / sum(int(length) - 1 for length in store.lengths), **CLOSE)
 
 
 def test_limited_validation_is_deterministic(tmp_path: Path) -> None:
     texts = data(tmp_path, eval_tokens=64)
-    (result,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
-    (full,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
-    assert result != full
-    assert result.keys() <= full.keys()  # the meter tells only of distances that were reached
+    (metrics,) = trainer(tmp_path).validate(module(), datamodule=texts, verbose=False)
+    (full_metrics,) = trainer(tmp_path).validate(module(), datamodule=data(tmp_path), verbose=False)
+    assert metrics != full_metrics
+    assert metrics.keys() <= full_metrics.keys()  # distances that no text reached are left out
 
 
 def test_predictions_are_the_nll_of_each_label(tmp_path: Path) -> None:
-    texts, measured = data(tmp_path, eval_batch_size=2), module()
-    result: Any = trainer(tmp_path).predict(measured, datamodule=texts)
+    texts, language_module = data(tmp_path, eval_batch_size=2), module()
+    predictions: Any = trainer(tmp_path).predict(language_module, datamodule=texts)
     batches: list[Batch] = list(texts.predict_dataloader())
-    assert [item.shape for item in result] == [item.labels.shape for item in batches]
-    measured.model.eval()
+    assert [nll.shape for nll in predictions] == [batch.labels.shape for batch in batches]
+    language_module.model.eval()
     plan = texts.predict_dataloader()._plan
-    batch_size = torch.cat(result, dim=1)
-    for row in range(2):
-        for document, begin, _ in plan.iter_documents(row, 0, batch_size.shape[1]):
+    nll = torch.cat(predictions, dim=1)
+    for stream in range(2):
+        for document, begin, _ in plan.iter_documents(stream, 0, nll.shape[1]):
             tokens = int(texts.token_store("test").lengths[document]) - 1
-            expected = alone(measured.model, texts, "test", document, tokens)
-            torch.testing.assert_close(batch_size[row, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
+            expected = alone(language_module.model, texts, "test", document, tokens)
+            torch.testing.assert_close(nll[stream, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_logged_metrics(tmp_path: Path) -> None:
-    taught = module()
+    language_module = module()
     run = trainer(tmp_path, max_steps=2, limit_val_batches=0)
-    run.fit(taught, datamodule=data(tmp_path))
+    run.fit(language_module, datamodule=data(tmp_path))
     logged = run.callback_metrics
     batch = data(tmp_path).train_dataloader().get_batch(1)
     scored = int((batch.labels != -100).sum())
     bits = float(logged["train_loss"]) * scored / math.log(2) / int(batch.num_bytes.sum())
     assert float(logged["train_bits_per_byte"]) == pytest.approx(bits, **CLOSE)
-    assert taught.tokens_seen == 2 * 2 * 2 * SEGMENT
+    assert language_module.tokens_seen == 2 * 2 * 2 * SEGMENT
 
 
 def test_an_empty_segment_is_rejected() -> None:

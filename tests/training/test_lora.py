@@ -53,8 +53,8 @@ STACKS: dict[str, Callable[[], Any]] = {
 
 def base(memories: Any, **options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
-    inputs = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
-    model = MemoryTransformer(40, memories=[memories], **inputs).double().eval()
+    settings = {"dim": 16, "depth": 2, "heads": 4, "bias": True, **options}
+    model = MemoryTransformer(40, memories=[memories], **settings).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.dim() > 1 else 1)  # so that attention is far from even
@@ -62,26 +62,26 @@ def base(memories: Any, **options: Any) -> MemoryTransformer:
 
 
 def learned(model: MemoryTransformer, *targets: str, **options: Any) -> dict[str, torch.nn.Parameter]:
-    """Adapt a model, as far from what it was as training may bring it."""
+    """Adapt a model with large weights in the adapters, as after training."""
     adapters = LoRA(RANK, ALPHA, target_modules=targets or ("attention.*", "feed_forward.*"), **options)(model)
-    draw = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for item in adapters.values():
-            item.copy_(torch.randn(item.shape, generator=draw) * 0.2)
+        for weight in adapters.values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
     return adapters
 
 
 def by_hand(plain: MemoryTransformer, adapters: dict[str, torch.nn.Parameter]) -> MemoryTransformer:
     """Return the model with W + (alpha / rank) B A in the place of every adapted W."""
-    built = copy.deepcopy(plain)
-    trained_module = dict(built.named_parameters())
+    merged = copy.deepcopy(plain)
+    parameters = dict(merged.named_parameters())
     with torch.no_grad():
         for name, down in adapters.items():
-            part, result, _ = name.partition(".lora_A.")
-            if result:
+            layer, is_down, _ = name.partition(".lora_A.")
+            if is_down:
                 up = adapters[name.replace(".lora_A.", ".lora_B.")]
-                trained_module[f"{part}.weight"] += ALPHA / RANK * up @ down
-    return built
+                parameters[f"{layer}.weight"] += ALPHA / RANK * up @ down
+    return merged
 
 
 def logits(model: MemoryTransformer, *lengths: int) -> Tensor:
@@ -103,14 +103,14 @@ def test_every_use_of_a_weight_sees_its_adapter(kind: str) -> None:
     torch.testing.assert_close(logits(untouched), before, rtol=0, atol=EXACT)
     adapters = learned(adapted)
     expected = by_hand(plain, adapters)
-    full = logits(expected)
-    assert (full - before).abs().max() > 0.1
-    torch.testing.assert_close(logits(adapted), full, rtol=0, atol=EXACT)
-    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), full, rtol=0, atol=EXACT)
+    expected_logits = logits(expected)
+    assert (expected_logits - before).abs().max() > 0.1
+    torch.testing.assert_close(logits(adapted), expected_logits, rtol=0, atol=EXACT)
+    torch.testing.assert_close(logits(adapted, 7, 1, 13, 9), expected_logits, rtol=0, atol=EXACT)
     with torch.no_grad():
         decoder = Decoder(adapted, adapted(TOKENS[:, :20]).state)
         steps = torch.stack([decoder.step(TOKENS[:, at]) for at in range(20, 30)], dim=1)
-    torch.testing.assert_close(steps, full[:, 20:], rtol=0, atol=EXACT)
+    torch.testing.assert_close(steps, expected_logits[:, 20:], rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("kind", STACKS)
@@ -122,13 +122,13 @@ def test_adapters_get_the_gradient_of_the_merged_weight(kind: str) -> None:
     expected = by_hand(plain, adapters)
     for model in (adapted, expected):
         model.train()(TOKENS, labels=TOKENS).loss.backward()
-    grads = {name: item.grad for name, item in expected.named_parameters()}
+    grads = {name: parameter.grad for name, parameter in expected.named_parameters()}
     for name, down in adapters.items():
-        part, result, _ = name.partition(".lora_A.")
-        if not result:
+        layer, is_down, _ = name.partition(".lora_A.")
+        if not is_down:
             continue
         up = adapters[name.replace(".lora_A.", ".lora_B.")]
-        grad = grads[f"{part}.weight"]
+        grad = grads[f"{layer}.weight"]
         assert grad is not None
         torch.testing.assert_close(down.grad, ALPHA / RANK * up.T @ grad, rtol=0, atol=EXACT)
         torch.testing.assert_close(up.grad, ALPHA / RANK * grad @ down.T, rtol=0, atol=EXACT)
@@ -153,12 +153,12 @@ def test_hugging_face_models_are_adapted_and_saved(parity: Path, kind: str, tmp_
         torch.testing.assert_close(logits(adapted), expected, rtol=0, atol=EXACT)
         torch.testing.assert_close(logits(adapted, 1, 16, 3, 10), expected, rtol=0, atol=EXACT)
         memtx.hf.save(adapted, tmp_path / folder.name)
-        trained_module, original = (load_file(item / "model.safetensors") for item in (tmp_path / folder.name, folder))
-        assert trained_module.keys() == original.keys()
+        saved, original = (
+            load_file(model_folder / "model.safetensors") for model_folder in (tmp_path / folder.name, folder)
+        )
+        assert saved.keys() == original.keys()
         for name, tensor in original.items():
-            assert torch.equal(trained_module[name], tensor) == (
-                tensor.dim() < 2 or ("attn" not in name and "mlp" not in name)
-            )
+            assert torch.equal(saved[name], tensor) == (tensor.dim() < 2 or ("attn" not in name and "mlp" not in name))
         again = memtx.from_pretrained(tmp_path / folder.name).double().without_memory(64)
         # Rounded to the folder's float32.
         torch.testing.assert_close(logits(again), logits(adapted.without_memory(64)), rtol=1e-4, atol=1e-4)
@@ -166,18 +166,18 @@ def test_hugging_face_models_are_adapted_and_saved(parity: Path, kind: str, tmp_
 
 def retrofitted(vocab_size: int) -> MemoryTransformer:
     torch.manual_seed(0)
-    built = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
-    return built.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
+    model = MemoryTransformer(vocab_size, dim=16, depth=2, heads=2, memories=[partial(RecurrentMemory, window=6)])
+    return model.with_memory([partial(CompressedMemory, window=6, compression_rate=2, num_entries=8)], num_sinks=2)
 
 
 def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
-    trained_module = LanguageModule(
+    language_module = LanguageModule(
         retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True, lora=lora, **options
     )
     run = trainer(at, max_steps=4, limit_val_batches=0)
-    run.fit(trained_module, data(at))
+    run.fit(language_module, data(at))
     run.save_checkpoint(at / "run.ckpt")
-    return trained_module
+    return language_module
 
 
 @pytest.mark.parametrize(
@@ -186,48 +186,48 @@ def trained(at: Path, lora: LoRA, **options: Any) -> LanguageModule:
     ids=["plain", "all"],
 )
 def test_only_memories_and_adapters_are_trained(tmp_path: Path, options: dict[str, Any]) -> None:
-    before = {name: item.clone() for name, item in retrofitted(257).state_dict().items()}
-    trained_module = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
-    memory = trained_module.model.memory_parameters()
+    before = {name: tensor.clone() for name, tensor in retrofitted(257).state_dict().items()}
+    language_module = trained(tmp_path, LoRA(rank=2, dropout=0.1), **options)
+    memory = language_module.model.memory_parameters()
     assert memory
-    adapted = 0
-    for name, parameter in trained_module.model.named_parameters():
+    num_adapters = 0
+    for name, parameter in language_module.model.named_parameters():
         if name in memory:
             assert not torch.equal(parameter, before[name]), name
         elif ".lora_" in name:
-            adapted += 1
+            num_adapters += 1
             assert parameter.count_nonzero() > parameter.numel() // 2, name
         else:
             assert not parameter.requires_grad
             assert parameter.grad is None
             assert torch.equal(parameter, before[name.replace(".base_layer.", ".")]), name
-    assert adapted == 2 * 2 * 2  # A and B of two maps in two layers
+    assert num_adapters == 2 * 2 * 2  # A and B of two linear layers in two blocks
 
 
 def test_a_model_without_memory_trains_adapters_alone(tmp_path: Path) -> None:
-    trained_module = LanguageModule(
+    language_module = LanguageModule(
         lambda size: retrofitted(size).without_memory(6), segment_length=SEGMENT, freeze_base=True, lora=LoRA()
     )
-    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(trained_module, data(tmp_path))
-    learning = {name for name, item in trained_module.model.named_parameters() if item.requires_grad}
-    assert learning
-    assert all(".lora_" in name for name in learning)
+    trainer(tmp_path, max_steps=2, limit_val_batches=0).fit(language_module, data(tmp_path))
+    trainable = {name for name, parameter in language_module.model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all(".lora_" in name for name in trainable)
 
 
 def test_a_checkpoint_loads_merged_without_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained_module = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
+    language_module = trained(tmp_path, LoRA(rank=2, alpha=8, target_modules=["attention.*"]))
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = MemoryTransformer.from_pretrained(tmp_path / "run.ckpt")
     assert loaded.state_dict().keys() == retrofitted(257).state_dict().keys()
-    trained_module.model.eval()
+    language_module.model.eval()
     # float32, sums in another order
-    torch.testing.assert_close(logits(loaded), logits(trained_module.model), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), logits(language_module.model), rtol=1e-5, atol=1e-5)
     assert (logits(loaded) - logits(retrofitted(257).eval())).abs().max() > 1e-3
-    trained_module.model.save_pretrained(tmp_path / "kept")
-    again = MemoryTransformer.from_pretrained(tmp_path / "kept")
+    language_module.model.save_pretrained(tmp_path / "saved")
+    again = MemoryTransformer.from_pretrained(tmp_path / "saved")
     assert torch.equal(logits(again), logits(loaded))
-    # So a session goes on in any of them.
-    assert trained_module.model.fingerprint == loaded.fingerprint == again.fingerprint
+    # So a session continues in any of them.
+    assert language_module.model.fingerprint == loaded.fingerprint == again.fingerprint
 
 
 def test_a_run_resumes_only_with_equal_adapters(tmp_path: Path) -> None:
@@ -239,9 +239,9 @@ def test_a_run_resumes_only_with_equal_adapters(tmp_path: Path) -> None:
         LoRA(rank=3, alpha=8),
         LoRA(rank=2, alpha=8, target_modules=["attention.*"]),
     ):
-        going = LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=other)
+        language_module = LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=other)
         with pytest.raises(CheckpointError, match="'rank': 2, 'alpha': 8"):
-            going.on_load_checkpoint(content)
+            language_module.on_load_checkpoint(content)
     LanguageModule(retrofitted, segment_length=SEGMENT, freeze_base=True, lora=LoRA(2, 8)).on_load_checkpoint(content)
 
 
@@ -249,7 +249,7 @@ def test_adapters_of_half_precision_weights_are_float32() -> None:
     model = base(partial(RecurrentMemory, window=8)).bfloat16()
     before = logits(model)
     adapters = LoRA()(model)
-    assert {item.dtype for item in adapters.values()} == {torch.float32}
+    assert {adapter.dtype for adapter in adapters.values()} == {torch.float32}
     # A few roundings of bfloat16: sums in another order.
     torch.testing.assert_close(logits(model), before, rtol=2**-6, atol=2**-6)
 

@@ -16,8 +16,8 @@ from memtx.training.language import LanguageModule
 from tests.training.small import SEGMENT, data, model, module, trainer
 
 
-def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
-    """Return gains of one row a document, read by itself: by ranges of distance, and of all."""
+def by_hand(language_module: LanguageModule, texts: Any) -> dict[str, float]:
+    """Return gains of each document, read alone, in total and by range of distance."""
     store = texts.token_store("validation")
     nats: dict[str, float] = {}
     units: dict[str, float] = {}
@@ -28,9 +28,11 @@ def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
             part = slice(at, min(at + SEGMENT, count))
             inputs, labels = tokens[:, part], tokens[:, part.start + 1 : part.stop + 1]
             with torch.no_grad():
-                saved, cleared = (measured.model(inputs, item, labels=labels) for item in (state, None))
-            state = saved.state
-            for position, gain in enumerate((cleared.nll - saved.nll)[0].tolist(), at):
+                remembering, cleared = (
+                    language_module.model(inputs, initial, labels=labels) for initial in (state, None)
+                )
+            state = remembering.state
+            for position, gain in enumerate((cleared.nll - remembering.nll)[0].tolist(), at):
                 names = ["memory_gain"]
                 if position >= SEGMENT:
                     names.append(f"memory_gain_{SEGMENT * 4 ** min(4, int(math.log(position / SEGMENT, 4) + 1e-9))}")
@@ -41,28 +43,28 @@ def by_hand(measured: LanguageModule, texts: Any) -> dict[str, float]:
 
 
 def test_gain_is_the_difference_of_two_passes(tmp_path: Path) -> None:
-    # As many rows as documents, so that every document begins where a segment does.
-    texts, measured = data(tmp_path, eval_batch_size=1), module(dropout=0.0)
+    # As many streams as documents, so that every document begins where a segment does.
+    texts, language_module = data(tmp_path, eval_batch_size=1), module(dropout=0.0)
     with torch.no_grad():
-        for weight in measured.model.parameters():
+        for weight in language_module.model.parameters():
             weight.add_(torch.randn_like(weight) * 0.2)  # so that a memory makes a difference
     texts.setup("validate")
     texts.eval_batch_size = len(texts.token_store("validation").lengths)
-    (metrics,) = trainer(tmp_path).validate(measured, datamodule=texts, verbose=False)
-    expected = by_hand(measured, texts)
+    (metrics,) = trainer(tmp_path).validate(language_module, datamodule=texts, verbose=False)
+    expected = by_hand(language_module, texts)
     assert len(expected) >= 3
     assert max(map(abs, expected.values())) > 0.01
     for name, value in expected.items():
-        # Bytes are spread over a whole document by hand, over a batch's rows in the meter.
+        # Bytes are spread over a whole document by hand, over a batch's streams in the module.
         assert metrics[f"val_{name}"] == pytest.approx(value, rel=0.1 if name != "memory_gain" else 1e-4)
 
 
 def test_no_gain_without_memory_or_when_disabled(tmp_path: Path) -> None:
-    for item in (
+    for language_module in (
         LanguageModule(lambda vocabulary: model(vocabulary, memories=(NoMemory,)), segment_length=SEGMENT),
         module(measure_memory_gain=False),
     ):
-        (metrics,) = trainer(tmp_path).validate(item, datamodule=data(tmp_path), verbose=False)
+        (metrics,) = trainer(tmp_path).validate(language_module, datamodule=data(tmp_path), verbose=False)
         assert not any("memory" in name for name in metrics)
 
 
@@ -76,16 +78,16 @@ class Deaf(MemoryTransformer):
 
 @pytest.mark.parametrize("deaf", [False, True])
 def test_unused_memory_is_reported(tmp_path: Path, deaf: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    taught = module(dropout=0.0)
+    language_module = module(dropout=0.0)
     if deaf:
-        taught.model.__class__ = Deaf
+        language_module.model.__class__ = Deaf
     else:
         with torch.no_grad():
-            for weight in taught.model.parameters():
+            for weight in language_module.model.parameters():
                 weight.add_(torch.randn_like(weight) * 0.2)
     options = {"max_steps": 2, "val_check_interval": 1, "limit_val_batches": 2}
     fitting = trainer(tmp_path, UnusedMemoryWarning(), **options)
-    fitting.fit(taught, datamodule=data(tmp_path))
+    fitting.fit(language_module, datamodule=data(tmp_path))
     message = capsys.readouterr().err
     gain = float(fitting.callback_metrics["val_memory_gain"])
     assert ("The memory is not used" in message) == (gain < 1e-3)

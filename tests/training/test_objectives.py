@@ -17,72 +17,72 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def test_selected_tokens_are_masked_replaced_or_kept() -> None:
     tokens = torch.randint(0, 1000, (40, 1000), generator=seeded())
-    result = mask_tokens(
+    masked = mask_tokens(
         tokens, mask_token_id=1000, vocab_size=1000, mask_prob=0.15, special_token_ids=(7,), generator=seeded(1)
     )
-    chosen = result.labels != IGNORE_INDEX
-    assert torch.equal(result.labels[chosen], tokens[chosen])
-    assert torch.equal(result.tokens[~chosen], tokens[~chosen])
+    chosen = masked.labels != IGNORE_INDEX
+    assert torch.equal(masked.labels[chosen], tokens[chosen])
+    assert torch.equal(masked.tokens[~chosen], tokens[~chosen])
     assert not chosen[tokens == 7].any()
     count = int(chosen.sum())
     # 40,000 draws at 15%, and 6,000 at 80%, 10%, 10%: five standard deviations.
     assert count / tokens.numel() == pytest.approx(0.15, abs=0.01)
-    hidden = (result.tokens == 1000) & chosen
-    same = (result.tokens == tokens) & chosen
-    assert int(hidden.sum()) / count == pytest.approx(0.8, abs=0.026)
-    assert int(same.sum()) / count == pytest.approx(0.1, abs=0.02)
+    is_mask = (masked.tokens == 1000) & chosen
+    is_unchanged = (masked.tokens == tokens) & chosen
+    assert int(is_mask.sum()) / count == pytest.approx(0.8, abs=0.026)
+    assert int(is_unchanged.sum()) / count == pytest.approx(0.1, abs=0.02)
     again = mask_tokens(
         tokens, mask_token_id=1000, vocab_size=1000, mask_prob=0.15, special_token_ids=(7,), generator=seeded(1)
     )
-    assert torch.equal(again.tokens, result.tokens)
+    assert torch.equal(again.tokens, masked.tokens)
 
 
-def pieces(kind: str) -> tuple[Tokenizer, torch.Tensor]:
-    built: Tokenizer = ByteTokenizer() if kind == "bytes" else BytePairTokenizer(300)
-    built.train([TEXT * 20])
-    return built, torch.from_numpy(built.encode(TEXT).astype("int64"))[None]
+def tokenized_text(kind: str) -> tuple[Tokenizer, torch.Tensor]:
+    tokenizer: Tokenizer = ByteTokenizer() if kind == "bytes" else BytePairTokenizer(300)
+    tokenizer.train([TEXT * 20])
+    return tokenizer, torch.from_numpy(tokenizer.encode(TEXT).astype("int64"))[None]
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pairs"])
 def test_words_are_runs_of_letters_and_digits(kind: str) -> None:
-    tokenizer, tokens = pieces(kind)
+    tokenizer, tokens = tokenized_text(kind)
     words = compute_word_ids(tokens, find_word_boundaries(tokenizer))[0]
-    spelled = [""] * (int(words.max()) + 1)
-    content = [b""] * len(spelled)
+    word_texts = [""] * (int(words.max()) + 1)
+    word_bytes = [b""] * len(word_texts)
     for word, token in zip(words.tolist(), tokens[0].tolist(), strict=True):
-        content[word] += tokenizer.token_bytes(token)
-    spelled = [part.decode().strip() for part in content]
-    assert "".join(part.decode() for part in content) == TEXT
+        word_bytes[word] += tokenizer.token_bytes(token)
+    word_texts = [part.decode().strip() for part in word_bytes]
+    assert "".join(part.decode() for part in word_bytes) == TEXT
     for word in ("Captain", "Ahab", "white", "whale", "störm", "19th", "the", "end", "Call"):
-        assert any(word in item for item in spelled), word
+        assert any(word in text for text in word_texts), word
         if kind == "bytes":
-            assert word in spelled
+            assert word in word_texts
 
 
 @pytest.mark.parametrize("kind", ["bytes", "pairs"])
 def test_whole_words_are_masked_together(kind: str) -> None:
-    tokenizer, item = pieces(kind)
-    tokens = item.expand(200, -1)
-    edges = find_word_boundaries(tokenizer)
-    words = compute_word_ids(tokens, edges)
-    result = mask_tokens(
-        tokens, mask_token_id=400, vocab_size=300, mask_prob=0.3, word_boundaries=edges, generator=seeded()
+    tokenizer, text_tokens = tokenized_text(kind)
+    tokens = text_tokens.expand(200, -1)
+    boundaries = find_word_boundaries(tokenizer)
+    words = compute_word_ids(tokens, boundaries)
+    masked = mask_tokens(
+        tokens, mask_token_id=400, vocab_size=300, mask_prob=0.3, word_boundaries=boundaries, generator=seeded()
     )
-    chosen = result.labels != IGNORE_INDEX
-    for row in range(len(tokens)):
-        for word in words[row].unique():
-            assert chosen[row][words[row] == word].unique().numel() == 1
-    # 200 rows of some 20 words at 30%; words differ in length, so the share of tokens is only near it.
+    chosen = masked.labels != IGNORE_INDEX
+    for index in range(len(tokens)):
+        for word in words[index].unique():
+            assert chosen[index][words[index] == word].unique().numel() == 1
+    # 200 texts of some 20 words at 30%; words differ in length, so the share of tokens is only near it.
     assert float(chosen.float().mean()) == pytest.approx(0.3, abs=0.05)
 
 
 def test_the_last_of_a_permutation_are_predicted() -> None:
     tokens = torch.randint(0, 50, (8, 30), generator=seeded())
-    result = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
-    assert torch.equal(result.rank.sort(1).values, torch.arange(30).expand(8, -1))
-    guessed = result.labels != IGNORE_INDEX
-    assert torch.equal(guessed, (result.rank >= 25) & (tokens != 3))
-    assert torch.equal(result.labels[guessed], tokens[guessed])
+    permutation = sample_permutation(tokens, predict_fraction=1 / 6, special_token_ids=(3,), generator=seeded(1))
+    assert torch.equal(permutation.rank.sort(1).values, torch.arange(30).expand(8, -1))
+    predicted = permutation.labels != IGNORE_INDEX
+    assert torch.equal(predicted, (permutation.rank >= 25) & (tokens != 3))
+    assert torch.equal(permutation.labels[predicted], tokens[predicted])
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -1.0, float("nan")])

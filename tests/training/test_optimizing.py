@@ -20,61 +20,61 @@ from tests.training.small import SEGMENT, Record, data, model, module, sgd, trai
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float((after[name] - item).double().square().sum()) for name, item in before.items()))
+    return math.sqrt(sum(float((after[name] - tensor).double().square().sum()) for name, tensor in before.items()))
 
 
-def trained_module(params: Any) -> torch.optim.Optimizer:
+def unit_sgd(params: Any) -> torch.optim.Optimizer:
     return sgd(params, lr=1.0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_has_a_gradient(kind: str) -> None:
     """From the very first batch, when nothing is remembered yet: DDP stops at a parameter without one."""
-    reader = model(30, memories=(KINDS[kind](6, 2, 3),))
+    decoder = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 3))
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
-    unroll(reader, tokens, tokens, document_starts, reader.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
-    assert [name for name, item in reader.named_parameters() if item.grad is None] == []
+    unroll(decoder, tokens, tokens, document_starts, decoder.init_state(2), segment_length=3).loss.backward()  # type: ignore[no-untyped-call]
+    assert [name for name, parameter in decoder.named_parameters() if parameter.grad is None] == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_learns(kind: str) -> None:
     """Once memory is full, by a gradient that is not zero; some have theirs only after a step."""
     torch.manual_seed(0)
-    reader = model(30, memories=(KINDS[kind](6, 2, 3),))
+    decoder = model(30, memories=(KINDS[kind](6, 2, 3),))
     tokens = torch.randint(0, 30, (2, 32))
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
-    steps = torch.optim.AdamW(reader.parameters(), lr=0.01)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=0.01)
     for _ in range(3):
-        steps.zero_grad()
-        unroll(reader, tokens, tokens, document_starts, reader.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
-        steps.step()
-    still = [name for name, item in reader.named_parameters() if item.grad is None or not item.grad.abs().max() > 0]
-    assert still == []
+        optimizer.zero_grad()
+        unroll(decoder, tokens, tokens, document_starts, decoder.init_state(2), segment_length=SEGMENT).loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    gradients = {name: parameter.grad for name, parameter in decoder.named_parameters()}
+    assert [name for name, grad in gradients.items() if grad is None or not grad.abs().max() > 0] == []
 
 
 def test_only_matrices_have_weight_decay() -> None:
-    reader = model(30, bias=True)
-    decayed, free = make_param_groups(reader)
+    decoder = model(30, bias=True)
+    decayed, free = make_param_groups(decoder)
     assert "weight_decay" not in decayed
     assert free["weight_decay"] == 0.0
-    parameters = {id(item): item for item in reader.parameters()}
+    parameters = {id(parameter): parameter for parameter in decoder.parameters()}
     assert sorted(map(id, decayed["params"] + free["params"])) == sorted(parameters)
-    assert {item.dim() for item in free["params"]} == {1}
-    assert all(item.dim() >= 2 for item in decayed["params"])
-    for item in reader.parameters():
-        item.requires_grad_(item.dim() < 2)
-    (only,) = make_param_groups(reader)
+    assert {parameter.dim() for parameter in free["params"]} == {1}
+    assert all(parameter.dim() >= 2 for parameter in decayed["params"])
+    for parameter in decoder.parameters():
+        parameter.requires_grad_(parameter.dim() < 2)
+    (only,) = make_param_groups(decoder)
     assert only["weight_decay"] == 0.0
 
 
 def learning_rates(schedule: WarmupCosine, steps: int) -> list[float]:
-    result = []
+    rates = []
     for _ in range(steps):
-        result.append(float(schedule.get_last_lr()[0]))
+        rates.append(float(schedule.get_last_lr()[0]))
         schedule.optimizer.step()
         schedule.step()
-    return result
+    return rates
 
 
 def optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
@@ -82,13 +82,13 @@ def optimizer(lr: float = 2.0) -> torch.optim.Optimizer:
 
 
 def test_warmup_then_cosine() -> None:
-    result = learning_rates(WarmupCosine(optimizer(), warmup_steps=4, total_steps=12, min_lr_ratio=0.1), 15)
-    assert result[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert result[4] == pytest.approx(2.0)
+    rates = learning_rates(WarmupCosine(optimizer(), warmup_steps=4, total_steps=12, min_lr_ratio=0.1), 15)
+    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
+    assert rates[4] == pytest.approx(2.0)
     # Half of the way down, half of the range.
-    assert result[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
-    assert result[12:] == pytest.approx([0.2] * 3)
-    assert result[4:13] == sorted(result[4:13], reverse=True)
+    assert rates[8] == pytest.approx(2.0 * (0.1 + 0.9 / 2))
+    assert rates[12:] == pytest.approx([0.2] * 3)
+    assert rates[4:13] == sorted(rates[4:13], reverse=True)
     assert learning_rates(WarmupCosine(optimizer(), warmup_steps=0, total_steps=0), 3) == [2.0] * 3
     for wrong in ({"warmup_steps": -1}, {"total_steps": -1}, {"min_lr_ratio": 1.5}, {"min_lr_ratio": -0.1}):
         with pytest.raises(MemtxError, match="schedule"):
@@ -98,7 +98,7 @@ def test_warmup_then_cosine() -> None:
 def test_a_resumed_schedule_has_the_new_settings() -> None:
     short = WarmupCosine(optimizer(), warmup_steps=2, total_steps=4)
     learning_rates(short, 4)
-    # More steps were asked for when the run went on: the rate rises to where it is in the longer run.
+    # The resumed run has more steps: the rate rises to that of the longer schedule.
     longer = WarmupCosine(optimizer(), warmup_steps=2, total_steps=8)
     longer.load_state_dict(short.state_dict() | {"total_steps": 4})  # as an earlier release saved it
     assert longer.last_epoch == 4
@@ -127,13 +127,11 @@ def test_the_schedule_ends_with_the_run(tmp_path: Path, options: dict[str, Any],
 
 def test_custom_optimizer_and_schedule(tmp_path: Path) -> None:
     run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
-    run.fit(
-        module(optimizer=trained_module, scheduler=partial(StepLR, step_size=1, gamma=0.5)), datamodule=data(tmp_path)
-    )
+    run.fit(module(optimizer=unit_sgd, scheduler=partial(StepLR, step_size=1, gamma=0.5)), datamodule=data(tmp_path))
     assert isinstance(run.optimizers[0], torch.optim.SGD)
     assert [group["lr"] for group in run.optimizers[0].param_groups] == [0.125, 0.125]
     run = trainer(tmp_path, limit_val_batches=0, max_steps=3)
-    run.fit(module(optimizer=trained_module, scheduler=None), datamodule=data(tmp_path))
+    run.fit(module(optimizer=unit_sgd, scheduler=None), datamodule=data(tmp_path))
     assert run.lr_scheduler_configs == []
     assert [group["lr"] for group in run.optimizers[0].param_groups] == [1.0, 1.0]
     run = trainer(tmp_path, limit_val_batches=0, max_steps=1)
@@ -144,12 +142,12 @@ def test_custom_optimizer_and_schedule(tmp_path: Path) -> None:
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
     lengths = []
     for clip in (None, 0.01):
-        taught = module(optimizer=trained_module, scheduler=None)
-        before = weights(taught.model)
+        language_module = module(optimizer=unit_sgd, scheduler=None)
+        before = weights(language_module.model)
         run = trainer(tmp_path, limit_val_batches=0, max_steps=1, gradient_clip_val=clip)
-        run.fit(taught, datamodule=data(tmp_path))
+        run.fit(language_module, datamodule=data(tmp_path))
         # The head is the embedding: counted once.
-        after = weights(taught.model)
+        after = weights(language_module.model)
         del before["head.weight"], after["head.weight"]
         lengths.append(moved(before, after))
     assert lengths[0] > 0.1
@@ -164,20 +162,20 @@ class Gradients(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self.results.append(
-            {name: item.grad.clone() for name, item in pl_module.named_parameters() if item.grad is not None}
+            {name: weight.grad.clone() for name, weight in pl_module.named_parameters() if weight.grad is not None}
         )
 
 
 def test_accumulated_gradients_are_the_mean(tmp_path: Path) -> None:
     """Gradients of consecutive batches with memory; a learning rate of 0 keeps the weights."""
-    still = partial(sgd, lr=0.0)
-    item, three = Gradients(), Gradients()
-    for steps, accumulate, keep in ((3, 1, item), (1, 3, three)):
+    frozen_sgd = partial(sgd, lr=0.0)
+    single, accumulated = Gradients(), Gradients()
+    for steps, accumulate, keep in ((3, 1, single), (1, 3, accumulated)):
         run = trainer(tmp_path, keep, limit_val_batches=0, max_steps=steps, accumulate_grad_batches=accumulate)
-        run.fit(module(dropout=0.0, optimizer=still, scheduler=None), datamodule=data(tmp_path))
-    assert (len(item.results), len(three.results)) == (3, 1)
-    for name, gradient in three.results[0].items():
-        mean = torch.stack([result[name] for result in item.results]).mean(0)
+        run.fit(module(dropout=0.0, optimizer=frozen_sgd, scheduler=None), datamodule=data(tmp_path))
+    assert (len(single.results), len(accumulated.results)) == (3, 1)
+    for name, gradient in accumulated.results[0].items():
+        mean = torch.stack([gradients[name] for gradients in single.results]).mean(0)
         # float32: sums in another order
         torch.testing.assert_close(gradient, mean, atol=1e-6, rtol=1e-4)
 
@@ -185,35 +183,35 @@ def test_accumulated_gradients_are_the_mean(tmp_path: Path) -> None:
 def test_mixed_precision_is_close_to_full(tmp_path: Path) -> None:
     records = []
     for precision in ("32-true", "bf16-mixed"):
-        taught, record = module(dropout=0.0), Record()
+        language_module, record = module(dropout=0.0), Record()
         run = trainer(tmp_path, record, max_steps=5, val_check_interval=5, precision=precision)
-        run.fit(taught, datamodule=data(tmp_path))
-        assert {item.dtype for item in taught.parameters()} == {torch.float32}
+        run.fit(language_module, datamodule=data(tmp_path))
+        assert {parameter.dtype for parameter in language_module.parameters()} == {torch.float32}
         records.append(record)
-    full, mixed = ([float.fromhex(loss) for loss in item.losses.values()] for item in records)
+    full, mixed = ([float.fromhex(loss) for loss in record.losses.values()] for record in records)
     assert mixed != full
     # bfloat16 has 8 bits: some 0.4% on each number, less on their mean
     assert mixed == pytest.approx(full, rel=0.01)
-    figures = [float.fromhex(item.results[4]["val_bits_per_byte"]) for item in records]
-    assert figures[1] == pytest.approx(figures[0], rel=0.01)
+    bits = [float.fromhex(record.results[4]["val_bits_per_byte"]) for record in records]
+    assert bits[1] == pytest.approx(bits[0], rel=0.01)
 
 
 @pytest.mark.slow
 def test_compiled_is_close_to_eager(tmp_path: Path) -> None:
     records, names = [], []
     for compile in (False, True):
-        taught, record = module(dropout=0.0, compile=compile), Record()
+        language_module, record = module(dropout=0.0, compile=compile), Record()
         run = trainer(tmp_path, record, max_steps=4, limit_val_batches=0)
-        run.fit(taught, datamodule=data(tmp_path))
+        run.fit(language_module, datamodule=data(tmp_path))
         records.append([float.fromhex(loss) for loss in record.losses.values()])
-        names.append(list(taught.state_dict()))
+        names.append(list(language_module.state_dict()))
     # float32: fused sums round elsewhere, and four steps of learning lie between
     assert records[1] == pytest.approx(records[0], rel=1e-3)
     assert names[0] == names[1]
 
 
 def test_a_diverged_validation_is_reported(tmp_path: Path) -> None:
-    measured = module()
-    torch.nn.init.constant_(measured.model.embedding.weight, math.nan)
+    language_module = module()
+    torch.nn.init.constant_(language_module.model.embedding.weight, math.nan)
     with pytest.raises(MemtxError, match="nan"):
-        trainer(tmp_path).validate(measured, datamodule=data(tmp_path), verbose=False)
+        trainer(tmp_path).validate(language_module, datamodule=data(tmp_path), verbose=False)

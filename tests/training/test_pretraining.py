@@ -84,18 +84,18 @@ def test_resuming_is_exact(name: str, root: Path, tmp_path: Path) -> None:
             pl.seed_everything(99)
         path = None if stop is None else str(tmp_path / "half.ckpt")
         trainer(max_steps=6, max_epochs=-1, limit_val_batches=0).fit(module, data, ckpt_path=path)
-        sums.append([float(item.detach().sum()) for item in module.model.parameters()])
+        sums.append([float(parameter.detach().sum()) for parameter in module.model.parameters()])
     assert sums[0] == sums[1]
 
 
 def test_the_mask_token_is_added_or_given() -> None:
     assert MaskedModule(ENCODER, 50).model.vocab_size == 51
-    trained_module = MaskedModule(ENCODER, 50, mask_id=4)
-    assert (trained_module.model.vocab_size, trained_module.mask_id) == (50, 4)
+    module = MaskedModule(ENCODER, 50, mask_id=4)
+    assert (module.model.vocab_size, module.mask_id) == (50, 4)
 
 
 def test_only_masked_tokens_are_scored() -> None:
-    run = ENCODER(50)
+    encoder = ENCODER(50)
     tokens = torch.randint(0, 50, (2, 9))
     scored = torch.rand(2, 9) < 0.5
-    torch.testing.assert_close(run(tokens, logits_mask=scored).logits, run(tokens).logits[scored])
+    torch.testing.assert_close(encoder(tokens, logits_mask=scored).logits, encoder(tokens).logits[scored])

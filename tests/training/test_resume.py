@@ -54,19 +54,21 @@ class Copy(pl.Callback):
 def test_a_run_resumes_exactly_from_anywhere(
     tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...]
 ) -> None:
-    goes_on(tmp_path, options, every, kills)
+    assert_resumes_exactly(tmp_path, options, every, kills)
 
 
 def test_lora_beside_a_frozen_base_resumes_exactly(tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="the extra 'retrofit' is not installed")
     adapted = {"freeze_base": True, "lora": LoRA(rank=2, dropout=0.3)}
-    goes_on(tmp_path, {"limit_val_batches": 0, "max_steps": 8}, 1, (3, 6), **adapted)
+    assert_resumes_exactly(tmp_path, {"limit_val_batches": 0, "max_steps": 8}, 1, (3, 6), **adapted)
 
 
-def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...], **built: Any) -> None:
+def assert_resumes_exactly(
+    tmp_path: Path, options: dict[str, Any], every: int | None, kills: tuple[int, ...], **module_options: Any
+) -> None:
     last = tmp_path / "run" / "last.ckpt"
     copies = {batch: tmp_path / f"{batch}.ckpt" for batch in kills}
-    full, record = module(**built), Record()
+    full, record = module(**module_options), Record()
     keep = BestCheckpoint(str(last.parent), every_n_train_steps=every)
     run = trainer(tmp_path, record, Copy(last, copies), keep, gradient_clip_val=1.0, **options)
     run.fit(full, datamodule=data(tmp_path))
@@ -77,18 +79,18 @@ def goes_on(tmp_path: Path, options: dict[str, Any], every: int | None, kills: t
             continue
         compared += 1
         # Other weights and random numbers: all has to come from the checkpoint.
-        again, resumed = module(seed=7, **built), Record()
+        resumed_module, resumed_record = module(seed=7, **module_options), Record()
         other = BestCheckpoint(str(last.parent), every_n_train_steps=every)
-        going = trainer(tmp_path, resumed, other, gradient_clip_val=1.0, **options)
-        going.fit(again, datamodule=data(tmp_path), ckpt_path=str(copy))
-        assert going.global_step == run.global_step
-        assert resumed.losses
-        first = min(resumed.losses)
-        assert resumed.losses == {batch: loss for batch, loss in record.losses.items() if batch >= first}
-        assert resumed.results == {batch: result for batch, result in record.results.items() if batch >= first}
-        assert_equal(small.weights(again), small.weights(full))
+        resumed_run = trainer(tmp_path, resumed_record, other, gradient_clip_val=1.0, **options)
+        resumed_run.fit(resumed_module, datamodule=data(tmp_path), ckpt_path=str(copy))
+        assert resumed_run.global_step == run.global_step
+        assert resumed_record.losses
+        first = min(resumed_record.losses)
+        assert resumed_record.losses == {batch: loss for batch, loss in record.losses.items() if batch >= first}
+        assert resumed_record.results == {batch: result for batch, result in record.results.items() if batch >= first}
+        assert_equal(small.weights(resumed_module), small.weights(full))
         assert other.best_model_score == keep.best_model_score
-        assert again.tokens_seen == full.tokens_seen
+        assert resumed_module.tokens_seen == full.tokens_seen
     assert compared >= 2
 
 
@@ -96,8 +98,8 @@ def metrics(run: Path) -> list[tuple[str, ...]]:
     """Return what metrics.csv says of each step, without how long it took."""
     columns = ("step", "train_loss", "train_bits_per_byte", "val_loss", "val_bits_per_byte", "val_word_perplexity")
     with (run / "metrics.csv").open() as file:
-        result = [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
-    return [row for row in result if any(row[1:])]
+        lines = [tuple(row[name] for name in columns) for row in csv.DictReader(file)]
+    return [row for row in lines if any(row[1:])]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

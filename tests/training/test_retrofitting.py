@@ -35,12 +35,12 @@ def retrofitted(vocab_size: int, *memories: Any) -> MemoryTransformer:
 
 def test_only_added_memory_is_trained(tmp_path: Path) -> None:
     language_module = LanguageModule(retrofitted, segment_length=SEGMENT, optimizer=adam, freeze_base=True)
-    before = {name: item.clone() for name, item in language_module.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in language_module.model.state_dict().items()}
     trainer(tmp_path, max_steps=4).fit(language_module, data(tmp_path))
     added = language_module.model.memory_parameters()
     assert added
-    for name, item in language_module.model.state_dict().items():
-        assert torch.equal(item, before[name]) == (name not in added), name
+    for name, tensor in language_module.model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == (name not in added), name
 
 
 def test_a_frozen_model_without_memory_is_rejected() -> None:

@@ -18,16 +18,16 @@ from tests.training import runs
 
 
 def scontrol(at: Path, code: int = 0) -> Path:
-    """Put a program of that name into a folder, which notes what it is asked and ends with a code."""
+    """Return a folder with a fake scontrol that records its arguments and ends with an exit code."""
     folder = at / f"bin-{code}"
     folder.mkdir()
-    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {at}/asked\necho "no such job" >&2\nexit {code}\n')
+    (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {at}/arguments\necho "no such job" >&2\nexit {code}\n')
     (folder / "scontrol").chmod(0o755)
     return folder
 
 
 def tasks(count: int, path: Path, **more: str) -> list[dict[str, str]]:
-    """Return what srun sets for each of a job's tasks on one node."""
+    """Return the environment that srun sets for each task of a job on one node."""
     common = {
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NAME": "train",
@@ -53,7 +53,7 @@ def test_a_requeued_job_resumes_exactly(program: Program, tmp_path: Path) -> Non
     done = runs.fit(program, at, "told", environments=tasks(2, path), strike=4, signal=int(signal.SIGUSR1), rank=1)
     assert done.code == EXIT_INTERRUPTED, done.err
     assert "job 4711 is requeued" in done.err
-    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert (tmp_path / "arguments").read_text() == "requeue 4711\n"
     assert max(runs.losses(at, "told")) == 5
     assert not list((at / "told").glob("hpc_ckpt*"))
     done = runs.fit(program, at, "told", environments=tasks(2, path))

@@ -52,18 +52,18 @@ def test_unbounded_memories_are_reset_by_default(kinds: list[Any], unbounded: bo
 
 
 def test_a_reset_step_ignores_the_step_before(tmp_path: Path) -> None:
-    result = {}
-    for share in (0.0, 1.0):
-        still = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=share)
+    losses = {}
+    for prob in (0.0, 1.0):
+        frozen_module = module(optimizer=partial(sgd, lr=0.0), scheduler=None, dropout=0.0, state_reset_prob=prob)
         record = Record()
-        trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(still, data(tmp_path))
-        result[share] = [float.fromhex(loss) for loss in record.losses.values()]
+        trainer(tmp_path, record, max_steps=4, limit_val_batches=0).fit(frozen_module, data(tmp_path))
+        losses[prob] = [float.fromhex(loss) for loss in record.losses.values()]
     books = data(tmp_path)
     books.setup("fit")
-    for batch, loss in zip(books.train_dataloader(), result[1.0], strict=False):
-        state, nll, scored = still.model.init_state(2), 0.0, 0
+    for batch, loss in zip(books.train_dataloader(), losses[1.0], strict=False):
+        state, nll, scored = frozen_module.model.init_state(2), 0.0, 0
         for part in (slice(0, 8), slice(8, 16)):
-            out = still.model(
+            out = frozen_module.model(
                 batch.tokens[:, part],
                 state,
                 document_starts=batch.document_starts[:, part],
@@ -73,8 +73,8 @@ def test_a_reset_step_ignores_the_step_before(tmp_path: Path) -> None:
             scored += int((batch.labels[:, part] != -100).sum())
         # float32: sums in another order
         assert loss == pytest.approx(nll / scored, rel=1e-5)
-    assert result[0.0][0] == result[1.0][0]
-    assert result[0.0][1:] != pytest.approx(result[1.0][1:], rel=1e-4)
+    assert losses[0.0][0] == losses[1.0][0]
+    assert losses[0.0][1:] != pytest.approx(losses[1.0][1:], rel=1e-4)
 
 
 def test_processes_share_one_sample() -> None:

@@ -51,7 +51,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def parts(root: Path, **options: Any) -> tuple[SummaryModule, SummaryDataModule]:
     pl.seed_everything(0)
     data = SummaryDataModule(str(root), batch_size=8, segment_length=16, **options)
-    return SummaryModule(MODEL, data.vocab_size, data.segment_length, adam, None, measure_memory_gain=False), data
+    return SummaryModule(
+        MODEL, data.vocab_size, data.segment_length, optimizer=adam, scheduler=None, measure_memory_gain=False
+    ), data
 
 
 def test_only_the_summary_has_labels(root: Path) -> None:
@@ -60,31 +62,31 @@ def test_only_the_summary_has_labels(root: Path) -> None:
     for batch in data.val_dataloader():
         assert batch.document_starts[:, 0].all()
         assert not batch.document_starts[:, 1:].any()
-        for row, labels in zip(batch.tokens, batch.labels, strict=True):
+        for tokens, labels in zip(batch.tokens, batch.labels, strict=True):
             decoded = data.tokenizer.decode(labels[labels != IGNORE_INDEX].tolist())
             assert decoded in ("good\n\n", "bad\n\n")
             first = int((labels != IGNORE_INDEX).nonzero()[0])
-            assert data.tokenizer.decode(row[1 : first + 1].tolist()).endswith("\nSummary: ")
+            assert data.tokenizer.decode(tokens[1 : first + 1].tolist()).endswith("\nSummary: ")
         assert (batch.num_words == 1).all()
 
 
 def test_a_run_learns_and_generates_from_its_checkpoint(root: Path, tmp_path: Path) -> None:
     module, data = parts(root)
-    built = trainer(max_epochs=12)
-    built.fit(module, data)
-    assert float(built.callback_metrics["val_bits_per_byte"]) < 0.3
-    built.save_checkpoint(tmp_path / "a.ckpt")
+    run = trainer(max_epochs=12)
+    run.fit(module, data)
+    assert float(run.callback_metrics["val_bits_per_byte"]) < 0.3
+    run.save_checkpoint(tmp_path / "a.ckpt")
     assert is_task_model(tmp_path / "a.ckpt")
-    result = load_predictor(tmp_path / "a.ckpt")
-    assert isinstance(result, Summarizer)
-    assert result.predict(["yes yes yes", {"text": "no no no no"}]) == [
+    summarizer = load_predictor(tmp_path / "a.ckpt")
+    assert isinstance(summarizer, Summarizer)
+    assert summarizer.predict(["yes yes yes", {"text": "no no no no"}]) == [
         {"summary": "good", "complete": True},
         {"summary": "bad", "complete": True},
     ]
-    result.max_tokens = 2
-    assert result.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
+    summarizer.max_tokens = 2
+    assert summarizer.predict(["yes yes yes"]) == [{"summary": "go", "complete": False}]
     with pytest.raises(MemtxError, match="Input 1: 'text' is"):
-        result.predict(["a", " "])
+        summarizer.predict(["a", " "])
     with pytest.raises(CheckpointError):
         Predictor.load(tmp_path / "a.ckpt")
 
@@ -94,13 +96,13 @@ def test_resuming_is_exact(root: Path, tmp_path: Path) -> None:
     for stop in (None, 5):
         module, data = parts(root)
         if stop is not None:
-            built = trainer(max_steps=stop, limit_val_batches=0)
-            built.fit(module, data)
-            built.save_checkpoint(tmp_path / "half.ckpt")
+            run = trainer(max_steps=stop, limit_val_batches=0)
+            run.fit(module, data)
+            run.save_checkpoint(tmp_path / "half.ckpt")
             module, data = parts(root)
         path = None if stop is None else str(tmp_path / "half.ckpt")
         trainer(max_steps=10, limit_val_batches=0).fit(module, data, ckpt_path=path)
-        sums.append([float(item.detach().sum()) for item in module.model.parameters()])
+        sums.append([float(parameter.detach().sum()) for parameter in module.model.parameters()])
     assert sums[0] == sums[1]
 
 

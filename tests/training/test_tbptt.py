@@ -26,7 +26,7 @@ EXACT: Any = {"atol": 1e-12, "rtol": 1e-9}
 
 
 def texts(seed: int, batch_size: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return tokens, labels and starts, with documents that begin and labels that are missing anywhere."""
+    """Return tokens, labels and document starts, with starts and ignored labels at random positions."""
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 30, (batch_size, length + 1), generator=draw)
     labels = tokens[:, 1:].clone()
@@ -34,10 +34,11 @@ def texts(seed: int, batch_size: int, length: int) -> tuple[Tensor, Tensor, Tens
     return tokens[:, :-1], labels, torch.rand(labels.shape, generator=draw) < 0.1
 
 
-def gradients(of: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    of.zero_grad()
+def gradients(network: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    return {name: torch.zeros_like(item) if item.grad is None else item.grad for name, item in of.named_parameters()}
+    parameters = network.named_parameters()
+    return {name: torch.zeros_like(weight) if weight.grad is None else weight.grad for name, weight in parameters}
 
 
 @given(
@@ -51,67 +52,69 @@ def test_gradients_equal_plain_backpropagation(
     segment: int, bptt_segments: int, short: int, before: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    reader = model(30).double()
+    decoder = model(30).double()
     length = max(1, segment * bptt_segments - short)
     tokens, labels, document_starts = texts(seed, 2, before + length)
-    state = reader.init_state(2)
+    state = decoder.init_state(2)
     if before:
         first = slice(0, before)
-        # With a graph behind it, were it not cut.
+        # Its graph must not reach the next batch.
         state = unroll(
-            reader, tokens[:, first], labels[:, first], document_starts[:, first], state, segment_length=segment
+            decoder, tokens[:, first], labels[:, first], document_starts[:, first], state, segment_length=segment
         ).state
     part = slice(before, before + length)
-    result = unroll(reader, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=segment)
+    output = unroll(decoder, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=segment)
     # All of it in one call and in torch's own terms, from the same state as a constant.
     constant = state.with_named_tensors(
         {name: tensor.detach().clone() for name, tensor in state.named_tensors().items()}
     )
-    logits = reader(tokens[:, part], constant, document_starts=document_starts[:, part]).logits
+    logits = decoder(tokens[:, part], constant, document_starts=document_starts[:, part]).logits
     plain = F.cross_entropy(logits.flatten(0, 1), labels[:, part].flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
     scored = (labels[:, part] != IGNORE_INDEX).sum()
     plain = plain / scored.clamp(min=1)
-    assert result.num_scored == scored
-    torch.testing.assert_close(result.loss, plain, **EXACT)
-    torch.testing.assert_close(result.nll.sum() / scored.clamp(min=1), plain.detach(), **EXACT)
-    full = gradients(reader, plain)
-    for name, item in gradients(reader, result.loss).items():
-        torch.testing.assert_close(item, full[name], **EXACT)
+    assert output.num_scored == scored
+    torch.testing.assert_close(output.loss, plain, **EXACT)
+    torch.testing.assert_close(output.nll.sum() / scored.clamp(min=1), plain.detach(), **EXACT)
+    expected = gradients(decoder, plain)
+    for name, gradient in gradients(decoder, output.loss).items():
+        torch.testing.assert_close(gradient, expected[name], **EXACT)
 
 
-def test_a_longer_horizon_has_other_gradients() -> None:
-    """The memory between the segments is learned through: cutting it is felt."""
-    reader = model(30).double()
+def test_more_bptt_segments_change_the_gradients() -> None:
+    """The memory between the segments is learned through: truncation changes the gradients."""
+    decoder = model(30).double()
     tokens, labels, _ = texts(0, 2, 24)
     document_starts = torch.zeros_like(tokens, dtype=torch.bool)
     full = gradients(
-        reader, unroll(reader, tokens, labels, document_starts, reader.init_state(2), segment_length=8).loss
+        decoder, unroll(decoder, tokens, labels, document_starts, decoder.init_state(2), segment_length=8).loss
     )
-    state, losses = reader.init_state(2), []
-    for at in (0, 8, 16):
-        part = slice(at, at + 8)
-        out = unroll(reader, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=8)
-        state = out.state
-        losses.append(out.loss * (out.num_scored / (labels != IGNORE_INDEX).sum()))
-    truncated = gradients(reader, torch.stack(losses).sum())
-    assert any(not torch.allclose(truncated[name], item, atol=1e-6, rtol=1e-3) for name, item in full.items())
+    state, losses = decoder.init_state(2), []
+    for start in (0, 8, 16):
+        part = slice(start, start + 8)
+        output = unroll(decoder, tokens[:, part], labels[:, part], document_starts[:, part], state, segment_length=8)
+        state = output.state
+        losses.append(output.loss * (output.num_scored / (labels != IGNORE_INDEX).sum()))
+    truncated = gradients(decoder, torch.stack(losses).sum())
+    assert any(not torch.allclose(truncated[name], gradient, atol=1e-6, rtol=1e-3) for name, gradient in full.items())
 
 
 def test_auxiliary_losses_are_averaged_over_segments() -> None:
     torch.manual_seed(0)
-    reader = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
+    decoder = model(30, memories=(memory(reconstruction=AttentionReconstruction),)).double().train()
     tokens, labels, document_starts = texts(0, 2, 24)
-    out = unroll(reader, tokens, labels, document_starts, reader.init_state(2), segment_length=8)
-    state, named = reader.init_state(2), list[Tensor]()
-    for at in (0, 8, 16):
-        part = slice(at, at + 8)
-        item = reader(tokens[:, part], state, document_starts=document_starts[:, part], labels=labels[:, part])
-        state = item.state
-        named.append(sum(item.aux_losses.values()))
+    output = unroll(decoder, tokens, labels, document_starts, decoder.init_state(2), segment_length=8)
+    state, aux_losses = decoder.init_state(2), list[Tensor]()
+    for start in (0, 8, 16):
+        part = slice(start, start + 8)
+        segment_output = decoder(
+            tokens[:, part], state, document_starts=document_starts[:, part], labels=labels[:, part]
+        )
+        state = segment_output.state
+        aux_losses.append(sum(segment_output.aux_losses.values()))
     scored = (labels != IGNORE_INDEX).sum()
-    torch.testing.assert_close(out.loss, out.nll.sum() / scored + torch.stack(named).mean(), **EXACT)
-    assert out.losses
-    assert not any(value.requires_grad for value in out.losses.values())
+    torch.testing.assert_close(output.loss, output.nll.sum() / scored + torch.stack(aux_losses).mean(), **EXACT)
+    assert output.losses
+    assert not any(value.requires_grad for value in output.losses.values())
 
 
 def free(state: MemoryState) -> bool:
@@ -119,8 +122,8 @@ def free(state: MemoryState) -> bool:
 
 
 def test_the_state_has_no_graph() -> None:
-    reader = model(30)
-    out: UnrollOutput = unroll(reader, *texts(0, 2, 16), reader.init_state(2), segment_length=8)
+    decoder = model(30)
+    out: UnrollOutput = unroll(decoder, *texts(0, 2, 16), decoder.init_state(2), segment_length=8)
     assert out.loss.requires_grad
     assert free(out.state)
     assert not out.nll.requires_grad
@@ -136,7 +139,7 @@ class Graph(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         gc.collect()
-        self.counts.append(sum(type(item) is Tensor and item.grad_fn is not None for item in gc.get_objects()))
+        self.counts.append(sum(type(x) is Tensor and x.grad_fn is not None for x in gc.get_objects()))
         carry: Any = pl_module.carry
         assert all(free(state) for state in carry._states.values())
 
@@ -152,7 +155,7 @@ def test_no_graph_is_kept_between_batches(tmp_path: Path) -> None:
 def test_short_segments_are_weighted_by_their_labels(rate: int) -> None:
     """A segment of one label does not weigh as much as a full one."""
     torch.manual_seed(0)
-    reader = model(30, memories=(partial(memory(), compression_rate=rate),)).double()
+    decoder = model(30, memories=(partial(memory(), compression_rate=rate),)).double()
     tokens, labels, document_starts = texts(1, 1, 17)
-    out = unroll(reader, tokens, labels, document_starts, reader.init_state(1), segment_length=8)
+    out = unroll(decoder, tokens, labels, document_starts, decoder.init_state(1), segment_length=8)
     torch.testing.assert_close(out.loss, out.nll.sum() / (labels != IGNORE_INDEX).sum(), **EXACT)

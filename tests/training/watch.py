@@ -1,4 +1,4 @@
-"""A callback for runs in processes of their own: writes down what they do, and strikes them down where asked to."""
+"""A callback for runs in separate processes: records losses, gradients and weights, and sends signals."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Watch(pl.Callback):
     ) -> None:
         self._at(trainer, "step", trainer.fit_loop.epoch_loop.total_batch_idx)
         if self.gradients and trainer.global_step == 0:
-            result = {name: full(item.grad) for name, item in pl_module.named_parameters()}
+            gradients = {name: full(weight.grad) for name, weight in pl_module.named_parameters()}
             if trainer.is_global_zero:
-                files.save_tensors(self.to / "gradients", result, kind="gradients", version=1)
+                files.save_tensors(self.to / "gradients", gradients, kind="gradients", version=1)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torchmetrics.classification import MulticlassAccuracy
 
 from memtx.data.batch import IGNORE_INDEX, Batch
 from memtx.training.language import LanguageModule
@@ -18,42 +17,28 @@ class TokenAccuracy(pl.Callback):
     Reads every batch once more for its logits. Batches must begin with documents, as those of synthetic tasks do.
     """
 
-    def __init__(self) -> None:
-        self._metrics: dict[str, MulticlassAccuracy] = {}
-
     @torch.no_grad()
-    def _update(self, stage: str, module: pl.LightningModule, batch: Batch) -> None:
+    def _log(self, stage: str, module: pl.LightningModule, batch: Batch) -> None:
         assert isinstance(module, LanguageModule)
-        if stage not in self._metrics:
-            metric = MulticlassAccuracy(module.model.vocab_size, average="micro", ignore_index=IGNORE_INDEX)
-            self._metrics[stage] = metric.to(module.device)
         state = module.model.init_state(batch.tokens.shape[0])
+        num_correct = torch.zeros((), dtype=torch.int64, device=module.device)
         for start in range(0, batch.tokens.shape[1], module.segment_length):
             part = slice(start, start + module.segment_length)
             output = module.model(batch.tokens[:, part], state, document_starts=batch.document_starts[:, part])
             state = output.state
-            self._metrics[stage].update(output.logits.argmax(-1), batch.labels[:, part])
-
-    def _log(self, stage: str, module: pl.LightningModule) -> None:
-        if (metric := self._metrics.pop(stage, None)) is not None:
-            module.log(f"{stage}_accuracy", metric.compute(), prog_bar=True)
+            num_correct += (output.logits.argmax(-1) == batch.labels[:, part]).sum()
+        num_scored = int((batch.labels != IGNORE_INDEX).sum())
+        accuracy = num_correct / max(1, num_scored)
+        module.log(f"{stage}_accuracy", accuracy, prog_bar=True, on_epoch=True, batch_size=num_scored, sync_dist=True)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Add the predictions for a validation batch."""
-        self._update("val", pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the accuracy of validation."""
-        self._log("val", pl_module)
+        """Log the accuracy of a validation batch; Lightning takes the mean over labels."""
+        self._log("val", pl_module, batch)
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, *_: Any
     ) -> None:
-        """Add the predictions for a test batch."""
-        self._update("test", pl_module, batch)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the accuracy of testing."""
-        self._log("test", pl_module)
+        """Log the accuracy of a test batch."""
+        self._log("test", pl_module, batch)

@@ -45,23 +45,20 @@ class Freeze(pl.Callback):
                     f"No parameter matches '{pattern}'.{closest_match(pattern, names)}",
                     f"Use names such as '{names[0]}'; * matches anything.",
                 )
-        self._update_requires_grad(trainer, pl_module)
+        self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Unfreeze the parameters when their epoch begins."""
-        self._update_requires_grad(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Unfreeze all parameters."""
-        for parameter in self._matching_parameters(pl_module):
-            parameter.requires_grad_(True)
-
-    def _update_requires_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Freeze the parameters, or unfreeze them once their epoch has begun."""
         is_trained = self.epochs is not None and trainer.current_epoch >= self.epochs
         for parameter in self._matching_parameters(pl_module):
             if parameter.requires_grad and not is_trained:
                 parameter.grad = None
             parameter.requires_grad_(is_trained)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Unfreeze all parameters."""
+        for parameter in self._matching_parameters(pl_module):
+            parameter.requires_grad_(True)
 
     def _matching_parameters(self, pl_module: pl.LightningModule) -> list[nn.Parameter]:
         named = _model(pl_module).named_parameters()

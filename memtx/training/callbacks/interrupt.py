@@ -60,14 +60,7 @@ class StopOnInterrupt(pl.Callback):
         if signum == signal.SIGINT and not self._launched_externally:
             signal.signal(signum, self._previous_handlers.pop(signum))
 
-    def _restore_handlers(self) -> None:
-        for signum, handler in self._previous_handlers.items():
-            signal.signal(signum, handler)
-        self._previous_handlers.clear()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Save and stop if requested, unless accumulated gradients would be lost."""
         if not trainer_state.has_stepped(trainer):
             return
@@ -94,15 +87,17 @@ class StopOnInterrupt(pl.Callback):
             slurm.requeue(job_id)
             rank_zero_info(f"The checkpoint is written, and SLURM job {job_id} is requeued.")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Restore the previous handlers."""
-        self._restore_handlers()
+        for signum, handler in self._previous_handlers.items():
+            signal.signal(signum, handler)
+        self._previous_handlers.clear()
+
+    def on_exception(self, *_: Any) -> None:
+        """Restore the previous handlers."""
+        self.on_train_end()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the handler that Lightning took for the original one, which was ours."""
         if self._original_requeue_handler is not None:
             signal.signal(self._requeue_signal, self._original_requeue_handler)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the previous handlers."""
-        self._restore_handlers()

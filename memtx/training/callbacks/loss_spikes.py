@@ -86,9 +86,7 @@ class RewindOnSpike(pl.Callback):
     def _upper_bound(self) -> float:
         return loss_upper_bound([loss for _, loss in self._losses[:-NUM_RECENT]], self.factor)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Compare the loss with earlier ones and rewind after a spike."""
         loss = float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean"))
         if math.isfinite(loss):  # SkipNonFinite handles others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from memtx.checkpoint import rng
 from memtx.errors import MemtxError, check_at_least
@@ -183,17 +183,15 @@ def _find_on_this_rank(trainer: pl.Trainer, module: pl.LightningModule, batch: A
 
 def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> str:
     """Return the name of the first layer with a non-finite output; empty if there is none."""
-    layers: list[str] = []
+    nonfinite: list[str] = []
 
-    def check_output(name: str, layer: nn.Module) -> RemovableHandle:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            if not layers and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
-                layers.append(name)
-
-        return layer.register_forward_hook(hook)
+    def check_output(name: str, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if not nonfinite and any(_is_nonfinite(leaf) for leaf in pytree.tree_leaves(output)):
+            nonfinite.append(name)
 
     # A module's hook runs after those of its submodules, so the innermost comes first.
-    handles = [check_output(name, layer) for name, layer in module.named_modules() if name]
+    layers = [(name, layer) for name, layer in module.named_modules() if name]
+    handles = [layer.register_forward_hook(partial(check_output, name)) for name, layer in layers]
     rng_state, tokens_seen = rng.get_rng_state(), getattr(module, "tokens_seen", 0)
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     try:
@@ -205,4 +203,4 @@ def _find_nonfinite_layer(trainer: pl.Trainer, module: pl.LightningModule, batch
         del module.log
         for handle in handles:
             handle.remove()
-    return layers[0] if layers else ""
+    return nonfinite[0] if nonfinite else ""

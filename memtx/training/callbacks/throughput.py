@@ -80,12 +80,10 @@ class Throughput(pl.Callback):
         self._start_time, self._num_tokens = time.perf_counter(), 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock, also after validation."""
         self._reset_window()
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restart the clock after validation."""
-        self._reset_window()
+    on_validation_end = on_train_start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -23,7 +23,7 @@ from memtx.training.distillation.layer_map import LayerMap
 from memtx.training.distillation.losses import DistillationLoss, HardLabels, SoftTargets
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs
 from memtx.training.distillation.student_init import init_student
-from memtx.training.distillation.teacher import check_teacher_data, check_teacher_type, load_teacher
+from memtx.training.distillation.teacher import check_teacher, load_teacher
 from memtx.training.distillation.teacher_cache import LogitCache, LogitTable, top_k_logits
 
 LossFactory = Callable[[ModelDims, ModelDims], DistillationLoss]
@@ -35,7 +35,7 @@ class Distillation(nn.Module):
     """Distillation of a teacher into the trained model (Hinton et al. 2015; Sanh et al. 2019).
 
     Attributes:
-        losses: The losses; empty until training begins.
+        losses: Loss terms; empty until training begins.
         logit_table: Cached logits of a book corpus; None without a cache.
 
     Args:
@@ -43,9 +43,9 @@ class Distillation(nn.Module):
         losses: Creates the losses from the dimensions of student and teacher; ``HardLabels`` is the loss without a
             teacher. Defaults to ``SoftTargets`` and ``HardLabels``.
         student_init: Teacher layers to initialize the student's layers from. None keeps the random initialization.
-        bf16: If True, store and run the teacher in bfloat16, except on CPUs that are slow in it.
-        cache_dir: Folder for the teacher's top-k logits, so that it reads each text once, for losses of logits and
-            texts that are repeated unchanged. None disables the cache.
+        bf16: If True, store and run the teacher in bfloat16, except on CPUs where it is slow.
+        cache_dir: Folder to cache the teacher's top-k logits in, so that it reads each text once. The losses must
+            compare logits, and every epoch must repeat the same texts. None disables the cache.
         top_k: Cached logits per position. Defaults to 64.
     """
 
@@ -86,8 +86,7 @@ class Distillation(nn.Module):
                 "Add --model.distillation.init_args.teacher with a run folder, a checkpoint or a pretrained folder.",
             )
         teacher = load_teacher(self.teacher_path, bf16=self.bf16)
-        check_teacher_type(teacher, student)
-        check_teacher_data(teacher, datamodule)
+        check_teacher(teacher, student, datamodule)
         self._teacher = [teacher.model]
         self._create_losses(ModelDims.from_model(student), ModelDims.from_model(teacher.model))
         if self.cache_dir is not None:
@@ -98,7 +97,7 @@ class Distillation(nn.Module):
     def _create_losses(self, student: ModelDims, teacher: ModelDims) -> None:
         if not self.loss_factories:
             raise MemtxError("distillation.losses is empty.", "Add at least one, such as SoftTargets.")
-        self.losses = nn.ModuleList(create(student, teacher) for create in self.loss_factories)
+        self.losses = nn.ModuleList(factory(student, teacher) for factory in self.loss_factories)
 
     def _open_cache(self, cache_dir: str, teacher: nn.Module, datamodule: Any) -> None:
         if names := [type(loss).__name__ for loss in self._loss_modules() if loss.required_outputs == "hidden"]:
@@ -162,7 +161,7 @@ class Distillation(nn.Module):
             if loss.is_active(progress):
                 value = loss.weight * loss(student, teacher)
             elif parameters := list(loss.parameters()):
-                # In the graph anyway, because DDP needs a gradient for every parameter.
+                # Kept in the graph, because DDP needs a gradient for every parameter.
                 value = torch.stack([parameter.sum() * 0.0 for parameter in parameters]).sum()
             else:
                 continue
@@ -174,8 +173,8 @@ class Distillation(nn.Module):
 class SelfDistillation(Distillation):
     """Distillation of a memory transformer's full attention over a batch into its memory.
 
-    The teacher has the student's current weights, no memory, and every token of the batch visible, so batches should
-    be no longer than the model was trained on. Every step starts with fresh streams, so that both read the same text.
+    The teacher has the student's current weights and no memory, and attends to the whole batch, so batches should be
+    no longer than the model was trained on. Every step starts with fresh streams, so that both read the same text.
 
     Args:
         losses: Creates the losses from the dimensions of student and teacher. Defaults to ``SoftTargets`` and
@@ -202,6 +201,6 @@ class SelfDistillation(Distillation):
         self._create_losses(dims, dims)
 
     def get_teacher(self, device: torch.device, student: nn.Module, length: int) -> nn.Module:
-        """Return the student's weights with ``length`` visible tokens, in eval mode."""
+        """Return the student without memory and with a window of ``length`` tokens, in eval mode."""
         assert isinstance(student, MemoryTransformer)
         return student.without_memory(length).eval()

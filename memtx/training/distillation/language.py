@@ -39,7 +39,7 @@ class LanguageDistillation:
         """Check the data of the run before the teacher is loaded.
 
         Raises:
-            MemtxError: Logits are to be cached by position, but the run does not read a book corpus in order.
+            MemtxError: The cache stores logits by position, but the run does not read a book corpus in order.
         """
         self._books = datamodule if isinstance(datamodule, BookDataModule) else None
         if self.distillation.uses_cache and (self._books is None or self.carry is None):
@@ -68,17 +68,17 @@ class LanguageDistillation:
         return loss_fn
 
     def _read_with_teacher(self, student: MemoryTransformer, batch: Batch) -> Callable[[slice], ModelOutputs]:
-        """Return the teacher's outputs as a function of the segment; cached logits are not computed again."""
+        """Return the teacher's outputs as a function of the segment; logits in the cache are not computed again."""
         table = self.distillation.logit_table
         if table is None:
             teacher = self._get_teacher(student, batch)
-            hidden = self._teacher_hidden_states(teacher, batch)
+            hidden_states = self._teacher_hidden_states(teacher, batch)
 
-            def computed(part: slice) -> ModelOutputs:
-                states = tuple(x[:, part] for x in hidden)
+            def compute_outputs(part: slice) -> ModelOutputs:
+                states = tuple(layer[:, part] for layer in hidden_states)
                 return collect_language_outputs(teacher, states, batch.labels[:, part], batch.document_starts[:, part])
 
-            return computed
+            return compute_outputs
         assert self._books is not None
         indices = self._books.token_indices()
         if not table.is_complete:
@@ -86,11 +86,11 @@ class LanguageDistillation:
             table.fill(indices, get_output_head(teacher), self._teacher_hidden_states(teacher, batch)[-1])
         logits, classes = (tensor.to(batch.tokens.device) for tensor in table.get(indices))
 
-        def cached(part: slice) -> ModelOutputs:
+        def load_outputs(part: slice) -> ModelOutputs:
             scored = batch.labels[:, part] != IGNORE_INDEX
             return ModelOutputs(logits[:, part][scored], class_indices=classes[:, part][scored])
 
-        return cached
+        return load_outputs
 
     def _get_teacher(self, student: MemoryTransformer, batch: Batch) -> MemoryTransformer:
         teacher = self.distillation.get_teacher(batch.tokens.device, student, batch.tokens.shape[1])

@@ -46,54 +46,48 @@ class LayerwiseLoss(DistillationLoss):
             )
 
     @abstractmethod
-    def compare_layers(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
-    ) -> Tensor:
-        """Return the loss of one pair of layers, ``()``."""
+    def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
+        """Return the loss of a (student layer, teacher layer) pair, ``()``."""
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the mean over pairs of layers."""
-        losses = [self.compare_layers(student, teacher, *pair) for pair in self.layer_pairs]
+        losses = [self.compare_layers(student, teacher, layers) for layers in self.layer_pairs]
         return torch.stack(losses).mean()
 
 
 class HiddenMSE(LayerwiseLoss):
     """Mean squared difference of layer outputs (TinyBERT, Jiao et al. 2020, section 3, eq. 8).
 
-    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to every k-th.
+    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to every k-th layer.
     """
 
     has_projection = True
 
-    def compare_layers(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
-    ) -> Tensor:
+    def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
         """Return the mean over tokens and dimensions."""
-        return F.mse_loss(*self.aligned_hidden(student, teacher, student_layer + 1, teacher_layer + 1))
+        return F.mse_loss(*self.aligned_hidden(student, teacher, layers))
 
 
 class HiddenCosine(LayerwiseLoss):
     """One minus the cosine of layer outputs (DistilBERT, Sanh et al. 2019, section 2).
 
-    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to the last ones.
+    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to the last layers.
     """
 
     has_projection = True
     default_layers = LastLayer
 
-    def compare_layers(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
-    ) -> Tensor:
+    def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
         """Return the mean over tokens."""
-        hidden = self.aligned_hidden(student, teacher, student_layer + 1, teacher_layer + 1)
+        hidden = self.aligned_hidden(student, teacher, layers)
         return (1.0 - F.cosine_similarity(*hidden, dim=-1)).mean()
 
 
 class AttentionMSE(LayerwiseLoss):
     """Mean squared difference of attention scores (TinyBERT, Jiao et al. 2020, section 3, eq. 7).
 
-    The scores are those before the softmax, of pairs of tokens that are visible in both models. Arguments as for
-    :class:`LayerwiseLoss`; ``layers`` defaults to every k-th.
+    Compares the scores before the softmax of pairs of tokens that are visible in both models. Arguments as for
+    :class:`LayerwiseLoss`; ``layers`` defaults to every k-th layer.
 
     Raises:
         MemtxError: The heads or layers do not match, or a model has random blocks or a memory.
@@ -116,10 +110,9 @@ class AttentionMSE(LayerwiseLoss):
                 f"Use {teacher.heads} heads in the student, or ValueRelations with heads that divide both widths.",
             )
 
-    def compare_layers(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
-    ) -> Tensor:
+    def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
         """Return the mean over heads and pairs of tokens."""
+        student_layer, teacher_layer = layers
         ranges = (student.distance_range(student_layer), teacher.distance_range(teacher_layer))
         nearest, farthest = max(low for low, _ in ranges), min(high for _, high in ranges)
         length = student.token_mask.shape[1]
@@ -152,9 +145,8 @@ class ValueRelations(LayerwiseLoss):
     Args:
         student: Dimensions of the student.
         teacher: Dimensions of the teacher.
-        layers: Pairs of layers to compare. Defaults to the last ones.
-        heads: Number of heads to split the values into (MiniLMv2, Wang et al. 2021, section 3.2). Defaults to the
-            layers' own.
+        layers: Pairs of layers to compare. Defaults to the last layers.
+        heads: Heads to split the values into (MiniLMv2, Wang et al. 2021, section 3.2). None means the layers' own.
         **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
     Raises:
@@ -186,19 +178,17 @@ class ValueRelations(LayerwiseLoss):
                     "Choose a divisor of both widths.",
                 )
 
-    def compare_layers(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_layer: int, teacher_layer: int
-    ) -> Tensor:
+    def compare_layers(self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]) -> Tensor:
         """Return the mean over heads and tokens in nats."""
         mask = student.pair_mask()[:, None]
-        log_probs = self._log_relations(student.values(student_layer), mask)
-        log_target = self._log_relations(teacher.values(teacher_layer), mask).detach()
+        log_probs = self._log_relations(student.values(layers[0]), mask)
+        log_target = self._log_relations(teacher.values(layers[1]), mask).detach()
         total = torch.where(mask, log_target.exp() * (log_target - log_probs), 0.0).sum()
         return total / (self.heads * student.token_mask.sum()).clamp(min=1)
 
     def _log_relations(self, values: Tensor, mask: Tensor) -> Tensor:
         """Return log relations ``(batch, heads, length, length)`` of ``(batch, length, value_dim)`` values."""
         x = upcast(values).view(*values.shape[:2], self.heads, -1).transpose(1, 2)
-        # The fill value is finite: a padded query has no relation at all, and is masked out later.
+        # The fill value is finite, because a padded query has no unmasked key; its relations are masked out later.
         scores = (x @ x.mT * x.shape[-1] ** -0.5).masked_fill(~mask, torch.finfo(x.dtype).min)
         return F.log_softmax(scores, dim=-1)

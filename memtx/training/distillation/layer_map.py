@@ -21,7 +21,7 @@ class LayerMap(ABC):
 
 
 class EveryKthLayer(LayerMap):
-    """Each student layer paired with the last of k teacher layers, k being the quotient of the depths.
+    """Pairs of each student layer and the last of k teacher layers, k being the quotient of the depths.
 
     The uniform map of TinyBERT (Jiao et al. 2020, section 3: g(m) = k m): layer i stands for layers k i to k i + k - 1.
     """
@@ -32,14 +32,14 @@ class EveryKthLayer(LayerMap):
             divisors = ", ".join(str(depth) for depth in range(1, teacher_depth + 1) if teacher_depth % depth == 0)
             raise MemtxError(
                 f"The student has {student_depth} layers, which do not divide the teacher's {teacher_depth}.",
-                f"Choose a depth of {divisors}, or name the pairs with ExplicitLayers.",
+                f"Choose a depth of {divisors}, or list the pairs with ExplicitLayers.",
             )
         k = teacher_depth // student_depth
         return [(layer, k * layer + k - 1) for layer in range(student_depth)]
 
 
 class ExplicitLayers(LayerMap):
-    """Pairs given one by one.
+    """Pairs listed by the user.
 
     Args:
         pairs: (student layer, teacher layer) pairs, counted from 0, or from the end if negative.
@@ -68,7 +68,7 @@ class ExplicitLayers(LayerMap):
 
 
 class LastLayer(ExplicitLayers):
-    """The last layers only, for models of any depths (MiniLM, Wang et al. 2020, section 3.1)."""
+    """The last layers only, for models of any depth (MiniLM, Wang et al. 2020, section 3.1)."""
 
     def __init__(self) -> None:
         super().__init__([(-1, -1)])

@@ -1,6 +1,6 @@
 """Distillation losses: the base class, and losses of logits, labels and embeddings.
 
-Everything is compared in float32 or better, without gradient for the teacher.
+Outputs are compared in float32 or better, without gradients for the teacher.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class DistillationLoss(nn.Module, ABC):
         self.check_dims(student, teacher)
         self.weight, self.begin, self.end = weight, begin, end
         if self.has_projection:
-            same = student.dim == teacher.dim
-            self.project = nn.Identity() if same else Linear(student.dim, teacher.dim, bias=False)
+            equal_dims = student.dim == teacher.dim
+            self.project = nn.Identity() if equal_dims else Linear(student.dim, teacher.dim, bias=False)
 
     def check_dims(self, student: ModelDims, teacher: ModelDims) -> None:
         """Raise MemtxError unless the loss can compare models of these dimensions."""
@@ -77,15 +77,16 @@ class DistillationLoss(nn.Module, ABC):
         """Return the unweighted loss, ``()``."""
 
     def aligned_hidden(
-        self, student: ModelOutputs, teacher: ModelOutputs, student_index: int, teacher_index: int
+        self, student: ModelOutputs, teacher: ModelOutputs, layers: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         """Return ``(tokens, dim)`` hidden states of both at unpadded positions, the student's projected.
 
-        The indices are those of ``ModelOutputs.hidden_states``.
+        ``layers`` are the student's and the teacher's; -1 means the embeddings.
         """
         mask = student.token_mask
-        student_hidden = student.hidden_states[student_index][mask]
-        teacher_hidden = teacher.hidden_states[teacher_index][mask]
+        student_hidden, teacher_hidden = (
+            outputs.hidden_states[layer + 1][mask] for outputs, layer in zip((student, teacher), layers, strict=True)
+        )
         return upcast(self.project(student_hidden)), upcast(teacher_hidden.detach())
 
 
@@ -150,7 +151,7 @@ class SoftTargets(DistillationLoss):
                 target = F.softmax(upcast(teacher_logits) / self.temperature, dim=-1)
             if classes is not None:
                 log_probs = log_probs.gather(-1, classes)
-            # 0 log 0 = 0, for classes that fill up the top k.
+            # 0 log 0 = 0, for the padding of the top k.
             return (torch.xlogy(target, target) - torch.where(target > 0, target * log_probs, 0.0)).sum()
 
         count = len(student.features)
@@ -173,7 +174,7 @@ class EmbeddingMSE(DistillationLoss):
 
     def forward(self, student: ModelOutputs, teacher: ModelOutputs) -> Tensor:
         """Return the mean over tokens and dimensions."""
-        return F.mse_loss(*self.aligned_hidden(student, teacher, 0, 0))
+        return F.mse_loss(*self.aligned_hidden(student, teacher, (-1, -1)))
 
 
 def upcast(x: Tensor) -> Tensor:

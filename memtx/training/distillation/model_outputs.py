@@ -1,4 +1,4 @@
-"""Outputs of a model that distillation losses compare, and the ways to obtain them for each kind of training."""
+"""Model outputs that distillation losses compare, and functions that compute them for each objective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_POSITIONS = slice(None)
 
 
 def get_backbone(model: nn.Module) -> nn.Module:
-    """Return a task model without its head, any other model as it is."""
+    """Return the backbone of a task model, or any other model unchanged."""
     return model.backbone if isinstance(model, TaskModel) else model
 
 
@@ -41,8 +41,8 @@ class ModelDims:
         heads: Query heads per layer.
         value_dim: Width of a layer's values, over all heads.
         num_classes: Logits per position or text; 0 without a head for the training objective.
-        has_attention_maps: If True, visibility depends on the distance of two tokens alone, so that attention scores
-            can be compared.
+        has_attention_maps: If True, visibility depends on the distance between two tokens alone, so that attention
+            scores can be compared.
     """
 
     name: str
@@ -125,7 +125,7 @@ class ModelOutputs:
     def window_mask(self, layer: int, queries: slice, keys: slice) -> Tensor:
         """Return the visibility ``(batch or 1, queries, keys)`` bool of a layer.
 
-        The queries of global tokens are masked out: they use projections of their own.
+        The queries of global tokens are masked out, because they have separate projections.
         """
         position = torch.arange(self.hidden_states[0].shape[1], device=self.hidden_states[0].device)
         distance = position[keys] - position[queries, None]
@@ -148,13 +148,13 @@ class ModelOutputs:
 
     def pair_mask(self, queries: slice = ALL_POSITIONS, keys: slice = ALL_POSITIONS) -> Tensor:
         """Return ``(batch, queries, keys)`` bool, True for pairs of tokens that may be compared."""
-        pairs = self.token_mask[:, queries, None] & self.token_mask[:, None, keys]
+        mask = self.token_mask[:, queries, None] & self.token_mask[:, None, keys]
         if self.document_starts is None:
-            return pairs
+            return mask
         document = self.document_starts.cumsum(1)
         position = torch.arange(document.shape[1], device=document.device)
         past = position[queries, None] >= position[keys]
-        return pairs & past & (document[:, queries, None] == document[:, None, keys])
+        return mask & past & (document[:, queries, None] == document[:, None, keys])
 
 
 def forward_task(
@@ -204,12 +204,7 @@ def forward_masked_lm(model: Encoder, tokens: Tensor, scored: Tensor, *, output_
 
 def get_output_head(model: MemoryTransformer) -> Callable[[Tensor], Tensor]:
     """Return a function from last-layer outputs ``(n, dim)`` to logits ``(n, vocab)``."""
-
-    def head(x: Tensor) -> Tensor:
-        logits: Tensor = model.head(model.norm(x))
-        return logits
-
-    return head
+    return lambda x: model.head(model.norm(x))
 
 
 def collect_language_outputs(

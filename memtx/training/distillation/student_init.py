@@ -24,9 +24,9 @@ _LAYER_NAME = re.compile(r"^((?:backbone\.)?blocks\.)(\d+)(\..+)$")
 
 @torch.no_grad()
 def init_student(student: nn.Module, teacher: nn.Module, layer_map: LayerMap) -> None:
-    """Copy the teacher's weights into parameters of the same names, each layer from the one it is mapped to.
+    """Copy the teacher's weights by name, into each layer those of the teacher layer that it is mapped to.
 
-    Memories, and parts outside the layers that only one of the two has, such as a head, keep their weights.
+    Memories, and parts outside the layers that only one of the models has, such as a head, keep their weights.
 
     Args:
         student: Model as wide as the teacher; with ``NoLayers`` it may be narrower.
@@ -62,19 +62,23 @@ def init_student(student: nn.Module, teacher: nn.Module, layer_map: LayerMap) ->
 
 def _copy_weights(student: nn.Module, teacher: nn.Module, teacher_layers: Mapping[int, int]) -> None:
     """Copy parameters; ``teacher_layers`` maps student layers to teacher layers."""
-    memories = _memory_parameter_names(student)
-    weights, errors = teacher.state_dict(), _find_unmatched(student, teacher, teacher_layers)
-    for name, tensor in student.state_dict(keep_vars=True).items():
-        match = _LAYER_NAME.match(name)
-        if name in memories or (match is not None and int(match[2]) not in teacher_layers):
-            continue
-        source = weights.get(name if match is None else f"{match[1]}{teacher_layers[int(match[2])]}{match[3]}")
-        if source is None:
-            errors += [f"the teacher has no {name}"] if match is not None else []
-        elif source.shape != tensor.shape:
-            errors.append(f"{name} is {tuple(tensor.shape)}, the teacher's {tuple(source.shape)}")
+    sources: dict[str, Tensor] = {}
+    for name, tensor in _tensors_without_memories(teacher).items():
+        if (match := _LAYER_NAME.match(name)) is None:
+            sources[name] = tensor
         else:
-            tensor.copy_(source)
+            layers = (layer for layer, teacher_layer in teacher_layers.items() if teacher_layer == int(match[2]))
+            sources |= {f"{match[1]}{layer}{match[3]}": tensor for layer in layers}
+    targets = _tensors_without_memories(student)
+    errors = [f"the student has no {name}" for name in sorted(sources.keys() - targets) if _LAYER_NAME.match(name)]
+    for name, target in targets.items():
+        match, source = _LAYER_NAME.match(name), sources.get(name)
+        if source is None:
+            errors += [f"the teacher has no {name}"] if match is not None and int(match[2]) in teacher_layers else []
+        elif source.shape != target.shape:
+            errors.append(f"{name} is {tuple(target.shape)}, the teacher's {tuple(source.shape)}")
+        else:
+            target.copy_(source)
     if errors:
         raise MemtxError(
             f"The student cannot be initialized from the teacher's layers: {'; '.join(errors[:3])}.",
@@ -82,29 +86,17 @@ def _copy_weights(student: nn.Module, teacher: nn.Module, teacher_layers: Mappin
         )
 
 
-def _memory_parameter_names(model: nn.Module) -> set[str]:
-    return set(model.memory_parameters()) if isinstance(model, MemoryTransformer) else set()
-
-
-def _find_unmatched(student: nn.Module, teacher: nn.Module, teacher_layers: Mapping[int, int]) -> list[str]:
-    """Return an error for each part of the used teacher layers, such as a bias, that the student's layers lack."""
-    student_names = student.state_dict().keys()
-    student_layers = {teacher_layer: layer for layer, teacher_layer in teacher_layers.items()}
-    errors = []
-    for name in teacher.state_dict().keys() - _memory_parameter_names(teacher):
-        match = _LAYER_NAME.match(name)
-        if match is not None and int(match[2]) in student_layers:
-            student_name = f"{match[1]}{student_layers[int(match[2])]}{match[3]}"
-            errors += [f"the student has no {student_name}"] if student_name not in student_names else []
-    return sorted(errors)
+def _tensors_without_memories(model: nn.Module) -> dict[str, Tensor]:
+    memories = model.memory_parameters() if isinstance(model, MemoryTransformer) else {}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in memories}
 
 
 @torch.no_grad()
 def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encoder | MemoryTransformer) -> None:
     """Initialize the student's embeddings with the principal components of the teacher's.
 
-    SliceGPT cuts whole models to the principal components (Ashkboos et al. 2024, section 3); here they are those of the
-    token embeddings, and layers and heads keep their weights.
+    SliceGPT projects whole models (Ashkboos et al. 2024, section 3). Here only the embedding tables are projected, to
+    the principal components of the token embeddings, and layers and heads keep their weights.
 
     Args:
         student: Model narrower than the teacher.
@@ -116,7 +108,7 @@ def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encode
     tables, teacher_tables = _embedding_tables(student), _embedding_tables(teacher)
     errors = []
     for name in sorted(tables.keys() | teacher_tables.keys()):
-        size, teacher_size = (len(part[name].weight) if name in part else 0 for part in (tables, teacher_tables))
+        size, teacher_size = (len(named[name].weight) if name in named else 0 for named in (tables, teacher_tables))
         if size != teacher_size:
             errors.append(f"{name} has {size} entries, the teacher's {teacher_size}")
         elif (width := teacher_tables[name].weight.shape[1]) != teacher.dim:
@@ -147,14 +139,14 @@ def principal_directions(embeddings: Tensor, dim: int, *, centered: bool) -> Ten
     x = embeddings.double()
     if centered:
         x = x - x.mean(1, keepdim=True)
-    top: Tensor = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
+    directions: Tensor = torch.linalg.eigh(x.T @ x).eigenvectors.flip(1)
     if not centered:
-        return top[:, :dim]
+        return directions[:, :dim]
     # An orthonormal basis whose first vector, the direction of the mean, is dropped.
     mean_first = torch.eye(dim, dtype=x.dtype, device=x.device)
     mean_first[:, 0] = 1.0
     basis: Tensor = torch.linalg.qr(mean_first).Q[:, 1:]
-    return top[:, : dim - 1] @ basis.T
+    return directions[:, : dim - 1] @ basis.T
 
 
 def _subtracts_mean(model: Encoder | MemoryTransformer) -> bool:
@@ -167,6 +159,6 @@ def _embedding_tables(model: Encoder | MemoryTransformer) -> dict[str, nn.Embedd
     tables: dict[str, nn.Embedding] = {}
     for prefix in ("embedding", "absolute_positions"):
         if (part := getattr(model, prefix, None)) is not None:
-            named = part.named_modules(prefix=prefix)
-            tables |= {name: module for name, module in named if isinstance(module, nn.Embedding)}
+            modules = part.named_modules(prefix=prefix)
+            tables |= {name: module for name, module in modules if isinstance(module, nn.Embedding)}
     return tables

@@ -21,7 +21,7 @@ from memtx.ops.cpu.cpu_info import is_bf16_slow
 
 @dataclass(frozen=True)
 class Teacher:
-    """A loaded teacher.
+    """Loaded teacher.
 
     Attributes:
         path: Path as given by the user.
@@ -41,7 +41,7 @@ def load_teacher(path: str | os.PathLike[str], *, bf16: bool = False) -> Teacher
 
     Args:
         path: Run folder (its best checkpoint is used), checkpoint, or pretrained folder of memtx or ``transformers``.
-        bf16: If True, store and run it in bfloat16, unless this machine is slow in it.
+        bf16: If True, store and run it in bfloat16, unless that is slow on this machine.
 
     Raises:
         CheckpointError: The path is missing, damaged or not a model.
@@ -63,32 +63,25 @@ TEACHER_TYPES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 """Teachers that read the same batches, by class of the student."""
 
 
-def check_teacher_type(teacher: Teacher, student: nn.Module) -> None:
-    """Check that the teacher reads the student's batches.
+def check_teacher(teacher: Teacher, student: nn.Module, datamodule: Any) -> None:
+    """Check that the teacher reads the student's batches and was trained with the tokens and labels of the run's data.
+
+    Args:
+        teacher: Loaded teacher.
+        student: Model that is trained.
+        datamodule: Data module of the run; a tokenizer or task that it lacks is not checked.
 
     Raises:
-        MemtxError: It belongs to another class.
+        CheckpointError: The tokenizers or the labels differ.
+        MemtxError: The teacher belongs to another class, or its vocabulary is smaller than the tokenizer's.
     """
     for student_type, types in TEACHER_TYPES.items():
         if isinstance(student, student_type) and not isinstance(teacher.model, types):
             raise MemtxError(
                 f"The teacher in '{teacher.path}' ({type(teacher.model).__name__}) does not fit the student "
                 f"({student_type.__name__}).",
-                f"Use a teacher of class {' or '.join(kind.__name__ for kind in types)}.",
+                f"Use a teacher of class {' or '.join(teacher_type.__name__ for teacher_type in types)}.",
             )
-
-
-def check_teacher_data(teacher: Teacher, datamodule: Any) -> None:
-    """Check that the teacher was trained with the tokens and labels of the run's data.
-
-    Args:
-        teacher: The teacher.
-        datamodule: Data module of the run; a tokenizer or task that it lacks is not checked.
-
-    Raises:
-        CheckpointError: The tokenizers or the labels differ.
-        MemtxError: The tokenizer has more tokens than the teacher.
-    """
     tokenizer = getattr(datamodule, "tokenizer", None)
     if tokenizer is not None and teacher.tokenizer is not None and tokenizer.to_json() != teacher.tokenizer:
         raise CheckpointError(

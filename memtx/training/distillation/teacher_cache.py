@@ -1,7 +1,7 @@
 """Top-k logits of a teacher in memory-mapped files, so that it reads each text once.
 
-``LogitCache`` stores them by a key of the tokens read; ``LogitTable`` by the position of each token in a corpus that is
-read in whole documents, where a memory transformer's logits are a function of the position.
+``LogitCache`` stores them by a key of the tokens, ``LogitTable`` by the position of a token in a corpus that is read in
+whole documents, where a memory transformer's logits are a function of the position.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def make_task_keys(batch: TaskBatch) -> list[bytes]:
     """Return a key for each scored label of a batch, from the unpadded tokens of its text and the label's number."""
     keys = []
     scored = (batch.labels != IGNORE_INDEX).reshape(len(batch.tokens), -1)
-    for row, mask in enumerate(batch.attention_mask.bool()):
+    for index, mask in enumerate(batch.attention_mask.bool()):
         parts = [
-            tensor[row][mask].cpu().numpy().tobytes()
+            tensor[index][mask].cpu().numpy().tobytes()
             for tensor in (batch.tokens, batch.token_type_ids, batch.global_attention_mask)
         ]
-        keys += [make_key(*parts, bytes(str(int(index)), "ascii")) for index in scored[row].nonzero()[:, 0]]
+        keys += [make_key(*parts, str(label).encode()) for label in scored[index].nonzero()[:, 0].tolist()]
     return keys
 
 
@@ -59,9 +59,9 @@ def top_k_logits(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 class _LogitFile:
-    """A file of fixed-size records: a field of the subclass and the top-k logits of one position.
+    """File of records of fixed size: a field of the subclass and the top-k logits of a position.
 
-    ``num_records`` is their fixed number, or None for a file that grows.
+    ``num_records`` is their fixed number; None means that the file grows.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class _LogitFile:
 class LogitCache(_LogitFile):
     """Logits of one teacher by key, in a file that grows.
 
-    A record that was cut short by a kill is overwritten. Keys are kept in memory, logits are not.
+    A record that a kill truncated is overwritten. Keys are kept in memory, logits are not.
 
     Args:
         cache_dir: Folder of the cache; created if missing. Each teacher has its own file, which runs can share one
@@ -134,7 +134,7 @@ class LogitCache(_LogitFile):
 
     def put(self, keys: Sequence[bytes], logits: Tensor, classes: Tensor) -> None:
         """Store logits and classes, each ``(n, top_k)``, of n keys; stored keys keep their record."""
-        selected = {key: row for row, key in enumerate(keys) if key not in self._record_numbers}
+        selected = {key: index for index, key in enumerate(keys) if key not in self._record_numbers}
         records = self._pack(logits, classes, list(selected.values()))
         records["key"] = [np.void(key) for key in selected]
         self._file.write(records.tobytes())
@@ -146,14 +146,7 @@ class LogitCache(_LogitFile):
 class LogitTable(_LogitFile):
     """Logits of one teacher at every token of one corpus, in a file that is sparse until it is filled.
 
-    Args:
-        cache_dir: Folder of the cache; created if missing.
-        fingerprint: Identifies the teacher and the corpus.
-        num_tokens: Tokens of the corpus.
-        top_k: Logits per token.
-
-    Raises:
-        MemtxError: The file cannot be written, or ``top_k`` is not positive.
+    Arguments and errors as for :class:`LogitCache`; ``fingerprint`` identifies the corpus too, of ``num_tokens``.
     """
 
     def __init__(self, cache_dir: str | os.PathLike[str], fingerprint: str, num_tokens: int, top_k: int) -> None:
@@ -172,7 +165,7 @@ class LogitTable(_LogitFile):
 
     def put(self, token_indices: Tensor, logits: Tensor, classes: Tensor) -> None:
         """Store logits and classes, each ``(n, top_k)``, of ``(n,)`` int64 token indices; stored tokens stay."""
-        # Streams of a batch may read the same document, if there are few.
+        # Streams of a batch may read the same document if there are few documents.
         indices, selected = np.unique(token_indices.numpy(), return_index=True)
         new = ~self._records["known"][indices]
         records = self._pack(logits, classes, selected[new])

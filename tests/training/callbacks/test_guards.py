@@ -28,7 +28,7 @@ from tests.training.small import Record, adam, assert_equal, data, module, sgd, 
 
 
 class Poison(pl.Callback):
-    """Makes what a layer gives, or what its gradient is, not finite in some batches."""
+    """Makes the output of a layer, or its gradient, non-finite in some batches."""
 
     def __init__(self, batches: tuple[int, ...], back: bool = False) -> None:
         self.batches, self.back = batches, back
@@ -49,7 +49,7 @@ class Poison(pl.Callback):
 
 
 class Watched(pl.Callback):
-    """Weights, optimiser's state and memory after every batch."""
+    """Weights, optimizer state and memory after every batch."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, Tensor]] = []
@@ -62,9 +62,11 @@ class Watched(pl.Callback):
     ) -> None:
         assert isinstance(pl_module, LanguageModule)
         self.weights.append(weights(pl_module.model))
-        result = trainer.optimizers[0].state_dict()["state"].items()
-        self.moments.append({f"{item}.{name}": part.clone() for item, saved in result for name, part in saved.items()})
-        self.states.append({name: item.clone() for name, item in pl_module.carry.state_dict("train").items()})
+        states = trainer.optimizers[0].state_dict()["state"].items()
+        self.moments.append(
+            {f"{index}.{name}": tensor.clone() for index, state in states for name, tensor in state.items()}
+        )
+        self.states.append({name: tensor.clone() for name, tensor in pl_module.carry.state_dict("train").items()})
         self.batches.append(batch)
 
 
@@ -83,14 +85,14 @@ def test_a_nonfinite_step_is_skipped(
     before = last - accumulate
     assert_equal(watched.weights[last], watched.weights[before])
     assert_equal(watched.moments[last], watched.moments[before])
-    # The memory too, but for rows where a document began in what was skipped.
+    # The memory too, except for streams in which a document began in the skipped batches.
     began = torch.cat([batch.document_starts for batch in watched.batches[before + 1 : last + 1]], dim=1).any(1)
     assert not began.all()
     for name, tensor in watched.states[last].items():
         assert torch.equal(tensor[~began], watched.states[before][name][~began]), name
         assert not tensor[began].any()
     # Then it goes on.
-    assert any(not torch.equal(item, watched.weights[last][name]) for name, item in watched.weights[-1].items())
+    assert any(not torch.equal(weight, watched.weights[last][name]) for name, weight in watched.weights[-1].items())
     assert (run.global_step, guard.num_skipped, guard.num_consecutive) == (3, 1, 0)
     assert run.callback_metrics["skipped_steps"] == 1
     assert run.callback_metrics["grad_norm"] > 0
@@ -118,11 +120,11 @@ def test_a_skip_does_not_change_the_random_state(tmp_path: Path, monkeypatch: py
     for reads in (True, False):
         if not reads:
             monkeypatch.setattr(skip_nonfinite, "find_first_nonfinite", lambda *_: "")
-        taught, record = module(), Record()
+        language_module, record = module(), Record()
         run = trainer(tmp_path, SkipNonFinite(), Poison((1,)), record, max_steps=3, limit_val_batches=0)
-        run.fit(taught, datamodule=data(tmp_path))
+        run.fit(language_module, datamodule=data(tmp_path))
         samples.append((torch.get_rng_state().tolist(), record.losses[2]))
-        counted.append((taught.tokens_seen, sorted(run.callback_metrics)))
+        counted.append((language_module.tokens_seen, sorted(run.callback_metrics)))
     assert samples[0] == samples[1]
     assert counted[0] == counted[1]
 
@@ -133,7 +135,7 @@ def test_a_diverged_run_stops_and_names_the_layer(tmp_path: Path) -> None:
     run = trainer(tmp_path, SkipNonFinite(patience=3), keep, max_steps=10, limit_val_batches=0)
     with pytest.raises(MemtxError, match=r"is (nan|inf) at step 3, and 3 steps in a row .*first .* learning rate"):
         run.fit(module(optimizer=explode, scheduler=None), datamodule=data(tmp_path))
-    # What is kept is from before: nothing was written while steps were skipped.
+    # The checkpoint is from before: none was written while steps were skipped.
     last = tmp_path / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 1
     load_model_and_tokenizer(last)
@@ -156,15 +158,15 @@ def test_nonfinite_memory_is_reset(tmp_path: Path) -> None:
     state = reader(torch.arange(16).view(2, 8)).state
     second = torch.tensor([1])
     carry.set_state(
-        "train", state.map(lambda item: item.index_fill(0, second, math.nan) if item.is_floating_point() else item)
+        "train", state.map(lambda leaf: leaf.index_fill(0, second, math.nan) if leaf.is_floating_point() else leaf)
     )
     carry.snapshot("train")
     carry.get_state("train", reader, 2)
     carry.set_state("train", reader.init_state(2))
     carry.rollback("train")
-    result = carry.get_state("train", reader, 2)
-    assert result.select([0]).equals(state.select([0]))
-    assert result.select([1]).equals(reader.init_state(1))
+    restored = carry.get_state("train", reader, 2)
+    assert restored.select([0]).equals(state.select([0]))
+    assert restored.select([1]).equals(reader.init_state(1))
 
 
 # Spikes
@@ -192,11 +194,11 @@ def spiked(
 ) -> tuple[pl.Trainer, LanguageModule, Rise, RewindOnSpike]:
     guard, rise = RewindOnSpike(window=NUM_RECENT), Rise(step)
     keep = BestCheckpoint(str(root / name), every_n_train_steps=3)
-    taught = module(dropout=0.0, optimizer=partial(adam), scheduler=None)
+    language_module = module(dropout=0.0, optimizer=partial(adam), scheduler=None)
     options = {} if plugin is None else {"plugins": [plugin]}
     run = trainer(root, guard, rise, keep, max_steps=steps, limit_val_batches=0, **options)
-    run.fit(taught, datamodule=data(root), ckpt_path=begin)
-    return run, taught, rise, guard
+    run.fit(language_module, datamodule=data(root), ckpt_path=begin)
+    return run, language_module, rise, guard
 
 
 @pytest.mark.parametrize("plugin", [None, AsyncAtomicCheckpointIO()])
@@ -220,13 +222,13 @@ def test_a_spike_is_rewound_and_skipped(tmp_path: Path, plugin: Any, capfd: pyte
 
 def test_a_rewound_run_resumes_exactly(tmp_path: Path) -> None:
     at = 2 * NUM_RECENT + 4
-    run, taught, _, _ = spiked(tmp_path, "whole", at, at + 2 * NUM_RECENT)
+    run, language_module, _, _ = spiked(tmp_path, "whole", at, at + 2 * NUM_RECENT)
     # Killed after the spike began, and after the rewind.
     for name, killed in (("early", at + 2), ("late", at + NUM_RECENT + 4)):
         spiked(tmp_path, name, at, killed)
         _, other, _, guard = spiked(tmp_path, name, at, run.global_step, str(tmp_path / name / "last.ckpt"))
         assert guard.num_rewinds == 1
-        assert_equal(weights(other), weights(taught))
+        assert_equal(weights(other), weights(language_module))
 
 
 def test_noise_is_no_spike() -> None:
@@ -257,14 +259,16 @@ def test_spikes_that_cannot_be_rewound(tmp_path: Path, capfd: pytest.CaptureFixt
 
 
 def test_norms_of_every_layer_are_logged(tmp_path: Path) -> None:
-    taught = module()
+    language_module = module()
     run = trainer(tmp_path, MemoryNormMonitor(every_n_batches=3), max_steps=3, limit_val_batches=0)
-    run.fit(taught, datamodule=data(tmp_path))
-    states = taught.carry.state_dict("train")
+    run.fit(language_module, datamodule=data(tmp_path))
+    states = language_module.carry.state_dict("train")
     for layer in (0, 1):
-        parts = [item.double() for name, item in states.items() if name.startswith(f"layers[{layer}]")]
-        parts = [item for item in parts if item.is_floating_point()]
-        expected = math.sqrt(sum(float(item.square().sum()) for item in parts) / sum(item.numel() for item in parts))
+        tensors = [tensor.double() for name, tensor in states.items() if name.startswith(f"layers[{layer}]")]
+        tensors = [tensor for tensor in tensors if tensor.is_floating_point()]
+        expected = math.sqrt(
+            sum(float(tensor.square().sum()) for tensor in tensors) / sum(tensor.numel() for tensor in tensors)
+        )
         assert float(run.callback_metrics[f"memory_rms_{layer}"]) == pytest.approx(expected, rel=1e-5)
 
 
@@ -273,7 +277,7 @@ class Stub:
 
 
 @pytest.mark.parametrize(
-    ("seen", "message"),
+    ("rms_values", "message"),
     [
         ([0.0] * NUM_CHECKS, "nothing is written"),
         ([0.0, 0.0, 0.1, 0.0, 0.0], ""),
@@ -282,11 +286,13 @@ class Stub:
         ([1.0, 1.1, 1.2, 1.3, 1.4], ""),
     ],
 )
-def test_memory_warnings_are_written_once(seen: list[float], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_memory_warnings_are_written_once(
+    rms_values: list[float], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     guard = MemoryNormMonitor()
     for _ in range(2):
-        for item in seen:
-            guard._check_history(Stub(), "layers[1][0].bank", item)  # type: ignore[arg-type]
+        for rms in rms_values:
+            guard._check_history(Stub(), "layers[1][0].bank", rms)  # type: ignore[arg-type]
         guard._rms_history.clear()
     err = capfd.readouterr().err
     assert err.count("layers[1][0].bank") == bool(message)
@@ -343,7 +349,7 @@ def test_out_of_memory_hints_name_options(
     with pytest.raises(type(error)) as caught:
         run.fit(module(), datamodule=data(tmp_path, **options))
     message = caught.value.__notes__[-1]
-    assert all(item in message for item in expected), message
+    assert all(text in message for text in expected), message
     error.__notes__.clear()
 
 

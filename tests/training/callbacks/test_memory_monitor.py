@@ -19,17 +19,17 @@ from tests.training.small import SEGMENT, data, model, module, trainer
 @pytest.mark.parametrize("closed", [0.0, 0.5, 1.0])
 def test_the_closed_fraction_is_logged(tmp_path: Path, closed: float) -> None:
     stack = [partial(RecurrentMemory, window=4), partial(AssociativeMemory, heads=2)]
-    taught = LanguageModule(lambda vocabulary: model(vocabulary, memories=(stack,)), segment_length=SEGMENT)
+    language_module = LanguageModule(lambda vocabulary: model(vocabulary, memories=(stack,)), segment_length=SEGMENT)
     logged = trainer(tmp_path, ClosedGateMonitor())
     texts = data(tmp_path)
-    gates = [item for item in taught.modules() if isinstance(item, Gate)]
+    gates = [layer for layer in language_module.modules() if isinstance(layer, Gate)]
     assert gates
     with torch.no_grad():
         for gate in gates:
             gate.proj.weight.zero_()
             # Of two heads' gates one or both shut.
             gate.proj.bias.copy_(torch.tensor([-9.0 if closed > 0 else 0.0, -9.0 if closed == 1 else 0.0]))
-    (metrics,) = logged.validate(taught, datamodule=texts, verbose=False)
+    (metrics,) = logged.validate(language_module, datamodule=texts, verbose=False)
     assert metrics["val_closed_gate_fraction"] == pytest.approx(closed)
     # Nothing is left behind that would slow training down.
     assert not any(gate._forward_hooks for gate in gates)

@@ -46,25 +46,25 @@ def lines(tmp_path: Path, seconds: float, **options: Any) -> list[str]:
 
 
 def test_a_line_per_interval(tmp_path: Path) -> None:
-    result = lines(tmp_path, 30)
-    assert [line.split("  ")[0] for line in result] == ["step 3/12", "step 6/12", "step 9/12", "step 12/12"]
+    written = lines(tmp_path, 30)
+    assert [line.split("  ")[0] for line in written] == ["step 3/12", "step 6/12", "step 9/12", "step 12/12"]
     # 32 tokens in each of three batches, thirty seconds; nine steps to go at ten seconds.
-    assert re.fullmatch(r"step 3/12  loss \d\.\d{3}  bits/byte \d\.\d{3}  3 tokens/s  2 min left", result[0])
-    assert result[-1].endswith("0 s left")
+    assert re.fullmatch(r"step 3/12  loss \d\.\d{3}  bits/byte \d\.\d{3}  3 tokens/s  2 min left", written[0])
+    assert written[-1].endswith("0 s left")
 
 
 def test_a_line_per_validation(tmp_path: Path) -> None:
-    result = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
-    assert len(result) == 2
+    written = lines(tmp_path, 1e9, limit_val_batches=1.0, val_check_interval=5)
+    assert len(written) == 2
     pattern = r"step {}/12  validation  loss \d\.\d{{3}}  bits/byte \d\.\d{{4}}  word perplexity \S+"
     pattern += r"  memory gain -?\d\.\d{{4}}"
-    assert re.fullmatch(pattern.format(5), result[0])
-    assert re.fullmatch(pattern.format(10), result[1])
+    assert re.fullmatch(pattern.format(5), written[0])
+    assert re.fullmatch(pattern.format(10), written[1])
 
 
 def test_steps_are_optimizer_steps(tmp_path: Path) -> None:
-    result = lines(tmp_path, 10, max_steps=3, accumulate_grad_batches=2)
-    assert [line.split("  ")[0] for line in result] == ["step 1/3", "step 2/3", "step 3/3"]
+    written = lines(tmp_path, 10, max_steps=3, accumulate_grad_batches=2)
+    assert [line.split("  ")[0] for line in written] == ["step 1/3", "step 2/3", "step 3/3"]
 
 
 def test_resumed_steps_do_not_count_for_the_estimate(tmp_path: Path) -> None:
@@ -72,8 +72,8 @@ def test_resumed_steps_do_not_count_for_the_estimate(tmp_path: Path) -> None:
     trainer(tmp_path, keep, max_steps=10, limit_val_batches=0).fit(module(), datamodule=data(tmp_path))
     written: list[str] = []
     plain = PlainProgress(10, write=written.append, clock=Clock())
-    going = trainer(tmp_path, plain, max_steps=16, limit_val_batches=0)
-    going.fit(module(), datamodule=data(tmp_path), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
+    run = trainer(tmp_path, plain, max_steps=16, limit_val_batches=0)
+    run.fit(module(), datamodule=data(tmp_path), ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
     assert written[0].startswith("step 11/16")
     assert written[0].endswith("50 s left\n")
 
@@ -90,19 +90,19 @@ def test_resumed_steps_do_not_count_for_the_estimate(tmp_path: Path) -> None:
 )
 def test_total_steps_and_last_step(tmp_path: Path, options: dict[str, Any], total: int) -> None:
     class Last(pl.Callback):
-        result: list[bool] = []  # noqa: RUF012
+        decisions: list[bool] = []  # noqa: RUF012
 
         def on_train_batch_end(self, trainer: pl.Trainer, *rest: Any) -> None:
-            self.result.append(trainer_state.is_last_step(trainer))
+            self.decisions.append(trainer_state.is_last_step(trainer))
             assert trainer_state.total_steps(trainer) == total
 
     last = Last()
-    last.result = []
+    last.decisions = []
     run = trainer(tmp_path, last, limit_val_batches=0, **options)
     run.fit(module(), datamodule=data(tmp_path))
     assert run.global_step == total
-    assert last.result[-1]
-    assert not any(last.result[:-1])
+    assert last.decisions[-1]
+    assert not any(last.decisions[:-1])
 
 
 def test_the_bar_counts_optimizer_steps(tmp_path: Path) -> None:

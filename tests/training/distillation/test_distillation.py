@@ -40,7 +40,7 @@ ALL = (SoftTargets, HardLabels, HiddenMSE, partial(HiddenCosine, layers=LastLaye
 
 
 class Keep(pl.Callback):
-    """Takes a checkpoint, and a folder's files, after so many batches: what a run killed there leaves."""
+    """Saves a checkpoint and copies a folder after a number of batches, as a run that is killed then leaves them."""
 
     def __init__(self, batches: int, path: Path, folder: Path | None = None) -> None:
         self.batches, self.path, self.folder = batches, path, folder
@@ -75,9 +75,9 @@ def masked(at: Path, seed: int = 0) -> MaskedModule:
 def task_teacher(at: Path, kind: str = "tagging") -> tuple[str, Path]:
     root = folder(at / "data", kind)
     module, examples = parts(kind, root)
-    built = task_trainer(max_steps=3)
-    built.fit(module, examples)
-    built.save_checkpoint(at / "teacher.ckpt")
+    run = task_trainer(max_steps=3)
+    run.fit(module, examples)
+    run.save_checkpoint(at / "teacher.ckpt")
     return str(at / "teacher.ckpt"), root
 
 
@@ -91,14 +91,14 @@ def test_the_teacher_is_frozen_and_not_saved(tmp_path: Path) -> None:
     assert_equal(small.weights(teacher), small.weights(saved))
     assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters())
     assert not teacher.training
-    learning = {id(weight) for group in run.optimizers[0].param_groups for weight in group["params"]}
-    assert not learning & {id(weight) for weight in teacher.parameters()}
-    # What maps the student's states learns as the student does.
-    assert learning == {id(weight) for weight in module.parameters()}
+    optimized = {id(weight) for group in run.optimizers[0].param_groups for weight in group["params"]}
+    assert not optimized & {id(weight) for weight in teacher.parameters()}
+    # Projections of the student's hidden states are trained with it.
+    assert optimized == {id(weight) for weight in module.parameters()}
     run.save_checkpoint(tmp_path / "a.ckpt")
     names = set(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"])
-    maps = {f"distillation.losses.{position}.project.weight" for position in (2, 3, 5)}
-    assert {name for name in names if not name.startswith("model.")} == maps
+    projections = {f"distillation.losses.{position}.project.weight" for position in (2, 3, 5)}
+    assert {name for name in names if not name.startswith("model.")} == projections
 
 
 def test_evaluation_needs_no_teacher(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_evaluation_needs_no_teacher(tmp_path: Path) -> None:
     run.save_checkpoint(tmp_path / "a.ckpt")
     shutil.rmtree(tmp_path / "teacher")
     path = str(tmp_path / "a.ckpt")
-    (result,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
-    (targets,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
-    assert result == targets
+    (metrics,) = trainer(tmp_path).validate(language(tmp_path, 3), data(tmp_path), path, verbose=False)
+    (expected,) = trainer(tmp_path).validate(module, data(tmp_path), verbose=False)
+    assert metrics == expected
     assert_equal(small.weights(MemoryTransformer.from_pretrained(tmp_path / "a.ckpt")), small.weights(module.model))
     with pytest.raises(CheckpointError, match="teacher' does not exist"):
         trainer(tmp_path, max_steps=4).fit(language(tmp_path), data(tmp_path), ckpt_path=path)
@@ -125,40 +125,40 @@ def test_resuming_is_exact(kind: str, tmp_path: Path) -> None:
     full, record = make(tmp_path), Record()
     run = trainer(tmp_path, record, Keep(5, tmp_path / "half.ckpt"), max_steps=8, limit_val_batches=0)
     run.fit(full, data(tmp_path))
-    again, resumed = make(tmp_path, 9), Record()
-    trainer(tmp_path, resumed, max_steps=8, limit_val_batches=0).fit(
-        again, data(tmp_path), ckpt_path=str(tmp_path / "half.ckpt")
+    resumed_module, resumed_record = make(tmp_path, 9), Record()
+    trainer(tmp_path, resumed_record, max_steps=8, limit_val_batches=0).fit(
+        resumed_module, data(tmp_path), ckpt_path=str(tmp_path / "half.ckpt")
     )
-    assert sorted(resumed.losses) == [5, 6, 7]
-    assert resumed.losses == {batch: record.losses[batch] for batch in resumed.losses}
-    assert_equal(small.weights(again), small.weights(full))
+    assert sorted(resumed_record.losses) == [5, 6, 7]
+    assert resumed_record.losses == {batch: record.losses[batch] for batch in resumed_record.losses}
+    assert_equal(small.weights(resumed_module), small.weights(full))
 
 
 def test_resuming_a_task_is_exact(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
-    result = []
+    final_weights = []
     for path in (None, str(tmp_path / "half.ckpt")):
         module, examples = parts("tagging", root, token_mask_prob=0.3, distillation=Distillation(teacher, ALL))
         pl.seed_everything(0 if path is None else 99)
         keep = [Keep(7, tmp_path / "half.ckpt")] if path is None else []
         task_trainer(max_steps=12, callbacks=keep).fit(module, examples, ckpt_path=path)
-        result.append(small.weights(module.model))
-    assert_equal(*result)
+        final_weights.append(small.weights(module.model))
+    assert_equal(*final_weights)
 
 
 @pytest.mark.parametrize("kind", ["classification", "tagging", "questions"])
 def test_cached_logits_give_the_same_losses(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, root = task_teacher(tmp_path, kind)
     reads: list[bool] = []
-    layers_and_scores = TaskModel.forward_with_hidden_states
+    forward = TaskModel.forward_with_hidden_states
 
     def spy(self: TaskModel, *inputs: Any, **options: Any) -> Any:
         reads.append(self.training)
-        return layers_and_scores(self, *inputs, **options)
+        return forward(self, *inputs, **options)
 
     monkeypatch.setattr(TaskModel, "forward_with_hidden_states", spy)
     losses: list[dict[int, str]] = []
-    for cache in (None, tmp_path / "kept", tmp_path / "kept"):
+    for cache in (None, tmp_path / "logits", tmp_path / "logits"):
         reads.clear()
         distillation = Distillation(
             teacher, [SoftTargets, HardLabels], cache_dir=None if cache is None else str(cache), top_k=200
@@ -167,56 +167,56 @@ def test_cached_logits_give_the_same_losses(kind: str, tmp_path: Path, monkeypat
         record = Record()
         task_trainer(max_epochs=2, callbacks=[record], limit_val_batches=0).fit(module, examples)
         losses.append(record.losses)
-        taught = reads.count(False)
-        # Without a folder it reads every batch; with one in the first pass, and in no pass of another run.
-        expected = {None: len(record.losses)}.get(cache, 0 if len(losses) == 3 else len(record.losses) // 2)
-        assert taught == expected, cache
+        num_teacher_reads = reads.count(False)
+        # Without a cache the teacher reads every batch; with one, those of the first epoch and none in a second run.
+        expected_reads = {None: len(record.losses)}.get(cache, 0 if len(losses) == 3 else len(record.losses) // 2)
+        assert num_teacher_reads == expected_reads, cache
     assert losses[1] == losses[2]
     for step, loss in losses[0].items():
-        # Padded otherwise in another pass, and so rounded otherwise.
+        # Padding, and so rounding, differs between epochs.
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4)
 
 
 def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_teacher(tmp_path)
-    heard: list[bool] = []
-    read = LanguageDistillation._teacher_hidden_states
+    teacher_reads: list[bool] = []
+    read_with_teacher = LanguageDistillation._teacher_hidden_states
 
     def spy(self: LanguageDistillation, *inputs: Any) -> Any:
-        heard.append(True)
-        return read(self, *inputs)
+        teacher_reads.append(True)
+        return read_with_teacher(self, *inputs)
 
     monkeypatch.setattr(LanguageDistillation, "_teacher_hidden_states", spy)
     losses, steps = [], 28
 
-    def run(cache: str, top: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
+    def train(cache: str, top_k: int, *callbacks: pl.Callback, seed: int = 0, path: str | None = None) -> Any:
         folder = None if not cache else str(tmp_path / cache)
         module, record = (
-            language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache_dir=folder, top_k=top),
+            language(tmp_path, seed, losses=[SoftTargets, HardLabels], cache_dir=folder, top_k=top_k),
             Record(),
         )
-        built = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
-        built.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
+        run = trainer(tmp_path, record, *callbacks, max_steps=steps, limit_val_batches=0)
+        run.fit(module, data(tmp_path, batch_size=4), ckpt_path=path)
         losses.append(record.losses)
         return module.distillation.logit_table
 
-    run("", 1)
-    assert len(heard) == steps
-    heard.clear()
-    assert run("all", 257).is_complete
-    # Until every row has begun the second pass.
-    assert 10 < len(heard) < steps
-    heard.clear()
-    run("all", 257)
-    assert not heard
+    train("", 1)
+    assert len(teacher_reads) == steps
+    teacher_reads.clear()
+    assert train("all", 257).is_complete
+    # Until every stream has begun the second pass.
+    assert 10 < len(teacher_reads) < steps
+    teacher_reads.clear()
+    train("all", 257)
+    assert not teacher_reads
     assert losses[1] == losses[2]
     for step, loss in losses[0].items():
         # The same numbers in float32, added up in another order.
         assert float.fromhex(loss) == pytest.approx(float.fromhex(losses[1][step]), rel=1e-4), step
     # Killed in the first pass and resumed, with few cached logits.
     half = tmp_path / "half.ckpt"
-    run("few", 4, Keep(8, half, tmp_path / "few"))
-    assert run("few.then", 4, seed=9, path=str(half)).is_complete
+    train("few", 4, Keep(8, half, tmp_path / "few"))
+    assert train("few.then", 4, seed=9, path=str(half)).is_complete
     assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
 
 
@@ -224,15 +224,15 @@ def test_a_loss_is_active_in_its_fraction_of_the_run(tmp_path: Path) -> None:
     decoder_teacher(tmp_path)
     losses = [partial(HiddenMSE, end=0.5), partial(SoftTargets, begin=0.5)]
     module = language(tmp_path, losses=losses)
-    result: list[tuple[float, float]] = []
+    active_losses: list[tuple[float, float]] = []
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
             logged = trainer.callback_metrics
-            result.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
+            active_losses.append((float(logged["train_hidden_mse"]), float(logged.get("train_soft_targets", 0.0))))
 
     trainer(tmp_path, Watch(), max_steps=4, limit_val_batches=0).fit(module, data(tmp_path))
-    assert [(hidden > 0, soft > 0) for hidden, soft in result] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [(hidden > 0, soft > 0) for hidden, soft in active_losses] == [(True, False)] * 2 + [(False, True)] * 2
 
 
 def test_the_student_is_initialized_from_every_second_layer(tmp_path: Path) -> None:
@@ -243,9 +243,9 @@ def test_the_student_is_initialized_from_every_second_layer(tmp_path: Path) -> N
     module.model = MemoryTransformer(257, dim=24, depth=2, heads=2, memories=(small.memory(),))
     module.make_optimizer = partial(small.sgd, lr=0.0)
     trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data(tmp_path))
-    for trained_module, other in ((0, 1), (1, 3)):
-        saved = module.model.blocks[trained_module].feed_forward.state_dict()
-        assert_equal(dict(saved), dict(teacher.blocks[other].feed_forward.state_dict()))
+    for student_layer, teacher_layer in ((0, 1), (1, 3)):
+        student_weights = module.model.blocks[student_layer].feed_forward.state_dict()
+        assert_equal(dict(student_weights), dict(teacher.blocks[teacher_layer].feed_forward.state_dict()))
 
 
 def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +260,7 @@ def test_a_teacher_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert next(teacher.parameters()).dtype == (torch.bfloat16 if requested and fast else torch.float32)
         losses.append([float.fromhex(loss) for loss in record.losses.values()])
     assert losses[0] == losses[2] != losses[1]
-    # Three digits of what the teacher says.
+    # bfloat16 keeps about three digits of the teacher's outputs.
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
 
 
@@ -281,34 +281,34 @@ def test_a_task_encoder_teaches_a_memory_transformer(tmp_path: Path) -> None:
 def test_unusable_teachers_are_rejected(tmp_path: Path) -> None:
     teacher, root = task_teacher(tmp_path)
 
-    def begun(distillation: Distillation, at: Path = root, **options: Any) -> None:
+    def train(distillation: Distillation, at: Path = root, **options: Any) -> None:
         task_trainer(max_steps=1).fit(*parts("tagging", at, distillation=distillation, **options))
 
     with pytest.raises(MemtxError, match=r"distillation.teacher is not set. Add --model.distillation"):
-        begun(Distillation())
+        train(Distillation())
     with pytest.raises(MemtxError, match="losses is empty"):
-        begun(Distillation(teacher, []))
+        train(Distillation(teacher, []))
     with pytest.raises(MemtxError, match="stores a teacher's logits, but HiddenMSE needs its layers"):
-        begun(Distillation(teacher, [HiddenMSE], cache_dir=str(tmp_path / "kept")))
+        train(Distillation(teacher, [HiddenMSE], cache_dir=str(tmp_path / "logits")))
     with pytest.raises(MemtxError, match=r"caches the teacher's logits, but token_mask_prob \(0.3\) changes the texts"):
-        begun(Distillation(teacher, cache_dir=str(tmp_path / "kept")), token_mask_prob=0.3)
+        train(Distillation(teacher, cache_dir=str(tmp_path / "logits")), token_mask_prob=0.3)
     other = folder(tmp_path / "other", "tagging")
     write_lines(other / "train.jsonl", records("tagging", 24, seed=99))
     with pytest.raises(CheckpointError, match="trained with another tokenizer, so its token ids differ"):
-        begun(Distillation(teacher), other)
+        train(Distillation(teacher), other)
     torch.manual_seed(0)
     body()(20).save_pretrained(tmp_path / "narrow")
     with pytest.raises(MemtxError, match=r"The tokenizer has 200 tokens, the teacher in '.*narrow' has 20"):
-        begun(Distillation(str(tmp_path / "narrow"), [HiddenMSE]))
+        train(Distillation(str(tmp_path / "narrow"), [HiddenMSE]))
     body()(200).save_pretrained(tmp_path / "encoder")
     with pytest.raises(MemtxError, match=r"no head for the task. Fine-tune it first"):
-        begun(Distillation(str(tmp_path / "encoder")))
-    begun(Distillation(str(tmp_path / "encoder"), [HiddenMSE, HardLabels]))
+        train(Distillation(str(tmp_path / "encoder")))
+    train(Distillation(str(tmp_path / "encoder"), [HiddenMSE, HardLabels]))
     module = MaskedModule(partial(Encoder, dim=8, depth=1, heads=2))
-    module.distillation = Distillation(teacher, cache_dir=str(tmp_path / "kept"))
+    module.distillation = Distillation(teacher, cache_dir=str(tmp_path / "logits"))
     with pytest.raises(MemtxError, match="masks differ in every epoch"):
         trainer(tmp_path, max_steps=1).fit(module, data(tmp_path))
-    assert not (tmp_path / "kept").exists()
+    assert not (tmp_path / "logits").exists()
 
 
 def test_teachers_of_another_class_are_rejected(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from memtx.training.distillation.layer_map import EveryKthLayer, ExplicitLayers,
 @given(st.integers(1, 12), st.integers(1, 6))
 def test_every_kth_layer_is_evenly_spaced_and_ends_with_the_last(student: int, k: int) -> None:
     layers = EveryKthLayer().pairs(student, student * k)
-    assert [trained_module for trained_module, _ in layers] == list(range(student))
+    assert [student_layer for student_layer, _ in layers] == list(range(student))
     assert layers[-1] == (student - 1, student * k - 1)
-    assert {other - before for (_, before), (_, other) in itertools.pairwise(layers)} <= {k}
+    assert {after - before for (_, before), (_, after) in itertools.pairwise(layers)} <= {k}
 
 
 def test_indivisible_depths_name_the_divisors() -> None:

@@ -25,15 +25,15 @@ from memtx.training.distillation.losses import DistillationLoss
 from memtx.training.distillation.model_outputs import ModelDims, ModelOutputs, collect_language_outputs, get_blocks
 from memtx.training.distillation.teacher_cache import top_k_logits
 
-ROWS, LENGTH, VOCAB = 2, 7, 11
+BATCH_SIZE, LENGTH, VOCAB = 2, 7, 11
 # float64, sums in another order
 CLOSE: Any = {"rel": 1e-9}
-SIZES = ModelDims("Encoder", 8, 2, 2, 8, VOCAB, has_attention_maps=True)
+DIMS = ModelDims("Encoder", 8, 2, 2, 8, VOCAB, has_attention_maps=True)
 
 
 def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention) -> Encoder:
     model = Encoder(VOCAB, dim, depth, heads, attentions=[attention])
-    # Drawn wide, so that no score is near the others.
+    # A wide distribution, so that no two scores are close.
     for weight in model.parameters():
         nn.init.normal_(weight, std=0.5)
     return model.double()
@@ -41,8 +41,8 @@ def encoder(dim: int, depth: int, heads: int = 2, attention: Any = FullAttention
 
 def read(model: Encoder, marked: Tensor | None = None) -> ModelOutputs:
     """Outputs of an encoder for random texts, the second of them padded."""
-    tokens = torch.randint(VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    present = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    tokens = torch.randint(VOCAB, (BATCH_SIZE, LENGTH), generator=torch.Generator().manual_seed(1))
+    present = torch.ones(BATCH_SIZE, LENGTH, dtype=torch.bool)
     present[1, 5:] = False
     out = model(tokens, present.long(), output_hidden_states=True)
     assert out.hidden_states is not None
@@ -69,8 +69,8 @@ def kl(p: list[float], q: list[float]) -> float:
 
 
 def softmax(scores: list[float]) -> list[float]:
-    powers = [math.exp(item - max(scores)) for item in scores]
-    return [item / sum(powers) for item in powers]
+    powers = [math.exp(score - max(scores)) for score in scores]
+    return [score / sum(powers) for score in powers]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -78,39 +78,44 @@ def softmax(scores: list[float]) -> list[float]:
 def test_soft_targets(temperature: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_SIZE", chunk)
     make = partial(kinds.SoftTargets, temperature=temperature)
-    result, student_out, teacher_out, _ = pair(encoder(8, 1), encoder(12, 2), make)
+    loss_value, student_out, teacher_out, _ = pair(encoder(8, 1), encoder(12, 2), make)
     assert student_out.features is not None
     assert teacher_out.features is not None
-    each = [
-        kl(softmax([item / temperature for item in targets]), softmax([item / temperature for item in student_values]))
-        for student_values, targets in zip(student_out.features.tolist(), teacher_out.features.tolist(), strict=True)
+    divergences = [
+        kl(
+            softmax([logit / temperature for logit in teacher_logits]),
+            softmax([logit / temperature for logit in student_logits]),
+        )
+        for student_logits, teacher_logits in zip(
+            student_out.features.tolist(), teacher_out.features.tolist(), strict=True
+        )
     ]
-    assert result == pytest.approx(temperature**2 * sum(each) / len(each), **CLOSE)
+    assert loss_value == pytest.approx(temperature**2 * sum(divergences) / len(divergences), **CLOSE)
 
 
 def test_soft_targets_of_top_k_logits() -> None:
-    result, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
+    loss_value, student_out, teacher_out, loss = pair(encoder(8, 1), encoder(12, 2), kinds.SoftTargets)
     assert student_out.features is not None
     assert teacher_out.features is not None
 
-    def saved(top: int) -> float:
-        values, index = top_k_logits(teacher_out.features, top)
+    def loss_of_top_k(top_k: int) -> float:
+        values, index = top_k_logits(teacher_out.features, top_k)
         return float(loss(student_out, ModelOutputs(values.double(), class_indices=index)).detach())
 
-    each = []
-    for student_values, targets in zip(
+    divergences = []
+    for student_logits, teacher_logits in zip(
         student_out.features.tolist(), teacher_out.features.float().tolist(), strict=True
     ):
-        chosen = sorted(range(VOCAB), key=lambda position: -targets[position])[:4]
-        target, own_all = (
-            softmax([targets[item] / 2 for item in chosen]),
-            softmax([item / 2 for item in student_values]),
+        top_classes = sorted(range(VOCAB), key=lambda index: -teacher_logits[index])[:4]
+        teacher_probs, student_probs = (
+            softmax([teacher_logits[index] / 2 for index in top_classes]),
+            softmax([logit / 2 for logit in student_logits]),
         )
-        each.append(kl(target, [own_all[item] for item in chosen]))
-    assert saved(4) == pytest.approx(4 * sum(each) / len(each), **CLOSE)
+        divergences.append(kl(teacher_probs, [student_probs[index] for index in top_classes]))
+    assert loss_of_top_k(4) == pytest.approx(4 * sum(divergences) / len(divergences), **CLOSE)
     # With all classes only float64 digits are lost; missing classes are padded.
-    assert saved(VOCAB) == pytest.approx(result, rel=1e-5)
-    assert saved(VOCAB + 3) == pytest.approx(result, rel=1e-5)
+    assert loss_of_top_k(VOCAB) == pytest.approx(loss_value, rel=1e-5)
+    assert loss_of_top_k(VOCAB + 3) == pytest.approx(loss_value, rel=1e-5)
 
 
 @pytest.mark.parametrize("dim", [8, 12])
@@ -121,35 +126,37 @@ def test_losses_of_hidden_states(dim: int, kind: str) -> None:
         "cosine": partial(kinds.HiddenCosine, layers=ExplicitLayers([(0, 0), (1, 3)])),
         "embeddings": kinds.EmbeddingMSE,
     }[kind]
-    result, student_out, teacher_out, loss = pair(encoder(8, 2), encoder(dim, 4), make)
+    loss_value, student_out, teacher_out, loss = pair(encoder(8, 2), encoder(dim, 4), make)
     layers = {"mse": [(1, 2), (2, 4)], "cosine": [(1, 1), (2, 4)], "embeddings": [(0, 0)]}[kind]
     weight = dict(loss.named_parameters()).get("project.weight")
     assert (weight is None) == (dim == 8)
     means = []
     for student_layer, teacher_layer in layers:
-        each = []
-        for row, position in student_out.token_mask.nonzero().tolist():
+        distances = []
+        for text, position in student_out.token_mask.nonzero().tolist():
             x, y = (
-                student_out.hidden_states[student_layer][row, position].tolist(),
-                teacher_out.hidden_states[teacher_layer][row, position].tolist(),
+                student_out.hidden_states[student_layer][text, position].tolist(),
+                teacher_out.hidden_states[teacher_layer][text, position].tolist(),
             )
             if weight is not None:
-                x = [sum(w * item for w, item in zip(line, x, strict=True)) for line in weight.tolist()]
+                x = [sum(a * b for a, b in zip(output_weights, x, strict=True)) for output_weights in weight.tolist()]
             if kind == "cosine":
                 dot = sum(a * b for a, b in zip(x, y, strict=True))
-                each.append(1 - dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
+                distances.append(1 - dot / math.sqrt(sum(a * a for a in x) * sum(b * b for b in y)))
             else:
-                each.append(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(y))
-        means.append(sum(each) / len(each))
-    assert result == pytest.approx(sum(means) / len(means), **CLOSE)
+                distances.append(sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) / len(y))
+        means.append(sum(distances) / len(distances))
+    assert loss_value == pytest.approx(sum(means) / len(means), **CLOSE)
 
 
 def by_heads(model: Encoder, outputs: ModelOutputs, layer: int, part: str, heads: int) -> list[Any]:
-    """[row][head][place] -> numbers, by the layer's own map and nothing else of it."""
+    """Return projections by text, head and position, computed from the layer's weights alone."""
     linear = getattr(model.blocks[layer].attention, part)
     x = outputs.hidden_states[layer] @ linear.weight.T + linear.bias
     width = x.shape[-1] // heads
-    return [[x[row, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for row in range(ROWS)]
+    return [
+        [x[text, :, head * width : (head + 1) * width].tolist() for head in range(heads)] for text in range(BATCH_SIZE)
+    ]
 
 
 @pytest.mark.parametrize("queries", [1, 3, 128])
@@ -158,61 +165,61 @@ def test_attention_maps(window: int | None, queries: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(layer_losses, "QUERY_CHUNK_SIZE", queries)
     attention: Any = FullAttention if window is None else partial(LongformerAttention, window=window)
     student, teacher = encoder(8, 1, 2, attention), encoder(12, 2, 2)
-    result, student_out, teacher_out, loss = pair(student, teacher, kinds.AttentionMSE)
+    loss_value, student_out, teacher_out, loss = pair(student, teacher, kinds.AttentionMSE)
 
-    def expected(marked: list[tuple[int, int]]) -> float:
+    def expected(global_tokens: list[tuple[int, int]]) -> float:
         read_by = ((student, student_out, 0), (teacher, teacher_out, 1))
-        parts = [by_heads(*item, name, 2) for item in read_by for name in ("query", "key")]
-        each = []
-        for row in range(ROWS):
-            positions = student_out.token_mask[row].nonzero().flatten().tolist()
+        parts = [by_heads(*inputs, name, 2) for inputs in read_by for name in ("query", "key")]
+        squared_errors = []
+        for text in range(BATCH_SIZE):
+            positions = student_out.token_mask[text].nonzero().flatten().tolist()
             for head in range(2):
                 for i in positions:
                     for j in positions:
-                        if (window is not None and abs(i - j) > window // 2) or (row, i) in marked:
+                        if (window is not None and abs(i - j) > window // 2) or (text, i) in global_tokens:
                             continue
                         scores = [
-                            sum(a * b for a, b in zip(q[row][head][i], k[row][head][j], strict=True))
-                            / math.sqrt(len(q[row][head][i]))
+                            sum(a * b for a, b in zip(q[text][head][i], k[text][head][j], strict=True))
+                            / math.sqrt(len(q[text][head][i]))
                             for q, k in (parts[:2], parts[2:])
                         ]
-                        each.append((scores[0] - scores[1]) ** 2)
-        return sum(each) / len(each)
+                        squared_errors.append((scores[0] - scores[1]) ** 2)
+        return sum(squared_errors) / len(squared_errors)
 
-    assert result == pytest.approx(expected([]), **CLOSE)
-    # Global tokens ask with other projections: their rows are no part of it.
-    marked = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
-    marked[0, 2] = True
-    without = loss(replace(student_out, global_attention_mask=marked), teacher_out)
-    assert float(without.detach()) == pytest.approx(expected([(0, 2)]), **CLOSE)
+    assert loss_value == pytest.approx(expected([]), **CLOSE)
+    # Global tokens have separate query projections: their scores are not compared.
+    global_tokens = torch.zeros(BATCH_SIZE, LENGTH, dtype=torch.bool)
+    global_tokens[0, 2] = True
+    loss_without_global_tokens = loss(replace(student_out, global_attention_mask=global_tokens), teacher_out)
+    assert float(loss_without_global_tokens.detach()) == pytest.approx(expected([(0, 2)]), **CLOSE)
 
 
 @pytest.mark.parametrize("heads", [None, 4])
 def test_value_relations(heads: int | None) -> None:
     student, teacher = encoder(8, 1, 2), encoder(12, 2, 2)
-    result, student_out, teacher_out, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
+    loss_value, student_out, teacher_out, _ = pair(student, teacher, partial(kinds.ValueRelations, heads=heads))
     count = heads or 2
     student_values, teacher_values = (
         by_heads(student, student_out, 0, "value", count),
         by_heads(teacher, teacher_out, 1, "value", count),
     )
-    each = []
-    for row in range(ROWS):
-        positions = student_out.token_mask[row].nonzero().flatten().tolist()
+    divergences = []
+    for text in range(BATCH_SIZE):
+        positions = student_out.token_mask[text].nonzero().flatten().tolist()
         for head in range(count):
             for i in positions:
                 relations = [
                     softmax(
                         [
-                            sum(a * b for a, b in zip(v[row][head][i], v[row][head][j], strict=True))
-                            / math.sqrt(len(v[row][head][i]))
+                            sum(a * b for a, b in zip(v[text][head][i], v[text][head][j], strict=True))
+                            / math.sqrt(len(v[text][head][i]))
                             for j in positions
                         ]
                     )
                     for v in (teacher_values, student_values)
                 ]
-                each.append(kl(*relations))
-    assert result == pytest.approx(sum(each) / len(each), **CLOSE)
+                divergences.append(kl(*relations))
+    assert loss_value == pytest.approx(sum(divergences) / len(divergences), **CLOSE)
 
 
 def test_value_relations_of_decoders_look_back_within_documents() -> None:
@@ -229,25 +236,25 @@ def test_value_relations_of_decoders_look_back_within_documents() -> None:
     for model in models:
         hidden = model(tokens, document_starts=document_starts, return_hidden_states=True).hidden_states
         outputs.append(collect_language_outputs(model, hidden, tokens, document_starts))
-    sizes = ModelDims.from_model(models[0])
-    result = float(kinds.ValueRelations(sizes, sizes)(*outputs).detach())
-    each = []
-    values = [item.values(0)[0].tolist() for item in outputs]
+    dims = ModelDims.from_model(models[0])
+    loss_value = float(kinds.ValueRelations(dims, dims)(*outputs).detach())
+    divergences = []
+    values = [output.values(0)[0].tolist() for output in outputs]
     for head in range(2):
         for i in range(6):
-            back = range(4 if i >= 4 else 0, i + 1)
+            visible = range(4 if i >= 4 else 0, i + 1)
             part = slice(4 * head, 4 * head + 4)
             relations = [
-                softmax([sum(a * b for a, b in zip(v[i][part], v[j][part], strict=True)) / 2 for j in back])
+                softmax([sum(a * b for a, b in zip(v[i][part], v[j][part], strict=True)) / 2 for j in visible])
                 for v in (values[1], values[0])
             ]
-            each.append(kl(*relations))
-    assert result == pytest.approx(sum(each) / len(each), **CLOSE)
+            divergences.append(kl(*relations))
+    assert loss_value == pytest.approx(sum(divergences) / len(divergences), **CLOSE)
 
 
 def test_hard_labels_return_the_students_loss() -> None:
-    lost = torch.tensor(2.5)
-    assert kinds.HardLabels(SIZES, SIZES)(ModelOutputs(None, loss=lost), ModelOutputs(None)) is lost
+    student_loss = torch.tensor(2.5)
+    assert kinds.HardLabels(DIMS, DIMS)(ModelOutputs(None, loss=student_loss), ModelOutputs(None)) is student_loss
 
 
 @pytest.mark.parametrize(
@@ -269,18 +276,18 @@ def test_hard_labels_return_the_students_loss() -> None:
 )
 def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
-        make(SIZES, replace(SIZES, **teacher))
+        make(DIMS, replace(DIMS, **teacher))
 
 
 def test_dims_match_the_model() -> None:
-    result = ModelDims.from_model(encoder(8, 2, 4))
+    dims = ModelDims.from_model(encoder(8, 2, 4))
     assert (
-        result.dim,
-        result.depth,
-        result.heads,
-        result.value_dim,
-        result.num_classes,
-        result.has_attention_maps,
+        dims.dim,
+        dims.depth,
+        dims.heads,
+        dims.value_dim,
+        dims.num_classes,
+        dims.has_attention_maps,
     ) == (
         8,
         2,

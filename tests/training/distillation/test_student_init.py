@@ -38,25 +38,25 @@ def test_layers_are_copied_by_the_map_and_memories_stay() -> None:
     init_student(student, teacher, EveryKthLayer())
     memories = student.memory_parameters()
     assert memories
-    inputs = teacher.state_dict()
+    teacher_tensors = teacher.state_dict()
     for name, tensor in student.state_dict().items():
         if name in memories:
             assert torch.equal(tensor, before[name])
             continue
         source = name.replace("blocks.1.", "blocks.3.").replace("blocks.0.", "blocks.1.")
-        assert torch.equal(tensor, inputs[source]), name
-        assert tensor.data_ptr() != inputs[source].data_ptr()
+        assert torch.equal(tensor, teacher_tensors[source]), name
+        assert tensor.data_ptr() != teacher_tensors[source].data_ptr()
 
 
 def test_unmapped_layers_stay() -> None:
     teacher, student = Encoder(VOCAB, 8, 4, 2), Encoder(VOCAB, 8, 2, 2)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, ExplicitLayers([(1, 0)]))
-    result = student.state_dict()
-    assert all(torch.equal(result[name], before[name]) for name in result if name.startswith("blocks.0."))
+    after = student.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("blocks.0."))
     name = "blocks.1.attention.query.weight"
-    assert torch.equal(result[name], teacher.state_dict()["blocks.0.attention.query.weight"])
-    assert torch.equal(result["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
+    assert torch.equal(after[name], teacher.state_dict()["blocks.0.attention.query.weight"])
+    assert torch.equal(after["embedding.word_embeddings.weight"], teacher.embedding.word_embeddings.weight)
 
 
 def test_an_encoder_initializes_the_backbone_of_a_task_model() -> None:
@@ -91,23 +91,23 @@ def test_extra_parameters_of_the_teacher_are_named() -> None:
         init_student(decoder(2), decoder(4, bias=True), EveryKthLayer())
 
 
-def low(entries: int, width: int, rank: int, seed: int, *, centred: bool) -> Tensor:
-    """Return a table of that rank; with means of zero where norms take them off."""
+def low_rank_table(entries: int, width: int, rank: int, seed: int, *, centered: bool) -> Tensor:
+    """Return a table of that rank; with zero means if the norm subtracts them."""
     draw = torch.Generator().manual_seed(seed)
     x = torch.randn(entries, rank, generator=draw, dtype=torch.float64)
     y = torch.randn(rank, width, generator=draw, dtype=torch.float64)
-    return x @ (y - y.mean(1, keepdim=True) if centred else y)
+    return x @ (y - y.mean(1, keepdim=True) if centered else y)
 
 
 @given(st.integers(2, 9), st.integers(0, 6), st.booleans(), st.integers(0, 99))
-def test_projected_vectors_keep_their_normalized_values(dim: int, more: int, centred: bool, seed: int) -> None:
-    width, rank = dim + more, dim - 1 if centred else dim
-    x = low(12, width, rank, seed, centred=centred)
-    directions = principal_directions(x, dim, centered=centred)
+def test_projected_vectors_keep_their_normalized_values(dim: int, more: int, centered: bool, seed: int) -> None:
+    width, rank = dim + more, dim - 1 if centered else dim
+    x = low_rank_table(12, width, rank, seed, centered=centered)
+    directions = principal_directions(x, dim, centered=centered)
     # Float64's rounding, a hundred times over for vectors near zero that norms magnify.
     close = {"atol": 1e-9, "rtol": 1e-9}
     assert torch.allclose((x @ directions) @ (x @ directions).T, x @ x.T, **close)
-    norm = F.layer_norm if centred else F.rms_norm
+    norm = F.layer_norm if centered else F.rms_norm
     assert torch.allclose(
         norm(x @ directions, (dim,), eps=0.0) / dim**0.5, norm(x, (width,), eps=0.0) @ directions / width**0.5, **close
     )
@@ -115,19 +115,19 @@ def test_projected_vectors_keep_their_normalized_values(dim: int, more: int, cen
 
 @pytest.mark.parametrize("task", [False, True])
 def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
-    def built(dim: int) -> Any:
+    def make_model(dim: int) -> Any:
         body = partial(Encoder, dim=dim, depth=2, heads=2)
         return TaskModel(VOCAB, 3, body) if task else body(VOCAB)
 
-    teacher, student = built(16), built(8)
+    teacher, student = make_model(16), make_model(8)
     wide, narrow = (model.backbone if task else model for model in (teacher, student))
     with torch.no_grad():
-        wide.embedding.word_embeddings.weight.copy_(low(VOCAB, 16, 7, 0, centred=True))
+        wide.embedding.word_embeddings.weight.copy_(low_rank_table(VOCAB, 16, 7, 0, centered=True))
         wide.embedding.position_embeddings.weight[:4] = wide.embedding.word_embeddings.weight[:4]
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
-    tokens, inputs = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
-    assert torch.allclose(tokens @ tokens.T, inputs @ inputs.T, atol=1e-4)
+    tokens, teacher_tokens = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
+    assert torch.allclose(tokens @ tokens.T, teacher_tokens @ teacher_tokens.T, atol=1e-4)
     assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.removeprefix("backbone.") for name in changed} == {
@@ -139,10 +139,10 @@ def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
 def test_a_narrower_decoder_gets_projected_embeddings() -> None:
     teacher, student = decoder(3, dim=16), decoder(2)
     with torch.no_grad():
-        teacher.embedding.weight.copy_(low(VOCAB, 16, 8, 0, centred=False))
+        teacher.embedding.weight.copy_(low_rank_table(VOCAB, 16, 8, 0, centered=False))
     init_student(student, teacher, NoLayers())
-    tokens, inputs = student.embedding.weight, teacher.embedding.weight
-    assert torch.allclose(tokens @ tokens.T, inputs @ inputs.T, atol=1e-4)
+    tokens, teacher_tokens = student.embedding.weight, teacher.embedding.weight
+    assert torch.allclose(tokens @ tokens.T, teacher_tokens @ teacher_tokens.T, atol=1e-4)
 
 
 def test_no_layers_copies_everything_else_at_equal_widths() -> None:

@@ -13,25 +13,25 @@ from memtx.errors import MemtxError
 from memtx.training.distillation.teacher_cache import LogitCache, LogitTable, make_key, top_k_logits
 
 
-def names(*numbers: int) -> list[bytes]:
+def keys_of(*numbers: int) -> list[bytes]:
     return [make_key(bytes([number])) for number in numbers]
 
 
 def test_the_next_run_finds_cached_logits(tmp_path: Path) -> None:
-    scores = torch.randn(5, 9)
-    values, index = top_k_logits(scores, 3)
+    logits = torch.randn(5, 9)
+    values, index = top_k_logits(logits, 3)
     first = LogitCache(tmp_path / "new", "a" * 64, 3)
-    assert first.get(names(0)) is None
-    first.put(names(0, 1, 2), values[:3], index[:3])
-    first.put(names(2, 3, 4), values[2:], index[2:])
+    assert first.get(keys_of(0)) is None
+    first.put(keys_of(0, 1, 2), values[:3], index[:3])
+    first.put(keys_of(2, 3, 4), values[2:], index[2:])
     for cache in (first, LogitCache(tmp_path / "new", "a" * 64, 3)):
         assert len(cache) == 5
-        result = cache.get(names(4, 0, 4))
-        assert result is not None
-        assert torch.equal(result[0], values[[4, 0, 4]])
-        assert torch.equal(result[1], index[[4, 0, 4]])
-        assert cache.get(names(0, 9)) is None
-    # Of another teacher, or with other numbers of scores, nothing is known.
+        cached = cache.get(keys_of(4, 0, 4))
+        assert cached is not None
+        assert torch.equal(cached[0], values[[4, 0, 4]])
+        assert torch.equal(cached[1], index[[4, 0, 4]])
+        assert cache.get(keys_of(0, 9)) is None
+    # Caches of another teacher or another top_k are separate.
     assert len(LogitCache(tmp_path / "new", "b" * 64, 3)) == 0
     assert len(LogitCache(tmp_path / "new", "a" * 64, 4)) == 0
 
@@ -39,20 +39,20 @@ def test_the_next_run_finds_cached_logits(tmp_path: Path) -> None:
 def test_a_truncated_record_is_overwritten(tmp_path: Path) -> None:
     values, index = top_k_logits(torch.randn(3, 9), 2)
     cache = LogitCache(tmp_path, "a" * 64, 2)
-    cache.put(names(0, 1), values[:2], index[:2])
+    cache.put(keys_of(0, 1), values[:2], index[:2])
     with cache.path.open("ab") as handle:
         handle.write(b"half a rec")
-    again = LogitCache(tmp_path, "a" * 64, 2)
-    assert len(again) == 2
-    again.put(names(2), values[2:], index[2:])
-    result = LogitCache(tmp_path, "a" * 64, 2).get(names(2, 1, 0))
-    assert result is not None
-    assert torch.equal(result[0], values[[2, 1, 0]])
+    reopened = LogitCache(tmp_path, "a" * 64, 2)
+    assert len(reopened) == 2
+    reopened.put(keys_of(2), values[2:], index[2:])
+    cached = LogitCache(tmp_path, "a" * 64, 2).get(keys_of(2, 1, 0))
+    assert cached is not None
+    assert torch.equal(cached[0], values[[2, 1, 0]])
 
 
 @given(st.lists(st.binary(max_size=3), max_size=3), st.lists(st.binary(max_size=3), max_size=3))
-def test_keys_depend_on_the_boundaries_of_parts(item: list[bytes], other: list[bytes]) -> None:
-    assert (make_key(*item) == make_key(*other)) == (item == other)
+def test_keys_depend_on_the_boundaries_of_parts(parts: list[bytes], other: list[bytes]) -> None:
+    assert (make_key(*parts) == make_key(*other)) == (parts == other)
 
 
 def test_unwritable_folders_are_named(tmp_path: Path) -> None:
@@ -69,13 +69,13 @@ def test_a_table_tracks_stored_tokens_and_completeness(tmp_path: Path) -> None:
     positions = torch.tensor([[4, 2], [0, 1]])
     table.put(positions.flatten(), values[positions.flatten()], index[positions.flatten()])
     assert not table.is_complete
-    # What is there stays, and so does the first of two in one batch.
+    # Stored logits stay, and of two for one token in a batch the first counts.
     table.put(torch.tensor([4, 1, 1]), values[[0, 1, 0]], index[[0, 1, 0]])
-    again = LogitTable(tmp_path, "a" * 64, 6, 3)
-    assert not again.is_complete
-    again.put(torch.tensor([3, 5]), values[[3, 5]], index[[3, 5]])
-    assert again.is_complete
+    reopened = LogitTable(tmp_path, "a" * 64, 6, 3)
+    assert not reopened.is_complete
+    reopened.put(torch.tensor([3, 5]), values[[3, 5]], index[[3, 5]])
+    assert reopened.is_complete
     assert LogitTable(tmp_path, "a" * 64, 6, 3).is_complete
-    result = again.get(positions)
-    assert torch.equal(result[0], values[positions])
-    assert torch.equal(result[1], index[positions])
+    cached = reopened.get(positions)
+    assert torch.equal(cached[0], values[positions])
+    assert torch.equal(cached[1], index[positions])
