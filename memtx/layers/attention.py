@@ -184,7 +184,7 @@ class MemoryAttention(nn.Module):
 
     def _project_queries(self, x: Tensor) -> Tensor:
         """Return the queries without positions, ``(batch, length, heads, head_dim)``."""
-        q: Tensor = self.query_norm(self.query(x).unflatten(-1, (self.heads, self.head_dim)))
+        q: Tensor = self.query_norm(self.query(x).view(*x.shape[:-1], self.heads, self.head_dim))
         return q
 
     def _split_keys_values(self, projected: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,8 +250,7 @@ class MemoryAttention(nn.Module):
         bias = self.positions.score_bias(plan.offset, plan.visibility.memo)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         attended, _ = self._attend(q, k, v, plan.visibility, bias, return_lse=False)
-        out: Tensor = self.out(attended.flatten(1))
-        return out
+        return self.out(attended.flatten(1))
 
     def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
         """Project x without positions (see :class:`memtx.memory.base.ContentAttention`)."""

@@ -123,8 +123,7 @@ class EncoderAttention(nn.Module, ABC):
 
     def forward(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Attend from each token of ``(batch, length, dim)`` to the tokens of its text; returns the same shape."""
-        out: Tensor = self.out(self.attend(x, inputs))
-        return out
+        return self.out(self.attend(x, inputs))
 
     @abstractmethod
     def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:

@@ -40,8 +40,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, length, dim)`` to the same shape."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.out(self.dropout(self.activation(gate) * up))
-        return out
+        return self.out(self.dropout(self.activation(gate) * up))
 
 
 class FeedForward(nn.Module):
@@ -72,8 +71,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(batch, length, dim)`` to the same shape."""
-        out: Tensor = self.out(self.dropout(self.activation(self.up(x))))
-        return out
+        return self.out(self.dropout(self.activation(self.up(x))))
 
 
 def reset_linear(module: nn.Module, std: float, residual_std: float) -> None:

@@ -130,8 +130,7 @@ class LocalAttention(ReformerAttention):
         position = torch.arange(x.shape[1], device=x.device)[None, None]
         mask = attention_mask[:, None] if attention_mask is not None else None
         out, _ = self.attend(q, k, v, position, mask, mask_self=False)
-        projected: Tensor = self.out(merge_heads(out))
-        return projected, None
+        return self.out(merge_heads(out)), None
 
 
 class LSHAttention(ReformerAttention):
@@ -205,8 +204,7 @@ class LSHAttention(ReformerAttention):
             # near -1e5, and float32 keeps the logarithm of their sum to 0.004. A softmax would be more accurate.
             weights = torch.exp(lse - torch.logsumexp(lse, dim=2, keepdim=True))
             out = (out * weights[..., None].to(out.dtype)).sum(2)
-        projected: Tensor = self.out(merge_heads(out))
-        return projected, buckets
+        return self.out(merge_heads(out)), buckets
 
     def _hash_buckets(self, q: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Return the buckets of q, in the smallest integer type that holds them."""

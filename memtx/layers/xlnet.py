@@ -65,8 +65,7 @@ class TwoStreamAttention(nn.Module):
         weights = torch.softmax(scores.masked_fill(~mask[:, None], torch.finfo(scores.dtype).min), dim=-1)
         # A query without visible keys would see all of them equally.
         weights = self.dropout(weights.masked_fill(~mask[:, None], 0.0))
-        out: Tensor = self.out(merge_heads(weights @ v))
-        return out
+        return self.out(merge_heads(weights @ v))
 
 
 class TwoStreamBlock(nn.Module):

@@ -87,8 +87,7 @@ class StridedConvolution(Compression):
 
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Project the concatenated states."""
-        out: Tensor = self.proj(blocks.flatten(2))
-        return out
+        return self.proj(blocks.flatten(2))
 
 
 class DilatedConvolution(Compression):
@@ -114,8 +113,7 @@ class DilatedConvolution(Compression):
         x = blocks.flatten(0, 1).transpose(1, 2)
         for layer in self.layers:
             x = x + F.gelu(layer(x))
-        out: Tensor = blocks.mean(dim=2) + self.out(x.mean(dim=2).view(*blocks.shape[:2], -1))
-        return out
+        return blocks.mean(dim=2) + self.out(x.mean(dim=2).view(*blocks.shape[:2], -1))
 
 
 class MostUsed(Compression):
@@ -221,8 +219,7 @@ class AutoEncoding(Reconstruction):
     ) -> Tensor:
         """Decode the entries and compare them with the blocks."""
         error = (self.decoder(entries).view(blocks.shape) - blocks).square().mean(dim=(2, 3))
-        loss: Tensor = self.weight * (error * valid).sum() / valid.sum().clamp(min=1)
-        return loss
+        return self.weight * (error * valid).sum() / valid.sum().clamp(min=1)
 
 
 class AttentionReconstruction(Reconstruction):

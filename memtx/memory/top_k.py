@@ -78,7 +78,7 @@ class TopKMemory(CompressedMemory):
         evicted = self._evicted_blocks(segment)
         bank, cache = state.bank.to(x.dtype), state.hidden.to(x.dtype)
         entries, losses = self._compress(cache, x, evicted, attention)
-        scores: Tensor = self.score(torch.cat([bank, entries], dim=1))[..., 0]
+        scores = self.score(torch.cat([bank, entries], dim=1))[..., 0]
         # Equal states must score equally in any batch, so rounding errors must not tell them apart.
         rounded = (scores.detach().double() / SCORE_RESOLUTION).round()
         plan, age = self._select_entries(segment, evicted, state.age, rounded)

@@ -77,7 +77,7 @@ class SequenceClassificationHead(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits ``(batch, num_labels)`` for x ``(batch, length, dim)``."""
-        return cast(Tensor, self.out(self.dropout(self.pooling(x, attention_mask))))
+        return self.out(self.dropout(self.pooling(x, attention_mask)))
 
 
 class TokenClassificationHead(nn.Module):
@@ -97,7 +97,7 @@ class TokenClassificationHead(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits ``(batch, length, num_labels)`` for x ``(batch, length, dim)``."""
-        return cast(Tensor, self.out(self.dropout(x)))
+        return self.out(self.dropout(x))
 
 
 class MemoryTransformerBackbone(nn.Module):

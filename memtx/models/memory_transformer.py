@@ -326,7 +326,7 @@ class MemoryTransformer(PretrainedModel):
         x = self._embed(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):
             x = block.step(x, ring, step)
-        return cast(Tensor, self.head(self.norm(x)))
+        return self.head(self.norm(x))
 
 
 def _memory_stacks(

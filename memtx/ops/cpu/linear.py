@@ -7,6 +7,7 @@ gradient copies its two factors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -102,6 +103,8 @@ def accumulate_weight_grad(weight_grad: Tensor, inputs: Tensor, grad_output: Ten
 
 class Linear(nn.Linear):
     """``nn.Linear`` computed by :func:`linear`."""
+
+    __call__: Callable[..., Tensor]  # nn.Module declares Any
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
