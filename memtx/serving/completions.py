@@ -21,13 +21,7 @@ from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.errors import APIError, check_model
 from memtx.serving.limits import Deadline, Limits
 from memtx.serving.metrics import PoolMetrics
-from memtx.serving.responses import (
-    CompletionFormatter,
-    OutputStream,
-    TokenQueue,
-    get_prompt_logprobs,
-    stream_sse,
-)
+from memtx.serving.responses import CompletionFormatter, OutputStream, TokenQueue, get_prompt_logprobs, stream_sse
 from memtx.serving.schemas import CompletionBody, GenerationBody
 
 MAX_CONCURRENT_PROMPTS = 16

@@ -196,12 +196,7 @@ class CausalModule(BaseModule):
 
     model: Reformer
 
-    def __init__(
-        self,
-        model: Callable[[int], Reformer] = Reformer,
-        vocab_size: int = 257,
-        **options: Any,
-    ) -> None:
+    def __init__(self, model: Callable[[int], Reformer] = Reformer, vocab_size: int = 257, **options: Any) -> None:
         super().__init__(distillation=None, **options)
         self.model = model(vocab_size)
         self.metrics = LanguageMetrics()

@@ -203,8 +203,7 @@ def test_async_writes_happen_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    "writer",
-    ["training.AtomicCheckpointIO", pytest.param("async_io.AsyncAtomicCheckpointIO", marks=pytest.mark.slow)],
+    "writer", ["training.AtomicCheckpointIO", pytest.param("async_io.AsyncAtomicCheckpointIO", marks=pytest.mark.slow)]
 )
 def test_run_resumes_when_last_checkpoint_is_damaged(program: Program, tmp_path: Path, writer: str) -> None:
     config = changed(("trainer", "max_steps"), 8)

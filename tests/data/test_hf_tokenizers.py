@@ -68,13 +68,7 @@ def test_a_library_file_keeps_its_ids(tmp_path: Path) -> None:
         tokenizer_from_file.sep_token_id,
         tokenizer_from_file.unk_token_id,
         tokenizer_from_file.mask_token_id,
-    ) == (
-        0,
-        1,
-        2,
-        3,
-        4,
-    )
+    ) == (0, 1, 2, 3, 4)
     text = "the white whale saw Ahab ."
     (encoding,) = tokenizer_from_file.encode_with_offsets([text])
     # Neither truncated nor padded, and no token begins with the space before its word.

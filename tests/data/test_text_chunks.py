@@ -12,8 +12,7 @@ from memtx.errors import DataError
 
 # Few letters and long repeats, so that texts reach past the soft and hard limits and cuts fall into runs.
 run = st.tuples(
-    st.sampled_from(["a", "é", " ", "\n", "\n\n", "\r\n", "\r\n\r\n", "ab ", "\t", "日本", "x\n"]),
-    st.integers(1, 3000),
+    st.sampled_from(["a", "é", " ", "\n", "\n\n", "\r\n", "\r\n\r\n", "ab ", "\t", "日本", "x\n"]), st.integers(1, 3000)
 )
 texts = st.lists(run, max_size=14).map(lambda runs: "".join(part * times for part, times in runs))
 

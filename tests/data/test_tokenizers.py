@@ -10,13 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.data.text_chunks import split_text
-from memtx.data.tokenizers import (
-    BytePairTokenizer,
-    ByteTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_from_json,
-)
+from memtx.data.tokenizers import BytePairTokenizer, ByteTokenizer, Tokenizer, load_tokenizer, tokenizer_from_json
 from memtx.errors import DataError
 
 TEXTS = [

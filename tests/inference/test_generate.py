@@ -10,13 +10,7 @@ from hypothesis import strategies as st
 
 from memtx.data.tokenizers import ByteTokenizer, Tokenizer
 from memtx.errors import MemtxError
-from memtx.inference.generate import (
-    GenerationConfig,
-    StopFilter,
-    TextDelta,
-    TokenGenerator,
-    generate,
-)
+from memtx.inference.generate import GenerationConfig, StopFilter, TextDelta, TokenGenerator, generate
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.models.memory_transformer import MemoryTransformer

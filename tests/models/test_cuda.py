@@ -10,10 +10,7 @@ import torch
 from memtx import CompressedMemory, MemoryTransformer
 from memtx.inference.decoder import Decoder
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
 
 
 def create_model(device: str) -> MemoryTransformer:

@@ -117,10 +117,7 @@ def test_logits_and_gradients_match_plain_reformer(data: st.DataObject) -> None:
 
     buckets = data.draw(st.sampled_from([None, 4, (2, 4)]))
     hashing = {"num_hashes": data.draw(st.integers(1, 3)), "num_buckets": buckets, "seed": 5, "max_length": 64}
-    attentions = [
-        partial(LocalAttention, **shape(), head_dim=3),
-        partial(LSHAttention, **shape(), **hashing),
-    ]
+    attentions = [partial(LocalAttention, **shape(), head_dim=3), partial(LSHAttention, **shape(), **hashing)]
     model = small(attentions, causal=causal, feed_forward_chunk_size=data.draw(st.sampled_from([0, 3])))
     length = data.draw(st.integers(1, 12))
     padded_length = length if length <= chunk else -(-length // chunk) * chunk

@@ -281,14 +281,7 @@ def test_mismatched_dimensions_are_rejected_with_a_hint(make: Any, teacher: dict
 
 def test_dims_match_the_model() -> None:
     dims = ModelDims.from_model(encoder(8, 2, 4))
-    assert (
-        dims.dim,
-        dims.depth,
-        dims.heads,
-        dims.value_dim,
-        dims.num_classes,
-        dims.has_attention_maps,
-    ) == (
+    assert (dims.dim, dims.depth, dims.heads, dims.value_dim, dims.num_classes, dims.has_attention_maps) == (
         8,
         2,
         4,
