@@ -27,11 +27,7 @@ def _class_path(target: Any) -> str:
 
 
 def to_config(value: Any) -> Any:
-    """Convert ``value`` to JSON-serializable numbers, strings, lists and dicts.
-
-    Raises:
-        TypeError: ``value`` contains an object without a class path, such as a lambda.
-    """
+    """Convert ``value`` to JSON values; raises TypeError for an object without a class path, such as a lambda."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
@@ -88,8 +84,7 @@ def _import_target(class_path: str) -> Any:
 def from_config(value: Any) -> Any:
     """Rebuild the factories that :func:`to_config` described; other values pass unchanged.
 
-    Raises:
-        CheckpointError: A class path is unknown or untrusted, or does not accept the arguments.
+    Raises CheckpointError if a class path is unknown or untrusted, or does not accept the arguments.
     """
     if isinstance(value, list):
         return [from_config(element) for element in value]

@@ -178,22 +178,13 @@ def save_tensors(
         temporary.chmod(mode)
 
 
-def load_tensors(path: str | os.PathLike[str], *, kind: str, version: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the tensors (on the CPU) and the header of a file written by :func:`save_tensors`.
+def load_tensors(
+    path: str | os.PathLike[str], *, kind: str, version: int, header_only: bool = False
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the tensors (on the CPU; none if ``header_only``) and the header of a file of :func:`save_tensors`.
 
     Raises CheckpointError if the file is missing, damaged, or of another kind or version.
     """
-    return _read_tensors(path, kind, version, with_tensors=True)
-
-
-def load_header(path: str | os.PathLike[str], *, kind: str, version: int) -> dict[str, str]:
-    """Return the header of a file written by :func:`save_tensors`; raises as :func:`load_tensors`."""
-    return _read_tensors(path, kind, version, with_tensors=False)[1]
-
-
-def _read_tensors(
-    path: str | os.PathLike[str], kind: str, version: int, with_tensors: bool
-) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -203,7 +194,7 @@ def _read_tensors(
             metadata = handle.metadata() or {}
             # Copied to torch's own alignment: matrix products round differently on a view into the file, and a loaded
             # state must continue bit for bit.
-            tensors = {name: handle.get_tensor(name).clone() for name in (handle.keys() if with_tensors else ())}
+            tensors = {name: handle.get_tensor(name).clone() for name in (() if header_only else handle.keys())}
     except (SafetensorError, OSError, ValueError) as error:
         message = f"'{path}' is not a valid safetensors file: {error}."
         raise CheckpointError(message, "Restore it from a copy or write it again.") from error

@@ -56,14 +56,9 @@ class _NllPerUnit(_SumMetric):
         return self
 
     def update(self, nll: Tensor | float, units: Tensor | int) -> None:
-        """Add a batch.
+        """Add the nats of a batch and the bytes or words in its raw text: sums, or tensors of any shape to sum.
 
-        Args:
-            nll: Negative log-likelihood in nats: a sum, or a tensor of any shape to sum.
-            units: Number of bytes or words in the raw text of the tokens: a sum, or a tensor of any shape to sum.
-
-        Raises:
-            MemtxError: The likelihood is not finite, or the number of units is negative.
+        Raises MemtxError if the likelihood is not finite, or the number of units is negative.
         """
         nll_sum = torch.as_tensor(nll, dtype=torch.float64, device=self.nll.device).detach().sum()
         unit_sum = torch.as_tensor(units, dtype=torch.float64, device=self.units.device).detach().sum()

@@ -127,11 +127,8 @@ def plot_surprisal(
 ) -> None:
     """Draw the surprisal of a book along its length, and the loss by distance from its beginning.
 
-    Args:
-        path: PNG file to write.
-        curve: Middle of each chunk (tokens) and its mean surprisal (nats), ``(n,)`` each.
-        by_position: Position (from 1), mean surprisal (nats) and standard error, ``(m,)`` each.
-        title: Title of the book.
+    ``curve`` holds the middle of each chunk (tokens) and its mean surprisal (nats), ``(n,)`` each; ``by_position`` the
+    position (from 1), mean surprisal (nats) and standard error, ``(m,)`` each.
     """
     figure = _create_figure(10, 6.4, title)
     upper, lower = figure.subplots(2, 1, height_ratios=(1.25, 1))

@@ -26,8 +26,7 @@ class Segment(Memo):
     Attributes:
         position: ``(batch, length)`` int64, position of each token within its document.
         document_id: ``(batch, length)`` int64, 0 for the document that was open before the call, then 1, 2, ...
-        document_end: ``(batch, length)`` int64, offset at which the token's document ends; INFINITE_OFFSET if it is
-            still open.
+        document_end: ``(batch, length)`` int64, offset at which the token's document ends; INFINITE_OFFSET while open.
         past_length: ``(batch,)`` int64, number of tokens of the open document read before the call.
         past_document_end: ``(batch,)`` int64, offset at which that document ends; INFINITE_OFFSET if it is still open.
         valid_length: ``(batch,)`` int64, number of tokens before the padding, which is neither visible nor carried
@@ -70,16 +69,13 @@ class Segment(Memo):
     ) -> Segment:
         """Compute the positions of ``length`` tokens that follow ``past_length`` earlier ones.
 
+        Raises MemtxError if ``length`` is 0, or ``document_starts`` has another shape or dtype.
+
         Args:
             past_length: ``(batch,)`` int64, number of tokens read so far in each open document.
             length: Number of tokens in the call, at least 1.
-            document_starts: ``(batch, length)`` bool, True for the first token of a document. None if no document
-                starts in the call.
-            valid_length: ``(batch,)`` int64 from 0 to ``length``, number of tokens before the padding. None if there
-                is no padding.
-
-        Raises:
-            MemtxError: If ``length`` is 0, or ``document_starts`` has another shape or dtype.
+            document_starts: ``(batch, length)`` bool, True for the first token of a document; None for no such token.
+            valid_length: ``(batch,)`` int64 from 0 to ``length``, number of tokens before the padding; None without it.
         """
         if length < 1:
             raise MemtxError(f"The segment has {length} tokens.", "Pass at least 1.")
@@ -105,8 +101,7 @@ class Segment(Memo):
     def split_offsets(self, interval: int) -> list[int]:
         """Return the offsets at which an interval ends in any batch entry, in ascending order, and finally the length.
 
-        Args:
-            interval: Tokens per interval, counted from the start of each document.
+        An interval consists of ``interval`` tokens, counted from the start of each document.
         """
         is_end = ((self.position + 1) % interval == 0).any(0)
         offsets: list[int] = (is_end.nonzero().flatten() + 1).tolist()

@@ -62,14 +62,7 @@ class MemoryState:
         return self.map(torch.Tensor.detach)
 
     def reset(self, mask: Tensor) -> MemoryState:
-        """Reset the marked streams to the initial state.
-
-        Args:
-            mask: ``(batch,)`` bool, True for the streams to reset.
-
-        Raises:
-            MemtxError: If ``mask`` is not a bool tensor of this shape.
-        """
+        """Reset the streams that ``mask`` marks; raises MemtxError unless it is a ``(batch,)`` bool tensor."""
         if mask.dtype != torch.bool or mask.shape != (self.batch_size,):
             expected = f"expected a bool tensor of shape ({self.batch_size},)."
             message = f"reset got {mask.dtype} {tuple(mask.shape)}, {expected}"
@@ -77,13 +70,9 @@ class MemoryState:
         return self.map(lambda leaf: leaf.masked_fill(mask.to(leaf.device).view(-1, *[1] * (leaf.dim() - 1)), 0))
 
     def select(self, indices: Sequence[int] | Tensor) -> MemoryState:
-        """Select streams by index, in the order of ``indices``.
+        """Select streams by index, from 0, in the order of ``indices``; an index may occur twice.
 
-        Args:
-            indices: Indices from 0; an index may occur twice.
-
-        Raises:
-            MemtxError: If ``indices`` is a mask, or an index is out of range.
+        Raises MemtxError if ``indices`` is a mask, or an index is out of range.
         """
         index = torch.as_tensor(indices)
         if index.dtype == torch.bool or index.is_floating_point() or index.dim() != 1:
@@ -98,11 +87,7 @@ class MemoryState:
 
     @staticmethod
     def concat(states: Sequence[MemoryState]) -> MemoryState:
-        """Concatenate the batches of several states of one model.
-
-        Raises:
-            MemtxError: If ``states`` is empty, or the states have different structures.
-        """
+        """Concatenate the batches of one model's states; raises MemtxError for none, or different structures."""
         if not states:
             raise MemtxError("concat got no states, expected at least one.")
         flat = [pytree.tree_flatten(state) for state in states]
@@ -134,8 +119,7 @@ class MemoryState:
     def with_named_tensors(self, tensors: Mapping[str, Tensor]) -> MemoryState:
         """Return a state of this structure that holds ``tensors``; the batch size may differ.
 
-        Raises:
-            CheckpointError: If a name is missing or unknown, or a shape or dtype does not fit.
+        Raises CheckpointError if a name is missing or unknown, or a shape or dtype does not fit.
         """
         hint = "Use the model that the state was saved with."
         expected = self.named_tensors()
@@ -157,10 +141,7 @@ class MemoryState:
     def save(self, path: str | os.PathLike[str], fingerprint: str, **metadata: str) -> None:
         """Write the state to one safetensors file, atomically.
 
-        Args:
-            path: Path of the file.
-            fingerprint: Fingerprint of the model; :meth:`load` checks it.
-            metadata: Additional strings for the header.
+        The header gets ``metadata`` and the model's fingerprint, which :meth:`load` checks.
         """
         files.save_tensors(
             path, self.named_tensors(), kind="memtx.state", version=FORMAT_VERSION, fingerprint=fingerprint, **metadata
@@ -168,15 +149,10 @@ class MemoryState:
 
     @staticmethod
     def load(path: str | os.PathLike[str], *, like: MemoryState, fingerprint: str) -> MemoryState:
-        """Read a state that was saved by the same model.
+        """Read a state that was saved by the model of this fingerprint.
 
-        Args:
-            path: Path of the file.
-            like: Any state of the model, such as ``model.init_state(1)``; sets structure and device.
-            fingerprint: Fingerprint of the model.
-
-        Raises:
-            CheckpointError: If the file is damaged, has another format, or belongs to another model.
+        ``like`` is any state of the model, such as ``model.init_state(1)``, and sets structure and device. Raises
+        CheckpointError if the file is damaged, has another format, or belongs to another model.
         """
         tensors, header = files.load_tensors(path, kind="memtx.state", version=FORMAT_VERSION)
         if header.get("fingerprint") != fingerprint:

@@ -85,13 +85,10 @@ def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> 
 
 
 def load_model_and_tokenizer(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load a memory transformer, in eval mode on the CPU, and its tokenizer.
+    """Load a memory transformer, in eval mode on the CPU, and its tokenizer, from anything that :func:`load` takes.
 
-    Args:
-        path: Anything that :func:`load` takes; a folder needs a tokenizer.json.
-
-    Raises:
-        CheckpointError: The model is missing, damaged or of another class, or has no tokenizer that fits it.
+    A folder needs a tokenizer.json. Raises CheckpointError if the model is missing, damaged or of another class, or has
+    no tokenizer that fits it.
     """
     checkpoint = load(path)
     path, model = checkpoint.path, checkpoint.model_as(MemoryTransformer)

@@ -81,15 +81,9 @@ class PretrainedModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], window: int | None = None) -> Self:
-        """Load a model in eval mode on the CPU; see :func:`memtx.from_pretrained`.
+        """Load a model in eval mode on the CPU; raises CheckpointError if it is of another class.
 
-        Args:
-            path: Pretrained folder, training checkpoint, run folder, or Hugging Face folder.
-            window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length, at most 4096.
-
-        Raises:
-            CheckpointError: The model is missing, damaged or of another class.
-            MemtxError: ``window`` is given for a model that is not a Hugging Face decoder.
+        Arguments and other errors as in :func:`memtx.checkpoint.load.load`.
         """
         # Imported by name, because the loader knows layouts that models must not depend on.
         return cast(Self, importlib.import_module("memtx.checkpoint.load").load(path, window).model_as(cls))

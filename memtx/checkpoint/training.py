@@ -121,11 +121,12 @@ class BestCheckpoint(ModelCheckpoint):
         if not trainer_state.has_stepped(trainer):
             return
         is_last_step, interval = trainer_state.is_last_step(trainer), self.save_every_n_steps
+        never_validates = not trainer.enable_validation or not sum(trainer.num_val_batches)
         is_due = (
             self._save_pending
             or (interval is not None and trainer.global_step % interval == 0)
             or is_last_step
-            or (self._never_validates(trainer) and bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached()))
+            or (never_validates and bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached()))
         )
         if is_due and trainer_state.is_unstable(trainer) and not is_last_step:
             self._save_pending = True
@@ -165,10 +166,6 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do nothing: the run's last batch has saved."""
-
-    @staticmethod
-    def _never_validates(trainer: pl.Trainer) -> bool:
-        return not trainer.enable_validation or not sum(trainer.num_val_batches)
 
 
 def _run_after_writes(trainer: pl.Trainer, callback: Callable[[], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -13,6 +13,8 @@ from memtx.errors import CheckpointError, check_at_least, closest_match
 from memtx.layers.positions.base import Positions
 from memtx.layers.positions.rotary import LinearScaling, Llama3Scaling, Rotary, RotaryFrequencies, YarnScaling
 from memtx.memory.recurrent import RecurrentMemory
+
+T = TypeVar("T")
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -82,14 +84,7 @@ class HFConfig:
 
     def get_activation(self, key: str, default: str) -> Callable[[], nn.Module]:
         """Return the factory of an activation named in ``ACTIVATIONS``."""
-        name = str(self.get(key, default))
-        if name not in ACTIVATIONS:
-            raise CheckpointError(
-                f"config.json has {key} = '{name}', expected one of {', '.join(ACTIVATIONS)}."
-                f"{closest_match(name, ACTIVATIONS)}",
-                "Convert the model, or request this activation.",
-            )
-        return ACTIVATIONS[name]
+        return _look_up(ACTIVATIONS, key, str(self.get(key, default)), "activation")
 
     def require(self, key: str, supported: Any, feature: str) -> None:
         """Raise CheckpointError unless a key is missing, null or ``supported``; ``feature`` names other values."""
@@ -105,6 +100,13 @@ def _is_int(value: Any) -> bool:
 
 def _invalid(key: str, value: Any, expected: str) -> CheckpointError:
     return CheckpointError(f"config.json has {key} = {value!r}, expected {expected}.", "Restore config.json.")
+
+
+def _look_up(table: Mapping[str, T], key: str, name: str, feature: str) -> T:
+    if name not in table:
+        message = f"config.json has {key} = '{name}', expected one of {', '.join(table)}.{closest_match(name, table)}"
+        raise CheckpointError(message, f"Convert the model, or request this {feature}.")
+    return table[name]
 
 
 def build_window_memories(
@@ -182,17 +184,11 @@ def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int]
     rope = HFConfig(parameters)
     base = rope.get_float("rope_theta", config.get_float("rope_theta", 10000.0))
     rope_type = str(rope.get("rope_type", rope.get("type", "default")))
-    if rope_type not in ROPE_SCALINGS:
-        raise CheckpointError(
-            f"config.json has rope_type = '{rope_type}', expected one of {', '.join(ROPE_SCALINGS)}."
-            f"{closest_match(rope_type, ROPE_SCALINGS)}",
-            "Convert the model, or request this scaling.",
-        )
+    scaling = _look_up(ROPE_SCALINGS, "rope_type", rope_type, "scaling")
     for values in (config, rope):
         values.require("partial_rotary_factor", 1.0, "partially rotated heads")
     if rope_type == "dynamic":
         max_length = min(max_length, rope.get_int("original_max_position_embeddings", max_length))
-    scaling = ROPE_SCALINGS[rope_type]
     if scaling is None:
         return partial(Rotary, base=base), max_length
     scaling_class, parse = scaling

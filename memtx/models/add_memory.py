@@ -147,14 +147,10 @@ class Retrofit:
         self._options |= {"memories": memories, "gated_memory": gated_memory}
 
     def __call__(self, vocab_size: int) -> MemoryTransformer:
-        """Return the model in training mode.
+        """Return the model in training mode; ``vocab_size`` is that of the tokenizer, which must be the model's own.
 
-        Args:
-            vocab_size: Vocabulary size of the tokenizer, which must be the model's own.
-
-        Raises:
-            MemtxError: ``path`` is missing, the tokenizer does not fit the model, or the model cannot be loaded or take
-                the memories.
+        Raises MemtxError if ``path`` is missing, the tokenizer does not fit the model, or the model cannot be loaded or
+        take the memories.
         """
         if self.path is None:
             raise MemtxError(

@@ -24,12 +24,7 @@ class Pooling(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return ``(batch, dim)``.
-
-        Args:
-            x: ``(batch, length, dim)``.
-            attention_mask: ``(batch, length)``, 1 for a token and 0 for padding.
-        """
+        """Return ``(batch, dim)`` for x ``(batch, length, dim)``; mask: ``(batch, length)``, 0 for padding, else 1."""
 
 
 class CLSPooling(Pooling):
@@ -168,9 +163,8 @@ class TaskModel(PretrainedModel):
         self.save_init_args(arguments)
         module = backbone(vocab_size)
         if not isinstance(module, Encoder | MemoryTransformerBackbone | XLNet):
-            message = (
-                f"The backbone is a {type(module).__name__}, expected an Encoder, XLNet or MemoryTransformerBackbone."
-            )
+            name = type(module).__name__
+            message = f"The backbone is a {name}, expected an Encoder, XLNet or MemoryTransformerBackbone."
             raise MemtxError(message, "Change backbone.")
         if isinstance(module, Encoder):
             # No task uses them, so they would have no gradient.

@@ -310,18 +310,14 @@ class MemoryTransformer(PretrainedModel):
 
     def from_rings(self, rings: Sequence[KVRing], position: Tensor) -> MemoryState:
         """Return the content of the rings as a state; position: ``(batch,)`` int64, tokens read so far."""
-        layers = []
-        for block, ring in zip(self._layers(), rings, strict=True):
-            layers.append(block.attention.close_ring(ring, position))
-        return MemoryState(position.clone(), tuple(layers))
+        blocks = zip(self._layers(), rings, strict=True)
+        layers = tuple(block.attention.close_ring(ring, position) for block, ring in blocks)
+        return MemoryState(position.clone(), layers)
 
     def decode_step(self, tokens: Tensor, rings: Sequence[KVRing], step: DecodeStep) -> Tensor:
-        """Return the logits ``(batch, vocab)`` after one more token per stream, in eval mode; for the Decoder.
+        """Return logits ``(batch, vocab)`` after one more token ``(batch,)`` int64 per stream, in eval mode.
 
-        Args:
-            tokens: ``(batch,)`` int64.
-            rings: Rings from :meth:`to_rings`, changed in place.
-            step: Positions of the tokens.
+        For the Decoder: ``rings``, from :meth:`to_rings`, are changed in place; ``step`` has the tokens' positions.
         """
         x = self._embed(tokens, step.position)
         for block, ring in zip(self._layers(), rings, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ def forward_in_chunks(
     document_starts: Tensor | None,
     after_chunk: Callable[[LayerStates, Tensor], LayerStates] | None = None,
 ) -> tuple[list[Tensor], LayerStates, Losses]:
-    """Read a call chunk by chunk.
+    """Read a call chunk by chunk; returns as ``run_layers`` does, with losses averaged, weighted by chunk length.
 
     Args:
         run_layers: Function that reads one chunk.
@@ -101,9 +102,6 @@ def forward_in_chunks(
         state: State before the call.
         document_starts: ``(batch, length)`` bool, True where a document begins; None for nowhere.
         after_chunk: Updates the states after each chunk, given them and the tokens read so far, ``(batch,)`` int64.
-
-    Returns:
-        Output of ``run_layers`` for the whole call; losses are averaged, weighted by chunk length.
     """
     layers, position, start = state.layers, state.position, 0
     chunks: list[list[Tensor]] = []
@@ -138,11 +136,8 @@ def forward_with_memory_tokens(
     The outputs of ``write_tokens``, learned inputs ``(num_tokens, dim)``, become the memory tokens; ``chunk_ends``
     contains all interval ends. Other arguments and results as in :func:`forward_in_chunks`.
     """
-
-    def after_chunk(layers: LayerStates, position: Tensor) -> LayerStates:
-        # Also where no interval ends, which changes nothing, so that the shapes stay the same.
-        return _update_memory_tokens(blocks, memory_tokens, write_tokens, layers, position)
-
+    # Also called where no interval ends, which changes nothing, so that the shapes stay the same.
+    after_chunk = partial(_update_memory_tokens, blocks, memory_tokens, write_tokens)
     hidden, layers, losses = forward_in_chunks(run_layers, chunk_ends, x, state, document_starts, after_chunk)
     # If no later call reads the written tokens, they have no gradient; DDP needs one, which is then zero.
     hidden[-1] = hidden[-1] + 0.0 * write_tokens.sum()

@@ -133,7 +133,7 @@ def load_session(
 
 def load_header(path: str | os.PathLike[str], fingerprints: Fingerprints) -> tuple[Totals, dict[str, Any]]:
     """Return the totals and metadata of a saved session without its state; raises like :func:`load_session`."""
-    header = files.load_header(path, kind=KIND, version=VERSION)
+    _, header = files.load_tensors(path, kind=KIND, version=VERSION, header_only=True)
     _check_fingerprints(path, header, fingerprints)
     with _report_damage(path):
         return _parse_header(header)
