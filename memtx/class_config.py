@@ -98,9 +98,6 @@ def from_config(value: Any) -> Any:
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for key in arguments:
         if key not in parameters and not takes_any:
-            raise CheckpointError(
-                f"The config passes '{key}' to {value['class_path']}, which does not accept it."
-                f"{closest_match(key, parameters)}",
-                "Use the release that wrote it.",
-            )
+            message = f"The config passes '{key}' to {value['class_path']}, which does not accept it."
+            raise CheckpointError(f"{message}{closest_match(key, parameters)}", "Use the release that wrote it.")
     return functools.partial(factory, **arguments) if arguments else factory

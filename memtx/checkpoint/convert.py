@@ -17,12 +17,8 @@ from memtx.errors import MemtxError
 class ConversionResult:
     """Summary of a conversion.
 
-    Attributes:
-        source: Checkpoint or folder that was read.
-        model_class: Name of the model's class.
-        num_parameters: Number of parameters.
-        extra_files: Names of the files beside the model's own.
-        dropped_weights: Names of the weights that the layout cannot hold.
+    ``source`` is the checkpoint or folder that was read, ``extra_files`` names the files beside the model's own, and
+    ``dropped_weights`` the weights that the layout cannot hold.
     """
 
     source: Path

@@ -122,10 +122,8 @@ def find_checkpoint(run_dir: Path) -> Path:
                 return candidate
     paths = sorted(checkpoints.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     if not paths:
-        raise CheckpointError(
-            f"'{run_dir}' holds no checkpoint and no {CONFIG_FILE}.",
-            "Give a checkpoint, a run folder (with checkpoints/*.ckpt) or a pretrained folder.",
-        )
+        hint = "Give a checkpoint, a run folder (with checkpoints/*.ckpt) or a pretrained folder."
+        raise CheckpointError(f"'{run_dir}' holds no checkpoint and no {CONFIG_FILE}.", hint)
     return paths[-1]
 
 

@@ -50,12 +50,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class LazyTensor(ABC):
-    """A tensor of a checkpoint that can be read in parts.
-
-    Attributes:
-        dtype: Dtype on disk.
-        shape: Shape on disk.
-    """
+    """A tensor of a checkpoint, with its dtype and shape on disk, that can be read in parts."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -130,14 +125,7 @@ def iter_chunks(tensor: LazyTensor) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class HFCheckpoint:
-    """Content of a folder.
-
-    Attributes:
-        path: Path of the folder.
-        config_text: Text of config.json.
-        config: Parsed config.json.
-        tensors: Tensors by name, still on disk.
-    """
+    """Content of a folder: config.json, as text and parsed, and its tensors by name, still on disk."""
 
     path: Path
     config_text: str

@@ -42,10 +42,7 @@ GPT2 = KeyMapping(
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Build the GPT-2 of a folder; raises CheckpointError if an option or a tensor does not fit.
-
-    ``window`` is the number of exact positions visible. Defaults to the trained length, at most 4096.
-    """
+    """Build the GPT-2 of a folder; window and errors as in :func:`memtx.hf.loader.load`."""
     config = HFConfig(hf_checkpoint.config)
     config.require("add_cross_attention", False, "decoders with an encoder")
     config.require("scale_attn_weights", True, "unscaled attention scores")

@@ -49,13 +49,6 @@ class WeightTransform:
     slices: tuple[RowSlice, ...]
     transposed: bool = False
 
-    @classmethod
-    def from_slice(
-        cls, name: str, start: int = 0, num_rows: int | None = None, rotary_heads: int = 0
-    ) -> WeightTransform:
-        """Return the transform of one slice; arguments as in :class:`RowSlice`."""
-        return cls((RowSlice(name, start, num_rows, rotary_heads),))
-
     def checkpoint_shape(self, weights: Mapping[str, Tensor]) -> tuple[int, ...]:
         """Return the shape in the checkpoint."""
         parts = [part.select(weights) for part in self.slices]

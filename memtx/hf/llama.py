@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from memtx.errors import CheckpointError
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_rotary, build_window_memories
-from memtx.hf.layout import KeyMapping, WeightEntry, WeightTransform
+from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
 from memtx.hf.loader import has_tied_weights, load_weights
 from memtx.layers.feed_forward import SwiGLU
 from memtx.models.memory_transformer import MemoryTransformer
@@ -45,9 +45,6 @@ class ConfigDefaults:
     """Defaults of options that config.json omits, and differences between the models.
 
     Attributes:
-        vocab_size: Vocabulary size.
-        intermediate_size: Hidden dimension of the feed-forward layers.
-        max_position_embeddings: Number of positions.
         kv_heads: Number of key-value heads; None for as many as query heads.
         head_dim: Dimension of a head; None for dim / heads.
         sliding_windows: Returns each layer's window, or None for full attention, from the config and depth.
@@ -103,10 +100,7 @@ CONFIG_DEFAULTS = {
 
 
 def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
-    """Build the decoder of a folder; raises CheckpointError if an option or a tensor does not fit.
-
-    ``window`` is the number of exact positions visible. Defaults to the trained length, at most 4096.
-    """
+    """Build the decoder of a folder; window and errors as in :func:`memtx.hf.loader.load`."""
     config = HFConfig(hf_checkpoint.config)
     defaults = CONFIG_DEFAULTS[str(hf_checkpoint.config["model_type"])]
     dim, depth = config.get_int("hidden_size", 4096), config.get_int("num_hidden_layers", 32)
@@ -142,16 +136,15 @@ def build(hf_checkpoint: HFCheckpoint, window: int | None) -> MemoryTransformer:
 
 
 def _build_entries(weights: Mapping[str, Tensor], *, heads: int, kv_heads: int) -> list[WeightEntry]:
-    transform = WeightTransform.from_slice
-    entries: list[WeightEntry] = []
+    entries: list[tuple[RowSlice, Sequence[str]]] = []
     for name, tensor in weights.items():
         keys, half = LLAMA.candidate_keys(name), tensor.shape[0] // 2
         if ".attention.key_value." in name or ".feed_forward.gate_up." in name:
             rotary_heads = kv_heads if ".key_value." in name else 0
-            entries += [(transform(name, 0, half, rotary_heads), keys[:1]), (transform(name, half, half), keys[1:])]
+            entries += [(RowSlice(name, 0, half, rotary_heads), keys[:1]), (RowSlice(name, half, half), keys[1:])]
         elif ".attention.query." in name:
-            entries.append((transform(name, rotary_heads=heads), keys))
+            entries.append((RowSlice(name, rotary_heads=heads), keys))
         else:
             is_head_norm = name.endswith((".query_norm.weight", ".key_norm.weight"))
-            entries.append((transform(name, rotary_heads=1 if is_head_norm else 0), keys))
-    return entries
+            entries.append((RowSlice(name, rotary_heads=1 if is_head_norm else 0), keys))
+    return [(WeightTransform((rows,)), keys) for rows, keys in entries]

@@ -76,11 +76,9 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
     """
     model_type = str(read_config(path)[1].get("model_type"))
     if model_type not in MODEL_TYPES:
-        raise CheckpointError(
-            f"'{path}' has model_type '{model_type}', expected one of {', '.join(sorted(MODEL_TYPES))}."
-            f"{closest_match(model_type, MODEL_TYPES)}",
-            "Give a checkpoint of a supported type.",
-        )
+        message = f"'{path}' has model_type '{model_type}', expected one of {', '.join(sorted(MODEL_TYPES))}."
+        message += closest_match(model_type, MODEL_TYPES)
+        raise CheckpointError(message, "Give a checkpoint of a supported type.")
     if window is not None and model_type not in DECODERS:
         raise MemtxError(f"window ({window}) is given, but '{path}' is not a Hugging Face decoder.", "Remove window.")
     module, _, function = MODEL_TYPES[model_type].partition(":")

@@ -153,14 +153,11 @@ class Retrofit:
         take the memories.
         """
         if self.path is None:
-            raise MemtxError(
-                "Retrofit has no model path.",
-                "Add --model.model.init_args.path FOLDER --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
-            )
+            hint = "Add --model.model.init_args.path FOLDER --data.tokenizer.init_args.path FOLDER/tokenizer.json."
+            raise MemtxError("Retrofit has no model path.", hint)
         model = MemoryTransformer.from_pretrained(self.path)
         if vocab_size > model.vocab_size:
-            raise MemtxError(
-                f"The tokenizer has {vocab_size} ids, the model in '{self.path}' {model.vocab_size}.",
-                "Use the model's tokenizer: --data.tokenizer.init_args.path FOLDER/tokenizer.json.",
-            )
+            hint = "Use the model's tokenizer: --data.tokenizer.init_args.path FOLDER/tokenizer.json."
+            message = f"The tokenizer has {vocab_size} ids, the model in '{self.path}' {model.vocab_size}."
+            raise MemtxError(message, hint)
         return add_memory(model, **self._options).train()

@@ -37,11 +37,7 @@ class MemoryOutput:
 
 
 class RecurrentLanguageModel(Protocol):
-    """A causal language model that carries a state of fixed size from one segment to the next.
-
-    Attributes:
-        vocab_size: Number of token ids.
-    """
+    """A causal language model that carries a state of fixed size from one segment to the next."""
 
     vocab_size: int
 
