@@ -56,9 +56,10 @@ class _NllPerUnit(_SumMetric):
         return self
 
     def update(self, nll: Tensor | float, units: Tensor | int) -> None:
-        """Add the nats of a batch and the bytes or words in its raw text: sums, or tensors of any shape to sum.
+        """Add a batch: its negative log-likelihood in nats, and the number of bytes or words in its raw text.
 
-        Raises MemtxError if the likelihood is not finite, or the number of units is negative.
+        Both are sums, or tensors of any shape to sum. Raises MemtxError if the likelihood is not finite, or the number
+        of units is negative.
         """
         nll_sum = torch.as_tensor(nll, dtype=torch.float64, device=self.nll.device).detach().sum()
         unit_sum = torch.as_tensor(units, dtype=torch.float64, device=self.units.device).detach().sum()

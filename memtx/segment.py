@@ -75,7 +75,7 @@ class Segment(Memo):
             past_length: ``(batch,)`` int64, number of tokens read so far in each open document.
             length: Number of tokens in the call, at least 1.
             document_starts: ``(batch, length)`` bool, True for the first token of a document; None for no such token.
-            valid_length: ``(batch,)`` int64 from 0 to ``length``, number of tokens before the padding; None without it.
+            valid_length: ``(batch,)`` int64 from 0 to ``length``, tokens before the padding; None for no padding.
         """
         if length < 1:
             raise MemtxError(f"The segment has {length} tokens.", "Pass at least 1.")

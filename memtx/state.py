@@ -87,7 +87,7 @@ class MemoryState:
 
     @staticmethod
     def concat(states: Sequence[MemoryState]) -> MemoryState:
-        """Concatenate the batches of one model's states; raises MemtxError for none, or different structures."""
+        """Concatenate states along the batch; raises MemtxError if there are none, or their structures differ."""
         if not states:
             raise MemtxError("concat got no states, expected at least one.")
         flat = [pytree.tree_flatten(state) for state in states]

@@ -10,10 +10,7 @@ import lightning.pytorch as pl
 
 
 def has_stepped(trainer: pl.Trainer) -> bool:
-    """Return whether the current batch ended in an optimizer step.
-
-    If not, gradients are being accumulated, and a checkpoint would lose them.
-    """
+    """Return whether the current batch ended in an optimizer step; if not, a checkpoint loses accumulated gradients."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
@@ -23,10 +20,7 @@ def is_unstable(trainer: pl.Trainer) -> bool:
 
 
 def will_validate(trainer: pl.Trainer) -> bool:
-    """Return whether validation follows the current batch.
-
-    A checkpoint written before it counts it as done, so a resumed run would never run it.
-    """
+    """Return whether validation follows the current batch; a run resumed from a checkpoint before it would skip it."""
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher)
 

@@ -147,4 +147,4 @@ def _build_entries(weights: Mapping[str, Tensor], *, heads: int, kv_heads: int) 
         else:
             is_head_norm = name.endswith((".query_norm.weight", ".key_norm.weight"))
             entries.append((RowSlice(name, rotary_heads=1 if is_head_norm else 0), keys))
-    return [(WeightTransform((rows,)), keys) for rows, keys in entries]
+    return [(WeightTransform((part,)), keys) for part, keys in entries]
