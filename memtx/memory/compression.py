@@ -44,9 +44,7 @@ class Compression(nn.Module, ABC):
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Compress ``(batch, blocks, compression_rate, dim)`` to ``(batch, blocks, dim)``.
 
-        Args:
-            blocks: Hidden states.
-            usage: Attention to each state, ``(batch, blocks, compression_rate)``, if ``needs_usage``.
+        ``usage`` is the attention to each state, ``(batch, blocks, compression_rate)``, if ``needs_usage``.
         """
 
 
