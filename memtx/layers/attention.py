@@ -103,15 +103,10 @@ class MemoryAttention(nn.Module):
         return any(memory.needs_layer_output for memory in self.memories)
 
     def forward(self, x: Tensor, state: tuple[Any, ...], segment: Segment) -> tuple[Tensor, tuple[Any, ...], Losses]:
-        """Attend to the memories and write them.
+        """Attend from normalized layer inputs x, ``(batch, length, dim)``, to the memories, and write them.
 
-        Args:
-            x: Normalized layer inputs, ``(batch, length, dim)``.
-            state: One state per memory. If there are fewer, the last memories are ignored.
-            segment: Positions of the tokens.
-
-        Returns:
-            Output ``(batch, length, dim)``, the next states, and auxiliary losses by name.
+        Returns the output in the same shape, the next states, and auxiliary losses by name. There is one state per
+        memory; if there are fewer, the last memories are ignored.
         """
         memories = self.memories[: len(state)]
         views = [memory.read(part, x, segment, self) for memory, part in zip(memories, state, strict=True)]
@@ -198,11 +193,9 @@ class MemoryAttention(nn.Module):
         return torch.stack([self.positions.apply_absolute(k, position, memo), v], dim=-3)
 
     def open_ring(self, state: tuple[Any, ...], past_length: Tensor) -> KVRing | None:
-        """Open the layer's state for decoding in place, or return None if its memories cannot be decoded that way.
+        """Open the layer's state for decoding in place; None unless its single memory can be decoded that way.
 
-        Args:
-            state: One state per memory; only a layer with a single memory can be decoded in place.
-            past_length: Tokens of each stream's document read so far, ``(batch,)`` int64.
+        ``past_length`` is the number of tokens of each stream's document read so far, ``(batch,)`` int64.
         """
         layout = self.memory.ring_layout() if isinstance(self.memory, RingDecodable) else None
         if layout is None or self.extra_memories or self.gate is not None:
@@ -219,16 +212,7 @@ class MemoryAttention(nn.Module):
         return (memory.join_state(*from_ring(ring.layout, ring.hidden, past_length)),)
 
     def step(self, x: Tensor, ring: KVRing, step: DecodeStep) -> Tensor:
-        """Attend for one token per stream and write it into the ring.
-
-        Args:
-            x: Normalized layer inputs, ``(batch, dim)``.
-            ring: The layer's ring, changed in place.
-            step: Positions of the tokens.
-
-        Returns:
-            ``(batch, dim)``.
-        """
+        """Return the output ``(batch, dim)`` for normalized inputs x of one token per stream, written into the ring."""
         plan = step.plan(ring.layout)
         stream = step.memo("stream", lambda: torch.arange(x.shape[0], device=x.device))
         position = step.memo("position", lambda: step.position[:, None].double())
@@ -275,11 +259,10 @@ class MemoryAttention(nn.Module):
 
     def reset_parameters(self, std: float, residual_std: float) -> None:
         """Initialize the projections; the memories' own parameters stay as their constructors set them."""
-        with torch.no_grad():
-            for layer, layer_std in ((self.query, std), (self.key_value, std), (self.out, residual_std)):
-                nn.init.normal_(layer.weight, std=layer_std)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+        for layer, layer_std in ((self.query, std), (self.key_value, std), (self.out, residual_std)):
+            nn.init.normal_(layer.weight, std=layer_std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 def _apply_module(module: nn.Module, x: Tensor, frozen: bool) -> Tensor:

@@ -13,15 +13,11 @@ from memtx.ops.attention.reference import merge_attention
 
 
 def combine_readouts(attended: Tensor, lse: Tensor | None, readouts: Sequence[Readout]) -> Tensor:
-    """Return the attention outputs combined with all readouts.
+    """Return the attention outputs, ``(batch, heads, length, head_dim)``, combined with all readouts.
 
     Readouts that have a log-sum-exp and no gate come first, in one softmax with the attention and so in any order. The
-    others follow in their order, mixed in by their gate or added.
-
-    Args:
-        attended: Attention outputs, ``(batch, heads, length, head_dim)``.
-        lse: Their log-sum-exp, ``(batch, heads, length)``; required if a readout has one.
-        readouts: Readouts of the layer's memories.
+    others follow in their order, mixed in by their gate or added. ``lse``, the attention's own log-sum-exp, which is
+    ``(batch, heads, length)``, is required if a readout has one.
     """
     parts = [
         (readout.out.to(attended.dtype), readout.lse)
@@ -44,15 +40,11 @@ def combine_readouts(attended: Tensor, lse: Tensor | None, readouts: Sequence[Re
 
 
 def apply_gate(readout: Readout, gate: Tensor) -> Readout:
-    """Return a readout scaled by a gate; at 0 the layer's output is as without it.
+    """Return a readout scaled by a gate from -1 to 1 per head, ``(heads,)``; at 0 the layer's output is as without it.
 
     The gate is learned per head and starts at 0, as in Flamingo (Alayrac et al. 2022, section 2.2). The readout then
     has no gradient at first but the gate does, so both learn from the second step on. A readout with a log-sum-exp is
     scaled in proportion to its share in the joint softmax, so a gate of 1 gives that softmax.
-
-    Args:
-        readout: Readout of a memory.
-        gate: Gate of each head, ``(heads,)``, from -1 to 1.
     """
     gate = gate[:, None, None]
     if readout.gate is None and readout.lse is None:

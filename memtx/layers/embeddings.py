@@ -61,11 +61,7 @@ class TextEmbeddings(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """Embed tokens as ``(batch, length, dim)``.
-
-        Args:
-            tokens: Token ids, ``(batch, length)`` int64.
-            token_type_ids: Token types, ``(batch, length)`` int64. Defaults to zeros.
+        """Embed tokens as ``(batch, length, dim)``; ids and types are ``(batch, length)`` int64, types zero by default.
 
         Raises:
             MemtxError: The text has more positions than there are embeddings, or types are given but not supported.

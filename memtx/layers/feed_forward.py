@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from memtx.ops.cpu.linear import Linear
@@ -77,14 +76,10 @@ class FeedForward(nn.Module):
 def reset_linear(module: nn.Module, std: float, residual_std: float) -> None:
     """Initialize the linear layers of a feed-forward part: normal weights, zero biases.
 
-    Args:
-        module: Any module.
-        std: Standard deviation of the weights.
-        residual_std: Standard deviation of the layers named ``out``, which add to the residual stream.
+    The standard deviation is ``residual_std`` in layers named ``out``, which add to the residual stream.
     """
-    with torch.no_grad():
-        for name, part in module.named_modules():
-            if isinstance(part, nn.Linear):
-                nn.init.normal_(part.weight, std=residual_std if name == "out" else std)
-                if part.bias is not None:
-                    nn.init.zeros_(part.bias)
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=residual_std if name == "out" else std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

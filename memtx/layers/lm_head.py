@@ -176,11 +176,8 @@ class AdaptiveSoftmax(nn.Module):
     def nll(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the negative log-likelihood of the labels in nats, summed with gradient, and of each without.
 
-        Only the label's own cluster is computed for each token, which is what makes this cheap.
-
-        Args:
-            x: Hidden states, ``(n, dim)``.
-            labels: Token ids, ``(n,)`` int64; -100 counts 0.
+        Hidden states are ``(n, dim)``, labels ``(n,)`` int64, of which -100 counts 0. Only the label's own cluster is
+        computed for each token, which is what makes this cheap.
         """
         head = F.log_softmax(self._cluster_logits(x, 0), dim=-1)
         short = self.clusters.bounds[0][1]

@@ -114,11 +114,8 @@ def reversible_forward(
 ) -> tuple[Tensor, Tensor]:
     """Run all layers and return both streams, differentiable without stored activations.
 
-    Args:
-        x1: Stream that attention adds to, ``(batch, n, dim)``.
-        x2: Stream that attention reads, ``(batch, n, dim)``.
-        layers: Layers in order.
-        attention_mask: False for padding, ``(batch, n)`` bool. None if there is no padding.
+    Attention reads x2 and adds to x1, both ``(batch, n, dim)``. The mask, ``(batch, n)`` bool, is False for padding and
+    None if there is none.
     """
     weights = [weight for layer in layers for weight in _trainable_parameters(layer)]
     out1, out2 = _ReversibleFunction.apply(x1, x2, layers, attention_mask, *weights)  # type: ignore[no-untyped-call]

@@ -84,18 +84,13 @@ class TransformerXLMemory(RecurrentMemory):
 
 
 class RelativeAttention(MemoryAttention):
-    """Attention of a segment over [memory | segment].
+    """Attention of a segment over [memory | segment]; arguments not listed are those of :class:`MemoryAttention`.
 
     The layers of a call share :data:`DistanceInputs`, kept under the key "distance inputs" of the segment's memo.
 
     Args:
-        dim: Width of the hidden states.
-        heads: Number of heads.
-        memory: The cache.
-        head_dim: Width of a head. Defaults to dim / heads.
         clamp_length: Largest distance that is told apart; 0 or less for no limit.
         has_biases: If True, the layer has its own u and v, each ``(heads, head_dim)``.
-        dropout: Dropout rate of the attention weights.
     """
 
     def __init__(

@@ -28,20 +28,16 @@ class ContentAttention(Protocol):
     """A layer's attention by content: its projections, without positions."""
 
     def project(self, x: Tensor, projection: str, *, frozen: bool) -> Tensor:
-        """Project ``(batch, entries, dim)`` to ``(batch, entries, heads, head_dim)``.
+        """Project attention inputs, ``(batch, entries, dim)``, to ``(batch, entries, heads, head_dim)``.
 
-        Args:
-            x: Attention inputs.
-            projection: "query", "key" or "value". Key and value heads are repeated to the number of query heads.
-            frozen: If True, use the weights without gradients.
+        The projection is "query", "key" or "value", of which the last two are repeated to the number of query heads;
+        ``frozen`` uses the weights without gradients.
         """
 
     def apply_relative(self, keys: Tensor, distance: Tensor) -> Tensor:
         """Return keys without positions, ``(batch, entries, heads, head_dim)``, as such queries see them from ahead.
 
-        Args:
-            keys: Keys without positions.
-            distance: Positions by which the query is ahead of each key, ``(entries,)`` float64.
+        The distance is the number of positions by which the query is ahead of each key, ``(entries,)`` float64.
         """
 
 
@@ -113,13 +109,7 @@ class Readout:
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """A layer's activations for the segment, for a memory to write from.
-
-    Attributes:
-        inputs: Attention inputs, ``(batch, length, dim)``.
-        outputs: Attention outputs, ``(batch, length, dim)``.
-        attention: The layer's projections.
-    """
+    """Attention's inputs and outputs, each ``(batch, length, dim)``, and projections, for a memory to write from."""
 
     inputs: Tensor
     outputs: Tensor
@@ -174,14 +164,7 @@ class Memory(nn.Module, ABC, Generic[S]):
 
     @abstractmethod
     def read(self, state: S, x: Tensor, segment: Segment, attention: ContentAttention) -> View:
-        """Open the memory for a segment.
-
-        Args:
-            state: State after the previous segment.
-            x: Attention inputs, ``(batch, length, dim)``.
-            segment: Positions of the tokens.
-            attention: The layer's projections.
-        """
+        """Open the memory in its state after the previous segment, for attention inputs x ``(batch, length, dim)``."""
 
     def write(self, view: View, segment: Segment, activations: LayerActivations) -> tuple[S, Losses]:
         """Close the memory: return the next state and the auxiliary losses; ``view`` is the segment's from ``read``.
@@ -193,12 +176,10 @@ class Memory(nn.Module, ABC, Generic[S]):
         return view.next_state, view.losses
 
     def on_layer_output(self, state: S, outputs: Tensor, segment: Segment) -> S:
-        """Update the next state from the output of the whole layer, if the memory needs it.
+        """Update the state that ``write`` returned from the output of the whole layer, if the memory needs it.
 
-        Args:
-            state: Result of ``write``.
-            outputs: Layer outputs, ``(batch, length, dim)``, normalized like the layer's inputs.
-            segment: Positions of the tokens; it crosses no end of an ``interval``.
+        The outputs, ``(batch, length, dim)``, are normalized like the layer's inputs. The segment crosses no end of an
+        ``interval``.
         """
         return state
 

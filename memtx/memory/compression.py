@@ -44,9 +44,7 @@ class Compression(nn.Module, ABC):
     def forward(self, blocks: Tensor, usage: Tensor | None = None) -> Tensor:
         """Compress ``(batch, blocks, compression_rate, dim)`` to ``(batch, blocks, dim)``.
 
-        Args:
-            blocks: Hidden states.
-            usage: Attention to each state, ``(batch, blocks, compression_rate)``, if ``needs_usage``.
+        ``usage`` is the attention to each state, ``(batch, blocks, compression_rate)``, if ``needs_usage``.
         """
 
 
@@ -135,16 +133,7 @@ class MostUsed(Compression):
 
 
 class AttentionPooling(Compression):
-    """Attention pooling of the block's states by one learned query per head.
-
-    Args:
-        dim: Width of the hidden states.
-        compression_rate: States per block.
-        heads: Number of heads.
-
-    Raises:
-        MemtxError: dim is not divisible by heads.
-    """
+    """Attention pooling by one learned query per head; raises MemtxError if dim is not divisible by heads."""
 
     def __init__(self, dim: int, compression_rate: int, heads: int = 4) -> None:
         super().__init__(dim, compression_rate)

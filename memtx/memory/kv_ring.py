@@ -85,12 +85,9 @@ class RingDecodable(Protocol):
         """Return the state that :meth:`split_state` splits into ``cache`` and ``bank``."""
 
     def compress_block(self, block: Tensor, recent: Tensor, attention: ContentAttention) -> Tensor:
-        """Compress one block per stream to ``(batch, dim)``.
+        """Compress the inputs that leave the window, one block per stream, to ``(batch, dim)``.
 
-        Args:
-            block: Inputs that leave the window, ``(batch, compression_rate, dim)``.
-            recent: Newest inputs, ``(batch, compression_rate, dim)``.
-            attention: The layer's projections.
+        The block and the newest inputs, ``recent``, are ``(batch, compression_rate, dim)``.
         """
 
 
@@ -202,11 +199,8 @@ class DecodeStep(Memo):
 def to_ring(layout: RingLayout, cache: Tensor, bank: Tensor, past_length: Tensor) -> Tensor:
     """Arrange the contents of a state in slots, ``(batch, slots, dim)``, zero in unwritten ones.
 
-    Args:
-        layout: Layout of the slots.
-        cache: Exact inputs, newest last, ``(batch, cache_length, dim)``.
-        bank: Compressed entries, newest last, ``(batch, num_entries, dim)``.
-        past_length: Tokens read so far, ``(batch,)`` int64.
+    Exact inputs, ``(batch, cache_length, dim)``, and compressed entries, ``(batch, num_entries, dim)``, have the newest
+    last; ``past_length`` is the number of tokens read so far, ``(batch,)`` int64.
     """
     block, position = layout.slot_contents(past_length - 1)
     first_block = layout.num_evicted_blocks(past_length - 1)[:, None] - layout.num_entries

@@ -144,9 +144,6 @@ class TokenShift(nn.Module):
     """A learned mix, per channel, of each token with the previous one of its document (RWKV, Peng et al. 2023, 3.1).
 
     With it a memory can store "this value came after that key" in one write, which projections of single tokens cannot.
-
-    Args:
-        dim: Width of the hidden states.
     """
 
     def __init__(self, dim: int) -> None:
@@ -157,10 +154,7 @@ class TokenShift(nn.Module):
     def forward(self, x: Tensor, last_input: Tensor, segment: Segment) -> Tensor:
         """Mix each token of x ``(batch, length, dim)`` with the previous one, a document's first token with zeros.
 
-        Args:
-            x: Inputs of the segment.
-            last_input: Input before the segment's first token, ``(batch, dim)``; unused where a document begins.
-            segment: Positions of the tokens.
+        ``last_input``, ``(batch, dim)``, comes before the segment's first token; it is unused where a document begins.
         """
         previous = torch.cat([last_input[:, None].to(x.dtype), x[:, :-1]], dim=1)
         previous = previous.masked_fill((segment.position == 0)[..., None], 0.0)

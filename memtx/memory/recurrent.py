@@ -111,10 +111,7 @@ def sliding_window(segment: Segment, cache_length: int, window: int | None, min_
 def update_cache(cache: Tensor, x: Tensor, segment: Segment) -> Tensor:
     """Return the next cache: the newest entries of [cache | segment], with zeros in place of other documents' entries.
 
-    Args:
-        cache: Cached entries, ``(batch, cache_length, dim)``.
-        x: Entries of the segment, ``(batch, length, dim)``.
-        segment: Positions of the call's tokens.
+    Cached entries are ``(batch, cache_length, dim)``, those of the segment, x, ``(batch, length, dim)``.
     """
     cache_length, length = cache.shape[1], x.shape[1]
 

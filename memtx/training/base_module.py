@@ -118,11 +118,7 @@ class BaseModule(pl.LightningModule):
     # Model, optimizer and schedule
 
     def configure_model(self) -> None:
-        """Shard the model under a strategy that does so; idempotent.
-
-        Raises:
-            MemtxError: The module distills, whose losses are not sharded.
-        """
+        """Shard the model under a strategy that does so; idempotent. Raises MemtxError if the module distills."""
         if self.device_mesh is not None and self.distillation is not None:
             raise MemtxError(
                 "model.distillation does not support a strategy that shards the weights.",
@@ -172,10 +168,9 @@ class BaseModule(pl.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint fits the model, and keep its states for :meth:`on_train_start`.
+        """Keep a checkpoint's states for :meth:`on_train_start`; raises CheckpointError if it is of another model.
 
-        Raises:
-            CheckpointError: It belongs to another program, format version or model.
+        Another program or format version counts as another model.
         """
         entry = checkpoint.get(pretrained.CHECKPOINT_KEY)
         if entry is None:

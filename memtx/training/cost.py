@@ -109,11 +109,7 @@ def _record_operations(
 
 
 def make_narrow_copy(model: MemoryTransformer) -> MemoryTransformer:
-    """Return a model on the CPU with the same layers, heads and memories, but narrow heads.
-
-    Raises:
-        CheckpointError: The model's class takes other arguments.
-    """
+    """Return a CPU model of equal layers and memories but narrow heads; raises CheckpointError if its class cannot."""
     narrow_args = {
         "vocab_size": 2,
         "dim": int(model.config["init_args"]["heads"]) * NARROW_HEAD_DIM,

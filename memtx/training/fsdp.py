@@ -72,11 +72,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | os.PathLike[str], storage_options: Any | None = None
     ) -> None:
-        """Write the shards of every process; the folder appears complete, or the previous one stays.
-
-        Raises:
-            MemtxError: The checkpoint cannot be written.
-        """
+        """Write the shards of every process completely, or raise MemtxError and keep the previous folder."""
         path = Path(self.broadcast(filepath))
         temporary = Path(self.broadcast(files.temporary_path(path)))
         tensors = {"state_dict": checkpoint.pop("state_dict")}
@@ -124,11 +120,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | os.PathLike[str], weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read this process's shards of a sharded checkpoint or of a single file.
-
-        Raises:
-            CheckpointError: The checkpoint is damaged or belongs to another model.
-        """
+        """Read this process's shards, of a folder or a file; raises CheckpointError if damaged or of another model."""
         from torch.distributed.checkpoint import state_dict
 
         path = Path(self.broadcast(checkpoint_path))
@@ -183,11 +175,7 @@ StrategyRegistry.register(
 
 
 def configure_sharding(module: pl.LightningModule, model: nn.Module) -> None:
-    """Shard the model of a module if its strategy asks the module to do so.
-
-    Raises:
-        MemtxError: The checkpoints of the strategy are not atomic.
-    """
+    """Shard the model if the module's strategy asks for it; raises MemtxError if its checkpoints are not atomic."""
     if module.device_mesh is None:
         return
     strategy = module.trainer.strategy

@@ -59,10 +59,7 @@ class LoRA:
         self.lora_config = LoRAConfig(rank, alpha, dropout, tuple(target_modules))
 
     def __call__(self, model: MemoryTransformer) -> dict[str, nn.Parameter]:
-        """Adapt a model in place.
-
-        Returns:
-            Every A and B by name in the model. Other parameters keep their ``requires_grad``.
+        """Adapt a model in place and return every A and B by name; other parameters keep their ``requires_grad``.
 
         Raises:
             MemtxError: The model is adapted already, or a pattern matches no linear layer.
@@ -95,11 +92,7 @@ class LoRA:
 
 
 def freeze_base_model(model: MemoryTransformer, lora: LoRA | None = None) -> None:
-    """Freeze all parameters but those of memories and, with ``lora``, the adapters.
-
-    Raises:
-        MemtxError: Nothing would be trained.
-    """
+    """Freeze all parameters but those of memories and, with ``lora``, adapters; raises MemtxError if none remain."""
     adapters = lora(model) if lora is not None else {}
     trained = {id(parameter) for parameter in (*model.memory_parameters().values(), *adapters.values())}
     if not trained:

@@ -41,14 +41,9 @@ class LanguageMetrics(nn.ModuleDict):
     def update_and_log(
         self, module: pl.LightningModule, stage: str, batch: Batch, nll_sum: Tensor, num_scored: Tensor
     ) -> None:
-        """Add a batch and log the metrics.
+        """Add a batch to the metrics of a stage, "val" or "test", and log them.
 
-        Args:
-            module: Module that logs.
-            stage: "val" or "test".
-            batch: Batch that was read.
-            nll_sum: Sum over the scored labels in nats, ``()`` float64.
-            num_scored: Number of scored labels, ``()``.
+        ``nll_sum``, ``()`` float64, is the sum over the ``num_scored`` labels, ``()``, in nats.
         """
         for name, amount in (("bits_per_byte", batch.num_bytes), ("word_perplexity", batch.num_words)):
             self._get_metric(stage, name).update(nll_sum, amount.sum())
@@ -84,11 +79,8 @@ class MemoryGain(nn.Module):
     def update(self, model: RecurrentLanguageModel, batch: Batch, nll: Tensor, state: MemoryState) -> None:
         """Read a batch again, each segment with a fresh state; do nothing for a model without memory.
 
-        Args:
-            model: Model in eval mode.
-            batch: Batch of whole segments, except for the last.
-            nll: Negative log-likelihood of each label with the memory, ``(batch, length)`` in nats.
-            state: State before the batch.
+        The model is in eval mode and ``state`` the one before the batch, whose last segment may be short. ``nll`` is
+        the negative log-likelihood of each label with the memory, ``(batch, length)`` in nats.
         """
         if not any(leaf.numel() for leaf in pytree.tree_leaves(state.layers)):
             return

@@ -20,11 +20,7 @@ def get_job_id(environment: Mapping[str, str]) -> str | None:
 
 
 def requeue(job_id: str) -> None:
-    """Requeue a job, which SLURM ends and starts again with the same command.
-
-    Raises:
-        MemtxError: SLURM refused.
-    """
+    """Requeue a job, which SLURM ends and starts again with the same command; raises MemtxError if it refuses."""
     try:
         result = subprocess.run(["scontrol", "requeue", job_id], capture_output=True, text=True, check=False)
     except OSError as error:

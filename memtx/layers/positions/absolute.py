@@ -42,12 +42,7 @@ class LearnedPositions(nn.Module):
 
 
 class PositionEmbeddings(nn.Module):
-    """One vector per position, for whole texts.
-
-    Args:
-        dim: Width of the hidden states.
-        max_length: Number of positions.
-    """
+    """One vector, ``dim`` wide, for each of ``max_length`` positions, for whole texts."""
 
     def __init__(self, dim: int, max_length: int) -> None:
         super().__init__()

@@ -38,11 +38,7 @@ class Positions(nn.Module):
     ) -> tuple[Tensor, Tensor, AlibiBias | None]:
         """Return queries and keys with positions, and an additive bias of their scores.
 
-        Args:
-            q: Queries, ``(batch, length, heads, head_dim)``.
-            k: Keys, ``(batch, entries, kv_heads, head_dim)``.
-            entry_positions: Positions of the entries.
-            segment: Positions of the queries.
+        Queries are ``(batch, length, heads, head_dim)``, keys ``(batch, entries, kv_heads, head_dim)``.
         """
         query_offset = segment.memo("query offset", lambda: torch.arange(segment.length, device=q.device)[None])
         offset, memo = entry_positions.offset, entry_positions.visibility.memo

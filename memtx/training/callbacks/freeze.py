@@ -33,11 +33,7 @@ class Freeze(pl.Callback):
         self.parameters, self.epochs = tuple(parameters), epochs
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Freeze the parameters, after the optimizer was created with them.
-
-        Raises:
-            MemtxError: A pattern matches no parameter.
-        """
+        """Freeze the parameters, which the optimizer has by now; raises MemtxError if a pattern matches none."""
         names = [name for name, _ in _model(pl_module).named_parameters()]
         for pattern in self.parameters:
             if not any(fnmatchcase(name, pattern) for name in names):

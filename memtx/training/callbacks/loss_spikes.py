@@ -57,11 +57,7 @@ class RewindOnSpike(pl.Callback):
         self._losses: list[tuple[int, float]] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that the weights are not sharded.
-
-        Raises:
-            MemtxError: They are.
-        """
+        """Raise MemtxError if the weights are sharded."""
         if isinstance(trainer.strategy, FullyShardedStrategy):
             raise MemtxError(
                 "RewindOnSpike does not support fsdp2, which shards the weights.",

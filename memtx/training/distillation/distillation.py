@@ -73,10 +73,6 @@ class Distillation(nn.Module):
     def setup(self, student: nn.Module, datamodule: Any = None) -> None:
         """Load the teacher, create the losses, and initialize the student if ``student_init`` is given.
 
-        Args:
-            student: Model that is trained.
-            datamodule: Data module of the run, compared with the teacher's data.
-
         Raises:
             MemtxError: No teacher is given, or it does not fit the student, the data or the losses.
         """
@@ -187,11 +183,7 @@ class SelfDistillation(Distillation):
         super().__init__(None, losses)
 
     def setup(self, student: nn.Module, datamodule: Any = None) -> None:
-        """Create the losses.
-
-        Raises:
-            MemtxError: The student is no memory transformer, or the losses do not fit it.
-        """
+        """Create the losses; raises MemtxError if the student is no memory transformer or they do not fit it."""
         if not isinstance(student, MemoryTransformer):
             raise MemtxError(
                 f"SelfDistillation needs a model with memory, not {type(student).__name__}.",

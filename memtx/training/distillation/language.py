@@ -36,11 +36,7 @@ class LanguageDistillation:
         self._books: BookDataModule | None = None
 
     def setup(self, datamodule: Any) -> None:
-        """Check the data of the run before the teacher is loaded.
-
-        Raises:
-            MemtxError: The cache stores logits by position, but the run does not read a book corpus in order.
-        """
+        """Raise MemtxError if logits are cached by position but the run does not read a book corpus in order."""
         self._books = datamodule if isinstance(datamodule, BookDataModule) else None
         if self.distillation.uses_cache and (self._books is None or self.carry is None):
             raise MemtxError(

@@ -56,10 +56,7 @@ class LayerwiseLoss(DistillationLoss):
 
 
 class HiddenMSE(LayerwiseLoss):
-    """Mean squared difference of layer outputs (TinyBERT, Jiao et al. 2020, section 3, eq. 8).
-
-    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to every k-th layer.
-    """
+    """Mean squared difference of layer outputs, by default each k-th (TinyBERT, Jiao et al. 2020, section 3, eq. 8)."""
 
     has_projection = True
 
@@ -69,10 +66,7 @@ class HiddenMSE(LayerwiseLoss):
 
 
 class HiddenCosine(LayerwiseLoss):
-    """One minus the cosine of layer outputs (DistilBERT, Sanh et al. 2019, section 2).
-
-    Arguments as for :class:`LayerwiseLoss`; ``layers`` defaults to the last layers.
-    """
+    """One minus the cosine of layer outputs, by default the last (DistilBERT, Sanh et al. 2019, section 2)."""
 
     has_projection = True
     default_layers = LastLayer
@@ -140,14 +134,11 @@ class AttentionMSE(LayerwiseLoss):
 class ValueRelations(LayerwiseLoss):
     """Divergence of softmax(V V' / sqrt(head_dim)) (MiniLM, Wang et al. 2020, section 3.2, eq. 6).
 
-    In decoders, tokens relate to themselves and to earlier tokens of their document in the same segment.
+    In decoders, tokens relate to themselves and to earlier tokens of their document in the same segment. Arguments not
+    listed are those of :class:`LayerwiseLoss`; ``layers`` defaults to the last layers.
 
     Args:
-        student: Dimensions of the student.
-        teacher: Dimensions of the teacher.
-        layers: Pairs of layers to compare. Defaults to the last layers.
         heads: Heads to split the values into (MiniLMv2, Wang et al. 2021, section 3.2). None means the layers' own.
-        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
     Raises:
         MemtxError: The heads or layers do not match.

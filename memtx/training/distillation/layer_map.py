@@ -13,11 +13,7 @@ class LayerMap(ABC):
 
     @abstractmethod
     def pairs(self, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
-        """Return (student layer, teacher layer) pairs for models of these depths.
-
-        Raises:
-            MemtxError: The depths do not fit the map.
-        """
+        """Return (student layer, teacher layer) pairs; raises MemtxError if the depths do not fit the map."""
 
 
 class EveryKthLayer(LayerMap):

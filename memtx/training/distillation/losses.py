@@ -106,13 +106,11 @@ class SoftTargets(DistillationLoss):
 
     T^2 KL(softmax(teacher / T) || softmax(student / T)) in nats, averaged over scored positions. Logits are computed in
     chunks that the backward pass recomputes, so that those of a whole vocabulary are never stored. If only the
-    teacher's top-k logits are known, its distribution is over these classes.
+    teacher's top-k logits are known, its distribution is over these classes. Other arguments are those of
+    :class:`DistillationLoss`.
 
     Args:
-        student: Dimensions of the student.
-        teacher: Dimensions of the teacher.
         temperature: T, above 0. Defaults to 2.0.
-        **options: ``weight``, ``begin`` and ``end`` of :class:`DistillationLoss`.
 
     Raises:
         MemtxError: A number is out of range, a model has no logits, or the models have different numbers of classes.

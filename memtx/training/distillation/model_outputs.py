@@ -55,11 +55,7 @@ class ModelDims:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> Self:
-        """Return the dimensions of a model.
-
-        Raises:
-            MemtxError: The model can be neither teacher nor student.
-        """
+        """Return the dimensions of a model; raises MemtxError if it can be neither teacher nor student."""
         backbone = get_backbone(model)
         name = type(backbone).__name__
         if isinstance(backbone, Encoder):
@@ -214,14 +210,10 @@ def collect_language_outputs(
     document_starts: Tensor,
     loss: Tensor | None = None,
 ) -> ModelOutputs:
-    """Return the outputs of a memory transformer for tokens that it has read.
+    """Return the outputs of a memory transformer for tokens that it has read; ``loss`` is the student's on the labels.
 
-    Args:
-        model: The model.
-        hidden_states: Outputs of the embedding and of every layer, each ``(batch, length, dim)``.
-        labels: ``(batch, length)`` int64, -100 where nothing is scored.
-        document_starts: ``(batch, length)`` bool, True where a document begins.
-        loss: Loss of the student on the labels.
+    The hidden states are those of the embedding and of every layer, each ``(batch, length, dim)``. Labels and document
+    starts are ``(batch, length)``: int64, -100 where nothing is scored, and bool, True where a document begins.
     """
     return ModelOutputs(
         hidden_states[-1][labels != IGNORE_INDEX],

@@ -93,14 +93,10 @@ def _tensors_without_memories(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def init_embeddings_by_pca(student: Encoder | MemoryTransformer, teacher: Encoder | MemoryTransformer) -> None:
-    """Initialize the student's embeddings with the principal components of the teacher's.
+    """Initialize the embeddings of a narrower student from those of a teacher of the same class.
 
     SliceGPT projects whole models (Ashkboos et al. 2024, section 3). Here only the embedding tables are projected, to
     the principal components of the token embeddings, and layers and heads keep their weights.
-
-    Args:
-        student: Model narrower than the teacher.
-        teacher: Model of the same class.
 
     Raises:
         MemtxError: Only one of the models has an embedding table, or the tables have different numbers of entries.

@@ -66,10 +66,7 @@ TEACHER_TYPES: dict[type[nn.Module], tuple[type[nn.Module], ...]] = {
 def check_teacher(teacher: Teacher, student: nn.Module, datamodule: Any) -> None:
     """Check that the teacher reads the student's batches and was trained with the tokens and labels of the run's data.
 
-    Args:
-        teacher: Loaded teacher.
-        student: Model that is trained.
-        datamodule: Data module of the run; a tokenizer or task that it lacks is not checked.
+    A tokenizer or task that the data module lacks is not checked.
 
     Raises:
         CheckpointError: The tokenizers or the labels differ.
