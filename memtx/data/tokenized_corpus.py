@@ -131,8 +131,9 @@ def open_store(
     A store is found again by the ids, sizes and times of the files (the hash of embedded texts) and the trained
     tokenizer, so changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole
     shards. Raises DataError if a text is not UTF-8 or empty, and MemtxError if the cache cannot be written to.
-    All stores are in ``cache_dir``, named after their ``split``. The tokenizer must be trained; the last arguments are
-    those of :func:`tokenize_corpus`.
+
+    All stores are in ``cache_dir``, named after their ``split``. The tokenizer must be trained; ``num_workers`` and
+    ``verify`` are as in :func:`tokenize_corpus`.
     """
     manifest = Corpus(split, {split: documents})
     folder = cache_dir / f"{split}-{compute_fingerprint(manifest, tokenizer)[:16]}"
