@@ -70,10 +70,7 @@ class ResumableBatches(ABC):
 
 
 class FixedBatches(Generic[B]):
-    """The same batches in every iteration, made when they are read.
-
-    No list: Lightning takes one for several loaders.
-    """
+    """The same batches in every iteration, made when read. No list: Lightning takes one for several loaders."""
 
     def __init__(self, num_batches: int, get_batch: Callable[[int], B]) -> None:
         self._num_batches, self._get_batch = num_batches, get_batch

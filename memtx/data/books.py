@@ -119,10 +119,7 @@ class BookDataModule(LightningDataModule):
         return split in (self._open_tokenized_corpus() or self.corpus).splits
 
     def token_store(self, split: str) -> TokenStore:
-        """Return the tokens of a split, encoding it first if that was not done.
-
-        Raises DataError if there is no such split, or a text cannot be used.
-        """
+        """Return the tokens of a split, encoded if needed; raises DataError for no such split or an unusable text."""
         if split not in self._token_stores:
             if (tokenized := self._open_tokenized_corpus()) is not None:
                 self._token_stores[split] = tokenized.open_split(split)
@@ -141,15 +138,11 @@ class BookDataModule(LightningDataModule):
                 self.token_store(split)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open what the stage needs (None: all).
-
-        A fit begins at the start of the data unless a checkpoint is restored.
-        """
+        """Open what the stage needs (None: all); a fit begins at the start unless a checkpoint is restored."""
         # Opening is all that is left after prepare_data, which ran on one process only.
         self._train_tokenizer()
         if stage in ("fit", None) and self._streams is not None:
-            self._streams = None
-            self._restored_position = None
+            self._streams = self._restored_position = None
 
     def train_dataloader(self) -> DocumentStreams:
         """Return this rank's streams, batches of ``(batch, segment_length * bptt_segments)`` from the position on.

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx.data.text_chunks import encode_utf8
-from memtx.data.tokenizers import HF_FORMAT, HF_FORMAT_VERSION, BackendTokenizer, tokenizer_from_json
+from memtx.data.tokenizers import HF_FORMAT, HF_FORMAT_VERSION, BackendTokenizer, SpecialTokenId, tokenizer_from_json
 from memtx.errors import DataError
 
 
@@ -49,6 +49,12 @@ class HFTokenizer(BackendTokenizer):
     }
     JSON_HEADER = {"format": HF_FORMAT, "version": HF_FORMAT_VERSION}  # noqa: RUF012
 
+    cls_token_id = SpecialTokenId("cls")  # before a text; its output stands for the whole text
+    sep_token_id = SpecialTokenId("sep")  # after a text
+    pad_token_id = SpecialTokenId("pad")
+    mask_token_id = SpecialTokenId("mask")
+    unk_token_id = SpecialTokenId("unk")  # for text that the vocabulary cannot spell
+
     def __init__(self, path: str | None = None) -> None:
         if path is None:
             raise DataError("HFTokenizer has no path.", "Name a tokenizer.json, or train a WordPieceTokenizer.")
@@ -58,31 +64,6 @@ class HFTokenizer(BackendTokenizer):
     def bos_token_id(self) -> int:
         """Id that begins a document: ``cls_token_id``."""
         return self.cls_token_id
-
-    @property
-    def cls_token_id(self) -> int:
-        """Id before a text (``[CLS]``), whose output stands for the whole text."""
-        return self._special_token_id("cls")
-
-    @property
-    def sep_token_id(self) -> int:
-        """Id after a text (``[SEP]``)."""
-        return self._special_token_id("sep")
-
-    @property
-    def pad_token_id(self) -> int:
-        """Id of padding."""
-        return self._special_token_id("pad")
-
-    @property
-    def mask_token_id(self) -> int:
-        """Id of a masked token."""
-        return self._special_token_id("mask")
-
-    @property
-    def unk_token_id(self) -> int:
-        """Id of text that the vocabulary cannot spell."""
-        return self._special_token_id("unk")
 
     def encode_with_offsets(self, texts: Sequence[str]) -> list[Encoding]:
         """Return the tokens of whole texts, without special tokens; raises DataError for a lone surrogate."""

@@ -39,10 +39,7 @@ def metadata_path(shard: Path) -> Path:
 
 
 class ShardWriter:
-    """Writes one shard; its file appears with the first document, so an empty split has none.
-
-    ``stack`` closes the file, which becomes visible when it is complete.
-    """
+    """Writes one shard, whose file ``stack`` closes and so makes visible; without documents there is no file."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> None:
         self.path, self._tokenizer, self._stack = path, tokenizer, stack

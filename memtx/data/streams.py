@@ -44,12 +44,11 @@ class StreamPlan:
 
     def iter_documents(self, stream: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Yield the documents of a stream within offsets ``start`` to ``stop``: index, start offset, first token."""
-        documents = self.documents[stream]
-        position = max(0, bisect.bisect_right(documents, start, key=operator.itemgetter(0)) - 1)
-        while position < len(documents) and documents[position][0] < stop:
-            start_offset, document, first_token = documents[position]
+        documents, offset_of = self.documents[stream], operator.itemgetter(0)
+        first = max(0, bisect.bisect_right(documents, start, key=offset_of) - 1)
+        end = bisect.bisect_left(documents, stop, first, key=offset_of)
+        for start_offset, document, first_token in documents[first:end]:
             yield document, start_offset, first_token
-            position += 1
 
 
 class EndlessStreamPlan(StreamPlan):
@@ -233,10 +232,7 @@ class DocumentStreams(ResumableBatches):
         return start, stop
 
     def token_indices(self, step: int) -> Tensor:
-        """Return the index in the store of each token of a step, ``(batch, length)`` int64.
-
-        Documents follow one another in it.
-        """
+        """Return the index of each token of a step in the store's documents joined, ``(batch, length)`` int64."""
         start, stop = self._extend_to(step)
         indices = np.zeros((self.batch_size, self.length), dtype=np.int64)
         for row, stream in enumerate(self._streams):
@@ -324,15 +320,9 @@ class EvaluationStreams(FixedBatches[Batch]):
     """Every document once, in streams of whole documents with a padded end; sums over the batches are exact.
 
     The summed negative log-likelihood over the summed words is PG-19's word perplexity exactly, for any number of
-    streams and ranks. Every rank has the same number of batches. Raises DataError if a number is out of range.
-
-    Args:
-        store: Tokens of the documents.
-        batch_size: Number of streams of this rank.
-        length: Tokens of a stream in a batch.
-        rank: Rank of this process.
-        world_size: Number of processes.
-        limit_tokens: Number of tokens to read, about, in equal shares of every stream. None reads all.
+    streams and ranks. Every rank has the same number of batches. About ``limit_tokens`` tokens are read, in equal
+    shares of every stream (None: all); the other arguments are those of :class:`DocumentStreams`. Raises DataError if a
+    number is out of range.
     """
 
     def __init__(

@@ -27,29 +27,22 @@ class TextSplitter:
     """
 
     def __init__(self) -> None:
-        self._buffer = ""
-        self._searched = 0
-
-    @property
-    def pending(self) -> str:
-        """Text that was fed and is in no chunk yet, at most 8192 characters."""
-        return self._buffer
+        self.pending = ""  # text that was fed and is in no chunk yet, at most 8192 characters
 
     def feed(self, text: str) -> list[str]:
         """Take the next portion of the text and return the chunks that are now complete."""
-        buffer, start, searched = self._buffer + text, 0, self._searched
+        buffer, start, searched = self.pending + text, 0, len(self.pending)
         chunks: list[str] = []
         while (end := _find_chunk_end(buffer, start, searched)) is not None:
             chunks.append(buffer[start:end])
             start, searched = end, end
-        self._buffer = buffer[start:]
-        self._searched = len(self._buffer)
+        self.pending = buffer[start:]
         return chunks
 
     def flush(self) -> list[str]:
         """End the text: return the pending text as the last chunk (none if empty) and start afresh."""
-        chunks = [self._buffer] if self._buffer else []
-        self._buffer, self._searched = "", 0
+        chunks = [self.pending] if self.pending else []
+        self.pending = ""
         return chunks
 
 

@@ -46,16 +46,22 @@ class ShardJob:
     @property
     def input_fingerprint(self) -> str:
         """SHA-256 of what the shards are made of."""
-        digest = hashlib.sha256(f"{self.tokenizer_fingerprint}\n{json.dumps(dict(self.split_fractions))}\n".encode())
-        for part in self.parts:
-            digest.update(part.cache_key.encode("utf-8", "surrogatepass") + b"\n")
-        return digest.hexdigest()
+        split_fractions = json.dumps(dict(self.split_fractions))
+        return hash_lines(self.tokenizer_fingerprint, split_fractions, *(part.cache_key for part in self.parts))
 
     @property
     def is_complete(self) -> bool:
         """True if all its shards are undamaged and made of the parts as they are now."""
         fingerprint = self.input_fingerprint
         return all(is_complete_shard(self.shard_path(split), fingerprint) for split in self.split_fractions)
+
+
+def hash_lines(*lines: str) -> str:
+    """Return the SHA-256 of lines of text."""
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(f"{line}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def plan_shards(sizes: Sequence[int]) -> list[range]:

@@ -3,8 +3,7 @@
     FOLDER/prepared.json                  what it was made of and what is in it; written last
     FOLDER/tokenizer.json
     FOLDER/train/index.json               closes the split (see memtx.data.shards)
-    FOLDER/train/shard-00000.bin          tokens
-    FOLDER/train/shard-00000.bin.json     metadata of its documents
+    FOLDER/train/shard-00000.bin          tokens; the metadata of its documents is in shard-00000.bin.json
 
 The folder appears under its name when it is complete. Until then its shards are in ``.FOLDER.building`` beside it, each
 written atomically, so a run that was killed continues with what it had.
@@ -13,7 +12,6 @@ written atomically, so a run that was killed continues with what it had.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import shutil
@@ -24,8 +22,8 @@ from typing import Any
 
 from memtx import files
 from memtx.data.shards import INDEX_NAME, REBUILD_HINT, ProgressCallback, TokenStore, metadata_path, write_index
-from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, Document, assign_split
-from memtx.data.tokenize import plan_jobs, write_jobs
+from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, Document, SourcePart, assign_split
+from memtx.data.tokenize import hash_lines, plan_jobs, write_jobs
 from memtx.data.tokenizers import Tokenizer, load_tokenizer
 from memtx.errors import DataError, MemtxError
 
@@ -78,10 +76,7 @@ class TokenizedCorpus:
         return tokenizer
 
     def resolve_tokenizer(self, requested: Tokenizer | None) -> Tokenizer:
-        """Return the folder's tokenizer.
-
-        Raises DataError if it is not the requested one, or one trained as requested.
-        """
+        """Return the folder's tokenizer; raises DataError unless it is the requested one or trained as requested."""
         tokenizer = self.read_tokenizer()
         if requested is None:
             return tokenizer
@@ -118,10 +113,8 @@ def is_tokenized_corpus(folder: str | os.PathLike[str]) -> bool:
 def compute_fingerprint(manifest: CorpusManifest, tokenizer: Tokenizer) -> str:
     """Return the SHA-256 of the parts' cache keys and of the tokenizer, or of how it is to be trained."""
     name = tokenizer.fingerprint if tokenizer.is_trained else f"{type(tokenizer).__qualname__} {tokenizer.vocab_size}"
-    digest = hashlib.sha256(f"{FORMAT_VERSION}\n{name}\n".encode())
-    for part, split_fractions in manifest.iter_parts():
-        digest.update(f"{part.cache_key} {dict(split_fractions)}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+    parts = (f"{part.cache_key} {dict(split_fractions)}" for part, split_fractions in manifest.iter_parts())
+    return hash_lines(str(FORMAT_VERSION), name, *parts)
 
 
 def open_store(
@@ -139,13 +132,8 @@ def open_store(
     tokenizer, so changed text or another tokenizer gives another store. A damaged store is rebuilt from its whole
     shards. Raises DataError if a text is not UTF-8 or empty, and MemtxError if the cache cannot be written to.
 
-    Args:
-        documents: Documents of the split.
-        tokenizer: Trained tokenizer.
-        cache_dir: Folder of all stores.
-        split: Name of the split.
-        num_workers: Number of processes. None uses one per core.
-        verify: If True, compare the checksum of every shard, not only its size.
+    All stores are in ``cache_dir``, named after their ``split``. The tokenizer must be trained; ``num_workers`` and
+    ``verify`` are as in :func:`tokenize_corpus`.
     """
     manifest = Corpus(split, {split: documents})
     folder = cache_dir / f"{split}-{compute_fingerprint(manifest, tokenizer)[:16]}"
@@ -279,13 +267,11 @@ def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path
     if tokenizer.is_trained:
         return tokenizer
     kind = type(tokenizer)
-    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {tokenizer.vocab_size}\n".encode())
-    for part, split_fractions in manifest.iter_parts():
-        if split_fractions.get("train"):
-            digest.update(part.cache_key.encode("utf-8", "surrogatepass") + b"\n")
     if "train" not in manifest.splits:
         raise DataError(f"'{manifest.name}' has no split 'train' to train a tokenizer on.", "Give a trained tokenizer.")
-    path = folder / f"tokenizer-{digest.hexdigest()[:16]}.json"
+    name = f"{kind.__module__}.{kind.__qualname__} {tokenizer.vocab_size}"
+    fingerprint = hash_lines(name, *(part.cache_key for part, _ in _training_parts(manifest)))
+    path = folder / f"tokenizer-{fingerprint[:16]}.json"
     with file_lock(path):
         if path.exists():
             try:
@@ -297,9 +283,13 @@ def train_tokenizer(tokenizer: Tokenizer, manifest: CorpusManifest, folder: Path
     return tokenizer
 
 
+def _training_parts(manifest: CorpusManifest) -> list[tuple[SourcePart, Mapping[str, float]]]:
+    return [(part, fractions) for part, fractions in manifest.iter_parts() if fractions.get("train")]
+
+
 def _sample_texts(manifest: CorpusManifest) -> Iterator[str]:
     """Yield whole training texts spread evenly over the parts, up to ``MAX_TRAINING_BYTES``."""
-    parts = [(part, fractions) for part, fractions in manifest.iter_parts() if fractions.get("train")]
+    parts = _training_parts(manifest)
     stride = -(-sum(part.size for part, _ in parts) // MAX_TRAINING_BYTES)
     remaining = MAX_TRAINING_BYTES
     for part, split_fractions in parts[:: max(1, stride)]:

@@ -128,18 +128,12 @@ class ByteTokenizer(Tokenizer):
 class BackendTokenizer(Tokenizer):
     """Base of tokenizers that the ``tokenizers`` library runs; the library's object is their ``_backend``.
 
-    A special token is found in the vocabulary by one of its usual spellings, or added as a new last id.
-
-    Args:
-        vocab_size: Number of ids to train, or 0 to take that of the file.
-        path: A ``tokenizer.json`` of the library (any Hugging Face one), whose ids are kept. None to train one.
+    It keeps the ids of ``path``, a ``tokenizer.json`` of the library; without one ``vocab_size`` ids are trained.
     """
 
+    # Usual spellings of each special token; if none is in the vocabulary, the first one is added as a new last id.
     SPECIAL_TOKENS: ClassVar[Mapping[str, tuple[str, ...]]]
-    """Usual spellings of each special token; the first one is added if none is there."""
-
-    JSON_HEADER: ClassVar[Mapping[str, str | int]]
-    """Format, version and kind in the JSON text."""
+    JSON_HEADER: ClassVar[Mapping[str, str | int]]  # format, version and kind in the JSON text
 
     def __init__(self, vocab_size: int, path: str | None = None) -> None:
         self._backend: Any = None
@@ -187,10 +181,6 @@ class BackendTokenizer(Tokenizer):
         """The requested size, or that of the file; known before training."""
         return self._vocab_size
 
-    def _special_token_id(self, name: str) -> int:
-        self._require_backend()
-        return self._special_token_ids[name]
-
     def encode_chunk(self, chunk: str) -> TokenIds:
         """Return the ids of one chunk, ``(tokens,)`` uint32."""
         return self.encode_chunks([chunk])[0]
@@ -235,6 +225,17 @@ class BackendTokenizer(Tokenizer):
             self._backend.encode_special_tokens = True
 
 
+class SpecialTokenId:
+    """Attribute of a :class:`BackendTokenizer`: the id of a special token; raises DataError before training."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, tokenizer: BackendTokenizer, owner: type) -> int:
+        tokenizer._require_backend()
+        return tokenizer._special_token_ids[self.name]
+
+
 class BytePairTokenizer(BackendTokenizer):
     """Byte-level byte-pair encoding, trained on the corpus, or any ``tokenizer.json``.
 
@@ -260,7 +261,7 @@ class BytePairTokenizer(BackendTokenizer):
     @property
     def bos_token_id(self) -> int:
         """Id of the begin token: 0 in a trained tokenizer."""
-        return self._special_token_id("bos") if self.is_trained else 0
+        return self._special_token_ids["bos"] if self.is_trained else 0
 
     def train(self, texts: Iterable[str]) -> None:
         """Train on texts in any portions, each split into chunks; does nothing if the tokenizer is trained."""
@@ -312,10 +313,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Read a tokenizer that :meth:`Tokenizer.save` wrote, or any library's ``tokenizer.json``.
-
-    Raises DataError if the file is missing or is not a tokenizer.
-    """
+    """Read a file of :meth:`Tokenizer.save` or any ``tokenizer.json``; raises DataError if it is missing or neither."""
     text = _read_tokenizer_file(path)
     try:
         return tokenizer_from_json(text)

@@ -69,10 +69,7 @@ class Document(SourcePart):
         yield self
 
     def iter_text(self) -> Iterator[str]:
-        """Yield the text in portions of about 1 MB.
-
-        Raises DataError with the file that cannot be read, or the byte that is not UTF-8.
-        """
+        """Yield portions of about 1 MB; raises DataError with the unreadable file, or the byte that is not UTF-8."""
         if self.path is None:
             yield self.text
         else:

@@ -104,10 +104,7 @@ class TablePart(SourcePart):
 
 @dataclass(frozen=True)
 class JsonLinesPart(TablePart):
-    """The lines that begin at bytes ``start`` to ``stop`` (None: the end) of a file of JSON objects.
-
-    ``size`` is as stored.
-    """
+    """The JSON objects of lines that begin at bytes ``start`` to ``stop`` (None: the end); ``size`` is as stored."""
 
     start: int
     stop: int | None
@@ -192,10 +189,7 @@ def json_lines_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]
 
 
 def parquet_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
-    """Return the parts of a Parquet file, one a row group.
-
-    Raises DataError if pyarrow is not installed, the file is not Parquet, or a column is missing.
-    """
+    """Return a Parquet file's row groups; raises DataError without pyarrow or a column, or for another format."""
     parquet = _import_parquet()
     parts: list[TablePart] = []
     with open_file(file.url) as stream:

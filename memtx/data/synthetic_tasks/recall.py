@@ -57,29 +57,24 @@ class KeyValueTask(SyntheticTask):
         values = torch.randint(self.num_values, (batch_size, self.num_pairs), generator=generator)
         return keys, 1 + self.num_keys + values
 
-    def _scatter_pairs(self, first: Tensor, second: Tensor, generator: Generator, mask: Tensor | None = None) -> Tensor:
-        """Return noise with the pairs of ``(batch, num_pairs)`` tokens in it, each at an even index.
+    def _pair_segment(
+        self, first: Tensor, second: Tensor, generator: Generator, mask: Tensor | None = None
+    ) -> LabelledSegment:
+        """Return noise without labels, with the pairs of ``(batch, num_pairs)`` tokens in it, each at an even index.
 
         With a mask, ``(batch, num_pairs)`` bool, only the pairs where it is True.
         """
         batch_size = first.shape[0]
         index = 2 * sample_distinct(batch_size, self.segment_length // 2, self.num_pairs, generator)
-        tokens = self._sample_noise(batch_size, generator)
+        tokens, labels = self._noise_segment(batch_size, generator)
         if mask is not None:
             first = torch.where(mask, first, tokens.gather(1, index))
             second = torch.where(mask, second, tokens.gather(1, index + 1))
-        return tokens.scatter(1, index, first).scatter(1, index + 1, second)
-
-    def _pair_segment(
-        self, keys: Tensor, values: Tensor, generator: Generator, mask: Tensor | None = None
-    ) -> LabelledSegment:
-        """Return a segment with pairs and no labels; arguments as in :meth:`_scatter_pairs`."""
-        tokens = self._scatter_pairs(keys, values, generator, mask)
-        return tokens, torch.full_like(tokens, IGNORE_INDEX)
+        return tokens.scatter(1, index, first).scatter(1, index + 1, second), labels
 
     def _query_segment(self, keys: Tensor, values: Tensor, generator: Generator) -> LabelledSegment:
         """Return a segment with a query for every key."""
-        tokens = self._scatter_pairs(torch.full_like(keys, self.QUERY_TOKEN), keys, generator)
+        tokens, _ = self._pair_segment(torch.full_like(keys, self.QUERY_TOKEN), keys, generator)
         # Every key of the segment follows a query: its label is its value.
         is_key = (tokens[..., None] == keys[:, None]) & (tokens > 0)[..., None]
         labels = (is_key * values[:, None]).sum(-1)

@@ -59,14 +59,9 @@ class Task(ABC):
         stride: Tokens from the start of one window to the next in a longer text. None rejects a longer text.
     """
 
-    kind: ClassVar[str]
-    """Name of the task in a checkpoint."""
-
-    example_type: ClassVar[Any]
-    """Class of the examples, of :mod:`memtx.data.tasks.examples`."""
-
-    text_fields: ClassVar[tuple[str, ...]]
-    """Attributes of an example that hold its texts."""
+    kind: ClassVar[str]  # name of the task in a checkpoint
+    example_type: ClassVar[Any]  # class of the examples, of memtx.data.tasks.examples
+    text_fields: ClassVar[tuple[str, ...]]  # attributes of an example that hold its texts
 
     def __init_subclass__(cls) -> None:
         if "kind" in vars(cls):
@@ -119,10 +114,7 @@ class Task(ABC):
 
     @abstractmethod
     def encode(self, example: Any, encodings: Sequence[Encoding], tokenizer: HFTokenizer) -> list[EncodedExample]:
-        """Return the windows of an example.
-
-        Raises DataError if the example is too long and there is no stride, or a label is unknown.
-        """
+        """Return the windows of an example; raises DataError for an unknown label, or a long text without a stride."""
 
     def prepare(self, example: Any, tokenizer: HFTokenizer) -> PreparedExample:
         """Encode the texts of an example, and its windows; raises as :meth:`encode`."""
@@ -172,10 +164,7 @@ def task_to_json(task: Task) -> str:
 
 
 def task_from_json(text: str) -> Task:
-    """Return the task that :func:`task_to_json` wrote.
-
-    Raises DataError if the text is no such description, or of a version or kind that this release does not know.
-    """
+    """Return the task that :func:`task_to_json` wrote; raises DataError for any other text, version or kind."""
     # They register their kinds.
     from memtx.data.tasks import classification, question_answering, tagging  # noqa: F401
 
@@ -193,10 +182,7 @@ def task_from_json(text: str) -> Task:
 def build_inputs(
     tokenizer: HFTokenizer, first_ids: IntArray, second_ids: IntArray | None = None
 ) -> tuple[IntArray, IntArray, NDArray[np.bool_]]:
-    """Return ids, token types and global attention mask of ``[CLS] first [SEP]`` or ``[CLS] first [SEP] second [SEP]``.
-
-    ``[CLS]`` is global.
-    """
+    """Return ids, token types and global mask of ``[CLS] first [SEP]`` (and ``second [SEP]``); ``[CLS]`` is global."""
     sep = np.array([tokenizer.sep_token_id])
     second_parts = () if second_ids is None else (second_ids, sep)
     ids = np.concatenate([[tokenizer.cls_token_id], first_ids, sep, *second_parts]).astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,22 +21,18 @@ SORT_POOL_BATCHES = 50  # whose windows are sorted by length together, to reduce
 
 
 class BatchExamples:
-    """The examples of a batch and their task, to turn logits into predictions.
-
-    No dataclass, because Lightning looks into those for tensors.
-    """
+    """Examples of a batch, to turn logits into predictions. No dataclass: Lightning looks into those for tensors."""
 
     def __init__(self, task: Task, examples: Sequence[PreparedExample]) -> None:
         self.task, self.examples = task, examples
 
     def postprocess(self, logits: Sequence[Logits]) -> list[dict[str, Any]]:
         """Return one prediction per example; ``logits`` are those of every window, example after example."""
-        predictions, start = [], 0
-        for prepared in self.examples:
-            stop = start + len(prepared.windows)
-            predictions.append(self.task.postprocess(prepared, logits[start:stop]))
-            start = stop
-        return predictions
+        remaining = iter(logits)
+        return [
+            self.task.postprocess(prepared, list(islice(remaining, len(prepared.windows))))
+            for prepared in self.examples
+        ]
 
 
 class TaskBatch(NamedTuple):

@@ -57,9 +57,9 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     def _encode_example(self, example: Any) -> R:
         """Encode an example; raises DataError if it cannot be used."""
 
-    @abstractmethod
     def _training_windows(self) -> list[Any]:
-        """Return the windows of the training examples."""
+        """Return the windows of the training examples; by default each is one."""
+        return self.encoded_examples("train")
 
     @abstractmethod
     def _collate(self, windows: Sequence[Any]) -> B:
@@ -74,10 +74,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
         """Return what a checkpoint holds beside the position, as texts, fitted to the training examples if needed."""
 
     def encoded_examples(self, split: str) -> list[R]:
-        """Return the encoded examples of a split, read once.
-
-        Raises DataError with the file and line of an example that cannot be used.
-        """
+        """Return the encoded examples of a split, read once; raises DataError with file and line of an unusable one."""
         if split not in self._encoded_examples:
             self._fit_to_training_examples()
             encoded: list[R] = []

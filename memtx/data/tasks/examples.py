@@ -51,15 +51,12 @@ class PairExample:
 
 @dataclass(frozen=True)
 class TaggedExample:
-    """Words and one tag for each; ``tags`` is None if they are to be predicted.
-
-    ``word_spans`` holds the words' first and last (exclusive) characters in ``text``, if they come from a raw text.
-    """
+    """Words and one tag for each; ``tags`` is None if they are to be predicted."""
 
     tokens: tuple[str, ...]
     tags: tuple[str, ...] | None = None
-    word_spans: tuple[tuple[int, int], ...] | None = None
-    text: str = ""
+    word_spans: tuple[tuple[int, int], ...] | None = None  # first and last (exclusive) characters in a raw text
+    text: str = ""  # the raw text
 
     @classmethod
     def parse(cls, record: Mapping[str, Any], labelled: bool = True) -> Self:

@@ -82,9 +82,6 @@ class SummaryDataModule(ExampleDataModule[EncodedSummary, Batch]):
         num_words, num_bytes = len(example.summary.split()), len(completion.encode())
         return EncodedSummary(ids, 1 + len(prompt_ids), num_words, num_bytes)
 
-    def _training_windows(self) -> list[EncodedSummary]:
-        return self.encoded_examples("train")
-
     def _collate(self, windows: Sequence[EncodedSummary]) -> Batch:
         """Return a batch with one document per example, whose labels are the tokens of the summaries."""
         ids = [torch.from_numpy(window.ids) for window in windows]
