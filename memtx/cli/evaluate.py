@@ -209,10 +209,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     parser.add_model_options()
     add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
-    text = (
-        "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and babi "
-    )
-    text += f"the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
+    text = "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
+    text += f"babi the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
     add("--distances", metavar="N,...", help=text)
     text = "size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable"
     add("--task-arg", action="append", default=[], metavar="NAME=N", help=text)

@@ -308,10 +308,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def get_launcher_kwargs(environment: Mapping[str, str]) -> dict[str, int]:
-    """Return the trainer's ``devices`` (per node) and ``num_nodes`` under torchrun or SLURM's srun, else nothing.
-
-    Lightning reads ranks and addresses from the launcher by itself, but not these two numbers.
-    """
+    """Return ``devices`` (per node) and ``num_nodes`` under torchrun or srun, which Lightning itself does not read."""
 
     def read_int(name: str) -> int:
         text = environment.get(name, "")

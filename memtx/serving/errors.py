@@ -35,15 +35,7 @@ _ERROR_STATUS: tuple[tuple[type[MemtxError], int, str], ...] = (
 
 
 class APIError(MemtxError):
-    """Rejected request.
-
-    Args:
-        status_code: HTTP status code of the response.
-        message: Problem with the request, as one sentence.
-        hint: Remedy, as one sentence.
-        code: Error code for programs. Defaults to that of the status code.
-        param: Name of the invalid field.
-    """
+    """Rejected request; ``code`` is for programs and defaults to that of the status, ``param`` is the invalid field."""
 
     def __init__(
         self, status_code: int, message: str, hint: str = "", *, code: str = "", param: str | None = None
@@ -85,8 +77,7 @@ def to_api_error(error: BaseException) -> APIError:
         return _from_validation_error(error)
     if isinstance(error, HTTPException):
         messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
-        message = messages.get(error.status_code, str(error.detail))
-        return APIError(error.status_code, message, "See /openapi.json.")
+        return APIError(error.status_code, messages.get(error.status_code, str(error.detail)), "See /openapi.json.")
     logger.error("a request failed", exc_info=error)
     hint = "See the server's log for the cause; sessions are unchanged."
     return APIError(500, "Internal server error.", hint, code="server_error")

@@ -26,8 +26,6 @@ async def get_pool(request: Request) -> SessionPool:
 
 
 Pool = Annotated[SessionPool, Depends(get_pool)]
-"""Parameter of a route: the pool."""
-
 router = APIRouter(prefix="/v1/sessions")
 
 
@@ -89,8 +87,7 @@ def list_sessions(pool: Pool) -> dict[str, Any]:
 async def import_session(request: Request, pool: Pool) -> dict[str, Any]:
     """Create a session from an exported file, sent as the body."""
     content = await request.body()
-    session_id = await to_thread.run_sync(pool.import_session, content)
-    return describe_session(pool, session_id)
+    return describe_session(pool, await to_thread.run_sync(pool.import_session, content))
 
 
 @router.get("/{session_id}")
