@@ -141,8 +141,7 @@ def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
         cells = [[name, *map(texts.__getitem__, group), f"{group[0].chance:.3f}"] for name, group in groups.items()]
     curves = {}
     for name, group in groups.items():
-        points = [(result.distance, result.accuracy) for result in group if result.accuracy is not None]
-        if points:
+        if points := [(result.distance, result.accuracy) for result in group if result.accuracy is not None]:
             curves[name] = ([distance for distance, _ in points], [accuracy for _, accuracy in points])
     chance = sum(result.chance for result in results) / len(results)
     x_label = "context length (tokens)" if task in HAYSTACK_TASKS else "distance (tokens)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 COMMANDS = {
@@ -65,12 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     is_lightning = name in {"fit", "validate", "test"}  # LightningCLI also parses the subcommand
     try:
-        from importlib import import_module
-
         from memtx.ops.cpu.malloc import retain_freed_memory
 
         retain_freed_memory()
-        command = import_module("memtx.cli.fit" if is_lightning else f"memtx.cli.{name}")
+        command = importlib.import_module("memtx.cli.fit" if is_lightning else f"memtx.cli.{name}")
         return int(command.main(arguments if is_lightning else arguments[1:]))
     except KeyboardInterrupt:
         # Ctrl-C during the imports; a running command handles its own.

@@ -19,9 +19,8 @@ logger = logging.getLogger("memtx.serving")
 
 # By status code: headers of the response, the type in its body, and the default error code. A full server asks clients
 # to retry after 5 seconds; after a timeout, OpenAI clients would retry a request that would take as long again.
-_RETRY_HEADERS = {"Retry-After": "5"}
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"x-should-retry": "false"}}
-_HEADERS |= {429: _RETRY_HEADERS, 503: _RETRY_HEADERS}
+_RETRY = {"Retry-After": "5"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"x-should-retry": "false"}, 429: _RETRY, 503: _RETRY}
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _DEFAULT_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 

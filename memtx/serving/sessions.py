@@ -105,10 +105,7 @@ def delete(session_id: str, pool: Pool, deadline: Deadline) -> Response:
 
 @router.post("/{session_id}/feed")
 def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
-    """Read more text, all of it or nothing.
-
-    A remainder shorter than a segment waits for more text or ``end_of_text``.
-    """
+    """Read more text, all or nothing; a remainder shorter than a segment waits for more text or ``end_of_text``."""
     results = pool.feed(session_id, body.text, end_of_text=body.end_of_text, save=body.save, deadline=deadline)
     return describe_session(pool, session_id) | {"segments": [segment_to_dict(result) for result in results]}
 
