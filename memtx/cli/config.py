@@ -24,7 +24,6 @@ DEFAULT_RUN_DIR = "runs/memtx"
 CLASS_CONFIG_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 LINKED_KEYS = {"model.segment_length": "data.segment_length", "model.vocab_size": "data.tokenizer"}
-"""Keys whose value comes from another key."""
 
 
 def get_option_values(argv: list[str], *options: str) -> list[str]:
@@ -124,8 +123,7 @@ def _check_class_config(location: str, value: Any, key: str) -> None:
     for name in value:
         if name not in CLASS_CONFIG_KEYS:
             hint = closest_match(str(name), CLASS_CONFIG_KEYS)
-            message = f"{location}: there is no key '{key}.{name}'.{hint}"
-            raise MemtxError(message, "Put arguments under init_args.")
+            raise MemtxError(f"{location}: there is no key '{key}.{name}'.{hint}", "Put arguments under init_args.")
     # The parser resolves a short name (LearningRateMonitor), because it knows the expected type.
     target = _resolve_class(location, class_path, f"{key}.class_path") if "." in class_path else None
     init_args = value.get("init_args")

@@ -8,7 +8,6 @@ import sys
 from memtx.cli import options
 
 MAX_NAMES_SHOWN = 3
-"""Maximum number of dropped weights that the message names."""
 
 
 def _convert(arguments: argparse.Namespace) -> None:

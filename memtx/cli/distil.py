@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memtx.cli import options
 from memtx.data.sources.base import SPLITS
@@ -30,14 +30,10 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
     task = predictors[0][1].task
     for name, predictor in predictors[1:]:
         if (predictor.task.kind, predictor.task.labels) != (task.kind, task.labels):
-            message = f"'{name}' and its teacher differ in task or labels."
-            raise MemtxError(message, "Give runs on the same examples.")
-
-    def parse_example(record: Any, labelled: bool) -> ParsedRecord:
-        return ParsedRecord(dict(record), task.parse(record, labelled))
-
-    records = read_examples(split_path(arguments.data, arguments.split), parse_example)[: arguments.limit]
-    examples = [example for _, example in records]
+            raise MemtxError(f"'{name}' and its teacher differ in task or labels.", "Give runs on the same examples.")
+    path = split_path(arguments.data, arguments.split)
+    records = read_examples(path, lambda record, labelled: ParsedRecord(dict(record), task.parse(record, labelled)))
+    examples = [example for _, example in records[: arguments.limit]]
     placement = options.get_placement(arguments)
     for _, predictor in predictors:
         predictor.model.to(**placement)
@@ -68,8 +64,7 @@ def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) ->
 
 
 def _compute_ratios(student: ModelComparison, teacher: ModelComparison) -> dict[str, float]:
-    names = ("size_reduction", "speed_gain", "score_retention")
-    return {name: getattr(student, name)(teacher) for name in names}
+    return {name: getattr(student, name)(teacher) for name in ("size_reduction", "speed_gain", "score_retention")}
 
 
 def _print_comparisons(comparisons: list[ModelComparison], metric: str) -> None:

@@ -141,8 +141,7 @@ def _report_accuracies(task: str, results: list[EvaluationResult]) -> _Report:
         cells = [[name, *map(texts.__getitem__, group), f"{group[0].chance:.3f}"] for name, group in groups.items()]
     curves = {}
     for name, group in groups.items():
-        points = [(result.distance, result.accuracy) for result in group if result.accuracy is not None]
-        if points:
+        if points := [(result.distance, result.accuracy) for result in group if result.accuracy is not None]:
             curves[name] = ([distance for distance, _ in points], [accuracy for _, accuracy in points])
     chance = sum(result.chance for result in results) / len(results)
     x_label = "context length (tokens)" if task in HAYSTACK_TASKS else "distance (tokens)"
@@ -209,10 +208,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     parser.add_model_options()
     add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
-    text = (
-        "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and babi "
-    )
-    text += f"the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
+    text = "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
+    text += f"babi the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
     add("--distances", metavar="N,...", help=text)
     text = "size of a synthetic task, such as num_pairs=8; defaults to the size in training; repeatable"
     add("--task-arg", action="append", default=[], metavar="NAME=N", help=text)

@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -117,10 +116,11 @@ class MemtxCLI(LightningCLI):
             parser.link_arguments("data.segment_length", "model.segment_length")
             parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
             return
-        for name in ("vocab_size", "segment_length", "num_labels", "mask_token_id"):
+        for key in ("vocab_size", "segment_length", "num_labels", "mask_token_id"):
             # Linked from the object: if an attribute is missing, Lightning reads all data for its error message.
-            get_value = partial(_get_attribute, name)
-            parser.link_arguments("data", f"model.init_args.{name}", compute_fn=get_value, apply_on="instantiate")
+            parser.link_arguments(
+                "data", f"model.init_args.{key}", lambda data, key=key: getattr(data, key, None), apply_on="instantiate"
+            )
 
     def _parse_ckpt_path(self) -> None:
         # Lightning would read the whole checkpoint here and let its settings override the user's.
@@ -308,10 +308,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def get_launcher_kwargs(environment: Mapping[str, str]) -> dict[str, int]:
-    """Return the trainer's ``devices`` (per node) and ``num_nodes`` under torchrun or SLURM's srun, else nothing.
-
-    Lightning reads ranks and addresses from the launcher by itself, but not these two numbers.
-    """
+    """Return ``devices`` (per node) and ``num_nodes`` of torchrun or srun, else nothing; Lightning reads neither."""
 
     def read_int(name: str) -> int:
         text = environment.get(name, "")
@@ -330,10 +327,6 @@ def get_launcher_kwargs(environment: Mapping[str, str]) -> dict[str, int]:
 @rank_zero_only
 def _print_rank_zero(text: str) -> None:
     sys.stderr.write(text)
-
-
-def _get_attribute(name: str, data: Any) -> Any:
-    return getattr(data, name, None)
 
 
 def get_data_options(config: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 COMMANDS = {
@@ -41,8 +42,7 @@ def _format_help(program: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0 for success, 2 for a user error, 130 for Ctrl-C.
 
-    Args:
-        argv: Arguments after the program's name. Defaults to those of this process.
+    ``argv`` holds the arguments after the program's name and defaults to those of this process.
     """
     program = program_name(sys.argv[0])
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -66,15 +66,12 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     is_lightning = name in {"fit", "validate", "test"}  # LightningCLI also parses the subcommand
     try:
-        from importlib import import_module
-
         from memtx.ops.cpu.malloc import retain_freed_memory
 
         retain_freed_memory()
-        command = import_module("memtx.cli.fit" if is_lightning else f"memtx.cli.{name}")
-        code: int = command.main(arguments if is_lightning else arguments[1:])
+        command = importlib.import_module("memtx.cli.fit" if is_lightning else f"memtx.cli.{name}")
+        return int(command.main(arguments if is_lightning else arguments[1:]))
     except KeyboardInterrupt:
         # Ctrl-C during the imports; a running command handles its own.
         sys.stderr.write(f"\n{program}: interrupted\n")
         return 130
-    return code

@@ -213,11 +213,8 @@ def progress_bar(
 ) -> Iterator[ProgressUpdate]:
     """Show a progress bar on stderr if it is a terminal, and yield the function ``advance(amount, note="")``.
 
-    Args:
-        description: Text before the bar.
-        total: Amount of work. None if unknown.
-        completed: Part of it that is already done.
-        in_bytes: If True, amounts are bytes and their rate is shown.
+    ``total`` is the amount of work (None if unknown), of which ``completed`` is done. If ``in_bytes`` is True, amounts
+    are bytes and their rate is shown.
     """
     if not sys.stderr.isatty():
         yield lambda amount, note="": None

@@ -56,18 +56,17 @@ def _count_parameters_and_flops(module: LanguageModule) -> dict[str, Any]:
     }
 
 
-def _estimate_memory(module: LanguageModule, setup: dict[str, Any], num_shards: int) -> dict[str, Any]:
+def _estimate_memory(module: LanguageModule, plan: dict[str, Any], num_shards: int) -> dict[str, Any]:
     """Return the bytes per device, by use and in total."""
-    model, batch_size, precision = module.model, setup["batch_size"], setup["precision"]
+    model, batch_size, precision = module.model, plan["batch_size"], plan["precision"]
     is_half = matmul_dtype(precision).itemsize == 2
     num_bytes = 2 if is_half and precision.endswith("true") else 4
-    num_trainable = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     memory = {
-        "weights": num_bytes * sum(cost.count_parameters(model).values()) // num_shards,
-        "gradients": num_bytes * num_trainable // num_shards,
+        "weights": num_bytes * plan["num_parameters"] // num_shards,
+        "gradients": num_bytes * plan["num_trainable_parameters"] // num_shards,
         "optimizer": cost.optimizer_bytes(model, module.make_optimizer) * num_bytes // 4 // num_shards,
         "activations": cost.activation_bytes(
-            model, batch_size, module.segment_length, setup["bptt_segments"], replay=module.replay, bf16=is_half
+            model, batch_size, module.segment_length, plan["bptt_segments"], replay=module.replay, bf16=is_half
         ),
         "state": 2 * batch_size * model.init_state(1).nbytes,  # the old and the new one
     }
@@ -79,16 +78,16 @@ def _estimate_memory(module: LanguageModule, setup: dict[str, Any], num_shards: 
     }
 
 
-def _estimate_speed(arguments: argparse.Namespace, setup: dict[str, Any], flops_per_token: float) -> dict[str, Any]:
+def _estimate_speed(arguments: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = matmul_dtype(setup["precision"])
+    dtype = matmul_dtype(plan["precision"])
     peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else cost.measure_peak_flops(device, dtype, 2048)
     mfu = arguments.mfu or DEFAULT_MFU[dtype.itemsize]
     return {
         "peak_flops": peak,
         "peak_flops_is_measured": arguments.peak_tflops is None,
         "mfu": mfu,
-        "tokens_per_second": setup["devices"] * mfu * peak / flops_per_token,
+        "tokens_per_second": plan["devices"] * mfu * peak / plan["flops_per_token"]["training"],
     }
 
 
@@ -108,7 +107,7 @@ def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[
     batch_size = int(data.batch_size)
     bptt_segments = int(getattr(data, "bptt_segments", getattr(data, "num_segments", 1)))
     tokens_per_batch = devices * batch_size * module.segment_length * bptt_segments
-    setup: dict[str, Any] = {
+    plan: dict[str, Any] = {
         "devices": devices,
         "batch_size": batch_size,
         "segment_length": module.segment_length,
@@ -117,14 +116,13 @@ def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[
         "tokens_per_step": tokens_per_batch * (trainer.accumulate_grad_batches or 1),
     }
     is_sharded = any(name in str(trainer.strategy).lower() for name in SHARDED_STRATEGIES)
-    plan: dict[str, Any] = (
-        setup | _count_parameters_and_flops(module) | _estimate_memory(module, setup, devices if is_sharded else 1)
-    )
-    plan |= _estimate_speed(arguments, setup, plan["flops_per_token"]["training"])
+    plan |= _count_parameters_and_flops(module)
+    plan |= _estimate_memory(module, plan, devices if is_sharded else 1)
+    plan |= _estimate_speed(arguments, plan)
     corpus_tokens = arguments.tokens
     if corpus_tokens is None and is_tokenized_corpus(root := str(getattr(data, "root", ""))):
         corpus_tokens = TokenizedCorpus(root).splits["train"]["tokens"]
-    run_tokens = max(trainer.max_steps or 0, 0) * setup["tokens_per_step"] or None
+    run_tokens = max(trainer.max_steps or 0, 0) * plan["tokens_per_step"] or None
     for name, tokens in (("run", run_tokens), ("corpus", corpus_tokens)):
         seconds = tokens / plan["tokens_per_second"] if tokens else None
         plan |= {f"{name}_tokens": tokens, f"{name}_seconds": seconds}
@@ -133,10 +131,6 @@ def build_plan(arguments: argparse.Namespace, fit_arguments: list[str]) -> dict[
 
 def _format_bytes(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**29 else f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def _format_duration(seconds: float) -> str:
-    return format_duration(seconds) if seconds < 2 * 86_400 else f"{seconds / 86_400:,.1f} days"
 
 
 def format_plan(plan: dict[str, Any]) -> str:
@@ -161,7 +155,9 @@ def format_plan(plan: dict[str, Any]) -> str:
     ]
     for label, name in (("run", "run"), ("one epoch", "corpus")):
         if tokens := plan[f"{name}_tokens"]:
-            lines.append((label, f"{_format_duration(plan[f'{name}_seconds'])} for {tokens:,.0f} tokens"))
+            seconds = plan[f"{name}_seconds"]
+            duration = format_duration(seconds) if seconds < 2 * 86_400 else f"{seconds / 86_400:,.1f} days"
+            lines.append((label, f"{duration} for {tokens:,.0f} tokens"))
     return "".join(f"{name:<16} {value}\n" for name, value in lines)
 
 

@@ -34,8 +34,7 @@ class _Book:
         self._file: IO[bytes] = sys.stdin.buffer
         if path != "-":
             self._file = stack.enter_context(Path(path).open("rb"))  # noqa: SIM115 (the stack closes it)
-        is_file = path != "-" and Path(path).is_file()
-        self.size = os.fstat(self._file.fileno()).st_size if is_file else None
+        self.size = os.fstat(self._file.fileno()).st_size if path != "-" and Path(path).is_file() else None
         if self.size == 0:
             raise self.empty_error()
 
@@ -54,11 +53,10 @@ class _Book:
         """Skip the bytes that a session has read; raise DataError if they differ."""
         for _ in self.chunks(num_bytes):
             pass
-        if self.bytes_read != num_bytes or self.digest.hexdigest() != digest:
-            message = (
-                f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes read."
-            )
-            raise DataError(message, "Give that text, or another session file.")
+        if self.bytes_read == num_bytes and self.digest.hexdigest() == digest:
+            return
+        message = f"'{session}' belongs to another text: {self.name} does not start with the {num_bytes} bytes read."
+        raise DataError(message, "Give that text, or another session file.")
 
 
 @contextlib.contextmanager

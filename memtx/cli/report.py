@@ -18,10 +18,7 @@ TITLE_WIDTH = 44
 
 
 class ReadingReport:
-    """Report while reading: one line per chapter and per ``interval`` tokens (0 for none), and the curves of the plot.
-
-    If ``quiet`` is True, it prints nothing.
-    """
+    """Report: a line per chapter and per ``interval`` tokens (0 for none), unless ``quiet``, and the plot's curves."""
 
     def __init__(self, interval: int, quiet: bool) -> None:
         self.interval, self.quiet = interval, quiet

@@ -91,18 +91,13 @@ def create_app(
 ) -> FastAPI:
     """Return the application of a language model. Its shutdown closes the pool, which saves every session.
 
-    Args:
-        pool: Pool that reads and generates.
-        model_name: Name of the model in requests.
-        limits: Request limits. Defaults to ``Limits()``.
-        api_key: Key that clients must send. None disables it and restricts access to this machine.
+    ``model_name`` is the model's name in requests, ``limits`` defaults to ``Limits()``, and ``api_key`` is the key that
+    clients must send; None disables it and restricts access to this machine.
     """
     limits, metrics = limits or Limits(), PoolMetrics(pool)
     app = _create_base_app(model_name, limits, metrics, stop=pool.engine.close, close=pool.close)
-    max_import_bytes = pool.session_bytes + SESSION_FILE_OVERHEAD
-    app.add_middleware(
-        GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_import_bytes
-    )
+    max_bytes = pool.session_bytes + SESSION_FILE_OVERHEAD
+    app.add_middleware(GuardMiddleware, limits=limits, metrics=metrics, api_key=api_key, max_import_bytes=max_bytes)
     app.state.service = completions.CompletionService(pool, model_name, limits, metrics)
     app.include_router(completions.router)
     app.include_router(sessions.router)
@@ -166,16 +161,9 @@ def _create_base_app(
 
 
 def serve(app: FastAPI, *, host: str, port: int, on_ready: Callable[[str], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C, then save the sessions.
+    """Serve until SIGTERM or Ctrl-C, then save the sessions; raises MemtxError if the address or port cannot be used.
 
-    Args:
-        app: Application of :func:`create_app` or :func:`create_task_app`.
-        host: Address to listen on.
-        port: Port to listen on; 0 for any free one.
-        on_ready: Called with the server's URL when it listens.
-
-    Raises:
-        MemtxError: The address or port cannot be used.
+    Port 0 selects any free port. ``on_ready`` is called with the server's URL when it listens.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

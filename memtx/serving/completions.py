@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
@@ -55,8 +55,7 @@ class Choice:
 
     def shift_offsets(self, delta: TextDelta) -> list[TokenLogprob]:
         """Return the log-probabilities of a piece with text offsets that count the echoed prompt."""
-        offset = self._prompt_length
-        return [replace(entry, text_offset=entry.text_offset + offset) for entry in delta.token_logprobs]
+        return [replace(entry, text_offset=entry.text_offset + self._prompt_length) for entry in delta.token_logprobs]
 
 
 @dataclass(frozen=True)
@@ -71,8 +70,7 @@ class CompletionService:
     def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
         """Return the settings of each text of a request, prompt by prompt.
 
-        Raises:
-            MemtxError: A number is out of range, or exceeds a limit (APIError).
+        Raises MemtxError if a number is out of range, or APIError if it exceeds a limit.
         """
         num_texts, limits = (body.n or 1) * num_prompts, self.limits
         values = (("max_tokens", body.max_tokens or 0, limits.max_tokens), ("n", num_texts, limits.max_choices))
@@ -163,13 +161,10 @@ class CompletionService:
 
 async def get_service(request: Request) -> CompletionService:
     """Return the service of the application."""
-    service: CompletionService = request.app.state.service
-    return service
+    return cast(CompletionService, request.app.state.service)
 
 
 Service = Annotated[CompletionService, Depends(get_service)]
-"""Parameter of a route: the service."""
-
 router = APIRouter()
 
 
@@ -182,10 +177,9 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
         raise APIError(400, "The prompt is an empty list.", "Give a text or tokens.", param="prompt")
     configs = service.build_configs(body, len(prompts))
     echo = bool(body.echo)
-    num_logprobs = (body.logprobs or 0) if echo else 0
 
     def prefill(prompt: Prompt) -> PrefilledPrompt:
-        reader = service.pool.new_reader(num_logprobs=num_logprobs, deadline=deadline)
+        reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if echo else 0, deadline=deadline)
         return service.prefill(reader, prompt, echo=echo, will_generate=body.max_tokens != 0)
 
     def prefill_all() -> list[PrefilledPrompt]:

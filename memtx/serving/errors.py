@@ -19,9 +19,8 @@ logger = logging.getLogger("memtx.serving")
 
 # By status code: headers of the response, the type in its body, and the default error code. A full server asks clients
 # to retry after 5 seconds; after a timeout, OpenAI clients would retry a request that would take as long again.
-_RETRY_HEADERS = {"Retry-After": "5"}
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"x-should-retry": "false"}}
-_HEADERS |= {429: _RETRY_HEADERS, 503: _RETRY_HEADERS}
+_RETRY = {"Retry-After": "5"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"x-should-retry": "false"}, 429: _RETRY, 503: _RETRY}
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _DEFAULT_CODES = {401: "invalid_api_key", 404: "not_found", 429: "rate_limit_exceeded"}
 
@@ -35,15 +34,7 @@ _ERROR_STATUS: tuple[tuple[type[MemtxError], int, str], ...] = (
 
 
 class APIError(MemtxError):
-    """Rejected request.
-
-    Args:
-        status_code: HTTP status code of the response.
-        message: Problem with the request, as one sentence.
-        hint: Remedy, as one sentence.
-        code: Error code for programs. Defaults to that of the status code.
-        param: Name of the invalid field.
-    """
+    """Rejected request; ``code`` is for programs and defaults to that of the status, ``param`` is the invalid field."""
 
     def __init__(
         self, status_code: int, message: str, hint: str = "", *, code: str = "", param: str | None = None
@@ -85,8 +76,7 @@ def to_api_error(error: BaseException) -> APIError:
         return _from_validation_error(error)
     if isinstance(error, HTTPException):
         messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
-        message = messages.get(error.status_code, str(error.detail))
-        return APIError(error.status_code, message, "See /openapi.json.")
+        return APIError(error.status_code, messages.get(error.status_code, str(error.detail)), "See /openapi.json.")
     logger.error("a request failed", exc_info=error)
     hint = "See the server's log for the cause; sessions are unchanged."
     return APIError(500, "Internal server error.", hint, code="server_error")

@@ -26,15 +26,10 @@ LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "testserver")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the requests, each positive.
+    """Limits, each positive: per request, except ``max_tokens`` per generated text and ``max_concurrent_requests``.
 
-    Attributes:
-        max_body_bytes: Bytes per request body.
-        max_tokens: Generated tokens per text.
-        max_choices: Generated texts per request.
-        max_inputs: Predicted inputs per request.
-        max_seconds: Seconds per request.
-        max_concurrent_requests: Requests in progress; further requests are told to retry.
+    ``max_choices`` counts generated texts and ``max_inputs`` predicted inputs. When ``max_concurrent_requests`` are in
+    progress, further requests are told to retry.
     """
 
     max_body_bytes: int = 8 << 20
@@ -162,9 +157,7 @@ def _to_http_exception(error: APIError) -> HTTPException:
 
 async def get_deadline(request: Request) -> float:
     """Return the time by which a request must be answered, on the clock of ``time.monotonic``."""
-    deadline: float = request.state.deadline
-    return deadline
+    return float(request.state.deadline)
 
 
 Deadline = Annotated[float, Depends(get_deadline)]
-"""Parameter of a route: its deadline."""

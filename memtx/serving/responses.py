@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from anyio import CancelScope, to_thread
@@ -21,7 +22,6 @@ from memtx.inference.reader import SegmentResult
 from memtx.serving.errors import APIError, error_body, to_api_error
 
 DISCONNECT_POLL_SECONDS = 0.5
-"""Seconds between checks that the client is still connected."""
 
 OutputStream = AsyncIterator[tuple[int, TextDelta]]
 """Pairs of a text's index and its next piece."""
@@ -83,13 +83,11 @@ class CompletionFormatter:
         }
 
     def _format_logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        to_text = partial(format_token, self.tokenizer)
         return {
-            "tokens": [format_token(self.tokenizer, entry.token) for entry in logprobs],
+            "tokens": [to_text(entry.token) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [
-                {format_token(self.tokenizer, token): logprob for token, logprob in entry.top_logprobs}
-                for entry in logprobs
-            ],
+            "top_logprobs": [{to_text(token): value for token, value in entry.top_logprobs} for entry in logprobs],
             "text_offset": [entry.text_offset for entry in logprobs],
         }
 
@@ -113,8 +111,7 @@ class TokenQueue:
     ) -> OutputStream:
         """Yield the pieces of all texts as they come.
 
-        Raises:
-            MemtxError: A text could not be generated, the deadline has passed, or the client has disconnected.
+        Raises MemtxError if a text cannot be generated, the deadline has passed, or the client has disconnected.
         """
         num_open, last_poll = len(generations), time.monotonic()
         try:

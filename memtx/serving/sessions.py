@@ -26,8 +26,6 @@ async def get_pool(request: Request) -> SessionPool:
 
 
 Pool = Annotated[SessionPool, Depends(get_pool)]
-"""Parameter of a route: the pool."""
-
 router = APIRouter(prefix="/v1/sessions")
 
 
@@ -89,8 +87,7 @@ def list_sessions(pool: Pool) -> dict[str, Any]:
 async def import_session(request: Request, pool: Pool) -> dict[str, Any]:
     """Create a session from an exported file, sent as the body."""
     content = await request.body()
-    session_id = await to_thread.run_sync(pool.import_session, content)
-    return describe_session(pool, session_id)
+    return describe_session(pool, await to_thread.run_sync(pool.import_session, content))
 
 
 @router.get("/{session_id}")
@@ -108,10 +105,7 @@ def delete(session_id: str, pool: Pool, deadline: Deadline) -> Response:
 
 @router.post("/{session_id}/feed")
 def feed(session_id: str, body: FeedBody, pool: Pool, deadline: Deadline) -> dict[str, Any]:
-    """Read more text, all of it or nothing.
-
-    A remainder shorter than a segment waits for more text or ``end_of_text``.
-    """
+    """Read more text, all or nothing; a remainder shorter than a segment waits for more text or ``end_of_text``."""
     results = pool.feed(session_id, body.text, end_of_text=body.end_of_text, save=body.save, deadline=deadline)
     return describe_session(pool, session_id) | {"segments": [segment_to_dict(result) for result in results]}
 
