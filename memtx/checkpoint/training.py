@@ -18,9 +18,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from memtx import files
-from memtx.checkpoint import checksummed_zip, pretrained, sharded
+from memtx.checkpoint import checksummed_zip, pretrained, sharded, trainer_state
 from memtx.errors import check_at_least
-from memtx.training.callbacks import trainer_state
 
 BEST_FILE = "best.json"
 """File beside the checkpoints that names the best."""

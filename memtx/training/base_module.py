@@ -11,9 +11,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from memtx.checkpoint import pretrained, rng
+from memtx.checkpoint import pretrained, rng, trainer_state
 from memtx.errors import CheckpointError, MemtxError
-from memtx.training.callbacks import trainer_state
 from memtx.training.distillation.distillation import Distillation
 from memtx.training.distillation.model_outputs import ModelOutputs
 from memtx.training.fsdp import configure_sharding

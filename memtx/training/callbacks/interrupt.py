@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
+from memtx.checkpoint import trainer_state
 from memtx.training import slurm
-from memtx.training.callbacks import trainer_state
 
 INTERRUPT_EXIT_CODE = 130
 """Exit code of an interrupted process that the trainer forked or spawned: 128 plus the number of SIGINT."""

@@ -15,9 +15,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from memtx.checkpoint import recovery
+from memtx.checkpoint import recovery, trainer_state
 from memtx.errors import CheckpointError, MemtxError, check_at_least, check_positive
-from memtx.training.callbacks import trainer_state
 from memtx.training.carry import get_carry
 from memtx.training.fsdp import FullyShardedStrategy
 

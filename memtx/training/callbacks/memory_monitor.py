@@ -13,9 +13,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from memtx.checkpoint import trainer_state
 from memtx.errors import check_at_least
 from memtx.memory.parts import Gate
-from memtx.training.callbacks import trainer_state
 from memtx.training.carry import get_carry
 
 NUM_CHECKS = 5

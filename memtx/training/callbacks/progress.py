@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from memtx.training.callbacks import trainer_state
+from memtx.checkpoint import trainer_state
 
 _TRAIN_METRICS = (("train_loss", "loss", ".3f"), ("train_bits_per_byte", "bits/byte", ".3f"))
 _VAL_METRICS = (

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from memtx.checkpoint import rng
+from memtx.checkpoint import rng, trainer_state
 from memtx.errors import MemtxError, check_at_least
-from memtx.training.callbacks import trainer_state
 from memtx.training.carry import get_carry
 
 ALL_FINITE = "In a second pass, the outputs of all layers were finite."

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 import pytest
 import rich
 
+from memtx.checkpoint import trainer_state
 from memtx.checkpoint.training import BestCheckpoint
-from memtx.training.callbacks import trainer_state
 from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, format_duration
 from tests.training.small import data, module, trainer
 
