@@ -21,6 +21,9 @@ from memtx.models.recurrent_lm import RecurrentLanguageModel
 
 T = TypeVar("T", bound=SyntheticTask)
 
+ProgressFn = Callable[[int], None]
+"""Receives the work done since its last call, as a count."""
+
 ACCURACY_THRESHOLD = 0.9
 """Minimum accuracy at which a number of pairs counts as held."""
 
@@ -61,18 +64,13 @@ def evaluate_accuracy(
     num_samples: int = 32,
     seed: int = 0,
     segments_per_call: int = 32,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: ProgressFn = lambda _: None,
 ) -> float:
-    """Return the fraction of questions answered correctly.
+    """Return the fraction of questions answered correctly in ``num_samples`` episodes, with the model in eval mode.
 
-    Args:
-        model: Model in eval mode. If its output depends on the segmentation, ``segments_per_call`` must be 1.
-        task: Synthetic task.
-        distance: Segments from the last written segment to the questions, at least 1.
-        num_samples: Number of episodes.
-        seed: Seed of the episodes.
-        segments_per_call: Segments per call of the model.
-        on_progress: Called after every call of the model with the number of segments it read.
+    ``distance`` is the number of segments from the last written segment to the questions, at least 1. If the model's
+    output depends on the segmentation, ``segments_per_call`` must be 1. ``on_progress`` is called after every call of
+    the model with the number of segments it read.
     """
     generator = torch.Generator().manual_seed(seed)
     state = model.init_state(num_samples)
@@ -85,8 +83,7 @@ def evaluate_accuracy(
         if len(pending) < segments_per_call and number < num_segments:
             continue
         output = model(torch.cat(pending, dim=1).to(state.position.device), state)
-        if on_progress is not None:
-            on_progress(len(pending))
+        on_progress(len(pending))
         state, pending = output.state, []
     # Only the last segment has questions.
     assert output.logits is not None
@@ -134,7 +131,7 @@ def evaluate_capacity(
     threshold: float = ACCURACY_THRESHOLD,
     num_samples: int = 32,
     seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: ProgressFn = lambda _: None,
 ) -> Capacity:
     """Return the largest number of pairs recalled, found by doubling and then by bisection.
 
@@ -144,7 +141,7 @@ def evaluate_capacity(
         model: Model in eval mode; see :func:`evaluate_accuracy`.
         task: Task with keys, values and segment length; pairs that do not fit into a segment get a longer one.
         distance: Distance in segments of the task, at least 1; longer segments keep about the same number of tokens.
-        state_bytes: Size of the state of one stream.
+        state_bytes: Size of the state of one stream, at least 1.
         threshold: Minimum accuracy at which a number of pairs counts as held.
         num_samples: Number of episodes.
         seed: Seed of the episodes.
@@ -157,8 +154,7 @@ def evaluate_capacity(
     accuracies: dict[int, float] = {}
 
     def holds(num_pairs: int) -> bool:
-        if on_progress is not None:
-            on_progress(num_pairs)
+        on_progress(num_pairs)
         longer_task = with_num_pairs(task, num_pairs)
         num_segments = max(1, round(distance * task.segment_length / longer_task.segment_length))
         accuracies[num_pairs] = evaluate_accuracy(model, longer_task, num_segments, num_samples=num_samples, seed=seed)
@@ -179,8 +175,7 @@ def evaluate_capacity(
 def load_model_and_task_options(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, dict[str, Any]]:
     """Load a model (in eval mode, on the CPU) and the options of its run's synthetic task, if any.
 
-    Raises:
-        CheckpointError: The checkpoint is missing, damaged, or not from memtx.
+    Raises CheckpointError if the checkpoint is missing, damaged, or not from memtx.
     """
     checkpoint = load(path)
     entries = [entry.get("task") for entry in checkpoint.metadata.values() if isinstance(entry, Mapping)]
@@ -193,10 +188,7 @@ def build_task(task_class: type[T], trained_options: Mapping[str, Any], override
     """Build a task from ``overrides``, then the options of a run, then the defaults of its class.
 
     Options of the run that ``task_class`` does not have are ignored. Values of ``overrides`` are text: an integer, true
-    or false.
-
-    Raises:
-        MemtxError: An option is unknown, or its value is invalid.
+    or false. Raises MemtxError if an option of ``overrides`` is unknown, or its value is invalid.
     """
     types: dict[str, type] = {field.name: type(field.default) for field in dataclasses.fields(task_class)}
     options = {name: value for name, value in trained_options.items() if name in types}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
-from memtx.evaluation.accuracy import EvaluationResult
+from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
 from memtx.evaluation.haystack import Haystack, TokenIds, choose_answer, encode_ids, read_contexts
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 
@@ -59,8 +59,8 @@ def read_stories(path: Path) -> list[Story]:
 def load_tasks(folder: str) -> dict[int, list[Story]]:
     """Load the stories of each task that has a test file in the folder, by task number.
 
-    Raises:
-        DataError: The folder does not exist or has no test file, or a file is malformed, not UTF-8 or has no questions.
+    Raises DataError if the folder does not exist or has no test file, or a file is malformed, not UTF-8 or has no
+    questions.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
@@ -81,7 +81,7 @@ def evaluate_babi(
     num_samples: int = 16,
     seed: int = 0,
     segment_length: int = 512,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: ProgressFn = lambda _: None,
 ) -> list[EvaluationResult]:
     """Return the accuracy on every task at every length; None if no story fits.
 
@@ -111,10 +111,8 @@ def evaluate_babi(
                     samples.append(stories[index])
             accuracy = None
             if samples:
-                bos_token_id, num_correct = tokenizer.bos_token_id, 0
-                state = read_contexts(
-                    model, contexts, bos_token_id, segment_length=segment_length, on_progress=on_progress
-                )
+                state = read_contexts(model, contexts, tokenizer.bos_token_id, segment_length, on_progress)
+                num_correct = 0
                 for index, story in enumerate(samples):
                     question = encode_ids(tokenizer, f" {story.question}")
                     choice = choose_answer(model, state.select([index]), question, answers)

@@ -79,9 +79,7 @@ def time_calls(
     """Return the latency of each function in milliseconds: the median over inputs of the fastest of ``REPEATS`` calls.
 
     The functions are called in turn with the index of an input, so that other load on the machine affects all equally.
-
-    Raises:
-        MemtxError: ``num_inputs`` is not positive.
+    Raises MemtxError if ``num_inputs`` is not positive.
     """
     check_at_least(1, num_inputs=num_inputs)
     latencies: list[list[float]] = [[float("inf")] * num_inputs for _ in functions]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from memtx.data.batch import IGNORE_INDEX
 from memtx.data.sources.base import Document
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError, MemtxError
-from memtx.evaluation.accuracy import EvaluationResult
+from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
 from memtx.models.recurrent_lm import RecurrentLanguageModel
 from memtx.state import MemoryState
 
@@ -102,9 +102,8 @@ def read_contexts(
     model: RecurrentLanguageModel,
     contexts: Sequence[TokenIds],
     bos_token_id: int,
-    *,
     segment_length: int = 512,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: ProgressFn = lambda _: None,
 ) -> MemoryState:
     """Return the state after contexts of ``(length,)`` tokens, read as one batch with ``bos_token_id`` before each."""
     tokens = np.pad(np.stack(contexts), ((0, 0), (1, 0)), constant_values=bos_token_id)
@@ -113,8 +112,7 @@ def read_contexts(
         segment = torch.from_numpy(tokens[:, start : start + segment_length]).to(state.position.device)
         # With labels, logits are not materialized; all labels are ignored.
         state = model(segment, state, labels=torch.full_like(segment, IGNORE_INDEX)).state
-        if on_progress is not None:
-            on_progress(segment.shape[1])
+        on_progress(segment.shape[1])
     return state
 
 
@@ -147,7 +145,7 @@ def evaluate_needle(
     num_samples: int = 8,
     seed: int = 0,
     segment_length: int = 512,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: ProgressFn = lambda _: None,
 ) -> list[EvaluationResult]:
     """Return the accuracy of the needle test (Kamradt 2023) at every length and depth.
 
@@ -186,14 +184,11 @@ def evaluate_needle(
                 for location, password in zip(locations, passwords, strict=True)
             ]
             if (context := haystack.hide(needles, depths, length, generator)) is None:
-                num_tokens = sum(map(len, needles))
-                raise MemtxError(
-                    f"{num_depths} needles do not fit into {length} tokens.", f"Give at least {num_tokens}."
-                )
+                hint = f"Give at least {sum(map(len, needles))}."
+                raise MemtxError(f"{num_depths} needles do not fit into {length} tokens.", hint)
             contexts.append(context)
             samples.append((locations, [encode_ids(tokenizer, f" {password}.") for password in passwords]))
-        bos_token_id = tokenizer.bos_token_id
-        state = read_contexts(model, contexts, bos_token_id, segment_length=segment_length, on_progress=on_progress)
+        state = read_contexts(model, contexts, tokenizer.bos_token_id, segment_length, on_progress)
         num_correct = np.zeros(num_depths)
         for index, (locations, answers) in enumerate(samples):
             sample_state = state.select([index])

@@ -29,10 +29,8 @@ class Decoder:
         state: Initial state; it is left unchanged.
         torch_compile: If True, or a backend of ``torch.compile``, compile the step: once for steps that compress a
             block, and once for all others.
-        use_cuda_graph: If True, capture the step as a CUDA graph. Defaults to True on a GPU, unless compiled.
-
-    Raises:
-        MemtxError: A CUDA graph is requested without a GPU.
+        use_cuda_graph: If True, capture the step as a CUDA graph; raises MemtxError without a GPU. Defaults to True on
+            a GPU, unless compiled.
     """
 
     def __init__(
@@ -106,8 +104,7 @@ class Decoder:
     def select(self, indices: Sequence[int]) -> None:
         """Keep the streams at ``indices``, in this order; a stream that keeps its index is not copied.
 
-        Raises:
-            MemtxError: An index is out of range or occurs twice.
+        Raises MemtxError if an index is out of range or occurs twice.
         """
         if len(set(indices)) != len(indices) or not all(0 <= index < self.batch_size for index in indices):
             message = f"select got {list(indices)} for {self.batch_size} streams."
@@ -133,8 +130,7 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Read one token per stream, ``(batch,)`` int64, and return the logits of the next, ``(batch, vocab)``.
 
-        Raises:
-            MemtxError: ``tokens`` has another shape.
+        Raises MemtxError if ``tokens`` has another shape.
         """
         batch_size = self.batch_size
         if tokens.shape != (batch_size,):

@@ -69,9 +69,8 @@ class Generation:
     def __iter__(self) -> Iterator[TextDelta]:
         """Yield the parts of the text as they are generated.
 
-        Raises:
-            DeadlineExceededError: The deadline passed; the generation is cancelled.
-            MemtxError: The logits were not finite, or the engine was closed.
+        Raises DeadlineExceededError and cancels the generation at the deadline, and MemtxError if the logits were not
+        finite or the engine was closed.
         """
         try:
             while True:
@@ -172,12 +171,9 @@ class Engine:
         deadline: float | None = None,
         on_output: OutputFn | None = None,
     ) -> Generation:
-        """Start generating a text from a state of batch size 1; return immediately.
+        """Start generating a text from a state of batch size 1; return immediately, or raise ClosedError.
 
         ``on_output``, if given, receives the output instead of the returned iterator, which raises at ``deadline``.
-
-        Raises:
-            ClosedError: The engine is closed.
         """
         generation = Generation(token_generator, deadline, on_output)
         with self._condition:

@@ -85,13 +85,10 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """Options of one generated text; see :func:`generate` for the others.
+    """Options of one generated text, as for :func:`generate`.
 
-    Attributes:
-        logprobs: Number of most likely tokens to return with each token. None disables log-probabilities.
-
-    Raises:
-        MemtxError: A number is negative, the seed does not fit into 64 bits, or a stop string is empty.
+    ``logprobs`` is the number of most likely tokens to return with each token; None disables log-probabilities. Raises
+    MemtxError if a number is negative, the seed does not fit into 64 bits, or a stop string is empty.
     """
 
     max_tokens: int = 256

@@ -63,8 +63,7 @@ class IncrementalTokenizer:
     def feed(self, text: str | bytes) -> Iterator[tuple[str, NDArray[np.int64]]]:
         """Consume text and yield each decoded part with the tokens that it completes, ``(length,)`` int64.
 
-        Raises:
-            DataError: The bytes are not UTF-8; the message has the offset of the first invalid byte.
+        Raises DataError with the offset of the first invalid byte if the bytes are not UTF-8.
         """
         for start in range(0, len(text), CHUNK_SIZE):
             part = text[start : start + CHUNK_SIZE]

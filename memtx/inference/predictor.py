@@ -84,10 +84,8 @@ class BasePredictor(ABC):
 class Predictor(BasePredictor):
     """Predicts with a model of one task, which is put into eval mode.
 
-    ``max_batch_tokens`` limits the tokens in a padded batch; a longer window is read alone.
-
-    Raises:
-        MemtxError: ``max_batch_tokens`` is not positive, or model, tokenizer and task do not fit together.
+    ``max_batch_tokens`` limits the tokens in a padded batch; a longer window is read alone. Raises MemtxError if it is
+    not positive, or model, tokenizer and task do not fit together.
     """
 
     model: TaskModel
@@ -110,8 +108,7 @@ class Predictor(BasePredictor):
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Load a training checkpoint, the best checkpoint of a run folder, or a folder written by :meth:`save`.
 
-        Raises:
-            CheckpointError: The checkpoint is missing, damaged, or does not hold a task model.
+        Raises CheckpointError if it is missing, damaged, or does not hold a task model.
         """
         checkpoint = load(path)
         tokenizer, task = checkpoint.sidecars.get("tokenizer"), checkpoint.sidecars.get("task")
@@ -228,8 +225,7 @@ def load_predictor(path: str | os.PathLike[str]) -> Predictor | Summarizer:
 def is_task_model(path: str | os.PathLike[str]) -> bool:
     """Return whether the model at ``path`` was trained on a task or on summaries.
 
-    Raises:
-        CheckpointError: The checkpoint is missing, damaged, or not from memtx.
+    Raises CheckpointError if the checkpoint is missing, damaged, or not from memtx.
     """
     return not {"task", "summary"}.isdisjoint(_read_sidecars(path))
 

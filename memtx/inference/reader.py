@@ -118,14 +118,10 @@ class StreamReader:
 
     Args:
         model: Language model; a module is put into eval mode.
-        tokenizer: Tokenizer of the model.
-        segment_length: Tokens per segment. Longer segments are faster, with equal results up to rounding.
+        tokenizer: Tokenizer of the model; raises CheckpointError if it has more tokens than the model.
+        segment_length: Tokens per segment, at least 1. Longer segments are faster, with equal results up to rounding.
         score_fn: Function that scores a segment. Defaults to calling the model for this stream alone.
         num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
-
-    Raises:
-        MemtxError: ``segment_length`` is not positive.
-        CheckpointError: The tokenizer has more tokens than the model.
     """
 
     def __init__(
@@ -179,14 +175,11 @@ class StreamReader:
             yield self._score(segment)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
-        """Consume text, split anywhere (bytes are UTF-8), and yield the segments that it fills.
+        """Consume text, split anywhere, and yield the segments that it fills; raises DataError if bytes are not UTF-8.
 
         The text is read as the iterator advances, so exhaust it. If ``text`` has at most
         :data:`~memtx.inference.incremental_tokenizer.CHUNK_SIZE` characters or bytes, the next call or :meth:`finish`
         reads the rest after an early stop.
-
-        Raises:
-            DataError: The bytes are not UTF-8.
         """
         for decoded, tokens in self._incremental_tokenizer.feed(text):
             self.totals = self.totals.with_text(decoded)
@@ -195,8 +188,7 @@ class StreamReader:
     def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
         """Consume text as token ids; otherwise like :meth:`feed`.
 
-        Raises:
-            DataError: An id is not in the vocabulary or begins a document, or earlier text is still pending.
+        Raises DataError if an id is not in the vocabulary or begins a document, or earlier text is still pending.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         bos_token_id, vocab_size = self.tokenizer.bos_token_id, self.tokenizer.vocab_size
@@ -215,10 +207,8 @@ class StreamReader:
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
         """End the text and yield the pending segments; the last may be shorter than ``segment_length``.
 
-        With ``discard_state``, the state is not updated and the reader cannot be used afterwards.
-
-        Raises:
-            DataError: The text ends inside a character.
+        With ``discard_state``, the state is not updated and the reader cannot be used afterwards. Raises DataError if
+        the text ends inside a character.
         """
         yield from self._score_full_segments(self._incremental_tokenizer.finish())
         if len(self._pending_tokens):

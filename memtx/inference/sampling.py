@@ -13,7 +13,7 @@ from memtx.errors import MemtxError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Options for choosing the next token.
+    """Options for choosing the next token; raises MemtxError if a value is out of range.
 
     Attributes:
         temperature: Divisor of the logits; 0 is greedy.
@@ -22,9 +22,6 @@ class SamplingParams:
         min_p: Keep tokens whose probability is at least this fraction of the highest; 0 keeps all.
         repetition_penalty: Values above 1 make recent tokens less likely; 1 disables it.
         greedy: If True, take the most likely token and ignore the other options except ``repetition_penalty``.
-
-    Raises:
-        MemtxError: A value is out of range.
     """
 
     temperature: float = 1.0
@@ -87,18 +84,11 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
 def sample_token(
     logits: Tensor, sampling_params: SamplingParams, recent_tokens: Tensor, generator: torch.Generator
 ) -> int:
-    """Return the id of the next token.
+    """Return the id of the next token, sampled by ``(vocab,)`` floating-point logits; -inf excludes a token.
 
-    Sampling runs on the CPU, so that a seed gives the same text on any device.
-
-    Args:
-        logits: ``(vocab,)`` floating point; -inf excludes a token.
-        sampling_params: Sampling options.
-        recent_tokens: ``(length,)`` int64, tokens subject to the repetition penalty.
-        generator: CPU generator; unused if the choice is greedy.
-
-    Raises:
-        MemtxError: A logit is NaN or +inf, or all are -inf.
+    Sampling runs on the CPU, so that a seed gives the same text on any device; ``generator`` is unused if the choice is
+    greedy. ``recent_tokens``, ``(length,)`` int64, are subject to the repetition penalty. Raises MemtxError if a logit
+    is NaN or +inf, or all are -inf.
     """
     logits = logits.detach().float().cpu()
     if not logits.max().isfinite():  # NaN if any logit is NaN.

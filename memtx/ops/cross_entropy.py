@@ -69,17 +69,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def linear_cross_entropy(
     hidden_states: Tensor, weight: Tensor, labels: Tensor, *, max_chunk_logits: int = MAX_CHUNK_LOGITS
 ) -> tuple[Tensor, Tensor]:
-    """Compute the negative log-likelihood of the labels, summed and per token.
+    """Compute the negative log-likelihood of the labels: the sum, with gradient, and ``(tokens,)``, without.
+
+    Both are float32, or float64 for float64 input; tokens that do not count get 0.
 
     Args:
         hidden_states: ``(tokens, dim)``.
         weight: ``(vocab, dim)``, the output projection.
         labels: ``(tokens,)`` int64; -100 for tokens that do not count.
         max_chunk_logits: Maximum number of logits held at a time.
-
-    Returns:
-        The sum, a scalar with gradient, and the values ``(tokens,)`` without gradient, 0 for tokens that do not count.
-        Both are float32, or float64 for float64 input.
     """
     needs_grad = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     total, nll = _LinearCrossEntropy.apply(hidden_states, weight, labels, needs_grad, max_chunk_logits)  # type: ignore[no-untyped-call]

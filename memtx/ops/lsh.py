@@ -46,10 +46,8 @@ def sample_rotations(
 def hash_vectors(x: Tensor, rotations: Tensor, factors: Sequence[int]) -> Tensor:
     """Hash vectors to buckets, ``(batch, heads, num_hashes, n)`` int64 (section 2, locality sensitive hashing).
 
-    Args:
-        x: ``(batch, heads, n, head_dim)``.
-        rotations: Directions from :func:`sample_rotations`.
-        factors: Factors of the number of buckets, least significant first.
+    ``x`` is ``(batch, heads, n, head_dim)``, ``rotations`` are those of :func:`sample_rotations`, and ``factors`` are
+    the factors of the number of buckets, least significant first.
     """
     rotated = torch.einsum("bhnw,hwrf->bhrnf", x, rotations)
     bucket = torch.zeros(rotated.shape[:-1], dtype=torch.int64, device=x.device)

@@ -11,30 +11,23 @@ from torch import Tensor
 
 
 def rotary_angles(offset: Tensor, inv_freq: Tensor, dtype: torch.dtype, attention_factor: float = 1.0) -> Tensor:
-    """Compute the cosines and sines of the rotations.
+    """Compute the cosines, then sines, of the rotations, ``(batch, entries, 1, head_dim / 2, 2)``.
 
     Args:
         offset: ``(batch, entries)`` of any dtype.
         inv_freq: ``(head_dim / 2,)`` float64, angle per token for each pair of dimensions.
         dtype: Dtype of the result, float32 or float64; the angles themselves are float64.
         attention_factor: Factor applied to the result.
-
-    Returns:
-        ``(batch, entries, 1, head_dim / 2, 2)``: cosine, then sine.
     """
     angle = offset.to(torch.float64)[..., None, None] * inv_freq
     return (torch.stack([angle.cos(), angle.sin()], dim=-1) * attention_factor).to(dtype)
 
 
 def apply_rotary_emb(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of x (equation 34).
+    """Rotate the pairs (2i, 2i + 1) of x, ``(batch, entries, heads, head_dim)`` (equation 34).
 
-    Args:
-        x: ``(batch, entries, heads, head_dim)``.
-        cos_sin: ``(batch or 1, entries, 1, head_dim / 2, 2)`` from :func:`rotary_angles`.
-
-    Returns:
-        Tensor of x's shape and dtype, computed in the dtype of ``cos_sin``.
+    ``cos_sin``, ``(batch or 1, entries, 1, head_dim / 2, 2)``, is from :func:`rotary_angles`; the result is computed in
+    its dtype and returned in that of x.
     """
     pairs = x.to(cos_sin.dtype)
     pairs = pairs.view(*pairs.shape[:-1], -1, 2)

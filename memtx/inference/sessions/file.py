@@ -58,17 +58,10 @@ def save_session(
     extra_tensors: Mapping[str, Tensor] | None = None,
     fingerprints: Fingerprints | None = None,
 ) -> None:
-    """Write the position of a reader.
+    """Write the position of a reader, which can continue afterwards, to a new or existing file.
 
-    Args:
-        path: File to write or replace.
-        reader: Reader to save; it can continue afterwards.
-        metadata: Additional JSON-serializable entries.
-        extra_tensors: Additional tensors.
-        fingerprints: Fingerprints of the reader's model and tokenizer. Defaults to computing them.
-
-    Raises:
-        MemtxError: The file cannot be written.
+    ``metadata`` are additional JSON-serializable entries. ``fingerprints``, those of the reader's model and tokenizer,
+    are computed if None. Raises MemtxError if the file cannot be written.
     """
     fingerprints = fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer)
     snapshot = reader.snapshot()
@@ -95,10 +88,8 @@ def load_session(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore a reader of the same model and tokenizer from a saved session; on an error it is left unchanged.
 
-    Returns the session's metadata and extra tensors. ``fingerprints`` are computed if None.
-
-    Raises:
-        CheckpointError: The file is missing, damaged, or of another format, version, model or tokenizer.
+    Returns the session's metadata and extra tensors. ``fingerprints`` are computed if None. Raises CheckpointError if
+    the file is missing, damaged, or of another format, version, model or tokenizer.
     """
     tensors, header = files.load_tensors(path, kind=KIND, version=VERSION)
     _check_fingerprints(path, header, fingerprints or Fingerprints.from_model(reader.model, reader.tokenizer))

@@ -93,10 +93,7 @@ class SessionPool:
     ) -> list[SegmentResult]:
         """Feed text, split anywhere (bytes are UTF-8), to a session; on an error the session is left unchanged.
 
-        With ``end_of_text``, the text ends here and pending text is read too.
-
-        Raises:
-            DataError: The text is not UTF-8.
+        With ``end_of_text``, the text ends here and pending text is read too. Raises DataError if it is not UTF-8.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
             fork = self._fork(reader, deadline)
@@ -198,8 +195,7 @@ class SessionPool:
     def import_session(self, data: bytes) -> str:
         """Create a session from the bytes of :meth:`export_session` and return its id; raises SessionLimitError.
 
-        Raises:
-            CheckpointError: The bytes are damaged, or from another model or tokenizer.
+        Raises CheckpointError if the bytes are damaged, or from another model or tokenizer.
         """
         self.registry.check_limit()
         reader = self.new_reader()

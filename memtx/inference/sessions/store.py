@@ -27,13 +27,11 @@ class SessionSaveError(MemtxError):
 class SessionStore:
     """Sessions on disk, in a folder that is created if it does not exist.
 
-    Raises:
-        MemtxError: The folder cannot be used, or another pool uses it.
+    Raises MemtxError if the folder cannot be used, or another pool uses it.
     """
 
     def __init__(self, folder: str | os.PathLike[str], fingerprints: Fingerprints) -> None:
-        self.folder = Path(folder)
-        self.fingerprints = fingerprints
+        self.folder, self.fingerprints = Path(folder), fingerprints
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Sessions hold private text: only their owner may read them.

@@ -99,14 +99,10 @@ def compute_block_bias(bias: ScoreBias, query_range: tuple[int, int], key_range:
 def append_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Append a column to queries and keys that adds a bias per key to the scores, in any backend.
 
-    The inputs, and the output of their attention, get PAD_COLUMNS additional columns.
-
-    Args:
-        q: ``(batch, queries, heads, head_dim)``.
-        k: ``(batch, keys, kv_heads, head_dim)``.
-        v: ``(batch, keys, kv_heads, head_dim)``.
-        key_bias: ``(batch, n)``, added to the scaled scores of the first n keys for every query and head.
-        scale: Factor of the scores; pass it to attention as well, since its default depends on the head dimension.
+    ``q`` is ``(batch, queries, heads, head_dim)``, ``k`` and ``v`` are ``(batch, keys, kv_heads, head_dim)``. They, and
+    the output of their attention, get PAD_COLUMNS additional columns. ``key_bias``, ``(batch, n)``, is added to the
+    scaled scores of the first n keys for every query and head. Pass ``scale``, the factor of the scores, to attention
+    as well, since its default depends on the head dimension.
     """
     column = F.pad(key_bias.to(k.dtype) / scale, (0, k.shape[1] - key_bias.shape[1]))[..., None, None]
     k = torch.cat([k, column.expand(-1, -1, k.shape[2], 1)], dim=-1)

@@ -192,12 +192,9 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, bias:
     (batch_size, heads, queries, _), (_, kv_heads, keys, _) = q.shape, k.shape
     check_divisible("Choose a divisor of heads.", heads=heads, kv_heads=kv_heads)
     hint = "Create it for these tensors."
-    num_queries, num_keys = visibility.num_queries, visibility.num_keys
-    if (queries, keys) != (num_queries, num_keys):
-        message = (
-            f"The visibility has {num_queries} queries and {num_keys} keys, the tensors have {queries} and {keys}."
-        )
-        raise MemtxError(message, hint)
+    if (queries, keys) != (visibility.num_queries, visibility.num_keys):
+        size = f"{visibility.num_queries} queries and {visibility.num_keys} keys"
+        raise MemtxError(f"The visibility has {size}, the tensors have {queries} and {keys}.", hint)
     if visibility.visible_from.shape[0] not in (1, batch_size):
         message = f"The visibility has a batch of {visibility.visible_from.shape[0]}, q of {batch_size}."
         raise MemtxError(message, hint)

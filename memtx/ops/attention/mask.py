@@ -28,7 +28,6 @@ class KeyRange:
     ``min_visible_from + b * stride`` and stops no later than ``min_visible_from + (b + 1) * stride - 1 + max_span``.
 
     Attributes:
-        num_keys: Number of keys.
         min_visible_from: Earliest offset at which key 0 can become visible.
         stride: Distance between the bounds of consecutive groups. 0 if no bound is known.
         max_span: Maximum length of an interval. None if no bound is known.
@@ -110,7 +109,6 @@ class Visibility(Memo):
     Attributes:
         visible_from: ``(batch or 1, keys)`` int64, offset from which the key is visible.
         visible_until: ``(batch or 1, keys)`` int64, offset from which it is no longer visible.
-        num_queries: Number of queries.
         key_ranges: Static bounds in key order; their ``num_keys`` sum to the number of keys.
         pattern: Additional visible pairs.
     """

@@ -27,15 +27,9 @@ def compute_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
     """Return softmax(scores) v over the visible keys and the log-sum-exp of the scores, both with gradient.
 
-    Args:
-        scores: ``(..., queries, keys)``.
-        mask: Bool, broadcastable to the scores; True for visible keys.
-        v: ``(..., keys, head_dim)``.
-        dropout: Dropout rate of the attention weights.
-
-    Returns:
-        ``(..., queries, head_dim)`` in the dtype of v, zero for fully masked queries, and ``(..., queries)``, minus
-        infinity for those.
+    They are ``(..., queries, head_dim)`` in the dtype of v and ``(..., queries)``, zero and minus infinity for fully
+    masked queries. ``scores`` is ``(..., queries, keys)``, ``v`` ``(..., keys, head_dim)``, and ``mask``, broadcastable
+    to the scores, True for visible keys. ``dropout`` is the rate of the attention weights.
     """
     scores = scores.masked_fill(~mask, float("-inf"))
     # Finite scores of fully masked queries prevent NaN gradients.
@@ -49,12 +43,8 @@ def softmax_attention(scores: Tensor, mask: Tensor, v: Tensor, dropout: float = 
 def merge_attention(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Merge attention over disjoint sets of keys into attention over their union, with gradient.
 
-    Args:
-        parts: Output ``(..., queries, head_dim)`` and log-sum-exp ``(..., queries)`` of each set, the latter minus
-            infinity for fully masked queries.
-
-    Returns:
-        Output and log-sum-exp of the union, zero and minus infinity for queries masked in all parts.
+    A part is the output ``(..., queries, head_dim)`` and log-sum-exp ``(..., queries)`` of one set, the latter minus
+    infinity for fully masked queries. Queries masked in all parts get zero and minus infinity.
     """
     if len(parts) == 1:
         return parts[0]

@@ -38,7 +38,6 @@ class KeyBlocks:
 
     Attributes:
         table: ``(heads or 1, query blocks, r)`` int64, indices of key blocks, in range even where masked.
-        num_key_blocks: Number of key blocks.
         mask: ``(batch or 1, heads or 1, query blocks, block_size or 1, r * block_size)`` bool.
     """
 
@@ -145,11 +144,12 @@ def attend_global_queries(
 def sample_random_blocks(
     length: int, block_size: int, num_random_blocks: int, heads: int, *, max_length: int, seed: int
 ) -> Tensor:
-    """Sample the random blocks that each query block but the first and the last sees (Big Bird, section 2).
+    """Sample ``(heads, blocks - 2, num_random_blocks)`` int64, the random blocks that each query block sees.
 
-    The tables equal those that the ``transformers`` library samples in training with the layer's index as seed, so a
-    checkpoint sees the blocks it was trained with. There are two rules: one for texts of 1024, 3072
-    and 4096 tokens, the lengths of the paper's runs, and one for all other lengths.
+    The first and the last query block have no row (Big Bird, section 2). The tables equal those that the
+    ``transformers`` library samples in training with the layer's index as seed, so a checkpoint sees the blocks it was
+    trained with. There are two rules: one for texts of 1024, 3072 and 4096 tokens, the lengths of the paper's runs, and
+    one for all other lengths. Raises MemtxError if the first rule leaves a block fewer candidates than random blocks.
 
     Args:
         length: Tokens of the text, a multiple of ``block_size`` above ``(5 + 2 * num_random_blocks) * block_size``.
@@ -158,12 +158,6 @@ def sample_random_blocks(
         heads: Number of heads, each with its own table.
         max_length: Maximum length of the model; the first rule samples for this length.
         seed: Seed of the whole table.
-
-    Returns:
-        ``(heads, blocks - 2, num_random_blocks)`` int64.
-
-    Raises:
-        MemtxError: If the first rule leaves a block fewer candidates than ``num_random_blocks``.
     """
     # RandomState's sequence is fixed across numpy versions, and it is not the global generator.
     generator = np.random.RandomState(seed)

@@ -88,10 +88,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def accumulate_weight_grad(weight_grad: Tensor, inputs: Tensor, grad_output: Tensor) -> None:
     """Add inputs' grad_output to ``weight_grad`` in place, without autograd.
 
-    Args:
-        weight_grad: ``(in_features, out_features)``; faster if the longer dimension is contiguous.
-        inputs: ``(tokens, in_features)``.
-        grad_output: ``(tokens, out_features)``.
+    ``inputs`` is ``(tokens, in_features)`` and ``grad_output`` ``(tokens, out_features)``; this is faster if the longer
+    dimension of ``weight_grad``, ``(in_features, out_features)``, is contiguous.
     """
     if _should_use_onednn(inputs.T, grad_output.T):
         weight_grad += _onednn_linear(inputs.T, grad_output.T)

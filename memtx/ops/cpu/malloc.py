@@ -29,10 +29,8 @@ def retain_freed_memory(*, include_large_blocks: bool = False) -> bool:
     """Keep freed memory for later allocations; return True on success.
 
     The process stays at its peak size. Blocks above 32 MiB, glibc's limit for this setting, are still allocated from
-    the system and returned to it individually.
-
-    Args:
-        include_large_blocks: If True, keep these too, for measurements; they may fragment the heap.
+    the system and returned to it individually. ``include_large_blocks`` keeps these too, for measurements; they may
+    fragment the heap.
     """
     return _set_mallopt(_RETAIN_SETTINGS | ({_MMAP_MAX: 0} if include_large_blocks else {}))
 

@@ -29,8 +29,6 @@ class Band:
     """One fused call: a block of queries and a range of keys.
 
     Attributes:
-        queries: Bounds of the queries.
-        keys: Bounds of the keys.
         mask: ``(batch or 1, heads or 1, queries, keys)``, the additive mask in the dtype of the scores.
         fully_masked: ``(batch or 1, queries, heads or 1)`` bool, True for queries that see none of the keys.
         has_bias: If True, the mask holds values other than 0 and minus infinity.
@@ -57,8 +55,7 @@ class GatheredBlocks:
         num_key_blocks: Number of key blocks per sequence.
         indices: ``(batch * num_query_blocks * heads * r,)`` int64, key blocks among those of all sequences and heads.
         mask: ``(batch * num_query_blocks, heads, block_size, r * block_size)``, additive mask, possibly expanded.
-        fully_masked: ``(batch * num_query_blocks, block_size, heads)`` bool, True for queries that see none of the
-            keys.
+        fully_masked: ``(batch * num_query_blocks, block_size, heads)`` bool, True for queries that see no key.
     """
 
     block_size: int
