@@ -11,29 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memtx.ops.delta_rule import chunk_gated_delta_rule
+from memtx.ops.delta_rule import chunk_gated_delta_rule, naive_recurrent_gated_delta_rule
 
 # float64: sums of dozens of terms of order one in another order; solving a system costs another digit.
 EXACT: Any = {"atol": 1e-10, "rtol": 1e-9}
-
-
-def recurrent_gated_delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
-    *, delta_rule: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute :func:`chunk_gated_delta_rule` token by token."""
-    outputs = []
-    for t in range(q.shape[2]):
-        state = state.masked_fill(document_starts[:, t, None, None, None], 0.0)
-        if log_decay is not None:
-            state = state * log_decay[:, :, t, None, None].exp()
-        update = v[:, :, t]
-        if delta_rule:
-            update = update - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])
-        update = beta[:, :, t, None] * update
-        state = state + k[:, :, t, :, None] * update[:, :, None]
-        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, :, t]))
-    return torch.stack(outputs, dim=2), state
 
 
 @dataclass(frozen=True)
@@ -84,7 +65,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 @given(problems())
 def test_chunked_outputs_and_state_equal_the_recurrent_ones(problem: Problem) -> None:
-    expected, expected_state = problem.solve(recurrent_gated_delta_rule)
+    expected, expected_state = problem.solve(naive_recurrent_gated_delta_rule)
     out, state = problem.solve(chunk_gated_delta_rule, chunk_size=problem.chunk_size)
     torch.testing.assert_close(out, expected, **EXACT)
     torch.testing.assert_close(state, expected_state, **EXACT)
@@ -96,7 +77,7 @@ def test_every_gradient_equals_the_recurrent_one(problem: Problem) -> None:
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in problem.tensors.items()}
     leaf_problem = Problem(leaves, problem.document_starts, problem.delta_rule, problem.chunk_size)
     for function, options in (
-        (recurrent_gated_delta_rule, {}),
+        (naive_recurrent_gated_delta_rule, {}),
         (chunk_gated_delta_rule, {"chunk_size": problem.chunk_size}),
     ):
         out, state = leaf_problem.solve(function, **options)
@@ -135,7 +116,7 @@ def test_packed_documents_equal_separate_ones(problem: Problem) -> None:
             past_state = problem.tensors["state"][index : index + 1]
             tensors["state"] = torch.zeros_like(past_state) if is_new else past_state
             document = Problem(tensors, torch.zeros(1, stop - start, dtype=torch.bool), problem.delta_rule, 64)
-            expected, expected_state = document.solve(recurrent_gated_delta_rule)
+            expected, expected_state = document.solve(naive_recurrent_gated_delta_rule)
             torch.testing.assert_close(out[index : index + 1, :, start:stop], expected, **EXACT)
         torch.testing.assert_close(state[index : index + 1], expected_state, **EXACT)
 
@@ -156,7 +137,7 @@ def test_delta_rule_overwrites_and_linear_attention_adds() -> None:
 @pytest.mark.parametrize("delta_rule", [True, False])
 def test_float32_stays_close_over_thousands_of_tokens(delta_rule: bool) -> None:
     tensors, document_starts = random_inputs(1, 1, 3000, 0.001, 0.01)
-    expected, _ = Problem(tensors, document_starts, delta_rule, 64).solve(recurrent_gated_delta_rule)
+    expected, _ = Problem(tensors, document_starts, delta_rule, 64).solve(naive_recurrent_gated_delta_rule)
     single = {name: tensor.float() for name, tensor in tensors.items()}
     out, _ = Problem(single, document_starts, delta_rule, 64).solve(chunk_gated_delta_rule)
     # Each number is rounded to 6e-8 of its size a few thousand times, with varying signs.
