@@ -113,6 +113,21 @@ def max_error(solution: Solution, expected: Solution) -> float:
     )
 
 
+def check_compiled_gradients(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, backend: AttentionBackend
+) -> None:
+    """Assert that a backend compiles without a graph break, to the same gradients."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return segment_attention(q, k, v, visibility, backend=backend)[0].square()
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    expected_grads = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
+    grads = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert torch.equal(grad, expected)
+
+
 def causal_window(queries: int, batch_size: int = 1, window: int = 8) -> Visibility:
     offset = torch.arange(queries).expand(batch_size, -1)
     return Visibility(offset, offset + window, queries, (KeyRange(queries, 0, 1, window),))

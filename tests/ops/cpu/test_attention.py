@@ -16,7 +16,7 @@ from memtx.ops.attention.bias import AlibiBias, RelativeBias
 from memtx.ops.attention.dispatch import segment_attention
 from memtx.ops.cpu import attention
 from tests.ops.attention.strategies import Problem, problems
-from tests.ops.attention.test_backends import causal_window, max_error, solve
+from tests.ops.attention.test_backends import causal_window, check_compiled_gradients, max_error, solve
 
 pytestmark = pytest.mark.skipif(not attention.is_available(), reason="no C++ compiler for the CPU kernel")
 
@@ -108,15 +108,7 @@ def test_operators_pass_opcheck() -> None:
 def test_compiled_model_has_no_graph_break() -> None:
     q, k, v = (x.requires_grad_() for x in random_qkv(2, 2, 40, 16))
     visibility = causal_window(40, window=20)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return segment_attention(q, k, v, visibility, backend="cpp")[0].square()
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    expected_grads = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
-    grads = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
-    for grad, expected in zip(grads, expected_grads, strict=True):
-        assert torch.equal(grad, expected)
+    check_compiled_gradients(q, k, v, visibility, "cpp")
 
 
 def test_auto_chooses_the_kernel_where_it_is_supported() -> None:

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from memtx.ops.attention import reference
 from memtx.ops.attention.banded import build_bands
-from memtx.ops.attention.dispatch import segment_attention
 from memtx.ops.attention.mask import KeyRange, Visibility
 from memtx.ops.cpu import sdpa_cpu
-from tests.ops.attention.test_backends import causal_window
+from tests.ops.attention.test_backends import causal_window, check_compiled_gradients
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
@@ -53,12 +52,4 @@ def test_bf16_backward_error_is_close_to_the_fused_kernels(
 def test_compiled_bands_have_no_graph_break() -> None:
     q, k, v = (torch.randn(2, 2, 300, 16, requires_grad=True) for _ in range(3))
     visibility = causal_window(300, window=200)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return segment_attention(q, k, v, visibility, backend="banded")[0].square()
-
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
-    expected_grads = torch.autograd.grad(attend(q, k, v).sum(), (q, k, v))
-    grads = torch.autograd.grad(compiled(q, k, v).sum(), (q, k, v))
-    for grad, expected in zip(grads, expected_grads, strict=True):
-        assert torch.equal(grad, expected)
+    check_compiled_gradients(q, k, v, visibility, "banded")
