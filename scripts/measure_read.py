@@ -31,11 +31,12 @@ from numpy.typing import NDArray
 from memtx import files
 from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.cli.read import CHUNK_BYTES
-from memtx.cli.report import ReadingReport, peak_memory_bytes
+from memtx.cli.report import ReadingReport
 from memtx.data.tokenizers import ByteTokenizer
 from memtx.inference.reader import StreamReader
 from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
+from memtx.ops.cpu.malloc import peak_memory_bytes
 
 NUM_INTERVALS = 100
 """Equal parts of the stream that are measured one by one; the second tenth is ten of them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from memtx.inference.chapters import BookSection, ChapterSplitter
 from memtx.inference.reader import SegmentResult, StreamReader
 from memtx.inference.surprisal_curve import PositionSurprisalCurve, SurprisalCurve
+from memtx.ops.cpu.malloc import peak_memory_bytes
 
 TITLE_WIDTH = 44
 
@@ -78,14 +78,6 @@ class ReadingReport:
         self.surprisal_curve.num_tokens, self.position_curve.num_tokens = map(int, state["num_tokens"])
         self.surprisal_curve.sums = tensors["surprisal_curve"].numpy().copy()
         self.position_curve.sums = tensors["position_curve"].numpy().copy()
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory in bytes: allocated on a CUDA device, else resident in this process."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)  # bytes on macOS, KiB on Linux
 
 
 def print_totals(as_json: bool, reader: StreamReader, tokens_per_second: float) -> None:

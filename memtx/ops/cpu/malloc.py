@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 """Parameters of mallopt(3)."""
@@ -46,3 +52,25 @@ def release_freed_memory() -> bool:
 def limit_arenas(max_arenas: int) -> bool:
     """Let threads share heaps; return True on success. By default each thread's own heap keeps its freed memory."""
     return _set_mallopt({_ARENA_MAX: max_arenas})
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory in bytes: allocated on a CUDA device, else resident in this process."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB on Linux
+
+
+def current_memory_bytes(device: torch.device) -> int | None:
+    """Return the memory in use in bytes, as for the peak; None if the system does not report it."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

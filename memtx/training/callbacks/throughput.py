@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
-import resource
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from memtx.errors import check_at_least, check_positive
+from memtx.ops.cpu.malloc import current_memory_bytes, peak_memory_bytes
 from memtx.training import cost
 from memtx.training.carry import get_carry
 from memtx.training.language import LanguageModule
@@ -23,24 +20,6 @@ MATRIX_SIZES = {"cuda": 4096}
 DEFAULT_MATRIX_SIZE = 1024
 
 logger = logging.getLogger(__name__)
-
-
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Return the peak memory in bytes of a CUDA device, else of this process."""
-    if device is not None and device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def current_memory_bytes(device: torch.device) -> int | None:
-    """Return the memory in use in bytes, as for the peak; None if the system does not report it."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return None
 
 
 def matmul_dtype(precision: str) -> torch.dtype:
