@@ -149,7 +149,7 @@ class BackendTokenizer(Tokenizer):
         self._special_token_ids: dict[str, int] = {}
         if path is not None:
             self._set_backend(_parse_backend(_read_tokenizer_file(path), str(path)))
-            vocabulary = self._backend.get_vocab(with_added_tokens=True)
+            vocabulary = self._require_backend().get_vocab(with_added_tokens=True)
             self.eos_token_ids = read_eos_token_ids(Path(path).parent, vocabulary)
 
     @classmethod

@@ -65,11 +65,14 @@ class GenerationBody(RequestBody):
         """Return the settings of one text per seed; raises MemtxError if a number is out of range."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        options = {"stop_token_ids": tuple(self.stop_token_ids or ()), "ignore_eos": self.ignore_eos}
         config = GenerationConfig(
-            max_tokens, SamplingParams(**values), stop, 0, self.logprobs, min_tokens=self.min_tokens, **options
+            16 if self.max_tokens is None else self.max_tokens,
+            SamplingParams(**values),
+            (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=self.logprobs,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
         )
         return [replace(config, seed=seed) for seed in seeds]
 
