@@ -89,7 +89,7 @@ def _print_summary(corpus: TokenizedCorpus, seconds: float, as_json: bool) -> No
         sys.stdout.write(f"{split:<12} {documents:>11,} {tokens:>15,} {num_bytes:>15,} {num_bytes / tokens:>11.2f}\n")
     if num_skipped := sum(counts["num_skipped"] for counts in corpus.splits.values()):
         sys.stdout.write(f"Skipped {num_skipped:,} documents without words.\n")
-    sys.stdout.write(f"Train on it with: memtx fit --data.root {corpus.folder}\n")
+    options.print_next_command("Train on it with", "fit", "--data.root", str(corpus.folder))
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
