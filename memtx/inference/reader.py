@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -214,6 +215,27 @@ class StreamReader:
         if len(self._pending_tokens):
             segment, self._pending_tokens = self._pending_tokens, self._pending_tokens[:0]
             yield self._score(segment, discard_state)
+
+    def consume(self, prompt: str | bytes | Sequence[int]) -> NDArray[np.int64]:
+        """Consume text or token ids to their end without scoring; return all pending tokens, for :meth:`finish`.
+
+        Raises DataError like :meth:`feed` and :meth:`feed_tokens`, and leaves the reader unchanged then.
+        """
+        fork = self.fork()
+        fork.segment_length = sys.maxsize  # No segment is full.
+        for _ in fork.feed(prompt) if isinstance(prompt, str | bytes) else fork.feed_tokens(prompt):
+            pass
+        for _ in fork._score_full_segments(fork._incremental_tokenizer.finish()):
+            pass
+        self.restore(fork.snapshot())
+        return self._pending_tokens
+
+    def skip(self, snapshot: ReaderSnapshot) -> None:
+        """Continue after the first pending tokens, with a snapshot of a reader that has read exactly these."""
+        num_tokens, device = snapshot.totals.num_tokens, self.device
+        self.state, self.last_token = snapshot.state.to(device), snapshot.last_token
+        self._pending_tokens = self._pending_tokens[num_tokens - self.totals.num_tokens :]
+        self.totals = replace(self.totals, nll=snapshot.totals.nll, num_tokens=num_tokens)
 
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position for :meth:`restore`, without copying."""
