@@ -43,7 +43,8 @@ def metric(web: TestClient, name: str) -> float:
 def test_the_second_request_continues_from_the_first(tmp_path: Path) -> None:
     with new_client(tmp_path / "cold", 0) as cold, new_client(tmp_path / "warm") as web:
         expected = complete(cold)
-        assert complete(cold) == expected and expected[1] == 0
+        assert complete(cold) == expected
+        assert expected[1] == 0
         assert complete(web) == expected
         assert complete(web) == (expected[0], NUM_TOKENS)
         assert complete(web, list(PROMPT.encode())) == (expected[0], NUM_TOKENS)
@@ -53,7 +54,8 @@ def test_the_second_request_continues_from_the_first(tmp_path: Path) -> None:
         assert complete(web, **penalty) == (complete(cold, **penalty)[0], NUM_TOKENS)
         assert [metric(web, name) for name in ("hits", "misses")] == [4, 1]
         assert metric(web, "hit_tokens") > 3 * NUM_TOKENS
-        assert metric(web, "bytes") > 0 and metric(web, "evictions") == 0
+        assert metric(web, "bytes") > 0
+        assert metric(web, "evictions") == 0
 
 
 def test_usage_of_a_stream_and_of_several_prompts(tmp_path: Path) -> None:
