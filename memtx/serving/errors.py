@@ -109,13 +109,13 @@ def _describe_mismatch(name: str, branches: Sequence[Mapping[str, Any]]) -> str:
         return f"{name} is missing."
     value = json.dumps(details["input"], ensure_ascii=False, default=lambda _: "...")
     value = value.encode("utf-8", "replace").decode()
-    shown = value if len(value) <= MAX_VALUE_LENGTH else f"{value[:MAX_VALUE_LENGTH]}..."
+    preview = value if len(value) <= MAX_VALUE_LENGTH else f"{value[:MAX_VALUE_LENGTH]}..."
     limits = [f"{text} {details.get('ctx', {})[key]}" for key, text in _LIMITS.items() if key in details.get("ctx", {})]
     if limits and details["type"] in ("too_long", "too_short", "string_too_long", "string_too_short"):
         unit = "characters" if isinstance(details["input"], str) else "entries"
         return f"{name} has {len(details['input'])} {unit}, expected {limits[0]}."
     expected = limits or list(dict.fromkeys(_JSON_TYPES.get(entry["type"], "another value") for entry in branches))
-    return f"{name} is {shown}, expected {' or '.join(expected)}."
+    return f"{name} is {preview}, expected {' or '.join(expected)}."
 
 
 def to_api_error(error: BaseException) -> APIError:
