@@ -140,8 +140,8 @@ async def generate(
             hint = "Remove save, or set update_session."
             raise APIError(400, "save has no effect without update_session.", hint, param="save")
         reader = await to_thread.run_sync(lambda: pool.fork_reader(session_id, deadline=deadline))
-        options: dict[str, Any] = {"namespace": request.headers.get("authorization", ""), "deadline": deadline}
-        prefill = partial(service.prefill, reader, body.prompt, echo=False, will_generate=True, **options)
+        namespace = request.headers.get("authorization", "")
+        prefill = partial(service.prefill, reader, body.prompt, body, deadline, namespace=namespace)
         prompt = await to_thread.run_sync(prefill)
         return await service.generate(request, body, [prompt], configs, deadline)
     if len(configs) != 1:

@@ -103,7 +103,7 @@ class PrefixCache:
         return len(self._snapshots)
 
     def prefix(self, reader: StreamReader, tokens: NDArray[np.int64], namespace: str) -> Prefix:
-        """Return the borders of a prompt for a reader at the beginning of a text.
+        """Return the borders of a prompt that a reader at the beginning of a text has consumed.
 
         Only prompts of the same ``namespace``, such as an API key, share snapshots.
         """
@@ -111,7 +111,7 @@ class PrefixCache:
         structure = [(name, str(leaf.dtype), list(leaf.shape)) for name, leaf in reader.state.named_tensors().items()]
         root = [self.fingerprint, namespace, reader.segment_length, int(reader.last_token), structure]
         digest = hashlib.blake2b(json.dumps(root).encode(), digest_size=32)
-        keys, lengths = [], [*range(reader.segment_length, len(tokens), reader.segment_length), len(tokens)]
+        keys, lengths = [], reader.segment_ends()
         for start, end in zip([0, *lengths], lengths, strict=False):
             digest.update(tokens[start:end].astype("<i8").tobytes())
             keys.append(digest.digest())

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,24 @@ def test_namespaces_and_models_share_nothing(byte_model: MemoryTransformer, tmp_
     assert read(other, prompt, "one key").num_cached_tokens == 0
     pool.close()
     other.close()
+
+
+@settings(max_examples=6)
+@given(
+    prompts=st.lists(
+        st.lists(st.sampled_from([[256], list(b"abcdefghijkl"), list(b"xy" * 20)]), max_size=8), min_size=2, max_size=8
+    )
+)
+def test_begin_tokens_within_a_prompt(byte_model: MemoryTransformer, prompts: list[list[list[int]]]) -> None:
+    pool = new_pool(byte_model)
+    assert pool.tokenizer.bos_token_id == 256
+    for prompt in [list(chain.from_iterable(parts)) for parts in prompts + prompts]:
+        cold = read_prompt(StreamReader(byte_model, ByteTokenizer(), SEGMENT_LENGTH), prompt)
+        warm = pool.read_prompt(pool.new_reader(), prompt)
+        assert torch.equal(next_logits(byte_model, warm), next_logits(byte_model, cold))
+        assert warm.reader.totals == cold.reader.totals
+    assert warm.num_cached_tokens == (len(warm.tokens) if len(warm.tokens) >= 32 else 0)
+    pool.close()
 
 
 def test_a_prompt_whose_scores_are_needed_is_read(byte_model: MemoryTransformer) -> None:
