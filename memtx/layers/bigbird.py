@@ -77,8 +77,8 @@ class BigBirdAttention(EncoderAttention):
         padding = padded.length - inputs.length
         q, k, v = (self._global_blocks_first(F.pad(part, (0, 0, 0, padding))) for part in (q, k, v))
         ends = self.attend_visible(q[:, :, : 2 * size], k, v, full_visibility(padded, 2 * size))
-        random_settings = (self.heads, self.layer_index, self.seed, self.num_random_blocks, self.max_length)
-        random_settings += (self.training or self.sample_in_eval,)
+        is_sampled = self.training or self.sample_in_eval
+        random_settings = (self.heads, self.layer_index, self.seed, self.num_random_blocks, self.max_length, is_sampled)
         middle_visibility = inputs.memo(
             ("middle blocks", size, *random_settings),
             lambda: self._middle_visibility(padded, inputs.random_blocks.get(self.layer_index)),
