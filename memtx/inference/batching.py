@@ -21,7 +21,7 @@ CPU_CALL_COST_TOKENS = 32
 Measured with 2.4 M parameters and one thread: 2 to 3 ms per call, 0.06 ms per token."""
 
 MAX_PADDING_RATIO = 0.5
-"""Maximum padding on an accelerator, where calls cost more than tokens, as a fraction of the oldest segment."""
+"""Maximum padding on an accelerator, where calls cost more than tokens, as a fraction of the next segment."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class ScoreRequest:
         tokens: ``(length,)`` int64, the input tokens.
         labels: ``(length,)`` int64, the token after each input token.
         num_logprobs: Number of most likely tokens to return per position.
+        vocab_size: Number of ids that these are chosen from; the model's vocabulary may be padded beyond the
+            tokenizer's. None for all.
         return_hidden_states: If True, return the hidden states.
         discard_state: If True, the stream ends here and its next state is not needed.
     """
@@ -43,6 +45,7 @@ class ScoreRequest:
     num_logprobs: int = 0
     return_hidden_states: bool = False
     discard_state: bool = False
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreReques
     if output.logits is not None:
         logprobs = output.logits.float().log_softmax(-1)
         nll = -logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        top = logprobs.topk(min(first.num_logprobs, logprobs.shape[-1]), dim=-1)
+        ranked = logprobs[..., : first.vocab_size]
+        top = ranked.topk(min(first.num_logprobs, ranked.shape[-1]), dim=-1)
         top_logprobs, top_tokens = top.values.cpu().numpy(), top.indices.cpu().numpy()
     else:
         assert output.nll is not None
@@ -123,7 +127,7 @@ def default_batch_tokens(is_cpu: bool) -> int:
 
 
 def padding_limit(length: int, is_cpu: bool) -> int:
-    """Return the maximum difference of lengths in a call, in tokens; ``length`` is that of the oldest segment."""
+    """Return the maximum difference of lengths in a call, in tokens; ``length`` is that of the next segment."""
     return CPU_CALL_COST_TOKENS if is_cpu else int(MAX_PADDING_RATIO * length)
 
 
@@ -133,7 +137,7 @@ def select_batch(
     """Return the ascending indices of the requests to score in one call.
 
     Args:
-        requests: One or more requests, oldest first; the oldest is always selected, so that none starves.
+        requests: One or more requests, next first, which is always selected.
         max_tokens: Maximum number of tokens in the padded batch; a single segment may exceed it.
         max_padding: Maximum difference in length, in tokens.
         supports_padding: If False, only segments with ``discard_state`` may be padded.
