@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 from memtx.memory.associative import AssociativeMemory
-from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, NormalizedFeatureMap
+from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, NormalizedFeatureMap, TokenShift
 from memtx.segment import Segment
 
 # Sums of a few dozen float64 terms in another order.
@@ -166,3 +166,15 @@ def test_features_have_unit_length(feature: Any) -> None:
 def test_rejects_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         AssociativeMemory(DIM, **options)
+
+
+def test_token_shift_starts_from_the_token_to_the_previous_one() -> None:
+    """The first channel keeps the token, the last takes the previous one, those between mix evenly spaced shares."""
+    shift = TokenShift(5).double()
+    x, last_input = torch.randn(1, 4, 5).double(), torch.randn(1, 5).double()
+    document_starts = torch.tensor([[False, False, True, False]])
+    segment = Segment.from_document_starts(torch.tensor([3]), 4, document_starts)
+    previous = torch.stack([last_input, x[:, 0], torch.zeros(1, 5).double(), x[:, 2]], dim=1)
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double()
+    torch.testing.assert_close(shift(x, last_input, segment), x + shares * (previous - x), rtol=0, atol=1e-12)
+    assert torch.equal(TokenShift.last_input(x), x[:, -1])

@@ -16,15 +16,17 @@ from torch.nn import functional as F
 import memtx
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.errors import CheckpointError
+from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.compression import AttentionPooling, AttentionReconstruction, AutoEncoding
+from memtx.memory.memory_tokens import TokenMemory
 from tests.memory_zoo import COMPRESSIONS
 
 
 def small(**options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
     options.setdefault("memories", [partial(CompressedMemory, window=6, compression_rate=3, num_entries=4)])
-    return MemoryTransformer(11, **{"dim": 8, "depth": 2, "heads": 2, **options})
+    return MemoryTransformer(**{"vocab_size": 11, "dim": 8, "depth": 2, "heads": 2, **options})
 
 
 TOKENS = torch.randint(0, 11, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -231,6 +233,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
         ({"kv_heads": 3, "heads": 4}, r"heads \(4\) must be divisible by kv_heads \(3\)"),
         ({"memories": [NoMemory] * 3}, "3 memories for 2 layers"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
         ({"memories": [partial(CompressedMemory, window=0)]}, "window is 0"),
         ({"dim": 6, "heads": 2}, "even width"),
     ],
@@ -252,6 +255,26 @@ def test_invalid_calls_are_refused() -> None:
         model(TOKENS, document_starts=TOKENS)
     with pytest.raises(MemtxError, match="batch_size is 0"):
         model.init_state(0)
+
+
+@pytest.mark.parametrize("feed_forward", [FeedForward, SwiGLU])
+def test_weights_start_by_the_rule_of_gpt2(feed_forward: Any) -> None:
+    """Normal with 0.02, residual projections with 0.02 / sqrt(2 depth); biases are zero, norms 1."""
+    memories = [[partial(RecurrentMemory, window=6), partial(TokenMemory, num_tokens=64, interval=6)]]
+    model = small(
+        dim=64, depth=3, memories=memories, feed_forward=feed_forward, bias=True, tie_embeddings=False, vocab_size=64
+    )
+    residual = ("attention.out.weight", "feed_forward.out.weight")
+    checked = 0
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif weight.dim() == 2 and "extra_memories" not in name:
+            checked += 1
+            expected = 0.02 / 6**0.5 if name.endswith(residual) else 0.02
+            # Five standard errors of the deviation of at least 4,096 numbers.
+            assert float(weight.detach().std()) == pytest.approx(expected, rel=0.056), name
+    assert checked == 3 * 5 + 3
 
 
 def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from memtx import MemtxError
 from memtx.layers.positions.absolute import AxialPositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
-from memtx.ops.lsh import choose_bucket_factors, sample_rotations
+from memtx.ops.lsh import choose_bucket_factors, hash_vectors, sample_rotations
 
 
 def small(attentions: list[Any], **options: Any) -> Reformer:
@@ -155,6 +156,22 @@ def test_requesting_hidden_states_changes_nothing_else() -> None:
     assert out.last_hidden_state.shape == (2, 32, 16)
     with torch.no_grad():
         assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_buckets", [200, 300, 30_000, (256, 512)])
+def test_buckets_fit_into_their_integers(num_buckets: Any) -> None:
+    """They are those of the hash function, for any number of buckets, and padding has one of its own after them."""
+    torch.manual_seed(0)
+    layer = LSHAttention(4, 2, chunk_length=4, num_buckets=num_buckets, num_hashes=2, seed=1)
+    x, present = torch.randn(1, 400, 4), torch.ones(1, 400, dtype=torch.bool)
+    present[0, -3:] = False
+    buckets = layer(x, present, None)[1].long()
+    factors = (num_buckets,) if isinstance(num_buckets, int) else num_buckets
+    vectors = layer.query_key(x).view(1, 400, 2, 2).transpose(1, 2)
+    rotations = sample_rotations(2, 2, 2, factors, 1, vectors)
+    expected = hash_vectors(vectors, rotations, factors)
+    assert torch.equal(buckets[..., :-3], expected[..., :-3])
+    assert (buckets[..., -3:] == math.prod(factors)).all()
 
 
 def test_dropout_is_equal_in_forward_and_backward() -> None:
