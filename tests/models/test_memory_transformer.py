@@ -126,6 +126,29 @@ def test_loss_is_the_language_loss_plus_all_auxiliary_losses() -> None:
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
+def test_losses_of_one_name_are_added_within_a_layer_and_averaged_over_layers() -> None:
+    def make_memory(penalty: float) -> Any:
+        return partial(AssociativeMemory, heads=2, decay_gate=None, write_penalty=penalty)
+
+    model = small(memories=[[partial(RecurrentMemory, window=4), make_memory(0.5), make_memory(0.3)]]).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    penalties = [memory for block in model.blocks for memory in block.attention.extra_memories]
+
+    def loss(*active: int) -> Tensor:
+        for index, memory in enumerate(penalties):
+            memory.write_penalty = 0.5 * (index in active)
+        return model(TOKENS[:, :-1], labels=TOKENS[:, 1:]).aux_losses.get("write_penalty", torch.zeros(()))
+
+    expected = loss(0, 1) + loss(2, 3)
+    for index in range(4):
+        assert loss(index) > 0
+    # A layer without the loss is left out of the mean.
+    torch.testing.assert_close(loss(0, 1, 2, 3), expected / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss(0, 1), loss(0) + loss(1), rtol=0, atol=1e-12)
+
+
 def test_reconstruction_runs_in_training_only() -> None:
     model = small(
         memories=[partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)]
