@@ -19,6 +19,7 @@ from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cpu import cpu_info
 from memtx.training.carry import Carry
 from memtx.training.distillation import (
+    AttentionMSE,
     Distillation,
     EmbeddingMSE,
     EveryKthLayer,
@@ -69,7 +70,7 @@ def masked(at: Path, seed: int = 0) -> MaskedModule:
         torch.manual_seed(7)
         Encoder(258, 12, 2, 2, dropout=0.1).save_pretrained(at / "teacher")
     pl.seed_everything(seed, verbose=False)
-    part = Distillation(str(at / "teacher"), [*ALL[:2], HiddenMSE])
+    part = Distillation(str(at / "teacher"), [*ALL[:2], HiddenMSE, AttentionMSE, ValueRelations])
     return MaskedModule(partial(Encoder, dim=8, depth=1, heads=2, dropout=0.1), optimizer=adam, distillation=part)
 
 
