@@ -48,12 +48,12 @@ def test_it_is_the_normalized_sum_of_token_position_and_type(
             torch.testing.assert_close(actual[stream, index], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("roberta_positions", "longest"), [(False, 12), (True, 10)])
-def test_a_text_may_have_as_many_tokens_as_positions(roberta_positions: bool, longest: int) -> None:
+@pytest.mark.parametrize(("roberta_positions", "max_length"), [(False, 12), (True, 10)])
+def test_a_text_may_have_as_many_tokens_as_positions(roberta_positions: bool, max_length: int) -> None:
     layer = TextEmbeddings(9, 4, 12, pad_token_id=PAD, roberta_positions=roberta_positions)
-    assert layer(torch.full((1, longest), 2)).shape == (1, longest, 4)
-    with pytest.raises(MemtxError, match=f"A text of {longest + 1} tokens needs 13 positions, the model has 12"):
-        layer(torch.full((1, longest + 1), 2))
+    assert layer(torch.full((1, max_length), 2)).shape == (1, max_length, 4)
+    with pytest.raises(MemtxError, match=f"A text of {max_length + 1} tokens needs 13 positions, the model has 12"):
+        layer(torch.full((1, max_length + 1), 2))
 
 
 def test_padding_is_not_trained() -> None:

@@ -274,6 +274,8 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
         (lambda: LocalAttention(8, 3), r"dim \(8\) must be divisible by heads \(3\)"),
         (lambda: LocalAttention(8, 2, chunk_length=0), "chunk_length is 0"),
         (lambda: LocalAttention(8, 2, causal=True, num_chunks_after=1), "after is 1"),
+        (lambda: LocalAttention(8, 2, num_chunks_before=-1), "num_chunks_before is -1"),
+        (lambda: LocalAttention(8, 2, causal=False, num_chunks_after=-1), "num_chunks_after is -1"),
         (lambda: LSHAttention(8, 2, num_hashes=0), "num_hashes is 0"),
         (lambda: LSHAttention(8, 2, num_buckets=3), "num_buckets is 3"),
         (lambda: AxialPositionEmbeddings(8, [4, 4], [4, 5]), "dim is 8"),

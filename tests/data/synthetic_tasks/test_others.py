@@ -59,6 +59,10 @@ def test_queries_ask_for_overwritten_values(task: Overwrite, distance: int, seed
                 assert task.num_keys < row[at + 1] <= task.num_keys + task.num_values
                 values_by_key.setdefault(row[at], []).append(row[at + 1])
         assert len(values_by_key) == task.num_pairs
+        # All other tokens are noise: no value without its key.
+        written = row[: task.spread * task.segment_length]
+        num_values = sum(task.num_keys < token < task.num_content_tokens for token in written)
+        assert num_values == sum(map(len, values_by_key.values()))
         # Every overwrite changes the value, and their number is as requested.
         assert all(len(values) == 1 + task.num_overwrites for values in values_by_key.values())
         assert all(
