@@ -160,12 +160,21 @@ def test_features_have_unit_length(feature: Any) -> None:
         ({"key_dim": 0}, "key_dim is 0"),
         ({"write_penalty": -1.0}, "write_penalty is -1"),
         ({"feature_map": partial(DPFPFeatureMap, order=0)}, "order is 0"),
+        (
+            {"key_dim": 4, "feature_map": partial(DPFPFeatureMap, order=8)},
+            "order is 8 for keys of width 4. Give 1 to 7",
+        ),
         ({"write_gate": partial(Gate, stretch=-0.1)}, "stretch is -0.1"),
     ],
 )
 def test_rejects_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         AssociativeMemory(DIM, **options)
+
+
+@pytest.mark.parametrize("order", [1, 7])
+def test_products_reach_as_far_as_there_are_channels(order: int) -> None:
+    assert DPFPFeatureMap(4, order)(torch.ones(4)).shape == (8 * order,)
 
 
 def test_token_shift_starts_from_the_token_to_the_previous_one() -> None:

@@ -280,6 +280,16 @@ def test_invalid_calls_are_refused() -> None:
         model.init_state(0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out_bias", [None, False, True])
+def test_projections_have_the_biases_asked_for(bias: bool, out_bias: bool | None) -> None:
+    model = small(bias=bias, out_bias=out_bias)
+    projections = model.blocks[1].attention.named_children()
+    biased = {name for name, layer in projections if getattr(layer, "bias", None) is not None}
+    expected = {"query", "key_value"} if bias else set()
+    assert biased == (expected | {"out"} if (bias if out_bias is None else out_bias) else expected)
+
+
 @pytest.mark.parametrize("feed_forward", [FeedForward, SwiGLU])
 def test_weights_start_by_the_rule_of_gpt2(feed_forward: Any) -> None:
     """Normal with 0.02, residual projections with 0.02 / sqrt(2 depth); biases are zero, norms 1."""

@@ -185,6 +185,7 @@ def test_guessing_is_chance(task: SyntheticTask) -> None:
         (SelectiveCopying, {"num_symbols": 0}),
         (StateTracking, {"num_elements": 1}),
         (StateTracking, {"max_swaps": 20}),
+        (StateTracking, {"max_swaps": 0}),
     ],
 )
 def test_impossible_tasks_are_rejected(kind: Any, options: dict[str, int]) -> None:
