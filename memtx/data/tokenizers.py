@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
-from memtx.data.text_chunks import TextSplitter, encode_utf8, split_text
+from memtx.data.encodings import encode_utf8
+from memtx.data.text_chunks import TextSplitter, split_text
 from memtx.errors import DataError, MemtxError
 
 TokenIds = NDArray[np.integer[Any]]

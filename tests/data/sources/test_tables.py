@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memtx.data.sources import tables
-from memtx.data.sources.base import Document, SourcePart, list_files
+from memtx.data.sources.base import Document, SourcePart
+from memtx.data.sources.listing import list_files
 from memtx.data.sources.tables import TableColumns
 from memtx.errors import DataError
 
@@ -34,7 +35,7 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "BLOCK_BYTES", block)
         patch.setattr(tables, "READ_SIZE", chunk)
-        parts = tables.json_lines_parts(list_files(str(path))[0], TableColumns()) if raw else []
+        parts = tables.json_lines_parts(list_files(str(path)).files[0], TableColumns()) if raw else []
         documents = read(parts)
     assert [document.text for document in documents] == lines
     offsets = [int(document.id.removeprefix("a.jsonl@")) for document in documents]
@@ -44,7 +45,7 @@ def test_every_line_is_in_one_part_however_the_file_is_cut(
 
 def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a b", "n": 7}\n{"text": null, "n": 8}\n'))
-    parts = tables.json_lines_parts(list_files(str(tmp_path / "a.jsonl.gz"))[0], TableColumns(id="n"))
+    parts = tables.json_lines_parts(list_files(str(tmp_path / "a.jsonl.gz")).files[0], TableColumns(id="n"))
     assert len(parts) == 1
     assert [(document.id, document.text) for document in read(parts)] == [("7", "a b"), ("8", "")]
 
@@ -57,14 +58,14 @@ def test_a_compressed_file_is_one_part(tmp_path: Path) -> None:
         (b'{"txt": "x"}', r"byte 14: there is no 'text'\. Did you mean 'txt'"),
         (b'{"text": 5}', "byte 14: 'text' is a int, expected a text"),
         (b'{"text": "\\ud800"}', "byte 14: The text holds U.D800"),
-        (b'{"text": "\xff"}', "byte 14: the line is no JSON: 'utf-8' codec"),
+        (b'{"text": "\xff"}', r"a\.jsonl' is not UTF-8: byte 0xff at byte offset 24"),
         (b"[" * 100_000, "byte 14: the line is no JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}\n' + line + b"\n")
     with pytest.raises(DataError, match=message):
-        read(tables.json_lines_parts(list_files(str(tmp_path))[0], TableColumns()))
+        read(tables.json_lines_parts(list_files(str(tmp_path)).files[0], TableColumns()))
 
 
 def test_a_line_that_is_too_long_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_a_line_that_is_too_long_is_rejected(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(tables, "BLOCK_BYTES", 30)
     long = json.dumps({"text": "x" * 200}) + "\n"
     (tmp_path / "a.jsonl").write_text(long + '{"text": "y"}\n')
-    parts = tables.json_lines_parts(list_files(str(tmp_path))[0], TableColumns())
+    parts = tables.json_lines_parts(list_files(str(tmp_path)).files[0], TableColumns())
     with pytest.raises(DataError, match="byte 0: the line has more than 100 bytes"):
         read(parts[:1])
     # Parts inside the line leave it to the part in which it begins.
@@ -87,7 +88,7 @@ def parquet(path: Path, **columns: Any) -> None:
 
 def test_parquet_is_read_by_row_groups(tmp_path: Path) -> None:
     parquet(tmp_path / "a.parquet", text=[f"text {number}" for number in range(7)] + [None], key=list(range(8)))
-    (file,) = list_files(str(tmp_path))
+    (file,) = list_files(str(tmp_path)).files
     parts = tables.parquet_parts(file, TableColumns())
     assert len(parts) == 3
     assert [(document.id, document.text) for document in read(parts)] == [
@@ -108,4 +109,4 @@ def test_damaged_parquet_is_reported(tmp_path: Path) -> None:
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[:-9])
     with pytest.raises(DataError, match=r"a\.parquet' could not be read: ArrowInvalid"):
-        tables.parquet_parts(list_files(str(tmp_path))[0], TableColumns())
+        tables.parquet_parts(list_files(str(tmp_path)).files[0], TableColumns())
