@@ -1,5 +1,6 @@
 """UTF-8 in any portions, and advice on other encodings."""
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
 import subprocess
@@ -87,7 +88,7 @@ def test_no_encoding_is_named_without_evidence(raw: bytes) -> None:
 
 
 def test_binary_files_are_refused() -> None:
-    with pytest.raises(DataError, match="holds a NUL byte at byte offset 4.*It looks binary"):
+    with pytest.raises(DataError, match=r"holds a NUL byte at byte offset 4.*It looks binary"):
         list(decode_utf8([b"\x7fELF\0\0\0\1\2\0\3\0\0\0\0"], "'a'"))
 
 

@@ -3,12 +3,10 @@ from __future__ import annotations
 import itertools
 import time
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memtx.data.text_chunks import HARD_LIMIT, TextSplitter, WordCounter, split_text
-from memtx.errors import DataError
 
 # Few letters and long repeats, so that texts reach past the soft and hard limits and cuts fall into runs.
 run = st.tuples(

@@ -129,7 +129,7 @@ class CorpusManifest:
     def notes(self) -> list[str]:
         """Sentences to show: what is left out, and splits that the source does not have itself."""
         count = sum(map(len, self.left_out.values()))
-        left_out = f"'{self.name}': not read: {describe_left_out(self.left_out)}." if count else ""
+        left_out = f"'{self.name}': not read: {describe_left_out(self.left_out, self.name)}." if count else ""
         return [note for note in (left_out, self.assignment) if note]
 
     @property

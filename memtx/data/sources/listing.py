@@ -270,10 +270,10 @@ def _leave_out_copies(listing: Listing) -> None:
         names.add(file.name)
 
 
-def describe_left_out(left_out: Mapping[str, Sequence[str]]) -> str:
-    """Return the numbers and first paths of the files that are left out, by reason."""
+def describe_left_out(left_out: Mapping[str, Sequence[str]], root: str) -> str:
+    """Return the numbers and first paths (below ``root``, if they are) of the files that are left out, by reason."""
     reasons = []
     for reason, paths in left_out.items():
-        names = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-        reasons.append(f"{len(paths):,} {reason} ({names})")
+        names = [path.removeprefix(f"{root.rstrip('/')}/") for path in paths[:3]] + ["..."] * (len(paths) > 3)
+        reasons.append(f"{len(paths):,} {reason} ({', '.join(names)})")
     return "; ".join(reasons)

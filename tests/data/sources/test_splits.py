@@ -80,7 +80,7 @@ def test_names_of_tables_give_the_splits(names: list[str], ending: str, tmp_path
         stem = name.replace(".txt", "").replace(".tokens", "").replace(".raw", "")
         write(tmp_path / f"{stem}{ending}", gzip.compress(raw) if ending.endswith(".gz") else raw)
     assert read(str(tmp_path), "FileSource") == {split: f"Words of {split}." for split in SPLITS}
-    with pytest.raises(DataError, match="holds tables of texts.*memtx prepare"):
+    with pytest.raises(DataError, match=r"holds tables of texts.*memtx prepare"):
         open_corpus(tmp_path)
 
 
