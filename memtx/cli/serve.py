@@ -47,6 +47,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     names = ("max_body_bytes", "max_tokens", "max_seconds", "max_concurrent_requests")
     limits = Limits(**{name: getattr(arguments, name) for name in names})
     if is_task:
+        if arguments.window is not None:
+            raise MemtxError("--window does not apply to a task model.", "Remove --window.")
         predictor = options.load_task_predictor(arguments)
         app = create_task_app(predictor, model_name=name, limits=limits, api_key=api_key)
         description = f"{predictor.task_name}, POST /v1/predict"
@@ -55,6 +57,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
         names = ("segment_length", "max_in_memory", "max_sessions", "max_batch_size")
         settings = {name: getattr(arguments, name) for name in names}
+        settings["prefix_cache_bytes"] = arguments.prefix_cache
+        settings["prefix_cache_disk_bytes"] = arguments.prefix_cache_disk
         pool = SessionPool(*options.load_model(arguments), arguments.session_dir, **settings)
         app = create_app(pool, model_name=name, limits=limits, api_key=api_key)
         description = f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', saved on exit, "
@@ -75,7 +79,7 @@ def main(argv: list[str]) -> int:
         "/v1/predict.",
     )
     add = parser.add_argument
-    parser.add_model_options()
+    parser.add_model_options(window=True)
     add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
     add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any free port")
     add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")
@@ -83,6 +87,10 @@ def main(argv: list[str]) -> int:
     add("--session-dir", metavar="FOLDER", default="sessions", help="folder of saved sessions")
     add("--max-in-memory", type=int, default=256, help="maximum sessions in memory; others go to disk")
     add("--max-sessions", type=int, default=4096, help="maximum number of sessions")
+    size, text = options.byte_size, "bytes of read prompts' states, so that no prefix is read twice"
+    add("--prefix-cache", type=size, default="2GiB", metavar="SIZE", help=f"maximum {text}, such as 512MiB; 0 for none")
+    text = "maximum bytes of them on disk, in the session folder, after they leave memory; 0 for none"
+    add("--prefix-cache-disk", type=size, default="2GiB", metavar="SIZE", help=text)
     add("--max-concurrent-requests", type=int, default=128, help="maximum concurrent requests; more are refused")
     add("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES", help="maximum size of a request")
     add("--max-tokens", type=int, default=4096, help="maximum tokens generated per text")
