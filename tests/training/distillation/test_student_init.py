@@ -139,7 +139,7 @@ def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
 
 @pytest.mark.parametrize("rescales", [(True, True), (True, False), (False, True)])
 def test_projected_embeddings_keep_their_size_where_they_are_rescaled(rescales: tuple[bool, bool]) -> None:
-    """What the layers see, token embeddings times their scale, has the teacher's products."""
+    """Token embeddings times their scale keep the teacher's products."""
     teacher, student = (
         Encoder(VOCAB, dim, 1, 2, embeddings=partial(TextEmbeddings, num_positions=4, rescale_embeddings=rescale))
         for dim, rescale in zip((16, 8), rescales, strict=True)
