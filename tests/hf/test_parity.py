@@ -44,7 +44,7 @@ def test_every_reference_folder_loads(config: Path) -> None:
     if kind not in MODEL_TYPES:
         pytest.skip(f"reference folder '{config.parent.name}' ({kind}): not yet supported")
     model, io = memtx.from_pretrained(config.parent), load_file(config.parent / "io.safetensors")
-    if isinstance(model, memtx.MemoryTransformer):
+    if isinstance(model, memtx.MemoryTransformer) and "logits" in io:  # Transformer-XL is compared by segment below
         with torch.no_grad():
             torch.testing.assert_close(model(io["input_ids"]).logits, io["logits"], rtol=0, atol=TOLERANCE)
 
