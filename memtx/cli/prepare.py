@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -90,7 +91,7 @@ def _print_summary(corpus: TokenizedCorpus, notes: list[str], seconds: float, as
     if num_skipped := sum(counts["num_skipped"] for counts in corpus.splits.values()):
         sys.stdout.write(f"Skipped {num_skipped:,} documents without words.\n")
     sys.stdout.writelines(f"{note}\n" for note in notes)
-    sys.stdout.write(f"Train on it with: memtx fit --data.root {corpus.folder}\n")
+    sys.stdout.write(f"Train on it with: memtx fit --data.root {shlex.quote(str(corpus.folder))}\n")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
