@@ -137,15 +137,18 @@ class CutFinder:
         self._only_ascii = _has_normalizer(description, {"NFC", "NFD", "NFKC", "NFKD"})
         self._joins: dict[str, bool] = {}
         self._added_tokens = tuple(token for token in added_tokens if token)
-        # Some may span a cut, for example with a space inside.
+        # Tokens that may span a cut: any where words are not split, else those with a space inside.
         self._spanning_tokens = {
-            spelling
-            for token, normalized in added_tokens.items()
-            if normalized or any(map(str.isspace, token.replace("\u2581", " ")))
-            for spelling in (token, normalize(backend, token))
-            if spelling
+            token
+            for token in self._added_tokens
+            if not self._rules or any(map(str.isspace, token.replace("\u2581", " ")))
         }
-        self._reach = max(map(len, {*self._added_tokens, *self._spanning_tokens}), default=0)
+        normalized_tokens = [token for token, normalized in added_tokens.items() if normalized and backend.normalizer]
+        self._normalized_tokens = {
+            spelling for token in normalized_tokens for spelling in (token, normalize(backend, token))
+        }
+        self._normalized_tokens -= {""}
+        self._reach = max(map(len, {*self._added_tokens, *self._normalized_tokens}), default=0)
 
     def find(self, text: str, start: int, searched: int) -> tuple[int | None, int]:
         """Return the first cut at least ``MIN_CHUNK_CHARS`` after ``start``, and where to continue the search.
@@ -228,11 +231,14 @@ class CutFinder:
         before = text[max(0, end - self._reach) : end]
         if before.endswith(self._added_tokens) or after.startswith(self._added_tokens):
             return True
-        if not self._spanning_tokens:
+        for token in self._spanning_tokens:
+            window = text[max(0, cut - len(token) + 1) : cut + len(token) - 1]
+            if token in window or token in window.replace(" ", "\u2581"):
+                return True
+        if not self._normalized_tokens:
             return False
-        window = text[max(0, cut - 2 * self._reach) : cut + 2 * self._reach]
-        windows = [window, window.replace(" ", "\u2581"), normalize(self._backend, window)]
-        return any(token in window for token in self._spanning_tokens for window in windows)
+        window = normalize(self._backend, text[max(0, cut - 2 * self._reach) : cut + 2 * self._reach])
+        return any(token in window for token in self._normalized_tokens)
 
 
 def normalize(backend: Any, text: str) -> str:
