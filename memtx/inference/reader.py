@@ -156,9 +156,8 @@ class StreamReader:
 
     def _score(self, tokens: NDArray[np.int64], discard_state: bool = False) -> SegmentResult:
         inputs = np.concatenate([np.asarray([self.last_token], dtype=np.int64), tokens[:-1]])
-        output = self.score_fn(
-            ScoreRequest(self.state, inputs, tokens, self.num_logprobs, self.return_hidden_states, discard_state)
-        )
+        options = (self.num_logprobs, self.return_hidden_states, discard_state, self.tokenizer.vocab_size)
+        output = self.score_fn(ScoreRequest(self.state, inputs, tokens, *options))
         start, nll = self.totals.num_tokens, self.totals.nll + float(output.nll.sum(dtype=np.float64))
         token_bytes = [self.tokenizer.token_bytes(int(token)) for token in tokens]
         self.state, self.last_token = output.state, int(tokens[-1])
@@ -170,9 +169,20 @@ class StreamReader:
     def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
         self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
         while len(self._pending_tokens) >= self.segment_length:
-            # A segment is removed, then scored, then yielded, so a caller that stops iterating loses nothing.
-            segment, self._pending_tokens = np.split(self._pending_tokens, [self.segment_length])
-            yield self._score(segment)
+            yield self._score_next()
+
+    def _score_next(self, discard_state: bool = False) -> SegmentResult:
+        """Score the first pending tokens: a segment, which ends before a begin token, or a begin token alone."""
+        begins_document = self._pending_tokens[: self.segment_length] == self.tokenizer.bos_token_id
+        length = max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
+        # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
+        segment, self._pending_tokens = np.split(self._pending_tokens, [length])
+        if not begins_document[0]:
+            return self._score(segment, discard_state and not len(self._pending_tokens))
+        self.state, self.last_token = self.model.init_state(1), int(segment[0])
+        start = self.totals.num_tokens
+        self.totals = replace(self.totals, num_tokens=start + 1)
+        return SegmentResult(segment, np.zeros(1, dtype=np.float32), [b""], start)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
         """Consume text, split anywhere, and yield the segments that it fills; raises DataError if bytes are not UTF-8.
@@ -188,20 +198,23 @@ class StreamReader:
     def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
         """Consume text as token ids; otherwise like :meth:`feed`.
 
-        Raises DataError if an id is not in the vocabulary or begins a document, or earlier text is still pending.
+        The begin token is nothing new at the beginning of the text. Later it begins a new document, which sees nothing
+        of the text before it; its own negative log-likelihood is 0. Raises DataError if an id is not in the vocabulary,
+        or earlier text is still pending.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         bos_token_id, vocab_size = self.tokenizer.bos_token_id, self.tokenizer.vocab_size
         if (unknown := ids[(ids < 0) | (ids >= vocab_size)]).size:
             raise DataError(f"Token {unknown[0]} is not in the vocabulary of {vocab_size}.", "Check the tokenizer.")
-        if (ids == bos_token_id).any():
-            raise DataError(f"Token {bos_token_id} begins a document and is not text.", "Remove it from the tokens.")
         if self._incremental_tokenizer.pending_text or self._incremental_tokenizer.pending_bytes:
             raise DataError("Tokens follow text that is still pending.", "Call finish() first, or feed text.")
         content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
         # The tokens may end inside a character, and its replacement has a different number of bytes.
         totals = self.totals.with_text(content.decode("utf-8", "replace"))
+        is_beginning = self.totals.num_tokens == 0 and not len(self._pending_tokens)
         self.totals = replace(totals, num_bytes=self.totals.num_bytes + len(content))
+        if is_beginning and len(ids) and ids[0] == bos_token_id:
+            ids = ids[1:]
         yield from self._score_full_segments(ids)
 
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
@@ -211,9 +224,8 @@ class StreamReader:
         the text ends inside a character.
         """
         yield from self._score_full_segments(self._incremental_tokenizer.finish())
-        if len(self._pending_tokens):
-            segment, self._pending_tokens = self._pending_tokens, self._pending_tokens[:0]
-            yield self._score(segment, discard_state)
+        while len(self._pending_tokens):
+            yield self._score_next(discard_state)
 
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position for :meth:`restore`, without copying."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,7 +51,13 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._prompt_length = len(self.text)
+        self._prompt_length, self._num_prompt_logprobs = len(self.text), len(self.logprobs)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the generated tokens, which must have been requested."""
+        values = [entry.logprob or 0.0 for entry in self.logprobs[self._num_prompt_logprobs :]]
+        return sum(values) / max(len(values), 1)
 
     def shift_offsets(self, delta: TextDelta) -> list[TokenLogprob]:
         """Return the log-probabilities of a piece with text offsets that count the echoed prompt."""
@@ -72,27 +78,34 @@ class CompletionService:
 
         Raises MemtxError if a number is out of range, or APIError if it exceeds a limit.
         """
-        num_texts, limits = (body.n or 1) * num_prompts, self.limits
-        values = (("max_tokens", body.max_tokens or 0, limits.max_tokens), ("n", num_texts, limits.max_choices))
-        for name, value, maximum in values:
+        num_texts, limits = body.num_candidates * num_prompts, self.limits
+        candidates = "best_of" if body.num_candidates > (body.n or 1) else "n"
+        for name, value, maximum in (
+            ("max_tokens", body.max_tokens or 0, limits.max_tokens),
+            ("prompts", num_prompts, limits.max_choices),
+            (candidates, body.num_candidates, limits.max_choices),
+            (f"{candidates} x prompts", num_texts, limits.max_choices),
+        ):
             if value > maximum:
-                raise APIError(400, f"{name} ({value}) must be at most {maximum}.", "Ask for less.", param=name)
+                param = "prompt" if name.endswith("prompts") else name
+                raise APIError(400, f"{name} ({value}) must be at most {maximum}.", "Ask for less.", param=param)
         seed = body.seed if body.seed is not None else secrets.randbits(48)
         # A seed per text that depends on its index only, so that equal requests give equal texts.
         return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
 
-    def prefill(self, reader: StreamReader, prompt: Prompt, *, echo: bool, will_generate: bool) -> PrefilledPrompt:
-        """Read a prompt; blocks until it is read."""
+    def prefill(
+        self, reader: StreamReader, prompt: Prompt, body: GenerationBody, deadline: float, *, echo: bool = False
+    ) -> PrefilledPrompt:
+        """Read a prompt; blocks until it is read, or raises DeadlineExceededError."""
         segments = reader.feed(prompt) if isinstance(prompt, str) else reader.feed_tokens(prompt)
-        results = list(chain(segments, reader.finish(discard_state=not will_generate)))
-        text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
-        return PrefilledPrompt(
-            text=text if echo else "",
-            logprobs=get_prompt_logprobs(results) if echo else [],
-            num_tokens=sum(len(result.tokens) for result in results),
-            reader=reader,
-            recent_tokens=collect_recent_tokens(results),
-        )
+        results = list(chain(segments, reader.finish(discard_state=body.max_tokens == 0)))
+        text, logprobs = "", list[TokenLogprob]()
+        if echo:
+            text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
+        if echo and body.logprobs is not None:
+            logprobs = get_prompt_logprobs(results, prompt, self.pool.tokenizer, deadline)
+        num_tokens = sum(len(result.tokens) for result in results) if isinstance(prompt, str) else len(prompt)
+        return PrefilledPrompt(text, logprobs, num_tokens, reader, collect_recent_tokens(results))
 
     async def generate(
         self,
@@ -130,7 +143,9 @@ class CompletionService:
         async def stream_chunks() -> AsyncIterator[dict[str, Any]]:
             for index, choice in enumerate(choices):
                 if choice.text:
-                    yield format_response([format_choice(index, choice.text, choice.logprobs)])
+                    # In a thread, since a prompt may be long.
+                    echoed = await to_thread.run_sync(format_choice, index, choice.text, choice.logprobs)
+                    yield format_response([echoed])
             async for index, delta in outputs:
                 yield format_response([format_choice(index, delta.text, choices[index].shift_offsets(delta))])
             for index, choice in enumerate(choices):
@@ -145,11 +160,16 @@ class CompletionService:
         async for index, delta in outputs:
             choices[index].text += delta.text
             choices[index].logprobs += choices[index].shift_offsets(delta)
-        formatted = [
-            format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
-            for index, choice in enumerate(choices)
-        ]
-        return JSONResponse(format_response(formatted, self._record_usage(choices, num_prompt_tokens)))
+        usage = self._record_usage(choices, num_prompt_tokens)
+
+        def format_all() -> Response:
+            formatted = [
+                format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
+                for index, choice in enumerate(_select_best(choices, body.num_candidates, body.n or 1))
+            ]
+            return JSONResponse(format_response(formatted, usage))
+
+        return await to_thread.run_sync(format_all)
 
     def _record_usage(self, choices: list[Choice], num_prompt_tokens: int) -> dict[str, int]:
         """Count the generated tokens, and return the numbers of tokens read and generated."""
@@ -157,6 +177,15 @@ class CompletionService:
         self.metrics.generated_tokens.inc(num_generated)
         total = num_prompt_tokens + num_generated
         return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_generated, "total_tokens": total}
+
+
+def _select_best(choices: Sequence[Choice], num_candidates: int, num_texts: int) -> Sequence[Choice]:
+    """Return the texts of each prompt that are the most likely by mean over their tokens, best first."""
+    if num_candidates == num_texts:
+        return choices
+    groups = [choices[start : start + num_candidates] for start in range(0, len(choices), num_candidates)]
+    ranked = [sorted(group, key=lambda choice: -choice.mean_logprob) for group in groups]
+    return [choice for group in ranked for choice in group[:num_texts]]
 
 
 async def get_service(request: Request) -> CompletionService:
@@ -176,11 +205,10 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
     if not prompts:
         raise APIError(400, "The prompt is an empty list.", "Give a text or tokens.", param="prompt")
     configs = service.build_configs(body, len(prompts))
-    echo = bool(body.echo)
 
     def prefill(prompt: Prompt) -> PrefilledPrompt:
-        reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if echo else 0, deadline=deadline)
-        return service.prefill(reader, prompt, echo=echo, will_generate=body.max_tokens != 0)
+        reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if body.echo else 0, deadline=deadline)
+        return service.prefill(reader, prompt, body, deadline, echo=bool(body.echo))
 
     def prefill_all() -> list[PrefilledPrompt]:
         if len(prompts) == 1:
