@@ -154,7 +154,11 @@ class Tokenizer(ABC):
 
     def align(self, encoded: EncodedChunk) -> list[bytes]:
         """Return the bytes of the text that each token of a chunk stands for; they add up to the chunk."""
-        return [self.token_bytes(token_id) for token_id in encoded.ids.tolist()]
+        return self.token_contents(encoded.ids.tolist(), continues=bool(encoded.chunk.left))
+
+    def token_contents(self, ids: Sequence[int], *, continues: bool) -> list[bytes]:
+        """Return the bytes of each token of a text, or of a part of one that ``continues`` other tokens."""
+        return [self.token_bytes(token_id) for token_id in ids]
 
     def decoder(self, *, continues: bool = False, pending: bytes = b"") -> TextDecoder:
         """Return a decoder of the tokens of one text, as they come; the parts joined equal :meth:`decode`.
@@ -165,9 +169,16 @@ class Tokenizer(ABC):
         """
         return Utf8TextDecoder(self.token_bytes, pending)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
-        return b"".join(self.token_bytes(int(token_id)) for token_id in ids).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], *, complete_only: bool = False) -> str:
+        """Return the text of ids, without special tokens; bytes that are not UTF-8 become U+FFFD.
+
+        If ``complete_only``, leave out an incomplete character at the end.
+        """
+        checked_ids = [int(token_id) for token_id in ids]
+        for token_id in checked_ids:
+            self._check_token_id(token_id)
+        decoder = self.decoder()
+        return "".join([*map(decoder.feed, checked_ids), decoder.release() if complete_only else decoder.finish()])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the tokenizer to a file, atomically."""

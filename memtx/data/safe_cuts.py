@@ -124,7 +124,7 @@ class CutFinder:
     """
 
     def __init__(self, backend: Any, description: Mapping[str, Any], added_tokens: Mapping[str, bool]) -> None:
-        self._backend = backend
+        self.backend = backend
         # Letters that the rules of this tokenizer name.
         rules_text = json.dumps([description.get("normalizer"), description.get("pre_tokenizer")], ensure_ascii=False)
         letters = sorted(set(rules_text))[:256]
@@ -178,7 +178,7 @@ class CutFinder:
 
     def encode(self, chunks: Sequence[TextChunk], *, with_offsets: bool = False) -> list[tuple[Any, slice]]:
         """Encode chunks in parallel; return the library's encodings and the range of each chunk's own tokens."""
-        encode = self._backend.encode_batch if with_offsets else self._backend.encode_batch_fast
+        encode = self.backend.encode_batch if with_offsets else self.backend.encode_batch_fast
         encodings = encode([chunk.left + chunk.text + chunk.right for chunk in chunks], add_special_tokens=False)
         ranges = []
         for chunk, encoding in zip(chunks, encodings, strict=True):
@@ -192,7 +192,7 @@ class CutFinder:
     def _count(self, text: str) -> int:
         """Return the number of ids of a context."""
         if text not in self._num_ids:
-            self._num_ids[text] = len(self._backend.encode(text, add_special_tokens=False)) if text else 0
+            self._num_ids[text] = len(self.backend.encode(text, add_special_tokens=False)) if text else 0
         return self._num_ids[text]
 
     def _next_candidate(self, text: str, position: int) -> int | None:
@@ -213,11 +213,11 @@ class CutFinder:
     def _may_join(self, pair: str) -> bool:
         if len(pair) < 2 or pair == "\r\n" or (self._only_ascii and not pair[1].isascii()):
             return True
-        anchor, first, second = (_spell(self._backend, text) for text in ("a", f"a{pair[0]}", f"a{pair}"))
+        anchor, first, second = (_spell(self.backend, text) for text in ("a", f"a{pair[0]}", f"a{pair}"))
         if not (anchor and len(first) > len(anchor) and len(second) > len(first) and second.startswith(first)):
             return True
         letters = second[len(first) - 1 : len(first) + 1]
-        fuses = self._fuses_unknown and not any(map(self._backend.token_to_id, letters))
+        fuses = self._fuses_unknown and not any(map(self.backend.token_to_id, letters))
         return fuses or letters in self._pairs
 
     def _touches_added_token(self, text: str, cut: int) -> bool:
@@ -237,7 +237,7 @@ class CutFinder:
                 return True
         if not self._normalized_tokens:
             return False
-        window = normalize(self._backend, text[max(0, cut - 2 * self._reach) : cut + 2 * self._reach])
+        window = normalize(self.backend, text[max(0, cut - 2 * self._reach) : cut + 2 * self._reach])
         return any(token in window for token in self._normalized_tokens)
 
 

@@ -28,6 +28,9 @@ class TextDecoder(Protocol):
     def feed(self, token_id: int) -> str:
         """Return the characters that a token completes."""
 
+    def release(self) -> str:
+        """Return the complete characters that are held back; an incomplete one stays."""
+
     def finish(self) -> str:
         """Return the rest of the text; incomplete characters become U+FFFD."""
 
@@ -45,6 +48,10 @@ class Utf8TextDecoder:
     def feed(self, token_id: int) -> str:
         """Return the characters that a token completes."""
         return self._decoder.decode(self._token_bytes(token_id))
+
+    def release(self) -> str:
+        """Return the empty string: no complete character is held back."""
+        return ""
 
     def finish(self) -> str:
         """Return U+FFFD for an incomplete character."""
@@ -159,6 +166,17 @@ class _SpellingDecoder:
         except UnicodeDecodeError:
             return "" if len(self._run) < 2 * MAX_BYTE_RUN else self.finish()
         return self.finish()
+
+    def release(self) -> str:
+        """Return the complete characters of the byte tokens held back, all of them if they are no text."""
+        decoder = codecs.getincrementaldecoder("utf-8")("strict")
+        try:
+            decoder.decode(self._run_bytes())
+        except UnicodeDecodeError:
+            return self.finish()
+        end = len(self._run) - len(decoder.getstate()[0])
+        run, self._run = self._run[:end], self._run[end:]
+        return self._decode(run) if run else ""
 
     def finish(self) -> str:
         """Return the text of the byte tokens held back."""

@@ -43,19 +43,6 @@ _EARLIER_BOS_TOKENS = ("<|begin_of_text|>", "<|endoftext|>", "<s>", "<bos>", "[C
 BOS_KEY, EOS_KEY = "bos_token_id", "eos_token_ids"
 
 
-class _ByteEncoder(TextEncoder):
-    """Encoder of bytes, which needs no chunks."""
-
-    pending = ""
-
-    def feed(self, text: str) -> list[EncodedChunk]:
-        ids = np.frombuffer(encode_utf8(text), dtype=np.uint8).astype(np.uint16)
-        return [EncodedChunk(TextChunk(text), ids)] if text else []
-
-    def flush(self) -> list[EncodedChunk]:
-        return []
-
-
 class ByteTokenizer(Tokenizer):
     """One token per UTF-8 byte, and 256 to begin a document: 257 ids, no training, any text."""
 
@@ -66,9 +53,9 @@ class ByteTokenizer(Tokenizer):
         """Return the UTF-8 bytes of a chunk, ``(bytes,)`` uint16."""
         return np.frombuffer(encode_utf8(chunk), dtype=np.uint8).astype(np.uint16)
 
-    def encoder(self, *, pending: str = "", continues: bool = False, parse_special: bool = False) -> TextEncoder:
-        """Return an encoder that holds nothing back."""
-        return _ByteEncoder()
+    def encode_stream(self, texts: Iterable[str], *, parse_special: bool = False) -> Iterator[TokenIds]:
+        """Encode a text that arrives in any portions; bytes need no chunks."""
+        return map(self.encode_chunk, texts)
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the byte itself; empty for 256."""
@@ -165,6 +152,10 @@ class BackendTokenizer(Tokenizer):
         self._require_backend()
         return self._finders.get(parse_special, self._finders[False])
 
+    def _encoding_backend(self) -> Any:
+        """Return the library's object that encodes texts: special tokens are plain, offsets not trimmed."""
+        return self._finder(parse_special=False).backend
+
     def _encode_chunks(self, chunks: Sequence[TextChunk], parse_special: bool = False) -> list[TokenIds]:
         try:
             encoded = self._finder(parse_special).encode(chunks)
@@ -177,9 +168,7 @@ class BackendTokenizer(Tokenizer):
     def align(self, encoded: EncodedChunk) -> list[bytes]:
         """Return the bytes of the text that each token of a chunk stands for; they add up to the chunk."""
         chunk, ids = encoded
-        contents = [self._speller.token_bytes(token_id) for token_id in ids.tolist()]
-        if contents and not chunk.left:
-            contents[0] = self._speller.first_token_bytes(int(ids[0]))
+        contents = super().align(encoded)
         if b"".join(contents) == chunk.text.encode("utf-8"):
             return contents
         for parse_special in self._finders:
@@ -194,13 +183,12 @@ class BackendTokenizer(Tokenizer):
         self._require_backend()
         return self._speller.decoder(continues=continues, pending=pending)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids as the library spells it, without special tokens."""
-        checked_ids = [int(token_id) for token_id in ids]
-        for token_id in checked_ids:
-            self._check_token_id(token_id)
-        decoder = self.decoder()
-        return "".join([*map(decoder.feed, checked_ids), decoder.finish()])
+    def token_contents(self, ids: Sequence[int], *, continues: bool) -> list[bytes]:
+        """Return the bytes of each token of a text, or of a part of one that ``continues`` other tokens."""
+        contents = [self._speller.token_bytes(token_id) for token_id in ids]
+        if contents and not continues:
+            contents[0] = self._speller.first_token_bytes(ids[0])
+        return contents
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of a token; empty for special tokens and for ids that training did not reach."""

@@ -113,9 +113,7 @@ def _unigram(kind: str) -> Backend:
         pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), metaspace]) if kind == "xlnet" else metaspace
     )
     backend.decoder = decoders.Metaspace(prepend_scheme=metaspace.prepend_scheme)
-    trainer = trainers.UnigramTrainer(
-        vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=300, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False)
     backend.train_from_iterator(CORPUS.split("\n"), trainer)
     return backend
 
