@@ -76,6 +76,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
 
+    def add_parse_special_option(self) -> None:
+        """Add ``--parse-special``."""
+        text = "read text that spells a special token, such as <|im_end|>, as that token"
+        self.add_argument("--parse-special", action="store_true", help=text)
+
     def add_import_option(self) -> None:
         """Add ``--import``."""
         text = "module of your own classes that the checkpoint uses, in this folder or PYTHONPATH; repeatable"
@@ -105,6 +110,15 @@ def number_range(kind: type[N], minimum: float | None = None, maximum: float = M
 
 
 positive_int, non_negative_int, positive_float = number_range(int, 1), number_range(int, 0), number_range(float)
+
+
+def byte_size(text: str) -> int:
+    """Argparse type for a number of bytes such as ``2GiB``, ``500MB`` or ``0``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 2GiB, got {text}")
+    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
+    return min(int(float(match[1]) * (1024 if match[3] else 1000) ** power), MAX_INT)
 
 
 def output_path(text: str) -> str:
@@ -204,7 +218,8 @@ def load_reader(arguments: argparse.Namespace) -> StreamReader:
     """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
     from memtx.inference.reader import StreamReader
 
-    return StreamReader(*load_model(arguments), arguments.segment_length)
+    parse_special = getattr(arguments, "parse_special", False)
+    return StreamReader(*load_model(arguments), arguments.segment_length, parse_special=parse_special)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,6 +164,16 @@ class StreamReader:
         self._incremental_tokenizer = IncrementalTokenizer(tokenizer, parse_special=parse_special)
 
     @property
+    def parse_special(self) -> bool:
+        """If True, text that spells a special token becomes that token."""
+        return self._parse_special
+
+    @parse_special.setter
+    def parse_special(self, value: bool) -> None:
+        self._parse_special = value
+        self.restore(self.snapshot())
+
+    @property
     def device(self) -> torch.device:
         """Device of the state."""
         return self.state.position.device
@@ -199,17 +210,21 @@ class StreamReader:
 
     def _score_next(self, discard_state: bool = False) -> SegmentResult:
         """Score the first pending tokens: a segment, which ends before a begin token, or a begin token alone."""
-        bos_token_id = -1 if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
-        begins_document = self._pending_tokens[: self.segment_length] == bos_token_id
-        length = max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
+        length = self._next_length(0)
         # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
         segment, self._pending_tokens = np.split(self._pending_tokens, [length])
-        if not begins_document[0]:
+        if segment[0] != self.tokenizer.bos_token_id:
             return self._score(segment, discard_state and not len(self._pending_tokens))
         self.state, self.last_token = self.model.init_state(1), int(segment[0])
         start = self.totals.num_tokens
         self.totals = replace(self.totals, num_tokens=start + 1)
         return SegmentResult(segment, np.zeros(1, dtype=np.float32), self._take_contents(1), start)
+
+    def _next_length(self, start: int) -> int:
+        """Return the length of the segment that begins at ``start`` in the pending tokens."""
+        tokens = self._pending_tokens[start : start + self.segment_length]
+        begins_document = np.isin(tokens, self.tokenizer.bos_token_ids)
+        return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
         """Consume text, split anywhere, and yield the segments that it fills; raises DataError if bytes are not UTF-8.
@@ -256,6 +271,34 @@ class StreamReader:
         yield from self._score_full_segments(self._incremental_tokenizer.finish())
         while len(self._pending_tokens):
             yield self._score_next(discard_state)
+
+    def consume(self, prompt: str | bytes | Sequence[int]) -> NDArray[np.int64]:
+        """Consume text or token ids to their end without scoring; return all pending tokens, for :meth:`finish`.
+
+        Raises DataError like :meth:`feed` and :meth:`feed_tokens`, and leaves the reader unchanged then.
+        """
+        fork = self.fork()
+        fork.segment_length = sys.maxsize  # No segment is full.
+        for _ in fork.feed(prompt) if isinstance(prompt, str | bytes) else fork.feed_tokens(prompt):
+            pass
+        for _ in fork._score_full_segments(fork._incremental_tokenizer.finish()):
+            pass
+        self.restore(fork.snapshot())
+        return self._pending_tokens
+
+    def segment_ends(self) -> list[int]:
+        """Return the number of pending tokens up to the end of each segment that :meth:`finish` will score."""
+        ends = [0]
+        while ends[-1] < len(self._pending_tokens):
+            ends.append(ends[-1] + self._next_length(ends[-1]))
+        return ends[1:]
+
+    def skip(self, snapshot: ReaderSnapshot) -> None:
+        """Continue after the first pending tokens, with a snapshot of a reader that has read exactly these."""
+        num_tokens, device = snapshot.totals.num_tokens, self.device
+        self.state, self.last_token = snapshot.state.to(device), snapshot.last_token
+        self._pending_tokens = self._pending_tokens[num_tokens - self.totals.num_tokens :]
+        self.totals = replace(self.totals, nll=snapshot.totals.nll, num_tokens=num_tokens)
 
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position for :meth:`restore`, without copying."""

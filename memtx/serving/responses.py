@@ -97,7 +97,7 @@ class CompletionFormatter:
             "finish_reason": finish_reason,
         }
 
-    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return a response, or a chunk of one."""
         return {
             "id": self.id,

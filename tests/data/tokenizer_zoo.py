@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -61,6 +62,10 @@ def _byte_fallback(legacy: bool, split_spaces: bool = False, metaspace: Any = No
     special_tokens = [*SPECIAL, *byte_tokens]
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special_tokens, limit_alphabet=60, show_progress=False)
     backend.train_from_iterator(CORPUS.replace("\n", " ").split("\n"), trainer)
+    # The bytes are tokens of the vocabulary, not special ones.
+    description = json.loads(backend.to_str())
+    description["added_tokens"] = [token for token in description["added_tokens"] if token["content"] in SPECIAL]
+    backend = Backend.from_str(json.dumps(description))
     backend.pre_tokenizer, steps = metaspace, [decoders.ByteFallback(), decoders.Fuse()]
     if legacy:
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
@@ -69,6 +74,7 @@ def _byte_fallback(legacy: bool, split_spaces: bool = False, metaspace: Any = No
         backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     if metaspace:
         backend.normalizer = None
+        steps.append(decoders.Strip(" ", 1, 0))
     backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), *steps])
     return backend
 
