@@ -157,7 +157,7 @@ ADDED_TOKENS = [
 ]
 ADDED_SPELLINGS = [token.content for token in ADDED_TOKENS]
 # Their text is not the text that was encoded: case, accents, line ends or unknown letters are lost.
-LOSSY = {"bert", "bert-cased", "t5", "xlnet", "unigram-never", "qwen", "gpt2-prefix-space"} | {
+LOSSY = {"llama2-metaspace", "bert", "bert-cased", "t5", "xlnet", "unigram-never", "qwen", "gpt2-prefix-space"} | {
     name for name in BUILDERS if name.startswith("metaspace")
 }
 
