@@ -125,9 +125,9 @@ class BackendTokenizer(Tokenizer):
         tokens = self._backend.get_added_tokens_decoder().values()
         self._finders: dict[bool, CutFinder] = {}
         for parse_special in (False, True) if any(token.special for token in tokens) else (False,):
-            found = {token.content: token.normalized for token in tokens if parse_special or not token.special}
+            added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
             backend = encoding_backend(text, parse_special=parse_special)
-            self._finders[parse_special] = CutFinder(backend, description, found)
+            self._finders[parse_special] = CutFinder(backend, description, added_tokens)
 
     @property
     def is_trained(self) -> bool:
@@ -174,8 +174,8 @@ class BackendTokenizer(Tokenizer):
         for parse_special in self._finders:
             ((encoding, tokens),) = self._finder(parse_special).encode([chunk], with_offsets=True)
             if encoding.ids[tokens] == ids.tolist():
-                starts = [start - len(chunk.left) for start, _ in encoding.offsets[tokens]]
-                return _cut_at(chunk.text, starts)
+                token_starts = [start - len(chunk.left) for start, _ in encoding.offsets[tokens]]
+                return _cut_at(chunk.text, token_starts)
         raise AssertionError("the ids are not those of the chunk")
 
     def decoder(self, *, continues: bool = False, pending: bytes = b"") -> TextDecoder:
@@ -366,7 +366,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return BytePairTokenizer(path=str(path))
 
 
-def _cut_at(text: str, starts: Sequence[int]) -> list[bytes]:
+def _cut_at(text: str, token_starts: Sequence[int]) -> list[bytes]:
     """Return the parts of a text from each start to the next; the first has the text before it too."""
-    borders = [0, *np.maximum.accumulate(np.clip(starts[1:], 0, len(text))).tolist(), len(text)]
-    return [text[start:end].encode("utf-8") for start, end in itertools.pairwise(borders)] if len(starts) else []
+    borders = [0, *np.maximum.accumulate(np.clip(token_starts[1:], 0, len(text))).tolist(), len(text)]
+    return [text[start:end].encode("utf-8") for start, end in itertools.pairwise(borders)] if len(token_starts) else []
