@@ -122,12 +122,12 @@ class BackendTokenizer(Tokenizer):
         self._speller = TokenSpeller(self._backend, description)
         for token_id in self._special_token_ids.values():
             self._speller.hide(token_id)
+        self._finders = {False: self._build_finder(text, description, parse_special=False)}
+
+    def _build_finder(self, text: str, description: Mapping[str, Any], *, parse_special: bool) -> CutFinder:
         tokens = self._backend.get_added_tokens_decoder().values()
-        self._finders: dict[bool, CutFinder] = {}
-        for parse_special in (False, True) if any(token.special for token in tokens) else (False,):
-            added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
-            backend = encoding_backend(text, parse_special=parse_special)
-            self._finders[parse_special] = CutFinder(backend, description, added_tokens)
+        added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
+        return CutFinder(encoding_backend(text, parse_special=parse_special), description, added_tokens)
 
     @property
     def is_trained(self) -> bool:
@@ -150,7 +150,10 @@ class BackendTokenizer(Tokenizer):
 
     def _finder(self, parse_special: bool) -> CutFinder:
         self._require_backend()
-        return self._finders.get(parse_special, self._finders[False])
+        if parse_special not in self._finders:
+            text = self._backend.to_str()
+            self._finders[parse_special] = self._build_finder(text, json.loads(text), parse_special=parse_special)
+        return self._finders[parse_special]
 
     def _encoding_backend(self) -> Any:
         """Return the library's object that encodes texts: special tokens are plain, offsets not trimmed."""
@@ -171,7 +174,7 @@ class BackendTokenizer(Tokenizer):
         contents = super().align(encoded)
         if b"".join(contents) == chunk.text.encode("utf-8"):
             return contents
-        for parse_special in self._finders:
+        for parse_special in (False, True):
             ((encoding, tokens),) = self._finder(parse_special).encode([chunk], with_offsets=True)
             if encoding.ids[tokens] == ids.tolist():
                 token_starts = [start - len(chunk.left) for start, _ in encoding.offsets[tokens]]
