@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from memtx.data.base_tokenizer import ChunkEncoder, EncodedChunk, TextEncoder, TokenIds, Tokenizer
+from memtx.data.encodings import encode_utf8
 from memtx.data.end_tokens import read_eos_token_ids
 from memtx.data.safe_cuts import CutFinder, SafeSplitter, TextChunk
-from memtx.data.text_chunks import encode_utf8, split_text
+from memtx.data.text_chunks import split_text
 from memtx.data.token_decoder import TextDecoder, TokenSpeller
 from memtx.data.tokenizer_files import (
     TOKENIZER_FILE,
