@@ -27,7 +27,7 @@ def naive_recurrent_gated_delta_rule(
     for t in range(q.shape[2]):
         state = state.masked_fill(document_starts[:, t, None, None, None], 0.0)
         if log_decay is not None:
-            state = state * log_decay[:, :, t, None, None].exp()
+            state = state * log_decay[:, :, t].reshape(*state.shape[:2], -1, 1).exp()
         update = v[:, :, t]
         if delta_rule:
             update = update - torch.einsum("bhkv,bhk->bhv", state, k[:, :, t])
@@ -52,7 +52,8 @@ def chunk_gated_delta_rule(
         k: ``(batch, heads, length, key_dim)``; for the delta rule of norm at most 1, or writes overshoot.
         v: ``(batch, heads, length, value_dim)``.
         beta: ``(batch, heads, length)``, the write strengths b.
-        log_decay: ``(batch, heads, length)``, log a, finite and at most 0. None disables decay.
+        log_decay: ``(batch, heads, length)``, log a, finite and at most 0, or ``(batch, heads, length, key_dim)`` for a
+            decay per key channel (Kimi Linear, Kimi Team 2025, section 3). None disables decay.
         state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
         document_starts: ``(batch, length)`` bool, True for the first token of a document.
         delta_rule: If True, remove the value stored under a key before writing.
@@ -82,15 +83,20 @@ def chunk_gated_delta_rule(
         # Decay from write j to read i, from the incoming state to read i, and from write j to the end of the chunk.
         if log_decay is None:
             decay, decay_from_state, decay_to_end = mask.to(q.dtype), sees_state, mask[..., -1, :, None].to(q.dtype)
+        elif log_decay.dim() == 4:
+            total = split_chunks(log_decay).cumsum(-2)
+            gap = total[..., :, None, :] - total[..., None, :, :]
+            decay = gap.masked_fill(~mask[..., None], float("-inf")).exp()
+            decay_from_state, decay_to_end = sees_state * total.exp(), decay[..., -1, :, :]
         else:
             total = split_chunks(log_decay).cumsum(-1)
             # The sum over j + 1 .. i as a difference of logarithms, so that nothing overflows.
             gap = (total[..., :, None] - total[..., None, :]).masked_fill(~mask, float("-inf"))
             decay, decay_from_state = gap.exp(), sees_state * total[..., None].exp()
             decay_to_end = decay[..., -1, :, None]
-        weights = (q @ k.mT) * decay
+        weights = _decayed_products(q, k, decay)
         if delta_rule:
-            system = (b * (k @ k.mT) * decay).tril(-1)
+            system = (b * _decayed_products(k, k, decay)).tril(-1)
             right_side = torch.cat([b * v, b * decay_from_state * k], dim=-1)
             # unitriangular: the diagonal is taken as ones without being read.
             solution = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
@@ -99,10 +105,17 @@ def chunk_gated_delta_rule(
         else:
             u, w_chunks = b * v, None
         # unbind, since slicing chunk by chunk would allocate a full-size gradient per slice.
-        operands = (u, weights, decay_from_state * q, (decay_to_end * k).mT, decay_from_state[..., -1:, :])
+        operands = (u, weights, decay_from_state * q, (decay_to_end * k).mT, decay_from_state[..., -1:, :].mT)
         chunks, outputs = zip(*(x.unbind(2) for x in operands), strict=True), []
         for index, (values, weight, query, key, state_decay) in enumerate(chunks):
             update = values if w_chunks is None else values - w_chunks[index] @ state
             outputs.append(query @ state + weight @ update)
             state = state_decay * state + key @ update
         return torch.cat(outputs, dim=2)[:, :, :length], state
+
+
+def _decayed_products(q: Tensor, k: Tensor, decay: Tensor) -> Tensor:
+    """Return the products of queries and keys within chunks, decayed per pair or, with one dimension more, channel."""
+    if decay.dim() == q.dim():
+        return (q @ k.mT) * decay
+    return torch.einsum("...ik,...jk,...ijk->...ij", q, k, decay)
