@@ -172,7 +172,26 @@ ROPE_SCALINGS: dict[str, tuple[Callable[..., RotaryFrequencies], RopeParser] | N
 """Scalings of rotary positions by ``rope_type``; None for unscaled frequencies."""
 
 
-def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int], Positions], int]:
+def build_partial_rotary(
+    config: HFConfig, max_length: int, head_dim: int, default_factor: float = 1.0
+) -> tuple[Callable[[int, int], Positions], int, int]:
+    """Return what :func:`build_rotary` does and the number of rotated channels of a head.
+
+    Their share is ``partial_rotary_factor``, or ``default_factor`` if config.json omits it.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stored = [values.get("partial_rotary_factor") for values in (rope, config) if hasattr(values, "get")]
+    factor = next((value for value in stored if value is not None), default_factor)
+    rotary_dim = int(head_dim * HFConfig({"partial_rotary_factor": factor}).get_float("partial_rotary_factor"))
+    whole = HFConfig(
+        {**config.values, "partial_rotary_factor": 1.0, "rope_scaling": None}
+        | {"rope_parameters": {**rope, "partial_rotary_factor": 1.0} if isinstance(rope, dict) else rope}
+    )
+    positions, max_length = build_rotary(whole, max_length)
+    return partial(positions, rotary_dim=rotary_dim), max_length, rotary_dim
+
+
+def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[..., Positions], int]:
     """Return the factory of a layer's rotary positions, and the number of positions that the model supports.
 
     Reads both formats: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters``. ``max_length`` is the number of

@@ -49,8 +49,11 @@ DECODERS = {
     "gpt2": "memtx.hf.gpt2:build",
     "llama": "memtx.hf.llama:build",
     "mistral": "memtx.hf.llama:build",
+    "olmo_hybrid": "memtx.hf.hybrid:build_olmo_hybrid",
     "qwen2": "memtx.hf.llama:build",
     "qwen3": "memtx.hf.llama:build",
+    "qwen3_5_text": "memtx.hf.hybrid:build_qwen3_5",
+    "qwen3_next": "memtx.hf.hybrid:build_qwen3_next",
 }
 MODEL_TYPES = ENCODERS | DECODERS
 """``model_type`` -> "module:function" that builds the model from an :class:`~memtx.hf.checkpoint.HFCheckpoint`."""
