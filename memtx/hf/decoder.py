@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,19 @@ ATTENTION_KEYS = {
 }
 """Places of the parts that all these layouts name alike; see :class:`~memtx.hf.layout.KeyMapping`."""
 
-EXTRA_PATTERNS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", r"mtp\..*")
+PRE_NORM_KEYS = {
+    "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
+    "blocks.{}.feed_forward_norm": ["layers.{}.post_attention_layernorm"],
+}
+
+EXTRA_PATTERNS = (
+    r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",
+    # Heads that predict several tokens, and the parts for images.
+    r"mtp\..*",
+    r"(model\.)?(visual|vision_tower|multi_modal_projector)\..*",
+)
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+"""Prefixes of the text part in models of text and images."""
 
 SpecialEntries = Callable[[str, Tensor], "Iterable[WeightEntry] | None"]
 """Returns the entries of a weight that a layout stores in its own way, given its name; None for other weights."""
@@ -69,8 +82,8 @@ def load_decoder(
     config: DecoderConfig,
     *,
     rotary_dim: int | None = None,
+    rotated_layers: Sequence[bool] | None = None,
     special_entries: SpecialEntries = lambda name, tensor: None,
-    tied_by_default: bool = False,
     **options: Any,
 ) -> MemoryTransformer:
     """Build a decoder with the config's sizes and other constructor arguments, and load its weights.
@@ -79,45 +92,52 @@ def load_decoder(
         hf_checkpoint: Content of the folder.
         mapping: Names of the layout.
         config: Sizes.
-        rotary_dim: Channels of a head that are rotated; None for all, 0 for none.
+        rotary_dim: Channels of a head that are rotated. Defaults to all.
+        rotated_layers: For each layer, whether its heads are rotated. Defaults to all.
         special_entries: Entries of weights that are stored in a way of their own.
-        tied_by_default: Whether the head is the embedding if config.json does not say.
         **options: Further arguments of :class:`MemoryTransformer`.
     """
-    tied = has_tied_weights(hf_checkpoint, mapping, LM_HEAD_KEY, EMBEDDING_KEY, default=tied_by_default)
-    bias = config.get_bool("attention_bias", False)
-    model_factory = partial(
-        MemoryTransformer, config.get_int("vocab_size"), config.dim, config.depth, config.heads, config.kv_heads,
-        head_dim=config.head_dim, bias=bias, tie_embeddings=tied,
-        attention_dropout=config.get_float("attention_dropout", 0.0), **options,
-    )  # fmt: skip
+    prefixes = (prefix for prefix in TEXT_PREFIXES if any(name.startswith(prefix) for name in hf_checkpoint.tensors))
+    mapping = replace(mapping, prefix=next(prefixes, mapping.prefix))
+    tied = config.get_bool("tie_word_embeddings", False)
+    tied = has_tied_weights(hf_checkpoint, mapping, LM_HEAD_KEY, EMBEDDING_KEY, default=tied)
+    sizes = config.get_int("vocab_size"), config.dim, config.depth, config.heads, config.kv_heads
+    options = {"bias": config.get_bool("attention_bias", False), "head_dim": config.head_dim, **options}
+    dropout = config.get_float("attention_dropout", 0.0)
+    model_factory = partial(MemoryTransformer, *sizes, attention_dropout=dropout, tie_embeddings=tied, **options)
 
     def build_entries(weights: Mapping[str, Tensor]) -> list[WeightEntry]:
         entries: list[WeightEntry] = []
         for name, tensor in weights.items():
             special = special_entries(name, tensor)
-            entries += special if special is not None else _standard_entries(name, tensor, mapping, config, rotary_dim)
+            is_rotated = rotated_layers is None or not name.startswith("blocks.") or rotated_layers[_layer(name)]
+            rotary = (config if is_rotated else None), rotary_dim
+            entries += special if special is not None else _standard_entries(name, tensor, mapping, *rotary)
         return entries
 
     return load_weights(model_factory, hf_checkpoint, mapping, build_entries)
 
 
 def _standard_entries(
-    name: str, tensor: Tensor, mapping: KeyMapping, config: DecoderConfig, rotary_dim: int | None
+    name: str, tensor: Tensor, mapping: KeyMapping, rotated: DecoderConfig | None, rotary_dim: int | None
 ) -> list[WeightEntry]:
-    """Return the entries of a weight: halves of joined projections apart, rotated heads reordered."""
+    """Return the entries of a weight: halves of joined projections apart, heads that are rotated reordered.
+
+    ``rotated`` has the numbers of heads; None if the layer's are not rotated.
+    """
     keys, half = mapping.candidate_keys(name), tensor.shape[0] // 2
-
-    def rotated(heads: int) -> int:
-        return 0 if rotary_dim == 0 else heads
-
     if ".attention.key_value." in name or ".gate_up." in name:
-        heads = rotated(config.kv_heads) if ".key_value." in name else 0
+        heads = rotated.kv_heads if rotated and ".key_value." in name else 0
         slices = [RowSlice(name, 0, half, heads, rotary_dim), RowSlice(name, half, half)]
         return [(WeightTransform((part,)), [key]) for part, key in zip(slices, keys, strict=True)]
     heads = 0
-    if ".attention.query." in name:
-        heads = rotated(config.heads)
-    elif ".query_norm." in name or ".key_norm." in name:
-        heads = rotated(max(tensor.shape[0] // config.head_dim, 1))
+    if rotated and ".attention.query." in name:
+        heads = rotated.heads
+    elif rotated and (".query_norm." in name or ".key_norm." in name):
+        heads = max(tensor.shape[0] // rotated.head_dim, 1)
     return [(WeightTransform((RowSlice(name, rotary_heads=heads, rotary_dim=rotary_dim if heads else None),)), keys)]
+
+
+def _layer(name: str) -> int:
+    """Return the layer of a weight's name, ``blocks.LAYER....``."""
+    return int(name.split(".")[1])

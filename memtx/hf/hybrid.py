@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from memtx.hf.checkpoint import HFCheckpoint
 from memtx.hf.config import HFConfig, build_partial_rotary, build_rotary, build_window_memories
-from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, DecoderConfig, load_decoder
+from memtx.hf.decoder import ATTENTION_KEYS, EXTRA_PATTERNS, PRE_NORM_KEYS, DecoderConfig, load_decoder
 from memtx.hf.layout import KeyMapping, RowSlice, WeightEntry, WeightTransform
 from memtx.layers.feed_forward import SwiGLU
 from memtx.layers.mixture_of_experts import MixtureOfExperts
@@ -21,10 +21,6 @@ from memtx.memory.gated_delta_net import GatedDeltaNet
 from memtx.models.memory_transformer import MemoryTransformer
 
 MEMORY = "blocks.{}.attention.memory."
-PRE_NORM_KEYS = {
-    "blocks.{}.attention_norm": ["layers.{}.input_layernorm"],
-    "blocks.{}.feed_forward_norm": ["layers.{}.post_attention_layernorm"],
-}
 DELTA_KEYS = {
     MEMORY + "conv_weight": ["layers.{}.linear_attn.conv1d.weight"],
     MEMORY + "log_decay_rate": ["layers.{}.linear_attn.A_log"],
@@ -148,8 +144,8 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
         if not name.endswith(".memory.qkv.weight"):
             return None
-        starts = [0, widths[0], sum(widths), tensor.shape[0]]
-        slices = [RowSlice(name, start, end - start) for start, end in pairwise(starts)]
+        bounds = [0, widths[0], sum(widths), tensor.shape[0]]
+        slices = [RowSlice(name, start, end - start) for start, end in pairwise(bounds)]
         return [(WeightTransform((part,)), [key]) for part, key in zip(slices, OLMO.candidate_keys(name), strict=True)]
 
     types = _layer_types(config)
@@ -172,7 +168,7 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
         hf_checkpoint,
         OLMO,
         config,
-        rotary_dim=None if has_positions else 0,
+        rotated_layers=[has_positions] * config.depth,
         special_entries=special_entries,
         memories=_hybrid_memories(window, max_length, types, memory),
         norm=norm,

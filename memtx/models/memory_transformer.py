@@ -157,8 +157,8 @@ class MemoryTransformer(PretrainedModel):
         )  # fmt: skip
         position_args = heads, head_dim if head_dim is not None else dim // heads
         self.blocks = nn.ModuleList(
-            _build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, place, dropout)
-            for stack, make_positions, make_ff, place in zip(
+            _build_block(dim, stack, attention, partial(make_positions, *position_args), make_ff, norm, norms, dropout)
+            for stack, make_positions, make_ff, norms in zip(
                 _memory_stacks(memories, depth),
                 _per_layer("positions", positions, depth),
                 _per_layer("feed_forward", feed_forward, depth),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -163,6 +163,31 @@ class YarnScaling(RotaryFrequencies):
         pair = torch.arange(self.head_dim // 2, dtype=torch.float64, device=device)
         ramp = ((pair - first) / (last - first)).clamp(0.0, 1.0)
         return torch.lerp(unscaled, unscaled / self.scaling_factor, ramp)
+
+
+class LongRopeScaling(RotaryFrequencies):
+    """A searched factor per pair slows it down (LongRoPE, Ding et al. 2024, section 3; as in Phi-3).
+
+    Args:
+        head_dim: Width of a head, even.
+        base: Base of the frequencies.
+        factors: Factor of each pair.
+        attention_factor: Factor of rotated queries and keys.
+
+    Raises:
+        MemtxError: The number of factors is not that of the pairs.
+    """
+
+    def __init__(self, head_dim: int, base: float, factors: Sequence[float], attention_factor: float = 1.0) -> None:
+        super().__init__(head_dim, base)
+        if len(factors) != head_dim // 2:
+            message = f"LongRope has {len(factors)} factors for {head_dim // 2} pairs of channels."
+            raise MemtxError(message, "Give one factor per pair.")
+        self.factors, self.attention_factor = tuple(map(float, factors)), attention_factor
+
+    def inv_freq(self, device: torch.device) -> Tensor:
+        """Return all frequencies divided by their factors."""
+        return super().inv_freq(device) / torch.tensor(self.factors, dtype=torch.float64, device=device)
 
 
 class Rotary(Positions):
