@@ -55,11 +55,13 @@ QWEN = KeyMapping(
 OLMO = KeyMapping(
     hf_keys={
         **ATTENTION_KEYS,
-        **PRE_NORM_KEYS,
         **DELTA_KEYS,
+        # The second names are those of the published folders.
+        "blocks.{}.attention_norm": ["layers.{}.input_layernorm", "layers.{}.attention_layer_norm"],
+        "blocks.{}.feed_forward_norm": ["layers.{}.post_attention_layernorm", "layers.{}.feedforward_layer_norm"],
         "blocks.{}.attention.query_norm.norm": ["layers.{}.self_attn.q_norm"],
         "blocks.{}.attention.key_norm.norm": ["layers.{}.self_attn.k_norm"],
-        "blocks.{}.attention_post_norm": ["layers.{}.post_attention_layernorm"],
+        "blocks.{}.attention_post_norm": ["layers.{}.post_attention_layernorm", "layers.{}.feedforward_layer_norm"],
         "blocks.{}.feed_forward_post_norm": ["layers.{}.post_feedforward_layernorm"],
         # Three keys, with the rows of queries, keys and values.
         MEMORY + "qkv": [f"layers.{{}}.linear_attn.{part}_proj" for part in "qkv"],
@@ -139,14 +141,21 @@ def build_olmo_hybrid(hf_checkpoint: HFCheckpoint, window: int | None) -> Memory
     config = DecoderConfig(hf_checkpoint.config, **OLMO_DEFAULTS)
     key_heads = config.get_int("linear_num_key_heads", config.heads)
     key_dim = config.get_int("linear_key_head_dim", int(0.75 * config.dim / key_heads))
-    widths = [key_heads * key_dim] * 2
+    shapes = {OLMO.normalize_key(name): tensor.shape for name, tensor in hf_checkpoint.tensors.items()}
 
     def special_entries(name: str, tensor: Tensor) -> list[WeightEntry] | None:
-        if not name.endswith(".memory.qkv.weight"):
+        keys = [f"layers.{name.split('.')[1]}.linear_attn.{part}_conv1d.weight" for part in "qkv"]
+        widths = [key_heads * key_dim, key_heads * key_dim]
+        if name.endswith(".memory.qkv.weight"):
+            keys = OLMO.candidate_keys(name)
+        elif name.endswith(".memory.conv_weight") and all(key in shapes for key in keys):
+            # transformers 5 writes thirds, the published folders the parts' own widths.
+            widths = [shapes[key][0] for key in keys[:2]]
+        else:
             return None
         bounds = [0, widths[0], sum(widths), tensor.shape[0]]
         slices = [RowSlice(name, start, end - start) for start, end in pairwise(bounds)]
-        return [(WeightTransform((part,)), [key]) for part, key in zip(slices, OLMO.candidate_keys(name), strict=True)]
+        return [(WeightTransform((part,)), [key]) for part, key in zip(slices, keys, strict=True)]
 
     types = _layer_types(config)
     norm = partial(nn.RMSNorm, eps=config.get_float("rms_norm_eps", 1e-6))

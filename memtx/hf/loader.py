@@ -107,7 +107,7 @@ def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
     if not isinstance(text_config, dict):
         raise CheckpointError(f"'{hf_checkpoint.path}' has no text_config.", "Restore config.json.")
     tied = {key: value for key, value in hf_checkpoint.config.items() if key == "tie_word_embeddings"}
-    logger.info("'%s' reads text and images; only its text part is used.", hf_checkpoint.path)
+    logger.warning("'%s' reads text and images; only its text part is used.", hf_checkpoint.path)
     return replace(hf_checkpoint, config={**tied, **text_config, "model_type": part})
 
 
