@@ -19,7 +19,7 @@ from memtx.memory.base import ContentAttention, Memory, View
 from memtx.memory.parts import merge_heads, split_heads
 from memtx.memory.recurrent import update_cache
 from memtx.ops.cpu.linear import Linear
-from memtx.ops.delta_rule import chunk_gated_delta_rule
+from memtx.ops.delta_rule import gated_delta_rule
 from memtx.segment import Segment
 from memtx.state import state_dataclass
 
@@ -127,7 +127,7 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
             log_decay = log_decay.masked_fill(is_padding if log_decay.dim() == 3 else is_padding[..., None], 0.0)
         dtype = beta.dtype
         q, k, v = self._address(q, dtype) * self.key_dim**-0.5, self._address(k, dtype), split_heads(v, self.heads)
-        out, matrix = chunk_gated_delta_rule(
+        out, matrix = gated_delta_rule(
             q, k, v.to(dtype), beta, log_decay, state.matrix.to(dtype), segment.position == 0
         )
         return self._output(merge_heads(out), x), GatedDeltaNetState(
@@ -143,7 +143,8 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
         q, k, v = torch.split(mixed[:, None], self.widths, dim=-1)
         beta, log_decay = self._gates(x[:, None])
         dtype, matrix = state.matrix.dtype, state.matrix
-        q, k = (self._address(part, dtype)[:, :, 0] for part in (q, k))
+        ratio = self.heads // self.key_heads
+        q, k = (self._address(part, dtype)[:, :, 0].repeat_interleave(ratio, dim=1) for part in (q, k))
         v = v.reshape(-1, self.heads, self.value_dim).to(dtype)
         # (batch, heads, 1 or key_dim, 1)
         matrix.mul_(log_decay.to(dtype).exp().view(*matrix.shape[:2], -1, 1))
@@ -182,10 +183,9 @@ class GatedDeltaNet(Memory[GatedDeltaNetState]):
         return beta * 2.0 if self.negative_eigenvalues else beta, log_decay
 
     def _address(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return normalized queries or keys for every matrix, ``(batch, heads, length, key_dim)``."""
+        """Return normalized queries or keys, ``(batch, key_heads, length, key_dim)``."""
         x = split_heads(x, self.key_heads).to(dtype)
-        x = x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-        return x.repeat_interleave(self.heads // self.key_heads, dim=1)
+        return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
     def _output(self, reads: Tensor, x: Tensor) -> Tensor:
         """Normalize and gate reads, ``(..., heads * value_dim)``, and project them to dim."""

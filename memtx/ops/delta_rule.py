@@ -14,15 +14,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memtx.ops.cpu import delta_rule as cpu_delta_rule
+
 CHUNK_SIZE = 32
 """Tokens per chunk: fastest of 8 to 128 on one CPU thread, forward and backward, with heads of 32 and 64."""
+
+
+def gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
+    *, delta_rule: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write and read all tokens in order, with the fastest implementation for the device and dtype.
+
+    Args:
+        q: ``(batch, key_heads, length, key_dim)``; each key head serves ``heads / key_heads`` matrices.
+        k: ``(batch, key_heads, length, key_dim)``; for the delta rule of norm at most 1, or writes overshoot.
+        v: ``(batch, heads, length, value_dim)``.
+        beta: ``(batch, heads, length)``, the write strengths b.
+        log_decay: ``(batch, heads, length)``, log a, finite and at most 0, or ``(batch, heads, length, key_dim)`` for a
+            decay per key channel (Kimi Linear, Kimi Team 2025, section 3). None disables decay.
+        state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
+        document_starts: ``(batch, length)`` bool, True for the first token of a document.
+        delta_rule: If True, remove the value stored under a key before writing.
+
+    Returns:
+        ``(batch, heads, length, value_dim)``, each token's read after its own write, and the final matrix. Both have
+        the common dtype of the inputs; autocast is disabled.
+    """
+    dtypes = {x.dtype for x in (q, k, v, beta, state)} | ({log_decay.dtype} if log_decay is not None else set())
+    if q.device.type == "cpu" and dtypes == {torch.float32} and cpu_delta_rule.is_available():
+        inputs = (q, k, v, beta, log_decay, state, document_starts)
+        return cpu_delta_rule.recurrent_gated_delta_rule(*inputs, delta_rule=delta_rule)
+    ratio = v.shape[1] // q.shape[1]
+    q, k = q.repeat_interleave(ratio, dim=1), k.repeat_interleave(ratio, dim=1)
+    return chunk_gated_delta_rule(q, k, v, beta, log_decay, state, document_starts, delta_rule=delta_rule)
 
 
 def naive_recurrent_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
     *, delta_rule: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Compute :func:`chunk_gated_delta_rule` token by token; the reference for tests."""
+    """Compute :func:`gated_delta_rule` token by token, with as many key heads as matrices; the reference for tests."""
     outputs = []
     for t in range(q.shape[2]):
         state = state.masked_fill(document_starts[:, t, None, None, None], 0.0)
@@ -41,27 +73,22 @@ def chunk_gated_delta_rule(
     q: Tensor, k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None, state: Tensor, document_starts: Tensor,
     *, delta_rule: bool = True, chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Write and read all tokens, in parallel within a chunk and recurrently from chunk to chunk.
+    """Compute :func:`gated_delta_rule`, in parallel within a chunk and recurrently from chunk to chunk.
 
     Within a chunk every u depends on the earlier ones, u = b (v - ... k'k u), a unit lower triangular system. It is
     solved for all chunks at once, separately for the values and for the incoming state (WY form, Yang et al. 2024b,
     section 3.2), so that only small products remain sequential. Tokens of other documents are masked.
 
     Args:
-        q: ``(batch, heads, length, key_dim)``.
-        k: ``(batch, heads, length, key_dim)``; for the delta rule of norm at most 1, or writes overshoot.
-        v: ``(batch, heads, length, value_dim)``.
-        beta: ``(batch, heads, length)``, the write strengths b.
-        log_decay: ``(batch, heads, length)``, log a, finite and at most 0, or ``(batch, heads, length, key_dim)`` for a
-            decay per key channel (Kimi Linear, Kimi Team 2025, section 3). None disables decay.
-        state: ``(batch, heads, key_dim, value_dim)``, the matrix before the first token.
-        document_starts: ``(batch, length)`` bool, True for the first token of a document.
+        q: ``(batch, heads, length, key_dim)``; other arguments and results as in :func:`gated_delta_rule`.
+        k: Keys.
+        v: Values.
+        beta: Write strengths.
+        log_decay: Log decays.
+        state: Matrix before the first token.
+        document_starts: First tokens of documents.
         delta_rule: If True, remove the value stored under a key before writing.
         chunk_size: Tokens per chunk.
-
-    Returns:
-        ``(batch, heads, length, value_dim)``, each token's read after its own write, and the final matrix. Both have
-        the common dtype of the inputs; autocast is disabled.
     """
     length = q.shape[2]
     chunk_size = min(chunk_size, length)
