@@ -7,19 +7,24 @@ import contextlib
 import importlib
 import json
 import re
+import shlex
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from memtx import files
 from memtx.cli.errors import EXIT_USAGE_ERROR, print_error, run, shorten_message
 from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
+    from memtx.data.sources.base import Corpus
     from memtx.data.tokenizers import Tokenizer
     from memtx.inference.predictor import BasePredictor
     from memtx.inference.reader import StreamReader
+    from memtx.layers.block import Block
     from memtx.models.memory_transformer import MemoryTransformer
 
 N = TypeVar("N", int, float)
@@ -52,6 +57,7 @@ class Parser(argparse.ArgumentParser):
     def run(self, argv: list[str], body: Callable[[argparse.Namespace], int | None]) -> int:
         """Parse the arguments, call ``body`` with them and return the exit code of :func:`run`."""
         arguments = self.parse(argv)
+        arguments.argv = argv
         return run(lambda: body(arguments), traceback=arguments.traceback)
 
     def error(self, message: str) -> NoReturn:
@@ -65,16 +71,30 @@ class Parser(argparse.ArgumentParser):
         print_error(shorten_message(message, options))
         raise SystemExit(EXIT_USAGE_ERROR)
 
-    def add_model_options(self, *, checkpoint: bool = True, segment_length: int | None = 512) -> None:
-        """Add ``--checkpoint``, ``--segment-length`` with its default, ``--device``, ``--dtype`` and ``--import``."""
+    def add_model_options(
+        self, *, checkpoint: bool = True, segment_length: int | None = 512, window: bool = False
+    ) -> None:
+        """Add ``--checkpoint``, ``--segment-length`` with its default, ``--device``, ``--dtype`` and ``--import``.
+
+        If ``window`` is True, add ``--window`` too.
+        """
         if checkpoint:
             text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
             self.add_argument("--checkpoint", required=True, help=text)
         if segment_length is not None:
             self.add_argument("--segment-length", type=positive_int, default=segment_length, help="tokens per call")
-        self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
+        if window:
+            text = "tokens that a Hugging Face decoder sees exactly; defaults to as many as it was trained on"
+            self.add_argument("--window", type=positive_int, metavar="N", help=text)
+        text = "device to compute on, such as cpu, cuda or cuda:1; auto takes an accelerator if there is one"
+        self.add_argument("--device", default="auto", help=text)
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
+
+    def add_parse_special_option(self) -> None:
+        """Add ``--parse-special``."""
+        text = "read text that spells a special token, such as <|im_end|>, as that token"
+        self.add_argument("--parse-special", action="store_true", help=text)
 
     def add_import_option(self) -> None:
         """Add ``--import``."""
@@ -137,12 +157,19 @@ def read_input(path: str) -> tuple[bytes, str]:
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """Decode a text, or raise DataError if it is not UTF-8."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{name} is not UTF-8: {reason}.", "Convert it, for example with iconv.") from error
+    """Decode a text without its byte order mark, or raise DataError if it is not UTF-8."""
+    from memtx.data.encodings import Utf8Decoder
+
+    return Utf8Decoder(name).decode(content, final=True)
+
+
+def open_corpus(root: str) -> Corpus:
+    """Open a corpus and write what is left out, and how texts are assigned to splits, on stderr."""
+    from memtx.data.sources.corpus import open_corpus
+
+    corpus = open_corpus(root)
+    sys.stderr.writelines(f"memtx: {note}\n" for note in corpus.notes)
+    return corpus
 
 
 @contextlib.contextmanager
@@ -158,13 +185,20 @@ def get_placement(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return device and dtype as keywords of ``nn.Module.to``; raises MemtxError if the device cannot be used."""
     import torch
 
-    try:
-        device = torch.device(arguments.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise MemtxError(f"--device {arguments.device} cannot be used: {reason}", "Try cpu.") from error
-    return {"device": device, "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None}
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    best, reason = torch.accelerator.current_accelerator(check_available=True), ""
+    available = "cpu" if best is None else f"{best.type}, cpu"
+    for name in available.split(", ") if arguments.device == "auto" else [arguments.device]:
+        if reason:
+            sys.stderr.write(f"memtx: {available.partition(',')[0]} cannot be used ({reason}); using the CPU.\n")
+        try:
+            device = torch.device(name)
+            torch.ones(1, device=device, dtype=dtype).item()  # MPS has no float64, meta no values
+            return {"device": device, "dtype": dtype}
+        except (RuntimeError, AssertionError, TypeError) as error:
+            lines = str(error).partition("one of cpu, ")[0].splitlines()
+            reason = "there is no such device" if not lines or lines[0].endswith("Expected ") else lines[0].rstrip(".")
+    raise MemtxError(f"--device {arguments.device} cannot be used: {reason}.", f"Use auto, or one of: {available}.")
 
 
 @contextlib.contextmanager
@@ -189,13 +223,36 @@ def user_modules(names: Sequence[str]) -> Iterator[None]:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError."""
+    """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError.
+
+    For a Hugging Face decoder, a line on stderr says what it sees.
+    """
     placement = get_placement(arguments)
     from memtx.checkpoint.load import load_model_and_tokenizer
 
     with user_modules(arguments.modules):
-        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)
-    return model.to(**placement), tokenizer
+        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint, getattr(arguments, "window", None))
+    model = model.to(**placement)
+    if model.hf_origin is not None:
+        sys.stderr.write(f"memtx: {describe_window(model)}\n")
+    return model, tokenizer
+
+
+def describe_window(model: MemoryTransformer) -> str:
+    """Return a sentence that says how many tokens a model sees exactly, and how large its state is."""
+    from memtx.memory.recurrent import RecurrentMemory
+
+    memories = [block.attention.memory for block in cast("list[Block]", list(model.blocks))]
+    layers = Counter(int(memory.window) for memory in memories if isinstance(memory, RecurrentMemory))
+    window, trained_length = (
+        max(layers, default=0),
+        max(getattr(memory, "trained_length", 0) or 0 for memory in memories),
+    )
+    trained = f"trained on {trained_length:,}" if trained_length not in (0, window) else "as trained"
+    parts = [f"the last {window:,} tokens exactly ({trained})"]
+    parts += [f"{other:,} in {layers[other]} of {model.depth} layers" for other in sorted(layers, reverse=True)[1:]]
+    state_bytes = model.init_state(1, device="meta").nbytes
+    return f"the model sees {', '.join(parts)}; its state takes {state_bytes / 1e6:,.1f} MB; --window N changes it"
 
 
 def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:
@@ -213,7 +270,8 @@ def load_reader(arguments: argparse.Namespace) -> StreamReader:
     """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
     from memtx.inference.reader import StreamReader
 
-    return StreamReader(*load_model(arguments), arguments.segment_length)
+    parse_special = getattr(arguments, "parse_special", False)
+    return StreamReader(*load_model(arguments), arguments.segment_length, parse_special=parse_special)
 
 
 @contextlib.contextmanager
@@ -251,6 +309,31 @@ def print_table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
     for cells in lines:
         table.add_row(*cells)
     Console().print(table)
+
+
+def command_line(*words: str) -> str:
+    """Return a command line of this program, quoted for a shell; the program is named as it can be typed here."""
+    script = sys.argv[0]
+    is_module = script.endswith("__main__.py")
+    path = sys.executable if is_module else script
+    name = Path(path).name
+    is_on_path = not Path(path).exists() or (name and shutil.which(name) == str(Path(path).absolute()))
+    return shlex.join([name if is_on_path else path, *(["-m", "memtx"] if is_module else []), *words])
+
+
+def checkpoint_words(arguments: argparse.Namespace) -> list[str]:
+    """Return ``--checkpoint`` and ``--import`` as they were given, for the next command."""
+    modules = [word for module in arguments.modules for word in ("--import", module)]
+    return ["--checkpoint", arguments.checkpoint, *modules]
+
+
+def print_next_command(purpose: str, *words: str, is_data: bool = False, stderr: bool = False) -> None:
+    """Print the command to type next.
+
+    If ``is_data`` is True, stdout holds data for other programs: the line goes to stderr, and only to a terminal.
+    """
+    if not is_data or sys.stderr.isatty():
+        (sys.stderr if is_data or stderr else sys.stdout).write(f"{purpose}: {command_line(*words)}\n")
 
 
 def write_json_output(path: str | None, value: Any) -> None:
