@@ -70,8 +70,8 @@ class LanguageMetrics(nn.ModuleDict):
         if not len(self._token_sizes):
             return torch.ones((), dtype=torch.float64, device=labels.device)
         self._token_sizes = self._token_sizes.to(labels.device)
-        num_chars, num_bytes = self._token_sizes[labels[labels != IGNORE_INDEX]].sum(0)
-        return num_chars / num_bytes.clamp(min=1)
+        sizes_sum: Tensor = self._token_sizes[labels[labels != IGNORE_INDEX]].sum(0)
+        return sizes_sum[0] / sizes_sum[1].clamp(min=1)
 
 
 class MemoryGain(nn.Module):
