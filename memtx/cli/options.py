@@ -18,6 +18,7 @@ from memtx.cli.errors import EXIT_USAGE_ERROR, print_error, run, shorten_message
 from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
+    from memtx.data.sources.base import Corpus
     from memtx.data.tokenizers import Tokenizer
     from memtx.inference.predictor import BasePredictor
     from memtx.inference.reader import StreamReader
@@ -147,12 +148,19 @@ def read_input(path: str) -> tuple[bytes, str]:
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """Decode a text, or raise DataError if it is not UTF-8."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{name} is not UTF-8: {reason}.", "Convert it, for example with iconv.") from error
+    """Decode a text without its byte order mark, or raise DataError if it is not UTF-8."""
+    from memtx.data.encodings import Utf8Decoder
+
+    return Utf8Decoder(name).decode(content, final=True)
+
+
+def open_corpus(root: str) -> Corpus:
+    """Open a corpus and write what is left out, and how texts are assigned to splits, on stderr."""
+    from memtx.data.sources.corpus import open_corpus
+
+    corpus = open_corpus(root)
+    sys.stderr.writelines(f"memtx: {note}\n" for note in corpus.notes)
+    return corpus
 
 
 @contextlib.contextmanager
