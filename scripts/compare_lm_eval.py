@@ -178,6 +178,7 @@ def main() -> int:
         run("hf", "hf", pretrained | {"device": "cpu"}, list(TASKS))
         run("hf, chat", "hf", pretrained | {"device": "cpu"}, ["generation"], chat=True)
         run("memtx", "memtx", pretrained, list(TASKS))
+        run("memtx, chat", "memtx", pretrained, ["generation"], chat=True)
         with serve(folder, workdir) as address:
             server = {"model": "served", "tokenizer": str(folder), "tokenizer_backend": "huggingface"}
             completions = server | {"base_url": f"{address}/v1/completions", "num_concurrent": 4}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import lm_eval.models  # noqa: F401  (registers the harness's own models, which it does only before any other)
@@ -17,10 +18,15 @@ import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
+from numpy.typing import NDArray
 
+from memtx import files
 from memtx.checkpoint.load import load_model_and_tokenizer
+from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
+from memtx.inference.chat_template import ChatTemplate, load_chat_template
 from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig
+from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.inference.sessions.pool import SessionPool
 
@@ -34,7 +40,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     """A model for lm-evaluation-harness. Contexts are never truncated, and a context of several requests is read once.
 
     Results are those of the model ``hf`` with the same folder, up to rounding, as long as the model sees as far; but
-    ``loglikelihood_rolling`` reads the begin token once where ``hf`` reads it twice.
+    ``loglikelihood_rolling`` reads a begin token once where ``hf`` reads it twice if the tokenizer adds it.
 
     Args:
         pretrained: Model folder, checkpoint or run folder.
@@ -67,6 +73,9 @@ class HarnessModel(LM):  # type: ignore[misc]
         super().__init__()
         model, self.tokenizer = load_model_and_tokenizer(pretrained, window)
         model.to(device=device or "cpu", dtype=getattr(torch, dtype) if dtype else None)
+        folder = Path(pretrained)
+        self._template = load_chat_template(folder) if folder.is_dir() else None
+        self._prefix_token = _find_prefix_token(folder, self.tokenizer)
         sizes: dict[str, Any] = {"segment_length": segment_length, "prefix_cache_bytes": prefix_cache_bytes}
         self.pool = SessionPool(model, self.tokenizer, **sizes)
         self.max_gen_toks = max_gen_toks
@@ -99,22 +108,49 @@ class HarnessModel(LM):  # type: ignore[misc]
         """Return a continuation of each context, up to the first string of ``until``."""
         return self._map("generate_until", self._generate, requests)
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the prompt of a conversation, as the folder's template renders it."""
+        options: dict[str, bool] = {"add_generation_prompt": add_generation_prompt}
+        if not add_generation_prompt:
+            options["continue_final_message"] = True
+        return self._require_template().render(chat_history, **options)
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """Return the template for the harness's record."""
+        return self._require_template().templates["default"] if chat_template else ""
+
+    def _require_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise MemtxError("The model has no chat template.", "Remove --apply_chat_template.")
+        return self._template
+
+    def _encode(self, text: str) -> NDArray[np.int64]:
+        return np.asarray(self.tokenizer.encode(text, parse_special=True), dtype=np.int64)
+
+    def _new_reader(self, *, needs_prefix: bool) -> StreamReader:
+        reader = self.pool.new_reader()
+        if needs_prefix and reader.last_token is None:
+            reader.last_token = self._prefix_token
+        return reader
+
     def _score_continuation(self, context: str, continuation: str) -> tuple[float, bool]:
         # The harness's convention: spaces at the end of the context belong to the continuation.
         stripped = context.rstrip()
         continuation, context = context[len(stripped) :] + continuation, stripped
-        context_tokens = self.tokenizer.encode(context)
-        tokens = self.tokenizer.encode(context + continuation)[len(context_tokens) :]
-        reader = self.pool.read_prompt(self.pool.new_reader(), context_tokens.tolist()).reader
+        context_tokens = self._encode(context)
+        tokens = self._encode(context + continuation)[len(context_tokens) :]
+        reader = self._new_reader(needs_prefix=not len(context_tokens))
+        self.pool.read_prompt(reader, context_tokens.tolist())
         reader.num_logprobs = 1
         results = [*reader.feed_tokens(tokens.tolist()), *reader.finish(discard_state=True)]
         is_greedy = all(
             result.top_tokens is not None and (result.top_tokens[:, 0] == result.tokens).all() for result in results
         )
-        return -sum(float(result.nll.sum(dtype=np.float64)) for result in results), is_greedy
+        return -sum(float(result.nll.sum(dtype=np.float64)) for result in results), bool(is_greedy)
 
     def _score_text(self, text: str) -> float:
-        reader = self.pool.new_reader()
+        reader = self._new_reader(needs_prefix=True)
+        reader.parse_special = True
         for segments in (reader.feed(text), reader.finish()):
             for _ in segments:
                 pass
@@ -132,9 +168,24 @@ class HarnessModel(LM):  # type: ignore[misc]
         until = options.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
         config = GenerationConfig(int(max_tokens), SamplingParams(**sampling), stop, int(options.get("seed", 0)))
-        read = self.pool.read_prompt(self.pool.new_reader(), context)
+        reader = self._new_reader(needs_prefix=not context)
+        read = self.pool.read_prompt(reader, self._encode(context).tolist())
         (generation,) = self.pool.start_generation(read.reader, read.tokens[-REPETITION_WINDOW:].tolist(), [config])
         return "".join(delta.text for delta in generation)
+
+
+def _find_prefix_token(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """Return the token before the first scored one: begin or end token, even if texts do not begin with it."""
+    if tokenizer.bos_token_id is not None:
+        return tokenizer.bos_token_id
+    path = folder / "tokenizer_config.json"
+    config = files.read_json(path) if path.is_file() else {}
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and len(tokens := tokenizer.encode(token, parse_special=True)) == 1:
+            return int(tokens[0])
+    return min(tokenizer.eos_token_ids, default=None)
 
 
 if __name__ == "__main__":
