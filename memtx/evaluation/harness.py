@@ -24,7 +24,6 @@ from memtx import files
 from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
-from memtx.inference.chat_template import ChatTemplate, load_chat_template
 from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
@@ -74,7 +73,6 @@ class HarnessModel(LM):  # type: ignore[misc]
         model, self.tokenizer = load_model_and_tokenizer(pretrained, window)
         model.to(device=device or "cpu", dtype=getattr(torch, dtype) if dtype else None)
         folder = Path(pretrained)
-        self._template = load_chat_template(folder) if folder.is_dir() else None
         self._prefix_token = _find_prefix_token(folder, self.tokenizer)
         sizes: dict[str, Any] = {"segment_length": segment_length, "prefix_cache_bytes": prefix_cache_bytes}
         self.pool = SessionPool(model, self.tokenizer, **sizes)
@@ -107,22 +105,6 @@ class HarnessModel(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Return a continuation of each context, up to the first string of ``until``."""
         return self._map("generate_until", self._generate, requests)
-
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the prompt of a conversation, as the folder's template renders it."""
-        options: dict[str, bool] = {"add_generation_prompt": add_generation_prompt}
-        if not add_generation_prompt:
-            options["continue_final_message"] = True
-        return self._require_template().render(chat_history, **options)
-
-    def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return the template for the harness's record."""
-        return self._require_template().templates["default"] if chat_template else ""
-
-    def _require_template(self) -> ChatTemplate:
-        if self._template is None:
-            raise MemtxError("The model has no chat template.", "Remove --apply_chat_template.")
-        return self._template
 
     def _encode(self, text: str) -> NDArray[np.int64]:
         return np.asarray(self.tokenizer.encode(text, parse_special=True), dtype=np.int64)

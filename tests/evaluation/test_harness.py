@@ -74,10 +74,10 @@ def test_loglikelihood_of_continuations(model: Any, folder: Path) -> None:
 
 def test_greedy_continuations_are_marked(model: Any, folder: Path) -> None:
     pairs = []
-    for end in range(100, 160):
+    for end in range(100, 130):
         options = {"max_tokens": 1, "sampling_params": SamplingParams(0)}
         token = "".join(generate(*load_model_and_tokenizer(folder), BOOK[:end], **options))
-        if token.isascii() and not BOOK[:end].endswith(" "):  # A byte that is text by itself.
+        if token.isascii() and not BOOK[end - 1].isspace():  # A byte that is text by itself.
             pairs += [(BOOK[:end], token), (BOOK[:end], "a" if token != "a" else "b")]
     assert pairs
     assert [is_greedy for _, is_greedy in model.loglikelihood(requests(*pairs))] == [True, False] * (len(pairs) // 2)
@@ -113,8 +113,6 @@ def test_texts_are_generated_up_to_a_stop_string(model: Any, folder: Path) -> No
 def test_mistakes_name_the_option(model: Any) -> None:
     with pytest.raises(MemtxError, match="'num_beams' is not supported"):
         model.generate_until(requests(("x", {"num_beams": 4})))
-    with pytest.raises(MemtxError, match="no chat template"):
-        model.apply_chat_template([{"role": "user", "content": "x"}])
 
 
 def test_the_dtype_is_the_given_one(harness: ModuleType, folder: Path) -> None:
