@@ -32,7 +32,7 @@ TEMPLATE = (
 TOLERANCE = 2e-4
 """Relative difference of two figures: both sum in float32, in another order."""
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "choices": {
         "output_type": "multiple_choice",
         "doc_to_text": "{{context}}",
@@ -88,10 +88,16 @@ def make_folder(folder: Path) -> Path:
     special_tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend.train_from_iterator(WORDS * 20, vocab_size=400, special_tokens=special_tokens)
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, **names)
+    create_tokenizer: Any = PreTrainedTokenizerFast  # untyped
+    tokenizer = create_tokenizer(tokenizer_object=backend._tokenizer, **names)
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=1024, num_key_value_heads=2, initializer_range=0.2,
         bos_token_id=0, eos_token_id=2, pad_token_id=0, **sizes,
