@@ -173,11 +173,12 @@ class TokenGenerator:
         self.next_token = sample_token(allowed, params, torch.from_numpy(recent), self._generator)
         self._recent_tokens.append(self.next_token)
         self.num_generated += 1
+        # Of the end token too, which has no text: clients of OpenAI's API count on one entry per generated token.
+        if self.config.logprobs is not None:
+            self._pending_logprobs.append(self._token_logprob(logits, allowed, self.config.logprobs))
         if self.next_token in self._end_token_ids:
             self.finish_reason = "stop"
             return self._to_delta(None)
-        if self.config.logprobs is not None:
-            self._pending_logprobs.append(self._token_logprob(logits, allowed, self.config.logprobs))
         return self._to_delta(None if self.next_token in self._silent_token_ids else self.next_token)
 
     def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
