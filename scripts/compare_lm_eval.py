@@ -178,8 +178,8 @@ def main() -> int:
             for task, figures in runs[name].items():
                 names = [key for key, value in figures.items() if differs(value, expected[task][key])]
                 different.extend((name, task, key) for key in names)
-                shown = {key: value for key, value in figures.items() if key != "answers"}
-                print(f"{name:24}{task:12}{', '.join(names) + ' differs' if names else 'same'} {json.dumps(shown)}")
+                metrics = {key: value for key, value in figures.items() if key != "answers"}
+                print(f"{name:24}{task:12}{', '.join(names) + ' differs' if names else 'same'} {json.dumps(metrics)}")
 
         run("hf", "hf", pretrained | {"device": "cpu"}, list(TASKS))
         run("hf, chat", "hf", pretrained | {"device": "cpu"}, ["generation"], chat=True)
