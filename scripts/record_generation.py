@@ -8,6 +8,7 @@ Run it with a Python that has torch, transformers and tokenizers; the tests need
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def record_filters(path: Path) -> None:
         logits = torch.randn(1, VOCAB_SIZE, generator=generator) * 2.5
         ids = torch.randint(0, VOCAB_SIZE, (1, 12), generator=generator)
         scores = logits.clone()
-        processors = [
+        processors: list[tuple[str, Callable[[Any], Any]]] = [
             (
                 "logit_bias",
                 lambda bias: logits_process.SequenceBiasLogitsProcessor([[[k], v] for k, v in bias.items()]),
