@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -130,8 +129,17 @@ class TokenGenerator:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, last_token: int, recent_tokens: Sequence[int], config: GenerationConfig
+        self,
+        tokenizer: Tokenizer,
+        last_token: int | None,
+        recent_tokens: Sequence[int],
+        config: GenerationConfig,
+        *,
+        incomplete_bytes: bytes = b"",
     ) -> None:
+        if last_token is None:
+            message = "There is no text to continue, and the tokenizer has no begin token."
+            raise MemtxError(message, "Give a prompt.")
         self.tokenizer, self.config = tokenizer, config
         self.next_token, self.num_generated = last_token, 0
         self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
@@ -142,17 +150,18 @@ class TokenGenerator:
         self._end_token_ids = {*config.stop_token_ids, *(() if config.ignore_eos else tokenizer.eos_token_ids)}
         # No text but an end, so a model may always predict them, even one that is also the begin token.
         self._silent_token_ids = self._end_token_ids | set(tokenizer.eos_token_ids)
-        self._may_predict_bos = tokenizer.bos_token_id in self._silent_token_ids
-        self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Published models are trained to predict whatever their texts hold; ours never see a begin token as a label.
+        self._excluded_ids = set() if tokenizer.eos_token_ids else set(tokenizer.bos_token_ids)
+        self._decoder = tokenizer.decoder(continues=last_token != tokenizer.bos_token_id, pending=incomplete_bytes)
         self._random = Random(config.seed % 2**64)  # which would ignore the sign
         self._num_decoded_chars = self._num_emitted_chars = 0
         self._pending_logprobs: deque[TokenLogprob] = deque()
 
     def sampling_row(self) -> SamplingRow:
         """Return the settings of the next token for :func:`~memtx.inference.sampling.sample_batch`."""
-        excluded = set() if self._may_predict_bos else {self.tokenizer.bos_token_id}
+        excluded = self._excluded_ids
         if self.num_generated < self.config.min_tokens:
-            excluded |= self._end_token_ids
+            excluded = excluded | self._end_token_ids
         params = self.config.sampling_params
         return SamplingRow(params, self._random, self._counts, excluded, self.config.logprobs)
 
@@ -165,21 +174,23 @@ class TokenGenerator:
         self.num_generated += 1
         if self.next_token in self._end_token_ids:
             self.finish_reason = "stop"
-            return self._to_delta(b"")
+            return self._to_delta(None)
         if self.config.logprobs is not None:
-            entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, self._num_decoded_chars)
+            offset = self._num_decoded_chars + self._decoder.num_held_chars
+            entry = TokenLogprob(sampled.token, sampled.logprob, sampled.top_logprobs, offset)
             self._pending_logprobs.append(entry)
-        is_silent = self.next_token in self._silent_token_ids
-        return self._to_delta(b"" if is_silent else self.tokenizer.token_bytes(self.next_token))
+        return self._to_delta(None if self.next_token in self._silent_token_ids else self.next_token)
 
     def advance(self, logits: Tensor) -> TextDelta:
         """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that it completes."""
         return self.accept(sample_batch(logits[None], [self.sampling_row()], self.tokenizer.vocab_size)[0])
 
-    def _to_delta(self, token_bytes: bytes) -> TextDelta:
+    def _to_delta(self, token: int | None) -> TextDelta:
         if self.finish_reason is None and self.num_generated == self.config.max_tokens:
             self.finish_reason = "length"
-        decoded = self._utf8_decoder.decode(token_bytes, self.finish_reason is not None)
+        decoded = self._decoder.feed(token) if token is not None else ""
+        if self.finish_reason is not None:
+            decoded += self._decoder.finish()
         self._num_decoded_chars += len(decoded)
         text = self._stop_filter.feed(decoded, may_stop=self.num_generated > self.config.min_tokens)
         if self._stop_filter.is_stopped:
@@ -256,7 +267,8 @@ def collect_recent_tokens(results: Iterable[SegmentResult]) -> list[int]:
 
 def _generate(reader: StreamReader, prompt: str, config: GenerationConfig) -> Iterator[str]:
     recent_tokens = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
-    token_generator = TokenGenerator(reader.tokenizer, reader.last_token, recent_tokens, config)
+    inputs = (reader.tokenizer, reader.last_token, recent_tokens)
+    token_generator = TokenGenerator(*inputs, config, incomplete_bytes=reader.incomplete_bytes)
     decoder = Decoder(reader.model, reader.state)
     while token_generator.finish_reason is None:
         logits = decoder.step(torch.tensor([token_generator.next_token], device=reader.device))[0]
