@@ -126,7 +126,7 @@ class SampledToken:
 
 
 @torch.inference_mode()
-def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], vocab_size: int) -> list[SampledToken | MemtxError]:
+def sample_batch(logits: Tensor, batch: Sequence[SamplingRow], vocab_size: int) -> list[SampledToken | MemtxError]:
     """Sample a token for each row of ``(batch, vocab)`` logits; only ids below ``vocab_size`` are sampled.
 
     A row whose logits are not finite gives an error, and no row influences another.
@@ -136,11 +136,11 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], vocab_size: int) -
     scores = workspace("scores", len(logits), vocab_size + -vocab_size % BLOCK, logits.device)
     scores[:, :vocab_size] = logits[:, :vocab_size]
     scores[:, vocab_size:] = -math.inf
-    _scatter(scores, [(row.excluded, -math.inf) for row in rows])
+    _scatter(scores, [(row.excluded, -math.inf) for row in batch])
     is_finite = (scores.amax(1).isfinite() & ~logits.amax(1).isnan()).tolist()
-    logprob_rows = [index for index, row in enumerate(rows) if row.num_logprobs is not None]
-    is_all = len(logprob_rows) == len(rows)
-    num_top = max((rows[index].num_logprobs or 0 for index in logprob_rows), default=0)
+    logprob_rows = [index for index, row in enumerate(batch) if row.num_logprobs is not None]
+    is_all = len(logprob_rows) == len(batch)
+    num_top = max((batch[index].num_logprobs or 0 for index in logprob_rows), default=0)
     top = log_norms = None
     if logprob_rows:
         part = logits if is_all else logits[logprob_rows]
@@ -151,8 +151,8 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], vocab_size: int) -
         # Rounded, so that equally likely tokens are chosen alike whatever the others request.
         count = min(-(-num_top // 32) * 32, vocab_size)
         top = top_k(scores if is_all else scores[logprob_rows], count)
-    _apply_bias_and_penalties(scores, rows)
-    tokens = _sample(scores, rows, is_finite)
+    _apply_bias_and_penalties(scores, batch)
+    tokens = _sample(scores, batch, is_finite)
     sampled: list[SampledToken | MemtxError] = [SampledToken(token) for token in tokens]
     if log_norms is not None:
         chosen = torch.tensor([[tokens[index]] for index in logprob_rows], device=logits.device)
@@ -161,7 +161,7 @@ def sample_batch(logits: Tensor, rows: Sequence[SamplingRow], vocab_size: int) -
         top_values = (top[0] - log_norms).tolist() if top is not None else [[]] * len(logprob_rows)
         for index, logprob, ids, values in zip(logprob_rows, logprobs, top_ids, top_values, strict=True):
             pairs = [pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf]
-            sampled[index] = SampledToken(tokens[index], logprob, tuple(pairs[: rows[index].num_logprobs]))
+            sampled[index] = SampledToken(tokens[index], logprob, tuple(pairs[: batch[index].num_logprobs]))
     error = MemtxError("The model's logits are not finite.", "Try another --dtype, or an earlier checkpoint.")
     return [token if valid else error for token, valid in zip(sampled, is_finite, strict=True)]
 
@@ -177,29 +177,29 @@ def _scatter(scores: Tensor, entries: Sequence[tuple[Collection[int], float]]) -
         scores.view(-1)[index] = torch.from_numpy(values[in_range]).to(scores.device)
 
 
-def _apply_bias_and_penalties(scores: Tensor, rows: Sequence[SamplingRow]) -> None:
+def _apply_bias_and_penalties(scores: Tensor, batch: Sequence[SamplingRow]) -> None:
     """Add biases, then apply the penalties, to ``(batch, length)`` scores in place."""
     width, device = scores.shape[1], scores.device
 
     def locate(ids: Sequence[NDArray[np.int64]], values: Sequence[NDArray[np.float32]]) -> list[Tensor]:
-        """Return rows, indices in the flat scores, and values of all entries."""
+        """Return batch, indices in the flat scores, and values of all entries."""
         row = np.repeat(np.arange(len(ids)), [len(row_ids) for row_ids in ids])
         joined = np.concatenate(ids)
         arrays = (row, row * width + joined, np.concatenate(values))
         return [torch.from_numpy(array[joined < width]).to(device) for array in arrays]
 
     flat = scores.view(-1)
-    biases = [row.params.logit_bias for row in rows]
+    biases = [row.params.logit_bias for row in batch]
     if any(biases):
         ids = [np.fromiter(bias, np.int64, len(bias)) for bias in biases]
         _, index, bias = locate(ids, [np.fromiter(bias.values(), np.float32, len(bias)) for bias in biases])
         flat[index] += bias
     names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
-    penalties = [[getattr(row.params, name) for name in names] for row in rows]
+    penalties = [[getattr(row.params, name) for name in names] for row in batch]
     if any(values != NO_PENALTIES for values in penalties):
         nothing = TokenCounts()
         counts = [
-            nothing if values == NO_PENALTIES else row.counts for row, values in zip(rows, penalties, strict=True)
+            nothing if values == NO_PENALTIES else row.counts for row, values in zip(batch, penalties, strict=True)
         ]
         row_index, index, count = locate(*zip(*(count.arrays() for count in counts), strict=True))
         repetition, frequency, presence = torch.tensor(penalties, device=device)[row_index].unbind(1)
@@ -208,20 +208,20 @@ def _apply_bias_and_penalties(scores: Tensor, rows: Sequence[SamplingRow]) -> No
         flat[index] = values - frequency * count - presence * (count > 0)
 
 
-def _sample(scores: Tensor, rows: Sequence[SamplingRow], is_finite: Sequence[bool]) -> list[int]:
-    """Return the ids; those of rows that are not finite are arbitrary."""
+def _sample(scores: Tensor, batch: Sequence[SamplingRow], is_finite: Sequence[bool]) -> list[int]:
+    """Return the ids; those of batch that are not finite are arbitrary."""
     blocks = scores.view(len(scores), -1, BLOCK)
     block_max = blocks.amax(-1)
     best_block = block_max.argmax(1)
     arange = torch.arange(len(scores), device=scores.device)
     best = best_block * BLOCK + blocks[arange, best_block].argmax(1)
     tokens: list[int] = best.tolist()
-    indices = [index for index, row in enumerate(rows) if is_finite[index] and not row.params.is_greedy]
+    indices = [index for index, row in enumerate(batch) if is_finite[index] and not row.params.is_greedy]
     if indices:
-        is_all = len(indices) == len(rows)
+        is_all = len(indices) == len(batch)
         highest = block_max.amax(1, keepdim=True)
         args = (scores, highest) if is_all else (scores[indices], highest[indices])
-        params, randoms = [rows[index].params for index in indices], [rows[index].random for index in indices]
+        params, randoms = [batch[index].params for index in indices], [batch[index].random for index in indices]
         for index, token in zip(indices, draw_tokens(*args, params, randoms), strict=True):
             tokens[index] = token
     return tokens

@@ -36,8 +36,8 @@ def sample(logits: torch.Tensor, params: SamplingParams, seed: int = 0, **option
 
 
 def frequencies(logits: torch.Tensor, params: SamplingParams, counts: TokenCounts) -> list[float]:
-    rows = [SamplingRow(params, Random(seed), counts) for seed in range(NUM_DRAWS)]
-    tokens = sample_batch(logits.expand(NUM_DRAWS, -1), rows, len(logits))
+    batch = [SamplingRow(params, Random(seed), counts) for seed in range(NUM_DRAWS)]
+    tokens = sample_batch(logits.expand(NUM_DRAWS, -1), batch, len(logits))
     counter = Counter(token.token for token in tokens if isinstance(token, SampledToken))
     return [counter[token] / NUM_DRAWS for token in range(len(logits))]
 
@@ -145,8 +145,8 @@ def test_tokens_as_likely_as_the_last_of_top_k_are_kept() -> None:
 
 def test_excluded_and_padded_tokens_are_never_sampled() -> None:
     logits = torch.tensor([90.0, 0.0, 50.0, 99.0])
-    rows = [SamplingRow(SamplingParams(temperature=100.0), Random(seed), excluded={0, 3}) for seed in range(300)]
-    sampled = sample_batch(logits.expand(300, -1), rows, 3)
+    batch = [SamplingRow(SamplingParams(temperature=100.0), Random(seed), excluded={0, 3}) for seed in range(300)]
+    sampled = sample_batch(logits.expand(300, -1), batch, 3)
     assert {token.token for token in sampled if isinstance(token, SampledToken)} == {1, 2}
 
 
