@@ -182,7 +182,7 @@ def _apply_bias_and_penalties(scores: Tensor, batch: Sequence[SamplingRow]) -> N
     width, device = scores.shape[1], scores.device
 
     def locate(ids: Sequence[NDArray[np.int64]], values: Sequence[NDArray[np.float32]]) -> list[Tensor]:
-        """Return batch, indices in the flat scores, and values of all entries."""
+        """Return row numbers, indices in the flat scores, and values of all entries."""
         row = np.repeat(np.arange(len(ids)), [len(row_ids) for row_ids in ids])
         joined = np.concatenate(ids)
         arrays = (row, row * width + joined, np.concatenate(values))
@@ -209,7 +209,7 @@ def _apply_bias_and_penalties(scores: Tensor, batch: Sequence[SamplingRow]) -> N
 
 
 def _sample(scores: Tensor, batch: Sequence[SamplingRow], is_finite: Sequence[bool]) -> list[int]:
-    """Return the ids; those of batch that are not finite are arbitrary."""
+    """Return the ids; those of rows that are not finite are arbitrary."""
     blocks = scores.view(len(scores), -1, BLOCK)
     block_max = blocks.amax(-1)
     best_block = block_max.argmax(1)

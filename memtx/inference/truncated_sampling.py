@@ -1,6 +1,6 @@
 """Draws of ids from distributions that temperature and filters change: top-k, top-p, min-p and typical, in this order.
 
-No vocabulary is sorted. A row with top-k has few candidates. In others a token is drawn and rejected if a filter
+No vocabulary is sorted. A row with top-k has few candidates. In others a token is sampled and rejected if a filter
 excludes it, with all tokens that rank behind it, which leaves the distribution of the rest as it is (Ye et al. 2025,
 FlashInfer). Sums are taken in blocks, so that a row gives the same id alone and in a batch.
 """
@@ -74,10 +74,10 @@ def draw_tokens(
         part, part_highest = (scores, highest) if is_all else (scores[indices], highest[indices])
         group = [params[index] for index in indices], [randoms[index] for index in indices]
         if num_candidates:
-            drawn = _draw_candidates(part, part_highest, *group, num_candidates)
+            sampled = _draw_candidates(part, part_highest, *group, num_candidates)
         else:
-            drawn = _draw_any(part, part_highest, *group, is_typical)
-        for index, token in zip(indices, drawn, strict=True):
+            sampled = _draw_any(part, part_highest, *group, is_typical)
+        for index, token in zip(indices, sampled, strict=True):
             tokens[index] = token
     return tokens
 
@@ -91,7 +91,7 @@ def _to_weights(scores: Tensor, highest: Tensor, params: Sequence[SamplingParams
 def _draw_candidates(
     scores: Tensor, highest: Tensor, params: Sequence[SamplingParams], randoms: Sequence[Random], count: int
 ) -> list[int]:
-    """Return ids drawn among the ``count`` best of each row."""
+    """Return ids sampled among the ``count`` best of each row."""
     values, ids = top_k(scores, count)
     weights = _to_weights(values, highest, params).double()
     last = torch.tensor([[min(param.top_k or count, count) - 1] for param in params], device=scores.device)
@@ -115,7 +115,7 @@ def _draw_candidates(
 def _draw_any(
     scores: Tensor, highest: Tensor, params: Sequence[SamplingParams], randoms: Sequence[Random], is_typical: bool
 ) -> list[int]:
-    """Return ids drawn among all of each row."""
+    """Return ids sampled among all of each row."""
     weights = _to_weights(scores, highest, params)
     ps = [param.typical_p if is_typical else param.top_p for param in params]
     if not is_typical:
@@ -137,7 +137,7 @@ def _distance_to_entropy(weights: Tensor, totals: Tensor) -> Tensor:
 
 
 def _draw_until_accepted(weights: Tensor, ranks: Tensor | None, limits: Tensor, randoms: Sequence[Random]) -> list[int]:
-    """Return ids drawn by weights, of those before which tokens of less than the limit rank.
+    """Return ids sampled by weights, of those before which tokens of less than the limit rank.
 
     Args:
         weights: ``(batch, length)``, probabilities up to a factor.
@@ -149,12 +149,12 @@ def _draw_until_accepted(weights: Tensor, ranks: Tensor | None, limits: Tensor, 
     pending = list(range(len(randoms)))
     while pending:
         uniform = torch.tensor([[randoms[index].random()] for index in pending], dtype=torch.float64)
-        drawn = _inverse_cdf(weights, uniform.to(weights.device))
-        for index, token in zip(pending, drawn[:, 0].tolist(), strict=True):
+        sampled = _inverse_cdf(weights, uniform.to(weights.device))
+        for index, token in zip(pending, sampled[:, 0].tolist(), strict=True):
             tokens[index] = token
         if not bool(limits.isfinite().any()):
             break
-        border = (weights if ranks is None else ranks).gather(1, drawn)
+        border = (weights if ranks is None else ranks).gather(1, sampled)
         before = workspace("before", len(weights), weights.shape[1], weights.device)
         if ranks is None:
             # Scaled by the border, so that one number is the threshold of all rows.
