@@ -24,13 +24,14 @@ from memtx import files
 from memtx.checkpoint.load import load_model_and_tokenizer
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import MemtxError
-from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig
+from memtx.inference.generate import GenerationConfig
 from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.inference.sessions.pool import SessionPool
 
 MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+SAMPLING_NAMES += ("presence_penalty", "frequency_penalty")
 IGNORED_NAMES = ("do_sample", "until", "max_length", "seed")
 
 
@@ -152,7 +153,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         config = GenerationConfig(int(max_tokens), SamplingParams(**sampling), stop, int(options.get("seed", 0)))
         reader = self._new_reader(needs_prefix=not context)
         read = self.pool.read_prompt(reader, self._encode(context).tolist())
-        (generation,) = self.pool.start_generation(read.reader, read.tokens[-REPETITION_WINDOW:].tolist(), [config])
+        (generation,) = self.pool.start_generation(read.reader, np.unique(read.tokens).tolist(), [config])
         return "".join(delta.text for delta in generation)
 
 
