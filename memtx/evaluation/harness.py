@@ -30,8 +30,8 @@ from memtx.inference.sampling import SamplingParams
 from memtx.inference.sessions.pool import SessionPool
 
 MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
-SAMPLING_NAMES += ("presence_penalty", "frequency_penalty")
+PENALTY_NAMES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "typical_p", *PENALTY_NAMES)
 IGNORED_NAMES = ("do_sample", "until", "max_length", "seed")
 
 
