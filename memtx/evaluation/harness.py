@@ -1,9 +1,7 @@
 """Model of lm-evaluation-harness, which streams contexts of any length with a state of constant size.
 
-    lm_eval --model memtx --model_args pretrained=FOLDER --tasks ...
-
-The name is found by its entry point. Releases of the harness up to 0.4.13 read no entry points; there, run
-``python -m memtx.evaluation.harness`` in place of ``lm_eval``, with the same arguments.
+``lm_eval --model memtx --model_args pretrained=FOLDER`` finds it by its entry point. Releases up to 0.4.13 read none;
+there, run ``python -m memtx.evaluation.harness`` in place of ``lm_eval``.
 """
 
 from __future__ import annotations
@@ -32,29 +30,22 @@ from memtx.inference.sessions.pool import SessionPool
 MAX_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 PENALTY_NAMES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 SAMPLING_NAMES = ("temperature", "top_k", "top_p", "min_p", "typical_p", *PENALTY_NAMES)
-IGNORED_NAMES = ("do_sample", "until", "max_length", "seed")
+OTHER_NAMES = ("do_sample", "until", "max_length", "seed")
 
 
 @register_model("memtx")
 class HarnessModel(LM):  # type: ignore[misc]
-    """A model for lm-evaluation-harness. Contexts are never truncated, and a context of several requests is read once.
+    """A model for lm-evaluation-harness. Contexts are never truncated, and one of several requests is read once.
 
     Results are those of the model ``hf`` with the same folder, up to rounding, as long as the model sees as far; but
     ``loglikelihood_rolling`` reads a begin token once where ``hf`` reads it twice if the tokenizer adds it.
 
     Args:
-        pretrained: Model folder, checkpoint or run folder.
-        device: Device to compute on. Defaults to the CPU.
-        dtype: Dtype of the weights, such as ``"bfloat16"``. Defaults to the checkpoint's.
-        window: Exact positions seen, as in :func:`memtx.checkpoint.load.load`.
-        segment_length: Tokens per call. Defaults to 512.
-        batch_size: Requests that run at once. Defaults to 16.
+        pretrained: Model folder, checkpoint or run folder; ``window`` as in :func:`memtx.checkpoint.load.load`.
+        device, dtype: Placement and dtype of the weights. Default to the CPU and the checkpoint's dtype.
         max_gen_toks: Maximum number of generated tokens where a task sets none. Defaults to 256.
-        prefix_cache_bytes: Maximum bytes of the prefix cache. Defaults to 1 GiB.
-        max_batch_size: Accepted for the harness and not used.
-
-    Raises:
-        MemtxError: The model cannot be loaded.
+        pool_options: Options of :class:`~memtx.inference.sessions.pool.SessionPool`, such as ``segment_length``.
+        batch_size, max_batch_size: Given by the harness and not used; requests are batched as they come.
     """
 
     def __init__(
@@ -64,32 +55,20 @@ class HarnessModel(LM):  # type: ignore[misc]
         device: str | None = None,
         dtype: str | None = None,
         window: int | None = None,
-        segment_length: int = 512,
-        batch_size: int | str | None = 16,
         max_gen_toks: int = 256,
-        prefix_cache_bytes: int = 1 << 30,
+        batch_size: int | str | None = None,
         max_batch_size: int | None = None,
+        **pool_options: Any,
     ) -> None:
         super().__init__()
         model, self.tokenizer = load_model_and_tokenizer(pretrained, window)
         model.to(device=device or "cpu", dtype=getattr(torch, dtype) if dtype else None)
-        folder = Path(pretrained)
-        self._prefix_token = _find_prefix_token(folder, self.tokenizer)
-        sizes: dict[str, Any] = {"segment_length": segment_length, "prefix_cache_bytes": prefix_cache_bytes}
-        self.pool = SessionPool(model, self.tokenizer, **sizes)
+        self._prefix_token = _find_prefix_token(Path(pretrained), self.tokenizer)
+        self.pool = SessionPool(model, self.tokenizer, **{"prefix_cache_bytes": 1 << 30, **pool_options})
         self.max_gen_toks = max_gen_toks
-        # The harness passes its default, 1, as a number or text; "auto" needs no measurement here.
-        number = str(batch_size).partition(":")[0]
-        self.num_threads = max(int(number), 16) if number.isdecimal() else 16
-
-    @property
-    def tokenizer_name(self) -> str:
-        """Name for the harness's cache of requests."""
-        return f"memtx-{self.tokenizer.fingerprint}"
 
     def _map(self, name: str, function: Callable[..., Any], requests: Sequence[Any]) -> list[Any]:
-        """Run requests at once, with the harness's cache."""
-        with ThreadPoolExecutor(self.num_threads) as threads:
+        with ThreadPoolExecutor(16) as threads:
             results = list(threads.map(lambda request: function(*request.args), requests))
         for request, result in zip(requests, results, strict=True):
             self.cache_hook.add_partial(name, request.args, result)
@@ -118,18 +97,16 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def _score_continuation(self, context: str, continuation: str) -> tuple[float, bool]:
         # The harness's convention: spaces at the end of the context belong to the continuation.
-        stripped = context.rstrip()
-        continuation, context = context[len(stripped) :] + continuation, stripped
+        text, context = context + continuation, context.rstrip()
         context_tokens = self._encode(context)
-        tokens = self._encode(context + continuation)[len(context_tokens) :]
         reader = self._new_reader(needs_prefix=not len(context_tokens))
         self.pool.read_prompt(reader, context_tokens.tolist())
         reader.num_logprobs = 1
-        results = [*reader.feed_tokens(tokens.tolist()), *reader.finish(discard_state=True)]
-        is_greedy = all(
-            result.top_tokens is not None and (result.top_tokens[:, 0] == result.tokens).all() for result in results
-        )
-        return -sum(float(result.nll.sum(dtype=np.float64)) for result in results), bool(is_greedy)
+        tokens = self._encode(text)[len(context_tokens) :].tolist()
+        results = [*reader.feed_tokens(tokens), *reader.finish(discard_state=True)]
+        greedy = [result.top_tokens[:, 0] for result in results if result.top_tokens is not None]
+        is_greedy = np.array_equal(np.concatenate(greedy or [[]]), tokens)
+        return -sum(float(result.nll.sum(dtype=np.float64)) for result in results), is_greedy
 
     def _score_text(self, text: str) -> float:
         reader = self._new_reader(needs_prefix=True)
@@ -140,8 +117,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return -reader.totals.nll
 
     def _generate(self, context: str, options: dict[str, Any]) -> str:
-        unknown = options.keys() - {*MAX_TOKENS_NAMES, *SAMPLING_NAMES, *IGNORED_NAMES}
-        if unknown:
+        if unknown := options.keys() - {*MAX_TOKENS_NAMES, *SAMPLING_NAMES, *OTHER_NAMES}:
             hint = f"Remove it from generation_kwargs, or use one of {', '.join(SAMPLING_NAMES)}."
             raise MemtxError(f"The generation option '{min(unknown)}' is not supported.", hint)
         max_tokens = next((options[name] for name in MAX_TOKENS_NAMES if name in options), self.max_gen_toks)
@@ -151,24 +127,20 @@ class HarnessModel(LM):  # type: ignore[misc]
         until = options.get("until") or []
         stop = tuple(text for text in ([until] if isinstance(until, str) else until) if text)
         config = GenerationConfig(int(max_tokens), SamplingParams(**sampling), stop, int(options.get("seed", 0)))
-        reader = self._new_reader(needs_prefix=not context)
-        read = self.pool.read_prompt(reader, self._encode(context).tolist())
+        read = self.pool.read_prompt(self._new_reader(needs_prefix=not context), self._encode(context).tolist())
         (generation,) = self.pool.start_generation(read.reader, np.unique(read.tokens).tolist(), [config])
         return "".join(delta.text for delta in generation)
 
 
 def _find_prefix_token(folder: Path, tokenizer: Tokenizer) -> int | None:
     """Return the token before the first scored one: begin or end token, even if texts do not begin with it."""
-    if tokenizer.bos_token_id is not None:
-        return tokenizer.bos_token_id
     path = folder / "tokenizer_config.json"
-    config = files.read_json(path) if path.is_file() else {}
-    for name in ("bos_token", "eos_token"):
-        token = config.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and len(tokens := tokenizer.encode(token, parse_special=True)) == 1:
+    config = files.read_json(path) if tokenizer.bos_token_id is None and path.is_file() else {}
+    for token in (config.get("bos_token"), config.get("eos_token")):
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and len(tokens := tokenizer.encode(text, parse_special=True)) == 1:
             return int(tokens[0])
-    return min(tokenizer.eos_token_ids, default=None)
+    return min(tokenizer.eos_token_ids, default=tokenizer.bos_token_id)
 
 
 if __name__ == "__main__":
