@@ -87,8 +87,10 @@ MAX_TOKENS, STOP_STEP = 24, 15
 
 def train_tokenizer(kind: str, texts: list[str]) -> Any:
     """Return a tokenizer of a kind, with the special tokens and post-processor that published ones of it have."""
+    import transformers
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
+
+    create: Any = transformers.PreTrainedTokenizerFast
 
     if kind == "byte-level":
         backend = Tokenizer(models.BPE())
@@ -97,7 +99,7 @@ def train_tokenizer(kind: str, texts: list[str]) -> Any:
         trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
         backend.train_from_iterator(texts, trainer)
         names = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+        return create(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     if kind == "unigram":
         backend = Tokenizer(models.Unigram())
@@ -117,19 +119,21 @@ def train_tokenizer(kind: str, texts: list[str]) -> Any:
     bos_id = backend.token_to_id("<s>")
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos_id)])
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
+    return create(tokenizer_object=backend, clean_up_tokenization_spaces=False, **names)
 
 
 def record_layout(folder: Path, model_type: str, texts: list[str]) -> None:
     """Write a folder, and beside it what the library generates greedily for each prompt, with and without an end."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+
+    models: Any = transformers.AutoModelForCausalLM
 
     kind, options = LAYOUTS[model_type]
     torch.manual_seed(len(model_type))
     tokenizer = train_tokenizer(kind, texts)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer) + 8, **ids, **options)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=len(tokenizer) + 8, **ids, **options)
+    model = models.from_config(config).eval()
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.5, generator=torch.Generator().manual_seed(len(name)))
