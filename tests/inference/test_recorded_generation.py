@@ -65,12 +65,12 @@ def test_greedy_texts_equal_transformers(case: Any, segment_length: int, is_stre
         text = "".join(delta.text for delta in deltas)
         assert record["prompt_text"] + text == record["text"]
         entries = [entry for delta in deltas for entry in delta.token_logprobs]
-        shown = [token for token in ids if token not in stop]
-        assert [entry.token for entry in entries] == shown
+        text_ids = [token for token in ids if token not in stop]
+        assert [entry.token for entry in entries] == text_ids
         # float32, sums in another order
-        assert [entry.logprob for entry in entries] == pytest.approx(record["logprobs"][: len(shown)], abs=1e-4)
+        assert [entry.logprob for entry in entries] == pytest.approx(record["logprobs"][: len(text_ids)], abs=1e-4)
         for index, entry in enumerate(entries):
-            before = tokenizer.decode([*record["prompt_ids"], *shown[:index]])[len(record["prompt_text"]) :]
+            before = tokenizer.decode([*record["prompt_ids"], *text_ids[:index]])[len(record["prompt_text"]) :]
             # Bytes that are no character yet may become another one.
             if text.startswith(before) and not before.endswith("\ufffd"):
                 assert entry.text_offset == len(before)
