@@ -122,6 +122,10 @@ class StreamReader:
         segment_length: Tokens per segment, at least 1. Longer segments are faster, with equal results up to rounding.
         score_fn: Function that scores a segment. Defaults to calling the model for this stream alone.
         num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
+
+    Attributes:
+        splits_documents: If False, a begin token within the text is a token like others, as in a conversation whose
+            every turn begins with one.
     """
 
     def __init__(
@@ -143,6 +147,7 @@ class StreamReader:
         self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
         self.score_fn = score_fn or (lambda request: score_segments(model, [request])[0])
         self.num_logprobs, self.return_hidden_states = num_logprobs, return_hidden_states
+        self.splits_documents = True
         self.state = model.init_state(1)
         self.last_token = tokenizer.bos_token_id
         self.totals = Totals()
@@ -173,7 +178,8 @@ class StreamReader:
 
     def _score_next(self, discard_state: bool = False) -> SegmentResult:
         """Score the first pending tokens: a segment, which ends before a begin token, or a begin token alone."""
-        begins_document = self._pending_tokens[: self.segment_length] == self.tokenizer.bos_token_id
+        bos_token_id = self.tokenizer.bos_token_id if self.splits_documents else -1
+        begins_document = self._pending_tokens[: self.segment_length] == bos_token_id
         length = max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
         # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
         segment, self._pending_tokens = np.split(self._pending_tokens, [length])

@@ -14,6 +14,7 @@ from anyio import to_thread
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.engine import Generation
 from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
 from memtx.inference.reader import StreamReader
@@ -22,7 +23,7 @@ from memtx.serving.errors import APIError, check_model
 from memtx.serving.limits import Deadline, Limits
 from memtx.serving.metrics import PoolMetrics
 from memtx.serving.responses import CompletionFormatter, OutputStream, TokenQueue, get_prompt_logprobs, stream_sse
-from memtx.serving.schemas import CompletionBody, GenerationBody
+from memtx.serving.schemas import CompletionBody, SamplingBody
 
 MAX_CONCURRENT_PROMPTS = 16
 """Prompts of one request that are read concurrently."""
@@ -72,8 +73,9 @@ class CompletionService:
     model_name: str
     limits: Limits
     metrics: PoolMetrics
+    chat_template: ChatTemplate | None = None
 
-    def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
+    def build_configs(self, body: SamplingBody, num_prompts: int = 1) -> list[GenerationConfig]:
         """Return the settings of each text of a request, prompt by prompt.
 
         Raises MemtxError if a number is out of range, or APIError if it exceeds a limit.
@@ -94,7 +96,7 @@ class CompletionService:
         return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
 
     def prefill(
-        self, reader: StreamReader, prompt: Prompt, body: GenerationBody, deadline: float, *, echo: bool = False
+        self, reader: StreamReader, prompt: Prompt, body: SamplingBody, deadline: float, *, echo: bool = False
     ) -> PrefilledPrompt:
         """Read a prompt; blocks until it is read, or raises DeadlineExceededError."""
         segments = reader.feed(prompt) if isinstance(prompt, str) else reader.feed_tokens(prompt)
@@ -102,7 +104,7 @@ class CompletionService:
         text, logprobs = "", list[TokenLogprob]()
         if echo:
             text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
-        if echo and body.logprobs is not None:
+        if echo and body.num_logprobs is not None:
             logprobs = get_prompt_logprobs(results, prompt, self.pool.tokenizer, deadline)
         num_tokens = sum(len(result.tokens) for result in results) if isinstance(prompt, str) else len(prompt)
         return PrefilledPrompt(text, logprobs, num_tokens, reader, collect_recent_tokens(results))
@@ -110,10 +112,11 @@ class CompletionService:
     async def generate(
         self,
         request: Request,
-        body: GenerationBody,
+        body: SamplingBody,
         prompts: list[PrefilledPrompt],
         configs: list[GenerationConfig],
         deadline: float,
+        formatter: CompletionFormatter | None = None,
     ) -> Response:
         """Generate equally many texts per prompt, one per config, and return the response, whole or streamed."""
         token_queue, texts_per_prompt = TokenQueue(), len(configs) // len(prompts)
@@ -131,28 +134,40 @@ class CompletionService:
             generations += started
             choices += [Choice(generation.token_generator, prompt.text, [*prompt.logprobs]) for generation in started]
         outputs = token_queue.stream_outputs(generations, request, deadline)
-        return await self.respond(body, choices, outputs, sum(prompt.num_tokens for prompt in prompts))
+        return await self.respond(body, choices, outputs, sum(prompt.num_tokens for prompt in prompts), formatter)
 
     async def respond(
-        self, body: GenerationBody, choices: list[Choice], outputs: OutputStream, num_prompt_tokens: int
+        self,
+        body: SamplingBody,
+        choices: list[Choice],
+        outputs: OutputStream,
+        num_prompt_tokens: int,
+        formatter: CompletionFormatter | None = None,
     ) -> Response:
-        """Return the response: the pieces as they come, or all of them at the end."""
-        formatter = CompletionFormatter(self.model_name, self.pool.tokenizer, body.logprobs is not None)
-        format_choice, format_response = formatter.format_choice, formatter.format_response
+        """Return the response: the pieces as they come, or all of them at the end.
+
+        ``formatter`` defaults to that of completions.
+        """
+        settings = (self.model_name, self.pool.tokenizer, body.num_logprobs is not None)
+        formatter = formatter or CompletionFormatter(*settings)
+        format_choice, format_chunk = formatter.format_choice, formatter.format_chunk
 
         async def stream_chunks() -> AsyncIterator[dict[str, Any]]:
+            for index in range(len(choices)):
+                if first := formatter.format_first(index):
+                    yield format_chunk([first])
             for index, choice in enumerate(choices):
                 if choice.text:
                     # In a thread, since a prompt may be long.
-                    echoed = await to_thread.run_sync(format_choice, index, choice.text, choice.logprobs)
-                    yield format_response([echoed])
+                    echoed = await to_thread.run_sync(formatter.format_delta, index, choice.text, choice.logprobs)
+                    yield format_chunk([echoed])
             async for index, delta in outputs:
-                yield format_response([format_choice(index, delta.text, choices[index].shift_offsets(delta))])
+                yield format_chunk([formatter.format_delta(index, delta.text, choices[index].shift_offsets(delta))])
             for index, choice in enumerate(choices):
-                yield format_response([format_choice(index, "", [], choice.token_generator.finish_reason)])
+                yield format_chunk([formatter.format_delta(index, "", [], choice.token_generator.finish_reason)])
             usage = self._record_usage(choices, num_prompt_tokens)
             if body.include_usage:
-                yield format_response([], usage)
+                yield format_chunk([], usage)
 
         if body.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -167,7 +182,7 @@ class CompletionService:
                 format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
                 for index, choice in enumerate(_select_best(choices, body.num_candidates, body.n or 1))
             ]
-            return JSONResponse(format_response(formatted, usage))
+            return JSONResponse(formatter.format_response(formatted, usage))
 
         return await to_thread.run_sync(format_all)
 

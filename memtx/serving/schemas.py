@@ -63,7 +63,7 @@ class RequestBody(BaseModel):
         return value
 
 
-class GenerationBody(RequestBody):
+class SamplingBody(RequestBody):
     """Settings of a generated text: OpenAI's names, and those of vLLM for what OpenAI lacks."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
@@ -80,10 +80,18 @@ class GenerationBody(RequestBody):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logit_bias: dict[str, float] | None = None
+    presence_penalty: float | None = 0.0
+    frequency_penalty: float | None = 0.0
+    user: str | None = None
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_support(self) -> Self:
+        if self.logit_bias:
+            raise invalid_value("logit_bias", "logit_bias is not supported; remove it")
+        if self.presence_penalty or self.frequency_penalty:
+            message = "presence_penalty and frequency_penalty are not supported; use repetition_penalty"
+            raise invalid_value("presence_penalty", message)
         if self.stream_options is not None and not self.stream:
             raise invalid_value(
                 "stream_options", "stream_options needs stream; set stream to true or remove stream_options"
@@ -95,7 +103,9 @@ class GenerationBody(RequestBody):
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         # Candidates are compared by their log-probabilities.
-        logprobs = 0 if self.logprobs is None and self.num_candidates > (self.n or 1) else self.logprobs
+        logprobs = self.num_logprobs
+        if logprobs is None and self.num_candidates > (self.n or 1):
+            logprobs = 0
         config = GenerationConfig(
             16 if self.max_tokens is None else self.max_tokens,
             SamplingParams(**values),
@@ -113,9 +123,25 @@ class GenerationBody(RequestBody):
         return self.n or 1
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Number of likely tokens to return with each token; None for no log-probabilities."""
+        return None
+
+    @property
     def include_usage(self) -> bool:
         """If True, a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
+
+
+class GenerationBody(SamplingBody):
+    """Settings of a generated text with log-probabilities as for completions."""
+
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Number of likely tokens to return with each token; None for no log-probabilities."""
+        return self.logprobs
 
 
 class CompletionBody(GenerationBody):
@@ -126,10 +152,6 @@ class CompletionBody(GenerationBody):
     echo: bool | None = False
     suffix: Text | None = None
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
-    user: str | None = None
 
     @model_validator(mode="after")
     def _reject_unsupported(self) -> Self:
@@ -142,12 +164,6 @@ class CompletionBody(GenerationBody):
         if self.suffix:
             raise invalid_value(
                 "suffix", "suffix is not supported, since the model only continues texts; remove suffix"
-            )
-        if self.logit_bias:
-            raise invalid_value("logit_bias", "logit_bias is not supported; remove it")
-        if self.presence_penalty or self.frequency_penalty:
-            raise invalid_value(
-                "presence_penalty", "presence_penalty and frequency_penalty are not supported; use repetition_penalty"
             )
         return self
 

@@ -8,7 +8,13 @@ from itertools import chain
 
 from memtx.data.tokenizers import Tokenizer
 from memtx.inference.engine import Engine, Generation, OutputFn
-from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, collect_recent_tokens
+from memtx.inference.generate import (
+    REPETITION_WINDOW,
+    GenerationConfig,
+    TextDelta,
+    TokenGenerator,
+    collect_recent_tokens,
+)
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
 from memtx.inference.sessions.file import Fingerprints
 from memtx.inference.sessions.registry import SessionInfo, SessionRegistry
@@ -157,6 +163,44 @@ class SessionPool:
                 pass
             self.registry.update(session, fork, save=save)
 
+    def generate_turn(
+        self,
+        session_id: str,
+        encode: Callable[[int], list[int]],
+        config: GenerationConfig,
+        *,
+        save: bool = False,
+        deadline: float | None = None,
+        on_start: Callable[[Generation], object] | None = None,
+    ) -> Iterator[TextDelta]:
+        """Generate an answer in a conversation, and append what was said and the answer to its session.
+
+        ``encode`` returns the tokens to answer, given the number of answers so far. ``config`` must request
+        log-probabilities, since these name the tokens of the answer. Otherwise like :meth:`generate_and_append`.
+        """
+        with self.registry.acquire(session_id, deadline) as (session, reader):
+            fork = self._fork(reader, deadline)
+            fork.splits_documents = False
+            prompt = encode(session.info.num_turns)
+            for _ in fork.finish():
+                pass
+            # The session goes on from its text, so its conversation begins no document.
+            if fork.totals.num_tokens and prompt[:1] == [self.tokenizer.bos_token_id]:
+                prompt = prompt[1:]
+            for _ in chain(fork.feed_tokens(prompt), fork.finish()):
+                pass
+            (generation,) = self.start_generation(fork, prompt[-REPETITION_WINDOW:], [config], deadline=deadline)
+            if on_start is not None:
+                on_start(generation)
+            answer = []
+            for delta in generation:
+                answer += [entry.token for entry in delta.token_logprobs]
+                yield delta
+            for _ in chain(fork.feed_tokens(answer), fork.finish()):
+                pass
+            fork.splits_documents = True
+            self.registry.update(session, fork, save=save, num_new_turns=1)
+
     def start_generation(
         self,
         reader: StreamReader,
@@ -179,7 +223,8 @@ class SessionPool:
 
     def fork(self, session_id: str, *, deadline: float | None = None) -> str:
         """Create a session at the position of another and return its id; raises SessionLimitError."""
-        return self.registry.add(self.fork_reader(session_id, deadline=deadline))
+        fork = self.fork_reader(session_id, deadline=deadline)
+        return self.registry.add(fork, self.info(session_id).num_turns)
 
     def save(self, session_id: str, *, deadline: float | None = None) -> None:
         """Write a session to disk; raises MemtxError if the pool has no folder or the file cannot be written."""

@@ -1,0 +1,210 @@
+"""Chat templates: a published folder's rendering of a conversation as text, as the ``transformers`` library does it.
+
+A template is a program of the folder's author: it runs in jinja2's sandbox and sees nothing but the conversation.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from memtx import files
+from memtx.errors import CheckpointError, MemtxError, missing_package_error
+
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
+JSON_FILES = ("tokenizer_config.json", "chat_template.json")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""Names of an assistant's reasoning; templates read the first, some the second."""
+
+MARK = "\u2420MEMTX\u2420"
+"""Text that no conversation holds, to find the end of a message in a rendered one."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Templates of a folder by name, ``default`` among them, and the spellings of its special tokens by name."""
+
+    templates: Mapping[str, str]
+    special_tokens: Mapping[str, str]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Return the text of a conversation.
+
+        Args:
+            messages: Role, content and other fields of each message; the content is a text or a list of parts.
+            tools: JSON schemas of functions.
+            add_generation_prompt: If True, end with the beginning of an answer.
+            continue_final_message: If True, end within the last message, for the model to continue it.
+            variables: Further variables of the template.
+
+        Raises:
+            MemtxError: The template refuses the messages, cannot render them, or is damaged.
+        """
+        conversation = [self._prepare(message) for message in messages]
+        if not conversation:
+            raise MemtxError("The conversation has no message.", "Give at least one message.")
+        if continue_final_message:
+            if add_generation_prompt:
+                message = "continue_final_message and add_generation_prompt exclude each other."
+                raise MemtxError(message, "Set add_generation_prompt to false.")
+            text = conversation[-1].get("content")
+            if not isinstance(text, str):
+                raise MemtxError("The last message has no text to continue.", "Give it a text.")
+            conversation[-1] |= {"content": text + MARK}
+        options = {"tools": tools, "documents": None, **self.special_tokens, **(variables or {})}
+        rendered = self._render(conversation, bool(tools), {**options, "add_generation_prompt": add_generation_prompt})
+        if not continue_final_message:
+            return rendered
+        before, mark, _ = rendered.rpartition(MARK)
+        if not mark:
+            raise MemtxError("The chat template drops the last message.", "Remove continue_final_message.")
+        return before
+
+    def render_continuation(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """Return the text after an answer of the model, whose end token was not read: end, messages and prompt.
+
+        The conversation before the answer is not needed; arguments and errors as in :meth:`render`.
+        """
+        answered = [{"role": "user", "content": "?"}, {"role": "assistant", "content": MARK}]
+        _, mark, rest = self.render([*answered, *messages], **options).rpartition(MARK)
+        if not mark:
+            raise MemtxError("The chat template drops earlier answers.", "Send the whole conversation without session.")
+        return rest
+
+    def _prepare(self, message: Mapping[str, Any]) -> Message:
+        """Return a message as the template expects it."""
+        prepared = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((prepared[name] for name in REASONING_FIELDS if name in prepared), None)
+        if reasoning is not None:
+            prepared = {"thinking": reasoning, **prepared, "reasoning_content": reasoning}
+        content = prepared.get("content")
+        if isinstance(content, list) and not self._reads_parts:
+            prepared["content"] = "\n".join(part["text"] for part in content)
+        return prepared
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """True if the template renders the text of a content that is a list of parts, not the list."""
+        try:
+            content = [{"type": "text", "text": MARK}]
+            text = self._render([{"role": "user", "content": content}], False, {**self.special_tokens})
+        except MemtxError:
+            return False
+        return MARK in text and "'type'" not in text and '"type"' not in text
+
+    def _render(self, messages: list[Message], has_tools: bool, variables: Mapping[str, Any]) -> str:
+        from jinja2 import TemplateError
+
+        template = self._compiled["tool_use" if has_tools and "tool_use" in self.templates else "default"]
+        try:
+            return str(template.render(messages=messages, **variables))
+        except TemplateError as error:
+            raise MemtxError(f"The chat template refuses the messages: {error}.", "Change the messages.") from error
+        except Exception as error:  # a template can fail in any way
+            reason = f"{type(error).__name__}: {error}"
+            raise MemtxError(f"The chat template cannot render the messages ({reason}).", "Change them.") from error
+
+    @cached_property
+    def _compiled(self) -> Mapping[str, Any]:
+        from jinja2 import TemplateSyntaxError
+
+        compiled = {}
+        for name, template in self.templates.items():
+            try:
+                compiled[name] = _create_environment().from_string(template)
+            except TemplateSyntaxError as error:
+                message = f"The chat template '{name}' is damaged: {error.message} in line {error.lineno}."
+                raise CheckpointError(message, "Restore the folder's chat template.") from error
+        return compiled
+
+
+def load_chat_template(folder: Path) -> ChatTemplate | None:
+    """Return the chat template of a published folder, or None if it has none.
+
+    Raises CheckpointError if a file is damaged, or MemtxError if jinja2 is not installed.
+    """
+    configs = {path.name: files.read_json(path) for name in JSON_FILES if (path := folder / name).is_file()}
+    templates: dict[str, str] = {}
+    for name in reversed(JSON_FILES):
+        config = configs.get(name)
+        value = config.get("chat_template") if isinstance(config, Mapping) else None
+        if isinstance(value, list):
+            value = {str(entry["name"]): entry["template"] for entry in value if isinstance(entry, Mapping)}
+        templates |= value if isinstance(value, Mapping) else {"default": value} if value is not None else {}
+    paths = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
+    paths |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if paths:  # newer files replace those of tokenizer_config.json
+        templates = {name: path.read_bytes().decode("utf-8", "replace") for name, path in paths.items()}
+    if not templates:
+        return None
+    if not all(isinstance(template, str) for template in templates.values()):
+        raise CheckpointError(f"'{folder}' has a chat template that is no text.", "Restore tokenizer_config.json.")
+    if "default" not in templates:
+        names = ", ".join(sorted(templates))
+        raise CheckpointError(f"'{folder}' has no default chat template, only {names}.", f"Add {TEMPLATE_FILE}.")
+    try:
+        import jinja2  # noqa: F401
+    except ImportError as error:
+        raise missing_package_error("The chat template", error, "serve") from error
+    return ChatTemplate(templates, _read_special_tokens(folder))
+
+
+def _read_special_tokens(folder: Path) -> dict[str, str]:
+    tokens: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        config = files.read_json(folder / name) if (folder / name).is_file() else {}
+        for key in SPECIAL_TOKENS:
+            value = config.get(key) if isinstance(config, Mapping) else None
+            spelling = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(spelling, str):
+                tokens[key] = spelling
+    return tokens
+
+
+def _create_environment() -> Any:
+    """Return jinja2's sandbox with the settings and functions that templates of ``transformers`` rely on."""
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """``{% generation %}``, which marks the answers for training and renders its body."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        # Without the escapes of jinja2's own filter, which is for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    extensions = [GenerationTag, "jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda template: datetime.datetime.now().strftime(template)
+    return environment

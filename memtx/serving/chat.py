@@ -1,0 +1,138 @@
+"""``/v1/chat/completions``, compatible with OpenAI clients, and conversations that are sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+
+from memtx.errors import MemtxError
+from memtx.inference.engine import Generation
+from memtx.inference.generate import TokenGenerator, TokenLogprob
+from memtx.serving.chat_schemas import ChatBody
+from memtx.serving.completions import Choice, CompletionService, PrefilledPrompt, Service
+from memtx.serving.errors import APIError, check_model
+from memtx.serving.limits import Deadline
+from memtx.serving.responses import CompletionFormatter, format_token, iterate_in_threadpool
+
+NEW_SESSION = "new"
+"""Value of ``session`` that begins a conversation and creates its session."""
+
+router = APIRouter()
+
+
+class ChatFormatter(CompletionFormatter):
+    """Formatter of chat completions."""
+
+    id_prefix: ClassVar[str] = "chatcmpl"
+    response_object: ClassVar[str] = "chat.completion"
+    chunk_object: ClassVar[str] = "chat.completion.chunk"
+
+    def format_choice(
+        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        """Return one choice with its whole message."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return self._format(index, "message", message, logprobs, finish_reason)
+
+    def format_first(self, index: int) -> dict[str, Any] | None:
+        """Return the choice that names the role."""
+        return self._format(index, "delta", {"role": "assistant", "content": ""})
+
+    def format_delta(
+        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        """Return the choice of a chunk."""
+        delta = {"content": text} if finish_reason is None else {}
+        return self._format(index, "delta", delta, logprobs, finish_reason)
+
+    def _format(
+        self,
+        index: int,
+        name: str,
+        message: dict[str, Any],
+        logprobs: Iterable[TokenLogprob] = (),
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        entries = [self._format_entry(entry) for entry in logprobs] if self.include_logprobs else []
+        content = {"content": entries, "refusal": None} if self.include_logprobs and (entries or not name) else None
+        if name == "message" and self.include_logprobs:
+            content = {"content": entries, "refusal": None}
+        return {"index": index, name: message, "logprobs": content, "finish_reason": finish_reason}
+
+    def _format_entry(self, entry: TokenLogprob) -> dict[str, Any]:
+        top = [self._format_token(token, logprob) for token, logprob in entry.top_logprobs]
+        return self._format_token(entry.token, entry.logprob or 0.0) | {"top_logprobs": top}
+
+    def _format_token(self, token: int, logprob: float) -> dict[str, Any]:
+        content = list(self.tokenizer.token_bytes(token))
+        return {"token": format_token(self.tokenizer, token), "logprob": logprob, "bytes": content}
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(body: ChatBody, request: Request, service: Service, deadline: Deadline) -> Response:
+    """Answer a conversation; with ``session``, the messages go on from those that the session has read."""
+    check_model(body.model, service.model_name)
+    body = body.with_max_tokens(service.limits.max_tokens)
+    if body.session is not None:
+        return await _continue_session(body, service, deadline)
+    configs = service.build_configs(body)
+
+    def prefill() -> PrefilledPrompt:
+        reader = service.pool.new_reader(deadline=deadline)
+        reader.splits_documents = False
+        return service.prefill(reader, _encode(body, service, continues=False), body, deadline)
+
+    prompt = await to_thread.run_sync(prefill)
+    return await service.generate(request, body, [prompt], configs, deadline, _create_formatter(body, service))
+
+
+async def _continue_session(body: ChatBody, service: CompletionService, deadline: float) -> Response:
+    """Answer in a session, which then holds the messages and the answer, all or nothing."""
+    pool, (config,) = service.pool, service.build_configs(body)
+    is_new = body.session == NEW_SESSION
+    session_id = await to_thread.run_sync(pool.create) if is_new else str(body.session)
+    started, prompt = list[Generation](), list[int]()
+
+    def encode(num_turns: int) -> list[int]:
+        prompt[:] = _encode(body, service, continues=num_turns > 0)
+        return list(prompt)
+
+    try:
+        # The answer is appended by its ids, which come with log-probabilities.
+        config = replace(config, logprobs=config.logprobs or 0)
+        options: dict[str, Any] = {"save": body.save, "deadline": deadline, "on_start": started.append}
+        deltas = pool.generate_turn(session_id, encode, config, **options)
+        # Awaited here, so that an error of the request gets a status code of its own.
+        first = await to_thread.run_sync(next, deltas, None)
+    except BaseException:
+        if is_new:
+            await to_thread.run_sync(pool.delete, session_id)
+        raise
+    generator = started[0].token_generator if started else TokenGenerator(pool.tokenizer, 0, [], config)
+    formatter = _create_formatter(body, service, session=session_id)
+    outputs = iterate_in_threadpool(deltas, first)
+    return await service.respond(body, [Choice(generator)], outputs, len(prompt), formatter)
+
+
+def _encode(body: ChatBody, service: CompletionService, *, continues: bool) -> list[int]:
+    """Return the tokens of the rendered messages; with ``continues``, of those after an answer of the model."""
+    template = service.chat_template
+    if template is None:
+        message = f"The model '{service.model_name}' has no chat template."
+        raise APIError(400, message, "Use /v1/completions.", code="no_chat_template")
+    try:
+        render = template.render_continuation if continues else template.render
+        text = render(body.template_messages(), **body.template_options())
+    except MemtxError as error:
+        raise APIError(400, error.message, error.hint, param="messages") from error
+    ids: list[int] = service.pool.tokenizer.encode(text, parse_special=True).tolist()
+    return ids
+
+
+def _create_formatter(body: ChatBody, service: CompletionService, **extra_fields: Any) -> ChatFormatter:
+    settings = (service.model_name, service.pool.tokenizer, body.num_logprobs is not None)
+    return ChatFormatter(*settings, extra_fields)
