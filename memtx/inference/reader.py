@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -178,17 +179,25 @@ class StreamReader:
 
     def _score_next(self, discard_state: bool = False) -> SegmentResult:
         """Score the first pending tokens: a segment, which ends before a begin token, or a begin token alone."""
-        bos_token_id = self.tokenizer.bos_token_id if self.splits_documents else -1
-        begins_document = self._pending_tokens[: self.segment_length] == bos_token_id
-        length = max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
+        length = self._next_length(0)
         # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
         segment, self._pending_tokens = np.split(self._pending_tokens, [length])
-        if not begins_document[0]:
+        if segment[0] != self._document_token:
             return self._score(segment, discard_state and not len(self._pending_tokens))
         self.state, self.last_token = self.model.init_state(1), int(segment[0])
         start = self.totals.num_tokens
         self.totals = replace(self.totals, num_tokens=start + 1)
         return SegmentResult(segment, np.zeros(1, dtype=np.float32), [b""], start)
+
+    @property
+    def _document_token(self) -> int:
+        """Id that begins a new document; -1 if none does."""
+        return self.tokenizer.bos_token_id if self.splits_documents else -1
+
+    def _next_length(self, start: int) -> int:
+        """Return the length of the segment that begins at ``start`` in the pending tokens."""
+        begins_document = self._pending_tokens[start : start + self.segment_length] == self._document_token
+        return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
         """Consume text, split anywhere, and yield the segments that it fills; raises DataError if bytes are not UTF-8.
@@ -232,6 +241,34 @@ class StreamReader:
         yield from self._score_full_segments(self._incremental_tokenizer.finish())
         while len(self._pending_tokens):
             yield self._score_next(discard_state)
+
+    def consume(self, prompt: str | bytes | Sequence[int]) -> NDArray[np.int64]:
+        """Consume text or token ids to their end without scoring; return all pending tokens, for :meth:`finish`.
+
+        Raises DataError like :meth:`feed` and :meth:`feed_tokens`, and leaves the reader unchanged then.
+        """
+        fork = self.fork()
+        fork.segment_length = sys.maxsize  # No segment is full.
+        for _ in fork.feed(prompt) if isinstance(prompt, str | bytes) else fork.feed_tokens(prompt):
+            pass
+        for _ in fork._score_full_segments(fork._incremental_tokenizer.finish()):
+            pass
+        self.restore(fork.snapshot())
+        return self._pending_tokens
+
+    def segment_ends(self) -> list[int]:
+        """Return the number of pending tokens up to the end of each segment that :meth:`finish` will score."""
+        ends = [0]
+        while ends[-1] < len(self._pending_tokens):
+            ends.append(ends[-1] + self._next_length(ends[-1]))
+        return ends[1:]
+
+    def skip(self, snapshot: ReaderSnapshot) -> None:
+        """Continue after the first pending tokens, with a snapshot of a reader that has read exactly these."""
+        num_tokens, device = snapshot.totals.num_tokens, self.device
+        self.state, self.last_token = snapshot.state.to(device), snapshot.last_token
+        self._pending_tokens = self._pending_tokens[num_tokens - self.totals.num_tokens :]
+        self.totals = replace(self.totals, nll=snapshot.totals.nll, num_tokens=num_tokens)
 
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position for :meth:`restore`, without copying."""

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from memtx.errors import MemtxError
 from memtx.inference.engine import Generation
 from memtx.inference.generate import TokenGenerator, TokenLogprob
+from memtx.inference.sessions.registry import SessionInfo
 from memtx.serving.chat_schemas import ChatBody
 from memtx.serving.completions import Choice, CompletionService, PrefilledPrompt, Service
 from memtx.serving.errors import APIError, check_model
@@ -58,9 +59,8 @@ class ChatFormatter(CompletionFormatter):
         finish_reason: str | None = None,
     ) -> dict[str, Any]:
         entries = [self._format_entry(entry) for entry in logprobs] if self.include_logprobs else []
-        content = {"content": entries, "refusal": None} if self.include_logprobs and (entries or not name) else None
-        if name == "message" and self.include_logprobs:
-            content = {"content": entries, "refusal": None}
+        has_content = bool(entries) or (self.include_logprobs and name == "message")
+        content = {"content": entries, "refusal": None} if has_content else None
         return {"index": index, name: message, "logprobs": content, "finish_reason": finish_reason}
 
     def _format_entry(self, entry: TokenLogprob) -> dict[str, Any]:
@@ -79,12 +79,16 @@ async def create_chat_completion(body: ChatBody, request: Request, service: Serv
     body = body.with_max_tokens(service.limits.max_tokens)
     if body.session is not None:
         return await _continue_session(body, service, deadline)
-    configs = service.build_configs(body)
+    configs, namespace = service.build_configs(body), request.headers.get("authorization", "")
 
     def prefill() -> PrefilledPrompt:
         reader = service.pool.new_reader(deadline=deadline)
         reader.splits_documents = False
-        return service.prefill(reader, _encode(body, service, continues=False), body, deadline)
+        prompt = _encode(body, service, continues=False)
+        # A completion of the same tokens would begin a document at each of them.
+        has_begin_tokens = service.pool.tokenizer.bos_token_id in prompt[1:]
+        key = f"{namespace} chat" if has_begin_tokens else namespace
+        return service.prefill(reader, prompt, body, deadline, namespace=key)
 
     prompt = await to_thread.run_sync(prefill)
     return await service.generate(request, body, [prompt], configs, deadline, _create_formatter(body, service))
@@ -95,10 +99,11 @@ async def _continue_session(body: ChatBody, service: CompletionService, deadline
     pool, (config,) = service.pool, service.build_configs(body)
     is_new = body.session == NEW_SESSION
     session_id = await to_thread.run_sync(pool.create) if is_new else str(body.session)
-    started, prompt = list[Generation](), list[int]()
+    started, prompt, num_read = list[Generation](), list[int](), 0
 
-    def encode(num_turns: int) -> list[int]:
-        prompt[:] = _encode(body, service, continues=num_turns > 0)
+    def encode(info: SessionInfo) -> list[int]:
+        nonlocal num_read
+        prompt[:], num_read = _encode(body, service, continues=info.num_turns > 0), info.totals.num_tokens
         return list(prompt)
 
     try:
@@ -115,7 +120,7 @@ async def _continue_session(body: ChatBody, service: CompletionService, deadline
     generator = started[0].token_generator if started else TokenGenerator(pool.tokenizer, 0, [], config)
     formatter = _create_formatter(body, service, session=session_id)
     outputs = iterate_in_threadpool(deltas, first)
-    return await service.respond(body, [Choice(generator)], outputs, len(prompt), formatter)
+    return await service.respond(body, [Choice(generator)], outputs, num_read + len(prompt), num_read, formatter)
 
 
 def _encode(body: ChatBody, service: CompletionService, *, continues: bool) -> list[int]:

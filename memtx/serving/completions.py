@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Annotated, Any, cast
 
 from anyio import to_thread
@@ -16,7 +15,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from memtx.inference.chat_template import ChatTemplate
 from memtx.inference.engine import Generation
-from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
+from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
 from memtx.inference.reader import StreamReader
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.errors import APIError, check_model
@@ -41,6 +40,7 @@ class PrefilledPrompt:
     num_tokens: int
     reader: StreamReader
     recent_tokens: list[int]
+    num_cached_tokens: int = 0
 
 
 @dataclass
@@ -96,18 +96,29 @@ class CompletionService:
         return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
 
     def prefill(
-        self, reader: StreamReader, prompt: Prompt, body: SamplingBody, deadline: float, *, echo: bool = False
+        self,
+        reader: StreamReader,
+        prompt: Prompt,
+        body: SamplingBody,
+        deadline: float,
+        *,
+        echo: bool = False,
+        namespace: str = "",
     ) -> PrefilledPrompt:
-        """Read a prompt; blocks until it is read, or raises DeadlineExceededError."""
-        segments = reader.feed(prompt) if isinstance(prompt, str) else reader.feed_tokens(prompt)
-        results = list(chain(segments, reader.finish(discard_state=body.max_tokens == 0)))
+        """Read a prompt, without the part that the prefix cache holds for ``namespace``.
+
+        Blocks until it is read, or raises DeadlineExceededError.
+        """
+        options: dict[str, Any] = {"namespace": namespace, "deadline": deadline, "discard_state": body.max_tokens == 0}
+        read = self.pool.read_prompt(reader, prompt, needs_scores=echo, **options)
         text, logprobs = "", list[TokenLogprob]()
         if echo:
             text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
         if echo and body.num_logprobs is not None:
-            logprobs = get_prompt_logprobs(results, prompt, self.pool.tokenizer, deadline)
-        num_tokens = sum(len(result.tokens) for result in results) if isinstance(prompt, str) else len(prompt)
-        return PrefilledPrompt(text, logprobs, num_tokens, reader, collect_recent_tokens(results))
+            logprobs = get_prompt_logprobs(read.results, prompt, self.pool.tokenizer, deadline)
+        num_tokens = len(read.tokens) if isinstance(prompt, str) else len(prompt)
+        recent_tokens = read.tokens[-REPETITION_WINDOW:].tolist()
+        return PrefilledPrompt(text, logprobs, num_tokens, reader, recent_tokens, read.num_cached_tokens)
 
     async def generate(
         self,
@@ -134,7 +145,9 @@ class CompletionService:
             generations += started
             choices += [Choice(generation.token_generator, prompt.text, [*prompt.logprobs]) for generation in started]
         outputs = token_queue.stream_outputs(generations, request, deadline)
-        return await self.respond(body, choices, outputs, sum(prompt.num_tokens for prompt in prompts), formatter)
+        num_tokens = sum(prompt.num_tokens for prompt in prompts)
+        num_cached = sum(prompt.num_cached_tokens for prompt in prompts)
+        return await self.respond(body, choices, outputs, num_tokens, num_cached, formatter)
 
     async def respond(
         self,
@@ -142,6 +155,7 @@ class CompletionService:
         choices: list[Choice],
         outputs: OutputStream,
         num_prompt_tokens: int,
+        num_cached_tokens: int = 0,
         formatter: CompletionFormatter | None = None,
     ) -> Response:
         """Return the response: the pieces as they come, or all of them at the end.
@@ -165,7 +179,7 @@ class CompletionService:
                 yield format_chunk([formatter.format_delta(index, delta.text, choices[index].shift_offsets(delta))])
             for index, choice in enumerate(choices):
                 yield format_chunk([formatter.format_delta(index, "", [], choice.token_generator.finish_reason)])
-            usage = self._record_usage(choices, num_prompt_tokens)
+            usage = self._record_usage(choices, num_prompt_tokens, num_cached_tokens)
             if body.include_usage:
                 yield format_chunk([], usage)
 
@@ -175,7 +189,7 @@ class CompletionService:
         async for index, delta in outputs:
             choices[index].text += delta.text
             choices[index].logprobs += choices[index].shift_offsets(delta)
-        usage = self._record_usage(choices, num_prompt_tokens)
+        usage = self._record_usage(choices, num_prompt_tokens, num_cached_tokens)
 
         def format_all() -> Response:
             formatted = [
@@ -186,12 +200,13 @@ class CompletionService:
 
         return await to_thread.run_sync(format_all)
 
-    def _record_usage(self, choices: list[Choice], num_prompt_tokens: int) -> dict[str, int]:
-        """Count the generated tokens, and return the numbers of tokens read and generated."""
+    def _record_usage(self, choices: list[Choice], num_prompt_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
+        """Count the generated tokens, and return the numbers of tokens of the prompts, cached and generated."""
         num_generated = sum(choice.token_generator.num_generated for choice in choices)
         self.metrics.generated_tokens.inc(num_generated)
         total = num_prompt_tokens + num_generated
-        return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_generated, "total_tokens": total}
+        usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_generated, "total_tokens": total}
+        return usage | {"prompt_tokens_details": {"cached_tokens": num_cached_tokens}}
 
 
 def _select_best(choices: Sequence[Choice], num_candidates: int, num_texts: int) -> Sequence[Choice]:
@@ -220,10 +235,11 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
     if not prompts:
         raise APIError(400, "The prompt is an empty list.", "Give a text or tokens.", param="prompt")
     configs = service.build_configs(body, len(prompts))
+    echo, namespace = bool(body.echo), request.headers.get("authorization", "")
 
     def prefill(prompt: Prompt) -> PrefilledPrompt:
-        reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if body.echo else 0, deadline=deadline)
-        return service.prefill(reader, prompt, body, deadline, echo=bool(body.echo))
+        reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if echo else 0, deadline=deadline)
+        return service.prefill(reader, prompt, body, deadline, echo=echo, namespace=namespace)
 
     def prefill_all() -> list[PrefilledPrompt]:
         if len(prompts) == 1:
