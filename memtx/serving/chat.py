@@ -12,7 +12,6 @@ from fastapi import APIRouter, Request, Response
 from memtx.errors import MemtxError
 from memtx.inference.engine import Generation
 from memtx.inference.generate import TokenGenerator, TokenLogprob
-from memtx.inference.sessions.registry import SessionInfo
 from memtx.serving.chat_schemas import ChatBody
 from memtx.serving.completions import Choice, CompletionService, PrefilledPrompt, Service
 from memtx.serving.errors import APIError, check_model
@@ -101,9 +100,9 @@ async def _continue_session(body: ChatBody, service: CompletionService, deadline
     session_id = await to_thread.run_sync(pool.create) if is_new else str(body.session)
     started, prompt, num_read = list[Generation](), list[int](), 0
 
-    def encode(info: SessionInfo) -> list[int]:
+    def encode(num_turns: int, num_tokens: int) -> list[int]:
         nonlocal num_read
-        prompt[:], num_read = _encode(body, service, continues=info.num_turns > 0), info.totals.num_tokens
+        prompt[:], num_read = _encode(body, service, continues=num_turns > 0), num_tokens
         return list(prompt)
 
     try:

@@ -191,7 +191,7 @@ class SessionPool:
     def generate_turn(
         self,
         session_id: str,
-        encode: Callable[[SessionInfo], list[int]],
+        encode: Callable[[int, int], list[int]],
         config: GenerationConfig,
         *,
         save: bool = False,
@@ -200,15 +200,16 @@ class SessionPool:
     ) -> Iterator[TextDelta]:
         """Generate an answer in a conversation, and append what was said and the answer to its session.
 
-        ``encode`` returns the tokens to answer, given the session before them. ``config`` must request
-        log-probabilities, since these name the tokens of the answer. Otherwise like :meth:`generate_and_append`.
+        ``encode`` returns the tokens to answer, given the numbers of answers and of tokens before them. ``config`` must
+        request log-probabilities, since these name the tokens of the answer. Otherwise like
+        :meth:`generate_and_append`.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
             fork = self._fork(reader, deadline)
             fork.splits_documents = False
-            prompt = encode(session.info)
             for _ in fork.finish():
                 pass
+            prompt = encode(session.info.num_turns, fork.totals.num_tokens)
             # The session goes on from its text, so its conversation begins no document.
             if fork.totals.num_tokens and prompt[:1] == [self.tokenizer.bos_token_id]:
                 prompt = prompt[1:]
