@@ -176,6 +176,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     task: str = arguments.task
     if arguments.task_arg and task in HAYSTACK_TASKS:
         raise MemtxError(f"--task-arg does not apply to {task}.", "Remove --task-arg.")
+    if arguments.window is not None and task not in HAYSTACK_TASKS:
+        raise MemtxError(f"--window does not apply to {task}.", "Remove --window.")
     if task == "babi" and arguments.babi_dir is None:
         raise MemtxError("--babi-dir is not set, expected the folder of the bAbI tasks.", "Add --babi-dir FOLDER.")
     if arguments.num_samples is None:
@@ -206,7 +208,7 @@ def main(argv: list[str]) -> int:
         "language models.",
     )
     add = parser.add_argument
-    parser.add_model_options()
+    parser.add_model_options(window=True)
     add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
     text = "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
     text += f"babi the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"
