@@ -86,6 +86,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
 
+    def add_parse_special_option(self) -> None:
+        """Add ``--parse-special``."""
+        text = "read text that spells a special token, such as <|im_end|>, as that token"
+        self.add_argument("--parse-special", action="store_true", help=text)
+
     def add_import_option(self) -> None:
         """Add ``--import``."""
         text = "module of your own classes that the checkpoint uses, in this folder or PYTHONPATH; repeatable"
@@ -249,7 +254,8 @@ def load_reader(arguments: argparse.Namespace) -> StreamReader:
     """Return a reader at the start of a text, with model and tokenizer from :func:`load_model`."""
     from memtx.inference.reader import StreamReader
 
-    return StreamReader(*load_model(arguments), arguments.segment_length)
+    parse_special = getattr(arguments, "parse_special", False)
+    return StreamReader(*load_model(arguments), arguments.segment_length, parse_special=parse_special)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,7 @@ def _build_tokenizer(name: str) -> Tokenizer:
     if not path.exists():
         hint = "Give byte, a vocabulary size, or the path of a tokenizer."
         raise DataError(f"The tokenizer '{name}' does not exist.", hint)
-    return load_tokenizer(path / "tokenizer.json" if path.is_dir() else path)
+    return load_tokenizer(path)
 
 
 @contextlib.contextmanager
