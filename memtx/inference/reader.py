@@ -130,14 +130,11 @@ class StreamReader:
         segment_length: Tokens per segment, at least 1. Longer segments are faster, with equal results up to rounding.
         score_fn: Function that scores a segment. Defaults to calling the model for this stream alone.
         num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
-<<<<<<< HEAD
+        parse_special: If True, text that spells a special token becomes that token.
 
     Attributes:
         splits_documents: If False, a begin token within the text is a token like others, as in a conversation whose
             every turn begins with one.
-=======
-        parse_special: If True, text that spells a special token becomes that token.
->>>>>>> s21-tok
     """
 
     def __init__(
@@ -231,16 +228,12 @@ class StreamReader:
     @property
     def _document_token(self) -> int:
         """Id that begins a new document; -1 if none does."""
-        return self.tokenizer.bos_token_id if self.splits_documents else -1
+        bos_token_id = self.tokenizer.bos_token_id
+        return bos_token_id if self.splits_documents and bos_token_id is not None else -1
 
     def _next_length(self, start: int) -> int:
         """Return the length of the segment that begins at ``start`` in the pending tokens."""
-<<<<<<< HEAD
         begins_document = self._pending_tokens[start : start + self.segment_length] == self._document_token
-=======
-        tokens = self._pending_tokens[start : start + self.segment_length]
-        begins_document = np.isin(tokens, self.tokenizer.bos_token_ids)
->>>>>>> s21-tok
         return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
@@ -278,6 +271,11 @@ class StreamReader:
         self.totals = replace(totals, num_bytes=self.totals.num_bytes + num_bytes)
         self._restart_tokenizer(continues=True)
         yield from self._score_full_segments(TokenizedText(ids, contents))
+
+    def begin_with(self, tokens: Sequence[int]) -> None:
+        """Begin a text with exactly these tokens: with the begin token only if it is the first of them."""
+        if self.totals.num_tokens == 0 and list(tokens[:1]) != [self.tokenizer.bos_token_id]:
+            self.last_token = None
 
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
         """End the text and yield the pending segments; the last may be shorter than ``segment_length``.

@@ -84,6 +84,7 @@ async def create_chat_completion(body: ChatBody, request: Request, service: Serv
         reader = service.pool.new_reader(deadline=deadline)
         reader.splits_documents = False
         prompt = _encode(body, service, continues=False)
+        reader.begin_with(prompt)
         # A completion of the same tokens would begin a document at each of them.
         has_begin_tokens = service.pool.tokenizer.bos_token_id in prompt[1:]
         key = f"{namespace} chat" if has_begin_tokens else namespace

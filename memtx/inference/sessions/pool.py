@@ -210,6 +210,7 @@ class SessionPool:
             for _ in fork.finish():
                 pass
             prompt = encode(session.info.num_turns, fork.totals.num_tokens)
+            fork.begin_with(prompt)
             # The session goes on from its text, so its conversation begins no document.
             if fork.totals.num_tokens and prompt[:1] == [self.tokenizer.bos_token_id]:
                 prompt = prompt[1:]
