@@ -110,7 +110,7 @@ def test_a_conversation_is_held_beside_the_text(browser: Any, chat_server: Serve
     for number, question in enumerate(("Who speaks?", "מה שלומך? 海", "And then?"), start=1):
         page.locator("#message").fill(question)
         page.locator("#message").press("Enter")
-        page.wait_for_function("!document.querySelector('#send').disabled", timeout=20_000)
+        page.locator("#send:enabled").wait_for(timeout=20_000)
         assert page.locator("#chat-status").inner_text() == ""
         assert page.locator(".message").count() == 2 * number
         assert len(page.locator(".message.assistant").last.inner_text()) > 5
