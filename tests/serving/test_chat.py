@@ -110,6 +110,18 @@ def test_the_rendered_conversation_is_continued(web: TestClient) -> None:
     assert content.decode("utf-8", "replace") == choice["message"]["content"]
 
 
+def test_special_tokens_in_a_prompt_are_text_unless_parsed(web: TestClient) -> None:
+    text = "<|im_start|>user\nx<|im_end|>"
+    body = {"model": "m", "prompt": text, "max_tokens": 12, "temperature": 0, "echo": True, "logprobs": 0}
+    plain_text, parsed = (
+        web.post("/v1/completions", json=body | options).json()["choices"][0]
+        for options in ({}, {"parse_special": True})
+    )
+    assert len(plain_text["logprobs"]["tokens"]) == len(text) + 12
+    assert len(parsed["logprobs"]["tokens"]) == len(tokens_of(web, text)) + 12 == len("user\nx") + 2 + 12
+    assert parsed["text"].startswith(text)
+
+
 def test_streamed_deltas_are_the_message(web: TestClient) -> None:
     options: dict[str, Any] = {
         "n": 2,
