@@ -89,13 +89,12 @@ def _to_segments(distances: Iterable[int], task: SyntheticTask) -> list[int]:
 
 def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> list[EvaluationResult]:
     from memtx.data.sources.base import SPLITS
-    from memtx.data.sources.corpus import open_corpus
     from memtx.evaluation.accuracy import average_by_distance
     from memtx.evaluation.babi import evaluate_babi, load_tasks
     from memtx.evaluation.haystack import Haystack, evaluate_needle
 
     tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
-    splits = open_corpus(arguments.haystack).split_parts
+    splits = options.open_corpus(arguments.haystack).split_parts
     if Path(arguments.haystack).is_file():
         documents = [document for split in SPLITS for document in splits.get(split, ())]
     else:
@@ -197,6 +196,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         plot_accuracy(arguments.plot, report.curves, chance_level=report.chance, title=task, x_label=report.x_label)
     settings = {name: getattr(arguments, name) for name in ("task", "checkpoint", "num_samples", "seed")}
     options.write_json_output(arguments.json, {**settings, **report.fields})
+    words = ("evaluate", *arguments.argv, "--plot", f"{task}.png")
+    if not arguments.plot:
+        options.print_next_command("Plot it with", *words, is_data=arguments.json == "-")
 
 
 def main(argv: list[str]) -> int:

@@ -35,6 +35,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         # As bytes, because the encoding of a terminal may not cover the text.
         sys.stdout.buffer.write(chunk.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
+    options.print_next_command("Serve the model with", "serve", *options.checkpoint_words(arguments), is_data=True)
 
 
 def main(argv: list[str]) -> int:

@@ -114,6 +114,10 @@ def _read(arguments: argparse.Namespace) -> None:
 
         title = Path(arguments.book).stem if arguments.book != "-" else book.name
         plot_surprisal(arguments.plot, report.surprisal_curve.points(), report.position_curve.points(), title=title)
+    source = ["--session", session] if session else ["--prompt-file", arguments.book]
+    if session or arguments.book != "-":
+        words = ("generate", *options.checkpoint_words(arguments), *source)
+        options.print_next_command("Continue the text with", *words, is_data=arguments.json, stderr=True)
 
 
 def _read_book(book: _Book, reader: StreamReader, report: ReadingReport, interrupts: list[int]) -> float:

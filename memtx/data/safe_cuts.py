@@ -197,8 +197,12 @@ class CutFinder:
 
     def _next_candidate(self, text: str, position: int) -> int | None:
         if self._rules:
-            matches = (rule.pattern.search(text, position) for rule in self._rules.values())
-            return min((match.start() for match in matches if match), default=None)
+            first = len(text)
+            for rule in self._rules.values():
+                # Not beyond the cut of another rule; a pattern looks at two characters from a cut on.
+                if match := rule.pattern.search(text, position, first + 2):
+                    first = min(first, match.start())
+            return first if first < len(text) else None
         for index in range(max(position, 1), len(text)):
             if not self._is_joined(text[index - 1 : index + 1]) and self.left_context(text[index]):
                 return index

@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from memtx.data.base_tokenizer import ChunkEncoder, EncodedChunk, TextEncoder, TokenIds, Tokenizer
+from memtx.data.encodings import encode_utf8
 from memtx.data.end_tokens import read_eos_token_ids
 from memtx.data.safe_cuts import CutFinder, SafeSplitter, TextChunk
-from memtx.data.text_chunks import encode_utf8, split_text
+from memtx.data.text_chunks import split_text
 from memtx.data.token_decoder import TextDecoder, TokenSpeller
 from memtx.data.tokenizer_files import (
     TOKENIZER_FILE,
@@ -122,12 +123,12 @@ class BackendTokenizer(Tokenizer):
         self._speller = TokenSpeller(self._backend, description)
         for token_id in self._special_token_ids.values():
             self._speller.hide(token_id)
+        self._finders = {False: self._build_finder(text, description, parse_special=False)}
+
+    def _build_finder(self, text: str, description: Mapping[str, Any], *, parse_special: bool) -> CutFinder:
         tokens = self._backend.get_added_tokens_decoder().values()
-        self._finders: dict[bool, CutFinder] = {}
-        for parse_special in (False, True) if any(token.special for token in tokens) else (False,):
-            found = {token.content: token.normalized for token in tokens if parse_special or not token.special}
-            backend = encoding_backend(text, parse_special=parse_special)
-            self._finders[parse_special] = CutFinder(backend, description, found)
+        added_tokens = {token.content: token.normalized for token in tokens if parse_special or not token.special}
+        return CutFinder(encoding_backend(text, parse_special=parse_special), description, added_tokens)
 
     @property
     def is_trained(self) -> bool:
@@ -150,7 +151,10 @@ class BackendTokenizer(Tokenizer):
 
     def _finder(self, parse_special: bool) -> CutFinder:
         self._require_backend()
-        return self._finders.get(parse_special, self._finders[False])
+        if parse_special not in self._finders:
+            text = self._backend.to_str()
+            self._finders[parse_special] = self._build_finder(text, json.loads(text), parse_special=parse_special)
+        return self._finders[parse_special]
 
     def _encoding_backend(self) -> Any:
         """Return the library's object that encodes texts: special tokens are plain, offsets not trimmed."""
@@ -171,11 +175,11 @@ class BackendTokenizer(Tokenizer):
         contents = super().align(encoded)
         if b"".join(contents) == chunk.text.encode("utf-8"):
             return contents
-        for parse_special in self._finders:
+        for parse_special in (False, True):
             ((encoding, tokens),) = self._finder(parse_special).encode([chunk], with_offsets=True)
             if encoding.ids[tokens] == ids.tolist():
-                starts = [start - len(chunk.left) for start, _ in encoding.offsets[tokens]]
-                return _cut_at(chunk.text, starts)
+                token_starts = [start - len(chunk.left) for start, _ in encoding.offsets[tokens]]
+                return _cut_at(chunk.text, token_starts)
         raise AssertionError("the ids are not those of the chunk")
 
     def decoder(self, *, continues: bool = False, pending: bytes = b"") -> TextDecoder:
@@ -366,7 +370,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return BytePairTokenizer(path=str(path))
 
 
-def _cut_at(text: str, starts: Sequence[int]) -> list[bytes]:
+def _cut_at(text: str, token_starts: Sequence[int]) -> list[bytes]:
     """Return the parts of a text from each start to the next; the first has the text before it too."""
-    borders = [0, *np.maximum.accumulate(np.clip(starts[1:], 0, len(text))).tolist(), len(text)]
-    return [text[start:end].encode("utf-8") for start, end in itertools.pairwise(borders)] if len(starts) else []
+    borders = [0, *np.maximum.accumulate(np.clip(token_starts[1:], 0, len(text))).tolist(), len(text)]
+    return [text[start:end].encode("utf-8") for start, end in itertools.pairwise(borders)] if len(token_starts) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx.data.base_tokenizer import EncodedChunk, Tokenizer
+from memtx.data.encodings import Utf8Decoder
 from memtx.errors import DataError
 
 CHUNK_SIZE = 1 << 16
@@ -43,9 +43,8 @@ class IncrementalTokenizer:
         continues: bool = False,
         parse_special: bool = False,
     ) -> None:
-        self.tokenizer, self.bytes_consumed = tokenizer, bytes_consumed
-        self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
-        self._decoder.setstate((pending_bytes, 0))
+        self.tokenizer = tokenizer
+        self._decoder = Utf8Decoder("The text", bytes_consumed, pending_bytes)
         options = {"continues": continues, "parse_special": parse_special}
         self._encoder = tokenizer.encoder(pending=pending_text, **options)
 
@@ -57,41 +56,36 @@ class IncrementalTokenizer:
     @property
     def pending_bytes(self) -> bytes:
         """Bytes of an incomplete character, at most 3."""
-        return self._decoder.getstate()[0]
+        return self._decoder.pending
+
+    @property
+    def bytes_consumed(self) -> int:
+        """Bytes of the text consumed, with a byte order mark and an incomplete character."""
+        return self._decoder.offset
 
     def _to_tokens(self, chunks: Sequence[EncodedChunk]) -> TokenizedText:
         ids = np.concatenate([np.empty(0, dtype=np.int64), *(chunk.ids for chunk in chunks)], dtype=np.int64)
         return TokenizedText(ids, [content for chunk in chunks for content in self.tokenizer.align(chunk)])
 
-    def _decode(self, data: bytes, final: bool = False) -> str:
-        start = self.bytes_consumed - len(self.pending_bytes)
-        try:
-            text = self._decoder.decode(data, final)
-        except UnicodeDecodeError as error:
-            message = f"The text is not UTF-8: {error.reason} at byte {start + error.start}."
-            raise DataError(message, "Convert it, for example with iconv.") from error
-        self.bytes_consumed += len(data)
-        return text
-
     def feed(self, text: str | bytes) -> Iterator[tuple[str, TokenizedText]]:
         """Consume text and yield each decoded part with the tokens that it completes.
 
-        Raises DataError with the offset of the first invalid byte if the bytes are not UTF-8.
+        Raises DataError with the offset of the first byte that is not UTF-8 or is NUL.
         """
         for start in range(0, len(text), CHUNK_SIZE):
             part = text[start : start + CHUNK_SIZE]
             if isinstance(part, bytes):
-                decoded = self._decode(part)
+                decoded = self._decoder.decode(part)
             else:
                 if self.pending_bytes:
                     message = f"Text follows an incomplete character at byte {self.bytes_consumed}."
                     raise DataError(message, "Feed the rest of its bytes first.")
                 decoded = part
-                self.bytes_consumed += len(part.encode("utf-8", "surrogatepass"))
+                self._decoder.offset += len(part.encode("utf-8", "surrogatepass"))
             yield decoded, self._to_tokens(self._encoder.feed(decoded))
 
     def finish(self) -> TokenizedText:
         """Return the tokens of the pending text, which later text continues; raises DataError inside a character."""
         if self.pending_bytes:
-            self._decode(b"", final=True)
+            self._decoder.decode(b"", final=True)
         return self._to_tokens(self._encoder.flush())
