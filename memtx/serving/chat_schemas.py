@@ -94,8 +94,8 @@ class ChatBody(SamplingBody):
 
     def with_max_tokens(self, limit: int) -> Self:
         """Return the body with ``max_tokens`` set; without either field, a text may have ``limit`` tokens."""
-        given = (self.max_completion_tokens, self.max_tokens, limit)
-        return self.model_copy(update={"max_tokens": next(number for number in given if number is not None)})
+        limits = (self.max_completion_tokens, self.max_tokens, limit)
+        return self.model_copy(update={"max_tokens": next(number for number in limits if number is not None)})
 
     def template_options(self) -> dict[str, Any]:
         """Return the arguments of ``ChatTemplate.render`` beside the messages."""

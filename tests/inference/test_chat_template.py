@@ -41,8 +41,8 @@ def test_an_answer_is_continued_without_the_conversation_before_it(name: str) ->
     chat_template = template(RECORDED["templates"][name])
     first: list[dict[str, Any]] = [{"role": "user", "content": "Who?"}]
     rest = [{"role": "user", "content": "And then?"}]
-    whole = chat_template.render([*first, {"role": "assistant", "content": "Ahab."}, *rest])
-    before, _, after = whole.partition("Ahab.")
+    entire = chat_template.render([*first, {"role": "assistant", "content": "Ahab."}, *rest])
+    before, _, after = entire.partition("Ahab.")
     if "namespace" not in name:  # this one counts the messages
         assert chat_template.render_continuation(rest) == after
     assert chat_template.render(first).rstrip().startswith(before.rstrip()[:20])

@@ -116,9 +116,9 @@ def test_words_are_tagged(tmp_path: Path, family: str) -> None:
     by_start = {start: logits[index].argmax() for index, (start, stop) in enumerate(encoding.offsets) if stop > start}
     words = ["the", "captain", ",", "Ahab", ",", "saw"]
     assert prediction["tokens"] == words
-    starts = [0, 4, 11, 13, 17, 19]
+    word_starts = [0, 4, 11, 13, 17, 19]
     # Byte-level tokens begin with the space before a word.
-    expected = [by_start.get(start, by_start.get(start - 1)) for start in starts]
+    expected = [by_start.get(start, by_start.get(start - 1)) for start in word_starts]
     assert prediction["tags"] == [("O", "B-X", "I-X")[int(label)] for label in expected if label is not None]
     for span in prediction["spans"]:
         assert text[span["start"] : span["end"]] == span["text"]

@@ -130,22 +130,22 @@ def test_streamed_deltas_are_the_message(web: TestClient) -> None:
         "logprobs": True,
         "stream_options": {"include_usage": True},
     }
-    whole = answer(web, user("x"), **{**options, "stream_options": None})
+    complete_response = answer(web, user("x"), **{**options, "stream_options": None})
     text = chat(web, user("x"), stream=True, **options).text
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["usage"] == complete_response["usage"]
     for index in range(2):
         parts = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
         assert parts[0]["delta"] == {"role": "assistant", "content": ""}
-        message = whole["choices"][index]["message"]["content"]
+        message = complete_response["choices"][index]["message"]["content"]
         assert "".join(part["delta"].get("content", "") for part in parts) == message
         assert [part["finish_reason"] for part in parts if part["finish_reason"]] == [
-            whole["choices"][index]["finish_reason"]
+            complete_response["choices"][index]["finish_reason"]
         ]
         entries = [entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]]
-        assert entries == whole["choices"][index]["logprobs"]["content"]
+        assert entries == complete_response["choices"][index]["logprobs"]["content"]
 
 
 @pytest.mark.parametrize("template", [CHATML, BEGIN_TOKENS], ids=["chatml", "begin tokens"])
@@ -156,9 +156,9 @@ def test_a_session_goes_on_with_a_conversation(tmp_path: Path, template: str) ->
         session, sizes = "new", set()
         for number, question in enumerate(questions, start=1):
             messages.append(user(question))
-            whole = answer(web, *messages)
+            complete_response = answer(web, *messages)
             turn = answer(web, user(question), session=session, save=number == 2)
-            assert turn["choices"] == whole["choices"], number
+            assert turn["choices"] == complete_response["choices"], number
             messages.append(turn["choices"][0]["message"])
             session = turn["session"]
             info = web.get(f"/v1/sessions/{session}").json()
@@ -246,14 +246,14 @@ def test_a_template_that_refuses_the_messages_is_quoted(tmp_path: Path) -> None:
 def test_openai_package_chats(web: TestClient) -> None:
     api = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=web, max_retries=0)
     options: dict[str, Any] = {"model": "m", "messages": [user("x")], "max_completion_tokens": 9, "seed": 2}
-    whole = api.chat.completions.create(
+    complete_response = api.chat.completions.create(
         **options, logprobs=True, top_logprobs=2, metadata={"a": "b"}, user="u", store=False
     )
     chunks = list(api.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-    assert text == whole.choices[0].message.content
-    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    assert whole.choices[0].logprobs.content[0].top_logprobs[0].logprob <= 0
+    assert text == complete_response.choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == complete_response.usage.completion_tokens
+    assert complete_response.choices[0].logprobs.content[0].top_logprobs[0].logprob <= 0
     turn = api.chat.completions.create(**options, extra_body={"session": "new"})
     again = api.chat.completions.create(**options, extra_body={"session": turn.session})
     assert again.session == turn.session
