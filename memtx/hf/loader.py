@@ -45,9 +45,6 @@ ENCODERS = {
     "distilbert": "memtx.hf.bert:build_distilbert",
     "longformer": "memtx.hf.sparse_encoders:build_longformer",
     "reformer": "memtx.hf.reformer:build",
-    "roberta": "memtx.hf.bert:build_roberta",
-    "xlm-roberta": "memtx.hf.bert:build_roberta",
-    "camembert": "memtx.hf.bert:build_roberta",
     "transfo-xl": "memtx.hf.transformer_xl:build",
 }
 DECODERS = {
@@ -69,10 +66,6 @@ MODEL_TYPES = ENCODERS | DECODERS | {name: DECODERS[part] for name, part in TEXT
 """``model_type`` -> "module:function" that builds the model from an :class:`~memtx.hf.checkpoint.HFCheckpoint`."""
 
 
-QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
-"""Files of quantizers that write nothing to config.json: AutoGPTQ, AutoAWQ and ModelOpt."""
-
-
 def is_hf_folder(path: str | os.PathLike[str]) -> bool:
     """Return whether ``path`` is a folder in a ``transformers`` layout, with any ``model_type``."""
     return (Path(path) / CONFIG_FILE).is_file() and "model_type" in read_config(path)[1]
@@ -91,9 +84,7 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
             unknown or of another shape; the error names all of them.
         MemtxError: ``window`` is given for a model that is not a decoder.
     """
-    config = read_config(path)[1]
-    _reject_quantized(Path(path), config)
-    model_type = str(config.get("model_type"))
+    model_type = str(read_config(path)[1].get("model_type"))
     if model_type not in MODEL_TYPES:
         message = f"'{path}' has model_type '{model_type}', expected one of {', '.join(sorted(MODEL_TYPES))}."
         message += closest_match(model_type, MODEL_TYPES)
@@ -118,26 +109,6 @@ def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:
     tied = {key: value for key, value in hf_checkpoint.config.items() if key == "tie_word_embeddings"}
     logger.warning("'%s' reads text and images; only its text part is used.", hf_checkpoint.path)
     return replace(hf_checkpoint, config={**tied, **text_config, "model_type": part})
-
-
-def _reject_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if the weights of a folder are quantized, by config.json or a file of a quantizer."""
-    nested = config.get("text_config")
-    for values in (config, nested if isinstance(nested, Mapping) else {}):
-        for key in ("quantization_config", "compression_config"):
-            if isinstance(quantization := values.get(key), Mapping) and quantization:
-                method = quantization.get("quant_method") or quantization.get("format") or "unknown"
-                _raise_quantized(folder, f"config.json has {key} with quant_method '{method}'")
-            elif quantization:
-                _raise_quantized(folder, f"config.json has {key}")
-    for name in QUANTIZER_FILES:
-        if (folder / name).is_file():
-            _raise_quantized(folder, f"it has {name} in place of a quantization_config")
-
-
-def _raise_quantized(folder: Path, reason: str) -> None:
-    message = f"'{folder}' holds quantized weights: {reason}."
-    raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
 
 
 @dataclass(frozen=True)
