@@ -42,7 +42,6 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the text of a conversation.
@@ -51,7 +50,6 @@ class ChatTemplate:
             messages: Role, content and other fields of each message; the content is a text or a list of parts.
             tools: JSON schemas of functions.
             add_generation_prompt: If True, end with the beginning of an answer.
-            continue_final_message: If True, end within the last message, for the model to continue it.
             variables: Further variables of the template.
 
         Raises:
@@ -60,22 +58,8 @@ class ChatTemplate:
         conversation = [self._prepare(message) for message in messages]
         if not conversation:
             raise MemtxError("The conversation has no message.", "Give at least one message.")
-        if continue_final_message:
-            if add_generation_prompt:
-                message = "continue_final_message and add_generation_prompt exclude each other."
-                raise MemtxError(message, "Set add_generation_prompt to false.")
-            text = conversation[-1].get("content")
-            if not isinstance(text, str):
-                raise MemtxError("The last message has no text to continue.", "Give it a text.")
-            conversation[-1] |= {"content": text + MARK}
-        options = {"tools": tools, "documents": None, **self.special_tokens, **(variables or {})}
-        rendered = self._render(conversation, bool(tools), {**options, "add_generation_prompt": add_generation_prompt})
-        if not continue_final_message:
-            return rendered
-        before, mark, _ = rendered.rpartition(MARK)
-        if not mark:
-            raise MemtxError("The chat template drops the last message.", "Remove continue_final_message.")
-        return before
+        options = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        return self._render(conversation, bool(tools), {**self.special_tokens, **(variables or {}), **options})
 
     def render_continuation(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """Return the text after an answer of the model, whose end token was not read: end, messages and prompt.
@@ -89,7 +73,6 @@ class ChatTemplate:
         return rest
 
     def _prepare(self, message: Mapping[str, Any]) -> Message:
-        """Return a message as the template expects it."""
         prepared = {name: value for name, value in message.items() if value is not None}
         reasoning = next((prepared[name] for name in REASONING_FIELDS if name in prepared), None)
         if reasoning is not None:
@@ -125,14 +108,11 @@ class ChatTemplate:
     def _compiled(self) -> Mapping[str, Any]:
         from jinja2 import TemplateSyntaxError
 
-        compiled = {}
-        for name, template in self.templates.items():
-            try:
-                compiled[name] = _create_environment().from_string(template)
-            except TemplateSyntaxError as error:
-                message = f"The chat template '{name}' is damaged: {error.message} in line {error.lineno}."
-                raise CheckpointError(message, "Restore the folder's chat template.") from error
-        return compiled
+        try:
+            return {name: _create_environment().from_string(text) for name, text in self.templates.items()}
+        except TemplateSyntaxError as error:
+            message = f"The chat template is damaged: {error.message} in line {error.lineno}."
+            raise CheckpointError(message, "Restore the folder's chat template.") from error
 
 
 def load_chat_template(folder: Path) -> ChatTemplate | None:
@@ -154,9 +134,7 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
         templates = {name: path.read_bytes().decode("utf-8", "replace") for name, path in paths.items()}
     if not templates:
         return None
-    if not all(isinstance(template, str) for template in templates.values()):
-        raise CheckpointError(f"'{folder}' has a chat template that is no text.", "Restore tokenizer_config.json.")
-    if "default" not in templates:
+    if not isinstance(templates.get("default"), str):
         names = ", ".join(sorted(templates))
         raise CheckpointError(f"'{folder}' has no default chat template, only {names}.", f"Add {TEMPLATE_FILE}.")
     try:
@@ -179,7 +157,7 @@ def _read_special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _create_environment() -> Any:
-    """Return jinja2's sandbox with the settings and functions that templates of ``transformers`` rely on."""
+    """Return jinja2's sandbox with the settings and functions that templates rely on."""
     import jinja2
     from jinja2.ext import Extension
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -32,35 +32,27 @@ class ChatFormatter(CompletionFormatter):
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
     def format_choice(
-        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        logprobs: Iterable[TokenLogprob] = (),
+        finish_reason: str | None = None,
+        *,
+        is_delta: bool = False,
     ) -> dict[str, Any]:
-        """Return one choice with its whole message."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return self._format(index, "message", message, logprobs, finish_reason)
+        """Return one choice with its message, or with the next part of it."""
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if is_delta:
+            message = {"content": text} if finish_reason is None else {}
+        entries = [self._format_entry(entry) for entry in logprobs] if self.include_logprobs else []
+        has_content = bool(entries) or (self.include_logprobs and not is_delta)
+        content = {"content": entries, "refusal": None} if has_content else None
+        key = "delta" if is_delta else "message"
+        return {"index": index, key: message, "logprobs": content, "finish_reason": finish_reason}
 
     def format_first(self, index: int) -> dict[str, Any] | None:
         """Return the choice that names the role."""
-        return self._format(index, "delta", {"role": "assistant", "content": ""})
-
-    def format_delta(
-        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        """Return the choice of a chunk."""
-        delta = {"content": text} if finish_reason is None else {}
-        return self._format(index, "delta", delta, logprobs, finish_reason)
-
-    def _format(
-        self,
-        index: int,
-        name: str,
-        message: dict[str, Any],
-        logprobs: Iterable[TokenLogprob] = (),
-        finish_reason: str | None = None,
-    ) -> dict[str, Any]:
-        entries = [self._format_entry(entry) for entry in logprobs] if self.include_logprobs else []
-        has_content = bool(entries) or (self.include_logprobs and name == "message")
-        content = {"content": entries, "refusal": None} if has_content else None
-        return {"index": index, name: message, "logprobs": content, "finish_reason": finish_reason}
+        return self.format_choice(index, "", is_delta=True) | {"delta": {"role": "assistant", "content": ""}}
 
     def _format_entry(self, entry: TokenLogprob) -> dict[str, Any]:
         top = [self._format_token(token, logprob) for token, logprob in entry.top_logprobs]
@@ -131,7 +123,7 @@ def _encode(body: ChatBody, service: CompletionService, *, continues: bool) -> l
         raise APIError(400, message, "Use /v1/completions.", code="no_chat_template")
     try:
         render = template.render_continuation if continues else template.render
-        text = render(body.template_messages(), **body.template_options())
+        text = render(**body.template_options())
     except MemtxError as error:
         raise APIError(400, error.message, error.hint, param="messages") from error
     ids: list[int] = service.pool.tokenizer.encode(text, parse_special=True).tolist()

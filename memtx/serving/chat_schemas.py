@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -61,7 +60,6 @@ class ChatBody(SamplingBody):
     response_format: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     add_generation_prompt: bool = True
-    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -83,8 +81,6 @@ class ChatBody(SamplingBody):
             raise invalid_value("save", "save needs session; set session or remove save")
         if self.session is not None and (self.n or 1) > 1:
             raise invalid_value("n", "a session continues with one text; set n to 1")
-        if self.session is not None and self.continue_final_message:
-            raise invalid_value("continue_final_message", "a session holds complete messages; send no session")
         return self
 
     @property
@@ -98,17 +94,11 @@ class ChatBody(SamplingBody):
         return self.model_copy(update={"max_tokens": next(number for number in limits if number is not None)})
 
     def template_options(self) -> dict[str, Any]:
-        """Return the arguments of ``ChatTemplate.render`` beside the messages."""
-        variables = dict(self.chat_template_kwargs or {})
-        if self.reasoning_effort is not None:
-            variables.setdefault("reasoning_effort", self.reasoning_effort)
+        """Return the arguments of ``ChatTemplate.render``."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
         return {
             "tools": None if self.tool_choice == "none" else self.tools,
-            "add_generation_prompt": self.add_generation_prompt and not self.continue_final_message,
-            "continue_final_message": self.continue_final_message,
-            "variables": variables,
+            "messages": [message.to_template() for message in self.messages],
+            "add_generation_prompt": self.add_generation_prompt,
+            "variables": effort | (self.chat_template_kwargs or {}),
         }
-
-    def template_messages(self) -> Sequence[dict[str, Any]]:
-        """Return the messages as chat templates expect them."""
-        return [message.to_template() for message in self.messages]

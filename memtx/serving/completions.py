@@ -168,6 +168,7 @@ class CompletionService:
         settings = (self.model_name, self.pool.tokenizer, body.num_logprobs is not None)
         formatter = formatter or CompletionFormatter(*settings)
         format_choice, format_chunk = formatter.format_choice, formatter.format_chunk
+        format_delta = partial(format_choice, is_delta=True)
 
         async def stream_chunks() -> AsyncIterator[dict[str, Any]]:
             for index in range(len(choices)):
@@ -176,12 +177,12 @@ class CompletionService:
             for index, choice in enumerate(choices):
                 if choice.text:
                     # In a thread, since a prompt may be long.
-                    echoed = await to_thread.run_sync(formatter.format_delta, index, choice.text, choice.logprobs)
+                    echoed = await to_thread.run_sync(format_delta, index, choice.text, choice.logprobs)
                     yield format_chunk([echoed])
             async for index, delta in outputs:
-                yield format_chunk([formatter.format_delta(index, delta.text, choices[index].shift_offsets(delta))])
+                yield format_chunk([format_delta(index, delta.text, choices[index].shift_offsets(delta))])
             for index, choice in enumerate(choices):
-                yield format_chunk([formatter.format_delta(index, "", [], choice.token_generator.finish_reason)])
+                yield format_chunk([format_delta(index, "", [], choice.token_generator.finish_reason)])
             usage = self._record_usage(choices, num_prompt_tokens, num_cached_tokens)
             if body.include_usage:
                 yield format_chunk([], usage)

@@ -100,16 +100,16 @@ class CompletionFormatter:
         """Return the choice of the chunk that begins a streamed text, if there is one."""
         return None
 
-    def format_delta(
-        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        """Return the choice of a chunk."""
-        return self.format_choice(index, text, logprobs, finish_reason)
-
     def format_choice(
-        self, index: int, text: str, logprobs: Iterable[TokenLogprob] = (), finish_reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        logprobs: Iterable[TokenLogprob] = (),
+        finish_reason: str | None = None,
+        *,
+        is_delta: bool = False,
     ) -> dict[str, Any]:
-        """Return one choice."""
+        """Return one choice, or with ``is_delta`` the next part of a streamed one."""
         return {
             "index": index,
             "text": text,
