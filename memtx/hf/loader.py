@@ -66,6 +66,7 @@ MODEL_TYPES = ENCODERS | DECODERS | {name: DECODERS[part] for name, part in TEXT
 """``model_type`` -> "module:function" that builds the model from an :class:`~memtx.hf.checkpoint.HFCheckpoint`."""
 
 
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 QUANTIZER_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files of quantizers that write nothing to config.json: AutoGPTQ, AutoAWQ and ModelOpt."""
 
@@ -105,18 +106,17 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
 
 
 def _reject_quantized(folder: Path, config: Mapping[str, Any]) -> None:
-    for values in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config"):
-            quantization = values.get(key) if isinstance(values, Mapping) else None
-            if quantization:
-                names = quantization if isinstance(quantization, Mapping) else {}
-                method = names.get("quant_method") or names.get("format") or "unknown"
-                message = f"'{folder}' holds quantized weights: config.json has {key} with quant_method '{method}'."
-                raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
-    for name in QUANTIZER_FILES:
-        if (folder / name).is_file():
-            message = f"'{folder}' holds quantized weights: it has {name} in place of a quantization_config."
-            raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    settings = [(key, part[key]) for part in parts for key in QUANTIZATION_KEYS if part.get(key)]
+    reasons = [
+        f"it has {name} in place of a quantization_config" for name in QUANTIZER_FILES if (folder / name).is_file()
+    ]
+    for key, value in settings:
+        method = value.get("quant_method") or value.get("format") if isinstance(value, Mapping) else None
+        reasons.insert(0, f"config.json has {key} with quant_method '{method or 'unknown'}'")
+    if reasons:
+        message = f"'{folder}' holds quantized weights: {reasons[0]}."
+        raise CheckpointError(message, "Give the original folder, in bfloat16, float16 or float32.")
 
 
 def _select_text_part(hf_checkpoint: HFCheckpoint) -> HFCheckpoint:

@@ -18,13 +18,10 @@ from memtx.errors import CheckpointError, MemtxError, missing_package_error
 
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
-JSON_FILES = ("tokenizer_config.json", "chat_template.json")
+CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-"""Names of an assistant's reasoning; templates read the first, some the second."""
-
-MARK = "\u2420MEMTX\u2420"
-"""Text that no conversation holds, to find the end of a message in a rendered one."""
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # templates read the first, some the second
+MARK = "\u2420MEMTX\u2420"  # a text that no conversation holds, to find the end of a message
 
 Message = dict[str, Any]
 
@@ -44,16 +41,10 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the text of a conversation.
+        """Return the text of a conversation; raises MemtxError if the template refuses it, fails or is damaged.
 
-        Args:
-            messages: Role, content and other fields of each message; the content is a text or a list of parts.
-            tools: JSON schemas of functions.
-            add_generation_prompt: If True, end with the beginning of an answer.
-            variables: Further variables of the template.
-
-        Raises:
-            MemtxError: The template refuses the messages, cannot render them, or is damaged.
+        A message has a role, a content (a text or a list of parts) and further fields; ``tools`` are JSON schemas of
+        functions and ``variables`` further variables of the template.
         """
         conversation = [self._prepare(message) for message in messages]
         if not conversation:
@@ -120,14 +111,11 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
 
     Raises CheckpointError if a file is damaged, or MemtxError if jinja2 is not installed.
     """
-    configs = {path.name: files.read_json(path) for name in JSON_FILES if (path := folder / name).is_file()}
-    templates: dict[str, str] = {}
-    for name in reversed(JSON_FILES):
-        config = configs.get(name)
-        value = config.get("chat_template") if isinstance(config, Mapping) else None
-        if isinstance(value, list):
-            value = {str(entry["name"]): entry["template"] for entry in value if isinstance(entry, Mapping)}
-        templates |= value if isinstance(value, Mapping) else {"default": value} if value is not None else {}
+    config = files.read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    value = config.get("chat_template") if isinstance(config, Mapping) else None
+    if isinstance(value, list):
+        value = {str(entry["name"]): entry["template"] for entry in value if isinstance(entry, Mapping)}
+    templates: dict[str, str] = value if isinstance(value, dict) else {"default": value} if value is not None else {}
     paths = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
     paths |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if paths:  # newer files replace those of tokenizer_config.json
@@ -146,7 +134,7 @@ def load_chat_template(folder: Path) -> ChatTemplate | None:
 
 def _read_special_tokens(folder: Path) -> dict[str, str]:
     tokens: dict[str, str] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("special_tokens_map.json", CONFIG_FILE):
         config = files.read_json(folder / name) if (folder / name).is_file() else {}
         for key in SPECIAL_TOKENS:
             value = config.get(key) if isinstance(config, Mapping) else None

@@ -144,10 +144,6 @@ class StreamReader:
         score_fn: Function that scores a segment. Defaults to calling the model for this stream alone.
         num_logprobs, return_hidden_states: As in :class:`~memtx.inference.batching.ScoreRequest`.
         parse_special: If True, text that spells a special token becomes that token.
-
-    Attributes:
-        splits_documents: If False, a begin token within the text is a token like others, as in a conversation whose
-            every turn begins with one.
     """
 
     def __init__(
@@ -170,6 +166,7 @@ class StreamReader:
         self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
         self.score_fn = score_fn or (lambda request: score_segments(model, [request])[0])
         self.num_logprobs, self.return_hidden_states = num_logprobs, return_hidden_states
+        # If False, a begin token within the text is like others: in a conversation every turn may begin with it.
         self.splits_documents = True
         self.state = model.init_state(1)
         self.last_token = tokenizer.bos_token_id
@@ -231,22 +228,17 @@ class StreamReader:
         length = self._next_length(0)
         # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
         segment, self._pending_tokens = np.split(self._pending_tokens, [length])
-        if segment[0] != self._document_token:
+        if not self.splits_documents or segment[0] not in self.tokenizer.bos_token_ids:
             return self._score(segment, discard_state and not len(self._pending_tokens))
         self.state, self.last_token = self.model.init_state(1), int(segment[0])
         start = self.totals.num_tokens
         self.totals = replace(self.totals, num_tokens=start + 1)
         return SegmentResult(segment, np.zeros(1, dtype=np.float32), self._take_contents(1), start)
 
-    @property
-    def _document_token(self) -> int:
-        """Id that begins a new document; -1 if none does."""
-        bos_token_id = self.tokenizer.bos_token_id
-        return bos_token_id if self.splits_documents and bos_token_id is not None else -1
-
     def _next_length(self, start: int) -> int:
         """Return the length of the segment that begins at ``start`` in the pending tokens."""
-        begins_document = self._pending_tokens[start : start + self.segment_length] == self._document_token
+        tokens = self._pending_tokens[start : start + self.segment_length]
+        begins_document = np.isin(tokens, self.tokenizer.bos_token_ids if self.splits_documents else [])
         return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:

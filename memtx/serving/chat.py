@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,11 +15,9 @@ from memtx.serving.chat_schemas import ChatBody
 from memtx.serving.completions import Choice, CompletionService, PrefilledPrompt, Service
 from memtx.serving.errors import APIError, check_model
 from memtx.serving.limits import Deadline
-from memtx.serving.responses import CompletionFormatter, format_token, iterate_in_threadpool
+from memtx.serving.responses import CompletionFormatter, Logprobs, format_token, iterate_in_threadpool
 
-NEW_SESSION = "new"
-"""Value of ``session`` that begins a conversation and creates its session."""
-
+NEW_SESSION = "new"  # value of ``session`` that begins a conversation and creates its session
 router = APIRouter()
 
 
@@ -32,21 +29,14 @@ class ChatFormatter(CompletionFormatter):
     chunk_object: ClassVar[str] = "chat.completion.chunk"
 
     def format_choice(
-        self,
-        index: int,
-        text: str,
-        logprobs: Iterable[TokenLogprob] = (),
-        finish_reason: str | None = None,
-        *,
-        is_delta: bool = False,
+        self, index: int, text: str, logprobs: Logprobs = (), finish_reason: str | None = None, is_delta: bool = False
     ) -> dict[str, Any]:
         """Return one choice with its message, or with the next part of it."""
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if is_delta:
             message = {"content": text} if finish_reason is None else {}
         entries = [self._format_entry(entry) for entry in logprobs] if self.include_logprobs else []
-        has_content = bool(entries) or (self.include_logprobs and not is_delta)
-        content = {"content": entries, "refusal": None} if has_content else None
+        content = {"content": entries, "refusal": None} if entries or (self.include_logprobs and not is_delta) else None
         key = "delta" if is_delta else "message"
         return {"index": index, key: message, "logprobs": content, "finish_reason": finish_reason}
 
@@ -68,8 +58,9 @@ async def create_chat_completion(body: ChatBody, request: Request, service: Serv
     """Answer a conversation; with ``session``, the messages go on from those that the session has read."""
     check_model(body.model, service.model_name)
     body = body.with_max_tokens(service.limits.max_tokens)
+    formatter = ChatFormatter(service.model_name, service.pool.tokenizer, body.num_logprobs is not None)
     if body.session is not None:
-        return await _continue_session(body, service, deadline)
+        return await _continue_session(body, service, formatter, deadline)
     configs, namespace = service.build_configs(body), request.headers.get("authorization", "")
 
     def prefill() -> PrefilledPrompt:
@@ -83,10 +74,12 @@ async def create_chat_completion(body: ChatBody, request: Request, service: Serv
         return service.prefill(reader, prompt, body, deadline, namespace=key)
 
     prompt = await to_thread.run_sync(prefill)
-    return await service.generate(request, body, [prompt], configs, deadline, _create_formatter(body, service))
+    return await service.generate(request, body, [prompt], configs, deadline, formatter)
 
 
-async def _continue_session(body: ChatBody, service: CompletionService, deadline: float) -> Response:
+async def _continue_session(
+    body: ChatBody, service: CompletionService, formatter: ChatFormatter, deadline: float
+) -> Response:
     """Answer in a session, which then holds the messages and the answer, all or nothing."""
     pool, (config,) = service.pool, service.build_configs(body)
     is_new = body.session == NEW_SESSION
@@ -102,7 +95,7 @@ async def _continue_session(body: ChatBody, service: CompletionService, deadline
         # The answer is appended by its ids, which come with log-probabilities.
         config = replace(config, logprobs=config.logprobs or 0)
         options: dict[str, Any] = {"save": body.save, "deadline": deadline, "on_start": started.append}
-        deltas = pool.generate_turn(session_id, encode, config, **options)
+        deltas = pool.generate_and_append(session_id, encode, config, **options)
         # Awaited here, so that an error of the request gets a status code of its own.
         first = await to_thread.run_sync(next, deltas, None)
     except BaseException:
@@ -110,7 +103,7 @@ async def _continue_session(body: ChatBody, service: CompletionService, deadline
             await to_thread.run_sync(pool.delete, session_id)
         raise
     generator = started[0].token_generator if started else TokenGenerator(pool.tokenizer, 0, [], config)
-    formatter = _create_formatter(body, service, session=session_id)
+    formatter.extra_fields["session"] = session_id
     outputs = iterate_in_threadpool(deltas, first)
     return await service.respond(body, [Choice(generator)], outputs, num_read + len(prompt), num_read, formatter)
 
@@ -128,8 +121,3 @@ def _encode(body: ChatBody, service: CompletionService, *, continues: bool) -> l
         raise APIError(400, error.message, error.hint, param="messages") from error
     ids: list[int] = service.pool.tokenizer.encode(text, parse_special=True).tolist()
     return ids
-
-
-def _create_formatter(body: ChatBody, service: CompletionService, **extra_fields: Any) -> ChatFormatter:
-    settings = (service.model_name, service.pool.tokenizer, body.num_logprobs is not None)
-    return ChatFormatter(*settings, extra_fields)

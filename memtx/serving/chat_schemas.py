@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from memtx.serving.schemas import SamplingBody, Text, invalid_value
+from memtx.serving.schemas import GenerationBody, Text, invalid_value
 
 
 class TextPart(BaseModel):
     """Part of a message's content; further fields are for other servers."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-
     type: Literal["text"]
     text: Text
 
@@ -23,7 +23,6 @@ class ChatMessage(BaseModel):
     """Message of a conversation; the chat template sees further fields too."""
 
     model_config = ConfigDict(extra="allow", strict=True)
-
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: Text | list[TextPart] | None = None
     tool_calls: list[dict[str, Any]] | None = None
@@ -34,14 +33,12 @@ class ChatMessage(BaseModel):
         for call in message.get("tool_calls", ()):
             function = call.get("function")
             if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-                try:
+                with contextlib.suppress(ValueError):  # the model may have written no JSON
                     function["arguments"] = json.loads(function["arguments"])
-                except ValueError:
-                    continue  # the model may have written no JSON, and the template shows it as it is
         return message
 
 
-class ChatBody(SamplingBody):
+class ChatBody(GenerationBody):
     """``POST /v1/chat/completions``; with ``session``, the conversation goes on from a state of constant size.
 
     The fields from ``metadata`` on have no effect on the text.
@@ -51,7 +48,7 @@ class ChatBody(SamplingBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    logprobs: bool | None = False
+    logprobs: bool | None = False  # type: ignore[assignment]
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     session: Annotated[str, Field(max_length=64)] | None = None
     save: bool = False
@@ -71,16 +68,15 @@ class ChatBody(SamplingBody):
 
     @model_validator(mode="after")
     def _reject_unsupported_chat(self) -> Self:
-        if self.top_logprobs is not None and not self.logprobs:
-            raise invalid_value("top_logprobs", "top_logprobs needs logprobs; set logprobs to true")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise invalid_value("tool_choice", "tool_choice must be none or auto; the model alone chooses a function")
-        if (self.response_format or {}).get("type", "text") != "text":
-            raise invalid_value("response_format", "response_format must be text; ask for a format in a message")
-        if self.session is None and self.save:
-            raise invalid_value("save", "save needs session; set session or remove save")
-        if self.session is not None and (self.n or 1) > 1:
-            raise invalid_value("n", "a session continues with one text; set n to 1")
+        for param, is_wrong, message in (
+            ("top_logprobs", self.top_logprobs is not None and not self.logprobs, "needs logprobs; set it to true"),
+            ("tool_choice", self.tool_choice not in (None, "none", "auto"), "must be none or auto"),
+            ("response_format", (self.response_format or {}).get("type", "text") != "text", "must be text"),
+            ("save", self.session is None and self.save, "needs session; set session or remove save"),
+            ("n", self.session is not None and (self.n or 1) > 1, "must be 1, since a session continues with one text"),
+        ):
+            if is_wrong:
+                raise invalid_value(param, f"{param} {message}")
         return self
 
     @property

@@ -22,7 +22,7 @@ from memtx.serving.errors import APIError, check_model
 from memtx.serving.limits import Deadline, Limits
 from memtx.serving.metrics import PoolMetrics
 from memtx.serving.responses import CompletionFormatter, OutputStream, TokenQueue, get_prompt_logprobs, stream_sse
-from memtx.serving.schemas import CompletionBody, SamplingBody
+from memtx.serving.schemas import CompletionBody, GenerationBody
 
 MAX_CONCURRENT_PROMPTS = 16
 """Prompts of one request that are read concurrently."""
@@ -75,7 +75,7 @@ class CompletionService:
     metrics: PoolMetrics
     chat_template: ChatTemplate | None = None
 
-    def build_configs(self, body: SamplingBody, num_prompts: int = 1) -> list[GenerationConfig]:
+    def build_configs(self, body: GenerationBody, num_prompts: int = 1) -> list[GenerationConfig]:
         """Return the settings of each text of a request, prompt by prompt.
 
         Raises MemtxError if a number is out of range, or APIError if it exceeds a limit.
@@ -99,7 +99,7 @@ class CompletionService:
         self,
         reader: StreamReader,
         prompt: Prompt,
-        body: SamplingBody,
+        body: GenerationBody,
         deadline: float,
         *,
         echo: bool = False,
@@ -126,7 +126,7 @@ class CompletionService:
     async def generate(
         self,
         request: Request,
-        body: SamplingBody,
+        body: GenerationBody,
         prompts: list[PrefilledPrompt],
         configs: list[GenerationConfig],
         deadline: float,
@@ -154,7 +154,7 @@ class CompletionService:
 
     async def respond(
         self,
-        body: SamplingBody,
+        body: GenerationBody,
         choices: list[Choice],
         outputs: OutputStream,
         num_prompt_tokens: int,

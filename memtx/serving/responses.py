@@ -26,6 +26,7 @@ DISCONNECT_POLL_SECONDS = 0.5
 
 _LINE_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
+Logprobs = Iterable[TokenLogprob]
 OutputStream = AsyncIterator[tuple[int, TextDelta]]
 """Pairs of a text's index and its next piece."""
 
@@ -101,13 +102,7 @@ class CompletionFormatter:
         return None
 
     def format_choice(
-        self,
-        index: int,
-        text: str,
-        logprobs: Iterable[TokenLogprob] = (),
-        finish_reason: str | None = None,
-        *,
-        is_delta: bool = False,
+        self, index: int, text: str, logprobs: Logprobs = (), finish_reason: str | None = None, is_delta: bool = False
     ) -> dict[str, Any]:
         """Return one choice, or with ``is_delta`` the next part of a streamed one."""
         return {

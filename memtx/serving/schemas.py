@@ -63,7 +63,7 @@ class RequestBody(BaseModel):
         return value
 
 
-class SamplingBody(RequestBody):
+class GenerationBody(RequestBody):
     """Settings of a generated text: OpenAI's names, and those of vLLM for what OpenAI lacks."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
@@ -80,6 +80,7 @@ class SamplingBody(RequestBody):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
@@ -125,23 +126,12 @@ class SamplingBody(RequestBody):
     @property
     def num_logprobs(self) -> int | None:
         """Number of likely tokens to return with each token; None for no log-probabilities."""
-        return None
+        return self.logprobs
 
     @property
     def include_usage(self) -> bool:
         """If True, a stream ends with the usage."""
         return bool((self.stream_options or {}).get("include_usage"))
-
-
-class GenerationBody(SamplingBody):
-    """Settings of a generated text with log-probabilities as for completions."""
-
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """Number of likely tokens to return with each token; None for no log-probabilities."""
-        return self.logprobs
 
 
 class CompletionBody(GenerationBody):

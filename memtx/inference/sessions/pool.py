@@ -163,7 +163,7 @@ class SessionPool:
     def generate_and_append(
         self,
         session_id: str,
-        prompt: str,
+        prompt: str | Callable[[int, int], list[int]],
         config: GenerationConfig,
         *,
         save: bool = False,
@@ -173,60 +173,36 @@ class SessionPool:
         """Generate a continuation of a session and append prompt and continuation to it.
 
         The session is locked until the iterator ends; if iteration stops early, it is left unchanged. ``on_start`` is
-        called with the generation before the first part of the text.
+        called with the generation before the first part of the text. In a conversation, ``prompt`` returns the tokens
+        to answer, given the numbers of answers and of tokens before them, and ``config`` requests log-probabilities,
+        which name the tokens of the answer.
         """
         with self.registry.acquire(session_id, deadline) as (session, reader):
-            (generation,) = self._generate_from_prompt(self._fork(reader, deadline), prompt, [config], deadline)
+            fork, content = self._fork(reader, deadline), prompt if isinstance(prompt, str) else list[int]()
+            if not isinstance(prompt, str):
+                fork.splits_documents = False
+                list(fork.finish())
+                content = prompt(session.info.num_turns, fork.totals.num_tokens)
+                fork.begin_with(content)
+                # The session goes on from its text, so its conversation begins no document.
+                if fork.totals.num_tokens and content[:1] == [self.tokenizer.bos_token_id]:
+                    content = content[1:]
+            source = self._fork(fork, deadline)
+            (generation,) = self._generate_from_prompt(source, content, [config], deadline)
             if on_start is not None:
                 on_start(generation)
-            parts = []
+            parts, answer = list[str](), list[int]()
             for delta in generation:
                 parts.append(delta.text)
-                yield delta
-            fork = self._fork(reader, deadline)
-            for _ in fork.feed(prompt + "".join(parts)):
-                pass
-            self.registry.update(session, fork, save=save)
-
-    def generate_turn(
-        self,
-        session_id: str,
-        encode: Callable[[int, int], list[int]],
-        config: GenerationConfig,
-        *,
-        save: bool = False,
-        deadline: float | None = None,
-        on_start: Callable[[Generation], object] | None = None,
-    ) -> Iterator[TextDelta]:
-        """Generate an answer in a conversation, and append what was said and the answer to its session.
-
-        ``encode`` returns the tokens to answer, given the numbers of answers and of tokens before them. ``config`` must
-        request log-probabilities, since these name the tokens of the answer. Otherwise like
-        :meth:`generate_and_append`.
-        """
-        with self.registry.acquire(session_id, deadline) as (session, reader):
-            fork = self._fork(reader, deadline)
-            fork.splits_documents = False
-            for _ in fork.finish():
-                pass
-            prompt = encode(session.info.num_turns, fork.totals.num_tokens)
-            fork.begin_with(prompt)
-            # The session goes on from its text, so its conversation begins no document.
-            if fork.totals.num_tokens and prompt[:1] == [self.tokenizer.bos_token_id]:
-                prompt = prompt[1:]
-            for _ in chain(fork.feed_tokens(prompt), fork.finish()):
-                pass
-            (generation,) = self.start_generation(fork, prompt[-REPETITION_WINDOW:], [config], deadline=deadline)
-            if on_start is not None:
-                on_start(generation)
-            answer = []
-            for delta in generation:
                 answer += [entry.token for entry in delta.token_logprobs]
                 yield delta
-            for _ in chain(fork.feed_tokens(answer), fork.finish()):
-                pass
+            if isinstance(content, str):
+                list(fork.feed(content + "".join(parts)))
+            else:
+                list(chain(source.feed_tokens(answer), source.finish()))
+                fork = source
             fork.splits_documents = True
-            self.registry.update(session, fork, save=save, num_new_turns=1)
+            self.registry.update(session, fork, save=save, num_new_turns=int(not isinstance(content, str)))
 
     def start_generation(
         self,
@@ -287,7 +263,7 @@ class SessionPool:
         self.registry.close()
 
     def _generate_from_prompt(
-        self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
+        self, reader: StreamReader, prompt: str | list[int], configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
         tokens = self.read_prompt(reader, prompt, deadline=deadline).tokens
         return self.start_generation(reader, tokens[-REPETITION_WINDOW:].tolist(), configs, deadline=deadline)

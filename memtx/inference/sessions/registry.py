@@ -7,9 +7,8 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from memtx.errors import MemtxError, check_at_least
 from memtx.inference.deadline import acquire_before
@@ -78,7 +77,8 @@ class SessionRegistry:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         for session_id, totals, metadata in store.iter_sessions() if store is not None else ():
             created = metadata["created"] if isinstance(metadata.get("created"), float) else 0.0
-            info = SessionInfo(session_id, created, totals, False, True, _get_num_turns(metadata))
+            num_turns = turns if type(turns := metadata.get("turns")) is int else 0
+            info = SessionInfo(session_id, created, totals, False, True, num_turns)
             self._sessions[session_id] = Session(info, None)
 
     @property
@@ -187,11 +187,6 @@ class SessionRegistry:
     def _save_changes(self, session: Session) -> None:
         if session.reader is not None and not session.info.is_saved:
             self.update(session, session.reader, save=True)
-
-
-def _get_num_turns(metadata: Mapping[str, Any]) -> int:
-    value = metadata.get("turns")
-    return value if type(value) is int and value > 0 else 0
 
 
 @contextlib.contextmanager
