@@ -144,8 +144,8 @@ class SessionRegistry:
 
     def update(self, session: Session, reader: StreamReader, *, save: bool, num_new_turns: int = 0) -> None:
         """Move a session that the caller holds to the position of ``reader``; if ``save``, write its file first."""
-        info = replace(session.info, totals=reader.totals, is_saved=save)
-        info = replace(info, num_turns=info.num_turns + num_new_turns)
+        num_turns = session.info.num_turns + num_new_turns
+        info = replace(session.info, totals=reader.totals, is_saved=save, num_turns=num_turns)
         if save:
             self.store.save(info.session_id, reader, {"created": info.created, "turns": info.num_turns})
         session.reader, session.info = reader, info
