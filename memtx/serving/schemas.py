@@ -93,18 +93,10 @@ class GenerationBody(RequestBody):
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    logit_bias: dict[str, float] | None = None
-    presence_penalty: float | None = 0.0
-    frequency_penalty: float | None = 0.0
     user: str | None = None
 
     @model_validator(mode="after")
     def _check_support(self) -> Self:
-        if self.logit_bias:
-            raise invalid_value("logit_bias", "logit_bias is not supported; remove it")
-        if self.presence_penalty or self.frequency_penalty:
-            message = "presence_penalty and frequency_penalty are not supported; use repetition_penalty"
-            raise invalid_value("presence_penalty", message)
         if self.stream_options is not None and not self.stream:
             raise invalid_value(
                 "stream_options", "stream_options needs stream; set stream to true or remove stream_options"
