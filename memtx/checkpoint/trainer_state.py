@@ -27,6 +27,8 @@ def will_validate(trainer: pl.Trainer) -> bool:
 
 def is_last_step(trainer: pl.Trainer) -> bool:
     """Return whether the current batch is the last of the run."""
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
     if trainer.max_steps > 0 and trainer.global_step >= trainer.max_steps:
         return True
     ends_epoch = trainer.fit_loop.epoch_loop._num_ready_batches_reached()

@@ -14,7 +14,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -43,6 +42,7 @@ from memtx.memory.compressed import CompressedMemory
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cpu.cpu_info import choose_precision
 from memtx.training.base_module import BaseModule
+from memtx.training.callbacks.defaults import adapt_options
 from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.csv_logger import ResumableCSVLogger
@@ -224,7 +224,7 @@ class MemtxCLI(LightningCLI):
         """Write logs and checkpoints to the run folder, unless the user chose other loggers and callbacks."""
         config = self.config_init[self.subcommand]
         run_dir, trainer = Path(config.run_dir), config.trainer
-        if trainer.logger is None:
+        if trainer.logger is None and not trainer.barebones:
             # Evaluation must not change the logs of training.
             kwargs["logger"] = self.subcommand == "fit" and [
                 ResumableCSVLogger(config.run_dir, resume=config.ckpt_path is not None),
@@ -243,15 +243,13 @@ class MemtxCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(run_dir / CHECKPOINT_DIR)
-        # A user's callback replaces the default of its class; LearningRateMonitor fails without a logger.
-        replaced = {type(callback) for callback in _to_list(trainer.callbacks)}
-        if not kwargs.get("logger", trainer.logger):
-            replaced.add(LearningRateMonitor)
-        callbacks = [callback for callback in self.trainer_defaults["callbacks"] if type(callback) not in replaced]
         if self.subcommand == "predict":
-            callbacks.append(PredictionWriter(run_dir / PREDICTION_DIR))
-        self.trainer_defaults["callbacks"] = callbacks
+            self.trainer_defaults["callbacks"] = [PredictionWriter(run_dir / PREDICTION_DIR)]
         return super().instantiate_trainer(**kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        interactive = sys.stderr.isatty() or sys.stdout.isatty()
+        return super()._instantiate_trainer(adapt_options(config, callbacks, interactive), [])
 
     def before_fit(self) -> None:
         """Build optimizer and schedule for a dummy parameter, so that a wrong setting fails before any work."""

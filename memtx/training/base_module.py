@@ -67,6 +67,14 @@ class BaseModule(pl.LightningModule):
     def restore_rank_states(self, states: Sequence[dict[str, Any]]) -> None:
         """Restore what :meth:`rank_state` returned on each process of the checkpoint; their number may differ."""
 
+    def step_state(self) -> dict[str, Any]:
+        """Return what a training step changes besides weights and random state, without copies of tensors."""
+        return {"tokens_seen": self.tokens_seen}
+
+    def restore_step_state(self, state: dict[str, Any]) -> None:
+        """Go back to what :meth:`step_state` returned."""
+        self.tokens_seen = state["tokens_seen"]
+
     # Steps
 
     def setup(self, stage: str) -> None:

@@ -179,6 +179,15 @@ class LanguageModule(BaseModule):
 
     # Checkpoints
 
+    def step_state(self) -> dict[str, Any]:
+        """Return what a training step changes besides weights and random state, the carried states too."""
+        return {**super().step_state(), "carry": self.carry.states()}
+
+    def restore_step_state(self, state: dict[str, Any]) -> None:
+        """Go back to what :meth:`step_state` returned."""
+        super().restore_step_state(state)
+        self.carry.restore_states(state["carry"])
+
     def rank_state(self) -> dict[str, Any]:
         """Return the carried states."""
         return {key: self.carry.state_dict(stage) for key, stage in _SAVED_STAGES.items()} if self.carries_state else {}

@@ -16,6 +16,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from memtx.checkpoint import recovery, trainer_state
+from memtx.checkpoint.training import find_best_checkpoint
 from memtx.errors import CheckpointError, MemtxError, check_at_least, check_positive
 from memtx.training.carry import get_carry
 from memtx.training.fsdp import FullyShardedStrategy
@@ -123,7 +124,7 @@ def loss_upper_bound(losses: Sequence[float], factor: float) -> float:
 
 
 def _find_checkpoint_before(trainer: pl.Trainer, max_step: int) -> recovery.RecoveredCheckpoint | None:
-    callback = trainer.checkpoint_callback
+    callback = find_best_checkpoint(trainer) or trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint) or not callback.dirpath:
         return None
     # Waits for checkpoints that are written in the background.
@@ -137,7 +138,9 @@ def _find_checkpoint_before(trainer: pl.Trainer, max_step: int) -> recovery.Reco
 
 def _restore_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     current_groups = [[dict(group) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-    trainer.strategy.load_model_state_dict(checkpoint, strict=True)
+    # With an average of the weights, the checkpoint's are the average, and these the ones that are trained.
+    weights = checkpoint.get("current_model_state", checkpoint["state_dict"])
+    trainer.strategy.load_model_state_dict({**checkpoint, "state_dict": weights}, strict=True)
     trainer.strategy.load_optimizer_state_dict(checkpoint)
     for optimizer, groups in zip(trainer.optimizers, current_groups, strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):

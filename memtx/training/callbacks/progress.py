@@ -100,6 +100,14 @@ class PlainProgress(pl.Callback):
         self._last_time, self._num_tokens = self._clock(), 0
 
 
+def count_steps_only(bar: Any, options: Mapping[str, Any]) -> None:
+    """Keep Lightning's rich bar from describing a run without a number of epochs as "Epoch 0/-2"."""
+    if type(bar) is RichProgressBar and options.get("max_epochs") in (None, -1) and options.get("max_steps") != -1:
+        bar._get_train_description = lambda epoch: f"Epoch {epoch}".ljust(  # type: ignore[method-assign]
+            len(bar.validation_description)
+        )
+
+
 class StepProgressBar(RichProgressBar):
     """One bar for the whole run in optimizer steps; Lightning's counts the batches of an epoch."""
 

@@ -1,0 +1,69 @@
+"""Default callbacks of a run, which make way for the user's options and callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelSummary, ProgressBar
+
+from memtx.training.callbacks.interrupt import StopOnInterrupt
+from memtx.training.callbacks.memory_monitor import ClosedGateMonitor, MemoryNormMonitor, UnusedMemoryWarning
+from memtx.training.callbacks.oom import OutOfMemoryHint
+from memtx.training.callbacks.progress import PlainProgress, StepProgressBar, count_steps_only
+from memtx.training.callbacks.skip_nonfinite import SkipNonFinite
+from memtx.training.callbacks.summary import ParameterSummary
+from memtx.training.callbacks.throughput import Throughput
+
+BAREBONES_OPTIONS = (
+    "logger",
+    "enable_checkpointing",
+    "enable_progress_bar",
+    "enable_model_summary",
+    "log_every_n_steps",
+    "num_sanity_val_steps",
+)
+"""Options of the trainer that ``barebones`` turns off."""
+
+
+def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback], interactive: bool) -> dict[str, Any]:
+    """Return the trainer's options with the default callbacks that the user's choices leave room for.
+
+    A user's callback replaces the default of its class, a user's progress bar ours, and an option that turns a feature
+    off also removes our callbacks for it. ``barebones`` removes all of them, and the options that it turns off.
+
+    Args:
+        options: Arguments of the trainer, callbacks included.
+        best_checkpoint: The callbacks that write checkpoints unless ``enable_checkpointing`` is False.
+        interactive: If True, the program runs in a terminal, where a bar shows the progress.
+    """
+    user_callbacks = options["callbacks"] or []
+    user_callbacks = user_callbacks if isinstance(user_callbacks, list) else [user_callbacks]
+    if options.get("barebones"):
+        return {**options, **dict.fromkeys(BAREBONES_OPTIONS), "callbacks": user_callbacks}
+    callbacks: list[pl.Callback] = [Throughput(), UnusedMemoryWarning(), ClosedGateMonitor(), StopOnInterrupt()]
+    callbacks += [SkipNonFinite(), MemoryNormMonitor(), OutOfMemoryHint()]
+    if options.get("logger"):
+        callbacks.append(LearningRateMonitor("step"))
+    if options.get("enable_checkpointing") is not False:
+        callbacks += best_checkpoint
+    if options.get("enable_model_summary") is not False and not _has(user_callbacks, ModelSummary):
+        callbacks.append(ParameterSummary())
+    shows_bar = options.get("enable_progress_bar")
+    if _has(user_callbacks, ProgressBar):
+        shows_bar = True if shows_bar is None else shows_bar
+        for callback in user_callbacks:
+            count_steps_only(callback, options)
+    elif shows_bar or (shows_bar is None and interactive):
+        callbacks.append(StepProgressBar())
+        shows_bar = True
+    else:
+        callbacks.append(PlainProgress())
+        shows_bar = False
+    callbacks = [callback for callback in callbacks if not _has(user_callbacks, type(callback))]
+    return {**options, "enable_progress_bar": shows_bar, "callbacks": [*user_callbacks, *callbacks]}
+
+
+def _has(callbacks: Sequence[Any], kind: type[pl.Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
