@@ -10,7 +10,9 @@ from pathlib import Path
 from memtx import files, hf
 from memtx.checkpoint import pretrained
 from memtx.checkpoint.load import load
+from memtx.data.tokenizers import load_tokenizer
 from memtx.errors import MemtxError
+from memtx.models.memory_transformer import MemoryTransformer
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ def convert(
         raise MemtxError(f"'{target}' is the source.", "Give another folder.")
     checkpoint = load(source)
     texts = {pretrained.SIDECAR_FILES[name]: text for name, text in checkpoint.sidecars.items()}
+    tokenizer_path = source / pretrained.SIDECAR_FILES["tokenizer"]
+    if layout is None and isinstance(checkpoint.model, MemoryTransformer) and tokenizer_path.is_file():
+        # A published folder names its end tokens in other files, which memtx's format does not have.
+        texts[tokenizer_path.name] = load_tokenizer(tokenizer_path).to_json()
     dropped_weights: list[str] = []
     temporary = files.temporary_path(target)
     try:

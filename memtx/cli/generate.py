@@ -10,6 +10,9 @@ from dataclasses import fields
 from memtx.cli import options
 from memtx.errors import MemtxError
 
+SETTINGS = ("max_tokens", "stop", "seed", "stop_token_ids", "ignore_eos", "min_tokens")
+"""Options that :func:`memtx.inference.generate.generate` has under the same names."""
+
 
 def _generate(arguments: argparse.Namespace) -> None:
     if arguments.prompt is None and arguments.prompt_file is None and arguments.session is None:
@@ -25,7 +28,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     reader = options.load_reader(arguments)
     if arguments.session is not None:
         load_session(arguments.session, reader)
-    settings = {name: getattr(arguments, name) for name in ("max_tokens", "stop", "seed")}
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
     model, tokenizer = reader.model, reader.tokenizer
     chunks = generate(model, tokenizer, prompt, reader=reader, sampling_params=sampling_params, **settings)
     for chunk in itertools.chain(chunks, ["\n"]):
@@ -50,6 +53,18 @@ def main(argv: list[str]) -> int:
     add("--min-p", type=float, default=0.0, help="drop tokens less likely than p times the most likely one")
     add("--repetition-penalty", type=float, default=1.0, help="values above 1 make recent tokens less likely")
     add("--stop", action="append", default=[], metavar="TEXT", help="text to stop before; repeatable")
+    text = "ids to stop at, beside the model's end tokens"
+    add(
+        "--stop-token-ids",
+        type=options.non_negative_int,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID",
+        help=text,
+    )
+    add("--ignore-eos", action="store_true", help="continue after the model's end tokens")
+    add("--min-tokens", type=int, default=0, help="number of new tokens before which nothing ends the text")
     add("--seed", type=options.number_range(int, -(2**63), 2**64 - 1), default=0, help="random seed")
     add("--greedy", action="store_true", help="always take the most likely token")
     return parser.run(argv, _generate)

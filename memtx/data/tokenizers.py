@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
+from memtx.data.end_tokens import read_eos_token_ids
 from memtx.data.text_chunks import TextSplitter, encode_utf8, split_text
 from memtx.errors import DataError, MemtxError
 
@@ -27,10 +28,17 @@ FORMAT, FORMAT_VERSION = "memtx.tokenizer", 1
 HF_FORMAT, HF_FORMAT_VERSION = "memtx.hf_tokenizer", 2
 _FORMAT_VERSIONS = {FORMAT: FORMAT_VERSION, HF_FORMAT: HF_FORMAT_VERSION}
 BOS_TOKEN = "<|begin|>"
+EOS_KEY = "eos_token_ids"
 
 
 class Tokenizer(ABC):
-    """Base of all tokenizers. Ids are below ``vocab_size``; ``bos_token_id`` begins every document and is no text."""
+    """Base of all tokenizers. Ids are below ``vocab_size``; ``bos_token_id`` begins every document and is no text.
+
+    Attributes:
+        eos_token_ids: Ids at which a generated text ends; empty if the model was not trained to end a text.
+    """
+
+    eos_token_ids: frozenset[int] = frozenset()
 
     @property
     @abstractmethod
@@ -141,6 +149,8 @@ class BackendTokenizer(Tokenizer):
         self._special_token_ids: dict[str, int] = {}
         if path is not None:
             self._set_backend(_parse_backend(_read_tokenizer_file(path), str(path)))
+            vocabulary = self._require_backend().get_vocab(with_added_tokens=True)
+            self.eos_token_ids = read_eos_token_ids(Path(path).parent, vocabulary)
 
     @classmethod
     def from_backend_json(cls, text: str, vocab_size: int) -> Self:
@@ -202,9 +212,18 @@ class BackendTokenizer(Tokenizer):
         return self._id_to_bytes.get(token_id, b"")
 
     def to_json(self) -> str:
-        """Return the vocabulary size and the library's JSON as one JSON text."""
+        """Return the vocabulary size, the end tokens and the library's JSON as one JSON text."""
+        return self._to_json({EOS_KEY: sorted(self.eos_token_ids)} if self.eos_token_ids else {})
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of :meth:`to_json` without the end tokens, which do not change the ids of a text."""
+        return hashlib.sha256(self._to_json({}).encode("utf-8")).hexdigest()
+
+    def _to_json(self, options: Mapping[str, Any]) -> str:
         model = json.loads(self._require_backend().to_str())
-        return json.dumps({**self.JSON_HEADER, "vocab_size": self._vocab_size, "model": model}, ensure_ascii=False)
+        description = {**self.JSON_HEADER, "vocab_size": self._vocab_size, **options, "model": model}
+        return json.dumps(description, ensure_ascii=False)
 
     def _require_backend(self) -> Any:
         if self._backend is None:
@@ -309,7 +328,12 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         raise DataError(message, "Use the release that wrote it.")
     if not isinstance(vocab_size := value.get("vocab_size"), int):
         raise DataError(f"The tokenizer's vocab_size is {vocab_size}, expected a number.", "Restore it from a copy.")
-    return tokenizer_class.from_backend_json(json.dumps(value.get("model")), vocab_size)
+    tokenizer = tokenizer_class.from_backend_json(json.dumps(value.get("model")), vocab_size)
+    eos_token_ids = value.get(EOS_KEY, [])
+    if not isinstance(eos_token_ids, list) or not all(isinstance(token_id, int) for token_id in eos_token_ids):
+        raise DataError(f"The tokenizer's {EOS_KEY} is {eos_token_ids!r}, expected ids.", "Restore it from a copy.")
+    tokenizer.eos_token_ids = frozenset(eos_token_ids)
+    return tokenizer
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

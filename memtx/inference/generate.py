@@ -25,7 +25,7 @@ REPETITION_WINDOW = 256
 """Number of recent tokens subject to the repetition penalty; fixed, so that the cost per token is constant."""
 
 FinishReason = Literal["stop", "length", "cancelled"]
-"""Reason: a stop string, the maximum number of tokens, or cancellation."""
+"""Reason: an end token, stop token or stop string; the maximum number of tokens; or cancellation."""
 
 
 class StopFilter:
@@ -38,11 +38,16 @@ class StopFilter:
         self.is_stopped = False
         self._buffer = ""
 
-    def feed(self, text: str) -> str:
-        """Add ``text`` and return text that is safe to show; set ``is_stopped`` at a complete stop string."""
+    def feed(self, text: str, *, may_stop: bool = True) -> str:
+        """Add ``text`` and return text that is safe to show; set ``is_stopped`` at a stop string that ends in it.
+
+        Without ``may_stop``, stop strings that end in ``text`` are plain text.
+        """
+        old_length = len(self._buffer)
         self._buffer += text
-        stops = [index for stop in self.stop_strings if (index := self._buffer.find(stop)) >= 0]
-        if stops:
+        indices = (self._buffer.find(stop, max(0, old_length - len(stop) + 1)) for stop in self.stop_strings)
+        stops = [index for index in indices if index >= 0]
+        if stops and may_stop:
             visible, self._buffer, self.is_stopped = self._buffer[: min(stops)], "", True
             return visible
         num_held = 0
@@ -88,7 +93,7 @@ class GenerationConfig:
     """Options of one generated text, as for :func:`generate`.
 
     ``logprobs`` is the number of most likely tokens to return with each token; None disables log-probabilities. Raises
-    MemtxError if a number is negative, the seed does not fit into 64 bits, or a stop string is empty.
+    MemtxError if a number is out of range, the seed does not fit into 64 bits, or a stop string is empty.
     """
 
     max_tokens: int = 256
@@ -96,11 +101,22 @@ class GenerationConfig:
     stop: tuple[str, ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("max_tokens", self.max_tokens), ("logprobs", self.logprobs)):
+        for name, value in (
+            ("max_tokens", self.max_tokens),
+            ("logprobs", self.logprobs),
+            ("min_tokens", self.min_tokens),
+            ("stop_token_ids", min(self.stop_token_ids, default=0)),
+        ):
             if value is not None and value < 0:
                 raise MemtxError(f"{name} is {value}, expected at least 0.")
+        if self.min_tokens > self.max_tokens:
+            message = f"min_tokens ({self.min_tokens}) must be at most max_tokens ({self.max_tokens})."
+            raise MemtxError(message, "Lower min_tokens or raise max_tokens.")
         if not -(2**63) <= self.seed < 2**64:
             raise MemtxError(f"seed is {self.seed}, expected a 64-bit integer.")
         StopFilter(self.stop)
@@ -123,6 +139,11 @@ class TokenGenerator:
         self.finish_reason: FinishReason | None = None if config.max_tokens else "length"
         self._recent_tokens: deque[int] = deque(recent_tokens, maxlen=REPETITION_WINDOW)
         self._stop_filter = StopFilter(config.stop)
+        for token in config.stop_token_ids:
+            tokenizer.token_bytes(token)  # Raises if it is not in the vocabulary.
+        self._end_token_ids = {*config.stop_token_ids, *(() if config.ignore_eos else tokenizer.eos_token_ids)}
+        # No text but an end, so a model may always predict them, even one that is also the begin token.
+        self._silent_token_ids = self._end_token_ids | set(tokenizer.eos_token_ids)
         self._utf8_decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._generator = torch.Generator().manual_seed(config.seed)
         self._num_decoded_chars = self._num_emitted_chars = 0
@@ -132,17 +153,24 @@ class TokenGenerator:
         """Choose a token by the ``(vocab,)`` logits after ``next_token``; return the text that it completes."""
         logits = logits.detach().float().cpu()
         allowed = logits.clone()
-        allowed[self.tokenizer.bos_token_id] = -math.inf
+        if self.tokenizer.bos_token_id not in self._silent_token_ids:
+            allowed[self.tokenizer.bos_token_id] = -math.inf
         # The model's vocabulary may be padded beyond the tokenizer's.
         allowed[self.tokenizer.vocab_size :] = -math.inf
+        if self.num_generated < self.config.min_tokens:
+            allowed[[token for token in self._end_token_ids if token < len(allowed)]] = -math.inf
         params = self.config.sampling_params
         recent = np.unique(np.asarray(self._recent_tokens if params.repetition_penalty != 1 else (), dtype=np.int64))
         self.next_token = sample_token(allowed, params, torch.from_numpy(recent), self._generator)
         self._recent_tokens.append(self.next_token)
         self.num_generated += 1
+        if self.next_token in self._end_token_ids:
+            self.finish_reason = "stop"
+            return self._to_delta(b"")
         if self.config.logprobs is not None:
             self._pending_logprobs.append(self._token_logprob(logits, allowed, self.config.logprobs))
-        return self._to_delta(self.tokenizer.token_bytes(self.next_token))
+        is_silent = self.next_token in self._silent_token_ids
+        return self._to_delta(b"" if is_silent else self.tokenizer.token_bytes(self.next_token))
 
     def _token_logprob(self, logits: Tensor, allowed: Tensor, num_logprobs: int) -> TokenLogprob:
         # Normalized over the whole vocabulary, as when a text is scored.
@@ -153,18 +181,19 @@ class TokenGenerator:
         return TokenLogprob(self.next_token, logprob, tuple(top_logprobs), self._num_decoded_chars)
 
     def _to_delta(self, token_bytes: bytes) -> TextDelta:
-        decoded = self._utf8_decoder.decode(token_bytes)
+        if self.finish_reason is None and self.num_generated == self.config.max_tokens:
+            self.finish_reason = "length"
+        decoded = self._utf8_decoder.decode(token_bytes, self.finish_reason is not None)
         self._num_decoded_chars += len(decoded)
-        text = self._stop_filter.feed(decoded)
+        text = self._stop_filter.feed(decoded, may_stop=self.num_generated > self.config.min_tokens)
         if self._stop_filter.is_stopped:
             self.finish_reason = "stop"
-        elif self.num_generated == self.config.max_tokens:
-            text += self._stop_filter.feed(self._utf8_decoder.decode(b"", True))
-            text += "" if self._stop_filter.is_stopped else self._stop_filter.finish()
-            self.finish_reason = "stop" if self._stop_filter.is_stopped else "length"
+        elif self.finish_reason is not None:
+            text += self._stop_filter.finish()
         self._num_emitted_chars += len(text)
         # A token is returned with its first character; one that only completes a character, with the tokens before it.
-        end = math.inf if self.finish_reason == "length" else self._num_emitted_chars
+        is_complete = self.finish_reason is not None and not self._stop_filter.is_stopped
+        end = math.inf if is_complete else self._num_emitted_chars
         logprobs = []
         while self._pending_logprobs and self._pending_logprobs[0].text_offset < end:
             logprobs.append(self._pending_logprobs.popleft())
@@ -182,8 +211,14 @@ def generate(
     sampling_params: SamplingParams | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
+    stop_token_ids: Sequence[int] = (),
+    ignore_eos: bool = False,
+    min_tokens: int = 0,
 ) -> Iterator[str]:
     """Generate a continuation of a text; yields non-empty parts of complete characters.
+
+    The text ends at an end token of the model (``tokenizer.eos_token_ids``), a stop token or a stop string, none of
+    which is returned.
 
     Args:
         model: Language model; a module is put into eval mode.
@@ -193,14 +228,25 @@ def generate(
         segment_length: Tokens per segment of the prompt; unused with ``reader``.
         max_tokens: Maximum number of generated tokens.
         sampling_params: Sampling options. Defaults to plain sampling.
-        stop: Strings that end the text; they are not returned.
+        stop: Strings that end the text.
         seed: Random seed; equal seeds give equal texts on the same machine and version of torch.
+        stop_token_ids: Ids that end the text, beside the model's end tokens.
+        ignore_eos: If True, the model's end tokens do not end the text.
+        min_tokens: Number of tokens before which neither a token nor a string ends the text.
 
     Raises:
-        MemtxError: ``max_tokens`` is negative, a stop string is empty, or the logits are not finite.
+        MemtxError: A number is out of range, a stop string is empty, or the logits are not finite.
     """
     # Checked here because a generator function runs only at the first next().
-    config = GenerationConfig(max_tokens, sampling_params or SamplingParams(), tuple(stop), seed)
+    config = GenerationConfig(
+        max_tokens,
+        sampling_params or SamplingParams(),
+        tuple(stop),
+        seed,
+        stop_token_ids=tuple(stop_token_ids),
+        ignore_eos=ignore_eos,
+        min_tokens=min_tokens,
+    )
     return _generate(reader.fork() if reader else StreamReader(model, tokenizer, segment_length), prompt, config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -42,7 +43,7 @@ class RequestBody(BaseModel):
 
 
 class GenerationBody(RequestBody):
-    """Settings of a generated text: OpenAI's names, and top_k, min_p and repetition_penalty of memtx."""
+    """Settings of a generated text: OpenAI's names, and those of vLLM for what OpenAI lacks."""
 
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     temperature: float | None = 1.0
@@ -53,6 +54,9 @@ class GenerationBody(RequestBody):
     n: Annotated[int, Field(ge=1, le=1024)] | None = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    ignore_eos: bool = False
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stream: bool | None = False
     stream_options: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -61,9 +65,16 @@ class GenerationBody(RequestBody):
         """Return the settings of one text per seed; raises MemtxError if a number is out of range."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        max_tokens = 16 if self.max_tokens is None else self.max_tokens
-        return [GenerationConfig(max_tokens, SamplingParams(**values), stop, seed, self.logprobs) for seed in seeds]
+        config = GenerationConfig(
+            16 if self.max_tokens is None else self.max_tokens,
+            SamplingParams(**values),
+            (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            logprobs=self.logprobs,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
+        )
+        return [replace(config, seed=seed) for seed in seeds]
 
     @property
     def include_usage(self) -> bool:

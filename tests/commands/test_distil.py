@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def fit(program: Program, workdir: Path, config: str, run: str, *options: str) -
     result = program("fit", "--config", path, "--run_dir", run, *SHORT, *options, cwd=workdir)
     assert result.code == 0, result.err
     return set((workdir / run / "metrics.csv").read_text().partition("\n")[0].split(","))
+
+
+def active_steps(run: Path, loss: str) -> list[int]:
+    """Return the steps, from 0, whose logged loss counts."""
+    with (run / "metrics.csv").open() as file:
+        values = [row[f"train_{loss}"] for row in csv.DictReader(file) if row["train_loss"]]
+    return [step for step, value in enumerate(values) if float(value or 0) > 0]
 
 
 def books(workdir: Path) -> list[str]:
@@ -71,9 +79,14 @@ def test_a_task_model_is_distilled_into_a_smaller_one(program: Program, tmp_path
     small = ["--model.backbone.init_args.dim=16", "--model.backbone.init_args.heads=4"]
     fit(program, tmp_path, "conll2000.yaml", "teacher", *root, *small)
     metrics = fit(
-        program, tmp_path, "tinybert-task.yaml", "student", *root, "--model.backbone.init_args.dim=8", TEACHER
-    )
+        program, tmp_path, "tinybert-task.yaml", "student", *root, "--model.backbone.init_args.dim=8", TEACHER,
+        "--trainer.max_steps=10",
+    )  # fmt: skip
     assert {"train_embedding_mse", "train_attention_mse", "train_hidden_mse", "train_soft_targets"} <= metrics
+    # Intermediate layers first, then predictions (TinyBERT, Jiao et al. 2020, section 3); the phases overlap.
+    for loss in ("embedding_mse", "attention_mse", "hidden_mse"):
+        assert active_steps(tmp_path / "student", loss) == list(range(6)), loss
+    assert active_steps(tmp_path / "student", "soft_targets") == list(range(4, 10))
     command = ["distil", "report", "--teacher", "teacher", "--student", "student", "--data", "data", "--json", "-"]
     result = program(*command, "--num-timed=2", cwd=tmp_path)
     assert result.code == 0, result.err

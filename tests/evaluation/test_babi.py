@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from memtx.data.sources.base import Document
 from memtx.data.tokenizers import ByteTokenizer
@@ -13,7 +16,8 @@ from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, average_by_distance
 from memtx.evaluation.babi import Story, evaluate_babi, load_tasks, read_stories
 from memtx.evaluation.haystack import Haystack
-from tests.evaluation.readers import remembers
+from memtx.state import MemoryState
+from tests.evaluation.readers import RememberingModel, remembers
 
 TOKENIZER = ByteTokenizer()
 TEXT = "".join(f"Night {number} was dark and stormy on the moor. " for number in range(200))
@@ -57,6 +61,42 @@ def test_hidden_stories_are_answered_as_far_as_text_is_remembered(folder: Path) 
         EvaluationResult("all", 600, 1.0, pytest.approx(1 / 3)),
         EvaluationResult("all", 2500, 1.0, pytest.approx(2 / 3)),
     ]
+
+
+class Listener(RememberingModel):
+    """Collects every context, ``(length,)`` bytes with the token of the beginning."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length + 1)
+        self.contexts: list[list[int]] = []
+
+    def __call__(self, tokens: Tensor, state: MemoryState, labels: Tensor) -> Any:
+        output = super().__call__(tokens, state, labels)
+        text = output.state.layers[0][0]
+        if text[0, 0] == TOKENIZER.bos_token_id:
+            self.contexts += text.tolist()
+        return output
+
+
+def test_facts_are_hidden_in_order_all_over_the_context() -> None:
+    """Their depths are those of sorted uniform numbers, in every context others (BABILong, section 2)."""
+    facts = tuple(f"Fact {number} is hidden." for number in range(3))
+    length, num_contexts = 2000, 40
+    listener: Any = Listener(length)
+    stories = [Story(facts, f"Who is {number}?", "Ann.") for number in range(num_contexts)]
+    evaluate_babi(
+        listener, TOKENIZER, HAYSTACK, {1: stories}, [length], num_samples=num_contexts, segment_length=length + 1
+    )
+    texts = [bytes(context[1:]).decode() for context in listener.contexts]
+    assert [len(text) for text in texts] == [length] * num_contexts
+    depths = torch.tensor([[text.index(f" {fact}") / length for fact in facts] for text in texts])
+    assert bool((depths.diff(dim=1) > 0).all())
+    assert len(set(depths[:, 0].tolist())) > num_contexts / 2
+    # The k-th of three sorted uniform numbers has mean k / 4 and a standard deviation of at most 0.224, their mean over
+    # 40 contexts 0.035; a sentence, at whose nearest end a fact is hidden, is 0.023 of the text.
+    assert depths.mean(0).tolist() == pytest.approx([0.25, 0.5, 0.75], abs=0.13)
+    assert depths.min() < 0.1
+    assert depths.max() > 0.9
 
 
 def test_chance_is_the_frequency_of_the_most_common_answer() -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import memtx
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.errors import CheckpointError
+from memtx.memory.associative import AssociativeMemory
 from memtx.memory.compression import AttentionPooling, AttentionReconstruction, AutoEncoding
 from tests.memory_zoo import COMPRESSIONS
 
@@ -103,6 +104,24 @@ def test_only_the_compression_learns_from_reconstruction(name: str, reconstructi
     again = model(TOKENS[:, :-1], labels=TOKENS[:, 1:])
     again.loss.backward()
     assert all(tensor.grad.abs().max() > 0 for name, tensor in model.named_parameters() if "key_value" in name)
+
+
+def test_loss_is_the_language_loss_plus_all_auxiliary_losses() -> None:
+    write_penalty = partial(AssociativeMemory, heads=2, decay_gate=None, write_penalty=0.5)
+    exact = partial(CompressedMemory, window=4, compression_rate=3, num_entries=4, reconstruction=AutoEncoding)
+    model = small(memories=[[exact, write_penalty]]).double()
+    labels = TOKENS[:, 1:]
+    out = model(TOKENS[:, :-1], labels=labels)
+    assert len(out.aux_losses) == 2
+    assert all(loss > 0 for loss in out.aux_losses.values())
+    torch.testing.assert_close(out.language_loss, out.nll.mean(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.loss, out.language_loss + sum(out.aux_losses.values()), rtol=0, atol=1e-12)
+    # It is also the value that gradients come from.
+    weights = [weight for name, weight in model.named_parameters() if "reconstruction" in name]
+    expected = torch.autograd.grad(sum(out.aux_losses.values()), weights, retain_graph=True)
+    for grad, expected_grad in zip(torch.autograd.grad(out.loss, weights), expected, strict=True):
+        assert expected_grad.abs().max() > 0
+        torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
 
 
 def test_reconstruction_runs_in_training_only() -> None:
