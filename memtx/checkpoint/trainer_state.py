@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 
 def has_stepped(trainer: pl.Trainer) -> bool:
@@ -35,12 +37,25 @@ def is_last_step(trainer: pl.Trainer) -> bool:
     return ends_epoch and trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
 
 
-def total_steps(trainer: pl.Trainer) -> int | None:
-    """Return the optimizer steps of the whole run; None if it is endless."""
+def total_steps(trainer: pl.Trainer, batches_per_epoch: float | None = None) -> int | None:
+    """Return the optimizer steps of the whole run; None if it is endless.
+
+    ``batches_per_epoch`` is needed before the trainer has set up its data.
+    """
     limits = [trainer.max_steps] if trainer.max_steps > 0 else []
-    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(trainer.num_training_batches):
-        limits.append(math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    num_batches = trainer.num_training_batches if batches_per_epoch is None else batches_per_epoch
+    if trainer.max_epochs is not None and trainer.max_epochs > 0 and math.isfinite(num_batches):
+        # An epoch ends with an optimizer step, however few batches were accumulated.
+        limits.append(sum(math.ceil(num_batches / count) for count in _accumulated_batches(trainer)))
     return min(limits) if limits else None
+
+
+def _accumulated_batches(trainer: pl.Trainer) -> Iterator[int]:
+    """Yield the batches of an optimizer step in each epoch."""
+    callbacks = cast(list[Any], cast(Any, trainer).callbacks)
+    scheduler = next((entry for entry in callbacks if isinstance(entry, GradientAccumulationScheduler)), None)
+    for epoch in range(trainer.max_epochs or 0):
+        yield trainer.accumulate_grad_batches if scheduler is None else scheduler.get_accumulate_grad_batches(epoch)
 
 
 def sync_batch_progress(trainer: pl.Trainer) -> None:
@@ -51,7 +66,8 @@ def sync_batch_progress(trainer: pl.Trainer) -> None:
         return
     progress = trainer.fit_loop.epoch_loop.batch_progress.current
     # At a checkpoint of an epoch's last batch, the data is in the next epoch and Lightning is not.
-    shift = (position % len(loader) or (len(loader) if progress.ready else 0)) - progress.ready
+    num_batches = getattr(loader, "steps_per_epoch", len(loader))
+    shift = (position % num_batches or (num_batches if progress.ready else 0)) - progress.ready
     for name in ("ready", "started", "processed", "completed"):
         setattr(progress, name, getattr(progress, name) + shift)
 

@@ -63,9 +63,10 @@ class BestCheckpoint(ModelCheckpoint):
 
     last.ckpt is written at every validation, at the end, and every ``every_n_train_steps``; always after an optimizer
     step, so that a run resumes from it exactly. It holds the last whole step however the run ends: at its limits, by
-    ``should_stop``, or by an exception, unless several processes would have to agree. The checkpoint that it replaces stays as earlier-N.ckpt (of step N), in
-    case last.ckpt is damaged. The best checkpoint is stored as it was validated. A run without validation has no best
-    checkpoint and also writes last.ckpt after each epoch. While a guard reports an unstable run, nothing is written.
+    ``should_stop``, or by an exception, unless several processes would have to agree. The checkpoint that it replaces
+    stays as earlier-N.ckpt (of step N), in case last.ckpt is damaged. The best checkpoint is stored as it was
+    validated. A run without validation has no best checkpoint and also writes last.ckpt after each epoch. While a guard
+    reports an unstable run, nothing is written.
 
     Args:
         dirpath: Folder of the checkpoints. Defaults to ``checkpoints`` in the run folder.
@@ -180,7 +181,11 @@ class BestCheckpoint(ModelCheckpoint):
 
     def _save_whole_step(self, trainer: pl.Trainer) -> None:
         """Write last.ckpt of the last whole step, unless it exists or the weights have changed since."""
-        if trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING or trainer_state.is_unstable(trainer):
+        if (
+            getattr(trainer, "fast_dev_run", False)
+            or trainer.state.fn != TrainerFn.FITTING
+            or trainer_state.is_unstable(trainer)
+        ):
             return
         if is_between_steps(trainer):
             if trainer.global_step > self._last_saved_step:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 
@@ -40,7 +40,7 @@ class WholeStep:
             trainer.current_epoch,
             trainer.fit_loop.state_dict(),
             [_get_loader_state(loader) for loader in _get_loaders(trainer)],
-            getattr(trainer.lightning_module, "step_state", dict)(),
+            cast(Any, getattr(trainer.lightning_module, "step_state", dict))(),
             rng.get_rng_state(),
         )
 
@@ -48,8 +48,8 @@ class WholeStep:
         """Return the checkpoint of this step; sets the data position and the module's state back to it."""
         for loader, state in zip(_get_loaders(trainer), self.loader_states, strict=True):
             _set_loader_state(loader, state)
-        if hasattr(module := trainer.lightning_module, "restore_step_state"):
-            module.restore_step_state(self.module_state)
+        if (restore := cast(Any, getattr(trainer.lightning_module, "restore_step_state", None))) is not None:
+            restore(self.module_state)
         rng_state = rng.get_rng_state()
         rng.set_rng_state(self.rng_state)
         checkpoint: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(False)
@@ -67,7 +67,7 @@ class WholeStep:
 
 def is_between_steps(trainer: pl.Trainer) -> bool:
     """Return whether the callbacks of a batch that ended in an optimizer step are running."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress.current
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return progress.completed < progress.processed == progress.ready and trainer_state.has_stepped(trainer)
 
 

@@ -18,11 +18,14 @@ from memtx.cli.main import program_name
 from memtx.training.callbacks.interrupt import INTERRUPT_EXIT_CODE
 
 # Advice to install other products, and warnings about choices made on purpose.
-_SUPPRESSED_LOGS = ("Seed set to", "available: False", "litlogger", "Tip", "was configured so")
-_SUPPRESSED_LOGS += ("Automatic Mixed Precision", "model summary callbacks", "`weights_only` was not set")
+_SUPPRESSED_LOGS = (
+    *("Seed set to", "available: False", "litlogger", "Tip", "was configured so"),
+    *("Automatic Mixed Precision", "model summary callbacks", "`weights_only` was not set"),
+)
 _SUPPRESSED_WARNINGS = (
     ".*(does not have many workers|does not seem to be|LeafSpec|no logger configured|exists and is not empty)",
     ".*not supported by the model summary",
+    ".*(with a model that overrides the configure_model|SWA is currently only supported|trying to `self.log)",
     "LightningCLI's args parameter is intended to run from within Python",
     ".*across ranks is zero",  # a run without validation texts
     r"\s*Unable to serialize instance",  # the tokenizer of the checkpoint, which is not saved
@@ -44,7 +47,8 @@ def install_warning_filters() -> None:
     threading.excepthook = _thread_excepthook
     for text in _SUPPRESSED_WARNINGS:
         warnings.filterwarnings("ignore", message=text)
-    for name in ("fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"):
+    names = ["fabric.utilities.seed", "fabric.utilities.rank_zero", "pytorch.utilities.rank_zero"]
+    for name in [*names, "pytorch.trainer.connectors.checkpoint_connector"]:
         logger = logging.getLogger(f"lightning.{name}")
         if _is_relevant not in logger.filters:
             logger.addFilter(_is_relevant)

@@ -6,11 +6,11 @@ import inspect
 import os
 import shutil
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
@@ -20,7 +20,7 @@ from lightning.pytorch.plugins import CheckpointIO
 
 from memtx import files
 from memtx.checkpoint import pretrained, recovery
-from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint
+from memtx.checkpoint.training import AtomicCheckpointIO, BestCheckpoint, find_best_checkpoint
 from memtx.cli.config import (
     CONFIG_FILE,
     CONFIG_OPTIONS,
@@ -47,6 +47,7 @@ from memtx.training.callbacks.oom import is_out_of_memory
 from memtx.training.callbacks.predictions import PredictionWriter
 from memtx.training.csv_logger import ResumableCSVLogger
 from memtx.training.language import LanguageModule
+from memtx.training.optimizers import check_optimizer
 
 LAST_CHECKPOINT = "last.ckpt"
 CHECKPOINT_DIR = "checkpoints"
@@ -252,21 +253,33 @@ class MemtxCLI(LightningCLI):
         return super()._instantiate_trainer(adapt_options(config, callbacks, interactive), [])
 
     def before_fit(self) -> None:
-        """Build optimizer and schedule for a dummy parameter, so that a wrong setting fails before any work."""
-        try:
-            optimizer = self.model.make_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}])
-            if self.model.make_scheduler is not None:
-                self.model.make_scheduler(optimizer)
-        except MemtxError:
-            raise
-        except (ValueError, TypeError) as error:
-            raise MemtxError(f"model.optimizer or model.scheduler: {error}.", "Change its init_args.") from error
+        """Try optimizer and schedule, so that a wrong setting fails before any work."""
+        check_optimizer(self.model.make_optimizer, self.model.make_scheduler)
 
     def after_fit(self) -> None:
-        """Print the run folder."""
+        """Print the run folder, and how to test it if that is possible."""
         config = self.config[self.subcommand]
+        if reason := self._describe_untestable(Path(config.run_dir)):
+            _print_rank_zero(f"memtx: {reason}\n")
+            return
         if self.trainer.is_global_zero and not config.trainer.fast_dev_run:
             sys.stdout.write(f"The run is in '{config.run_dir}'. Test it with: memtx test --run_dir {config.run_dir}\n")
+
+    def _describe_untestable(self, run_dir: Path) -> str:
+        """Return why `memtx test` cannot follow a fit; empty if it can."""
+        if self.config[self.subcommand].trainer.fast_dev_run:
+            return ""
+        if not any((run_dir / CHECKPOINT_DIR).glob("*.ckpt")):
+            no_step = "" if self.trainer.global_step else ": no step was done"
+            reason = no_step if find_best_checkpoint(self.trainer) else ": trainer.enable_checkpointing is false"
+            return f"No checkpoint was written{reason}, so there is nothing to test."
+        has_split = getattr(self.datamodule, "has_split", None)
+        if has_split is not None and not has_split("test"):
+            return (
+                f"The run is in '{run_dir}'. There is no test split: give texts that have one to "
+                "`memtx test` with --data.root, or run `memtx validate`."
+            )
+        return ""
 
     def after_predict(self) -> None:
         """Print the folder of the predictions."""
@@ -284,7 +297,7 @@ class MemtxCLI(LightningCLI):
             has_started = self.trainer.global_step or any((run_dir / CHECKPOINT_DIR).glob("*"))
             if subcommand == "fit" and is_new and not has_started:
                 shutil.rmtree(run_dir, ignore_errors=True)
-            if isinstance(error, MisconfigurationException):
+            if isinstance(error, Exception) and _is_raised_by_options(error):
                 raise _to_memtx_error(error) from error
             if is_out_of_memory(error):
                 raise MemtxError(getattr(error, "__notes__", ["Out of memory."])[-1]) from error
@@ -334,6 +347,17 @@ def get_data_options(config: Any) -> Any:
 
 def _to_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _is_raised_by_options(error: BaseException) -> bool:
+    """Return whether Lightning, or an optimizer or schedule of torch, complains about an option of the user."""
+    if isinstance(error, MisconfigurationException):
+        return True
+    if not isinstance(error, ValueError | TypeError | AttributeError | RuntimeError | ZeroDivisionError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    path = Path(frames[-1].filename).as_posix() if frames else ""
+    return "/site-packages/lightning/" in path or "/site-packages/torch/optim/" in path
 
 
 def _find_memtx_error(error: BaseException | None) -> MemtxError | None:

@@ -103,6 +103,7 @@ class Carry:
 
     def load_state_dict(self, stage: str, tensors: Mapping[str, Tensor]) -> None:
         """Restore the stage at the next :meth:`get_state`, which knows the batch size."""
+        self.reset(stage)
         if tensors:
             self._restored_tensors[stage] = dict(tensors)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memtx.data.batch import Batch
 from memtx.errors import MemtxError, check_at_least
+from memtx.memory.base import Memory
 from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.state import MemoryState
@@ -114,10 +115,12 @@ class LanguageModule(BaseModule):
         batch_size = batch.tokens.shape[0]
         if not self.carries_state or (stage == "train" and self._resets_every_step):
             return self.model.init_state(batch_size)
-        if stage != "train" and batch_idx == 0:
+        overfits = stage == "train" and getattr(self.trainer, "overfit_batches", 0) > 0
+        if batch_idx == 0 and (stage != "train" or overfits):
+            # The trainer repeats the same batches in every epoch: they are to be read from the same state.
             self.carry.reset(stage)
         state = self.carry.get_state(stage, self.model, batch_size)
-        if stage != "train":
+        if stage != "train" or overfits:
             return state
         rank, world_size = self.trainer.global_rank, self.trainer.world_size
         return self.state_reset(state, seed=self.tokens_seen, rank=rank, world_size=world_size)
@@ -171,7 +174,21 @@ class LanguageModule(BaseModule):
     def on_validation_epoch_end(self) -> None:
         """Log the gain from memory, in total and by distance."""
         if self.memory_gain is not None:
-            self.log_dict({f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()})
+            # The same on all ranks: their mean is that, too.
+            values = {f"val_{name}": value for name, value in self.memory_gain.compute_and_reset().items()}
+            self.log_dict(values, sync_dist=True)
+        super().on_validation_epoch_end()
+
+    def logged_metrics(self) -> set[str]:
+        """Return the names that training and validation log, except those of callbacks."""
+        memories = [module for module in self.model.modules() if isinstance(module, Memory)]
+        aux_losses = {getattr(getattr(memory, "reconstruction", None), "name", "") for memory in memories}
+        if any(getattr(memory, "write_penalty", 0.0) for memory in memories):
+            aux_losses.add("write_penalty")
+        names = {f"train_{name}" for name in {"bits_per_byte", *aux_losses - {""}}}
+        if self.memory_gain is not None:
+            names |= {f"val_{name}" for name in self.memory_gain.names()}
+        return super().logged_metrics() | names
 
     def on_validation_end(self) -> None:
         """Free the state of validation."""

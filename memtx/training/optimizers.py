@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import LBFGS, AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from memtx.errors import MemtxError
+from memtx.training.muon import add_adamw
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -29,6 +32,67 @@ def make_param_groups(model: nn.Module) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trainable if parameter.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def build_optimizer(make_optimizer: OptimizerFactory, model: nn.Module) -> Optimizer:
+    """Return the optimizer of a model's trainable parameters.
+
+    ``torch.optim.Muon``, which takes matrices only, is given an AdamW for the other parameters.
+
+    Raises:
+        MemtxError: The optimizer evaluates a batch several times, or its settings are wrong.
+    """
+    groups = make_param_groups(model)
+    try:
+        # Of one matrix, which every optimizer takes.
+        kind = make_optimizer([{"params": [nn.Parameter(torch.zeros(1, 1))]}])
+        if isinstance(kind, LBFGS):
+            raise MemtxError(
+                "torch.optim.LBFGS reads a batch several times per step, and the memory would advance every time.",
+                "Choose another model.optimizer, such as torch.optim.AdamW or torch.optim.Muon.",
+            )
+        if isinstance(kind, Muon):
+            return add_adamw(cast(Callable[[Any], Muon], make_optimizer), model, groups)
+        return make_optimizer(groups)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, MemtxError):
+            raise
+        raise MemtxError(f"model.optimizer: {error}.", "Change its init_args.") from error
+
+
+def check_optimizer(make_optimizer: OptimizerFactory, make_scheduler: SchedulerFactory | None) -> None:
+    """Raise MemtxError if the optimizer or the schedule has wrong settings or cannot train a linear layer."""
+    with torch.random.fork_rng(devices=[]):
+        layer = nn.Linear(2, 2)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(make_optimizer, layer)
+    try:
+        with contextlib.suppress(AssertionError):  # a setting for GPUs, where this layer is not
+            optimizer.step()
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise MemtxError(f"model.optimizer: {error}.", "Choose another, such as torch.optim.AdamW.") from error
+    try:
+        if make_scheduler is not None:
+            make_scheduler(optimizer)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, MemtxError):
+            raise
+        raise MemtxError(f"model.scheduler: {error}.", "Change its init_args.") from error
+
+
+def set_base_lr(optimizer: Optimizer, schedules: Iterable[LRScheduler], lr: float) -> None:
+    """Set the learning rate that the schedules scale, of the first group; the others keep their ratio to it."""
+    groups = optimizer.param_groups
+    base_lrs = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    new_lrs = [lr * (base_lr / base_lrs[0]) if base_lrs[0] else lr for base_lr in base_lrs]
+    for group, base_lr, new_lr in zip(groups, base_lrs, new_lrs, strict=True):
+        group["lr"] = new_lr * (group["lr"] / base_lr if base_lr else 1.0)
+        if "initial_lr" in group:
+            group["initial_lr"] = new_lr
+    for schedule in schedules:
+        if hasattr(schedule, "base_lrs"):
+            schedule.base_lrs = list(new_lrs)
 
 
 _CONFIG_KEYS = ("warmup_steps", "total_steps", "min_lr_ratio")

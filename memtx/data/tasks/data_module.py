@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from lightning.pytorch import LightningDataModule
 
-from memtx.data.batch import check_options, rank_and_world_size
+from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.hf_tokenizers import HFTokenizer, WordPieceTokenizer
 from memtx.data.tasks.base import EncodedExample, PreparedExample, Task, task_to_json
 from memtx.data.tasks.batches import EvaluationBatches, TaskBatch, TrainingBatches, collate
@@ -96,18 +96,20 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
     def setup(self, stage: str | None = None) -> None:
         """Read what the stage needs; a fit begins at the start of the data unless a checkpoint is restored."""
         for split in {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage or "", ("test",)):
-            if split != "validation" or stage != "fit" or self._has_validation():
+            if split != "validation" or stage != "fit" or self.has_split("validation"):
                 self.encoded_examples(split)
         if stage == "fit":
             self._batches = self._restored_position = None
 
-    def _has_validation(self) -> bool:
-        return self.root is not None and (Path(self.root).expanduser() / "validation.jsonl").is_file()
+    def has_split(self, split: str) -> bool:
+        """Return whether there are examples of a split."""
+        return self.root is not None and (Path(self.root).expanduser() / f"{split}.jsonl").is_file()
 
     def train_dataloader(self) -> TrainingBatches[B]:
         """Return this rank's batches from the position on."""
         windows, ranks = self._training_windows(), rank_and_world_size(self.trainer)
         batches = TrainingBatches(windows, self.batch_size, self._collate, self.seed, *ranks)
+        limit_epochs(batches, self.trainer)
         if self._batches is not None:  # called again within a run
             batches.load_state_dict(self._batches.state_dict())
         elif self._restored_position is not None:
@@ -117,7 +119,7 @@ class ExampleDataModule(LightningDataModule, Generic[R, B]):
 
     def val_dataloader(self) -> Any:
         """Return the validation examples; an empty list if there are none."""
-        return self._evaluation_batches("validation") if self._has_validation() else []
+        return self._evaluation_batches("validation") if self.has_split("validation") else []
 
     def test_dataloader(self) -> Any:
         """Return the test examples."""

@@ -18,9 +18,12 @@ class ParameterSummary(ModelSummary):
     """
 
     @staticmethod
-    def summarize(summary_data: list[tuple[str, list[str]]], *totals: Any, total_flops: int = 0, **options: Any) -> None:
+    def summarize(
+        summary_data: list[tuple[str, list[str]]], *totals: Any, total_flops: int = 0, **options: Any
+    ) -> None:
         """Write the table, without a column of operations if none are known."""
         columns = [column for column in summary_data if total_flops or column[0] != FLOPS_COLUMN]
-        lines = _format_summary_table(*totals, total_flops, *columns).splitlines()
+        format_table: Any = _format_summary_table
+        lines: list[str] = format_table(*totals, total_flops, *columns).splitlines()
         lines = [line for line in lines if total_flops or "flops" not in line.lower()]
         sys.stderr.write("\n".join([*lines, ""]))

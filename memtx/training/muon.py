@@ -1,0 +1,75 @@
+"""Muon for the matrices of a model, with AdamW for all other parameters (Jordan et al. 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
+
+ADAMW_LR = 1e-3
+"""Learning rate of the other parameters, unless Muon's is on AdamW's scale."""
+
+
+class MuonWithAdamW(Optimizer):
+    """One optimizer of two: Muon updates the hidden matrices, AdamW embeddings, head, norms and biases.
+
+    The schedule scales both learning rates. Muon's is that of its arguments; AdamW's is the same with ``adjust_lr_fn:
+    match_rms_adamw``, which gives both one scale, else 1e-3.
+
+    Args:
+        muon: Optimizer of the matrices.
+        adamw: Optimizer of the other parameters.
+    """
+
+    def __init__(self, muon: Muon, adamw: AdamW) -> None:
+        self._parts: tuple[Optimizer, Optimizer] = (muon, adamw)
+        self._num_muon_groups = len(muon.param_groups)
+        super().__init__([*muon.param_groups, *adamw.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update all parameters once; the closure, which computes the gradients, is called first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups[: self._num_muon_groups], self.param_groups[self._num_muon_groups :]
+        for part, part_groups in zip(self._parts, groups, strict=True):
+            # Both parts work on the groups and the state of this one, which a checkpoint or a schedule may replace.
+            part.param_groups, part.state = part_groups, self.state
+            part.step()
+        return loss
+
+
+def find_hidden_matrices(model: nn.Module) -> set[Tensor]:
+    """Return the trainable weights of linear layers, except those of heads and those shared with an embedding."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return {
+        layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and not any(part.endswith("head") for part in name.split("."))
+        if layer.weight.requires_grad and layer.weight.dim() == 2 and layer.weight not in embeddings
+    }
+
+
+def split_groups(model: nn.Module, groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return parameter groups of the hidden matrices, and of all others."""
+    matrices = find_hidden_matrices(model)
+    hidden = [{**group, "params": [weight for weight in group["params"] if weight in matrices]} for group in groups]
+    others = [{**group, "params": [weight for weight in group["params"] if weight not in matrices]} for group in groups]
+    return [group for group in hidden if group["params"]], [group for group in others if group["params"]]
+
+
+def add_adamw(make_muon: Callable[[Any], Muon], model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
+    """Return Muon for the hidden matrices among the groups, with AdamW for other parameters if there are any."""
+    hidden, others = split_groups(model, groups)
+    if not hidden:
+        return AdamW(others, lr=ADAMW_LR, betas=(0.9, 0.95), weight_decay=0.1)
+    muon = make_muon(hidden)
+    if not others:
+        return muon
+    settings = muon.defaults
+    lr = settings["lr"] if settings["adjust_lr_fn"] == "match_rms_adamw" else ADAMW_LR
+    return MuonWithAdamW(muon, AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=settings["weight_decay"]))

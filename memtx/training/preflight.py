@@ -1,0 +1,93 @@
+"""Checks of a trainer's options before the first step, where Lightning fails in the middle of a run or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+
+from memtx.checkpoint.training import BestCheckpoint
+from memtx.data.batch import count_limited
+from memtx.errors import MemtxError, closest_match
+
+_LOGGED_BY_CALLBACK: dict[str, tuple[str, ...]] = {
+    "Throughput": ("tokens_per_second", "memory_mib", "peak_memory_mib", "state_mib", "model_tflops", "mfu"),
+    "SkipNonFinite": ("grad_norm", "skipped_steps"),
+    "ClosedGateMonitor": ("val_closed_gate_fraction",),
+    "TokenAccuracy": ("val_accuracy",),
+}
+"""Names that our callbacks log in training, by class."""
+
+_KNOWN_PACKAGES = {"memtx", "lightning", "pytorch_lightning", "torch", "torchmetrics"}
+
+
+def check_numbers(trainer: pl.Trainer) -> None:
+    """Raise MemtxError for a number that would divide by zero later."""
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
+        value = getattr(trainer, name, None)
+        if value is None:
+            continue
+        minimum = 0 if isinstance(value, float) else 1
+        if value < minimum or value == 0:
+            hint = " To train without validation, use --trainer.limit_val_batches 0." if "val" in name else ""
+            raise MemtxError(f"trainer.{name} is {value}, expected a number above 0.", f"Change it.{hint}")
+
+
+def check_validation_interval(trainer: pl.Trainer, num_batches: int) -> None:
+    """Raise MemtxError if an epoch of ``num_batches`` is shorter than the interval of validation within epochs."""
+    interval = getattr(trainer, "val_check_interval", None)
+    limited = count_limited(num_batches, trainer.limit_train_batches)
+    if not isinstance(interval, int) or trainer.check_val_every_n_epoch is None or trainer.limit_val_batches == 0:
+        return
+    if interval > limited > 0:
+        raise MemtxError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {limited} batches.",
+            "To validate every so many batches across epochs, use --trainer.check_val_every_n_epoch null.",
+        )
+
+
+def has_validation(trainer: pl.Trainer) -> bool:
+    """Return whether the run can validate."""
+    has_split = getattr(getattr(trainer, "datamodule", None), "has_split", None)
+    return bool(trainer.enable_validation) and (has_split is None or bool(has_split("validation")))
+
+
+def check_monitors(trainer: pl.Trainer, module: pl.LightningModule, logged: set[str], schedule: Any = None) -> None:
+    """Raise MemtxError if a callback or the schedule monitors a name that is never logged.
+
+    Nothing is checked if a callback or a part of the module is a class of the user, which may log other names.
+
+    Args:
+        trainer: Trainer with its callbacks.
+        module: Module to train.
+        logged: Names that the module logs.
+        schedule: Learning rate schedule; only one with an attribute ``monitor`` is checked.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    packages = {type(part).__module__.partition(".")[0] for part in (*module.modules(), *callbacks)}
+    if not packages <= _KNOWN_PACKAGES:
+        return
+    names = logged.union(*(_LOGGED_BY_CALLBACK.get(type(callback).__name__, ()) for callback in callbacks))
+    validates = has_validation(trainer)
+    if not validates:
+        names = {name for name in names if not name.startswith("val_")}
+    prefixes = ("memory_rms_", *(["lr-"] if any(isinstance(entry, LearningRateMonitor) for entry in callbacks) else []))
+    for owner, monitor in _find_monitors([*callbacks, schedule]):
+        if monitor in names or monitor.startswith(prefixes):
+            continue
+        if validates or not monitor.startswith("val_"):
+            problem, hint = "which is never logged", closest_match(monitor, names)
+            raise MemtxError(f"{owner} monitors '{monitor}', {problem}.{hint}", f"Logged: {', '.join(sorted(names))}.")
+        if owner != BestCheckpoint.__name__:  # which does without
+            problem = f"{owner} monitors '{monitor}', but this run has no validation."
+            raise MemtxError(problem, "Add validation texts, or monitor train_loss.")
+
+
+def _find_monitors(parts: list[Any]) -> Iterator[tuple[str, str]]:
+    """Yield class and monitored name of the callbacks and schedules that cannot do without."""
+    for part in parts:
+        is_strict = part.strict if isinstance(part, EarlyStopping) else isinstance(part, ModelCheckpoint)
+        if (is_strict or not isinstance(part, pl.Callback)) and getattr(part, "monitor", None):
+            yield type(part).__name__, part.monitor
