@@ -365,3 +365,31 @@ def _parameters(node: ast.ClassDef | ast.FunctionDef) -> set[str]:
     arguments = function.args
     named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
     return {argument.arg for argument in (*named, arguments.vararg, arguments.kwarg) if argument}
+
+
+TOLERANCES = {"atol", "rtol", "abs", "rel", "abs_tol", "rel_tol", "tolerance"}
+
+
+def loose_tolerances(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield the calls and comparisons of a test with a tolerance above 1e-5."""
+    for node in ast.walk(tree):
+        values: list[ast.expr] = []
+        if isinstance(node, ast.Call):
+            values = [keyword.value for keyword in node.keywords if keyword.arg in TOLERANCES]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Lt | ast.LtE):
+            calls = [part for part in ast.walk(node.left) if isinstance(part, ast.Call)]
+            if any((getattr(call.func, "id", "") or getattr(call.func, "attr", "")) == "abs" for call in calls):
+                values = [node.comparators[0]]
+        numbers = [part.value for value in values for part in ast.walk(value) if isinstance(part, ast.Constant)]
+        if any(isinstance(number, float) and 1e-5 < number < 0.5 for number in numbers):
+            yield node
+
+
+@pytest.mark.parametrize("path", [path for path in ALL_SOURCES if "tests" in path.parts], ids=relative)
+def test_a_tolerance_above_1e_5_has_its_reason(path: Path) -> None:
+    """The reason is a comment on the line, or on the line before it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for node in loose_tolerances(parse(path)):
+        first, last = node.lineno, node.end_lineno  # type: ignore[attr-defined]
+        is_explained = lines[first - 2].lstrip().startswith("#") or any("#" in line for line in lines[first - 1 : last])
+        assert is_explained, f"line {first}: {lines[first - 1].strip()}"

@@ -107,6 +107,15 @@ def number_range(kind: type[N], minimum: float | None = None, maximum: float = M
 positive_int, non_negative_int, positive_float = number_range(int, 1), number_range(int, 0), number_range(float)
 
 
+def byte_size(text: str) -> int:
+    """Argparse type for a number of bytes such as ``2GiB``, ``500MB`` or ``0``."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 2GiB, got {text}")
+    power = "kmgt".index(match[2].lower()) + 1 if match[2] else 0
+    return min(int(float(match[1]) * (1024 if match[3] else 1000) ** power), MAX_INT)
+
+
 def output_path(text: str) -> str:
     """Argparse type that accepts ``-`` or a file in an existing folder, so that a typo fails before any work."""
     if text != "-":

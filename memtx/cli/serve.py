@@ -55,6 +55,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 
         names = ("segment_length", "max_in_memory", "max_sessions", "max_batch_size")
         settings = {name: getattr(arguments, name) for name in names}
+        settings["prefix_cache_bytes"] = arguments.prefix_cache
+        settings["prefix_cache_disk_bytes"] = arguments.prefix_cache_disk
         pool = SessionPool(*options.load_model(arguments), arguments.session_dir, **settings)
         app = create_app(pool, model_name=name, limits=limits, api_key=api_key)
         description = f"{len(pool.session_ids())} sessions in '{arguments.session_dir}', saved on exit, "
@@ -83,6 +85,10 @@ def main(argv: list[str]) -> int:
     add("--session-dir", metavar="FOLDER", default="sessions", help="folder of saved sessions")
     add("--max-in-memory", type=int, default=256, help="maximum sessions in memory; others go to disk")
     add("--max-sessions", type=int, default=4096, help="maximum number of sessions")
+    size, text = options.byte_size, "bytes of read prompts' states, so that no prefix is read twice"
+    add("--prefix-cache", type=size, default="2GiB", metavar="SIZE", help=f"maximum {text}, such as 512MiB; 0 for none")
+    text = "maximum bytes of them on disk, in the session folder, after they leave memory; 0 for none"
+    add("--prefix-cache-disk", type=size, default="2GiB", metavar="SIZE", help=text)
     add("--max-concurrent-requests", type=int, default=128, help="maximum concurrent requests; more are refused")
     add("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES", help="maximum size of a request")
     add("--max-tokens", type=int, default=4096, help="maximum tokens generated per text")

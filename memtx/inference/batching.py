@@ -33,6 +33,8 @@ class ScoreRequest:
         tokens: ``(length,)`` int64, the input tokens.
         labels: ``(length,)`` int64, the token after each input token.
         num_logprobs: Number of most likely tokens to return per position.
+        vocab_size: Number of ids that these are chosen from; the model's vocabulary may be padded beyond the
+            tokenizer's. None for all.
         return_hidden_states: If True, return the hidden states.
         discard_state: If True, the stream ends here and its next state is not needed.
     """
@@ -43,6 +45,7 @@ class ScoreRequest:
     num_logprobs: int = 0
     return_hidden_states: bool = False
     discard_state: bool = False
+    vocab_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ def score_segments(model: RecurrentLanguageModel, requests: Sequence[ScoreReques
     if output.logits is not None:
         logprobs = output.logits.float().log_softmax(-1)
         nll = -logprobs.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-        top = logprobs.topk(min(first.num_logprobs, logprobs.shape[-1]), dim=-1)
+        ranked = logprobs[..., : first.vocab_size]
+        top = ranked.topk(min(first.num_logprobs, ranked.shape[-1]), dim=-1)
         top_logprobs, top_tokens = top.values.cpu().numpy(), top.indices.cpu().numpy()
     else:
         assert output.nll is not None

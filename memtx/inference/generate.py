@@ -69,13 +69,13 @@ class TokenLogprob:
     """Log-probability of a token.
 
     Attributes:
-        logprob: Log-probability in nats, before temperature and filters.
+        logprob: Log-probability in nats, before temperature and filters; None for a begin token in a prompt.
         top_logprobs: Ids and log-probabilities of the most likely tokens at its position, best first.
         text_offset: Number of complete characters before the token.
     """
 
     token: int
-    logprob: float
+    logprob: float | None
     top_logprobs: tuple[tuple[int, float], ...]
     text_offset: int
 

@@ -24,8 +24,10 @@ from memtx.data.tasks.batches import BatchExamples, collate
 from memtx.data.tasks.examples import SummaryExample, SummaryPrompt
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import CheckpointError, DataError, check_at_least
+from memtx.inference.batching import ScoreOutput, ScoreRequest, score_segments
 from memtx.inference.deadline import ClosedError, acquire_before, remaining_seconds
 from memtx.inference.generate import generate
+from memtx.inference.reader import StreamReader
 from memtx.inference.sampling import SamplingParams
 from memtx.models.heads import TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
@@ -207,8 +209,15 @@ class Summarizer(BasePredictor):
         self.num_tokens_read += len(self.tokenizer.encode(prompt))
         greedy = SamplingParams(greedy=True)
         parts = []
+
+        def score(request: ScoreRequest) -> ScoreOutput:
+            self._check_active(deadline)
+            return score_segments(self.model, [request])[0]
+
+        reader = StreamReader(self.model, self.tokenizer, score_fn=score)
+        options: dict[str, Any] = {"reader": reader, "max_tokens": self.max_tokens, "sampling_params": greedy}
         # Not stopped by generate(), to distinguish a complete summary from one cut at max_tokens.
-        for part in generate(self.model, self.tokenizer, prompt, max_tokens=self.max_tokens, sampling_params=greedy):
+        for part in generate(self.model, self.tokenizer, prompt, **options):
             self._check_active(deadline)
             parts.append(part)
             if stop_sequence in "".join(parts[-len(stop_sequence) - 1 :]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -156,9 +157,8 @@ class StreamReader:
 
     def _score(self, tokens: NDArray[np.int64], discard_state: bool = False) -> SegmentResult:
         inputs = np.concatenate([np.asarray([self.last_token], dtype=np.int64), tokens[:-1]])
-        output = self.score_fn(
-            ScoreRequest(self.state, inputs, tokens, self.num_logprobs, self.return_hidden_states, discard_state)
-        )
+        options = (self.num_logprobs, self.return_hidden_states, discard_state, self.tokenizer.vocab_size)
+        output = self.score_fn(ScoreRequest(self.state, inputs, tokens, *options))
         start, nll = self.totals.num_tokens, self.totals.nll + float(output.nll.sum(dtype=np.float64))
         token_bytes = [self.tokenizer.token_bytes(int(token)) for token in tokens]
         self.state, self.last_token = output.state, int(tokens[-1])
@@ -170,9 +170,24 @@ class StreamReader:
     def _score_full_segments(self, tokens: NDArray[np.int64]) -> Iterator[SegmentResult]:
         self._pending_tokens = np.concatenate([self._pending_tokens, tokens])
         while len(self._pending_tokens) >= self.segment_length:
-            # A segment is removed, then scored, then yielded, so a caller that stops iterating loses nothing.
-            segment, self._pending_tokens = np.split(self._pending_tokens, [self.segment_length])
-            yield self._score(segment)
+            yield self._score_next()
+
+    def _score_next(self, discard_state: bool = False) -> SegmentResult:
+        """Score the first pending tokens: a segment, which ends before a begin token, or a begin token alone."""
+        length = self._next_length(0)
+        # A segment is removed, then scored, then returned, so a caller that stops iterating loses nothing.
+        segment, self._pending_tokens = np.split(self._pending_tokens, [length])
+        if segment[0] != self.tokenizer.bos_token_id:
+            return self._score(segment, discard_state and not len(self._pending_tokens))
+        self.state, self.last_token = self.model.init_state(1), int(segment[0])
+        start = self.totals.num_tokens
+        self.totals = replace(self.totals, num_tokens=start + 1)
+        return SegmentResult(segment, np.zeros(1, dtype=np.float32), [b""], start)
+
+    def _next_length(self, start: int) -> int:
+        """Return the length of the segment that begins at ``start`` in the pending tokens."""
+        begins_document = self._pending_tokens[start : start + self.segment_length] == self.tokenizer.bos_token_id
+        return max(1, int(begins_document.argmax())) if begins_document.any() else len(begins_document)
 
     def feed(self, text: str | bytes) -> Iterator[SegmentResult]:
         """Consume text, split anywhere, and yield the segments that it fills; raises DataError if bytes are not UTF-8.
@@ -188,20 +203,23 @@ class StreamReader:
     def feed_tokens(self, tokens: Sequence[int]) -> Iterator[SegmentResult]:
         """Consume text as token ids; otherwise like :meth:`feed`.
 
-        Raises DataError if an id is not in the vocabulary or begins a document, or earlier text is still pending.
+        The begin token is nothing new at the beginning of the text. Later it begins a new document, which sees nothing
+        of the text before it; its own negative log-likelihood is 0. Raises DataError if an id is not in the vocabulary,
+        or earlier text is still pending.
         """
         ids = np.asarray(tokens, dtype=np.int64)
         bos_token_id, vocab_size = self.tokenizer.bos_token_id, self.tokenizer.vocab_size
         if (unknown := ids[(ids < 0) | (ids >= vocab_size)]).size:
             raise DataError(f"Token {unknown[0]} is not in the vocabulary of {vocab_size}.", "Check the tokenizer.")
-        if (ids == bos_token_id).any():
-            raise DataError(f"Token {bos_token_id} begins a document and is not text.", "Remove it from the tokens.")
         if self._incremental_tokenizer.pending_text or self._incremental_tokenizer.pending_bytes:
             raise DataError("Tokens follow text that is still pending.", "Call finish() first, or feed text.")
         content = b"".join(self.tokenizer.token_bytes(int(token)) for token in ids)
         # The tokens may end inside a character, and its replacement has a different number of bytes.
         totals = self.totals.with_text(content.decode("utf-8", "replace"))
+        is_beginning = self.totals.num_tokens == 0 and not len(self._pending_tokens)
         self.totals = replace(totals, num_bytes=self.totals.num_bytes + len(content))
+        if is_beginning and len(ids) and ids[0] == bos_token_id:
+            ids = ids[1:]
         yield from self._score_full_segments(ids)
 
     def finish(self, *, discard_state: bool = False) -> Iterator[SegmentResult]:
@@ -211,9 +229,36 @@ class StreamReader:
         the text ends inside a character.
         """
         yield from self._score_full_segments(self._incremental_tokenizer.finish())
-        if len(self._pending_tokens):
-            segment, self._pending_tokens = self._pending_tokens, self._pending_tokens[:0]
-            yield self._score(segment, discard_state)
+        while len(self._pending_tokens):
+            yield self._score_next(discard_state)
+
+    def consume(self, prompt: str | bytes | Sequence[int]) -> NDArray[np.int64]:
+        """Consume text or token ids to their end without scoring; return all pending tokens, for :meth:`finish`.
+
+        Raises DataError like :meth:`feed` and :meth:`feed_tokens`, and leaves the reader unchanged then.
+        """
+        fork = self.fork()
+        fork.segment_length = sys.maxsize  # No segment is full.
+        for _ in fork.feed(prompt) if isinstance(prompt, str | bytes) else fork.feed_tokens(prompt):
+            pass
+        for _ in fork._score_full_segments(fork._incremental_tokenizer.finish()):
+            pass
+        self.restore(fork.snapshot())
+        return self._pending_tokens
+
+    def segment_ends(self) -> list[int]:
+        """Return the number of pending tokens up to the end of each segment that :meth:`finish` will score."""
+        ends = [0]
+        while ends[-1] < len(self._pending_tokens):
+            ends.append(ends[-1] + self._next_length(ends[-1]))
+        return ends[1:]
+
+    def skip(self, snapshot: ReaderSnapshot) -> None:
+        """Continue after the first pending tokens, with a snapshot of a reader that has read exactly these."""
+        num_tokens, device = snapshot.totals.num_tokens, self.device
+        self.state, self.last_token = snapshot.state.to(device), snapshot.last_token
+        self._pending_tokens = self._pending_tokens[num_tokens - self.totals.num_tokens :]
+        self.totals = replace(self.totals, nll=snapshot.totals.nll, num_tokens=num_tokens)
 
     def snapshot(self) -> ReaderSnapshot:
         """Return the current position for :meth:`restore`, without copying."""

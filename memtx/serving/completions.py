@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Annotated, Any, cast
 
 from anyio import to_thread
@@ -15,7 +14,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from memtx.inference.engine import Generation
-from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, TokenLogprob, collect_recent_tokens
+from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig, TextDelta, TokenGenerator, TokenLogprob
 from memtx.inference.reader import StreamReader
 from memtx.inference.sessions.pool import SessionPool
 from memtx.serving.errors import APIError, check_model
@@ -40,6 +39,7 @@ class PrefilledPrompt:
     num_tokens: int
     reader: StreamReader
     recent_tokens: list[int]
+    num_cached_tokens: int = 0
 
 
 @dataclass
@@ -51,7 +51,13 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._prompt_length = len(self.text)
+        self._prompt_length, self._num_prompt_logprobs = len(self.text), len(self.logprobs)
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the generated tokens, which must have been requested."""
+        values = [entry.logprob or 0.0 for entry in self.logprobs[self._num_prompt_logprobs :]]
+        return sum(values) / max(len(values), 1)
 
     def shift_offsets(self, delta: TextDelta) -> list[TokenLogprob]:
         """Return the log-probabilities of a piece with text offsets that count the echoed prompt."""
@@ -72,27 +78,45 @@ class CompletionService:
 
         Raises MemtxError if a number is out of range, or APIError if it exceeds a limit.
         """
-        num_texts, limits = (body.n or 1) * num_prompts, self.limits
-        values = (("max_tokens", body.max_tokens or 0, limits.max_tokens), ("n", num_texts, limits.max_choices))
-        for name, value, maximum in values:
+        num_texts, limits = body.num_candidates * num_prompts, self.limits
+        candidates = "best_of" if body.num_candidates > (body.n or 1) else "n"
+        for name, value, maximum in (
+            ("max_tokens", body.max_tokens or 0, limits.max_tokens),
+            ("prompts", num_prompts, limits.max_choices),
+            (candidates, body.num_candidates, limits.max_choices),
+            (f"{candidates} x prompts", num_texts, limits.max_choices),
+        ):
             if value > maximum:
-                raise APIError(400, f"{name} ({value}) must be at most {maximum}.", "Ask for less.", param=name)
+                param = "prompt" if name.endswith("prompts") else name
+                raise APIError(400, f"{name} ({value}) must be at most {maximum}.", "Ask for less.", param=param)
         seed = body.seed if body.seed is not None else secrets.randbits(48)
         # A seed per text that depends on its index only, so that equal requests give equal texts.
         return body.to_generation_configs([(seed + index) % 2**63 for index in range(num_texts)])
 
-    def prefill(self, reader: StreamReader, prompt: Prompt, *, echo: bool, will_generate: bool) -> PrefilledPrompt:
-        """Read a prompt; blocks until it is read."""
-        segments = reader.feed(prompt) if isinstance(prompt, str) else reader.feed_tokens(prompt)
-        results = list(chain(segments, reader.finish(discard_state=not will_generate)))
-        text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
-        return PrefilledPrompt(
-            text=text if echo else "",
-            logprobs=get_prompt_logprobs(results) if echo else [],
-            num_tokens=sum(len(result.tokens) for result in results),
-            reader=reader,
-            recent_tokens=collect_recent_tokens(results),
-        )
+    def prefill(
+        self,
+        reader: StreamReader,
+        prompt: Prompt,
+        body: GenerationBody,
+        deadline: float,
+        *,
+        echo: bool = False,
+        namespace: str = "",
+    ) -> PrefilledPrompt:
+        """Read a prompt, without the part that the prefix cache holds for ``namespace``.
+
+        Blocks until it is read, or raises DeadlineExceededError.
+        """
+        options: dict[str, Any] = {"namespace": namespace, "deadline": deadline, "discard_state": body.max_tokens == 0}
+        read = self.pool.read_prompt(reader, prompt, needs_scores=echo, **options)
+        text, logprobs = "", list[TokenLogprob]()
+        if echo:
+            text = prompt if isinstance(prompt, str) else self.pool.tokenizer.decode(prompt)
+        if echo and body.logprobs is not None:
+            logprobs = get_prompt_logprobs(read.results, prompt, self.pool.tokenizer, deadline)
+        num_tokens = len(read.tokens) if isinstance(prompt, str) else len(prompt)
+        recent_tokens = read.tokens[-REPETITION_WINDOW:].tolist()
+        return PrefilledPrompt(text, logprobs, num_tokens, reader, recent_tokens, read.num_cached_tokens)
 
     async def generate(
         self,
@@ -118,10 +142,17 @@ class CompletionService:
             generations += started
             choices += [Choice(generation.token_generator, prompt.text, [*prompt.logprobs]) for generation in started]
         outputs = token_queue.stream_outputs(generations, request, deadline)
-        return await self.respond(body, choices, outputs, sum(prompt.num_tokens for prompt in prompts))
+        num_tokens = sum(prompt.num_tokens for prompt in prompts)
+        num_cached = sum(prompt.num_cached_tokens for prompt in prompts)
+        return await self.respond(body, choices, outputs, num_tokens, num_cached)
 
     async def respond(
-        self, body: GenerationBody, choices: list[Choice], outputs: OutputStream, num_prompt_tokens: int
+        self,
+        body: GenerationBody,
+        choices: list[Choice],
+        outputs: OutputStream,
+        num_prompt_tokens: int,
+        num_cached_tokens: int = 0,
     ) -> Response:
         """Return the response: the pieces as they come, or all of them at the end."""
         formatter = CompletionFormatter(self.model_name, self.pool.tokenizer, body.logprobs is not None)
@@ -130,12 +161,14 @@ class CompletionService:
         async def stream_chunks() -> AsyncIterator[dict[str, Any]]:
             for index, choice in enumerate(choices):
                 if choice.text:
-                    yield format_response([format_choice(index, choice.text, choice.logprobs)])
+                    # In a thread, since a prompt may be long.
+                    echoed = await to_thread.run_sync(format_choice, index, choice.text, choice.logprobs)
+                    yield format_response([echoed])
             async for index, delta in outputs:
                 yield format_response([format_choice(index, delta.text, choices[index].shift_offsets(delta))])
             for index, choice in enumerate(choices):
                 yield format_response([format_choice(index, "", [], choice.token_generator.finish_reason)])
-            usage = self._record_usage(choices, num_prompt_tokens)
+            usage = self._record_usage(choices, num_prompt_tokens, num_cached_tokens)
             if body.include_usage:
                 yield format_response([], usage)
 
@@ -145,18 +178,33 @@ class CompletionService:
         async for index, delta in outputs:
             choices[index].text += delta.text
             choices[index].logprobs += choices[index].shift_offsets(delta)
-        formatted = [
-            format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
-            for index, choice in enumerate(choices)
-        ]
-        return JSONResponse(format_response(formatted, self._record_usage(choices, num_prompt_tokens)))
+        usage = self._record_usage(choices, num_prompt_tokens, num_cached_tokens)
 
-    def _record_usage(self, choices: list[Choice], num_prompt_tokens: int) -> dict[str, int]:
-        """Count the generated tokens, and return the numbers of tokens read and generated."""
+        def format_all() -> Response:
+            formatted = [
+                format_choice(index, choice.text, choice.logprobs, choice.token_generator.finish_reason)
+                for index, choice in enumerate(_select_best(choices, body.num_candidates, body.n or 1))
+            ]
+            return JSONResponse(format_response(formatted, usage))
+
+        return await to_thread.run_sync(format_all)
+
+    def _record_usage(self, choices: list[Choice], num_prompt_tokens: int, num_cached_tokens: int) -> dict[str, Any]:
+        """Count the generated tokens, and return the numbers of tokens of the prompts, cached and generated."""
         num_generated = sum(choice.token_generator.num_generated for choice in choices)
         self.metrics.generated_tokens.inc(num_generated)
         total = num_prompt_tokens + num_generated
-        return {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_generated, "total_tokens": total}
+        usage = {"prompt_tokens": num_prompt_tokens, "completion_tokens": num_generated, "total_tokens": total}
+        return usage | {"prompt_tokens_details": {"cached_tokens": num_cached_tokens}}
+
+
+def _select_best(choices: Sequence[Choice], num_candidates: int, num_texts: int) -> Sequence[Choice]:
+    """Return the texts of each prompt that are the most likely by mean over their tokens, best first."""
+    if num_candidates == num_texts:
+        return choices
+    groups = [choices[start : start + num_candidates] for start in range(0, len(choices), num_candidates)]
+    ranked = [sorted(group, key=lambda choice: -choice.mean_logprob) for group in groups]
+    return [choice for group in ranked for choice in group[:num_texts]]
 
 
 async def get_service(request: Request) -> CompletionService:
@@ -176,11 +224,11 @@ async def create_completion(body: CompletionBody, request: Request, service: Ser
     if not prompts:
         raise APIError(400, "The prompt is an empty list.", "Give a text or tokens.", param="prompt")
     configs = service.build_configs(body, len(prompts))
-    echo = bool(body.echo)
+    echo, namespace = bool(body.echo), request.headers.get("authorization", "")
 
     def prefill(prompt: Prompt) -> PrefilledPrompt:
         reader = service.pool.new_reader(num_logprobs=(body.logprobs or 0) if echo else 0, deadline=deadline)
-        return service.prefill(reader, prompt, echo=echo, will_generate=body.max_tokens != 0)
+        return service.prefill(reader, prompt, body, deadline, echo=echo, namespace=namespace)
 
     def prefill_all() -> list[PrefilledPrompt]:
         if len(prompts) == 1:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -33,6 +36,32 @@ _ERROR_STATUS: tuple[tuple[type[MemtxError], int, str], ...] = (
 )
 
 
+MAX_VALUE_LENGTH = 60
+"""Characters of a value in a message."""
+
+# By pydantic's error types and constraints: the JSON type or the limit that a value was expected to have.
+_JSON_TYPES = {
+    **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("dict_type", "model_type", "model_attributes_type"), "an object"),
+    "string_type": "a text",
+    "list_type": "a list",
+    "none_required": "null",
+}
+_LIMITS = {
+    "ge": "at least",
+    "gt": "above",
+    "le": "at most",
+    "lt": "below",
+    "min_length": "at least",
+    "max_length": "at most",
+    "expected": "one of",
+}
+# The location of an error holds field names and, for a field with several types, pydantic's names of the types.
+_FIELD_NAME = re.compile(r"(?!(?:str|int|float|bool|dict|none)$)[a-z_]+")
+
+
 class APIError(MemtxError):
     """Rejected request; ``code`` is for programs and defaults to that of the status, ``param`` is the invalid field."""
 
@@ -52,15 +81,41 @@ def check_model(requested: str, model_name: str) -> None:
 
 
 def _from_validation_error(error: RequestValidationError) -> APIError:
-    details = error.errors()[0]
-    location = [str(part) for part in details["loc"] if part != "body"]
+    errors = error.errors()
+    details = next((entry for entry in errors if entry["type"] in ("extra_forbidden", "json_invalid")), errors[0])
     if details["type"] == "extra_forbidden":
         name, fields = str(details["ctx"]["name"]), details["ctx"]["known"]
         message = f"'{name}' is not a field of this request.{closest_match(name, fields)}"
         return APIError(400, message, f"Remove it; the fields are {', '.join(fields)}.", param=name)
-    message = f"{'.'.join(location) or 'The body'}: {str(details['msg']).removeprefix('Value error, ')}."
-    # For a field with several types, pydantic adds the type to the location.
-    return APIError(400, message, "See /openapi.json.", param=location[0] if location else None)
+    if details["type"] == "json_invalid":
+        reason = f"{details.get('ctx', {}).get('error', 'invalid')} at character {details['loc'][-1]}"
+        return APIError(400, f"The body is not JSON: {reason}.", "Send one JSON object.")
+    # The deepest error of a field with several types is that of the type which the value was meant to have.
+    branches = [entry for entry in errors if entry["loc"][1:2] == details["loc"][1:2]]
+    depth = max(len(entry["loc"]) for entry in branches)
+    branches = [entry for entry in branches if len(entry["loc"]) == depth]
+    location = [part for part in branches[0]["loc"][1:] if isinstance(part, int) or _FIELD_NAME.fullmatch(part)]
+    name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+    param = branches[0].get("ctx", {}).get("param") or (str(location[0]) if location else None)
+    return APIError(400, _describe_mismatch(name or "The body", branches), "See /openapi.json.", param=param)
+
+
+def _describe_mismatch(name: str, branches: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence on a value that has none of the expected types, or is out of range."""
+    details = next((entry for entry in branches if entry["type"] not in _JSON_TYPES), branches[0])
+    if details["type"] == "value_error":
+        return f"{str(details['msg']).removeprefix('Value error, ')}."
+    if details["type"] == "missing":
+        return f"{name} is missing."
+    value = json.dumps(details["input"], ensure_ascii=False, default=lambda _: "...")
+    value = value.encode("utf-8", "replace").decode()
+    preview = value if len(value) <= MAX_VALUE_LENGTH else f"{value[:MAX_VALUE_LENGTH]}..."
+    limits = [f"{text} {details.get('ctx', {})[key]}" for key, text in _LIMITS.items() if key in details.get("ctx", {})]
+    if limits and details["type"] in ("too_long", "too_short", "string_too_long", "string_too_short"):
+        unit = "characters" if isinstance(details["input"], str) else "entries"
+        return f"{name} has {len(details['input'])} {unit}, expected {limits[0]}."
+    expected = limits or list(dict.fromkeys(_JSON_TYPES.get(entry["type"], "another value") for entry in branches))
+    return f"{name} is {preview}, expected {' or '.join(expected)}."
 
 
 def to_api_error(error: BaseException) -> APIError:
@@ -75,7 +130,11 @@ def to_api_error(error: BaseException) -> APIError:
     if isinstance(error, RequestValidationError):
         return _from_validation_error(error)
     if isinstance(error, HTTPException):
-        messages = {404: "There is nothing at this path.", 405: "This path does not support the method."}
+        messages = {
+            400: "The body is not JSON.",
+            404: "There is nothing at this path.",
+            405: "This path does not support the method.",
+        }
         return APIError(error.status_code, messages.get(error.status_code, str(error.detail)), "See /openapi.json.")
     logger.error("a request failed", exc_info=error)
     hint = "See the server's log for the cause; sessions are unchanged."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
@@ -57,3 +58,11 @@ class PoolMetrics(Metrics):
         add("memtx_sessions_in_memory", "Sessions in memory.", lambda: sessions.counts["in_memory"])
         add("memtx_session_bytes", "Bytes of one session's state.", lambda: pool.session_bytes)
         add("memtx_sessions_per_gb", "Number of session states in 10^9 bytes.", lambda: pool.sessions_per_gb)
+        if (cache := pool.prefix_cache) is not None:
+            texts = {"hits": "Prompts with a cached prefix.", "misses": "Prompts without one."}
+            texts |= {"hit_tokens": "Tokens of cached prefixes.", "evictions": "Snapshots evicted from memory."}
+            for name, text in texts.items():
+                add(f"memtx_prefix_cache_{name}", text, partial(cache.counters.__getitem__, name))
+            add("memtx_prefix_cache_bytes", "Bytes of cached prefixes in memory.", lambda: cache.num_bytes)
+            add("memtx_prefix_cache_snapshots", "Cached prefixes in memory.", lambda: cache.num_snapshots)
+            add("memtx_prefix_cache_disk_bytes", "Bytes of cached prefixes on disk.", lambda: cache.num_disk_bytes)

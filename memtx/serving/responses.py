@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 import secrets
 import time
@@ -23,6 +24,8 @@ from memtx.serving.errors import APIError, error_body, to_api_error
 
 DISCONNECT_POLL_SECONDS = 0.5
 
+_LINE_SEPARATORS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+
 OutputStream = AsyncIterator[tuple[int, TextDelta]]
 """Pairs of a text's index and its next piece."""
 
@@ -36,17 +39,38 @@ def format_token(tokenizer: Tokenizer, token: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
 
 
-def get_prompt_logprobs(results: Iterable[SegmentResult]) -> list[TokenLogprob]:
-    """Return the log-probabilities of the tokens of a prompt."""
-    logprobs, content = [], b""
+def name_top_tokens(tokenizer: Tokenizer, entry: TokenLogprob) -> dict[str, float]:
+    """Return the log-probabilities of the most likely tokens and of the token itself, by their texts.
+
+    The token itself has its own text as key, and of others with one text the most likely; the rest are named by id.
+    """
+    if entry.logprob is None:
+        return {}
+    named = {format_token(tokenizer, entry.token): entry.logprob}
+    for token, logprob in entry.top_logprobs:
+        if token != entry.token:
+            text = format_token(tokenizer, token)
+            named[f"token_id:{token}" if text in named else text] = logprob
+    return named
+
+
+def get_prompt_logprobs(
+    results: Iterable[SegmentResult], prompt: str | Sequence[int], tokenizer: Tokenizer, deadline: float
+) -> list[TokenLogprob]:
+    """Return the log-probabilities of the tokens of a prompt, None for begin tokens; raises DeadlineExceededError."""
+    bos_token_id, offset = tokenizer.bos_token_id, 0
+    is_first_begin = not isinstance(prompt, str) and prompt[:1] == [bos_token_id]
+    logprobs = [TokenLogprob(bos_token_id, None, (), 0)] if is_first_begin else []
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for result in results:
+        remaining_seconds(deadline)
         for index, token in enumerate(result.tokens.tolist()):
             top: tuple[tuple[int, float], ...] = ()
             if result.top_tokens is not None and result.top_logprobs is not None:
                 top = tuple(zip(result.top_tokens[index].tolist(), result.top_logprobs[index].tolist(), strict=True))
-            offset = len(content.decode("utf-8", "ignore"))
-            logprobs.append(TokenLogprob(token, -float(result.nll[index]), top, offset))
-            content += result.token_bytes[index]
+            logprob = None if token == bos_token_id else -float(result.nll[index])
+            logprobs.append(TokenLogprob(token, logprob, top, offset))
+            offset += len(decoder.decode(result.token_bytes[index]))
     return logprobs
 
 
@@ -71,7 +95,7 @@ class CompletionFormatter:
             "finish_reason": finish_reason,
         }
 
-    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, int] | None = None) -> dict[str, Any]:
+    def format_response(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         """Return a response, or a chunk of one."""
         return {
             "id": self.id,
@@ -87,7 +111,7 @@ class CompletionFormatter:
         return {
             "tokens": [to_text(entry.token) for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{to_text(token): value for token, value in entry.top_logprobs} for entry in logprobs],
+            "top_logprobs": [name_top_tokens(self.tokenizer, entry) or None for entry in logprobs],
             "text_offset": [entry.text_offset for entry in logprobs],
         }
 
@@ -150,7 +174,9 @@ async def iterate_in_threadpool(iterator: Iterator[TextDelta], first: TextDelta 
 
 def format_sse(data: dict[str, Any]) -> str:
     """Return one server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    # Some clients split lines at Unicode's line separators too, which JSON does not escape.
+    content = json.dumps(data, ensure_ascii=False).translate(_LINE_SEPARATORS)
+    return f"data: {content}\n\n"
 
 
 async def stream_sse(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:

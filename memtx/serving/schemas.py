@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from memtx.inference.generate import GenerationConfig
@@ -21,6 +21,26 @@ def _check_unicode(text: str) -> str:
     return text
 
 
+def invalid_value(param: str, message: str) -> PydanticCustomError:
+    """Return the error of a field whose value does not fit another field, or is not supported."""
+    return PydanticCustomError("value_error", "{message}", {"param": param, "message": message})
+
+
+def _check_prompt(value: Any) -> Any:
+    """Check the kinds of entries, since pydantic would report a mismatch with each of the four types of a prompt."""
+    if value is None:
+        return ""
+    entries = value if isinstance(value, list) else [value]
+    if all(isinstance(entry, str) for entry in entries):
+        return value
+    for token_ids in value if isinstance(entries[0], list) else [value]:
+        if not isinstance(token_ids, list) or any(type(token) is not int for token in token_ids):
+            raise ValueError("prompt must be a text, a list of texts, a list of token ids, or a list of such lists")
+        if invalid := [token for token in token_ids if not 0 <= token < 2**31]:
+            raise ValueError(f"prompt has the token id {invalid[0]}, expected an id of the vocabulary")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_check_unicode)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
@@ -29,7 +49,8 @@ StopString = Annotated[Text, Field(min_length=1, max_length=1000)]
 class RequestBody(BaseModel):
     """JSON object of a request."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    # Strict: otherwise true would be 1, and "5" would be 5.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,20 +82,35 @@ class GenerationBody(RequestBody):
     stream_options: dict[str, Any] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise invalid_value(
+                "stream_options", "stream_options needs stream; set stream to true or remove stream_options"
+            )
+        return self
+
     def to_generation_configs(self, seeds: list[int]) -> list[GenerationConfig]:
         """Return the settings of one text per seed; raises MemtxError if a number is out of range."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        # Candidates are compared by their log-probabilities.
+        logprobs = 0 if self.logprobs is None and self.num_candidates > (self.n or 1) else self.logprobs
         config = GenerationConfig(
             16 if self.max_tokens is None else self.max_tokens,
             SamplingParams(**values),
             (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-            logprobs=self.logprobs,
+            logprobs=logprobs,
             stop_token_ids=tuple(self.stop_token_ids or ()),
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
         )
         return [replace(config, seed=seed) for seed in seeds]
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of texts to generate per prompt, of which ``n`` are returned."""
+        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -86,24 +122,39 @@ class CompletionBody(GenerationBody):
     """``POST /v1/completions``."""
 
     model: str
-    prompt: Text | list[Text] | list[TokenId] | list[list[TokenId]] = ""
+    prompt: Annotated[Text | list[Text] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)] = ""
     echo: bool | None = False
-    suffix: None = None
-    best_of: int | None = None
+    suffix: Text | None = None
+    best_of: Annotated[int, Field(ge=1, le=1024)] | None = None
     logit_bias: dict[str, float] | None = None
     presence_penalty: float | None = 0.0
     frequency_penalty: float | None = 0.0
     user: str | None = None
 
     @model_validator(mode="after")
-    def _reject_unsupported(self) -> CompletionBody:
-        if self.best_of not in (None, self.n):
-            raise ValueError("best_of must equal n; remove best_of")
+    def _reject_unsupported(self) -> Self:
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise invalid_value("best_of", f"best_of is {self.best_of}, expected at least n ({self.n or 1})")
+        if self.stream and (self.best_of or 1) > (self.n or 1):
+            raise invalid_value(
+                "best_of", "best_of compares complete texts, which cannot be streamed; remove stream or best_of"
+            )
+        if self.suffix:
+            raise invalid_value(
+                "suffix", "suffix is not supported, since the model only continues texts; remove suffix"
+            )
         if self.logit_bias:
-            raise ValueError("logit_bias is not supported; remove it")
+            raise invalid_value("logit_bias", "logit_bias is not supported; remove it")
         if self.presence_penalty or self.frequency_penalty:
-            raise ValueError("presence_penalty and frequency_penalty are not supported; use repetition_penalty")
+            raise invalid_value(
+                "presence_penalty", "presence_penalty and frequency_penalty are not supported; use repetition_penalty"
+            )
         return self
+
+    @property
+    def num_candidates(self) -> int:
+        """Number of texts to generate per prompt, of which ``n`` are returned."""
+        return self.best_of or self.n or 1
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, each as text or tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -139,7 +140,9 @@ async def generate(
             hint = "Remove save, or set update_session."
             raise APIError(400, "save has no effect without update_session.", hint, param="save")
         reader = await to_thread.run_sync(lambda: pool.fork_reader(session_id, deadline=deadline))
-        prompt = await to_thread.run_sync(lambda: service.prefill(reader, body.prompt, echo=False, will_generate=True))
+        namespace = request.headers.get("authorization", "")
+        prefill = partial(service.prefill, reader, body.prompt, body, deadline, namespace=namespace)
+        prompt = await to_thread.run_sync(prefill)
         return await service.generate(request, body, [prompt], configs, deadline)
     if len(configs) != 1:
         raise APIError(400, f"update_session takes one text, but n is {len(configs)}.", "Set n to 1.", param="n")

@@ -129,7 +129,7 @@ def test_scaled_rotary_fits_the_reference(tmp_path: Path, scaling: Any, options:
     model = read(write(tmp_path, hf_config, tensors))
     expected = plain.llama_logits(config, tensors, TOKENS[0], torch.stack(scaled))
     torch.testing.assert_close(read_segments(model, [5, 26]), expected, rtol=0, atol=TOLERANCE)
-    assert not torch.allclose(expected, expected_logits(config), atol=1e-3)
+    assert not torch.allclose(expected, expected_logits(config), atol=1e-3)  # far above TOLERANCE: scaling shows
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from memtx.data.tasks.examples import SummaryPrompt
+from memtx.data.tokenizers import ByteTokenizer
 from memtx.errors import CheckpointError, MemtxError
 from memtx.inference.deadline import ClosedError, DeadlineExceededError
-from memtx.inference.predictor import Predictor, is_task_model
+from memtx.inference.predictor import Predictor, Summarizer, is_task_model
 from memtx.models.memory_transformer import MemoryTransformer
+from tests.inference.conftest import tiny_model
 from tests.tasks import KINDS, predictor, records
 
 
@@ -114,3 +117,12 @@ def test_the_best_span_is_found() -> None:
             for end in range(start, min(12, start + 4))
         )
         assert _best_span(scores, 4) == pytest.approx(expected)
+
+
+def test_a_long_text_to_summarize_is_checked_against_the_deadline_segment_by_segment() -> None:
+    summarizer = Summarizer(tiny_model(257), ByteTokenizer(), SummaryPrompt(), max_tokens=4)
+    assert summarizer.predict(["a short text"], deadline=time.monotonic() + 60)[0]["complete"] is False
+    start = time.monotonic()
+    with pytest.raises(DeadlineExceededError):
+        summarizer.predict(["long " * 100_000], deadline=time.monotonic() + 0.5)
+    assert time.monotonic() - start < 5

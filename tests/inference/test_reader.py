@@ -80,7 +80,7 @@ def test_results_do_not_depend_on_the_segment_length(
     long = read(StreamReader(byte_model, byte_tokenizer, segment_length=5000), [text[:1500]])
     short = read(StreamReader(byte_model, byte_tokenizer, segment_length=33), [text[:1500]])
     # Only the order of float32 sums differs.
-    np.testing.assert_allclose(long, short, atol=1e-4)
+    np.testing.assert_allclose(long, short, atol=1e-4)  # float32, other segments
 
 
 def test_restored_and_forked_readers_continue_exactly(
@@ -136,8 +136,6 @@ def test_token_ids_are_read_like_their_text(
     nll, expected_nll = (np.concatenate([result.nll for result in segments]) for segments in (results, expected))
     assert np.array_equal(nll, expected_nll)
     assert from_tokens.totals.num_bytes == from_text.totals.num_bytes
-    with pytest.raises(DataError, match="begins a document"):
-        list(from_tokens.feed_tokens([pair_tokenizer.bos_token_id]))
     with pytest.raises(DataError, match="Token 9999 is not in the vocabulary"):
         list(from_tokens.feed_tokens([1, 9999]))
     list(from_text.feed("a"))
@@ -164,7 +162,8 @@ def test_most_likely_tokens_and_hidden_states_are_returned_on_request(
         # float32: computed from full logits or in chunks.
         assert np.abs(result.nll - other.nll).max() < 1e-5
         segment = slice(start, start + len(result.tokens))
-        assert np.abs(result.hidden_states - output.hidden_states[-1][0, segment].numpy()).max() < 1e-4
+        hidden_states = output.hidden_states[-1][0, segment].numpy()
+        assert np.abs(result.hidden_states - hidden_states).max() < 1e-4  # float32, other segments
         assert np.array_equal(result.top_tokens[:, 0], output.logits[0, segment].argmax(-1).numpy())
         assert (np.diff(result.top_logprobs) <= 0).all()
         start += len(result.tokens)

@@ -81,6 +81,7 @@ def test_samples_follow_the_probabilities() -> None:
     samples = [sample_token(logits, SamplingParams(), NO_TOKENS, generator) for _ in range(3000)]
     # Three standard deviations of a frequency over 3000 samples are below 0.026.
     for token, probability in enumerate((0.7, 0.2, 0.1)):
+        # Three standard deviations of a frequency over 3000 samples are below 0.026.
         assert abs(samples.count(token) / 3000 - probability) < 0.03
 
 

@@ -34,6 +34,7 @@ def test_position_curve_is_logarithmic_and_does_not_depend_on_the_segments() -> 
     assert np.all(np.diff(positions) > 0)
     assert positions[-1] < 2 * 5000
     assert in_one_call.sums[0].sum() == 5000
+    # The last bin is not exactly the last 500 values, whose mean has a standard deviation of 0.013.
     assert abs(means[-1] - values[-500:].mean()) < 5 * errors[-1] + 0.05
 
 

@@ -48,5 +48,8 @@ def losses(at: Path, run: str, rank: int = 0) -> dict[int, str]:
     return losses_by_batch
 
 
-def weights(at: Path, run: str, rank: int = 0) -> str:
-    return (at / f"{run}-watched" / f"weights-{rank}").read_text()
+def weights(at: Path, run: str, rank: int = 0) -> dict[str, str]:
+    """Return the digest of each tensor after training."""
+    digests: dict[str, str] = json.loads((at / f"{run}-watched" / f"weights-{rank}").read_text())
+    assert digests
+    return digests

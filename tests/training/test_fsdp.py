@@ -71,8 +71,9 @@ def test_gradients_and_metrics_equal_one_process(folder: Path) -> None:
         # float32: sums in another order
         torch.testing.assert_close(parallel[name], gradient, atol=1e-6, rtol=1e-4)
     best = [json.loads((folder / name / "checkpoints" / "best.json").read_text()) for name in ("one", "whole")]
-    assert best[0]["score"] == pytest.approx(best[1]["score"], rel=1e-3)
     # six steps of Adam make of such differences more
+    assert best[0]["score"] == pytest.approx(best[1]["score"], rel=1e-3)
+    # A weight whose gradient is near zero moves by a whole step of Adam in either direction
     assert_same_weights(*(pretrained.read_checkpoint(last(folder, name)) for name in ("one", "whole")), tolerance=1e-3)
 
 
@@ -102,7 +103,7 @@ def test_the_strategy_may_change(program: Program, folder: Path) -> None:
         assert done.code == 0, done.err
         assert last(folder, run).is_dir() == (ranks[1] == 2)
         contents = [pretrained.read_checkpoint(last(folder, name)) for name in ("whole", run)]
-        assert_same_weights(*contents, tolerance=1e-3)
+        assert_same_weights(*contents, tolerance=1e-3)  # six steps of Adam on gradients summed in another order
         steps = [
             [float(state["step"]) for state in content["optimizer_states"][0]["state"].values()] for content in contents
         ]

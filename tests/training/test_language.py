@@ -110,6 +110,7 @@ def test_metrics_equal_those_of_whole_documents(tmp_path: Path, batch_size: int,
     ]
     content = [path.read_bytes() for path in (tmp_path / "books" / "test").iterdir()]
     words, size = sum(len(text.split()) for text in content), sum(map(len, content))
+    # An exponential: its relative error is the absolute one of some 30 nats per word.
     assert metrics["test_word_perplexity"] == pytest.approx(math.exp(sum(nats) / words), rel=1e-4)
     assert metrics["test_bits_per_byte"] == pytest.approx(sum(nats) / math.log(2) / size, **CLOSE)
     assert metrics["test_loss"] == pytest.approx(sum(nats) / sum(int(length) - 1 for length in store.lengths), **CLOSE)
@@ -135,6 +136,7 @@ def test_predictions_are_the_nll_of_each_label(tmp_path: Path) -> None:
         for document, begin, _ in plan.iter_documents(stream, 0, nll.shape[1]):
             tokens = int(texts.token_store("test").lengths[document]) - 1
             expected = alone(language_module.model, texts, "test", document, tokens)
+            # float32, in other segments and batches
             torch.testing.assert_close(nll[stream, begin : begin + tokens], expected, atol=1e-4, rtol=1e-4)
 
 

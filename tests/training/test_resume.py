@@ -11,6 +11,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
+from torch import Tensor
 
 from memtx.checkpoint.training import BestCheckpoint
 from memtx.training.lora import LoRA
@@ -89,9 +91,21 @@ def assert_resumes_exactly(
         assert resumed_record.losses == {batch: loss for batch, loss in record.losses.items() if batch >= first}
         assert resumed_record.results == {batch: result for batch, result in record.results.items() if batch >= first}
         assert_equal(small.weights(resumed_module), small.weights(full))
+        assert_equal(optimizer_tensors(resumed_run), optimizer_tensors(run))
         assert other.best_model_score == keep.best_model_score
         assert resumed_module.tokens_seen == full.tokens_seen
     assert compared >= 2
+
+
+def optimizer_tensors(run: pl.Trainer) -> dict[str, Tensor]:
+    """Return the optimizer's state, such as Adam's moments, by parameter and name."""
+    tensors = {
+        f"{index}.{name}": torch.as_tensor(value)
+        for index, state in run.optimizers[0].state_dict()["state"].items()
+        for name, value in state.items()
+    }
+    assert tensors
+    return tensors
 
 
 def metrics(run: Path) -> list[tuple[str, ...]]:

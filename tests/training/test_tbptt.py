@@ -95,6 +95,7 @@ def test_more_bptt_segments_change_the_gradients() -> None:
         state = output.state
         losses.append(output.loss * (output.num_scored / (labels != IGNORE_INDEX).sum()))
     truncated = gradients(decoder, torch.stack(losses).sum())
+    # They differ by far more than rounding in float64.
     assert any(not torch.allclose(truncated[name], gradient, atol=1e-6, rtol=1e-3) for name, gradient in full.items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,6 @@ class Watch(pl.Callback):
             file.write(f"{trainer.fit_loop.epoch_loop.total_batch_idx} {float(outputs['loss']).hex()}\n")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(pl_module.state_dict().items()):
-            digest.update(name.encode() + full(tensor.detach()).cpu().numpy().tobytes())
-        (self.to / f"weights-{trainer.global_rank}").write_text(digest.hexdigest())
+        tensors = {name: full(tensor.detach()).cpu().numpy() for name, tensor in pl_module.state_dict().items()}
+        digests = {name: hashlib.sha256(tensor.tobytes()).hexdigest() for name, tensor in tensors.items()}
+        (self.to / f"weights-{trainer.global_rank}").write_text(json.dumps(digests))

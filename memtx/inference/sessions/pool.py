@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 from memtx.data.tokenizers import Tokenizer
+from memtx.errors import check_at_least
 from memtx.inference.engine import Engine, Generation, OutputFn
-from memtx.inference.generate import GenerationConfig, TextDelta, TokenGenerator, collect_recent_tokens
+from memtx.inference.generate import REPETITION_WINDOW, GenerationConfig, TextDelta, TokenGenerator
 from memtx.inference.reader import SegmentResult, StreamReader, Totals
 from memtx.inference.sessions.file import Fingerprints
+from memtx.inference.sessions.prefix_cache import PrefixCache, ReadPrompt, read_prompt
+from memtx.inference.sessions.prefix_folder import PrefixFolder
 from memtx.inference.sessions.registry import SessionInfo, SessionRegistry
 from memtx.inference.sessions.store import SessionStore
 from memtx.models.recurrent_lm import RecurrentLanguageModel
@@ -34,6 +38,8 @@ class SessionPool:
         max_in_memory: Maximum number of sessions in memory; the least recently used are evicted to disk.
         max_sessions: Maximum number of sessions, including those on disk.
         max_batch_size, max_batch_tokens: As in :class:`~memtx.inference.engine.Engine`.
+        prefix_cache_bytes: Maximum bytes of cached prefixes in memory. Defaults to 0, no cache.
+        prefix_cache_disk_bytes: Maximum bytes of cached prefixes on disk, in ``folder``. Defaults to 0.
 
     Raises:
         MemtxError: An argument is out of range, or the folder cannot be used.
@@ -50,12 +56,23 @@ class SessionPool:
         max_sessions: int = 4096,
         max_batch_size: int = 64,
         max_batch_tokens: int | None = None,
+        prefix_cache_bytes: int = 0,
+        prefix_cache_disk_bytes: int = 0,
     ) -> None:
         self.model, self.tokenizer, self.segment_length = model, tokenizer, segment_length
         # New readers are forked from it, so that the initial state is created once.
         self._template_reader = StreamReader(model, tokenizer, segment_length)
         self.session_bytes = self._template_reader.state.nbytes
-        store = SessionStore(folder, Fingerprints.from_model(model, tokenizer)) if folder is not None else None
+        check_at_least(0, prefix_cache_bytes=prefix_cache_bytes, prefix_cache_disk_bytes=prefix_cache_disk_bytes)
+        fingerprints = Fingerprints.from_model(model, tokenizer) if folder is not None or prefix_cache_bytes else None
+        store = SessionStore(folder, fingerprints) if folder is not None and fingerprints else None
+        self.prefix_cache: PrefixCache | None = None
+        if prefix_cache_bytes and fingerprints:
+            prefix_folder = None
+            if store is not None and prefix_cache_disk_bytes:
+                path = store.folder / "prefix-cache"
+                prefix_folder = PrefixFolder(path, prefix_cache_disk_bytes, self._template_reader, fingerprints)
+            self.prefix_cache = PrefixCache(fingerprints.model, prefix_cache_bytes, prefix_folder)
         self.registry = SessionRegistry(self.new_reader, store, max_in_memory=max_in_memory, max_sessions=max_sessions)
         self.engine = Engine(model, max_batch_size=max_batch_size, max_batch_tokens=max_batch_tokens)
 
@@ -69,6 +86,20 @@ class SessionPool:
         reader = self._template_reader.fork()
         reader.num_logprobs, reader.score_fn = num_logprobs, self.engine.make_score_fn(deadline)
         return reader
+
+    def read_prompt(
+        self,
+        reader: StreamReader,
+        prompt: str | Sequence[int],
+        *,
+        namespace: str = "",
+        deadline: float | None = None,
+        discard_state: bool = False,
+        needs_scores: bool = False,
+    ) -> ReadPrompt:
+        """Read a prompt with the prefix cache, if the reader is new; arguments as in :func:`read_prompt`."""
+        options: dict[str, Any] = {"discard_state": discard_state, "needs_scores": needs_scores}
+        return read_prompt(reader, prompt, self.prefix_cache, namespace=namespace, deadline=deadline, **options)
 
     def create(self) -> str:
         """Create a session and return its id; raises SessionLimitError."""
@@ -209,13 +240,15 @@ class SessionPool:
     def close(self) -> None:
         """Stop the engine and, if the pool has a folder, save every session."""
         self.engine.close()
+        if self.prefix_cache is not None:
+            self.prefix_cache.close()
         self.registry.close()
 
     def _generate_from_prompt(
         self, reader: StreamReader, prompt: str, configs: Iterable[GenerationConfig], deadline: float | None
     ) -> list[Generation]:
-        recent_tokens = collect_recent_tokens(chain(reader.feed(prompt), reader.finish()))
-        return self.start_generation(reader, recent_tokens, configs, deadline=deadline)
+        tokens = self.read_prompt(reader, prompt, deadline=deadline).tokens
+        return self.start_generation(reader, tokens[-REPETITION_WINDOW:].tolist(), configs, deadline=deadline)
 
     def _fork(self, reader: StreamReader, deadline: float | None) -> StreamReader:
         fork = reader.fork()

@@ -39,7 +39,8 @@ def test_onednn_linear_equals_f_linear(
         grads = torch.autograd.grad(out, inputs, grad_out)
         expected_grads = torch.autograd.grad(expected, double, grad_out.double())
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
-            torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=1e-3)
+            # Sums of up to 600 products, as above.
+            torch.testing.assert_close(grad.double(), expected_grad, rtol=0, atol=1e-4)
 
     check()
 

@@ -127,6 +127,7 @@ def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     init_student(student, teacher, NoLayers())
     tokens, teacher_tokens = narrow.embedding.word_embeddings.weight, wide.embedding.word_embeddings.weight
+    # Projected in float32 from a singular value decomposition.
     assert torch.allclose(tokens @ tokens.T, teacher_tokens @ teacher_tokens.T, atol=1e-4)
     assert torch.allclose(narrow.embedding.position_embeddings.weight[:4], tokens[:4], atol=1e-6)
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -142,6 +143,7 @@ def test_a_narrower_decoder_gets_projected_embeddings() -> None:
         teacher.embedding.weight.copy_(low_rank_table(VOCAB, 16, 8, 0, centered=False))
     init_student(student, teacher, NoLayers())
     tokens, teacher_tokens = student.embedding.weight, teacher.embedding.weight
+    # Projected in float32 from a singular value decomposition.
     assert torch.allclose(tokens @ tokens.T, teacher_tokens @ teacher_tokens.T, atol=1e-4)
 
 
