@@ -40,6 +40,11 @@ def adapt_options(options: dict[str, Any], best_checkpoint: Sequence[pl.Callback
     """
     user_callbacks = options["callbacks"] or []
     user_callbacks = user_callbacks if isinstance(user_callbacks, list) else [user_callbacks]
+    # Of the same depth, without the line on operations, which Lightning cannot count.
+    user_callbacks = [
+        ParameterSummary(callback._max_depth) if type(callback) is ModelSummary else callback
+        for callback in user_callbacks
+    ]
     if options.get("barebones"):
         return {**options, **dict.fromkeys(BAREBONES_OPTIONS), "callbacks": user_callbacks}
     callbacks: list[pl.Callback] = [Throughput(), UnusedMemoryWarning(), ClosedGateMonitor(), StopOnInterrupt()]
