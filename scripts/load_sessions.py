@@ -1,12 +1,14 @@
 """Run many clients against a server, each with its own sessions, and check that no session gets another's results.
 
     memtx serve --checkpoint RUN --port 8000 &
-    python scripts/load_sessions.py http://127.0.0.1:8000 [--num-sessions 64] [--duration 180] [--json FILE]
+    python scripts/load_sessions.py http://127.0.0.1:8000 [--num-sessions 64] [--num-short 8] [--duration 180]
 
 Every client feeds its text in three requests, ends it, generates a continuation, and compares the NLL with that of the
-same text on the idle server. Prints requests, errors, mismatches, median and 99th percentile of the latency, and the
-server's memory: the peak, the median over a ninth of the time after the first third (warm-up), and over the last
-ninth. The server must be on this machine.
+same text on the idle server. The texts of the additional ``--num-short`` clients are short, to show that they do not
+wait for long ones. Prints requests, errors, mismatches, median and 99th percentile of the latency, and the server's
+memory: the peak, the median over a ninth of the time after the first third (warm-up), and over the last ninth.
+``full_load_ms`` is the time in which the server, at its rate, reads one text of every client: while all of them read
+at once, no scheduler makes the mean shorter. The server must be on this machine.
 """
 
 from __future__ import annotations
@@ -38,11 +40,11 @@ class Tally:
 
 
 class Client:
-    """A connection that records every response."""
+    """A connection that records every response, with ``prefix`` before the kind of request."""
 
-    def __init__(self, url: str, tally: Tally) -> None:
+    def __init__(self, url: str, tally: Tally, prefix: str = "") -> None:
         self.connection = Connection(url, timeout=600)
-        self.tally = tally
+        self.tally, self.prefix = tally, prefix
 
     def request(self, kind: str, method: str, path: str, body: Any = None) -> Any:
         """Return the JSON of a response, and record its time or its error."""
@@ -50,7 +52,7 @@ class Client:
         status, content = self.connection.request(method, path, json.dumps(body) if body is not None else None)
         seconds = time.perf_counter() - start
         with self.tally.lock:
-            self.tally.times.setdefault(kind, []).append(seconds)
+            self.tally.times.setdefault(self.prefix + kind, []).append(seconds)
             if status >= 400:
                 self.tally.errors.append(f"{kind}: {status} {content[:200].decode('utf-8', 'replace')}")
         return json.loads(content) if content and status < 400 else None
@@ -79,9 +81,9 @@ def run_session(client: Client, text: str, seed: int) -> tuple[float, int, str] 
     return info["nll"], info["tokens"], completion["choices"][0]["text"]
 
 
-def run_client(url: str, tally: Tally, index: int, text: str, expected: Any, deadline: float) -> None:
+def run_client(client: Client, index: int, text: str, expected: Any, deadline: float) -> None:
     """Run sessions until the deadline, and compare each with the expected result."""
-    client = Client(url, tally)
+    tally = client.tally
     while time.monotonic() < deadline:
         try:
             result = run_session(client, text, index)
@@ -116,38 +118,49 @@ def main() -> int:
     parser.add_argument("--num-sessions", type=int, default=64)
     parser.add_argument("--duration", type=float, default=180.0)
     parser.add_argument("--num-words", type=int, default=300, help="words of each text")
+    parser.add_argument("--num-short", type=int, default=0, help="additional clients with short texts")
+    parser.add_argument("--num-short-words", type=int, default=10, help="words of each short text")
     parser.add_argument("--json", metavar="FILE", help="write all figures; - prints one JSON object")
     arguments = parser.parse_args()
     tally, warmup = Tally(), Client(arguments.url, Tally())
-    texts = [make_text(index, arguments.num_words) for index in range(arguments.num_sessions)]
+    lengths = [arguments.num_words] * arguments.num_sessions + [arguments.num_short_words] * arguments.num_short
+    texts = [make_text(index, num_words) for index, num_words in enumerate(lengths)]
     expected = [run_session(warmup, text, index) for index, text in enumerate(texts)]
     if None in expected:
         print(warmup.tally.errors[0], file=sys.stderr)
         return 1
     connection = warmup.connection
     deadline = time.monotonic() + arguments.duration
-    threads = [
-        threading.Thread(target=run_client, args=(arguments.url, tally, index, text, expected[index], deadline))
-        for index, text in enumerate(texts)
+    clients = [
+        Client(arguments.url, tally, "" if index < arguments.num_sessions else "short ") for index in range(len(texts))
     ]
-    names = ("score_segments", "score_calls", "decode_tokens", "decode_calls")
+    threads = [
+        threading.Thread(target=run_client, args=(client, index, text, expected[index], deadline))
+        for index, (client, text) in enumerate(zip(clients, texts, strict=True))
+    ]
+    names = ("score_segments", "score_calls", "decode_tokens", "decode_calls", "tokens_read")
     before = {name: connection.get_metric(f"memtx_{name}") for name in names}
+    start = time.monotonic()
     for thread in threads:
         thread.start()
     memory = sample_memory(connection, arguments.duration)
     for thread in threads:
         thread.join()
+    seconds = time.monotonic() - start
     # Medians, because the memory goes up and down with the tensors of every call.
     warm, end = statistics.median(memory[33:44]), statistics.median(memory[-11:])
     counts = {name: connection.get_metric(f"memtx_{name}") - value for name, value in before.items()}
+    tokens_per_second = counts["tokens_read"] / seconds
     results = {
-        "sessions": arguments.num_sessions,
+        "sessions": len(texts),
         "seconds": arguments.duration,
         "requests": sum(map(len, tally.times.values())),
         "errors": len(tally.errors),
         "mismatches": len(tally.mismatches),
         "segments_per_score_call": counts["score_segments"] / max(counts["score_calls"], 1),
         "tokens_per_decode_call": counts["decode_tokens"] / max(counts["decode_calls"], 1),
+        "tokens_per_second": tokens_per_second,
+        "full_load_ms": 1000 * sum(result[1] for result in expected if result) / tokens_per_second,
         "memory_warm_bytes": warm,
         "memory_end_bytes": end,
         "memory_peak_bytes": max(memory),

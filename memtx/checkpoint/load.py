@@ -53,8 +53,8 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> LoadedCheck
     Args:
         path: Run folder (loads its best checkpoint, else the newest); training checkpoint (a file, or a folder if
             sharded); pretrained folder; or Hugging Face folder (config.json with a ``model_type``).
-        window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length, at most 4096. Layers
-            trained with a narrower window keep it.
+        window: Exact positions seen by a Hugging Face decoder. Defaults to its trained length. Layers trained with
+            a narrower window keep it.
 
     Raises:
         CheckpointError: The model is missing, damaged, untrusted, or its tensors do not fit the configuration.
@@ -84,13 +84,15 @@ def from_pretrained(path: str | os.PathLike[str], window: int | None = None) -> 
     return load(path, window).model
 
 
-def load_model_and_tokenizer(path: str | os.PathLike[str]) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load a memory transformer, in eval mode on the CPU, and its tokenizer, from anything that :func:`load` takes.
+def load_model_and_tokenizer(
+    path: str | os.PathLike[str], window: int | None = None
+) -> tuple[MemoryTransformer, Tokenizer]:
+    """Load a memory transformer, in eval mode on the CPU, and its tokenizer; arguments as in :func:`load`.
 
     A folder needs a tokenizer.json. Raises CheckpointError if the model is missing, damaged or of another class, or has
     no tokenizer that fits it.
     """
-    checkpoint = load(path)
+    checkpoint = load(path, window)
     path, model = checkpoint.path, checkpoint.model_as(MemoryTransformer)
     is_folder = (path / pretrained.CONFIG_FILE).is_file()
     if (text := checkpoint.sidecars.get("tokenizer")) is None:

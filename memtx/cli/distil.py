@@ -44,7 +44,6 @@ def _compare_task_models(arguments: argparse.Namespace, paths: list[str]) -> lis
 
 def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) -> list[ModelComparison]:
     from memtx.checkpoint.load import load_model_and_tokenizer
-    from memtx.data.sources.corpus import open_corpus
     from memtx.evaluation.compare import REPEATS, TextBatch, compare_language_models
 
     names, loaded = _get_display_names(paths), [load_model_and_tokenizer(path) for path in paths]
@@ -53,7 +52,7 @@ def _compare_language_models(arguments: argparse.Namespace, paths: list[str]) ->
         if tokenizer.to_json() != teacher_tokenizer.to_json():
             message = f"'{name}' and its teacher have different tokenizers."
             raise MemtxError(message, "Give runs on the same texts and tokenizer.")
-    documents = open_corpus(arguments.data).get_split(arguments.split)[: arguments.limit]
+    documents = options.open_corpus(arguments.data).get_split(arguments.split)[: arguments.limit]
     texts = TextBatch.from_documents(documents, teacher_tokenizer, arguments.max_length)
     placement = options.get_placement(arguments)
     models = [(name, model.to(**placement)) for name, (model, _) in zip(names, loaded, strict=True)]

@@ -89,13 +89,12 @@ def _to_segments(distances: Iterable[int], task: SyntheticTask) -> list[int]:
 
 def _evaluate_haystack(arguments: argparse.Namespace, distances: list[int]) -> list[EvaluationResult]:
     from memtx.data.sources.base import SPLITS
-    from memtx.data.sources.corpus import open_corpus
     from memtx.evaluation.accuracy import average_by_distance
     from memtx.evaluation.babi import evaluate_babi, load_tasks
     from memtx.evaluation.haystack import Haystack, evaluate_needle
 
     tasks = load_tasks(arguments.babi_dir) if arguments.task == "babi" else {}
-    splits = open_corpus(arguments.haystack).split_parts
+    splits = options.open_corpus(arguments.haystack).split_parts
     if Path(arguments.haystack).is_file():
         documents = [document for split in SPLITS for document in splits.get(split, ())]
     else:
@@ -176,6 +175,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     task: str = arguments.task
     if arguments.task_arg and task in HAYSTACK_TASKS:
         raise MemtxError(f"--task-arg does not apply to {task}.", "Remove --task-arg.")
+    if arguments.window is not None and task not in HAYSTACK_TASKS:
+        raise MemtxError(f"--window does not apply to {task}.", "Remove --window.")
     if task == "babi" and arguments.babi_dir is None:
         raise MemtxError("--babi-dir is not set, expected the folder of the bAbI tasks.", "Add --babi-dir FOLDER.")
     if arguments.num_samples is None:
@@ -206,7 +207,7 @@ def main(argv: list[str]) -> int:
         "language models.",
     )
     add = parser.add_argument
-    parser.add_model_options()
+    parser.add_model_options(window=True)
     add("--task", required=True, choices=(*SYNTHETIC_TASKS, *HAYSTACK_TASKS), help="task to evaluate")
     text = "tokens (k = 1,000, M = 1,000,000) between a fact and its question, rounded to segments; for needle and "
     text += f"babi the length of the whole context (default: {DEFAULT_DISTANCES}; for capacity 3 and 32 segments)"

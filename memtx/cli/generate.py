@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     """Run ``memtx generate``."""
     parser = options.Parser("memtx generate", "Continue a prompt, or a text that `memtx read --session` has read.")
     add = parser.add_argument
-    parser.add_model_options()
+    parser.add_model_options(window=True)
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="text to continue, of any length")
     prompt.add_argument("--prompt-file", metavar="FILE", help="UTF-8 file with the prompt, or - for standard input")

@@ -8,18 +8,21 @@ import importlib
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from memtx import files
 from memtx.cli.errors import EXIT_USAGE_ERROR, print_error, run, shorten_message
 from memtx.errors import CheckpointError, DataError, MemtxError
 
 if TYPE_CHECKING:
+    from memtx.data.sources.base import Corpus
     from memtx.data.tokenizers import Tokenizer
     from memtx.inference.predictor import BasePredictor
     from memtx.inference.reader import StreamReader
+    from memtx.layers.block import Block
     from memtx.models.memory_transformer import MemoryTransformer
 
 N = TypeVar("N", int, float)
@@ -65,13 +68,21 @@ class Parser(argparse.ArgumentParser):
         print_error(shorten_message(message, options))
         raise SystemExit(EXIT_USAGE_ERROR)
 
-    def add_model_options(self, *, checkpoint: bool = True, segment_length: int | None = 512) -> None:
-        """Add ``--checkpoint``, ``--segment-length`` with its default, ``--device``, ``--dtype`` and ``--import``."""
+    def add_model_options(
+        self, *, checkpoint: bool = True, segment_length: int | None = 512, window: bool = False
+    ) -> None:
+        """Add ``--checkpoint``, ``--segment-length`` with its default, ``--device``, ``--dtype`` and ``--import``.
+
+        If ``window`` is True, add ``--window`` too.
+        """
         if checkpoint:
             text = "a .ckpt file, a run folder (its best checkpoint) or a model folder"
             self.add_argument("--checkpoint", required=True, help=text)
         if segment_length is not None:
             self.add_argument("--segment-length", type=positive_int, default=segment_length, help="tokens per call")
+        if window:
+            text = "tokens that a Hugging Face decoder sees exactly; defaults to as many as it was trained on"
+            self.add_argument("--window", type=positive_int, metavar="N", help=text)
         self.add_argument("--device", default="cpu", help="device to compute on, such as cpu, cuda or cuda:1")
         self.add_argument("--dtype", choices=DTYPES, help="dtype of weights and state; defaults to the checkpoint's")
         self.add_import_option()
@@ -137,12 +148,19 @@ def read_input(path: str) -> tuple[bytes, str]:
 
 
 def decode_utf8(content: bytes, name: str) -> str:
-    """Decode a text, or raise DataError if it is not UTF-8."""
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        reason = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{name} is not UTF-8: {reason}.", "Convert it, for example with iconv.") from error
+    """Decode a text without its byte order mark, or raise DataError if it is not UTF-8."""
+    from memtx.data.encodings import Utf8Decoder
+
+    return Utf8Decoder(name).decode(content, final=True)
+
+
+def open_corpus(root: str) -> Corpus:
+    """Open a corpus and write what is left out, and how texts are assigned to splits, on stderr."""
+    from memtx.data.sources.corpus import open_corpus
+
+    corpus = open_corpus(root)
+    sys.stderr.writelines(f"memtx: {note}\n" for note in corpus.notes)
+    return corpus
 
 
 @contextlib.contextmanager
@@ -189,13 +207,36 @@ def user_modules(names: Sequence[str]) -> Iterator[None]:
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[MemoryTransformer, Tokenizer]:
-    """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError."""
+    """Load model and tokenizer from ``--checkpoint`` on the device of the arguments; raises MemtxError.
+
+    For a Hugging Face decoder, a line on stderr says what it sees.
+    """
     placement = get_placement(arguments)
     from memtx.checkpoint.load import load_model_and_tokenizer
 
     with user_modules(arguments.modules):
-        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint)
-    return model.to(**placement), tokenizer
+        model, tokenizer = load_model_and_tokenizer(arguments.checkpoint, getattr(arguments, "window", None))
+    model = model.to(**placement)
+    if model.hf_origin is not None:
+        sys.stderr.write(f"memtx: {describe_window(model)}\n")
+    return model, tokenizer
+
+
+def describe_window(model: MemoryTransformer) -> str:
+    """Return a sentence that says how many tokens a model sees exactly, and how large its state is."""
+    from memtx.memory.recurrent import RecurrentMemory
+
+    memories = [block.attention.memory for block in cast("list[Block]", list(model.blocks))]
+    layers = Counter(int(memory.window) for memory in memories if isinstance(memory, RecurrentMemory))
+    window, trained_length = (
+        max(layers, default=0),
+        max(getattr(memory, "trained_length", 0) or 0 for memory in memories),
+    )
+    trained = f"trained on {trained_length:,}" if trained_length not in (0, window) else "as trained"
+    parts = [f"the last {window:,} tokens exactly ({trained})"]
+    parts += [f"{other:,} in {layers[other]} of {model.depth} layers" for other in sorted(layers, reverse=True)[1:]]
+    state_bytes = model.init_state(1, device="meta").nbytes
+    return f"the model sees {', '.join(parts)}; its state takes {state_bytes / 1e6:,.1f} MB; --window N changes it"
 
 
 def load_task_predictor(arguments: argparse.Namespace) -> BasePredictor:

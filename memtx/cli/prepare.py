@@ -78,9 +78,9 @@ def show_progress(description: str, total: int, completed: int) -> Iterator[Prog
     yield advance
 
 
-def _print_summary(corpus: TokenizedCorpus, seconds: float, as_json: bool) -> None:
+def _print_summary(corpus: TokenizedCorpus, notes: list[str], seconds: float, as_json: bool) -> None:
     if as_json:
-        summary = {"output_dir": str(corpus.folder), "splits": corpus.splits, "seconds": seconds}
+        summary = {"output_dir": str(corpus.folder), "splits": corpus.splits, "notes": notes, "seconds": seconds}
         sys.stdout.write(json.dumps(summary) + "\n")
         return
     sys.stdout.write(f"{'split':<12} {'documents':>11} {'tokens':>15} {'bytes of text':>15} {'bytes/token':>11}\n")
@@ -89,6 +89,7 @@ def _print_summary(corpus: TokenizedCorpus, seconds: float, as_json: bool) -> No
         sys.stdout.write(f"{split:<12} {documents:>11,} {tokens:>15,} {num_bytes:>15,} {num_bytes / tokens:>11.2f}\n")
     if num_skipped := sum(counts["num_skipped"] for counts in corpus.splits.values()):
         sys.stdout.write(f"Skipped {num_skipped:,} documents without words.\n")
+    sys.stdout.writelines(f"{note}\n" for note in notes)
     sys.stdout.write(f"Train on it with: memtx fit --data.root {corpus.folder}\n")
 
 
@@ -96,6 +97,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     tokenizer = _build_tokenizer(arguments.tokenizer)
     start = time.monotonic()
     source = _build_text_source(arguments).scan()
+    from memtx.data.sources.splits import SPLIT_HINT
     from memtx.data.tokenized_corpus import tokenize_corpus
 
     try:
@@ -104,7 +106,10 @@ def _prepare(arguments: argparse.Namespace) -> None:
         corpus = tokenize_corpus(folder, source, tokenizer, **settings)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("finished shards are kept; run the same command to resume") from None
-    _print_summary(corpus, time.monotonic() - start, arguments.json)
+    notes = source.notes
+    if "validation" not in corpus.splits:
+        notes.append(f"'{source.name}' has no validation split. {SPLIT_HINT} Or give --validation-fraction.")
+    _print_summary(corpus, notes, time.monotonic() - start, arguments.json)
 
 
 def main(argv: list[str]) -> int:
@@ -115,7 +120,7 @@ def main(argv: list[str]) -> int:
         "not modified.",
     )
     add = parser.add_argument
-    text = "folders, files, patterns or URLs of texts (.txt, .md), JSON lines (.jsonl) and Parquet, also compressed"
+    text = "folders, files, patterns or URLs of texts (.txt, .md), JSON, CSV and Parquet, also compressed"
     add("source", nargs="+", metavar="SOURCE", help=text)
     add("--output-dir", required=True, metavar="FOLDER", help="folder to create")
     add("--tokenizer", default="byte", metavar="T", help="byte, a vocabulary size to train BPE, or a tokenizer.json")

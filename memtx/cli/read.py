@@ -158,7 +158,7 @@ def main(argv: list[str]) -> int:
     parser = options.Parser("memtx read", "Read a text of any length with constant memory and report its surprisal.")
     add = parser.add_argument
     add("book", help="UTF-8 text file, or - for standard input")
-    parser.add_model_options()
+    parser.add_model_options(window=True)
     add("--report-every", type=options.non_negative_int, default=10_000, help="tokens per report line; 0 disables it")
     add("--json", action="store_true", help="print one JSON object instead of the report")
     add("--plot", type=options.output_path, metavar="PNG", help="plot surprisal along the text")

@@ -47,6 +47,8 @@ def _serve(arguments: argparse.Namespace) -> None:
     names = ("max_body_bytes", "max_tokens", "max_seconds", "max_concurrent_requests")
     limits = Limits(**{name: getattr(arguments, name) for name in names})
     if is_task:
+        if arguments.window is not None:
+            raise MemtxError("--window does not apply to a task model.", "Remove --window.")
         predictor = options.load_task_predictor(arguments)
         app = create_task_app(predictor, model_name=name, limits=limits, api_key=api_key)
         description = f"{predictor.task_name}, POST /v1/predict"
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> int:
         "/v1/predict.",
     )
     add = parser.add_argument
-    parser.add_model_options()
+    parser.add_model_options(window=True)
     add("--host", default="127.0.0.1", help="address to listen on; any other than localhost needs an API key")
     add("--port", type=options.number_range(int, 0, 65535), default=8000, help="port to listen on; 0 for any free port")
     add("--served-model-name", help="model name in requests; defaults to the checkpoint's name")

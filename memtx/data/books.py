@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from memtx.data.batch import check_options, limit_epochs, rank_and_world_size
 from memtx.data.shards import TokenStore
-from memtx.data.sources.base import SPLITS, Corpus, TextSource
+from memtx.data.sources.base import SPLITS, Corpus, CorpusManifest, TextSource
 from memtx.data.sources.corpus import open_corpus
+from memtx.data.sources.files import FileSource, is_table
+from memtx.data.sources.splits import SPLIT_HINT
 from memtx.data.streams import DocumentStreams, EvaluationStreams
 from memtx.data.tokenized_corpus import (
     TokenizedCorpus,
@@ -28,6 +30,8 @@ from memtx.data.tokenizers import ByteTokenizer, Tokenizer, tokenizer_from_json
 from memtx.errors import CheckpointError, MemtxError
 from memtx.files import default_cache_dir
 
+M = TypeVar("M", bound=CorpusManifest)
+
 _SPLITS_BY_STAGE = {"fit": SPLITS[:2], "validate": SPLITS[1:2], "test": SPLITS[2:], "predict": SPLITS[2:]}
 
 
@@ -38,8 +42,9 @@ class BookDataModule(LightningDataModule):
 
     Args:
         root: ``embedded`` (Python's help texts, no download), ``embedded+sources``, a folder that ``memtx prepare``
-            wrote, a folder in the PG-19 layout (train/ validation/ test/ of <id>.txt), any other folder of text files,
-            or one text file.
+            wrote, a folder in the PG-19 layout (train/ validation/ test/ of <id>.txt), any other folder of text files
+            in splits that names give (see ``memtx.data.sources.files.FileSource``), or one file of text or a table with
+            a column "text".
         tokenizer: Tokenizer, such as ``BytePairTokenizer`` with ``vocab_size``, which is trained on the training split
             and kept in the cache. Defaults to ByteTokenizer, or to that of a prepared folder.
         source: Source of the texts instead of ``root``, such as ``memtx.data.sources.hub.HubDataset``; all splits are
@@ -73,6 +78,8 @@ class BookDataModule(LightningDataModule):
         check_options(1, batch_size=batch_size, segment_length=segment_length, bptt_segments=bptt_segments)
         check_options(1, eval_batch_size=eval_batch_size, eval_tokens=eval_tokens, num_workers=num_workers)
         check_options(0, seed=seed)
+        if source is None and is_table(root) and not Path(root).expanduser().is_dir():
+            source = FileSource([root])
         self.root, self.source, self.seed = root, source, seed
         self.batch_size, self.segment_length, self.bptt_segments = batch_size, segment_length, bptt_segments
         self.length = segment_length * bptt_segments  # tokens of a stream in a batch
@@ -96,13 +103,19 @@ class BookDataModule(LightningDataModule):
 
     @cached_property
     def corpus(self) -> Corpus:
-        """Documents of every split of ``root``, listed on first use."""
-        return open_corpus(self.root)
+        """Documents of every split of ``root``, listed on first use; says what is left out."""
+        return self._with_notes(open_corpus(self.root))
+
+    @staticmethod
+    def _with_notes(manifest: M) -> M:
+        for note in manifest.notes:
+            rank_zero_info(note)
+        return manifest
 
     def _open_tokenized_corpus(self) -> TokenizedCorpus | None:
         """Return the folder that holds every split, or None if each split is encoded when it is needed."""
         if self._tokenized_corpus is None and self.source is not None:
-            manifest = self.source.scan()
+            manifest = self._with_notes(self.source.scan())
             self.tokenizer = train_tokenizer(self.tokenizer, manifest, self.cache_dir)
             folder = self.cache_dir / f"texts-{compute_fingerprint(manifest, self.tokenizer)[:16]}"
             self._tokenized_corpus = tokenize_corpus(folder, manifest, self.tokenizer, num_workers=self.num_workers)
@@ -167,6 +180,7 @@ class BookDataModule(LightningDataModule):
     def val_dataloader(self) -> EvaluationStreams | list[Any]:
         """Return the validation split in streams; an empty list for training data without one."""
         if self._trainer_fn == "fit" and not self.has_split("validation"):
+            rank_zero_info(f"'{self.root}' has no validation split, so there is no validation. {SPLIT_HINT}")
             return []
         return self._evaluation_streams("validation", self.eval_tokens)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memtx.data.text_chunks import encode_utf8
+from memtx.data.encodings import encode_utf8
 from memtx.data.tokenizers import HF_FORMAT, HF_FORMAT_VERSION, BackendTokenizer, SpecialTokenId, tokenizer_from_json
 from memtx.errors import DataError
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import re
-from collections.abc import Iterable, Iterator
-
-from memtx.errors import DataError
 
 PARAGRAPH_LIMIT = 1024  # characters after which a chunk ends at the next paragraph end
 SOFT_LIMIT = 4096  # characters after which a chunk also ends at the next line or word end
@@ -65,40 +61,6 @@ def split_text(text: str) -> list[str]:
     """Return the chunks of a whole text."""
     splitter = TextSplitter()
     return splitter.feed(text) + splitter.flush()
-
-
-def decode_utf8(blocks: Iterable[bytes], name: str) -> Iterator[str]:
-    """Decode UTF-8 bytes in any portions, even cut inside a character.
-
-    Raises DataError with the ``name`` of the source and the offset of the first byte that is not UTF-8.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("strict")
-    offset = 0
-
-    def decode(block: bytes, final: bool) -> str:
-        pending = len(decoder.getstate()[0])
-        try:
-            return decoder.decode(block, final)
-        except UnicodeDecodeError as error:
-            bad_byte = f"byte 0x{error.object[error.start]:02x} at byte offset {offset - pending + error.start}"
-            message = f"'{name}' is not UTF-8: {bad_byte} ({error.reason})."
-            raise DataError(message, "Convert it, for example with iconv -f LATIN1 -t UTF-8 FILE > NEW.") from error
-
-    for block in blocks:
-        if text := decode(block, False):
-            yield text
-        offset += len(block)
-    if text := decode(b"", True):
-        yield text
-
-
-def encode_utf8(text: str) -> bytes:
-    """Return the UTF-8 bytes of a text; raises DataError for half of a surrogate pair."""
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        message = f"The text holds U+{ord(text[error.start]):04X}, half of a surrogate pair, which is no character."
-        raise DataError(message, "Remove it, or decode the source as UTF-16.") from error
 
 
 class WordCounter:

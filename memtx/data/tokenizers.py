@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memtx import files
+from memtx.data.encodings import encode_utf8
 from memtx.data.end_tokens import read_eos_token_ids
-from memtx.data.text_chunks import TextSplitter, encode_utf8, split_text
+from memtx.data.text_chunks import TextSplitter, split_text
 from memtx.errors import DataError, MemtxError
 
 TokenIds = NDArray[np.integer[Any]]

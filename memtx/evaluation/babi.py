@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from memtx.data.encodings import Utf8Decoder
 from memtx.data.tokenizers import Tokenizer
 from memtx.errors import DataError
 from memtx.evaluation.accuracy import EvaluationResult, ProgressFn
@@ -35,10 +36,7 @@ def read_stories(path: Path) -> list[Story]:
     """Read the questions in a file: lines of a story are numbered from 1; a tab separates question and answer."""
     stories: list[Story] = []
     facts: list[str] = []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{path}' is not UTF-8: {error.reason} at byte {error.start}.", "Convert it.") from error
+    lines = Utf8Decoder(f"'{path}'").decode(path.read_bytes(), final=True).splitlines()
     for line_number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -30,9 +30,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 """Activations by their names in config.json; formulas of ``transformers`` equal these in exact arithmetic."""
 
-DEFAULT_MAX_WINDOW = 4096
-"""Maximum default window: every layer's state holds that many positions."""
-
 
 class HFConfig:
     """Typed access to config.json, or to an object in it.
@@ -114,15 +111,15 @@ def build_window_memories(
 ) -> list[Any]:
     """Return the memories of a decoder, an exact window in each layer.
 
-    The window defaults to ``max_length``, the trained length, but at most ``DEFAULT_MAX_WINDOW``. No layer's window
-    exceeds its sliding window, which is None for full attention.
+    The window defaults to ``max_length``, the trained length. No layer's window exceeds its sliding window, which is
+    None for full attention.
     """
     if requested_window is not None:
         check_at_least(1, window=requested_window)
-    window = requested_window if requested_window is not None else min(max_length, DEFAULT_MAX_WINDOW)
-    windows = [window if sliding is None else min(sliding, window) for sliding in sliding_windows]
-    memories = [partial(RecurrentMemory, window=layer_window) for layer_window in windows]
-    return memories[:1] if len(set(windows)) == 1 else memories
+    window = requested_window if requested_window is not None else max_length
+    options = [(window, max_length) if sliding is None else (min(sliding, window), None) for sliding in sliding_windows]
+    memories = [partial(RecurrentMemory, window=window, trained_length=length) for window, length in options]
+    return memories[:1] if len(set(options)) == 1 else memories
 
 
 RopeParser = Callable[[HFConfig, int], dict[str, Any]]
@@ -189,6 +186,10 @@ def build_rotary(config: HFConfig, max_length: int) -> tuple[Callable[[int, int]
         values.require("partial_rotary_factor", 1.0, "partially rotated heads")
     if rope_type == "dynamic":
         max_length = min(max_length, rope.get_int("original_max_position_embeddings", max_length))
+    if rope_type == "yarn":
+        # Published configs extend a model by rope_scaling alone: max_position_embeddings may be the original length.
+        original_length = rope.get_int("original_max_position_embeddings", max_length)
+        max_length = max(max_length, int(rope.get_float("factor", 1.0) * original_length))
     if scaling is None:
         return partial(Rotary, base=base), max_length
     scaling_class, parse = scaling

@@ -66,8 +66,8 @@ def load(path: str | os.PathLike[str], window: int | None = None) -> PretrainedM
 
     Args:
         path: Folder with config.json and model.safetensors or pytorch_model.bin.
-        window: Number of exact positions visible to a decoder. Defaults to its trained length, at most 4096. Layers
-            trained with a narrower window keep it.
+        window: Number of exact positions visible to a decoder. Defaults to its trained length. Layers trained with
+            a narrower window keep it.
 
     Raises:
         CheckpointError: The folder is missing or damaged, its ``model_type`` is unknown, or tensors are missing,

@@ -21,7 +21,7 @@ CPU_CALL_COST_TOKENS = 32
 Measured with 2.4 M parameters and one thread: 2 to 3 ms per call, 0.06 ms per token."""
 
 MAX_PADDING_RATIO = 0.5
-"""Maximum padding on an accelerator, where calls cost more than tokens, as a fraction of the oldest segment."""
+"""Maximum padding on an accelerator, where calls cost more than tokens, as a fraction of the next segment."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def default_batch_tokens(is_cpu: bool) -> int:
 
 
 def padding_limit(length: int, is_cpu: bool) -> int:
-    """Return the maximum difference of lengths in a call, in tokens; ``length`` is that of the oldest segment."""
+    """Return the maximum difference of lengths in a call, in tokens; ``length`` is that of the next segment."""
     return CPU_CALL_COST_TOKENS if is_cpu else int(MAX_PADDING_RATIO * length)
 
 
@@ -137,7 +137,7 @@ def select_batch(
     """Return the ascending indices of the requests to score in one call.
 
     Args:
-        requests: One or more requests, oldest first; the oldest is always selected, so that none starves.
+        requests: One or more requests, next first, which is always selected.
         max_tokens: Maximum number of tokens in the padded batch; a single segment may exceed it.
         max_padding: Maximum difference in length, in tokens.
         supports_padding: If False, only segments with ``discard_state`` may be padded.

@@ -1,5 +1,9 @@
 """Engine: one thread that runs a model for many streams, with continuous batching (Yu et al. 2022, section 3).
 
+Texts that are read get equal shares of the tokens per second by weighted fair queueing (Demers et al. 1989): the
+segment is next that would be complete first if all texts were read at once. So a text waits in proportion to its own
+length, however long the others are.
+
 Pending segments are scored in one call, and running generations advance in one decoding step. Segments are never split
 to fit a batch, so each stream is read as it would be alone; shorter segments are padded if the model allows it.
 """
@@ -35,11 +39,6 @@ from memtx.state import MemoryState
 BATCH_WAIT_SECONDS = 0.002
 """Time for the streams of the last call to submit their next segments, so that the first to wake is not scored alone.
 It is far shorter than a call of a useful model."""
-
-WAIT_CREDIT = 0.8
-"""Fraction of a segment's waiting time that is credited to the next segment of its text. At 0, a text would queue again
-for every segment; at 1, new requests would wait for all long texts being read. At 0.8, they wait for at most
-1 / (1 - 0.8) segments of each."""
 
 QueueItem = TextDelta | BaseException | None
 """Output of a generation: text, then None at the end; an error ends it too."""
@@ -89,10 +88,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class PendingSegment:
-    """A segment waiting to be scored; the earliest ``arrival_time`` (``time.monotonic``) is scored next."""
+    """A segment waiting to be scored; the lowest ``finish`` is scored next.
+
+    ``finish`` is the number of tokens that every text would have been given since the start of the engine, at equal
+    shares, when this segment is complete.
+    """
 
     request: ScoreRequest
-    arrival_time: float
+    finish: float
     future: Future[ScoreOutput] = field(default_factory=Future)
 
 
@@ -117,6 +120,8 @@ class Engine:
         self.counters = dict.fromkeys(counters, 0)
         self._condition = threading.Condition()
         self._pending_segments: list[PendingSegment] = []
+        # The virtual time of fair queueing.
+        self._tokens_per_text = 0.0
         self._waiting: deque[tuple[Generation, MemoryState]] = deque()
         self._running: list[Generation] = []
         self._decoder: Decoder | None = None
@@ -142,18 +147,18 @@ class Engine:
 
         It raises DeadlineExceededError after ``deadline`` (``time.monotonic``), and ClosedError.
         """
-        arrival_time: float | None = None
+        finish = 0.0
 
         def score_next(request: ScoreRequest) -> ScoreOutput:
-            nonlocal arrival_time
-            now = time.monotonic()
-            arrival_time = now if arrival_time is None else now - WAIT_CREDIT * (now - arrival_time)
-            return self._score(request, deadline, arrival_time)
+            nonlocal finish
+            with self._condition:
+                finish = max(finish, self._tokens_per_text) + len(request.tokens)
+            return self._score(request, deadline, finish)
 
         return score_next
 
-    def _score(self, request: ScoreRequest, deadline: float | None, arrival_time: float) -> ScoreOutput:
-        pending, timeout = PendingSegment(request, arrival_time), remaining_seconds(deadline)
+    def _score(self, request: ScoreRequest, deadline: float | None, finish: float) -> ScoreOutput:
+        pending, timeout = PendingSegment(request, finish), remaining_seconds(deadline)
         with self._condition:
             self._check_open()
             self._pending_segments.append(pending)
@@ -226,15 +231,16 @@ class Engine:
             generation.on_output(error)
 
     def _next_batch(self) -> list[PendingSegment]:
-        """Remove and return the oldest pending segment and the segments to score with it."""
+        """Remove and return the next segment and the segments to score with it."""
         pending = [segment for segment in self._pending_segments if not segment.future.cancelled()]
-        pending.sort(key=lambda segment: segment.arrival_time)
+        pending.sort(key=lambda segment: segment.finish)
         selected: list[int] = []
         if requests := [segment.request for segment in pending]:
             max_padding = padding_limit(len(requests[0].tokens), self._is_cpu)
             limits = {"max_tokens": self.max_batch_tokens, "max_padding": max_padding}
             selected = select_batch(requests, supports_padding=accepts_padding(self.model), **limits)
         batch = [pending[index] for index in selected]
+        self._tokens_per_text += sum(len(segment.request.tokens) for segment in batch) / max(len(pending), 1)
         self._pending_segments = [pending[index] for index in sorted(set(range(len(pending))).difference(selected))]
         return [segment for segment in batch if segment.future.set_running_or_notify_cancel()]
 

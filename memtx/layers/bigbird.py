@@ -3,6 +3,9 @@
 Zaheer et al. 2020, section 2 and appendix A: sliding windows of blocks, two global blocks of the text itself, and
 random blocks. The first and last block see everything. A random block that is visible already counts twice, as in the
 published models.
+
+The published library (``transformers``) draws random blocks in training only. In eval mode each of them is the first
+block, which thus counts ``1 + num_random_blocks`` times.
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ class BigBirdAttention(EncoderAttention):
         max_length: Longest text that the model is for, in tokens (see
             :func:`memtx.ops.attention.sparse.sample_random_blocks`).
         seed: Seed of the random blocks. Defaults to the layer's index, as published.
+        sample_in_eval: If True, random blocks are drawn in eval mode too, the same as in training. Defaults to False,
+            as published.
 
     Raises:
         MemtxError: A number is out of range.
@@ -47,6 +52,7 @@ class BigBirdAttention(EncoderAttention):
         num_random_blocks: int = 3,
         max_length: int = 4096,
         seed: int | None = None,
+        sample_in_eval: bool = False,
         *,
         bias: bool = True,
         dropout: float = 0.0,
@@ -59,6 +65,7 @@ class BigBirdAttention(EncoderAttention):
         self.num_random_blocks = num_random_blocks
         self.max_length = max_length
         self.seed = layer_index if seed is None else seed
+        self.sample_in_eval = sample_in_eval
 
     def attend(self, x: Tensor, inputs: EncoderInputs) -> Tensor:
         """Return the attention outputs of x ``(batch, length, dim)``, all heads concatenated; zero at padding."""
@@ -70,7 +77,8 @@ class BigBirdAttention(EncoderAttention):
         padding = padded.length - inputs.length
         q, k, v = (self._global_blocks_first(F.pad(part, (0, 0, 0, padding))) for part in (q, k, v))
         ends = self.attend_visible(q[:, :, : 2 * size], k, v, full_visibility(padded, 2 * size))
-        random_settings = (self.heads, self.layer_index, self.seed, self.num_random_blocks, self.max_length)
+        is_sampled = self.training or self.sample_in_eval
+        random_settings = (self.heads, self.layer_index, self.seed, self.num_random_blocks, self.max_length, is_sampled)
         middle_visibility = inputs.memo(
             ("middle blocks", size, *random_settings),
             lambda: self._middle_visibility(padded, inputs.random_blocks.get(self.layer_index)),
@@ -119,6 +127,8 @@ class BigBirdAttention(EncoderAttention):
         """Return the random blocks of each query block, numbered with the global blocks first."""
         num_blocks = padded.length // self.block_size
         table = random_blocks
+        if table is None and not (self.training or self.sample_in_eval):
+            table = torch.zeros(1, num_blocks - 2, self.num_random_blocks, dtype=torch.int64)
         if table is None:
             sizes = (padded.length, self.block_size, self.num_random_blocks, self.heads)
             table = sample_random_blocks(*sizes, max_length=self.max_length, seed=self.seed)

@@ -30,17 +30,24 @@ class RecurrentMemory(Memory[RecurrentState]):
         same_length: If True, every query sees equally many positions, so that results do not depend on segmentation;
             Transformer-XL is evaluated this way. If False, the whole cache is visible to the whole call, as
             Transformer-XL is trained, and results depend on the lengths of the calls.
+        trained_length: Length of the texts that the layer was trained on with full attention; the window alone lets go
+            of their first tokens (see :func:`memtx.models.add_memory.add_memory`). None if it was trained with a window
+            that slides.
 
     Raises:
-        MemtxError: window is not positive; it may be 0 without ``same_length``.
+        MemtxError: A number is not positive; window may be 0 without ``same_length``.
     """
 
     supports_padding = True
     unbounded = False
 
-    def __init__(self, dim: int, window: int = 512, same_length: bool = True) -> None:
+    def __init__(
+        self, dim: int, window: int = 512, same_length: bool = True, trained_length: int | None = None
+    ) -> None:
         super().__init__(dim)
         check_at_least(1 if same_length else 0, window=window)
+        check_at_least(1, trained_length=trained_length or 1)
+        self.trained_length = trained_length
         self.window = window
         self.same_length = same_length
         self.depends_on_segmentation = not same_length

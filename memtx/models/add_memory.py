@@ -20,13 +20,16 @@ from memtx.models.memory_transformer import MemoryFactory, MemoryTransformer
 
 ModelT = TypeVar("ModelT", bound=MemoryTransformer)
 
+DEFAULT_NUM_SINKS = 4
+"""Default number of sinks where full attention was trained (Xiao et al. 2023, section 3.2)."""
+
 
 def add_memory(
     model: ModelT,
     memories: Sequence[MemoryFactory] | MemoryFactory = (),
     *,
     window: int | None = None,
-    num_sinks: int = 4,
+    num_sinks: int | None = None,
     layers: Sequence[int] | None = None,
     gated_memory: bool = True,
 ) -> ModelT:
@@ -37,14 +40,16 @@ def add_memory(
         memories: Factories of the memories of the chosen layers, given dim. One that carries the segment itself, such
             as ``CompressedMemory``, replaces the window there.
         window: Exact positions seen, at most each layer's present window, which is the default.
-        num_sinks: Number of first tokens of a document that every layer always sees.
+        num_sinks: Number of first tokens of a document that every layer always sees. Defaults to 4 in layers that were
+            trained with full attention (``trained_length``), to the present number in layers that have sinks, and to 0
+            in others, which were trained with a window that slides.
         layers: Layers that get the memories, from 0, negative from the end. Defaults to all.
         gated_memory: If True, memories enter through gates that begin at 0, so that outputs change only with training.
 
     Raises:
         MemtxError: A number is out of range, or a memory does not fit its layer.
     """
-    check_at_least(0, num_sinks=num_sinks)
+    check_at_least(0, num_sinks=num_sinks or 0)
     if window is not None:
         check_at_least(1, window=window)
     factories = list(memories) if isinstance(memories, Sequence) else [memories]
@@ -87,7 +92,7 @@ def _resolve_layers(layers: Sequence[int] | None, depth: int) -> set[int]:
 
 
 def _build_stack(
-    layer: int, block: Block, factories: Sequence[MemoryFactory], window: int | None, num_sinks: int
+    layer: int, block: Block, factories: Sequence[MemoryFactory], window: int | None, num_sinks: int | None
 ) -> tuple[list[MemoryFactory], list[Memory[Any]]]:
     """Return the factories of a layer's new memories and the memories, the exact one first."""
     present = block.attention.memory
@@ -96,13 +101,21 @@ def _build_stack(
         message = f"Layer {layer} has {type(present).__name__}, which has no window to replace."
         raise MemtxError(message, "Add memory to a model with RecurrentMemory or CompressedMemory.")
     window = present_window if window is None else min(present_window, window)
+    trained_length = present.trained_length if isinstance(present, RecurrentMemory) else None
+    if num_sinks is None:
+        present_sinks = (memory for memory in block.attention.extra_memories if isinstance(memory, SinkMemory))
+        default = DEFAULT_NUM_SINKS if trained_length is not None else 0
+        num_sinks = next((memory.num_sinks for memory in present_sinks), default)
     stack = [(factory, factory(present.dim)) for factory in factories]
     exact = [entry for entry in stack if not isinstance(entry[1], ReadoutMemory)]
     if len(exact) > 1:
         raise MemtxError("Two memories would carry the segment itself.", "Give one, such as CompressedMemory.")
     if not exact:
-        factory = partial(RecurrentMemory, window=window)
+        factory = partial(RecurrentMemory, window=window, trained_length=trained_length)
         exact = [(factory, factory(present.dim))]
+    if (new_window := getattr(exact[0][1], "window", window)) > present_window:
+        message = f"{type(exact[0][1]).__name__} has a window of {new_window}, but layer {layer} sees {present_window}."
+        raise MemtxError(message, "Give a window that is at most the layer's, or other layers.")
     # A compressed memory may keep one exact block more than the window.
     cache_length = exact[0][1].cache_length if isinstance(exact[0][1], CompressedMemory) else window
     if num_sinks:
@@ -128,7 +141,8 @@ class Retrofit:
         path: Hugging Face decoder, pretrained folder or training checkpoint.
         memories: Factories of the memories of the chosen layers, given dim.
         window: Exact positions seen. Defaults to each layer's present window.
-        num_sinks: Number of first tokens of a document that every layer always sees.
+        num_sinks: Number of first tokens of a document that every layer always sees. Defaults as in
+            :func:`add_memory`.
         layers: Layers that get the memories. Defaults to all.
         gated_memory: If True, memories enter through gates that begin at 0.
     """
@@ -138,7 +152,7 @@ class Retrofit:
         path: str | None = None,
         memories: Sequence[MemoryFactory] = (),
         window: int | None = None,
-        num_sinks: int = 4,
+        num_sinks: int | None = None,
         layers: Sequence[int] | None = None,
         gated_memory: bool = True,
     ) -> None:

@@ -156,7 +156,7 @@ class MemoryTransformer(PretrainedModel):
         memories: Sequence[MemoryFactory] | MemoryFactory = (),
         *,
         window: int | None = None,
-        num_sinks: int = 4,
+        num_sinks: int | None = None,
         layers: Sequence[int] | None = None,
         gated_memory: bool = True,
     ) -> Self:

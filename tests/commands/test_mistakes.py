@@ -127,7 +127,7 @@ def test_a_wrong_value_is_one_line(
         (b"data:\n\tbatch_size: 1\n", "line 2"),
         (b"- a\n- b\n", "holds a list"),
         (b"", "holds nothing"),
-        (b"run_dir: \xff\n", "not UTF-8: invalid start byte at byte 9"),
+        (b"run_dir: \xff\n", "not UTF-8: byte 0xff at byte offset 9 (invalid start byte)"),
     ],
 )
 def test_an_invalid_config_is_one_line(program: Program, workdir: Path, content: bytes, expected: str) -> None:

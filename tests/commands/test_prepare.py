@@ -48,7 +48,7 @@ def test_errors_are_one_line(program: Program, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     before = files(tmp_path)
     for arguments, expected in (
-        (("nowhere", "--output-dir", "o"), "'nowhere' holds no file"),
+        (("nowhere", "--output-dir", "o"), "'nowhere' does not exist"),
         (("books", "--output-dir", "o", "--tokenizer", "none.json"), "'none.json' does not exist"),
         (("books", "--output-dir", "o", "--tokenizer", "20"), "vocab_size is 20"),
         (("books", "--output-dir", "o", "--num-workers", "0"), "--num-workers: must be at least 1, got 0"),

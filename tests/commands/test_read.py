@@ -184,9 +184,9 @@ def test_an_invalid_book_is_one_line(model: str, tmp_path: Path, capsys: pytest.
     path.write_bytes("Caf\xe9 au lait".encode("latin-1"))
     error = read_error(capsys, str(path), *options)
     assert "book.txt" in error
-    assert "at byte 3" in error
+    assert "at byte offset 3" in error
     path.write_bytes("Café".encode()[:-1])
-    assert "at byte 3" in read_error(capsys, str(path), *options)
+    assert "at byte offset 3" in read_error(capsys, str(path), *options)
     assert not session.exists()
 
 

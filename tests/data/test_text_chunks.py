@@ -3,12 +3,10 @@ from __future__ import annotations
 import itertools
 import time
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memtx.data.text_chunks import HARD_LIMIT, TextSplitter, WordCounter, decode_utf8, split_text
-from memtx.errors import DataError
+from memtx.data.text_chunks import HARD_LIMIT, TextSplitter, WordCounter, split_text
 
 # Few letters and long repeats, so that texts reach past the soft and hard limits and cuts fall into runs.
 run = st.tuples(
@@ -60,21 +58,6 @@ def test_one_long_line_takes_linear_time() -> None:
 
     # Quadratic would be 64 times; 25 leaves room for a busy machine.
     assert seconds(64 * 100 * HARD_LIMIT) < 25 * max(seconds(8 * 100 * HARD_LIMIT), 0.005)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.text(), st.integers(1, 7))
-def test_utf8_decodes_in_any_portions(text: str, size: int) -> None:
-    raw = text.encode()
-    assert "".join(decode_utf8((raw[i : i + size] for i in range(0, len(raw), size)), "here")) == text
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.text(max_size=30), st.sampled_from([b"\xff", b"\xe9\n", b"\xc3", b"\xed\xa0\x80"]), st.integers(1, 7))
-def test_the_first_bad_byte_is_named(text: str, bad: bytes, size: int) -> None:
-    raw = text.encode() + bad
-    with pytest.raises(DataError, match=rf"'book.txt' is not UTF-8.*byte offset {len(text.encode())} "):
-        list(decode_utf8((raw[i : i + size] for i in range(0, len(raw), size)), "book.txt"))
 
 
 @settings(deadline=None, max_examples=60)

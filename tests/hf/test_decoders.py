@@ -206,7 +206,19 @@ def test_window_defaults_to_the_trained_length(tmp_path: Path) -> None:
     assert layer_windows(folder, window=9) == [9, 5]
     assert layer_windows(folder, window=3) == [3, 3]
     long = {**LLAMA, "max_position_embeddings": 131072}
-    assert layer_windows(write(tmp_path / "long", long, tensors_of(long))) == [4096, 4096]
+    assert layer_windows(write(tmp_path / "long", long, tensors_of(long))) == [131072, 131072]
+    assert layer_windows(
+        write(
+            tmp_path / "long", {**MISTRAL, "sliding_window": None, **long, "model_type": "mistral"}, tensors_of(LLAMA)
+        )
+    ) == [131072, 131072]
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    extended = {**LLAMA, "rope_scaling": yarn}
+    assert layer_windows(write(tmp_path / "yarn", extended, tensors_of(extended))) == [256, 256]
+    dynamic = {**long, "rope_scaling": {"rope_type": "dynamic", "original_max_position_embeddings": 96, "factor": 2.0}}
+    assert layer_windows(write(tmp_path / "dynamic", dynamic, tensors_of(dynamic))) == [96, 96]
+    gpt2 = {**GPT2, "n_positions": 77}
+    assert layer_windows(write(tmp_path / "gpt2", gpt2, tensors_of(gpt2))) == [77, 77]
     with pytest.raises(MemtxError, match="window is 0"):
         read(folder, window=0)
     read(folder).save_pretrained(tmp_path / "own")

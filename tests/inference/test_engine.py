@@ -80,31 +80,61 @@ def all_nll(results: list[SegmentResult]) -> np.ndarray:  # type: ignore[type-ar
     return np.concatenate([result.nll for result in results])
 
 
-def test_a_long_text_does_not_delay_short_ones(byte_model: MemoryTransformer) -> None:
-    # One segment per call, so that the order shows: a book of 40 segments, and short texts that arrive meanwhile.
-    engine, order = Engine(byte_model, max_batch_tokens=1), []
-    score_batch = engine._score_batch
+def count_tokens(engine: Engine) -> list[int]:
+    """Let every call take one segment and 5 ms, and return a list of the tokens of each call, marked by their value."""
+    calls, score_batch = [], engine._score_batch
 
     def slow_score_batch(batch: list[PendingSegment]) -> None:
-        order.append(batch[0].request)
-        time.sleep(0.02)
+        calls.extend(batch[0].request.tokens.tolist())
+        time.sleep(0.005)
         score_batch(batch)
 
     engine._score_batch = slow_score_batch  # type: ignore[method-assign]
-    tokens, score_book = np.zeros(4, dtype=np.int64), engine.make_score_fn()
-    short_requests = [ScoreRequest(byte_model.init_state(1), tokens + 1, tokens) for _ in range(6)]
-    with ThreadPoolExecutor(7) as threads:
-        book = threads.submit(
-            lambda: [score_book(ScoreRequest(byte_model.init_state(1), tokens, tokens)) for _ in range(40)]
-        )
-        while len(order) < 5:
+    return calls
+
+
+def read_text(engine: Engine, number: int, segment_length: int, num_segments: int) -> None:
+    """Score the segments of one text, whose tokens are all ``number``."""
+    tokens = np.full(segment_length, number, dtype=np.int64)
+    score_fn = engine.make_score_fn()
+    for _ in range(num_segments):
+        score_fn(ScoreRequest(engine.model.init_state(1), tokens, tokens, discard_state=True))
+
+
+def test_a_short_text_waits_in_proportion_to_its_length(byte_model: MemoryTransformer) -> None:
+    engine = Engine(byte_model, max_batch_tokens=1)
+    calls = count_tokens(engine)
+    with ThreadPoolExecutor(12) as threads:
+        books = [threads.submit(read_text, engine, 0, 40, 16) for _ in range(12)]
+        while calls.count(0) < 40 * 30:
             time.sleep(0.001)
-        for future in [threads.submit(engine.make_score_fn(), request) for request in short_requests]:
-            future.result()
-        assert not book.done()
-        book.result()
-    indices = [index for index, request in enumerate(order) if any(request is short for short in short_requests)]
-    assert indices[-1] < 5 + 6 + 10, "only a few segments of the book came before each short text"
+        waits = []
+        for _ in range(5):
+            before = len(calls)
+            read_text(engine, 1, 2, 1)
+            waits.append(calls[before:].count(0) / 40)
+        assert not any(book.done() for book in books)
+    # Its share, 2 tokens of each book, and the calls in progress when it arrives and when the books submit again.
+    assert sorted(waits)[2] <= 4, "calls of other texts before a short one, of 12 that were waiting"
+    engine.close()
+
+
+def test_short_texts_without_end_leave_a_long_one_its_share(byte_model: MemoryTransformer) -> None:
+    engine, is_done = Engine(byte_model, max_batch_tokens=1), threading.Event()
+    calls = count_tokens(engine)
+
+    def read_short_texts(number: int) -> None:
+        while not is_done.is_set():
+            read_text(engine, number, 8, 1)
+
+    with ThreadPoolExecutor(5) as threads:
+        for number in range(1, 5):
+            threads.submit(read_short_texts, number)
+        threads.submit(read_text, engine, 0, 64, 4).result()
+        is_done.set()
+    share = calls.count(0) / len(calls)
+    # One of five texts; the model alternates between them, so that the last call of each may or may not count.
+    assert 0.13 < share < 0.45
     engine.close()
 
 

@@ -122,7 +122,7 @@ def test_invalid_arguments_and_texts_are_reported(
         StreamReader(byte_model, pair_tokenizer)
     reader = StreamReader(byte_model, byte_tokenizer)
     list(reader.feed("é".encode()[:1]))
-    with pytest.raises(DataError, match="at byte 0"):
+    with pytest.raises(DataError, match="at byte offset 0"):
         list(reader.finish())
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 
+import memtx
 from memtx.errors import MemtxError
 from memtx.layers.bigbird import BigBirdAttention
 from memtx.layers.encoder_attention import EncoderInputs
+from memtx.models.encoder import Encoder
 
 
 def attend_naively(layer: BigBirdAttention, x: Tensor, present: Tensor, table: Tensor | None) -> Tensor:
@@ -42,7 +47,8 @@ def test_every_query_sees_the_published_pattern(data: st.DataObject) -> None:
     torch.manual_seed(data.draw(st.integers(0, 1000)))
     batch_size, size, count = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(0, 2))
     length = data.draw(st.integers(size, (8 + 2 * count) * size))
-    layer = BigBirdAttention(4, 2, 1, size, count).double()
+    layer = BigBirdAttention(4, 2, 1, size, count, sample_in_eval=data.draw(st.booleans())).double()
+    layer.train(data.draw(st.booleans()))
     x = torch.randn(batch_size, length, 4, dtype=torch.float64, requires_grad=True)
     present = torch.rand(batch_size, length) < data.draw(st.sampled_from([0.5, 0.9, 1.0]))
     present[:, data.draw(st.integers(0, length - 1))] = True  # a text of nothing but padding has no keys
@@ -51,6 +57,9 @@ def test_every_query_sees_the_published_pattern(data: st.DataObject) -> None:
     if length > (5 + 2 * count) * size:
         table = layer._random_block_table(EncoderInputs(-(-length // size) * size, torch.device("cpu")), None)
         table = torch.where(table == 0, 0, torch.where(table == 1, -(-length // size) - 1, table - 1))
+        table = table.expand(2, -1, -1)
+        if not layer.training and not layer.sample_in_eval:  # as published: the first block in place of every other
+            assert (table == 0).all()
         if data.draw(st.booleans()):  # any blocks, also repeated or visible already
             blocks_per_query = data.draw(st.integers(1, 3))
             table = torch.randint(0, -(-length // size), (2, -(-length // size) - 2, blocks_per_query))
@@ -64,6 +73,20 @@ def test_every_query_sees_the_published_pattern(data: st.DataObject) -> None:
     expected_grads = torch.autograd.grad((expected * upstream).sum(), parameters)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         assert torch.allclose(grad, expected_grad, rtol=0, atol=1e-11)
+
+
+def test_the_library_draws_random_blocks_in_training_only() -> None:
+    folder = Path(__file__).parent / "bigbird"  # written by scripts/record_generation.py
+    io = load_file(folder / "io.safetensors")
+    model = memtx.from_pretrained(folder)
+    assert isinstance(model, Encoder)
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        with torch.no_grad():
+            actual = model(io["input_ids"], io["attention_mask"]).last_hidden_state
+        # float32, sums in another order
+        assert (actual - io[mode]).abs().max() < 1e-4, mode
+    assert (io["train"] - io["eval"]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(

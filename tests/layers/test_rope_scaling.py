@@ -70,6 +70,15 @@ def test_slow_pairs_slow_down_and_no_pair_speeds_up(kind: str) -> None:
             ),
             "low_freq_factor is 4",
         ),
+        *(
+            (
+                partial(
+                    Llama3Scaling, scaling_factor=2.0, low_freq_factor=low, high_freq_factor=2.0, original_max_length=8
+                ),
+                f"low_freq_factor is {low}",
+            )
+            for low in (0.0, 2.0)
+        ),
         (partial(YarnScaling, scaling_factor=2.0, original_max_length=0), "original_max_length is 0"),
         (partial(YarnScaling, scaling_factor=2.0, original_max_length=8, beta_slow=-1.0), "beta_slow is -1"),
     ],

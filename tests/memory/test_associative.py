@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memtx.errors import MemtxError
 from memtx.memory.associative import AssociativeMemory
-from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, NormalizedFeatureMap
+from memtx.memory.parts import DPFPFeatureMap, EluFeatureMap, Gate, NormalizedFeatureMap, TokenShift
 from memtx.segment import Segment
 
 # Sums of a few dozen float64 terms in another order.
@@ -160,9 +160,30 @@ def test_features_have_unit_length(feature: Any) -> None:
         ({"key_dim": 0}, "key_dim is 0"),
         ({"write_penalty": -1.0}, "write_penalty is -1"),
         ({"feature_map": partial(DPFPFeatureMap, order=0)}, "order is 0"),
+        (
+            {"key_dim": 4, "feature_map": partial(DPFPFeatureMap, order=8)},
+            "order is 8 for keys of width 4. Give 1 to 7",
+        ),
         ({"write_gate": partial(Gate, stretch=-0.1)}, "stretch is -0.1"),
     ],
 )
 def test_rejects_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(MemtxError, match=message):
         AssociativeMemory(DIM, **options)
+
+
+@pytest.mark.parametrize("order", [1, 7])
+def test_products_reach_as_far_as_there_are_channels(order: int) -> None:
+    assert DPFPFeatureMap(4, order)(torch.ones(4)).shape == (8 * order,)
+
+
+def test_token_shift_starts_from_the_token_to_the_previous_one() -> None:
+    """The first channel keeps the token, the last takes the previous one, those between mix evenly spaced shares."""
+    shift = TokenShift(5).double()
+    x, last_input = torch.randn(1, 4, 5).double(), torch.randn(1, 5).double()
+    document_starts = torch.tensor([[False, False, True, False]])
+    segment = Segment.from_document_starts(torch.tensor([3]), 4, document_starts)
+    previous = torch.stack([last_input, x[:, 0], torch.zeros(1, 5).double(), x[:, 2]], dim=1)
+    shares = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]).double()
+    torch.testing.assert_close(shift(x, last_input, segment), x + shares * (previous - x), rtol=0, atol=1e-12)
+    assert torch.equal(TokenShift.last_input(x), x[:, -1])

@@ -93,3 +93,20 @@ def test_the_score_is_a_log_weight_with_a_gradient() -> None:
     torch.testing.assert_close(score.bias.grad[0], slope, rtol=1e-4, atol=1e-9)
     assert slope.abs() > 1e-5
     assert score.weight.grad.abs().max() > 0
+
+
+def test_calls_of_any_length_equal_one_call() -> None:
+    """The score adds a channel to the heads, which are 4 wide; a call may have as many tokens."""
+    model = build_model(TopKMemory).eval()
+    with torch.no_grad():
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attention.memory.score.weight)
+    tokens = torch.randint(11, (2, 24))
+    expected = model(tokens).logits
+    for length in (1, 3, 4, 5, 8):
+        state, logits = model.init_state(2), []
+        for part in tokens.split(length, dim=1):
+            out = model(part, state)
+            state = out.state
+            logits.append(out.logits)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, rtol=0, atol=1e-10)

@@ -19,6 +19,7 @@ from memtx.memory.compression import MeanPooling
 from memtx.memory.memory_tokens import TokenMemory
 from memtx.memory.recurrent import RecurrentMemory
 from memtx.memory.retrieval import RetrievalMemory
+from memtx.memory.sinks import SinkMemory
 from memtx.memory.slots import SlotMemory
 from memtx.models.add_memory import Retrofit
 from memtx.models.memory_transformer import MemoryTransformer
@@ -43,6 +44,10 @@ KINDS: dict[str, list[Any]] = {
         partial(SlotMemory, heads=2, interval=5, num_slots=3),
     ],
 }
+
+
+def model_type(config: dict[str, Any]) -> str:
+    return str(config["model_type"])
 
 
 def base(**options: Any) -> MemoryTransformer:
@@ -123,7 +128,7 @@ def test_gates_learn_first_and_memories_once_gates_open(kind: str) -> None:
 
 def test_weights_are_shared_and_only_chosen_layers_change() -> None:
     model = base()
-    adapted = model.with_memory([partial(AssociativeMemory, heads=2)], window=WINDOW, layers=[-1])
+    adapted = model.with_memory([partial(AssociativeMemory, heads=2)], window=WINDOW, num_sinks=4, layers=[-1])
     assert [len(block.attention.extra_memories) for block in adapted.blocks] == [1, 1, 2]
     assert [block.attention.gate is not None for block in adapted.blocks] == [False, False, True]
     assert all(".2." in name for name in adapted.memory_parameters())
@@ -146,9 +151,58 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
 
 def test_narrower_layer_window_is_kept() -> None:
     model = base(memories=[partial(RecurrentMemory, window=window) for window in (64, 5, 64)])
-    adapted = model.with_memory(window=WINDOW)
+    adapted = model.with_memory(window=WINDOW, num_sinks=4)
     assert [block.attention.memory.window for block in adapted.blocks] == [8, 5, 8]
     assert [block.attention.extra_memories[0].exclude_recent for block in adapted.blocks] == [8, 5, 8]
+
+
+def num_sinks(model: MemoryTransformer) -> list[int]:
+    memories = [[*block.attention.extra_memories] for block in model.blocks]
+    return [sum(memory.num_sinks for memory in layer if isinstance(memory, SinkMemory)) for layer in memories]
+
+
+def test_sinks_are_added_where_full_attention_was_trained() -> None:
+    model = base(memories=[partial(RecurrentMemory, window=64, trained_length=length) for length in (64, None, 99)])
+    adapted = model.with_memory()
+    assert num_sinks(adapted) == [4, 0, 4]
+    assert num_sinks(adapted.with_memory(window=WINDOW)) == [4, 0, 4]
+    assert num_sinks(model.with_memory(num_sinks=2)) == [2, 2, 2]
+    # Sinks stay in a layer whose window a compressed memory has replaced, which does not know the trained length.
+    again = model.with_memory(KINDS["compressed"]).with_memory(KINDS["mean"])
+    assert num_sinks(again) == [4, 0, 4]
+    torch.testing.assert_close(logits(base().with_memory()), logits(base()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "associative", "retrieval", "slots"])
+@pytest.mark.parametrize("layout", [plain.LLAMA, plain.MISTRAL, plain.QWEN2, plain.QWEN3, plain.GPT2], ids=model_type)
+def test_every_layout_computes_what_it_computed(tmp_path: Path, layout: dict[str, Any], kind: str) -> None:
+    is_gpt2 = layout["model_type"] == "gpt2"
+    # Heads as wide as the model together, as memories with heads need.
+    layout = layout | {"num_attention_heads": 12 // layout.get("head_dim", 12), "num_key_value_heads": 1, "n_head": 2}
+    folder = write(tmp_path, layout, plain.gpt2(layout) if is_gpt2 else plain.llama(layout))
+    tokens = TOKENS[:1].repeat(1, 2)[:, :64]  # all trained positions, far beyond the sliding windows
+    if is_gpt2:
+        expected = plain.gpt2_logits(layout, plain.gpt2(layout), tokens[0])
+    else:
+        pairs = layout["head_dim"] // 2
+        inv_freq = torch.tensor([100.0 ** (-pair / pairs) for pair in range(pairs)], dtype=torch.float64)
+        expected = plain.llama_logits(layout, plain.llama(layout), tokens[0], inv_freq)
+    model = MemoryTransformer.from_pretrained(folder).double()
+    for adapted in (model.with_memory(KINDS[kind]), Retrofit(str(folder), KINDS[kind])(40).double().eval()):
+        for lengths in ((), (5, 40, 19)):
+            actual = logits(adapted, tokens, *lengths)[0]
+            torch.testing.assert_close(actual, expected, rtol=0, atol=EXACT)
+    with torch.no_grad():
+        decoder = Decoder(model.with_memory(KINDS[kind]), model.with_memory(KINDS[kind]).init_state(1))
+        steps = torch.cat([decoder.step(tokens[:, index]) for index in range(64)])
+    torch.testing.assert_close(steps, expected, rtol=0, atol=EXACT)
+
+
+def test_a_memory_with_a_wider_window_than_its_layer_is_refused() -> None:
+    model = base(memories=[partial(RecurrentMemory, window=window) for window in (64, 5, 64)])
+    with pytest.raises(MemtxError, match="CompressedMemory has a window of 8, but layer 1 sees 5"):
+        model.with_memory(KINDS["compressed"])
+    model.with_memory(KINDS["compressed"], layers=[0, 2])
 
 
 def test_retrofit_adds_memory_to_an_hf_folder(tmp_path: Path) -> None:

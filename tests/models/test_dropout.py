@@ -17,6 +17,7 @@ from memtx.layers.encoder_attention import EncoderInputs, FullAttention
 from memtx.layers.feed_forward import FeedForward, SwiGLU
 from memtx.layers.longformer import LongformerAttention
 from memtx.layers.reformer import LocalAttention, LSHAttention
+from memtx.models.heads import SequenceClassificationHead, TokenClassificationHead
 from memtx.models.reformer import Reformer
 from memtx.models.transformer_xl import TransformerXL
 from memtx.models.xlnet import XLNet
@@ -238,6 +239,16 @@ def test_text_embeddings_are_dropped(before_norm: bool) -> None:
     layer.train()
     expected = layer.norm.bias if before_norm else torch.zeros(8, dtype=torch.float64)
     assert torch.equal(layer(TOKENS), expected.expand(2, 24, -1))
+
+
+@pytest.mark.parametrize("make", [SequenceClassificationHead, TokenClassificationHead])
+def test_inputs_of_task_heads_are_dropped(make: Any) -> None:
+    head = randomize(make(8, 3, dropout=ALL))
+    inputs = (torch.randn(2, 5, 8, dtype=torch.float64), torch.ones(2, 5, dtype=torch.bool))
+    expected = head.out.bias.expand_as(head(*inputs))
+    assert not torch.isclose(head(*inputs), expected).all(-1).any()
+    head.train()
+    assert torch.equal(head(*inputs), expected)
 
 
 @pytest.mark.parametrize("same_length", [True, False])

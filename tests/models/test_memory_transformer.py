@@ -16,15 +16,17 @@ from torch.nn import functional as F
 import memtx
 from memtx import Alibi, CompressedMemory, FeedForward, MemoryTransformer, MemtxError, NoMemory, RecurrentMemory
 from memtx.errors import CheckpointError
+from memtx.layers.feed_forward import SwiGLU
 from memtx.memory.associative import AssociativeMemory
 from memtx.memory.compression import AttentionPooling, AttentionReconstruction, AutoEncoding
+from memtx.memory.memory_tokens import TokenMemory
 from tests.memory_zoo import COMPRESSIONS
 
 
 def small(**options: Any) -> MemoryTransformer:
     torch.manual_seed(0)
     options.setdefault("memories", [partial(CompressedMemory, window=6, compression_rate=3, num_entries=4)])
-    return MemoryTransformer(11, **{"dim": 8, "depth": 2, "heads": 2, **options})
+    return MemoryTransformer(**{"vocab_size": 11, "dim": 8, "depth": 2, "heads": 2, **options})
 
 
 TOKENS = torch.randint(0, 11, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -122,6 +124,29 @@ def test_loss_is_the_language_loss_plus_all_auxiliary_losses() -> None:
     for grad, expected_grad in zip(torch.autograd.grad(out.loss, weights), expected, strict=True):
         assert expected_grad.abs().max() > 0
         torch.testing.assert_close(grad, expected_grad, rtol=0, atol=1e-12)
+
+
+def test_losses_of_one_name_are_added_within_a_layer_and_averaged_over_layers() -> None:
+    def make_memory(penalty: float) -> Any:
+        return partial(AssociativeMemory, heads=2, decay_gate=None, write_penalty=penalty)
+
+    model = small(memories=[[partial(RecurrentMemory, window=4), make_memory(0.5), make_memory(0.3)]]).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    penalties = [memory for block in model.blocks for memory in block.attention.extra_memories]
+
+    def loss(*active: int) -> Tensor:
+        for index, memory in enumerate(penalties):
+            memory.write_penalty = 0.5 * (index in active)
+        return model(TOKENS[:, :-1], labels=TOKENS[:, 1:]).aux_losses.get("write_penalty", torch.zeros(()))
+
+    expected = loss(0, 1) + loss(2, 3)
+    for index in range(4):
+        assert loss(index) > 0
+    # A layer without the loss is left out of the mean.
+    torch.testing.assert_close(loss(0, 1, 2, 3), expected / 2, rtol=0, atol=1e-12)
+    torch.testing.assert_close(loss(0, 1), loss(0) + loss(1), rtol=0, atol=1e-12)
 
 
 def test_reconstruction_runs_in_training_only() -> None:
@@ -231,6 +256,7 @@ def test_damaged_or_missing_files_are_refused(tmp_path: Path) -> None:
         ({"kv_heads": 3, "heads": 4}, r"heads \(4\) must be divisible by kv_heads \(3\)"),
         ({"memories": [NoMemory] * 3}, "3 memories for 2 layers"),
         ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"attention_dropout": 1.0}, "attention_dropout is 1.0"),
         ({"memories": [partial(CompressedMemory, window=0)]}, "window is 0"),
         ({"dim": 6, "heads": 2}, "even width"),
     ],
@@ -252,6 +278,36 @@ def test_invalid_calls_are_refused() -> None:
         model(TOKENS, document_starts=TOKENS)
     with pytest.raises(MemtxError, match="batch_size is 0"):
         model.init_state(0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out_bias", [None, False, True])
+def test_projections_have_the_biases_asked_for(bias: bool, out_bias: bool | None) -> None:
+    model = small(bias=bias, out_bias=out_bias)
+    projections = model.blocks[1].attention.named_children()
+    biased = {name for name, layer in projections if getattr(layer, "bias", None) is not None}
+    expected = {"query", "key_value"} if bias else set()
+    assert biased == (expected | {"out"} if (bias if out_bias is None else out_bias) else expected)
+
+
+@pytest.mark.parametrize("feed_forward", [FeedForward, SwiGLU])
+def test_weights_start_by_the_rule_of_gpt2(feed_forward: Any) -> None:
+    """Normal with 0.02, residual projections with 0.02 / sqrt(2 depth); biases are zero, norms 1."""
+    memories = [[partial(RecurrentMemory, window=6), partial(TokenMemory, num_tokens=64, interval=6)]]
+    model = small(
+        dim=64, depth=3, memories=memories, feed_forward=feed_forward, bias=True, tie_embeddings=False, vocab_size=64
+    )
+    residual = ("attention.out.weight", "feed_forward.out.weight")
+    checked = 0
+    for name, weight in model.named_parameters():
+        if name.endswith(".bias"):
+            assert not weight.any(), name
+        elif weight.dim() == 2 and "extra_memories" not in name:
+            checked += 1
+            expected = 0.02 / 6**0.5 if name.endswith(residual) else 0.02
+            # Five standard errors of the deviation of at least 4,096 numbers.
+            assert float(weight.detach().std()) == pytest.approx(expected, rel=0.056), name
+    assert checked == 3 * 5 + 3
 
 
 def test_bf16_autocast_stays_near_float32_and_keeps_the_state_as_it_was() -> None:

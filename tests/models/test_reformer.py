@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from memtx import MemtxError
 from memtx.layers.positions.absolute import AxialPositionEmbeddings
 from memtx.layers.reformer import LocalAttention, LSHAttention, ReformerAttention
 from memtx.models.reformer import Reformer
-from memtx.ops.lsh import choose_bucket_factors, sample_rotations
+from memtx.ops.lsh import choose_bucket_factors, hash_vectors, sample_rotations
 
 
 def small(attentions: list[Any], **options: Any) -> Reformer:
@@ -157,6 +158,22 @@ def test_requesting_hidden_states_changes_nothing_else() -> None:
         assert torch.allclose(model(TOKENS).logits, out.logits, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("num_buckets", [200, 300, 30_000, (256, 512)])
+def test_buckets_fit_into_their_integers(num_buckets: Any) -> None:
+    """They are those of the hash function, for any number of buckets, and padding has one of its own after them."""
+    torch.manual_seed(0)
+    layer = LSHAttention(4, 2, chunk_length=4, num_buckets=num_buckets, num_hashes=2, seed=1)
+    x, present = torch.randn(1, 400, 4), torch.ones(1, 400, dtype=torch.bool)
+    present[0, -3:] = False
+    buckets = layer(x, present, None)[1].long()
+    factors = (num_buckets,) if isinstance(num_buckets, int) else num_buckets
+    vectors = layer.query_key(x).view(1, 400, 2, 2).transpose(1, 2)
+    rotations = sample_rotations(2, 2, 2, factors, 1, vectors)
+    expected = hash_vectors(vectors, rotations, factors)
+    assert torch.equal(buckets[..., :-3], expected[..., :-3])
+    assert (buckets[..., -3:] == math.prod(factors)).all()
+
+
 def test_dropout_is_equal_in_forward_and_backward() -> None:
     attentions = [
         partial(LocalAttention, chunk_length=4, dropout=0.3),
@@ -257,9 +274,14 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
         (lambda: LocalAttention(8, 3), r"dim \(8\) must be divisible by heads \(3\)"),
         (lambda: LocalAttention(8, 2, chunk_length=0), "chunk_length is 0"),
         (lambda: LocalAttention(8, 2, causal=True, num_chunks_after=1), "after is 1"),
+        (lambda: LocalAttention(8, 2, num_chunks_before=-1), "num_chunks_before is -1"),
+        (lambda: LocalAttention(8, 2, causal=False, num_chunks_after=-1), "num_chunks_after is -1"),
         (lambda: LSHAttention(8, 2, num_hashes=0), "num_hashes is 0"),
         (lambda: LSHAttention(8, 2, num_buckets=3), "num_buckets is 3"),
         (lambda: AxialPositionEmbeddings(8, [4, 4], [4, 5]), "dim is 8"),
+        (lambda: AxialPositionEmbeddings(8, [4, 4, 4], [4, 4]), "shape is"),
+        (lambda: AxialPositionEmbeddings(8, [4, 0], [4, 4]), r"shape is \[4, 0\]"),
+        (lambda: AxialPositionEmbeddings(8, [4, 4], [8, 0]), r"axis_dims is \[8, 0\]"),
         (lambda: small([]), "layers is 0"),
         (lambda: small(LAYERS, feed_forward_chunk_size=-1), "feed_forward_chunk_size is -1"),
         (lambda: small(LAYERS)(torch.ones(1, 65, dtype=torch.int64)), "needs 68 positions, the model has 64"),

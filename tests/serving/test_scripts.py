@@ -23,11 +23,23 @@ def run(name: str, server: Server, *options: str, workdir: Path) -> Any:
 
 
 def test_sessions_under_load_are_not_mixed_up(server: Server, tmp_path: Path) -> None:
-    options = ("--num-sessions", "8", "--duration", "2", "--num-words", "60", "--json", "-")
+    options = ("--num-sessions", "8", "--duration", "2", "--num-words", "60", "--num-short", "2", "--json", "-")
     report = run("load_sessions.py", server, *options, workdir=tmp_path)
     assert (report["errors"], report["mismatches"]) == (0, 0)
     assert report["latency_ms"]["feed"]["n"] >= 8
     assert report["latency_ms"]["feed"]["p50"] <= report["latency_ms"]["feed"]["p99"]
+    assert report["latency_ms"]["short feed"]["n"] >= 2
+    assert report["full_load_ms"] > 0
+
+
+def test_a_prompt_is_read_once(server: Server, tmp_path: Path) -> None:
+    report = run(
+        "measure_prefix_cache.py", server, "--num-words", "60", "--num-prompts", "2", "--json", "-", workdir=tmp_path
+    )
+    assert report["new prompt"]["cached_tokens"] == 0
+    assert report["same prompt"]["cached_tokens"] == report["same prompt"]["tokens"] > 100
+    assert report["other question"]["cached_tokens"] > 100
+    assert report["snapshots"]["bytes_each"] > 0
 
 
 def test_tampered_sessions_are_refused(server: Server, tmp_path: Path) -> None:

@@ -1,22 +1,21 @@
-"""Sources of text: documents, their parts and splits, and files wherever fsspec finds them."""
+"""Sources of text: documents, their parts and splits."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
 
-from memtx.data.text_chunks import decode_utf8
-from memtx.errors import DataError, MemtxError, closest_match
+from memtx.data.encodings import decode_utf8
+from memtx.data.sources.listing import describe_left_out, get_compression, open_file
+from memtx.data.sources.splits import SPLIT_HINT
+from memtx.errors import DataError, closest_match
 
-COMPRESSION_BY_SUFFIX = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}  # fsspec's names
 READ_SIZE = 1 << 20  # bytes of a file read at once
 SPLITS = ("train", "validation", "test")
-SPLIT_ALIASES = {**{name: name for name in SPLITS}, "valid": "validation", "val": "validation", "dev": "validation"}
 
 
 class SourcePart(ABC):
@@ -73,18 +72,40 @@ class Document(SourcePart):
         if self.path is None:
             yield self.text
         else:
-            yield from decode_utf8(self._read_bytes(self.path), self.path)
+            yield from decode_utf8(self.iter_bytes(), f"'{self.path}'", self.byte_offset)
 
-    def _read_bytes(self, path: str) -> Iterator[bytes]:
-        remaining = self.size
-        try:
-            with open(path, "rb") as file:
-                file.seek(self.byte_offset)
-                while remaining and (block := file.read(min(remaining, READ_SIZE))):
-                    remaining -= len(block)
-                    yield block
-        except OSError as error:
-            raise DataError(f"'{path}' could not be read: {error.strerror}.", "Check the file.") from error
+    def iter_bytes(self, start: int = 0, stop: int | None = None) -> Iterator[bytes]:
+        """Yield bytes ``start`` to ``stop`` (None: the end) of the text as it is stored, decompressed."""
+        if self.path is None:
+            yield self.text.encode()[start:stop]
+            return
+        end = self._end if stop is None else self.byte_offset + stop
+        with open_file(self.path) as file:
+            position = self._seek(file, self.byte_offset + start)
+            while (end is None or position < end) and (
+                block := file.read(READ_SIZE if end is None else min(READ_SIZE, end - position))
+            ):
+                position += len(block)
+                yield block
+
+    @property
+    def _end(self) -> int | None:
+        """Offset in the file after the last byte, None for the end of the file."""
+        return self.byte_offset + self.size
+
+    def _seek(self, file: IO[bytes], position: int) -> int:
+        return file.seek(position)
+
+    def count_bytes(self) -> int:
+        """Return the bytes of the text; reads a compressed one."""
+        return self.size
+
+    def cut(self, start: int, stop: int) -> Document:
+        """Return bytes ``start`` to ``stop`` of the text as a document."""
+        if self.path is None:
+            text = self.text.encode()[start:stop].decode()
+            return replace(self, text=text, size=stop - start)
+        return replace(self, byte_offset=self.byte_offset + start, size=stop - start)
 
     def read(self) -> str:
         """Return the whole text."""
@@ -101,6 +122,15 @@ class CorpusManifest:
     # Parts whose documents are assigned to splits by their ids, and the fraction of each split: positive, adding to 1.
     unsplit_parts: Sequence[SourcePart] = ()
     split_fractions: Mapping[str, float] = field(default_factory=lambda: {"train": 1.0})
+    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)  # paths that are not read, by reason
+    assignment: str = ""  # sentence that says how texts without a split were assigned
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences to show: what is left out, and splits that the source does not have itself."""
+        count = sum(map(len, self.left_out.values()))
+        left_out = f"'{self.name}': not read: {describe_left_out(self.left_out, self.name)}." if count else ""
+        return [note for note in (left_out, self.assignment) if note]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -130,7 +160,7 @@ class Corpus(CorpusManifest):
             raise DataError(
                 f"'{self.name}' has no split '{split}', it has {', '.join(self.splits) or 'none'}."
                 f"{closest_match(split, self.splits)}",
-                f"Add a folder '{split}' with one .txt a document, or choose another split.",
+                f"{SPLIT_HINT} Or choose another split.",
             )
         return self.split_parts[split]
 
@@ -158,104 +188,38 @@ class TextSource(ABC):
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file that was found."""
-
-    url: str  # path or URL that opens it
-    name: str  # path below the requested folder, without the suffix of a compression
-    size: int  # bytes as they are stored
-    version: str  # text that changes when the file is rewritten
-    is_seekable: bool  # True if reading can start at any byte at no cost
-    is_process_local: bool  # True if only this process can read it
-
-    @property
-    def suffix(self) -> str:
-        """Suffix of the name in lower case, such as ``.txt``."""
-        return PurePosixPath(self.name).suffix.lower()
-
-
-@contextlib.contextmanager
-def convert_errors(failure: str, hint: str = "Check it, and the access to it.") -> Iterator[None]:
-    """Raise any error of another library as DataError: each file system, compression and format has its own types."""
-    try:
-        yield
-    except MemtxError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}".removesuffix(": ")
-        raise DataError(f"{failure}: {reason}.", hint) from error
-
-
-@contextlib.contextmanager
-def open_file(url: str) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed; raises DataError for any error of its file system or compression."""
-    import fsspec
-
-    compression = COMPRESSION_BY_SUFFIX.get(PurePosixPath(url).suffix.lower())
-    with convert_errors(f"'{url}' could not be read"), fsspec.open(url, "rb", compression=compression) as file:
-        yield file
-
-
-def list_files(path_or_url: str) -> list[RemoteFile]:
-    """List the files of a path, a pattern with ``*``, or a URL of fsspec, sorted by path.
-
-    A folder stands for all files below it except hidden ones, ``x.zip`` for its content. Raises DataError if there is
-    no file, or the file system cannot be read.
-    """
-    import fsspec
-
-    url = f"zip://::{path_or_url}" if path_or_url.lower().endswith(".zip") and "::" not in path_or_url else path_or_url
-    with convert_errors(f"'{path_or_url}' could not be listed"):
-        filesystem, path = fsspec.core.url_to_fs(url)
-        wildcards = [index for index, letter in enumerate(path) if letter in "*?["]
-        if wildcards:
-            infos, base = filesystem.glob(path, detail=True), path[: wildcards[0]].rpartition("/")[0]
-        elif filesystem.isdir(path):
-            infos, base = filesystem.find(path, detail=True), path
-        elif filesystem.exists(path):
-            infos, base = {path: filesystem.info(path)}, path.rstrip("/").rpartition("/")[0]
-        else:
-            infos, base = {}, path
-        infos = {file: info for file, info in sorted(infos.items()) if info.get("type", "file") == "file"}
-        files = [_make_remote_file(filesystem, url, base, file, info) for file, info in infos.items()]
-    files = [file for file in files if not any(part.startswith(".") for part in PurePosixPath(file.name).parts)]
-    if not files:
-        raise DataError(f"'{path_or_url}' holds no file, expected texts or tables of texts.", "Check the path.")
-    return files
-
-
-def _make_remote_file(filesystem: Any, pattern: str, base: str, path: str, info: dict[str, Any]) -> RemoteFile:
-    protocol = filesystem.protocol if isinstance(filesystem.protocol, str) else filesystem.protocol[0]
-    _, chained, outer = pattern.partition("::")
-    url = path if protocol in ("file", "local") else filesystem.unstrip_protocol(path)
-    suffix = PurePosixPath(path).suffix.lower()
-    name = path.removeprefix(base).lstrip("/") or PurePosixPath(path).name
-    if suffix in COMPRESSION_BY_SUFFIX:
-        name = name[: -len(suffix)]
-    versions = [info[key] for key in ("mtime", "ETag", "etag", "LastModified", "created", "CRC") if key in info]
-    return RemoteFile(
-        f"{url}::{outer}" if chained else url,
-        name,
-        int(info.get("size") or 0),
-        str(versions[0]) if versions else "",
-        is_seekable=not chained and suffix not in COMPRESSION_BY_SUFFIX,
-        is_process_local=protocol == "memory" or outer.startswith("memory:"),
-    )
-
-
-@dataclass(frozen=True)
 class RemoteDocument(Document):
-    """A text that is a whole file anywhere; ``size`` is its stored size, ``version`` changes with the file."""
+    """A text that is a whole file anywhere, maybe compressed, or a part of one.
+
+    ``size`` is the stored size, or the bytes of the part; ``version`` changes with the file.
+    """
 
     version: str = ""
     is_process_local: bool = False
+    is_part: bool = False
 
     @property
     def cache_key(self) -> str:
-        """Id, path, size and version of the file."""
-        return f"{self.id}:{self.path}:{self.size}:{self.version}"
+        """Id, path, offset of a part, size and version of the file."""
+        position = f":{self.byte_offset}" if self.is_part else ""
+        return f"{self.id}:{self.path}{position}:{self.size}:{self.version}"
 
-    def _read_bytes(self, path: str) -> Iterator[bytes]:
-        with open_file(path) as file:
-            while block := file.read(READ_SIZE):
-                yield block
+    @property
+    def _end(self) -> int | None:
+        return super()._end if self.is_part else None
+
+    def _seek(self, file: IO[bytes], position: int) -> int:
+        # By reading: not every file system and compression can seek.
+        remaining = position
+        while remaining and (block := file.read(min(READ_SIZE, remaining))):
+            remaining -= len(block)
+        return position - remaining
+
+    def count_bytes(self) -> int:
+        """Return the bytes of the text; reads a compressed one."""
+        is_compressed = not self.is_part and get_compression(self.path or "") is not None
+        return sum(map(len, self.iter_bytes())) if is_compressed else self.size
+
+    def cut(self, start: int, stop: int) -> Document:
+        """Return bytes ``start`` to ``stop`` of the text as a document."""
+        return replace(super().cut(start, stop), is_part=True)  # type: ignore[call-arg]

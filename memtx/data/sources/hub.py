@@ -7,8 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from memtx.data.sources.base import SPLIT_ALIASES, CorpusManifest, Document, SourcePart, convert_errors
-from memtx.data.sources.tables import TableColumns, TableSource
+from memtx.data.sources.assignment import SplitFractions, assign_parts
+from memtx.data.sources.base import CorpusManifest, Document, SourcePart, TextSource
+from memtx.data.sources.listing import convert_errors
+from memtx.data.sources.splits import infer_splits
+from memtx.data.sources.tables import TableColumns
 from memtx.errors import DataError
 
 DEFAULT_SHARD_BYTES = 64 << 20  # assumed bytes of a shard, if the dataset does not say
@@ -44,11 +47,12 @@ class HubShard(SourcePart):
                 yield self.columns.to_document(f"'{name}', row {row}", record, f"{name}@{row}")
 
 
-class HubDataset(TableSource):
+class HubDataset(TextSource):
     """A dataset of the ``datasets`` library: a name on the hub, a folder, or a builder such as ``json`` with files.
 
-    Its splits are kept if it has train, validation and test. Otherwise, or if a fraction is given, the documents of
-    "train" are assigned to splits by their ids. Raises DataError if a fraction is out of range.
+    The names of its splits are read as those of files (see :class:`memtx.data.sources.files.FileSource`); one without a
+    name of ours is left out, as the manifest's ``notes`` say. If it has "train" alone, its documents are assigned to
+    splits by their ids. Raises DataError if a fraction is out of range.
 
     Args:
         path: As ``datasets.load_dataset`` takes it; no code of the dataset is run.
@@ -57,8 +61,8 @@ class HubDataset(TableSource):
         revision: Revision of the dataset.
         text_column: Column of the texts. Defaults to "text".
         id_column: Column of the document ids. None uses the row's position in the dataset.
-        validation_fraction: Fraction of the documents, chosen by their ids. None keeps the dataset's splits, or takes
-            0.05 if there are none.
+        validation_fraction: Fraction of the documents of train and validation, chosen by their ids. None keeps the
+            dataset's splits, or takes 0.05 if it has "train" alone.
         test_fraction: The same for the test split.
     """
 
@@ -73,7 +77,8 @@ class HubDataset(TableSource):
         validation_fraction: float | None = None,
         test_fraction: float | None = None,
     ) -> None:
-        super().__init__(TableColumns(text_column, id_column), validation_fraction, test_fraction)
+        self.columns = TableColumns(text_column, id_column)
+        self.fractions = SplitFractions(validation_fraction, test_fraction)
         load_kwargs = {"path": path, "name": name, "data_files": data_files, "revision": revision}
         self.path = path
         self.load_kwargs = {key: value for key, value in load_kwargs.items() if value is not None}
@@ -85,13 +90,20 @@ class HubDataset(TableSource):
             builder = datasets.load_dataset_builder(**self.load_kwargs)
             streams = datasets.load_dataset(**self.load_kwargs, streaming=True)
         shards = {str(split): self._make_parts(builder, str(split), stream) for split, stream in streams.items()}
-        split_parts = {SPLIT_ALIASES[split]: parts for split, parts in shards.items() if split in SPLIT_ALIASES}
+        split_parts: dict[str, list[SourcePart]] = {}
+        left_out: list[str] = []
+        for (name, parts), split in zip(shards.items(), infer_splits(list(shards)), strict=True):
+            if split is None:
+                left_out.append(name)
+            else:
+                split_parts.setdefault(split, []).extend(parts)
         if "train" not in split_parts:
             message = f"The dataset '{self.path}' has no split 'train', it has {', '.join(shards)}."
             raise DataError(message, "Use another dataset.")
-        if self.has_explicit_fractions or len(split_parts) == 1:
-            return CorpusManifest(self.path, unsplit_parts=split_parts["train"], split_fractions=self.split_fractions)
-        return CorpusManifest(self.path, split_parts)
+        has_splits = len(split_parts) > 1
+        unsplit_parts = [] if has_splits else split_parts.pop("train")
+        reasons = {"splits of other names": left_out} if left_out else {}
+        return assign_parts(self.path, split_parts, unsplit_parts, self.fractions, reasons)
 
     def _make_parts(self, builder: Any, split: str, stream: Any) -> list[HubShard]:
         if stream.column_names is not None:

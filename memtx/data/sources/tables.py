@@ -1,22 +1,26 @@
-"""Tables of texts, one document a row: JSON lines and Parquet. Memory holds one text at a time, or a few."""
+"""Tables of texts, one document a row: JSON, CSV and Parquet. Memory holds one text at a time, or a few."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-from memtx.data.sources.base import READ_SIZE, Document, RemoteFile, SourcePart, TextSource, open_file
-from memtx.data.text_chunks import encode_utf8
+from memtx.data.encodings import decode_utf8, encode_utf8
+from memtx.data.sources.base import READ_SIZE, Document, SourcePart
+from memtx.data.sources.listing import SourceFile, open_file
 from memtx.errors import DataError, MemtxError, closest_match
 
 BLOCK_BYTES = 8 << 20  # of a part of a JSON lines file
 MAX_LINE_BYTES = 128 << 20  # a line is parsed as a whole
 PARQUET_BATCH_SIZE = 16  # rows in memory
-DEFAULT_EVAL_FRACTION = 0.05  # of the documents for each of validation and test, if a source has no splits
+
+_JSON_SPACE, _JSON_SEPARATORS = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
 
 
 @dataclass(frozen=True)
@@ -37,14 +41,14 @@ class TableColumns:
             if name not in available:
                 match = closest_match(name, available)
                 message = f"{table} has no column '{name}', it has {', '.join(available[:20])}.{match}"
-                raise DataError(message, f"Name another column with {option}.")
+                raise DataError(message, f"Name another column with {option} of memtx prepare.")
 
     def to_document(self, location: str, record: Mapping[str, Any], default_id: str) -> Document:
         """Return the document of a row; messages name its ``location``, and ``default_id`` is for tables without ids.
 
         Raises DataError if a column is missing, or holds no text or no id.
         """
-        hint = "Name the column of the texts with --text-column."
+        hint = "Name the column of the texts with --text-column of memtx prepare."
         if self.text not in record:
             match = closest_match(self.text, map(str, record))
             raise DataError(f"{location}: there is no '{self.text}'.{match}", hint)
@@ -53,8 +57,11 @@ class TableColumns:
             raise DataError(f"{location}: '{self.text}' is a {type(text).__name__}, expected a text.", hint)
         document_id = default_id if self.id is None else record.get(self.id)
         if document_id is None or isinstance(document_id, dict | list):
-            raise DataError(f"{location}: there is no id in '{self.id}'.", "Name another column with --id-column.")
+            hint = "Name another column with --id-column of memtx prepare."
+            raise DataError(f"{location}: there is no id in '{self.id}'.", hint)
         document_id = str(document_id)
+        if "\0" in text:
+            raise DataError(f"{location}: '{self.text}' holds a NUL character, expected a text.", "Remove the row.")
         try:
             encode_utf8(document_id)
             return Document(document_id, document_id, len(encode_utf8(text)), text=text, is_table_row=True)
@@ -62,30 +69,11 @@ class TableColumns:
             raise DataError(f"{location}: {error.message}", error.hint) from error
 
 
-class TableSource(TextSource):
-    """Base of sources that may hold tables and may be split by fractions; see :class:`FileSource`."""
-
-    def __init__(self, columns: TableColumns, validation_fraction: float | None, test_fraction: float | None) -> None:
-        self.columns = columns
-        self.has_explicit_fractions = validation_fraction is not None or test_fraction is not None
-        requested = {"validation": validation_fraction, "test": test_fraction}
-        fractions = {split: DEFAULT_EVAL_FRACTION if value is None else value for split, value in requested.items()}
-        for split, fraction in fractions.items():
-            if not 0 <= fraction < 1:
-                message = f"{split}_fraction is {fraction}, expected a share from 0 up to 1."
-                raise DataError(message, "Give for example 0.01.")
-        fractions["train"] = 1 - sum(fractions.values())
-        if fractions["train"] <= 0:
-            message = f"The shares validation_fraction and test_fraction add up to {1 - fractions['train']}."
-            raise DataError(message, "Give smaller ones, so that some documents are left to train on.")
-        self.split_fractions = {split: fraction for split, fraction in fractions.items() if fraction > 0}
-
-
 @dataclass(frozen=True)
 class TablePart(SourcePart):
     """Some rows of a file; ``size`` is their bytes."""
 
-    file: RemoteFile
+    file: SourceFile
     columns: TableColumns
     size: int
 
@@ -120,19 +108,100 @@ class JsonLinesPart(TablePart):
         with open_file(url) as stream:
             for offset, line in _iter_lines(stream, url, self.start, self.stop):
                 if not line.isspace():
-                    record = _parse_line(line, f"'{url}', byte {offset}", is_first=offset == 0)
-                    yield self._to_document("byte", offset, record)
+                    yield self._to_document("byte", offset, _parse_line(line, url, offset))
 
 
-def _parse_line(line: bytes, location: str, *, is_first: bool) -> Mapping[str, Any]:
-    hint = "Every line must be a JSON object in UTF-8."
+def _parse_line(line: bytes, url: str, offset: int) -> Mapping[str, Any]:
+    location, hint = f"'{url}', byte {offset}", "Every line must be a JSON object in UTF-8."
     try:
-        record = json.loads(line.decode("utf-8-sig" if is_first else "utf-8"))
+        record = json.loads("".join(decode_utf8([line], f"'{url}'", offset)))
+    except DataError:
+        raise
     except (ValueError, RecursionError) as error:
         raise DataError(f"{location}: the line is no JSON: {error}.", hint) from error
     if not isinstance(record, dict):
         raise DataError(f"{location}: the line is a {type(record).__name__}, expected a JSON object.", hint)
     return record
+
+
+@dataclass(frozen=True)
+class RecordsPart(TablePart):
+    """All rows of a file that is read from the start: JSON of any layout, CSV or TSV."""
+
+    @property
+    def cache_key(self) -> str:
+        """URL and version of the file, and the columns."""
+        return self._cache_key()
+
+    def iter_documents(self) -> Iterator[Document]:
+        """Yield one document a row."""
+        url, parse = self.file.url, _parse_json if self.file.suffix == ".json" else self._parse_csv
+        with open_file(url) as stream:
+            chunks = decode_utf8(iter(lambda: stream.read(READ_SIZE), b""), f"'{url}'")
+            for row, record in enumerate(parse(chunks, url)):
+                yield self._to_document("row", row, record)
+
+    def _parse_csv(self, chunks: Iterator[str], url: str) -> Iterator[Mapping[str, Any]]:
+        csv.field_size_limit(MAX_LINE_BYTES)
+        delimiter = "\t" if self.file.suffix == ".tsv" else ","
+        rows = csv.reader(_join_lines(chunks, url), delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            self.columns.check(header, f"'{url}'")
+            for row, fields in enumerate(filter(None, rows)):
+                if len(fields) != len(header):
+                    message = f"'{url}', row {row}: there are {len(fields)} fields, the header has {len(header)}."
+                    raise DataError(message, f"Quote texts with the delimiter {delimiter!r}.")
+                yield dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            message = f"'{url}', line {rows.line_num}: the table cannot be parsed: {error}."
+            raise DataError(message, "Quote texts, and double the quotation marks in them.") from error
+
+
+def _join_lines(chunks: Iterator[str], url: str) -> Iterator[str]:
+    pending = ""
+    for chunk in chunks:
+        *lines, pending = (pending + chunk).split("\n")
+        yield from (f"{line}\n" for line in lines)
+        if len(pending) > MAX_LINE_BYTES:
+            raise DataError(f"'{url}': a line has more than {MAX_LINE_BYTES:,} characters.", "Split the text.")
+    if pending:
+        yield pending
+
+
+def _parse_json(chunks: Iterator[str], url: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the objects of a JSON array, or objects one after another, on a line each or not."""
+    decoder, buffer, position, row = json.JSONDecoder(), "", 0, 0
+    in_array: bool | None = None  # None before the first character
+    hint = "Give a JSON array of objects, or one object a line."
+    while True:
+        separators = _JSON_SEPARATORS if in_array else _JSON_SPACE
+        position = cast(re.Match[str], separators.match(buffer, position)).end()
+        if in_array is None and position < len(buffer):
+            in_array = buffer[position] == "["
+            position += in_array
+            continue
+        if in_array and buffer.startswith("]", position):
+            in_array, position = False, position + 1
+            continue
+        try:
+            record, position = decoder.raw_decode(buffer, position)
+        except (ValueError, RecursionError) as error:
+            # Maybe the value goes on: as much again is read, so that a long one takes linear time.
+            buffer, position, length = buffer[position:], 0, len(buffer) - position
+            while len(buffer) <= 2 * length <= 2 * MAX_LINE_BYTES and (chunk := next(chunks, "")):
+                buffer += chunk
+            if len(buffer) > length and not isinstance(error, RecursionError):
+                continue
+            if not buffer and not in_array:
+                return
+            reason = "the array is not closed" if not buffer else f"{error}"
+            raise DataError(f"'{url}', row {row}: no JSON: {reason}.", hint) from error
+        if not isinstance(record, dict):
+            message = f"'{url}', row {row}: the value is a {type(record).__name__}, expected a JSON object."
+            raise DataError(message, hint)
+        yield record
+        row += 1
 
 
 def _iter_lines(file: IO[bytes], path: str, start: int, stop: int | None) -> Iterator[tuple[int, bytes]]:
@@ -180,7 +249,12 @@ class ParquetPart(TablePart):
                     row += 1
 
 
-def json_lines_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
+def records_parts(file: SourceFile, columns: TableColumns) -> list[TablePart]:
+    """Return a JSON, CSV or TSV file as one part."""
+    return [RecordsPart(file, columns, file.size)]
+
+
+def json_lines_parts(file: SourceFile, columns: TableColumns) -> list[TablePart]:
     """Return the parts of a file of JSON objects, one a line; a compressed file is one part."""
     if not file.is_seekable:
         return [JsonLinesPart(file, columns, file.size, 0, None)]
@@ -188,7 +262,7 @@ def json_lines_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]
     return [JsonLinesPart(file, columns, stop - start, start, stop) for start, stop in ranges]
 
 
-def parquet_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
+def parquet_parts(file: SourceFile, columns: TableColumns) -> list[TablePart]:
     """Return a Parquet file's row groups; raises DataError without pyarrow or a column, or for another format."""
     parquet = _import_parquet()
     parts: list[TablePart] = []
@@ -203,6 +277,14 @@ def parquet_parts(file: RemoteFile, columns: TableColumns) -> list[TablePart]:
             parts.append(ParquetPart(file, columns, size, row_group, first_row))
             first_row += group.num_rows
     return parts
+
+
+def table_parts(file: SourceFile, columns: TableColumns) -> Sequence[TablePart]:
+    """Return the parts of a table by its ending; raises DataError if a Parquet file cannot be read."""
+    return _PARTS_BY_SUFFIX.get(file.suffix, records_parts)(file, columns)
+
+
+_PARTS_BY_SUFFIX = {".jsonl": json_lines_parts, ".ndjson": json_lines_parts, ".parquet": parquet_parts}
 
 
 def _import_parquet() -> Any:

@@ -7,6 +7,7 @@ The fields are those of published datasets: ``{"text", "label"}``, ``{"text_a", 
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -187,7 +188,8 @@ def iter_examples(
         if not line.strip():
             continue
         try:
-            yield number, parse(_parse_record(line), labelled)
+            record = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            yield number, parse(_parse_record(record), labelled)
         except DataError as error:
             raise DataError(f"'{name}', line {number}: {error.message}", error.hint) from error
 

@@ -10,7 +10,8 @@ import pytest
 
 from memtx.data.sources.base import CorpusManifest
 from memtx.data.sources.corpus import open_corpus
-from memtx.data.sources.files import FileSource
+from memtx.data.sources.files import NO_SPLIT, README, FileSource
+from memtx.data.sources.listing import HIDDEN
 from memtx.errors import DataError
 
 
@@ -76,20 +77,26 @@ def test_the_same_books_from_anywhere(root: Path, tmp_path: Path) -> None:
 
 def test_explicit_fractions_override_the_layout(root: Path) -> None:
     source = FileSource([str(root)], validation_fraction=0.2, test_fraction=0).scan()
-    assert not source.split_parts
-    assert source.split_fractions == {"validation": 0.2, "train": 0.8}
-    assert sorted(texts(source)["mixed"]) == ["test/4.txt", "train/1.txt", "train/2.txt", "validation/3.txt"]
+    assert source.splits == ("train", "validation")  # each of the three documents is cut
+    assert set(texts(source)["train"]) == {"train/1.txt", "train/2.txt", "validation/3.txt"}
+    assert source.left_out == {"splits with fraction 0": ["test"]}
+    assert "as its fractions say" in source.notes[1]
+    # A fraction for a split that the layout lacks is taken from the training texts alone.
+    (root / "validation" / "3.txt").unlink()
+    source = FileSource([str(root)], validation_fraction=0.2).scan()
+    assert set(texts(source)["test"]) == {"test/4.txt"}
+    assert set(texts(source)["validation"]) == {"train/1.txt", "train/2.txt"}
 
 
 def test_table_names_set_the_split(tmp_path: Path) -> None:
-    for name in ("train-0.jsonl", "train.1.jsonl", "dev_0.jsonl", "deep/test/0.jsonl", "testing.jsonl"):
+    for name in ("train-0.jsonl", "train.1.jsonl", "dev_0.jsonl", "deep/test/0.jsonl", "other.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     (tmp_path / "README.md").write_text("No text to train on.")
     (tmp_path / ".hidden.jsonl").write_text("no json")
-    sorted_texts = {
-        split: sorted(split_texts.values()) for split, split_texts in texts(FileSource([str(tmp_path)]).scan()).items()
-    }
+    source = FileSource([str(tmp_path)]).scan()
+    assert {reason: len(paths) for reason, paths in source.left_out.items()} == {HIDDEN: 1, README: 1, NO_SPLIT: 1}
+    sorted_texts = {split: sorted(split_texts.values()) for split, split_texts in texts(source).items()}
     assert sorted_texts == {
         "train": ["train-0.jsonl", "train.1.jsonl"],
         "validation": ["dev_0.jsonl"],
@@ -99,17 +106,22 @@ def test_table_names_set_the_split(tmp_path: Path) -> None:
 
 def test_several_paths_are_one_source(root: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("More.")
+    # The folder is named train, and a file given by name is not left out.
     source = FileSource([str(root / "train"), str(tmp_path / "more.txt")]).scan()
-    assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "more.txt"]
-    (tmp_path / "a.jsonl").write_text('{"text": "A row."}\n')
-    source = FileSource([str(tmp_path / "a.jsonl"), str(root / "train")]).scan()
-    assert sorted(texts(source)["mixed"]) == ["1.txt", "2.txt", "a.jsonl@0"]
+    assert {split: set(split_texts) for split, split_texts in texts(source).items()} == {"train": {"1", "2", "more"}}
+    (tmp_path / "a.jsonl").write_text('{"text": "A row of some words."}\n')
+    source = FileSource([str(tmp_path / "a.jsonl"), str(tmp_path / "more.txt")]).scan()
+    assert set(texts(source)["train"]) == {"a.jsonl@0", "more.txt"}
+    paths = [str(root / split) for split in ("train", "validation", "test")]
+    assert texts(FileSource(paths).scan()) == texts(FileSource([str(root)]).scan())
+    patterns = [f"{path}/*.txt" for path in paths]
+    assert texts(FileSource(patterns).scan()) == texts(FileSource([str(root)]).scan())
 
 
 def test_mistakes(tmp_path: Path) -> None:
     for paths, message in (
         ([], "No source"),
-        ([str(tmp_path / "none")], "holds no file"),
+        ([str(tmp_path / "none")], "does not exist"),
         ([str(tmp_path / "none*")], "holds no file"),
         (["nosuch://x"], r"'nosuch://x' could not be listed: ValueError: Protocol not known: nosuch"),
         (["s3://bucket/x"], "could not be listed: ImportError: .*s3fs"),
@@ -131,6 +143,5 @@ def test_mistakes(tmp_path: Path) -> None:
             FileSource(["x"], **shares)  # type: ignore[arg-type]
     (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"word " * 5000)[:-20])
     (tmp_path / "a.jsonl").unlink()
-    (part,) = FileSource([str(tmp_path)]).scan().unsplit_parts
     with pytest.raises(DataError, match=r"cut\.txt\.gz' could not be read: EOFError"):
-        next(iter(part.iter_documents())).read()
+        FileSource([str(tmp_path)]).scan()

@@ -108,3 +108,15 @@ def test_numbers_out_of_range_are_rejected() -> None:
     ):
         with pytest.raises(DataError, match=next(iter(wrong))):
             SyntheticDataModule(AssociativeRecall(), **wrong)
+
+
+def test_another_fit_begins_at_the_start_and_a_validation_leaves_the_position() -> None:
+    module = SyntheticDataModule(AssociativeRecall(), batch_size=2, steps_per_epoch=5)
+    module.setup("fit")
+    first, second, third = itertools.islice(module.train_dataloader(), 3)
+    module.setup("validate")
+    assert module.state_dict()["position"] == 3
+    assert not any(equal(next(iter(module.train_dataloader())), batch) for batch in (first, second, third))
+    module.setup("fit")
+    assert module.state_dict()["position"] == 0
+    assert all(equal(*pair) for pair in zip(module.train_dataloader(), (first, second, third), strict=False))

@@ -59,6 +59,10 @@ def test_queries_ask_for_overwritten_values(task: Overwrite, distance: int, seed
                 assert task.num_keys < row[at + 1] <= task.num_keys + task.num_values
                 values_by_key.setdefault(row[at], []).append(row[at + 1])
         assert len(values_by_key) == task.num_pairs
+        # All other tokens are noise: no value without its key.
+        written = row[: task.spread * task.segment_length]
+        num_values = sum(task.num_keys < token < task.num_content_tokens for token in written)
+        assert num_values == sum(map(len, values_by_key.values()))
         # Every overwrite changes the value, and their number is as requested.
         assert all(len(values) == 1 + task.num_overwrites for values in values_by_key.values())
         assert all(
@@ -181,6 +185,7 @@ def test_guessing_is_chance(task: SyntheticTask) -> None:
         (SelectiveCopying, {"num_symbols": 0}),
         (StateTracking, {"num_elements": 1}),
         (StateTracking, {"max_swaps": 20}),
+        (StateTracking, {"max_swaps": 0}),
     ],
 )
 def test_impossible_tasks_are_rejected(kind: Any, options: dict[str, int]) -> None:

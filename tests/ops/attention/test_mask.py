@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -100,6 +102,26 @@ def test_num_visible_pairs_counts_the_mask(problem: Problem) -> None:
 def test_num_visible_pairs_of_a_pattern_is_the_mean_over_heads(problem: Problem) -> None:
     mask = compute_key_counts(problem.visibility) > 0
     assert torch.equal(num_visible_pairs(problem.visibility), mask.sum((2, 3)).double().mean(1).floor().long())
+
+
+@given(problems(max_queries=9, patterns=True))
+@settings(deadline=None, max_examples=30)
+def test_a_key_counts_as_documented(problem: Problem) -> None:
+    visibility, pattern = problem.visibility, problem.visibility.pattern
+    assert pattern is not None
+    counts = compute_key_counts(visibility)
+    for batch, head, query, key in itertools.product(*map(range, counts.shape)):
+        at = lambda tensor, batch=batch, key=key: int(tensor[batch % len(tensor), key])  # noqa: E731
+        in_interval = at(visibility.visible_from) <= query < at(visibility.visible_until)
+        in_document = at(pattern.document_start) <= query < at(pattern.document_end)
+        mentions = 0
+        if pattern.random_blocks is not None and key >= pattern.first_key:
+            blocks = pattern.random_blocks[head % len(pattern.random_blocks), query // pattern.block_size]
+            mentions = in_document * int((blocks == (key - pattern.first_key) // pattern.block_size).sum())
+        expected = in_interval + mentions if pattern.count_duplicates else int(in_interval or mentions > 0)
+        if pattern.global_queries is not None and query in pattern.global_queries[batch % len(pattern.global_queries)]:
+            expected = int(in_interval or in_document)
+        assert int(counts[batch, head, query, key]) == expected
 
 
 def test_longformer_window_and_global_keys_are_intervals() -> None:

@@ -17,7 +17,9 @@ from memtx.models.encoder import Encoder
 from memtx.models.heads import MemoryTransformerBackbone, TaskModel
 from memtx.models.memory_transformer import MemoryTransformer
 from memtx.ops.cpu import cpu_info
+from memtx.training.carry import Carry
 from memtx.training.distillation import (
+    AttentionMSE,
     Distillation,
     EmbeddingMSE,
     EveryKthLayer,
@@ -68,7 +70,7 @@ def masked(at: Path, seed: int = 0) -> MaskedModule:
         torch.manual_seed(7)
         Encoder(258, 12, 2, 2, dropout=0.1).save_pretrained(at / "teacher")
     pl.seed_everything(seed, verbose=False)
-    part = Distillation(str(at / "teacher"), [*ALL[:2], HiddenMSE])
+    part = Distillation(str(at / "teacher"), [*ALL[:2], HiddenMSE, AttentionMSE, ValueRelations])
     return MaskedModule(partial(Encoder, dim=8, depth=1, heads=2, dropout=0.1), optimizer=adam, distillation=part)
 
 
@@ -218,6 +220,18 @@ def test_the_teacher_reads_a_corpus_once(tmp_path: Path, monkeypatch: pytest.Mon
     train("few", 4, Keep(8, half, tmp_path / "few"))
     assert train("few.then", 4, seed=9, path=str(half)).is_complete
     assert losses[4] == {batch: losses[3][batch] for batch in range(8, steps)}
+
+
+def test_logits_are_cached_by_position_only_where_a_corpus_is_read_in_order(tmp_path: Path) -> None:
+    cached, uncached = Distillation("teacher", cache_dir=str(tmp_path / "logits")), Distillation("teacher")
+    books = data(tmp_path)
+    for distillation, carry, datamodule in (
+        (cached, Carry(), books), (uncached, Carry(), books), (uncached, None, None), (uncached, None, books),
+    ):  # fmt: skip
+        LanguageDistillation(distillation, carry).setup(datamodule)
+    for carry, datamodule in ((None, books), (Carry(), None), (Carry(), object()), (None, None)):
+        with pytest.raises(MemtxError, match="by position in a book corpus"):
+            LanguageDistillation(cached, carry).setup(datamodule)
 
 
 def test_a_loss_is_active_in_its_fraction_of_the_run(tmp_path: Path) -> None:

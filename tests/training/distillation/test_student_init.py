@@ -137,6 +137,24 @@ def test_a_narrower_encoder_gets_projected_embeddings(task: bool) -> None:
     }
 
 
+@pytest.mark.parametrize("rescales", [(True, True), (True, False), (False, True)])
+def test_projected_embeddings_keep_their_size_where_they_are_rescaled(rescales: tuple[bool, bool]) -> None:
+    """Token embeddings times their scale keep the teacher's products."""
+    teacher, student = (
+        Encoder(VOCAB, dim, 1, 2, embeddings=partial(TextEmbeddings, num_positions=4, rescale_embeddings=rescale))
+        for dim, rescale in zip((16, 8), rescales, strict=True)
+    )
+    with torch.no_grad():
+        teacher.embedding.word_embeddings.weight.copy_(low_rank_table(VOCAB, 16, 7, 0, centered=True))
+    init_student(student, teacher, NoLayers())
+    tokens, expected = (
+        model.embedding.word_embeddings.weight * (model.dim**0.5 if rescale else 1.0)
+        for model, rescale in zip((student, teacher), reversed(rescales), strict=True)
+    )
+    # Projected in float32 from a singular value decomposition, times a scale of up to 16.
+    torch.testing.assert_close(tokens @ tokens.T, expected @ expected.T, rtol=1e-4, atol=1e-3)
+
+
 def test_a_narrower_decoder_gets_projected_embeddings() -> None:
     teacher, student = decoder(3, dim=16), decoder(2)
     with torch.no_grad():
